@@ -20,7 +20,7 @@ PACKAGE = Path(peftplan.__file__).parent
 SOURCES = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "units", "datafiles", "versions"),
+    ("errors", "units", "arrays", "datafiles", "versions"),
     ("dtypes", "files", "validation", "frames", "hardware"),
     ("ledger", "arch", "allocator"),
     ("methods", "storage", "optim", "tape"),
@@ -49,10 +49,10 @@ both a room and a function."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 ARRAYS = (
-    *("analytic/moments.py", "analytic/grid.py"),
+    *("arrays.py", "analytic/moments.py", "analytic/grid.py"),
     *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
 )
-"""The files that evaluate many sizes at once, with numpy; nothing imports them before it is asked to."""
+"""The files that evaluate many sizes at once, with numpy; nothing imports them earlier. `arrays` only names types."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 """Which room talks to the terminal or draws, and by what."""
 

@@ -4,18 +4,19 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.checks import check
 from peftplan.analytic.running import kernels, limits_of, loss_sizes, program_of, reference_of, running_of, segments_grow
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
+from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
 from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
-from peftplan.ledger import Ledger, Line
+from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import Model
@@ -58,7 +59,7 @@ class Compiled(NamedTuple):
     """How a card that is too small for `load` is loaded, if there is another way."""
     workspaces: tuple[tuple[int, Line], ...] = ()
     """Each workspace, with the index of the event before which it is allocated."""
-    on_host: tuple[tuple[tuple[Any, ...], str, int], ...] = ()
+    on_host: tuple[tuple[tuple[Dim, ...], str, int], ...] = ()
     """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
     first: "Compiled | None" = None
     """The first step, where it allocates otherwise than all later ones."""
@@ -71,18 +72,18 @@ class Compiled(NamedTuple):
     programs: "dict[tuple[int, ...], Written]" = {}  # noqa: RUF012
     """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
-    def facts(self, batch_size: Any, seq_len: Any) -> tuple[Any, ...]:
+    def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
         length = seq_len + self.virtual_tokens
         return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
 
-    def sizes(self, batch_size: Any, seq_len: Any) -> dict[str, object]:
+    def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
         by_name = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
         of_sorts = {name for _, names in self.timeline.sizes for name in names if isinstance(name, SortedRows)}
         return by_name | {name: name.at(by_name) for name in sorted(of_sorts)}
 
-    def assumed(self, by_name: Mapping[str, Any]) -> dict[str, int]:
+    def assumed(self, by_name: Mapping[str, int]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
         nbytes = sum(
             count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else by_name[dim] for dim in dims))
@@ -100,7 +101,7 @@ class Written(NamedTuple):
     generation: object = None
 
 
-Step = tuple[Compiled, dict[str, Any]]
+Step = tuple[Compiled, dict[str, int]]
 """A step of a run, with its sizes."""
 Steps = tuple[Step, ...]
 """The steps of a run. The last one is reported."""

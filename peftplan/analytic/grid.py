@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from peftplan.arrays import Ints
 from peftplan.errors import MissingExtraError
 from peftplan.frames import as_html, dataframe
 from peftplan.units import format_bytes
@@ -32,8 +33,8 @@ class Grid:
     allocator adds, `planning.decided`), `replay`, or None.
     """
 
-    sizes: Mapping[str, Any]
-    requested_by_phase: dict[str, Any]
+    sizes: Mapping[str, Ints]
+    requested_by_phase: dict[str, Ints]
     allocated_bytes: object = None
     reserved_bytes: object = None
     verdicts: Mapping[str, object] = field(default_factory=dict)

@@ -6,8 +6,8 @@ Needs numpy (extra `sweep`). Exact while float64 represents every integer, up to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from peftplan.arrays import Floats, Ints
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.ledger import Dim
@@ -48,14 +48,14 @@ class Moments:
         for at, (kind, count) in enumerate(timeline.events):
             steps[at, column[kind]] += count * units[kind]
         levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
-        self.by_phase: dict[str, Any] = {}
+        self.by_phase: dict[str, Floats] = {}
         for phase, start, end in timeline.windows:
             rows = np.unique(levels[start : end + 1], axis=0)
             if phase in self.by_phase:
                 rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
             self.by_phase[phase] = _undominated(rows)
 
-    def peaks(self, dims_by_name: Mapping[str, Any], standing: int) -> dict[str, Any]:
+    def peaks(self, dims_by_name: Mapping[str, Ints], standing: int) -> dict[str, Ints]:
         """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
 
         Raises InputError if a peak exceeds 8 PiB.
@@ -67,7 +67,7 @@ class Moments:
             points = len(next(iter(part.values())))
             blocks = np.empty((len(self.sizes), points))
             for row, (number, dims) in enumerate(self.sizes):
-                numel: Any = 1.0
+                numel: float | Floats = 1.0
                 for dim in dims:
                     numel = numel * part[str(dim)]
                 blocks[row] = np.ceil(numel * (number / ALLOCATION_ROUNDING)) if number else numel
@@ -90,7 +90,7 @@ def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
     return (0, symbols), -(-number // ALLOCATION_ROUNDING)
 
 
-def _undominated(rows: Any) -> Any:
+def _undominated(rows: Ints) -> Floats:
     """The rows that no other row dominates, that is, has at least as many tensors of every size."""
     order = np.argsort(-rows.sum(axis=1), kind="stable")
     largest: list[object] = []

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.analytic.compiled import Compiled
+from peftplan.arrays import Ints
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError
 from peftplan.ledger import Dim, Line
@@ -43,24 +44,24 @@ class Ranked(NamedTuple):
     loaded: tuple[Line, ...]
     passing: int
 
-    def named(self, batch_size: Any, seq_len: Any, rank: Any) -> dict[str, Any]:
+    def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> dict[str, Ints]:
         """Name → sizes for arrays of one length."""
         by_rank = {name: slope * rank + intercept for name, (slope, intercept) in self.dims.items()}
         return {**self.compiled.sizes(batch_size, seq_len), **by_rank}
 
-    def standing_bytes(self, rank: Any) -> Any:
+    def standing_bytes(self, rank: Ints) -> Ints:
         """Bytes that last through a step, at each rank."""
         return self._bytes(self.standing, rank)
 
-    def loading_bytes(self, rank: Any) -> Any:
+    def loading_bytes(self, rank: Ints) -> Ints:
         """Bytes at the peak of loading, at each rank."""
         return np.maximum(self._bytes(self.loaded, rank), self.passing)
 
-    def _bytes(self, lines: Iterable[Line], rank: Any) -> Any:
+    def _bytes(self, lines: Iterable[Line], rank: Ints) -> Ints:
         ranks, where = np.unique(rank, return_inverse=True)
         total = np.zeros(len(ranks), dtype=np.int64)
         for line in lines:
-            numel: Any = ITEMSIZE[line.dtype]
+            numel: int | Ints = ITEMSIZE[line.dtype]
             for dim in line.dims:
                 slope, intercept = (0, dim) if isinstance(dim, int) else self.dims[dim]
                 numel = numel * (slope * ranks + intercept)

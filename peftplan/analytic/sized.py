@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.analytic.compiled import Compiled, compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
+from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.inventory import Inventory, of_any_device, on_each_device
 from peftplan.job.setup import MOST
@@ -27,13 +28,13 @@ JOBS_KEPT = 32
 class Points(NamedTuple):
     """Flat arrays of one length. `rank` is None if all points have the job's own."""
 
-    batch_size: Any
-    seq_len: Any
-    rank: Any = None
+    batch_size: Ints
+    seq_len: Ints
+    rank: Ints | None = None
 
-    def take(self, where: object) -> Points:
+    def take(self, where: Ints) -> Points:
         """The points at these indices."""
-        return Points(*(None if values is None else values[where] for values in self))
+        return Points(self.batch_size[where], self.seq_len[where], None if self.rank is None else self.rank[where])
 
     def __len__(self) -> int:
         return len(self.batch_size)
@@ -67,12 +68,12 @@ class Sized:
 
         return tuple(map(on, range(len(each(self.ranks[0] if self.ranks else None)))))
 
-    def requested(self, points: Points) -> dict[str, Any]:
+    def requested(self, points: Points) -> dict[str, Ints]:
         """Phase → bytes that the tensors at its peak request, for each point, as int64; of a `device_map` on the GPU where they
         are most."""
         if self.of_each:
             return _of_fullest([sized.requested(points) for sized in self.of_each])
-        by_phase: dict[str, Any] = {}
+        by_phase: dict[str, Ints] = {}
         for where, ranked, moments in self._alike(points):
             part = points.take(where)
             rank = part.rank if part.rank is not None else np.zeros(len(part), dtype=np.int64)
@@ -85,7 +86,7 @@ class Sized:
                 by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[where] = values
         return by_phase
 
-    def trainable(self, points: Points) -> Any:
+    def trainable(self, points: Points) -> Ints:
         """The number of trainable parameters at each point."""
         if points.rank is None:
             return np.full(len(points), self.first.parameters.num_trainable, dtype=np.int64)
@@ -110,17 +111,20 @@ class Sized:
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _alike(self, points: Points) -> Iterator[tuple[object, Ranked, Moments]]:
+    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked, Moments]]:
         """Groups of points that run the same operations: their indices, the job there, and its moments."""
         first = self._compiled(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
         facts = first.facts(points.batch_size, points.seq_len)
-        codes: Any = sum(np.broadcast_to(fact, len(points)).astype(np.int64) << bit for bit, fact in enumerate(facts))
+        codes = np.zeros(len(points), dtype=np.int64)
+        for bit, fact in enumerate(facts):
+            codes += np.broadcast_to(fact, len(points)).astype(np.int64) << bit
         for code in np.unique(codes):
             where = np.flatnonzero(codes == code)
             batch_size, seq_len = int(points.batch_size[where[0]]), int(points.seq_len[where[0]])
             if (of_all := self._on_all_ranks(int(code), batch_size, seq_len)) is not None:
                 yield where, *of_all
                 continue
+            assert points.rank is not None, "a job at its own rank alone has no line to leave"
             for rank in np.unique(points.rank[where]):
                 yield where[points.rank[where] == rank], *self._on_one_rank(int(code), batch_size, seq_len, int(rank))
 
@@ -145,13 +149,13 @@ class Sized:
         return self._ranked[code, rank]
 
 
-def _of_fullest(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _of_fullest(each: Sequence[dict[str, Ints]]) -> dict[str, Ints]:
     """At each point the phases of the GPU whose overall peak is largest."""
     fullest = np.argmax([np.maximum.reduce(list(by_phase.values())) for by_phase in each], axis=0)
     return {phase: np.stack([of[phase] for of in each])[fullest, np.arange(len(fullest))] for phase in each[0]}
 
 
-def checked(name: str, values: Sequence[Any]) -> Any:
+def checked(name: str, values: Sequence[object]) -> Ints:
     """The values of an axis as an int64 array.
 
     Raises InputError for a value that is no integer, BoundError for one below 1 or above `MOST`.
@@ -159,7 +163,7 @@ def checked(name: str, values: Sequence[Any]) -> Any:
     try:
         array = np.asarray(values if not isinstance(values, range) else np.arange(values.start, values.stop, values.step))
         if array.dtype.kind in "U":
-            array = np.array([int(value) for value in values])
+            array = np.array([int(str(value)) for value in values])
     except (ValueError, OverflowError):
         raise InputError(name, list(values), "accepted: whole numbers") from None
     if array.dtype.kind not in "iu":

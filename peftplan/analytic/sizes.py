@@ -1,8 +1,10 @@
 """The named sizes of a job, and the facts about batch and sequence that decide which operations run."""
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture
+from peftplan.arrays import Fact, Size
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.memory.fused_attention import MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
@@ -35,21 +37,27 @@ NO_LIMITS = Limits()
 
 
 def shape_facts(
-    batch_size: Any, seq_len: Any, architecture: Architecture, loss: LossSizes, limits: Limits = NO_LIMITS
-) -> tuple[Any, ...]:
+    batch_size: Size, seq_len: Size, architecture: Architecture, loss: LossSizes, limits: Limits = NO_LIMITS
+) -> tuple[Fact, ...]:
     """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
 
     `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
     """
     positions = any(a.positions == "relative" for block in architecture.blocks for a in block.attentions)
     multiples = (MASK_MULTIPLE, MASK_GRADIENT_MULTIPLE) if positions else (MASK_MULTIPLE,)  # a mask of positions has a gradient
-    ragged = (length % multiple > 0 for length in (seq_len, seq_len - loss.virtual_tokens) for multiple in multiples)
-    exceeded = (seq_len > window for window in windows_of(architecture))
-    limited = (*(batch_size * seq_len > most for most in limits.of_batch), *(seq_len > most for most in limits.of_row))
+    ragged: Iterator[Fact] = (
+        length % multiple > 0 for length in (seq_len, seq_len - loss.virtual_tokens) for multiple in multiples
+    )
+    exceeded: Iterator[Fact] = (seq_len > window for window in windows_of(architecture))
+    tokens: Size = batch_size * seq_len
+    limited: tuple[Fact, ...] = (
+        *(tokens > most for most in limits.of_batch),
+        *(seq_len > most for most in limits.of_row),
+    )
     return (batch_size > 1, *limited, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
 
 
-def sizes(b: Any, s: Any, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Any]:
+def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Size]:
     """Name → size for b sequences of s tokens, integers or arrays; k counts virtual tokens too.
 
     `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more.

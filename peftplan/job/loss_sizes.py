@@ -5,8 +5,9 @@ Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from peftplan.arrays import Fact, Size
 from peftplan.errors import RefusedError
 from peftplan.units import GIB, ceil_div
 from peftplan.versions import named
@@ -67,11 +68,11 @@ class LossSizes(NamedTuple):
     kept: int | None = None
     completion: int | None = None
 
-    def length(self, seq_len: Any) -> Any:
+    def length(self, seq_len: Size) -> Size:
         """Hidden states per row that reach the loss. `seq_len` includes virtual tokens."""
         return seq_len if self.prompted else seq_len - self.virtual_tokens
 
-    def named(self, b: Any, length: Any) -> dict[str, Any]:
+    def named(self, b: Size, length: Size) -> dict[str, Size]:
         """Name → size for b rows of `length` hidden states, integers or arrays."""
         if self.loss == "full":
             n = self._scored(b, length)
@@ -92,62 +93,68 @@ class LossSizes(NamedTuple):
         sizes = {"n": n, "tile": tile, "tile rest": _rest(n, MAX_ROWS), **by_itemsize}
         return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
-    def facts(self, b: Any, length: Any) -> tuple[Any, ...]:
+    def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
         """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits."""
         if self.loss in ("full", "liger"):
-            without_logits = () if self.kept is None else (length > self.kept,)
+            without_logits: tuple[Fact, ...] = () if self.kept is None else (length > self.kept,)
             if self.loss == "full":
                 return without_logits
-            n, rows = self._liger(b, length)
-            return (n > 0, n > rows, n > 2 * rows, *without_logits)
-        n = self._scored(b, length)
+            projected, rows = self._liger(b, length)
+            return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
+        n: Size = self._scored(b, length)
         if self.loss == "trl-chunked":
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
         if self.loss == "torchtune-linear":
             return (n >= CHUNKS, n % CHUNKS)
-        sizes = self.named(b, length)
-        chunks = (MAX_ROWS, *(sizes[f"rows{size}"] for size in (HALF, WIDE)))
-        return (n > 0, n >= FLASH_FROM_ROWS, *(n > times * rows for rows in chunks for times in (1, 2)))
+        sizes: dict[str, Size] = self.named(b, length)
+        half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]
+        of_chunks: tuple[Fact, ...] = (n > MAX_ROWS, n > 2 * MAX_ROWS, n > half, n > 2 * half, n > wide, n > 2 * wide)
+        return (n > 0, n >= FLASH_FROM_ROWS, *of_chunks)
 
-    def _liger(self, b: Any, length: Any) -> tuple[Any, Any]:
+    def _liger(self, b: Size, length: Size) -> tuple[Size, Size]:
         """(rows that Liger projects, scored or not; rows per chunk)."""
         n = b * (length if self.kept is None else self.kept)
         return n, liger_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size)
 
-    def _scored(self, b: Any, length: Any) -> Any:
+    def _scored(self, b: Size, length: Size) -> Size:
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         labels = length - max(self.virtual_tokens * self.prompted, 1)
         return b * (labels if self.completion is None else _least(labels, self.completion))
 
 
-def _least(a: Any, b: Any) -> Any:
+def _least(a: Size, b: Size | int) -> Size:
     return a - (a > b) * (a - b)
 
 
-def _most(a: Any, b: Any) -> Any:
+def _most(a: Size, b: Size | int) -> Size:
     return a + (b > a) * (b - a)
 
 
-def _rest(n: Any, rows: Any) -> Any:
+def _rest(n: Size, rows: Size | int) -> Size:
     """The last chunk of n tokens."""
     return (n - 1) % rows + 1
 
 
-def liger_rows(tokens: Any, *, hidden_size: int, vocab_size: int) -> Any:
+def liger_rows(tokens: Size, *, hidden_size: int, vocab_size: int) -> Size:
     """Liger's tokens per chunk: a chunk has about as many logits as the input has elements; rounded up to a power of two."""
     per_chunk = ceil_div(vocab_size, hidden_size)
     chunk = -(-tokens // per_chunk)
-    power = 1 + sum((chunk > 2**i) * 2**i for i in range(MOST_DOUBLINGS))
+    power = tokens * 0 + 1
+    for i in range(MOST_DOUBLINGS):
+        power = power + (chunk > 2**i) * 2**i
     return _least(power, tokens)
 
 
-def unsloth_rows(scored: Any, *, hidden_size: int, vocab_size: int, itemsize: int) -> Any:
+def unsloth_rows(scored: Size, *, hidden_size: int, vocab_size: int, itemsize: int) -> Size:
     """Unsloth's tokens per chunk: the largest power of two up to n · h / v, within bounds."""
     fewest = min(max(_power_at_most(FEWEST_LOGITS // vocab_size), FEWEST_ROWS), MAX_ROWS)
     rows = _most(_power_at_most(scored * hidden_size // vocab_size), fewest)
     return _most(_least(_least(rows, min(MAX_ROWS, max(CHUNK_BYTES // (vocab_size * itemsize), 2))), scored), 1)
 
 
-def _power_at_most(number: Any) -> Any:
+def _power_at_most(number: Size) -> Size:
     """The largest power of two up to a number; 1 for numbers below 1."""
-    return 1 + sum((number >= 2 ** (i + 1)) * 2**i for i in range(MOST_DOUBLINGS))
+    power = number * 0 + 1
+    for i in range(MOST_DOUBLINGS):
+        power = power + (number >= 2 ** (i + 1)) * 2**i
+    return power

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from peftplan.arrays import Fact
 from peftplan.job.kernels import Kernels
 from peftplan.ledger import Dim
 from peftplan.storage import QuantConfig
@@ -47,7 +48,7 @@ class Running(NamedTuple):
     loss: str = "full"
     holds_hidden_states: bool = False
     """Whether the input of every layer stays on the card until the model returns, as for Unsloth's GRPO."""
-    loss_facts: tuple[bool, ...] = ()
+    loss_facts: tuple[Fact, ...] = ()
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()
     """What the chunked head gives for each token besides its log-probability."""

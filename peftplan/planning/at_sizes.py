@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from peftplan.analytic.grid import Grid
 from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
+from peftplan.arrays import Ints, Objects
 from peftplan.errors import InputError, MissingExtraError, RefusedError
 from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory
@@ -45,7 +45,7 @@ def grid(
     at = {name: np.broadcast_to(array, shape) for name, array in arrays.items()}
     flat = {name: values.ravel() for name, values in at.items()}
     count = len(next(iter(flat.values())))
-    by_phase: dict[str, Any] = {}
+    by_phase: dict[str, Ints] = {}
     memory = {name: np.full(count, -1, dtype=np.int64) for name in ("allocated", "reserved")}
     words = {card.id: np.full((2, count), None, dtype=object) for card in cards}
     for where, options in _jobs(flat):
@@ -72,14 +72,14 @@ def grid(
     )
 
 
-def _whole(name: str, values: Any) -> Any:
+def _whole(name: str, values: object) -> Ints:
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.size == 0 or array.min() < 1 or array.max() > MOST:
         raise InputError(name, array.tolist(), f"accepted: whole numbers from 1 to {MOST}")
     return array
 
 
-def _jobs(flat: Mapping[str, Any]) -> Iterator[tuple[Any, dict[str, int]]]:
+def _jobs(flat: Mapping[str, Ints]) -> Iterator[tuple[Ints, dict[str, int]]]:
     """Points that differ in nothing but batch, sequence and rank, and their other sizes."""
     others = [name for name in flat if name not in (*OWN, "r")]
     if not others:
@@ -112,7 +112,7 @@ def _sized(
     return sized
 
 
-def _keep(words: Mapping[str, Any], cards: Sequence[Gpu], decided: Decided, where: Any) -> None:
+def _keep(words: Mapping[str, Objects], cards: Sequence[Gpu], decided: Decided, where: Ints) -> None:
     for number, card in enumerate(cards):
         words[card.id][0, where] = [WORDS[code] for code in decided.verdicts[number].tolist()]
         words[card.id][1, where] = [BY[code] for code in decided.by[number].tolist()]

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
 
 from peftplan.errors import InputError
 
-Values = Sequence[Any]
+Values = Sequence[object]
 Axes = Mapping[str, Values]
 """Option → its values, of those that take several."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.methods import config_class, method_named
@@ -66,8 +66,13 @@ def family(
     methods = [name for name in known if methods is not QUALITY or _is_complete(name, options)]
     members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
     if all(member.model is None and member.error is not None for member in members):
-        estimate(names[0][0], gpu=gpu, **options_for(methods[0], {**options, "method": methods[0]}))  # raises, where all do
+        estimate(names[0][0], gpu=gpu, **_job_options(methods[0], options))  # raises, where all do
     return members
+
+
+def _job_options(method: str, options: Mapping[str, object]) -> JobOptions:
+    """The options of a job by this method, which `estimate` checks."""
+    return cast("JobOptions", options_for(method, {**options, "method": method}))
 
 
 def _is_complete(method: str, options: Mapping[str, object]) -> bool:
@@ -84,7 +89,7 @@ def _largest(
     passed_over: dict[str, list[str]] = {}
     for name, num_parameters in members:
         try:
-            result = estimate(name, gpu=gpu, **options_for(method, {**options, "method": method}))
+            result = estimate(name, gpu=gpu, **_job_options(method, options))
         except PeftplanError as refused:
             refused_by = str(refused)
             continue

@@ -13,10 +13,11 @@ is still open then has no verdict.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.sized import Points, Sized
+from peftplan.arrays import Codes, Flags, Ints
 from peftplan.errors import MissingExtraError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
@@ -64,17 +65,17 @@ class Limits(NamedTuple):
 class Decided(NamedTuple):
     """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where none was replayed."""
 
-    verdicts: Any
-    by: Any
-    allocated: Any
-    reserved: Any
+    verdicts: Codes
+    by: Codes
+    allocated: Ints
+    reserved: Ints
     replayed: int
 
 
 def decide(
     sized: Sized,
     points: Points,
-    requested: Any,
+    requested: Ints,
     cards: Sequence[Limits],
     *,
     replays: int | None,
@@ -102,7 +103,7 @@ def decide(
 class _State:
     """What is known so far."""
 
-    def __init__(self, sized: Sized, points: Points, requested: Any, cards: Sequence[Limits]) -> None:
+    def __init__(self, sized: Sized, points: Points, requested: Ints, cards: Sequence[Limits]) -> None:
         count = len(points)
         self.sized, self.points, self.requested, self.cards = sized, points, requested, cards
         self.allocated = np.full(count, -1, dtype=np.int64)
@@ -119,18 +120,19 @@ class _State:
                 self._say(number, np.flatnonzero(requested > card.room), "does_not_fit", "requested")
                 self._say(number, np.flatnonzero(refused), "does_not_run", "requested")
 
-    def _refused_batches(self) -> Any:
+    def _refused_batches(self) -> Flags:
         """Whether the trainer refuses each point's batch size."""
         job = self.sized.first.job
         sizes, where = np.unique(self.points.batch_size, return_inverse=True)
         setups = (job.setup.model_copy(update={"batch_size": size}) for size in sizes.tolist())
         return np.array([refused_batch(setup, job.replicas) is not None for setup in setups], dtype=bool)[where]
 
-    def undecided(self) -> Any:
+    def undecided(self) -> Flags:
         """Cards × points without a verdict."""
-        return self.verdicts == 0
+        undecided: Flags = self.verdicts == 0
+        return undecided
 
-    def replay(self, where: Any, progress: Callable[[float], None]) -> None:
+    def replay(self, where: Ints, progress: Callable[[float], None]) -> None:
         """Replay these points, and say what that means on every card."""
         for done, at in enumerate(where.tolist()):
             peaks = self._peaks(at)
@@ -154,12 +156,12 @@ class _State:
         rank = None if self.points.rank is None else int(self.points.rank[at])
         return self.sized.peaks(int(self.points.batch_size[at]), int(self.points.seq_len[at]), rank)
 
-    def _say(self, card: int, where: Any, word: str, by: str) -> None:
+    def _say(self, card: int, where: Ints | int, word: str, by: str) -> None:
         self.verdicts[card, where] = WORDS.index(word)
         self.by[card, where] = BY.index(by)
 
 
-def _spread(values: Any, count: int) -> Any:
+def _spread(values: Ints, count: int) -> Ints:
     """At most `count` of the values, evenly spread, the first and the last among them."""
     if len(values) <= count:
         return values

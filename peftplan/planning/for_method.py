@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 from peftplan.errors import InputError, NeedsTraceError
 from peftplan.job.setup import Setup
 from peftplan.methods import METHODS, config_class, method_named, other_peft_type
 from peftplan.results.estimate import Estimate
 from peftplan.validation import listed
+
+Value = TypeVar("Value")
 
 ONE_POINT = "`peftplan estimate --engine trace` counts one point, `peftplan fit --engine trace` finds the largest size"
 """What answers for a job without formulas where an array of sizes is evaluated."""
@@ -40,7 +42,7 @@ def known_methods(names: object, field: str = "method") -> tuple[str, ...]:
     return once
 
 
-def options_for(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def options_for(method: str, options: Mapping[str, Value]) -> dict[str, Value]:
     """Options of the job, and those fields of a method that `method` has; what is no field of any method stays, to be refused.
 
     Raises UnknownNameError for an unknown method.

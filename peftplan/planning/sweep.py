@@ -111,7 +111,7 @@ class Sweep:
                 share = None if self._replays is None else self._replays * points // total - replayed
                 for chunk in block.rows(self.columns, share, self._telling(rows)):
                     rows += len(chunk["model"])
-                    by.update(chunk["decided_by"])
+                    by.update(None if rule is None else str(rule) for rule in chunk["decided_by"])
                     refused += len(chunk["error"]) - chunk["error"].count(None)
                     yield chunk
                 replayed += block.replayed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
+from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
@@ -26,6 +27,7 @@ from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
+    from peftplan.job.options import Options
 
 SIZES = ("batch_size", "seq_len", "r")
 """Options that are evaluated as arrays."""
@@ -36,7 +38,8 @@ CHUNK = 2**15
 MOST_REFUSED = 200
 """Jobs that are asked for one that makes sense before any row is made."""
 
-Chunk = dict[str, list[Any]]
+Value = TypeVar("Value")
+Chunk = dict[str, list[object]]
 """Rows as columns: name → a list of values."""
 OF_RANKS = ("gpus", "nodes", "strategy")
 """Options that have a column wherever they are set: without them a row reads as one of a single GPU."""
@@ -50,7 +53,7 @@ class Grid(NamedTuple):
     axes: Mapping[str, Values]
     single: Mapping[str, object]
 
-    def own(self, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def own(self, method: str, options: Mapping[str, Value]) -> dict[str, Value]:
         """The options that a method has; all of them where it is the only one, to be refused."""
         return options_for(method, options) if len(self.methods) > 1 else dict(options)
 
@@ -123,7 +126,7 @@ class Job(NamedTuple):
 
     def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
         """Its points, so many at a time."""
-        ranks = self.sizes.get("r", ())
+        ranks = cast("Sequence[int]", self.sizes.get("r", ()))
         by_kernels: dict[object, Sized | str] = {}
         for card in cards or (None,):
             compute_capability = capability(card)
@@ -147,7 +150,7 @@ class Block:
         self.first = None if isinstance(first, str) else first.first.job
         self.warnings = self.first.warnings if self.first else ()
 
-    def points(self) -> dict[str, Any]:
+    def points(self) -> dict[str, Ints]:
         """The sizes of the points, as arrays."""
         shape = [len(values) for values in self.job.sizes.values()]
         places = np.unravel_index(np.arange(self.start, self.start + self.count), shape) if shape else ()
@@ -168,7 +171,7 @@ class Block:
             length = (part.stop - part.start) * cards
             chunk: Chunk = {name: [value] * length for name, value in of_job.items()}
             for name, values in at.items():
-                chunk[name] = np.repeat(values[part], cards).tolist()
+                chunk[name] = [*np.repeat(values[part], cards).tolist()]
             for name, by_card in arrays.items():
                 chunk[name] = [value for values in zip(*(each[part] for each in by_card), strict=True) for value in values]
             if errors is not None:
@@ -184,7 +187,7 @@ class Block:
         return facts | ({"r": rank} if isinstance(rank, int) else {})
 
     def _evaluated(
-        self, at: Mapping[str, object], replays: int | None, tell: Callable[[int, float], None]
+        self, at: Mapping[str, Ints], replays: int | None, tell: Callable[[int, float], None]
     ) -> tuple[dict[str, list[list[object]]], list[str | None] | None]:
         """Column → a list of values for each card; and what is wrong with points, if anything is."""
         first = next(iter(self.by_kernels.values()))
@@ -246,14 +249,14 @@ def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[obje
     }
 
 
-def counted(model: Any, **options: Any) -> Inventory:
+def counted(model: object, **options: object) -> Inventory:
     """A checked job with its parameters and what lasts. Raises what `estimate` raises."""
-    job = prepare(model, **options)
+    job = prepare(model, **cast("Options", options))
     check_rank_allocator(job)
     return inventory(job)
 
 
-def _values_at(name: str, values: Values, places: Any) -> Any:
+def _values_at(name: str, values: Values, places: Ints) -> Ints:
     """Values of an axis at some places; a range is not written out."""
     if isinstance(values, range):
         return values.start + values.step * places.astype(np.int64)
@@ -292,7 +295,7 @@ def first_of(jobs: Iterable[Job]) -> None:
     raise first
 
 
-def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Any]:
+def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Ints]:
     """What is wrong with points, if anything is, and the points with which nothing is."""
     job = sized.first.job
     most, least = job.architecture.max_positions, job.setup.logits_to_keep
@@ -310,11 +313,11 @@ def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Any
     return errors, np.flatnonzero(~(long | short))
 
 
-def _known(values: Any) -> list[int | None]:
+def _known(values: Ints) -> list[int | None]:
     return [None if value < 0 else value for value in values.tolist()]
 
 
-def _scattered(values: list[Any], where: Any, count: int) -> list[Any]:
+def _scattered(values: list[object], where: Ints, count: int) -> list[object]:
     """Values at some of `count` places, None at the others."""
     if len(values) == count:
         return values

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
+from peftplan.arrays import Size
 from peftplan.ledger import Dim
 
 MOST_UNSORTED = 3072
@@ -43,17 +44,21 @@ class SortedRows(str):
         """What a copy is made of."""
         return self.indices, self.table, self.what
 
-    def at(self, sizes: Mapping[str, int]) -> int:
+    def at(self, sizes: Mapping[str, Size]) -> Size:
         """The rows at these sizes, which may be arrays as well as integers."""
-        n = prod(dim if isinstance(dim, int) else sizes[dim] for dim in self.indices)
-        return sorted_rows(self.what, n=n, v=self.table)
+        first, *others = (sizes[dim] for dim in self.indices if not isinstance(dim, int))
+        n = prod(dim for dim in self.indices if isinstance(dim, int))
+        for other in others:
+            first = first * other
+        return sorted_rows(self.what, n=first * n, v=self.table)
 
 
-def sorted_rows(what: What, *, n: int, v: int) -> int:
+def sorted_rows(what: What, *, n: Size, v: int) -> Size:
     """Rows of a buffer for n indices of v rows; 0 where n indices are not sorted. n may be an array as well as an integer."""
     segments = n - (n > v) * (n - v)  # min(n, v)
     rows = {"indices": n, "segments": segments, "parts": n // ROWS_PER_THREAD + segments}[what]
-    return (n > MOST_UNSORTED) * rows
+    sorted_where: Size = (n > MOST_UNSORTED) * rows
+    return sorted_where
 
 
 def sorted_dim(indices: tuple[Dim, ...], table: int, what: What) -> Dim:

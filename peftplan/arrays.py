@@ -1,0 +1,19 @@
+"""Types of the sizes that a formula takes: whole numbers, or numpy's arrays of them where many sizes are evaluated at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Ints: TypeAlias = "NDArray[np.int64]"
+Flags: TypeAlias = "NDArray[np.bool_]"
+Floats: TypeAlias = "NDArray[np.float64]"
+Objects: TypeAlias = "NDArray[np.object_]"
+Codes: TypeAlias = "NDArray[np.int8]"
+Size = TypeVar("Size", int, "NDArray[np.int64]")
+"""One size, or a size at each point."""
+Fact: TypeAlias = "int | NDArray[np.bool_] | NDArray[np.int64]"
+"""Whether a size is beyond a limit, at one point or at each."""
