@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from peftplan.errors import PeftplanError
 
@@ -32,7 +32,7 @@ def as_html(result: object) -> str:
 class Listing(list[Record], Generic[Record]):
     """A list of small records that becomes a table on request."""
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, object]]:
         """Rows of plain values, as pandas and polars take them."""
         return [record._asdict() for record in self]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +25,7 @@ KINDS: Mapping[str, str] = {
     "list_type": "a list",
 }
 """Types of pydantic's errors, and what is wanted then."""
-BOUNDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+BOUNDS: Mapping[str, Callable[[Mapping[str, object]], str]] = {
     "greater_than_equal": lambda bound: f"at least {bound['ge']}",
     "greater_than": lambda bound: f"above {bound['gt']}",
     "less_than_equal": lambda bound: f"at most {bound['le']:,}",

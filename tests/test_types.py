@@ -10,10 +10,26 @@ import peftplan
 PACKAGE = Path(peftplan.__file__).parent
 NEEDS_TORCH = ("trace", "measure", "integrations.py", "rehearse", "libraries")
 """Rooms that handle objects of torch and transformers, whose types the base install does not know."""
-TYPED = ("tape", "depth", "optim")
-"""Rooms without `Any`."""
-MOST = 259
-"""Lines outside the rooms that need torch that hold `Any`; lower it when you take some away."""
+MOST = {
+    "__init__.py": 2,
+    "accuracy": 12,
+    "allocator": 11,
+    "analytic": 2,
+    "arch": 6,
+    "cli": 22,
+    "datafiles.py": 2,
+    "deployment": 3,
+    "hardware": 2,
+    "job": 103,
+    "memory": 11,
+    "methods": 4,
+    "oom": 5,
+    "planning": 31,
+    "report": 28,
+    "results": 4,
+}
+"""Room → its lines that hold `Any`: values of files and of options, which YAML, JSON, pydantic and click type so. A room that is
+not named here has none; lower a number when you take some away."""
 ANY = re.compile(r"\bAny\b")
 
 
@@ -28,10 +44,8 @@ def lines_with_any() -> dict[str, int]:
 
 
 def test_lines_with_any_only_become_fewer() -> None:
-    count = sum(count for room, count in lines_with_any().items() if room not in NEEDS_TORCH)
-    assert count <= MOST, "use a Protocol, a TypedDict or object"
-    assert count > MOST - 50, f"lower MOST to {count}"
-
-
-def test_what_the_tape_handles_is_typed() -> None:
-    assert {room: count for room, count in lines_with_any().items() if room in TYPED} == {"depth": 0, "optim": 0, "tape": 0}
+    lines = {room: count for room, count in lines_with_any().items() if count and room not in NEEDS_TORCH}
+    assert {room: count for room, count in lines.items() if count > MOST.get(room, 0)} == {}, (
+        "use a Protocol, a TypedDict or object"
+    )
+    assert {room: most for room, most in MOST.items() if lines.get(room, 0) < most - 5} == {}, "lower these"

@@ -18,6 +18,7 @@ from peftplan.versions import LOADING_IN_THREADS, QUANTIZING_IN_TURN
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
+    from peftplan.results.documents import ModelDocument
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""
@@ -73,7 +74,7 @@ def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def model_facts(architecture: Architecture) -> dict[str, object]:
+def model_facts(architecture: Architecture) -> ModelDocument:
     """The model facts of a result."""
     return {
         "name": architecture.name,

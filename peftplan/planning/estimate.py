@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftplan.job.configs.with_file import WithFile
     from peftplan.job.job import Job
     from peftplan.job.options import Options
+    from peftplan.results.documents import ConfigDocument
 
     ConfigFiles: TypeAlias = str | PathLike[str] | Iterable[str | PathLike[str]] | ConfigPlan
     """Files of another tool, or what was read from them."""
@@ -119,7 +120,7 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
 
 
-def _with_formula(job: Job, document: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocument]:
     """The job of a file, without its kernels where they have no formula, and the `config` document, which then says so."""
     if not job.setup.kernels:
         return job, document

@@ -94,7 +94,7 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     if not isinstance(question, Question):
         raise RefusedError("job: it does not say what it was made from; accepted: a result of estimate, or a plan of fit")
     exporting = question.inventory.job
-    chosen = exporting.chosen - (question.config or {}).get("defaults", {}).keys()
+    chosen = exporting.chosen - (question.config["defaults"].keys() if question.config else set())
     if to in ("accelerate", "deepspeed"):
         return _launch_file(exporting, to)
     tool = facts("swift" if to == "ms-swift" else to)
@@ -171,8 +171,8 @@ def _header(result: Estimate, tool: str) -> Iterator[str]:
 
 def _unsupported(question: Question) -> Iterator[str]:
     """Keys of the file that the job came from, if one did, that are not supported."""
-    if keys := (question.config or {}).get("unsupported"):
-        yield f"not carried over from {question.config and question.config['files'][0]}: {', '.join(keys)}"
+    if question.config and (keys := question.config["unsupported"]):
+        yield f"not carried over from {question.config['files'][0]}: {', '.join(keys)}"
 
 
 def _shown(value: object) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
     from peftplan.results.advice import Advised
     from peftplan.results.distributed import OverGpus, RankGroup
+    from peftplan.results.documents import ConfigDocument
     from peftplan.results.host import Host
 
 
@@ -31,7 +32,7 @@ class Question(NamedTuple):
     inventory: Inventory
     cards: "tuple[Gpu, ...]" = ()
     search: AdviceSearch = "best"
-    config: Mapping[str, Any] | None = None
+    config: "ConfigDocument | None" = None
     """What the file of another tool says (`job.configs.plan.ConfigPlan.to_dict`)."""
 
     @property
@@ -249,7 +250,7 @@ def _estimated(
         warnings=job.warnings
         if refused is None or cards
         else (*job.warnings, refused if refused.startswith("host memory") else f"batch_size: {refused}"),
-        chosen=job.chosen - (question.config or {}).get("defaults", {}).keys(),
+        chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,
         distributed=_over_gpus(job, static, peaks, of_first),

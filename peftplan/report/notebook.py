@@ -17,7 +17,7 @@ from peftplan.report.bar import Segment, segments
 from peftplan.report.cards import card_name
 from peftplan.report.colours import COLOURS as CATEGORIES
 from peftplan.report.markup import Html, Stretch
-from peftplan.report.screen import UNICODE, Part, Screen
+from peftplan.report.screen import UNICODE, Colour, Part, Screen
 from peftplan.report.tabular import Column
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
@@ -33,7 +33,7 @@ BESIDES = {"allocator": "#9aa0a6", "context": "#5f6368", "other": "#c4c7cc"}
 MOST_ROWS = 400
 """Rows of a table that a notebook shows."""
 COLOURS: Mapping[str, str] = dict(CATEGORIES.items())
-VERDICT_COLOURS: Mapping[str, Any] = {"fits": "green", "tight": "yellow", "unknown": "yellow"}
+VERDICT_COLOURS: Mapping[str, Colour] = {"fits": "green", "tight": "yellow", "unknown": "yellow"}
 
 
 def as_html(result: object) -> str:

@@ -70,7 +70,7 @@ def incomplete(peaks: Peaks) -> list[str]:
 def labels(result: Estimate, columns: Iterable[str]) -> list[dict[str, object]]:
     """Rows of a CSV without bytes: `incomplete` where a peak is a lower bound or missing, and each `warning`."""
     incomplete = result.peaks.incomplete if result.peaks else result.not_modelled
-    unsupported = [f"{key}: {row['why']}" for key, row in (result.config or {}).get("unsupported", {}).items()]
+    unsupported = [f"{key}: {row['why']}" for key, row in (result.config["unsupported"] if result.config else {}).items()]
     incomplete = (*unsupported, *incomplete)
     rows = [*(("incomplete", what) for what in incomplete), *(("warning", what) for what in result.warnings)]
     return [{**dict.fromkeys(columns), "category": category, "name": what} for category, what in rows]

@@ -68,7 +68,7 @@ def as_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def fields(item: Any) -> dict[str, Any]:
+def fields(item: Any) -> dict[str, object]:
     """A named tuple as JSON-able values."""
     return {name: plain(value) for name, value in item._asdict().items()}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peftplan.parameters import Parameters
     from peftplan.results.advice import Advised
     from peftplan.results.distributed import OverGpus
-    from peftplan.results.documents import EstimateDocument, LineDocument, Phase
+    from peftplan.results.documents import ConfigDocument, EstimateDocument, LineDocument, MethodDocument, ModelDocument, Phase
     from peftplan.results.host import Host
     from peftplan.results.series import Recording
 
@@ -111,8 +111,8 @@ class Estimate:
     """
 
     engine: str
-    model: Mapping[str, Any]
-    method: Mapping[str, Any]
+    model: ModelDocument
+    method: MethodDocument
     parameters: Parameters
     adaptation: Adaptation
     static: Ledger
@@ -130,7 +130,7 @@ class Estimate:
     """The job and its cards, which an estimate at other sizes and advice are made from."""
     distributed: OverGpus | None = None
     """How several GPUs share the job; all other bytes are then those of the largest rank. None on one GPU."""
-    config: Mapping[str, Any] | None = None
+    config: ConfigDocument | None = None
     """What the file of another tool says, key by key, where one was asked (`job.configs.plan.ConfigPlan.to_dict`)."""
 
     @property
@@ -146,7 +146,7 @@ class Estimate:
         name, method = self.model["name"], self.method["name"]
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, object]]:
         """The lines of the ledger, a row per line with its bytes at each phase's own peak, as pandas and polars take them."""
         phases = PHASES if self.peaks else ()
         return [

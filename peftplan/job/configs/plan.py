@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+
+if TYPE_CHECKING:
+    from peftplan.results.documents import ConfigDocument
 
 Tool = Literal[
     "axolotl", "llamafactory", "llamafactory-v1", "trl", "trl-script", "torchtune", "swift", "unsloth", "transformers",
@@ -77,10 +80,10 @@ class ConfigPlan:
         """The unsupported keys, less those whose option the user has set."""
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
 
-    def to_dict(self, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def to_dict(self, chosen: Mapping[str, Any] | None = None) -> ConfigDocument:
         """The `config` field of an estimate's JSON."""
         unsupported = self.without(chosen or {})
-        return {
+        document = {
             "tool": self.tool,
             "version": self.version,
             "files": list(self.files),
@@ -94,6 +97,7 @@ class ConfigPlan:
             "assumed": dict(self.assumed),
             "bound": bound(unsupported),
         }
+        return cast("ConfigDocument", document)
 
 
 def bound(unsupported: Mapping[str, Unsupported]) -> Bound | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import peftplan.methods as methods
 from peftplan.distributed.names import OPTIONS
@@ -12,6 +12,9 @@ from peftplan.job.configs.plan import ConfigPlan, Effect, Unsupported, bound
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.trainers import DEFAULT, TRAINERS
+
+if TYPE_CHECKING:
+    from peftplan.results.documents import ConfigDocument
 
 ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
 
@@ -34,7 +37,7 @@ class WithFile(NamedTuple):
 
     model: Any
     options: dict[str, Any]
-    config: dict[str, Any]
+    config: ConfigDocument
 
 
 def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
@@ -77,7 +80,7 @@ def effect_of(kernels: object) -> Effect:
     return "unknown" if chosen.padding_free is not None else "raises" if chosen.fake_quant is not None else "lowers"
 
 
-def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> dict[str, Any]:
+def without_kernels(document: ConfigDocument, why: str, effect: Effect) -> ConfigDocument:
     """The `config` field of a result whose kernels have no formula: the keys that name them are not supported.
 
     `effect`: theirs on the true peak (`effect_of`).
@@ -91,7 +94,7 @@ def without_kernels(document: Mapping[str, Any], why: str, effect: Effect) -> di
     assumed = {name: text for name, text in document["assumed"].items() if name != "kernels"}
     unsupported_rows = {key: row._asdict() for key, row in unsupported.items()}
     changed = {"options": options, "read": read, "unsupported": unsupported_rows, "assumed": assumed, "bound": bound(unsupported)}
-    return {**document, **changed}
+    return cast("ConfigDocument", {**document, **changed})
 
 
 def fitting(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ ON = ("true", "yes", "on", "1")
 OFF = ("false", "no", "off", "0")
 
 
-def content(source: Any, *, field: str) -> Mapping[str, Any]:
+def content(source: Any, *, field: str) -> Mapping[str, object]:
     """The mapping in a launch file, or one that is source as such."""
     if isinstance(source, Mapping):
         return source
