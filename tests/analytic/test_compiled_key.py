@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ OTHERS: dict[str, Job] = {
     "quant": JOB._replace(quant=parse_quant("int8")),
     "an option of quant": JOB._replace(quant=parse_quant("nf4", double_quant=True, compute_dtype="bf16")),
     "script": JOB._replace(request=JOB.request._replace(script=Script(empties_cache=True))),
+    "GPUs": JOB._replace(distributed=prepare("gemma-2-2b", method="lora", seq_len=512, gpus=2).distributed),
     "architecture": JOB._replace(architecture=replace(JOB.architecture)),
     "more than one sequence": at(batch_size=2),
     "a ragged mask": at(seq_len=500),
@@ -51,10 +53,10 @@ def compile_again(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
 
     of_base = inventory(JOB)
 
-    def again(job: Job, compute_capability: str = "8.0") -> bool:
+    def again(job: Job, compute_capability: str = "8.0", *, late: bool = False, holding: Any = None) -> bool:
         room.compiled(of_base, compute_capability="8.0")
         before = len(compiled)
-        room.compiled(of_base._replace(job=job), compute_capability=compute_capability)
+        room.compiled(of_base._replace(job=job, holding=holding), compute_capability=compute_capability, late=late)
         return len(compiled) > before
 
     return again
@@ -68,6 +70,14 @@ def test_what_decides_a_step_is_compiled_again(what: str, compile_again: Callabl
 def test_another_card_is_compiled_again(compile_again: Callable[..., bool]) -> None:
     assert compile_again(JOB, "9.0")
     assert not compile_again(JOB, "8.0")
+
+
+def test_a_gpu_that_is_late_is_compiled_again(compile_again: Callable[..., bool]) -> None:
+    assert compile_again(JOB, late=True)
+
+
+def test_another_device_of_a_device_map_is_compiled_again(compile_again: Callable[..., bool]) -> None:
+    assert compile_again(JOB, holding=SimpleNamespace(device=1))
 
 
 @pytest.mark.parametrize("sizes", [{"seq_len": 1024}, {"seq_len": 8}])
