@@ -67,7 +67,7 @@ class Grid:
         least, most = format_bytes(int(peak.min())), format_bytes(int(peak.max()))
         return f"<Grid of {' × '.join(map(str, peak.shape)) or 1} points over {', '.join(self.sizes)}{on}: {least} to {most}>"
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         """A row per point and card, named as those of `peftplan.sweep`.
 
         Bytes are those of the first card's kernels, None where nothing was replayed.
@@ -91,7 +91,7 @@ class Grid:
         """Rows: points × cards."""
         return int(np.asarray(self.peak_requested_bytes).size) * max(len(self.verdicts), 1)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, object]]:
         """All rows, as pandas and polars take them."""
         return list(self)
 
