@@ -11,7 +11,7 @@ from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
 from peftplan.job.configs.facts import Facts
 
-NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0")
+NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
 
 
 class Effective:

@@ -88,9 +88,11 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
 
 def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    nodes = _before_script(launch.get("nodes")) or environment.get("NNODES")
+    nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
+    of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
+    stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
     count = (
-        _before_script(launch.get("gpus", launch.get("distributed.dp_size")))
+        next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None)
         or environment.get("NPROC_PER_NODE")
         or environment.get("nproc_per_node")
     )

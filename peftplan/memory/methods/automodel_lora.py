@@ -2,7 +2,7 @@
 
 n tokens, r rank. Source: nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward`, `LoRATritonFunction`) and
 lora_kernel.py. With `use_triton` its kernels write what is here a product; without it the forward holds two more (n, r) tensors
-for a moment. Left out: the 256 MiB with which Triton's autotuner fills the cache before the first step.
+for a moment. Left out: the 256 MiB that Triton's autotuner writes in the first step before it times a kernel.
 """
 
 from __future__ import annotations

@@ -64,9 +64,14 @@ def _of_the_same_backend(new_group: Callable[..., Any]) -> Callable[..., Any]:
     """A group for another backend, such as gloo beside NCCL, would wait for the other ranks; options are those of a backend."""
 
     def new_fake_group(
-        ranks: Any = None, timeout: Any = None, backend: object = None, pg_options: object = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        return new_group(ranks, timeout, None, None, *args, **kwargs)
+        ranks: object = None,
+        timeout: object = None,
+        backend: object = None,
+        pg_options: object = None,
+        *more: object,
+        **named: object,
+    ) -> object:
+        return new_group(ranks, timeout, None, None, *more, **named)
 
     return new_fake_group
 

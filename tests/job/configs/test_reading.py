@@ -580,6 +580,16 @@ def test_nemo_divides_the_global_batch() -> None:
     assert of_nemo({"strategy": "fsdp2", "dp_size": 2}).options["gradient_accumulation_steps"] == 64 // (4 * 2)
 
 
+def test_nemo_started_by_skypilot() -> None:
+    sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
+    plan = of_nemo(
+        {"strategy": "fsdp2", "dp_size": "none"}, skypilot=sky, recipe={"_target_": "nemo_automodel.recipes.llm.train_ft.X"}
+    )
+    assert plan.unsupported == {}
+    assert (plan.options["gpus"], plan.options["nodes"]) == (4, 2)
+    assert plan.options["gradient_accumulation_steps"] == 64 // (4 * 4 * 2)
+
+
 @pytest.mark.parametrize(
     "distributed",
     [
@@ -600,6 +610,14 @@ def test_losses_and_optimizers_of_nemo() -> None:
     adam = {"_target_": "torch.optim.Adam", "weight_decay": 0}
     sharded = {"strategy": "fsdp2"}
     assert of_nemo(sharded, loss_fn={"_target_": loss}, optimizer=adam).unsupported == {}
+    peft = {
+        "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+        "dim": 8,
+        "target_modules": "*_proj",
+        "use_triton": True,
+    }
+    assert of_nemo(sharded, peft=peft).unsupported == {}
+    assert "256 MiB" in of_nemo(sharded, peft=peft).assumed["use_triton"]
     assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).unsupported.keys() == {"optimizer.weight_decay"}
     others = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
     assert others.unsupported.keys() == {"loss_fn._target_"}
