@@ -242,6 +242,8 @@ def test_the_record_asks_peftplan_the_same_question(double: Double, tmp_path: Pa
     estimate = peftplan.estimate(again.run.model, **again.run.arguments())
     assert estimate.trainable_parameters == record.counts.trainable
     assert key(run_of(prepare(again.run.model, **again.run.arguments()))) == key(record.run)
+    older = {name: value for name, value in record.run.options.items() if name != "device_map"}
+    assert key(record.run.model_copy(update={"options": older})) == key(record.run)
     facts = record.circumstances
     assert (facts.gpu_id, facts.compute_capability, facts.versions["torch"]) == ("a100-80gb", "8.0", torch.__version__)
 

@@ -52,7 +52,8 @@ def _replace_process_groups(dist: Any) -> None:
     for name, function in replaced.items():
         setattr(dist, name, function)
         setattr(group, name, function)
-    dist.device_mesh.new_group = replaced["new_group"]  # imported by name
+    for name in ("init_process_group", "new_group"):  # imported by name
+        setattr(dist.device_mesh, name, replaced[name])
 
 
 def _stated(argument: int | None, variable: str, otherwise: int) -> int:
