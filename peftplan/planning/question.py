@@ -20,6 +20,7 @@ from peftplan.results.verdict import Verdict
 if TYPE_CHECKING:
     from peftplan.analytic.grid import Grid
     from peftplan.hardware.gpus import Gpu
+    from peftplan.job.configs.plan import Bound
     from peftplan.results.advice import Advised
     from peftplan.results.distributed import OverGpus, RankGroup
     from peftplan.results.documents import ConfigDocument
@@ -36,7 +37,7 @@ class Question(NamedTuple):
     """What the file of another tool says (`job.configs.plan.ConfigPlan.to_dict`)."""
 
     @property
-    def bound(self) -> str | None:
+    def bound(self) -> "Bound | None":
         """What the peak is where the file has keys that no option says."""
         return self.config["bound"] if self.config else None
 
@@ -222,6 +223,10 @@ def _estimated(
         assumed |= {"compute_capability": of_first, **peaks.assumed}
     if setup.host_memory is not None:
         refused = refused or question.host(assumed.get("offloaded_bytes", 0)).short
+    bound: Bound | None = question.bound or ("at_least" if setup.packs_completions else None)
+    if (config := question.config) is not None:
+        config = config.copy()
+        config["bound"] = bound
     return Estimate(
         engine=engine,
         model=model_facts(job.architecture),
@@ -241,7 +246,7 @@ def _estimated(
                 *by_capability[of],
                 refused=refused or unmet(setup, pair(of)),
                 skip_unfit=skip_unfit,
-                bound=question.bound or ("at_least" if setup.packs_completions else None),
+                bound=bound,
                 vllm=vllm,
             )
             for card, of in ((card, capability(card)) for card in cards)
@@ -254,7 +259,7 @@ def _estimated(
         asides=job.architecture.asides,
         origin=question,
         distributed=_over_gpus(job, static, peaks, of_first),
-        config=question.config,
+        config=config,
     )
 
 

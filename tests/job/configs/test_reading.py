@@ -254,6 +254,7 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     result = peftplan.estimate(config=plan, gpu="a100-80gb")
     assert result.peaks is not None
     assert ("unsloth.padding_free" in result.assumptions["kernels"]) is (rows > 1)
+    assert result.bound == "at_least"  # what is reserved
     (card,) = result.gpus
     weights = result.static.bytes(("weights", "quant_state"))
     assert card.vllm_bytes == int(0.6 * card.usable_bytes) - weights
