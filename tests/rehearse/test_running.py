@@ -166,6 +166,24 @@ def test_a_first_tensor_that_is_too_large_is_out_of_memory(tmp_path: Path) -> No
     assert (result.oom.requested_bytes, result.oom.line, result.oom.alive) == (2**38, 2, ())
 
 
+INVERTED = """
+import torch
+labels = torch.zeros(8, 64, dtype=torch.int64).cuda()
+layer = torch.nn.Linear(16, 16).cuda()
+optimizer = torch.optim.AdamW(layer.parameters())
+for _ in range(3):
+    layer(torch.randn(4, 16).cuda()).sum().backward()
+    torch.linalg.pinv(layer.weight.detach() @ layer.weight.detach().T)
+    optimizer.step()
+"""
+
+
+def test_a_solver_that_says_whether_it_converged(tmp_path: Path) -> None:
+    """What it says is a number read from the card, which would be the count of labels."""
+    result, _ = run(INVERTED, tmp_path)
+    assert (result.ended, result.steps, result.exit_code) == ("steps", 3, 0)
+
+
 def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
     assert seen(run(SHIFTED, tmp_path, steps=0)[1]) == [14, 14]  # the last label of each row is ignored
 
