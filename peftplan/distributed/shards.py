@@ -108,7 +108,7 @@ def _fsdp2_shard(p: Parameter, shards: int, place: Place) -> Parameter:
 def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:
     """The tensors of a weight in torchao's nf4 that ranks share out, in the order in which they are gathered; empty for others.
 
-    Source: torchao 0.18, `NF4Tensor.fsdp_pre_all_gather`.
+    Source: torchao, `NF4Tensor.fsdp_pre_all_gather`.
     """
     by_name = {a.name: a for a in p.allocations}
     if not by_name.keys() >= set(GATHERED_BY_TORCHAO):

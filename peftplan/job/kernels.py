@@ -134,7 +134,7 @@ KERNELS: dict[str, Kernel] = {
     "liger.rms_norm": Norm("liger-kernel, ops/rms_norm.py (`LigerRMSNormFunction`)"),
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
-    "torchao.fake_quant": FakeQuantized("torchao 0.18, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
+    "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""

@@ -1,6 +1,6 @@
 """Linear layers that torchao fake-quantizes: int8 activations by token, int4 weights by groups of a row, computed in 16 bits.
 
-Source: torchao 0.18, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`),
+Source: torchao, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`),
 quant_primitives.py (`_do_fake_quantize_affine`). Left out: the smallest and largest value of each token and group, and what
 is made of them on the way to its scale.
 """

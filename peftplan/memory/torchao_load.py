@@ -1,7 +1,7 @@
 """How a recipe of torchtune loads a base in nf4. Its check of the keys takes the state dict, whose hook restores each weight.
 
 Source: torchtune, recipes/lora_finetune_single_device.py (`_setup_model`), modules/common_utils.py
-(`reparametrize_as_dtype_state_dict_post_hook`); torchao 0.18, `NF4Tensor.get_original_weight`. Left out: quantizing before it,
+(`reparametrize_as_dtype_state_dict_post_hook`); torchao, `NF4Tensor.get_original_weight`. Left out: quantizing before it,
 which takes less (about 5.5 bytes an element and 64 MiB, against 14).
 """
 

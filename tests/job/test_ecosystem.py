@@ -52,7 +52,7 @@ PEFT_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"method": "oft", "oft_block_size": 16, "target_modules": "q_proj"},
     ),
     "AdaLoraConfig": (
-        {"init_r": 6, "target_r": 4, "total_step": 10, "target_modules": ["q_proj"]},
+        {"init_r": 6, "target_r": 4, "total_step": 10, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"},
         {"method": "adalora", "init_r": 6, "target_r": 4, "total_step": 10, "target_modules": "q_proj"},
     ),
     "PrefixTuningConfig": (
