@@ -334,6 +334,10 @@ def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
 
 
 SAME_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "BOFT's permutation comes from the host once its blocks lie on a diagonal": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 4000},
+        {"method": "boft", "trainer": "trl", "quant": "nf4", "kbit_prepare": False, **KEPT, "batch_size": 1},
+    ),
     "a layer that is not checkpointed lets go of its input, the checkpoint before it keeps its own": (
         {**JOBS["flash-attn's backward holds its output until it returns"][0], "n_layer": 5},
         {"method": "dora", "dtype": "fp16", "autocast": "fp16", **CHECKPOINTED, "every_n_layers": 2, "batch_size": 4},

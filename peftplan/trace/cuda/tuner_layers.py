@@ -16,7 +16,7 @@ entries takes while it runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,15 +133,14 @@ def _lycoris_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return out
 
 
-@contextmanager
-def _copied_places(layer: Any, dtype: torch.dtype) -> Iterator[None]:
-    """BOFT's permutation copied from the host, even where its dtype is that of the input, until the layer returns."""
-    own = layer.boft_P
-    layer.boft_P = own.to(dtype, copy=True)
-    try:
-        yield
-    finally:
-        layer.boft_P = own
+class _Places:
+    """BOFT's permutation on the host: `.to(x)` copies it even where its dtype is that of x."""
+
+    def __init__(self, places: torch.Tensor) -> None:
+        self._places = places
+
+    def to(self, like: torch.Tensor) -> torch.Tensor:
+        return self._places.to(like, copy=True)
 
 
 def _shira_delta(layer: Any, adapter: str) -> Any:
@@ -159,9 +158,13 @@ def on_fake_tensors(*, from_host: bool) -> Iterator[None]:
     rotated = BoftLinear.forward
 
     def boft_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with _copied_places(layer, x.dtype) if from_host else nullcontext():
+        if from_host:
+            layer.__dict__["boft_P"] = _Places(layer._buffers["boft_P"])  # found before the buffer
+        try:
             out: torch.Tensor = rotated(layer, x, *args, **kwargs)
             return out
+        finally:
+            layer.__dict__.pop("boft_P", None)
 
     delta = WaveFTLayer.get_delta_weight
 
