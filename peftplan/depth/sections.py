@@ -50,21 +50,18 @@ def paired(kinds: tuple[int, ...], flags: tuple[bool, ...]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(pair, len(numbers)) for pair in zip(kinds, flags, strict=True))
 
 
-def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
-    """The layers that run, of kinds that alternate; section → the layers that are copies of it; section → where
-    they go.
+def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[int], dict[int, list[int]]]:
+    """The layers that run, of kinds that alternate; section → the layers that are copies of it.
 
     The first of each kind runs, and the whole last period, since its backward finds everything else still kept; of equal layers
-    in a row there only the first and the last. Copies go where the last period begins. `summing`: all layers add to one
-    gradient, which the last layer makes; the last layer then has no copies.
+    in a row there only the first and the last. `summing`: all layers add to one gradient, which the last layer makes; the last
+    layer then has no copies.
     """
     first = {kind: layer for layer, kind in reversed([*enumerate(kinds)])}
     last = {kind: layer for layer, kind in enumerate(kinds[: len(kinds) - summing])}
     tail = min((layer for kind, layer in last.items() if layer != first[kind]), default=len(kinds) - 2 * summing)
-    heads = sorted(layer for layer in first.values() if layer < tail)
-    sections = [*heads]
+    sections = sorted(layer for layer in first.values() if layer < tail)
     copies: dict[int, list[int]] = {}
-    places: dict[int, int] = {}
     opening: dict[int, int] = {}
     for kind, group in groupby(range(tail, len(kinds)), key=kinds.__getitem__):
         run = [*group]
@@ -73,13 +70,12 @@ def sections_of_periods(kinds: tuple[int, ...], *, summing: bool) -> tuple[list[
         opening.setdefault(kind, len(sections))
         if len(run) > len(samples):
             copies[len(sections) + 1] = [layer for layer in run if layer not in samples]
-            places[len(sections) + 1] = len(sections) + 1
         sections += samples
     for kind, section in opening.items():
         between = [layer for layer in range(tail) if kinds[layer] == kind and layer != first[kind]]
         if between:
-            copies[section], places[section] = between, len(heads)
-    return sections, copies, places
+            copies[section] = between
+    return sections, copies
 
 
 Copied = dict[int, dict[int, list[int]]]
@@ -93,11 +89,9 @@ def placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[
     some are not. `summing`: all layers add to one gradient; copies of kinds that alternate then go behind the first of each kind.
     """
     in_runs = _in_runs(kinds)
-    if mixed and not in_runs:
-        sections, copies, places = sections_of_periods(kinds, summing=summing)
-        return sections, {section: {places[section]: layers} for section, layers in copies.items()}
-    sections, copies = sections_of(kinds, summing=summing)
-    if summing and not in_runs:
+    periods = mixed and not in_runs
+    sections, copies = (sections_of_periods if periods else sections_of)(kinds, summing=summing)
+    if summing and not in_runs and not mixed:
         return sections, {section: {len(set(kinds)): layers} for section, layers in copies.items()}
     by_place: Copied = {}
     for section, layers in copies.items():

@@ -251,6 +251,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("phi-3-mini-4k", 2), "vocab_size": 33000},
         {"method": "lora", "use_cache": False, **EAGER, **KEPT, "batch_size": 2, "seq_len": 512},
     ),
+    "a copied layer of SmolLM3 stands before the first layer without rotation, where it runs": (
+        {**shallow("smollm3-3b", 6), "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 4000, "pad_token_id": None},
+        {"method": "lora", **PLAIN, **CHECKPOINTED, "every_n_layers": 2, "batch_size": 4},
+    ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }
 Change = tuple[str, int, int]
