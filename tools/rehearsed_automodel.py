@@ -9,7 +9,6 @@ scored. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ import yaml
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools.rank_grid import cut
-from tools.rehearsed_recipes import kept_of
+from tools.rehearsed_recipes import complete, kept_of
 
 SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
 """Options of every job."""
@@ -98,16 +97,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         return row | kept_of(rehearse(command, world_size=SHARED["gpus"], gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
 
 
-def main(file: Path) -> None:
-    """Run what the file does not hold yet, and write it again after each job."""
-    kept = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    for place, row in enumerate(kept):
-        if "ended" not in row:
-            kept[place] = run(row)
-            file.write_text("".join(f"{json.dumps(each)}\n" for each in kept), encoding="utf-8")
-
-
 if __name__ == "__main__":
     from tools import rehearsed_automodel  # under the name that a config can import
 
-    rehearsed_automodel.main(Path(sys.argv[1]))
+    complete(Path(sys.argv[1]), rehearsed_automodel.run)

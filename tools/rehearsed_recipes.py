@@ -13,7 +13,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,8 +109,8 @@ def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterato
     yield from (f"metric_logger.log_dir={output}/logs", "gradient_accumulation_steps=1")
 
 
-def main(file: Path) -> None:
-    """Run what the file does not hold yet, and write it again after each job."""
+def complete(file: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Run the jobs of a file whose peaks it does not hold yet, and write it again after each."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     for place, row in enumerate(rows):
         if "allocated" not in row:
@@ -121,4 +121,4 @@ def main(file: Path) -> None:
 if __name__ == "__main__":
     from tools import rehearsed_recipes  # under the name that a config can import
 
-    rehearsed_recipes.main(Path(sys.argv[1]))
+    complete(Path(sys.argv[1]), rehearsed_recipes.run)
