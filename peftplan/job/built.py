@@ -77,9 +77,7 @@ def without_formula(job: Job) -> str | None:
     architecture, setup = job.architecture, job.setup
     unknown = {
         f"model type {architecture.model_type}": architecture.model_type not in BUILT,
-        f"method {job.method.name if job.method else 'this adapter config'}": job.method is None
-        or job.method.peft_type not in (None, "LORA")
-        or bool(getattr(job.config, "use_dora", False)),
+        f"method {job.method_name}": not job.is_full_or_lora,
         f"quant {setup.quant}": job.quant is not None and not job.quant.by_torchao,
         "autocast": setup.autocast != "none",
         "eager attention": setup.attn_implementation == "eager" and architecture.model_type not in EAGER,

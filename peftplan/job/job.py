@@ -63,3 +63,9 @@ class Job(NamedTuple):
     def method_name(self) -> str:
         """The method's name as it is shown."""
         return self.method.name if self.method else str(self.adapter.get("peft_type")).lower()
+
+    @property
+    def is_full_or_lora(self) -> bool:
+        """Whether the method trains weights of the model itself, or is LoRA without DoRA."""
+        of_type = self.method is not None and self.method.peft_type in (None, "LORA")
+        return of_type and not getattr(self.config, "use_dora", False)
