@@ -14,6 +14,7 @@ from peftplan.distributed.zero import Key, limits, persistence, trained_groups
 from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
 from peftplan.memory.model import Model
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
+from peftplan.memory.units import layer as unit_of_layer
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
@@ -22,7 +23,8 @@ from peftplan.tape.tape import X
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
-LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "model.layers.{}.mlp")
+LAYER = "model.layers.{}"
+LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), f"{LAYER}.mlp")
 """Model type → the block of experts that is a module without hooks inside: all of it is gathered at once, and its gradients stay
 until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
 NORM_PART = 250_000_000
@@ -70,17 +72,17 @@ class Zero3(Stage):
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
         self.readers: set[str] = set() if order is None else {module.name for module in order}
         """Modules of which it is known that they read a parameter of another one."""
-        self.leaf = LEAVES.get(model.arch.model_type)
+        self.of_leaf = self._leaves(LEAVES.get(model.arch.model_type))
+        """Block of experts without hooks inside → its parameters."""
         self.in_leaf = False
-        self.of_leaf: dict[str, list[Sharded]] = {}
-        """A block without hooks inside → its parameters."""
-        self.of_module: dict[str, list[Sharded]] = {}
-        """Module → its parameters, with those of modules inside."""
+        """Whether such a block runs."""
+        self.of_leaves = {p for inside in self.of_leaf.values() for p in inside}
         self.waiting: dict[Sharded, Parameter] = {}
         """Those of them that have their gradient, which waits for the end of the block's backward."""
-        for (family, number), p in self.sharded.items() if self.leaf else ():
-            if number is not None and ".mlp." in family and self._routes(number):
-                self.of_leaf.setdefault(str(self.leaf).format(number), []).append(p)
+        self.layers = {unit_of_layer(number): LAYER.format(number) for block in model.arch.blocks for number in block.layers}
+        """Unit → its module, of layers."""
+        self.of_module: dict[str, list[Sharded]] = {}
+        """Module → its parameters, with those of modules inside."""
         self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
@@ -105,9 +107,7 @@ class Zero3(Stage):
         by_name: bool,
     ) -> Tensor:
         """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
-        if name == self.model.arch.input_embedding:  # a unit of its own
-            return function(x)
-        if self.in_leaf:
+        if self.in_leaf or name == self.model.arch.input_embedding:  # which is a unit of its own
             return function(x)
         if (inside := self.of_leaf.get(name.format(layer))) is not None:
             return self._call_leaf(Module(name.format(layer), tuple(inside), leaf=True), x, function)
@@ -138,20 +138,25 @@ class Zero3(Stage):
         for p in (p for group in self.of_groups for p in group if p in module.parameters):
             self._reduce(p, self.waiting.pop(p))
 
+    def _leaves(self, name: str | None) -> dict[str, list[Sharded]]:
+        """The blocks called `name` of layers that have experts, and their parameters."""
+        leaves: dict[str, list[Sharded]] = {}
+        if name is not None:
+            mixtures = {number for block in self.model.arch.blocks if block.mlp.num_experts for number in block.layers}
+            for (family, number), p in self.sharded.items():
+                if number in mixtures and family.startswith(f"{name}."):
+                    leaves.setdefault(name.format(number), []).append(p)
+        return leaves
+
     def _inside(self, module: Module) -> Iterable[Sharded]:
         """The parameters of a module and of all modules inside it."""
         if module.name == ROOT or module.name in self.wrapped:
             return self.sharded.values()
-        assert self.leaf is not None
-        name = f"{self.leaf.rpartition('.')[0].format(module.name[6:])}" if module.name.startswith("layer ") else module.name
-        if name not in self.of_module:
-            within = [p for (family, number), p in self.sharded.items() if family.format(number).startswith(f"{name}.")]
-            self.of_module[name] = within or [*module.parameters]
-        return self.of_module[name]
-
-    def _routes(self, layer: int) -> bool:
-        """Whether a layer has experts."""
-        return any(layer in block.layers and block.mlp.num_experts for block in self.model.arch.blocks)
+        if module.name not in self.of_module:
+            stem = self.layers.get(module.name, module.name)
+            within = [p for (family, number), p in self.sharded.items() if family.format(number).startswith(f"{stem}.")]
+            self.of_module[module.name] = within or [*module.parameters]
+        return self.of_module[module.name]
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
@@ -229,7 +234,7 @@ class Zero3(Stage):
         return [Module(name, ())]
 
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Backward begins in whichever output the caller makes its loss of; the first one has its hooks."""
+        """Backward begins at whichever output the caller computes its loss from. The first one has its hooks."""
         loss, *others = outputs
         for module in reversed(self._parts(ROOT)):
             others = [hooked(self.f, x, self.pre_backward, module) for x in others]
@@ -247,10 +252,10 @@ class Zero3(Stage):
         """The hook of a parameter that has its gradient."""
         sharded = self.sharded[self._key(p)]
         self.reduced.add(p.name)
-        if any(sharded in inside for inside in self.of_leaf.values()):
+        if sharded in self.of_leaves:
             self.waiting[sharded] = p
-            return
-        self._reduce(sharded, p)
+        else:
+            self._reduce(sharded, p)
 
     def _reduce(self, sharded: Sharded, p: Parameter) -> None:
         """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
