@@ -80,6 +80,9 @@ def _chunks(model: Model, name: str) -> tuple[Dim, ...]:
 
 
 def _cross_entropy(model: Model, hidden: Tensor, weight: Operand, *, copies: bool = True) -> Tensor:
+    """`copies`: whether the tokens of a chunk are copied out of the hidden states (`_ce_impl`), or are rows of them that lie
+    together, into whose gradient a chunk's product is written (`_logprobs_impl`).
+    """
     f = model.tape
     vocab = weight.dims[0]
     assert isinstance(vocab, int)
@@ -155,9 +158,10 @@ def _chunked(
         del statistics
         if into_hidden:
             product = f.new((rows, width), "fp32" if dtype in HALF_DTYPES else dtype, "mm")
-            narrow = f.to(product.detach(), hidden.dtype) if copies else None
-            del narrow
-            if not copies:
+            if copies:
+                narrow = f.to(product.detach(), hidden.dtype)
+                del narrow
+            else:
                 product = None
         if grad_weight is not None:
             _into(f, weight, rows, dtype)

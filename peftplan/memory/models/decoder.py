@@ -94,7 +94,7 @@ def run_layers(
     kinds = kinds_of(model)
     if style.hands_out_weights and not model.past:  # a prefix trains before every layer
         kinds = seconds_apart(kinds)
-    if holds:  # how long a layer's output lives is the next layer's matter too: each is run
+    if holds:  # the next layer decides too how long a layer's output lives: each is run
         kinds = tuple(range(len(kinds)))
     x = run_stack(
         model,
@@ -108,7 +108,7 @@ def run_layers(
         outputs=outputs if style.hands_out_weights else None,
         holds=holds,
     )
-    holds = False
+    holds = False  # `layer` runs again in backward, when nothing more is held
     if style.final_norm is not None:
         x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
