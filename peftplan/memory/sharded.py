@@ -51,9 +51,8 @@ def units_of(
     """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them."""
     reshards = distributed.reshard_after_forward is not False
     groups = grouped(model.arch, full, shards, distributed, layout)
-    last = (
-        [name for name in groups if name != TAIL][-1:] if layout.keeps_last and distributed.reshard_after_forward is None else []
-    )
+    keeps_last = layout.keeps_last and distributed.reshard_after_forward is None
+    last = [name for name in groups if name != TAIL][-1:] if keeps_last else []
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
@@ -163,18 +162,37 @@ def _members(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, a
         yield _member(p, shard, ranks, dtype, apart=apart)
     for whole, a in zip(wholes, gathered_by_torchao(shard), strict=True):
         numel = prod(a.dims)
-        yield Member(p.name, numel * ranks, numel, a.dtype, False, a.dtype, False, prod(whole.dims), a.dtype, apart)
+        yield Member(
+            p.name,
+            gathered=numel * ranks,
+            shard=numel,
+            dtype=a.dtype,
+            casts=False,
+            master=a.dtype,
+            trainable=False,
+            numel=prod(whole.dims),
+            loaded=a.dtype,
+            apart=apart,
+        )
 
 
 def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Member:
     weight = next(a for a in shard.allocations if a.name == "weight")
     numel = prod(weight.dims)
     casts = dtype is not None and not p.quantized and weight.dtype != dtype
-    gathered = dtype if casts and dtype is not None else weight.dtype
     whole = next(a for a in p.allocations if a.name == "weight") if p.quantized else None
-    elements = prod(whole.dims) if whole is not None else p.numel
-    loaded = weight.dtype if p.quantized else p.dtype
-    return Member(p.name, numel * ranks, numel, gathered, casts, weight.dtype, p.trainable, elements, loaded, apart)
+    return Member(
+        p.name,
+        gathered=numel * ranks,
+        shard=numel,
+        dtype=dtype if casts and dtype is not None else weight.dtype,
+        casts=casts,
+        master=weight.dtype,
+        trainable=p.trainable,
+        numel=p.numel if whole is None else prod(whole.dims),
+        loaded=weight.dtype if p.quantized else p.dtype,
+        apart=apart,
+    )
 
 
 def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
