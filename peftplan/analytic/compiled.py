@@ -135,7 +135,7 @@ COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
 """The jobs compiled last. Each is valid for all sizes with the same `shape_facts`."""
 COMPILED_KEPT = 256
 _RUN: "dict[tuple[object, ...], tuple[Model, Model | None]]" = {}
-"""The last step over a `device_map`: all GPUs see the same one."""
+"""The last step over a `device_map`, by its `step_key`: all GPUs see the same one."""
 
 
 def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = False) -> "Compiled":
@@ -148,8 +148,7 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     loss = loss_sizes(job)
     facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job))
     described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
-    key = (
-        inventory.holding and inventory.holding.device,
+    step_key = (
         id(job.architecture),
         *described,
         job.script,
@@ -158,29 +157,32 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
         late,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
+    key = (inventory.holding and inventory.holding.device, step_key)
     if key in COMPILED:
         COMPILED.move_to_end(key)
         return COMPILED[key]
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
-    COMPILED[key] = compiled_job = _compile(inventory, key, compute_capability=compute_capability, late=late)
+    COMPILED[key] = compiled_job = _compile(inventory, step_key, compute_capability=compute_capability, late=late)
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
 
 
-def _run(inventory: "Inventory", key: tuple[object, ...], *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
-    """The model after its steady step, and after the first one where that differs."""
+def _run(
+    inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool
+) -> "tuple[Model, Model | None]":
+    """As `_steady`, which runs once for all GPUs of a `device_map`. `step_key`: what decides the step."""
     if inventory.holding is None or inventory.holding.device is None:
         return _steady(inventory, compute_capability=compute_capability, late=late)
-    _, *of_any = key
-    if tuple(of_any) not in _RUN:
+    if step_key not in _RUN:
         _RUN.clear()
-        _RUN[tuple(of_any)] = _steady(inventory, compute_capability=compute_capability, late=late)
-    return _RUN[tuple(of_any)]
+        _RUN[step_key] = _steady(inventory, compute_capability=compute_capability, late=late)
+    return _RUN[step_key]
 
 
 def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
+    """The model after its steady step, and after the first one where that differs."""
     job, parameters, _, _ = inventory
     setup, computing, on_rank = job.setup, parameters.all, job.architecture
     if job.distributed is not None:
@@ -215,14 +217,14 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     return model, first
 
 
-def _compile(inventory: "Inventory", key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
+def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
     job, parameters, static, holding = inventory
     setup, architecture = job.setup, job.architecture
     if job.distributed is not None:
         from peftplan.analytic import ranks
 
         setup = ranks.setup_on_rank(job)
-    model, first = _run(inventory, key, compute_capability=compute_capability, late=late)
+    model, first = _run(inventory, step_key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
     of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape
