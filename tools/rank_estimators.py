@@ -36,16 +36,17 @@ def table() -> str:
         row = by_name[name]
         measured = max(row["peak_by_phase"].values())
         cells = [called, str(row["world"]), f"{measured:,}"]
-        cells += [_cell(value, measured) for value in (_ours(row), _deepspeed(row), _accelerate(row), _megatron(row))]
+        cells += [cell(value, measured) for value in (ours(row), _deepspeed(row), _accelerate(row), _megatron(row))]
         lines.append(tuple(cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: int | None, measured: int) -> str:
+def cell(value: int | None, measured: int) -> str:
+    """Bytes that an estimator says, and how far they are from those of the rehearsal."""
     return "–" if value is None else f"{value:,} ({round(100 * (value / measured - 1), 1) + 0.0:+.1f} %)"
 
 
-def _ours(row: dict[str, Any]) -> int:
+def ours(row: dict[str, Any]) -> int:
     """peftplan's, of the phase in which the rehearsal peaked."""
     shares = compared(row)
     assert shares is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tools import marked
-from tools.rank_estimators import JOBS, MARKS, _cell, _ours
+from tools.rank_estimators import JOBS, MARKS, cell, ours
 from tools.rank_jobs import PAGE, rows
 
 
@@ -14,4 +14,4 @@ def test_the_table_is_of_today() -> None:
     for (name, called), cells in zip(JOBS.items(), table, strict=True):
         row = by_name[name]
         measured = max(row["peak_by_phase"].values())
-        assert cells[:4] == [f"| {called}", str(row["world"]), f"{measured:,}", _cell(_ours(row), measured)]
+        assert cells[:4] == [f"| {called}", str(row["world"]), f"{measured:,}", cell(ours(row), measured)]
