@@ -9,7 +9,6 @@ if TYPE_CHECKING:
 class Layout(NamedTuple):
     """The units besides the layers, and what a rank does around them. The defaults are accelerate's."""
 
-    source: str = "accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full_state_dict`)"
     ends: Literal["units", "tables", "root"] = "units"
     """Embedding and head: `units`, the final norm with the head where accelerate finds it; `tables`, each a unit where it trains
     and is not tied; or part of the `root`."""
@@ -35,19 +34,20 @@ class Layout(NamedTuple):
 
 
 ACCELERATE = Layout()
+"""accelerate, utils/fsdp_utils.py (`fsdp2_prepare_model`, `fsdp2_load_full_state_dict`)."""
 TORCHTUNE = Layout(
-    "torchtune at bd2a0fc7, training/_distributed.py (`shard_model`, `load_from_full_model_state_dict`)",
     ends="root",
     syncs_each_batch=True,
     loads="tensors",
     buffers_first=True,
 )
+"""torchtune at bd2a0fc7, training/_distributed.py (`shard_model`, `load_from_full_model_state_dict`)."""
 AUTOMODEL = Layout(
-    "nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`, "
-    "`_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`)",
     ends="tables",
     param_dtype="bf16",
     reduce_dtype="fp32",
     keeps_last=True,
     loads="shards",
 )
+"""nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`,
+`_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`)."""

@@ -1,6 +1,6 @@
 """How a rank loads under FSDP2: shards are made from the host, or from the whole of a quantized model on the GPU.
 
-Source: that of the tool's `distributed.layout`.
+Source: as each `distributed.layout` cites it.
 """
 
 from __future__ import annotations
