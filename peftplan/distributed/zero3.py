@@ -234,7 +234,7 @@ class Coordinator:
         return self._before[uses[following]] - self._before[self.step] < self.limits.max_reuse
 
     def _inside_soon(self) -> set[Sharded]:
-        """The same for such a module: it looks into all modules that come next, those that hold others too."""
+        """The same for a module without hooks inside: those of the modules that come next and of all inside them."""
         soon: set[Sharded] = set()
         traversed = 0
         for module in self.order[self.step :]:

@@ -1,8 +1,8 @@
 """Linear layers that torchao fake-quantizes: int8 activations by token, int4 weights by groups of a row, computed in 16 bits.
 
 Source: torchao, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`),
-quant_primitives.py (`_do_fake_quantize_affine`). Left out: the smallest and largest value of each token and group, and what
-is made of them on the way to its scale.
+quant_primitives.py (`_do_fake_quantize_affine`). Left out: the minimum and maximum of each token and group, and the
+steps from them to a scale.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int) -> Ten
     weight = part.own_weight
     rows, columns = weight.dims
     assert isinstance(columns, int)
-    kept = scales[part.name, part.layer, "input"] = _scales(f, (*x.dims[:-1], 1))
-    x = _fake_quantized(f, x, kept)
-    kept = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group))
-    fake = _fake_quantized(f, weight, kept)
+    by_token = scales[part.name, part.layer, "input"] = _scales(f, (*x.dims[:-1], 1))
+    x = _fake_quantized(f, x, by_token)
+    by_group = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group))
+    fake = _fake_quantized(f, weight, by_group)
     return ops.linear(f, x, fake, part.bias)
 
 

@@ -51,7 +51,7 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = Fal
     """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d).
 
     `copies_output`: backward copies the output, as torch's does where it lies head by head like the queries
-    (attention_backward.cu); that of the package flash-attn does not.
+    (attention_backward.cu), and flash-attn's never does.
     """
     b, a, s, d = q.dims
     if number(d) % HEAD_MULTIPLE:

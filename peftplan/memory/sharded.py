@@ -1,6 +1,6 @@
 """Units of a model under FSDP: the parameters that are gathered and reduced together.
 
-Each layer is a unit, and the root has what is left; of embedding and head the tool decides (`distributed.layout`). accelerate
+Each layer is a unit, and the root has what is left; the tool decides about embedding and head (`distributed.layout`). accelerate
 (`fsdp2_prepare_model`) makes units of them since `versions.FSDP2_TAIL_APART`. The head is not freed after forward.
 """
 
