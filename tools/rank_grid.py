@@ -146,7 +146,7 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
 
 
 CLASSIFYING = {"task_type": "SEQ_CLS", "seq_len": 128, "batch_size": 1, "gradient_checkpointing": False}
-"""A sentence, and what it says, as the examples of transformers and DeepSpeed tune encoders."""
+"""One sentence to classify, as in the examples of transformers and DeepSpeed that fine-tune encoders."""
 WIDE = {"dtype": "fp32", "autocast": "fp16"}
 
 

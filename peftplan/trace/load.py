@@ -96,7 +96,7 @@ def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig
     halves: dict[str, Storage] = {}
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
     _warm_up(parts, tracker, setup, quant)
-    for a in shared(quant) if quant is not None else ():
+    for a in shared(quant):
         tensor = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
         tensor.name = a.name
     for name, module, leaf, parameter in parts:
