@@ -162,7 +162,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         cast, world = _cast(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
-    return Loading(
+    return Loading(  # by accelerate's units for any tool: embedding, layers and head in the order in which they are loaded
         grouped(job.architecture, parameters, holding.parameters, distributed, ACCELERATE),
         buffers,
         whole,
