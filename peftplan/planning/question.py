@@ -210,19 +210,19 @@ def _estimated(
     by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
     peaks = by_capability[of_first].peaks
     setup = job.setup
-    refused = refused_batch(setup, job.replicas)
+    refused_size = refused_batch(setup, job.replicas)
     vllm = vllm_of(setup, static.bytes(("weights", "quant_state")) if setup.use_vllm else 0)
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
     assumed = assumptions(job, quantized=built.quantized)
-    notes = card_notes(cards, job.setup, job.quant)
+    notes = card_notes(cards, setup, job.quant)
     if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
         notes.append(NO_PICTURES)
     if notes:
         assumed["notes"] = [*assumed.get("notes", ()), *notes]
     if peaks is not None:
         assumed |= {"compute_capability": of_first, **peaks.assumed}
-    if setup.host_memory is not None:
-        refused = refused or question.host(assumed.get("offloaded_bytes", 0)).short
+    short = None if setup.host_memory is None else question.host(assumed.get("offloaded_bytes", 0)).why_short
+    warned = f"batch_size: {refused_size}" if refused_size else short
     bound: Bound | None = question.bound or ("at_least" if setup.packs_completions else None)
     if (config := question.config) is not None:
         config = config.copy()
@@ -244,7 +244,7 @@ def _estimated(
                 card,
                 standing,
                 *by_capability[of],
-                refused=refused or unmet(setup, pair(of)),
+                refused=refused_size or short or unmet(setup, pair(of)),
                 skip_unfit=skip_unfit,
                 bound=bound,
                 vllm=vllm,
@@ -252,9 +252,7 @@ def _estimated(
             for card, of in ((card, capability(card)) for card in cards)
         ),
         peaks=peaks,
-        warnings=job.warnings
-        if refused is None or cards
-        else (*job.warnings, refused if refused.startswith("host memory") else f"batch_size: {refused}"),
+        warnings=job.warnings if warned is None or cards else (*job.warnings, warned),
         chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,

@@ -18,7 +18,7 @@ def cells(host: Host) -> list[tuple[str, str, str]]:
         ("loading the model", host.loading.bytes),
         ("its largest tensor", host.loading.largest_tensor),
         ("offloaded in a step", host.offloaded),
-        (f"the same of the {host.ranks} ranks on a node", host.per_node if host.ranks > 1 else 0),
+        (f"offloaded by the {host.ranks} ranks of a node", host.offloaded_per_node if host.ranks > 1 else 0),
         ("paged optimizer states, at most", host.paged),
         ("merging on the CPU", host.merging or 0),
         (f"checkpoint: {files.model_name}", files.model or 0),

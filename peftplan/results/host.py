@@ -49,29 +49,29 @@ class Host(NamedTuple):
     checkpoint: CheckpointFiles
     save_total_limit: int | None
     ranks: int = 1
-    """Processes of a node, each of which has what is above but for disk."""
+    """Processes on a node. What is above is that of one of them; they share the disk."""
     loading_ranks: int = 1
     """Those of them that load the model."""
     memory: int | None = None
-    """What a node has, if the user says so."""
+    """What a node has, if the user says so (`host_memory`)."""
 
     @property
-    def per_node(self) -> int:
-        """What a node holds pinned while it trains, all ranks together: the kernel cannot take it back."""
+    def offloaded_per_node(self) -> int:
+        """What all ranks of a node keep there while they train. It is pinned: the kernel cannot take it back."""
         return self.offloaded * self.ranks
 
     @property
     def loading_per_node(self) -> int:
-        """What the ranks of a node load, all together."""
+        """What all ranks of a node load."""
         return self.loading.bytes * self.loading_ranks
 
     @property
-    def short(self) -> str | None:
-        """Why a node has too little memory; None where it has enough, or what it has is not known."""
-        if self.memory is None or self.per_node <= self.memory:
+    def why_short(self) -> str | None:
+        """Why a node has too little memory; None where it has enough, or where it is not known how much it has."""
+        if self.memory is None or self.offloaded_per_node <= self.memory:
             return None
-        of = f"{self.ranks} ranks on a node keep" if self.ranks > 1 else "the job keeps"
-        return f"host memory: {of} {format_bytes(self.per_node)} there, and it has {format_bytes(self.memory)}"
+        who = f"{self.ranks} ranks on a node keep" if self.ranks > 1 else "the job keeps"
+        return f"host memory: {who} {format_bytes(self.offloaded_per_node)} there, and it has {format_bytes(self.memory)}"
 
     @property
     def disk_kept(self) -> int | None:
@@ -95,5 +95,5 @@ class Host(NamedTuple):
             "disk_kept": self.disk_kept,
             "disk_peak": self.disk_peak,
             "ranks_per_node": self.ranks,
-            "per_node": {"loading": self.loading_per_node, "offloaded": self.per_node, "memory": self.memory},
+            "per_node": {"loading": self.loading_per_node, "offloaded": self.offloaded_per_node, "memory": self.memory},
         }

@@ -101,7 +101,7 @@ def test_ranks_of_a_node_share_its_memory() -> None:
     options: dict[str, Any] = {"method": "full", "gpus": 4, "nodes": 2, "strategy": "zero2", "offload_optimizer": "cpu"}
     facts = peftplan.estimate("llama-3.2-1b", **options).host
     assert facts is not None
-    assert facts.per_node == 4 * facts.offloaded == pytest.approx(18 * 1_235_814_400 / 2, rel=1e-3)
+    assert facts.offloaded_per_node == 4 * facts.offloaded == pytest.approx(18 * 1_235_814_400 / 2, rel=1e-3)
     assert facts.loading_per_node == 4 * facts.loading.bytes
 
 
