@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from peftplan.oom.kept import Earlier, Kept
@@ -267,60 +266,6 @@ def _too_large(message: Message) -> Cause:
     )
 
 
-class Wordless(NamedTuple):
-    """What a log says of memory without torch's figures: how it reads, and its cause."""
-
-    reads: re.Pattern[str]
-    cause: Cause
-
-
-WORDLESS: tuple[Wordless, ...] = (
-    Wordless(
-        re.compile(r"CU(?:BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"),
-        Cause(
-            "library",
-            "a library of CUDA had no memory for its own workspace: torch's allocator, or another process, holds the whole card",
-            (
-                "make the micro batch smaller: `peftplan fit MODEL --gpu CARD` says which size leaves room",
-                "run once with CUDA_LAUNCH_BLOCKING=1: an index beyond a table may be reported so too",
-            ),
-        ),
-    ),
-    Wordless(
-        re.compile(r"CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory"),
-        Cause(
-            "driver",
-            "the driver had no memory for what lies outside torch's allocator (a CUDA context, a kernel's code, NCCL's buffers)",
-            (
-                "look whether another process fills the card (nvidia-smi lists them)",
-                "leave the context room: `peftplan fit MODEL --gpu CARD` counts it",
-            ),
-        ),
-    ),
-    Wordless(
-        re.compile(
-            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^MemoryError\b|^Killed$|exitcode: ?-9\b"
-            r"|Signal 9 \(SIGKILL\)|Out of memory: Killed process|oom-kill",
-            re.MULTILINE,
-        ),
-        Cause(
-            "host",
-            "the host ran out of memory, not the card, or somebody ended the process: the kernel kills one without a message",
-            (
-                "`peftplan estimate MODEL -v` says what loading, merging and offloading take on the host",
-                "load in the dtype of the file, start fewer workers, and offload less",
-            ),
-        ),
-    ),
-)
-"""Read only where a log has no message with figures; the first that matches wins."""
-
-
-def wordless(log: str) -> Cause | None:
-    """The cause that a log gives without torch's message; None where it says nothing of memory."""
-    return next((each.cause for each in WORDLESS if each.reads.search(log)), None)
-
-
 RULES: tuple[Callable[[Message], Cause | None], ...] = (
     _beyond_the_card,
     _larger_than_the_card,
@@ -328,10 +273,3 @@ RULES: tuple[Callable[[Message], Cause | None], ...] = (
     _limited,
     _fragmentation,
 )
-
-
-def explained(message: Message) -> Iterator[str]:
-    """The causes as lines of text: what, why, what next."""
-    for cause in causes(message):
-        yield f"{cause.name.replace('_', ' ')}: {cause.evidence}"
-        yield from (f"  - {step}" for step in cause.advice)

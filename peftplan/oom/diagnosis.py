@@ -12,10 +12,10 @@ from peftplan import files
 from peftplan.allocator.pickles import MAGIC
 from peftplan.errors import InputError
 from peftplan.oom import message as messages
-from peftplan.oom.causes import Cause, causes, wordless
-from peftplan.oom.kept import Earlier
+from peftplan.oom.causes import Cause, causes
 from peftplan.oom.message import Message
 from peftplan.oom.snapshot import Alive, alive_in
+from peftplan.oom.wordless import cause_in
 from peftplan.planning.estimate import estimate
 from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 from peftplan.units import format_bytes
@@ -76,24 +76,26 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
     if not isinstance(source, (str, PathLike)):
         raise InputError("source", source, "accepted: a path, or - for standard input")
     source = fspath(source)
-    by_causes: tuple[Cause, ...] = ()
     content = _content(source)
     if content.startswith(MAGIC):
-        message, alive, before = alive_in(source)
+        message, alive, earlier = alive_in(source)
+        told = causes(message, earlier) if message else ()
     else:
-        log = content.decode("utf-8", errors="replace")
-        message, alive, before = messages.find(log), (), Earlier()
-        if message is None and (cause := wordless(log)) is not None:
-            by_causes = (cause,)
-        elif message is None:
-            raise InputError(
-                "source",
-                source,
-                "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot",
-            )
-    by_causes = causes(message, before) if message else by_causes
+        message, told = _in_log(content.decode("utf-8", errors="replace"), source)
+        alive = ()
     expected = None if model is None else _expected(estimate(model, **(options or {})), message)
-    return Diagnosis(message, by_causes, alive, expected)
+    return Diagnosis(message, told, alive, expected)
+
+
+def _in_log(log: str, source: str) -> tuple[Message | None, tuple[Cause, ...]]:
+    """Torch's message in a log, and the causes. Raises InputError where no line says that memory ran out."""
+    if (message := messages.find(log)) is not None:
+        return message, causes(message)
+    if (cause := cause_in(log)) is not None:
+        return None, (cause,)
+    raise InputError(
+        "source", source, "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot"
+    )
 
 
 def _content(source: str) -> bytes:
@@ -113,11 +115,11 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
         text = f"the job is expected to peak at {format_bytes(peak)} in {result.peaks.phase}"
     elif reached <= MORE * peak:
         capacity = message.capacity if message is not None else None
-        room = capacity is not None and (result.peaks.reserved or peak) <= capacity
+        has_room = capacity is not None and (result.peaks.reserved or peak) <= capacity
         text = (
             f"the job was expected to need {format_bytes(peak)} (in {result.peaks.phase}) and had reached "
             f"{format_bytes(reached)}: it does what it should, and the card "
-            + ("has room for it if nothing else takes that" if room else "is too small for it")
+            + ("has room for it, unless something else takes it" if has_room else "is too small for it")
         )
     else:
         tokens = _tokens(result, reached)
