@@ -13,7 +13,7 @@ from peftplan.planning.sweep_points import Chunk
 try:
     import pyarrow
 except ImportError:
-    raise MissingExtraError("Parquet (pyarrow)", "sweep") from None
+    raise MissingExtraError("pyarrow", "sweep") from None
 
 TEXTS = ("model", "method", "gpu", "verdict", "decided_by", "error")
 """Columns of text; an option has the type of its values, and all others are whole numbers."""
@@ -35,8 +35,8 @@ def schema(rows: Rows) -> pyarrow.Schema:
     def of(name: str) -> pyarrow.DataType:
         if name in TEXTS:
             return pyarrow.string()
-        kinds = {type(value) for value in rows.values_of(name) if value is not None}
-        return TYPES.get(kinds.pop(), pyarrow.string()) if len(kinds) == 1 else pyarrow.string() if kinds else pyarrow.int64()
+        kinds = {type(value) for value in rows.values_of(name) if value is not None} or {int}
+        return TYPES.get(kinds.pop(), pyarrow.string()) if len(kinds) == 1 else pyarrow.string()
 
     return pyarrow.schema([(name, of(name)) for name in rows.columns])
 

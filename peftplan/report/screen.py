@@ -119,5 +119,5 @@ def wrapped(text: str, columns: int, *, colour: Colour | None = None, indent: st
 def flowing(items: Iterable[str], columns: int, *, between: str, before: str = "") -> list[Row]:
     """Items side by side, as many as a line takes; an item breaks only, between words, where it is longer than a line."""
     glue = between.rstrip().replace(" ", TIED) + " "
-    tied = (item.replace(" ", TIED) if len(item) + len(INDENT + between.rstrip()) <= columns else item for item in items)
-    return wrapped(before + glue.join(tied), columns)
+    unbroken = (item.replace(" ", TIED) if len(item) + len(INDENT + between.rstrip()) <= columns else item for item in items)
+    return wrapped(before + glue.join(unbroken), columns)

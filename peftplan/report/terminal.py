@@ -24,10 +24,8 @@ GAP = 2
 """Blanks between columns."""
 READABLE = 10
 """Letters that a column of words keeps beside long names."""
-
-
 NO_BREAK = "\ue000"
-"""Stands for a blank at which rich breaks no line; it would at any blank, also at one that is not to break."""
+"""Stands for a blank between a number and its unit. Rich would break a line at any blank, at a non-breaking one too."""
 
 
 class _Printable(Console):
