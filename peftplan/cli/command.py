@@ -21,6 +21,8 @@ else:
 
 EXIT_CODE = "peftplan.exit_code"
 """Key of `Context.meta`: the code that holds even where the reader of the output goes early."""
+HYPHEN = "\u2011"
+"""Stands for a hyphen in help. Click would end a line behind one, as in trl-dpo; the whole word goes to the next line."""
 TYPED = "peftplan.typed"
 """Key of `Context.meta`: parameter → how its option was typed."""
 METHOD_HEADING = "Method"
@@ -100,6 +102,11 @@ class Command(click.Command):
         """How many options `--help` leaves to `--help-all`."""
         return sum(getattr(param, "rare", False) for param in self.params)
 
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help, in which no word of an option's text is parted."""
+        super().format_help(ctx, formatter)
+        formatter.buffer = [text.replace(HYPHEN, "-") for text in formatter.buffer]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section per heading."""
         whole = WHOLE_HELP in ctx.meta
@@ -108,7 +115,8 @@ class Command(click.Command):
             if not isinstance(param, click.Option) or (getattr(param, "rare", False) and not whole):
                 continue
             if (record := param.get_help_record(ctx)) is not None:
-                groups.setdefault(getattr(param, "heading", "Options"), []).append(record)
+                spelling, text = record
+                groups.setdefault(getattr(param, "heading", "Options"), []).append((spelling, text.replace("-", HYPHEN)))
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)

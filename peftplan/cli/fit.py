@@ -30,7 +30,12 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
     help="the size to make as large as fits",
 )
 @option("--methods", default=None, metavar="NAMES", help="other methods to try, comma-separated; default: all ranked ones")
-@option("--keep", default=None, metavar="OPTIONS", help="what no plan may change: method, seq-len, loss, gradient-checkpointing")
+@option(
+    "--keep",
+    default=None,
+    metavar="OPTIONS",
+    help="what no plan may change: method, seq-len, trainer, loss, gradient-checkpointing",
+)
 @option("--min-seq-len", type=INT, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
 @option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")
 @option("--which-gpu", is_flag=True, help="list the smallest cards that take the job as typed, not plans")

@@ -22,7 +22,7 @@ STORAGE = {
     name: text
     for name, text in texts.STORAGE.items()
     if name not in ("--autocast", "--device-map", "--kbit-prepare/--no-kbit-prepare", "--compute-dtype")
-} | {"--trainer": f"{' | '.join(get_args(TrainerName))}: decides the dtype of the saved adapter"}
+} | {"--trainer": f"{texts.by_tool(get_args(TrainerName))}; decides the dtype of the saved adapter"}
 
 
 @click.command("serve", cls=Command)

@@ -8,7 +8,7 @@ from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 
-def _by_tool(names: tuple[str, ...]) -> str:
+def by_tool(names: tuple[str, ...]) -> str:
     """Names, with what they begin with said once: `trl-dpo|kto`."""
     tools: dict[str, list[str]] = {}
     for name in names:
@@ -60,7 +60,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": f"{_by_tool(get_args(TrainerName))}; sets other defaults; default: transformers",
+    "--trainer": f"{by_tool(get_args(TrainerName))}; sets other defaults; default: transformers",
     "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",

@@ -99,3 +99,12 @@ def test_counts_and_ranges_read_as_sentences() -> None:
 def test_help_all_is_help_where_nothing_is_rare(name: str) -> None:
     whole = run(name, "--help-all")
     assert (whole.code, whole.out) == (0, run(name, "--help").out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_line_of_an_option_ends_in_the_middle_of_a_word(name: str) -> None:
+    """The names of trainers, such as trl-dpo and qlora-paper, are what a person copies."""
+    whole = run(name, "--help-all", columns=80).out
+    of_options = [line for line in whole.splitlines() if line.startswith(("  -", 8 * " "))]
+    assert [line for line in of_options if re.search(r"\w-$", line)] == []
+    assert "\u2011" not in whole
