@@ -38,8 +38,14 @@ class Question(NamedTuple):
 
     @property
     def bound(self) -> "Bound | None":
-        """What the peak is where the file has keys that no option says."""
-        return self.config["bound"] if self.config else None
+        """What the peak is where the file has keys that no option says, or where more is reserved than a formula knows.
+
+        Nothing is known of a peak that keys lower and the allocator raises.
+        """
+        of_keys = self.config["bound"] if self.config else None
+        if not self.inventory.job.setup.packs_completions:
+            return of_keys
+        return "at_least" if of_keys in (None, "at_least") else "unknown"
 
     @property
     def open(self) -> str | None:
@@ -223,10 +229,9 @@ def _estimated(
         assumed |= {"compute_capability": of_first, **peaks.assumed}
     short = None if setup.host_memory is None else question.host(assumed.get("offloaded_bytes", 0)).why_short
     warned = f"batch_size: {refused_size}" if refused_size else short
-    bound: Bound | None = question.bound or ("at_least" if setup.packs_completions else None)
     if (config := question.config) is not None:
         config = config.copy()
-        config["bound"] = bound
+        config["bound"] = question.bound
     return Estimate(
         engine=engine,
         model=model_facts(job.architecture),
@@ -246,7 +251,7 @@ def _estimated(
                 *by_capability[of],
                 refused=refused_size or short or unmet(setup, pair(of)),
                 skip_unfit=skip_unfit,
-                bound=bound,
+                bound=question.bound,
                 vllm=vllm,
             )
             for card, of in ((card, capability(card)) for card in cards)

@@ -261,6 +261,17 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
 
 
+def test_no_card_is_said_to_fit_where_a_key_lowers_the_peak_of_packed_completions() -> None:
+    """The embedding on the host takes less than is counted, and the allocator reserves more: nothing is known of both."""
+    source = GRPO.format(batch=1, accumulation=1).replace("fast_inference=True", "fast_inference=True, offload_embedding=True")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert [row.effect for row in plan.unsupported.values()] == ["lowers"]
+    result = peftplan.estimate(config=plan, gpu="a100-80gb")
+    assert result.gpus[0].verdict == "unknown"
+    assert result.peaks is None
+    assert "unsupported keys (load.offload_embedding)" in result.not_modelled[0]
+
+
 def test_unsloth_loads_phi_with_its_projections_apart() -> None:
     """The seven projections of Phi-3 medium: 65,536,000 trainable parameters, as its notebook prints them."""
     plan = read_text(
