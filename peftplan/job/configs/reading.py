@@ -233,9 +233,9 @@ class Reading:
         """The micro batches of a step, where the file has the rows of the step on all ranks (`Facts.batches`)."""
         numbers = [str(self.effective.of(key)) for key in self.tool.batches]
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
-            rows, of_rank = map(int, numbers)
+            global_batch, micro_batch = map(int, numbers)
             ranks = launch.get("gpus", 1) * launch.get("nodes", 1)
-            self.options["gradient_accumulation_steps"] = max(rows // (of_rank * ranks), 1)
+            self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
 
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""
