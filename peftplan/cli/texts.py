@@ -46,7 +46,7 @@ MODEL: dict[str, str] = {
 }
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model; default: bf16",
-    "--device-map": "how from_pretrained places the model on one GPU; default: auto for a trainer of TRL, which loads it by name",
+    "--device-map": "how from_pretrained places the model on one GPU; default: the trainer's, auto for TRL's (loaded by name)",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "dtype that autocast computes in; default: the trainer's",
     "--quant": "storage of the frozen base; default: the method's",
