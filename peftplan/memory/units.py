@@ -25,7 +25,8 @@ class Units(Protocol):
     every_layer: bool
     """Whether each layer is run, since the first, the last and those between differ."""
     micro_batches: int
-    """Kinds of micro batches: one that finds no gradients, one that finds some, and one more where the last differs from it."""
+    """How many are run: one that finds no gradients, one that finds some, and one more that finds what the allocator kept of
+    both, or that differs as the last."""
 
     def enter(self, name: str) -> None:
         """Before the part runs on what needs no gradient."""
@@ -68,7 +69,7 @@ class OneGpu(OneDevice):
     """Nothing happens."""
 
     every_layer = False
-    micro_batches = 2
+    micro_batches = 3
 
     def enter(self, name: str) -> None:
         """Nothing."""

@@ -176,6 +176,28 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optim": "adamw_torch",
         },
     ),
+    "the third of four micro batches reserves more than the second": (
+        {
+            **shallow("phi-3-mini-4k-instruct", 3),
+            "hidden_size": 1728,
+            "intermediate_size": 4096,
+            "num_attention_heads": 18,
+            "num_key_value_heads": 3,
+            "vocab_size": 33000,
+        },
+        {
+            "method": "lora",
+            "r": 256,
+            "modules_to_save": ["lm_head"],
+            "autocast": "none",
+            "gradient_checkpointing": False,
+            "attn_implementation": "flash_attention_2",
+            "loss": "trl-chunked",
+            "gradient_accumulation_steps": 4,
+            "batch_size": 5,
+            "seq_len": 1024,
+        },
+    ),
     "Phi-3 holds the projection that it slices, and makes all slices before their views": (
         shallow("phi-3-mini-128k-instruct", 6),
         {"method": "full", "dtype": "fp32", "autocast": "bf16", "batch_size": 2, "optim": "adamw_8bit", **PLAIN},
