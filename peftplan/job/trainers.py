@@ -241,7 +241,6 @@ TRAINERS: dict[TrainerName, Trainer] = {
             always_masks=True,
             loads_on_device=True,
             losses=("full",),
-            task="CAUSAL_LM",
             loss_apart=True,
             hooks_inputs=False,
             own_decoders=True,
