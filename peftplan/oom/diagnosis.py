@@ -104,6 +104,14 @@ def _content(source: str) -> bytes:
     return files.content(Path(source), field="source", most=MOST_BYTES)
 
 
+def _context(capacity: int) -> int:
+    """Bytes of a CUDA context as verdicts assume it for a card of which only the size is known."""
+    from peftplan.hardware.context import context_for_verdict
+    from peftplan.hardware.gpus import find_gpu
+
+    return context_for_verdict(find_gpu(f"{capacity >> 20}MiB")).bytes
+
+
 def _expected(result: Estimate, message: Message | None) -> Expected | None:
     if result.peaks is None:
         return None
@@ -115,7 +123,7 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
         text = f"the job is expected to peak at {format_bytes(peak)} in {result.peaks.phase}"
     elif reached <= MORE * peak:
         capacity = message.capacity if message is not None else None
-        has_room = capacity is not None and (result.peaks.reserved or peak) <= capacity
+        has_room = capacity is not None and (result.peaks.reserved or peak) + _context(capacity) <= capacity
         text = (
             f"the job was expected to need {format_bytes(peak)} (in {result.peaks.phase}) and had reached "
             f"{format_bytes(reached)}: it does what it should, and the card "

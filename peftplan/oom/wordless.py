@@ -40,7 +40,8 @@ LINES: tuple[Line, ...] = (
     ),
     Line(
         re.compile(
-            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^MemoryError\b|^Killed$|exitcode: ?-9\b"
+            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory|^MemoryError\b|exitcode *: ?-9\b"
+            r"|^(?:\S+: line \d+: +\d+ )?Killed(?: {2,}.*)?$"
             r"|Signal 9 \(SIGKILL\)|Out of memory: Killed process|oom-kill",
             re.MULTILINE,
         ),
