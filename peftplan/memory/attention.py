@@ -16,7 +16,7 @@ from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Tensor
@@ -226,18 +226,18 @@ def product(
     """`matmul` of activations, which copies what does not lie head by head (`joined`: a, b do) once autocast has cast it.
 
     `spread`: b is a view of one head for all, of which a cast makes a tensor that lies head by head. `transposed`: as in
-    `ops.matmul`.
+    `products.matmul`.
     """
     f = model.tape
     in_order = joined[1] or (spread and f.autocast not in (None, b.dtype))
     if f.autocast:
         a, b = f.cast_all(f.autocast, a, b)
     copies = a if joined[0] else batched(model, a), b if in_order else batched(model, b)
-    return ops.matmul(f, *copies, dims, transposed=transposed)
+    return products.matmul(f, *copies, dims, transposed=transposed)
 
 
 def _scores(f: Tape, q: Tensor, k: Tensor) -> Tensor:
-    return ops.matmul(f, q, k, (*q.dims[:3], k.dims[2]), transposed=True)
+    return products.matmul(f, q, k, (*q.dims[:3], k.dims[2]), transposed=True)
 
 
 def gathered(model: Model, out: Tensor) -> Tensor:
@@ -289,7 +289,7 @@ def math(
     del scores, hidden
     weights = ops.dropout(f, weights, dropout)
     _low = f.to(weights.detach(), dtype)
-    out = ops.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
+    out = products.matmul(f, weights, spread(values), (*q.dims[:3], v.dims[3]))
     out = ops.heads(f, out, out.dims, clones=model.running.batch_size > 1)
     return f.to(out, dtype)
 

@@ -8,7 +8,7 @@ steps from them to a scale.
 from __future__ import annotations
 
 from peftplan.memory.parts import Part
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
@@ -25,7 +25,7 @@ def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int) -> Ten
     x = _fake_quantized(f, x, by_token)
     by_group = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group))
     fake = _fake_quantized(f, weight, by_group)
-    return ops.linear(f, x, fake, part.bias)
+    return products.linear(f, x, fake, part.bias)
 
 
 def quantizes(part: Part, *, group: int) -> bool:
@@ -44,30 +44,21 @@ def _fake_quantized(f: Tape, x: Operand, scales: tuple[Tensor, Tensor]) -> Tenso
     inverse = f.new(scale.dims, "fp32", "reciprocal")
     wide = ops.mul(f, x, inverse)
     del inverse
-    rounded = _passing(f, wide, "round")
+    rounded = ops.shift(f, wide, "round")
     del wide
-    shifted = _passing(f, rounded, "add")
+    shifted = ops.shift(f, rounded, "add")
     del rounded
     quantized = f.new(x.dims, "fp32", "clamp", f.record(_clamp_backward, (shifted,), shifted))
     del shifted
     narrow = f.to(quantized, x.dtype)
     narrow_zero_point = f.new(scale.dims, x.dtype, "to")
-    centred = _passing(f, narrow, "sub")
+    centred = ops.shift(f, narrow, "sub")
     del narrow, narrow_zero_point
     wide = ops.mul(f, centred, scale)
     del centred
     out = f.to(wide, x.dtype)
     del wide, quantized
     return out
-
-
-def _passing(f: Tape, x: Tensor, op: str) -> Tensor:
-    """An operation that saves nothing and hands its gradient on."""
-    return f.new(x.dims, x.dtype, op, f.record(_passing_backward, (x,)))
-
-
-def _passing_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return g
 
 
 def _clamp_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from peftplan.memory.parts import Adapter, Part
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
 from peftplan.methods.adaptation import PROMPTED
-from peftplan.tape import norms, ops
+from peftplan.tape import norms, ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Outputs, Parameter, Tensor
 
@@ -81,14 +81,14 @@ class Model(Weights):
         f.module = part.name
         if part.name in self.token_adapters:
             rows = self.table(part.name, part)  # a local variable of the layer's forward holds them beside autocast's copy
-            return ops.linear(f, x, rows)
+            return products.linear(f, x, rows)
         fake = self.running.kernels.fake_quant
         if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
             return fake_quantized.linear(f, part, x, self.scales, group=fake.group)
         if part.kind == "LinearSubclass" and part.quant is None:
-            return ops.product(f, x, part.own_weight, part.bias)
+            return products.falcon_linear(f, x, part.own_weight, part.bias)
         if part.quant is None:
-            return ops.linear(f, x, part.own_weight, part.bias, transposed=part.kind == "Conv1D")
+            return products.linear(f, x, part.own_weight, part.bias, transposed=part.kind == "Conv1D")
         from peftplan.memory.quantized import QUANTIZED
 
         return QUANTIZED[part.quant.layout](f, part, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
@@ -14,7 +14,7 @@ ROWS, WIDTH, VOCAB = 8, 16, 64
 def tied(f: Tape, weight: Parameter) -> Tensor:
     """`(embedding(ids) @ weight.T).sum()`, the sum as a product that keeps nothing."""
     hidden = ops.embedding(f, weight, (ROWS,))
-    return ops.linear(f, hidden, weight)
+    return products.linear(f, hidden, weight)
 
 
 def most_alive(f: Tape, dims: tuple[int, ...]) -> int:
@@ -60,7 +60,7 @@ def test_torch_sums_the_gradients_of_a_tied_weight_in_a_new_tensor() -> None:
 
 def test_a_weight_used_once_keeps_its_first_gradient_as_it_is() -> None:
     f, weight = Tape(), Parameter("head.weight", (VOCAB, WIDTH), "fp32", trainable=True)
-    f.backward(ops.linear(f, f.new((ROWS, WIDTH), "fp32", "x"), weight))
+    f.backward(products.linear(f, f.new((ROWS, WIDTH), "fp32", "x"), weight))
     assert most_alive(f, (VOCAB, WIDTH)) == 1
 
 
@@ -70,8 +70,8 @@ def test_a_residual_is_summed_into_what_waits_and_projections_into_a_new_tensor(
     def alive(*, residual: bool) -> int:
         f, weight = Tape(), Parameter("proj.weight", (WIDTH, WIDTH), "fp32", trainable=False)
         x = ops.add(f, f.new((1, ROWS, WIDTH), "fp32", "x"), Parameter("bias", (WIDTH,), "fp32", trainable=True))
-        first = x if residual else ops.linear(f, x, weight)
-        out = ops.add(f, first, ops.linear(f, x, weight))
+        first = x if residual else products.linear(f, x, weight)
+        out = ops.add(f, first, products.linear(f, x, weight))
         del x, first
         f.log.clear()
         f.backward(out)
@@ -87,7 +87,7 @@ def test_autocast_casts_the_last_argument_first_and_addmm_has_the_gradient_of_it
     weight, bias = (Parameter(name, dims, "fp32", trainable=True) for name, dims in (("w", (16, WIDTH)), ("b", (16,))))
     x = ops.scale(f, Parameter("x", (1, ROWS, WIDTH), "fp32", trainable=True))
     f.log.clear()
-    out = ops.linear(f, x, weight, bias)
+    out = products.linear(f, x, weight, bias)
     assert [f.dims[n] for n in f.log if n > 0] == [bias.dims, weight.dims, x.dims, out.dims]
     f.log.clear()
     f.backward(out)

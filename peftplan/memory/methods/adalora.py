@@ -13,7 +13,7 @@ from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import FOUR_BIT, Part, Running
 from peftplan.parameters import Parameter as Family
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
 
@@ -45,7 +45,7 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
 
 def _product(f: Tape, x: Tensor, weight: Operand) -> Tensor:
     """`x @ weight.T`: autocast's cache does not know views, so it casts each time."""
-    return ops.linear(f, x, f.to(weight, f.autocast) if f.autocast else weight)
+    return products.linear(f, x, f.to(weight, f.autocast) if f.autocast else weight)
 
 
 def added(f: Tape, result: Tensor, out: Tensor) -> Tensor:

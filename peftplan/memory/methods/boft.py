@@ -10,7 +10,7 @@ from collections.abc import Callable
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
@@ -42,7 +42,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
 
 def _product(f: Tape, x: Tensor, rotation: Tensor) -> Tensor:
     """`x @ rotation`."""
-    return ops.linear(f, x, rotation, transposed=True)
+    return products.linear(f, x, rotation, transposed=True)
 
 
 def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -157,4 +157,4 @@ def _selected_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Te
 
 def _multiplied(f: Tape, a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices."""
-    return ops.matmul(f, a, b, (a.dims[0], b.dims[1]))
+    return products.matmul(f, a, b, (a.dims[0], b.dims[1]))

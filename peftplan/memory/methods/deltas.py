@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
@@ -60,7 +60,7 @@ def _dropped_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Ten
 def _applied(f: Tape, weight: Tensor, x: Tensor) -> Tensor:
     """`linear` of x in the dtype of ΔW; that copy lives until the product is there, longer where something keeps it."""
     x = f.to(x, weight.dtype)
-    return ops.linear(f, x, weight)
+    return products.linear(f, x, weight)
 
 
 def _hadamard(f: Tape, part: Part) -> Tensor:
@@ -106,7 +106,7 @@ def _factor(f: Tape, part: Part, name: str) -> Operand:
     if whole is not None:
         return whole
     a, b = part.params[f"{name}_a"], part.params[f"{name}_b"]
-    return ops.matmul(f, a, b, (a.dims[0], b.dims[1]))  # type: ignore[arg-type]
+    return products.matmul(f, a, b, (a.dims[0], b.dims[1]))  # type: ignore[arg-type]
 
 
 def _kron_backward(f: Tape, node: Node, saved: tuple[Operand, Operand], g: Tensor) -> Gradients:
@@ -126,7 +126,7 @@ def fourierft(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> T
     f.module = part.name
     delta = _transformed(f, part)
     x = f.to(x, delta.dtype)
-    result = ops.add(f, result, ops.linear(f, x, delta))
+    result = ops.add(f, result, products.linear(f, x, delta))
     narrow: Tensor = f.to(result, dtype)
     del delta
     return narrow

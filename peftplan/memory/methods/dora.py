@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Operand, Tensor
 
@@ -35,13 +35,13 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     magnitude = part.params["lora_magnitude_vector.weight"]
     scale = ops.divide(f, magnitude, norm)
     f.module = f"{part.name}.lora_A"
-    low = ops.linear(f, x, a)
+    low = products.linear(f, x, a)
     f.module = f"{part.name}.lora_B"
-    lora_result = ops.linear(f, low, b)
+    lora_result = products.linear(f, low, b)
     del low
     f.module = part.name
     if base_result is None:
-        base_result = ops.linear(f, x, weight, transposed=turned)
+        base_result = products.linear(f, x, weight, transposed=turned)
     elif (bias := bias_of(part, base_result)) is not None:
         base_result = ops.add(f, base_result, bias)
     scaled_base = ops.mul(f, ops.shift(f, scale), base_result)
@@ -56,9 +56,9 @@ def _lora_weight(f: Tape, part: Part, a: Operand, b: Operand) -> Tensor:
     n_in = a.dims[1]
     f.module = f"{part.name}.lora_A"
     identity = f.new((n_in, n_in), a.dtype, "eye")
-    low = ops.linear(f, identity, a)
+    low = products.linear(f, identity, a)
     f.module = f"{part.name}.lora_B"
-    return ops.linear(f, low, b)
+    return products.linear(f, low, b)
 
 
 def _norm(f: Tape, weight: Operand, lora_weight: Tensor, *, turned: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.parts import Part
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
@@ -31,7 +31,7 @@ def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None) -> T
     a, b = part.params["lora_embedding_A"], part.params["lora_embedding_B"]
     dims, rank = result.dims[:-1], a.dims[0]
     low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, dims, ids))
-    out = ops.scale(f, ops.linear(f, low, b))
+    out = ops.scale(f, products.linear(f, low, b))
     narrow: Tensor = f.to(ops.add(f, result, out), result.dtype)
     return narrow
 

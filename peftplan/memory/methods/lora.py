@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.parts import FOUR_BIT, Part, Running
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
@@ -35,10 +35,10 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, running.config.lora_dropout))
     if converts and running.adapter_shards:
         dropped = f.to(dropped, a.dtype)  # as the unit casts what it is called with
-    low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: ops.linear(f, x, a))
+    low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: products.linear(f, x, a))
     del dropped  # an argument of the module
     f.module = f"{part.name}.lora_B"
-    out = f.call(f"{part.name}.lora_B", part.layer, (b, bias), low, lambda x: ops.linear(f, x, b, bias))
+    out = f.call(f"{part.name}.lora_B", part.layer, (b, bias), low, lambda x: products.linear(f, x, b, bias))
     del low
     f.module = part.name
     out = ops.scale(f, out)

@@ -12,7 +12,7 @@ from peftplan.errors import RefusedError
 from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 from peftplan.versions import named
@@ -49,7 +49,7 @@ def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: Any) -> Ten
             f"{named('peft')} refuses it: OFT takes an input of 4 dims for a picture: RuntimeError: shape is invalid"
         )
     by_block = (blocks, *x.dims[:-1], k)
-    product = ops.matmul(f, x.view(by_block), rotation, by_block)
+    product = products.matmul(f, x.view(by_block), rotation, by_block)
     rotated = ops.copied(f, product, "clone", x.dims) if blocks > 1 else product.view(x.dims)
     return f.to(rotated, x.dtype)
 
@@ -95,7 +95,7 @@ def _neumann(f: Tape, q: Tensor, terms: int) -> Tensor:
     total = _added(f, total, q, scales=True)
     power = q
     for number in range(2, terms):
-        power = ops.matmul(f, power, q, dims)
+        power = products.matmul(f, power, q, dims)
         total = _added(f, total, power, scales=number < terms - 1 or terms == 3)
     return total
 

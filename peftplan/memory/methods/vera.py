@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import FOUR_BIT, Part, Running
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
@@ -25,9 +25,9 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     b = Parameter("vera_B", (n_out, rank), inner.dtype, trainable=False)
     f.module = part.name
     x = f.to(x, inner.dtype)
-    low = ops.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
+    low = products.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
     low = ops.mul(f, inner, low)
-    out = ops.linear(f, low, b)
+    out = products.linear(f, low, b)
     del low
     out = ops.mul(f, outer, out)
     result = ops.add(f, result, out)

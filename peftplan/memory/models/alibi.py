@@ -13,7 +13,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
@@ -64,7 +64,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)
     probabilities = ops.dropout(f, probabilities, c.model.arch.dropout.attention)
     c.model.layer_locals.append(probabilities)
-    context = ops.matmul(f, probabilities, v, by_head)
+    context = products.matmul(f, probabilities, v, by_head)
     context = gathered(c.model, context)
     out = c.linear("self_attention.dense", context)
     c.at("self_attention")

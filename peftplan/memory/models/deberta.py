@@ -14,7 +14,7 @@ from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
@@ -170,7 +170,7 @@ class Scores:
         q, k, v = (self.by_head(part, x) for part in ("query_proj", "key_proj", "value_proj"))
         dims = (*q.dims[:3], k.dims[2])
         scaled = ops.scale(f, k, "div")
-        scores = ops.matmul(f, q, scaled, dims, transposed=True)
+        scores = products.matmul(f, q, scaled, dims, transposed=True)
         del scaled
         if distances is not None and positions is not None:
             positions = ops.dropout(f, positions, model.arch.dropout.hidden)
@@ -180,7 +180,7 @@ class Scores:
         scores = masked_fill(f, scores, f.new(mask.dims, "bool", "not"))
         weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
         weights = ops.dropout(f, weights, model.arch.dropout.attention)
-        out = ops.matmul(f, weights, v, q.dims)
+        out = products.matmul(f, weights, v, q.dims)
         del visible
         return ops.copied(f, out, "clone").view((q.dims[0], q.dims[2], self.a.num_attention_heads * self.a.head_dim))
 
@@ -215,7 +215,7 @@ class Scores:
     def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim) -> tuple[Tensor, Tensor]:
         """One kind of score: of every position in the table, then those of each pair; and which they are."""
         f = self.model.tape
-        every = ops.matmul(f, content, against, (*content.dims[:3], span), transposed=True)
+        every = products.matmul(f, content, against, (*content.dims[:3], span), transposed=True)
         index = f.new(distances.dims, "int64", "clamp")
         return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
 

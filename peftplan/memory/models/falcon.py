@@ -14,7 +14,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import mlp, rotary_tables, run_layers
 from peftplan.memory.models.style import Call, Style, rotate_all
 from peftplan.memory.norms import layer_norm
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
@@ -105,7 +105,7 @@ def eager(c: Call, q: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     c.model.layer_locals.append(weights)
     if c.tape.autocast:
         weights, v = c.tape.cast_all(c.tape.autocast, weights, v)
-    return gathered(c.model, ops.matmul(c.tape, weights, _for_all(c, v), q.dims))
+    return gathered(c.model, products.matmul(c.tape, weights, _for_all(c, v), q.dims))
 
 
 def _rotated_weights(c: Call, q: Tensor, k: Tensor, dtype: str, mask: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
@@ -120,16 +120,16 @@ def _biased_weights(
 ) -> tuple[Tensor, ...]:
     """The same with ALiBi: in fp32, and with three tensors that have names, which live until attention returns."""
     f = c.tape
-    products = _scores(c, q, k)
-    scores = f.to(products, "fp32")
+    unscaled = _scores(c, q, k)
+    scores = f.to(unscaled, "fp32")
     logits = _divided_in_place(f, ops.add(f, scores, alibi))
-    return ops.softmax(f, ops.add(f, logits, mask), dtype), products, scores, logits
+    return ops.softmax(f, ops.add(f, logits, mask), dtype), unscaled, scores, logits
 
 
 def _scores(c: Call, q: Tensor, k: Tensor) -> Tensor:
     if c.tape.autocast:
         q, k = c.tape.cast_all(c.tape.autocast, q, k)
-    return ops.matmul(c.tape, batched(c.model, q), _for_all(c, k), (*q.dims[:3], k.dims[2]))
+    return products.matmul(c.tape, batched(c.model, q), _for_all(c, k), (*q.dims[:3], k.dims[2]))
 
 
 def _for_all(c: Call, x: Tensor) -> Tensor:

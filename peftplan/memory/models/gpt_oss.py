@@ -16,7 +16,7 @@ from peftplan.memory.models.decoder import masks_of, projected, run_layers
 from peftplan.memory.models.moe import check
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import minus, rms_cast_last
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.rotary import halves_rotated
 from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tape import Tape
@@ -112,7 +112,7 @@ def mixture(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     router = f"{c.style.stack}.mlp.router"
     f = c.at("mlp.router")
     weight, _update = matrix(c.model, router, c.number)
-    logits = ops.linear(f, x, weight, c.model.part(router, c.number).bias)
+    logits = products.linear(f, x, weight, c.model.part(router, c.number).bias)
     best, indices = top_k(f, logits, c.block.mlp.num_experts_per_tok)
     scores = ops.softmax(f, best, best.dtype)
     del _update, logits, best

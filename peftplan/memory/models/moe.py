@@ -16,7 +16,7 @@ from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.models.decoder import decoder, gated_mlp
 from peftplan.memory.models.style import Call, Style
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor
 
@@ -37,7 +37,7 @@ def router_logits(c: Call, x: Tensor, name: str) -> Tensor:
     """`F.linear(x, weight)`."""
     f = c.at(name)
     weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)
-    return ops.linear(f, x, weight)
+    return products.linear(f, x, weight)
 
 
 def best(c: Call, probabilities: Tensor, *, normed: bool) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def wide_logits(c: Call, x: Tensor, name: str) -> Tensor:
     f = c.at(name)
     wide = f.to(x, "fp32")
     weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)  # made where it is read, behind the input's copy
-    return ops.linear(f, wide, f.to(weight, "fp32"))
+    return products.linear(f, wide, f.to(weight, "fp32"))
 
 
 def deepseek_v2_route(c: Call, x: Tensor, name: str) -> Routed:
