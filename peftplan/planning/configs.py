@@ -17,7 +17,7 @@ from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.estimate import estimate
 from peftplan.planning.verdicts import counted_cards, find_cards, scope_of
-from peftplan.results.documents import VerdictName
+from peftplan.results.verdict_documents import VerdictName
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""

@@ -9,7 +9,8 @@ from typing_extensions import NotRequired, TypedDict
 from peftplan.job.options import MethodOptions, SetupOptions, StrategyOptions
 from peftplan.job.setup import Engine
 from peftplan.ledger import Category
-from peftplan.results.documents import Phase, VerdictName
+from peftplan.results.documents import Phase
+from peftplan.results.verdict_documents import VerdictName
 
 
 class BindingDocument(TypedDict):

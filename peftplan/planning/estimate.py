@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peftplan.job.configs.with_file import WithFile
     from peftplan.job.job import Job
     from peftplan.job.options import Options
-    from peftplan.results.documents import ConfigDocument
+    from peftplan.results.config_documents import ConfigDocument
 
     ConfigFiles: TypeAlias = str | PathLike[str] | Iterable[str | PathLike[str]] | ConfigPlan
     """Files of another tool, or what was read from them."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
     from peftplan.job.configs.plan import Bound
     from peftplan.results.advice import Advised
+    from peftplan.results.config_documents import ConfigDocument
     from peftplan.results.distributed import OverGpus, RankGroup
-    from peftplan.results.documents import ConfigDocument
     from peftplan.results.host import Host
 
 

@@ -21,7 +21,8 @@ from peftplan.planning.practice import Practice
 from peftplan.planning.serving_documents import ServingDocument
 from peftplan.report.check_documents import CheckDocument
 from peftplan.results import rehearsal
-from peftplan.results.documents import EstimateDocument, VerdictDocument
+from peftplan.results.documents import EstimateDocument
+from peftplan.results.verdict_documents import VerdictDocument
 
 
 class FitsDocument(TypedDict):

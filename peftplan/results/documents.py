@@ -10,9 +10,10 @@ from typing import Literal
 from typing_extensions import NotRequired, TypedDict
 
 from peftplan.ledger import Category, Place
+from peftplan.results.config_documents import ConfigDocument
+from peftplan.results.verdict_documents import CardDocument
 
 Phase = Literal["load", "generate", "forward", "backward", "step"]
-VerdictName = Literal["fits", "tight", "does_not_fit", "does_not_run", "unknown"]
 
 
 class ModelDocument(TypedDict):
@@ -136,73 +137,6 @@ class HostDocument(TypedDict):
     per_node: NodeDocument
 
 
-class LargestLineDocument(TypedDict):
-    """The line that takes most of the card."""
-
-    category: Category
-    name: str
-    bytes: int
-
-
-class AdviceDocument(TypedDict):
-    """Options to change together."""
-
-    options: dict[str, object]
-    """Keywords of `peftplan.estimate` → new values."""
-    saving_bytes: int
-    tensor_bytes: int
-    """Bytes of the tensors at the new peak."""
-    verdict: str | None
-    """The verdict with these options; `null` where it was not computed."""
-    peak_allocated: int | None
-    headroom_bytes: int | None
-
-
-class VerdictDocument(TypedDict):
-    """Whether the job fits one card."""
-
-    name: str
-    """The card, as `peftplan gpus` names it, or a size."""
-    usable_bytes: int
-    """What a program can use of the card."""
-    usable_source: str
-    verdict: VerdictName
-    scope: NotRequired[str]
-    """`text` where the job's pictures are not counted."""
-    reason: str | None
-    """Why the job does not run."""
-    needed_bytes: int
-    """Reserved bytes and the CUDA context."""
-    needed_is_lower_bound: bool
-    needed_is_upper_bound: NotRequired[bool]
-    """Whether keys of a file, which no option says, make the job need less."""
-    vllm_bytes: NotRequired[int]
-    """What vLLM takes of the card, where it generates for the trainer."""
-    context_bytes: int
-    context_assumed: bool
-    """Whether the context is that of another card."""
-    context_source: str
-    runtime_context: int | None
-    device_total: int | None
-    headroom_bytes: int
-    """Usable bytes − needed bytes."""
-    runs_by_releasing_cache: bool
-    """Whether the job runs only because torch gives cached memory back."""
-
-
-class CardDocument(VerdictDocument):
-    """A verdict with advice."""
-
-    largest_line: LargestLineDocument
-    advice: list[AdviceDocument]
-    """The first entry makes the job fit, if any does; the others follow by what they save."""
-    advice_engine: str | None
-    smallest_card: str | None
-    """The smallest card that takes the job, where no change helps."""
-    weights_alone: int | None
-    """Bytes of the base's weights, where these alone are more than the card has."""
-
-
 class PeakTensorDocument(TypedDict):
     """Tensors of one name at the peak: `--explain-peak`."""
 
@@ -269,57 +203,6 @@ class DistributedDocument(TypedDict):
     ranks: list[RankGroupDocument]
     host: HostOfRanksDocument
     not_counted: list[str]
-
-
-class ReadKeyDocument(TypedDict):
-    """A key of a file that decides options."""
-
-    value: object
-    option: str
-    """The options, comma-separated."""
-    why: str
-
-
-class IgnoredKeyDocument(TypedDict):
-    """A key that does not change memory."""
-
-    value: object
-    why: str
-    at: str
-    """The tool's file and line."""
-
-
-class UnsupportedKeyDocument(TypedDict):
-    """A key that changes memory, or may, and that no option says."""
-
-    value: object
-    why: str
-    effect: Literal["lowers", "raises", "unknown"]
-    """What it does to the true peak."""
-    option: str | None
-    """The option that takes its place where it is set."""
-
-
-class ConfigDocument(TypedDict):
-    """What the file of another training tool says: `--config`."""
-
-    tool: str
-    version: str
-    """The version whose defaults are known."""
-    files: list[str]
-    model: str | None
-    options: dict[str, object]
-    """peftplan's options, the tool's defaults included."""
-    launch: dict[str, object]
-    read: dict[str, ReadKeyDocument]
-    ignored: dict[str, IgnoredKeyDocument]
-    unsupported: dict[str, UnsupportedKeyDocument]
-    defaults: dict[str, str]
-    """Option that the file leaves to the tool → the tool's file and line."""
-    assumed: dict[str, str]
-    """What the file leaves to the data or the launcher."""
-    bound: Literal["at_most", "at_least", "unknown"] | None
-    """What the peak is where a key is not supported."""
 
 
 class EstimateDocument(TypedDict):

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from peftplan.methods.adaptation import Adaptation
     from peftplan.parameters import Parameters
     from peftplan.results.advice import Advised
+    from peftplan.results.config_documents import ConfigDocument
     from peftplan.results.distributed import OverGpus
-    from peftplan.results.documents import ConfigDocument, EstimateDocument, LineDocument, MethodDocument, ModelDocument, Phase
+    from peftplan.results.documents import EstimateDocument, LineDocument, MethodDocument, ModelDocument, Phase
     from peftplan.results.host import Host
     from peftplan.results.series import Recording
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
-    from peftplan.results.documents import VerdictDocument
+    from peftplan.results.verdict_documents import VerdictDocument
 
 TIGHT = 0.05
 """Less than this share of a card left over is tight."""

@@ -14,7 +14,7 @@ from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
 if TYPE_CHECKING:
-    from peftplan.results.documents import ConfigDocument
+    from peftplan.results.config_documents import ConfigDocument
 
 ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
 
