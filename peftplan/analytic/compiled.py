@@ -45,6 +45,8 @@ class Compiled(NamedTuple):
     """Loads the model tensor by tensor."""
     standing_bytes: int
     loading_bytes: int
+    programs: "dict[tuple[int, ...], Written]"
+    """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
     virtual_tokens: int
     loss: LossSizes
     rows: int = 1
@@ -69,8 +71,6 @@ class Compiled(NamedTuple):
     """Numbers of tokens above which the step allocates otherwise."""
     empties_cache: bool = False
     """Whether cached segments are given back after each backward."""
-    programs: "dict[tuple[int, ...], Written]" = {}  # noqa: RUF012
-    """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -288,6 +288,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         load=load,
         standing_bytes=standing.bytes(),
         loading_bytes=loading.bytes(),
+        programs={},
         early=early,
         built=tuple(line for line in loaded if line in beside),
         first_run=None if job.distributed is None else ranks.first_run(load),
@@ -300,7 +301,6 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         expandable=segments_grow(setup),
         limits=limits_of(job),
         empties_cache=setup.by.empties_cache,
-        programs={},
     )
     if first is None:
         return compiled_job
