@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -26,14 +27,14 @@ def start(say: Callable[[str], None]) -> None:
     """Wait for each task of a pool. `say`: is told once that threads copied to the card, and of pools that are left alone."""
     submit = ThreadPoolExecutor.submit
     notes: list[str] = []
+    left_alone: WeakSet[ThreadPoolExecutor] = WeakSet()
 
     def submit_and_wait(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         before = _allocations()
         future = submit(self, fn, *args, **kwargs)
-        if not getattr(self, "impatient", False):
-            self.impatient = not wait([future], PATIENCE).done  # type: ignore[attr-defined]
-            if self.impatient:  # type: ignore[attr-defined]
-                say(LEFT_ALONE)
+        if self not in left_alone and not wait([future], PATIENCE).done:
+            left_alone.add(self)
+            say(LEFT_ALONE)
         if not notes and _allocations() > before:
             notes.append(COPIED)
             say(COPIED)
