@@ -10,6 +10,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.built import BUILT
+from peftplan.job.options import Options
 from peftplan.storage import parse_quant, stored
 from tools.rehearsed_jobs import RECIPES, compared, page, read
 
@@ -63,8 +64,8 @@ def test_the_page_shows_the_rows(results: Results) -> None:
 
 def test_log_probabilities_of_all_chunks_wait_for_backward() -> None:
     """n scored tokens, v entries: fp32 log-probabilities of n tokens, and of the last chunk fp32 and bf16 logits too."""
-    job = {"trainer": "torchtune", "method": "lora", "r": 64, "batch_size": 4, "seq_len": 2048, "gpu": "a100-80gb"}
-    with_loss = peftplan.estimate("llama-3.2-1b", gradient_checkpointing=True, **job)  # type: ignore[arg-type]
+    job: Options = {"trainer": "torchtune", "r": 64, "batch_size": 4, "seq_len": 2048, "gradient_checkpointing": True}
+    with_loss = peftplan.estimate("llama-3.2-1b", method="lora", gpu="a100-80gb", **job)
     n, v = 4 * 2047, 128256
     last_chunk = n // 8
     assert with_loss.peaks is not None
@@ -94,18 +95,17 @@ def test_what_is_refused(options: dict[str, str], message: str) -> None:
         ),
     ],
 )
-def test_stepping_in_backward_is_torchtunes(options: dict[str, object], message: str) -> None:
+def test_stepping_in_backward_is_torchtunes(options: Options, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
-        peftplan.estimate("llama-3.2-1b", method="full", **options)  # type: ignore[arg-type]
+        peftplan.estimate("llama-3.2-1b", method="full", **options)
 
 
 def test_no_gradient_outlives_backward_where_the_optimizer_steps_in_it() -> None:
     """Weights stay; of 2.30 GiB of bf16 gradients none is there in the step."""
-    job = {"trainer": "torchtune", "method": "full", "optim": "paged_adamw_8bit", "batch_size": 1, "seq_len": 512}
-    after, within = (
-        peftplan.estimate("llama-3.2-1b", optimizer_in_backward=on, **job).peaks  # type: ignore[arg-type]
-        for on in (False, True)
-    )
+    job: Options = {"trainer": "torchtune", "optim": "paged_adamw_8bit", "batch_size": 1, "seq_len": 512}
+    after = peftplan.estimate("llama-3.2-1b", method="full", **job).peaks
+    job["optimizer_in_backward"] = True
+    within = peftplan.estimate("llama-3.2-1b", method="full", **job).peaks
     assert after is not None
     assert within is not None
     assert after.by_phase["step"] - within.by_phase["step"] == 1_235_814_400 * 2
@@ -127,8 +127,7 @@ def test_nf4_is_stored_as_torchao_stores_it() -> None:
 
 def test_restoring_a_weight_takes_fourteen_bytes_an_element() -> None:
     """int64 indices, values and scaled values of all elements, and the weight: 8 + 2 + 2 + 2; scalers are 2 B for 64 elements."""
-    job = {"trainer": "torchtune", "method": "qlora", "r": 8, "target_modules": "q_proj"}
-    peaks = peftplan.estimate("llama-3.2-1b", **job).peaks  # type: ignore[arg-type]
+    peaks = peftplan.estimate("llama-3.2-1b", trainer="torchtune", method="qlora", r=8, target_modules="q_proj").peaks
     assert peaks is not None
     n = 8192 * 2048
     (passing,) = (line for line in peaks.ledgers["load"] if line.category == "temporaries")
@@ -137,8 +136,10 @@ def test_restoring_a_weight_takes_fourteen_bytes_an_element() -> None:
 
 def test_fake_quantized_layers_keep_their_values_in_fp32() -> None:
     """Of a layer's projections backward waits for the fp32 values before `clamp`, of inputs and weights, and their fp32 steps."""
-    job = {"trainer": "torchtune", "method": "full", "batch_size": 2, "seq_len": 512}
-    plain, fake = (peftplan.estimate("qwen3-0.6b", kernels=kernels, **job).peaks for kernels in (None, "torchao"))  # type: ignore[arg-type]
+    plain, fake = (
+        peftplan.estimate("qwen3-0.6b", method="full", trainer="torchtune", kernels=kernels, batch_size=2, seq_len=512).peaks
+        for kernels in (None, "torchao")
+    )
     assert plain is not None
     assert fake is not None
     tokens, h, i, attended, kv, layers = 2 * 512, 1024, 3072, 2048, 1024, 28
@@ -161,9 +162,9 @@ def test_fake_quantized_layers_keep_their_values_in_fp32() -> None:
         ),
     ],
 )
-def test_torchaos_layers_are_torchtunes(options: dict[str, str], message: str) -> None:
+def test_torchaos_layers_are_torchtunes(options: Options, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
-        peftplan.estimate("llama-3.2-1b", method="full", **options)  # type: ignore[arg-type]
+        peftplan.estimate("llama-3.2-1b", method="full", **options)
 
 
 def test_torchao_stores_whole_blocks_alone() -> None:
