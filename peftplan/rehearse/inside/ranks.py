@@ -62,7 +62,10 @@ def _stated(argument: int | None, variable: str, otherwise: int) -> int:
 
 
 def _of_the_same_backend(new_group: Callable[..., Any]) -> Callable[..., Any]:
-    """A group for another backend, such as gloo beside NCCL, would wait for the other ranks; options are those of a backend."""
+    """`new_group` on the fake backend, whichever is asked for: one of gloo beside NCCL would wait for the other ranks.
+
+    `pg_options` are those of the backend that was asked for.
+    """
 
     def new_fake_group(
         ranks: object = None,

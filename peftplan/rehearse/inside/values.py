@@ -11,7 +11,7 @@ from peftplan.rehearse.inside import known
 
 IGNORED = -100
 """The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
-LINEAR_ALGEBRA = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+LINEAR_ALGEBRA: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def start() -> None:
@@ -44,7 +44,7 @@ def start() -> None:
         setattr(torch, name, _never(getattr(torch, name)))
         setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
     # what a solver says of its own success
-    LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")  # type: ignore[no-untyped-call]
+    LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
     known.start()
 
 
