@@ -88,10 +88,9 @@ def placed(kinds: tuple[int, ...], *, summing: bool, mixed: bool) -> tuple[list[
     Copies go where their layers run, so those of a kind may stand in several places. `mixed`: some layers are checkpointed and
     some are not. `summing`: all layers add to one gradient; copies of kinds that alternate then go behind the first of each kind.
     """
-    in_runs = _in_runs(kinds)
-    periods = mixed and not in_runs
-    sections, copies = (sections_of_periods if periods else sections_of)(kinds, summing=summing)
-    if summing and not in_runs and not mixed:
+    alternating = not _in_runs(kinds)
+    sections, copies = (sections_of_periods if alternating and mixed else sections_of)(kinds, summing=summing)
+    if summing and alternating and not mixed:
         return sections, {section: {len(set(kinds)): layers} for section, layers in copies.items()}
     by_place: Copied = {}
     for section, layers in copies.items():
