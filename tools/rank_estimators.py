@@ -42,8 +42,11 @@ def table() -> str:
 
 
 def cell(value: int | None, measured: int) -> str:
-    """Bytes that an estimator says, and how far they are from those of the rehearsal."""
-    return "–" if value is None else f"{value:,} ({round(100 * (value / measured - 1), 1) + 0.0:+.1f} %)"
+    """Bytes that an estimator says, and how far they are from those of the rehearsal; below 1 % with three decimals."""
+    if value is None:
+        return "–"
+    percent = 100 * (value / measured - 1)
+    return f"{value:,} ({percent:+.{1 if abs(percent) >= 1 else 3}f} %)"
 
 
 def ours(row: dict[str, Any]) -> int:
