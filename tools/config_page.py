@@ -203,7 +203,7 @@ own where a library of the tool raises it (*tool refuses*). Shares are of the co
     }
 
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
-{_counted(known)} of {len(known)} ({_counted(known) / len(known):.1%}), exact peaks at {_exact(text)} of {len(text)} ({
+{_counted(known)} of {len(known)} ({share(_counted(known), len(known))}), exact peaks at {_exact(text)} of {len(text)} ({
         share(_exact(text), len(text))
     }). Of all training configs {share(_counted(known), len(training))} are counted.
 
