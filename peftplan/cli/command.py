@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,32 @@ option = partial(click.option, cls=Option)
 argument = partial(click.argument, cls=Argument)
 
 
+class HelpFormatter(click.HelpFormatter):
+    """Writes help in which no word is parted at its hyphen."""
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph."""
+        super().write_text(text.replace("-", HYPHEN))
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write options, each with its text."""
+        super().write_dl([(option, text.replace("-", HYPHEN)) for option, text in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """All that was written."""
+        return super().getvalue().replace(HYPHEN, "-")
+
+
+class Context(click.Context):
+    """A context whose help keeps words whole."""
+
+    formatter_class = HelpFormatter
+
+
 class Command(click.Command):
     """A command that shows its options under their headings and takes each of them once, in the words of any tool."""
+
+    context_class = Context
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -102,11 +126,6 @@ class Command(click.Command):
         """How many options `--help` leaves to `--help-all`."""
         return sum(getattr(param, "rare", False) for param in self.params)
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the help, in which no word of an option's text is parted."""
-        super().format_help(ctx, formatter)
-        formatter.buffer = [text.replace(HYPHEN, "-") for text in formatter.buffer]
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section per heading."""
         whole = WHOLE_HELP in ctx.meta
@@ -116,7 +135,7 @@ class Command(click.Command):
                 continue
             if (record := param.get_help_record(ctx)) is not None:
                 spelling, text = record
-                groups.setdefault(getattr(param, "heading", "Options"), []).append((spelling, text.replace("-", HYPHEN)))
+                groups.setdefault(getattr(param, "heading", "Options"), []).append((spelling, text))
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
