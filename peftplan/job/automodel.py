@@ -28,8 +28,9 @@ def without_formula(job: Job) -> str | None:
         "autocast": setup.autocast != "none",
         "padding": setup.padding,
         f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in ("adamw_torch", "adamw_torch_fused"),
-        "one GPU": job.distributed is None,
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
-    missing = next((what for what, is_so in unknown.items() if is_so), None)
-    return missing and f"{setup.by.called} with {missing}"
+    missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)
+    if missing is None and job.distributed is None:
+        missing = "on one GPU"
+    return missing and f"{setup.by.called} {missing}"
