@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from peftplan.planning.advising import advice_on, unfit
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
-from peftplan.report.screen import INDENT, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
+from peftplan.report.screen import INDENT, TIED, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
 from peftplan.report.tabular import assumption_rows
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
@@ -109,6 +109,8 @@ def _open(result: Estimate) -> str:
     """Why a verdict is unknown, and what to do."""
     if result.config and result.config["unsupported"]:
         return "unsupported keys in the file"
+    if result.peaks and not result.peaks.incomplete:
+        return "the allocator reserves more than a formula knows"
     if result.peaks:
         return "the trace could not follow all of it"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
@@ -202,7 +204,7 @@ def _assumptions(result: Estimate, screen: Screen) -> list[Row]:
     off = [name for name in ordered if values[name] == "no"]
     by_tool = result.config["defaults"] if result.config else {}
     items = [_item(name, values[name], by_tool.get(name)) for name in ordered if name not in off]
-    items += [f"no {', '.join(off)}"] if off else []
+    items += [f"no{TIED}{', '.join(off)}"] if off else []
     return flowing(items, screen.columns, between=screen.glyphs.dot, before="assumed: ")
 
 
