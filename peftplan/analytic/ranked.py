@@ -58,7 +58,11 @@ class Ranked(NamedTuple):
         return np.maximum(self._bytes(self.loaded, rank), self.passing)
 
     def _bytes(self, lines: Iterable[Line], rank: Ints) -> Ints:
-        ranks, where = np.unique(rank, return_inverse=True)
+        lowest, highest = int(rank.min()), int(rank.max())
+        if highest - lowest < len(rank):  # without a sort
+            ranks, where = np.arange(lowest, highest + 1), rank - lowest
+        else:
+            ranks, where = np.unique(rank, return_inverse=True)
         total = np.zeros(len(ranks), dtype=np.int64)
         for line in lines:
             numel: int | Ints = ITEMSIZE[line.dtype]

@@ -21,6 +21,8 @@ try:
 except ImportError:
     raise MissingExtraError("a grid of sizes (numpy)", "sweep") from None
 
+POINTS_AT_ONCE = 2**16
+"""Points whose sizes are arrays at one time, so that the next ones take their memory again."""
 JOBS_KEPT = 32
 """Jobs at single ranks that are cached for replays."""
 
@@ -74,7 +76,7 @@ class Sized:
         if self.of_each:
             return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Ints] = {}
-        for where, ranked, moments in self._alike(points):
+        for where, ranked, moments in self._alike_in_parts(points):
             part = points.take(where)
             rank = part.rank if part.rank is not None else np.zeros(len(part), dtype=np.int64)
             standing = ranked.standing_bytes(rank)
@@ -110,6 +112,12 @@ class Sized:
 
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
+
+    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked, Moments]]:
+        """The groups of `_alike` in parts of at most `POINTS_AT_ONCE` points."""
+        for where, ranked, moments in self._alike(points):
+            for start in range(0, len(where), POINTS_AT_ONCE):
+                yield where[start : start + POINTS_AT_ONCE], ranked, moments
 
     def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked, Moments]]:
         """Groups of points that run the same operations: their indices, the job there, and its moments."""
