@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -97,9 +97,9 @@ class HelpFormatter(click.HelpFormatter):
         """Write a paragraph."""
         super().write_text(text.replace("-", HYPHEN))
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write options, each with its text."""
-        super().write_dl([(option, text.replace("-", HYPHEN)) for option, text in rows], col_max, col_spacing)
+        super().write_dl([(name, text.replace("-", HYPHEN)) for name, text in rows], col_max, col_spacing)
 
     def getvalue(self) -> str:
         """All that was written."""
