@@ -3,8 +3,8 @@
     python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
-`options` of the estimate, and what else the recipe's config says of `peft`. Rows are as long as `seq_len` says, and each token is
-scored. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+`options` of the estimate, and what else sections of the recipe's config say (`recipe`). Rows are as long as `seq_len` says, and
+each token is scored. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
     tool, attention = "nemo_automodel.components", job.get("attn_implementation")
     optimizer = {"_target_": "torch.optim.Adam", "lr": 1e-5, "weight_decay": 0}
     peft = {"_target_": f"{tool}._peft.lora.PeftConfig", "target_modules": PROJECTIONS, "dim": job.get("r"), "alpha": 32}
-    return {
+    sections = {
         "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
         "step_scheduler": {"global_batch_size": step, "local_batch_size": batch, "max_steps": STEPS},
         "dist_env": {"backend": "nccl", "timeout_minutes": 1},
@@ -83,8 +83,9 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
             "shuffle": False,
         },
         "optimizer": optimizer,
-        **({} if job["method"] == "full" else {"peft": peft | row.get("peft", {})}),
+        **({} if job["method"] == "full" else {"peft": peft}),
     }
+    return sections | {name: sections.get(name, {}) | said for name, said in row.get("recipe", {}).items()}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)), encoding="utf-8")
         command = [sys.executable, "-m", "nemo_automodel.recipes.llm.train_ft", "--config", str(file)]
-        return row | kept_of(rehearse(command, world_size=SHARED["gpus"], gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+        ranks = options(row)["gpus"]
+        return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
 
 
 if __name__ == "__main__":

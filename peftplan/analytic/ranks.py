@@ -162,11 +162,14 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         cast, world = _cast(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
-    return Loading(  # by accelerate's units for any tool: embedding, layers and head in the order in which they are loaded
-        grouped(job.architecture, parameters, holding.parameters, distributed, ACCELERATE),
+    layout = job.setup.by.layout
+    # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
+    by_units_of = layout if whole is not None and layout.streams else ACCELERATE
+    return Loading(
+        grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
         buffers,
         whole,
-        job.setup.by.layout,
+        layout,
         bool(distributed.cpu_ram_efficient_loading),
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),

@@ -61,7 +61,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
-        own_decoders=setup.by.own_decoders and job.architecture.model_type in BUILT,
+        own_decoders=setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None,
         hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
         rotary_rows=rotary_rows(job)[0],

@@ -23,6 +23,9 @@ class Layout(NamedTuple):
     loads: Literal["modules", "tensors", "shards"] = "modules"
     """What is whole on the device while shards are made: a unit (a tensor if `cpu_ram_efficient_loading`), a tensor, or nothing,
     since shards are made empty and then filled."""
+    streams: bool = False
+    """Whether a quantized model is read without transformers: no warm-up block comes first, and a unit is whole until it is
+    sharded."""
     buffers_first: bool = False
     """Whether buffers are there before the weights, and a tied embedding comes before the layers."""
 
@@ -48,6 +51,8 @@ AUTOMODEL = Layout(
     reduce_dtype="fp32",
     keeps_last=True,
     loads="shards",
+    streams=True,
 )
 """nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`,
-`_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`)."""
+`_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`),
+_transformers/model_init.py (`_stream_load_bnb_weights`)."""

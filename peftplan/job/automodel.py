@@ -21,10 +21,8 @@ def without_formula(job: Job) -> str | None:
     unknown = {
         f"model type {architecture.model_type}": architecture.model_type not in REHEARSED,
         f"method {job.method_name}": not job.is_full_or_lora,
-        "gradient_checkpointing, part by part": bool(setup.gradient_checkpointing) and architecture.model_type in BUILT,
         "eager attention": setup.attn_implementation == "eager" and architecture.model_type in BUILT,
-        "lora_dropout": bool(getattr(job.config, "lora_dropout", 0)),
-        f"quant {setup.quant}": job.quant is not None,
+        f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding,
         f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in ("adamw_torch", "adamw_torch_fused"),

@@ -112,12 +112,14 @@ def load_into(
     moved: bool = False,
     arrives: bool = False,
     asks_for_room: bool = False,
+    warms_up: bool = True,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
     `asks_for_room`: `device_map="auto"` puts a tensor of 8 bytes on each GPU first; the warm-up leaves out what the allocator
     kept of it (accelerate, `get_max_memory`).
+    `warms_up`: whether a model loaded to its device comes behind a warm-up block.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
     `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
@@ -127,7 +129,9 @@ def load_into(
     if asks_for_room:
         memory.release(memory.allocate(8))
     if quant is not None or arrives:
-        memory.release(memory.allocate(max(0, _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if asks_for_room else 0))))
+        if warms_up:
+            block = _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if asks_for_room else 0)
+            memory.release(memory.allocate(max(0, block)))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)
@@ -150,7 +154,7 @@ def load_into(
         if (p.name, layer) in narrow:
             memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
-    if prepared:  # newer releases of peft
+    if prepared or not warms_up:  # newer releases of peft; a reader of its own behind each file
         memory.empty_cache()
     uncast: list[tuple[Parameter, Handle]] = []
     cast = {id(p) for p in parameters.all if _is_cast(p, adapters_pass_in)}

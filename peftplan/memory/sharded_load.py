@@ -6,7 +6,7 @@ Source: as each `distributed.layout` cites it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Generic, NamedTuple
 
@@ -87,17 +87,20 @@ class Loading(NamedTuple):
             memory.release(handle)
 
     def _from_whole(self, memory: Memory[Handle]) -> None:
-        """The whole model is there until all shards are: `fsdp2_prepare_model` holds its state dict."""
+        """The whole model is there until all shards are, since `fsdp2_prepare_model` holds its state dict; or a unit, until its
+        shards are."""
         assert self.of_one_gpu is not None
-        pairs = [pair for members in self.groups.values() for pair in members]
         whole = Whole(memory, self.stays)
         self.of_one_gpu(whole)
-        for p, shard in pairs:
-            memory.keep(
-                tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
-            )
-        for handle in whole.handles:
-            memory.release(handle)
+        for name in self._order() if self.layout.streams else self.groups:
+            for p, shard in self.groups[name]:
+                memory.keep(
+                    tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
+                )
+            if self.layout.streams:
+                for p, _ in self.groups[name]:
+                    whole.drop(a.nbytes for a in p.allocations if a.name == "weight" or not p.quantized)
+        whole.drop([nbytes for nbytes, handles in whole.handles.items() for _ in handles])
 
     def _order(self) -> list[str]:
         ends = (EMBEDDING, TAIL, ROOT)
@@ -125,7 +128,7 @@ class Whole(Generic[Handle]):
 
     def __init__(self, memory: Memory[Handle], stays: Mapping[tuple[int, ...], int]) -> None:
         self.memory, self.stays = memory, Counter(stays)
-        self.handles: list[Handle] = []
+        self.handles: dict[int, list[Handle]] = {}
 
     def allocate(self, nbytes: int) -> Handle:
         """Allocate a tensor."""
@@ -137,7 +140,13 @@ class Whole(Generic[Handle]):
             self.stays[sizes] -= 1
             self.memory.keep(sizes)
         else:
-            self.handles += [self.memory.allocate(nbytes) for nbytes in sizes]
+            for nbytes in sizes:
+                self.handles.setdefault(nbytes, []).append(self.memory.allocate(nbytes))
+
+    def drop(self, sizes: Iterable[int]) -> None:
+        """Free what was loaded first of each size."""
+        for nbytes in sizes:
+            self.memory.release(self.handles[nbytes].pop(0))
 
     def release(self, tensor: Handle, /) -> None:
         """Free a tensor."""

@@ -10,21 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.parts import Part, Running
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
-    """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B."""
+    """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B. The sum is made apart where a dropout comes before it."""
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = part.name
-    node = f.record(_backward, (x, a, b, result))
+    dropout = float(running.config.lora_dropout)
+    node = f.record(_backward, (x, a, b, *([] if dropout else [result])))
     out = f.new(result.dims, x.dtype, "lora", node)
     if node is not None:
         node.in_python = True
     f.keep(node, x.detach(), a, b)
-    return out
+    return ops.add_(f, ops.dropout(f, out, dropout), result) if dropout else out
 
 
 def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g: Tensor) -> Gradients:
@@ -38,4 +40,4 @@ def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g
     low = f.new((*rows, rank), x.dtype, "x @ A")
     grad_b = f.new(b.dims, b.dtype, "mm")
     del low
-    return grad_x if node.edges[0] else None, grad_a, grad_b, g
+    return grad_x if node.edges[0] else None, grad_a, grad_b, *([g] if len(node.edges) > len(saved) else [])

@@ -6,11 +6,12 @@ common/utils.py (`_float32_rms_norm_impl`, whose backward torch compiles into on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import decoder
-from peftplan.memory.models.style import Style
+from peftplan.memory.models.decoder import added, attention, decoder, mlp
+from peftplan.memory.models.style import Call, Style
 from peftplan.tape.rotary import rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Operand, Tensor
@@ -42,10 +43,26 @@ def _opaque_backward(f: Tape, node: Node, saved: tuple[Tensor, Operand], g: Tens
     return f.new(x.dims, x.dtype, "dx"), grad_weight
 
 
-of_llama = partial(decoder, style=Style(norm=opaque_rms, rotate=rotated_in_fp32, wide_tables=True))
-FORWARDS = {
-    "llama": of_llama,
-    "qwen2": of_llama,
-    "qwen3": partial(decoder, style=Style(rotate=rotated_in_fp32, wide_tables=True)),
-}
+def layer_of_parts(c: Call, x: Tensor) -> Tensor:
+    """A layer whose norms, attention and MLP are checkpoints each (components/distributed/activation_checkpointing.py
+    `apply_submodule_checkpointing`): what comes into each of them stays."""
+    for norm, name, function in (("input_layernorm", "self_attn", attention), ("post_attention_layernorm", "mlp", mlp)):
+        residual = x
+        x = _checkpointed(c, partial(c.norm, norm), x)
+        x = _checkpointed(c, partial(c.module, name, function=function, by_name=name == "self_attn"), x)
+        x = added(c, residual, x)
+    return x
+
+
+def _checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not c.model.running.checkpointing:
+        return part(x)
+    out = c.model.checkpoint(part, x)
+    assert isinstance(out, Tensor)
+    return out
+
+
+OWN = Style(layer=layer_of_parts, rotate=rotated_in_fp32, wide_tables=True, checkpoints_parts=True)
+of_llama = partial(decoder, style=OWN._replace(norm=opaque_rms))
+FORWARDS = {"llama": of_llama, "qwen2": of_llama, "qwen3": partial(decoder, style=OWN)}
 """model type → the tool's forward of it."""

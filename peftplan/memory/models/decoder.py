@@ -102,7 +102,7 @@ def run_layers(
         states.pop(),
         layer,
         name="layers",
-        checkpointed=model.running.checkpointing,
+        checkpointed=model.running.checkpointing and not style.checkpoints_parts,
         own=None if style.mask_by_position else its_mask,
         every=its_mask(0) if style.mask_by_position else (),
         outputs=outputs if style.hands_out_weights else None,

@@ -134,7 +134,7 @@ class Style(NamedTuple):
     live until the next layer's take their name. `softcaps`: attention heeds the config's cap. `by_head`: rotation leaves
     copies that lie head by head. `both_masks`: of full and of sliding attention, whatever layers there are. `narrow_eager`:
     eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
-    the mask by position, not by name.
+    the mask by position, not by name. `checkpoints_parts`: under checkpointing parts of a layer are checkpoints, not the layer.
     """
 
     norm: Norm = rms
@@ -161,3 +161,4 @@ class Style(NamedTuple):
     narrow_eager: bool = False
     wide_scores: bool = False
     mask_by_position: bool = False
+    checkpoints_parts: bool = False

@@ -616,6 +616,16 @@ def test_what_nemo_shards_otherwise_is_not_supported(distributed: dict[str, obje
     assert len(of_nemo(distributed).unsupported) == 1
 
 
+def test_nemo_packs_quantized_weights_as_floats() -> None:
+    """components/quantization/qlora.py (`create_bnb_config`): bfloat16 unless the file says otherwise."""
+    more = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": "*c_attn"}
+    plans = [
+        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=more, quantization={"load_in_4bit": True, **said})
+        for said in ({}, {"bnb_4bit_quant_storage": "uint8"})
+    ]
+    assert [plan.options["quant_storage"] for plan in plans] == ["bf16", "uint8"]
+
+
 def test_losses_and_optimizers_of_nemo() -> None:
     """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py); only the masked cross entropy is known."""
     loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
