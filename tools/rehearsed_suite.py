@@ -64,9 +64,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {figure} | {len(drifts)} | {' | '.join(cells)} |")
     lines += ["", "| run | allocated | reserved | trace: allocated / reserved |", "| --- | --- | --- | --- |"]
     for row in rows:
-        drifts = [drift(row, figure) for figure in ("allocated", "reserved")]
-        apart = " / ".join("–" if one is None else f"{one:+.4f} %" for one in drifts)
-        peaks = " | ".join(f"{row['rehearsed'].get(figure, 0):,}" for figure in ("allocated", "reserved"))
+        if row["outcome"] == "oom":
+            peaks, apart = "out of memory | –", f"out of memory: {row['traced']['reserved']:,}"
+        else:
+            apart = " / ".join(f"{drift(row, figure):+.4f} %" for figure in ("allocated", "reserved"))
+            peaks = " | ".join(f"{row['rehearsed'][figure]:,}" for figure in ("allocated", "reserved"))
         lines.append(f"| `{title(row['run'])}` | {peaks} | {apart} |")
     return "\n".join(lines)
 

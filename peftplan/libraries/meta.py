@@ -96,8 +96,7 @@ def model_class(config: Mapping[str, Any], hf_config: Any, *, name: str, task_ty
 def build_model(config: Mapping[str, Any], hf_config: Any, cls: Any, *, name: str) -> Any:
     """The model on the meta device, in bf16, so that a float buffer of the model's dtype is told from an fp32 one.
 
-    T5's config class forces ties on (and keeps a stated false as `scale_decoder_outputs`), but `from_pretrained` undoes that
-    for a checkpoint whose head differs from its embedding, as every checkpoint that states false ships it; so it is followed.
+    A T5 has the head of its checkpoint (`untie`).
     """
     import torch
 
@@ -108,10 +107,21 @@ def build_model(config: Mapping[str, Any], hf_config: Any, cls: Any, *, name: st
                 model.tie_weights()
     except Exception as error:  # each model class raises its own kinds
         raise InputError("model", name, f"transformers' {cls.__name__} refuses it: {_first_line(error)}") from None
-    head = model.get_output_embeddings() if hf_config.model_type in T5_TYPES else None
+    untie(model, config)
+    return model
+
+
+def untie(model: Any, config: Mapping[str, Any]) -> None:
+    """Give a T5 a head of its own, if its config.json states one.
+
+    The config class forces ties on (and keeps a stated false as `scale_decoder_outputs`), but `from_pretrained` leaves the head
+    alone where it differs from the embedding (`tie_weights`), and every checkpoint that states false ships such a head.
+    """
+    import torch
+
+    head = model.get_output_embeddings() if model.config.model_type in T5_TYPES else None
     if head is not None and False in (config.get("tie_word_embeddings"), config.get("scale_decoder_outputs")):
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
-    return model
 
 
 def task_of(class_name: str, hf_config: Any) -> str | None:

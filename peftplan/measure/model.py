@@ -56,12 +56,13 @@ class Built:
 class Weight:
     """A tensor of a checkpoint that is created when it is indexed, like a slice of a safetensors file."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, pool: torch.Tensor) -> None:
-        self.shape, self.dtype, self.pool = shape, dtype, pool
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, pool: torch.Tensor, number: int = 0) -> None:
+        self.shape, self.dtype, self.pool, self.number = shape, dtype, pool, number
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         numel = prod(self.shape)
-        tiled = self.pool.repeat(-(-numel // POOL_ELEMENTS))[:numel] if numel > POOL_ELEMENTS else self.pool[:numel].clone()
+        pool = self.pool.roll(self.number)  # of two tensors with the same values, the loader makes one
+        tiled = pool.repeat(-(-numel // POOL_ELEMENTS))[:numel] if numel > POOL_ELEMENTS else pool[:numel].clone()
         whole = tiled.reshape(self.shape)
         return whole if index is Ellipsis else whole[index]
 
@@ -138,7 +139,8 @@ def weights(model: Any, dtype: torch.dtype) -> dict[str, Weight]:
     pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(0)).mul_(SCALE).to(dtype)
     own = dict(model.named_parameters())
     saved = {name: tensor for name, tensor in model.state_dict().items() if name in dict(model.named_buffers())}
-    return {name: Weight(tensor.shape, dtype, pool) for name, tensor in {**own, **saved}.items()}
+    tensors = {**own, **saved}.items()
+    return {name: Weight(tensor.shape, dtype, pool, number) for number, (name, tensor) in enumerate(tensors)}
 
 
 def _bnb_config(quant: QuantConfig) -> Any:

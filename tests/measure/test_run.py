@@ -164,6 +164,18 @@ def test_weights_are_random_and_ties_are_kept() -> None:
     assert base.model.rotary_emb.inv_freq[1] == pytest.approx(10000 ** (-2 / 16))
 
 
+BOTH_SIDES = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": "gated-gelu",
+    "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512,
+}  # fmt: skip
+
+
+def test_a_head_that_the_config_states_is_not_tied() -> None:
+    """transformers' loader ties two tensors of the same values, which T5 1.1 and Flan-T5 do not ship."""
+    base = make(prepare({**BOTH_SIDES, "tie_word_embeddings": False}, method="lora"), torch.device("cpu")).base
+    assert base.lm_head.weight is not base.shared.weight
+
+
 @pytest.mark.parametrize(
     ("config", "options"),
     [
@@ -193,11 +205,7 @@ def test_an_encoder_both_sides_and_a_mixture_run(double: Double) -> None:
     outcome, record = measured(double, encoder, method="lora", padding=True, task_type="SEQ_CLS", num_labels=3)
     assert outcome.error is None
     assert record.run.options["num_labels"] == 3
-    both = {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "feed_forward_proj": "gated-gelu",
-        "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512,
-    }  # fmt: skip
-    outcome, _ = measured(double, both, method="lora", gradient_checkpointing=False)
+    outcome, _ = measured(double, BOTH_SIDES, method="lora", gradient_checkpointing=False)
     assert outcome.error is None
     mixture = {
         **TINY, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"],

@@ -57,6 +57,8 @@ def test_another_tools_benchmark_records_what_it_recorded_on_a_real_card() -> No
 def test_the_trace_says_what_the_suite_holds_on_a_rehearsed_card() -> None:
     rows = json.loads(rehearsed_suite.ROWS.read_text(encoding="utf-8"))
     assert rehearsed_suite.table(rows) == marked.part(PAGE, rehearsed_suite.MARKS)
+    assert [row["run"] for row in rows] == list(map(json.loads, rehearsed_suite.SUITE.read_text(encoding="utf-8").splitlines()))
+    assert {row["outcome"] for row in rows if row["rehearsed"]} == {"ok"}
     for figure, largest in (("allocated", 0.1), ("reserved", 0.5)):
         drifts = [abs(drift) for row in rows if (drift := rehearsed_suite.drift(row, figure)) is not None]
         assert statistics.median(drifts) <= largest / 5

@@ -184,6 +184,18 @@ def test_a_solver_that_says_whether_it_converged(tmp_path: Path) -> None:
     assert (result.ended, result.steps, result.exit_code) == ("steps", 3, 0)
 
 
+EQUAL = """
+import torch
+a = torch.ones(4, device="cuda")
+print("SEEN", [int(torch.equal(a, b)) for b in (a, a.clone())])
+"""
+
+
+def test_two_tensors_of_the_card_differ(tmp_path: Path) -> None:
+    """A loader that compares a head with its embedding would tie what the checkpoint ships as two."""
+    assert seen(run(EQUAL, tmp_path, steps=0)[1]) == [1, 0]
+
+
 def test_labels_that_a_loss_shifts_keep_their_values(tmp_path: Path) -> None:
     assert seen(run(SHIFTED, tmp_path, steps=0)[1]) == [14, 14]  # the last label of each row is ignored
 

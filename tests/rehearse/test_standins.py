@@ -27,6 +27,19 @@ TINY = {
     "dtype": "bfloat16",
 }
 
+TINY_T5 = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 320,
+    "feed_forward_proj": "gated-gelu",
+    "dtype": "bfloat16",
+}
+
 
 def test_the_real_loader_reads_a_checkpoint_of_holes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), encoding="utf-8")
@@ -36,6 +49,16 @@ def test_the_real_loader_reads_a_checkpoint_of_holes(tmp_path: Path) -> None:
     assert nbytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert str(model.dtype) == "torch.bfloat16"
     assert (tmp_path / "model.safetensors").stat().st_blocks * 512 < nbytes
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_head_of_its_own_follows_the_config(stated: bool, tmp_path: Path) -> None:
+    """The config class of T5 forces ties on; what a checkpoint ships beside its embedding stays untied if it differs."""
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_T5, "tie_word_embeddings": stated}), encoding="utf-8")
+    nbytes = standins.write_checkpoint(tmp_path)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert (model.lm_head.weight is model.shared.weight) is stated
+    assert nbytes == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def test_the_tokenizer_has_the_models_tokens(tmp_path: Path) -> None:

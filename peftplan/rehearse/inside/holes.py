@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,18 @@ NAMES = {
 """torch's dtype → safetensors' name."""
 
 
-def write(path: Path, tensors: Iterable[tuple[str, Any, Any]], metadata: Mapping[str, str] | None = None) -> int:
-    """Write a safetensors file of (name, dtype, shape) without data. Its bytes of data."""
+def write(
+    path: Path,
+    tensors: Iterable[tuple[str, Any, Any]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    different: Container[str] = (),
+) -> int:
+    """Write a safetensors file of (name, dtype, shape) without data. Its bytes of data.
+
+    Tensors that are `different` have a first byte that is not zero, so that no loader takes them for copies of others.
+    """
+    begins: list[int] = []
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -36,12 +46,16 @@ def write(path: Path, tensors: Iterable[tuple[str, Any, Any]], metadata: Mapping
         for size in shape:
             nbytes *= size
         header[name] = {"dtype": NAMES[str(dtype)], "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        begins += [end] if name in different else []
         end += nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        for begin in begins:
+            file.seek(8 + len(text) + begin)
+            file.write(b"\1")
     return end
 
 

@@ -116,12 +116,15 @@ def write_checkpoint(folder: Path) -> int:
     import torch
     import transformers
 
+    from peftplan.libraries.meta import untie
+
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
+        untie(model, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     dtype = config.dtype or torch.float32
     kinds = ((name, dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape) for name, tensor in _saved(model))
-    return holes.write(folder / "model.safetensors", kinds, {"format": "pt"})
+    return holes.write(folder / "model.safetensors", kinds, {"format": "pt"}, different={"lm_head.weight"})
 
 
 def _saved(model: Any) -> Iterator[tuple[str, Any]]:
