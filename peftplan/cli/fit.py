@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -88,11 +89,14 @@ def command(
     from peftplan.report import render
 
     cards_named = ",".join(gpus) or None
+    of_plans = {"--max": None if size == "batch-size" else size, "--keep": keep, "--min-seq-len": min_seq_len}
     if model_family is not None:
         from peftplan.planning.choosing import family
 
         _check(gpu=cards_named, model=model, of_family=True)
-        chosen.pop("method", None)
+        _refuse("--model-family", "names the largest member for each method", {**of_plans, "--which-gpu": which_gpu or None})
+        method = chosen.pop("method", None)
+        methods = methods or method
         with options.computed_by(engine) as by_engine:
             members = family(
                 model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **chosen
@@ -107,6 +111,7 @@ def command(
 
         if cards_named is not None:
             raise RefusedError("--which-gpu finds the card and takes no --gpu")
+        _refuse("--which-gpu", "lists cards for the job as typed", {**of_plans, "--methods": methods})
         with options.computed_by(engine) as by_engine:
             cards = cards_for(model, allow_tight=allow_tight, **by_engine, **chosen)
         code = will_exit(1 if require_fit and not cards else 0)
@@ -143,6 +148,13 @@ def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:
         raise RefusedError("--gpu is missing: name a card, such as --gpu rtx-4090, or find one with --which-gpu")
     if of_family and model is not None:
         raise RefusedError(f"--model-family takes the place of MODEL (got {quoted(model)}): give one of the two")
+
+
+def _refuse(option: str, does: str, others: Mapping[str, object]) -> None:
+    """Refuse options of plans beside one that asks for none."""
+    for name, value in others.items():
+        if value is not None and (option, value) != ("--model-family", "model"):
+            raise RefusedError(f"{name} has no effect with {option}, which {does}")
 
 
 def _names(methods: str | None) -> dict[str, Any]:

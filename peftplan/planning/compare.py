@@ -9,6 +9,7 @@ from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.frames import as_html, dataframe
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Engine
+from peftplan.ledger import EVERY_CATEGORY
 from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
@@ -67,11 +68,12 @@ class Comparison(NamedTuple):
         return cast("CompareDocument", document | ({"over": self.over} if self.over else {}))
 
     def records(self) -> list[ComparedRow]:
-        """Flat rows, as pandas and polars take them."""
+        """Flat rows, as pandas and polars take them: one column for each category that any row has."""
+        categories = [name for name in EVERY_CATEGORY if any(name in (row.by_category or {}) for row in self.rows)]
         rows = [
             {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
             | {"warnings": "; ".join(row.warnings)}
-            | dict(row.by_category or {})
+            | {name: None if row.by_category is None else row.by_category.get(name, 0) for name in categories}
             for row in self.rows
         ]
         return cast("list[ComparedRow]", rows)

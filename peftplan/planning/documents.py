@@ -135,21 +135,21 @@ class ComparedDocument(ComparedFacts):
 
 
 class ComparedRow(ComparedFacts):
-    """The same as a flat row, with the bytes of each category that there are."""
+    """The same as a flat row, with the bytes of each category that any row has: none where the peak is not known."""
 
     warnings: str
-    weights: NotRequired[int]
-    adapter_weights: NotRequired[int]
-    quant_state: NotRequired[int]
-    gradients: NotRequired[int]
-    optimizer_states: NotRequired[int]
-    activations: NotRequired[int]
-    logits: NotRequired[int]
-    temporaries: NotRequired[int]
-    buffers: NotRequired[int]
-    workspaces: NotRequired[int]
-    gathered_weights: NotRequired[int]
-    communication: NotRequired[int]
+    weights: NotRequired[int | None]
+    adapter_weights: NotRequired[int | None]
+    quant_state: NotRequired[int | None]
+    gradients: NotRequired[int | None]
+    optimizer_states: NotRequired[int | None]
+    activations: NotRequired[int | None]
+    logits: NotRequired[int | None]
+    temporaries: NotRequired[int | None]
+    buffers: NotRequired[int | None]
+    workspaces: NotRequired[int | None]
+    gathered_weights: NotRequired[int | None]
+    communication: NotRequired[int | None]
 
 
 class CompareDocument(TypedDict):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
-from peftplan.errors import BoundError, InputError, RefusedError, UnknownNameError
+from peftplan.errors import BoundError, InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.setup import Engine
@@ -106,12 +106,18 @@ def fit(
     methods = None if methods is None else known_methods(methods, "methods")
     if min_seq_len is not None and (not isinstance(min_seq_len, int) or min_seq_len < 1):
         raise BoundError("min_seq_len", min_seq_len, "at least 1")
+    if min_seq_len is not None and "seq_len" in fixed and size != "seq_len":
+        raise OptionError("min_seq_len", min_seq_len, "keep names seq_len, which no plan may change then")
+    if methods is not None and "method" in fixed:
+        raise OptionError("methods", methods, "keep names method, which no plan may change then")
     cards = find_cards(gpu)
     if isinstance(gpu, str) and len(cards) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, a capacity such as 24GiB, or a list of them")
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     typed = {name: value for name, value in options.items() if name != size}
     search = Search(size, accepted, min_seq_len, engine, progress)
+    if size == "seq_len" and search.smallest > (most := _ceiling(size, model, typed)):
+        raise BoundError("min_seq_len", min_seq_len, f"at most {most}, the positions of the model")
 
     def on(card: str) -> Fit:
         def plan(changed: Options, changes: Options) -> Plan:
@@ -120,6 +126,8 @@ def fit(
             return _plan(model, card, search, changed, changes)
 
         first = plan(typed, {})
+        if size != "seq_len" and min_seq_len is not None and min_seq_len > first.seq_len:
+            raise BoundError("min_seq_len", min_seq_len, f"at most the sequence length, {first.seq_len}")
         if engine == "trace":
             changes: Iterable[Options] = [{"method": name} for name in methods or () if name != first.method]
         else:

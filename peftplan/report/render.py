@@ -86,8 +86,6 @@ def replayed(result: Replayed, *, fmt: str) -> None:
         return
     below = "\n".join(report.remarks(result))
     rows(report.COLUMNS, report.cells(result), report.facts(result), fmt=fmt, above=report.heading(result), below=below)
-    if fmt == "markdown":
-        print(f"\n{in_markdown(report.heading(result))}", *map(in_markdown, report.remarks(result)), sep="\n\n")
 
 
 def serving(result: Serving, *, fmt: str) -> None:
@@ -102,7 +100,7 @@ def serving(result: Serving, *, fmt: str) -> None:
         _serving_head(result, fmt=fmt)
         for section in report.sections(result):
             rows(section.columns, section.rows, (), fmt=fmt, below=section.below)
-            print(f"\n{section.below}\n" if fmt == "markdown" and section.below else "")
+            print()
         remarks(report.remarks(result), fmt=fmt)
 
 
@@ -135,8 +133,6 @@ def fits(results: Sequence[Fit], *, fmt: str) -> None:
         above = "\n".join((fitting.headline(result, screen.glyphs()), *fitting.remarks(result)))
         if number:
             print()
-        if fmt == "markdown":
-            print(f"{above}\n")
         below = fitting.ranking(result) if result is results[-1] else None
         rows(fitting.plan_columns(result), fitting.plan_cells(result), fitting.facts(result), fmt=fmt, above=above, below=below)
 
@@ -151,8 +147,6 @@ def comparison(result: Comparison, *, fmt: str) -> None:
     (columns, cells), below = comparing.visible(result), "\n".join(comparing.errors(result)) or None
     above, instead = comparing.heading(result), comparing.below(result)
     rows(columns, cells, result.records(), fmt=fmt, above=above, below=below, instead=instead)
-    if fmt == "markdown" and below:
-        print(f"\n{in_markdown(below)}")
 
 
 def oom(result: Diagnosis, *, fmt: str) -> None:

@@ -111,9 +111,9 @@ def _told_apart(target: str) -> str:
 
 def write_csv(facts: Sequence[Mapping[str, object]], stream: IO[str]) -> None:
     """RFC 4180 rows under a header of the facts' names: null is empty, a list of texts is joined by `;`, other nests are JSON."""
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(facts[0])
-    writer.writerows([_csv_cell(value) for value in fact.values()] for fact in facts)
+    writer = csv.DictWriter(stream, tuple(facts[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_cell(value) for name, value in fact.items()} for fact in facts)
 
 
 FORMULA = ("=", "+", "-", "@")

@@ -24,9 +24,9 @@ def rows(
     below: str | None = None,
     instead: Sequence[str] = (),
 ) -> None:
-    """One list in the asked format: cells for people (with a line above and below in a table), facts for programs.
+    """One list in the asked format: cells for people with lines above and below, facts for programs.
 
-    `instead`: lines below a table whose wide columns found no room.
+    In Markdown the first line above is a title. `instead`: lines below a table whose wide columns found no room.
 
     An empty list is no table: a CSV is empty then, and people read the line below.
     """
@@ -39,7 +39,10 @@ def rows(
     elif fmt == "markdown":
         from peftplan.report import markdown
 
-        print(markdown.table([column.header for column in columns], map(tabular.texts, cells)))
+        title, *lines = map(markdown.plain, (above or "").splitlines() or [""])
+        table = markdown.table([column.header for column in columns], map(tabular.texts, cells))
+        parts = [f"## {title}" if title else "", *lines, table, *map(markdown.plain, (below or "").splitlines())]
+        print("\n\n".join(filter(None, parts)))
     else:
         from peftplan.report import terminal
 

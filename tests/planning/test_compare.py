@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -87,6 +88,24 @@ def test_rows_are_flat_for_data_frames() -> None:
     records = compare("llama-3.2-1b", methods=("lora",), gpu="l4").records()
     assert {"method", "gpu", "needed_bytes", "weights"} <= set(records[0])
     assert not any(isinstance(value, (dict, list, tuple)) for value in records[0].values())
+
+
+def test_every_row_has_a_column_for_each_category() -> None:
+    """QLoRA has quant_state, full fine-tuning gradients; in a CSV the cells of such rows stood under other categories' names."""
+    result = compare("llama-3.2-1b", methods=("lora", "qlora", "full"), gpu="l4")
+    assert len({tuple(record) for record in result.records()}) == 1
+    header, *rows = csv.reader(run("compare", "llama-3.2-1b", "--method", "lora,qlora,full", "--format", "csv").out.splitlines())
+    for row, compared in zip(rows, result.rows, strict=True):
+        cells = dict(zip(header, row, strict=True))
+        counted = {name: int(cells[name]) for name in EVERY_CATEGORY if cells.get(name, "0") != "0"}
+        assert counted == compared.by_category
+        assert sum(counted.values()) == int(cells["peak_allocated"])
+
+
+def test_markdown_says_what_it_compares() -> None:
+    assert run("compare", "llama-3.2-1b", "--method", "lora,full", "--format", "markdown").out.startswith(
+        "## llama-3.2-1b: 2 methods\n\n| method |"
+    )
 
 
 @pytest.mark.parametrize(("size", "blocks"), [(0, 0), (1, 1), (500, 12), (1000, 24)])

@@ -168,6 +168,9 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "methods": None, "keep": 3}, InputError, "keep"),
         ({"gpu": "rtx-4090", "methods": (1,)}, InputError, "methods"),
         ({"gpu": "rtx-4090", "min_seq_len": 0}, InputError, "min_seq_len must be at least 1"),
+        ({"gpu": "rtx-4090", "min_seq_len": 2049}, InputError, r"min_seq_len must be at most the sequence length, 2048 \(got"),
+        ({"gpu": "rtx-4090", "keep": "seq-len", "min_seq_len": 512}, InputError, "min_seq_len: keep names seq_len"),
+        ({"gpu": "rtx-4090", "keep": "method", "methods": ("qlora",)}, InputError, "methods: keep names method"),
         ({"gpu": "rtx-4090", "optim": "schedule_free_adamw"}, PeftplanError, "fit: no formula"),
     ],
 )
@@ -184,6 +187,28 @@ def test_the_smallest_cards_that_take_a_job() -> None:
     smaller = [card.id for card in gpus() if usable_bytes(card).bytes < cards[0].usable_bytes]
     assert smaller
     assert "fits" not in {verdict("llama-3.2-1b", card, method="qlora", seq_len=512) for card in smaller}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("llama-3.2-1b --which-gpu --max seq-len", "--max has no effect with --which-gpu"),
+        ("llama-3.2-1b --which-gpu --methods qlora", "--methods has no effect with --which-gpu"),
+        ("llama-3.2-1b --which-gpu --min-seq-len 512", "--min-seq-len has no effect with --which-gpu"),
+        ("gpt2 --gpu t4 --max seq-len --min-seq-len 5000", "--min-seq-len must be at most 1024, the positions of the model"),
+        ("--model-family qwen3 --gpu t4 --keep seq-len", "--keep has no effect with --model-family"),
+    ],
+)
+def test_options_of_plans_that_change_nothing_are_refused(options: str, expected: str) -> None:
+    done = run("fit", *options.split())
+    assert (done.code, done.out) == (2, "")
+    assert expected in done.err
+
+
+def test_a_family_by_the_method_that_is_typed() -> None:
+    """It was asked by every method, whatever --method said."""
+    done = run("fit", "--model-family", "qwen3", "--gpu", "t4", "--method", "qlora", "--format", "json")
+    assert [member["method"] for member in json.loads(done.out)] == ["qlora"]
 
 
 def test_a_job_that_no_card_takes_is_an_answer() -> None:
