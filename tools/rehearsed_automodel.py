@@ -52,7 +52,10 @@ def rows(length: int, count: int) -> Rows:
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it."""
-    return {"model": cut(row["model"], row["layers"]), **SHARED, **row["options"]}
+    job = SHARED | row["options"]
+    if job["gpus"] == 1:
+        del job["strategy"]
+    return {"model": cut(row["model"], row["layers"]), **job}
 
 
 def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
             "torch_dtype": "bfloat16",
             **({"attn_implementation": attention} if attention else {}),
         },
-        "distributed": {"strategy": job["strategy"], "activation_checkpointing": job.get("gradient_checkpointing", False)},
+        "distributed": {"strategy": SHARED["strategy"], "activation_checkpointing": job.get("gradient_checkpointing", False)},
         "loss_fn": {"_target_": f"{tool}.loss.masked_ce.MaskedCrossEntropy"},
         "checkpoint": {"enabled": False, "checkpoint_dir": output},
         "dataset": {"_target_": f"{__name__}.rows", "length": job["seq_len"], "count": step * (STEPS + 1)},
@@ -85,7 +88,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "optimizer": optimizer,
         **({} if job["method"] == "full" else {"peft": peft}),
     }
-    return sections | {name: sections.get(name, {}) | said for name, said in row.get("recipe", {}).items()}
+    return sections | {name: sections.get(name, {}) | settings for name, settings in row.get("recipe", {}).items()}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:

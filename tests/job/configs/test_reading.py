@@ -620,8 +620,8 @@ def test_nemo_packs_quantized_weights_as_floats() -> None:
     """components/quantization/qlora.py (`create_bnb_config`): bfloat16 unless the file says otherwise."""
     more = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": "*c_attn"}
     plans = [
-        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=more, quantization={"load_in_4bit": True, **said})
-        for said in ({}, {"bnb_4bit_quant_storage": "uint8"})
+        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=more, quantization={"load_in_4bit": True, **storage})
+        for storage in ({}, {"bnb_4bit_quant_storage": "uint8"})
     ]
     assert [plan.options["quant_storage"] for plan in plans] == ["bf16", "uint8"]
 
