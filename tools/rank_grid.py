@@ -210,6 +210,14 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
         yield job("zero3", method, 4, loss="liger", zero=AUTO)
         yield job("zero2", method, 4, loss="liger")
     yield job("zero3", "full", 4, loss="liger", zero=AUTO, config={"tie_word_embeddings": True}, seq_len=1024)
+    yield job("zero1", "full", 4, loss="liger", kernels="liger")
+    yield job("zero3", "full", 4, loss="liger", kernels="liger", zero=AUTO)
+    yield job("zero3", "full", 4, zero=AUTO, model="qwen2.5-7b", layers=2)
+    for strategy, method in product(("zero3", "zero2"), METHODS):
+        zero = AUTO if strategy == "zero3" else None
+        yield job(strategy, method, 4, loss="liger", kernels="liger", zero=zero, model="qwen2.5-7b", layers=2)
+    yield job("zero3", "lora", 4, loss="liger", kernels="liger", zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]})
+    yield job("ddp", "lora", 4, loss="liger", kernels="liger", model="qwen2.5-7b", layers=2)
 
 
 OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")

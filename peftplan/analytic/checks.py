@@ -16,9 +16,12 @@ from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.storage import without_peak
 
 if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
     from peftplan.job.setup import Setup
 
+SHARE_LIGER = ("ddp", "zero1", "zero2", "zero3")
+"""Strategies under which Liger's kernels were rehearsed."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -76,7 +79,7 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None
-    if job.distributed is not None:
+    if job.distributed is not None and not _rehearsed_kernels(setup.kernels, job.distributed):
         return f"kernels with {job.distributed.called}"
     if setup.attn_implementation == "eager":
         return "kernels with eager attention"
@@ -97,6 +100,11 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"LoRA kernels over {job.quant.name}"
     drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _rehearsed_kernels(names: tuple[str, ...], distributed: Distributed) -> bool:
+    """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl)."""
+    return distributed.strategy in SHARE_LIGER and all(name.startswith("liger.") for name in names)
 
 
 def _grpo_without_formula(setup: Setup) -> str | None:

@@ -64,7 +64,8 @@ def test_none_leaves_the_estimate_as_it_is() -> None:
         ({"kernels": "unsloth", "lora_dropout": 0.05}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "axolotl", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "liger", "attn_implementation": "eager"}, "kernels with eager attention"),
-        ({"kernels": "liger", "gpus": 2}, "kernels with DDP"),
+        ({"kernels": "liger", "gpus": 2, "strategy": "fsdp2"}, "kernels with FSDP2"),
+        ({"kernels": "axolotl", "gpus": 2}, "kernels with DDP"),
     ],
 )
 def test_jobs_without_a_formula_say_why(options: dict[str, object], why: str) -> None:

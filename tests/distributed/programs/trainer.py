@@ -88,7 +88,7 @@ arguments = TrainingArguments(
     save_strategy="no",
     logging_steps=100,
     use_liger_kernel="loss" in job,
-    liger_kernel_config={"fused_linear_cross_entropy": True, "rope": False, "rms_norm": False, "swiglu": False},
+    liger_kernel_config={"fused_linear_cross_entropy": True, **dict.fromkeys(("rope", "rms_norm", "swiglu"), "kernels" in job)},
     **job.get("arguments", {}),
 )
 trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
