@@ -16,8 +16,6 @@ from peftplan.units import GIB, format_bytes
 SUFFIXES = (".png", ".svg")
 WIDTH, ROW = 7.0, 0.5
 """Inches of the figure, and of one bar: narrow, so that its words can be read on a phone."""
-OVER_LINES = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-"""Ground of a number that a card's line crosses."""
 ROW_OF_NAMES = 11
 """Points between names of cards that stand one above the other, where they would overlap in one row."""
 LETTER = 0.015
@@ -60,9 +58,9 @@ def write(result: Comparison, path: str) -> None:
             )
             left = {name: left[name] + size for name, size in sizes.items()}
     longest = max(left.values(), default=1.0)
-    for place, (name, row) in enumerate(methods.items()):
-        words = format_bytes(row.peak_allocated or 0)
-        axes.text(left[name] + 0.01 * longest, place, words, va="center", fontsize=9, bbox=OVER_LINES)
+    # Beside the method's name, where no line of a card can cross the number.
+    words = [f"{name}\n{format_bytes(row.peak_allocated or 0)}" for name, row in methods.items()]
+    axes.set_yticks(range(len(words)), words, fontsize=9)
     cards_near = {card: usable / GIB for card, usable in cards.items() if usable / GIB <= FARTHEST * longest}
     widest = 1.15 * max(longest, *cards_near.values(), 0.0)
     rows = _rows(cards_near, widest)

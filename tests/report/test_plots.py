@@ -37,7 +37,8 @@ def test_bars_and_lines_of_a_comparison_are_its_rows(drawn: list[Figure], tmp_pa
     job = ("compare", "llama-3.2-1b", "--method", "lora,qlora,full", "--gpu", "t4,l4,h200", "--batch-size", "6")
     rows = json.loads(run(*job, "--plot", str(tmp_path / "compare.png"), "--format", "json").out)["rows"]
     (axes,) = drawn[0].axes
-    methods = [label.get_text() for label in axes.get_yticklabels()]
+    peaks = dict(label.get_text().split("\n") for label in axes.get_yticklabels())
+    methods = list(peaks)
     assert methods == ["full", "qlora", "lora"]  # from the bottom: as typed from the top
     ends = dict.fromkeys(methods, 0.0)
     widths: dict[str, dict[str, int]] = {name: {} for name in methods}
@@ -53,8 +54,7 @@ def test_bars_and_lines_of_a_comparison_are_its_rows(drawn: list[Figure], tmp_pa
         }
         assert round(ends[row["method"]] * GIB) == row["peak_allocated"]
     words = {text.get_text(): getattr(text, "xy", text.get_position()) for text in axes.texts}
-    for row in rows:
-        assert words[f"{row['peak_allocated'] / GIB:.2f} GiB"][1] == methods.index(row["method"])
+    assert peaks == {row["method"]: f"{row['peak_allocated'] / GIB:.2f} GiB" for row in rows}
     # a card far beyond the longest bar has no line: the H200 has 140 GiB
     (h200,) = {row["usable_bytes"] for row in rows if row["gpu"] == "h200"}
     lines = {round(float(line.get_xdata()[0]) * GIB) for line in axes.lines}
@@ -63,6 +63,16 @@ def test_bars_and_lines_of_a_comparison_are_its_rows(drawn: list[Figure], tmp_pa
         assert round(words[gpu][0] * GIB) in {row["usable_bytes"] for row in rows if row["gpu"] == gpu}
     assert axes.get_xlabel().endswith(f"to the right of it: h200 {h200 / GIB:.2f} GiB")
     assert axes.get_xlim()[1] > max(*ends.values(), *(line / GIB for line in lines))
+
+
+def test_no_line_of_a_card_crosses_a_number(drawn: list[Figure], tmp_path: Path) -> None:
+    """The peak of LoRA (18.68 GiB) stood over the lines of two cards of 22 GiB."""
+    run("compare", "llama-3.1-8b", "--method", "lora,full", "--gpu", "l4,a10g", "--plot", str(tmp_path / "compare.png"))
+    (axes,) = drawn[0].axes
+    lines = [line.get_window_extent() for line in axes.lines]
+    numbers = [text for text in (*axes.texts, *axes.get_yticklabels()) if "GiB" in text.get_text()]
+    assert (len(lines), len(numbers)) == (2, 2)
+    assert not [text for text in numbers for line in lines if text.get_window_extent().overlaps(line)]
 
 
 def test_cells_and_lines_of_a_map_are_the_rows_of_the_sweep(drawn: list[Figure], tmp_path: Path) -> None:
