@@ -8,7 +8,8 @@ trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet "$file"
 "$folder/venv/bin/pip" check
-cd "$folder" # no checkout beside it
+cd "$folder"
+unset PYTHONPATH # no checkout beside it
 
 PATH="$folder/venv/bin:$PATH"
 peftplan --version
@@ -19,9 +20,11 @@ peftplan serve llama-3.2-1b > /dev/null
 peftplan schema estimate > /dev/null
 python - << 'CHECK'
 import importlib.util
+import sys
 
 import peftplan
 
+assert peftplan.__file__.startswith(sys.prefix), f"{peftplan.__file__} is not what was installed"
 assert peftplan.estimate("llama-2-70b", method="qlora", r=16).trainable_parameters == 207_093_760
 heavy = [name for name in ("torch", "transformers", "numpy", "matplotlib") if importlib.util.find_spec(name)]
 assert not heavy, f"the base install brings {heavy}"
