@@ -7,7 +7,16 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.checks import check
-from peftplan.analytic.running import kernels, limits_of, loss_sizes, program_of, reference_of, running_of, segments_grow
+from peftplan.analytic.running import (
+    empties_first,
+    kernels,
+    limits_of,
+    loss_sizes,
+    program_of,
+    reference_of,
+    running_of,
+    segments_grow,
+)
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
@@ -71,6 +80,8 @@ class Compiled(NamedTuple):
     """Numbers of tokens above which the step allocates otherwise."""
     empties_cache: bool = False
     """Whether cached segments are given back after each backward."""
+    empties_first: bool = False
+    """Whether they are given back before each backward of the first step."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -302,6 +313,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         expandable=segments_grow(setup),
         limits=limits_of(job),
         empties_cache=setup.by.empties_cache,
+        empties_first=empties_first(setup),
     )
     if first is None:
         return compiled_job

@@ -167,3 +167,9 @@ def segments_grow(setup: Setup) -> bool:
     decoder = kernels_of(setup.kernels or ()).decoder
     sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
     return setup.by.expandable_segments or (decoder is not None and decoder.expandable_segments and not sleeps)
+
+
+def empties_first(setup: Setup) -> bool:
+    """Whether the kernels' package gives cached segments back before each backward of the first step."""
+    decoder = kernels_of(setup.kernels or ()).decoder
+    return decoder is not None and decoder.empties_first

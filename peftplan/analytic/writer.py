@@ -109,10 +109,12 @@ class Writer:
                     if layer in layers:
                         self._events += (events.TAKE, size, 1, 0, 0)
 
-    def step(self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool) -> None:
+    def step(
+        self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool, empties_first: bool = False
+    ) -> None:
         """Write one optimizer step. `kinds`: where its kinds start in the table. `lasting`: event → what is allocated before it.
 
-        `phases`: whether its phases are reported.
+        `phases`: whether its phases are reported. `empties_first`: whether cached segments are given back before each backward.
         """
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
@@ -126,6 +128,8 @@ class Writer:
                 self.empty_cache()
             if at in borders:
                 self._begin(borders[at], counts=phases)
+                if borders[at] == "backward" and empties_first:
+                    self.empty_cache()
             if at in lasting:
                 self.take(lasting[at])
             if at in layers:

@@ -71,12 +71,14 @@ class LayerNorms(NamedTuple):
 class Decoder(NamedTuple):
     """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay.
 
-    `expandable_segments`: whether its package sets this option of torch's allocator.
+    `expandable_segments`: whether its package sets this option of torch's allocator. `empties_first`: whether it sets
+    `torch_empty_cache_steps`, by which Trainer empties the cache before each backward of the first step (models/rl.py:3322).
     """
 
     source: str
     positions: int
     expandable_segments: bool = True
+    empties_first: bool = True
 
 
 class PaddingFree(NamedTuple):

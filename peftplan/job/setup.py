@@ -124,8 +124,7 @@ class Setup(BaseModel):
 
     @property
     def packs_completions(self) -> bool:
-        """Whether Unsloth trains on its completions as one row (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`). In rehearsals
-        the allocator reserved 10 to 14 % more than a replay of the formula's events, for a reason that is not known."""
+        """Whether Unsloth trains on its completions as one row (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`)."""
         return self.by.generates and self.loss == "unsloth"
 
     @property

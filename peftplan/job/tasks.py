@@ -99,8 +99,6 @@ def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator
     if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
         trainer = setup.by.called.partition(" of ")[0]
         yield f"{trainer} loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
-    if setup.packs_completions:
-        yield "reserved: the allocator kept 10 to 14 % more in rehearsals of Unsloth's GRPO than is said here"
     if setup.use_vllm and not setup.vllm_share:
         yield "a vLLM server generates elsewhere: nothing of it is on this card"
     completion = setup.max_completion_length

@@ -262,7 +262,8 @@ class Model(Weights):
         def norm(x: Tensor) -> Tensor:
             self.tape.module = name
             if kernel is not None and weight is not None:
-                return fused_layers.rms_norm(self.tape, kernel, x, weight)
+                shared = self.running.holds_hidden_states and layer is None  # handed out (llama.py:1942)
+                return fused_layers.rms_norm(self.tape, kernel._replace(reuses_gradient=False) if shared else kernel, x, weight)
             return norms.rmsnorm(self.tape, x, weight, **how)
 
         return self.tape.call(name, layer, (weight,), x, norm)

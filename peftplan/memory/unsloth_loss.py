@@ -66,7 +66,8 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     if model.running.kernels.padding_free is None:
         chosen = sliced(f, sliced(f, x, x.dims), ("n", x.dims[-1]))
     else:
-        chosen = rows_of(f, sliced(f, x, x.dims), mask)
+        row = sliced(f, x, x.dims)
+        chosen = rows_of(f, sliced(f, row, x.dims), mask)
     targets = f.new(("n",), "int64", "index")
     loss = _cross_entropy(model, chosen, weight, copies=False)
     del targets, mask

@@ -38,14 +38,8 @@ class Question(NamedTuple):
 
     @property
     def bound(self) -> "Bound | None":
-        """What the peak is where the file has keys that no option says, or where more is reserved than a formula knows.
-
-        Nothing is known of a peak that keys lower and the allocator raises.
-        """
-        of_keys = self.config["bound"] if self.config else None
-        if not self.inventory.job.setup.packs_completions:
-            return of_keys
-        return "at_least" if of_keys in (None, "at_least") else "unknown"
+        """What the peak is where the file has keys that no option says."""
+        return self.config["bound"] if self.config else None
 
     @property
     def open(self) -> str | None:

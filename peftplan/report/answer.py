@@ -109,8 +109,6 @@ def _open(result: Estimate) -> str:
     """Why a verdict is unknown, and what to do."""
     if result.config and result.config["unsupported"]:
         return "unsupported keys in the file"
-    if result.peaks and not result.peaks.incomplete:
-        return "the allocator reserves more than a formula knows"
     if result.peaks:
         return "the trace could not follow all of it"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"

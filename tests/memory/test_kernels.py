@@ -119,38 +119,56 @@ def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], al
 
 
 GRPO = {**UNSLOTH, **QLORA, "kernels": "unsloth", "trainer": "trl-grpo", "use_vllm": True, "gradient_accumulation_steps": 1}
+ONE_A_ROW = {
+    **LORA, "kernels": PADDED, "r": 64, "batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 4, "seq_len": 2048,
+    "max_completion_length": 1760,
+}  # fmt: skip
 
 
 OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
-    ("llama-3.2-1b", {"r": 32, "batch_size": 4}, {"forward": 1_777_456_640, "backward": 1_740_126_720, "step": 1_346_465_792}),
+    (
+        "llama-3.1-8b",
+        {"r": 32, "batch_size": 6},
+        {"forward": 8_639_305_216, "backward": 7_805_331_968, "step": 6_683_017_216, "reserved": 8_938_061_824},
+    ),
+    (
+        "qwen2.5-3b",
+        {"r": 64, "batch_size": 8, "seq_len": 456, "max_completion_length": 200, "optim": "adamw_8bit"},
+        {"forward": 3_751_685_120, "backward": 3_789_399_040, "step": 3_364_699_136, "reserved": 4_018_143_232},
+    ),
+    (
+        "llama-3.2-3b",
+        {**ONE_A_ROW, "optim": "adamw_8bit"},
+        {"forward": 7_952_327_168, "backward": 7_692_163_584, "step": 7_460_212_736, "reserved": 8_145_338_368},
+    ),
     (
         "llama-3.2-1b",
-        {
-            **LORA,
-            "kernels": PADDED,
-            "r": 64,
-            "batch_size": 1,
-            "gradient_accumulation_steps": 4,
-            "num_generations": 4,
-            "seq_len": 2048,
-            "max_completion_length": 1760,
-        },
-        {"forward": 3_185_916_928, "backward": 3_067_474_432, "step": 2_878_187_520},
+        {"r": 32, "batch_size": 4},
+        {"forward": 1_777_456_640, "backward": 1_740_126_720, "step": 1_346_465_792, "reserved": 2_103_443_456},
+    ),
+    (
+        "llama-3.2-1b",
+        ONE_A_ROW,
+        {"forward": 3_185_916_928, "backward": 3_067_474_432, "step": 2_878_187_520, "reserved": 3_403_677_696},
     ),
     ("qwen3-0.6b", {"r": 16, "batch_size": 6}, {"forward": 1_173_597_696, "backward": 1_063_215_616, "step": 709_924_864}),
 ]
 """Model, job of completions of 768 tokens after prompts of 256 unless it says so, and the peaks of its second step, as above:
-GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's."""
+GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's. The first three are notebooks' jobs."""
 
 
 @pytest.mark.parametrize(("model", "changed", "by_phase"), OF_GRPO)
 def test_unsloth_s_grpo_as_it_ran(model: str, changed: dict[str, Any], by_phase: dict[str, int]) -> None:
     """One row of all completions: the layers run as those of documents do, but the model hands out the inputs of all of them
-    (models/rl.py:2089), which stay on the card until it returns."""
+    (models/rl.py:2089), which stay on the card until it returns. Reserved bytes rest on the cache that Trainer empties before the
+    backward passes of the first step: without that, 9 % fewer for Llama 3.2 1B."""
     job = {**GRPO, "seq_len": 1024, "max_completion_length": 768, "optim": "paged_adamw_8bit", **changed}
     peaks = estimate(model, **{"num_generations": changed["batch_size"], **job}).peaks
     assert peaks is not None
+    reserved = by_phase.get("reserved", peaks.reserved)
+    by_phase = {phase: nbytes for phase, nbytes in by_phase.items() if phase != "reserved"}
     assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=4e-4)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.016)
 
 
 @pytest.mark.parametrize(

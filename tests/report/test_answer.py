@@ -116,14 +116,6 @@ def test_an_unknown_verdict_says_what_to_do() -> None:
     assert "--engine trace" in lines[1]
 
 
-def test_a_lower_bound_by_formula_does_not_speak_of_a_trace() -> None:
-    """What Unsloth's GRPO reserves is more than the formula says (setup.py, `packs_completions`)."""
-    job = "estimate qwen3-0.6b --trainer trl-grpo --loss unsloth --kernels unsloth --use-vllm --gpu rtx-4090"
-    answer = run(*job.split(), columns=200).out.splitlines()[1]
-    assert answer.startswith("? RTX 4090: unknown, needs at least ")
-    assert answer.endswith(": the allocator reserves more than a formula knows")
-
-
 def test_no_stays_beside_what_is_off() -> None:
     """The list of NeMo Automodel's defaults that are off is longer than a line of 80 columns."""
     job = "estimate llama-3.2-1b --trainer automodel --gpus 8 --strategy fsdp2 --method lora"
