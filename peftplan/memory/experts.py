@@ -142,7 +142,7 @@ def _weighted_backward(f: Tape, node: Node, saved: Sequence[object], g: Tensor) 
 
 
 def summed(f: Tape, x: Tensor) -> Tensor:
-    """`x.view(n, k, h).sum(dim=1)`: its gradient, a view of k equal rows, is copied for the rows.
+    """`x.view(n, k, h).sum(dim=1)`: its gradient, a view of k equal rows, is copied for the rows, unless k is 1.
 
     Autocast asks for an fp32 result, which CUDA's kernel writes from 16-bit numbers without a copy (`make_reduction_from_ty`).
     """
@@ -152,7 +152,8 @@ def summed(f: Tape, x: Tensor) -> Tensor:
 
 
 def _summed_backward(f: Tape, node: Node, saved: tuple[Dims, str], g: Tensor) -> Tensor:
-    return f.new(saved[0], saved[1], "clone")
+    dims, dtype = saved
+    return g.view(dims) if (dims[-2], dtype) == (1, g.dtype) else f.new(dims, dtype, "clone")
 
 
 def chunked_gate(activation: Gate) -> Gate:

@@ -91,7 +91,7 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
     _logits, weights, indices = qwen_route(c, x, "mlp.gate")
     out = run_experts(c, x, indices, weights)
     gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", rows), "sigmoid")
-    shared = ops.mul(c.at("mlp"), shared, gate)
+    shared = ops.mul(c.at("mlp"), gate, shared)
     del gate
     return ops.add(c.tape, out, shared)
 
