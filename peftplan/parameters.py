@@ -28,6 +28,10 @@ KEPT_BY_TRL = "lora_magnitude_vector"
 """What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl, `SFTTrainer.__init__`)."""
 
 
+SAVED_COPY = ".modules_to_save."
+"""What the names of trainable copies hold."""
+
+
 class Parameter(NamedTuple):
     """One family of parameters: `copies` tensors of one shape, each held by the same allocations."""
 

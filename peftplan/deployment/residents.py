@@ -12,11 +12,10 @@ from peftplan.deployment.safetensors import StoredTensor
 from peftplan.deployment.scratch import Array, Device, Scratch
 from peftplan.dtypes import parse_dtype
 from peftplan.methods.adaptation import Adaptation
-from peftplan.parameters import Parameter, Parameters
+from peftplan.parameters import SAVED_COPY, Parameter, Parameters
 
 ONE_PER_LAYER = (".boft_P",)
 """Buffers that all adapters of a layer share; the others come with each adapter."""
-SAVED_COPY = ".modules_to_save."
 
 
 def base_bytes(arch: Architecture, loaded: Parameters, *, dtype: str, device: Device) -> int:

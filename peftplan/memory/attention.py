@@ -74,7 +74,9 @@ def attend(
     if model.running.attention == "flash_attention_2" and head != q.dims[3]:
         v = padded_head(f, v, q.dims[3])
     _arguments = q, k, v  # of `sdpa_attention_forward`, which live until it returns
-    if f.autocast:
+    if f.autocast and model.running.attention == "flash_attention_2":  # transformers casts them itself, in this order
+        q, k, v = (f.to(x, f.autocast) for x in (q, k, v))
+    elif f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
     if kernel == "flash":
         out = flash(f, q, k, v, copies_output=by_head and model.running.attention == "sdpa")

@@ -20,7 +20,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.parts import FOUR_BIT
-from peftplan.parameters import Parameter, Parameters
+from peftplan.parameters import SAVED_COPY, Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
 from peftplan.versions import named
@@ -173,8 +173,9 @@ def load_into(
 
 
 def _is_cast(p: Parameter, passing: tuple[str, ...]) -> bool:
-    """Whether a tensor of an adapter has other dtypes before its own."""
-    return p.owner == "adapter" and p.dtype in ("fp32", "bf16", "fp16") and passing[-1:] not in ((), (p.dtype,))
+    """Whether a tensor of an adapter has other dtypes before its own. A saved copy has its original's (`cast_adapter_dtype`)."""
+    of_tuner = p.owner == "adapter" and SAVED_COPY not in p.name
+    return of_tuner and p.dtype in ("fp32", "bf16", "fp16") and passing[-1:] not in ((), (p.dtype,))
 
 
 Tensors = list[tuple[Parameter, int | None]]

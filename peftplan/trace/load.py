@@ -24,6 +24,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
+from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
 from peftplan.trace.events.tracker import Tracker
@@ -44,8 +45,13 @@ class _Moved(NamedTuple):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a parameter that peft may cast."""
-        return self.tuned and self.category != "buffers" and self.tensor.is_floating_point()
+        """Whether it is a parameter that peft may cast: it copies saved modules as they are, behind all that it adds."""
+        return self.tuned and not self.is_copy and self.category != "buffers" and self.tensor.is_floating_point()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is of the trainable copy of a module."""
+        return SAVED_COPY in self.name
 
 
 def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
@@ -114,7 +120,8 @@ def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig
             tracker.end(halves[name])
     passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
     added = [(name, parameter) for name, _, _, parameter in _parts(built) if built.owners[name] == "adapter_weights"]
-    _cast(tracker, [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added], passing)
+    moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
+    _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing)
 
 
 def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...]) -> None:

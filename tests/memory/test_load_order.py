@@ -22,6 +22,7 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "on one device without asking for room": (LLAMA, {"method": "lora", "device_map": "cuda"}),
     "a quantized base behind a question for room": (LLAMA, {"method": "qlora", "trainer": "trl"}),
     "a quantized base has its buffers behind its weights": (LLAMA, {"method": "qlora"}),
+    "a saved module is copied behind the adapters": (LLAMA, {"method": "qlora", "modules_to_save": ["embed_tokens"]}),
 }
 
 
@@ -57,6 +58,25 @@ def test_tensors_reach_the_device_in_the_traces_order(job: str) -> None:
     moves = Moves()
     compiled.load(moves)
     assert moves.noted == _traced(config, options)
+
+
+def test_a_saved_copy_of_an_fp32_original_was_never_16_bits() -> None:
+    """Kbit preparation has made the embedding fp32; peft copies it so, and what is cast after it are LoRA's matrices alone."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    model = torch.nn.Sequential()
+    model.add_module("embed", torch.nn.Embedding(10, 16))
+    model.add_module("linear", torch.nn.Linear(16, 16, dtype=torch.bfloat16))
+    config = peft.LoraConfig(target_modules=["linear"], modules_to_save=["embed"])
+    names = dict(peft.get_peft_model(model, config, autocast_adapter_dtype=False).named_parameters())
+    dtypes = {name: p.dtype for name, p in names.items() if p.requires_grad}
+    assert [name for name, dtype in dtypes.items() if dtype == torch.bfloat16] == [
+        f"base_model.model.linear.lora_{half}.default.weight" for half in "AB"
+    ]
+    saving = {"method": "qlora", "modules_to_save": ["embed_tokens"], "batch_size": 1, "seq_len": 64}
+    job = estimate({**LLAMA, "vocab_size": 50_000}, **saving)
+    assert job.peaks is not None
+    copy = 4 * 50_000 * LLAMA["hidden_size"]
+    assert job.peaks.by_phase["load"] - job.static.bytes(("weights", "quant_state", "adapter_weights", "buffers")) < copy // 2
 
 
 def _traced(config: dict[str, Any], options: dict[str, Any]) -> list[int]:

@@ -98,3 +98,17 @@ def test_both_engines_refuse(config: dict[str, Any], options: dict[str, Any], wh
     assert why in reason
     with pytest.raises(RefusedError, match=why):
         estimate(config, engine="trace", **job)
+
+
+def test_the_gradients_of_casts_for_flash_attention_are_freed_in_the_traces_order() -> None:
+    """transformers casts queries, keys and values in this order, autocast its arguments from the last one on."""
+    pytest.importorskip("transformers")
+    config = {**LLAMA, "hidden_size": 1024, "num_key_value_heads": 2, "intermediate_size": 3072}
+    job = {"method": "qlora", "trainer": "plain", "autocast": "bf16", "attn_implementation": "flash_attention_2"}
+    ours, traced = (
+        estimate(config, engine=engine, seq_len=1024, batch_size=1, gradient_checkpointing=True, **job).peaks
+        for engine in ("analytic", "trace")
+    )
+    assert ours is not None
+    assert traced is not None
+    assert ours.reserved == traced.reserved
