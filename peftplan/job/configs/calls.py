@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from peftplan.job.configs.documents import BrokenFileError, Document, Values
 
@@ -48,15 +48,18 @@ def _document(reader: _Calls, file: str) -> Document:
     return Document({"calls": reader.calls + settings}, kind="calls")
 
 
-def arguments(calls: Iterable[Values], kinds: Mapping[str, str]) -> Values:
+def arguments(calls: Iterable[Values], kinds: Mapping[str, str], last: Collection[str] = ()) -> Values:
     """The arguments of the first call of each kind: `load.max_seq_length`; later ones count as calls after training.
 
-    `kinds`: name of a call → what stands before its arguments.
+    `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
+    the second training of a program does that needs more than the first.
     """
     values: Values = {}
+    calls = list(calls)
+    trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
     for call in calls:
         kind = kinds.get(call["call"])
-        if kind is None or kind in values:
+        if kind is None or kind in values or (kind in trained_last and call["call"] not in last):
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
             continue

@@ -89,6 +89,8 @@ class Facts:
     rules: tuple[Rule, ...]
     calls: Mapping[str, str]
     """Calls of a script → the name under which their arguments are keys."""
+    last: tuple[str, ...]
+    """Those that stand in place of others under their name."""
     models: Mapping[str, str]
     write: Values
     """What `export` adds to the tables (`writing`)."""
@@ -165,6 +167,7 @@ def facts(tool: Tool) -> Facts:
         schema,
         tuple(raw.get("rules", ())),
         raw.get("calls", {}),
+        tuple(raw.get("last", ())),
         raw.get("models", {}),
         {**raw.get("write", {}), "models": raw.get("builders")},
         raw.get("strategy"),

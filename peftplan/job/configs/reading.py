@@ -61,7 +61,7 @@ class Reading:
         if document.kind == "calls":
             from peftplan.job.configs.calls import arguments
 
-            values = arguments(values["calls"], tool.calls)
+            values = arguments(values["calls"], tool.calls, tool.last)
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))

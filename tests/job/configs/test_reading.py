@@ -261,6 +261,23 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
 
 
+def test_of_sft_before_grpo_the_second_is_counted() -> None:
+    """It holds all completions of a prompt. A length that only the program knows leaves prompt and completion all of a row."""
+    before = """
+args = SFTConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=2)
+SFTTrainer(model=model, args=args).train()
+longest = maximum_length + 1
+"""
+    source = GRPO.format(batch=1, accumulation=1).replace("args = GRPO", f"{before}args = GRPO").replace("=256", "=longest")
+    source = source.replace("max_completion_length=768", "max_completion_length=1024 - longest")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert not plan.unsupported
+    assert (plan.options["trainer"], plan.options["batch_size"], plan.options["seq_len"]) == ("trl-grpo", 6, 1024)
+    assert "max_completion_length" not in plan.options
+    assert plan.assumed["seq_len"] == "every prompt and completion fill max_seq_length together"
+    assert "besides" in plan.ignored["later.SFTConfig#1"].why
+
+
 def test_the_embedding_of_packed_completions_on_the_host_makes_an_upper_bound() -> None:
     source = GRPO.format(batch=1, accumulation=1).replace("fast_inference=True", "fast_inference=True, offload_embedding=True")
     plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
