@@ -137,6 +137,11 @@ OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
         {"forward": 3_751_685_120, "backward": 3_789_399_040, "step": 3_364_699_136, "reserved": 4_018_143_232},
     ),
     (
+        "qwen3-4b",
+        {**LORA, "r": 32, "batch_size": 4, "seq_len": 2048, "max_completion_length": 2000, "optim": "adamw_8bit"},
+        {"forward": 10_681_266_176, "backward": 9_879_828_992, "step": 8_829_841_408, "reserved": 10_961_813_504},
+    ),
+    (
         "llama-3.2-3b",
         {**ONE_A_ROW, "optim": "adamw_8bit"},
         {"forward": 7_952_327_168, "backward": 7_692_163_584, "step": 7_460_212_736, "reserved": 8_145_338_368},
@@ -154,7 +159,7 @@ OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen3-0.6b", {"r": 16, "batch_size": 6}, {"forward": 1_173_597_696, "backward": 1_063_215_616, "step": 709_924_864}),
 ]
 """Model, job of completions of 768 tokens after prompts of 256 unless it says so, and the peaks of its second step, as above:
-GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's. The first three are notebooks' jobs."""
+GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's. The first four are notebooks' jobs."""
 
 
 @pytest.mark.parametrize(("model", "changed", "by_phase"), OF_GRPO)

@@ -212,6 +212,26 @@ def test_where_gives_the_true_places_of_a_mask(tmp_path: Path) -> None:
     assert seen(run(PLACES, tmp_path, steps=0)[1]) == [4, 4]
 
 
+WHOLE = """
+import torch
+@torch.compile(fullgraph=True, dynamic=True)
+def norm(x):
+    wide = x.to(torch.float32)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+for rows in (64, 65, 66):
+    norm(torch.ones(rows, 512, dtype=torch.bfloat16).cuda())
+labels = torch.tensor([[1, 2, -100]]).cuda()
+print("SEEN", [len(torch.where(labels.reshape(-1) != -100)[0]), torch._dynamo.utils.counters["stats"]["unique_graphs"]])
+"""
+
+
+def test_what_torch_compiles_stays_one_graph(tmp_path: Path) -> None:
+    """Three sizes and one graph, or two where the first was taken for the only one. What is read afterwards is still followed."""
+    places, graphs = seen(run(WHOLE, tmp_path, steps=0)[1])
+    assert places == 2
+    assert graphs in (1, 2)
+
+
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "hang", timeout=60)
     assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from peftplan.rehearse.inside import known
+from peftplan.rehearse.inside.after_import import AfterImport
 
 IGNORED = -100
 """The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
@@ -19,6 +22,8 @@ def start() -> None:
 
     So many places of a mask are true that is counted there.
     """
+    owners = (torch, torch.Tensor, torch.nn.functional)
+    before = {(owner, name): getattr(owner, name) for owner in owners for name in dir(owner)}
     to, cuda, cpu, tolist = torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.tolist
 
     def watched_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,6 +52,25 @@ def start() -> None:
     # what a solver says of its own success
     LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
     known.start()
+    watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) is not own]
+    sys.meta_path.insert(0, AfterImport({"torch._dynamo.convert_frame": lambda module: _compile_whole(module, watched)}))
+
+
+def _compile_whole(module: Any, watched: Sequence[tuple[Any, str, Any]]) -> None:
+    """What torch compiles calls torch's own functions: a function that follows values would split its graph."""
+    translate = module._compile
+
+    def translated(*args: Any, **kwargs: Any) -> Any:
+        ours = [getattr(owner, name) for owner, name, _ in watched]
+        try:
+            for owner, name, own in watched:
+                setattr(owner, name, own)
+            return translate(*args, **kwargs)
+        finally:
+            for (owner, name, _), function in zip(watched, ours, strict=True):
+                setattr(owner, name, function)
+
+    module._compile = translated
 
 
 def _sane(read: Any) -> Any:
