@@ -360,5 +360,5 @@ def cut(name: str, layers: int) -> dict[str, Any]:
     entry = find(name)
     assert entry is not None
     config = dict(entry.facts()["config"])
-    config[next(field for field in ("n_layer", "n_layers", "num_hidden_layers") if field in config)] = layers
+    config[next(field for field in ("n_layer", "n_layers", "num_hidden_layers", "num_layers") if field in config)] = layers
     return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})

@@ -40,7 +40,9 @@ class Rows:
         return self.count
 
     def __getitem__(self, number: int) -> dict[str, list[int]]:
-        """Tokens, and labels as the recipe's loss takes them."""
+        """Tokens, and labels as the recipe's loss takes them; IndexError ends an iteration."""
+        if number >= self.count:
+            raise IndexError(number)
         tokens = [(7 * number + place) % 90 + 5 for place in range(self.length)]
         return {"input_ids": tokens, "labels": [*tokens], "attention_mask": [1] * self.length}
 

@@ -277,6 +277,12 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
 
         load = partial(load_nf4, parameters=parameters, quant=job.quant, dtype=setup.dtype)
         passing = ranks.passing_on_rank(load, Ledger(loaded))
+    if job.distributed is None and setup.by.layout.loads == "shards" and job.quant is None:
+        from peftplan.analytic import ranks
+        from peftplan.memory.sharded_load import load_empty
+
+        load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
+        passing = ranks.passing_on_rank(load, Ledger(loaded))
     if job.reference == "copy":
         from peftplan.memory.reference_load import load_both
 

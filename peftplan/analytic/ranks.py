@@ -176,6 +176,12 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     )
 
 
+def tied_bytes(job: Job, parameters: Parameters) -> int:
+    """Bytes of the embedding that the head reads too; none where it has a weight of its own."""
+    table = next(p for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight")
+    return sum(a.nbytes for a in table.allocations) if tied(job.architecture) else 0
+
+
 def first_run(load: Loader) -> Loader | None:
     """What the first forward alone makes and frees."""
     return load.first_run if isinstance(load, FlatUnits) and not load.accumulates else None

@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
+from peftplan.optim import BESIDE
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -113,7 +114,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": distributed.tp_size not in (None, 1),
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
-        "loss": job.setup.loss != "full" and not job.setup.by.own_modules,
+        "loss": job.setup.loss != "full" and job.setup.by.layout is ACCELERATE,
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         "offload_params": distributed.offload_params == "cpu" and job.setup.by.own_modules,
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
@@ -167,7 +168,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
-        f"optim {setup.optim}": setup.optim not in SHOWN_OPTIMIZERS,
+        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *BESIDE),
         "trainer": not (setup.by.prepares_model or (setup.by.layout is not ACCELERATE and job.distributed.strategy == "fsdp2")),
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),

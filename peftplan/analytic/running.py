@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import cublas_workspace_bytes
-from peftplan.job.automodel import BUILT
+from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
@@ -61,7 +61,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
-        own_decoders=setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None,
+        own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
         rotary_rows=rotary_rows(job)[0],

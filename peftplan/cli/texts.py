@@ -9,7 +9,7 @@ from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 
 def by_tool(names: tuple[str, ...]) -> str:
-    """Names, with what they begin with said once: `trl-dpo|kto`."""
+    """Names, with what they begin with said once: `trl-dpo|kto`, `automodel[-hf]`."""
     tools: dict[str, list[str]] = {}
     for name in names:
         tool, _, kind = name.partition("-")
@@ -17,7 +17,10 @@ def by_tool(names: tuple[str, ...]) -> str:
     texts = []
     for tool, kinds in tools.items():
         words = "|".join(filter(None, kinds))
-        texts += [tool] * ("" in kinds) + [f"{tool}-{words}"] * bool(words)
+        if kinds == ["", words]:
+            texts.append(f"{tool}[-{words}]")
+        else:
+            texts += [tool] * ("" in kinds) + [f"{tool}-{words}"] * bool(words)
     return ", ".join(texts)
 
 
@@ -27,7 +30,7 @@ METHOD: dict[str, str] = {
     "--r": "rank; default: the method's (8 for LoRA)",
     "--lora-alpha": "scaling of the update",
     "--lora-dropout": "dropout before A",
-    "--target-modules": "names, comma-separated; a regular expression; or all-linear | attention | mlp | peft-default",
+    "--target-modules": "names, a pattern, or all-linear | every-linear | attention | mlp | peft-default",
     "--exclude-modules": "modules left out: names or a regular expression",
     "--target-parameters": "parameters adapted directly, such as fused experts",
     "--modules-to-save": "modules trained in full beside the adapter",
@@ -60,7 +63,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": f"{by_tool(get_args(TrainerName))}; sets other defaults; default: transformers",
+    "--trainer": f"whose defaults hold: {by_tool(get_args(TrainerName))}; default: transformers",
     "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",

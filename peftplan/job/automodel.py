@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.optim import parse_optim
+from peftplan.optim import BESIDE, parse_optim
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3")
 """Model types."""
+REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BESIDE)
 BUILT = ("llama", "qwen2", "qwen3")
 """Of these, model types that the tool builds of modules of its own (`memory.models.automodel`)."""
+
+
+def builds(job: Job) -> bool:
+    """Whether the tool builds the model of modules of its own; bitsandbytes' layers are those of transformers' models."""
+    return job.setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None
 
 
 def without_formula(job: Job) -> str | None:
@@ -21,14 +27,14 @@ def without_formula(job: Job) -> str | None:
     unknown = {
         f"model type {architecture.model_type}": architecture.model_type not in REHEARSED,
         f"method {job.method_name}": not job.is_full_or_lora,
-        "eager attention": setup.attn_implementation == "eager" and architecture.model_type in BUILT,
+        "eager attention": setup.attn_implementation == "eager" and builds(job),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
-        "padding": setup.padding,
-        f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in ("adamw_torch", "adamw_torch_fused"),
+        "padding": setup.padding and builds(job),
+        f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in REHEARSED_OPTIMIZERS,
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)
-    if missing is None and job.distributed is None:
+    if missing is None and job.distributed is None and not builds(job):
         missing = "on one GPU"
     return missing and f"{setup.by.called} {missing}"

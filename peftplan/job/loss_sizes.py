@@ -53,6 +53,10 @@ def check_liger(model_type: str) -> None:
         raise RefusedError(f"loss: {named('liger-kernel')} patches no {model_type} models; accepted: full, trl-chunked")
 
 
+ALL_LOGITS = ("full", "te-parallel")
+"""Losses of logits that the model returns."""
+
+
 class LossSizes(NamedTuple):
     """The inputs of a loss's sizes besides the batch.
 
@@ -74,7 +78,7 @@ class LossSizes(NamedTuple):
 
     def named(self, b: Size, length: Size) -> dict[str, Size]:
         """Name → size for b rows of `length` hidden states, integers or arrays."""
-        if self.loss == "full":
+        if self.loss in ALL_LOGITS:
             n = self._scored(b, length)
             return {"n": n, "n/2": n // 2}
         if self.loss == "liger":
@@ -95,9 +99,9 @@ class LossSizes(NamedTuple):
 
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
         """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits."""
-        if self.loss in ("full", "liger"):
+        if self.loss in (*ALL_LOGITS, "liger"):
             without_logits: tuple[Fact, ...] = () if self.kept is None else (length > self.kept,)
-            if self.loss == "full":
+            if self.loss in ALL_LOGITS:
                 return without_logits
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)

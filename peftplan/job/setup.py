@@ -12,6 +12,7 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
+from peftplan.optim import BESIDE
 from peftplan.validation import first_error, listed, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
@@ -139,6 +140,8 @@ class Setup(BaseModel):
 
 
 LOSSES_OF_SLICES = ("full", "liger")
+OWNERS = {"torchtune-linear": ("torchtune",), "te-parallel": ("automodel", "automodel-hf")}
+"""Losses of some trainers alone."""
 """Losses that accept `logits_to_keep`. TRL 1.16 (`add_fused_lm_head`) uses the hidden states of all tokens, for which there are
 then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
 
@@ -250,10 +253,14 @@ def _check_checkpointing(setup: Setup) -> None:
 def _check_trainer(setup: Setup) -> None:
     """Raise RefusedError for what the trainer cannot do, InputError for an option that its loss does not accept."""
     by = setup.by
-    if setup.loss == "torchtune-linear" and not by.own_modules:
-        raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer torchtune")
+    if by.name not in (owners := OWNERS.get(setup.loss, (by.name,))):
+        raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer {owners[0]}")
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
+    if setup.optim in BESIDE and not by.own_lora:
+        raise RefusedError(
+            f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel"
+        )
     if setup.optimizer_in_backward and not by.own_modules:
         raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")
     if setup.optimizer_in_backward and setup.gradient_accumulation_steps > 1:

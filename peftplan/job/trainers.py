@@ -97,6 +97,24 @@ DPO_LOSSES = (
 GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 """The names that trl's `compute_loss` compares with (dpo_trainer.py, grpo_trainer.py)."""
 
+# recipes/llm/train_ft.py: a loop that computes the loss apart from the model, which it calls without labels.
+AUTOMODEL_RECIPE = Trainer(
+    "automodel",
+    "NeMo Automodel's recipe",
+    Defaults("none", gradient_checkpointing=False, optim="adamw_torch", use_cache=None, kbit_prepare=False),
+    prepares_model=False,
+    clips_gradients=False,
+    makes_optimizer=False,
+    always_masks=True,
+    loads_on_device=True,
+    losses=("full", "te-parallel"),
+    loss_apart=True,
+    hooks_inputs=False,
+    own_decoders=True,
+    own_lora=True,
+    adapters_as_base=True,
+    layout=AUTOMODEL,
+)
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
@@ -230,23 +248,9 @@ TRAINERS: dict[TrainerName, Trainer] = {
             adapters_as_base=True,
             layout=TORCHTUNE,
         ),
-        # recipes/llm/train_ft.py: a loop that computes the loss apart from the model, which it calls without labels.
-        Trainer(
-            "automodel",
-            "NeMo Automodel's recipe",
-            Defaults("none", gradient_checkpointing=False, optim="adamw_torch", use_cache=None, kbit_prepare=False),
-            prepares_model=False,
-            clips_gradients=False,
-            makes_optimizer=False,
-            always_masks=True,
-            loads_on_device=True,
-            losses=("full",),
-            loss_apart=True,
-            hooks_inputs=False,
-            own_decoders=True,
-            own_lora=True,
-            adapters_as_base=True,
-            layout=AUTOMODEL,
+        AUTOMODEL_RECIPE,
+        AUTOMODEL_RECIPE._replace(
+            name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False
         ),
         Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
     )

@@ -32,6 +32,31 @@ def _nll_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor, Tensor], g: Te
     return f.new(saved[0], "fp32", "nll_loss_backward")
 
 
+def written_over_logits(f: Tape, logits: Tensor) -> Tensor:
+    """NeMo Automodel's `TEParallelCrossEntropy`: forward writes the gradient over the logits, in their dtype.
+
+    Source: nemo_automodel 0.7.0, components/loss/te_parallel_ce.py, triton/te_cross_entropy.py.
+    """
+    tokens = logits.dims[:-1]
+    _labels = f.new(tokens, "int64", "labels")
+    node = f.record(_written_backward, (logits,))
+    losses = f.new(tokens, "fp32", "loss_1d")
+    statistics = f.new((*tokens, 3), "fp32", "m_d_X_y")
+    valid = f.new(tokens, "bool", "ne")
+    del valid, statistics
+    f.keep(node, logits.detach())
+    loss = f.new((), "fp32", "sum", node)
+    del losses
+    return ops.scale(f, loss)
+
+
+def _written_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    """Scales what forward wrote, token by token."""
+    scales = f.new(saved[0].dims[:-1], "fp32", "contiguous")
+    del scales
+    return saved[0]
+
+
 def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
     """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position."""
     wide = f.to(logits, "fp32")

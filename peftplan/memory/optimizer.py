@@ -16,7 +16,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 from peftplan.versions import named
 
-FOREACH_COPIES = {"adamw_torch": 1, "sgd": 0, "adagrad": 2, "rmsprop": 1}
+FOREACH_COPIES = {"adamw_torch": 1, "adam": 2, "sgd": 0, "adagrad": 2, "rmsprop": 1}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
 STATES = "states"
 """The mark where the first step allocates the optimizer states."""

@@ -111,6 +111,13 @@ class Loading(NamedTuple):
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
 
 
+def load_empty(memory: Memory[Handle], *, load: Loader, head: int) -> None:
+    """One GPU: all tensors are made empty and then filled, also a tied head, of `head` bytes, until it is tied again."""
+    load(memory)
+    memory.release(memory.allocate(head))
+    memory.empty_cache()
+
+
 def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
     """A shard is made on the device, also one that goes to the host."""
     memory.keep(_on_device(shard))

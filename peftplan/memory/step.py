@@ -7,6 +7,7 @@ utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps`
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from peftplan.job.loss_sizes import ALL_LOGITS
 from peftplan.job.trainer import LOSS, Forward, Scoring, Trainer
 from peftplan.memory.batch import batch_of
 from peftplan.memory.heads import head_of
@@ -132,11 +133,11 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
 
         return loss_of_pairs(f, _wide_logits(model), program.trainer.scoring)
     if program.trainer.loss_apart:
-        from peftplan.memory.loss import cross_entropy
+        from peftplan.memory.loss import cross_entropy, written_over_logits
 
         _, logits = _forward(model)
         f.module = ""
-        loss = cross_entropy(f, logits)
+        loss = (written_over_logits if model.running.loss == "te-parallel" else cross_entropy)(f, logits)
         model.kept.clear()
         return loss
     loss, *outputs = _prepared(model, program)
@@ -258,7 +259,7 @@ def _forward(model: Model) -> list[Tensor]:
         outputs[0] = regularized(model, outputs[0])
     model.outputs.clear()
     model.call_locals.clear()
-    if model.running.loss != "full":
+    if model.running.loss not in ALL_LOGITS:
         model.kept.clear()
     model.tape.end_autocast()
     return outputs

@@ -23,8 +23,9 @@ from peftplan.validation import listed
 Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
+EVERY_LINEAR = "every-linear"
 PEFT_DEFAULT = "peft-default"
-WORDS = (ALL_LINEAR, PEFT_DEFAULT, "attention", "mlp")
+WORDS = (ALL_LINEAR, EVERY_LINEAR, PEFT_DEFAULT, "attention", "mlp")
 """Words for `target_modules`: peft's own `all-linear`, and ours. They are resolved to lists of names, which are printed."""
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -138,8 +139,8 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
             )
         defaults = mapping[arch.model_type]
         return defaults if isinstance(defaults, str) else tuple(defaults)
-    if target_modules == ALL_LINEAR:
-        return all_linear(arch)
+    if target_modules in (ALL_LINEAR, EVERY_LINEAR):
+        return all_linear(arch, with_output=target_modules == EVERY_LINEAR)
     if target_modules in ("attention", "mlp"):
         return part(arch, attention=target_modules == "attention")
     assert target_modules is not None
@@ -156,9 +157,9 @@ def _defaults(peft_type: str) -> Mapping[str, list[str] | str]:
     return targets
 
 
-def all_linear(arch: Architecture) -> tuple[str, ...]:
+def all_linear(arch: Architecture, *, with_output: bool = False) -> tuple[str, ...]:
     """Name templates of every `nn.Linear` and `Conv1D`, the output embedding or a SEQ_CLS head left out, as peft does it."""
-    skip = {arch.output_embedding}
+    skip = set() if with_output else {arch.output_embedding}
     if arch.output_embedding is None and arch.task_type == "SEQ_CLS":
         skip = {name for name in SEQ_CLS_HEADS if any(m.name == name for m in arch.modules)}
     names = tuple(m.name for m in arch.modules if m.kind in LINEAR_KINDS and m.name not in skip)

@@ -1,17 +1,24 @@
-"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw.
+"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw, flashoptim.
 
 Counted: every tensor in `optimizer.state[p]` (grokadamw: in the parameter group).
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py`; torch-optimi 0.3.3 `stableadamw.py`; grokadamw 0.1.2
-`grokadamw.py`; transformers `trainer_optimizer.py`.
+`grokadamw.py`; flashoptim 0.1.4 `optimizers.py` (`_MaybeQuantizedTensor`, `quantize`); transformers `trainer_optimizer.py`.
 Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries of the step.
 """
 
 from __future__ import annotations
 
+from math import prod
+
 from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
+from peftplan.units import ceil_div
 
 HALF_PRECISION = ("bf16", "fp16")
+SCALED_TOGETHER = 32
+"""Elements of a moment that share one scale of flashoptim (`quantize`)."""
+MASTER_BITS = 24
+"""Bits of its master weights where none are named."""
 
 
 def schedule_free_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
@@ -47,3 +54,19 @@ def stable_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
 def grokadamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     """Three averages of the parameter's shape, kept on the CPU. The step moves those of one parameter at a time to the device."""
     return tuple(like(param, name, place="host") for name in ("exp_avg", "exp_avg_sq", "grok_ema"))
+
+
+def flash_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """FlashAdamW: two moments in 8 bits with their scales, and what a weight in 16 bits lacks of a master weight of 24 or 32.
+
+    A weight in fp32 has no such bits. `step` is on the host.
+    """
+    scales = (ceil_div(prod(param.shape), SCALED_TOGETHER),)
+    moments = (("exp_avg", "int8"), ("exp_avg_sq", "uint8"))
+    states = [
+        a for name, dtype in moments for a in (like(param, name, dtype=dtype), Allocation(f"{name} scales", "fp16", scales))
+    ]
+    bits = int(optim_args.get("master_weight_bits", MASTER_BITS))
+    if param.dtype in HALF_PRECISION:
+        states.append(like(param, "error_bits", dtype="int8" if bits == MASTER_BITS else "int16"))
+    return (*states, scalar("step", dtype="int64", place="host"))

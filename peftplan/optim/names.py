@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.optim.adafactor import adafactor, adalomo, lomo
 from peftplan.optim.bnb import ademamix, bnb, code_tables, one_state, two_state
-from peftplan.optim.community import grokadamw, schedule_free_adamw, schedule_free_sgd, stable_adamw
+from peftplan.optim.community import flash_adamw, grokadamw, schedule_free_adamw, schedule_free_sgd, stable_adamw
 from peftplan.optim.low_rank import apollo_adamw, galore_adafactor, galore_adamw, galore_adamw_8bit, galore_adamw_8bit_layerwise
 from peftplan.optim.optimizer import (
     Optimizer,
@@ -37,6 +37,7 @@ GALORE: Reads = {"rank": int, "update_proj_gap": int, "scale": float, "proj_type
 APOLLO: Reads = {**GALORE, "proj": str, "scale_type": str}
 GROK: Reads = dict.fromkeys(("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), float)
 FREE: Reads = {"weight_lr_power": float, "r": float}
+FLASH: Reads = {"master_weight_bits": int}
 STABLE: Reads = {"max_lr": float, "kahan_sum": str, "decouple_lr": str}
 
 
@@ -107,6 +108,12 @@ _ROWS = (
 OPTIMIZERS: dict[str, Optimizer] = {row.name: row for row in _ROWS}
 """The optimizers whose states are known, by the name that `TrainingArguments.optim` accepts."""
 
+BESIDE: dict[str, Optimizer] = {
+    "adam": _torch("adam", "Adam", adamw, {}),
+    "flash_adamw": Optimizer("flash_adamw", "flashoptim", "flashoptim.FlashAdamW", "kernel", flash_adamw, FLASH),
+}
+"""Those that a tool makes by their class: Adam with a weight decay, which is added to copies of the gradients."""
+
 REFUSED: dict[str, str] = {
     "adamw_torch_xla": "it needs torch_xla and runs on XLA devices, not on CUDA",
     "adamw_torch_npu_fused": "it needs torch_npu and runs on Ascend NPUs, not on CUDA",
@@ -121,6 +128,6 @@ def parse_optim(name: str) -> Optimizer:
     """The optimizer of this name; RefusedError with the reason, or UnknownNameError with the nearest names."""
     if name in REFUSED:
         raise RefusedError(f"optim: {name} is refused: {REFUSED[name]}")
-    if name not in OPTIMIZERS:
+    if (optimizer := OPTIMIZERS.get(name) or BESIDE.get(name)) is None:
         raise UnknownNameError("optim", name, OPTIMIZERS)
-    return OPTIMIZERS[name]
+    return optimizer

@@ -49,6 +49,7 @@ VERSIONS: dict[str, str] = {
     "grokadamw": "0.1.2",
     "schedulefree": "1.4.1",
     "torch-optimi": "0.3.3",
+    "flashoptim": "0.1.4",
 }
 """The packages that optimizers come from, with the version whose source was read and run."""
 

@@ -101,6 +101,15 @@ def test_low_rank_targets(optim, dtype, optim_args, device_bytes):
     assert nbytes(optim, shape=MATRIX, dtype=dtype, in_target=True, optim_args=optim_args, shared=True) == device_bytes
 
 
+@pytest.mark.parametrize(
+    ("dtype", "optim_args", "of_master"), [("bf16", {}, 1), ("bf16", {"master_weight_bits": "32"}, 2), ("fp32", {}, 0)]
+)
+def test_flash_adamw_completes_weights_of_16_bits(dtype, optim_args, of_master):
+    """Two moments of a byte each, a 16-bit scale per 32 elements of either, and the rest of a master weight of 24 or 32 bits."""
+    n = 1000
+    assert nbytes("flash_adamw", shape=(n,), dtype=dtype, optim_args=optim_args) == 2 * n + 2 * 2 * 32 + of_master * n
+
+
 @pytest.mark.parametrize("optim", sorted(OPTIMIZERS))
 def test_twice_the_rows_never_cost_less(optim):
     small, large = ((rows, 512) for rows in (64, 128))

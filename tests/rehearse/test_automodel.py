@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import RefusedError
 from peftplan.job.automodel import REHEARSED
 from tools.rank_grid import cut
 from tools.rehearsed_automodel import options
@@ -49,6 +50,30 @@ def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:
     assert peaks is not None
     assert abs(peaks.allocated / row["allocated"] - 1) < 1e-6
     assert abs(peaks.reserved / row["reserved"] - 1) < 1e-3
+
+
+def test_every_linear_layer_includes_the_output() -> None:
+    """8 x (2,048 + 128,256) beside what peft calls all-linear."""
+    of_peft, of_recipe = (
+        peftplan.estimate("llama-3.2-1b", method="lora", r=8, target_modules=word).trainable_parameters
+        for word in ("all-linear", "every-linear")
+    )
+    assert of_recipe - of_peft == 8 * (2048 + 128_256)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "te-parallel"}, "loss: Trainer cannot compute the te-parallel loss; add --trainer automodel"),
+        (
+            {"optim": "flash_adamw"},
+            "optim: Trainer makes no flash_adamw, which NeMo Automodel's recipe does; add --trainer automodel",
+        ),
+    ],
+)
+def test_what_the_recipe_alone_does(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        peftplan.estimate("llama-3.2-1b", method="lora", **settings)  # type: ignore[arg-type]
 
 
 def test_each_model_type_was_rehearsed() -> None:

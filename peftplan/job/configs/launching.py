@@ -81,7 +81,12 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
     if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
         result.options["gpus"] = ASSUMED_GPUS
         result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
-    if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in (None, "ddp"):
+    alone = (
+        None,
+        "ddp",
+        launch.get("distributed.strategy"),
+    )  # NeMo Automodel shards nothing on one GPU (`_parallelize_unsharded_fsdp2`)
+    if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in alone:
         result.options.pop("strategy", None)
     return result
 

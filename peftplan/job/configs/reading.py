@@ -245,6 +245,8 @@ class Reading:
             if not {"gpus", "processes"} & self.launch.keys() or fact == "nodes":
                 self.launch.setdefault(fact, number)
                 self.assumed["gpus"] = "as the command in its comments launches it"
+        if self.tool.strategy and any(key.startswith("distributed.") for key in self.launch):
+            self.launch.setdefault("distributed.strategy", self.tool.strategy)
         launch = launched(self.tool.tool, self.launch, self.document.environment)
         if self.tool.strategy and launch.options.get("gpus", 1) > 1:
             launch.options.setdefault("strategy", self.tool.strategy)

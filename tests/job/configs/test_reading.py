@@ -567,19 +567,20 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
 
 def test_nemo_builds_some_models_itself() -> None:
     """Classes in its registry are modules of its own, unless `force_hf`. Dense Llama, Qwen2 and Qwen3 have formulas as it builds
-    them, and none as transformers does."""
+    them, and others as transformers does."""
     config = {
         "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"},
         "step_scheduler": {"local_batch_size": 1},
     }
-    for name, force_hf, expected in (
-        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", None, ["model"]),
-        ("meta-llama/Llama-3.2-1B", None, []),
-        ("meta-llama/Llama-3.2-1B", True, ["model.force_hf"]),
-        ("mistralai/Mistral-7B-v0.1", None, []),
+    for name, force_hf, expected, trainer in (
+        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", None, ["model"], "automodel"),
+        ("meta-llama/Llama-3.2-1B", None, [], "automodel"),
+        ("meta-llama/Llama-3.2-1B", True, [], "automodel-hf"),
+        ("mistralai/Mistral-7B-v0.1", None, [], "automodel"),
     ):
         model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
-        assert list(read({**config, "model": model}).unsupported) == expected
+        plan = read({**config, "model": model})
+        assert (list(plan.unsupported), plan.options["trainer"]) == (expected, trainer)
 
 
 def test_a_server_of_trl_trains_nothing() -> None:
@@ -587,10 +588,14 @@ def test_a_server_of_trl_trains_nothing() -> None:
     assert plan.kind == "other"
 
 
+NEMO_MODEL = {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"}
+NEMO_LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig"}
+
+
 def of_nemo(distributed: dict[str, object], **more: object) -> ConfigPlan:
     values = {
         "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
-        "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"},
+        "model": NEMO_MODEL,
         "step_scheduler": {"local_batch_size": 4, "global_batch_size": 64},
         "distributed": distributed,
     }
@@ -633,16 +638,53 @@ def test_what_nemo_shards_otherwise_is_not_supported(distributed: dict[str, obje
 
 def test_nemo_packs_quantized_weights_as_floats() -> None:
     """components/quantization/qlora.py (`create_bnb_config`): bfloat16 unless the file says otherwise."""
-    more = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": "*c_attn"}
     plans = [
-        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=more, quantization={"load_in_4bit": True, **storage})
+        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=NEMO_LORA, quantization={"load_in_4bit": True, **storage})
         for storage in ({}, {"bnb_4bit_quant_storage": "uint8"})
     ]
     assert [plan.options["quant_storage"] for plan in plans] == ["bf16", "uint8"]
 
 
+@pytest.mark.parametrize(
+    ("peft", "targets", "excluded"),
+    [
+        ({}, r"(?:.*\.)?.*_proj", None),
+        ({"match_all_linear": True}, "every-linear", None),
+        ({"exclude_modules": ["*.out_proj"]}, "every-linear", r"(?:.*\.)?.*\.out_proj"),
+        ({"target_modules": ["c_attn"]}, ("c_attn",), None),
+    ],
+)
+def test_nemo_names_its_targets(peft: dict[str, object], targets: object, excluded: str | None) -> None:
+    """components/_peft/module_matcher.py (`ModuleMatcher`): all linear layers include the output layer."""
+    options = of_nemo({"strategy": "fsdp2"}, peft=NEMO_LORA | peft).options
+    assert (options["target_modules"], options.get("exclude_modules")) == (targets, excluded)
+
+
+def test_nemo_shards_with_fsdp2_unless_one_gpu_runs() -> None:
+    """recipes/_dist_utils.py: `_target_` is taken out; components/distributed/model_parallelizer.py
+    (`_parallelize_unsharded_fsdp2`): nothing is sharded over one rank."""
+    older = {"_target_": "nemo_automodel.components.distributed.fsdp2.FSDP2Manager", "dp_size": "none"}
+    assert [of_nemo(older).options[name] for name in ("strategy", "gpus")] == ["fsdp2", 8]
+    alone = of_nemo({**older, "dp_size": 1})
+    assert ("strategy" in alone.options, alone.unsupported) == (False, {})
+
+
+def test_nemo_packs_documents_into_rows() -> None:
+    """A mask tells documents apart, or FlashAttention's metadata; how the tool's own modules do it has no formula."""
+    packed = {"packed_sequence": {"packed_sequence_size": 1024}}
+    plans = [
+        of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"force_hf": True, **attention}, **packed)
+        for attention in ({}, {"attn_implementation": "flash_attention_2"})
+    ]
+    assert [(plan.options["seq_len"], plan.options.get("padding"), plan.unsupported) for plan in plans] == [
+        (1024, True, {}),
+        (1024, None, {}),
+    ]
+    assert of_nemo({"strategy": "fsdp2"}, **packed).unsupported.keys() == {"packed_sequence.packed_sequence_size"}
+
+
 def test_losses_and_optimizers_of_nemo() -> None:
-    """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py); only the masked cross entropy is known."""
+    """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py)."""
     loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
     adam = {"_target_": "torch.optim.Adam", "weight_decay": 0}
     sharded = {"strategy": "fsdp2"}
@@ -655,9 +697,19 @@ def test_losses_and_optimizers_of_nemo() -> None:
     }
     assert of_nemo(sharded, peft=peft).unsupported == {}
     assert "256 MiB" in of_nemo(sharded, peft=peft).assumed["use_triton"]
-    assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).unsupported.keys() == {"optimizer.weight_decay"}
-    others = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
-    assert others.unsupported.keys() == {"loss_fn._target_"}
+    assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).options["optim"] == "adam"
+    flash = of_nemo(sharded, optimizer={"_target_": "flashoptim.FlashAdamW", "master_weight_bits": 32})
+    assert (flash.options["optim"], flash.options["optim_args"]) == ("flash_adamw", "master_weight_bits=32")
+    of_te = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
+    assert (of_te.options["loss"], of_te.unsupported) == ("te-parallel", {})
+    fused = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"})
+    assert fused.unsupported.keys() == {"loss_fn._target_"}
+
+
+def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
+    assert of_nemo({"strategy": "fsdp2"}).assumed["dtype"] == "the checkpoint decides too; bfloat16 is assumed"
+    t5 = of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"pretrained_model_name_or_path": "google-t5/t5-small"})
+    assert t5.options["dtype"] == "fp32"
 
 
 def test_torchtune_over_the_processes_of_its_header() -> None:
