@@ -4,7 +4,8 @@
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
 `options` of the estimate, and what else sections of the recipe's config say (`recipe`). Rows are as long as `seq_len` says, and
-each token is scored. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+each token is scored. Where rows are packed, the emulated card, whose tensors hold no values, tells no documents apart: attention
+has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations

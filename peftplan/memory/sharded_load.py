@@ -101,6 +101,8 @@ class Loading(NamedTuple):
                 for p, _ in self.groups[name]:
                     whole.drop(a.nbytes for a in p.allocations if a.name == "weight" or not p.quantized)
         whole.drop([nbytes for nbytes, handles in whole.handles.items() for _ in handles])
+        if self.layout.streams:
+            memory.empty_cache()
 
     def _order(self) -> list[str]:
         ends = (EMBEDDING, TAIL, ROOT)

@@ -52,6 +52,42 @@ def test_flat_shards_sum_to_the_model_and_its_padding(strategy: Any, world: int)
     assert 0 <= of_rank * world - built.num_total < tensors * (world + 4)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_flat_masters_sum_to_what_trains_and_its_padding(strategy: Any, method: str, world: int) -> None:
+    """Two groups, what decays and what does not: each is padded to parts of even length. The weights are whole on every rank."""
+    counted = inventory(
+        prepare("llama-3.2-1b", method=method, r=16) if method == "lora" else prepare("llama-3.2-1b", method=method)
+    )
+    built, architecture = counted.parameters, counted.job.architecture
+    rank = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="bf16", quantized=False)
+    trained = sum(p.copies * p.numel for p in built.all if p.trainable)
+    assert rank.states_of is not None
+    masters = sum(p.numel for p in rank.states_of.all)
+    assert 0 <= masters * world - trained < 2 * 2 * world
+    assert [(p.name, p.numel) for p in rank.parameters.all] == [(p.name, p.numel) for p in built.all]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method"), [("zero1", "full"), ("zero1", "lora"), ("zero2", "full"), ("zero2", "lora"), ("zero3", "full")]
+)
+def test_one_rank_under_zero_is_one_gpu_in_16_bits_and_its_masters(strategy: Any, method: str) -> None:
+    """2 B for each parameter; a 16-bit gradient and an fp32 master for each that trains, padded to even lengths. Under ZeRO-3
+    adapters stay in fp32.
+    """
+    counted = inventory(prepare("llama-3.2-1b", method=method))
+    built, architecture = counted.parameters, counted.job.architecture
+    alone = holding(built, Distributed(strategy=strategy, gpus=1), architecture, autocast="bf16", quantized=False)
+    trained = sum(p.copies * p.numel for p in built.all if p.trainable)
+    assert sum(p.copies * sum(a.nbytes for a in p.allocations) for p in alone.parameters.all) == 2 * built.num_total
+    gradients, masters = (
+        sum(line.bytes() for line in alone.beside if line.name.startswith(name)) for name in ("16-bit gradients", "fp32 masters")
+    )
+    assert 0 <= gradients - 2 * trained <= 1024
+    assert 0 <= masters - 4 * trained <= 1024
+
+
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_parts_of_tensor_parallelism_sum_to_the_model(world: int) -> None:
     """Norms are on every rank, all else is divided evenly."""
