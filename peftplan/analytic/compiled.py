@@ -268,7 +268,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
         arrives=arrives,
-        warms_up=not setup.by.layout.streams,
+        warms_up=not setup.by.layout.streams or any(block.mlp.variant == "moe" for block in architecture.blocks),
         asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
     )
     if job.quant is not None and job.quant.by_torchao:

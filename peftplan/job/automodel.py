@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3")
 """Model types."""
+REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BESIDE)
 BUILT = ("llama", "qwen2", "qwen3")
 """Of these, model types that the tool builds of modules of its own (`memory.models.automodel`)."""
@@ -25,8 +26,10 @@ def without_formula(job: Job) -> str | None:
     """Why a step of the recipe has no formula; None where it has one."""
     architecture, setup = job.architecture, job.setup
     unknown = {
-        f"model type {architecture.model_type}": architecture.model_type not in REHEARSED,
+        f"model type {architecture.model_type}": architecture.model_type
+        not in (REHEARSED if job.quant is None else REHEARSED_QUANTIZED),
         f"method {job.method_name}": not job.is_full_or_lora,
+        "an adapter of the output layer": any(module.name == architecture.output_embedding for module in job.adaptation.matched),
         "eager attention": setup.attn_implementation == "eager" and builds(job),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
