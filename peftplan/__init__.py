@@ -6,7 +6,7 @@ Public names are resolved on first use, so that importing peftplan imports neith
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
@@ -92,7 +92,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

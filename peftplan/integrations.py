@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 NAMES = ("MemoryCallback",)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -11,19 +11,8 @@ PACKAGE = Path(peftplan.__file__).parent
 NEEDS_TORCH = ("trace", "measure", "integrations.py", "rehearse", "libraries")
 """Rooms that handle objects of torch and transformers, whose types the base install does not know."""
 MOST = {
-    "__init__.py": 2,
-    "accuracy": 12,
-    "allocator": 11,
-    "analytic": 5,
-    "arch": 6,
     "cli": 22,
-    "datafiles.py": 2,
-    "deployment": 3,
-    "hardware": 2,
-    "job": 103,
-    "memory": 11,
-    "methods": 4,
-    "oom": 5,
+    "job": 102,
     "planning": 31,
     "report": 28,
     "results": 4,

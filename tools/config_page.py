@@ -242,7 +242,7 @@ job as the tool runs it where nobody set an option (`tests/job/configs/test_writ
             ("tool", "version", "jobs", "accepted", "checked by"),
             [
                 (tool, result["version"], str(result["plans"]), str(result["accepted"]), f"`{result['by']}`")
-                for tool, result in load("configs/checked.json").items()
+                for tool, result in load("configs/checked.json", dict).items()
             ],
         )
     }

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,7 +64,7 @@ def load(path: Path, *, may_be_new: bool = False) -> Baseline:
 def updated(baseline: Baseline, engine: Engine, answers: Sequence[Answer], *, versions: dict[str, str]) -> Baseline:
     """The baseline with these answers in place of the engine's old ones; records that were not asked keep theirs."""
     entries = {
-        answer.record.id: Entry(**_filled(answer.stated))
+        answer.record.id: Entry.model_validate(_filled(answer.stated))
         for answer in answers
         if not (answer.stated.lacks_extra or answer.stated.crashed)
     }
@@ -98,7 +97,7 @@ def _entry_lines(entries: dict[str, Entry]) -> Iterator[str]:
         yield f"{json.dumps(record_id)}: {json.dumps(fields, ensure_ascii=False)}"
 
 
-def _filled(prediction: Stated) -> dict[str, Any]:
+def _filled(prediction: Stated) -> dict[str, object]:
     return {name: value for name, value in asdict(prediction).items() if value not in (None, {}, False)}
 
 

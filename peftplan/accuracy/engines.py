@@ -74,13 +74,10 @@ def sampled(cases: Sequence[Case], *, number: int | None, seed: int) -> list[Cas
 
 def ask(record: Record, engine: Engine) -> Stated:
     """Estimate, or trace, one record's setup. What peftplan refuses is an answer too; without its extra, trace has none."""
+    options = record.run.arguments()
+    options["script"] = _script(record)
     try:
-        result = estimate(
-            record.run.model,
-            gpu=record.circumstances.gpu_id,
-            engine=engine,
-            **{**record.run.arguments(), "script": _script(record)},
-        )
+        result = estimate(record.run.model, gpu=record.circumstances.gpu_id, engine=engine, **options)
     except MissingExtraError as error:
         if engine == "trace":
             raise

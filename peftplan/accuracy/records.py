@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from peftplan.job.options import JobOptions
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import parse_setup
 from peftplan.job.trainer import Defaults
@@ -55,16 +56,16 @@ class Run(Part):
     fields of `job.setup.Setup`; those in `PINNED` must be there. `script`: what the program did besides.
     """
 
-    model: Text | dict[str, Any]
+    model: Text | dict[str, object]
     method: Text | None = None
-    peft_config: dict[str, Any] | None = None
-    method_config: dict[str, Any] = {}
-    options: dict[str, Any]
+    peft_config: dict[str, object] | None = None
+    method_config: dict[str, object] = {}
+    options: dict[str, object]
     script: Script = NO_SCRIPT
 
     @field_validator("options")
     @classmethod
-    def _options(cls, options: dict[str, Any]) -> dict[str, Any]:
+    def _options(cls, options: dict[str, object]) -> dict[str, object]:
         parse_setup(options)
         missing = sorted(name for name in PINNED if options.get(name) is None)
         if missing:
@@ -87,16 +88,10 @@ class Run(Part):
         """The method as it is shown: its name, or the peft type of its config."""
         return self.method or str((self.peft_config or {}).get("peft_type", "")).lower()
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> JobOptions:
         """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
-        return {
-            "device_map": "none",
-            "method": self.method,
-            "peft_config": self.peft_config,
-            **self.method_config,
-            **self.options,
-            "script": self.script,
-        }
+        named = {"method": self.method, "peft_config": self.peft_config, "script": self.script}
+        return cast("JobOptions", {"device_map": "none", **self.method_config, **self.options, **named})
 
 
 class Circumstances(Part):
@@ -191,7 +186,7 @@ class Record(Part):
     counts: Counts = Counts()
     kept_alive: tuple[Text, ...] = ()
     """What the program held on to from forward to the end of the step, or longer: outputs, gradients, kv cache, …"""
-    steps: tuple[dict[str, Any], ...] = ()
+    steps: tuple[dict[str, object], ...] = ()
     """Raw figures as the program read them, step by step."""
     unknown: tuple[Text, ...] = ()
     """What the source does not say, and what the setup assumes instead."""
@@ -219,11 +214,11 @@ class Record(Part):
         """How far the setup can be taken for what ran."""
         return "leaves something open" if not self.exact else "with an inferred stack" if self.inferred else "as labelled"
 
-    def payload(self) -> dict[str, Any]:
+    def payload(self) -> dict[str, object]:
         """The record as JSON: fields with their default value are left out."""
         return {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
 
 
-def full_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def full_options(options: Mapping[str, object]) -> dict[str, object]:
     """The options of a resolved setup that say something, as a record states them."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if value is not None}

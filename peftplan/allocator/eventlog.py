@@ -12,10 +12,10 @@ key, a kind or a type that is not in this format is refused by its place.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from sys import intern
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.allocator.device import ENDLESS
 from peftplan.allocator.events import KINDS, Event
@@ -100,7 +100,7 @@ def _event(fields: object, *, where: str) -> Event:
         raise InputError(where, fields, "accepted: an object")
     if type(fields.get("kind")) is not str or fields["kind"] not in KINDS:
         raise UnknownNameError(f"{where}.kind", fields.get("kind"), KINDS)
-    values: dict[str, Any] = {"kind": fields["kind"]}
+    values: dict[str, object] = {"kind": fields["kind"]}
     for key, value in fields.items():
         if key in INTEGERS:
             if type(value) is not int or not 0 <= value < ENDLESS:
@@ -112,4 +112,5 @@ def _event(fields: object, *, where: str) -> Event:
             values[key] = intern(value)
         elif key != "kind":
             raise UnknownNameError(f"{where}, key", key, KEYS)
-    return Event(**values)
+    make: Callable[..., Event] = Event
+    return make(**values)

@@ -9,11 +9,11 @@ that waited for another stream (`record_stream`) counts as allocated until then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, TypeVar, cast, get_args
 
 from peftplan import files
 from peftplan.allocator import pickles
@@ -23,22 +23,58 @@ from peftplan.allocator.events import Event
 from peftplan.allocator.replay import Replay, replay
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError
 
-ACTIONS = (
-    "alloc",
-    "free_requested",
-    "free_completed",
-    "segment_alloc",
-    "segment_free",
-    "segment_map",
-    "segment_unmap",
-    "oom",
+Action = Literal[
+    "alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap", "oom",
     "snapshot",
-)
+]  # fmt: skip
+ACTIONS: tuple[Action, ...] = get_args(Action)
 DEFAULT_POOL = (0, 0)
 MOST_ENTRIES = 2**21
 """Of one device's trace, and blocks of its segments. A pickle can hold the same entry millions of times in a few bytes."""
 MOST_OF_A_NAME = 1000
 """Characters that are kept of a frame's name; C++ symbols are long."""
+
+
+Item = TypeVar("Item")
+
+
+class Frame(TypedDict, total=False):
+    """A frame of a stack, the innermost first."""
+
+    filename: str
+    line: int
+    name: str
+
+
+class Entry(TypedDict, total=False):
+    """An allocation, a free or a segment's, in a device's trace; or a block of a segment."""
+
+    action: Action
+    addr: int
+    size: int
+    stream: int
+    frames: list[Frame] | None
+    device_free: int
+    pool_id: object
+    segment_pool_id: object
+    address: int
+    state: str
+
+
+class Segment(TypedDict, total=False):
+    """A segment that the allocator holds, with its blocks."""
+
+    device: int
+    total_size: int
+    blocks: list[Entry]
+
+
+class Snapshot(TypedDict, total=False):
+    """What torch writes. A file may hold anything under these keys: `trace_of` raises InputError where it is read."""
+
+    segments: list[Segment]
+    device_traces: list[list[Entry]]
+    allocator_settings: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +84,7 @@ class RecordedTrace:
     config: AllocatorConfig
     events: tuple[Event, ...]
     segment_events: tuple[SegmentEvent, ...]
-    segments: tuple[dict[str, Any], ...]
+    segments: tuple[Segment, ...]
     untraced: int
 
     @property
@@ -73,7 +109,7 @@ class Comparison:
     """(recorded, replayed); None where all are equal."""
 
 
-def load_snapshot(path: Path | str) -> dict[str, Any]:
+def load_snapshot(path: Path | str) -> Snapshot:
     """The dictionary in a snapshot file; a pickle that names any class or function is refused."""
     content = files.content(path, field="file", most=pickles.MOST_BYTES)
     try:
@@ -84,7 +120,7 @@ def load_snapshot(path: Path | str) -> dict[str, Any]:
         raise InputError("file", str(path), f"not a snapshot (a pickle of plain containers): {error}") from error
     if not isinstance(snapshot, dict) or not {"segments", "device_traces"} <= snapshot.keys():
         raise InputError("file", str(path), "not a snapshot; accepted: what torch.cuda.memory._dump_snapshot() writes")
-    return snapshot
+    return cast("Snapshot", snapshot)
 
 
 def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
@@ -92,7 +128,7 @@ def read_trace(path: Path | str, *, device: int = 0) -> RecordedTrace:
     return trace_of(load_snapshot(path), path, device=device)
 
 
-def trace_of(snapshot: dict[str, Any], path: Path | str, *, device: int = 0) -> RecordedTrace:
+def trace_of(snapshot: Snapshot, path: Path | str, *, device: int = 0) -> RecordedTrace:
     """The trace of one device of a snapshot that was read from `path`."""
     try:
         traces = _list(snapshot["device_traces"], "device_traces")
@@ -118,17 +154,17 @@ def trace_of(snapshot: dict[str, Any], path: Path | str, *, device: int = 0) -> 
         raise InputError("file", str(path), f"a field is missing or has another shape: {error!r}") from error
 
 
-def _list(value: object, key: str) -> list[Any]:
+def _list(value: list[Item], key: str) -> list[Item]:
     """A list of a length that can be read. Raises InputError otherwise."""
     if type(value) is not list or len(value) > MOST_ENTRIES:
         raise InputError(f"file: {key}", value, f"accepted: a list of at most {MOST_ENTRIES} entries")
     return value
 
 
-def _integer(fields: dict[str, Any], key: str) -> int:
-    if type(fields[key]) is not int:
-        raise InputError(f"file: {key}", fields[key], "accepted: a whole number")
-    return int(fields[key])
+def _integer(fields: Mapping[str, object], key: str) -> int:
+    if type(number := fields[key]) is not int:
+        raise InputError(f"file: {key}", number, "accepted: a whole number")
+    return number
 
 
 def compare(trace: RecordedTrace) -> Comparison:
@@ -154,7 +190,7 @@ class _Reading:
         self._allocations = 0
         self._releasing = False
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, entry: Entry) -> None:
         action, size, stream = entry["action"], _integer(entry, "size"), _integer(entry, "stream")
         if action not in ACTIONS:
             raise UnknownNameError("file: action", action, ACTIONS)
@@ -187,7 +223,7 @@ class _Reading:
             self.unmatched_frees += 1
 
 
-def _op(entry: dict[str, Any]) -> str:
+def _op(entry: Entry) -> str:
     frames = entry.get("frames") or ()
     name = frames[0]["name"] if frames else ""
     if type(name) is not str:
@@ -195,7 +231,7 @@ def _op(entry: dict[str, Any]) -> str:
     return name[:MOST_OF_A_NAME]
 
 
-def _untraced(segments: tuple[dict[str, Any], ...], live: dict[int, int]) -> int:
+def _untraced(segments: tuple[Segment, ...], live: dict[int, int]) -> int:
     """Raises InputError where there are more blocks than can be read."""
     number = sum(len(_list(segment["blocks"], "blocks")) for segment in segments)
     if number > MOST_ENTRIES:

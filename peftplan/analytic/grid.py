@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from peftplan.arrays import Ints
+from peftplan.arrays import Ints, Objects
 from peftplan.errors import MissingExtraError
 from peftplan.frames import as_html, dataframe
 from peftplan.units import format_bytes
@@ -35,10 +35,10 @@ class Grid:
 
     sizes: Mapping[str, Ints]
     requested_by_phase: dict[str, Ints]
-    allocated_bytes: object = None
-    reserved_bytes: object = None
-    verdicts: Mapping[str, object] = field(default_factory=dict)
-    decided_by: Mapping[str, object] = field(default_factory=dict)
+    allocated_bytes: Ints | None = None
+    reserved_bytes: Ints | None = None
+    verdicts: Mapping[str, Objects] = field(default_factory=dict)
+    decided_by: Mapping[str, Objects] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grid) and all(
@@ -74,9 +74,9 @@ class Grid:
         """
         peak = np.asarray(self.peak_requested_bytes).ravel().tolist()
         sizes = {name: np.asarray(values).ravel().tolist() for name, values in self.sizes.items()}
-        replayed: dict[str, Any] = {"peak_allocated": self.allocated_bytes, "peak_reserved": self.reserved_bytes}
+        replayed = {"peak_allocated": self.allocated_bytes, "peak_reserved": self.reserved_bytes}
         memory = {name: values.ravel().tolist() for name, values in replayed.items() if values is not None}
-        words: dict[str, tuple[Any, Any]] = {card: (self.verdicts[card], self.decided_by[card]) for card in self.verdicts}
+        words = {card: (self.verdicts[card], self.decided_by[card]) for card in self.verdicts}
         by_card = {card: [values.ravel().tolist() for values in both] for card, both in words.items()}
         for point, requested in enumerate(peak):
             row = {name: values[point] for name, values in sizes.items()} | {"requested_bytes": requested}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
@@ -17,7 +17,7 @@ from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
-from peftplan.memory.load import Loader, Memory, peak_of
+from peftplan.memory.load import Handle, Loader, Memory, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
@@ -199,7 +199,7 @@ def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load
     return partial(_synced, flats=of_model(parameters, buffers), bucket=Ledger(tuple(beside)).bytes(), load=load)
 
 
-def _synced(memory: Memory[Any], *, flats: tuple[int, ...], bucket: int, load: Loader) -> None:
+def _synced(memory: Memory[Handle], *, flats: tuple[int, ...], bucket: int, load: Loader) -> None:
     load(memory)
     send(memory, flats)
     memory.release(memory.allocate(bucket))

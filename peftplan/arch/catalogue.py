@@ -6,14 +6,29 @@
 
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load as load_data
+from peftplan.datafiles import record
 from peftplan.errors import InputError, UnknownNameError, nearest
 
 INDEX = "models/index.json"
 ALIASES = "model_aliases.json"
 """Further names of the built-in models, with the source of each; read only for a name that the index does not hold."""
+
+
+class Aliases(TypedDict):
+    """What is read of the file of names: name → its row, which names a built-in model."""
+
+    aliases: dict[str, dict[str, str]]
+
+
+class ModelFile(TypedDict, total=False):
+    """What is read of a built-in model's own file. `note` is there where its count needs one."""
+
+    config: dict[str, object]
+    source: str
+    note: str
 
 
 class ModelEntry(NamedTuple):
@@ -46,9 +61,9 @@ class ModelEntry(NamedTuple):
         """Whether a name that matches this entry belongs to another checkpoint of the same shapes, or to a mirror."""
         return _key(name) in map(_key, self.siblings) or _key(name) not in _by_key()
 
-    def facts(self) -> dict[str, Any]:
-        """The contents of the model's file: `config`, `source`, `note`, `published_params` and more. Do not modify it."""
-        return dict(load_data(f"models/{self.name}.json"))
+    def facts(self) -> ModelFile:
+        """The contents of the model's file. Do not modify it."""
+        return load_data(f"models/{self.name}.json", ModelFile)
 
 
 class UnknownModelError(UnknownNameError):
@@ -68,9 +83,7 @@ class UnknownModelError(UnknownNameError):
 
 @cache
 def _entries() -> tuple[ModelEntry, ...]:
-    return tuple(
-        ModelEntry(**{**row, "aliases": tuple(row["aliases"]), "siblings": tuple(row["siblings"])}) for row in load_data(INDEX)
-    )
+    return tuple(record(ModelEntry, row) for row in load_data(INDEX, list[dict[str, object]]))
 
 
 @cache
@@ -82,7 +95,7 @@ def _by_key() -> dict[str, ModelEntry]:
 def _by_alias() -> dict[str, ModelEntry]:
     """Mirrors, and names of other checkpoints of the same shapes. Each is a row with its source; none is derived by a rule."""
     by_name = {entry.name: entry for entry in _entries()}
-    return {_key(alias): by_name[row["model"]] for alias, row in load_data(ALIASES)["aliases"].items()}
+    return {_key(alias): by_name[row["model"]] for alias, row in load_data(ALIASES, Aliases)["aliases"].items()}
 
 
 def _key(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from peftplan import files
 from peftplan.arch.configfile import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -69,7 +69,7 @@ def fetch_config(repo_id: str) -> Path:
         raise HubError(f"{repo_id}: {_reason(error, errors)}") from None
 
 
-def _reason(error: Exception, errors: Any) -> str:
+def _reason(error: Exception, errors: ModuleType) -> str:
     """The reason of a failed request in one line, without the server's text, which can be long and contain a token."""
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     status = getattr(getattr(error, "response", None), "status_code", None)

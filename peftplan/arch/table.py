@@ -6,11 +6,10 @@ and stored bytes are exact without torch. Blocks, name, source and notes are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 from peftplan.arch.modules import Architecture, Buffer, Module, PromptDims
-from peftplan.datafiles import DATA
+from peftplan.datafiles import DATA, record
 from peftplan.datafiles import load as load_data
 
 SCALARS = (
@@ -28,6 +27,15 @@ NAME_LISTS = ("keep_in_fp32", "keep_in_fp32_strict", "frozen", "logits_ops")
 PROMPT = ("num_layers", "token_dim", "num_attention_heads", "num_key_value_heads", "head_dim", "num_transformer_submodules")
 
 
+class Table(TypedDict):
+    """The fields of a table that are nested, besides those in `SCALARS` and `NAME_LISTS`. Layers are ranges."""
+
+    prompt: dict[str, int] | None
+    ties: list[tuple[str, str]]
+    buffers: list[tuple[str, str, list[int], str | None]]
+    modules: list[tuple[str, str, dict[str, list[int]], str | None]]
+
+
 def to_table(arch: Architecture) -> dict[str, object]:
     """The architecture as JSON values; layers as ranges, `0-3,5`."""
     return {
@@ -40,28 +48,25 @@ def to_table(arch: Architecture) -> dict[str, object]:
     }
 
 
-def from_table(table: Mapping[str, Any]) -> Architecture:
+def from_table(table: Table) -> Architecture:
     """The architecture of a table that `to_table` wrote."""
-    return Architecture(
-        **{key: table[key] for key in SCALARS},
-        keep_in_fp32=tuple(table["keep_in_fp32"]),
-        keep_in_fp32_strict=tuple(table["keep_in_fp32_strict"]),
-        frozen=tuple(table["frozen"]),
-        logits_ops=tuple(table["logits_ops"]),
-        prompt=None if table["prompt"] is None else PromptDims(**table["prompt"]),
-        ties=tuple((alias, owner) for alias, owner in table["ties"]),
-        buffers=tuple(Buffer(name, dtype, tuple(shape), _indices(layers)) for name, dtype, shape, layers in table["buffers"]),
-        modules=tuple(
+    flat = {key: value for key, value in table.items() if key in SCALARS or key in NAME_LISTS}
+    nested = {
+        "prompt": None if table["prompt"] is None else PromptDims(**table["prompt"]),
+        "ties": [(alias, owner) for alias, owner in table["ties"]],
+        "buffers": [Buffer(name, dtype, tuple(shape), _indices(layers)) for name, dtype, shape, layers in table["buffers"]],
+        "modules": [
             Module(name, kind, tuple((p, tuple(shape)) for p, shape in params.items()), _indices(layers))
             for name, kind, params, layers in table["modules"]
-        ),
-    )
+        ],
+    }
+    return record(Architecture, {**flat, **nested})
 
 
 def load_table(name: str) -> Architecture | None:
     """The shipped weight table of a built-in model, or None if it has none."""
     file = f"weights/{name}.json"
-    return from_table(load_data(file)) if (DATA / file).is_file() else None
+    return from_table(load_data(file, Table)) if (DATA / file).is_file() else None
 
 
 def _ranges(layers: tuple[int, ...] | None) -> str | None:

@@ -14,9 +14,9 @@ def _models() -> Iterable[str]:
 
 
 def _cards() -> Iterable[str]:
-    from peftplan.datafiles import load
+    from peftplan.hardware.gpus import gpus
 
-    return (row["id"] for row in load("gpus.json")["gpus"])
+    return (card.id for card in gpus())
 
 
 def _methods() -> Iterable[str]:

@@ -119,7 +119,7 @@ def _inside(name: str, targeted: set[str]) -> str:
 
 def _embeddings(arch: Architecture, adaptation: Adaptation, dtypes: Mapping[str, str]) -> Iterator[StoredTensor]:
     """The base's own tensors of a targeted embedding or head, where `target_modules` names `embed_tokens` or `lm_head`."""
-    if not _names_embedding(arch, dict(adaptation.resolved).get("target_modules")):
+    if not _names_embedding(arch, adaptation.target_modules):
         return
     for module in adaptation.matched:
         if module.name in (arch.input_embedding, arch.output_embedding) and _has_valid_base(module):

@@ -6,11 +6,9 @@ Source: transformers, `modeling_utils.py` (`save_pretrained`, `remove_tied_weigh
 quantized models; ModernBERT's first layer lacks a norm, so its tensors come in another order, which only shards would show.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture, Shape
 from peftplan.deployment.safetensors import StoredTensor, file_bytes
@@ -126,23 +124,27 @@ def _names_of_ties(arch: Architecture, adaptation: Adaptation) -> dict[str, str]
 
 def _in_order(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
     """The order of `state_dict()`: depth first, a module's own tensors before its children, numbered children by number."""
-    root: dict[str, Any] = {}
+    root = _Module({}, {})
     for tensor in tensors:
-        node = root
+        module = root
         *path, leaf = tensor.name.split(".")
         for part in path:
-            node = node.setdefault(part, {})
-        node[leaf] = tensor
-    yield from _walk(root)
+            module = module.children.setdefault(part, _Module({}, {}))
+        module.tensors[leaf] = tensor
+    yield from root.in_order()
 
 
-def _walk(node: dict[str, Any]) -> Iterator[StoredTensor]:
-    yield from (child for child in node.values() if isinstance(child, StoredTensor))
-    inner = [(name, child) for name, child in node.items() if not isinstance(child, StoredTensor)]
-    if all(name.isdigit() for name, _ in inner):
-        inner.sort(key=lambda item: int(item[0]))
-    for _, child in inner:
-        yield from _walk(child)
+class _Module(NamedTuple):
+    """A module's own tensors and its children, by the last part of their names."""
+
+    tensors: dict[str, StoredTensor]
+    children: dict[str, "_Module"]
+
+    def in_order(self) -> Iterator[StoredTensor]:
+        yield from self.tensors.values()
+        numbered = all(name.isdigit() for name in self.children)
+        for name in sorted(self.children, key=int) if numbered else self.children:
+            yield from self.children[name].in_order()
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -7,7 +7,7 @@ Source: data/context.json, each row with its own source.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from peftplan import datafiles
 from peftplan.units import MIB
@@ -52,6 +52,12 @@ GENERATIONS = {
 """Compute capability → generation. Source: NVIDIA's list of GPUs by compute capability and the CUDA C++ Programming Guide."""
 
 
+class Measurements(TypedDict):
+    """The file of the contexts."""
+
+    measurements: list[dict[str, object]]
+
+
 class ContextMeasurement(NamedTuple):
     """One public measurement. `exact` is false where it was read from rounded or mixed output; `mib` is as recorded."""
 
@@ -85,7 +91,9 @@ def context_measurements(gpu: "Gpu") -> tuple[ContextMeasurement, ...]:
 
 @cache
 def _measurements() -> tuple[ContextMeasurement, ...]:
-    return tuple(ContextMeasurement(**row) for row in datafiles.load("context.json")["measurements"])
+    return tuple(
+        datafiles.record(ContextMeasurement, row) for row in datafiles.load("context.json", Measurements)["measurements"]
+    )
 
 
 def context_bytes(gpu: "Gpu") -> Looked:

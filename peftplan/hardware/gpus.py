@@ -7,7 +7,7 @@ the `nvidia-smi` total). Source: data/gpus.json, each row with its own sources.
 
 import re
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from peftplan import datafiles
 from peftplan.errors import InputError, UnknownNameError
@@ -21,6 +21,22 @@ MAX_CAPACITY = 2**20 * GIB
 """No device comes near it: a capacity above it is a slip of the pen."""
 _MAKER = re.compile(r"(nvidia|amd|geforce)+")
 _NOT_IN_KEY = re.compile(r"[^a-z0-9+]")
+
+
+class Row(TypedDict):
+    """The fields of a card's row that find it, and those that are rows themselves. The others are as in `Gpu`."""
+
+    id: str
+    name: str
+    aliases: list[str]
+    total_mib_variants: list[dict[str, object]]
+    cuda_total_mib: list[dict[str, object]]
+
+
+class Cards(TypedDict):
+    """The file of the catalogue."""
+
+    gpus: list[Row]
 
 
 class Reported(NamedTuple):
@@ -79,7 +95,7 @@ OF_A_REQUEST = ("sold_gb", "context_mib")
 @cache
 def gpus() -> tuple[Gpu, ...]:
     """Every card of the catalogue, in its order."""
-    return tuple(_gpu(row["id"]) for row in datafiles.load("gpus.json")["gpus"])
+    return tuple(_gpu(row["id"]) for row in _rows())
 
 
 def find_gpu(name: str) -> Gpu:
@@ -92,8 +108,7 @@ def find_gpu(name: str) -> Gpu:
         return _anonymous(name.strip(), number=float(capacity[1]), unit=capacity[2].lower())
     gpu_id = _ids_by_key().get(_key(name))
     if gpu_id is None:
-        ids = (row["id"] for row in datafiles.load("gpus.json")["gpus"])
-        raise UnknownNameError("gpu", name, ids, also="; `peftplan gpus` lists them; or a size such as 24GiB")
+        raise UnknownNameError("gpu", name, _rows_by_id(), also="; `peftplan gpus` lists them; or a size such as 24GiB")
     return _gpu(gpu_id)
 
 
@@ -114,24 +129,25 @@ def _key(name: str) -> str:
 @cache
 def _ids_by_key() -> dict[str, str]:
     """Every name to its card's id. Rows are ordered small before large, so a driver name that two cards share is the smaller."""
-    rows = datafiles.load("gpus.json")["gpus"]
-    ids: dict[str, str] = {_key(row["id"]): row["id"] for row in rows}
-    for row in rows:
+    ids = {_key(row["id"]): row["id"] for row in _rows()}
+    for row in _rows():
         for name in (*row["aliases"], row["name"]):
             ids.setdefault(_key(name), row["id"])
     return ids
 
 
+def _rows() -> list[Row]:
+    return datafiles.load("gpus.json", Cards)["gpus"]
+
+
 @cache
-def _rows_by_id() -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in datafiles.load("gpus.json")["gpus"]}
+def _rows_by_id() -> dict[str, Row]:
+    return {row["id"]: row for row in _rows()}
 
 
 @cache
 def _gpu(gpu_id: str) -> Gpu:
-    row = dict(_rows_by_id()[gpu_id])
-    for field in ("aliases", "notes", "sources"):
-        row[field] = tuple(row[field])
-    row["total_mib_variants"] = tuple(Variant(**variant) for variant in row["total_mib_variants"])
-    row["cuda_total_mib"] = tuple(Reported(**reported) for reported in row["cuda_total_mib"])
-    return Gpu(**row)
+    row = _rows_by_id()[gpu_id]
+    variants = [datafiles.record(Variant, variant) for variant in row["total_mib_variants"]]
+    reported = [datafiles.record(Reported, total) for total in row["cuda_total_mib"]]
+    return datafiles.record(Gpu, {**row, "total_mib_variants": variants, "cuda_total_mib": reported})

@@ -29,7 +29,7 @@ class Figure:
     process: int | None
     used: int | None
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, object]:
         """The figure as in a record, without values that the driver does not report."""
         return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 

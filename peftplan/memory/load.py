@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE
@@ -54,7 +54,7 @@ class Memory(Protocol[Handle]):
 class Loader(Protocol):
     """Loads a model tensor by tensor."""
 
-    def __call__(self, memory: Memory[Any], /) -> None:
+    def __call__(self, memory: Memory[Handle], /) -> None:
         """Load it."""
 
 

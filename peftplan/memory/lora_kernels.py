@@ -43,12 +43,14 @@ def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) ->
     """The projections of these names; None where one has no LoRA adapter or a bias that the kernel does not take, and peft's own
     forward runs (`patch_peft_model`). Raises NoEngineError where the kernel does more than the formula says.
     """
-    config = model.running.config
+    from peftplan.methods.lora import LoraConfig  # a job without LoRA does not load it
+
     adapted = []
     for name in names:
         part = model.part(name, layer)
         if "lora_A.weight" not in part.params or (part.bias is not None and not kernel.takes_bias):
             return None
+        config = model.running.config_as(LoraConfig)
         dropped = config.lora_dropout and not kernel.drops_outside
         if dropped or config.use_dora or part.params.keys() - {"weight", "bias", *LORA} or _trains(part.bias):
             raise NoEngineError(

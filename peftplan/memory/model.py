@@ -234,7 +234,7 @@ class Model(Weights):
         if "lora_embedding_A" in part.params:
             from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding
 
-            check_lora_embedding(self.arch.model_type, self.running.config)
+            check_lora_embedding(self.arch.model_type, self.running)
             rows = self.asking_gradient(ops.embedding(self.tape, part.own_weight, dims, ids))  # its hook is on the base layer
             return lora_embedding(self.tape, part, rows, ids)
         return self.tape.call(

@@ -1,16 +1,18 @@
 """What a run is made of: how it runs, and one module of one layer."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
 from peftplan.job.kernels import Kernels
 from peftplan.ledger import Dim
+from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
 NO_KERNELS = Kernels()
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 class Running(NamedTuple):
@@ -26,7 +28,7 @@ class Running(NamedTuple):
     peft_type: str | None = None
     peft_task: str = ""
     """The task that peft gets; empty where an adapter config names none."""
-    config: Any = None
+    config: MethodConfig | None = None
     seq_len: int = 2048
     batch_size: int = 1
     dtype: str = "bf16"
@@ -72,6 +74,11 @@ class Running(NamedTuple):
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False
     """Whether the inputs of checkpointed layers wait on the host."""
+
+    def config_as(self, kind: type[Config]) -> Config:
+        """The method's config, in the class of the method that asks."""
+        assert isinstance(self.config, kind)
+        return self.config
 
 
 class Part:

@@ -6,22 +6,17 @@ Source: trl `DPOTrainer.__init__` (`create_model_from_path`, with `device_map="a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from peftplan.allocator.blocks import Block
 from peftplan.allocator.core import Allocator
-from peftplan.memory.load import Handle, Memory, load_order
+from peftplan.memory.load import Handle, Loader, Memory, load_order
 from peftplan.parameters import Parameters
 from peftplan.units import GIB
 
-Load = Callable[[Memory[Any]], None]
-"""Loads the policy."""
 MOST_UNTOUCHED = 3 * GIB // 2
 """If more bytes are missing, the warm-up takes one more than is cached, which forces a new segment."""
 
 
-def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, moved: bool) -> None:
+def load_both(memory: Memory[Handle], load: Loader, reference: Parameters, *, moved: bool) -> None:
     """Load the policy, and then a dense reference model as it arrives on a device map: by name, its buffers last.
 
     `moved`: several processes load it on the host, and accelerate moves it (`prepare_model`).
@@ -34,7 +29,7 @@ def load_both(memory: Memory[Handle], load: Load, reference: Parameters, *, move
     _keep(memory, reference._replace(all=base), moved=moved)
 
 
-def load_after_reference(memory: Memory[Handle], load: Load, reference: Parameters) -> None:
+def load_after_reference(memory: Memory[Handle], load: Loader, reference: Parameters) -> None:
     """Under DeepSpeed: the reference model comes from the host with `prepare_deepspeed`, the policy when training begins."""
     _keep(memory, reference._replace(all=tuple(p for p in reference.all if p.owner == "base")), moved=True)
     load(memory)
@@ -53,7 +48,7 @@ def warm_up(weights: int, cached: int) -> int:
     return (missing if missing > cached else forced) // 2 * 2
 
 
-def cached_after(load: Load) -> int:
+def cached_after(load: Loader) -> int:
     """Bytes that the allocator holds in no tensor once something is loaded."""
     memory = _Allocated()
     load(memory)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.errors import MissingError, UnknownNameError, UnknownOptionError
 
@@ -226,7 +226,7 @@ def _validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "Meth
 class Package(ModuleType):
     """Makes this package callable: `peftplan.methods()` is the public list of methods, and has the package's name."""
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """The methods as a list of records (`planning.listings.methods`)."""
         return import_module("peftplan").list_methods()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -89,11 +89,17 @@ class Adaptation(NamedTuple):
     added: tuple[AddedTensor, ...] = ()
     trained: tuple[TrainedParam, ...] = ()
     matched: tuple[Module, ...] = ()
-    resolved: tuple[tuple[str, Any], ...] = ()
+    resolved: tuple[tuple[str, object], ...] = ()
     buffers: tuple[AddedBuffer, ...] = ()
     notes: tuple[str, ...] = ()
     by_layer: bool = False
     """Whether only some layers of a family train. A model with fewer layers then does not represent it."""
+
+    @property
+    def target_modules(self) -> tuple[str, ...] | str:
+        """The resolved targets, names or a regular expression; empty for a method without."""
+        targets = dict(self.resolved).get("target_modules")
+        return targets if isinstance(targets, (tuple, str)) else ()
 
     @property
     def num_trainable(self) -> int:

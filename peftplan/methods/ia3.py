@@ -14,7 +14,7 @@ from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
 from peftplan.errors import InputError, RefusedError
 from peftplan.methods.adaptation import Adaptation, AddedTensor
-from peftplan.methods.targets import TargetedConfig, Targets, resolve_targets, split
+from peftplan.methods.targets import PeftTargets, TargetedConfig, Targets, resolve_targets, split
 from peftplan.methods.tuner import CONVOLUTIONS, require_kind, tune
 
 
@@ -45,7 +45,7 @@ def ia3(arch: Architecture, config: IA3Config) -> Adaptation:
 
 
 def _default_feedforward(arch: Architecture) -> tuple[str, ...]:
-    mapping = datafiles.load("peft_targets.json")["feedforward_modules"]["IA3"]
+    mapping = datafiles.load("peft_targets.json", PeftTargets)["feedforward_modules"]["IA3"]
     if arch.model_type not in mapping:
         raise RefusedError(f"feedforward_modules: peft has no default for model_type {arch.model_type!r}; name them")
     return tuple(mapping[arch.model_type])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypedDict, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -32,6 +32,13 @@ _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
 SEQ_CLS_HEADS = ("score", "classifier")
 """`SEQ_CLS_HEAD_NAMES` (peft/utils/constants.py): heads that `all-linear` leaves out for peft's task type SEQ_CLS."""
+
+
+class PeftTargets(TypedDict):
+    """The modules that peft adapts unless a config names some: peft type → model type → names, or a word."""
+
+    target_modules: dict[str, dict[str, list[str] | str]]
+    feedforward_modules: dict[str, dict[str, list[str]]]
 
 
 def _regex(value: str) -> str:
@@ -153,8 +160,7 @@ def has_default(arch: Architecture, *, peft_type: str) -> bool:
 
 
 def _defaults(peft_type: str) -> Mapping[str, list[str] | str]:
-    targets: Mapping[str, list[str] | str] = datafiles.load("peft_targets.json")["target_modules"].get(peft_type, {})
-    return targets
+    return datafiles.load("peft_targets.json", PeftTargets)["target_modules"].get(peft_type, {})
 
 
 def all_linear(arch: Architecture, *, with_output: bool = False) -> tuple[str, ...]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from peftplan import files
 from peftplan.allocator.pickles import MAGIC
 from peftplan.errors import InputError
+from peftplan.job.options import JobOptions
 from peftplan.oom import message as messages
 from peftplan.oom.causes import Cause, causes
 from peftplan.oom.message import Message
@@ -51,7 +52,7 @@ class Diagnosis(NamedTuple):
     alive: tuple[Alive, ...] = ()
     expected: Expected | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The JSON, bytes as integers."""
         facts = None if self.message is None else self.message._asdict()
         if facts is not None:
@@ -65,7 +66,7 @@ class Diagnosis(NamedTuple):
         }
 
 
-def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapping[str, Any] | None = None) -> Diagnosis:
+def explain_oom(source: str | PathLike[str], *, model: object = None, options: Mapping[str, object] | None = None) -> Diagnosis:
     """Why a program ran out of memory.
 
     `source`: a file with torch's message, a log that holds one, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing
@@ -83,7 +84,7 @@ def explain_oom(source: str | PathLike[str], *, model: Any = None, options: Mapp
     else:
         message, told = _in_log(content.decode("utf-8", errors="replace"), source)
         alive = ()
-    expected = None if model is None else _expected(estimate(model, **(options or {})), message)
+    expected = None if model is None else _expected(estimate(model, **cast("JobOptions", options or {})), message)
     return Diagnosis(message, told, alive, expected)
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from peftplan.allocator.snapshots import Entry, Frame
 
 FALL, PASSES = 0.3, 4
 """Choices, not measurements: a step frees its activations, most of what it climbed; a few blocks may last by chance."""
@@ -22,8 +24,6 @@ SHARE = 0.25
 LIBRARIES = ("site-packages", "dist-packages", "/lib/python", "\\lib\\")
 """Parts of paths that are not the user's program."""
 
-Entry = Mapping[str, Any]
-"""An allocation, a block or a frame, as torch writes it in a snapshot."""
 Alike = tuple[int, str, int]
 """The size of a block, and the file and line that made it."""
 
@@ -115,12 +115,12 @@ class _Passes:
                 self.at_tops[alike] = max(self.at_tops[alike], count)
 
 
-def python_frames(entry: Entry) -> list[Entry]:
+def python_frames(entry: Entry) -> list[Frame]:
     """The frames of an entry or a block that are Python, the innermost first."""
     frames = entry.get("frames") or ()
     return [frame for frame in frames if isinstance(frame, Mapping) and str(frame.get("filename", ""))[-3:] == ".py"]
 
 
 def _alike(entry: Entry) -> Alike:
-    frame = next(iter(python_frames(entry)), {})
+    frame = next(iter(python_frames(entry)), Frame())
     return entry["size"], str(frame.get("filename", "")), int(frame.get("line", 0))

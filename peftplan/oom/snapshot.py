@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from peftplan.allocator.snapshots import load_snapshot, trace_of
-from peftplan.oom.kept import LIBRARIES, Earlier, Entry, earlier, python_frames
+from peftplan.allocator import snapshots
+from peftplan.allocator.snapshots import Entry, load_snapshot, trace_of
+from peftplan.oom.kept import LIBRARIES, Earlier, earlier, python_frames
 from peftplan.oom.message import Frame, Message
 
 MOST_SHOWN = 12
@@ -77,5 +78,5 @@ def _line(block: Entry) -> tuple[str, int, str]:
     return ("", 0, "unknown") if frame is None else _named(frame)
 
 
-def _named(frame: Entry) -> tuple[str, int, str]:
+def _named(frame: snapshots.Frame) -> tuple[str, int, str]:
     return str(frame["filename"])[:500], int(frame.get("line", 0)), str(frame.get("name", ""))[:200]

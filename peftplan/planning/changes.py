@@ -100,8 +100,7 @@ def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:
 
 def _of_method(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     method = job.method.name if job.method else ""
-    targets = dict(job.adaptation.resolved).get("target_modules", ())
-    if method in ("lora", "qlora", "dora", "qdora") and len(targets) > len("qkvo"):
+    if method in ("lora", "qlora", "dora", "qdora") and len(job.adaptation.target_modules) > len("qkvo"):
         yield {"target_modules": "attention"}, FEWER
     quantized = {"lora": "qlora", "dora": "qdora"}.get(method)
     if quantized and job.quant is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
-from peftplan.datafiles import load
+from peftplan.datafiles import load, record
 from peftplan.errors import UnknownNameError
 from peftplan.frames import Listing
 from peftplan.methods import METHODS
@@ -12,6 +12,13 @@ from peftplan.methods import METHODS
 TOPICS = ("method", "targets", "rank", "alpha", "dropout", "learning rate", "batch size")
 OPTIONS = {"r": "rank", "target_modules": "targets", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning rate"}
 """Options and short words → the topic that they belong to."""
+
+
+class Rows(TypedDict):
+    """The file of the recommendations: a source's name → title, year, url; rows that name a source."""
+
+    sources: dict[str, dict[str, object]]
+    rows: list[dict[str, object]]
 
 
 class Practice(NamedTuple):
@@ -42,13 +49,9 @@ def practices(about: str | None = None) -> Listing[Practice]:
 
     Raises UnknownNameError for anything else.
     """
-    data = load("practice.json")
+    data = load("practice.json", Rows)
     rows: Listing[Practice] = Listing(
-        Practice(
-            **{key: value for key, value in row.items() if key not in ("source", "methods")},
-            methods=tuple(row["methods"]),
-            **data["sources"][row["source"]],
-        )
+        record(Practice, {**{key: value for key, value in row.items() if key != "source"}, **data["sources"][str(row["source"])]})
         for row in data["rows"]
     )
     if about is None:

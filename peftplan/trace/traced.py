@@ -153,9 +153,9 @@ def _peft_config(
         layered = any(fields.get(name) is not None for name in LoraConfig.refuses_layers)  # beside a list of names only
         fields["target_modules"] = sorted({m.leaf for m in adaptation.matched}) if layered else ALL_LINEAR
     elif targets in WORDS and targets != ALL_LINEAR:
-        resolved = dict(adaptation.resolved)
-        fields["target_modules"] = list(_names(resolved["target_modules"], adaptation))
-        if parameters := resolved.get("target_parameters"):
+        fields["target_modules"] = list(_names(adaptation.target_modules, adaptation))
+        parameters = dict(adaptation.resolved).get("target_parameters")
+        if isinstance(parameters, tuple) and parameters:
             fused = GATE_UP in parameters and GATE_UP not in (fields.get("target_parameters") or ())
             fields["rank_pattern"] = {**fields["rank_pattern"], **(fused_rank(fields["r"]) if fused else {})}
             fields["target_parameters"] = parameters

@@ -9,7 +9,7 @@ from peftplan.arch import catalogue
 from peftplan.datafiles import load
 from tests.cli.run import run
 
-DATA = load("model_aliases.json")
+DATA = load("model_aliases.json", dict)
 
 
 def test_each_row_has_its_source_and_an_original_of_the_catalogue() -> None:

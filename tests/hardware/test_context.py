@@ -86,7 +86,7 @@ def test_a_rounded_measurement_says_so() -> None:
 
 
 def test_every_measurement_has_a_catalogue_card_and_a_source() -> None:
-    rows = load("context.json")["measurements"]
+    rows = load("context.json", dict)["measurements"]
     ids = {gpu.id for gpu in gpus()}
     assert all(row["gpu"] in ids and row["source"] and row["how"] for row in rows)
     assert sum(len(context_measurements(gpu)) for gpu in gpus()) == len(rows) >= 15

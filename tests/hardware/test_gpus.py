@@ -161,7 +161,7 @@ def test_no_size_is_far_from_the_marketed_one() -> None:
 
 
 def test_every_row_and_figure_has_its_source() -> None:
-    legend = load("gpus.json")["cited"]
+    legend = load("gpus.json", dict)["cited"]
     for gpu in gpus():
         assert gpu.sources, gpu.id
         assert (gpu.total_mib is None) == (gpu.total_mib_source is None), gpu.id
@@ -186,7 +186,7 @@ def test_flags_follow_compute_capability_on_nvidia() -> None:
 def test_import_reads_no_data_and_no_heavy_library() -> None:
     code = (
         "import sys; import peftplan.hardware.gpus, peftplan.hardware.usable, peftplan.hardware.context;"
-        "from peftplan.datafiles import load; assert load.cache_info().currsize == 0;"
+        "from peftplan.datafiles import parsed; assert parsed.cache_info().currsize == 0;"
         "assert not {'torch', 'transformers', 'pydantic', 'rich', 'click', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -26,7 +26,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def llama() -> dict[str, Any]:
-    return dict(load("models/llama-3.2-3b.json")["config"])
+    return dict(load("models/llama-3.2-3b.json", dict)["config"])
 
 
 BASE = 3_212_749_824

@@ -33,7 +33,7 @@ from tests.methods.matrix import MODELS, NOT_BUILT_IN, Case
 from tests.pairwise import covering
 
 TYPES = [*MODELS, *NOT_BUILT_IN]
-if peft.__version__ != datafiles.load("peft_targets.json")["peft"]:
+if peft.__version__ != datafiles.load("peft_targets.json", dict)["peft"]:
     pytest.skip("peft's default targets are of another version: run tools/peft_targets.py", allow_module_level=True)
 
 SHARE = 16

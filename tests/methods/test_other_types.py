@@ -18,7 +18,7 @@ ROWS = (datafiles.DATA / "published" / "peft_metamath.jsonl").read_text(encoding
 
 
 def test_every_type_of_peft_has_a_name() -> None:
-    if peft.__version__ != datafiles.load("peft_targets.json")["peft"]:
+    if peft.__version__ != datafiles.load("peft_targets.json", dict)["peft"]:
         pytest.skip("another version of peft has other types")
     ours = {method.peft_type for method in METHODS.values()} - {None}
     assert ours | set(OTHER_PEFT_TYPES) == {t.value for t in peft.PeftType}

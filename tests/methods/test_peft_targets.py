@@ -9,7 +9,7 @@ import pytest
 from peftplan.datafiles import load
 
 peft = pytest.importorskip("peft")
-DATA = load("peft_targets.json")
+DATA = load("peft_targets.json", dict)
 
 if peft.__version__ != DATA["peft"]:
     pytest.skip(f"the file is of peft {DATA['peft']}: run tools/peft_targets.py", allow_module_level=True)

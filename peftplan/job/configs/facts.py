@@ -148,7 +148,7 @@ def _included(names: Any) -> Iterator[tuple[str, Facts]]:
 @cache
 def facts(tool: Tool) -> Facts:
     """The facts of a tool."""
-    raw = load(f"{FOLDER}/{tool}.json")
+    raw = load(f"{FOLDER}/{tool}.json", dict)
     rows: dict[str, Row] = {}
     schema: dict[str, tuple[Any, str]] = {}
     for prefix, other in _included(raw.get("includes", ())):

@@ -25,7 +25,7 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
     if distributed.strategy == "ddp" or distributed.strategy == tool.strategy:
         yield processes
     for key in tool.write.get("shipped", ()):
-        yield from ({key: name, **processes} for name in load(SHIPPED).get(tool.tool, {}))
+        yield from ({key: name, **processes} for name in load(SHIPPED, dict).get(tool.tool, {}))
     by_label = {row["launch"]: key for key, row in reversed(list(tool.rows.items())) if "launch" in row and "*" not in key}
     if distributed.strategy.startswith("fsdp") and "fsdp_config" in by_label:
         version, config = by_label.get("fsdp_version"), by_label["fsdp_config"]

@@ -155,7 +155,7 @@ def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any
 
 def _shipped(tool: str, text: str) -> Values | None:
     """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
-    files = load(SHIPPED).get(tool, {})
+    files = load(SHIPPED, dict).get(tool, {})
     path = PurePath(text)
     if not path.parent.name:
         return files[path.stem]["values"] if path.stem in files else None
@@ -190,7 +190,7 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, Any]) -> None:
     if isinstance(words, str) and words.startswith("{"):
         whole = read_json(words, file="fsdp").values
     elif isinstance(words, str):
-        whole = load(SHIPPED).get(tool, {}).get(words, {}).get("values", {})
+        whole = load(SHIPPED, dict).get(tool, {}).get(words, {}).get("values", {})
     if "fsdp" in whole:
         words, config = whole["fsdp"], whole.get("fsdp_config")
     if word(words) in ("none", "", "false", "[]") and not config:

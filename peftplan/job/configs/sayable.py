@@ -83,7 +83,7 @@ def spellings(job: Job, field: str, value: object) -> Iterator[object]:
         yield wanted or ALL_LINEAR
     elif wanted not in WORDS:
         yield wanted
-    targets = dict(job.adaptation.resolved).get("target_modules")
+    targets = job.adaptation.target_modules
     if targets and not any("{" in name for name in targets):
         yield tuple(targets)
     yield tuple(dict.fromkeys(module.name.rpartition(".")[2] for module in job.adaptation.matched))

@@ -12,6 +12,7 @@ from peftplan.job.virtual_tokens import PEFT_TASKS, SOUND
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.methods.adalora import AdaLoraConfig
 from peftplan.parameters import Parameter as Family
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
@@ -33,7 +34,7 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     converts = part.quant is None or f.autocast is None
     if converts:
         x = f.to(x, a.dtype if part.quant is None or part.quant.name in FOUR_BIT else "fp32")
-    low = _product(f, ops.dropout(f, x, running.config.lora_dropout), ops.mul(f, a, e))
+    low = _product(f, ops.dropout(f, x, running.config_as(AdaLoraConfig).lora_dropout), ops.mul(f, a, e))
     out = _product(f, low, b)
     del low
     if part.quant is not None and converts:
@@ -152,7 +153,7 @@ def allocate(model: Model) -> None:
     for p in trained:
         temporaries = f.many(p.shape, p.dtype, "sensitivity", 3)  # two terms and their sum
         del temporaries
-    config = model.running.config
+    config = model.running.config_as(AdaLoraConfig)
     if config.tinit < STEADY_STEP and STEADY_STEP % config.deltaT == 0:
         _mask(f, trained)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of
+from peftplan.methods.boft import BOFTConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
@@ -53,7 +54,7 @@ def _rotation(f: Tape, part: Part, identity: Tensor, running: Running) -> tuple[
     assert isinstance(k, int)
     w, dtype = n * k, identity.dtype
     orthogonal = cayley(f, blocks, (m, n, k, k))
-    if running.config.boft_dropout:
+    if running.config_as(BOFTConfig).boft_dropout:
         orthogonal = _dropout(f, orthogonal, n)
     diagonal = f.new((m, w, w), orthogonal.dtype, "zeros", f.record(_blocks_backward, (orthogonal,), orthogonal))
     copies = dtype != "fp32" or running.adapter_on_host

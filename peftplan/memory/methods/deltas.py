@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
+from peftplan.methods.loha import LoHaConfig
+from peftplan.methods.lokr import LoKrConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
@@ -19,21 +21,21 @@ Base = Callable[[Tensor], Tensor]
 
 def loha(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor:
     """`result + ΔW x`, with ΔW = (W1a W1b) ∘ (W2a W2b)."""
-    return _added(f, part, x, base, _hadamard, running)
+    return _added(f, part, x, base, _hadamard, drops=running.config_as(LoHaConfig).rank_dropout > 0)
 
 
 def lokr(f: Tape, part: Part, x: Tensor, base: Base, running: Running) -> Tensor:
     """`result + ΔW x`, with ΔW = W1 ⊗ W2, either factor whole or a product."""
-    return _added(f, part, x, base, _kronecker, running, is_view=True)
+    return _added(f, part, x, base, _kronecker, drops=running.config_as(LoKrConfig).rank_dropout > 0, is_view=True)
 
 
 def _added(
-    f: Tape, part: Part, x: Tensor, base: Base, delta: Callable[[Tape, Part], Tensor], running: Running, *, is_view: bool = False
+    f: Tape, part: Part, x: Tensor, base: Base, delta: Callable[[Tape, Part], Tensor], *, drops: bool, is_view: bool = False
 ) -> Tensor:
     dtype = x.dtype
     result = base(x)
     f.module = part.name
-    out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if running.config.rank_dropout else delta(f, part), x)
+    out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if drops else delta(f, part), x)
     total = ops.add(f, result, out)
     del result, out
     return f.to(total, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from peftplan.memory.parts import Part, Running
 from peftplan.memory.quantized import bias_of, dequantized
+from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Operand, Tensor
@@ -16,8 +17,8 @@ from peftplan.tape.tensors import Operand, Tensor
 def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:
     """`result + (m - 1) * base + m * lora_B(lora_A(x)) * scaling`, with m = magnitude / ‖W + ΔW‖."""
     base_result: Tensor | None = result
-    if running.config.lora_dropout:
-        x = ops.dropout(f, x, running.config.lora_dropout)
+    if dropout := running.config_as(LoraConfig).lora_dropout:
+        x = ops.dropout(f, x, dropout)
         base_result = None
     return ops.add(f, result, _update(f, part, x, base_result))
 

@@ -6,10 +6,9 @@ Source: peft, tuners/lora/layer.py (`Embedding.forward`), tuners/trainable_token
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftplan.errors import NeedsTraceError
-from peftplan.memory.parts import Part
+from peftplan.memory.parts import Part, Running
+from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
@@ -18,11 +17,11 @@ SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
 """Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""
 
 
-def check_lora_embedding(model_type: str, config: Any) -> None:
+def check_lora_embedding(model_type: str, running: Running) -> None:
     """Raises NeedsTraceError for what has no formula."""
     if model_type in SCALED:
         raise NeedsTraceError(f"LoRA on the embedding of {model_type}")
-    if config.use_dora:
+    if running.config_as(LoraConfig).use_dora:
         raise NeedsTraceError("DoRA on an embedding")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -25,14 +26,15 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         if f.modules is not None:
             f.modules.read(part.name, part.layer, a)
         x = f.to(x, running.adapter_shards or a.dtype)
-    if running.config.use_dora:
+    config = running.config_as(LoraConfig)
+    if config.use_dora:
         from peftplan.memory.methods.dora import dora
 
         result = dora(f, part, x, result, running)
         return f.to(result, dtype) if converts else result
     bias = part.params.get("lora_B.bias")
     f.module = f"{part.name}.lora_A"
-    dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, running.config.lora_dropout))
+    dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, config.lora_dropout))
     if converts and running.adapter_shards:
         dropped = f.to(dropped, a.dtype)  # as the unit casts what it is called with
     low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: products.linear(f, x, a))

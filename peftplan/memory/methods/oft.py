@@ -6,12 +6,12 @@ n blocks of size k. `module_dropout` is a module that no forward of peft's calls
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from peftplan.errors import RefusedError
 from peftplan.memory.methods.boft import solved
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
+from peftplan.methods.oft import OFTConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
@@ -23,7 +23,7 @@ PICTURE = 4
 
 def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`base(rotated x)`: the rotated x lives in the adapter's dtype until the layer returns."""
-    config, dtype = running.config, x.dtype
+    config, dtype = running.config_as(OFTConfig), x.dtype
     n_in, _ = sides(part)
     f.module = f"{part.name}.oft_R"
     x = _rotated(f, f.to(x, part.params["oft_R.weight"].dtype), part.params["oft_R.weight"], n_in, config)
@@ -32,7 +32,7 @@ def oft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
     return f.to(result, dtype)
 
 
-def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: Any) -> Tensor:
+def _rotated(f: Tape, x: Tensor, weight: Operand, n_in: int, config: OFTConfig) -> Tensor:
     """`OFTRotationModule.forward`: `einsum` is a product by blocks, whose result is copied token by token."""
     count, entries = weight.dims
     k = next(k for k in range(1, n_in + 1) if k * (k - 1) // 2 == entries and (k > 1 or count == n_in))
@@ -78,7 +78,7 @@ def _project(f: Tape, weight: Operand, dims: Dims) -> None:
     del out, near, norm, difference, zeros, skew
 
 
-def _cayley(f: Tape, weight: Operand, dims: Dims, config: Any) -> Tensor:
+def _cayley(f: Tape, weight: Operand, dims: Dims, config: OFTConfig) -> Tensor:
     """`_cayley_batch`: exact, or the first terms of its series."""
     q = _skew(f, weight, dims)
     return _neumann(f, q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else solved(f, q, dims)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
+from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Parameter, Tensor
@@ -82,7 +83,7 @@ def _sides(weight: Parameter, transposed: bool) -> tuple[Dim, Dim]:
 
 def scaling(model: Model) -> float:
     """What the update is multiplied by; peft doubles alpha with the rank of fused projections."""
-    config = model.running.config
+    config = model.running.config_as(LoraConfig)
     alpha = PEFT_ALPHA if config.lora_alpha is None else config.lora_alpha
     return float(alpha / (sqrt(config.r) if config.use_rslora else config.r))
 

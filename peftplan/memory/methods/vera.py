@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.methods.vera import VeraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
@@ -25,7 +26,7 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     b = Parameter("vera_B", (n_out, rank), inner.dtype, trainable=False)
     f.module = part.name
     x = f.to(x, inner.dtype)
-    low = products.linear(f, ops.dropout(f, x, running.config.vera_dropout), a)
+    low = products.linear(f, ops.dropout(f, x, running.config_as(VeraConfig).vera_dropout), a)
     low = ops.mul(f, inner, low)
     out = products.linear(f, low, b)
     del low

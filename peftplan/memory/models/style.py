@@ -46,7 +46,9 @@ class Call(NamedTuple):
     @property
     def lora_dropout(self) -> float:
         """The dropout before an adapter."""
-        return float(self.model.running.config.lora_dropout)
+        from peftplan.methods.lora import LoraConfig
+
+        return self.model.running.config_as(LoraConfig).lora_dropout
 
     def norm(self, name: str | None, x: Tensor) -> Tensor:
         """A norm of this layer; x itself where it has none."""

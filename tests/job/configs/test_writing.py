@@ -23,7 +23,7 @@ from tools.check_exports import SUFFIX, shapes, values_of
 TRAINERS = tuple(tool for tool in TOOLS if tool not in ("accelerate", "deepspeed"))
 TWICE = 4
 """Jobs of a tool that are exported again from what was read."""
-CHECKED: Mapping[str, Any] = load("configs/checked.json")
+CHECKED: Mapping[str, Any] = load("configs/checked.json", dict)
 
 
 def numbers(estimate: Estimate) -> dict[str, object]:
