@@ -12,7 +12,6 @@ NEEDS_TORCH = ("trace", "measure", "integrations.py", "rehearse", "libraries")
 """Rooms that handle objects of torch and transformers, whose types the base install does not know."""
 MOST = {
     "cli": 22,
-    "job": 102,
     "planning": 31,
     "report": 28,
     "results": 4,

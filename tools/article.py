@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.job.sources import Model, load
+from peftplan.job.sources import load
 from peftplan.ledger import Allocation
 from peftplan.methods.adaptation import AddedTensor
 from peftplan.planning.estimate import estimate
@@ -72,12 +72,12 @@ GPT3 = gpt_like(hidden_size=12288, num_hidden_layers=96)
 SMALLER = gpt_like(hidden_size=1536, num_hidden_layers=48)
 
 
-def trainable(model: Model, **options: Any) -> int:
+def trainable(model: object, **options: Any) -> int:
     """Trainable parameters, as peft would print them."""
     return estimate(model, **options).trainable_parameters
 
 
-def lora(model: Model, *, r: int, targets: Iterable[str] | None = ATTENTION) -> int:
+def lora(model: object, *, r: int, targets: Iterable[str] | None = ATTENTION) -> int:
     """Trainable parameters of LoRA; `targets` None is all linear layers."""
     return trainable(model, method="lora", r=r, target_modules=tuple(targets) if targets else None)
 

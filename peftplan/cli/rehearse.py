@@ -95,7 +95,7 @@ def command(
         raise InputError("--output", output, "a record states its job; accepted with --job 'MODEL …'")
     if job is not None:
         model, setup = job_of(job)
-        prepare(model, **setup)  # type: ignore[arg-type]  # before anything runs
+        prepare(model, **setup)  # before anything runs
     checked = request.read(
         command,
         gpu=gpu,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
@@ -102,7 +101,7 @@ def ignored_fields(adapter: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(f"peft_config: {name!r} is ignored: the installed peft has no such field of {peft_type}" for name in names)
 
 
-def config_of(model: Any, setup: Setup) -> dict[str, Any]:
+def config_of(model: object, setup: Setup) -> dict[str, object]:
     """The model's config with the setup's number of labels."""
     labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
     return {**sources.load_config(model), **labels}

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from peftplan import files
 from peftplan.errors import InputError, MissingError, quoted
@@ -47,6 +46,7 @@ def adapter_config(peft_config: object) -> dict[str, object]:
     else:
         accepted = "accepted: a path to an adapter_config.json, its dict, or a peft PeftConfig"
         raise InputError("peft_config", peft_config, accepted)
+    checked: dict[str, object] = {}
     for name, value in fields.items():
         if not isinstance(name, str) or not _is_finite(value):
             raise InputError(
@@ -54,9 +54,10 @@ def adapter_config(peft_config: object) -> dict[str, object]:
                 value,
                 "accepted: string keys and finite numbers",
             )
-    if not isinstance(fields.get("peft_type"), (str, type(None))):
-        raise InputError("peft_config: peft_type", fields["peft_type"], "accepted: the name of a peft type")
-    return fields
+        checked[name] = value
+    if not isinstance(checked.get("peft_type"), (str, type(None))):
+        raise InputError("peft_config: peft_type", checked["peft_type"], "accepted: the name of a peft type")
+    return checked
 
 
 def base_model(peft_config: object) -> str:
@@ -70,14 +71,14 @@ def base_model(peft_config: object) -> str:
     return name
 
 
-def _fields(config: object) -> dict[Any, Any] | None:
+def _fields(config: object) -> dict[object, object] | None:
     """A dict, or an object's own `to_dict()`; None for anything else."""
     to_dict = None if isinstance(config, type) else getattr(config, "to_dict", None)
     written = to_dict() if callable(to_dict) else config
     return dict(written) if isinstance(written, Mapping) else None
 
 
-def _adapter_file(path: Path) -> dict[str, object]:
+def _adapter_file(path: Path) -> dict[object, object]:
     """The object in an adapter_config.json. Raises InputError, one line, for anything else under that name."""
     try:
         raw = json.loads(files.content(path, field="peft_config", most=MAX_ADAPTER_CONFIG_BYTES).decode("utf-8"))
@@ -132,15 +133,16 @@ def training_options(args: object) -> dict[str, object]:
     options = {
         ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None
     }
-    options["trainer"] = _trainer(args)
-    for name in sorted(TRAINERS[options["trainer"]].options):
+    trainer = TRAINERS[_trainer(args)]
+    options["trainer"] = trainer.name
+    for name in sorted(trainer.options):
         if (value := getattr(args, name, None)) is not None:
             options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
     options |= _loading(args)
     _refuse_padding_free(args)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
     options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    return options | _sharding(args) | _liger(args, TRAINERS[options["trainer"]])
+    return options | _sharding(args) | _liger(args, trainer)
 
 
 def _sharding(args: object) -> dict[str, object]:
@@ -173,7 +175,7 @@ def _loading(args: object) -> dict[str, object]:
     return {name: kwargs[name] for name in LOADING_FIELDS if kwargs.get(name) not in (None, "auto")}
 
 
-def _refuse_padding_free(args: Any) -> None:
+def _refuse_padding_free(args: object) -> None:
     """Raises InputError if SFTTrainer puts a batch into one long sequence (trl, `SFTTrainer.__init__`)."""
     strategy = getattr(args, "packing_strategy", None)
     if getattr(args, "padding_free", False):
@@ -238,13 +240,15 @@ def _mapping(args: object, field: str) -> dict[str, object]:
     return dict(parsed)
 
 
-def _names(value: Any) -> tuple[str, ...] | None:
-    if value and not (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
+def _names(value: object) -> tuple[str, ...] | None:
+    if not value:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise InputError("quantization_config.llm_int8_skip_modules", value, "accepted: a list of names")
-    return tuple(value) if value else None
+    return tuple(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Enums by value, sets as sorted lists."""
     value = getattr(value, "value", value)
     return sorted(value) if isinstance(value, (set, frozenset)) else value

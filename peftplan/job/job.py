@@ -1,6 +1,6 @@
 """A job: a model, a method and a setup, checked and resolved, before an engine looks at it."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     request: Request
     method: methods.Method | None
     config: MethodConfig | None
-    adapter: dict[str, Any]
+    adapter: dict[str, object]
     setup: Setup
     quant: QuantConfig | None
     architecture: Architecture
@@ -38,7 +38,7 @@ class Job(NamedTuple):
     """The strategy that divides the job over several GPUs; None on one."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> object:
         """The model as the user passed it; the config of a loaded model or of a file."""
         return self.request.model
 

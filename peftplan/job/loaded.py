@@ -6,13 +6,14 @@ weights. peft's wrapper adds the config of its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, PeftplanError
 from peftplan.job import sources
+from peftplan.job.sources import LoadedModel, Tensor
 from peftplan.methods.adaptation import Adaptation, trained_params
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -22,16 +23,6 @@ WRAPPERS = ("base_model.model.", "base_model.")
 """Prefixes that peft puts before the base's names, the longer one first."""
 INNER = (".base_layer.", ".original_module.")
 """Parts that peft inserts into the names of wrapped modules."""
-
-
-class Tensor(Protocol):
-    """The part of a `torch.nn.Parameter` that is used."""
-
-    shape: tuple[int, ...]
-    dtype: object
-    requires_grad: bool
-
-    def numel(self) -> int: ...
 
 
 class Loaded(NamedTuple):
@@ -76,7 +67,7 @@ class Loaded(NamedTuple):
                 yield f"the loaded model has {own:,} {kind}parameters, its config describes {counted:,}, which are counted"
 
 
-def read(model: Any) -> Loaded:
+def read(model: LoadedModel) -> Loaded:
     """Read a loaded model. Raises InputError if several adapters are active."""
     architecture = sources.load(model)
     own = _names(architecture)
@@ -116,9 +107,9 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _active(model: Any) -> dict[str, Any]:
+def _active(model: object) -> dict[str, object]:
     """The fields of the config of the adapter in peft's wrapper."""
-    configs: Mapping[str, object] = model.peft_config
+    configs: Mapping[str, object] = getattr(model, "peft_config", {})
     if len(configs) != 1:
         raise InputError("model", ", ".join(configs), "accepted: one adapter on a loaded model; delete the others first")
     from peftplan.job.ecosystem import adapter_config
@@ -145,7 +136,7 @@ def _options(model: object, base: Mapping[str, Tensor], added: Mapping[str, Tens
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _dtype(parameters: Any) -> str | None:
+def _dtype(parameters: Iterable[Tensor]) -> str | None:
     """The dtype that most elements have, of those that a model can be loaded in."""
     numels: dict[str, int] = {}
     for parameter in parameters:
@@ -163,7 +154,7 @@ def _short(dtype: object) -> str | None:
         return None
 
 
-def _numel(parameter: Any) -> int:
+def _numel(parameter: Tensor) -> int:
     """The number of elements. bitsandbytes' packed 4-bit weights count unpacked, two per byte, as in peft."""
-    packed = type(parameter).__name__ == "Params4bit"
-    return int(parameter.numel()) * (2 * parameter.quant_storage.itemsize if packed else 1)
+    storage = getattr(parameter, "quant_storage", None) if type(parameter).__name__ == "Params4bit" else None
+    return int(parameter.numel()) * (1 if storage is None else 2 * storage.itemsize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan import versions
@@ -41,13 +41,13 @@ NOT_ON_4_BIT = ("loha", "lokr")
 def prepare(
     model: object = None,
     *,
-    method: str | None = None,
+    method: object = None,
     peft_config: object = None,
     quantization_config: object = None,
     training_args: object = None,
-    script: Script = NO_SCRIPT,
-    strict: bool = False,
-    **options: Any,
+    script: object = NO_SCRIPT,
+    strict: object = False,
+    **options: object,
 ) -> Job:
     """The checked and resolved job of a request. Arguments and errors are those of `estimate`."""
     if not isinstance(script, Script):
@@ -273,7 +273,7 @@ def check_rank_allocator(job: Job) -> None:
     if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
         return
     init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
-    if init_r <= target_r:
+    if isinstance(init_r, int) and isinstance(target_r, int) and init_r <= target_r:
         raise RefusedError(
             f"init_r: {init_r} leaves AdaLoRA nothing to mask down to target_r {target_r}, and {versions.named('peft')} "
             "then fails with a RuntimeError (kthvalue); accepted: an init_r above target_r"

@@ -1,7 +1,8 @@
 """A request, read once: objects of other libraries become plain data, so that it can be repeated with changes."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import peftplan.methods as methods
 from peftplan.job import sources
 from peftplan.job.script import NO_SCRIPT, Script
 
@@ -25,9 +26,9 @@ class Request(NamedTuple):
     options: dict[str, object] = {}  # noqa: RUF012
     loaded: "Loaded | None" = None
 
-    def changed(self, **changes: Any) -> "Request":
+    def changed(self, **changes: object) -> "Request":
         """The same request with another method or other options."""
-        method = changes.pop("method", self.method)
+        method = _name_of(changes.pop("method", self.method))
         return self._replace(method=method, options={**self.options, **changes})
 
     @property
@@ -49,10 +50,15 @@ class Request(NamedTuple):
         return {**(self.training or {}), **stored, **set_here}
 
 
+def _name_of(method: object) -> str | None:
+    """The name of a method. Raises UnknownNameError for what is no text."""
+    return method if method is None or isinstance(method, str) else methods.method_named(method).name
+
+
 def read_request(
     model: object,
     *,
-    method: str | None,
+    method: object,
     peft_config: object,
     quantization_config: object,
     training_args: object,
@@ -65,12 +71,12 @@ def read_request(
         from peftplan.job import ecosystem
 
         model = ecosystem.base_model(peft_config)
-    elif sources.module_config(model) is not None:
+    elif sources.is_loaded(model):
         from peftplan.job.loaded import read
 
         loaded = read(model)
         model = loaded.config
-    request = Request(model, method, script=script, options=options, loaded=loaded)
+    request = Request(model, _name_of(method), script=script, options=options, loaded=loaded)
     if peft_config is None and quantization_config is None and training_args is None:
         return request
     from peftplan.job import ecosystem

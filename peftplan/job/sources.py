@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from peftplan.arch import catalogue
 from peftplan.arch.configfile import CONFIG_NAME, check, read_file
@@ -32,7 +32,17 @@ class ConfigObject(Protocol):
 
     model_type: str
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, object]: ...
+
+
+class Tensor(Protocol):
+    """The part of a `torch.nn.Parameter` that is used."""
+
+    shape: tuple[int, ...]
+    dtype: object
+    requires_grad: bool
+
+    def numel(self) -> int: ...
 
 
 class LoadedModel(Protocol):
@@ -40,10 +50,7 @@ class LoadedModel(Protocol):
 
     config: ConfigObject
 
-    def named_parameters(self) -> Iterator[tuple[str, object]]: ...
-
-
-Model = str | os.PathLike[str] | Mapping[str, object] | ConfigObject | LoadedModel
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def base_of(model: object) -> object:
@@ -60,6 +67,11 @@ def module_config(model: object) -> ConfigObject | None:
     return config if isinstance(config, ConfigObject) and not isinstance(config, type) else None
 
 
+def is_loaded(model: object) -> TypeGuard[LoadedModel]:
+    """Whether an object is a loaded model of transformers."""
+    return module_config(model) is not None
+
+
 class Source(NamedTuple):
     """A model whose config has been read: the config, the name that led to it, and where it was."""
 
@@ -68,7 +80,7 @@ class Source(NamedTuple):
     place: str
 
 
-def read(model: Any) -> Any:
+def read(model: object) -> object:
     """A model in a file or on the Hub, together with its config, so that it is read once. Returns any other model unchanged."""
     if not isinstance(model, (str, os.PathLike)) or (isinstance(model, str) and catalogue.find(model)):
         return model
@@ -76,7 +88,7 @@ def read(model: Any) -> Any:
 
 
 def load(
-    model: Model | Source, *, task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
+    model: object, *, task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False
 ) -> Architecture:
     """The `Architecture` of a model.
 
@@ -101,7 +113,7 @@ def _check_labels(num_labels: object) -> None:
         raise InputError("num_labels", num_labels, f"accepted: a whole number from 1 to {MAX_LABELS}")
 
 
-def load_config(model: Model | Source) -> dict[str, Any]:
+def load_config(model: object) -> dict[str, object]:
     """The config of a model, as `load` finds it: a new dict."""
     if isinstance(model, str) and (entry := catalogue.find(model)):
         return dict(entry.facts()["config"])
@@ -144,7 +156,7 @@ def _of_count(entry: catalogue.ModelEntry, note: str | None) -> Iterator[str]:
         yield "not checked: no published parameter count was found"
 
 
-def _config(model: Model | Source) -> tuple[dict[str, object], str, str]:
+def _config(model: object) -> tuple[dict[str, object], str, str]:
     """The config, the name and the source of a model that is not built in."""
     if isinstance(model, Source):
         return {**model.config}, model.name, model.place
@@ -213,9 +225,9 @@ def _notes(config: Mapping[str, object]) -> Iterator[str]:
         yield f"the config states a quantized checkpoint ({how}): {effect}"
 
 
-def _read(config: Mapping[str, Any], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:
+def _read(config: Mapping[str, object], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:
     """By the reader of the model type, else by transformers on the meta device."""
-    model_type = config["model_type"]
+    model_type = str(config["model_type"])
     if model_type in READERS:
         return read_config(config, name=name, task_type=task_type)
     from peftplan.libraries import meta

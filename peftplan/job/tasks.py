@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
@@ -81,7 +80,7 @@ def head_notes(architecture: Architecture, adapter: Mapping[str, object]) -> Ite
             yield f"the adapter config states no task_type {architecture.task_type}, so peft does not train the head ({head})"
 
 
-def task_notes(model: Any, architecture: Architecture, setup: Setup) -> Iterator[str]:
+def task_notes(model: object, architecture: Architecture, setup: Setup) -> Iterator[str]:
     """What is set and not read, what the task's class asks of its user besides, and how TRL 1.16 loads a model
     (`create_model_from_path`)."""
     model_class = architecture.model_class
@@ -122,20 +121,25 @@ def without_vllm(setup: Setup) -> Iterator[str]:
         yield f"{', '.join(unread)}: without effect, since vLLM does not generate; add --use-vllm"
 
 
-def rotary_positions(model: Any, architecture: Architecture) -> int | None:
+def rotary_positions(model: object, architecture: Architecture) -> int | None:
     """The number of positions in the config of a model without a table of positions; None if it states none."""
     if architecture.max_positions is not None:
         return None
-    config = sources.load_config(model)
-    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    positions = _of_text(sources.load_config(model)).get("max_position_embeddings")
     return positions if isinstance(positions, int) else None
 
 
-def _has_pad_token(config: Mapping[str, Any]) -> bool:
+def _has_pad_token(config: Mapping[str, object]) -> bool:
     """Whether the config of a decoder, or its config class, says which token is padding."""
-    of_text = config.get("text_config") or config
+    of_text = _of_text(config)
     in_config = "pad_token_id" in of_text
     return of_text["pad_token_id"] is not None if in_config else config.get("model_type") in WITH_PAD_TOKEN
+
+
+def _of_text(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The config of the language model, which that of a vision-language model holds."""
+    inside = config.get("text_config")
+    return inside if isinstance(inside, Mapping) and inside else config
 
 
 def without_loss(model: object, architecture: Architecture) -> str | None:
@@ -148,7 +152,7 @@ def without_loss(model: object, architecture: Architecture) -> str | None:
     return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
 
 
-def _with_loss(model: Any) -> Iterator[str]:
+def _with_loss(model: object) -> Iterator[str]:
     """The tasks that transformers has a class for, of this model's type."""
     for task in TASK_TYPES:
         try:

@@ -7,7 +7,7 @@ classes of each task; torch, nn/functional.py (`cross_entropy`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Architecture
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
@@ -85,15 +85,18 @@ def _check_prefix(job: Job) -> None:
         raise RefusedError(
             f"{named('transformers')} refuses it: RuntimeError: a prefix with keys of each head beside a cache of latents"
         )
-    from peftplan.methods.virtual_tokens import check_prefix
+    from peftplan.methods.virtual_tokens import PrefixTuningConfig, check_prefix
 
-    check_prefix(arch, cast("Any", job.config), batch_size=job.setup.batch_size)
+    assert isinstance(job.config, PrefixTuningConfig)
+    check_prefix(arch, job.config, batch_size=job.setup.batch_size)
 
 
 def _check_prompts(job: Job) -> None:
     """Prompts reach a model as `inputs_embeds`, and make its scores of tokens more than the labels; a language model's labels get
     those of the prompts, which the logits of the last tokens leave out.
     """
+    from peftplan.methods.virtual_tokens import PromptLearningConfig
+
     arch, setup = job.architecture, job.setup
     translates = {"encoder", "decoder"} <= {block.stack for block in arch.blocks}
     if translates and arch.task_type == "SEQ_CLS":
@@ -106,7 +109,8 @@ def _check_prompts(job: Job) -> None:
             f"{named('transformers')} refuses it: ValueError: If no `decoder_input_ids` or `decoder_inputs_embeds` are passed, "
             "`input_ids` cannot be `None`. Please pass either `input_ids` or `decoder_input_ids` or `decoder_inputs_embeds`."
         )
-    prompts = setup.batch_size * cast("Any", job.config).num_virtual_tokens
+    assert isinstance(job.config, PromptLearningConfig)
+    prompts = setup.batch_size * job.config.num_virtual_tokens
     if arch.task_type in SCORED_TOKENS:
         labels = setup.batch_size * setup.seq_len
         raise RefusedError(f"{named('torch')} refuses it: {_mismatch(arch, labels=labels, scored=labels + prompts)}")

@@ -7,7 +7,7 @@ and LLaMA-Factory's configs, ms-swift, Unsloth, torchtune, DeepSpeed, accelerate
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftplan.errors import InputError, RefusedError, quoted
 
@@ -119,7 +119,7 @@ def our_value(word: str, typed: str, value: object) -> object:
 
 
 @contextmanager
-def named_as_typed(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def named_as_typed(options: Mapping[str, object]) -> Iterator[dict[str, object]]:
     """Keywords under our names; an error about one of them names the word that was typed."""
     our_options, typed = ours(options)
     try:

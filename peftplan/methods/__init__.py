@@ -140,7 +140,7 @@ UNSET: tuple[object, ...] = (None, False, {}, [], ())
 """Values that leave a feature off. A field that is unknown here may have one of them."""
 
 
-def method_named(name: str) -> Method:
+def method_named(name: object) -> Method:
     """The method of that name. Case is ignored, and `_` equals `-`."""
     key = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
     if key is None or key not in METHODS:

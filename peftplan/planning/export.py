@@ -12,7 +12,7 @@ from peftplan import files
 from peftplan.distributed.strategy import Distributed, parse_distributed
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.facts import facts
+from peftplan.job.configs.facts import Write, facts
 from peftplan.job.configs.plan import ConfigPlan, ExportTool, Read
 from peftplan.job.configs.read import read_text
 from peftplan.job.configs.texts import Parts, text_of
@@ -123,7 +123,7 @@ def _estimated(plan: ConfigPlan, question: Question) -> Estimate:
     return analytic(Question(inventory(job), question.cards, question.search, plan.to_dict()))
 
 
-def _completed(parts: Written, write: Values) -> tuple[Values, dict[str, str]]:
+def _completed(parts: Written, write: Write) -> tuple[Values, dict[str, str]]:
     """Values and comments: what decides the bytes, then the launch, what the tool requires, and the placeholders."""
     rest = {key: value for key, value in write["placeholders"].items() if key not in parts.values}
     required = {key: value for key, value in write.get("required", {}).items() if key not in parts.values}
@@ -140,7 +140,7 @@ def _environment(distributed: Distributed | None) -> dict[str, int]:
     return {**several, "NPROC_PER_NODE": distributed.gpus or 1}
 
 
-def _run(job: Job, write: Values, name: str) -> str:
+def _run(job: Job, write: Write, name: str) -> str:
     """The command that runs the file; the reader takes the number of processes from it."""
     method = "full" if job.method_name == "full" else "*"
     filled = {"file": name, "recipe": write.get("recipes", {}).get(method, "")}

@@ -79,8 +79,8 @@ def serving(
     `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
     """
     with named_as_typed({"method": method, **options}) as our_options:
-        method, batch_size = our_options.pop("method"), our_options.pop("batch_size", None)
-        job = prepare(model, method=method, peft_config=peft_config, quantization_config=quantization_config, **our_options)
+        batch_size = our_options.pop("batch_size", None)
+        job = prepare(model, peft_config=peft_config, quantization_config=quantization_config, **our_options)
     dtype = job.setup.dtype if serving_dtype is None else serving_dtype
     request = _request(
         adapters=adapters,

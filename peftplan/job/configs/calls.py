@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from peftplan.job.configs.documents import BrokenFileError, Document, Values
+from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
@@ -44,11 +44,11 @@ def of_script(text: str, *, file: str) -> Document:
 def _document(reader: _Calls, file: str) -> Document:
     if not reader.calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
-    settings = [{"call": "os.environ", "args": [], "kwargs": reader.environment}] if reader.environment else []
+    settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
     return Document({"calls": reader.calls + settings}, kind="calls")
 
 
-def arguments(calls: Iterable[Values], kinds: Mapping[str, str], last: Collection[str] = ()) -> Values:
+def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> Values:
     """The arguments of the first call of each kind: `load.max_seq_length`; later ones count as calls after training.
 
     `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
@@ -63,8 +63,8 @@ def arguments(calls: Iterable[Values], kinds: Mapping[str, str], last: Collectio
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
             continue
-        by_name = {str(index): value for index, value in enumerate(call["args"])} | call["kwargs"]
-        values[kind] = {"call": call["call"], **by_name}
+        by_place = {str(index): value for index, value in enumerate(call["args"])}
+        values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
     return values
 
 
@@ -75,7 +75,7 @@ class _Calls(ast.NodeVisitor):
     """
 
     def __init__(self) -> None:
-        self.calls: list[Values] = []
+        self.calls: list[Call] = []
         self.names: Values = {}
         self.environment: Values = {}
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.facts import Facts, Rule
+from peftplan.job.configs.facts import Facts, Meant, Rule
 from peftplan.job.configs.reading import Reading
 
 OPEN_WORDS = ("auto", "*")
@@ -76,7 +75,7 @@ def _plain(value: object) -> object:
     return LITERALS.get(value, value) if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
 
 
-def _reversed(setting: Mapping[str, Any], value: object) -> Values | None:
+def _reversed(setting: Meant, value: object) -> Values | None:
     """The keys from which a rule takes the value; None where it cannot be."""
     if "key" in setting or "globs" in setting:
         return {setting.get("key") or setting["globs"]: _plain(value)}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.job.configs.documents import Document, flat
-from peftplan.job.configs.facts import facts
+from peftplan.job.configs.facts import Case, facts
 from peftplan.job.configs.plan import TOOLS, Tool
 
 KNOWN: tuple[Tool, ...] = tuple(tool for tool in TOOLS if tool != "other")
@@ -22,7 +21,7 @@ def check(tool: str) -> Tool:
 
 def tool_of(document: Document, *, file: str) -> Tool:
     """The tool of a file; `other` if none matches. Raises RefusedError if two match."""
-    keys = flat(document.values) if document.kind != "calls" else {call["call"]: True for call in document.values["calls"]}
+    keys = flat(document.values) if document.kind != "calls" else {call["call"]: True for call in document.calls}
     program = document.program
     matching = [
         tool
@@ -39,7 +38,7 @@ def runs(program: str, names: Iterable[str]) -> bool:
     return any(name[1:] in program if name.startswith("~") else program.startswith(name) for name in names)
 
 
-def _matches(case: Mapping[str, Any], kind: str, program: str, keys: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], values: Mapping[str, object]) -> bool:
     """Whether a case holds: its `kind`, `program` and `not_program`, `all` of its keys, `any` of others, `none` of the rest."""
 
     def there(key: str) -> bool:

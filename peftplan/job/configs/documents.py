@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from peftplan.errors import InputError, quoted
 
 if TYPE_CHECKING:
-    from yaml.nodes import Node
+    from yaml.nodes import MappingNode, Node, ScalarNode
 
 MOST_BYTES = 2**20
 """The largest YAML file, JSON file or script that is read. The longest published one has 60 KB."""
@@ -24,8 +24,16 @@ NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 """Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""
 
 
-Values = dict[str, Any]
+Values = dict[str, object]
 """Keys with values of any kind, as a file holds them."""
+
+
+class Call(TypedDict):
+    """A call in a script: the name of what is called, and plain values or `<text>` of its arguments."""
+
+    call: str
+    args: list[object]
+    kwargs: Values
 
 
 class Document(NamedTuple):
@@ -40,6 +48,11 @@ class Document(NamedTuple):
     environment: Mapping[str, str] = {}
     comments: str = ""
     """The text of a recipe's header."""
+
+    @property
+    def calls(self) -> list[Call]:
+        """What a document of that kind holds, in the order of the text."""
+        return cast("list[Call]", self.values["calls"])
 
 
 class FileError(InputError):
@@ -66,9 +79,15 @@ def nested(values: Values) -> Values:
         *above, last = dotted.split(".")
         inner = tree
         for name in above:
-            inner = inner.setdefault(name, {})
+            inner = cast("Values", inner.setdefault(name, {}))
         inner[last] = value
     return tree
+
+
+def number_in(values: Mapping[str, object], key: str) -> int:
+    """The whole number under a key, 1 where there is none."""
+    number = values.get(key)
+    return number if isinstance(number, int) else 1
 
 
 def read_json(text: str, *, file: str) -> Document:
@@ -148,7 +167,7 @@ class _Yaml:
             "tag:yaml.org,2002:float": safe.construct_yaml_float,
         }
 
-    def value(self, node: Node, key: str, depth: int) -> Any:
+    def value(self, node: Node, key: str, depth: int) -> object:
         """The value of a node under a dotted key."""
         from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
@@ -166,7 +185,7 @@ class _Yaml:
             self.file, line, f"{key or 'the file'}: the tag {node.tag} is not valid; accepted: values without tags"
         )
 
-    def _scalar(self, node: Any, key: str, line: int) -> Any:
+    def _scalar(self, node: ScalarNode, key: str, line: int) -> object:
         if node.tag in self.scalars:
             try:
                 return self.scalars[node.tag](node)
@@ -176,7 +195,7 @@ class _Yaml:
             return as_number(node.value) if not node.style else node.value
         raise BrokenFileError(self.file, line, f"{key}: the tag {node.tag} is not valid; accepted: values without tags")
 
-    def _mapping(self, node: Any, key: str, depth: int) -> Values:
+    def _mapping(self, node: MappingNode, key: str, depth: int) -> Values:
         values: Values = {}
         merged: Values = {}
         for name_node, value_node in node.value:
@@ -213,13 +232,13 @@ def word(value: object) -> str:
     return "none" if value is None else str(value).lower()
 
 
-def by_word(values: Mapping[str, Any], value: object) -> Any:
+def by_word(values: Mapping[str, object], value: object) -> object:
     """Our value for theirs, in whatever case; another value is its own."""
     wanted = word(value)
     return next((ours for theirs, ours in values.items() if word(theirs) == wanted), value)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> Values:
     """Dotted key → value; an empty mapping is a value."""
     flattened: Values = {}
     for name, value in values.items():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
-from peftplan.job.configs.facts import Facts
+from peftplan.job.configs.facts import Accepted, Facts, Product, Setting
 
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
 
@@ -20,7 +19,7 @@ class Effective:
     def __init__(self, values: Values, tool: Facts, document: Document, file: str) -> None:
         self.values, self.tool, self.document, self.file = values, tool, document, file
 
-    def of(self, key: str) -> Any:
+    def of(self, key: str) -> object:
         """The value of a key; the names of its keys where it is a mapping."""
         value = self.values.get(key)
         if value is None:
@@ -31,38 +30,45 @@ class Effective:
             value = known.default if known else None
         return value
 
-    def holds(self, key: str, accepted: Any) -> bool:
+    def holds(self, key: str, accepted: Accepted) -> bool:
         """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
-            return runs(self.document.program, accepted)
+            return runs(self.document.program, map(str, accepted))
         if key == "file":
             return any(self._equal(self.file, each) for each in accepted)
         if accepted == "said":
             return self.values.get(key) is not None
         if isinstance(accepted, Mapping):
-            product = self.meant({"product": [key, accepted["times"]]})
-            if "multiple_of" in accepted:
-                unit = self.meant({"sum": [accepted["multiple_of"]]})
-                return bool(product and unit) and product % unit == 0
-            return product is not None and product >= accepted["at_least"]
+            return self._has_product(key, accepted)
         value = self.of(key)
         if accepted in ("set", "unset"):
-            return (word(value) not in NOTHING) is (str(accepted) == "set")
+            return (word(value) not in NOTHING) is (accepted == "set")
         return any(self._equal(value, each) for each in accepted)
+
+    def _has_product(self, key: str, accepted: Product) -> bool:
+        product = prod(self._numbers([key, accepted["times"]]) or [0])
+        if "at_least" in accepted:
+            return product >= accepted["at_least"]
+        (unit,) = self._numbers([accepted["multiple_of"]]) or [0]
+        return product > 0 and unit > 0 and product % unit == 0
+
+    def _numbers(self, keys: list[str]) -> list[int] | None:
+        """The whole numbers under these keys; None where one has another value."""
+        texts = [str(self.of(key)) for key in keys]
+        return list(map(int, texts)) if all(re.fullmatch("[0-9]{1,10}", text) for text in texts) else None
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:
         """`~text` is contained in the value, or in one of its entries."""
         if isinstance(accepted, str) and accepted.startswith("~"):
             return accepted[1:].lower() in str(value).lower()
-        same: bool = word(value) == word(accepted)
-        return same
+        return word(value) == word(accepted)
 
-    def meant(self, setting: Any) -> Any:
+    def meant(self, setting: Setting) -> object:
         """The value that a rule sets: itself, or what it makes of keys; None where these say nothing."""
         if not isinstance(setting, Mapping):
             return tuple(setting) if isinstance(setting, list) else setting
-        if setting.keys() == {"all"}:
+        if "all" in setting:
             return self.document.values
         if "tags" in setting:
             return self._tags(setting["tags"])
@@ -76,11 +82,11 @@ class Effective:
         if "key" in setting:
             value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value
-        how, keys = next(iter(setting.items()))
-        numbers = [self.of(key) for key in keys]
-        if not all(re.fullmatch("[0-9]{1,10}", str(number)) for number in numbers):
-            return None
-        return prod(map(int, numbers)) if how == "product" else sum(map(int, numbers))
+        if "product" in setting:
+            factors = self._numbers(setting["product"])
+            return None if factors is None else prod(factors)
+        numbers = self._numbers(setting["sum"])
+        return None if numbers is None else sum(numbers)
 
     def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
         """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
@@ -90,7 +96,7 @@ class Effective:
             parts.append(f"(?:{'|'.join(tags)})")
         return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
 
-    def _names(self, keys: Mapping[str, Any]) -> tuple[str, ...] | None:
+    def _names(self, keys: Mapping[str, list[str] | Mapping[str, str | None]]) -> tuple[str, ...] | None:
         """Names of modules: of a key that lists them, theirs → ours or null; of a switch that is on, those it stands for."""
         names: list[str] = []
         for key, meant in keys.items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load
 from peftplan.job.configs.documents import Values
@@ -20,9 +20,9 @@ class Row(TypedDict, total=False):
 
     to: str
     """The option (or `model`) that takes the value."""
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     """Of `to`: their value in lower case → ours; null sets nothing."""
-    sets: Mapping[str, Mapping[str, Any] | None]
+    sets: Mapping[str, Mapping[str, object] | None]
     """Value in lower case → the options that it sets; null: it is not supported. `*`: any other value."""
     launch: str
     """The fact about the launch."""
@@ -37,29 +37,63 @@ class Row(TypedDict, total=False):
     effect: Effect
     option: str
     """Of an unsupported key: the option that takes its place where the user sets it."""
-    off: list[Any]
+    off: list[object]
     """Of an unsupported key: values that change nothing, besides those that are false, empty or `none`."""
-    default: Any
+    default: object
     at: str
     why: str
+
+
+class Product(TypedDict, total=False):
+    """A condition on the product of a key with another one, `times`."""
+
+    times: str
+    at_least: int
+    multiple_of: str
+
+
+class Meant(TypedDict, total=False):
+    """A value that a rule makes of keys; one of these is there."""
+
+    all: bool
+    key: str
+    product: list[str]
+    sum: list[str]
+    names: Mapping[str, list[str] | Mapping[str, str | None]]
+    globs: str
+    tags: list[Mapping[str, list[str]]]
+
+
+class Refusal(TypedDict, total=False):
+    """A key that a rule finds unsupported."""
+
+    key: str
+    why: str
+    effect: Effect
+    option: str
+
+
+Accepted = list[object] | str | Product
+"""What a rule accepts of a key."""
+Setting = Meant | list[str] | str | int | float | None
+"""What a rule sets an option to."""
 
 
 class Rule(TypedDict, total=False):
     """What several keys mean together."""
 
-    when: Mapping[str, Any]
+    when: Mapping[str, Accepted]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
     `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`. `file` and
     `program` are what is read."""
-    set: Mapping[str, Any]
+    set: Mapping[str, Setting]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
     (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
     by_default: bool
     """Whether the tool does so by itself."""
-    unsupported: Mapping[str, Any]
-    """`key`, `why`, `effect`, `option`."""
+    unsupported: Refusal
     supports: list[str]
     """Keys that rules before this one called unsupported, and that are supported here."""
     assumed: Mapping[str, str]
@@ -69,11 +103,69 @@ class Rule(TypedDict, total=False):
     at: str
 
 
+class Case(TypedDict, total=False):
+    """Files of a tool, told by their content (`detect`). A key may end in `*`, or name its value as `key=value`."""
+
+    kind: str
+    program: list[str]
+    not_program: list[str]
+    all: list[str]
+    any: list[str]
+    none: list[str]
+
+
+class Beside(TypedDict):
+    """Values that a tool needs beside others."""
+
+    when: Mapping[str, Accepted]
+    keys: Values
+
+
+class Builder(TypedDict, total=False):
+    """A model that a tool builds itself: the pattern of its component, prefixes that it lacks, further keys."""
+
+    builder: str
+    without: list[str]
+
+
+Write = TypedDict(
+    "Write",
+    {
+        "called": str, "format": str, "program": str, "run": str, "launch": str, "tasks": list[str], "needs": list[str],
+        "tries": list[Values], "first": Values, "as": dict[str, str], "beside": list[Beside], "required": Values,
+        "placeholders": Values, "shipped": list[str], "processes": list[str], "never": list[str], "calls": dict[str, str],
+        "names": dict[str, str], "imports": dict[str, str], "recipes": dict[str, str], "builder": str,
+        "prefixes": dict[str, Values],
+    },
+    total=False,
+)  # fmt: skip
+"""What `export` adds to the tables (`writing`)."""
+
+
+class ToolFile(TypedDict, total=False):
+    """The data file of a tool. `includes`: tools whose keys it takes too, by what stands before these; `ignored`: why → keys."""
+
+    version: str
+    detect: list[Case]
+    includes: list[Tool] | dict[str, list[Tool]]
+    ignored: dict[str, list[str]]
+    keys: dict[str, Row]
+    schema: dict[str, tuple[object, str]]
+    rules: list[Rule]
+    calls: dict[str, str]
+    models: dict[str, str]
+    write: Write
+    builders: dict[str, Builder]
+    strategy: str
+    batches: list[str]
+    device_map: list[str]
+
+
 class Known(NamedTuple):
     """A key's row, and where the tool defines it."""
 
     row: Row
-    default: Any
+    default: object
     at: str
 
 
@@ -83,17 +175,18 @@ class Facts:
 
     tool: Tool
     version: str
-    detect: tuple[Mapping[str, Any], ...]
+    detect: tuple[Case, ...]
     rows: Mapping[str, Row]
-    schema: Mapping[str, tuple[Any, str]]
+    schema: Mapping[str, tuple[object, str]]
     rules: tuple[Rule, ...]
     calls: Mapping[str, str]
     """Calls of a script → the name under which their arguments are keys."""
     last: tuple[str, ...]
     """Those that stand in place of others under their name."""
     models: Mapping[str, str]
-    write: Values
-    """What `export` adds to the tables (`writing`)."""
+    write: Write
+    builders: Mapping[str, Builder] | None = None
+    """Models that the tool builds itself, where a file names the function."""
     strategy: str | None = None
     """What the tool does on several GPUs, where its files do not say it."""
     batches: tuple[str, ...] = ()
@@ -139,19 +232,20 @@ class Facts:
         return tuple({*self.schema, *(name for name in self.rows if "*" not in name)})
 
 
-def _included(names: Any) -> Iterator[tuple[str, Facts]]:
+def _included(names: Mapping[str, list[Tool]]) -> Iterator[tuple[str, Facts]]:
     """The tools whose keys a tool takes too, each with what stands before their names."""
-    prefixed = names.items() if isinstance(names, Mapping) else [("", names)]
-    yield from ((prefix, facts(name)) for prefix, tools in prefixed for name in reversed(tools))
+    yield from ((prefix, facts(name)) for prefix, tools in names.items() for name in reversed(tools))
 
 
 @cache
 def facts(tool: Tool) -> Facts:
     """The facts of a tool."""
-    raw = load(f"{FOLDER}/{tool}.json", dict)
+    raw = load(f"{FOLDER}/{tool}.json", ToolFile)
+    includes = raw.get("includes", {})
+    prefixed = includes if isinstance(includes, dict) else {"": includes}
     rows: dict[str, Row] = {}
-    schema: dict[str, tuple[Any, str]] = {}
-    for prefix, other in _included(raw.get("includes", ())):
+    schema: dict[str, tuple[object, str]] = {}
+    for prefix, other in _included(prefixed):
         rows |= {prefix + key: row for key, row in other.rows.items()}
         schema |= {prefix + key: (default, f"{other.tool} {other.version}, {at}") for key, (default, at) in other.schema.items()}
     for why, keys in raw.get("ignored", {}).items():
@@ -169,9 +263,10 @@ def facts(tool: Tool) -> Facts:
         raw.get("calls", {}),
         tuple(raw.get("last", ())),
         raw.get("models", {}),
-        {**raw.get("write", {}), "models": raw.get("builders")},
+        raw.get("write", {}),
+        raw.get("builders"),
         raw.get("strategy"),
         tuple(raw.get("batches", ())),
-        (raw.get("device_map") or [None])[0],
-        tuple(raw["includes"]) if isinstance(raw.get("includes"), Mapping) else (),
+        next(iter(raw.get("device_map", ())), None),
+        tuple(filter(None, prefixed)),
     )

@@ -9,13 +9,13 @@ from peftplan.datafiles import load
 from peftplan.distributed.strategy import Distributed
 from peftplan.job.configs.documents import Values, flat
 from peftplan.job.configs.facts import Facts
-from peftplan.job.configs.launching import SHIPPED
+from peftplan.job.configs.launching import SHIPPED, Shipped
 from peftplan.job.launch.writing import deepspeed_file, fsdp_fields
 
 
 def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
     """Candidates, flat under dotted keys: launch files that the tool ships by their name, then all fields in the file."""
-    processes = {
+    processes: Values = {
         key: distributed.nodes if row["launch"] == "nodes" else distributed.world_size
         for key, row in tool.rows.items()
         if row.get("launch") in ("processes", "nodes") and key in tool.write.get("processes", ())
@@ -25,7 +25,7 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
     if distributed.strategy == "ddp" or distributed.strategy == tool.strategy:
         yield processes
     for key in tool.write.get("shipped", ()):
-        yield from ({key: name, **processes} for name in load(SHIPPED, dict).get(tool.tool, {}))
+        yield from ({key: name, **processes} for name in load(SHIPPED, Shipped).get(tool.tool, {}))
     by_label = {row["launch"]: key for key, row in reversed(list(tool.rows.items())) if "launch" in row and "*" not in key}
     if distributed.strategy.startswith("fsdp") and "fsdp_config" in by_label:
         version, config = by_label.get("fsdp_version"), by_label["fsdp_config"]
@@ -38,4 +38,4 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
         yield {**switch, **flat(bare, config), **processes}
     elif distributed.strategy.startswith("zero") and "deepspeed" in by_label:
         inline, key = deepspeed_file(distributed), by_label["deepspeed"]
-        yield ({key: json.dumps(inline)} if tool.write.get("program") else flat(inline, key)) | processes
+        yield {**({key: json.dumps(inline)} if tool.write.get("program") else flat(inline, key)), **processes}

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
@@ -17,9 +17,21 @@ from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
+from peftplan.job.launch.content import content
 
 SHIPPED = "configs/launch.json"
-"""Launch files that tools ship: tool → name → source and values."""
+"""Launch files that tools ship."""
+
+
+class LaunchFile(TypedDict):
+    """A launch file that a tool ships: its repository and path, and what is in it."""
+
+    source: str
+    values: Values
+
+
+Shipped = dict[str, dict[str, LaunchFile]]
+"""Tool → name → launch file."""
 FILE = re.compile(r"[\w./-]+\.(?:json|yaml)\b")
 """The path of a launch file in its source."""
 ASSUMED_GPUS = 8
@@ -58,7 +70,7 @@ class Launched(NamedTuple):
     assumed: dict[str, str]
 
 
-def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str]) -> Launched:
+def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str]) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested."""
     result = Launched({}, {}, {})
     if (config := _values(launch, "accelerate")) is not None:
@@ -91,7 +103,7 @@ def launched(tool: str, launch: Mapping[str, Any], environment: Mapping[str, str
     return result
 
 
-def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+def _processes(result: Launched, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
@@ -116,12 +128,12 @@ def _processes(result: Launched, launch: Mapping[str, Any], environment: Mapping
         result.options.pop("nodes")
 
 
-def _before_script(value: Any) -> Any:
+def _before_script(value: object) -> object:
     """A launcher's last option stands before the script: `--nproc_per_node 8 train.py` is read as both."""
     return value[0] if isinstance(value, list) and value else value
 
 
-def _values(launch: Mapping[str, Any], label: str) -> Any:
+def _values(launch: Mapping[str, object], label: str) -> object:
     """The value under a label, nested again where it was."""
     if label in launch:
         return launch[label]
@@ -129,7 +141,7 @@ def _values(launch: Mapping[str, Any], label: str) -> Any:
     return nested(below) or None
 
 
-def _from(result: Launched, key: str, options: Callable[[], Mapping[str, Any]]) -> None:
+def _from(result: Launched, key: str, options: Callable[[], Mapping[str, object]]) -> None:
     """Add the options of a launch file; a field that is not counted makes the file an unsupported key."""
     try:
         result.options.update(options())
@@ -137,7 +149,7 @@ def _from(result: Launched, key: str, options: Callable[[], Mapping[str, Any]]) 
         result.unsupported[key] = Unsupported("the launch file", str(error), "unknown")
 
 
-def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any], Mapping[str, Any]]) -> None:
+def _named(result: Launched, tool: str, key: str, name: object, read: Callable[[object], Mapping[str, object]]) -> None:
     """A launch file by its name: one that the tool ships, else a file that is there."""
     text = str(name[0] if isinstance(name, list) else name)
     if text.startswith("{"):
@@ -155,7 +167,7 @@ def _named(result: Launched, tool: str, key: str, name: Any, read: Callable[[Any
 
 def _shipped(tool: str, text: str) -> Values | None:
     """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
-    files = load(SHIPPED, dict).get(tool, {})
+    files = load(SHIPPED, Shipped).get(tool, {})
     path = PurePath(text)
     if not path.parent.name:
         return files[path.stem]["values"] if path.stem in files else None
@@ -165,7 +177,7 @@ def _shipped(tool: str, text: str) -> Values | None:
     return None if name is None else files[name]["values"]
 
 
-def _deepspeed(source: Any) -> Mapping[str, Any]:
+def _deepspeed(source: object) -> Mapping[str, object]:
     """What DeepSpeed's file says, without switches of ZeRO that are off."""
     if not isinstance(source, Mapping):
         return deepspeed.options(source)
@@ -182,25 +194,32 @@ FSDP_1 = ("axolotl",)
 """Tools whose FSDP is version 1 unless they say otherwise; transformers' `TrainingArguments` default to 2."""
 
 
-def _fsdp(result: Launched, tool: str, launch: Mapping[str, Any]) -> None:
+CHECKPOINTS = "final_state_dict_type"
+"""End of the name of a field that says how checkpoints are written."""
+
+
+def _fsdp(result: Launched, tool: str, launch: Mapping[str, object]) -> None:
     """FSDP as axolotl and TrainingArguments say it: words or the name of a file that the tool ships, a version, a config."""
     words = launch.get("fsdp")
     config = _values(launch, "fsdp_config")
-    whole: Mapping[str, Any] = {}
+    whole: Mapping[str, object] = {}
     if isinstance(words, str) and words.startswith("{"):
         whole = read_json(words, file="fsdp").values
     elif isinstance(words, str):
-        whole = load(SHIPPED, dict).get(tool, {}).get(words, {}).get("values", {})
+        shipped = load(SHIPPED, Shipped).get(tool, {}).get(words)
+        whole = shipped["values"] if shipped else {}
     if "fsdp" in whole:
         words, config = whole["fsdp"], whole.get("fsdp_config")
     if word(words) in ("none", "", "false", "[]") and not config:
         return
-    fields = {
-        "version": 1 if tool in FSDP_1 else 2,
-        **{"version" if k == "fsdp_version" else k: v for k, v in (config or {}).items()},
-    }
-    if (version := launch.get("fsdp_version")) is not None:
-        fields["version"] = version
-    settings = {name: value for name, value in fields.items() if not name.endswith("final_state_dict_type")}
-    switch = word(words) in ("none", "", "true")
-    _from(result, "fsdp_config", lambda: accelerate.fsdp_options({**settings, **({} if switch else accelerate.of_words(words))}))
+    version = launch.get("fsdp_version")
+
+    def options() -> Values:
+        fields: Values = {"version": 1 if tool in FSDP_1 else 2}
+        for name, value in content(config or {}, field="fsdp_config").items():
+            fields["version" if name == "fsdp_version" else name] = value
+        fields |= {} if version is None else {"version": version}
+        fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
+        return accelerate.fsdp_options({name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)})
+
+    _from(result, "fsdp_config", options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
@@ -28,7 +28,7 @@ Bound = Literal["at_most", "at_least", "unknown"]
 class Read(NamedTuple):
     """A key that decides options."""
 
-    value: Any
+    value: object
     option: str
     """The options, comma-separated; `model` and names of the launch too."""
     why: str = ""
@@ -37,7 +37,7 @@ class Read(NamedTuple):
 class Ignored(NamedTuple):
     """A key that does not change memory."""
 
-    value: Any
+    value: object
     why: str
     at: str = ""
     """The tool's file and line."""
@@ -46,7 +46,7 @@ class Ignored(NamedTuple):
 class Unsupported(NamedTuple):
     """A key that changes memory, or may, and that no option says."""
 
-    value: Any
+    value: object
     why: str
     effect: Effect = "unknown"
     option: str | None = None
@@ -62,9 +62,9 @@ class ConfigPlan:
     """The version of the tool whose defaults and keys are known."""
     files: tuple[str, ...]
     model: str | None
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     """Our options (`method` among them), defaults of the tool included."""
-    launch: Mapping[str, Any] = field(default_factory=dict)
+    launch: Mapping[str, object] = field(default_factory=dict)
     """How many processes run, and how they share the model."""
     read: Mapping[str, Read] = field(default_factory=dict)
     ignored: Mapping[str, Ignored] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class ConfigPlan:
     kind: Literal["training", "launch", "other"] = "training"
     """Whether the file trains a model, launches a job, or does something else."""
 
-    def without(self, chosen: Mapping[str, Any]) -> dict[str, Unsupported]:
+    def without(self, chosen: Mapping[str, object]) -> dict[str, Unsupported]:
         """The unsupported keys, less those whose option the user has set."""
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
 
-    def to_dict(self, chosen: Mapping[str, Any] | None = None) -> ConfigDocument:
+    def to_dict(self, chosen: Mapping[str, object] | None = None) -> ConfigDocument:
         """The `config` field of an estimate's JSON."""
         unsupported = self.without(chosen or {})
         document = {

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peftplan import files
 from peftplan.errors import RefusedError
@@ -36,7 +35,13 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 
 
 def read_values(
-    values: Mapping[str, Any], *, file: str, tool: str | None = None, kind: str = "values", program: str = "", **environment: Any
+    values: Mapping[str, object],
+    *,
+    file: str,
+    tool: str | None = None,
+    kind: str = "values",
+    program: str = "",
+    **environment: object,
 ) -> ConfigPlan:
     """The plan of values that were parsed already: of a file, of a `command`, or the `calls` of a script."""
     variables = {str(name): str(value) for name, value in environment.items()}

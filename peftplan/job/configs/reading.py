@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.errors import nearest, quoted
-from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
+from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, number_in, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.interpolation import resolved
@@ -61,7 +60,7 @@ class Reading:
         if document.kind == "calls":
             from peftplan.job.configs.calls import arguments
 
-            values = arguments(values["calls"], tool.calls, tool.last)
+            values = arguments(document.calls, tool.calls, tool.last)
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))
@@ -76,7 +75,7 @@ class Reading:
         self.model: str | None = None
         self.kind = "launch" if tool.tool in LAUNCHERS else "training"
 
-    def key(self, key: str, value: Any) -> None:
+    def key(self, key: str, value: object) -> None:
         """Put one key into its group."""
         known = self.tool.known(key)
         if known is None:
@@ -97,12 +96,13 @@ class Reading:
         else:
             self._known(key, value, known)
 
-    def _object(self, key: str, value: Any) -> Any:
+    def _object(self, key: str, value: object) -> object:
         """The value of a command line's argument; of a field that is a mapping, JSON. Launch files are read as a whole."""
-        is_object = isinstance(value, str) and value.startswith("{") and "launch" not in self.tool.rows.get(key, {})
-        return read_json(value, file=f"{self.file}: {key}").values if is_object else value
+        if isinstance(value, str) and value.startswith("{") and "launch" not in self.tool.rows.get(key, {}):
+            return read_json(value, file=f"{self.file}: {key}").values
+        return value
 
-    def _known(self, key: str, value: Any, known: Known) -> None:
+    def _known(self, key: str, value: object, known: Known) -> None:
         row = known.row
         if "to" in row:
             self._to(key, value, row)
@@ -120,7 +120,7 @@ class Reading:
             effect = row.get("effect", "unknown")
             self.unsupported[key] = Unsupported(value, row["unsupported"], effect, row.get("option"))
 
-    def _to(self, key: str, value: Any, row: Row) -> None:
+    def _to(self, key: str, value: object, row: Row) -> None:
         option = row["to"]
         ours = by_word(row.get("values", {}), value)
         if ours is None:
@@ -132,7 +132,7 @@ class Reading:
         self._set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, row.get("why", ""))
 
-    def _typed(self, key: str, option: str, value: Any) -> Any:
+    def _typed(self, key: str, option: str, value: object) -> object:
         """A value of the option's type. Raises FileError, one line with file, line and key."""
         if option in WHOLE:
             text = str(value)
@@ -143,7 +143,7 @@ class Reading:
             raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a string")
         return tuple(value) if isinstance(value, list) else value
 
-    def _sets(self, key: str, value: Any, known: Known) -> None:
+    def _sets(self, key: str, value: object, known: Known) -> None:
         sets = known.row["sets"]
         options = sets.get(word(value), sets.get("*"))
         if options is None:
@@ -153,10 +153,10 @@ class Reading:
         self._set(options)
         self.read[key] = Read(value, ", ".join(options), known.row.get("why", ""))
 
-    def _set(self, options: Mapping[str, Any]) -> None:
+    def _set(self, options: Mapping[str, object]) -> None:
         for option, value in options.items():
             if option == "model":
-                self.model = value
+                self.model = str(value)
             else:
                 self.options[option] = value
             self.defaults.pop(option, None)
@@ -168,7 +168,7 @@ class Reading:
                 continue
             default, at = self.tool.schema.get(key, (None, ""))
             default = row.get("default", default)
-            options: Mapping[str, Any] | None
+            options: Mapping[str, object] | None
             if "to" in row:
                 ours = by_word(row.get("values", {}), default)
                 options = None if ours is None else {row["to"]: ours}
@@ -197,7 +197,8 @@ class Reading:
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
         for option, names in rule.get("add", {}).items():
-            self._set({option: (*self.options.get(option, ()), *names)})
+            before = self.options.get(option)
+            self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
         set_keys = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
@@ -229,12 +230,12 @@ class Reading:
                 value = self.read.pop(key).value
                 self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
 
-    def _accumulate(self, launch: Mapping[str, Any]) -> None:
+    def _accumulate(self, launch: Mapping[str, object]) -> None:
         """The micro batches of a step, where the file has the rows of the step on all ranks (`Facts.batches`)."""
         numbers = [str(self.effective.of(key)) for key in self.tool.batches]
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
             global_batch, micro_batch = map(int, numbers)
-            ranks = launch.get("gpus", 1) * launch.get("nodes", 1)
+            ranks = number_in(launch, "gpus") * number_in(launch, "nodes")
             self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
 
     def plan(self) -> ConfigPlan:
@@ -248,7 +249,7 @@ class Reading:
         if self.tool.strategy and any(key.startswith("distributed.") for key in self.launch):
             self.launch.setdefault("distributed.strategy", self.tool.strategy)
         launch = launched(self.tool.tool, self.launch, self.document.environment)
-        if self.tool.strategy and launch.options.get("gpus", 1) > 1:
+        if self.tool.strategy and number_in(launch.options, "gpus") > 1:
             launch.options.setdefault("strategy", self.tool.strategy)
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
@@ -281,7 +282,7 @@ class Reading:
         return replace(plan, model=named(self.model, self.tool)) if self.model else plan
 
 
-def _open(value: Any) -> bool:
+def _open(value: object) -> bool:
     """Whether a value, or one in a list, is filled in by somebody else."""
     if isinstance(value, list):
         return any(isinstance(each, str) and OPEN.search(each) for each in value)

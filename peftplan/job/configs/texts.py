@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from peftplan.job.configs.documents import Document, Values, nested
+from peftplan.job.configs.documents import Call, Document, Values, nested
 from peftplan.job.configs.facts import Facts
 
 WIDTH = 120
@@ -28,11 +28,11 @@ def document_of(values: Values, tool: Facts, *, comments: str = "") -> Document:
     kind = tool.write.get("format", "yaml")
     if kind == "python":
         calls = [
-            {
-                "call": call,
-                "args": [kwargs["0"]] if "0" in kwargs else [],
-                "kwargs": {name: value for name, value in kwargs.items() if name != "0"},
-            }
+            Call(
+                call=call,
+                args=[kwargs["0"]] if "0" in kwargs else [],
+                kwargs={name: value for name, value in kwargs.items() if name != "0"},
+            )
             for call, kwargs in _calls(values, tool)
         ]
         return Document({"calls": calls}, kind="calls", comments=comments)
@@ -121,7 +121,7 @@ def _calls(values: Values, tool: Facts) -> Iterator[tuple[str, Values]]:
 
 def _variable(call: str, tool: Facts) -> str:
     prefix = next(prefix for prefix, name in tool.write["calls"].items() if name == call)
-    return str(tool.write["names"][prefix])
+    return tool.write["names"][prefix]
 
 
 def _call(call: str, kwargs: Values, parts: Parts, tool: Facts) -> Iterator[str]:

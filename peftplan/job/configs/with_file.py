@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import peftplan.methods as methods
 from peftplan.distributed.names import OPTIONS
@@ -35,12 +35,12 @@ OF_A_STORED_BASE = (
 class WithFile(NamedTuple):
     """Model and options of a plan with those of the user, and the `config` field of the result."""
 
-    model: Any
-    options: dict[str, Any]
+    model: object
+    options: dict[str, object]
     config: ConfigDocument
 
 
-def with_file(plan: ConfigPlan, model: Any, chosen: Mapping[str, Any], *, objects: bool, strict: bool) -> WithFile:
+def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, objects: bool, strict: bool) -> WithFile:
     """What to estimate. `objects`: whether the user gives a peft config, so that the file's method does not count.
 
     Raises RefusedError for files that train nothing or name no model, and with `strict` for an unsupported key.
@@ -97,7 +97,7 @@ def without_kernels(document: ConfigDocument, why: str, effect: Effect) -> Confi
     return cast("ConfigDocument", {**document, **changed})
 
 
-def fitting(options: Mapping[str, Any]) -> dict[str, Any]:
+def fitting(options: Mapping[str, object]) -> dict[str, object]:
     """The options without fields that their method does not have, such as a rank in full fine-tuning."""
     try:
         method = methods.method_named(str(options.get("method") or "lora"))

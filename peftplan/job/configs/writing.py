@@ -107,7 +107,7 @@ class _Writing:
         self.off: dict[str, str] = {}
         self.fields: dict[str, Values] = {}
         """Model and options → the fields of their job, for those that were tried."""
-        self.tries: list[Values] = list(tool.write.get("tries", ()))
+        self.tries = list(tool.write.get("tries", ()))
         """Values that are tried for any field."""
 
     def written(self) -> Written:
@@ -130,7 +130,7 @@ class _Writing:
         """The keys that name the model. A tool with builders of its own has a row per model."""
         key = next(key for key, row in self.tool.rows.items() if row.get("to") == "model")
         repo = repository(self.job)
-        if (builders := self.tool.write.get("models")) is None:
+        if (builders := self.tool.builders) is None:
             return {key: repo}
         row = builders.get(self.job.architecture.name)
         if row is None:
@@ -267,7 +267,7 @@ class _Writing:
         if self.job.method is not None and field in self.job.method.defaults.keys() - self.stated:
             field, value, theirs = "method", self.job.method_name, None  # the name implies it
         if field == "kernels":
-            value, theirs = packages_of(value or ()), theirs and packages_of(theirs)
+            value, theirs = (packages_of(each) if isinstance(each, (tuple, list)) else each for each in (value or (), theirs))
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
             runs = f"; accepted: {', '.join(self._methods())}"
@@ -277,7 +277,7 @@ class _Writing:
         """The methods that the tool's keys name."""
         sets = [sets for row in self.tool.rows.values() for sets in row.get("sets", {}).values() if sets]
         method_words = [
-            each["method"] for each in [*sets, *(rule.get("set", {}) for rule in self.tool.rules)] if "method" in each
+            str(each["method"]) for each in [*sets, *(rule.get("set", {}) for rule in self.tool.rules)] if "method" in each
         ]
         return list(dict.fromkeys(method_words))
 

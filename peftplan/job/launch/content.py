@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from peftplan import files
 from peftplan.errors import InputError, OptionError
@@ -19,7 +18,7 @@ ON = ("true", "yes", "on", "1")
 OFF = ("false", "no", "off", "0")
 
 
-def content(source: Any, *, field: str) -> Mapping[str, object]:
+def content(source: object, *, field: str) -> Mapping[str, object]:
     """The mapping in a launch file, or one that is source as such."""
     if isinstance(source, Mapping):
         return source
@@ -106,10 +105,10 @@ def switch(value: object, field: str) -> bool:
     return text in ON
 
 
-def whole(value: Any, field: str) -> int:
+def whole(value: object, field: str) -> int:
     """A whole number, which YAML and JSON also write as 5e8 or "5e8"."""
     try:
-        number = float(value)
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
     except (TypeError, ValueError):
         raise InputError(field, value, "accepted: a whole number") from None
     if isinstance(value, bool) or not 0 <= number < math.inf or number != int(number):

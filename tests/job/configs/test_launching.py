@@ -93,6 +93,17 @@ def test_fsdp_of_training_arguments() -> None:
     assert options({**trl, "fsdp": True, "fsdp_config": {"cpu_offload": True}})["offload_params"] == "cpu"
 
 
+def test_fsdp_config_as_the_name_of_a_file(tmp_path: Path) -> None:
+    """transformers' `TrainingArguments` take "either a dict or the location of a json file"."""
+    trl = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 1, "fsdp": True}
+    file = tmp_path / "fsdp.json"
+    file.write_text('{"version": 1, "cpu_offload": true}')
+    read = options({**trl, "fsdp_config": str(file)})
+    assert (read["strategy"], read["offload_params"]) == ("fsdp1", "cpu")
+    missing = read_values({**trl, "fsdp_config": "missing.json"}, file="a.yml").unsupported["fsdp_config"]
+    assert missing.why == "fsdp_config: cannot read 'missing.json': No such file or directory"
+
+
 def test_fsdp_of_swift_by_name_and_as_json() -> None:
     """ms-swift 4.6.0, `SftArguments._init_fsdp`: a name of its own files, or the JSON of one."""
     swift = {"model": "Qwen/Qwen2.5-7B", "tuner_type": "lora"}
