@@ -74,7 +74,7 @@ class Effective:
             return self._tags(setting["tags"])
         if "pattern" in setting:
             listed = self._listed(setting["of"], self.of(setting["of"]))
-            return str(setting["pattern"]).replace("NAMES", "|".join(map(re.escape, listed)))
+            return setting["pattern"].replace("NAMES", "|".join(map(re.escape, listed)))
         if "globs" in setting:
             return _globs(self.of(setting["globs"]))
         if "names" in setting:

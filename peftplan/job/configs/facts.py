@@ -61,6 +61,9 @@ class Meant(TypedDict, total=False):
     sum: list[str]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
     globs: str
+    pattern: str
+    of: str
+    """Of a pattern: the key whose names stand for `NAMES` in it."""
     tags: list[Mapping[str, list[str]]]
 
 
@@ -153,6 +156,7 @@ class ToolFile(TypedDict, total=False):
     schema: dict[str, tuple[object, str]]
     rules: list[Rule]
     calls: dict[str, str]
+    last: list[str]
     models: dict[str, str]
     write: Write
     builders: dict[str, Builder]

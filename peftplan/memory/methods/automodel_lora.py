@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.parts import Part, Running
+from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Parameter, Tensor
@@ -20,7 +21,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = part.name
-    dropout = float(running.config.lora_dropout)
+    dropout = running.config_as(LoraConfig).lora_dropout
     node = f.record(_backward, (x, a, b, *([] if dropout else [result])))
     out = f.new(result.dims, x.dtype, "lora", node)
     if node is not None:
