@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -13,6 +15,8 @@ Flags: TypeAlias = "NDArray[np.bool_]"
 Floats: TypeAlias = "NDArray[np.float64]"
 Objects: TypeAlias = "NDArray[np.object_]"
 Codes: TypeAlias = "NDArray[np.int8]"
+Sizes: TypeAlias = "int | Sequence[int] | NDArray[np.int64]"
+"""One size, or several, as a list or an array."""
 Size = TypeVar("Size", int, "NDArray[np.int64]")
 """One size, or a size at each point."""
 Fact: TypeAlias = "int | NDArray[np.bool_] | NDArray[np.int64]"

@@ -49,7 +49,7 @@ both a room and a function."""
 
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 ARRAYS = (
-    *("arrays.py", "analytic/moments.py", "analytic/grid.py"),
+    *("arrays.py", "analytic/moments.py", "results/grid.py"),
     *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
 )
 """The files that evaluate many sizes at once, with numpy; nothing imports them earlier. `arrays` only names types."""

@@ -12,9 +12,7 @@ NEEDS_TORCH = ("trace", "measure", "integrations.py", "rehearse", "libraries")
 """Rooms that handle objects of torch and transformers, whose types the base install does not know."""
 MOST = {
     "cli": 22,
-    "planning": 31,
     "report": 28,
-    "results": 4,
 }
 """Room → its lines that hold `Any`: values of files and of options, which YAML, JSON, pydantic and click type so. A room that is
 not named here has none; lower a number when you take some away."""

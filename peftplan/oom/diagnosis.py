@@ -143,19 +143,24 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
 
 def _tokens(result: Estimate, reached: int) -> int | None:
     """The tokens per sequence from which on the job needs as much: by bisection, as allocated bytes grow with them."""
-    low = int(result.assumptions.get("seq_len") or 0)
+    low = result.assumptions.get("seq_len", 0)
     if not result.resizes or not low:
         return None
+
+    def needs(tokens: int) -> int:
+        peaks = result.at(seq_len=tokens).peaks
+        assert peaks is not None
+        return peaks.allocated
+
     high = low
     try:
-        while (at := result.at(seq_len=high)).peaks.allocated < reached:
+        while needs(high) < reached:
             low, high = high, 2 * high
             if high > LONGEST:
                 return None
         while high - low > 1:
             middle = (low + high) // 2
-            at = result.at(seq_len=middle)
-            low, high = (middle, high) if at.peaks.allocated < reached else (low, middle)
+            low, high = (middle, high) if needs(middle) < reached else (low, middle)
     except InputError:  # longer than the model's table of positions
         return None
     return high

@@ -104,7 +104,9 @@ def _refined(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
 
 def _longest(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
     """The longest sequence that leaves enough room, by bisection: peaks grow with it."""
-    low, high = change.options["seq_len"] // SEQUENCE_STEP, (job.setup.seq_len - 1) // SEQUENCE_STEP
+    shorter = change.options["seq_len"]
+    assert isinstance(shorter, int)
+    low, high = shorter // SEQUENCE_STEP, (job.setup.seq_len - 1) // SEQUENCE_STEP
     while low < high:
         middle = (low + high + 1) // 2
         longer = _tried(trials, before, {"seq_len": middle * SEQUENCE_STEP}, change.price)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from peftplan import parameters
 from peftplan.arch.modules import Architecture
@@ -18,7 +18,7 @@ from peftplan.versions import LOADING_IN_THREADS, QUANTIZING_IN_TURN
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
-    from peftplan.results.documents import ModelDocument
+    from peftplan.results.documents import Assumptions, ModelDocument
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""
@@ -90,7 +90,7 @@ def config_facts(config: MethodConfig | None, adapter: Mapping[str, object]) -> 
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 
-def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
+def assumptions(job: Job, *, quantized: int) -> Assumptions:
     """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
     setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
     assumed: dict[str, object] = {"model": architecture.source, "model_class": architecture.model_class}
@@ -120,7 +120,7 @@ def assumptions(job: Job, *, quantized: int) -> dict[str, Any]:
     if quant is not None:
         assumed["quantized_parameters"] = quantized
         notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
-    return assumed | ({"notes": notes} if notes else {})
+    return cast("Assumptions", assumed | ({"notes": notes} if notes else {}))
 
 
 def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from peftplan.analytic.grid import Grid
 from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
 from peftplan.arrays import Ints, Objects
@@ -14,6 +13,7 @@ from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST, check_length, check_logits_to_keep
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 from peftplan.planning.verdicts import capability
+from peftplan.results.grid import Grid
 
 try:
     import numpy as np

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import add, sub
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.trainers import CHUNKED
 
@@ -35,7 +35,7 @@ Sizes = Mapping[str, int]
 class Change(NamedTuple):
     """Options that are set together, what they cost the user, and what they save in each phase."""
 
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     price: int
     saving: Sizes
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
 from peftplan.methods import config_class, method_named
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import members as members_of
-from peftplan.planning.for_method import known_methods, options_for, without_formula
+from peftplan.planning.for_method import job_options, known_methods, options_for, without_formula
 from peftplan.planning.plans import QUALITY
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.verdict import Verdict
@@ -71,8 +71,8 @@ def family(
 
 
 def _job_options(method: str, options: Mapping[str, object]) -> JobOptions:
-    """The options of a job by this method, which `estimate` checks."""
-    return cast("JobOptions", options_for(method, {**options, "method": method}))
+    """The options of a job by this method."""
+    return job_options(options_for(method, {**options, "method": method}))
 
 
 def _is_complete(method: str, options: Mapping[str, object]) -> bool:

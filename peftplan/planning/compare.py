@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.frames import as_html, dataframe
@@ -12,7 +12,7 @@ from peftplan.job.setup import Engine
 from peftplan.ledger import EVERY_CATEGORY
 from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
-from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
+from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
 from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from typing_extensions import Unpack
 
-    from peftplan.job.options import JobOptions
+    from peftplan.job.options import JobOptions, Options
     from peftplan.planning.documents import CompareDocument, ComparedRow
 
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
@@ -123,22 +123,22 @@ def compare(
     return Comparison(name, tuple(rows), engine, over)
 
 
-def _jobs(model: object, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _jobs(model: object, names: Sequence[str], options: JobOptions) -> dict[str, JobOptions]:
     """Method → the options of its job, the adapter of a `peft_config` first."""
     if options.get("peft_config") is None:
-        return {name: {**options_for(name, options), "method": name} for name in names}
+        return {name: job_options(options_for(name, options), {"method": name}) for name in names}
     of_adapter = prepare(model, **options)
-    jobs = {of_adapter.method_name.replace("_", "-"): dict(options)}
+    jobs = {of_adapter.method_name.replace("_", "-"): options}
     fields = of_adapter.request.adapter or {}
     for name in names:
         if name in jobs:
             continue
         method = METHODS.get(name)
         if method is not None and method.peft_type is not None and method.peft_type == fields.get("peft_type"):
-            jobs[name] = {**options, "method": name, "peft_config": _unnamed(fields)}
+            jobs[name] = job_options(options, {"method": name, "peft_config": _unnamed(fields)})
         else:
             without = {key: value for key, value in options.items() if key != "peft_config"}
-            jobs[name] = {**options_for(name, without), "method": name}
+            jobs[name] = job_options(options_for(name, without), {"method": name})
     return jobs
 
 
@@ -186,9 +186,9 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
     ] or [shared]
 
 
-def _adapter_bytes(model: object, options: Mapping[str, Any]) -> int | None:
+def _adapter_bytes(model: object, options: JobOptions) -> int | None:
     """The adapter's file; None where the method writes none, or only peft knows it."""
-    fields = {name: value for name, value in options.items() if name not in NOT_SERVED}
+    fields = cast("Options", {name: value for name, value in options.items() if name not in NOT_SERVED})
     try:
         file = serving(model, **fields).file
     except (PeftplanError, MissingExtraError):

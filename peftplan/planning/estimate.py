@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.errors import OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
@@ -133,7 +133,7 @@ def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocume
 
 
 def _of_config(
-    config: ConfigFiles, tool: str | None, model: object, our_options: Mapping[str, Any], *, objects: bool, strict: bool
+    config: ConfigFiles, tool: str | None, model: object, our_options: Mapping[str, object], *, objects: bool, strict: bool
 ) -> WithFile:
     """What a file asks together with the user's options."""
     from peftplan.job.configs.plan import ConfigPlan

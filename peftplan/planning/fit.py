@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from peftplan.errors import BoundError, InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.prepare import prepare
@@ -19,7 +19,7 @@ from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
 from peftplan.planning.fit_result import CEILINGS, Binding, Fit, OtherCard, Plan
 from peftplan.planning.fit_traced import GUESSES, largest_traced
-from peftplan.planning.for_method import base_of, known_methods, options_for, without_formula
+from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
 from peftplan.planning.plans import Options, changes_of, kept_options, ranked
 from peftplan.planning.question import Question
@@ -116,14 +116,14 @@ def fit(
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     typed = {name: value for name, value in options.items() if name != size}
     search = Search(size, accepted, min_seq_len, engine, progress)
-    if size == "seq_len" and search.smallest > (most := _ceiling(size, model, typed)):
+    if size == "seq_len" and search.smallest > (most := _ceiling(size, model, job_options(typed))):
         raise BoundError("min_seq_len", min_seq_len, f"at most {most}, the positions of the model")
 
     def on(card: str) -> Fit:
-        def plan(changed: Options, changes: Options) -> Plan:
+        def plan(changed: Mapping[str, object], changes: Options) -> Plan:
             if size == "model":
                 return model_plan(model, card, changed, changes, accepted, engine, progress)
-            return _plan(model, card, search, changed, changes)
+            return _plan(model, card, search, job_options(changed), changes)
 
         first = plan(typed, {})
         if size != "seq_len" and min_seq_len is not None and min_seq_len > first.seq_len:
@@ -149,15 +149,15 @@ def _asked_for(model: object, first: Plan, size: Size) -> str:
     return model if size == "model" and isinstance(model, str) else first.model
 
 
-def _other_card(model: object, typed: Mapping[str, Any], search: Search, plans: Sequence[Plan]) -> OtherCard | None:
+def _other_card(model: object, typed: Mapping[str, object], search: Search, plans: Sequence[Plan]) -> OtherCard | None:
     """The smallest card that takes the plan that comes nearest, at its smallest size; None where no card does."""
     near = max(plans, key=lambda plan: plan.headroom_bytes)
     changed = {**typed, **near.changes}
-    options = options_for(near.method, changed) if "method" in near.changes else changed
+    options = job_options(options_for(near.method, changed) if "method" in near.changes else changed)
     if search.size == "model":
         model = near.model  # a member of the family
     else:
-        options = {**options, search.size: search.smallest}
+        options = job_options(options, {search.size: search.smallest})
     cards = which_gpu(model, allow_tight="tight" in search.accepted, **options)
     return OtherCard(cards[0].gpu, near.model, near.changes, cards[0].usable_bytes, cards[0].needed_bytes) if cards else None
 
@@ -177,7 +177,7 @@ class Search(NamedTuple):
         return self.min_seq_len if self.size == "seq_len" and self.min_seq_len else 1
 
 
-def _plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, object]) -> Plan:
+def _plan(model: object, gpu: str, search: Search, options: JobOptions, changes: Mapping[str, object]) -> Plan:
     """The plan with the largest size of one job; of size 0, with the verdict at size 1 (or `min_seq_len`), where nothing fits."""
     if search.engine == "trace":
         return _traced_plan(model, gpu, search, options, changes)
@@ -209,7 +209,7 @@ def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], si
     return plan._replace(next_larger=f"Batch size {beyond.assumptions['batch_size']:,}")
 
 
-def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, Any], changes: Mapping[str, object]) -> Plan:
+def _traced_plan(model: object, gpu: str, search: Search, options: JobOptions, changes: Mapping[str, object]) -> Plan:
     """The same by traces, around the answer of the formulas where there are any."""
     size, seen = search.size, dict[int, Estimate]()
     word = size.replace("_", " ")
@@ -218,7 +218,7 @@ def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, 
         if number not in seen:
             tell = search.progress
             telling = None if tell is None else lambda what, share: tell(f"{word} {number:,}: {what}", share)
-            seen[number] = estimate(model, gpu=gpu, engine="trace", progress=telling, **{**options, size: number})
+            seen[number] = estimate(model, gpu=gpu, engine="trace", progress=telling, **job_options(options, {size: number}))
         return seen[number]
 
     try:
@@ -234,12 +234,12 @@ def _traced_plan(model: object, gpu: str, search: Search, options: Mapping[str, 
     return _plan_at(edge, ask(edge.size or search.smallest), ask, size, changes)
 
 
-def _estimates(model: object, gpu: str, size: Size, options: Mapping[str, Any], smallest: int) -> Callable[[int], Estimate]:
+def _estimates(model: object, gpu: str, size: Size, options: JobOptions, smallest: int) -> Callable[[int], Estimate]:
     """The job at any size: by its formulas' own sizes where they have a name for it.
 
     A batch size that the trainer refuses is asked as the next larger one that it accepts.
     """
-    start = estimate(model, gpu=gpu, **{**options, size: smallest})
+    start = estimate(model, gpu=gpu, **job_options(options, {size: smallest}))
     assert isinstance(start.origin, Question)
     job = start.origin.inventory.job
 
@@ -248,9 +248,8 @@ def _estimates(model: object, gpu: str, size: Size, options: Mapping[str, Any], 
         if number == smallest:
             return start
         if size == "r":
-            return estimate(model, gpu=gpu, **{**options, "r": number})
-        resized: Estimate = start.at(**{size: number})
-        return resized
+            return estimate(model, gpu=gpu, **job_options(options, {"r": number}))
+        return start.at(**{size: number})
 
     def ask(number: int) -> Estimate:
         if size != "batch_size":
@@ -261,7 +260,7 @@ def _estimates(model: object, gpu: str, size: Size, options: Mapping[str, Any], 
     return ask
 
 
-def _ceiling(size: Size, model: object, options: Mapping[str, Any]) -> int:
+def _ceiling(size: Size, model: object, options: JobOptions) -> int:
     """Where the search ends: for sequences at the model's table of positions, if it has one."""
     positions = prepare(model, **options).architecture.max_positions if size == "seq_len" else None
     return min(CEILINGS[size], positions or CEILINGS[size])

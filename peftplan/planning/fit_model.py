@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from peftplan.arch.catalogue import models
 from peftplan.errors import InputError, PeftplanError, RefusedError
@@ -12,7 +11,7 @@ from peftplan.job.prepare import prepare
 from peftplan.job.setup import Engine
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_result import Binding, Plan
-from peftplan.planning.for_method import without_formula
+from peftplan.planning.for_method import job_options, without_formula
 from peftplan.planning.largest import Largest
 from peftplan.results.estimate import Estimate
 
@@ -41,7 +40,7 @@ def _no_model(model: object) -> object:
 def model_plan(
     model: object,
     gpu: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     changes: Mapping[str, object],
     accepted: tuple[str, ...],
     engine: Engine = "analytic",
@@ -57,7 +56,7 @@ def model_plan(
     refused: PeftplanError | None = None
     for name in candidates(model):
         try:
-            result = estimate(name, gpu=gpu, engine=engine, progress=progress, **options)
+            result = estimate(name, gpu=gpu, engine=engine, progress=progress, **job_options(options))
         except PeftplanError as error:
             refused = refused or error
             continue

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from peftplan.errors import InputError, NeedsTraceError
 from peftplan.job.setup import Setup
 from peftplan.methods import METHODS, config_class, method_named, other_peft_type
 from peftplan.results.estimate import Estimate
 from peftplan.validation import listed
+
+if TYPE_CHECKING:
+    from peftplan.job.options import JobOptions
 
 Value = TypeVar("Value")
 
@@ -40,6 +43,11 @@ def known_methods(names: object, field: str = "method") -> tuple[str, ...]:
         if other_peft_type(name) is None:
             method_named(name)
     return once
+
+
+def job_options(*parts: Mapping[str, object]) -> JobOptions:
+    """Options together, the later ones over the earlier, as `estimate` takes and checks them."""
+    return cast("JobOptions", {name: value for part in parts for name, value in part.items()})
 
 
 def options_for(method: str, options: Mapping[str, Value]) -> dict[str, Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture, Module
@@ -44,11 +44,11 @@ class Inspection:
     pattern: str | None
     targets: tuple[str, ...] | str | None
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, object]]:
         """One row per module or family, as pandas and polars take them."""
         return [{**row._asdict(), "name": row.name.replace("{}", "*")} for row in self.rows]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The JSON."""
         arch = self.architecture
         return {
@@ -69,7 +69,7 @@ class Inspection:
 
 
 def inspect(
-    model: Any,
+    model: sources.Model,
     *,
     pattern: str | None = None,
     expand: bool = False,

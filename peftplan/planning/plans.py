@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
 from peftplan.job.trainers import CHUNKED, ONE_FORWARD
@@ -31,9 +30,9 @@ loss, which never holds all logits, where a trainer has the same objective and t
 
 def ranked(
     first: Plan,
-    typed: Mapping[str, Any],
+    typed: Mapping[str, object],
     changes: Iterable[Options],
-    plan: Callable[[Options, Options], Plan],
+    plan: Callable[[Mapping[str, object], Options], Plan],
     *,
     by_size: bool = False,
 ) -> tuple[tuple[Plan, ...], tuple[Plan, ...]]:
@@ -46,8 +45,7 @@ def ranked(
     for change in changes:
         changed = {**typed, **change}
         try:
-            changed = options_for(changed["method"], changed) if "method" in change else changed
-            other = plan(changed, change)
+            other = plan(options_for(str(change["method"]), changed) if "method" in change else changed, change)
         except PeftplanError:
             continue
         (plans if other.size else misses).append(other)

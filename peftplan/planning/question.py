@@ -1,7 +1,7 @@
 """A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.job.adapting import config_of
@@ -18,12 +18,14 @@ from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
-    from peftplan.analytic.grid import Grid
+    from peftplan.arrays import Sizes
     from peftplan.hardware.gpus import Gpu
     from peftplan.job.configs.plan import Bound
     from peftplan.results.advice import Advised
     from peftplan.results.config_documents import ConfigDocument
     from peftplan.results.distributed import OverGpus, RankGroup
+    from peftplan.results.documents import Assumptions
+    from peftplan.results.grid import Grid
     from peftplan.results.host import Host
 
 
@@ -49,7 +51,7 @@ class Question(NamedTuple):
         keys = [key for key, row in self.config["unsupported"].items() if row["effect"] == "unknown"]
         return f"unsupported keys ({', '.join(keys or self.config['unsupported'])})"
 
-    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> "Estimate | Grid":
+    def at(self, sizes: "Mapping[str, Sizes | None]", *, replays: int | None) -> "Estimate | Grid":
         """The job at other sizes: an Estimate for whole numbers, a Grid where one of them is a list or an array."""
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if not any(isinstance(value, (list, tuple, range)) or getattr(value, "shape", ()) for value in sizes.values()):
@@ -220,7 +222,7 @@ def _estimated(
     if notes:
         assumed["notes"] = [*assumed.get("notes", ()), *notes]
     if peaks is not None:
-        assumed |= {"compute_capability": of_first, **peaks.assumed}
+        assumed |= cast("Assumptions", {"compute_capability": of_first, **peaks.assumed})
     short = None if setup.host_memory is None else question.host(assumed.get("offloaded_bytes", 0)).why_short
     warned = f"batch_size: {refused_size}" if refused_size else short
     if (config := question.config) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from peftplan.job.options import Options
+    from peftplan.results.documents import Assumptions
 
 Value = TypeVar("Value")
 
@@ -122,9 +123,9 @@ def serving(
     )
 
 
-def _request(**values: Any) -> Request:
+def _request(**values: object) -> Request:
     try:
-        return Request(**values)
+        return Request.model_validate(values)
     except ValidationError as error:
         raise first_error(error) from None
 
@@ -198,7 +199,7 @@ def _cache(job: Job, request: Request) -> Cache:
     return Cache(tensors, context)
 
 
-def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, object]:
+def _assumptions(job: Job, request: Request, *, merges: bool) -> Assumptions:
     """Every value that the numbers rest on."""
     _, trained_dtype = adapter_dtypes(job.setup)
     arch = job.architecture
@@ -215,4 +216,4 @@ def _assumptions(job: Job, request: Request, *, merges: bool) -> dict[str, objec
     notes = [*job.warnings, *arch.notes, *job.adaptation.notes]
     if job.quant is not None:
         notes += unquantized(arch, job.quant, cast=False)
-    return assumed | ({"notes": notes} if notes else {})
+    return cast("Assumptions", assumed | ({"notes": notes} if notes else {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from peftplan.deployment.kv_cache import CacheTensor, growing_bytes
 from peftplan.frames import as_html, dataframe
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from peftplan.planning.serving_documents import ServingDocument
     from peftplan.planning.serving_verdict import ServingVerdict
+    from peftplan.results.documents import Assumptions, MethodDocument, ModelDocument
 
 LEFT_OUT = ("activations of the prompt", "filters of sampling beside top-k", "blocks that a serving engine allocates ahead")
 """What no number here includes."""
@@ -69,15 +70,15 @@ class Serving:
     A part is None, or `merges` empty, where there is no such thing or it is not known; `refused` says why, by the part's name.
     """
 
-    model: Mapping[str, object]
-    method: Mapping[str, Any]
+    model: ModelDocument
+    method: MethodDocument
     file: AdapterFile | None
     checkpoint: Checkpoint | None
     merges: tuple[MergeMemory, ...]
     loaded: Loaded
     cache: Cache | None
     refused: Mapping[str, str]
-    assumptions: Mapping[str, Any]
+    assumptions: Assumptions
     not_modelled: tuple[str, ...] = LEFT_OUT
     gpus: tuple[ServingVerdict, ...] = ()
 
@@ -113,7 +114,7 @@ class Serving:
         }
         return cast("ServingDocument", document)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, str | int]]:
         """One record per number: its part, its name, its bytes."""
         document = self.to_dict()
         merged, cache, file = document["merged_checkpoint"], document["kv_cache"], document["adapter_file"]

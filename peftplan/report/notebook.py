@@ -24,7 +24,7 @@ from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
-    from peftplan.analytic.grid import Grid
+    from peftplan.results.grid import Grid
 
 WHOLE_LINES = Screen(10**6, UNICODE)
 """A notebook folds its lines itself."""

@@ -218,5 +218,5 @@ def inspection(result: Inspection, *, fmt: str) -> None:
     if fmt == "json":
         as_json(result.to_dict())
         return
-    facts, title = result.to_dict()["modules"], modules.heading(result)
+    facts, title = result.records(), modules.heading(result)
     rows(modules.columns(result), modules.cells(result), facts, fmt=fmt, above=title, below=modules.matches(result))

@@ -205,6 +205,22 @@ class DistributedDocument(TypedDict):
     not_counted: list[str]
 
 
+class Assumptions(TypedDict, total=False):
+    """What a number rests on. Of the values that `planning.assumed` lists, these are read again."""
+
+    trainer: str
+    batch_size: int
+    seq_len: int
+    dtype: str
+    serving_dtype: str
+    quant: str
+    kernels: list[str]
+    strategy: str
+    world_size: int
+    offloaded_bytes: int
+    notes: list[str]
+
+
 class EstimateDocument(TypedDict):
     """What a fine-tuning run needs: `peftplan estimate --format json`, `Estimate.to_dict()`."""
 

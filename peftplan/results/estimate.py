@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, overload
 
 from peftplan.errors import InputError
 from peftplan.frames import as_html, dataframe
@@ -16,12 +16,14 @@ from peftplan.units import format_bytes
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from peftplan.arrays import Sizes
     from peftplan.methods.adaptation import Adaptation
     from peftplan.parameters import Parameters
     from peftplan.results.advice import Advised
     from peftplan.results.config_documents import ConfigDocument
     from peftplan.results.distributed import OverGpus
-    from peftplan.results.documents import EstimateDocument, LineDocument, MethodDocument, ModelDocument, Phase
+    from peftplan.results.documents import Assumptions, EstimateDocument, LineDocument, MethodDocument, ModelDocument, Phase
+    from peftplan.results.grid import Grid
     from peftplan.results.host import Host
     from peftplan.results.series import Recording
 
@@ -93,7 +95,7 @@ class Peaks:
 class Origin(Protocol):
     """What an estimate was made from, as data (`planning.question.Question`): it is asked what needs the job again."""
 
-    def at(self, sizes: Mapping[str, Any], *, replays: int | None) -> Any: ...
+    def at(self, sizes: Mapping[str, Sizes | None], *, replays: int | None) -> Estimate | Grid: ...
 
     def advice(self, estimate: Estimate) -> dict[str, Advised]: ...
 
@@ -117,7 +119,7 @@ class Estimate:
     parameters: Parameters
     adaptation: Adaptation
     static: Ledger
-    assumptions: Mapping[str, Any]
+    assumptions: Assumptions
     not_modelled: tuple[str, ...]
     gpus: tuple[Verdict, ...] = ()
     peaks: Peaks | None = None
@@ -178,11 +180,31 @@ class Estimate:
         """Whether `at` gives the job at other sizes."""
         return self.engine == "analytic" and self.origin is not None and self.peaks is not None
 
-    def at(self, *, batch_size: Any = None, seq_len: Any = None, replays: int | None = AT_REPLAYS, **sizes: Any) -> Any:
+    @overload
+    def at(  # type: ignore[overload-overlap]
+        self, *, batch_size: int | None = ..., seq_len: int | None = ..., replays: int | None = ..., **sizes: int | None
+    ) -> Estimate: ...
+    @overload
+    def at(
+        self,
+        *,
+        batch_size: Sizes | None = ...,
+        seq_len: Sizes | None = ...,
+        replays: int | None = ...,
+        **sizes: Sizes | None,
+    ) -> Grid: ...
+    def at(
+        self,
+        *,
+        batch_size: Sizes | None = None,
+        seq_len: Sizes | None = None,
+        replays: int | None = AT_REPLAYS,
+        **sizes: Sizes | None,
+    ) -> Estimate | Grid:
         """The same job at another `batch_size` (per device), `seq_len` (tokens), `r`, or another of its options that is a number.
 
         Whole numbers give an `Estimate`. Where one is a list or an array, all are broadcast against each other, as numpy does it,
-        and the answer is a `analytic.grid.Grid`: the bytes that tensors request at every point, and for the cards of this
+        and the answer is a `results.grid.Grid`: the bytes that tensors request at every point, and for the cards of this
         estimate verdicts. At most `replays` points are replayed (None: all) where bytes do not tell the verdict; where it is
         still open, the verdict is None. Analytic estimates only. Raises InputError for sizes that are no whole numbers of at
         least 1.
