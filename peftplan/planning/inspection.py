@@ -69,7 +69,7 @@ class Inspection:
 
 
 def inspect(
-    model: sources.Model,
+    model: object,
     *,
     pattern: str | None = None,
     expand: bool = False,
