@@ -26,6 +26,7 @@ from typing import Any
 from peftplan.cli.rehearse import job_of
 from peftplan.errors import PeftplanError
 from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.trainers import TRAINERS
 from peftplan.planning.estimate import estimate
 from peftplan.rehearse import rehearse
 
@@ -41,7 +42,8 @@ PROGRAMS = "as a program of transformers, TRL or torch alone on the emulated car
 RECIPES = "recipes of torchtune"
 RAN = {
     RECIPES: "on the emulated card (`tools/rehearsed_recipes.py`)",
-    "preferences and rewards": "as a program of TRL, axolotl or LLaMA-Factory on the emulated card (`tools/rehearsed_jobs.py`)",
+    "preferences and rewards": "as a program of TRL, axolotl, LLaMA-Factory or ms-swift on the emulated card "
+    "(`tools/rehearsed_jobs.py`)",
 }
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")
@@ -121,15 +123,16 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
     try:
         model, options = job_of(row["job"])
         options = {**options, **row.get("options", {})}
-        if not options.get("strategy") and not str(options.get("trainer")).startswith("axolotl"):
+        if not options.get("strategy") and not str(options.get("trainer")).startswith(("axolotl", "swift")):
             options.setdefault("device_map", "none")  # the program passes a model that it has loaded on the host
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
     memory = result.to_dict()["memory"]
     phases = memory["peak_by_phase"]
-    if (generated := phases.pop("generate", None)) is not None:  # a rehearsal counts it into loading, and the step before
-        phases |= {"load": None, "step": max(phases["step"], generated)}
+    generated = phases.pop("generate", None)
+    if TRAINERS[options.get("trainer", "transformers")].generates:  # a rehearsal counts it into loading, and the step before
+        phases |= {"load": None, "step": None if generated is None else max(phases["step"], generated)}
     return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": phases}
 
 

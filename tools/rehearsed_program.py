@@ -8,7 +8,9 @@ It says what a user would write for those options, with Trainer, SFTTrainer or a
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +36,11 @@ PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = ("trl-dpo", "trl-kto", "trl-reward", "trl-orpo", "trl-cpo", "trl-grpo", "trl-rloo", "trl-gkd")
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
+SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
+OF_TEMPLATE = 148
+"""Tokens of Qwen's chat template around a prompt, a token for each byte."""
 AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo")
-TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY)
+TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT)
 
 
 def options() -> argparse.Namespace:
@@ -67,6 +72,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loss-type")
     parser.add_argument("--num-generations", type=int)
     parser.add_argument("--steps-per-generation", type=int)
+    parser.add_argument("--use-vllm", action=FLAGS, default=False)
+    parser.add_argument("--vllm-mode", choices=("server", "colocate"))
     parser.add_argument("--padding", action=FLAGS, default=False)
     parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"))
     parser.add_argument("--overlap-comm", action=FLAGS, default=True)
@@ -301,6 +308,59 @@ def with_llama_factory(job: argparse.Namespace) -> None:
     ).train()
 
 
+def with_swift(job: argparse.Namespace) -> None:
+    """ms-swift's trainers of preferences, by its own command line, and GRPO on completions that were written elsewhere."""
+    from swift import rlhf_main
+
+    completion = job.max_completion_length or job.seq_len - OF_TEMPLATE - 1
+    name = job.trainer.partition("-")[2]
+    prompt = {"role": "user", "content": "a" * (job.seq_len - completion - OF_TEMPLATE)}
+    answer = {"role": "assistant", "content": "g" * job.seq_len}  # cut where the row is full
+    row = {"messages": [prompt]} if name == "grpo" else {"messages": [prompt, answer], "rejected_response": "p" * job.seq_len}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS, encoding="utf-8")
+    settings: dict[str, Any] = {
+        "rlhf_type": name,
+        "model": job.model,
+        "use_hf": True,
+        "tuner_type": "full" if job.method == "full" else "lora",
+        "lora_rank": job.r,
+        "dataset": "rows.jsonl",
+        "split_dataset_ratio": 0,
+        "torch_dtype": "bfloat16",
+        **{key: value for key, value in arguments(job, None).items() if key not in ("bf16", "fp16", "fsdp", "deepspeed")},
+    }
+    if job.method == "qlora":
+        settings |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    if (job.strategy or "").startswith("zero"):
+        settings["deepspeed"] = json.dumps(deepspeed(job, int(job.strategy[-1])))
+    if name == "grpo":
+        written_elsewhere(completion)
+        settings |= {"reward_funcs": "format", "num_generations": job.num_generations, "max_completion_length": completion}
+    else:
+        settings |= {"max_length": job.seq_len, "truncation_strategy": "right"}
+    rlhf_main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
+
+
+def written_elsewhere(tokens: int) -> None:
+    """Completions as a server of vLLM answers them, which does not run here."""
+    from swift.infer_engine.protocol import (
+        ChatCompletionResponse,
+        ChatCompletionResponseChoice,
+        ChatMessage,
+        RolloutOutput,
+        UsageInfo,
+    )
+    from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
+
+    def answers(trainer: Any, samples: list[Any], *_: object) -> list[Any]:
+        message = ChatMessage(role="assistant", content="good")
+        choice = ChatCompletionResponseChoice(index=0, message=message, finish_reason="length", token_ids=[5] * tokens)
+        response = ChatCompletionResponse(model="", choices=[choice], usage=UsageInfo(1, tokens, tokens + 1))
+        return [RolloutOutput(response=response) for _ in samples]
+
+    RolloutTrainerMixin._rollout = answers
+
+
 def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
     """Rows of text, of which the tokenizer makes as many tokens as the job says, the one at the end included.
 
@@ -370,5 +430,5 @@ def with_loop(job: argparse.Namespace) -> None:
 if __name__ == "__main__":
     settings = options()
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
-    programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory)
+    programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)
     programs.get(settings.trainer, with_preferences)(settings)

@@ -57,7 +57,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         loss=setup.loss,
         holds_hidden_states=setup.packs_completions,  # unsloth, models/rl.py:2089
         loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
-        logits_to_keep=setup.logits_to_keep,
+        logits_to_keep=_scored(setup),
         reentrant=setup.use_reentrant,
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
@@ -78,6 +78,13 @@ def _dropping(job: Job) -> MethodConfig | None:
     return job.config.model_copy(update={"lora_dropout": 0.0})
 
 
+def _scored(setup: Setup) -> int | None:
+    """Tokens of a row that have logits: the last ones, where it is not all of them."""
+    if setup.by.completions_alone and setup.max_completion_length is not None:
+        return setup.max_completion_length + 1
+    return setup.logits_to_keep
+
+
 def loss_sizes(job: Job) -> LossSizes:
     """What the sizes of a job's loss depend on besides the batch."""
     before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
@@ -87,8 +94,9 @@ def loss_sizes(job: Job) -> LossSizes:
         vocab_size=job.architecture.vocab_size or 0,
         virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
         prompted=before_embeddings,
-        kept=job.setup.logits_to_keep,
+        kept=_scored(job.setup),
         completion=job.setup.max_completion_length,
+        by_rows=job.setup.by.scoring == "rows",
     )
 
 

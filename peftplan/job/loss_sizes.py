@@ -71,6 +71,8 @@ class LossSizes(NamedTuple):
     prompted: bool
     kept: int | None = None
     completion: int | None = None
+    by_rows: bool = False
+    """Whether it is made of one row after another."""
 
     def length(self, seq_len: Size) -> Size:
         """Hidden states per row that reach the loss. `seq_len` includes virtual tokens."""
@@ -102,7 +104,7 @@ class LossSizes(NamedTuple):
         if self.loss in (*ALL_LOGITS, "liger"):
             without_logits: tuple[Fact, ...] = () if self.kept is None else (length > self.kept,)
             if self.loss in ALL_LOGITS:
-                return without_logits
+                return (*without_logits, b) if self.by_rows else without_logits
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
         n: Size = self._scored(b, length)

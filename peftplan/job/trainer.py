@@ -7,8 +7,9 @@ from peftplan.distributed.layout import ACCELERATE, Layout
 TrainerName = Literal[
     "plain",
     "transformers",
-    "trl",
     "qlora-paper",
+    "torchtune",
+    "trl",
     "trl-dpo",
     "trl-kto",
     "trl-reward",
@@ -20,11 +21,13 @@ TrainerName = Literal[
     "axolotl-kto",
     "axolotl-orpo",
     "axolotl-cpo",
-    "llamafactory-dpo",
-    "llamafactory-kto",
-    "torchtune",
     "automodel",
     "automodel-hf",
+    "llamafactory-dpo",
+    "llamafactory-kto",
+    "swift-dpo",
+    "swift-orpo",
+    "swift-grpo",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
@@ -32,9 +35,9 @@ Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-lin
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
 """How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
-Scoring = Literal["kernel", "flat kernel", "softmax"]
+Scoring = Literal["kernel", "flat kernel", "softmax", "rows"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
-the slice, or by `log_softmax` of all."""
+the slice, by `log_softmax` of all, or by `logsumexp` of one row after another."""
 
 
 class Defaults(NamedTuple):
@@ -113,6 +116,8 @@ class Trainer(NamedTuple):
     scoring: Scoring | None = None
     """How its loss is made of all logits, which the model returns without a loss; None: it never holds them, or the model makes
     the loss."""
+    completions_alone: bool = False
+    """Whether the model makes logits of completions alone, and of the token before them (its `logits_to_keep`)."""
     loss_apart: bool = False
     """Whether the model returns logits alone, of which the loop makes the cross entropy when the model has returned."""
     keeps_logits: tuple[str, ...] = ()

@@ -90,6 +90,17 @@ IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
     keeps_logits=("policy",),
     options=frozenset({"max_completion_length", "beta", "loss_type"}),
 )
+# ms-swift 4.6.0 and trl 0.29, the newest that it accepts (rlhf_trainers/dpo_trainer.py, grpo_trainer.py, orpo_trainer.py): its
+# own Trainer, and `selective_log_softmax` of all logits.
+IN_SWIFT = Trainer(
+    "transformers",
+    "ms-swift 4.6",
+    Defaults(device_map="cuda"),
+    losses=("full",),
+    task="CAUSAL_LM",
+    scoring="rows",
+    token_outputs=(),
+)
 DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
     *("apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -218,6 +229,39 @@ TRAINERS: dict[TrainerName, Trainer] = {
             keeps_logits=("policy", "reference"),
             kinds="after its forwards",
             options=IN_LLAMA_FACTORY.options - {"loss_type"},
+        ),
+        IN_SWIFT._replace(
+            name="swift-dpo",
+            called="DPOTrainer of ms-swift 4.6",
+            rows=2,
+            forwards=(*LOSS, Forward("reference")),
+            sums_rows=True,
+            completions_alone=True,
+            disables_dropout=True,
+            options=frozenset({"max_completion_length", "beta", "loss_type"}),
+            loss_types=DPO_LOSSES,
+            many_losses=True,
+        ),
+        IN_SWIFT._replace(
+            name="swift-orpo",
+            called="ORPOTrainer of ms-swift 4.6",
+            rows=2,
+            disables_dropout=True,
+            under_zero2=("none",),
+            options=frozenset({"beta"}),
+        ),
+        IN_SWIFT._replace(
+            name="swift-grpo",
+            called="GRPOTrainer of ms-swift 4.6",
+            forwards=GENERATING.forwards,
+            completions_alone=True,
+            completion=512,
+            beta=0.04,
+            num_generations=8,
+            under_ddp=("adapter_off", "copy"),
+            under_zero2=("adapter_off",),
+            options=GENERATING.options | {"loss_type"},
+            loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
         ),
         Trainer(
             "plain",

@@ -3,14 +3,16 @@
 b rows, of pairs the first half chosen; s tokens; n of them in completions; v vocabulary. Source: trl
 `experimental/orpo/orpo_trainer.py` and `experimental/cpo/cpo_trainer.py` (`concatenated_forward`), `kernels/logprob_entropy.py`
 (`_LogProbEntropyFunction`; its Triton kernels take nothing); `_compute_loss` of trainer/dpo_trainer.py and
-trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`).
+trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`);
+`selective_log_softmax` of trl 0.29 (trainer/utils.py); ms-swift 4.6.0, rlhf_trainers (`_get_logps_via_local_forward`).
 """
 
 from __future__ import annotations
 
 from peftplan.job.trainer import Scoring
+from peftplan.ledger import Dim
 from peftplan.memory.heads import logits_of
-from peftplan.memory.loss import cross_entropy
+from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
@@ -26,24 +28,50 @@ def all_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return Tensor(None, (), "fp32"), logits_of(model, x)
 
 
-def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
-    """`concatenated_forward` of ORPO and CPO, and the loss of its results. `logits`: in fp32."""
+def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
+    """`concatenated_forward` of ORPO and CPO, and the loss of its results. `logits`: in fp32, of `count` rows."""
     batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "attention_mask", "labels", "clone")]
     rows, seq, vocab = logits.dims
     shorter = f"{seq}-1"
     chosen = sliced(f, sliced(f, logits, (CHOSEN, seq, vocab)), (CHOSEN, shorter, vocab))
-    nll = cross_entropy(f, ops.copied(f, chosen, "contiguous", viewed=False))
+    nll = plain_cross_entropy(f, ops.copied(f, chosen, "contiguous", viewed=False))
     del chosen
     labels = f.new((rows, shorter), "int64", "clone")
-    summed = _summed(f, _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels, scoring))
+    summed = _summed(f, _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels, scoring, count))
     del labels, batch
     return f.new((), "fp32", "mean", f.record(_loss_backward, (summed, nll), summed.dims))
 
 
-def scored_rows(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
+def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
+    """The loss of completions that the policy wrote: their logits, all but the last, are divided by the temperature in place."""
+    node = f.record(_divided_backward, (logits,), logits.dims)
+    divided = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), _but_last(logits.dims))
+    del logits
+    per_token = _log_probs(f, divided, None, scoring, count)
+    del divided
+    return f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
+
+
+def _but_last(dims: Dims) -> Dims:
+    """The dims of logits without those of the last token, which predict nothing."""
+    rows, seq, vocab = dims
+    return rows, seq - 1 if isinstance(seq, int) else f"{seq}-1", vocab
+
+
+def _divided_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    """Of a slice that is written in place (torch csrc/autograd/functions/tensor.cpp, `CopySlices`)."""
+    result = f.new(saved[0], g.dtype, "CopySlices")
+    parts = [f.new(_but_last(saved[0]), g.dtype, name) for name in ("clone", "div")]
+    del parts
+    return result
+
+
+def scored_rows(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
     """`selective_log_softmax` of labels that are a view of the batch, and its sum over each row's completion."""
+    if scoring == "rows":  # whose labels are turned by one place
+        return _summed(f, _log_probs(f, logits, None, scoring, count))
     rows, seq, vocab = logits.dims
-    return _summed(f, _log_probs(f, sliced(f, logits, (rows, f"{seq}-1", vocab)), None, scoring))
+    return _summed(f, _log_probs(f, sliced(f, logits, (rows, f"{seq}-1", vocab)), None, scoring, count))
 
 
 def by_kind(f: Tape, logits: Tensor) -> Tensor:
@@ -83,10 +111,12 @@ def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "mul")
 
 
-def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring) -> Tensor:
-    """The log-probability of each label. `labels`: None where they are a view of the batch."""
+def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring, count: int) -> Tensor:
+    """The log-probability of each label. `labels`: None where they are a view of the batch. `count`: rows."""
     if scoring == "softmax":
         return _by_softmax(f, logits)
+    if scoring == "rows":
+        return _by_rows(f, logits, count)
     return _by_kernel(f, logits, labels) if scoring == "kernel" else _by_flat_kernel(f, logits)
 
 
@@ -99,8 +129,61 @@ def _by_softmax(f: Tape, logits: Tensor) -> Tensor:
     return f.new(every.dims[:-1], "fp32", "gather", f.record(_gathered_backward, (every,), every.dims))
 
 
-def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor] | tuple[Dims], g: Tensor) -> Tensor:
     return f.new(saved[0], g.dtype, "zeros")
+
+
+def _by_rows(f: Tape, logits: Tensor, count: int) -> Tensor:
+    """`gather` of the logits less their `logsumexp`, row by row (aten ReduceOps.cpp, `logsumexp_out_impl`); in 16 bits of the
+    `log_softmax` of each row.
+
+    The backward of `logsumexp` (FunctionsManual.cpp, `logsumexp_backward`) makes three tensors of a row; the gradients of rows
+    are stacked.
+    """
+    rows, *of_row = logits.dims
+    chosen = None
+    if logits.dtype == "fp32":
+        gathered = f.record(_gathered_backward, (logits,), logits.dims, logits.detach())
+        chosen = f.new((rows, of_row[0]), "fp32", "gather", gathered)
+    unbound = f.record(_unbound_backward, (logits,), logits.dims)
+    numbers = []
+    for number in range(count):
+        row = Tensor(logits.storage, tuple(of_row), logits.dtype, unbound, number)
+        numbers.append(_softmax_of_row(f, row) if chosen is None else _logsumexp(f, row))
+        del row
+    stacked = f.new((rows, of_row[0]), logits.dtype, "stack", f.record(_stacked_backward, tuple(numbers), of_row[0], count))
+    numbers.clear()
+    if chosen is None:
+        return stacked
+    return f.new(stacked.dims, "fp32", "sub", f.record(_difference_backward, (chosen, stacked)))
+
+
+def _softmax_of_row(f: Tape, row: Tensor) -> Tensor:
+    every = ops.keeps_output(f, row, "log_softmax")
+    return f.new(row.dims[:1], row.dtype, "gather", f.record(_gathered_backward, (every,), every.dims, every.detach()))
+
+
+def _logsumexp(f: Tape, row: Tensor) -> Tensor:
+    exponentials = f.new(row.dims, "fp32", "exp")
+    del exponentials
+    return f.new(row.dims[:1], "fp32", "logsumexp", f.record(_logsumexp_backward, (row,), row.detach()))
+
+
+def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, f.new(g.dims, "fp32", "neg")
+
+
+def _stacked_backward(f: Tape, node: Node, saved: tuple[Dim, int], g: Tensor) -> list[Tensor]:
+    return [Tensor(g.storage, (saved[0],), g.dtype) for _ in range(saved[1])]
+
+
+def _logsumexp_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    parts = [f.new(saved[0].dims, "fp32", name) for name in ("sub", "exp", "mul")]
+    return parts[-1]
+
+
+def _unbound_backward(f: Tape, node: Node, saved: tuple[Dims], *grads: Tensor) -> Tensor:
+    return f.new(saved[0], grads[0].dtype, "stack")
 
 
 def _by_flat_kernel(f: Tape, logits: Tensor) -> Tensor:

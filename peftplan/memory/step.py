@@ -129,9 +129,10 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
     if program.trainer.scoring is not None:
-        from peftplan.memory.pair_logits import loss_of_pairs
+        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs
 
-        return loss_of_pairs(f, _wide_logits(model), program.trainer.scoring)
+        of_logits = loss_of_completions if program.trainer.generates else loss_of_pairs
+        return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
     if program.trainer.loss_apart:
         from peftplan.memory.loss import cross_entropy, written_over_logits
 
@@ -159,12 +160,12 @@ def _prepared(model: Model, program: Program) -> list[Tensor]:
     return [loss, *outputs]
 
 
-def _wide_logits(model: Model) -> Tensor:
-    """The logits of a model that returns no loss, in fp32, as accelerate returns them."""
+def _wide_logits(model: Model, scoring: Scoring) -> Tensor:
+    """The logits of a model that returns no loss, in fp32, as accelerate returns them where it runs the model under autocast."""
     f = model.tape
     logits = _forward(model)[1]
     f.module = ""
-    return f.to(logits, "fp32")
+    return logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
 
 
 def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
@@ -207,8 +208,8 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, reference)
         with nullcontext() if forward.trains else f.no_grad():
-            logits = _wide_logits(runs)
-            sums.append(scored_rows(f, logits, scoring))
+            logits = _wide_logits(runs, scoring)
+            sums.append(scored_rows(f, logits, scoring, count=model.running.batch_size))
         if forward.of in by.keeps_logits and not forward.batch:
             logits_of[forward.of] = logits.detach()
         del logits

@@ -44,6 +44,13 @@ def test_only_completions_are_scored() -> None:
         assert by_name["index"] == 2 * (2 * scored * 256 + -(-8 * scored // 512) * 512)
 
 
+def test_swift_scores_completions_row_by_row() -> None:
+    """Four rows of 101 tokens: their logits in fp32, the gradients of each row, and these in one tensor."""
+    by_name = lines("backward", method="lora", trainer="swift-dpo", max_completion_length=C)
+    row = 4 * (C + 1) * MODEL["vocab_size"]
+    assert [by_name[name] // row for name in ("to", "mul", "stack")] == [4, 4, 4]
+
+
 @pytest.mark.parametrize(
     ("completion", "why"), [(S - 1, []), (S, ["256 leaves no prompt within seq_len 256"]), (None, ["is not set"])]
 )

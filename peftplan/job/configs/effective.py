@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
+from peftplan.arch import catalogue
 from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
 from peftplan.job.configs.facts import Accepted, Facts, Product, Setting
@@ -36,6 +37,8 @@ class Effective:
             return runs(self.document.program, map(str, accepted))
         if key == "file":
             return any(self._equal(self.file, each) for each in accepted)
+        if key == "vocabulary":
+            return self._has_vocabulary(accepted)
         if accepted == "said":
             return self.values.get(key) is not None
         if isinstance(accepted, Mapping):
@@ -52,10 +55,18 @@ class Effective:
         (unit,) = self._numbers([accepted["multiple_of"]]) or [0]
         return product > 0 and unit > 0 and product % unit == 0
 
-    def _numbers(self, keys: list[str]) -> list[int] | None:
-        """The whole numbers under these keys; None where one has another value."""
-        texts = [str(self.of(key)) for key in keys]
+    def _numbers(self, keys: Sequence[str | int]) -> list[int] | None:
+        """The whole numbers under these keys, or themselves; None where one has another value."""
+        texts = [str(key if isinstance(key, int) else self.of(key)) for key in keys]
         return list(map(int, texts)) if all(re.fullmatch("[0-9]{1,10}", text) for text in texts) else None
+
+    def _has_vocabulary(self, accepted: Accepted) -> bool:
+        """Whether the rows of the model's embedding are, or are not known to be, a multiple of a number."""
+        (text,) = map(str, accepted)
+        keys = [key for key, row in self.tool.rows.items() if row.get("to") == "model" and key in self.values]
+        entry = catalogue.find(str(self.values[keys[0]])) if keys else None
+        rows = entry.facts()["config"].get("vocab_size") if entry is not None else None
+        return (rows is not None and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:

@@ -58,7 +58,7 @@ class Meant(TypedDict, total=False):
     all: bool
     key: str
     product: list[str]
-    sum: list[str]
+    sum: list[str | int]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
     globs: str
     pattern: str
@@ -88,10 +88,10 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
     `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`. `file` and
-    `program` are what is read."""
+    `program` are what is read; `vocabulary` is that of the model, `["multiple of 32"]` or `["no multiple of 32"]`."""
     set: Mapping[str, Setting]
-    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names]}`, `{"names": {key: …}}` or `{"globs": key}`
-    (`reading`)."""
+    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}` or
+    `{"globs": key}` (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
     by_default: bool

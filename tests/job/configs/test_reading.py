@@ -562,7 +562,58 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
     """They stand in rlhf_trainers/args_mixin.py."""
     rollout = {"use_vllm": True, "vllm_mode": "colocate", "vllm_server_port": 8000, "sleep_level": 1, "reward_funcs": "accuracy"}
     plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "rlhf_type": "grpo", **rollout}, kind="command", program="swift rlhf")
-    assert plan.unsupported.keys() == {"rlhf_type"}
+    assert not plan.unsupported
+    expected = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.9, "vllm_enable_sleep_mode": True}
+    assert expected.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ({}, {"trainer": "swift-dpo"}),
+        ({"rlhf_type": "dpo", "beta": 0.2, "loss_type": "ipo"}, {"trainer": "swift-dpo", "beta": 0.2, "loss_type": "ipo"}),
+        ({"rlhf_type": "orpo"}, {"trainer": "swift-orpo"}),
+        ({"rlhf_type": "grpo", "max_length": 1000}, {"trainer": "swift-grpo", "seq_len": 1512, "max_completion_length": 512}),
+        ({"rlhf_type": "grpo", "max_completion_length": 4000}, {"seq_len": 6048, "max_completion_length": 4000}),
+    ],
+)
+def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, object]) -> None:
+    """`swift rlhf` trains by DPO unless told otherwise. GRPO's max_length is that of a prompt."""
+    plan = read({**SWIFT, **values}, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    assert options.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rlhf_type": "kto"}, "rlhf_type"),
+        ({"rlhf_type": "dpo", "packing": True}, "packing"),
+        ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
+        ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+    ],
+)
+def test_of_swifts_trainers_some_are_not_read(values: dict[str, object], key: str) -> None:
+    assert read({**SWIFT, **values}, kind="command", program="swift rlhf").unsupported.keys() == {key}
+
+
+def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
+    """Two packed rows of 1,024 tokens; max_seq_length is the old name of max_length."""
+    packed = {**MODEL, "packing": True, "per_device_train_batch_size": 2, "attn_implementation": "flash_attention_2"}
+    for lengths, seq_len in (({}, 2048), ({"max_length": 512}, 1024), ({"max_seq_length": 4096}, 8192)):
+        plan = read({**packed, **lengths}, kind="command", program="trl sft")
+        assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, seq_len)
+        assert not plan.unsupported
+    assert read({**packed, "attn_implementation": "sdpa"}, kind="command", program="trl sft").unsupported.keys() == {"packing"}
+
+
+@pytest.mark.parametrize(
+    ("model", "grows"), [("microsoft/phi-1_5", False), ("HuggingFaceTB/SmolLM2-135M", False), ("gpt2", True)]
+)
+def test_a_vocabulary_that_is_a_multiple_of_32_stays(model: str, grows: bool) -> None:
+    """51,200 and 49,152 rows are multiples of 32; 50,257 are not."""
+    config = {"base_model": model, "resize_token_embeddings_to_32x": True, "flash_attention": True, "micro_batch_size": 1}
+    assert ("resize_token_embeddings_to_32x" in read(config).unsupported) is grows
 
 
 def test_nemo_builds_some_models_itself() -> None:
