@@ -66,7 +66,7 @@ class Effective:
         keys = [key for key, row in self.tool.rows.items() if row.get("to") == "model" and key in self.values]
         entry = catalogue.find(str(self.values[keys[0]])) if keys else None
         rows = entry.facts()["config"].get("vocab_size") if entry is not None else None
-        return (rows is not None and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
+        return (isinstance(rows, int) and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:
