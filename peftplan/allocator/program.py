@@ -63,24 +63,33 @@ class Replayed(NamedTuple):
 
 
 def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
-    """A log of allocations on one stream, frees and emptied caches as a program, with its table of sizes."""
+    """A log of allocations, frees and emptied caches as a program, with its table of sizes."""
     handles: dict[int, int] = {}
+    storages: dict[int, tuple[int, int]] = {}
+    """Of streams besides the default one: storage and size."""
+    streams = 1
     sizes: dict[int, int] = {}
     phases: dict[str, int] = {}
     events = array("q")
     before = None
-    for kind, number, nbytes, _, phase, *_ in log:
+    for kind, number, nbytes, stream, phase, *_ in log:
         if phase != before:
             before = phase
             events.extend((PHASE, phases.setdefault(phase, len(phases)), 0, 0, 0))
-        if kind == "alloc":
+        if kind == "alloc" and stream:
+            streams = max(streams, stream + 1)
+            storages[number] = len(storages), sizes.setdefault(nbytes, len(sizes))
+            events.extend((MAKE, *storages[number], 1, stream))
+        elif kind == "alloc":
             handle = handles.setdefault(number, len(handles))
             events.extend((HOLD, handle, sizes.setdefault(nbytes, len(sizes)), 0, 0))
+        elif kind == "free" and number in storages:
+            events.extend((FREE, *storages[number], 1, 0))
         elif kind == "free":
             events.extend((LET_GO, handles[number], 0, 0, 0))
         elif kind == "empty_cache":
             events.extend((EMPTY, 0, 0, 0, 0))
-    return Program(events.tobytes(), 0, len(handles), tuple(phases)), [*sizes]
+    return Program(events.tobytes(), len(storages), len(handles), tuple(phases), streams), [*sizes]
 
 
 def runs_within(program: Program, sizes: Sequence[int], capacity: int, *, ties_by_address: bool = False) -> bool:

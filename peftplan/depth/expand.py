@@ -147,7 +147,7 @@ def _runs(log: Sequence[Moment], began: Began, layer_of: Layers) -> list[Run]:
     window = 0
     for index, moment in enumerate(log):
         window = starts.get(index, window)
-        previous = runs[-1].layer if runs else None
+        previous = runs[-1].layer if runs and runs[-1].window == window else None
         layer = _unit(moment, layer_of, previous)
         if not runs or runs[-1].layer != layer or runs[-1].window != window:
             runs.append(Run(window, layer))
@@ -179,7 +179,12 @@ def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
         step = 1 if run.layer == 0 else -1
         of_units = runs[at : at + units]
         expected = list(range(units)) if step == 1 else list(range(units - 1, -1, -1))
-        if [r.layer for r in of_units] != expected or len({r.window for r in of_units}) != 1:
+        follow = [r.layer for r in of_units] == expected and len({r.window for r in of_units}) == 1
+        if not follow and all(moment.kind == "free" for moment in run.moments):
+            yield Run(run.window, None, run.moments)  # what a layer made and something behind it frees
+            at += 1
+            continue
+        if not follow:
             raise NotRepeatingError(f"layers {[r.layer for r in of_units]} follow each other in {run.moments[0].phase}")
         yield Chain(of_units, step)
         at += units
@@ -272,8 +277,9 @@ class _Writer:
         module = self._renamed(s.module, key[1])
         number = len(self._storages)  # `replace` would take as long as all the rest
         return Storage(
-            number, s.nbytes, s.shape, s.dtype, s.op, module, s.phase, s.segment, s.in_forward, s.category, name, s.freed_segment
-        )
+            number, s.nbytes, s.shape, s.dtype, s.op, module, s.phase, s.segment, s.in_forward, s.category, name, s.freed_segment,
+            s.ones, s.stream,
+        )  # fmt: skip
 
     def _renamed(self, name: str, layer: int) -> str:
         key = (name, layer)

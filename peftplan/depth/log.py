@@ -29,6 +29,8 @@ class Storage:
     freed_segment: int | None = None
     ones: bool = False
     """Whether every element is known to equal 1."""
+    stream: int = 0
+    """The CUDA stream on which it was made, whose blocks the allocator keeps apart."""
 
 
 class Moment(NamedTuple):

@@ -161,14 +161,11 @@ def _of_fullest(question: "Question") -> "Question":
 
 
 def traced(question: "Question", *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
-    """The estimate by a trace. Raises RefusedError for a model without a loss."""
+    """The estimate by a trace. Raises RefusedError for what a trace does not follow, and for a model without a loss."""
+    from peftplan.trace.followed import check_followed
+
     job = question.inventory.job
-    if job.distributed is not None:
-        raise RefusedError(f"engine: trace follows one GPU, not {job.distributed.called}; accepted: analytic")
-    if job.setup.by.own_modules:
-        raise RefusedError(f"engine: trace runs models of transformers, not those of {job.setup.by.called}; accepted: analytic")
-    if job.setup.by.of_preferences:
-        raise RefusedError(f"engine: trace follows a step of one forward, not that of {job.setup.by.called}; accepted: analytic")
+    check_followed(job)
     if (why := without_loss(job.model, job.architecture)) is not None:
         raise RefusedError(why)
     of_first = capability(question.cards[0] if question.cards else None)
@@ -192,6 +189,7 @@ def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callabl
             quant=job.quant,
             setup=job.setup,
             script=job.script,
+            distributed=job.distributed,
             compute_capability=compute_capability,
             record=record,
             progress=progress,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,7 @@ from peftplan.allocator.replay import Replay, replay
 from peftplan.depth.expand import NotRepeatingError, Sample, grown
 from peftplan.depth.log import Moment, category_of
 from peftplan.depth.shallow import Stack, names_layers, with_layers
+from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.job.script import NO_SCRIPT, Script
@@ -40,12 +41,15 @@ from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
-from peftplan.trace.load import PASSES, load
+from peftplan.trace.load import PASSES, OneGpu
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.reasons import reason
 from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
+
+if TYPE_CHECKING:
+    from peftplan.trace.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def trace(
     setup: Setup,
     device: Capability | None = None,
     script: Script = NO_SCRIPT,
+    distributed: Distributed | None = None,
     full_depth: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
@@ -136,13 +141,15 @@ def trace(
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels.
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
+    `distributed`: the strategy of which one rank is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
     """
+    on = fake_device("cpu" if distributed else fake_on)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=device or DEFAULT_CAPABILITY, script=script, on=fake_device(fake_on),
+        capability=device or DEFAULT_CAPABILITY, script=script, on=on, distributed=distributed,
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -200,6 +207,7 @@ def _run(
     capability: Capability,
     script: Script,
     on: torch.device,
+    distributed: Distributed | None,
     tell: Tell,
 ) -> Traced:
     """One trace of this model as it is."""
@@ -207,28 +215,33 @@ def _run(
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
+    rank = _rank(distributed)
+    setup_of_step = rank.prepared(built, setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
-    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces)
+    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
     batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (step_inputs, *earlier)]
     with (
+        rank.started(tracker),
         _as_on_card(mode, capability, device=on.type),
         selecting(step_inputs.selected),
         tracker,
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,
     ):
-        load(built, tracker, setup, quant)
+        rank.load(built, tracker, setup, quant)
+        tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
         optimizer = make_optimizer(setup, built.model, tracker)
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass
-        run = Run(built.model, batch, optimizer, tracker, setup, script)
+        run = Run(built.model, batch, optimizer, tracker, setup_of_step, script)
+        run.begin_batch = rank.batches(built)
         run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
         try:
             take_steps(run)
@@ -258,6 +271,14 @@ def _run(
     )
 
 
+def _rank(distributed: Distributed | None) -> OneGpu | Rank:
+    if distributed is None:
+        return OneGpu()
+    from peftplan.trace.rank import Rank
+
+    return Rank(distributed)
+
+
 @contextmanager
 def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iterator[None]:
     """Fake tensors, with torch, transformers and flash-attn behaving as on a card."""
@@ -274,7 +295,7 @@ def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iter
         yield
 
 
-def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces) -> Tracker:
+def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces, kind: type[Tracker]) -> Tracker:
     tokens = _token_counts(built, step_inputs, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
 
@@ -284,13 +305,12 @@ def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Worksp
         whole = tensor.dim() > 1 and tensor.shape[-1] == vocab and tensor.numel() // vocab in tokens
         return whole or tuple(tensor.shape) in parts
 
-    tracker = Tracker(
+    tracker = kind(
         is_logits=is_logits,
         scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
         temporaries=KERNEL_TEMPORARIES,
         after=workspaces.after,
     )
-    tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
     return tracker
 
 
@@ -318,4 +338,6 @@ def _event(moment: Moment, phase: str) -> Event:
     kind, storage, _, module = moment
     if kind == "free":
         return Event("free", storage.id, phase=phase, module=module)
-    return Event("alloc", storage.id, storage.nbytes, 0, phase, storage.op, module, category_of(storage), storage.name or "")
+    return Event(
+        "alloc", storage.id, storage.nbytes, storage.stream, phase, storage.op, module, category_of(storage), storage.name or ""
+    )

@@ -11,7 +11,8 @@ Left out: buffers of adapters, such as VeRA's projections, pass in the base's dt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
         else:
             tracker.register(part.tensor, part.category, part.name)
     _cast(tracker, later, dtypes_before(setup, None))
-    for name, tensor in _in_dicts(built):
+    for name, tensor in in_dicts(built):
         tracker.register(tensor, "buffers", name)
 
 
@@ -150,10 +151,11 @@ def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterato
     for name, buffer in built.model.named_buffers():
         if not from_host or not any(part in HOST_BUFFERS for part in name.split(".")):
             yield name, buffer
-    yield from _in_dicts(built)
+    yield from in_dicts(built)
 
 
-def _in_dicts(built: Built) -> Iterator[tuple[str, torch.Tensor]]:
+def in_dicts(built: Built) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that peft's layers keep in plain dicts."""
     for prefix, module in built.model.named_modules():
         for attribute in LASTING:
             for adapter, tensor in getattr(module, attribute, {}).items():
@@ -215,3 +217,19 @@ def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
         tracker.register(tensor, category(part), f"{prefix}.{part}")
     for storage in reversed(temporaries):
         tracker.end(storage)
+
+
+class OneGpu:
+    """What a trace of one GPU does where a rank does otherwise (`trace.rank.Rank`)."""
+
+    tracker = Tracker
+    started = nullcontext
+    load = staticmethod(load)
+
+    def prepared(self, built: Built, setup: Setup) -> Setup:
+        """The setup of the step."""
+        return setup
+
+    def batches(self, built: Built) -> Callable[[bool], None]:
+        """What is called before each micro batch."""
+        return lambda last: None

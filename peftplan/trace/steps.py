@@ -5,7 +5,7 @@ Source: transformers, trainer.py (`Trainer.training_step`); accelerate; trl, `SF
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,6 +54,8 @@ class Run:
     """Batches of the first steps if they differ; `batch` is that of all others."""
     done: int = 0
     """Optimizer steps so far."""
+    begin_batch: Callable[[bool], None] = lambda last: None
+    """Called before each micro batch, and told whether it is the last one of its step."""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -108,7 +110,8 @@ def take_steps(run: Run) -> None:
     scaler = Scaler(run.trainable[0].device) if by.prepares_model and run.setup.autocast == "fp16" else None
     for _ in range(run.steps):
         run.started = len(run.tracker.began)
-        for _ in range(run.setup.gradient_accumulation_steps):
+        for number in range(run.setup.gradient_accumulation_steps):
+            run.begin_batch(number + 1 == run.setup.gradient_accumulation_steps)
             if by.drops_outputs:
                 loss = _compute_loss(run)
             else:

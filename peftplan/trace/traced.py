@@ -13,6 +13,7 @@ import peftplan.methods as methods
 from peftplan.allocator.config import AllocatorConfig
 from peftplan.allocator.program import of_log, replay, runs_within
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError, PeftplanError, RefusedError
 from peftplan.job.kernels import packages_of
@@ -41,6 +42,7 @@ def trace_peaks(
     setup: Setup,
     compute_capability: str,
     script: Script = NO_SCRIPT,
+    distributed: Distributed | None = None,
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[Peaks, Callable[[int], bool]]:
@@ -75,6 +77,7 @@ def trace_peaks(
                 setup=setup,
                 device=pair(compute_capability),
                 script=script,
+                distributed=distributed,
                 progress=progress,
             )
     except PeftplanError:

@@ -1,8 +1,7 @@
 """Track every storage of a traced step: when it is allocated and freed, by which operation and module, in which phase.
 
 A `TorchDispatchMode` sees every operation below autograd. Each new storage gets a weak reference, whose callback is the free.
-Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call, and
-storages that are resized in place.
+Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,11 +51,19 @@ DROPOUT = torch.ops.aten.native_dropout.default
 """Allocates its last result first, the mask (torch, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
 
 
+def on_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """What a rank holds of a tensor: of a DTensor its shard."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
 class _Ref(weakref.ref):  # type: ignore[type-arg]
     """A weak reference to a torch storage that knows its record."""
 
-    __slots__ = ("node", "record")
+    __slots__ = ("empty", "node", "record")
     record: Storage
+    empty: bool
+    """Whether the storage was resized to nothing, which freed its memory."""
     node: int | None
     """Number of the autograd node whose backward made it."""
 
@@ -169,7 +177,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._stack:
             self.last_module = self._stack[-1]
         if forward and self._stack:
-            self._module_of_node[torch._C._autograd._get_sequence_nr() - 1] = self._stack[-1]
+            # the first operation after a node was made is the one that it belongs to
+            self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._stack[-1])
+
+    def stream(self) -> int:
+        """The CUDA stream that operations run on now; one GPU has only the default one."""
+        return 0
 
     def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
         """Record a new storage. In the optimizer's step it belongs to the parameter of the tensor that it was made from."""
@@ -196,11 +209,12 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             segment=self._segment,
             in_forward=self._in_forward,
             category="logits" if self._is_logits(tensor) else None,
+            stream=self.stream(),
         )
         self._count += 1
         key = storage._cdata
         reference = _Ref(storage, lambda ref: self._freed(key, ref))
-        reference.record = record
+        reference.record, reference.empty = record, False
         node = torch._C._current_autograd_node()
         reference.node = None if node is None else node._sequence_nr()
         self._live[key] = reference
@@ -236,15 +250,29 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _freed(self, key: int, reference: _Ref) -> None:
         if self._live.get(key) is reference:
             del self._live[key]
-        if self._was_in_place(reference):
+        if not self._was_in_place(reference) and not reference.empty:
+            self.end(reference.record)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has been resized: to nothing, which frees its memory, or from nothing, as FSDP does for a gathered weight."""
+        reference = self._live.get(storage._cdata)
+        if reference is None or reference.empty == (not storage.nbytes()):
             return
-        record = reference.record
-        record.freed_segment = self._segment
-        self.log.append(Moment("free", record, self.phase, self.module))
+        reference.empty = not reference.empty
+        if reference.empty:
+            self.end(reference.record)
+        else:
+            reference.record = replace(
+                reference.record, id=self._count, module=self.module, phase=self.phase, segment=self._segment,
+                in_forward=self._in_forward, freed_segment=None, stream=self.stream(), category="gathered_weights",
+            )  # fmt: skip
+            self._count += 1
+            self.log.append(Moment("alloc", reference.record, self.phase, self.module))
 
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
         """Set the category and name of a tensor's storage. A storage that was not seen yet counts as allocated now."""
         with torch._C.DisableTorchFunction():
+            tensor = on_rank(tensor)
             storage = tensor.untyped_storage()
             known = self._live.get(storage._cdata)
             record = known.record if known is not None else self._add(storage, tensor, op=op)
@@ -270,7 +298,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Remove tensors that are not on the device from the log."""
-        references = [self._live.pop(tensor.untyped_storage()._cdata, None) for tensor in tensors]
+        references = [self._live.pop(on_rank(tensor).untyped_storage()._cdata, None) for tensor in tensors]
         freed = {id(reference.record) for reference in references if reference is not None}
         if freed:
             positions = [at for at, moment in enumerate(self.log) if id(moment.storage) in freed]
@@ -287,9 +315,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return record
 
     def end(self, record: Storage) -> None:
-        """Free what `passing` recorded."""
+        """Free what `passing` recorded, or a storage."""
         record.freed_segment = self._segment
-        self.log.append(Moment("free", record, self.phase, record.module))
+        self.log.append(Moment("free", record, self.phase, self.module))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -310,5 +338,5 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._stack.pop()
 
         for name, module in modules:
-            module.register_forward_pre_hook(entering(name))
+            module.register_forward_pre_hook(entering(name), prepend=True)  # before what FSDP does
             module.register_forward_hook(leaving, always_call=True)

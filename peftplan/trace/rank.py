@@ -1,0 +1,178 @@
+"""One rank of several GPUs: FSDP2 on fake tensors, over torch's fake process group, which leaves collectives out.
+
+accelerate's own code makes the units (`fsdp2_prepare_model`); torch's own gathers, frees and reduces them. Fake tensors of the
+host and of the device look alike, so what torch moves to the device before it shards a unit is allocated where it moves it
+(`_move_states_to_device`). Streams are those that torch changes to, which on the CPU do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # type: ignore[import-untyped]
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from peftplan.distributed.strategy import Distributed
+from peftplan.errors import RefusedError
+from peftplan.job.setup import Setup
+from peftplan.libraries.quantized import TORCH_DTYPES
+from peftplan.storage import QuantConfig
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.load import in_dicts
+from peftplan.trace.model import Built
+
+MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
+
+POLICIES = {
+    None: transformer_auto_wrap_policy,
+    "transformer": transformer_auto_wrap_policy,
+    "size": size_based_auto_wrap_policy,
+    "none": None,
+}
+
+
+class RankTracker(Tracker):  # type: ignore[no-untyped-call]
+    """A tracker of shards and streams."""
+
+    _streams: dict[int, int]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave an operation on DTensors to them: they run it on their shards."""
+        return NotImplemented if DTensor in types else super().__torch_dispatch__(func, types, args, kwargs)
+
+    def stream(self) -> int:
+        """The number of the current stream, in the order in which they allocate; 0 is the default one."""
+        if not hasattr(self, "_streams"):
+            self._streams = {id(torch.cpu._default_cpu_stream): 0}
+        return self._streams.setdefault(id(torch.cpu.current_stream()), len(self._streams))
+
+
+@dataclass
+class Rank:
+    """Rank 0 of a world that is not there: the largest, since its shards are all whole."""
+
+    distributed: Distributed
+    tracker = RankTracker
+    _mesh: DeviceMesh = field(init=False)
+
+    def prepared(self, built: Built, setup: Setup) -> Setup:
+        """Cast what trains to fp32, on the host, as accelerate does before it shards (`fsdp2_prepare_model`).
+
+        Returns the setup of the step: units compute in the dtype that their weights are gathered in, not under autocast.
+        """
+        if setup.autocast != "none" and setup.quant is None:
+            for parameter in built.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.float32)
+        return setup.model_copy(update={"autocast": "none"})
+
+    @contextmanager
+    def started(self, tracker: Tracker) -> Iterator[None]:
+        """The process group. The tracker sees storages that are resized and buffers of collectives, but no tensor that only
+        teaches DTensor a shape.
+        """
+        if dist.is_initialized():
+            raise RefusedError("engine: trace makes a process group of its own, and this process has one already")
+        allocate, resize = DefaultAllocMixin.allocate, torch.UntypedStorage.resize_
+        learn = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def resized(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+            resize(storage, nbytes)
+            tracker.resized(storage)
+            return storage
+
+        def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+            with tracker.paused():
+                return learn(propagator, schema)
+
+        def named(allocator: DefaultAllocMixin, size: Any, **options: Any) -> torch.Tensor:
+            tensor = allocate(allocator, size, **options)
+            tracker.register(tensor, "communication", "")
+            return tensor
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.distributed.world_size)
+        try:
+            self._mesh = init_device_mesh("cpu", self._dims(), mesh_dim_names=("replicate", "shard")[-len(self._dims()) :])
+            with (
+                patch.object(torch.UntypedStorage, "resize_", resized),
+                patch.object(ShardingPropagator, learn.__name__, unseen),
+                patch.object(DefaultAllocMixin, "allocate", named),
+            ):
+                yield
+        finally:
+            dist.destroy_process_group()
+
+    def _dims(self) -> tuple[int, ...]:
+        """Replicas and shards; shards alone where the model is not replicated."""
+        shards = self.distributed.shards
+        replicas = self.distributed.world_size // shards
+        return (shards,) if replicas == 1 else (replicas, shards)
+
+    def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+        """Shard the model as accelerate does, unit by unit: each is moved to the device whole."""
+        names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
+
+        def move(params: list[nn.Parameter], buffers: list[torch.Tensor], device: torch.device) -> None:
+            for tensor in (*params, *buffers):
+                name = names[id(tensor)]
+                tensor.data = torch.empty_like(tensor)
+                tracker.register(tensor, built.owners.get(name, "buffers"), name)
+
+        with patch(MOVES, move):
+            fsdp2_prepare_model(self._accelerator(setup), built.model)
+        for name, parameter in built.model.named_parameters():
+            tracker.register(parameter, built.owners[name], name)
+        for name, tensor in in_dicts(built):
+            tracker.register(tensor, "buffers", name)
+
+    def batches(self, built: Built) -> Callable[[bool], None]:
+        """What is called before each micro batch: only the last one of a step reduces gradients (`Accelerator.no_sync`)."""
+
+        def begin(last: bool) -> None:
+            built.model.set_requires_gradient_sync(last or bool(self.distributed.sync_each_batch))
+
+        return begin
+
+    def _accelerator(self, setup: Setup) -> SimpleNamespace:
+        """What `fsdp2_prepare_model` reads of an Accelerator and its plugin."""
+        distributed = self.distributed
+        reshards, by_size = distributed.reshard_after_forward, distributed.wrap_policy == "size"
+        plugin = SimpleNamespace(
+            set_auto_wrap_policy=lambda model: None,
+            auto_wrap_policy=None if by_size and not distributed.min_num_params else POLICIES[distributed.wrap_policy],
+            transformer_cls_names_to_wrap=distributed.transformer_cls_names_to_wrap,
+            min_num_params=distributed.min_num_params,
+            reshard_after_forward=True if reshards is None else reshards,
+            cpu_offload=None,
+            mixed_precision_policy=self._policy(setup),
+            ignored_modules=None,
+            cpu_ram_efficient_loading=False,
+        )
+        return SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin),
+            torch_device_mesh={(): self._mesh},
+            parallelism_config=SimpleNamespace(fsdp_dim_names=()),
+            mixed_precision="no",  # cast already
+            is_main_process=False,
+        )
+
+    def _policy(self, setup: Setup) -> MixedPrecisionPolicy:
+        """accelerate's policy of `mixed_precision`, with the user's dtypes (utils/dataclasses.py, `set_mixed_precision`)."""
+        autocast = None if setup.autocast == "none" else str(setup.autocast)
+        dtypes = (self.distributed.param_dtype or autocast, self.distributed.reduce_dtype or autocast, autocast)
+        param, reduced, output = (None if name is None else TORCH_DTYPES[name] for name in dtypes)
+        return MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduced, output_dtype=output)
