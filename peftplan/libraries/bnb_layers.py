@@ -46,6 +46,9 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
         out: torch.Tensor = _Matmul4Bit.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         return out.to(dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # the quant state is no `QuantState`
+
     def dequantized(self) -> torch.Tensor:
         """`dequantize_4bit` of the weight."""
         return _dequantized(self, self.weight)

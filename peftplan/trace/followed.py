@@ -8,6 +8,7 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
+from peftplan.memory.parts import FOUR_BIT
 from peftplan.optim import parse_optim
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its cpu_ram_efficient_loading": bool(distributed.cpu_ram_efficient_loading),
         f"its units under accelerate {distributed.accelerate}": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": job.setup.by.layout is not ACCELERATE,
-        f"its shards in {job.quant.name if job.quant else None}": job.quant is not None,
+        f"its shards in {job.quant.name if job.quant else None}": job.quant is not None and job.quant.name not in FOUR_BIT,
         f"its {job.setup.optim}": parse_optim(str(job.setup.optim)).step_implementation == "kernel",
     }
     return next((what for what, is_so in unknown.items() if is_so), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
@@ -32,7 +33,7 @@ from peftplan.job.setup import Setup
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.load import in_dicts
+from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
@@ -123,7 +124,9 @@ class Rank:
         return (shards,) if replicas == 1 else (replicas, shards)
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
-        """Shard the model as accelerate does, unit by unit: each is moved to the device whole."""
+        """Shard the model as accelerate does, unit by unit: each is moved to the device whole, unless it was loaded there to be
+        quantized. Packed weights in whole numbers are not sharded.
+        """
         names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
 
         def move(params: list[nn.Parameter], buffers: list[torch.Tensor], device: torch.device) -> None:
@@ -132,7 +135,13 @@ class Rank:
                 tensor.data = torch.empty_like(tensor)
                 tracker.register(tensor, built.owners.get(name, "buffers"), name)
 
-        with patch(MOVES, move):
+        if quant is not None:
+            load(built, tracker, setup, quant)
+        whole = {p for p in built.model.parameters() if not p.is_floating_point()}
+        with (
+            patch(MOVES, move if quant is None else lambda *there: None),
+            patch("torch.distributed.fsdp.fully_shard", partial(fully_shard, ignored_params=whole)),
+        ):
             fsdp2_prepare_model(self._accelerator(setup), built.model)
         for name, parameter in built.model.named_parameters():
             tracker.register(parameter, built.owners[name], name)

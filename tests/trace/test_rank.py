@@ -18,6 +18,8 @@ SHOWN = (
     'fsdp2 full 8 config={"tie_word_embeddings": true}',
     'fsdp2 full 8 fsdp={"reshard_after_forward": false}',
     "fsdp2 full 8 accumulation=3",
+    "fsdp2 qlora 4",
+    'fsdp2 qlora 4 quant_storage="uint8"',
     'fsdp2 lora 8 parallel={"dp_replicate_size": 2, "dp_shard_size": 4}',
     'fsdp2 full 8 policy={"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "bfloat16"}',
 )
@@ -65,7 +67,7 @@ def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None
         ({"accelerate": "1.13"}, "not its units under accelerate 1.13"),
         ({"optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"trainer": "automodel"}, "not its units under NeMo"),
-        ({"method": "qlora"}, "not its shards in nf4"),
+        ({"quant": "int8"}, "not its shards in int8"),
     ],
 )
 def test_refused_in_one_line(refused: dict[str, Any], why: str) -> None:
