@@ -126,8 +126,9 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
 
 
 def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
-    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. `late`:
-    as the allocator sees them where the GPU is as late as it may be.
+    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. Over a
+    `device_map` three times: the gradient of a tied embedding finds room in the second step, and none in the third. `late`: as
+    the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
     last = last_step(inventory, compute_capability, late=late)
@@ -139,7 +140,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
-    return (*before, last) if before else (first, last)
+    again = (last,) * (job.distributed is not None and job.distributed.strategy == "device-map")
+    return (*before, *again, last) if before else (first, *again, last)
 
 
 COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
