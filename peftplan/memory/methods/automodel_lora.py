@@ -34,11 +34,13 @@ def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g
     """dx and g @ B, then the gradients of A and B, each of a product that is dropped; that of the base is g itself."""
     x, a, b = saved
     rows, rank = x.dims[:-1], a.dims[0]
-    grad_x = f.new(x.dims, x.dtype, "dx")
     low = f.new((*rows, rank), x.dtype, "dy @ B")
+    grad_x = f.new(x.dims, x.dtype, "dx") if node.edges[0] else None
+    if grad_x is not None and grad_x.storage is not None:
+        f.views.add(grad_x.storage.number)  # by tokens, viewed by rows: what is added to it goes into a new tensor
     grad_a = f.new(a.dims, a.dtype, "mm")
     del low
     low = f.new((*rows, rank), x.dtype, "x @ A")
     grad_b = f.new(b.dims, b.dtype, "mm")
     del low
-    return grad_x if node.edges[0] else None, grad_a, grad_b, *([g] if len(node.edges) > len(saved) else [])
+    return grad_x, grad_a, grad_b, *([g] if len(node.edges) > len(saved) else [])

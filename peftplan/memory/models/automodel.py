@@ -25,15 +25,16 @@ def rotated_in_fp32(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def opaque_rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`Float32RMSNorm`: fp32 copies of x and of the result live until it returns."""
+    """`Float32RMSNorm`: an fp32 copy of x lives until it is normed, and one of the result until it returns."""
     f, weight = model.tape, model.part(name, layer).weight
     assert weight is not None
     f.module = name
     node = f.record(_opaque_backward, (x, weight), x, weight)
     wide = f.new(x.dims, "fp32", "to"), f.new(weight.dims, "fp32", "to")
     normed = f.new(x.dims, "fp32", "rms_norm"), f.new((*x.dims[:-1], 1), "fp32", "rstd")
+    del wide
     out = f.new(x.dims, x.dtype, "to", node)
-    del wide, normed
+    del normed
     return out
 
 
@@ -63,6 +64,6 @@ def _checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
 
 
 OWN = Style(layer=layer_of_parts, rotate=rotated_in_fp32, wide_tables=True, checkpoints_parts=True)
-of_llama = partial(decoder, style=OWN._replace(norm=opaque_rms))
+of_llama = partial(decoder, style=OWN._replace(norm=opaque_rms, holds_projected=True))
 FORWARDS = {"llama": of_llama, "qwen2": of_llama, "qwen3": partial(decoder, style=OWN)}
 """model type → the tool's forward of it."""

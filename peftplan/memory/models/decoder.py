@@ -168,6 +168,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     _qkv = c.linear("self_attn.qkv_proj", x) if a.fused_qkv else None
     q, k, v = projected(c, a, x) if _qkv is None else parts_of(c, a, _qkv)
     f = c.at("self_attn")
+    _projected = (q, k, v) if c.style.holds_projected else None
     rotated = a.positions == "rotary"
     if rotated and norms_in_rotation(c, a):
         q, k = fused_layers.norm_and_rotate(f, q, k)

@@ -137,6 +137,7 @@ class Style(NamedTuple):
     copies that lie head by head. `both_masks`: of full and of sliding attention, whatever layers there are. `narrow_eager`:
     eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
     the mask by position, not by name. `checkpoints_parts`: under checkpointing parts of a layer are checkpoints, not the layer.
+    `holds_projected`: names hold queries, keys and values as they were projected until attention returns.
     """
 
     norm: Norm = rms
@@ -164,3 +165,4 @@ class Style(NamedTuple):
     wide_scores: bool = False
     mask_by_position: bool = False
     checkpoints_parts: bool = False
+    holds_projected: bool = False
