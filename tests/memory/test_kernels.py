@@ -123,8 +123,7 @@ ONE_A_ROW = {
     **LORA, "kernels": PADDED, "r": 64, "batch_size": 1, "gradient_accumulation_steps": 4, "num_generations": 4, "seq_len": 2048,
     "max_completion_length": 1760,
 }  # fmt: skip
-
-
+SHORT = {"r": 64, "batch_size": 8, "seq_len": 456, "max_completion_length": 200, "optim": "adamw_8bit"}
 OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     (
         "llama-3.1-8b",
@@ -133,8 +132,13 @@ OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ),
     (
         "qwen2.5-3b",
-        {"r": 64, "batch_size": 8, "seq_len": 456, "max_completion_length": 200, "optim": "adamw_8bit"},
+        SHORT,
         {"forward": 3_751_685_120, "backward": 3_789_399_040, "step": 3_364_699_136, "reserved": 4_018_143_232},
+    ),
+    (  # the same with max_seq_length 456, below which Unsloth offloads nothing
+        "qwen2.5-3b",
+        {**SHORT, "offload_checkpoints": False},
+        {"forward": 3_792_560_128, "backward": 3_816_858_624, "step": 3_334_814_720, "reserved": 4_039_114_752},
     ),
     (
         "qwen3-4b",
@@ -159,7 +163,7 @@ OF_GRPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("qwen3-0.6b", {"r": 16, "batch_size": 6}, {"forward": 1_173_597_696, "backward": 1_063_215_616, "step": 709_924_864}),
 ]
 """Model, job of completions of 768 tokens after prompts of 256 unless it says so, and the peaks of its second step, as above:
-GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's. The first four are notebooks' jobs."""
+GRPOTrainer of trl 1.15.0 under Unsloth, with completions handed to it in place of vLLM's. Four are notebooks' jobs."""
 
 
 @pytest.mark.parametrize(("model", "changed", "by_phase"), OF_GRPO)

@@ -49,6 +49,8 @@ class Effective:
         return any(self._equal(value, each) for each in accepted)
 
     def _has_product(self, key: str, accepted: Product) -> bool:
+        if "below" in accepted:
+            return any(number < accepted["below"] for number in self._numbers([key]) or ())
         product = prod(self._numbers([key, accepted["times"]]) or [0])
         if "at_least" in accepted:
             return product >= accepted["at_least"]

@@ -45,8 +45,9 @@ class Row(TypedDict, total=False):
 
 
 class Product(TypedDict, total=False):
-    """A condition on the product of a key with another one, `times`."""
+    """A condition on the product of a key with another one, `times`, or on the key itself: `below`."""
 
+    below: int
     times: str
     at_least: int
     multiple_of: str
@@ -87,11 +88,12 @@ class Rule(TypedDict, total=False):
 
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, `set` or `unset`, for which the tool's defaults count, `said`: by the file, or
-    `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`. `file` and
-    `program` are what is read; `vocabulary` is that of the model, `["multiple of 32"]` or `["no multiple of 32"]`."""
+    `{"below": number}`, `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times":
+    key}`. `file` and `program` are what is read; `vocabulary` is that of the model, `["multiple of 32"]` or
+    `["no multiple of 32"]`."""
     set: Mapping[str, Setting]
-    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}` or
-    `{"globs": key}` (`reading`)."""
+    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,
+    `{"globs": key}` or `{"pattern": expression, "of": key}`, whose NAMES are those that the key lists (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
     by_default: bool

@@ -261,6 +261,14 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
 
 
+@pytest.mark.parametrize(("longest", "hosted"), [(456, False), (512, True)])
+def test_unsloth_keeps_inputs_of_short_rows_on_the_card(longest: int, hosted: bool) -> None:
+    """models/_utils.py:506, whatever `use_gradient_checkpointing="unsloth"` says."""
+    source = GRPO.format(batch=1, accumulation=1).replace("max_seq_length=1024", f"max_seq_length={longest}")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert plan.options["offload_checkpoints"] is hosted
+
+
 def test_of_sft_before_grpo_the_second_is_counted() -> None:
     """It holds all completions of a prompt. A length that only the program knows leaves prompt and completion all of a row."""
     before = """
