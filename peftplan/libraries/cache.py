@@ -9,6 +9,7 @@ from peftplan.deployment.kv_cache import STATE, CacheTensor
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
+from peftplan.libraries.replacing import replaced
 
 BASE = "bf16"
 """The dtype that the model has on the meta device, in place of the one that it is loaded in."""
@@ -64,8 +65,9 @@ def _decoded(model: Any, batch_size: int, context: int) -> Any:
     """The cache once the last of `context` tokens came alone, as while decoding."""
     import torch
 
+    # transformers 5.0 asks torch whether autocast is on for the device `meta`, which torch does not know
     ids = torch.zeros((batch_size, context), dtype=torch.long, device="meta")
-    with torch.no_grad(), torch.device("meta"):
+    with torch.no_grad(), torch.device("meta"), replaced({"torch.is_autocast_enabled": lambda *of: False}):
         first = model(input_ids=ids[:, 1:], use_cache=True) if context > 1 else None
         past = {} if first is None else {"past_key_values": first.past_key_values}
         return model(input_ids=ids[:, :1], use_cache=True, **past).past_key_values

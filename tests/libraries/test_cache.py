@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import peftplan  # noqa: E402
+from peftplan.arch import catalogue  # noqa: E402
 from peftplan.deployment.kv_cache import kv_cache  # noqa: E402
 from peftplan.errors import RefusedError  # noqa: E402
 from peftplan.libraries.cache import traced_cache  # noqa: E402
@@ -29,6 +31,21 @@ def test_the_same_as_the_formula(model_type: str) -> None:
     assert sorted(t.shape for t in traced) == sorted(
         t.shape for t in kv_cache(arch, batch_size=2, context=24, encoder_context=0, dtype="bf16")
     )
+
+
+def test_a_release_that_asks_torch_for_autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0, utils/generic.py (`maybe_autocast`); torch raises a RuntimeError for a device without autocast."""
+
+    def maybe_autocast(device_type: str, enabled: bool = True) -> AbstractContextManager[None]:
+        assert not torch.is_autocast_enabled(device_type)
+        assert not enabled
+        return nullcontext()
+
+    entry = catalogue.find("minitron-8b-base")
+    assert entry is not None
+    config = {**entry.facts()["config"], "num_hidden_layers": 1}
+    monkeypatch.setattr("transformers.models.nemotron.modeling_nemotron.maybe_autocast", maybe_autocast)
+    assert traced_cache(config, task_type="CAUSAL_LM", batch_size=2, context=24, dtype="bf16")
 
 
 def test_windows() -> None:

@@ -17,6 +17,7 @@ from peftplan.job.configs.models import named
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
 from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.setup import OF_PREFERENCES
+from peftplan.validation import listed
 
 WHOLE = frozenset(
     {
@@ -197,7 +198,7 @@ class Reading:
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
         for option, names in rule.get("add", {}).items():
-            before = self.options.get(option)
+            before = listed(self.options.get(option))
             self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
