@@ -29,7 +29,6 @@ def without_formula(job: Job) -> str | None:
         f"model type {architecture.model_type}": architecture.model_type
         not in (REHEARSED if job.quant is None else REHEARSED_QUANTIZED),
         f"method {job.method_name}": not job.is_full_or_lora,
-        "an adapter of the output layer": any(module.name == architecture.output_embedding for module in job.adaptation.matched),
         "eager attention": setup.attn_implementation == "eager" and builds(job),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",

@@ -107,25 +107,27 @@ def grouped(
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
-    apart = distributed.strategy == "fsdp2" and _ends_are_units(arch, full, distributed, layout)
+    ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
     layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
-    groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if apart and not is_tied else {})}
+    groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
-    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if apart or TAIL in named else {})
+    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
-        for name in _units(p, arch, None if named else norm, is_tied=is_tied) if apart or named or p.layers else (ROOT,):
+        for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
     return groups
 
 
-def _ends_are_units(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> bool:
+def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> frozenset[str]:
+    """Which of embedding and tail are units: of `tables` that are not tied those that train, or whose adapter does."""
     if layout.ends == "tables":
-        tables = [p for p in full.all if p.name in (f"{arch.input_embedding}.weight", f"{arch.output_embedding}.weight")]
-        return not tied(arch) and all(p.trainable for p in tables)
-    return layout.ends == "units" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+        tables = () if tied(arch) else ((EMBEDDING, arch.input_embedding), (TAIL, arch.output_embedding))
+        return frozenset(unit for unit, table in tables if any(p.trainable and p.name.startswith(f"{table}.") for p in full.all))
+    apart = layout.ends == "units" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    return frozenset((EMBEDDING, TAIL) if apart else ())
 
 
 def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:
