@@ -10,12 +10,9 @@ import peftplan
 PACKAGE = Path(peftplan.__file__).parent
 NEEDS_TORCH = ("trace", "measure", "integrations.py", "rehearse", "libraries")
 """Rooms that handle objects of torch and transformers, whose types the base install does not know."""
-MOST = {
-    "cli": 22,
-    "report": 28,
-}
-"""Room → its lines that hold `Any`: values of files and of options, which YAML, JSON, pydantic and click type so. A room that is
-not named here has none; lower a number when you take some away."""
+MOST = {"cli": 3, "report": 2}
+"""Room → its lines that hold `Any`: arguments that click's options and commands, and rich's console, pass on. A room that is not
+named here has none."""
 ANY = re.compile(r"\bAny\b")
 
 
@@ -34,4 +31,4 @@ def test_lines_with_any_only_become_fewer() -> None:
     assert {room: count for room, count in lines.items() if count > MOST.get(room, 0)} == {}, (
         "use a Protocol, a TypedDict or object"
     )
-    assert {room: most for room, most in MOST.items() if lines.get(room, 0) < most - 5} == {}, "lower these"
+    assert {room: most for room, most in MOST.items() if lines.get(room, 0) < most} == {}, "lower these"

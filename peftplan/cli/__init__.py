@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -83,9 +83,11 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"peftplan.cli.{cmd_name.replace('-', '_')}").command
         return command
 
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # `--help` prints while options are read
-        with _reader_may_go():
-            return super().make_context(*args, **kwargs)
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
+        with _reader_may_go():  # `--help` prints while options are read
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> object:
         with _reader_may_go(ctx):

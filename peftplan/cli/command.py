@@ -71,11 +71,11 @@ class Number(NumberType):
     def __init__(self, kind: type[int] | type[float], accepted: str, *, least: int | None = None) -> None:
         self.kind, self.accepted, self.least = kind, accepted, least
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
         """The number. Raises BoundError."""
         name = param.opts[0] if param is not None else self.name
         try:
-            number = self.kind(value)
+            number = self.kind(str(value))
         except ValueError:
             raise BoundError(name, value, self.accepted) from None
         if self.least is not None and number < self.least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -11,7 +11,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will
 from peftplan.errors import RefusedError
 
 if TYPE_CHECKING:
-    from peftplan.results.estimate import Estimate
+    from peftplan.job.setup import AdviceSearch
 
 VERDICTS = """\
 A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where the card's context is not
@@ -135,23 +135,23 @@ def command(
         from peftplan.report.timeline import check
 
         check(timeline)
-    from peftplan.job.script import Script
+    from peftplan.planning.estimate import estimate
 
-    script = Script.on(torch=torch, transformers=transformers)
-    results = [
-        _estimate(
-            model,
-            engine,
-            record=timeline is not None,
-            gpu=names,
-            context=context,
-            advice=advice,
-            script=script,
-            **({"config": config, "tool": tool} if config else {}),
-            **options.chosen(raw),
-        )
-        for names in _by_number(gpu)
-    ]
+    job = options.chosen(raw) | options.circumstances(torch, transformers, context)
+    with options.computed_by(engine) as by_engine:
+        results = [
+            estimate(
+                model,
+                config=config or None,
+                tool=tool,
+                gpu=names,
+                advice=cast("AdviceSearch", advice),
+                record=timeline is not None,
+                **by_engine,
+                **job,
+            )
+            for names in _by_number(gpu)
+        ]
     if timeline is not None:
         from peftplan.report.timeline import write
 
@@ -179,11 +179,3 @@ def _by_number(gpu: tuple[str, ...]) -> list[tuple[str, ...]]:
     if len(groups) < 2:
         return [gpu]
     return [tuple(name if count is None else f"{count}x{name}" for name in names) for count, names in groups]
-
-
-def _estimate(model: str | None, engine: str, **chosen: Any) -> Estimate:
-    """The estimate; one that takes seconds says on a terminal how far it is."""
-    from peftplan.planning.estimate import estimate
-
-    with options.computed_by(engine) as by_engine:
-        return estimate(model, **by_engine, **chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -99,7 +99,7 @@ def command(
         methods = methods or method
         with options.computed_by(engine) as by_engine:
             members = family(
-                model_family, gpu=str(cards_named), allow_tight=allow_tight, **_names(methods), **by_engine, **chosen
+                model_family, gpu=str(cards_named), allow_tight=allow_tight, methods=_names(methods), **by_engine, **chosen
             )
         code = will_exit(1 if require_fit and not any(member.model for member in members) else 0)
         render.members(members, fmt=fmt, gpu=str(cards_named))
@@ -135,7 +135,7 @@ def command(
             min_seq_len=min_seq_len,
             allow_tight=allow_tight,
             **by_engine,
-            **_names(methods),
+            methods=_names(methods),
             **chosen,
         )
     code = will_exit(1 if require_fit and not all(result.fits for result in results) else 0)
@@ -157,5 +157,5 @@ def _refuse(option: str, does: str, others: Mapping[str, object]) -> None:
             raise RefusedError(f"{name} has no effect with {option}, which {does}")
 
 
-def _names(methods: str | None) -> dict[str, Any]:
-    return {} if methods is None else {"methods": tuple(name.strip() for name in methods.split(","))}
+def _names(methods: str | None) -> tuple[str, ...] | None:
+    return None if methods is None else tuple(name.strip() for name in methods.split(","))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from peftplan.cli import options
@@ -24,7 +22,9 @@ from peftplan.cli.command import INT, Command, argument, option
 @option("--task-type", default=None, metavar="NAME", help="peft's task type: CAUSAL_LM, SEQ_CLS, …")
 @option("--num-labels", default=None, type=INT, metavar="INT", help="classes of a classification head")
 @options.format_option
-def command(model: str, pattern: str | None, expand: bool, dtype: str, fmt: str, **task: Any) -> int:
+def command(
+    model: str, pattern: str | None, expand: bool, dtype: str, fmt: str, task_type: str | None, num_labels: int | None
+) -> int:
     """The module tree of MODEL: shapes, parameters, bytes, and which modules a pattern matches.
 
     \b
@@ -35,5 +35,6 @@ def command(model: str, pattern: str | None, expand: bool, dtype: str, fmt: str,
     from peftplan.planning.inspection import inspect
     from peftplan.report import render
 
-    render.inspection(inspect(model, pattern=pattern, expand=expand, dtype=dtype, **task), fmt=fmt)
+    result = inspect(model, pattern=pattern, expand=expand, dtype=dtype, task_type=task_type, num_labels=num_labels)
+    render.inspection(result, fmt=fmt)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from peftplan.cli.command import INT, METHOD_HEADING, SECONDS, Command, argument
 from peftplan.errors import InputError, MissingError, MissingExtraError, UnknownNameError
 
 if TYPE_CHECKING:
+    from peftplan.job.options import JobOptions
     from peftplan.job.setup import Engine
     from peftplan.measure.suite import Entry
 
@@ -78,16 +79,19 @@ def command(
             return _suite(suite, Path(output), engines, warmup=warmup, steps=steps, timeout=timeout)
         if model is None:
             raise MissingError("MODEL", "name a model as for `peftplan estimate`, or --suite FILE")
-        return _one(model, Path(output), engines, warmup=warmup, steps=steps, snapshot=snapshot, **chosen)
+        return _one(model, Path(output), engines, warmup=warmup, steps=steps, snapshot=snapshot, setup=chosen)
     except ImportError as error:
         raise MissingExtraError(f"measure ({error.name or error})", "measure") from None
 
 
-def _one(model: str, output: Path, engines: tuple[Engine, ...], *, snapshot: str | None, **setup: Any) -> int:
+def _one(
+    model: str, output: Path, engines: tuple[Engine, ...], *, warmup: int, steps: int, snapshot: str | None, setup: JobOptions
+) -> int:
     from peftplan.measure import lines
     from peftplan.measure.one import measure_and_record
 
-    record = measure_and_record(model, output=output, snapshot=Path(snapshot) if snapshot else None, **setup)
+    saved = Path(snapshot) if snapshot else None
+    record = measure_and_record(model, output=output, warmup=warmup, steps=steps, snapshot=saved, **setup)
     click.echo("\n".join(lines.of_record(record, lines.answers(record, engines))))
     click.echo(f"{record.id} appended to {output}")
     return 1 if record.outcome == "failed" else 0

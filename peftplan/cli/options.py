@@ -6,12 +6,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from peftplan.cli.command import option
 from peftplan.cli.texts import METAVARS, SHORT_HELP
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.words import MEANINGS, twice
+
+if TYPE_CHECKING:
+    from peftplan.job.options import JobOptions
+    from peftplan.job.setup import Engine
 
 FORMATS = ("table", "json", "csv", "markdown")
 
@@ -22,6 +26,14 @@ NOT_FIELDS = (
 """Arguments of `estimate` and `serving` that are no fields of a method, so that --set does not take them."""
 INT_LISTS = ("layers_to_transform",)
 JSON_VALUES = ("rank_pattern",)
+
+
+class ByEngine(TypedDict, total=False):
+    """What computes an estimate, and who is told how far it is."""
+
+    engine: Engine
+    progress: Callable[[str, float], None] | None
+
 
 Decorated = Callable[..., object]
 
@@ -34,10 +46,15 @@ def group(heading: str, options: dict[str, str], *, several: bool = False) -> Ca
 
     def decorate(command: Decorated) -> Decorated:
         for name, text in reversed(options.items()):
-            value: dict[str, Any] = {"rare": name not in SHORT_HELP} | ({} if "/" in name else {"metavar": METAVARS[name]})
-            if name == "--set" or several:
-                value |= {"multiple": True}
-            command = option(name, default=None, help=text, heading=heading, **value)(command)
+            command = option(
+                name,
+                default=None,
+                help=text,
+                heading=heading,
+                rare=name not in SHORT_HELP,
+                metavar=None if "/" in name else METAVARS[name],
+                multiple=several or name == "--set",
+            )(command)
         return command
 
     return decorate
@@ -48,29 +65,31 @@ format_option = option(
 )
 
 
-def chosen(options: dict[str, Any]) -> dict[str, Any]:
+def chosen(options: Mapping[str, object]) -> JobOptions:
     """The options that were set, lists and JSON values parsed, `--set` fields merged in.
 
     Raises RefusedError for a field that is set twice.
     """
-    set_options = {name: value for name, value in options.items() if name != "set" and value is not None}
+    set_options: dict[str, object] = {name: value for name, value in options.items() if name != "set" and value is not None}
     for name in INT_LISTS:
         if name in set_options:
             set_options[name] = _json(name, f"[{set_options[name]}]", set_options[name], "whole numbers, comma-separated")
     for name in JSON_VALUES:
         if name in set_options:
-            set_options[name] = _json(name, set_options[name], set_options[name], "a JSON object")
+            set_options[name] = _json(name, str(set_options[name]), set_options[name], "a JSON object")
     setters = {name: f"--{name.replace('_', '-')}" for name in set_options}
-    for word, value in map(_field, options["set"]):
+    fields = options["set"]
+    assert isinstance(fields, tuple)
+    for word, value in map(_field, fields):
         name = MEANINGS[word].option if word in MEANINGS else word
         if name in setters:
             raise twice(setters[name], f"--set {word}")
         setters[name] = f"--set {word}"
         set_options[word] = value
-    return set_options
+    return cast("JobOptions", set_options)
 
 
-def several(options: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def several(options: Mapping[str, tuple[object, ...]]) -> dict[str, object]:
     """The values of repeatable options, as `sweep` takes them: one, or each of several."""
     from peftplan.planning.axes import Each
 
@@ -94,7 +113,7 @@ def _field(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _json(name: str, text: str, typed: str, accepted: str) -> object:
+def _json(name: str, text: str, typed: object, accepted: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -132,9 +151,9 @@ context_option = option(
 )
 
 
-def circumstances(torch: str | None, transformers: str | None, context: str | None) -> dict[str, Any]:
+def circumstances(torch: str | None, transformers: str | None, context: str | None) -> JobOptions:
     """The keywords of `estimate` for the versions that will run the job and the context, where they are set."""
-    keywords: dict[str, object] = {} if context is None else {"context": context}
+    keywords = cast("JobOptions", {} if context is None else {"context": context})  # text, which the library checks
     if torch is None and transformers is None:
         return keywords
     from peftplan.job.script import Script
@@ -143,15 +162,15 @@ def circumstances(torch: str | None, transformers: str | None, context: str | No
 
 
 @contextmanager
-def computed_by(engine: str) -> Iterator[dict[str, Any]]:
+def computed_by(engine: str) -> Iterator[ByEngine]:
     """The keywords that name the engine; traces, which take seconds, say on a terminal how far they are."""
     if engine != "trace":
-        yield {"engine": engine}
+        yield {"engine": cast("Engine", engine)}  # another name is refused by the library
         return
     from peftplan.report.progress import waiting
 
     with _uncompiled(), waiting("tracing") as progress:
-        yield {"engine": engine, "progress": progress}
+        yield {"engine": "trace", "progress": progress}
 
 
 @contextmanager

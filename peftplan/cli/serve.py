@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
@@ -10,6 +10,9 @@ from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
 from peftplan.job.trainer import TrainerName
+
+if TYPE_CHECKING:
+    from peftplan.job.options import Options
 
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",
@@ -58,7 +61,7 @@ def command(
         raise RefusedError("--require-fit needs a card (--gpu)")
     if allow_tight and not require_fit:
         raise RefusedError("--allow-tight needs --require-fit")
-    result = serving(model, merge=merge, gpu=gpus, **options.chosen(raw))
+    result = serving(model, merge=merge, gpu=gpus, **cast("Options", options.chosen(raw)))
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     code = will_exit(0 if not require_fit or all(card.verdict in accepted for card in result.gpus) else 1)
     render.serving(result, fmt=fmt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -11,6 +11,7 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 from peftplan.errors import BoundError, RefusedError
 
 if TYPE_CHECKING:
+    from peftplan.job.grid_options import GridOptions
     from peftplan.planning.sweep_points import Chunk
 
 ALL = "all"
@@ -53,7 +54,7 @@ def command(
     torch: str | None,
     transformers: str | None,
     context: str | None,
-    **fields: Any,
+    **fields: tuple[object, ...],
 ) -> int:
     """A job at every point of a grid: a row for each point and card.
 
@@ -76,7 +77,7 @@ def command(
     fmt = sweeping.format_of(fmt, output)
     options.check_model(model, {"peft_config": fields["peft_config"] or None})
     gpus, number = options.counted(gpu, {"gpus": fields["gpus"] or None})
-    chosen = options.several(fields) | number | options.circumstances(torch, transformers, context)
+    asked = {**options.several(fields), **number, **options.circumstances(torch, transformers, context)}
     draw = None
     if plot is not None:
         from peftplan.report.sweeping_plot import Map, check
@@ -92,7 +93,7 @@ def command(
                 engine=engine,
                 most_rows=None if yes else MOST_ROWS,
                 progress=None if progress is None else lambda what, share: progress(what, share),
-                **chosen,
+                **cast("GridOptions", asked),
             )
         except RefusedError as error:
             raise RefusedError(f"{error}; add --yes to run it") if str(error).startswith("the grid has") else error from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.errors import InputError, PeftplanError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from peftplan.job.options import JobOptions
+    from peftplan.job.setup import Engine
 
 
 class Member(NamedTuple):
@@ -36,18 +37,25 @@ class Member(NamedTuple):
         return {**self._asdict(), "verdict": None if self.verdict is None else self.verdict.to_dict()}
 
 
-def which_gpu(model: object, *, allow_tight: bool = False, **options: Unpack[JobOptions]) -> tuple[Verdict, ...]:
+def which_gpu(
+    model: object,
+    *,
+    allow_tight: bool = False,
+    engine: Engine = "analytic",
+    progress: Callable[[str, float], None] | None = None,
+    **options: Unpack[JobOptions],
+) -> tuple[Verdict, ...]:
     """Every card of the catalogue that takes the job, the smallest (usable bytes) first; options as `estimate` takes them."""
     from peftplan.hardware.gpus import gpus
 
     accepted = ("fits", "tight") if allow_tight else ("fits",)
-    result = estimate(model, gpu=[card.id for card in gpus()], **options)
+    result = estimate(model, gpu=[card.id for card in gpus()], engine=engine, progress=progress, **options)
     accepting = [verdict for verdict in result.gpus if verdict.verdict in accepted]
     return tuple(sorted(accepting, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)))
 
 
 def family(
-    name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] = QUALITY, **options: object
+    name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] | None = None, **options: object
 ) -> tuple[Member, ...]:
     """The largest member of a family of built-in models that one card takes, by method.
 
@@ -62,8 +70,8 @@ def family(
         raise InputError("model_family", name, "accepted: the beginning of built-in names, such as qwen3 (`peftplan models`)")
     if len(find_cards(gpu)) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, or a capacity such as 24GiB")
-    known = known_methods(methods, "methods")
-    methods = [name for name in known if methods is not QUALITY or _is_complete(name, options)]
+    known = known_methods(QUALITY if methods is None else methods, "methods")
+    methods = [name for name in known if methods is not None or _is_complete(name, options)]
     members = tuple(_largest(names, gpu, method, accepted, options) for method in methods)
     if all(member.model is None and member.error is not None for member in members):
         estimate(names[0][0], gpu=gpu, **_job_options(methods[0], options))  # raises, where all do

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from peftplan.accuracy.drift import GROUPINGS, MARKS, Answer
 from peftplan.errors import MissingExtraError
 from peftplan.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIZE = (8.0, 4.5)
 """Inches."""
@@ -68,7 +72,7 @@ def scatter(answers: Sequence[Answer], path: Path, *, word: str) -> None:
         _save(figure, path)
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     try:
         import matplotlib
     except ImportError:
@@ -79,7 +83,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="svg", metadata=METADATA)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peftplan.errors import quoted
 from peftplan.job.configs.plan import LAUNCHERS
@@ -13,6 +13,7 @@ from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.planning.configs import ConfigEntry
+    from peftplan.results.config_documents import ConfigDocument, IgnoredKeyDocument, ReadKeyDocument
 
 BOUNDS = {
     "at_most": "the peak is at most this",
@@ -94,14 +95,14 @@ def _files(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
-def summary(config: Mapping[str, Any]) -> str:
+def summary(config: ConfigDocument) -> str:
     """The file, its tool, and how many keys went where."""
     files = ", ".join(PurePath(file).name for file in config["files"])
     counts = f"{len(config['read'])} keys read, {len(config['ignored'])} without effect on memory"
     return f"{files} ({config['tool']} {config['version']}): {counts}"
 
 
-def unsupported(config: Mapping[str, Any], *, most: int | None = MOST_KEYS) -> list[str]:
+def unsupported(config: ConfigDocument, *, most: int | None = MOST_KEYS) -> list[str]:
     """A line for each unsupported key, and what the peak is then."""
     keys = config["unsupported"]
     if not keys:
@@ -109,25 +110,25 @@ def unsupported(config: Mapping[str, Any], *, most: int | None = MOST_KEYS) -> l
     lines = [f"unsupported: {key}: {row['why']}" for key, row in list(keys.items())[:most]]
     more = len(keys) - len(lines)
     lines += [f"and {more} more unsupported keys: -v"] if more else []
-    return [*lines, f"so {BOUNDS[config['bound']]}"]
+    return [*lines, *([f"so {BOUNDS[bound]}"] if (bound := config["bound"]) else [])]
 
 
-def assumed(config: Mapping[str, Any]) -> list[str]:
+def assumed(config: ConfigDocument) -> list[str]:
     """What the file leaves open: to the tool, with file and line, and to data and launcher."""
     lines = [f"{option}: the default of {at}" for option, at in config["defaults"].items()]
     return lines + [f"{what}: {value}" for what, value in config["assumed"].items()]
 
 
-def keys(config: Mapping[str, Any]) -> list[str]:
+def keys(config: ConfigDocument) -> list[str]:
     """Every key, a line each, in its group."""
     lines = [f"read: {key}: {quoted(row['value'])} → {_arrow(row)}" for key, row in config["read"].items()]
     lines += [f"no effect: {key}: {_where(row)}" for key, row in config["ignored"].items()]
     return [*lines, *unsupported(config, most=None)]
 
 
-def _arrow(row: Mapping[str, Any]) -> str:
+def _arrow(row: ReadKeyDocument) -> str:
     return " · ".join(filter(None, (row["option"], row["why"]))) or "nothing follows"
 
 
-def _where(row: Mapping[str, object]) -> str:
+def _where(row: IgnoredKeyDocument) -> str:
     return f"{row['why']} ({row['at']})" if row["at"] else str(row["why"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby, zip_longest
-from operator import itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -177,11 +177,11 @@ def _lines(result: Estimate, *, width: int) -> list[RenderableType]:
     """Every line of the ledger under its category, source and place; in a narrow terminal a formula stands below its line."""
     wide = width >= WIDE
     parts: list[RenderableType] = [Text("Lines: bytes = copies × round512(itemsize × dims)", style="bold")]
-    for (category, source, place), lines in groupby(line_facts(result), key=itemgetter("category", "source", "place")):
+    for (category, source, place), lines in groupby(line_facts(result), key=attrgetter("category", "source", "place")):
         where = "" if place == "device" else f" · {place} memory"
         grid = table(Column(""), Column("", right=True), *((Column(""),) if wide else ()), header=False)
         for line in lines:
-            cells = (f"  {line['name']}", f"{line['bytes']:,}", line["formula"])
+            cells = (f"  {line.name}", f"{line.bytes:,}", line.formula)
             grid.add_row(*(cells if wide else (f"{cells[0]}\n    {cells[2]}", cells[1])))
         parts += [Text(f"{category} · {source}{where}", style="bold"), fitted(grid, width)]
     return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
@@ -118,7 +118,7 @@ class FieldDocument(TypedDict):
 
     field: str
     required: bool
-    default: Any
+    default: object
 
 
 class Document(NamedTuple):
@@ -126,7 +126,7 @@ class Document(NamedTuple):
 
     command: str
     text: str
-    type: Any
+    type: object
 
 
 DOCUMENTS: dict[str, Document] = {
@@ -157,7 +157,7 @@ class Shape(NamedTuple):
     """How the JSON of a record differs from the record: fields that are left out, and fields that are added or replaced."""
 
     left_out: tuple[str, ...] = ()
-    added: dict[str, Any] = {}  # noqa: RUF012
+    added: dict[str, object] = {}  # noqa: RUF012
     name: str | None = None
     """What the record is called, where another one has its name."""
 

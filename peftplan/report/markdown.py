@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from peftplan.errors import one_line
 from peftplan.report import configs, peak
 from peftplan.report.tabular import (
-    LINE_COLUMNS,
+    LineFacts,
     assumption_rows,
     category_rows,
     context,
@@ -83,7 +83,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
             parts += [table(columns, advice.rows(result, advised.changes))] if advised.changes else []
             parts += [sentence] if (sentence := advice.without_help(gpu, advised)) else []
     if verbose:
-        parts.append(table(LINE_COLUMNS, [texts(line.values()) for line in line_facts(result)]))
+        parts.append(table(LineFacts._fields, [texts(line) for line in line_facts(result)]))
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))
     parts += [f"Note: {plain(note)}" for note in result.assumptions.get("notes", ())]
     if result.config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.frames import Listing
 from peftplan.planning.compare import Compared, Comparison
@@ -55,7 +55,7 @@ def estimate(result: Estimate) -> Iterator[Html]:
     yield from (markup.paragraph(f"note: {note}") for note in result.assumptions.get("notes", ()))
     columns = (Column("category"), Column("line"), Column("bytes", right=True), Column("", right=True), Column("formula"))
     lines = [
-        (line["category"], line["name"], f"{line['bytes']:,}", format_bytes(line["bytes"]), line["formula"])
+        (line.category, line.name, f"{line.bytes:,}", format_bytes(line.bytes), line.formula)
         for line in tabular.line_facts(result)
     ]
     yield markup.folded(f"{len(lines)} lines", _rows(columns, lines))
@@ -191,14 +191,14 @@ def _assumptions(assumptions: Mapping[str, object]) -> Html:
     return markup.folded(f"{len(rows)} assumptions", _rows((Column("assumption"), Column("value")), rows))
 
 
-def _rows(columns: Any, rows: list[Any], count: int = 0) -> Html:
+def _rows(columns: Sequence[Column], rows: Sequence[Sequence[str]], count: int = 0) -> Html:
     """A table of the first rows, and how many more there are; `count`: of all rows, where these are the first alone."""
     html = markup.table(columns, rows[:MOST_ROWS])
     more = max(count, len(rows)) - MOST_ROWS
     return Html(html + markup.paragraph(f"and {more:,} more rows")) if more > 0 else html
 
 
-VIEWS: dict[str, Callable[[Any], Iterator[Html]]] = {
+VIEWS: dict[str, Callable[..., Iterator[Html]]] = {
     "Estimate": estimate,
     "Comparison": comparison,
     "Fit": fit,

@@ -37,7 +37,7 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
     if fmt == "json":
         as_json(result.to_dict() | ({"largest": peak.facts(result)} if explain_peak else {}))
     elif fmt == "csv":
-        facts = peak.facts(result) if explain_peak else tabular.line_facts(result)
+        facts = peak.facts(result) if explain_peak else [line._asdict() for line in tabular.line_facts(result)]
         tabular.write_csv([*facts, *tabular.labels(result, facts[0])], sys.stdout)
     elif fmt == "markdown":
         from peftplan.report import markdown

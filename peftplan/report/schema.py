@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from typing_extensions import NotRequired
 
@@ -17,7 +17,7 @@ from peftplan.results.estimate import SCHEMA_VERSION
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SCALARS: dict[object, str] = {NoneType: "null", bool: "boolean", int: "integer", float: "number", str: "string"}
-Schema: TypeAlias = dict[str, Any]
+Schema: TypeAlias = dict[str, object]
 """A JSON Schema, or a part of one."""
 
 
@@ -32,7 +32,7 @@ def json_schema(name: str, *, closed: bool = False) -> Schema:
     definitions: dict[str, Schema] = {}
     root = schema_of(document.type, definitions, closed=closed)
     if "$ref" in root:
-        root = definitions.pop(root["$ref"].rpartition("/")[2])
+        root = definitions.pop(str(root["$ref"]).rpartition("/")[2])
     return {
         "$schema": DIALECT,
         "$id": f"urn:peftplan:schema:{name}:{SCHEMA_VERSION}",
@@ -43,14 +43,14 @@ def json_schema(name: str, *, closed: bool = False) -> Schema:
     }
 
 
-def schema_of(annotation: Any, definitions: dict[str, Schema], *, closed: bool) -> Schema:
+def schema_of(annotation: object, definitions: dict[str, Schema], *, closed: bool) -> Schema:
     """The schema of an annotation. Each record that it names gets one definition."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is NotRequired:
         return schema_of(arguments[0], definitions, closed=closed)
     if annotation in SCALARS:
         return {"type": SCALARS[annotation]}
-    if annotation is Any or annotation is object:
+    if annotation is object:
         return {}
     if origin is Literal:
         return {"enum": list(arguments)}
@@ -61,6 +61,7 @@ def schema_of(annotation: Any, definitions: dict[str, Schema], *, closed: bool) 
         return {"type": "object", **names, "additionalProperties": schema_of(arguments[1], definitions, closed=closed)}
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         return {"type": "array", "items": schema_of(arguments[0], definitions, closed=closed)}
+    assert isinstance(annotation, type)
     name = SHAPES.get(annotation, Shape()).name or annotation.__name__.removesuffix("Document")
     if name not in definitions:
         definitions[name] = {}  # a record may hold others of its own

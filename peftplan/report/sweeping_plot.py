@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from itertools import product
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError
 from peftplan.files import replacing
@@ -15,6 +15,7 @@ from peftplan.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
 
     from peftplan.planning.sweep import Sweep
     from peftplan.planning.sweep_points import Chunk
@@ -99,13 +100,14 @@ class Map:
         FigureCanvasAgg(figure)
         places = figure.subplots(rows, columns, squeeze=False).ravel()
         top = max(cell[0] for by_card in self._panels.values() for cells in by_card.values() for cell in cells.values()) / GIB
-        drawn: Any = None
+        drawn: QuadMesh | None = None
         for axes, (panel, by_card) in zip(places, self._panels.items(), strict=False):
             drawn = _draw(axes, by_card, top=top)
             labels = (f"{name.replace('_', ' ')} {value}" for name, value in zip(self._options, panel, strict=True))
             axes.set_title(", ".join(labels) or self._title, loc="left", fontsize=10)
         for axes in places[len(self._panels) :]:
             axes.set_axis_off()
+        assert drawn is not None
         figure.colorbar(drawn, ax=list(places), label="GiB requested by tensors at the peak", shrink=0.8)
         if self._options:
             figure.suptitle(self._title.partition(" · ")[0], x=0.01, ha="left")
@@ -116,7 +118,7 @@ class Map:
             figure.savefig(file, format=Path(self.path).suffix[1:], metadata=metadata)
 
 
-def _draw(axes: Axes, by_card: Mapping[str, Mapping[tuple[int, int], tuple[int, str | None]]], *, top: float) -> object:
+def _draw(axes: Axes, by_card: Mapping[str, Mapping[tuple[int, int], tuple[int, str | None]]], *, top: float) -> QuadMesh:
     """One map: colours of the first card, a line for each."""
     cells = next(iter(by_card.values()))
     across, down = (sorted({at[axis] for at in cells}) for axis in (0, 1))

@@ -3,14 +3,12 @@
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
-from peftplan.ledger import EVERY_CATEGORY
+from peftplan.ledger import EVERY_CATEGORY, Category, Place
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
-
-LINE_COLUMNS = ("category", "name", "bytes", "place", "formula", "source")
 
 
 class Column(NamedTuple):
@@ -22,10 +20,24 @@ class Column(NamedTuple):
     whole: bool = False
 
 
-def line_facts(result: Estimate) -> list[dict[str, Any]]:
-    """One record per line of the ledger, category by category."""
-    lines = sorted(result.lines(), key=lambda line: EVERY_CATEGORY.index(line["category"]))
-    return [{column: fact for column, fact in line.items() if column in LINE_COLUMNS} for line in lines]
+class LineFacts(NamedTuple):
+    """One line of the ledger, as tables show it."""
+
+    category: Category
+    name: str
+    bytes: int
+    place: Place
+    formula: str
+    source: str
+
+
+def line_facts(result: Estimate) -> list[LineFacts]:
+    """The lines of the ledger, category by category."""
+    facts = [
+        LineFacts(line["category"], line["name"], line["bytes"], line["place"], line["formula"], line["source"])
+        for line in result.lines()
+    ]
+    return sorted(facts, key=lambda line: EVERY_CATEGORY.index(line.category))
 
 
 def family(name: str) -> str:

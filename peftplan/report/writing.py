@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from peftplan.report import tabular
 from peftplan.report.tabular import Column
@@ -71,14 +71,21 @@ def as_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def fields(item: Any) -> dict[str, object]:
+@runtime_checkable
+class Record(Protocol):
+    """A named tuple."""
+
+    def _asdict(self) -> dict[str, object]: ...
+
+
+def fields(item: Record) -> dict[str, object]:
     """A named tuple as JSON-able values."""
     return {name: plain(value) for name, value in item._asdict().items()}
 
 
 def plain(value: object) -> object:
     """A value of lists and dicts alone, as JSON takes it."""
-    if hasattr(value, "_asdict"):
+    if isinstance(value, Record):
         return fields(value)
     if isinstance(value, (tuple, list, set, frozenset)):
         return [plain(v) for v in value]

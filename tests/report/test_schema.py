@@ -166,7 +166,7 @@ class Outer(TypedDict):
     kind: Literal["a", "b"]
     parts: tuple[Inner, ...]
     more: NotRequired[dict[str, float]]
-    anything: Any
+    anything: object
 
 
 def test_a_type_becomes_a_schema() -> None:
