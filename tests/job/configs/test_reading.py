@@ -261,6 +261,16 @@ def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) 
     assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
 
 
+@pytest.mark.parametrize(("in_4bit", "method"), [("", "qlora"), (", load_in_4bit=False", "lora")])
+def test_unsloth_takes_a_name_of_4_bits_for_that_of_16_where_the_file_says_so(in_4bit: str, method: str) -> None:
+    """models/loader_utils.py:1194 (`INT_TO_FLOAT_MAPPER`)."""
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace('1B", ', f'1B-unsloth-bnb-4bit"{in_4bit}, ')
+    plan = read_text(source, file="a.py")
+    assert plan.options["method"] == method
+    assert ("quant_skip_modules" in plan.assumed) is (method == "qlora")
+    assert ("quantization_config.llm_int8_skip_modules" in plan.unsupported) is (method == "qlora")
+
+
 @pytest.mark.parametrize(("longest", "hosted"), [(456, False), (512, True)])
 def test_unsloth_keeps_inputs_of_short_rows_on_the_card(longest: int, hosted: bool) -> None:
     """models/_utils.py:506, whatever `use_gradient_checkpointing="unsloth"` says."""
