@@ -208,11 +208,14 @@ def packages_of(names: Iterable[str]) -> str:
 
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
+WITH_LIGER = (*WITH_FORMULA, "smollm3")
+"""The same of Liger's."""
 
 
 def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:
     """Why a step with these kernels has no formula; None where it has one."""
     package = next((name.partition(".")[0] for name in names or ()), None)
-    if package is None or (model_type in WITH_FORMULA and task_type == "CAUSAL_LM"):
+    known = WITH_LIGER if package == "liger" else WITH_FORMULA
+    if package is None or (model_type in known and task_type == "CAUSAL_LM"):
         return None
     return f"{package}'s kernels in {model_type} for {task_type}"

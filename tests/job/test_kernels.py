@@ -49,6 +49,11 @@ def test_a_model_without_formulas_is_named() -> None:
     assert result.not_modelled[0] == "liger's kernels in gpt2 for CAUSAL_LM (no formula yet)"
 
 
+@pytest.mark.parametrize(("kernels", "has_formula"), [("liger", True), ("axolotl", False)])
+def test_smollm3_has_formulas_with_liger_alone(kernels: str, has_formula: bool) -> None:
+    assert (estimate("smollm3-3b", method="lora", kernels=kernels).peaks is not None) is has_formula
+
+
 def test_none_leaves_the_estimate_as_it_is() -> None:
     def shown(**options: object) -> dict[str, object]:
         return estimate("llama-3.2-1b", method="lora", **options).to_dict()  # type: ignore[arg-type]
