@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError, nearest
 from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.optim import BESIDE
+from peftplan.optim import BESIDE, OPTIMIZERS
 from peftplan.validation import first_error, listed, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
@@ -258,8 +258,10 @@ def _check_trainer(setup: Setup) -> None:
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
     if setup.optim in BESIDE and not by.own_lora:
+        near = " or ".join(nearest(setup.optim, sorted(OPTIMIZERS)))
         raise RefusedError(
-            f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel"
+            f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel "
+            f"(did you mean {near}?)"
         )
     if setup.optimizer_in_backward and not by.own_modules:
         raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")

@@ -47,7 +47,7 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --gpu 24", ["gpu", "'24'", "peftplan gpus", "24GiB"]),
         ("estimate gpt2 --gpu t4,rtx-4091", ["gpu", "'rtx-4091'", "rtx-4090"]),
         ("estimate gpt2 --gpu 0GiB", ["gpu", "'0GiB'", "above zero"]),
-        ("estimate gpt2 --optim adam", ["optim", "'adam'", "did you mean adamw_"]),
+        ("estimate gpt2 --optim adam", ["optim", "makes no adam", "did you mean adamw_"]),
         ("estimate gpt2 --require-fit", ["--require-fit", "--gpu"]),
         ("estimate gpt2 --explain --format csv", ["--explain", "text", "csv"]),
         ("replay log.json --require-fit", ["--require-fit", "--capacity"]),
