@@ -64,4 +64,5 @@ TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ti
 FSDP2_UPCASTS_WHAT_TRAINS = Change("accelerate", (1, 14), "`fsdp2_prepare_model` casts `param.data` of what trains to fp32")
 FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no `model.to(torch.float32)`")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
+FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")

@@ -11,9 +11,9 @@ from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, withou
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.parts import FOUR_BIT
 from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.storage import without_peak
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed

@@ -33,7 +33,6 @@ from peftplan.memory.step import steady_step
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters, loaded_dtype
-from peftplan.tape.sorted_indices import SortedRows
 from peftplan.tape.tape import Tape
 from peftplan.units import pinned
 
@@ -91,8 +90,7 @@ class Compiled(NamedTuple):
     def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
         by_name = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
-        of_sorts = {name for _, names in self.timeline.sizes for name in names if isinstance(name, SortedRows)}
-        return by_name | {name: name.at(by_name) for name in sorted(of_sorts)}
+        return self.timeline.with_derived(by_name)
 
     def assumed(self, by_name: Mapping[str, int]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
@@ -159,8 +157,8 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     job, setup = inventory.job, inventory.job.setup
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = loss_sizes(job)
-    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job))
-    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
+    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job, compute_capability))
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, job.multiprocessors)
     step_key = (
         id(job.architecture),
         *described,
@@ -319,7 +317,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         rows=setup.by.rows,
         on_host=tuple(model.on_host),
         expandable=segments_grow(setup),
-        limits=limits_of(job),
+        limits=limits_of(job, compute_capability),
         empties_cache=setup.by.empties_cache,
         empties_first=empties_first(setup),
     )

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
-from peftplan.hardware.context import cublas_workspace_bytes
+from peftplan.hardware.context import DEFAULT_MULTIPROCESSORS, cublas_workspace_bytes
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
@@ -19,10 +20,12 @@ from peftplan.memory.parts import Running
 from peftplan.memory.step import Program
 from peftplan.methods.adaptation import PROMPTED, MethodConfig
 from peftplan.optim import parse_optim
+from peftplan.storage.modules import CONVERTED_KINDS
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+    from peftplan.storage.fused_products import Chip
 
 
 def kernels(compute_capability: str) -> tuple[bool, int | None]:
@@ -33,7 +36,7 @@ def kernels(compute_capability: str) -> tuple[bool, int | None]:
 
 def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
-    setup, loss = job.setup, loss_sizes(job)
+    setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     return Running(
         autocast=None if setup.autocast == "none" else setup.autocast,
@@ -64,11 +67,22 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
+        fused=chip,
+        fuses_first=setup.rows * (setup.seq_len + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart,
     )
+
+
+def chip_of(job: Job, compute_capability: str) -> Chip | None:
+    """The card by which a 4-bit job's products are fused; one that says nothing of its multiprocessors counts as an A100."""
+    if not job.may_fuse:
+        return None
+    from peftplan.storage.fused_products import Chip
+
+    return Chip(*pair(compute_capability), DEFAULT_MULTIPROCESSORS if job.multiprocessors is None else job.multiprocessors)
 
 
 def _dropping(job: Job) -> MethodConfig | None:
@@ -126,11 +140,22 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
     return (rows if tokens <= configured else f"b·s%{TABLE_MULTIPLE}"), Limits(of_batch=(configured,))
 
 
-def limits_of(job: Job) -> Limits:
+def limits_of(job: Job, compute_capability: str) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
-    tokens = tokens_kept(job)
-    return of_tables if tokens is None else of_tables._replace(of_batch=(tokens, *of_tables.of_batch))
+    tokens = [most for most in (tokens_kept(job), fused_first(job, chip_of(job, compute_capability))) if most is not None]
+    return of_tables._replace(of_batch=(*tokens, *of_tables.of_batch))
+
+
+def fused_first(job: Job, chip: Chip | None) -> int | None:
+    """Tokens up to which the first product with a 4-bit weight is fused, and takes no workspace of cuBLAS; None where none is."""
+    modules = (m for m in job.architecture.modules if m.layers is not None and m.kind in CONVERTED_KINDS["nf4"])
+    first = next(modules, None)
+    if chip is None or first is None or job.quant is None:
+        return None
+    n, k = reversed(first.shape("weight")) if first.kind == "Conv1D" else first.shape("weight")
+    most = chip.most_tokens(n, k, dtype=str(job.quant.compute_dtype), blocksize=job.quant.blocksize)
+    return most or None
 
 
 def program_of(job: Job) -> Program:

@@ -13,9 +13,9 @@ from math import prod
 from peftplan.deployment.deltas import Parts, dora_tail, lora_delta
 from peftplan.deployment.scratch import Array, Scratch
 from peftplan.storage import QuantConfig, stored
+from peftplan.storage.config import FOUR_BIT
 from peftplan.units import ceil_div
 
-FOUR_BIT = ("nf4", "fp4")
 SUPPORTED = (*FOUR_BIT, "int8")
 """Formats with a merge of their own in peft's LoRA layers that is modelled here."""
 

@@ -59,7 +59,8 @@ class Variant(NamedTuple):
 class Gpu(NamedTuple):
     """One card, or a size that a user gave: `capacity_bytes` (24GiB) or `sold_gb` (24GB), then only `id` and `name` besides.
 
-    `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `bf16` and `fp8` mean arithmetic in hardware
+    `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `multiprocessors` of cards whose kernels are chosen by
+    it; `bf16` and `fp8` mean arithmetic in hardware
     (torch emulates bf16 below compute capability 8.0). `unified`: memory shared with the CPU.
     """
 
@@ -75,6 +76,7 @@ class Gpu(NamedTuple):
     total_mib_variants: tuple[Variant, ...] = ()
     cuda_total_mib: tuple[Reported, ...] = ()
     compute_capability: str | None = None
+    multiprocessors: int | None = None
     bf16: bool | None = None
     fp8: bool | None = None
     flags_source: str | None = None

@@ -10,6 +10,7 @@ from peftplan.job.setup import Setup
 from peftplan.job.trainer import Reference
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -36,6 +37,8 @@ class Job(NamedTuple):
     """Options and fields of the method that the user set. The others were filled in."""
     distributed: "Distributed | None" = None
     """The strategy that divides the job over several GPUs; None on one."""
+    multiprocessors: int | None = None
+    """How many the card has, where that decides kernels (`on_card`); None takes those of an A100."""
 
     @property
     def model(self) -> object:
@@ -46,6 +49,16 @@ class Job(NamedTuple):
     def script(self) -> Script:
         """Facts about the program around the step."""
         return self.request.script
+
+    def on_card(self, multiprocessors: int | None) -> "Job":
+        """The job on a card with so many multiprocessors, by which bitsandbytes chooses how it multiplies 4-bit weights."""
+        changes = self.may_fuse and multiprocessors != self.multiprocessors
+        return self._replace(multiprocessors=multiprocessors) if changes else self
+
+    @property
+    def may_fuse(self) -> bool:
+        """Whether the card decides which products with 4-bit weights are fused (`storage.fused_products`)."""
+        return self.quant is not None and self.quant.layout in FOUR_BIT and not self.script.dequantizes_4bit
 
     @property
     def replicas(self) -> int:

@@ -49,6 +49,14 @@ class Script(BaseModel):
     `logits_in_fp32`, `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called
     …ForCausalLM)."""
 
+    bitsandbytes: Version | None = None
+    """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`."""
+
+    @property
+    def dequantizes_4bit(self) -> bool:
+        """Whether every product with a 4-bit weight dequantizes it, or some are fused (`storage.fused_products`)."""
+        return versions.FUSED_4BIT.after(self.bitsandbytes)
+
     @property
     def cublaslt_apart(self) -> bool:
         """Whether cuBLASLt has its own workspaces or shares those of cuBLAS (docs/rehearse.md)."""
@@ -99,7 +107,7 @@ class Script(BaseModel):
 
     @classmethod
     def on(cls, **typed: str | None) -> Script:
-        """A current loop with these versions of torch and transformers. Raises InputError for a string that is no version."""
+        """A current loop with these versions of packages. Raises InputError for a string that is no version."""
         for package, version in typed.items():
             if version is not None and not re.match(VERSION, version):
                 raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
@@ -125,7 +133,7 @@ POSITIONS_IN_MASKS = frozenset(
 """Decoders that pass their positions to `create_causal_mask` in the releases that assume packed sequences. Others built masks
 differently."""
 
-EXAMPLES = {"torch": "2.10", "transformers": "5.3"}
+EXAMPLES = {"torch": "2.10", "transformers": "5.3", "bitsandbytes": "0.49"}
 """The packages whose version can be set, each with an example."""
 
 

@@ -2,8 +2,7 @@
 
 They subclass the real classes, which peft tests for, and run on fake tensors, which `Params4bit` and `Int8Params` cannot hold.
 Source: bitsandbytes: `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py` (`gemm_4bit`,
-`int8_*`), `functional.py` (`dequantize_4bit`), `nn/modules.py`. Left out: the fused 4-bit kernel that some GPUs take for up to
-1536 tokens (it needs no dequantized weight), and int8's outlier columns, which depend on the data.
+`int8_*`), `functional.py` (`dequantize_4bit`), `nn/modules.py`. Left out: int8's outlier columns, which depend on the data.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES, prepare
+from peftplan.dtypes import parse_dtype
+from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES, Card, prepare
 from peftplan.storage import QuantConfig
 
 INT8_THRESHOLD = 6.0
@@ -30,7 +30,7 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
         self.compute_dtype = TORCH_DTYPES[quant.compute_dtype or "fp32"]
         self.compute_type_is_set = True
         self.quant_storage = TORCH_DTYPES[quant.quant_storage]
-        self.stored_dtype = TORCH_DTYPES[dtype]
+        self.stored_dtype, self.stored_blocksize = TORCH_DTYPES[dtype], quant.blocksize
         self.quant_state = None
         self.weight.compress_statistics = quant.double_quant
         self.weight.quant_type = quant.name
@@ -53,6 +53,14 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
         """`dequantize_4bit` of the weight."""
         return _dequantized(self, self.weight)
 
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether the product with x needs no dequantized weight."""
+        if (chip := Card.chip) is None:
+            return False
+        n, k = self.out_features, self.in_features
+        most = chip.most_tokens(n, k, dtype=parse_dtype(x.dtype), blocksize=self.stored_blocksize)
+        return bool(0 < x.numel() // k <= most)
+
     def absmax(self, like: torch.Tensor, *, keep_both: bool) -> list[torch.Tensor]:
         """The fp32 absmax of a double quantized weight: one copy, or two where `absmax_dq + offset` makes another."""
         nested = self.__dict__[QUANT_TENSORS]
@@ -63,12 +71,16 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
 
 
 class _Matmul4Bit(torch.autograd.Function):
-    """`MatMul4Bit`: dequantizes the whole weight in forward and again in backward; saves neither it nor the input."""
+    """`MatMul4Bit`: dequantizes the whole weight in forward, unless the product is fused, and in backward; saves neither it nor
+    the input.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, module: FourBitLinear) -> torch.Tensor:
         ctx.module = module
         ctx.dtype_bias = None if bias is None else bias.dtype
+        if module.fuses(a):
+            return a.new_empty(*a.shape[:-1], module.out_features)
         absmax = module.absmax(a, keep_both=True)
         weight = a.new_empty(module.out_features, module.in_features)
         out = nn.functional.linear(a, weight, bias)

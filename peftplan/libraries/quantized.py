@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from peftplan.ledger import Allocation
 from peftplan.storage import QuantConfig, stored
+from peftplan.storage.fused_products import Chip
 
 QUANT_TENSORS = "quant_tensors"
 """Attribute of a stand-in: its tensors besides the weight (absmax, code tables, scales), by their name in `storage`."""
@@ -21,6 +24,22 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "uint8": torch.uint8,
 }
+
+
+class Card:
+    """The card that stand-ins run on: `chip` decides which 4-bit products are fused, None fuses none."""
+
+    chip: ClassVar[Chip | None] = None
+
+
+@contextmanager
+def fused_on(chip: Chip | None) -> Iterator[None]:
+    """Let 4-bit layers multiply as on this card. (Not a context variable: autograd's threads would not see it.)"""
+    before, Card.chip = Card.chip, chip
+    try:
+        yield
+    finally:
+        Card.chip = before
 
 
 def prepare(stand_in: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:

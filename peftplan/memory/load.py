@@ -19,9 +19,9 @@ from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
-from peftplan.memory.parts import FOUR_BIT
 from peftplan.parameters import SAVED_COPY, Parameter, Parameters
 from peftplan.storage import QuantConfig
+from peftplan.storage.config import FOUR_BIT
 from peftplan.units import round512
 from peftplan.versions import named
 

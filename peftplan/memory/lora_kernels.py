@@ -12,7 +12,8 @@ from peftplan.errors import NoEngineError
 from peftplan.job.kernels import Lora
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
-from peftplan.memory.parts import FOUR_BIT, Part
+from peftplan.memory.parts import Part
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Backward, Dims, Gradients, Node, Parameter, Tensor

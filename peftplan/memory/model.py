@@ -91,7 +91,7 @@ class Model(Weights):
             return products.linear(f, x, part.own_weight, part.bias, transposed=part.kind == "Conv1D")
         from peftplan.memory.quantized import QUANTIZED
 
-        return QUANTIZED[part.quant.layout](f, part, x)
+        return QUANTIZED[part.quant.layout](f, part, x, self.running)
 
     def _is_fake_quantized(self, part: Part) -> bool:
         """Beside adapters the adapted layers; else those with a weight of their own: torchtune's tied head is no `nn.Linear`."""

@@ -1,7 +1,7 @@
 """What a run is made of: how it runs, and one module of one layer."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
 from peftplan.job.kernels import Kernels
@@ -10,6 +10,9 @@ from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.storage.fused_products import Chip
 
 NO_KERNELS = Kernels()
 Config = TypeVar("Config", bound=MethodConfig)
@@ -70,6 +73,10 @@ class Running(NamedTuple):
     """Whether under checkpointing the embeddings are made to require gradients."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
+    fused: "Chip | None" = None
+    """The card by which bitsandbytes chooses how it multiplies 4-bit weights; None where it dequantizes them all."""
+    fuses_first: bool = False
+    """Whether that fuses the first product of this batch, so that another one takes cuBLAS's workspace."""
     rotary_rows: Dim = 0
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False
@@ -79,6 +86,11 @@ class Running(NamedTuple):
         """The method's config, in the class of the method that asks."""
         assert isinstance(self.config, kind)
         return self.config
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.batch_size * self.seq_len
 
 
 class Part:
@@ -104,7 +116,6 @@ class Part:
         return self.weight
 
 
-FOUR_BIT = ("nf4", "fp4")
 TOKEN_ADAPTER = ".token_adapter"
 SAVED = ".modules_to_save"
 """Where a module's trainable copy is, below it."""

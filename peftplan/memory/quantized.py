@@ -2,13 +2,17 @@
 
 Source: bitsandbytes, `autograd/_functions.py` (`MatMul4Bit`, `MatMul8bitLt`), `backends/cuda/ops.py`, `nn/modules.py`; torchao
 0.18, quantization/quantize_/workflows/nf4/nf4_tensor.py.
-Left out: the fused 4-bit kernel of some cards for up to 1536 tokens, and int8's outlier columns, which depend on the data.
+Left out: int8's outlier columns, which depend on the data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import TYPE_CHECKING
 
+from peftplan.arrays import Derived, Size
+from peftplan.ledger import Dim
 from peftplan.storage.config import TORCHAO_NF4
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
@@ -16,29 +20,81 @@ from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Strided, Tenso
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
-    from peftplan.memory.parts import Part
+    from peftplan.memory.parts import Part, Running
 
 BLOCKSIZE = 64
 
 
-def linear4bit(f: Tape, part: Part, x: Tensor) -> Tensor:
+class RowsUnlessFused(Derived):
+    """So many rows of what is dequantized where more tokens are multiplied than are fused, else none."""
+
+    rows: int
+    tokens: tuple[str, ...]
+    above: int
+    """The most tokens that are fused, by tokens that each of the named sizes stands for."""
+
+    def __new__(cls, rows: int, tokens: tuple[str, ...], above: int) -> RowsUnlessFused:
+        """The size called by its condition."""
+        self = super().__new__(cls, f"({rows} if {'·'.join(tokens)} > {above})")
+        self.rows, self.tokens, self.above = rows, tokens, above
+        return self
+
+    def __getnewargs__(self) -> tuple[int, tuple[str, ...], int]:  # type: ignore[override]
+        """What a copy is made of."""
+        return self.rows, self.tokens, self.above
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        """The rows at these sizes, which may be arrays as well as integers."""
+        first, *others = (sizes[name] for name in self.tokens)
+        for other in others:
+            first = first * other
+        rows: Size = (first > self.above) * self.rows
+        return rows
+
+
+def _most_fused(part: Part, x: Tensor, running: Running) -> int:
+    """Tokens up to which the product with x is fused. Left out where autocast has another dtype than x: x is not cast then."""
+    n, k = _sizes(part)
+    assert isinstance(n, int)
+    assert isinstance(k, int)
+    assert part.quant is not None
+    if running.fused is None or running.autocast not in (None, x.dtype):
+        return 0
+    return running.fused.most_tokens(n, k, dtype=x.dtype, blocksize=part.quant.blocksize)
+
+
+def _unless_fused(x: Tensor, most: int) -> Callable[[int], Dim]:
+    """How many of a number of rows are dequantized for a product with x, if it is fused for so many tokens."""
+    known = prod(dim for dim in x.dims[:-1] if isinstance(dim, int))
+    named = tuple(dim for dim in x.dims[:-1] if not isinstance(dim, int))
+    if named and most >= known > 0:
+        return lambda rows: RowsUnlessFused(rows, named, most // known)
+    return lambda rows: 0 if 0 < known <= most else rows
+
+
+def linear4bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     """`Linear4bit`: the input in the compute dtype, the whole weight dequantized, the output back in the input's dtype.
 
-    Autocast casts what the product within takes, where the compute dtype is another than its own.
+    Autocast casts what the product within takes, where the compute dtype is another than its own. A fused product
+    dequantizes nothing and takes no workspace.
     """
     assert part.quant is not None
     assert part.weight is not None
     dtype = x.dtype
     x = f.to(x, str(part.quant.compute_dtype))
     n_out, n_in = _sizes(part)
-    absmax = _absmax(f, part, keep_both=True)
-    weight = f.new((n_out, n_in), x.dtype, "dequantized")
-    op = "linear" if part.bias is None else "addmm"
+    assert isinstance(n_out, int)
+    compute_dtype = f.autocast or x.dtype
+    most = _most_fused(part, x, running)
+    rows = _unless_fused(x, most)
+    absmax = _absmax(f, part, keep_both=True, of=rows)
+    weight = f.new((rows(n_out), n_in), x.dtype, "dequantized")
+    fused = running.fuses_first and running.tokens <= most
+    op = "gemm_4bit" if fused else "linear" if part.bias is None else "addmm"
     node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
     if node is not None:
         node.in_python = True
         node.context = None if f.modules is None else f.modules.whole(part.weight)  # `ctx.tensors`, a view of the packed weight
-    compute_dtype = f.autocast or x.dtype
     casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != compute_dtype]
     out = f.new((*x.dims[:-1], n_out), compute_dtype, op, node)
     del casts, weight, absmax
@@ -51,8 +107,8 @@ def _sizes(part: Part) -> Dims:
     return tuple(reversed(part.weight.dims)) if part.kind == "Conv1D" else part.weight.dims
 
 
-def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
-    """The fp32 absmax of a double quantized weight, as it is restored before use."""
+def _absmax(f: Tape, part: Part, *, keep_both: bool, of: Callable[[int], Dim] = int) -> list[Tensor]:
+    """The fp32 absmax of a double quantized weight, as it is restored before use; `of`: blocks → how many are."""
     assert part.quant is not None
     assert part.weight is not None
     if not part.quant.double_quant:
@@ -60,7 +116,7 @@ def _absmax(f: Tape, part: Part, *, keep_both: bool) -> list[Tensor]:
     n_out, n_in = part.weight.dims
     assert isinstance(n_out, int)
     assert isinstance(n_in, int)
-    blocks = (ceil_div(n_out * n_in, BLOCKSIZE),)
+    blocks = (of(ceil_div(n_out * n_in, BLOCKSIZE)),)
     return [f.new(blocks, "fp32", "absmax") for _ in range(1 + keep_both)]
 
 
@@ -97,7 +153,7 @@ def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tenso
     return grad, bias
 
 
-def linear8bit(f: Tape, part: Part, x: Tensor) -> Tensor:
+def linear8bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     """`Linear8bitLt`: an int8 copy of the input, int32 and fp16 outputs; it keeps its input outside autograd's saved tensors."""
     assert part.weight is not None
     n_out, _ = _sizes(part)
@@ -138,7 +194,7 @@ def _linear8bit_backward(f: Tape, node: Node, saved: tuple[Part], g: Tensor) -> 
     return grad, bias
 
 
-def linear_of_torchao(f: Tape, part: Part, x: Tensor) -> Tensor:
+def linear_of_torchao(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     """`LinearNF4`, and its bias (torchtune, modules/low_precision/nf4_linear.py): both passes restore the weight."""
     n_out, _ = _sizes(part)
     node = f.record(_linear_of_torchao_backward, (x,), part, x.dims)

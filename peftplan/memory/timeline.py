@@ -9,6 +9,7 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
+from peftplan.arrays import Derived, Size
 from peftplan.depth.copies import Layers, Stack, copies_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category, Dim, Line
@@ -77,6 +78,11 @@ class Timeline(NamedTuple):
         """Bytes of a tensor of each kind as asked for, before rounding."""
         nbytes = self._evaluated(sizes)
         return [nbytes[place] for place in self.size_of]
+
+    def with_derived(self, sizes: Mapping[str, Size]) -> dict[str, Size]:
+        """These sizes, and those that tensors have and that are computed from them."""
+        derived = {name for _, names in self.sizes for name in names if isinstance(name, Derived)}
+        return {**sizes, **{name: name.at(sizes) for name in sorted(derived)}}
 
     def _evaluated(self, sizes: Mapping[str, int]) -> list[int]:
         return [nbytes * prod([sizes[name] for name in names]) for nbytes, names in self.sizes]

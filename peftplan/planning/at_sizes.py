@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
 from peftplan.arrays import Ints, Objects
 from peftplan.errors import InputError, MissingExtraError, RefusedError
@@ -12,7 +11,7 @@ from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST, check_length, check_logits_to_keep
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
-from peftplan.planning.verdicts import capability
+from peftplan.planning.verdicts import capability, kernels_on, placed_on
 from peftplan.results.grid import Grid
 
 try:
@@ -30,11 +29,13 @@ def grid(
     *,
     cards: Sequence[Gpu],
     replays: int | None,
+    may_fuse: bool = False,
 ) -> Grid:
     """The job at every point of `sizes` (whole numbers, lists or arrays, broadcast against each other).
 
-    `job_with`: other options of the job → the job. Raises InputError for sizes below 1, and for sequences longer than the model's
-    positions or shorter than `logits_to_keep`; RefusedError for arrays whose shapes do not agree.
+    `job_with`: other options of the job → the job. `may_fuse`: `Job.may_fuse`. Raises InputError for sizes below 1, and for
+    sequences longer than the model's positions or shorter than `logits_to_keep`; RefusedError for arrays whose shapes do not
+    agree.
     """
     arrays = {name: _whole(name, values) for name, values in sizes.items()}
     try:
@@ -51,8 +52,8 @@ def grid(
     for where, options in _jobs(flat):
         points = Points(flat["batch_size"][where], flat["seq_len"][where], flat["r"][where] if "r" in flat else None)
         share = None if replays is None else replays * len(where) // count
-        for first, group in _by_kernels(cards):
-            sized = _sized(job_with, options, points, capability(group[0] if group else None))
+        for first, group in _by_kernels(cards, may_fuse=may_fuse):
+            sized = _sized(job_with, options, points, group[0] if group else None)
             requested = sized.requested(points)
             peak = np.maximum.reduce(list(requested.values()))
             decided = decide(sized, points, peak, [Limits.of(card, sized) for card in group], replays=share)
@@ -90,21 +91,23 @@ def _jobs(flat: Mapping[str, Ints]) -> Iterator[tuple[Ints, dict[str, int]]]:
         yield np.flatnonzero(which.ravel() == number), dict(zip(others, values[:, number].tolist(), strict=True))
 
 
-def _by_kernels(cards: Sequence[Gpu]) -> Iterator[tuple[bool, list[Gpu]]]:
+def _by_kernels(cards: Sequence[Gpu], *, may_fuse: bool) -> Iterator[tuple[bool, list[Gpu]]]:
     """Cards that run the same kernels, those of the first card first, with whether they are these."""
     groups: dict[object, list[Gpu]] = {}
     for card in cards:
-        groups.setdefault(kernels(capability(card)), []).append(card)
+        groups.setdefault(kernels_on(card, may_fuse=may_fuse), []).append(card)
     for number, group in enumerate(groups.values() or [[]]):
         yield number == 0, group
 
 
 def _sized(
-    job_with: Callable[[Mapping[str, int]], Inventory], options: Mapping[str, int], points: Points, compute_capability: str
+    job_with: Callable[[Mapping[str, int]], Inventory], options: Mapping[str, int], points: Points, card: Gpu | None
 ) -> Sized:
     ranks = [] if points.rank is None else np.unique(points.rank).tolist()
     sized = Sized(
-        lambda rank: job_with(options if rank is None else {**options, "r": rank}), ranks, compute_capability=compute_capability
+        lambda rank: placed_on(job_with(options if rank is None else {**options, "r": rank}), card),
+        ranks,
+        compute_capability=capability(card),
     )
     job = sized.first.job
     check_length(int(points.seq_len.max()), job.architecture.max_positions)

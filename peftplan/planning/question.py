@@ -13,7 +13,7 @@ from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
-from peftplan.planning.verdicts import capability, card_notes, verdict, vllm_of
+from peftplan.planning.verdicts import capability, card_notes, kernels_on, placed_on, verdict, vllm_of
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 
@@ -65,7 +65,7 @@ class Question(NamedTuple):
 
         setup = self.inventory.job.setup
         own = {"batch_size": setup.batch_size, "seq_len": setup.seq_len}
-        return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays)
+        return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays, may_fuse=self.inventory.job.may_fuse)
 
     def _with(self, options: Mapping[str, object]) -> Inventory:
         """The job with other options."""
@@ -125,19 +125,18 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     `skip_unfit`: no replay for a job whose tensors alone do not fit a card.
     """
     from peftplan.analytic.engine import analytic_peaks
-    from peftplan.analytic.running import kernels
 
     job = question.inventory.job
     question = _of_fullest(question)
-    by_kernels: dict[tuple[bool, int | None], Counted] = {}
+    by_kernels: dict[object, Counted] = {}
 
-    def peaks_on(compute_capability: str) -> Counted | str:
+    def peaks_on(card: "Gpu | None") -> Counted | str:
         if (why := without_loss(job.model, job.architecture)) is not None:
             return why
         try:
-            key = kernels(compute_capability)
+            key = kernels_on(card, may_fuse=job.may_fuse)
             if key not in by_kernels:
-                peaks = analytic_peaks(question.inventory, compute_capability=compute_capability)
+                peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=capability(card))
                 by_kernels[key] = Counted(peaks, peaks.runs_within)
             return by_kernels[key]
         except NeedsTraceError as missing:
@@ -154,7 +153,8 @@ def _of_fullest(question: "Question") -> "Question":
     if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
         return question
     try:
-        peaks = analytic_peaks(question.inventory, compute_capability=capability(question.cards[0] if question.cards else None))
+        first = question.cards[0] if question.cards else None
+        peaks = analytic_peaks(placed_on(question.inventory, first), compute_capability=capability(first))
     except NeedsTraceError:
         return question
     return question._replace(inventory=peaks.inventory)
@@ -168,10 +168,14 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     check_followed(job)
     if (why := without_loss(job.model, job.architecture)) is not None:
         raise RefusedError(why)
-    of_first = capability(question.cards[0] if question.cards else None)
+    first, traced_on = next(iter(question.cards), None), {}
 
-    def peaks_on(compute_capability: str) -> Counted:
-        return _trace(job, compute_capability, record=record and compute_capability == of_first, progress=progress)
+    def peaks_on(card: "Gpu | None") -> Counted:
+        key = (capability(card), *kernels_on(card, may_fuse=job.may_fuse))
+        if key not in traced_on:
+            of_card = placed_on(question.inventory, card).job
+            traced_on[key] = _trace(of_card, capability(card), record=record and card == first, progress=progress)
+        return traced_on[key]
 
     return _estimated(question, peaks_on, engine="trace")
 
@@ -191,6 +195,7 @@ def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callabl
             script=job.script,
             distributed=job.distributed,
             compute_capability=compute_capability,
+            multiprocessors=job.multiprocessors,
             record=record,
             progress=progress,
         )
@@ -198,21 +203,21 @@ def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callabl
 
 
 def _estimated(
-    question: "Question", peaks_on: Callable[[str], Counted | str], *, engine: Engine, skip_unfit: bool = False
+    question: "Question", peaks_on: "Callable[[Gpu | None], Counted | str]", *, engine: Engine, skip_unfit: bool = False
 ) -> Estimate:
     """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
 
-    `peaks_on`: compute capability → the peaks, or what part of the job has none.
+    `peaks_on`: a card → the peaks, or what part of the job has none.
     """
     (job, built, static, _), cards = question.inventory, question.cards
     of_first = capability(cards[0] if cards else None)
-    counted = {of: question.open or peaks_on(of) for of in dict.fromkeys((of_first, *map(capability, cards)))}
-    by_capability = {of: Counted() if isinstance(peaks, str) else peaks for of, peaks in counted.items()}
-    peaks = by_capability[of_first].peaks
+    counted = [question.open or peaks_on(card) for card in cards or (None,)]
+    by_card = [Counted() if isinstance(peaks, str) else peaks for peaks in counted]
+    peaks = by_card[0].peaks
     setup = job.setup
     refused_size = refused_batch(setup, job.replicas)
     vllm = vllm_of(setup, static.bytes(("weights", "quant_state")) if setup.use_vllm else 0)
-    standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_capability.values()) else 0
+    standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_card) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, setup, job.quant)
     if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
@@ -237,18 +242,18 @@ def _estimated(
         adaptation=job.adaptation,
         static=static,
         assumptions=assumed,
-        not_modelled=(f"{counted[of_first]}", *NOT_COUNTED) if peaks is None else outside(job, counted),
+        not_modelled=(f"{counted[0]}", *NOT_COUNTED) if peaks is None else outside(job, map(capability, cards or (None,))),
         gpus=tuple(
             verdict(
                 card,
                 standing,
-                *by_capability[of],
-                refused=refused_size or short or unmet(setup, pair(of)),
+                *of_card,
+                refused=refused_size or short or unmet(setup, pair(capability(card))),
                 skip_unfit=skip_unfit,
                 bound=question.bound,
                 vllm=vllm,
             )
-            for card, of in ((card, capability(card)) for card in cards)
+            for card, of_card in zip(cards, by_card, strict=False)
         ),
         peaks=peaks,
         warnings=job.warnings if warned is None or cards else (*job.warnings, warned),

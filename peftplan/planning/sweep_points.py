@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -14,14 +15,13 @@ from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.axes import Values
 from peftplan.planning.for_method import ONE_POINT, options_for
-from peftplan.planning.verdicts import capability
+from peftplan.planning.verdicts import capability, kernels_on, placed_on
 
 try:
     import numpy as np
 except ImportError:
     raise MissingExtraError("sweep (numpy)", "sweep") from None
 
-from peftplan.analytic.running import kernels
 from peftplan.analytic.sized import Points, Sized
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 
@@ -120,31 +120,46 @@ class Job(NamedTuple):
     def __len__(self) -> int:
         return prod(len(values) for values in self.sizes.values())
 
-    def counted(self, rank: int | None = None) -> Inventory:
-        """The job with its parameters, at its own rank or another."""
-        return counted(self.model, **self.options, **({} if rank is None else {"r": rank}))
+    def counted(self, rank: int | None = None, *, card: Gpu | None = None) -> Inventory:
+        """The job with its parameters on a card, at its own rank or another."""
+        return placed_on(counted(self.model, **self.options, **({} if rank is None else {"r": rank})), card)
 
     def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
         """Its points, so many at a time."""
         ranks = cast("Sequence[int]", self.sizes.get("r", ()))
         by_kernels: dict[object, Sized | str] = {}
+        may_fuse = self._may_fuse()
         for card in cards or (None,):
-            compute_capability = capability(card)
-            key = kernels(compute_capability)
+            key = kernels_on(card, may_fuse=may_fuse)
             if key not in by_kernels:
                 try:
-                    by_kernels[key] = Sized(self.counted, ranks, compute_capability=compute_capability)
+                    by_kernels[key] = Sized(partial(self.counted, card=card), ranks, compute_capability=capability(card))
                 except PeftplanError as refused:
                     by_kernels[key] = str(refused)
         for start in range(0, len(self), BLOCK):
-            yield Block(self, start, min(BLOCK, len(self) - start), by_kernels, cards)
+            yield Block(self, start, min(BLOCK, len(self) - start), by_kernels, cards, may_fuse)
+
+    def _may_fuse(self) -> bool:
+        try:
+            return self.counted().job.may_fuse
+        except PeftplanError:  # each point says it
+            return False
 
 
 class Block:
     """Some of a job's points, on all cards."""
 
-    def __init__(self, job: Job, start: int, count: int, by_kernels: Mapping[object, Sized | str], cards: Sequence[Gpu]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        start: int,
+        count: int,
+        by_kernels: Mapping[object, Sized | str],
+        cards: Sequence[Gpu],
+        may_fuse: bool,
+    ) -> None:
         self.job, self.start, self.count, self.by_kernels, self.cards = job, start, count, by_kernels, cards
+        self.may_fuse = may_fuse
         self.replayed = 0
         first = next(iter(by_kernels.values()))
         self.first = None if isinstance(first, str) else first.first.job
@@ -200,7 +215,7 @@ class Block:
             return {}, errors
         groups: dict[object, list[Gpu]] = {}
         for card in self.cards:
-            groups.setdefault(kernels(capability(card)), []).append(card)
+            groups.setdefault(kernels_on(card, may_fuse=self.may_fuse), []).append(card)
         share = None if replays is None else replays // max(len(groups), 1)
         by_card: dict[str, dict[str, list[object]]] = {}
         for key, sized in self.by_kernels.items():

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from peftplan.analytic.engine import analytic_peaks
-from peftplan.analytic.running import kernels
 from peftplan.hardware.gpus import Gpu, gpus
 from peftplan.job.inventory import Inventory
 from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
 from peftplan.planning.changes import Sizes
-from peftplan.planning.verdicts import capability, verdict
+from peftplan.planning.verdicts import capability, kernels_on, placed_on, verdict
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import TIGHT, Verdict
 
@@ -59,14 +58,14 @@ def trials(
     needed = on_card.needed_bytes - on_card.context_bytes
 
     def sizes(**changes: object) -> Sizes:
-        return analytic_peaks(remembered(**changes), compute_capability=compute_capability).requested
+        return analytic_peaks(placed_on(remembered(**changes), card), compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
-        others = []
+        others, may_fuse = [], remembered().job.may_fuse
         for other in _larger_cards(needed, setup, than=card):
             of = capability(other)
-            if kernels(of) != kernels(compute_capability):
+            if kernels_on(other, may_fuse=may_fuse) != kernels_on(card, may_fuse=may_fuse):
                 others.append(other)
             elif verdict(other, needed, as_here, refused=unmet(setup, pair(of))).verdict == "fits":
                 return other.id

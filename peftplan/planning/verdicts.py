@@ -16,6 +16,7 @@ from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
+    from peftplan.job.inventory import Inventory
 
 
 MAX_CONTEXT_MIB = 2**20
@@ -55,6 +56,20 @@ def capability(card: "Gpu | None") -> str:
 
     own = card.compute_capability if card else None
     return own if own and own[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
+
+
+def kernels_on(card: "Gpu | None", *, may_fuse: bool) -> tuple[object, ...]:
+    """What tells cards apart for a job; `may_fuse`: `Job.may_fuse`."""
+    from peftplan.analytic.running import kernels
+
+    of = capability(card)
+    return (*kernels(of), of, card.multiprocessors if card else None) if may_fuse else kernels(of)
+
+
+def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
+    """A job with its tensors on a card, by whose multiprocessors kernels may be chosen."""
+    job = inventory.job.on_card(card.multiprocessors if card else None)
+    return inventory if job is inventory.job else inventory._replace(job=job)
 
 
 _COUNTED = re.compile(r"\s*([0-9]+)\s*[x×]\s*(?=\S)", re.IGNORECASE)

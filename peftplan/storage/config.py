@@ -84,6 +84,8 @@ unless bitsandbytes is called directly.
 
 TORCHAO_NF4 = "nf4 of torchao"
 """A layout that no word of `--quant` names: torchtune's recipes store nf4 so."""
+FOUR_BIT = ("nf4", "fp4")
+"""Layouts of bitsandbytes' 4-bit weights."""
 
 
 class QuantConfig(NamedTuple):

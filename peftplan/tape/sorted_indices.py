@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
-from peftplan.arrays import Size
+from peftplan.arrays import Derived, Size
 from peftplan.ledger import Dim
 
 MOST_UNSORTED = 3072
@@ -25,8 +25,8 @@ BUFFERS: tuple[What, ...] = ("indices", "indices", "indices", "segments", "segme
 """The int64 buffers: sorted indices, their places, where segments begin; parts of each, their running sums; where parts begin."""
 
 
-class SortedRows(str):
-    """A named size: rows of a buffer of the sort; 0 where nothing is sorted. Equal to its name, as other named sizes are."""
+class SortedRows(Derived):
+    """Rows of a buffer of the sort; 0 where nothing is sorted."""
 
     indices: tuple[Dim, ...]
     """Dims of the indices."""

@@ -17,12 +17,14 @@ from peftplan.depth.log import Moment, category_of
 from peftplan.depth.shallow import Stack, names_layers, with_layers
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
-from peftplan.hardware.context import DEFAULT_CAPABILITY
+from peftplan.hardware.context import DEFAULT_CAPABILITY, DEFAULT_MULTIPROCESSORS
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.alike import repeating_stacks
+from peftplan.libraries.quantized import fused_on
 from peftplan.storage import QuantConfig
+from peftplan.storage.fused_products import Chip
 from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.cuda import losses
 from peftplan.trace.cuda.attention import Capability
@@ -130,6 +132,7 @@ def trace(
     quant: QuantConfig | None = None,
     setup: Setup,
     device: Capability | None = None,
+    multiprocessors: int | None = None,
     script: Script = NO_SCRIPT,
     distributed: Distributed | None = None,
     full_depth: bool = False,
@@ -139,7 +142,8 @@ def trace(
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
-    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels.
+    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels,
+    and so do its `multiprocessors` (None: those of an A100) for 4-bit weights.
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     `distributed`: the strategy of which one rank is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
@@ -147,9 +151,11 @@ def trace(
     Raises RefusedError for what cannot be traced.
     """
     on = fake_device("cpu" if distributed else fake_on)
+    chip = Chip(*(device or DEFAULT_CAPABILITY), multiprocessors or DEFAULT_MULTIPROCESSORS)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=device or DEFAULT_CAPABILITY, script=script, on=on, distributed=distributed,
+        capability=device or DEFAULT_CAPABILITY, chip=None if script.dequantizes_4bit else chip,
+        script=script, on=on, distributed=distributed,
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -205,6 +211,7 @@ def _run(
     quant: QuantConfig | None,
     setup: Setup,
     capability: Capability,
+    chip: Chip | None,
     script: Script,
     on: torch.device,
     distributed: Distributed | None,
@@ -231,6 +238,7 @@ def _run(
         _as_on_card(mode, capability, device=on.type),
         selecting(step_inputs.selected),
         tracker,
+        fused_on(chip),
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,
     ):

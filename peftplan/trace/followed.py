@@ -8,8 +8,8 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
-from peftplan.memory.parts import FOUR_BIT
 from peftplan.optim import parse_optim
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed

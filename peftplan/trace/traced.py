@@ -41,6 +41,7 @@ def trace_peaks(
     quant: QuantConfig | None,
     setup: Setup,
     compute_capability: str,
+    multiprocessors: int | None = None,
     script: Script = NO_SCRIPT,
     distributed: Distributed | None = None,
     record: bool = False,
@@ -48,9 +49,9 @@ def trace_peaks(
 ) -> tuple[Peaks, Callable[[int], bool]]:
     """Trace two optimizer steps: the second's peaks, and whether the run ends where the allocator can take so many bytes.
 
-    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces. `record` keeps the event log (tens of MB for
-    a large model); `progress` is told what runs and how much is done. Raises MissingExtraError without torch, RefusedError for
-    what cannot be traced.
+    `compute_capability` of the card, such as `8.9`, decides kernels and workspaces, with `multiprocessors` those of 4-bit
+    weights. `record` keeps the event log (tens of MB for a large model); `progress` is told what runs and how much is done.
+    Raises MissingExtraError without torch, RefusedError for what cannot be traced.
     """
     from peftplan.libraries.installed import require
 
@@ -76,6 +77,7 @@ def trace_peaks(
                 quant=quant,
                 setup=setup,
                 device=pair(compute_capability),
+                multiprocessors=multiprocessors,
                 script=script,
                 distributed=distributed,
                 progress=progress,

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from peftplan.job.virtual_tokens import PEFT_TASKS, SOUND
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
-from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.methods.adalora import AdaLoraConfig
 from peftplan.parameters import Parameter as Family
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor

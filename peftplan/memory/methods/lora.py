@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.methods.lora import LoraConfig
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
-from peftplan.memory.parts import FOUR_BIT, Part, Running
+from peftplan.memory.parts import Part, Running
 from peftplan.methods.vera import VeraConfig
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
