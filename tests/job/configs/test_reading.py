@@ -609,6 +609,8 @@ def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, o
         ({"rlhf_type": "dpo", "packing": True}, "packing"),
         ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        ({"rlhf_type": "grpo", "num_generations": 1, "loss_type": "fipo"}, "loss_type"),
+        ({"rlhf_type": "dpo", "loss_type": "sigmoid bco_pair sft"}, "loss_type"),
     ],
 )
 def test_of_swifts_trainers_some_are_not_read(values: dict[str, object], key: str) -> None:
