@@ -37,14 +37,8 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
 
 OPEN = ('fsdp1 full 64 fsdp={"backward_prefetch": "pre"}', 'fsdp1 full 4 config={"hidden_size": 1000')
 """Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
-<<<<<<< HEAD
-=======
 OF_LIGER = ('ddp lora 4 loss="liger" kernels="liger" model="smollm3-3b"',)
 """-0.13 % of 1.4 GB: 1.8 MB, cause not known; under ZeRO, which runs without autocast, Liger's layers agree."""
-THIRD_STEP = ('device-map full 2 model="llama-3.2-3b" layers=12',)
-"""Reserved -6.9 %: the allocator finds no room for the tied table's gradient in the third step, which no formula runs. After the
-second one the formulas reserve what the rehearsal does, 10,573,840,384 bytes."""
->>>>>>> 59ece60e (Liger's kernels have formulas in SmolLM3)
 PACKED = ('tp full 2 model="phi-3-mini-4k-instruct" layers=3 seq_len=256',)
 """Reserved -3.7 %: cause not known. Phi-3 packs queries, keys and values, and gate and up projection, in one weight each."""
 LARGE_HEAD = ('zero3 full 4 loss="liger" kernels="liger" model="qwen2.5-7b"',)
