@@ -32,8 +32,6 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         distributed.called: distributed.strategy != "fsdp2",
         "its tp_size": distributed.tp_size not in (None, 1),
         "its cp_size": distributed.cp_size not in (None, 1),
-        "its offload_params": distributed.offload_params == "cpu",
-        "its cpu_ram_efficient_loading": bool(distributed.cpu_ram_efficient_loading),
         f"its units under accelerate {distributed.accelerate}": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": job.quant is not None and job.quant.name not in FOUR_BIT,

@@ -8,7 +8,7 @@ host and of the device look alike, so what torch moves to the device before it s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -20,14 +20,16 @@ import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peftplan.distributed.strategy import Distributed
+from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.libraries.quantized import TORCH_DTYPES
@@ -49,6 +51,8 @@ POLICIES = {
 class RankTracker(Tracker):  # type: ignore[no-untyped-call]
     """A tracker of shards and streams."""
 
+    offloads = False
+    """Whether shards, their gradients and states lie on the host, where the optimizer steps."""
     _streams: dict[int, int]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,6 +64,32 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
         if not hasattr(self, "_streams"):
             self._streams = {id(torch.cpu._default_cpu_stream): 0}
         return self._streams.setdefault(id(torch.cpu.current_stream()), len(self._streams))
+
+    def begin(self, phase: str) -> None:
+        """Begin a phase. Nothing of a step on the host is recorded."""
+        if self.offloads:
+            self._paused += (phase == "step") - (self.phase == "step")
+        super().begin(phase)
+
+
+class Offloading(TorchFunctionMode):
+    """Copies between device and host."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Copy where torch's FSDP does it, with `cpu()`, or with `to()` and `non_blocking`."""
+        copies = func is torch.Tensor.cpu or (func is torch.Tensor.to and "non_blocking" in (kwargs or {}))
+        if not copies:
+            return func(*args, **(kwargs or {}))
+        if not self.tracker.sees(args[0]):
+            return args[0].clone()
+        with self.tracker.paused():
+            copy = args[0].clone()
+        self.tracker.on_host(copy)
+        return copy
 
 
 @dataclass
@@ -105,6 +135,9 @@ class Rank:
             tracker.register(tensor, "communication", "")
             return tensor
 
+        offloads = self.distributed.offload_params == "cpu"
+        if isinstance(tracker, RankTracker):
+            tracker.offloads = offloads
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.distributed.world_size)
         try:
             self._mesh = init_device_mesh("cpu", self._dims(), mesh_dim_names=("replicate", "shard")[-len(self._dims()) :])
@@ -112,6 +145,7 @@ class Rank:
                 patch.object(torch.UntypedStorage, "resize_", resized),
                 patch.object(ShardingPropagator, learn.__name__, unseen),
                 patch.object(DefaultAllocMixin, "allocate", named),
+                Offloading(tracker) if offloads else nullcontext(),
             ):
                 yield
         finally:
@@ -126,6 +160,9 @@ class Rank:
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
         """Shard the model as accelerate does, unit by unit: each is moved to the device whole, unless it was loaded there to be
         quantized. Packed weights in whole numbers are not sharded.
+
+        `cpu_ram_efficient_loading` makes the units without tensors, and fills them one tensor after the other
+        (`fsdp2_load_full_state_dict`).
         """
         names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
 
@@ -137,15 +174,21 @@ class Rank:
 
         if quant is not None:
             load(built, tracker, setup, quant)
+        one_by_one = quant is None and bool(self.distributed.cpu_ram_efficient_loading)
         whole = {p for p in built.model.parameters() if not p.is_floating_point()}
         with (
-            patch(MOVES, move if quant is None else lambda *there: None),
+            patch(MOVES, move if quant is None and not one_by_one else lambda *there: None),
+            tracker.paused() if one_by_one else nullcontext(),
             patch("torch.distributed.fsdp.fully_shard", partial(fully_shard, ignored_params=whole)),
         ):
             fsdp2_prepare_model(self._accelerator(setup), built.model)
         for name, parameter in built.model.named_parameters():
+            sizes = {"nbytes": parameter.nbytes, "shape": tuple(parameter.shape), "dtype": parse_dtype(parameter.dtype)}
+            full = tracker.passing(**sizes, op="load") if one_by_one else None
             tracker.register(parameter, built.owners[name], name)
-        for name, tensor in in_dicts(built):
+            if full is not None:
+                tracker.end(full)
+        for name, tensor in (*built.model.named_buffers(), *in_dicts(built)):
             tracker.register(tensor, "buffers", name)
 
     def batches(self, built: Built) -> Callable[[bool], None]:
@@ -166,7 +209,7 @@ class Rank:
             transformer_cls_names_to_wrap=distributed.transformer_cls_names_to_wrap,
             min_num_params=distributed.min_num_params,
             reshard_after_forward=True if reshards is None else reshards,
-            cpu_offload=None,
+            cpu_offload=CPUOffloadPolicy(pin_memory=False) if distributed.offload_params == "cpu" else None,
             mixed_precision_policy=self._policy(setup),
             ignored_modules=None,
             cpu_ram_efficient_loading=False,

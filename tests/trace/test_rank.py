@@ -18,6 +18,8 @@ SHOWN = (
     'fsdp2 full 8 config={"tie_word_embeddings": true}',
     'fsdp2 full 8 fsdp={"reshard_after_forward": false}',
     "fsdp2 full 8 accumulation=3",
+    'fsdp2 full 8 fsdp={"offload_params": "cpu"}',
+    'fsdp2 lora 8 fsdp={"cpu_ram_efficient_loading": true}',
     "fsdp2 qlora 4",
     'fsdp2 qlora 4 quant_storage="uint8"',
     'fsdp2 lora 8 parallel={"dp_replicate_size": 2, "dp_shard_size": 4}',
@@ -62,8 +64,6 @@ def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"strategy": "zero2"}, "not ZeRO-2 over 4 GPUs"),
         ({"strategy": "ddp"}, "not DDP over 4 GPUs"),
-        ({"offload_params": "cpu"}, "not its offload_params"),
-        ({"cpu_ram_efficient_loading": True}, "not its cpu_ram_efficient_loading"),
         ({"accelerate": "1.13"}, "not its units under accelerate 1.13"),
         ({"optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"trainer": "automodel"}, "not its units under NeMo"),

@@ -63,7 +63,7 @@ class _Ref(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("empty", "node", "record")
     record: Storage
     empty: bool
-    """Whether the storage was resized to nothing, which freed its memory."""
+    """Whether the storage was resized to nothing, which freed its memory, or lies on the host."""
     node: int | None
     """Number of the autograd node whose backward made it."""
 
@@ -275,8 +275,24 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = on_rank(tensor)
             storage = tensor.untyped_storage()
             known = self._live.get(storage._cdata)
+            if known is None and self._paused:
+                return
             record = known.record if known is not None else self._add(storage, tensor, op=op)
         record.category, record.name = category, name
+
+    def on_host(self, tensor: torch.Tensor) -> None:
+        """Take the storage of a tensor for one in host memory."""
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()
+            self._add(storage, tensor, op="host")
+        self.log.pop()
+        self._live[storage._cdata].empty = True
+
+    def sees(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's storage is on the device."""
+        with torch._C.DisableTorchFunction():
+            known = self._live.get(tensor.untyped_storage()._cdata)
+        return known is not None and not known.empty
 
     def made_by(self, tensor: torch.Tensor) -> str:
         """The operation that allocated a tensor's storage; empty if it was not seen."""
