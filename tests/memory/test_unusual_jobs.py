@@ -112,3 +112,20 @@ def test_the_gradients_of_casts_for_flash_attention_are_freed_in_the_traces_orde
     assert ours is not None
     assert traced is not None
     assert ours.reserved == traced.reserved
+
+
+def test_starcoder2_drops_out_before_attention_returns() -> None:
+    """Queries, keys and values live until attention has dropped out what it returns."""
+    config = {**LLAMA, "model_type": "starcoder2", "num_hidden_layers": 3, "vocab_size": 88_220, "intermediate_size": 15_072}
+    config |= {
+        "hidden_size": 3712,
+        "num_attention_heads": 29,
+        "num_key_value_heads": 29,
+        "architectures": ["Starcoder2ForCausalLM"],
+    }
+    job = {"gradient_checkpointing": True, "every_n_layers": 2, "attn_implementation": "eager", "padding": True}
+    job |= {"method": "dora", "lora_dropout": 0.05, "target_modules": "mlp", "seq_len": 2048, "batch_size": 2}
+    ours, traced = (estimate(config, engine=engine, **job).peaks for engine in ("analytic", "trace"))
+    assert ours is not None
+    assert traced is not None
+    assert ours.reserved == pytest.approx(traced.reserved, rel=0.001)

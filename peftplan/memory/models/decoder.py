@@ -156,7 +156,7 @@ def serial(c: Call, x: Tensor) -> Tensor:
 def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
     """What a sublayer adds to the residual, dropped out, multiplied."""
     f = c.at()
-    x = c.dropout(x)
+    x = x if c.style.drops_inside else c.dropout(x)
     if c.style.multiplied:
         x = ops.scale(f, x)
     return ops.add(f, residual, x)
@@ -185,7 +185,11 @@ def attention(c: Call, x: Tensor) -> Tensor:
         x = cat(f, [x], x.dims)  # of the documents' results
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
         return lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
-    return c.linear(f"self_attn.{c.style.output}", x)
+    x = c.linear(f"self_attn.{c.style.output}", x)
+    if c.style.drops_inside:
+        c.at("self_attn")
+        x = c.dropout(x)
+    return x
 
 
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,4 +314,8 @@ def plain_mlp(c: Call, x: Tensor) -> Tensor:
     first, second = c.style.plain
     x = c.linear(first, x)
     x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
-    return c.linear(second, x)
+    x = c.linear(second, x)
+    if c.style.drops_inside:
+        c.at("mlp")
+        x = c.dropout(x)
+    return x

@@ -50,4 +50,4 @@ glm4 = partial(
         by_head=True,
     ),
 )
-starcoder2 = partial(decoder, style=Style(norm=layer_norm))
+starcoder2 = partial(decoder, style=Style(norm=layer_norm, drops_inside=True))

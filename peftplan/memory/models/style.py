@@ -138,6 +138,7 @@ class Style(NamedTuple):
     eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
     the mask by position, not by name. `checkpoints_parts`: under checkpointing parts of a layer are checkpoints, not the layer.
     `holds_projected`: names hold queries, keys and values as they were projected until attention returns.
+    `drops_inside`: attention and the MLP drop out what they return; elsewhere the layer does.
     """
 
     norm: Norm = rms
@@ -166,3 +167,4 @@ class Style(NamedTuple):
     mask_by_position: bool = False
     checkpoints_parts: bool = False
     holds_projected: bool = False
+    drops_inside: bool = False
