@@ -174,6 +174,8 @@ class Rank:
 
         if quant is not None:
             load(built, tracker, setup, quant)
+        # accelerate's loop over the optimizer's parameters leaves its variable bound to the last of them (`_prepare_fsdp2`)
+        _last = [p for p in built.model.parameters() if p.requires_grad][-1]
         one_by_one = quant is None and bool(self.distributed.cpu_ram_efficient_loading)
         whole = {p for p in built.model.parameters() if not p.is_floating_point()}
         with (

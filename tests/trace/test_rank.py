@@ -42,6 +42,14 @@ def test_a_rehearsed_rank(name: str) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def test_an_adapter_is_whole_until_all_is_sharded() -> None:
+    """The load phase of LoRA to the byte: the last trained tensor stays whole while the rest is sharded."""
+    row = ROWS["fsdp2 lora 2"]
+    peaks = peftplan.estimate(**options(row), gpu="h200", engine="trace").peaks
+    assert peaks is not None
+    assert peaks.by_phase["load"] == row["peak_by_phase"]["load"]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight layers from three and four are eight layers that ran."""
