@@ -7,7 +7,8 @@
 Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), its own arguments (`# arguments:`), the
 exit code (`# exit:`), a model that has to lie in a folder as its config, a tokenizer and a checkpoint of holes (`# prepare:`;
 `{folder}` in the arguments), packages beyond the common ones (`# needs:`; without them it is left out), and, where the formulas
-can say the job, the options of `peftplan estimate` (`# estimate:`). Needs the CUDA build of torch, trl and datasets.
+can say the job, the options of `peftplan estimate` (`# estimate:`). A second comment of a kind goes on with the first. Needs the
+CUDA build of torch, trl and datasets.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ import shlex
 import sys
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from peftplan.cli import main as peftplan_main
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from peftplan.report import render
+from peftplan.results.rehearsal import Rehearsal
 from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +39,7 @@ PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
 DATA = PROGRAMS.parent / "rehearsals.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- programs -->", "<!-- end of programs -->")
+REPORT = ("<!-- out of memory -->", "<!-- end of the report -->")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -68,7 +75,9 @@ def programs() -> list[Program]:
 def read(path: Path) -> Program:
     """A program's docstring, or a config's first line, and comments."""
     text = path.read_text(encoding="utf-8")
-    header = dict(re.findall(r"^# (gpu|launcher|arguments|prepare|needs|exit|estimate): (.+)$", text, re.MULTILINE))
+    header: dict[str, str] = {}
+    for name, words in re.findall(r"^# (gpu|launcher|arguments|prepare|needs|exit|estimate): (.+)$", text, re.MULTILINE):
+        header[name] = f"{header[name]} {words}" if name in header else words
     title = text.partition('"""')[2].partition('"""')[0] if path.suffix == ".py" else text.partition("\n")[0].removeprefix("# ")
     split = {name: tuple(shlex.split(header.get(name, ""))) for name in ("launcher", "arguments", "prepare", "needs", "estimate")}
     return Program(path, title, header["gpu"], exit_code=int(header.get("exit", "0")), **split)
@@ -78,9 +87,6 @@ def estimated(program: Program) -> dict[str, int] | None:
     """The peaks of the formulas for the same job, None where they cannot say it."""
     if not program.estimate:
         return None
-    from contextlib import redirect_stdout, suppress
-    from io import StringIO
-
     output = StringIO()
     with redirect_stdout(output), suppress(SystemExit):
         peftplan_main(["estimate", *program.estimate, "--gpu", program.gpu, "--format", "json"])
@@ -97,6 +103,7 @@ def run(program: Program) -> dict[str, Any]:
         result = rehearse(program.command(folder), gpu=program.gpu, timeout=900, stdout=sys.stderr.fileno())
     rank = result.largest_rank
     failed = result.oom
+    report = {"report": printed(result)} if failed else {}
     return {
         "program": program.path.stem,
         "title": program.title,
@@ -108,12 +115,21 @@ def run(program: Program) -> dict[str, Any]:
         "peak_allocated": rank.peak_allocated if rank else None,
         "peak_reserved": rank.peak_reserved if rank else None,
         "verdict": result.gpus[0].verdict if result.gpus else None,
+        **report,
         "oom": f"{failed.phase} of step {failed.step}: {failed.requested_bytes:,} bytes" if failed else None,
         "seconds": result.seconds,
         "estimated": estimated(program),
         "host": dict(rank.host) if rank else {},
         "versions": {name: release for name in (*LIBRARIES, *program.needs) if (release := _version(name)) is not None},
     }
+
+
+def printed(result: Rehearsal) -> str:
+    """What `peftplan rehearse` prints on a screen of 100 columns."""
+    output = StringIO()
+    with redirect_stdout(output), patch.dict("os.environ", COLUMNS="100"):
+        render.rehearsal(result, fmt="table")
+    return output.getvalue().replace(sys.executable, "python").strip()
 
 
 def byte_tokens(size: int = 128_000) -> Iterator[str]:
@@ -147,6 +163,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def report_of(rows: list[dict[str, Any]]) -> str:
+    """The report of the program that runs out of memory, as a block of Markdown."""
+    report = next(row["report"] for row in rows if row["oom"])
+    return f"```text\n{report}\n```"
+
+
 def _row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
@@ -158,6 +180,7 @@ def write(rows: list[dict[str, Any]]) -> None:
     rows = [by_name[program.path.stem] for program in programs() if program.path.stem in by_name]
     DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     marked.write(PAGE, MARKS, table(rows))
+    marked.write(PAGE, REPORT, report_of(rows))
 
 
 def main(arguments: list[str]) -> None:

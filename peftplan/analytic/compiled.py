@@ -2,12 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.checks import check
 from peftplan.analytic.running import (
+    OF_MODULES,
     empties_first,
     kernels,
     limits_of,
@@ -18,7 +20,7 @@ from peftplan.analytic.running import (
     segments_grow,
 )
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
-from peftplan.arch.modules import Architecture
+from peftplan.arch.modules import NO_DROPOUT, Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
@@ -201,6 +203,8 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
 
         setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
         on_rank = ranks.architecture_of(job)
+    if setup.by.disables_dropout and on_rank.model_type in OF_MODULES:
+        on_rank = replace(on_rank, dropout=NO_DROPOUT)
     trained_again = _trained_again(job, parameters)
     new_model = partial(
         Model,

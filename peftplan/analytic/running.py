@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import DEFAULT_MULTIPROCESSORS, cublas_workspace_bytes
+from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
@@ -26,6 +27,10 @@ from peftplan.units import ceil_div
 if TYPE_CHECKING:
     from peftplan.job.job import Job
     from peftplan.storage.fused_products import Chip
+
+
+OF_MODULES = ("gpt2", "gpt_neo", "gptj")
+"""Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""
 
 
 def kernels(compute_capability: str) -> tuple[bool, int | None]:
@@ -50,6 +55,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
+        card=processors(compute_capability),
         flash=kernels(compute_capability)[0],
         peft_type=None if job.method is None else job.method.peft_type,
         peft_task=as_told(job.architecture, job.adapter).task_type,

@@ -132,7 +132,7 @@ class Trainer(NamedTuple):
     without_reference: tuple[str, ...] = ()
     """Values of `loss_type` that need no reference model."""
     disables_dropout: bool = False
-    """Whether no adapter drops activations: its `disable_dropout`, which is on by default."""
+    """Whether no adapter drops activations, and no module of the model: its `disable_dropout`, which is on by default."""
     under_ddp: tuple[Reference, ...] = ()
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     under_zero2: tuple[Reference, ...] = ()

@@ -213,5 +213,7 @@ def _log_probs_backward(f: Tape, node: Node, saved: LogProbs, *grads: Tensor | N
     narrow = tuple(
         None if w is None or x is None else f.to(w, x.dtype) for w, x in zip(wide, (hidden, weight, bias), strict=True)
     )
+    while wide:  # locals of a Python function go in the order of their first assignment
+        wide.pop(0)
     del chunk, part, buffer
     return narrow

@@ -12,9 +12,6 @@ from peftplan.job.kernels import Gated, Norm, Rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
-MULTIPROCESSORS = 108
-"""Of an A100 (NVIDIA A100 whitepaper); a norm whose weight trains has a row of fp32 sums for each."""
-
 
 def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand) -> Tensor:
     """`Y = X / rms(X) * W` in the dtype of x: saves x, W and an fp32 number per row."""
@@ -29,7 +26,7 @@ def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, O
     out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, g.dtype, "dX")
     if not node.edges[1]:
         return out, None
-    partial = f.new((kernel.partial_rows * MULTIPROCESSORS, *weight.dims), "fp32", "dW of each program")
+    partial = f.new((kernel.partial_rows * f.card.number, *weight.dims), "fp32", "dW of each program")
     total = f.new(weight.dims, "fp32", "sum")
     grad_weight = f.to(total, weight.dtype)
     del partial, total

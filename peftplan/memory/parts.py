@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
+from peftplan.hardware.processors import A100, Processors
 from peftplan.job.kernels import Kernels
 from peftplan.ledger import Dim
 from peftplan.methods.adaptation import MethodConfig
@@ -26,6 +27,8 @@ class Running(NamedTuple):
     attention: str
     padding: bool
     use_cache: bool
+    card: Processors = A100
+    """Its multiprocessors, by which kernels size their buffers."""
     flash: bool = True
     """Whether the card has FlashAttention (compute capability 8.0 and newer)."""
     peft_type: str | None = None

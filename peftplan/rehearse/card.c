@@ -3,8 +3,8 @@
  *
  * Copies from a card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
  * places of a mask are true). EMULATED_COUNT (1), EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES (85899345920), EMULATED_CONTEXT
- * (115343360, what the driver holds for a process before its first tensor), EMULATED_MULTIPROCESSORS (108) and EMULATED_NAME
- * ("emulated card") describe the cards.
+ * (115343360, what the driver holds for a process before its first tensor), EMULATED_MULTIPROCESSORS (108) of EMULATED_THREADS
+ * (2048) and EMULATED_NAME ("emulated card") describe the cards.
  * Processes that are given the same file as EMULATED_SHARED share their memory. */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -301,8 +301,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->pciDeviceID = 4 + device;
     p->major = capability(0);
     p->minor = capability(1);
-    p->multiProcessorCount = getenv("EMULATED_MULTIPROCESSORS") ? atoi(getenv("EMULATED_MULTIPROCESSORS")) : 108;
-    p->maxThreadsPerMultiProcessor = turing() ? 1024 : 2048;
+    p->multiProcessorCount = number("EMULATED_MULTIPROCESSORS", 108);
+    p->maxThreadsPerMultiProcessor = number("EMULATED_THREADS", 2048);
     p->sharedMemPerMultiprocessor = turing() ? 65536 : 167936;
     p->sharedMemPerBlockOptin = turing() ? 65536 : 166912;
     p->sharedMemPerBlock = 49152;

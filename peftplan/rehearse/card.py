@@ -43,6 +43,8 @@ OPENED_BY_TRITON = [
     "cuTensorMapEncodeTiled",
 ]
 """Functions that triton looks up when it runs, and that no library imports."""
+OLDEST = (2, 8)
+"""The oldest torch that rehearses; 2.8.0, 2.13.0 and 2.14.1 were tried, and 2.4.1, whose memory history tells less."""
 OPENED = ("libnvidia-ml.so.1", "libcuda.so.1")
 """Libraries that programs open by these names."""
 
@@ -50,7 +52,8 @@ OPENED = ("libnvidia-ml.so.1", "libcuda.so.1")
 def library() -> Path:
     """The folder that holds the card's libraries for the installed torch; compiled where it is not there yet.
 
-    Raises RefusedError for another platform, a CPU build of torch or a missing compiler, MissingExtraError without torch.
+    Raises RefusedError for another platform, a CPU build or an old release of torch, or a missing compiler, MissingExtraError
+    without torch.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise RefusedError(
@@ -58,6 +61,12 @@ def library() -> Path:
             "elsewhere in a container: docs/rehearse.md shows the command"
         )
     packages = _packages()
+    version, _ = torch_version()
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RefusedError(
+            f"rehearse needs torch {oldest} or newer (this is {version}): torch._C._cuda_memorySnapshot takes no arguments yet"
+        )
     libraries = [*packages.glob("torch/lib/*.so"), *packages.glob("bitsandbytes/libbitsandbytes_cuda1[23]*.so")]
     spec = find_spec("pynvml")
     pynvml = [Path(spec.origin)] if spec is not None and spec.origin is not None else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from peftplan.report.bar import Segment, bar, legend, unit_of
 from peftplan.report.cards import card_name
@@ -43,7 +43,7 @@ def rows(result: Rehearsal, screen: Screen) -> list[Row]:
     if result.oom is not None:
         lines += _out_of_memory(result.oom, screen)
     if (rank := result.largest_rank) is not None:
-        lines += [BLANK, *_peak(rank, result.ranks, screen)]
+        lines += [BLANK, *_peak(rank, result, screen)]
     lines.append(BLANK)
     for note in result.notes:
         lines += wrapped(f"note: {note}", screen.columns, colour="yellow")
@@ -75,13 +75,13 @@ def _out_of_memory(oom: OutOfMemory, screen: Screen) -> list[Row]:
     return [*lines, BLANK, (Part("alive then, by the line that made it:"),), *_lines(oom.alive, screen)]
 
 
-def _peak(rank: Rank, ranks: Sequence[Rank], screen: Screen) -> list[Row]:
+def _peak(rank: Rank, result: Rehearsal, screen: Screen) -> list[Row]:
     dot = screen.glyphs.dot
     unit, name = unit_of(rank.peak_allocated)
     phases = dict(rank.peak_by_phase)
     highest = max(phases, key=lambda phase: phases[phase])
     others = dot.join(f"{phase} {size / unit:.2f}" for phase, size in phases.items() if phase != highest)
-    of_rank = f" on rank {rank.rank}, device {rank.device}" if len(ranks) > 1 else ""
+    of_rank = f" on rank {rank.rank}, device {rank.device}" if len(result.ranks) > 1 else ""
     peak, reserved = f"peak {rank.peak_allocated / unit:.2f} {name}", f"reserved {rank.peak_reserved / unit:.2f}"
     text = "; ".join(part for part in (f"{peak} in {highest}{of_rank}", others, reserved) if part)
     sizes = sorted(rank.by_category.items(), key=lambda item: -item[1])
@@ -90,7 +90,8 @@ def _peak(rank: Rank, ranks: Sequence[Rank], screen: Screen) -> list[Row]:
     lines += flowing(legend(parts, screen.glyphs), screen.columns, between=dot)
     largest_category = sizes[0][0] if sizes else ""
     lines += _host(rank, screen)
-    lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *_lines(rank.largest, screen)]
+    if result.oom is None or result.oom.alive != rank.largest:  # else they stand above
+        lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *_lines(rank.largest, screen)]
     if largest_category in CHANGES:
         lines += [BLANK, *wrapped(f"what would help most: {CHANGES[largest_category]}", screen.columns)]
     return lines

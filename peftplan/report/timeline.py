@@ -55,7 +55,8 @@ def title(result: Estimate | Rehearsal) -> str:
     config, assumed = result.method["config"], result.assumptions
     rank = f" r={config['r']}" if "r" in config else ""
     job = f"{result.model['name']} · {result.method['name']}{rank}"
-    return f"{job} · batch {assumed['batch_size']} × {assumed['seq_len']} tokens · {result.engine}"
+    tokens = f" × {assumed['seq_len']} tokens" if "seq_len" in assumed else ""  # pictures have none
+    return f"{job} · batch {assumed['batch_size']}{tokens} · {result.engine}"
 
 
 def _page(result: Estimate | Rehearsal, recording: Recording) -> bytes:

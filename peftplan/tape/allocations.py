@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftplan.hardware.processors import A100
 from peftplan.ledger import Category
+from peftplan.tape.column_sums import column_dims
 from peftplan.tape.tensors import Dims, Node, Parameter, Storage, Tensor
 
 
@@ -35,6 +37,8 @@ class Allocations:
         """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
         self.arrived: list[Parameter] = []
         """The parameter for which it is to be called."""
+        self.card = A100
+        """The multiprocessors by which kernels size their buffers."""
         self.module = ""
         """The module whose code runs."""
         self.segment = 1
@@ -49,6 +53,14 @@ class Allocations:
         self.made_in.append(self.segment)
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
+
+    def column_sum(self, source: Dims, dims: Dims, dtype: str) -> Tensor:
+        """Allocate the sum of a tensor over its first dims; the kernel takes buffers where rows are many (`column_sums`)."""
+        total = self.new(dims, dtype, "sum")
+        buffers = [self.new((size,), "fp32", "partial sums") for size in column_dims(source, dims, self.card)]
+        while buffers:
+            buffers.pop()
+        return total
 
     def alike(self, x: Tensor, dtype: str, op: str) -> Tensor:
         """Allocate the result of an operation on each element of x; its elements lie in the order of those of x."""

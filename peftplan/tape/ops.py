@@ -27,7 +27,7 @@ def _broadcast(a: Tensor, b: Operand) -> Dims | None:
 
 def of_broadcast(grad: Tensor, like: Dims | None) -> Tensor:
     """The gradient of an input of dims `like`. If the input was broadcast, the autograd engine sums it (`reduce_grad`)."""
-    return grad if like is None or grad.dims == like else Broadcast(grad.storage, like, grad.dtype)
+    return grad if like is None or grad.dims == like else Broadcast(grad, like)
 
 
 def embedding(f: Tape, weight: Operand, rows: Dims, ids: Tensor | None = None) -> Tensor:

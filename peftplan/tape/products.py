@@ -51,7 +51,7 @@ def _linear_in_python_backward(f: Tape, node: Node, saved: Product, g: Tensor) -
     to_x, to_weight, to_bias = node.edges
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
     grad_weight = f.new(w_dims, g.dtype, "mm") if to_weight else None
-    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias and bias_dims is not None else None
+    grad_bias = f.column_sum(g.dims, bias_dims, g.dtype) if to_bias and bias_dims is not None else None
     return grad_x, grad_weight, grad_bias
 
 
@@ -62,7 +62,7 @@ def _linear_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradient
     grad_x = f.new(x_dims, g.dtype, "mm") if to_x else None
     if grad_x is not None and len(x_dims) > 2:
         f.view_of(grad_x)  # mm returns two dims; `reshape` restores those of x
-    grad_bias = f.new(bias_dims, g.dtype, "sum") if to_bias and bias_dims is not None else None
+    grad_bias = f.column_sum(g.dims, bias_dims, g.dtype) if to_bias and bias_dims is not None else None
     return grad_x, grad_weight, grad_bias
 
 
@@ -74,7 +74,7 @@ def _addmm_backward(f: Tape, node: Node, saved: Product, g: Tensor) -> Gradients
     if grad_x is not None and len(x_dims) > 2:
         f.view_of(grad_x)
     grad_weight = f.view_of(f.new(w_dims, g.dtype, "mm")) if to_weight else None
-    return grad_x, grad_weight, Broadcast(g.storage, bias_dims, g.dtype) if to_bias and bias_dims is not None else None
+    return grad_x, grad_weight, Broadcast(g, bias_dims) if to_bias and bias_dims is not None else None
 
 
 def falcon_linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = None) -> Tensor:

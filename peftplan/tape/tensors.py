@@ -117,9 +117,13 @@ class Strided(Tensor):
 
 
 class Broadcast(Tensor):
-    """The gradient of a broadcast input before the engine sums it; `dims` are those of the input."""
+    """The gradient of a broadcast input before the engine sums it; `dims` are those of the input, `source` its own."""
 
-    __slots__ = ()
+    __slots__ = ("source",)
+
+    def __init__(self, grad: Tensor, dims: Dims) -> None:
+        super().__init__(grad.storage, dims, grad.dtype)
+        self.source = grad.dims
 
 
 class Node:

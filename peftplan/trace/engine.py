@@ -29,7 +29,7 @@ from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.cuda import losses
 from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.ctc import ctc_on_cuda
-from peftplan.trace.cuda.differences import KERNEL_TEMPORARIES, CudaLike, as_on_cuda
+from peftplan.trace.cuda.differences import CudaLike, as_on_cuda, kernel_temporaries
 from peftplan.trace.cuda.dispatcher import attention_on, dispatched_as_on_cuda
 from peftplan.trace.cuda.experts import experts_on
 from peftplan.trace.cuda.flash import flash_attn_installed
@@ -228,7 +228,7 @@ def _run(
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
-    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker)
+    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, capability)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
@@ -303,7 +303,9 @@ def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iter
         yield
 
 
-def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces, kind: type[Tracker]) -> Tracker:
+def _tracker(
+    built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces, kind: type[Tracker], capability: Capability
+) -> Tracker:
     tokens = _token_counts(built, step_inputs, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
 
@@ -316,7 +318,7 @@ def _tracker(built: Built, step_inputs: Inputs, setup: Setup, workspaces: Worksp
     tracker = kind(
         is_logits=is_logits,
         scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
-        temporaries=KERNEL_TEMPORARIES,
+        temporaries=kernel_temporaries(capability),
         after=workspaces.after,
     )
     return tracker

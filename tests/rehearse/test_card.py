@@ -10,9 +10,9 @@ from peftplan.errors import MissingExtraError, RefusedError
 from peftplan.rehearse import card
 
 
-def fake_torch(root: Path, *, cuda: str | None) -> Path:
+def fake_torch(root: Path, *, cuda: str | None, version: str = "2.13.0") -> Path:
     (root / "torch" / "lib").mkdir(parents=True, exist_ok=True)
-    text = f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\n"
+    text = f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n"
     (root / "torch" / "version.py").write_text(text, encoding="utf-8")
     (root / "torch" / "__init__.py").touch()
     return root
@@ -28,6 +28,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_build_of_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_packages", lambda: fake_torch(tmp_path, cuda=None))
     with pytest.raises(RefusedError, match=r"torch 2\.13\.0 is built without CUDA"):
+        card.library()
+
+
+def test_an_old_torch_is_refused_by_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "_packages", lambda: fake_torch(tmp_path, cuda="12.1", version="2.4.1+cu121"))
+    with pytest.raises(RefusedError, match=r"torch 2\.8 or newer \(this is 2\.4\.1\+cu121\): torch._C._cuda_memorySnapshot"):
         card.library()
 
 

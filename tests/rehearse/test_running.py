@@ -15,10 +15,14 @@ from typing import Any
 import pytest
 
 from peftplan.errors import InputError
+from peftplan.hardware.gpus import find_gpu
+from peftplan.hardware.processors import processors
 from peftplan.planning.replayed import replay_file
+from peftplan.planning.verdicts import capability
 from peftplan.rehearse import rehearse
 from peftplan.report import timeline
 from peftplan.results.rehearsal import Rehearsal
+from peftplan.tape.column_sums import elements
 
 pytestmark = pytest.mark.rehearse
 
@@ -182,6 +186,23 @@ def test_a_solver_that_says_whether_it_converged(tmp_path: Path) -> None:
     """What it says is a number read from the card, which would be the count of labels."""
     result, _ = run(INVERTED, tmp_path)
     assert (result.ended, result.steps, result.exit_code) == ("steps", 3, 0)
+
+
+SUMS = """
+import torch
+x = torch.empty(16384, 768, dtype=torch.float16, device="cuda")
+before = torch.cuda.memory_allocated()
+total = x.sum(0)
+print("SEEN", torch.cuda.max_memory_allocated() - before - 1536)
+"""
+
+
+@pytest.mark.parametrize("gpu", ["t4", "a100-80gb", "rtx-4090"])
+def test_sums_over_rows_take_the_buffers_that_the_engines_count(gpu: str, tmp_path: Path) -> None:
+    """Their size depends on the card's multiprocessors; the block is rounded up to the segment where little is left of it."""
+    card = processors(capability(find_gpu(gpu)))
+    partial = 4 * int(elements("partial sums", rows=16384, columns=768, card=card))
+    assert 0 <= seen(run(SUMS, tmp_path, gpu=gpu, steps=0)[1]) - partial - 512 < 2**20
 
 
 EQUAL = """

@@ -183,3 +183,11 @@ def test_a_drawing_that_stops_leaves_no_file(tmp_path: Path, name: str, stopped:
     with patch.object(module, function, side_effect=stopped), pytest.raises(stopped):
         timeline.write(recorded(), str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_of_pictures_has_no_tokens_in_its_title() -> None:
+    result = tiny_estimate()
+    words = timeline.title(result).split(" · ")
+    pictures = {name: value for name, value in result.assumptions.items() if name != "seq_len"}
+    expected = [*words[:2], words[2].partition(" ×")[0], *words[3:]]
+    assert timeline.title(replace(result, assumptions=pictures)).split(" · ") == expected

@@ -98,6 +98,13 @@ def test_out_of_memory_names_the_line_that_asked() -> None:
     assert "asked for 1.00 MiB more in backward, step 1, rank 0" in text
 
 
+def test_what_was_alive_is_said_once() -> None:
+    assert RANK.largest == OOM.alive
+    for oom, times in ((OOM, 1), (replace(OOM, alive=(replace(LARGEST, bytes=1),)), 2)):
+        shown = rows(rehearsal(oom=oom, ended="out_of_memory"), Screen(100, UNICODE))
+        assert sum("by the line that made it:" in part.text for row in shown for part in row) == times
+
+
 def test_a_record_says_the_job_that_was_stated_and_what_was_rehearsed(tmp_path: Path) -> None:
     result = replace(rehearsal(), versions={"torch": "2.13.0", "transformers": "5.24.0"}, world_size=8)
     record = record_of("qwen2.5-0.5b", result, method="lora", r=4, trainer="trl", batch_size=2)

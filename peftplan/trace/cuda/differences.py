@@ -8,6 +8,7 @@
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
+| sums over rows | CUDA's blocks share columns through a buffer (Reduce.cuh) | `kernel_temporaries` |
 | gradient of an embedding | CUDA sorts more than 3,072 indices, and sums rows in fp32 (Embedding.cu) | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
 | dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
@@ -24,8 +25,8 @@
 | `save_on_cpu` | its copies on the host would count as the device's | `hosted.SavedOnHost` |
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 
-Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; staging buffers of
-large reductions, and what CUB takes to sort indices: temporaries of a few MB inside one kernel.
+Left out: scalars that live on the host on CUDA count here as 512 bytes each where the tracker cannot tell; what CUB takes to
+sort indices: temporaries of a few MB inside one kernel.
 """
 
 from __future__ import annotations
@@ -41,18 +42,40 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
+from peftplan.hardware.processors import Processors, processors
 from peftplan.libraries.replacing import replaced
-from peftplan.tape.sorted_indices import BUFFERS, sorted_rows
+from peftplan.tape import column_sums, sorted_indices
+from peftplan.tape.column_sums import BUFFERS
+from peftplan.tape.sorted_indices import sorted_rows
 from peftplan.trace.cuda.hosted import SavedOnHost
 
 F = torch.nn.functional
+_ATEN = torch.ops.aten
 
 
 def _of_sorting(grad: torch.Tensor, indices: torch.Tensor, table: int) -> list[torch.Tensor]:
     """What the gradient of a table of so many rows takes to sort the indices (`peftplan.tape.sorted_indices`)."""
-    rows = {what: sorted_rows(what, n=indices.numel(), v=table) for what in set(BUFFERS)}
-    buffers = [indices.new_empty(rows[what]) for what in BUFFERS]
+    rows = {what: sorted_rows(what, n=indices.numel(), v=table) for what in set(sorted_indices.BUFFERS)}
+    buffers = [indices.new_empty(rows[what]) for what in sorted_indices.BUFFERS]
     return [*buffers, grad.new_empty((rows["parts"], grad.shape[-1]), dtype=torch.float32)]
+
+
+def _of_column_sum(x: torch.Tensor, dims: Sequence[int], card: Processors) -> list[torch.Tensor]:
+    """The buffers of a sum over `dims` (`peftplan.tape.column_sums`)."""
+    summed = {dim % x.dim() for dim in dims} if dims else set(range(x.dim()))
+    fastest = min((dim for dim in range(x.dim()) if x.shape[dim] > 1), key=x.stride, default=None)
+    if fastest is None or fastest in summed or not x.is_floating_point():
+        return []
+    columns = math.prod(x.shape[dim] for dim in range(x.dim()) if dim not in summed)
+    rows = x.numel() // columns
+    return [x.new_empty(column_sums.elements(what, rows=rows, columns=columns, card=card), dtype=torch.int32) for what in BUFFERS]
+
+
+def kernel_temporaries(capability: tuple[int, int]) -> dict[Any, Callable[..., Sequence[torch.Tensor]]]:
+    """`KERNEL_TEMPORARIES`, and those that depend on the card."""
+    card = processors(".".join(map(str, capability)))
+    sums = dict.fromkeys((_ATEN.sum.dim_IntList, _ATEN.mean.dim), lambda x, dims, *_, **__: _of_column_sum(x, dims or (), card))
+    return {**KERNEL_TEMPORARIES, **sums}
 
 
 class CudaLike(TorchFunctionMode):
@@ -102,7 +125,6 @@ KERNEL_TEMPORARIES: dict[Any, Callable[..., Sequence[torch.Tensor]]] = {
 """Operations whose CUDA kernel allocates further tensors while it runs → tensors of the same sizes."""
 
 
-_ATEN = torch.ops.aten
 IN_PLACE: dict[tuple[str, Any], Any] = {
     ("IndexBackward0", _ATEN.index_put.default): _ATEN.index_put_.default,
     ("IndexSelectBackward0", _ATEN.index_add.default): _ATEN.index_add_.default,

@@ -1,5 +1,7 @@
 """transformers' Trainer: BERT for sequence classification, full fine-tuning, 32 x 128 tokens."""
 # gpu: t4
+# estimate: bert-base-uncased --task-type SEQ_CLS --num-labels 2 --batch-size 32 --seq-len 128 --method full
+# estimate: --trainer transformers --dtype fp32 --autocast fp16 --no-gradient-checkpointing
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments

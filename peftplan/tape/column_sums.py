@@ -1,0 +1,98 @@
+"""What CUDA allocates while it sums the rows of a matrix, as for the gradient of a bias or of a norm's weight.
+
+Where rows are many and columns few, several blocks share the columns, and their partial sums wait in a buffer: 8 bytes for each
+element that is summed, up to 4 bytes for 16,384 columns on each block that the card holds (108 MiB on an A100).
+
+Source: torch, aten/src/ATen/native/cuda/Reduce.cuh (`setReduceConfig`, `global_memory_size`, `semaphore_size`), where the fastest
+dimension is one that is kept. Left out: sums of rows and of whole tensors, whose buffers are a few KiB, and inputs of more than
+2 GiB, which are summed in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Literal
+
+from peftplan.arrays import Derived, Size
+from peftplan.hardware.processors import Processors
+from peftplan.ledger import Dim
+from peftplan.units import ceil_div
+
+MOST_THREADS = 512
+"""Threads of a block, less where each reads several columns (`MAX_NUM_THREADS`)."""
+WARP = 32
+VALUES_PER_THREAD = (16, 256)
+"""Fewest and most rows that one thread sums; from the larger number on, blocks share columns."""
+
+FEW: tuple[tuple[Dim, ...], ...] = (("b",),)
+"""Dims of fewer rows than blocks share."""
+
+What = Literal["partial sums", "counters"]
+BUFFERS: tuple[What, ...] = ("partial sums", "counters")
+"""Elements of 4 bytes, in the order in which they are allocated; freed in reverse."""
+
+
+def elements(what: What, *, rows: Size, columns: int, card: Processors) -> Size:
+    """Elements of a buffer that sums so many rows; 0 where no block shares a column. `rows` may be an array."""
+    vector = next(width for width in (4, 2, 1) if columns % width == 0)
+    most, wide = MOST_THREADS // vector, columns // vector
+    widest = min(1 << (wide.bit_length() - 1), most)
+    height = most // min(widest, WARP)
+    width = min(widest, most // height)
+    blocks = ceil_div(wide, width)
+    together = card.number * (card.threads // (width * height))
+    values = -(-rows // height)
+    fewest, largest = VALUES_PER_THREAD
+    shared = _smaller(-(-values // fewest), ceil_div(together, blocks))
+    sharing = shared + (-(-values // largest) > shared) * (-(-values // largest) - shared)
+    each = columns * width * vector * sharing if what == "partial sums" else blocks
+    shares: Size = (values >= largest) * (blocks <= together) * (sharing > 1) * each
+    return shares
+
+
+def _smaller(size: Size, most: int) -> Size:
+    smaller: Size = size - (size > most) * (size - most)
+    return smaller
+
+
+class ColumnSums(Derived):
+    """Elements of a buffer of such a sum."""
+
+    rows: tuple[Dim, ...]
+    """Dims that are summed."""
+    columns: int
+    card: Processors
+    what: What
+
+    def __new__(cls, rows: tuple[Dim, ...], columns: int, card: Processors, what: What) -> ColumnSums:
+        """The size called by what it counts."""
+        self = super().__new__(cls, f"{what} of {'·'.join(map(str, rows))} rows of {columns}")
+        self.rows, self.columns, self.card, self.what = rows, columns, card, what
+        return self
+
+    def __getnewargs__(self) -> tuple[tuple[Dim, ...], int, Processors, What]:  # type: ignore[override]
+        """What a copy is made of."""
+        return self.rows, self.columns, self.card, self.what
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        """The elements at these sizes, which may be arrays as well as integers."""
+        first, *others = (sizes[dim] for dim in self.rows if isinstance(dim, str))
+        for other in others:
+            first = first * other
+        rows: Size = first * prod(dim for dim in self.rows if isinstance(dim, int))
+        return elements(self.what, rows=rows, columns=self.columns, card=self.card)
+
+
+def column_dims(source: tuple[Dim, ...], kept: tuple[Dim, ...], card: Processors) -> tuple[Dim, ...]:
+    """The buffers of a sum of a tensor over all but its last dims, as dimensions; none where this is not such a sum.
+
+    The last dims of `source` may be spelled otherwise than those that are kept: as heads of a projection with a bias.
+    """
+    columns = prod(dim for dim in kept if isinstance(dim, int))
+    rest, remainder = divmod(prod(dim for dim in source if isinstance(dim, int)), columns)
+    named = tuple(dim for dim in source if isinstance(dim, str))
+    summed: tuple[Dim, ...] = (*named, rest) if rest > 1 else named
+    if columns == 1 or remainder or not named or summed in FEW or not all(isinstance(dim, int) for dim in kept):
+        return ()
+    return tuple(ColumnSums(summed, columns, card, what) for what in BUFFERS)
