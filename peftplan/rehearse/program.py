@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def _result(
         oom=ooms[0] if ooms else None,
         gpus=() if card is None or not (ranks or ooms) else (_verdict(card, ranks, out_of_memory=bool(ooms), steps=steps),),
         replaced=(),
-        notes=(*_notes(ranks, steps, settings), *_alone(reports, request.cards, settings)),
+        notes=(*_signalled(code, reports, ended), *_notes(ranks, steps, settings), *_alone(reports, request.cards, settings)),
         seconds=0.0,
         world_size=settings.world_size,
         versions=next((report["versions"] for report in reports), {}),
@@ -242,6 +242,14 @@ def _replaced(settings: Settings, request: Request) -> Iterator[str]:
         yield "writes went to a scratch layer and are gone"
     if not request.network:
         yield "the network was out of reach"
+
+
+def _signalled(code: int, reports: Sequence[object], ended: str) -> Iterator[str]:
+    """Which signal ended the program, if one did; without a handler it leaves no time to report."""
+    number = -code if code < 0 else code - 128
+    if ended == "program" and number > 0:
+        name = next((each.name for each in signal.Signals if each == number), f"signal {number}")
+        yield f"the program was ended by {name}" + ("" if reports else ", which left it no time to say what it held")
 
 
 def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[str]:

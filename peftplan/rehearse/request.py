@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from peftplan.errors import InputError, RefusedError
+from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.hardware.gpus import Gpu, find_gpu
 from peftplan.planning.verdicts import find_cards
 
@@ -157,7 +157,10 @@ def _ranks(rank: int | str, world_size: int) -> tuple[int, ...]:
 def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
-    card = find_gpu(size)
-    if card.capacity_bytes is None:
+    try:
+        nbytes = find_gpu(size).capacity_bytes
+    except UnknownNameError:
+        nbytes = None
+    if nbytes is None:
         raise InputError("max_host", size, "accepted: a size such as 8GiB")
-    return card.capacity_bytes
+    return nbytes

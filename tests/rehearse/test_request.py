@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {"gpu": None, "steps": 3, "world_size": None, "rank":
         ({"rank": "first"}, "rank"),
         ({"timeout": 0.0}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
-        ({"max_host": "much"}, "much"),
+        ({"max_host": "much"}, "max_host: 'much' is not valid; accepted: a size such as 8GiB"),
         ({"max_host": "a100-80gb"}, "max_host"),
         ({"data": "real"}, "data"),
         ({"data": "synthetic:text,=int"}, "data"),

@@ -368,6 +368,7 @@ def test_a_program_that_exits_early_shows_its_own_end_and_a_report(
     result, _ = run(one_step, tmp_path)
     assert (result.exit_code, result.ended) == (code, "program")
     assert shown in capfd.readouterr().err
+    assert any("ended by SIGUSR1, which left it no time" in note for note in result.notes) == (code > 128)
     if code < 128:  # a signal without a handler leaves a process no time to report
         assert (result.steps, result.to_dict()["program_exit"]) == (2, code)
         assert any("ended after 2 of 3 steps" in note for note in result.notes)
