@@ -9,6 +9,11 @@ MEANINGS: tuple[tuple[str, str], ...] = (
         "quant_skip_modules",
     ),
     (
+        "to out tensor with dtype torch.uint8",
+        "the model's code clamps a packed 4-bit weight, which fails on a GPU too (Gemma 3n: prediction_coefs, correction_coefs); "
+        "accepted: quant none, or these layers in quant_skip_modules",
+    ),
+    (
         "only Tensors of floating point dtype can require gradients",
         "a module that peft trains in full (the head) is itself quantized, which fails on a GPU too; accepted: its name in "
         "quant_skip_modules",

@@ -25,6 +25,7 @@ from peftplan.trace import engine
 from peftplan.trace.cuda.experts import experts_on
 from peftplan.trace.engine import Traced, trace
 from peftplan.trace.inputs import inputs
+from peftplan.trace.reasons import reason
 from tests.arch.meta import build
 from tests.trace.family_configs import BART, FAMILIES, GQA, LOCAL_EXPERTS, PLAIN, VIT, Family
 
@@ -113,6 +114,15 @@ def test_more_than_forty_model_types() -> None:
 def test_what_qlora_cannot_train_is_refused_with_a_way_out(name: str, words: str) -> None:
     with pytest.raises(RefusedError, match=words):
         traced(FAMILIES[name], "qlora")
+
+
+def test_a_packed_weight_that_the_model_clamps_has_a_way_out() -> None:
+    """Gemma 3n's `prediction_coefs.weight.data.clamp_` (modeling_gemma3n.py): torch clamps no bytes by floats."""
+    packed = torch.ones(3, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        packed.clamp_(-1.0, 1.0)
+    error = RuntimeError("Attempting to cast from torch.float32 to out tensor with dtype torch.uint8, but this can't be cast")
+    assert "quant_skip_modules" in reason(error)
 
 
 BATCHES: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, int | str]]] = {
