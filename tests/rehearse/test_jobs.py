@@ -16,8 +16,8 @@ LARGEST = {"allocated": 1.1, "reserved": 2.8}
 OPEN = {
     "gemma-3-270m --trainer trl --method qlora --batch-size 2 --seq-len 1024 --r 8 --use-dora --attn-implementation eager": 4.1
 }
-"""Reserved bytes -3.5 % without the buffer of sums over rows, +4.0 % with it, by formula: the rehearsal shows the buffer, but 2.5 MB
-less beside it.
+"""Reserved bytes -3.5 % without the buffer of sums over rows, +4.0 % with it, by formula: the rehearsal shows the buffer, but
+2.5 MB less beside it.
 """
 
 
