@@ -77,7 +77,7 @@ def command(
     fmt = sweeping.format_of(fmt, output)
     options.check_model(model, {"peft_config": fields["peft_config"] or None})
     gpus, number = options.counted(gpu, {"gpus": fields["gpus"] or None})
-    asked = {**options.several(fields), **number, **options.circumstances(torch, transformers, context)}
+    keywords = {**options.several(fields), **number, **options.circumstances(torch, transformers, context)}
     draw = None
     if plot is not None:
         from peftplan.report.sweeping_plot import Map, check
@@ -93,7 +93,7 @@ def command(
                 engine=engine,
                 most_rows=None if yes else MOST_ROWS,
                 progress=None if progress is None else lambda what, share: progress(what, share),
-                **cast("GridOptions", asked),
+                **cast("GridOptions", keywords),
             )
         except RefusedError as error:
             raise RefusedError(f"{error}; add --yes to run it") if str(error).startswith("the grid has") else error from None
