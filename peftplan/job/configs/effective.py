@@ -46,6 +46,8 @@ class Effective:
         value = self.of(key)
         if accepted in ("set", "unset"):
             return (word(value) not in NOTHING) is (accepted == "set")
+        if isinstance(accepted, str):
+            return word(value) in self.tool.lists[accepted]
         return any(self._equal(value, each) for each in accepted)
 
     def _has_product(self, key: str, accepted: Product) -> bool:

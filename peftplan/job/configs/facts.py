@@ -160,6 +160,7 @@ class ToolFile(TypedDict, total=False):
     calls: dict[str, str]
     last: list[str]
     models: dict[str, str]
+    lists: dict[str, list[str]]
     write: Write
     builders: dict[str, Builder]
     strategy: str
@@ -190,6 +191,8 @@ class Facts:
     last: tuple[str, ...]
     """Those that stand in place of others under their name."""
     models: Mapping[str, str]
+    lists: Mapping[str, list[str]]
+    """Values in lower case under a name, by which rules accept them."""
     write: Write
     builders: Mapping[str, Builder] | None = None
     """Models that the tool builds itself, where a file names the function."""
@@ -269,6 +272,7 @@ def facts(tool: Tool) -> Facts:
         raw.get("calls", {}),
         tuple(raw.get("last", ())),
         raw.get("models", {}),
+        raw.get("lists", {}),
         raw.get("write", {}),
         raw.get("builders"),
         raw.get("strategy"),

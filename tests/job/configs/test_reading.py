@@ -160,7 +160,7 @@ UNSLOTH = """
 import os
 {settings}
 from unsloth import FastLanguageModel
-model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048)
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048, use_exact_model_name=True)
 model = FastLanguageModel.get_peft_model(model, r=16)
 SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2{arguments})).train()
 """
@@ -234,7 +234,8 @@ def test_unsloth_takes_its_names_in_any_case() -> None:
 GRPO = """
 from unsloth import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained(
-    "unsloth/Llama-3.2-1B", max_seq_length=1024, fast_inference=True, gpu_memory_utilization=0.6
+    "unsloth/Llama-3.2-1B", max_seq_length=1024, fast_inference=True, gpu_memory_utilization=0.6,
+    use_exact_model_name=True
 )
 model = FastLanguageModel.get_peft_model(model, r=32)
 args = GRPOConfig(per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, num_generations=6,
@@ -267,8 +268,18 @@ def test_unsloth_takes_a_name_of_4_bits_for_that_of_16_where_the_file_says_so(in
     source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace('1B", ', f'1B-unsloth-bnb-4bit"{in_4bit}, ')
     plan = read_text(source, file="a.py")
     assert plan.options["method"] == method
-    assert ("quant_skip_modules" in plan.assumed) is (method == "qlora")
     assert ("quantization_config.llm_int8_skip_modules" in plan.unsupported) is (method == "qlora")
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "taken"),
+    [("unsloth/Llama-3.2-1B", False, True), ("unsloth/Llama-3.2-1B", True, False), ("unsloth/mistral-7b", False, False)],
+)
+def test_unsloth_takes_plain_names_for_repositories_that_leave_layers_in_16_bits(name: str, exact: bool, taken: bool) -> None:
+    """models/mapper.py: `FLOAT_TO_INT_MAPPER` of Llama 3.2 names -unsloth-bnb-4bit, of Mistral -bnb-4bit."""
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace("unsloth/Llama-3.2-1B", name)
+    plan = read_text(source.replace("use_exact_model_name=True", f"use_exact_model_name={exact}"), file="a.py")
+    assert ("quantization_config.llm_int8_skip_modules" in plan.unsupported) is taken
 
 
 @pytest.mark.parametrize(("longest", "hosted"), [(456, False), (512, True)])
