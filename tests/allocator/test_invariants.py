@@ -100,7 +100,7 @@ def test_invariants(options: str, script: list[tuple[int, int, int]]) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(OPTIONS), st.lists(sizes, min_size=1, max_size=8), st.data())
 def test_free_and_the_same_size_again_reuses_the_block(options: str, requests: list[int], data: st.DataObject) -> None:
-    """But where `max_split_size` lies between request and segment: torch keeps such a block for larger ones (`get_free_block`)."""
+    """But where `max_split_size` lies between request and segment: torch keeps such blocks for larger ones (`get_free_block`)."""
     config = parse_config(options)
     allocator = Allocator(config, device_bytes=100 * CAPACITY)
     for id, nbytes in enumerate(requests):
