@@ -90,7 +90,7 @@ def attend(
     else:
         autocast, f.autocast = f.autocast, None  # the wrapper that cast the inputs turns it off
         try:
-            out = math(model, a, q, k, v, mask, dropout=dropout, by_head=by_head)
+            out = math(model, a, q, k, v, mask, dropout=dropout, by_head=by_head, cached=cached)
         finally:  # a recomputation may stop inside
             f.autocast = autocast
         del q, k, v  # autocast's copies
@@ -257,7 +257,16 @@ def _gathered_backward(f: Tape, node: Node, saved: tuple[Dims, bool], g: Tensor)
 
 
 def math(
-    model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, by_head: bool = False
+    model: Model,
+    a: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    by_head: bool = False,
+    cached: bool | None = None,
 ) -> Tensor:
     """The math kernel: plain operations; 16-bit inputs are computed in fp32. Both sides are scaled by the root of the scale.
 
@@ -276,7 +285,7 @@ def math(
     del unseen, seen
     heads, values = (repeat_kv(f, x, a) if x.dims[1] == a.num_key_value_heads else x for x in (k, v))  # else it is repeated
     broadcast = q.dims[1] != heads.dims[1]
-    copied = a.num_attention_heads != a.num_key_value_heads or (model.joins and not broadcast)
+    copied = a.num_attention_heads != a.num_key_value_heads or ((model.joins if cached is None else cached) and not broadcast)
     spread = partial(_math_copy, model, heads=q.dims[1], broadcast=broadcast, copied=copied)
     scaled_keys = ops.scale(f, heads)
     scores = _scores(

@@ -101,9 +101,10 @@ def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, ro
     f, model = c.tape, c.model
     q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=c.moved)
     wide = (lambda y: f.to(y, "fp32")) if c.style.wide_scores else (lambda y: y)
-    weights = ops.scale(
-        f, product(model, wide(q), wide(k), (*q.dims[:3], k.dims[2]), joined=(False, model.joins), transposed=True)
-    )
+    factors = wide(q), wide(k)  # arguments of `matmul`, which live until it returns beside autocast's casts
+    weights = product(model, *factors, (*q.dims[:3], k.dims[2]), joined=(False, model.joins), transposed=True)
+    del factors
+    weights = ops.scale(f, weights)
     if c.mask is not None:
         weights = ops.add(f, weights, c.mask)
     scores = weights if c.style.wide_scores else None  # GPT-J's name holds them until the cast has been made

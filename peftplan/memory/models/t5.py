@@ -221,15 +221,15 @@ class Stack:
         bias = self.bias(name, a, number, q.dtype, cross=states is not None)
         mask = self.masks["own" if states is None else "cross"]
         dropout = model.arch.dropout.attention
+        cached = (prefixed or None) if self.side == "decoder" else False
         if model.running.attention == "eager":
-            wide, cached = False, (prefixed or None) if self.side == "decoder" else False
             out = attend(
-                model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=wide, bias=bias, cached=cached, moved=prefixed
+                model, a, q, k, v, mask, dropout=dropout, rotated=False, wide=False, bias=bias, cached=cached, moved=prefixed
             )
         else:
             added = self.additive(a, bias, mask)  # lives beside autocast's cast of it until the kernel returns
             cast: Tensor = f.cast(added, f.autocast) if f.autocast else added
-            out = attend(model, a, q, k, v, cast, dropout=dropout, rotated=False, moved=prefixed)
+            out = attend(model, a, q, k, v, cast, dropout=dropout, rotated=False, cached=cached, moved=prefixed)
             del added, cast
         return model.linear(f"{name}.o", out, number)
 
