@@ -618,6 +618,9 @@ def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, o
     [
         ({"rlhf_type": "kto"}, "rlhf_type"),
         ({"rlhf_type": "dpo", "packing": True}, "packing"),
+        ({"packing": True}, "packing"),
+        ({"padding_free": True}, "padding_free"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
         ({"rlhf_type": "grpo", "num_generations": 1, "loss_type": "fipo"}, "loss_type"),
@@ -635,7 +638,8 @@ def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
         plan = read({**packed, **lengths}, kind="command", program="trl sft")
         assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, seq_len)
         assert not plan.unsupported
-    assert read({**packed, "attn_implementation": "sdpa"}, kind="command", program="trl sft").unsupported.keys() == {"packing"}
+    for other in ({"attn_implementation": "sdpa"}, {"attn_implementation": "flex_attention"}, {"packing_strategy": "ffd"}):
+        assert read({**packed, **other}, kind="command", program="trl sft").unsupported.keys() == {"packing"}
 
 
 @pytest.mark.parametrize(
