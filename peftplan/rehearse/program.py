@@ -245,9 +245,12 @@ def _replaced(settings: Settings, request: Request) -> Iterator[str]:
 
 
 def _signalled(code: int, reports: Sequence[object], ended: str) -> Iterator[str]:
-    """Which signal ended the program, if one did; without a handler it leaves no time to report."""
+    """Which signal ended the program, if one did; without a handler it leaves no time to report.
+
+    A code that stands for no signal, such as 255 of `sys.exit(-1)`, is the program's own.
+    """
     number = -code if code < 0 else code - 128
-    if ended == "program" and number > 0:
+    if ended == "program" and number in signal.valid_signals():
         name = next((each.name for each in signal.Signals if each == number), f"signal {number}")
         yield f"the program was ended by {name}" + ("" if reports else ", which left it no time to say what it held")
 
