@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
-from peftplan.hardware.context import DEFAULT_MULTIPROCESSORS, cublas_workspace_bytes
-from peftplan.hardware.processors import processors
+from peftplan.hardware.context import cublas_workspace_bytes
+from peftplan.hardware.processors import A100, processors
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
@@ -88,7 +88,7 @@ def chip_of(job: Job, compute_capability: str) -> Chip | None:
         return None
     from peftplan.storage.fused_products import Chip
 
-    return Chip(*pair(compute_capability), DEFAULT_MULTIPROCESSORS if job.multiprocessors is None else job.multiprocessors)
+    return Chip(*pair(compute_capability), A100.number if job.multiprocessors is None else job.multiprocessors)
 
 
 def _dropping(job: Job) -> MethodConfig | None:

@@ -38,8 +38,6 @@ _WORKSPACE_SOURCE = "torch aten/src/ATen/cuda/CublasHandlePool.cpp"
 
 DEFAULT_CAPABILITY = (8, 0)
 """Whose kernels and workspaces count where no card is named: those of sm80 and sm86, the cards that most runs use."""
-DEFAULT_MULTIPROCESSORS = 108
-"""Those of an A100, where no card is named or its row says none."""
 
 
 GENERATIONS = {

@@ -16,6 +16,7 @@ class Processors(NamedTuple):
 
 
 A100 = Processors(108, 2048)
+"""Whose processors count where no card is named, or where its row says none."""
 BY_CAPABILITY = {
     "6.0": Processors(56, 2048),
     "6.1": Processors(30, 2048),

@@ -17,7 +17,8 @@ from peftplan.depth.log import Moment, category_of
 from peftplan.depth.shallow import Stack, names_layers, with_layers
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
-from peftplan.hardware.context import DEFAULT_CAPABILITY, DEFAULT_MULTIPROCESSORS
+from peftplan.hardware.context import DEFAULT_CAPABILITY
+from peftplan.hardware.processors import A100
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
@@ -151,7 +152,7 @@ def trace(
     Raises RefusedError for what cannot be traced.
     """
     on = fake_device("cpu" if distributed else fake_on)
-    chip = Chip(*(device or DEFAULT_CAPABILITY), multiprocessors or DEFAULT_MULTIPROCESSORS)
+    chip = Chip(*(device or DEFAULT_CAPABILITY), multiprocessors or A100.number)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
         capability=device or DEFAULT_CAPABILITY, chip=None if script.dequantizes_4bit else chip,
