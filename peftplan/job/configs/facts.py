@@ -238,7 +238,7 @@ class Facts:
 
     def names(self) -> tuple[str, ...]:
         """All keys that the tool has."""
-        return tuple({*self.schema, *(name for name in self.rows if "*" not in name)})
+        return tuple(sorted({*self.schema, *(name for name in self.rows if "*" not in name)}))
 
 
 def _included(names: Mapping[str, list[Tool]]) -> Iterator[tuple[str, Facts]]:
