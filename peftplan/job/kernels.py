@@ -209,7 +209,7 @@ def packages_of(names: Iterable[str]) -> str:
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
 WITH_LIGER = (*WITH_FORMULA, "smollm3")
-"""The same of Liger's."""
+"""Model types whose layers have formulas with Liger's kernels."""
 
 
 def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:

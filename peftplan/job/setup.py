@@ -139,9 +139,9 @@ class Setup(BaseModel):
         return self.batch_size * self.by.rows
 
 
-LOSSES_OF_SLICES = ("full", "liger")
 OWNERS = {"torchtune-linear": ("torchtune",), "te-parallel": ("automodel", "automodel-hf")}
-"""Losses of some trainers alone."""
+"""Loss → the only trainers that compute it."""
+LOSSES_OF_SLICES = ("full", "liger")
 """Losses that accept `logits_to_keep`. TRL 1.16 (`add_fused_lm_head`) uses the hidden states of all tokens, for which there are
 then too few labels; Unsloth 2026.10.9 (`CausalLM_fast_forward`) computes logits and skips its fused loss."""
 

@@ -93,12 +93,9 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
         result.options["gpus"] = ASSUMED_GPUS
         result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
-    alone = (
-        None,
-        "ddp",
-        launch.get("distributed.strategy"),
-    )  # NeMo Automodel shards nothing on one GPU (`_parallelize_unsharded_fsdp2`)
-    if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in alone:
+    # on one GPU NeMo Automodel shards nothing, whatever its strategy (`_parallelize_unsharded_fsdp2`)
+    without_effect = (None, "ddp", launch.get("distributed.strategy"))
+    if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in without_effect:
         result.options.pop("strategy", None)
     return result
 
