@@ -49,13 +49,13 @@ ROWS = [row for row in rows() if "error" not in row]
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %; under ZeRO 0.2 % and 1 %, which OPT and one
-    quantized model need. `OPEN` are beyond that.
+    quantized model need. The jobs named above are beyond that.
     """
     shares = compared(row)
     assert shares is not None
     zero = row["strategy"].startswith("zero")
     for phase in PHASES:
-        most = 0.01 if row["name"].startswith((*OPEN, *OF_LIGER)) else 0.002 if zero else 0.001
+        most = 0.003 if row["name"].startswith(OPEN) else 0.002 if zero or row["name"].startswith(OF_LIGER) else 0.001
         assert abs(shares[phase]) <= most, (phase, shares)
     assert abs(shares["reserved"]) <= (
         0.04 if row["name"] in PACKED else 0.012 if row["name"].startswith(LARGE_HEAD) else 0.01 if zero else 0.005
