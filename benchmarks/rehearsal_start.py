@@ -1,11 +1,12 @@
-"""How much later a rehearsed program starts than its own imports let it, against the number to hold.
+"""How much a rehearsal adds to the start of a program, against a bar.
 
     python benchmarks/rehearsal_start.py [--repeat 5]
 
-A program that only imports what training programs import runs as it is and rehearsed, as fresh processes in turn. The difference
-is what a rehearsal adds: peftplan's own process, the scratch layer, the card, and what watches the program from inside. The bar
-speaks of seconds of the processors, all processes together; those of the clock stand beside them. The best of each counts, as
-other programs only add. Needs the CUDA build of torch; writes the bytecode and the card's library beforehand.
+A program that only imports what training programs import runs plainly and rehearsed, in turn, each time in fresh processes. The
+difference is what a rehearsal adds: peftplan's own process, the scratch layer, the card, and what watches the program from
+inside. The bar is one of processor seconds, summed over all processes; the clock's stand beside them. The least of each counts,
+since other programs only add. Needs the CUDA build of torch. A first run, which writes bytecode and the card's library, does not
+count.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ IMPORTS = {
     "torch, TRL's SFTTrainer, peft, datasets": "import torch, peft, datasets\nfrom trl import SFTTrainer",
 }
 BAR_S = 3.0
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 REHEARSED = (sys.executable, "-m", "peftplan", "rehearse", "--gpu", "a100-80gb", "--steps", "0", "--")
 
 
@@ -34,11 +36,8 @@ def seconds(command: tuple[str, ...]) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - began
 
 
-QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
-
 def main() -> None:
-    """Print a row per sum of imports."""
+    """Print a row for each program."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeat", type=int, default=5)
     repeat = parser.parse_args().repeat
