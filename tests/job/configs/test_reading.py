@@ -604,6 +604,7 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
         ({"rlhf_type": "orpo"}, {"trainer": "swift-orpo"}),
         ({"rlhf_type": "grpo", "max_length": 1000}, {"trainer": "swift-grpo", "seq_len": 1512, "max_completion_length": 512}),
         ({"rlhf_type": "grpo", "max_completion_length": 4000}, {"seq_len": 6048, "max_completion_length": 4000}),
+        ({"rlhf_type": "grpo", "max_length": None}, {"seq_len": 2048 + 512, "max_completion_length": 512}),
     ],
 )
 def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, object]) -> None:
