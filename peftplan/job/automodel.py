@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3")
-"""Model types."""
+"""Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
+"""The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BESIDE)
 BUILT = ("llama", "qwen2", "qwen3")
-"""Of these, model types that the tool builds of modules of its own (`memory.models.automodel`)."""
+"""Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 
 
 def builds(job: Job) -> bool:

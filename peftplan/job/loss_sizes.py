@@ -100,7 +100,9 @@ class LossSizes(NamedTuple):
         return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
-        """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits."""
+        """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits; of a
+        loss of one row after another, how many rows.
+        """
         if self.loss in (*ALL_LOGITS, "liger"):
             without_logits: tuple[Fact, ...] = () if self.kept is None else (length > self.kept,)
             if self.loss in ALL_LOGITS:
