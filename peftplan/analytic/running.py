@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import cublas_workspace_bytes
-from peftplan.hardware.processors import A100, processors
+from peftplan.hardware.processors import A100, Processors, processors
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
@@ -33,10 +33,12 @@ OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 """Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""
 
 
-def kernels(compute_capability: str) -> tuple[bool, int | None]:
-    """What the formulas need to know of a card: whether it runs the flash kernel, and the bytes of a cuBLAS workspace."""
+def kernels(compute_capability: str) -> tuple[bool, int | None, Processors]:
+    """What the formulas need to know of a card: whether it runs the flash kernel, the bytes of a cuBLAS workspace, and the
+    processors by which kernels size their buffers.
+    """
     flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
-    return flash, cublas_workspace_bytes(compute_capability).bytes
+    return flash, cublas_workspace_bytes(compute_capability).bytes, processors(compute_capability)
 
 
 def running_of(job: Job, compute_capability: str) -> Running:

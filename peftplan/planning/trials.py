@@ -61,15 +61,15 @@ def trials(
         return analytic_peaks(placed_on(remembered(**changes), card), compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:
-        as_here = Peaks(ledgers={}, reserved=needed)
-        others, may_fuse = [], remembered().job.may_fuse
+        as_here, may_fuse = Peaks(ledgers={}, reserved=needed), remembered().job.may_fuse
         for other in _larger_cards(needed, setup, than=card):
-            of = capability(other)
-            if kernels_on(other, may_fuse=may_fuse) != kernels_on(card, may_fuse=may_fuse):
-                others.append(other)
-            elif verdict(other, needed, as_here, refused=unmet(setup, pair(of))).verdict == "fits":
+            if kernels_on(other, may_fuse=may_fuse) == kernels_on(card, may_fuse=may_fuse):
+                on_other = verdict(other, needed, as_here, refused=unmet(setup, pair(capability(other))))
+            else:
+                on_other = judged(remembered(), [other]).gpus[0]
+            if on_other.verdict == "fits":
                 return other.id
-        return next((other.id for other in others if judged(remembered(), [other]).gpus[0].verdict == "fits"), None)
+        return None
 
     with_flash = setup.model_copy(update={"attn_implementation": "flash_attention_2"})
     room = on_card.usable_bytes - on_card.context_bytes

@@ -245,6 +245,19 @@ def test_the_line_of_torch_that_refuses_old_cards_is_there() -> None:
     assert re.search(r"major < 7\s+\):\s+raise GPUTooOldForTriton", body[:2000])
 
 
+def test_a_card_beside_others_needs_what_it_needs_alone() -> None:
+    """The three run the same kernels; the buffers of sums over rows differ with their multiprocessors (`hardware.processors`)."""
+    cards = ("a100-80gb", "rtx-4090", "rtx-3090")
+
+    def needed(*gpus: str) -> list[int | None]:
+        job = estimate("bert-base-uncased", method="full", task_type="SEQ_CLS", batch_size=32, seq_len=256, gpu=gpus)
+        return [on_card.needed_bytes for on_card in job.gpus]
+
+    alone = [needed(card)[0] for card in cards]
+    assert needed(*cards) == alone
+    assert needed(*reversed(cards)) == alone[::-1]
+
+
 def test_python_and_json_say_the_same_of_every_card() -> None:
     # 38.2 GiB are reserved: of the 39.6 GiB of an A100 less than 5 % are left, and flash-attn has no kernel for a T4
     options = {"seq_len": 9216, "attn_implementation": "flash_attention_2"}
