@@ -59,9 +59,9 @@ class Variant(NamedTuple):
 class Gpu(NamedTuple):
     """One card, or a size that a user gave: `capacity_bytes` (24GiB) or `sold_gb` (24GB), then only `id` and `name` besides.
 
-    `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `multiprocessors` is None where no kernel is chosen by
-    it; `bf16` and `fp8` mean arithmetic in hardware (torch emulates bf16 below compute capability 8.0). `unified`: memory shared
-    with the CPU.
+    `compute_capability` is CUDA's (`8.9`) or AMD's chip name (`gfx942`); `multiprocessors` are known of cards since Turing;
+    `bf16` and `fp8` mean arithmetic in hardware (torch emulates bf16 below compute capability 8.0). `unified`: memory
+    shared with the CPU.
     """
 
     id: str
