@@ -133,15 +133,18 @@ def spelled(name: str, value: object) -> tuple[str, ...]:
 
 def largest_rank(row: dict[str, Any]) -> int:
     """The rank that the formulas count; the first one where the program quantizes before it knows its device."""
+    from peftplan.distributed.zero import reduce_bucket
     from peftplan.job.inventory import inventory
     from peftplan.job.prepare import prepare
-    from peftplan.memory.zero import largest_rank, slots_of
+    from peftplan.memory.zero import counted_rank, slots_of
 
     if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
         return 0
     counted = inventory(prepare(**options(row)))
-    assert counted.job.distributed is not None
-    return largest_rank(slots_of(counted.parameters, counted.job.distributed))
+    distributed = counted.job.distributed
+    assert distributed is not None
+    bucket = reduce_bucket(distributed, counted.job.architecture.hidden_size or 0)
+    return counted_rank(slots_of(counted.parameters, distributed), distributed, bucket)
 
 
 def rows() -> list[dict[str, Any]]:

@@ -10,13 +10,13 @@ buffers come from a stream of its own, whose blocks the allocator keeps apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, groups_of, partition
+from peftplan.distributed.zero import Key, groups_of, overlaps, partition
 from peftplan.memory.model import Model
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
@@ -72,11 +72,74 @@ def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot
 
 def largest_rank(slots: Mapping[Key, Slot]) -> int:
     """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares."""
+    reaching = _reaching(slots)
+    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
+
+
+def counted_rank(slots: Mapping[Key, Slot], distributed: Distributed, bucket_size: int) -> int:
+    """The rank that needs the most memory. Under ZeRO-2 it is the one with the most gradients, `largest_rank`.
+
+    Under ZeRO-1 the order of the buckets decides too. The step, with what reaches into the partitions, and the first of these
+    in 16 bits and in fp32, may need more than the reduction.
+    """
+    if distributed.strategy != "zero1":
+        return largest_rank(slots)
+    reaching, step = _reaching(slots), 3 * max((slot.partition for slot in slots.values()), default=0)
+    reducing = _reducing(slots, reaching, distributed, bucket_size)
+    return max(sorted(reaching), key=lambda rank: (max(reducing[rank], reaching[rank] + step), reaching[rank]), default=0)
+
+
+def _reaching(slots: Mapping[Key, Slot]) -> dict[int, int]:
+    """Rank → elements of all parameters of which a part is its own."""
     reaching: dict[int, int] = {}
     for slot in slots.values():
         for rank, _ in slot.parts:
             reaching[rank] = reaching.get(rank, 0) + slot.numel
-    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
+    return reaching
+
+
+def _reducing(
+    slots: Mapping[Key, Slot], reaching: Mapping[int, int], distributed: Distributed, bucket_size: int
+) -> dict[int, int]:
+    """Rank → the most elements of gradients, buckets and copies while ZeRO-1 reduces: all gradients when backward has ended, or,
+    where the reduction overlaps, one after the other from the last.
+    """
+    overlapping, scatters = overlaps(distributed), distributed.reduce_scatter is not False
+    buckets: list[list[Slot]] = [[]]
+    for slot in reversed(slots.values()) if overlapping else slots.values():
+        if sum(other.numel for other in buckets[-1]) + slot.numel > bucket_size:
+            buckets.append([])
+        buckets[-1].append(slot)
+    begun = 2 * bucket_size if overlapping else bucket_size + sum(slot.numel for slot in slots.values())
+    live, most, kept = dict.fromkeys(reaching, begun), dict.fromkeys(reaching, 0), dict(reaching)
+    for reduced in buckets:
+        large = sum(slot.numel for slot in reduced if slot.numel > bucket_size)
+        arrived = large if overlapping else large - sum(slot.numel for slot in reduced)
+        copy = max(flattened(reduced, bucket_size, scatters=scatters), default=0)
+        own = {rank for slot in reduced for rank, _ in slot.parts}
+        for rank in reaching:
+            live[rank] += arrived
+            most[rank] = max(most[rank], live[rank] + copy)
+            if rank in own:
+                live[rank] += kept.pop(rank, 0)
+                most[rank] = max(most[rank], live[rank])
+                live[rank] -= large
+    return most
+
+
+def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[int]:
+    """Elements of the copies in one piece that a bucket is reduced in (`allreduce_and_scatter`): neighbours of one rank are a
+    piece, and a single piece is not copied."""
+    parts = (part for slot in reduced if scatters for part in slot.parts)
+    pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
+    copies = []
+    while pieces:
+        small: list[int] = []
+        while pieces and sum(small) <= bucket_size:
+            small.append(pieces.pop(0))
+        if len(small) > 1:
+            copies.append(sum(small))
+    return copies
 
 
 class Zero(Stage):
@@ -86,15 +149,17 @@ class Zero(Stage):
         super().__init__(model, distributed, dtype=dtype)
         self.masters = masters
         self.slots = slots_of(model.parameters, distributed)
-        self.rank = largest_rank(self.slots)
         self.partitions_gradients = distributed.strategy == "zero2"
         self.scatters = distributed.reduce_scatter is not False
+        self.rank = counted_rank(self.slots, distributed, self.bucket_size)
         self.bucketed: list[Key] = []
         self.buffers: list[Tensor] = []
         self.of_rank: Tensor | None = None
         """Gradients of this backward that belong to the rank: `grads_in_partition`."""
         self.averaged: list[Tensor] = []
         """Those of all backwards of the step."""
+        self.others: list[Tensor] = []
+        """Gradients of other ranks that are larger than the bucket: ZeRO-1 leaves them in place until all are reduced."""
         self.f.accumulated = self.accumulated
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
@@ -125,20 +190,17 @@ class Zero(Stage):
 
     def reduce_ipg_grads(self) -> None:
         """Reduce the bucket, copied in one piece unless all of it is one rank's; then keep what is this rank's."""
-        parts = (part for key in self.bucketed if self.scatters for part in self.slots[key].parts)
-        pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
+        reduced = [self.slots[key] for key in self.bucketed]
         stream = REDUCE if self.overlaps else 0
-        while pieces:
-            small: list[int] = []
-            while pieces and sum(small) <= self.bucket_size:
-                small.append(pieces.pop(0))
-            if len(small) > 1:  # a single tensor is flat already
-                self._new((sum(small),), self.dtype, "flattened bucket", stream)
+        for numel in flattened(reduced, self.bucket_size, scatters=self.scatters):
+            self._new((numel,), self.dtype, "flattened bucket", stream)
         if self.offloads:
             self.copy_to_host(stream)
-        elif self.of_rank is None and any(self.slots[key].of_rank(self.rank) for key in self.bucketed):
+        elif self.of_rank is None and any(slot.of_rank(self.rank) for slot in reduced):
             reaching = sum(slot.numel for slot in self.slots.values() if slot.of_rank(self.rank))
             self.of_rank = self._new((reaching,), self.dtype, "gradients of the rank's partition", stream, "gradients")
+        if self.large is not None and not (self.partitions_gradients or reduced[0].of_rank(self.rank)):
+            self.others.append(self.large)
         self.large = None
         self.bucketed.clear()
 
@@ -161,6 +223,7 @@ class Zero(Stage):
         if not self.averaged and self.of_rank is not None:
             self.averaged = [self.of_rank]
         self.of_rank = None  # later ones have been added to the first
+        self.others.clear()
         self.buffers.clear()
 
     # -- step --------------------------------------------------------------------------------------------------------------------
