@@ -137,6 +137,10 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
     for more, method in product(({}, {"accumulation": 3}, {"zero": {"overlap_comm": True}, "accumulation": 2}), ("full", "lora")):
         yield job("zero1", method, 4, **more)
     yield job("zero1", "full", 64)
+    for strategy, zero in (("zero1", None), ("zero2", None), ("zero1", {"overlap_comm": True})):  # a head larger than the bucket
+        yield job(strategy, "full", 4, model="qwen2.5-7b", layers=2, zero=zero)
+    yield job("zero1", "full", 4, model="qwen2.5-7b", layers=6)
+    yield job("zero1", "full", 4, loss="liger", kernels="liger", model="qwen2.5-7b", layers=2)
     for method in ("lora", "full", "qlora"):
         yield published("llama-3.2-1b", method, trainer="trl", seq_len=1024)
     for model, method in product(FAMILIES, ("lora", "full")):

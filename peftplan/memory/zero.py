@@ -106,7 +106,7 @@ def _reducing(
     """
     overlapping, scatters = overlaps(distributed), distributed.reduce_scatter is not False
     buckets: list[list[Slot]] = [[]]
-    for slot in reversed(slots.values()) if overlapping else slots.values():
+    for slot in reversed(list(slots.values())) if overlapping else slots.values():
         if sum(other.numel for other in buckets[-1]) + slot.numel > bucket_size:
             buckets.append([])
         buckets[-1].append(slot)

@@ -12,7 +12,7 @@ from peftplan.distributed.zero import groups_of, partition
 from peftplan.errors import PeftplanError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
-from peftplan.memory.zero import largest_rank, slots_of
+from peftplan.memory.zero import counted_rank, largest_rank, slots_of
 from peftplan.results.estimate import Estimate
 from peftplan.units import round512
 
@@ -49,6 +49,29 @@ def test_the_largest_rank_is_where_whole_gradients_meet() -> None:
     assert largest_rank(slots) == 1
     reaching = sum(slot.numel for slot in slots.values() if slot.of_rank(0))
     assert reaching == 525_336_576 + 5 * 4096  # and norms: 65 of them over 16 ranks
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_under_zero_1_the_order_of_buckets_decides_about_the_largest_rank(overlaps: bool) -> None:
+    """Llama 3.1 8B over 4 ranks: the table, larger than the bucket, is reduced first, and the first rank makes room for its part
+    while all other gradients are alive. Where the reduction overlaps, they come one by one, and the most elements decide.
+    """
+    parameters = inventory(prepare("llama-3.1-8b", method="full")).parameters
+    distributed = Distributed(strategy="zero1", gpus=4, overlap_comm=overlaps)
+    slots = slots_of(parameters, distributed)
+    assert largest_rank(slots) == 2
+    assert counted_rank(slots, distributed, 500_000_000) == (2 if overlaps else 0)
+
+
+def test_zero_1_keeps_all_gradients_while_its_first_rank_makes_room() -> None:
+    """2 B for each of N gradients, the bucket, and what reaches into the rank's part, beside weights, masters and states."""
+    peaks = peftplan.estimate("llama-3.1-8b", method="full", gpus=4, strategy="zero1", seq_len=16).peaks
+    assert peaks is not None
+    slots = slots_of(inventory(prepare("llama-3.1-8b", method="full")).parameters, Distributed(strategy="zero1", gpus=4))
+    trained = sum(slot.numel for slot in slots.values())
+    reaching = sum(slot.numel for slot in slots.values() if slot.of_rank(0))
+    by_hand = 2 * trained + 12 * trained // 4 + 2 * (trained + 500_000_000 + reaching)
+    assert peaks.by_phase["backward"] == pytest.approx(by_hand, rel=5e-4)  # and logits of 16 tokens
 
 
 def test_an_offloaded_optimizer_is_on_the_host() -> None:
