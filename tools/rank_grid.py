@@ -222,7 +222,9 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
         yield job(strategy, method, 4, loss="liger", kernels="liger", zero=zero, model="qwen2.5-7b", layers=2)
     yield job("zero3", "lora", 4, loss="liger", kernels="liger", zero=AUTO, config={"model_type": "qwen3", **CLASSES["qwen3"]})
     yield job("ddp", "lora", 4, loss="liger", kernels="liger", model="qwen2.5-7b", layers=2)
-    yield job("ddp", "lora", 4, loss="liger", kernels="liger", model="smollm3-3b", layers=4)
+    for method in METHODS:
+        yield job("ddp", method, 4, loss="liger", kernels="liger", model="smollm3-3b", layers=4)
+    yield job("ddp", "full", 4, model="smollm3-3b", layers=4)
 
 
 OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")

@@ -162,14 +162,7 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
         return None
     if "devices" in row:
         return _of_devices(result, row)
-    # a rehearsal's forward begins where the step ends, while gradients are still there; DeepSpeed has freed them, and in tensor
-    # parallel nothing is made before they are freed
-    fused = row["program"].get("optim", "adamw_torch_fused") == "adamw_torch_fused"
-    lasting = result.static.bytes() + peaks.ledgers["step"].bytes(["workspaces"])
-    after_step = peaks.by_phase["step"] if fused else lasting
-    frees = row["strategy"].startswith(("zero", "tp"))
-    ours = {**peaks.by_phase, "forward": max(peaks.by_phase["forward"], 0 if frees else after_step)}
-    shares = {phase: ours[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
+    shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
 
 

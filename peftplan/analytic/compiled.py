@@ -65,6 +65,8 @@ class Compiled(NamedTuple):
     """Optimizer states that the constructor allocates before the first step."""
     built: tuple[Line, ...] = ()
     """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
+    buckets: tuple[int, ...] = ()
+    """Bytes of each of DDP's buckets: one of all gradients in the first step, which the second forward divides."""
     first_run: Loader | None = None
     """What the first forward alone makes and frees."""
     load_if_full: Loader | None = None
@@ -127,8 +129,8 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
 
 def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
     """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. Over a
-    `device_map` three times: the gradient of a tied embedding finds room in the second step, and none in the third. `late`: as
-    the allocator sees them where the GPU is as late as it may be.
+    `device_map` three times: the gradient of a tied embedding finds room in the second step, and none in the third. Under DDP as
+    often: the second step divides its bucket. `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
     last = last_step(inventory, compute_capability, late=late)
@@ -140,7 +142,7 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
-    again = (last,) * (job.distributed is not None and job.distributed.strategy == "device-map")
+    again = (last,) * (job.distributed is not None and job.distributed.strategy in ("device-map", "ddp"))
     return (*before, *again, last) if before else (first, *again, last)
 
 
@@ -313,6 +315,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         programs={},
         early=early,
         built=tuple(line for line in loaded if line in beside),
+        buckets=() if job.distributed is None else ranks.buckets_of(inventory),
         first_run=None if job.distributed is None else ranks.first_run(load),
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,

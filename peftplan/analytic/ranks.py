@@ -11,7 +11,7 @@ from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.shards import cast_on_rank
+from peftplan.distributed.shards import bucket_sizes, cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
@@ -190,6 +190,13 @@ def first_run(load: Loader) -> Loader | None:
 def loaded_if_full(load: Loader) -> Loader | None:
     """How a rank loads where the card has no room for `load`; None if it fails then."""
     return load._replace(on_host=True) if isinstance(load, FlatLoading) else None
+
+
+def buckets_of(inventory: Inventory) -> tuple[int, ...]:
+    """Bytes of each of DDP's buckets as its second forward makes them (`Reducer::rebuild_buckets`); none elsewhere."""
+    distributed = inventory.job.distributed
+    is_ddp = distributed is not None and distributed.strategy == "ddp"
+    return bucket_sizes(inventory.parameters, distributed) if distributed is not None and is_ddp else ()
 
 
 def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load: Loader) -> Loader:

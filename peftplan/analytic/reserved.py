@@ -67,7 +67,10 @@ def _write(steps: list[Compiled], script: Script, load: Loader, generation: Gene
     writer.begin("load")
     load(writer)
     writer.take(compiled.early)
-    writer.take(line for line in compiled.standing if line.category == "communication" and line not in compiled.built)
+    if compiled.buckets:
+        undivided = writer.allocate(sum(compiled.buckets))
+    else:
+        writer.take(line for line in compiled.standing if line.category == "communication" and line not in compiled.built)
     writer.begin("warmup")
     if compiled.first_run is not None:
         compiled.first_run(writer)
@@ -85,6 +88,9 @@ def _write(steps: list[Compiled], script: Script, load: Loader, generation: Gene
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))
         writer.end()
+        if number == 1 and compiled.buckets:
+            writer.release(undivided)
+            writer.keep(compiled.buckets)
         kinds += len(of_step.timeline.kinds)
     return Written(writer.program(), list(writer.sizes), steps, generation)
 

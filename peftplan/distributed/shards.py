@@ -215,10 +215,16 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 
 def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ...]:
-    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp).
+    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp)."""
+    source = "torch: Reducer::initialize_buckets"
+    return tuple(
+        Line(f"bucket of gradients of {nbytes:,} B", "communication", "uint8", (nbytes,), copies, source)
+        for nbytes, copies in Counter(bucket_sizes(parameters, distributed)).items()
+    )
 
-    Buckets are filled in the order in which gradients arrive, the last layer's first.
-    """
+
+def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
+    """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first."""
     cap = BUCKET if distributed.bucket_cap_mb is None else int(distributed.bucket_cap_mb * 2**20)
     sizes: list[int] = []
     filled, limit = 0, FIRST_BUCKET
@@ -227,13 +233,7 @@ def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ..
         if filled >= limit:
             sizes.append(filled)
             filled, limit = 0, cap
-    sizes += [filled] if filled else []
-    source = "torch: Reducer::initialize_buckets"
-    counted = Counter(sizes)
-    return tuple(
-        Line(f"bucket of gradients of {nbytes:,} B", "communication", "uint8", (nbytes,), copies, source)
-        for nbytes, copies in counted.items()
-    )
+    return (*sizes, filled) if filled else tuple(sizes)
 
 
 def _backwards(parameters: Parameters) -> Iterator[Parameter]:

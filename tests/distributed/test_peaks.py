@@ -37,8 +37,6 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
 
 OPEN = ('fsdp1 full 64 fsdp={"backward_prefetch": "pre"}', 'fsdp1 full 4 config={"hidden_size": 1000')
 """Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
-OF_LIGER = ('ddp lora 4 loss="liger" kernels="liger" model="smollm3-3b"',)
-"""-0.13 % of 1.4 GB: 1.8 MB, cause not known; under ZeRO, which runs without autocast, Liger's layers agree."""
 PACKED = ('tp full 2 model="phi-3-mini-4k-instruct" layers=3 seq_len=256',)
 """Reserved -3.7 %: cause not known. Phi-3 packs queries, keys and values, and gate and up projection, in one weight each."""
 LARGE_HEAD = ('zero3 full 4 loss="liger" kernels="liger" model="qwen2.5-7b"',)
@@ -55,7 +53,7 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert shares is not None
     zero = row["strategy"].startswith("zero")
     for phase in PHASES:
-        most = 0.003 if row["name"].startswith(OPEN) else 0.002 if zero or row["name"].startswith(OF_LIGER) else 0.001
+        most = 0.003 if row["name"].startswith(OPEN) else 0.002 if zero else 0.001
         assert abs(shares[phase]) <= most, (phase, shares)
     assert abs(shares["reserved"]) <= (
         0.04 if row["name"] in PACKED else 0.012 if row["name"].startswith(LARGE_HEAD) else 0.01 if zero else 0.005
