@@ -76,7 +76,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         else:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     of_gpus = (gpus.gpus, gpus._ids_by_key, gpus._rows_by_id, gpus._gpu)
-    cached = (datafiles.load, *of_gpus, catalogue._entries, catalogue._by_key, catalogue._by_alias)
+    cached = (datafiles.parsed, *of_gpus, catalogue._entries, catalogue._by_key, catalogue._by_alias)
     monkeypatch.setattr(datafiles, "DATA", tmp_path)
     for function in cached:
         function.cache_clear()
