@@ -11,7 +11,7 @@ from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory
 from peftplan.job.setup import MOST, check_length, check_logits_to_keep
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
-from peftplan.planning.verdicts import capability, kernels_on, placed_on
+from peftplan.planning.verdicts import by_kernels, capability, placed_on
 from peftplan.results.grid import Grid
 
 try:
@@ -52,12 +52,12 @@ def grid(
     for where, options in _jobs(flat):
         points = Points(flat["batch_size"][where], flat["seq_len"][where], flat["r"][where] if "r" in flat else None)
         share = None if replays is None else replays * len(where) // count
-        for first, group in _by_kernels(cards, may_fuse=may_fuse):
+        for number, group in enumerate(by_kernels(cards, may_fuse=may_fuse)):
             sized = _sized(job_with, options, points, group[0] if group else None)
             requested = sized.requested(points)
             peak = np.maximum.reduce(list(requested.values()))
             decided = decide(sized, points, peak, [Limits.of(card, sized) for card in group], replays=share)
-            if first:
+            if number == 0:  # requested bytes are those of the first card's kernels
                 for phase, values in requested.items():
                     by_phase.setdefault(phase, np.empty(count, dtype=np.int64))[where] = values
                 memory["allocated"][where], memory["reserved"][where] = decided.allocated, decided.reserved
@@ -89,15 +89,6 @@ def _jobs(flat: Mapping[str, Ints]) -> Iterator[tuple[Ints, dict[str, int]]]:
     values, which = np.unique(np.stack([flat[name] for name in others]), axis=1, return_inverse=True)
     for number in range(values.shape[1]):
         yield np.flatnonzero(which.ravel() == number), dict(zip(others, values[:, number].tolist(), strict=True))
-
-
-def _by_kernels(cards: Sequence[Gpu], *, may_fuse: bool) -> Iterator[tuple[bool, list[Gpu]]]:
-    """Cards that run the same kernels, those of the first card first, with whether they are these."""
-    groups: dict[object, list[Gpu]] = {}
-    for card in cards:
-        groups.setdefault(kernels_on(card, may_fuse=may_fuse), []).append(card)
-    for number, group in enumerate(groups.values() or [[]]):
-        yield number == 0, group
 
 
 def _sized(

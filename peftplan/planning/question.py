@@ -39,6 +39,11 @@ class Question(NamedTuple):
     """What the file of another tool says (`job.configs.plan.ConfigPlan.to_dict`)."""
 
     @property
+    def first_card(self) -> "Gpu | None":
+        """The card whose peaks and lines the estimate shows."""
+        return self.cards[0] if self.cards else None
+
+    @property
     def bound(self) -> "Bound | None":
         """What the peak is where the file has keys that no option says."""
         return self.config["bound"] if self.config else None
@@ -153,8 +158,8 @@ def _of_fullest(question: "Question") -> "Question":
     if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
         return question
     try:
-        first = question.cards[0] if question.cards else None
-        peaks = analytic_peaks(placed_on(question.inventory, first), compute_capability=capability(first))
+        card = question.first_card
+        peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=capability(card))
     except NeedsTraceError:
         return question
     return question._replace(inventory=peaks.inventory)
@@ -168,13 +173,14 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     check_followed(job)
     if (why := without_loss(job.model, job.architecture)) is not None:
         raise RefusedError(why)
-    first, traced_on = next(iter(question.cards), None), {}
+    traced_on: dict[object, Counted] = {}
 
     def peaks_on(card: "Gpu | None") -> Counted:
         key = (capability(card), *kernels_on(card, may_fuse=job.may_fuse))
         if key not in traced_on:
             of_card = placed_on(question.inventory, card).job
-            traced_on[key] = _trace(of_card, capability(card), record=record and card == first, progress=progress)
+            recorded = record and card == question.first_card
+            traced_on[key] = _trace(of_card, capability(card), record=recorded, progress=progress)
         return traced_on[key]
 
     return _estimated(question, peaks_on, engine="trace")
@@ -210,7 +216,7 @@ def _estimated(
     `peaks_on`: a card → the peaks, or what part of the job has none.
     """
     (job, built, static, _), cards = question.inventory, question.cards
-    of_first = capability(cards[0] if cards else None)
+    of_first = capability(question.first_card)
     counted = [question.open or peaks_on(card) for card in cards or (None,)]
     by_card = [Counted() if isinstance(peaks, str) else peaks for peaks in counted]
     peaks = by_card[0].peaks

@@ -15,7 +15,7 @@ from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
 from peftplan.planning.axes import Values
 from peftplan.planning.for_method import ONE_POINT, options_for
-from peftplan.planning.verdicts import capability, kernels_on, placed_on
+from peftplan.planning.verdicts import by_kernels, capability, placed_on
 
 try:
     import numpy as np
@@ -126,18 +126,17 @@ class Job(NamedTuple):
 
     def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
         """Its points, so many at a time."""
-        ranks = cast("Sequence[int]", self.sizes.get("r", ()))
-        by_kernels: dict[object, Sized | str] = {}
-        may_fuse = self._may_fuse()
-        for card in cards or (None,):
-            key = kernels_on(card, may_fuse=may_fuse)
-            if key not in by_kernels:
-                try:
-                    by_kernels[key] = Sized(partial(self.counted, card=card), ranks, compute_capability=capability(card))
-                except PeftplanError as refused:
-                    by_kernels[key] = str(refused)
+        groups = [(self._sized(group[0] if group else None), group) for group in by_kernels(cards, may_fuse=self._may_fuse())]
         for start in range(0, len(self), BLOCK):
-            yield Block(self, start, min(BLOCK, len(self) - start), by_kernels, cards, may_fuse)
+            yield Block(self, start, min(BLOCK, len(self) - start), groups, cards)
+
+    def _sized(self, card: Gpu | None) -> Sized | str:
+        """The job at all sizes on a card, or why there is none."""
+        ranks = cast("Sequence[int]", self.sizes.get("r", ()))
+        try:
+            return Sized(partial(self.counted, card=card), ranks, compute_capability=capability(card))
+        except PeftplanError as refused:
+            return str(refused)
 
     def _may_fuse(self) -> bool:
         try:
@@ -150,18 +149,12 @@ class Block:
     """Some of a job's points, on all cards."""
 
     def __init__(
-        self,
-        job: Job,
-        start: int,
-        count: int,
-        by_kernels: Mapping[object, Sized | str],
-        cards: Sequence[Gpu],
-        may_fuse: bool,
+        self, job: Job, start: int, count: int, groups: Sequence[tuple[Sized | str, Sequence[Gpu]]], cards: Sequence[Gpu]
     ) -> None:
-        self.job, self.start, self.count, self.by_kernels, self.cards = job, start, count, by_kernels, cards
-        self.may_fuse = may_fuse
+        """`groups`: the job on cards that run the same kernels, or why it has no points there; and these cards."""
+        self.job, self.start, self.count, self.groups, self.cards = job, start, count, groups, cards
         self.replayed = 0
-        first = next(iter(by_kernels.values()))
+        first, _ = groups[0]
         self.first = None if isinstance(first, str) else first.first.job
         self.warnings = self.first.warnings if self.first else ()
 
@@ -205,7 +198,7 @@ class Block:
         self, at: Mapping[str, Ints], replays: int | None, tell: Callable[[int, float], None]
     ) -> tuple[dict[str, list[list[object]]], list[str | None] | None]:
         """Column → a list of values for each card; and what is wrong with points, if anything is."""
-        first = next(iter(self.by_kernels.values()))
+        first, _ = self.groups[0]
         if isinstance(first, str):
             return {}, [first] * self.count
         points = Points(at["batch_size"], at["seq_len"], at.get("r"))
@@ -213,16 +206,13 @@ class Block:
         columns: dict[str, list[list[object]]] = {}
         if not len(good):
             return {}, errors
-        groups: dict[object, list[Gpu]] = {}
-        for card in self.cards:
-            groups.setdefault(kernels_on(card, may_fuse=self.may_fuse), []).append(card)
-        share = None if replays is None else replays // max(len(groups), 1)
+        share = None if replays is None else replays // len(self.groups)
         by_card: dict[str, dict[str, list[object]]] = {}
-        for key, sized in self.by_kernels.items():
+        for sized, group in self.groups:
             if isinstance(sized, str):
                 continue
             try:
-                values = self._of_kernels(sized, points.take(good), groups.get(key, []), share, tell)
+                values = self._of_kernels(sized, points.take(good), group, share, tell)
             except PeftplanError as missing:
                 return {}, [_without_formula(missing)] * self.count
             by_card |= values

@@ -66,6 +66,14 @@ def kernels_on(card: "Gpu | None", *, may_fuse: bool) -> tuple[object, ...]:
     return (*kernels(of), of, card.multiprocessors if card else None) if may_fuse else kernels(of)
 
 
+def by_kernels(cards: "Iterable[Gpu]", *, may_fuse: bool) -> "list[list[Gpu]]":
+    """Cards in groups that run the same kernels, that of the first card first; one empty group where no card is named."""
+    groups: dict[object, list[Gpu]] = {}
+    for card in cards:
+        groups.setdefault(kernels_on(card, may_fuse=may_fuse), []).append(card)
+    return list(groups.values()) or [[]]
+
+
 def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
     """A job with its tensors on a card, by whose multiprocessors kernels may be chosen."""
     job = inventory.job.on_card(card.multiprocessors if card else None)
