@@ -50,6 +50,14 @@ def test_a_tag_that_says_otherwise_is_noticed(files: Path, tag: str, expected: s
     assert expected in release.disagreements(tag, files)
 
 
+def test_the_section_of_an_earlier_release_keeps_its_name(files: Path) -> None:
+    release.write("9.8.7", TODAY, files)
+    before = {name: (files / name).read_text(encoding="utf-8") for name in release.PLACES}
+    with pytest.raises(ValueError, match=r"the first section is the release 9\.8\.7; begin one as ## 9\.9\.0 \(unreleased\)"):
+        release.write("9.9.0", TODAY, files)
+    assert {name: (files / name).read_text(encoding="utf-8") for name in release.PLACES} == before
+
+
 def test_a_section_without_a_date_is_not_released(files: Path) -> None:
     release.write("9.8.7", TODAY, files)
     changelog = files / "CHANGELOG.md"

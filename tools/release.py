@@ -41,7 +41,10 @@ def disagreements(tag: str, root: Path = ROOT) -> list[str]:
 
 
 def write(version: str, day: str, root: Path = ROOT) -> None:
-    """Put a version and its date into the files. A new section of the changelog has to be there, as `(unreleased)`."""
+    """Put a version and its date into the files. Raises ValueError for a changelog whose first section is another release."""
+    newest = re.search(PLACES["CHANGELOG.md"][0], (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    if newest is not None and newest[1] != version and "(unreleased)" not in newest[0]:
+        raise ValueError(f"CHANGELOG.md: the first section is the release {newest[1]}; begin one as ## {version} (unreleased)")
     for name, (pattern, text) in PLACES.items():
         file = root / name
         replaced = re.sub(pattern, text.format(version=version, day=day), file.read_text(encoding="utf-8"), count=1, flags=re.M)
@@ -54,8 +57,13 @@ def main() -> int:
     parser.add_argument("--date", default=date.today().isoformat())
     parser.add_argument("--check", metavar="TAG", help="such as v0.1.0")
     arguments = parser.parse_args()
+    if (arguments.version is None) == (arguments.check is None):
+        parser.error("give a version, or --check and a tag")
     if arguments.version:
-        write(arguments.version, arguments.date)
+        try:
+            write(arguments.version, arguments.date)
+        except ValueError as error:
+            parser.error(str(error))
     lines = disagreements(arguments.check or f"v{arguments.version}")
     print("\n".join(lines) or f"{arguments.check or arguments.version}: the files agree")
     return 1 if lines else 0
