@@ -47,17 +47,17 @@ class Grid:
         )
 
     @property
-    def batch_size(self) -> object:
+    def batch_size(self) -> Ints:
         """Sequences per device and step at each point."""
         return self.sizes["batch_size"]
 
     @property
-    def seq_len(self) -> object:
+    def seq_len(self) -> Ints:
         """Tokens per sequence at each point."""
         return self.sizes["seq_len"]
 
     @property
-    def peak_requested_bytes(self) -> object:
+    def peak_requested_bytes(self) -> Ints:
         """The highest peak of all phases at each point, in requested bytes."""
         return np.maximum.reduce(list(self.requested_by_phase.values()))
 
