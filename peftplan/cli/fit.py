@@ -94,6 +94,8 @@ def command(
         from peftplan.planning.choosing import family
 
         _check(gpu=cards_named, model=model, of_family=True)
+        if size == "model":
+            del of_plans["--max"]  # a family is asked for its largest member anyway
         _refuse("--model-family", "names the largest member for each method", {**of_plans, "--which-gpu": which_gpu or None})
         method = chosen.pop("method", None)
         methods = methods or method
@@ -153,7 +155,7 @@ def _check(*, gpu: str | None, model: str | None, of_family: bool) -> None:
 def _refuse(option: str, does: str, others: Mapping[str, object]) -> None:
     """Refuse options of plans beside one that asks for none."""
     for name, value in others.items():
-        if value is not None and (option, value) != ("--model-family", "model"):
+        if value is not None:
             raise RefusedError(f"{name} has no effect with {option}, which {does}")
 
 
