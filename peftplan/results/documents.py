@@ -206,7 +206,7 @@ class DistributedDocument(TypedDict):
 
 
 class Assumptions(TypedDict, total=False):
-    """What a number rests on. Of the values that `planning.assumed` lists, these are read again."""
+    """What the numbers rest on: every value of `planning.assumed`. The keys that code reads are named here."""
 
     trainer: str
     batch_size: int
