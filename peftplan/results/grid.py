@@ -59,10 +59,11 @@ class Grid:
     @property
     def peak_requested_bytes(self) -> Ints:
         """The highest peak of all phases at each point, in requested bytes."""
-        return np.maximum.reduce(list(self.requested_by_phase.values()))
+        peak: Ints = np.maximum.reduce(list(self.requested_by_phase.values()))
+        return peak
 
     def __repr__(self) -> str:
-        peak = np.asarray(self.peak_requested_bytes)
+        peak = self.peak_requested_bytes
         on = f" on {', '.join(self.verdicts)}" if self.verdicts else ""
         least, most = format_bytes(int(peak.min())), format_bytes(int(peak.max()))
         return f"<Grid of {' × '.join(map(str, peak.shape)) or 1} points over {', '.join(self.sizes)}{on}: {least} to {most}>"
@@ -72,14 +73,14 @@ class Grid:
 
         Bytes are those of the first card's kernels, None where nothing was replayed.
         """
-        peak = np.asarray(self.peak_requested_bytes).ravel().tolist()
         sizes = {name: np.asarray(values).ravel().tolist() for name, values in self.sizes.items()}
         replayed = {"peak_allocated": self.allocated_bytes, "peak_reserved": self.reserved_bytes}
         memory = {name: values.ravel().tolist() for name, values in replayed.items() if values is not None}
         words = {card: (self.verdicts[card], self.decided_by[card]) for card in self.verdicts}
         by_card = {card: [values.ravel().tolist() for values in both] for card, both in words.items()}
-        for point, requested in enumerate(peak):
-            row = {name: values[point] for name, values in sizes.items()} | {"requested_bytes": requested}
+        for point, requested in enumerate(self.peak_requested_bytes.ravel().tolist()):
+            row: dict[str, object] = {name: values[point] for name, values in sizes.items()}
+            row["requested_bytes"] = requested
             row |= {name: values[point] for name, values in memory.items()}
             for card, (verdicts, by) in by_card.items():
                 yield {**row, "gpu": card, "verdict": verdicts[point], "decided_by": by[point]}
@@ -89,7 +90,7 @@ class Grid:
     @property
     def num_rows(self) -> int:
         """Rows: points × cards."""
-        return int(np.asarray(self.peak_requested_bytes).size) * max(len(self.verdicts), 1)
+        return self.peak_requested_bytes.size * max(len(self.verdicts), 1)
 
     def records(self) -> list[dict[str, object]]:
         """All rows, as pandas and polars take them."""
