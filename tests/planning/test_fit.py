@@ -205,9 +205,10 @@ def test_options_of_plans_that_change_nothing_are_refused(options: str, expected
     assert expected in done.err
 
 
-def test_a_family_by_the_method_that_is_typed() -> None:
+@pytest.mark.parametrize("said_again", [(), ("--max", "model")])
+def test_a_family_by_the_method_that_is_typed(said_again: tuple[str, ...]) -> None:
     """It was asked by every method, whatever --method said."""
-    done = run("fit", "--model-family", "qwen3", "--gpu", "t4", "--method", "qlora", "--format", "json")
+    done = run("fit", "--model-family", "qwen3", "--gpu", "t4", "--method", "qlora", "--format", "json", *said_again)
     assert [member["method"] for member in json.loads(done.out)] == ["qlora"]
 
 
