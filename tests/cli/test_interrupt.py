@@ -20,9 +20,11 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-# The real command; in its first backward it says so and waits for the signal that Ctrl-C sends.
+# The real command; in its first backward it says so and waits for the signal that Ctrl-C sends. What a shell started in the
+# background, such as a suite, ignores that signal, and so would the command.
 WAITS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from peftplan.trace.events.tracker import Tracker
 begin = Tracker.begin
 def stopped(self, phase):
