@@ -90,7 +90,7 @@ IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
     keeps_logits=("policy",),
     options=frozenset({"max_completion_length", "beta", "loss_type"}),
 )
-# ms-swift 4.6.0 and trl 0.29, the newest that it accepts (rlhf_trainers/dpo_trainer.py, grpo_trainer.py, orpo_trainer.py): its
+# ms-swift 4.6.0 and the newest trl that it accepts (rlhf_trainers/dpo_trainer.py, grpo_trainer.py, orpo_trainer.py): its
 # own Trainer, and `selective_log_softmax` of all logits.
 IN_SWIFT = Trainer(
     "transformers",

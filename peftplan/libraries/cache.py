@@ -65,7 +65,7 @@ def _decoded(model: Any, batch_size: int, context: int) -> Any:
     """The cache once the last of `context` tokens came alone, as while decoding."""
     import torch
 
-    # transformers 5.0 asks torch whether autocast is on for the device `meta`, which torch does not know
+    # The oldest transformers of `versions.FLOORS` asks whether autocast is on for the device `meta`, which torch does not know
     ids = torch.zeros((batch_size, context), dtype=torch.long, device="meta")
     with torch.no_grad(), torch.device("meta"), replaced({"torch.is_autocast_enabled": lambda *of: False}):
         first = model(input_ids=ids[:, 1:], use_cache=True) if context > 1 else None

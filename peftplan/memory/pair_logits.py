@@ -4,7 +4,8 @@ b rows, of pairs the first half chosen; s tokens; n of them in completions; v vo
 `experimental/orpo/orpo_trainer.py` and `experimental/cpo/cpo_trainer.py` (`concatenated_forward`), `kernels/logprob_entropy.py`
 (`_LogProbEntropyFunction`; its Triton kernels take nothing); `_compute_loss` of trainer/dpo_trainer.py and
 trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`);
-`selective_log_softmax` of trl 0.29 (trainer/utils.py); ms-swift 4.6.0, rlhf_trainers (`_get_logps_via_local_forward`).
+`selective_log_softmax` of trainer/utils.py in the newest trl that ms-swift 4.6.0 accepts; ms-swift 4.6.0, rlhf_trainers
+(`_get_logps_via_local_forward`).
 """
 
 from __future__ import annotations

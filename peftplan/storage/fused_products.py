@@ -1,8 +1,9 @@
 """Which products bitsandbytes computes from 4-bit weights as they are stored, without dequantizing them.
 
 `MatMul4Bit.forward` asks by tokens, shape of the weight and card whether its fused kernel is faster than to dequantize and
-multiply. Only the forward can be fused: `MatMul4Bit.backward` always dequantizes. Source: bitsandbytes 0.50.2,
-backends/cuda/ops.py:584-812 (`_gemm_4bit_use_custom_cuda`) and :934-982 (`gemm_4bit`); 0.49 always dequantizes.
+multiply. Only the forward can be fused: `MatMul4Bit.backward` always dequantizes. Source: bitsandbytes,
+backends/cuda/ops.py:584-812 (`_gemm_4bit_use_custom_cuda`) and :934-982 (`gemm_4bit`); before `versions.FUSED_4BIT` it always
+dequantized.
 
 Letters: n outputs, k inputs of the layer. A block of the kernel makes 64 outputs, and a *wave* is a block on each multiprocessor.
 Left out: products of up to 8 tokens, most of which are fused.
