@@ -1,13 +1,15 @@
-"""Types of the sizes that a formula takes: whole numbers, or numpy's arrays of them where many sizes are evaluated at once."""
+"""The sizes that a formula takes: whole numbers, or numpy's arrays of them where many sizes are evaluated at once.
+
+Numpy is needed for their types alone: it is an extra, and one size needs none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
 
@@ -20,6 +22,8 @@ Sizes: TypeAlias = "int | Sequence[int] | NDArray[np.int64]"
 """One size, or several, as a list or an array."""
 Size = TypeVar("Size", int, "NDArray[np.int64]")
 """One size, or a size at each point."""
+Fact: TypeAlias = "int | NDArray[np.bool_] | NDArray[np.int64]"
+"""Whether a size is beyond a limit, at one point or at each."""
 
 
 class Derived(str):
@@ -30,5 +34,19 @@ class Derived(str):
         raise NotImplementedError
 
 
-Fact: TypeAlias = "int | NDArray[np.bool_] | NDArray[np.int64]"
-"""Whether a size is beyond a limit, at one point or at each."""
+def smaller(a: Size, b: Size | int) -> Size:
+    """The smaller of two sizes, at each point."""
+    return a - (a > b) * (a - b)
+
+
+def larger(a: Size, b: Size | int) -> Size:
+    """The larger of two sizes, at each point."""
+    return a + (b > a) * (b - a)
+
+
+def numel_at(dims: Sequence[int | str], sizes: Mapping[str, Size]) -> Size:
+    """How many elements a tensor of these dims has, of which one or more are named."""
+    first, *others = (sizes[dim] for dim in dims if not isinstance(dim, int))
+    for other in others:
+        first = first * other
+    return first * prod(dim for dim in dims if isinstance(dim, int))

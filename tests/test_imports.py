@@ -52,7 +52,7 @@ ARRAYS = (
     *("arrays.py", "analytic/moments.py", "results/grid.py"),
     *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
 )
-"""The files that evaluate many sizes at once, with numpy; nothing imports them earlier. `arrays` only names types."""
+"""The files that evaluate many sizes at once, with numpy; nothing imports them earlier. `arrays` only names its types."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}
 """Which room talks to the terminal or draws, and by what."""
 

@@ -7,7 +7,7 @@ Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_
 
 from typing import NamedTuple
 
-from peftplan.arrays import Fact, Size
+from peftplan.arrays import Fact, Size, larger, smaller
 from peftplan.errors import RefusedError
 from peftplan.units import GIB, ceil_div
 from peftplan.versions import named
@@ -88,10 +88,10 @@ class LossSizes(NamedTuple):
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
-            return {"n": n, "s-1": length - 1, "rows": _least(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
+            return {"n": n, "s-1": length - 1, "rows": smaller(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
         if self.loss == "torchtune-linear":
             return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
-        tile = _least(n, MAX_ROWS)
+        tile = smaller(n, MAX_ROWS)
         by_itemsize = {
             f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
             for size in (HALF, WIDE)
@@ -127,15 +127,7 @@ class LossSizes(NamedTuple):
     def _scored(self, b: Size, length: Size) -> Size:
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         labels = length - max(self.virtual_tokens * self.prompted, 1)
-        return b * (labels if self.completion is None else _least(labels, self.completion))
-
-
-def _least(a: Size, b: Size | int) -> Size:
-    return a - (a > b) * (a - b)
-
-
-def _most(a: Size, b: Size | int) -> Size:
-    return a + (b > a) * (b - a)
+        return b * (labels if self.completion is None else smaller(labels, self.completion))
 
 
 def _rest(n: Size, rows: Size | int) -> Size:
@@ -150,14 +142,14 @@ def liger_rows(tokens: Size, *, hidden_size: int, vocab_size: int) -> Size:
     power = tokens * 0 + 1
     for i in range(MOST_DOUBLINGS):
         power = power + (chunk > 2**i) * 2**i
-    return _least(power, tokens)
+    return smaller(power, tokens)
 
 
 def unsloth_rows(scored: Size, *, hidden_size: int, vocab_size: int, itemsize: int) -> Size:
     """Unsloth's tokens per chunk: the largest power of two up to n · h / v, within bounds."""
     fewest = min(max(_power_at_most(FEWEST_LOGITS // vocab_size), FEWEST_ROWS), MAX_ROWS)
-    rows = _most(_power_at_most(scored * hidden_size // vocab_size), fewest)
-    return _most(_least(_least(rows, min(MAX_ROWS, max(CHUNK_BYTES // (vocab_size * itemsize), 2))), scored), 1)
+    rows = larger(_power_at_most(scored * hidden_size // vocab_size), fewest)
+    return larger(smaller(smaller(rows, min(MAX_ROWS, max(CHUNK_BYTES // (vocab_size * itemsize), 2))), scored), 1)
 
 
 def _power_at_most(number: Size) -> Size:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from peftplan.arrays import Derived, Size
+from peftplan.arrays import Derived, Size, numel_at
 from peftplan.ledger import Dim
 from peftplan.storage.config import TORCHAO_NF4
 from peftplan.tape import ops
@@ -45,10 +45,7 @@ class RowsUnlessFused(Derived):
 
     def at(self, sizes: Mapping[str, Size]) -> Size:
         """The rows at these sizes, which may be arrays as well as integers."""
-        first, *others = (sizes[name] for name in self.tokens)
-        for other in others:
-            first = first * other
-        rows: Size = (first > self.above) * self.rows
+        rows: Size = (numel_at(self.tokens, sizes) > self.above) * self.rows
         return rows
 
 

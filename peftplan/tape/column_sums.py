@@ -1,7 +1,8 @@
 """What CUDA allocates while it sums the rows of a matrix, as for the gradient of a bias or of a norm's weight.
 
 Where rows are many and columns few, several blocks share the columns, and their partial sums wait in a buffer: 8 bytes for each
-element that is summed, up to 4 bytes for 16,384 columns on each block that the card holds (108 MiB on an A100).
+element that is summed, up to 64 KiB for each block that the card holds (108 MiB on an A100), or half a byte for each element
+where that is more.
 
 Source: torch, aten/src/ATen/native/cuda/Reduce.cuh (`setReduceConfig`, `global_memory_size`, `semaphore_size`), where the fastest
 dimension is one that is kept. Left out: sums of rows and of whole tensors, whose buffers are a few KiB, and inputs of more than
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
-from peftplan.arrays import Derived, Size
+from peftplan.arrays import Derived, Size, larger, numel_at, smaller
 from peftplan.hardware.processors import Processors
 from peftplan.ledger import Dim
 from peftplan.units import ceil_div
@@ -34,26 +35,20 @@ BUFFERS: tuple[What, ...] = ("partial sums", "counters")
 
 
 def elements(what: What, *, rows: Size, columns: int, card: Processors) -> Size:
-    """Elements of a buffer that sums so many rows; 0 where no block shares a column. `rows` may be an array."""
-    vector = next(width for width in (4, 2, 1) if columns % width == 0)
-    most, wide = MOST_THREADS // vector, columns // vector
-    widest = min(1 << (wide.bit_length() - 1), most)
-    height = most // min(widest, WARP)
-    width = min(widest, most // height)
-    blocks = ceil_div(wide, width)
-    together = card.number * (card.threads // (width * height))
-    values = -(-rows // height)
-    fewest, largest = VALUES_PER_THREAD
-    shared = _smaller(-(-values // fewest), ceil_div(together, blocks))
-    sharing = shared + (-(-values // largest) > shared) * (-(-values // largest) - shared)
-    each = columns * width * vector * sharing if what == "partial sums" else blocks
-    shares: Size = (values >= largest) * (blocks <= together) * (sharing > 1) * each
-    return shares
-
-
-def _smaller(size: Size, most: int) -> Size:
-    smaller: Size = size - (size > most) * (size - most)
-    return smaller
+    """Elements of a buffer of a sum over so many rows; 0 where no blocks share columns. `rows` may be an array."""
+    vector = next(width for width in (4, 2, 1) if columns % width == 0)  # columns that a thread reads at once
+    threads, across = MOST_THREADS // vector, columns // vector
+    widest = min(1 << (across.bit_length() - 1), threads)
+    height = threads // min(widest, WARP)
+    width = min(widest, threads // height)
+    blocks = ceil_div(across, width)
+    resident = card.number * (card.threads // (width * height))  # blocks that the card holds
+    values = -(-rows // height)  # rows that a thread sums
+    fewest, most = VALUES_PER_THREAD
+    sharing = larger(smaller(-(-values // fewest), ceil_div(resident, blocks)), -(-values // most))  # blocks for the same columns
+    buffer = columns * width * vector * sharing if what == "partial sums" else blocks
+    shared: Size = (values >= most) * (blocks <= resident) * (sharing > 1) * buffer
+    return shared
 
 
 class ColumnSums(Derived):
@@ -77,11 +72,7 @@ class ColumnSums(Derived):
 
     def at(self, sizes: Mapping[str, Size]) -> Size:
         """The elements at these sizes, which may be arrays as well as integers."""
-        first, *others = (sizes[dim] for dim in self.rows if isinstance(dim, str))
-        for other in others:
-            first = first * other
-        rows: Size = first * prod(dim for dim in self.rows if isinstance(dim, int))
-        return elements(self.what, rows=rows, columns=self.columns, card=self.card)
+        return elements(self.what, rows=numel_at(self.rows, sizes), columns=self.columns, card=self.card)
 
 
 def column_dims(source: tuple[Dim, ...], kept: tuple[Dim, ...], card: Processors) -> tuple[Dim, ...]:

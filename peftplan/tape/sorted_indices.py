@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
-from peftplan.arrays import Derived, Size
+from peftplan.arrays import Derived, Size, numel_at, smaller
 from peftplan.ledger import Dim
 
 MOST_UNSORTED = 3072
@@ -46,16 +46,12 @@ class SortedRows(Derived):
 
     def at(self, sizes: Mapping[str, Size]) -> Size:
         """The rows at these sizes, which may be arrays as well as integers."""
-        first, *others = (sizes[dim] for dim in self.indices if not isinstance(dim, int))
-        n = prod(dim for dim in self.indices if isinstance(dim, int))
-        for other in others:
-            first = first * other
-        return sorted_rows(self.what, n=first * n, v=self.table)
+        return sorted_rows(self.what, n=numel_at(self.indices, sizes), v=self.table)
 
 
 def sorted_rows(what: What, *, n: Size, v: int) -> Size:
     """Rows of a buffer for n indices of v rows; 0 where n indices are not sorted. n may be an array as well as an integer."""
-    segments = n - (n > v) * (n - v)  # min(n, v)
+    segments = smaller(n, v)
     rows = {"indices": n, "segments": segments, "parts": n // ROWS_PER_THREAD + segments}[what]
     sorted_where: Size = (n > MOST_UNSORTED) * rows
     return sorted_where
