@@ -99,15 +99,13 @@ def _written(sample: Sample, parts: Sequence[Run | Chain], growth: Sequence[Grow
 
 
 def _outside(parts: Sequence[Run | Chain]) -> list[Storage]:
+    """What is allocated outside the layers, in order."""
     return [m.storage for part in parts if isinstance(part, Run) for m in part.moments if m.kind == "alloc"]
 
 
 def _growth(small: Sequence[Run | Chain], large: Sequence[Run | Chain]) -> list[Growth]:
     """How much each allocation outside the layers grows with one more layer, in order."""
-    pairs = [
-        [m.storage for part in parts if isinstance(part, Run) for m in part.moments if m.kind == "alloc"]
-        for parts in (small, large)
-    ]
+    pairs = [_outside(parts) for parts in (small, large)]
     if len(pairs[0]) != len(pairs[1]) or any(len(a.shape) != len(b.shape) for a, b in zip(*pairs, strict=True)):
         raise NotRepeatingError("another layer changes what happens outside of the layers")
     return [

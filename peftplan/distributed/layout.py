@@ -24,8 +24,8 @@ class Layout(NamedTuple):
     """What is whole on the device while shards are made: a unit (a tensor if `cpu_ram_efficient_loading`), a tensor, or nothing,
     since shards are made empty and then filled."""
     streams: bool = False
-    """Whether a quantized model is read without transformers, but for mixtures, whose checkpoints are laid out otherwise: no
-    warm-up block comes first. A unit is whole until it is sharded."""
+    """Whether the tool reads a quantized model itself: no warm-up block comes first, and a unit is whole until it is sharded.
+    transformers reads mixtures of experts, whose checkpoints are laid out otherwise."""
     buffers_first: bool = False
     """Whether buffers are there before the weights, and a tied embedding comes before the layers."""
 

@@ -80,7 +80,7 @@ class Timeline(NamedTuple):
         return [nbytes[place] for place in self.size_of]
 
     def with_derived(self, sizes: Mapping[str, Size]) -> dict[str, Size]:
-        """These sizes, and those that tensors have and that are computed from them."""
+        """These sizes, and those of its tensors that are computed from them."""
         derived = {name for _, names in self.sizes for name in names if isinstance(name, Derived)}
         return {**sizes, **{name: name.at(sizes) for name in sorted(derived)}}
 

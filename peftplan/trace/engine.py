@@ -143,8 +143,8 @@ def trace(
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
-    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels,
-    and so do its `multiprocessors` (None: those of an A100) for 4-bit weights.
+    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
+    with `multiprocessors` (None: those of an A100) it decides which products with 4-bit weights are fused.
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     `distributed`: the strategy of which one rank is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see

@@ -227,7 +227,7 @@ class OneGpu:
     load = staticmethod(load)
 
     def prepared(self, built: Built, setup: Setup) -> Setup:
-        """The setup of the step."""
+        """The setup of the step: that of the job."""
         return setup
 
     def batches(self, built: Built) -> Callable[[bool], None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -39,13 +39,14 @@ from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
-
+"""Where torch moves what a unit holds to the device, before it shards it."""
 POLICIES = {
     None: transformer_auto_wrap_policy,
     "transformer": transformer_auto_wrap_policy,
     "size": size_based_auto_wrap_policy,
     "none": None,
 }
+"""`Distributed.wrap_policy` → accelerate's policy, by which it makes the units."""
 
 
 class RankTracker(Tracker):  # type: ignore[no-untyped-call]
@@ -53,7 +54,11 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
 
     offloads = False
     """Whether shards, their gradients and states lie on the host, where the optimizer steps."""
-    _streams: dict[int, int]
+
+    @cached_property
+    def _streams(self) -> dict[int, int]:
+        """Identity of a stream → its number."""
+        return {id(torch.cpu._default_cpu_stream): 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Leave an operation on DTensors to them: they run it on their shards."""
@@ -61,8 +66,6 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
 
     def stream(self) -> int:
         """The number of the current stream, in the order in which they allocate; 0 is the default one."""
-        if not hasattr(self, "_streams"):
-            self._streams = {id(torch.cpu._default_cpu_stream): 0}
         return self._streams.setdefault(id(torch.cpu.current_stream()), len(self._streams))
 
     def begin(self, phase: str) -> None:
@@ -73,7 +76,7 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
 
 
 class Offloading(TorchFunctionMode):
-    """Copies between device and host."""
+    """Makes the copies between device and host, which fake tensors do not tell apart."""
 
     def __init__(self, tracker: Tracker) -> None:
         super().__init__()
@@ -113,8 +116,8 @@ class Rank:
 
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
-        """The process group. The tracker sees storages that are resized and buffers of collectives, but no tensor that only
-        teaches DTensor a shape.
+        """Start the process group, and end it afterwards. Meanwhile the tracker sees storages that are resized and buffers of
+        collectives, but no tensor that only teaches DTensor a shape.
         """
         if dist.is_initialized():
             raise RefusedError("engine: trace makes a process group of its own, and this process has one already")
