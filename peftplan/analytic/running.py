@@ -75,7 +75,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
-        fused=chip,
+        chip=chip,
         fuses_first=setup.rows * (setup.seq_len + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
@@ -85,7 +85,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
 
 
 def chip_of(job: Job, compute_capability: str) -> Chip | None:
-    """The card by which a 4-bit job's products are fused; one that says nothing of its multiprocessors counts as an A100."""
+    """The card by which a 4-bit job's products are fused; one whose multiprocessors are not known has those of an A100."""
     if not job.may_fuse:
         return None
     from peftplan.storage.fused_products import Chip
@@ -162,7 +162,7 @@ def fused_first(job: Job, chip: Chip | None) -> int | None:
     if chip is None or first is None or job.quant is None:
         return None
     n, k = reversed(first.shape("weight")) if first.kind == "Conv1D" else first.shape("weight")
-    most = chip.most_tokens(n, k, dtype=str(job.quant.compute_dtype), blocksize=job.quant.blocksize)
+    most = chip.most_tokens(n=n, k=k, dtype=str(job.quant.compute_dtype), blocksize=job.quant.blocksize)
     return most or None
 
 

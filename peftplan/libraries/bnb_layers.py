@@ -58,7 +58,7 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
         if (chip := Card.chip) is None:
             return False
         n, k = self.out_features, self.in_features
-        most = chip.most_tokens(n, k, dtype=parse_dtype(x.dtype), blocksize=self.stored_blocksize)
+        most = chip.most_tokens(n=n, k=k, dtype=parse_dtype(x.dtype), blocksize=self.stored_blocksize)
         return bool(0 < x.numel() // k <= most)
 
     def absmax(self, like: torch.Tensor, *, keep_both: bool) -> list[torch.Tensor]:

@@ -76,10 +76,10 @@ class Running(NamedTuple):
     """Whether under checkpointing the embeddings are made to require gradients."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
-    fused: "Chip | None" = None
+    chip: "Chip | None" = None
     """The card by which bitsandbytes chooses how it multiplies 4-bit weights; None where it dequantizes them all."""
     fuses_first: bool = False
-    """Whether that fuses the first product of this batch, so that another one takes cuBLAS's workspace."""
+    """Whether the first product of this batch is fused: the first one that is not then takes cuBLAS's workspace."""
     rotary_rows: Dim = 0
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False

@@ -55,9 +55,9 @@ def _most_fused(part: Part, x: Tensor, running: Running) -> int:
     assert isinstance(n, int)
     assert isinstance(k, int)
     assert part.quant is not None
-    if running.fused is None or running.autocast not in (None, x.dtype):
+    if running.chip is None or running.autocast not in (None, x.dtype):
         return 0
-    return running.fused.most_tokens(n, k, dtype=x.dtype, blocksize=part.quant.blocksize)
+    return running.chip.most_tokens(n=n, k=k, dtype=x.dtype, blocksize=part.quant.blocksize)
 
 
 def _unless_fused(x: Tensor, most: int) -> Callable[[int], Dim]:

@@ -1,7 +1,7 @@
 """Which products bitsandbytes computes from 4-bit weights as they are stored, without dequantizing them.
 
-`MatMul4Bit.forward` asks by tokens, shape of the weight and card whether its fused kernel is faster than to dequantize and
-multiply. Only the forward can be fused: `MatMul4Bit.backward` always dequantizes. Source: bitsandbytes,
+`MatMul4Bit.forward` takes its fused kernel where that is faster than to dequantize and multiply: it looks at the tokens, the
+weight's shape and the card. Only the forward can be fused: `MatMul4Bit.backward` always dequantizes. Source: bitsandbytes,
 backends/cuda/ops.py:584-812 (`_gemm_4bit_use_custom_cuda`) and :934-982 (`gemm_4bit`); before `versions.FUSED_4BIT` it always
 dequantized.
 
@@ -11,11 +11,13 @@ Left out: products of up to 8 tokens, most of which are fused.
 
 from typing import NamedTuple
 
+from peftplan.units import ceil_div
+
 OUTPUTS_OF_A_BLOCK = 64
 SMALL_WEIGHT = 4 * 2**20
 """Elements below which the choice follows other limits."""
-LEAST = 9
-"""Fewer tokens are not looked at."""
+FEWEST_TOKENS = 9
+"""Products of fewer tokens are left out."""
 SHORT_K = 0.5
 """A small weight with fewer inputs than this share of its outputs is fused for many tokens."""
 
@@ -27,24 +29,20 @@ class Chip(NamedTuple):
     minor: int
     multiprocessors: int
 
-    def most_tokens(self, n: int, k: int, *, dtype: str, blocksize: int) -> int:
+    def most_tokens(self, *, n: int, k: int, dtype: str, blocksize: int) -> int:
         """Tokens up to which a product with a weight (n, k) in this compute dtype is fused, from 9 on; 0 where none is."""
-        return _most_tokens(n, k, dtype=dtype, blocksize=blocksize, chip=self)
-
-
-def _most_tokens(n: int, k: int, *, dtype: str, blocksize: int, chip: Chip) -> int:
-    of_cards = (chip.major, chip.minor)
-    narrow = dtype == "fp16" or (dtype == "bf16" and of_cards >= (8, 0))
-    if k % blocksize or not narrow or of_cards < (7, 5) or of_cards == (8, 7) or chip.major == 11:
-        return 0
-    blocks, sms = -(-n // OUTPUTS_OF_A_BLOCK), chip.multiprocessors
-    if chip.major == 10:
-        most = _blackwell(n, k, blocks, sms)
-    elif n * k < SMALL_WEIGHT:
-        most = _small(n, k, blocks, chip)
-    else:
-        most = LADDERS.get(of_cards if chip.major != 9 else (9, 0), _ada)(n, k, blocks, sms)
-    return most if most >= LEAST else 0
+        capability = (self.major, self.minor)
+        narrow = dtype == "fp16" or (dtype == "bf16" and capability >= (8, 0))
+        if k % blocksize or not narrow or capability < (7, 5) or capability == (8, 7) or self.major == 11:
+            return 0
+        blocks, sms = ceil_div(n, OUTPUTS_OF_A_BLOCK), self.multiprocessors
+        if self.major == 10:
+            most = _blackwell(n, k, blocks, sms)
+        elif n * k < SMALL_WEIGHT:
+            most = _small(n, k, blocks, self)
+        else:
+            most = LADDERS.get(capability if self.major != 9 else (9, 0), _ada)(n, k, blocks, sms)
+        return most if most >= FEWEST_TOKENS else 0
 
 
 def _blackwell(n: int, k: int, blocks: int, sms: int) -> int:

@@ -50,10 +50,10 @@ def test_the_choice_is_the_librarys() -> None:
         n, k = (64 * draw.choice((draw.randint(1, 40), draw.randint(1, 450))) for _ in "nk")
         k = draw.choice((k, n, 3 * n, n // 128 * 64 or 64))
         chip, dtype, tokens = draw.choice(chips), draw.choice(("bf16", "fp16", "fp32")), draw.choice((*range(9, 600), 1024, 1536))
-        most = chip.most_tokens(n, k, dtype=dtype, blocksize=64)
+        most = chip.most_tokens(n=n, k=k, dtype=dtype, blocksize=64)
         fused = chosen(chip, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype], tokens, n, k)
         assert (tokens <= most) == fused, (n, k, chip, dtype, tokens)
-    assert chips[0].most_tokens(4096, 96, dtype="fp16", blocksize=64) == 0, "rows that are no whole blocks are dequantized"
+    assert chips[0].most_tokens(n=4096, k=96, dtype="fp16", blocksize=64) == 0, "rows that are no whole blocks are dequantized"
 
 
 @pytest.mark.parametrize("seq_len", [100, 512, 513])
@@ -84,7 +84,7 @@ def test_older_releases_dequantize_every_weight() -> None:
 @pytest.mark.quick
 def test_cards_of_one_generation_differ_by_their_multiprocessors() -> None:
     """A weight (2048, 640) has 32 blocks: with 108 multiprocessors less than a third of a wave, with an A30's 56 more."""
-    a100, a30 = (Chip(8, 0, n).most_tokens(2048, 640, dtype="bf16", blocksize=64) for n in (108, 56))
+    a100, a30 = (Chip(8, 0, n).most_tokens(n=2048, k=640, dtype="bf16", blocksize=64) for n in (108, 56))
     assert (a100, a30) == (1536, 512)
 
 
