@@ -84,6 +84,9 @@ def column_dims(source: tuple[Dim, ...], kept: tuple[Dim, ...], card: Processors
     rest, remainder = divmod(prod(dim for dim in source if isinstance(dim, int)), columns)
     named = tuple(dim for dim in source if isinstance(dim, str))
     summed: tuple[Dim, ...] = (*named, rest) if rest > 1 else named
-    if columns == 1 or remainder or not named or summed in FEW or not all(isinstance(dim, int) for dim in kept):
+    if columns == 1 or remainder or not source or summed in FEW or not all(isinstance(dim, int) for dim in kept):
         return ()
+    if not named:
+        same = source[-len(kept) :] == kept
+        return tuple(elements(what, rows=rest, columns=columns, card=card) for what in BUFFERS) if same else ()
     return tuple(ColumnSums(summed, columns, card, what) for what in BUFFERS)

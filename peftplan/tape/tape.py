@@ -197,7 +197,8 @@ class Tape(Allocations):
         for i, edge in enumerate(node.edges):  # `validate_outputs`, before the node releases what it saved
             grad = grads_of_inputs[i]
             if type(grad) is Broadcast:
-                grad = grads_of_inputs[i] = self.column_sum(grad.source, grad.dims, grad.dtype)
+                source = () if self.is_permuted(grad) else grad.source  # else the fastest dim is one that is summed
+                grad = grads_of_inputs[i] = self.column_sum(source, grad.dims, grad.dtype)
             if edge is not None and grad is not None and grad.dtype != edge[2]:
                 grad = grads_of_inputs[i] = self.alike(grad, edge[2], "to")
         grad = None

@@ -116,7 +116,7 @@ def _kron_backward(f: Tape, node: Node, saved: tuple[Operand, Operand], g: Tenso
     by_one, by_two = (f.new(g.dims, g.dtype, "mul") for _ in "12")
     grad_one = f.new(one.dims, g.dtype, "sum")
     del by_one
-    grad_two = f.new(two.dims, g.dtype, "sum")
+    grad_two = f.column_sum((one.dims[0], one.dims[1], *two.dims), two.dims, g.dtype)
     del by_two
     return grad_one, grad_two
 
