@@ -58,7 +58,7 @@ def adalora(arch: Architecture, config: AdaLoraConfig) -> Adaptation:
         )
     if config.target_parameters:
         raise NeedsPeftError("ADALORA with target_parameters")
-    refuse_both(saved_modules(arch, config), config.trainable_token_indices)
+    refuse_both(arch, saved_modules(arch, config), config.trainable_token_indices)
     adaptation = tune(arch, config, lambda module: _tensors(module, config.init_r), peft_type="ADALORA", bias=config.bias)
     refuse_mamba(arch, adaptation.matched)
     notes = (f"r={config.r} is not used by AdaLoRA; init_r={config.init_r} sets the rank",) if config.r != 8 else ()

@@ -128,7 +128,7 @@ def _refuse(arch: Architecture, config: LoraConfig) -> None:
         raise RefusedError("lora_bias: peft supports it only with init_lora_weights True or False")
     if config.init_lora_weights == "mica" and config.use_dora:
         raise NeedsPeftError("LORA with init_lora_weights 'mica' and use_dora")
-    refuse_both(saved_modules(arch, config), config.trainable_token_indices)
+    refuse_both(arch, saved_modules(arch, config), config.trainable_token_indices)
 
 
 def _module_tensors(module: Module, r: int, config: LoraConfig) -> list[AddedTensor]:

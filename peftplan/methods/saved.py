@@ -161,9 +161,10 @@ def _tied_to_embedding(arch: Architecture) -> frozenset[str]:
     return frozenset(name.rpartition(".")[0] for name in group)
 
 
-def refuse_both(saved: Iterable[str], tokens: TokenIndices) -> None:
+def refuse_both(arch: Architecture, saved: Iterable[str], tokens: TokenIndices) -> None:
     """Raise RefusedError if an embedding is saved as a whole and by its rows, NeedsPeftError if that is left open."""
-    if isinstance(tokens, tuple) and tokens and any(name.rpartition(".")[2] in EMBEDDINGS for name in saved):
+    embeddings = {*EMBEDDINGS, (arch.output_embedding or "").rpartition(".")[2]}
+    if isinstance(tokens, tuple) and tokens and any(name.rpartition(".")[2] in embeddings for name in saved):
         raise NeedsPeftError("trainable_token_indices beside an embedding in modules_to_save")
     both = set(saved) & set(tokens) if isinstance(tokens, Mapping) else set()
     if both:

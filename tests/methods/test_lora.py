@@ -195,6 +195,13 @@ def test_one_line_errors(options: dict[str, Any], error: type[Exception], messag
         ours("llama", "lora", **options)
 
 
+@pytest.mark.parametrize(("model", "head"), [("llama", "lm_head"), ("whisper", "proj_out")])
+def test_a_saved_head_beside_trained_tokens_is_left_to_peft(model: str, head: str) -> None:
+    """Where the head is tied, peft wraps its copy as tokens too, and the model fails in forward."""
+    with pytest.raises(NeedsPeftError, match="beside an embedding in modules_to_save"):
+        ours(model, "lora", target_modules=["q_proj"], modules_to_save=[head], trainable_token_indices=[1])
+
+
 def test_linear_in_rank() -> None:
     counts = [ours("llama", "lora", r=r, target_modules="all-linear").num_trainable for r in (1, 2, 4)]
     assert counts[1] == 2 * counts[0]
