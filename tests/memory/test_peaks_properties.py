@@ -169,7 +169,7 @@ def test_lines_are_all_of_a_peak(job: dict[str, Any], batch: int, seq: int) -> N
         assert listed == peak if phase == memory["peak_phase"] else listed <= peak
 
 
-SIZE = re.compile(r"(\S+) = (\d+)(?: \(.*?\))?(?:, |$)")
+SIZE = re.compile(r"(?:^|, )([^=(]+?) = (\d+)(?: \(.*?\))?")
 ROW = re.compile(
     r"  .+: (?P<formula>\d+ × round512\(.*?\))(?: = (?P<numbers>\d+ × round512\([\d × ]+\)))? = (?P<bytes>[\d,]+)  \["
 )
