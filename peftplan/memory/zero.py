@@ -79,8 +79,8 @@ def largest_rank(slots: Mapping[Key, Slot]) -> int:
 def counted_rank(slots: Mapping[Key, Slot], distributed: Distributed, bucket_size: int) -> int:
     """The rank that needs the most memory. Under ZeRO-2 it is the one with the most gradients, `largest_rank`.
 
-    Under ZeRO-1 the order of the buckets decides too. The step, with what reaches into the partitions, and the first of these
-    in 16 bits and in fp32, may need more than the reduction.
+    Under ZeRO-1 the order of the buckets decides too. The step may need more than the reduction: it holds the gradients that
+    reach into the rank's partitions, and those of one partition flat in 16 bits and in fp32 (3 elements of 16 bits for each).
     """
     if distributed.strategy != "zero1":
         return largest_rank(slots)
@@ -128,8 +128,10 @@ def _reducing(
 
 
 def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[int]:
-    """Elements of the copies in one piece that a bucket is reduced in (`allreduce_and_scatter`): neighbours of one rank are a
-    piece, and a single piece is not copied."""
+    """Elements of the flat copies in which a bucket is reduced (`allreduce_and_scatter`).
+
+    Neighbours of one rank are a piece, and a single piece is not copied.
+    """
     parts = (part for slot in reduced if scatters for part in slot.parts)
     pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
     copies = []
@@ -143,7 +145,7 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
 
 
 class Zero(Stage):
-    """Gradients, buckets and flat groups of the largest rank. `masters`: the fp32 masters of each group."""
+    """Gradients, buckets and flat groups of the rank that is counted. `masters`: the fp32 masters of each group."""
 
     def __init__(self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> None:
         super().__init__(model, distributed, dtype=dtype)
