@@ -1,0 +1,221 @@
+"""What calls of Unsloth mean: which names are loaded as what, what is trained, what is compiled, and what waits on the host."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_text, read_values
+from peftplan.job.kernels import named_kernels
+
+
+def test_unsloths_calls() -> None:
+    calls = [
+        {"call": "FastLanguageModel.from_pretrained", "args": [], "kwargs": {"model_name": "unsloth/Meta-Llama-3.1-8B"}},
+        {"call": "FastLanguageModel.get_peft_model", "args": ["<model>"], "kwargs": {"r": 32, "lora_dropout": 0}},
+        {"call": "SFTConfig", "args": [], "kwargs": {"per_device_train_batch_size": 2, "optim": "adamw_8bit"}},
+    ]
+    plan = read_values({"calls": calls}, kind="calls", file="run.yml")
+    assert plan.model == "llama-3.1-8b"
+    assert plan.options["target_modules"] == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    wanted = {
+        "method": "qlora",
+        "quant": "nf4",
+        "r": 32,
+        "batch_size": 2,
+        "seq_len": 2048,
+        "optim": "adamw_8bit",
+        "loss": "unsloth",
+    }
+    assert {name: plan.options[name] for name in wanted} == wanted
+    assert (plan.options["gradient_checkpointing"], plan.options["offload_checkpoints"]) == (True, True)
+
+
+UNSLOTH = """
+import os
+{settings}
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048, use_exact_model_name=True)
+model = FastLanguageModel.get_peft_model(model, r=16)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2{arguments})).train()
+"""
+COMPILED, LONG = {"UNSLOTH_BLOCK_COMPILE"}, {"UNSLOTH_PADDING_CHOICE"}
+PADDED = 'os.environ.setdefault("UNSLOTH_DISABLE_AUTO_PADDING_FREE", "1")'
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "unsupported", "padding_free"),
+    [
+        ("", ", max_steps=60, gradient_accumulation_steps=4", set(), True),
+        ("", ", max_steps=1249, gradient_accumulation_steps=4", set(), True),
+        ("", ", max_steps=1250, gradient_accumulation_steps=4", LONG, True),
+        ('os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', ", max_steps=5000", set(), True),
+        ('os.environ["UNSLOTH_DISABLE_AUTO_PADDING_FREE"] = "0"', ", max_steps=60", set(), True),
+        (PADDED, ", max_steps=60", COMPILED, False),
+        ('os.environ["UNSLOTH_PADDING_CHOICE"] = "padded"', ", max_steps=60", COMPILED, False),
+        ('os.environ["UNSLOTH_PADDING_CHOICE"] = "padding_free"', ", max_steps=5000", set(), True),
+        ("", ", max_steps=60, padding_free=False", COMPILED, False),
+        ("", ", max_steps=60), data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer", COMPILED, False),
+        (f'{PADDED}; os.environ["UNSLOTH_COMPILE_DISABLE"] = "1"', ", max_steps=60", set(), False),
+    ],
+)  # fmt: skip
+def test_unsloth_compiles_layers_of_padded_batches(
+    settings: str, arguments: str, unsupported: set[str], padding_free: bool
+) -> None:
+    """unsloth 2026.10.9: a layer that gets lengths of documents runs as it is (models/_block_compile.py:929)."""
+    plan = read_text(UNSLOTH.format(settings=settings, arguments=arguments), file="train.py")
+    assert set(plan.unsupported) == unsupported
+    assert ("unsloth.padding_free" in named_kernels(plan.options["kernels"])) is padding_free
+    assert (peftplan.estimate(config=plan).peaks is None) == bool(unsupported)  # in which direction it changes is not known
+    assert not peftplan.estimate(config=plan, kernels="unsloth").config["unsupported"]  # the user says how it runs
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "assumed"),
+    [
+        ("", ", padding_free=False", True),
+        ("%env UNSLOTH_BLOCK_COMPILE=0", ", padding_free=False", False),
+        ("%env UNSLOTH_BLOCK_COMPILE_LEGACY=1", ", padding_free=False", False),
+        ("", "", False),
+    ],
+)
+def test_a_notebook_is_assumed_to_have_a_torch_before_layers_compile(settings: str, arguments: str, assumed: bool) -> None:
+    """unsloth 2026.10.9, models/llama.py:3431; where nothing is left to torch's release, nothing is assumed."""
+    program = UNSLOTH.format(settings="", arguments=f"{arguments}, max_steps=60")
+    plan = read_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": [cell]} for cell in (settings, program)]}), file="a.ipynb"
+    )
+    assert ("2.11" in plan.assumed.get("torch", "")) is assumed
+    assert set(plan.unsupported) == (COMPILED if "LEGACY" in settings else set())
+
+
+def test_unsloth_trains_embeddings_that_are_named_as_targets_in_full() -> None:
+    """models/llama.py:4884; 603,979,776 trainable parameters, as the notebook of Mistral's text completion prints them."""
+    modules = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"'
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace("r=16", f"r=128, target_modules=[{modules}]")
+    plan = read_text(source.replace("Llama-3.2-1B", "mistral-7b-v0.3"), file="a.py")
+    assert not plan.unsupported
+    assert plan.options["modules_to_save"] == ("embed_tokens", "lm_head")
+    assert "modules_to_save" in plan.read["lora.target_modules"].option
+    assert peftplan.estimate(config=plan).trainable_parameters == 603_979_776
+
+
+def test_unsloth_takes_its_names_in_any_case() -> None:
+    """unsloth 2026.10.9, models/loader_utils.py: the mapper's names are looked up in lower case."""
+    plan = read_text(UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-4"), file="a.py")
+    assert plan.model == "phi-4"
+
+
+GRPO = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Llama-3.2-1B", max_seq_length=1024, fast_inference=True, gpu_memory_utilization=0.6,
+    use_exact_model_name=True
+)
+model = FastLanguageModel.get_peft_model(model, r=32)
+args = GRPOConfig(per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, num_generations=6,
+    max_prompt_length=256, max_completion_length=768, max_steps=50, optim="paged_adamw_8bit")
+GRPOTrainer(model=model, args=args).train()
+"""
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "rows"), [(1, 1, 6), (12, 1, 12), (2, 3, 2), (4, 1, 6), (1, 6, 1)])
+def test_unsloth_s_grpo_of_a_notebook(batch: int, accumulation: int, rows: int) -> None:
+    """A batch that is no multiple of num_generations becomes one of them (models/rl.py:3598); vLLM shares the weights."""
+    source = GRPO.format(batch=batch, accumulation=accumulation)
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert not plan.unsupported
+    assert (plan.options["batch_size"], plan.options["vllm_gpu_memory_utilization"]) == (rows, 0.6)
+    assert "0.22.2" in plan.assumed["trl"]
+    result = peftplan.estimate(config=plan, gpu="a100-80gb")
+    assert result.peaks is not None
+    assert ("unsloth.padding_free" in result.assumptions["kernels"]) is (rows > 1)
+    assert result.bound is None
+    (card,) = result.gpus
+    weights = result.static.bytes(("weights", "quant_state"))
+    assert card.vllm_bytes == int(0.6 * card.usable_bytes) - weights
+    assert read_text(source, file="grpo.py").unsupported  # a script says nothing of its trl
+
+
+@pytest.mark.parametrize(("in_4bit", "method"), [("", "qlora"), (", load_in_4bit=False", "lora")])
+def test_unsloth_takes_a_name_of_4_bits_for_that_of_16_where_the_file_says_so(in_4bit: str, method: str) -> None:
+    """models/loader_utils.py:1194 (`INT_TO_FLOAT_MAPPER`)."""
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace('1B", ', f'1B-unsloth-bnb-4bit"{in_4bit}, ')
+    plan = read_text(source, file="a.py")
+    assert plan.options["method"] == method
+    assert ("quantization_config.llm_int8_skip_modules" in plan.unsupported) is (method == "qlora")
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "taken"),
+    [("unsloth/Llama-3.2-1B", False, True), ("unsloth/Llama-3.2-1B", True, False), ("unsloth/mistral-7b", False, False)],
+)
+def test_unsloth_takes_plain_names_for_repositories_that_leave_layers_in_16_bits(name: str, exact: bool, taken: bool) -> None:
+    """models/mapper.py: `FLOAT_TO_INT_MAPPER` of Llama 3.2 names -unsloth-bnb-4bit, of Mistral -bnb-4bit."""
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace("unsloth/Llama-3.2-1B", name)
+    plan = read_text(source.replace("use_exact_model_name=True", f"use_exact_model_name={exact}"), file="a.py")
+    assert ("quantization_config.llm_int8_skip_modules" in plan.unsupported) is taken
+
+
+@pytest.mark.parametrize(("longest", "hosted"), [(456, False), (512, True)])
+def test_unsloth_keeps_inputs_of_short_rows_on_the_card(longest: int, hosted: bool) -> None:
+    """models/_utils.py:506, whatever `use_gradient_checkpointing="unsloth"` says."""
+    source = GRPO.format(batch=1, accumulation=1).replace("max_seq_length=1024", f"max_seq_length={longest}")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert plan.options["offload_checkpoints"] is hosted
+
+
+def test_of_sft_before_grpo_the_second_is_counted() -> None:
+    """It holds all completions of a prompt. A length that only the program knows leaves prompt and completion all of a row."""
+    before = """
+args = SFTConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1, num_train_epochs=2)
+SFTTrainer(model=model, args=args).train()
+longest = maximum_length + 1
+"""
+    source = GRPO.format(batch=1, accumulation=1).replace("args = GRPO", f"{before}args = GRPO").replace("=256", "=longest")
+    source = source.replace("max_completion_length=768", "max_completion_length=1024 - longest")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert not plan.unsupported
+    assert (plan.options["trainer"], plan.options["batch_size"], plan.options["seq_len"]) == ("trl-grpo", 6, 1024)
+    assert "max_completion_length" not in plan.options
+    assert plan.assumed["seq_len"] == "every prompt and completion fill max_seq_length together"
+    assert "besides" in plan.ignored["later.SFTConfig#1"].why
+
+
+def test_the_embedding_of_packed_completions_on_the_host_makes_an_upper_bound() -> None:
+    source = GRPO.format(batch=1, accumulation=1).replace("fast_inference=True", "fast_inference=True, offload_embedding=True")
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="grpo.ipynb")
+    assert [row.effect for row in plan.unsupported.values()] == ["lowers"]
+    result = peftplan.estimate(config=plan, gpu="a100-80gb")
+    assert result.bound == "at_most"
+    assert result.gpus[0].verdict == "fits"
+
+
+def test_unsloth_loads_phi_with_its_projections_apart() -> None:
+    """The seven projections of Phi-3 medium: 65,536,000 trainable parameters, as its notebook prints them."""
+    plan = read_text(
+        UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-3-medium-4k-instruct"), file="a.py"
+    )
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert result.trainable_parameters == 65_536_000
+    assert result.peaks is not None
+    fused = peftplan.estimate("phi-3-medium-4k-instruct", method="lora", r=16, target_modules=["qkv_proj", "gate_up_proj"])
+    assert fused.trainable_parameters != result.trainable_parameters
+
+
+def test_a_run_whose_length_the_data_decide_is_assumed_to_be_short() -> None:
+    plan = read_text(UNSLOTH.format(settings="", arguments=", num_train_epochs=3"), file="train.py")
+    assert not plan.unsupported
+    assert "5,000" in plan.assumed["padding"]
+
+
+def test_a_notebook_sets_variables_by_a_magic() -> None:
+    program = UNSLOTH.format(settings="", arguments=", padding_free=False")
+    cells = ["%env UNSLOTH_BLOCK_COMPILE=0\n%env WANDB_PROJECT=mine", program]
+    notebook = json.dumps({"cells": [{"cell_type": "code", "source": [cell]} for cell in cells]})
+    plan = read_text(notebook, file="train.ipynb")
+    assert not plan.unsupported
+    assert plan.read["environment.UNSLOTH_BLOCK_COMPILE"].value == "0"
