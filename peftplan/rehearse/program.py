@@ -21,7 +21,7 @@ from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.processors import processors
 from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.verdicts import capability, stated, usable_and_room
-from peftplan.rehearse import keeper, scratch
+from peftplan.rehearse import figures, keeper, scratch
 from peftplan.rehearse.card import library
 from peftplan.rehearse.recorded import Recorded
 from peftplan.rehearse.request import Request
@@ -70,11 +70,12 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
             )
         if reason := " ".join(_lines(folder / keeper.NOT_STARTED)):
             raise InputError("COMMAND", request.command[0], f"it does not start: {reason}; accepted: a program on PATH")
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
+        reports = _reports(folder)
         stand_ins, remarks = _lines(folder / "stand-ins.txt"), _lines(folder / "notes.txt")
         host = keeper.read(folder)
         recording = _recording(folder, request)
-        if request.snapshot is not None and (pickles := sorted(folder.glob("*.pickle"))):
+        pickles = sorted(folder.glob("*.pickle"))
+        if request.snapshot is not None and pickles:
             request.snapshot.write_bytes(pickles[0].read_bytes())
     world_size = max((report["world_size"] for report in reports), default=request.world_size)  # a launcher says it
     settings = settings._replace(world_size=world_size)
@@ -82,11 +83,19 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
     return replace(
         result,
         replaced=(*stand_ins, *_replaced(settings, request)),
-        notes=(*result.notes, *remarks),
+        notes=(*result.notes, *remarks, *_unrecorded(request, recording, snapshot=bool(pickles))),
         seconds=round(seconds, 1),
         host_bytes=host.host_bytes,
         recording=recording,
     )
+
+
+def _reports(folder: Path) -> list[dict[str, Any]]:
+    """Of each process that used a device; its log tells less, and is all that there is of one that a signal ended."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
+    logs = [report for path in sorted(folder.glob(figures.LOGS)) if (report := figures.read_log(path))]
+    told = {report["process"] for report in reports}
+    return reports + [{**report, "cut": True} for report in logs if report["process"] not in told]
 
 
 def _lines(path: Path) -> list[str]:
@@ -244,15 +253,29 @@ def _replaced(settings: Settings, request: Request) -> Iterator[str]:
         yield "the network was out of reach"
 
 
-def _signalled(code: int, reports: Sequence[object], ended: str) -> Iterator[str]:
-    """Which signal ended the program, if one did; without a handler it leaves no time to report.
+def _signalled(code: int, reports: Sequence[Mapping[str, Any]], ended: str) -> Iterator[str]:
+    """Which signal ended the program, if one did, and what it left of the report.
 
     A code that stands for no signal, such as 255 of `sys.exit(-1)`, is the program's own.
     """
     number = -code if code < 0 else code - 128
     if ended == "program" and number in signal.valid_signals():
         name = next((each.name for each in signal.Signals if each == number), f"signal {number}")
-        yield f"the program was ended by {name}" + ("" if reports else ", which left it no time to say what it held")
+        yield f"the program was ended by {name}{BY_WHOM.get(number, '')}" + ("" if reports else "; it held nothing on a card")
+    for report in reports:
+        if "cut" in report:
+            yield f"rank {report['rank']} could not report when it ended: peaks are those until then, what was alive is not known"
+
+
+BY_WHOM: dict[int, str] = {signal.SIGKILL: ", as the kernel does when the host has no memory left"}
+
+
+def _unrecorded(request: Request, recording: Recorded | None, *, snapshot: bool) -> Iterator[str]:
+    """Files that were wanted of a program that used no card, or could not report when it ended."""
+    missing = {"--timeline": request.record and recording is None, "--snapshot": request.snapshot is not None and not snapshot}
+    yield from (
+        f"{option}: nothing was written, the program left no record of its allocations" for option in missing if missing[option]
+    )
 
 
 def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[str]:

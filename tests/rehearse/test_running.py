@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,16 @@ print("SEEN", json.dumps({"columns": test.column_names, "words": row["prompt"].c
 """
 
 
-def run(program: str, tmp_path: Path, *words: str, **options: Any) -> tuple[Rehearsal, str]:
+def run(program: str, tmp_path: Path, *words: str, launcher: Sequence[str] = (), **options: Any) -> tuple[Rehearsal, str]:
     torch = pytest.importorskip("torch")
     if torch.version.cuda is None:
         pytest.skip("needs the CUDA build of torch")
     path, output = tmp_path / "program.py", tmp_path / "output"
     path.write_text(program, encoding="utf-8")
     with output.open("w") as file:
-        result = rehearse([sys.executable, str(path), *words], **{"gpu": "2xrtx-4090", **options}, stdout=file.fileno())
+        result = rehearse(
+            [*(launcher or [sys.executable]), str(path), *words], **{"gpu": "2xrtx-4090", **options}, stdout=file.fileno()
+        )
     return result, output.read_text(encoding="utf-8")
 
 
@@ -356,7 +359,6 @@ def test_a_program_that_never_steps_is_reported_with_what_it_held(tmp_path: Path
     [
         ("sys.exit(7)", 7, ""),
         ("sys.exit(255)", 255, ""),
-        ("os.kill(os.getpid(), signal.SIGUSR1)", 128 + signal.SIGUSR1, ""),
         ('raise ValueError("mine")', 1, "ValueError: mine"),
     ],
 )
@@ -369,13 +371,54 @@ def test_a_program_that_exits_early_shows_its_own_end_and_a_report(
     result, _ = run(one_step, tmp_path)
     assert (result.exit_code, result.ended) == (code, "program")
     assert shown in capfd.readouterr().err
-    signalled = [note for note in result.notes if "ended by" in note]
-    if code == 128 + signal.SIGUSR1:  # without a handler it leaves a process no time to report
-        assert signalled == ["the program was ended by SIGUSR1, which left it no time to say what it held"]
-    else:
-        assert not signalled
-        assert (result.steps, result.to_dict()["program_exit"]) == (2, code)
-        assert any("ended after 2 of 3 steps" in note for note in result.notes)
+    assert not any("ended by" in note for note in result.notes)
+    assert (result.steps, result.to_dict()["program_exit"]) == (2, code)
+    assert any("ended after 2 of 3 steps" in note for note in result.notes)
+
+
+KILLED = """
+import os, signal, sys, time, torch
+torch.cuda.init()
+held = torch.zeros(1 << 28, device="cuda")
+end = getattr(signal, sys.argv[1])
+if "loading" in sys.argv:
+    time.sleep(3)
+    os.kill(os.getpid(), end)
+model = torch.nn.Linear(1024, 1024).cuda()
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(3):
+    model(torch.randn(64, 1024).cuda()).square().mean().backward()
+    optimizer.step()
+    if step == 1:
+        os.kill(os.getpid(), end)
+"""
+
+
+@pytest.mark.parametrize("launcher", [[], ["torchrun", "--nproc-per-node", "2"]], ids=["python", "torchrun"])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV"])
+def test_a_program_that_a_signal_ends_is_reported_up_to_there(name: str, launcher: list[str], tmp_path: Path) -> None:
+    result, _ = run(KILLED, tmp_path, name, launcher=launcher)
+    stated = result.to_dict()
+    number = getattr(signal, name)
+    assert (result.exit_code, result.ended, result.steps) == (128 + number, "program", 2)
+    assert stated["program_exit"] == (128 + number if launcher else -number)
+    assert any(f"ended by {name}" in note for note in result.notes)
+    rank = result.largest_rank
+    assert rank is not None
+    weights = 2**22 + 2**12
+    assert rank.peak_by_phase["step"] >= 2**30 + 4 * weights  # weights, gradients and two states
+    assert [step.step for step in rank.steps] == [1, 2]
+
+
+def test_a_program_that_is_killed_while_it_loads_is_reported_up_to_there(tmp_path: Path) -> None:
+    result, _ = run(KILLED, tmp_path, "SIGKILL", "loading", record=True)
+    rank = result.largest_rank
+    assert rank is not None
+    assert (result.exit_code, result.steps) == (128 + signal.SIGKILL, 0)
+    assert (rank.peak_allocated, rank.peak_reserved, rank.peak_by_phase) == (2**30, 2**30, {"load": 2**30})
+    assert result.gpus[0].verdict == "unknown"
+    assert any("as the kernel does when the host has no memory left" in note for note in result.notes)
+    assert any(note.startswith("--timeline: nothing was written") for note in result.notes)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ PEAKS = ("allocated_bytes", "reserved_bytes")
 
 
 class Counters:
-    """Of every device: `take()` gives (allocated, reserved) at their peaks since the last call."""
+    """Of every device: `take()` gives (allocated, reserved) at their peaks since the last call, `now()` lets them go on."""
 
     def __init__(self) -> None:
         self._running: dict[int, tuple[int, int]] = {}
@@ -24,6 +24,10 @@ class Counters:
         self._stats, self._reset = memory.memory_stats_as_nested_dict, memory.reset_peak_memory_stats
         memory.memory_stats_as_nested_dict = self._program_reads
         memory.reset_peak_memory_stats = torch.cuda.reset_peak_memory_stats = self._program_resets
+
+    def now(self) -> dict[int, tuple[int, int]]:
+        """Device → its peaks since they were taken."""
+        return {device: self._peaks(device) for device in _used()}
 
     def take(self) -> dict[int, tuple[int, int]]:
         """Device → its peaks since the last call; then they begin anew."""

@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
 
-from peftplan.rehearse.inside import alive, report
+from peftplan.rehearse.figures import Figure, loading
+from peftplan.rehearse.inside import alive, log, report
 from peftplan.rehearse.inside.counters import Counters
 from peftplan.rehearse.settings import Settings
 
@@ -29,13 +30,16 @@ class Ended(SystemExit):
 
 
 class Watch:
-    """The phases of one process. `figures` holds a row per phase that ended: (step, phase, device, allocated, reserved)."""
+    """The phases of one process. `figures` holds those that ended; its log has also what the one that runs held so far."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counters = Counters()
         self.phase, self.step = "load", 0
-        self.figures: list[tuple[int, str, int, int, int]] = []
+        self.figures: list[Figure] = []
+        self.log = log.Log(settings.folder)
+        self.lock = threading.RLock()
+        self.ended = threading.Event()
         self.marks: list[tuple[int, int, str]] = [(time.time_ns() // 1000, 0, "load")]
         self.out_of_memory: list[dict[str, Any]] = []
         self.persistent = alive.Persistent()
@@ -50,14 +54,24 @@ class Watch:
 
     def begin(self, phase: str) -> None:
         """Close the phase that runs and begin another."""
-        self.close()
-        self.phase = phase
+        with self.lock:
+            self.close()
+            self.phase = phase
         self.marks.append((time.time_ns() // 1000, self.step, phase))
 
     def close(self) -> None:
         """Read what the phase that runs held at most."""
-        for device, (allocated, reserved) in self.counters.take().items():
-            self.figures.append((self.step, self.phase, device, allocated, reserved))
+        with self.lock:
+            self.figures += (ended := self._of_phase(self.counters.take()))
+            self.log.add(ended, report.facts(self.settings, self.steps_done + self.stepped))
+
+    def look(self) -> None:
+        """Log what the phase that runs held so far."""
+        with self.lock:
+            self.log.add(self._of_phase(self.counters.now()), report.facts(self.settings, self.steps_done + self.stepped))
+
+    def _of_phase(self, peaks: Mapping[int, tuple[int, int]]) -> list[Figure]:
+        return [Figure(self.step, self.phase, device, *of_device) for device, of_device in peaks.items()]
 
     def await_forward(self) -> None:
         """Begin a forward with the next call of a module that trains."""
@@ -84,7 +98,8 @@ class Watch:
             if self.phase != "load" and not self.stepped and not self.steps_done and not self.in_backward:
                 self.begin("load")
                 self.step = 0
-                self.figures = [(0, "load", *row[2:]) for row in self.figures]
+                self.figures = loading(self.figures)
+                self.log.was_loading()
                 self.marks = [(moment, 0, "load") for moment, _, _ in self.marks]
                 self.await_forward()
 
@@ -121,7 +136,9 @@ class Watch:
     def after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """An optimizer has stepped."""
         self.persistent.find_states(optimizer)
-        self.stepped = self.stepped or optimizer is self.optimizers[0]
+        if not self.stepped and optimizer is self.optimizers[0]:
+            self.stepped = True
+            self.look()
 
     def _end_step(self) -> None:
         if not self.stepped:
@@ -131,9 +148,10 @@ class Watch:
         if self.settings.steps and self.steps_done >= self.settings.steps:
             self.finish()
             raise Ended(0)
-        self.close()
-        self.step += 1
-        self.phase = "forward"
+        with self.lock:
+            self.close()
+            self.step += 1
+            self.phase = "forward"
         self.marks.append((time.time_ns() // 1000, self.step, "forward"))
 
     def out_of(self, device: int, requested: int, total: int, free: int) -> None:
@@ -160,6 +178,7 @@ class Watch:
         """Write the report, once, and in no forked child."""
         if not self._done and os.getpid() == self._process:
             self._done = True
+            self.ended.set()
             self.steps_done += self.stepped
             self.close()
             for optimizer in self.optimizers:
@@ -210,3 +229,5 @@ def start(settings: Settings) -> None:
 def _record(watch: Watch) -> None:
     torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=alive.MOST_EVENTS)
     torch._C._cuda_attach_out_of_memory_observer(watch.out_of)  # type: ignore[attr-defined]
+    os.register_at_fork(before=watch.lock.acquire, after_in_parent=watch.lock.release, after_in_child=watch.lock.release)
+    log.every_period(watch.look, watch.ended)

@@ -39,7 +39,7 @@ def _launch_one(module: Any, settings: Settings) -> None:
             return {0: entrypoint(*args)}
         process = subprocess.run([str(entrypoint), *map(str, args)], check=False)
         if process.returncode:
-            sys.exit(process.returncode)
+            sys.exit(process.returncode if process.returncode > 0 else 128 - process.returncode)
         return {0: None}
 
     module.launch_agent = launch
