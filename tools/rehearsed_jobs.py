@@ -73,6 +73,8 @@ def drawn(seed: int, number: int) -> str:
 def run(job: str, *, timeout: float) -> dict[str, Any]:
     """One row: what the job held, by rank."""
     words = shlex.split(job)
+    if "llamafactory-v1" in words:  # its launcher sets it for the processes that it starts
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     gpus, nodes = (int(words[words.index(option) + 1]) if option in words else 1 for option in ("--gpus", "--nodes"))
     result = rehearse(
         [sys.executable, str(PROGRAM), *program_words(words)],

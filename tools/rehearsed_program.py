@@ -40,7 +40,8 @@ SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
 OF_TEMPLATE = 148
 """Tokens of Qwen's chat template around a prompt, a token for each byte."""
 AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo")
-TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT)
+V1 = "llamafactory-v1"
+TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)
 
 
 def options() -> argparse.Namespace:
@@ -66,6 +67,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
     parser.add_argument("--attn-implementation")
+    parser.add_argument("--loss", choices=("full", "per-token"), default="full")
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
     parser.add_argument("--beta", type=float)
@@ -308,6 +310,32 @@ def with_llama_factory(job: argparse.Namespace) -> None:
     ).train()
 
 
+def with_llama_factory_v1(job: argparse.Namespace) -> None:
+    """LLaMA-Factory v1's own loop, as its launcher starts it, under FSDP2 or DeepSpeed."""
+    from llamafactory.v1.trainers.sft_trainer import run_sft
+
+    turns = (("user", "ask"), ("assistant", "good" * job.seq_len))
+    messages = [{"role": role, "content": [{"type": "text", "value": text}]} for role, text in turns]
+    Path("rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
+    Path("data.yaml").write_text("rows: {path: rows.jsonl, source: local}\n", encoding="utf-8")
+    step = job.gpus * job.batch_size * job.gradient_accumulation_steps
+    run_sft(
+        {
+            "model": job.model,
+            "train_dataset": "data.yaml",
+            "output_dir": "out",
+            "micro_batch_size": job.batch_size,
+            "global_batch_size": step,
+            "cutoff_len": job.seq_len,
+            "max_steps": 20,
+            "batching_workers": 0,
+            "enable_activation_checkpointing": checkpoints(job),
+            "kernel_config": {"name": "auto"},
+            "dist_config": {"name": "fsdp2"},
+        }
+    )
+
+
 def with_swift(job: argparse.Namespace) -> None:
     """ms-swift's trainers of preferences, by its own command line, and GRPO on completions that were written elsewhere."""
     from swift import rlhf_main
@@ -400,7 +428,12 @@ def with_trainer(job: argparse.Namespace) -> None:
         model = get_peft_model(model, peft)
         if checkpoints(job):
             model.enable_input_require_grads()
-    Trainer(model=model, args=training, train_dataset=rows(job, shape)).train()
+    own_loss = {}
+    if job.loss == "per-token":
+        from llamafactory.train.trainer_utils import dft_loss_func
+
+        own_loss["compute_loss_func"] = dft_loss_func
+    Trainer(model=model, args=training, train_dataset=rows(job, shape), **own_loss).train()
 
 
 def with_loop(job: argparse.Namespace) -> None:
@@ -430,5 +463,6 @@ def with_loop(job: argparse.Namespace) -> None:
 if __name__ == "__main__":
     settings = options()
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
+    programs[V1] = with_llama_factory_v1
     programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)
     programs.get(settings.trainer, with_preferences)(settings)

@@ -33,6 +33,8 @@ def check(job: Job) -> None:
 
         if (why := rehearsed.without_formula(job)) is not None:
             raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
+    elif job.setup.by.weighs_tokens:
+        raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.reference == "copy" and job.setup.by.scoring is not None and not job.setup.by.generates:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.quant is not None and job.setup.by.scoring == "kernel":

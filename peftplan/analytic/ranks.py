@@ -17,7 +17,7 @@ from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
-from peftplan.memory.load import Handle, Loader, Memory, peak_of
+from peftplan.memory.load import Handle, Loader, Memory, load_into, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
@@ -29,6 +29,9 @@ from peftplan.memory.zero3 import Zero3
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
+
+CHECKPOINT = "bf16"
+"""The dtype in which models are published today."""
 
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
@@ -163,6 +166,17 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     layout = job.setup.by.layout
+    if layout.loads == "model":
+        # from_pretrained(dtype="auto", device_map=the device), and `.to(torch.float32)` behind it
+        whole = partial(
+            load_into,
+            parameters=parameters,
+            quant=None,
+            dtype=CHECKPOINT,
+            dtype_of=lambda _: CHECKPOINT,
+            prepared=False,
+            arrives=True,
+        )
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
     by_units_of = layout if whole is not None and layout.streams else ACCELERATE
     return Loading(

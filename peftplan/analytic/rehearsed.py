@@ -171,7 +171,8 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *BESIDE),
         "trainer": not (setup.by.prepares_model or (setup.by.layout is not ACCELERATE and job.distributed.strategy == "fsdp2")),
         "keep_gradients": bool(setup.keep_gradients),
-        f"method {method}": method not in SHOWN_METHODS or bool(getattr(job.config, "use_dora", False)),
+        f"method {method}": method not in (("full",) if setup.by.weighs_tokens else SHOWN_METHODS)
+        or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
         and not _classifies(job),

@@ -80,7 +80,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.scoring is not None or setup.by.loss_apart,
+        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.loss == "per-token",
     )
 
 

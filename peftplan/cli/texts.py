@@ -63,7 +63,7 @@ STORAGE: dict[str, str] = {
     "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
-    "--trainer": f"{by_tool(get_args(TrainerName))}: its defaults hold; default: transformers",
+    "--trainer": f"{by_tool(get_args(TrainerName))}; default: transformers",
     "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
     "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",

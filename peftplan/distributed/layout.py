@@ -9,9 +9,11 @@ if TYPE_CHECKING:
 class Layout(NamedTuple):
     """The units besides the layers, and what a rank does around them. The defaults are accelerate's."""
 
-    ends: Literal["units", "tables", "root"] = "units"
+    ends: Literal["units", "tables", "embedding", "root"] = "units"
     """Embedding and head: `units`, the final norm with the head where accelerate finds it; `tables`, each a unit where it trains
-    and is not tied; or part of the `root`."""
+    and is not tied; the `embedding` alone where it is not tied; or part of the `root`."""
+    frees_root: bool = False
+    """Whether what the root has gathered is freed after forward."""
     param_dtype: str | None = None
     """The dtype in which weights are gathered, where the tool sets it."""
     reduce_dtype: str | None = None
@@ -20,9 +22,9 @@ class Layout(NamedTuple):
     """Whether the last layer stays gathered after forward."""
     syncs_each_batch: bool = False
     """Whether gradients are reduced in every micro batch."""
-    loads: Literal["modules", "tensors", "shards"] = "modules"
-    """What is whole on the device while shards are made: a unit (a tensor if `cpu_ram_efficient_loading`), a tensor, or nothing,
-    since shards are made empty and then filled."""
+    loads: Literal["modules", "tensors", "shards", "model"] = "modules"
+    """What is whole on the device while shards are made: a unit (a tensor if `cpu_ram_efficient_loading`), a tensor, nothing,
+    since shards are made empty and then filled, or the model, of which a unit goes when its shards are made."""
     streams: bool = False
     """Whether the tool reads a quantized model itself: no warm-up block comes first, and a unit is whole until it is sharded.
     transformers reads mixtures of experts, whose checkpoints are laid out otherwise."""
@@ -56,3 +58,12 @@ AUTOMODEL = Layout(
 """nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`,
 `_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`),
 _transformers/model_init.py (`_stream_load_bnb_weights`)."""
+LLAMA_FACTORY_V1 = Layout(
+    ends="embedding",
+    frees_root=True,
+    param_dtype="bf16",
+    reduce_dtype="fp32",
+    syncs_each_batch=True,
+    loads="model",
+)
+"""llamafactory 0.9.5, v1/plugins/trainer_plugins/distributed/fsdp2.py (`FSDP2Engine`), v1/core/model_engine.py."""

@@ -53,7 +53,7 @@ def check_liger(model_type: str) -> None:
         raise RefusedError(f"loss: {named('liger-kernel')} patches no {model_type} models; accepted: full, trl-chunked")
 
 
-ALL_LOGITS = ("full", "te-parallel")
+ALL_LOGITS = ("full", "te-parallel", "per-token")
 """Losses of logits that the model returns."""
 
 

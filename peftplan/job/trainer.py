@@ -28,10 +28,11 @@ TrainerName = Literal[
     "swift-dpo",
     "swift-orpo",
     "swift-grpo",
+    "llamafactory-v1",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
-Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "te-parallel"]
+Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "te-parallel", "per-token"]
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
 """How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
@@ -120,6 +121,8 @@ class Trainer(NamedTuple):
     """Whether the model makes logits of completions alone, and of the token before them (its `logits_to_keep`)."""
     loss_apart: bool = False
     """Whether the model returns logits alone, of which the loop makes the cross entropy when the model has returned."""
+    weighs_tokens: bool = False
+    """Whether it makes the cross entropy of each token once more, of the logits, and drops the model's own with the outputs."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     kinds: Literal["together", "in the log", "after its forwards"] = "together"

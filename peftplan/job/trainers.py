@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.distributed.layout import AUTOMODEL, TORCHTUNE
+from peftplan.distributed.layout import AUTOMODEL, LLAMA_FACTORY_V1, TORCHTUNE
 from peftplan.job.trainer import LOSS, Defaults, Forward, Reference, Trainer, TrainerName
 from peftplan.versions import named
 
@@ -295,6 +295,22 @@ TRAINERS: dict[TrainerName, Trainer] = {
         AUTOMODEL_RECIPE,
         AUTOMODEL_RECIPE._replace(
             name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False
+        ),
+        # llamafactory 0.9.5, v1/core/base_trainer.py, v1/trainers/sft_trainer.py; its launcher (v1/launcher.py) sets expandable
+        # segments where it starts several processes.
+        Trainer(
+            "llamafactory-v1",
+            "LLaMA-Factory v1's trainer",
+            Defaults("none", optim="adamw_torch", use_cache=None, kbit_prepare=False),
+            prepares_model=False,
+            makes_optimizer=False,
+            always_masks=True,
+            loads_on_device=True,
+            losses=("full",),
+            weighs_tokens=True,
+            task="CAUSAL_LM",
+            expandable_segments=True,
+            layout=LLAMA_FACTORY_V1,
         ),
         Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
     )

@@ -57,6 +57,30 @@ def _written_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> T
     return saved[0]
 
 
+def weighted_tokens(f: Tape, logits: Tensor) -> Tensor:
+    """LLaMA-Factory v1's `compute_log_probs` and the sum of its results by their weights: the logits once more in fp32, a copy
+    of them without the last position, and the cross entropy of each token.
+
+    Source: llamafactory 0.9.5, v1/core/base_trainer.py, v1/trainers/sft_trainer.py.
+    """
+    wide = f.to(logits, "fp32")
+    batch, seq, vocab = wide.dims
+    shorter = (batch, f"{seq}-1")
+    labels = f.new(shorter, "int64", "contiguous")
+    view = sliced(f, wide, (*shorter, vocab))
+    shifted = ops.copied(f, view, "contiguous", viewed=False) if f.several else view
+    log_probabilities = ops.keeps_output(f, shifted, "log_softmax")
+    of_token = f.new(shorter, "fp32", "nll_loss", f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels))
+    of_token = ops.scale(f, ops.scale(f, of_token, "neg"), "neg")
+    weighted = ops.scale(f, of_token)
+    del wide, view, shifted, log_probabilities, of_token
+    return f.new((), "fp32", "sum", f.record(_summed_backward, (weighted,), weighted.dims))
+
+
+def _summed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
+
+
 def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
     """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position."""
     wide = f.to(logits, "fp32")

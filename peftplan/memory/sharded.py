@@ -56,6 +56,7 @@ def units_of(
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
+    kept = () if layout.frees_root else (ROOT, *ends)
     units = [
         Unit(
             name,
@@ -64,7 +65,7 @@ def units_of(
                 for p, shard in members
                 for member in _members(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
             ),
-            reshards=reshards and name not in (ROOT, *ends, *last),
+            reshards=reshards and name not in (*kept, *last),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
         )
         for name, members in groups.items()
@@ -123,6 +124,8 @@ def grouped(
 
 def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> frozenset[str]:
     """Which of embedding and tail are units: of `tables` that are not tied those that train, or whose adapter does."""
+    if layout.ends == "embedding":
+        return frozenset(() if tied(arch) else (EMBEDDING,))
     if layout.ends == "tables":
         tables = () if tied(arch) else ((EMBEDDING, arch.input_embedding), (TAIL, arch.output_embedding))
         return frozenset(unit for unit, table in tables if any(p.trainable and p.name.startswith(f"{table}.") for p in full.all))

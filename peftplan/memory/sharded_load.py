@@ -90,14 +90,15 @@ class Loading(NamedTuple):
         """The whole model is there until all shards are, since `fsdp2_prepare_model` holds its state dict; or a unit, until its
         shards are."""
         assert self.of_one_gpu is not None
+        by_unit = self.layout.streams or self.layout.loads == "model"
         whole = Whole(memory, self.stays)
         self.of_one_gpu(whole)
-        for name in self._order() if self.layout.streams else self.groups:
+        for name in self._order() if by_unit else self.groups:
             for p, shard in self.groups[name]:
                 memory.keep(
                     tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))
                 )
-            if self.layout.streams:
+            if by_unit:
                 for p, _ in self.groups[name]:
                     whole.drop(a.nbytes for a in p.allocations if a.name == "weight" or not p.quantized)
         whole.drop([nbytes for nbytes, handles in whole.handles.items() for _ in handles])

@@ -59,6 +59,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     model.batch = batch_of(model)
     if program.trainer.always_masks and "attention_mask" not in model.batch:
         model.batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
+    if program.trainer.weighs_tokens:
+        for name, dtype in (("position_ids", "int64"), ("loss_weights", "fp32")):
+            model.batch[name] = f.new(("b", "s"), dtype, name)
     for rows in dict.fromkeys(forward.batch for forward in program.forwards if forward.batch):
         for name in ("input_ids", "attention_mask", "completion_mask"):
             model.batch[f"{rows}{name}"] = f.new(("b", "s"), "int64", f"{rows}{name}")
@@ -139,6 +142,23 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
         _, logits = _forward(model)
         f.module = ""
         loss = (written_over_logits if model.running.loss == "te-parallel" else cross_entropy)(f, logits)
+        model.kept.clear()
+        return loss
+    if program.trainer.weighs_tokens:
+        from peftplan.memory.loss import weighted_tokens
+
+        of_model, logits = _forward(model)
+        f.module = ""
+        loss = weighted_tokens(f, logits)
+        model.kept.clear()
+        del of_model, logits
+        return loss
+    if model.running.loss == "per-token":
+        from peftplan.memory.loss import cross_entropy
+
+        logits = _forward(model)[1]
+        f.module = ""
+        loss = cross_entropy(f, f.to(logits, "fp32"))
         model.kept.clear()
         return loss
     loss, *outputs = _prepared(model, program)

@@ -22,6 +22,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace runs models of transformers, not those of {by.called}; accepted: analytic")
     if by.of_preferences:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
+    if by.weighs_tokens or job.setup.loss == "per-token":
+        raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         raise RefusedError(f"engine: trace follows one GPU and FSDP2, not {unknown}; accepted: analytic")
 

@@ -84,8 +84,9 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
         _named(result, tool, "deepspeed", own, _deepspeed)
     _fsdp(result, tool, launch)
-    if (strategy := launch.get("distributed.strategy")) in STRATEGIES:
-        result.options["strategy"] = strategy
+    own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
+    if own_strategy in STRATEGIES:
+        result.options["strategy"] = own_strategy
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
@@ -93,8 +94,8 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
         result.options["gpus"] = ASSUMED_GPUS
         result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
-    # on one GPU NeMo Automodel shards nothing, whatever its strategy (`_parallelize_unsharded_fsdp2`)
-    without_effect = (None, "ddp", launch.get("distributed.strategy"))
+    # on one GPU NeMo Automodel and LLaMA-Factory v1 shard nothing (`_parallelize_unsharded_fsdp2`; `FSDP2Engine.prepare_model`)
+    without_effect = (None, "ddp", own_strategy)
     if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in without_effect:
         result.options.pop("strategy", None)
     return result

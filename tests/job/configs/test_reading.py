@@ -26,6 +26,15 @@ AXOLOTL = {
     "attn_implementation": "flash_attention_2",
     "lora_mlp_kernel": False,
 }
+LLAMAFACTORY_V1 = {
+    "model": "Qwen/Qwen3-0.6B",
+    "model_class": "llm",
+    "kernel_config": {"name": "auto"},
+    "dist_config": {"name": "fsdp2", "dcp_path": None},
+    "train_dataset": "data/v1_sft_demo.yaml",
+    "micro_batch_size": 2,
+    "cutoff_len": 2048,
+}
 LLAMAFACTORY = {
     "model_name_or_path": "meta-llama/Meta-Llama-3-8B-Instruct",
     "stage": "sft",
@@ -99,6 +108,26 @@ def read(values: dict[str, Any], **more: Any) -> ConfigPlan:
             "llamafactory",
             {"quant": "nf4", "double_quant": True, "kbit_prepare": False, "compute_dtype": "bf16"},
         ),
+        ({**LLAMAFACTORY, "finetuning_type": "full", "use_dft_loss": True}, "llamafactory", {"loss": "per-token"}),
+        (
+            {**LLAMAFACTORY, "finetuning_type": "oft", "oft_block_size": 64},
+            "llamafactory",
+            {"method": "oft", "oft_block_size": 64, "target_modules": "all-linear"},
+        ),
+        # v1: without include_kernels its kernels replace nothing; padding-free rows are one
+        (
+            LLAMAFACTORY_V1,
+            "llamafactory-v1",
+            {
+                "trainer": "llamafactory-v1", "method": "full", "dtype": "fp32", "optim": "adamw_torch", "strategy": "fsdp2",
+                "gpus": 8, "batch_size": 2, "seq_len": 2048, "gradient_checkpointing": True,
+            },
+        ),
+        (
+            {**LLAMAFACTORY_V1, "batching_strategy": "dynamic_padding_free", "flash_attn": "flash_attention_2"},
+            "llamafactory-v1",
+            {"batch_size": 1, "seq_len": 4096, "attn_implementation": "flash_attention_2"},
+        ),
         # TRL's command line loads in fp32, targets what peft has by default, and quantizes once
         (
             TRL,
@@ -131,6 +160,12 @@ def test_full_fine_tuning_leaves_the_adapters_fields_out() -> None:
     plan = read({**LLAMAFACTORY, "finetuning_type": "full", "lora_rank": 64})
     assert {"r", "lora_dropout", "target_modules"} & plan.options.keys() == set()
     assert plan.read["lora_rank"].option == ""
+
+
+def test_kernels_of_llamafactory_v1_need_to_be_named() -> None:
+    assert read(LLAMAFACTORY_V1).unsupported == {}
+    named = read({**LLAMAFACTORY_V1, "kernel_config": {"name": "auto", "include_kernels": "auto"}})
+    assert named.unsupported.keys() == {"kernel_config.include_kernels"}
 
 
 def test_a_command() -> None:
