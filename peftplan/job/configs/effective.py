@@ -47,7 +47,7 @@ class Effective:
         if accepted in ("set", "unset"):
             return (word(value) not in NOTHING) is (accepted == "set")
         if isinstance(accepted, str):
-            return word(value) in self.tool.lists[accepted]
+            return word(value) in (self.tool.in_16_bits if accepted == "repositories" else self.tool.lists[accepted])
         return any(self._equal(value, each) for each in accepted)
 
     def _has_product(self, key: str, accepted: Product) -> bool:
@@ -92,6 +92,8 @@ class Effective:
             return setting["pattern"].replace("NAMES", "|".join(map(re.escape, listed)))
         if "globs" in setting:
             return _globs(self.of(setting["globs"]))
+        if "in_16_bits" in setting:
+            return tuple(self.tool.in_16_bits[word(self.of(setting["in_16_bits"]))])
         if "names" in setting:
             return self._names(setting["names"])
         if "key" in setting:

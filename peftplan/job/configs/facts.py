@@ -66,6 +66,8 @@ class Meant(TypedDict, total=False):
     of: str
     """Of a pattern: the key whose names stand for `NAMES` in it."""
     tags: list[Mapping[str, list[str]]]
+    in_16_bits: str
+    """The key that names one of `repositories`: the modules that it leaves in 16 bits."""
 
 
 class Refusal(TypedDict, total=False):
@@ -87,10 +89,10 @@ class Rule(TypedDict, total=False):
     """What several keys mean together."""
 
     when: Mapping[str, Accepted]
-    """Key → a list of accepted values, or the name of one in `lists`, `set` or `unset`, for which the tool's defaults count,
-    `said`: by the file, or `{"below": number}`, `{"at_least": number, "times": key}`: its product with another key's, or
-    `{"multiple_of": key, "times": key}`. `file` and `program` are what is read; `vocabulary` is that of the model,
-    `["multiple of 32"]` or `["no multiple of 32"]`."""
+    """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
+    for which the tool's defaults count, `said`: by the file, or `{"below": number}`, `{"at_least": number, "times": key}`: its
+    product with another key's, or `{"multiple_of": key, "times": key}`. `file` and `program` are what is read; `vocabulary` is
+    that of the model, `["multiple of 32"]` or `["no multiple of 32"]`."""
     set: Mapping[str, Setting]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,
     `{"globs": key}` or `{"pattern": expression, "of": key}`, whose NAMES are those that the key lists (`reading`)."""
@@ -106,6 +108,16 @@ class Rule(TypedDict, total=False):
     kind: str
     why: str
     at: str
+
+
+class Repository(TypedDict):
+    """A published repository of quantized weights, and the names that the tool takes for it, in lower case."""
+
+    repository: str
+    names: list[str]
+    in_16_bits: list[str]
+    """Its `llm_int8_skip_modules`."""
+    source: str
 
 
 class Case(TypedDict, total=False):
@@ -161,6 +173,7 @@ class ToolFile(TypedDict, total=False):
     last: list[str]
     models: dict[str, str]
     lists: dict[str, list[str]]
+    repositories: list[Repository]
     write: Write
     builders: dict[str, Builder]
     strategy: str
@@ -194,6 +207,8 @@ class Facts:
     lists: Mapping[str, list[str]]
     """Values in lower case under a name, by which rules accept them."""
     write: Write
+    in_16_bits: Mapping[str, Sequence[str]]
+    """Name of a quantized repository in lower case → the modules that it leaves in 16 bits."""
     builders: Mapping[str, Builder] | None = None
     """Models that the tool builds itself, where a file names the function."""
     strategy: str | None = None
@@ -274,6 +289,7 @@ def facts(tool: Tool) -> Facts:
         raw.get("models", {}),
         raw.get("lists", {}),
         raw.get("write", {}),
+        {name: row["in_16_bits"] for row in raw.get("repositories", ()) for name in (row["repository"].lower(), *row["names"])},
         raw.get("builders"),
         raw.get("strategy"),
         tuple(raw.get("batches", ())),
