@@ -93,3 +93,24 @@ def test_a_program_that_takes_too_much_of_the_host_is_stopped(tmp_path: Path) ->
     assert seen.over
     assert 100 << 20 < seen.host_bytes < 300 << 20
     assert json.loads((tmp_path / keeper.REPORT).read_text(encoding="ascii"))["over"] is True
+
+
+FORKED = "import os, time; x = b'x' * (100 << 20); os.fork(); time.sleep(1.5)"
+
+
+def test_a_page_that_forked_processes_share_counts_once(tmp_path: Path) -> None:
+    """Two processes hold the same 100 MiB; each holds 110 MiB by itself."""
+    assert kept(tmp_path, sys.executable, "-c", FORKED, limit=190 << 20).wait() == 0
+    seen = keeper.read(tmp_path)
+    assert not seen.over
+    assert 100 << 20 < seen.host_bytes < 150 << 20
+
+
+def test_only_processes_that_may_share_pages_are_looked_at_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(keeper, "_bytes", lambda pid, file, name: read.append(file) or 10)
+    assert keeper._host_bytes([1], 0) == 10
+    assert keeper._host_bytes([1, 2], 20) == 20
+    assert "smaps_rollup" not in read
+    assert keeper._host_bytes([1, 2], 19) == 20
+    assert read[-2:] == ["smaps_rollup"] * 2
