@@ -11,7 +11,6 @@ from peftplan.analytic.checks import check
 from peftplan.analytic.running import (
     OF_MODULES,
     empties_first,
-    kernels,
     limits_of,
     loss_sizes,
     program_of,
@@ -23,7 +22,7 @@ from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import NO_DROPOUT, Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
-from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
@@ -85,6 +84,8 @@ class Compiled(NamedTuple):
     """Whether cached segments are given back after each backward."""
     empties_first: bool = False
     """Whether they are given back before each backward of the first step."""
+    by_processors: bool = False
+    """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -162,7 +163,7 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
     loss = loss_sizes(job)
     facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job, compute_capability))
-    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability, job.multiprocessors)
+    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
     step_key = (
         id(job.architecture),
         *described,
@@ -172,13 +173,15 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
         late,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
-    key = (inventory.holding and inventory.holding.device, step_key)
-    if key in COMPILED:
-        COMPILED.move_to_end(key)
-        return COMPILED[key]
+    device = inventory.holding and inventory.holding.device
+    for key in ((device, step_key), (device, step_key, job.multiprocessors)):  # of every card of this capability, or of one
+        if key in COMPILED:
+            COMPILED.move_to_end(key)
+            return COMPILED[key]
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
-    COMPILED[key] = compiled_job = _compile(inventory, step_key, compute_capability=compute_capability, late=late)
+    compiled_job = _compile(inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late)
+    COMPILED[key if compiled_job.by_processors else key[:2]] = compiled_job
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
@@ -327,6 +330,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         limits=limits_of(job, compute_capability),
         empties_cache=setup.by.empties_cache,
         empties_first=empties_first(setup),
+        by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
     )
     if first is None:
         return compiled_job
@@ -352,7 +356,7 @@ def _passed_in(job: "Job") -> tuple[str, ...]:
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
     """One workspace per thread that multiplies matrices, allocated at its first product. `apart`: one more for cuBLASLt."""
-    nbytes = {"cuBLAS": kernels(compute_capability)[1], "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
+    nbytes = {"cuBLAS": cublas_workspace_bytes(compute_capability).bytes, "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
     first_use: dict[tuple[str, str], int] = {}
     for (library, thread), at in products.items():
         whose = (library if apart else "cuBLAS", thread)

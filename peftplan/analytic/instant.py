@@ -66,6 +66,11 @@ class InstantPeaks(Peaks):
         """Whether the job runs there if the GPU is never late, and is not known to run otherwise."""
         return self._waits and self.at_least <= capacity_bytes and self.run().fits(capacity_bytes)
 
+    @property
+    def by_processors(self) -> bool:
+        """Whether the card's multiprocessors decide a kernel or a buffer; if not, its compute capability alone does."""
+        return any(compiled.by_processors for compiled, _ in steps_of(self.inventory, self.compute_capability))
+
     @cached_property
     def _replayed(self) -> Replayed:
         return self.run().peaks()

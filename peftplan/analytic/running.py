@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
-from peftplan.hardware.context import cublas_workspace_bytes
-from peftplan.hardware.processors import A100, Processors, processors
+from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
@@ -33,14 +32,6 @@ OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 """Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""
 
 
-def kernels(compute_capability: str) -> tuple[bool, int | None, Processors]:
-    """What the formulas need to know of a card: whether it runs the flash kernel, the bytes of a cuBLAS workspace, and the
-    processors by which kernels size their buffers.
-    """
-    flash = tuple(map(int, compute_capability.split("."))) >= FLASH_CAPABILITY
-    return flash, cublas_workspace_bytes(compute_capability).bytes, processors(compute_capability)
-
-
 def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
@@ -57,8 +48,8 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
-        card=processors(compute_capability),
-        flash=kernels(compute_capability)[0],
+        card=processors(compute_capability, job.multiprocessors),
+        flash=pair(compute_capability) >= FLASH_CAPABILITY,
         peft_type=None if job.method is None else job.method.peft_type,
         peft_task=as_told(job.architecture, job.adapter).task_type,
         config=_dropping(job),
@@ -85,12 +76,12 @@ def running_of(job: Job, compute_capability: str) -> Running:
 
 
 def chip_of(job: Job, compute_capability: str) -> Chip | None:
-    """The card by which a 4-bit job's products are fused; one whose multiprocessors are not known has those of an A100."""
+    """The card by which a 4-bit job's products are fused; None for other jobs."""
     if not job.may_fuse:
         return None
     from peftplan.storage.fused_products import Chip
 
-    return Chip(*pair(compute_capability), A100.number if job.multiprocessors is None else job.multiprocessors)
+    return Chip(*pair(compute_capability), processors(compute_capability, job.multiprocessors).number)
 
 
 def _dropping(job: Job) -> MethodConfig | None:

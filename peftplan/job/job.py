@@ -38,7 +38,7 @@ class Job(NamedTuple):
     distributed: "Distributed | None" = None
     """The strategy that divides the job over several GPUs; None on one."""
     multiprocessors: int | None = None
-    """How many the card has, where that decides kernels (`on_card`); None takes those of an A100."""
+    """How many the card has; None takes those of `hardware.processors` for its compute capability."""
 
     @property
     def model(self) -> object:
@@ -51,9 +51,8 @@ class Job(NamedTuple):
         return self.request.script
 
     def on_card(self, multiprocessors: int | None) -> "Job":
-        """The job on a card with so many multiprocessors, by which bitsandbytes chooses how it multiplies 4-bit weights."""
-        changes = self.may_fuse and multiprocessors != self.multiprocessors
-        return self._replace(multiprocessors=multiprocessors) if changes else self
+        """The job on a card with so many multiprocessors, by which kernels are chosen and size their buffers."""
+        return self if multiprocessors == self.multiprocessors else self._replace(multiprocessors=multiprocessors)
 
     @property
     def may_fuse(self) -> bool:

@@ -35,7 +35,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         """Index the parameters by the module that holds them, adapter tensors by the module that they adapt."""
-        self.tape.card = self.running.card
+        self.tape.runs_on = self.running.card
         self._kinds = {m.name: m.kind for m in self.arch.modules}
         owners = sorted((m.name for m in self.adaptation.matched), key=len, reverse=True)
         families: dict[str, list[tuple[Family, str]]] = {}

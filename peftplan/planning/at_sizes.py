@@ -29,13 +29,11 @@ def grid(
     *,
     cards: Sequence[Gpu],
     replays: int | None,
-    may_fuse: bool = False,
 ) -> Grid:
     """The job at every point of `sizes` (whole numbers, lists or arrays, broadcast against each other).
 
-    `job_with`: other options of the job → the job. `may_fuse`: `Job.may_fuse`. Raises InputError for sizes below 1, and for
-    sequences longer than the model's positions or shorter than `logits_to_keep`; RefusedError for arrays whose shapes do not
-    agree.
+    `job_with`: other options of the job → the job. Raises InputError for sizes below 1, and for sequences longer than the model's
+    positions or shorter than `logits_to_keep`; RefusedError for arrays whose shapes do not agree.
     """
     arrays = {name: _whole(name, values) for name, values in sizes.items()}
     try:
@@ -52,7 +50,7 @@ def grid(
     for where, options in _jobs(flat):
         points = Points(flat["batch_size"][where], flat["seq_len"][where], flat["r"][where] if "r" in flat else None)
         share = None if replays is None else replays * len(where) // count
-        for number, group in enumerate(by_kernels(cards, may_fuse=may_fuse)):
+        for number, group in enumerate(by_kernels(cards)):
             sized = _sized(job_with, options, points, group[0] if group else None)
             requested = sized.requested(points)
             peak = np.maximum.reduce(list(requested.values()))

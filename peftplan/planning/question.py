@@ -70,7 +70,7 @@ class Question(NamedTuple):
 
         setup = self.inventory.job.setup
         own = {"batch_size": setup.batch_size, "seq_len": setup.seq_len}
-        return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays, may_fuse=self.inventory.job.may_fuse)
+        return grid(self._with, {**own, **sizes}, cards=self.cards, replays=replays)
 
     def _with(self, options: Mapping[str, object]) -> Inventory:
         """The job with other options."""
@@ -139,11 +139,11 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
         if (why := without_loss(job.model, job.architecture)) is not None:
             return why
         try:
-            key = kernels_on(card, may_fuse=job.may_fuse)
-            if key not in by_kernels:
-                peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=capability(card))
-                by_kernels[key] = Counted(peaks, peaks.runs_within)
-            return by_kernels[key]
+            of, _ = here = kernels_on(card)
+            if of not in by_kernels and here not in by_kernels:
+                peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=of)
+                by_kernels[here if peaks.by_processors else of] = Counted(peaks, peaks.runs_within)
+            return by_kernels[of if of in by_kernels else here]
         except NeedsTraceError as missing:
             return f"{missing}{missing.hint}"
 
@@ -176,7 +176,7 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     traced_on: dict[object, Counted] = {}
 
     def peaks_on(card: "Gpu | None") -> Counted:
-        key = (capability(card), *kernels_on(card, may_fuse=job.may_fuse))
+        key = kernels_on(card)
         if key not in traced_on:
             of_card = placed_on(question.inventory, card).job
             recorded = record and card == question.first_card

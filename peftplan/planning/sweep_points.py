@@ -126,7 +126,7 @@ class Job(NamedTuple):
 
     def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
         """Its points, so many at a time."""
-        groups = [(self._sized(group[0] if group else None), group) for group in by_kernels(cards, may_fuse=self._may_fuse())]
+        groups = [(self._sized(group[0] if group else None), group) for group in by_kernels(cards)]
         for start in range(0, len(self), BLOCK):
             yield Block(self, start, min(BLOCK, len(self) - start), groups, cards)
 
@@ -137,12 +137,6 @@ class Job(NamedTuple):
             return Sized(partial(self.counted, card=card), ranks, compute_capability=capability(card))
         except PeftplanError as refused:
             return str(refused)
-
-    def _may_fuse(self) -> bool:
-        try:
-            return self.counted().job.may_fuse
-        except PeftplanError:  # each point says it
-            return False
 
 
 class Block:

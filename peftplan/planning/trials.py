@@ -61,9 +61,9 @@ def trials(
         return analytic_peaks(placed_on(remembered(**changes), card), compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:
-        as_here, may_fuse = Peaks(ledgers={}, reserved=needed), remembered().job.may_fuse
+        as_here = Peaks(ledgers={}, reserved=needed)
         for other in _larger_cards(needed, setup, than=card):
-            if kernels_on(other, may_fuse=may_fuse) == kernels_on(card, may_fuse=may_fuse):
+            if kernels_on(other) == kernels_on(card):
                 on_other = verdict(other, needed, as_here, refused=unmet(setup, pair(capability(other))))
             else:
                 on_other = judged(remembered(), [other]).gpus[0]

@@ -16,6 +16,7 @@ from peftplan.units import format_bytes
 
 if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
+    from peftplan.hardware.processors import Processors
     from peftplan.job.inventory import Inventory
 
 
@@ -58,24 +59,24 @@ def capability(card: "Gpu | None") -> str:
     return own if own and own[0].isdigit() else ".".join(map(str, DEFAULT_CAPABILITY))
 
 
-def kernels_on(card: "Gpu | None", *, may_fuse: bool) -> tuple[object, ...]:
-    """What tells cards apart for a job; `may_fuse`: `Job.may_fuse`."""
-    from peftplan.analytic.running import kernels
+def kernels_on(card: "Gpu | None") -> tuple[str, "Processors"]:
+    """What tells cards apart for a job: by it kernels are chosen, and size their buffers."""
+    from peftplan.hardware.processors import processors
 
     of = capability(card)
-    return (*kernels(of), of, card.multiprocessors if card else None) if may_fuse else kernels(of)
+    return of, processors(of, card.multiprocessors if card else None)
 
 
-def by_kernels(cards: "Iterable[Gpu]", *, may_fuse: bool) -> "list[list[Gpu]]":
+def by_kernels(cards: "Iterable[Gpu]") -> "list[list[Gpu]]":
     """Cards in groups that run the same kernels, that of the first card first; one empty group where no card is named."""
     groups: dict[object, list[Gpu]] = {}
     for card in cards:
-        groups.setdefault(kernels_on(card, may_fuse=may_fuse), []).append(card)
+        groups.setdefault(kernels_on(card), []).append(card)
     return list(groups.values()) or [[]]
 
 
 def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
-    """A job with its tensors on a card, by whose multiprocessors kernels may be chosen."""
+    """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers."""
     job = inventory.job.on_card(card.multiprocessors if card else None)
     return inventory if job is inventory.job else inventory._replace(job=job)
 

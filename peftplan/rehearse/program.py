@@ -18,9 +18,8 @@ from typing import Any
 from peftplan.errors import InputError, RefusedError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
-from peftplan.hardware.processors import processors
 from peftplan.hardware.usable import usable_bytes
-from peftplan.planning.verdicts import capability, stated, usable_and_room
+from peftplan.planning.verdicts import capability, kernels_on, stated, usable_and_room
 from peftplan.rehearse import figures, keeper, scratch
 from peftplan.rehearse.card import library
 from peftplan.rehearse.recorded import Recorded
@@ -117,8 +116,8 @@ def _environment(settings: Settings, request: Request, preload: Path) -> dict[st
         "EMULATED_BYTES": str(usable_bytes(card).bytes if card else UNLIMITED),
         "EMULATED_CONTEXT": str(context),
         "EMULATED_CAPABILITY": capability(card),
-        "EMULATED_MULTIPROCESSORS": str((card and card.multiprocessors) or processors(capability(card)).number),
-        "EMULATED_THREADS": str(processors(capability(card)).threads),
+        "EMULATED_MULTIPROCESSORS": str(kernels_on(card)[1].number),
+        "EMULATED_THREADS": str(kernels_on(card)[1].threads),
         "EMULATED_NAME": card.name if card else "emulated card",
         "EMULATED_SHARED": str(Path(settings.folder, "cards")),
         **({} if request.network else OFFLINE),

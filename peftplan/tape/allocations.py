@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from peftplan.hardware.processors import A100
+from peftplan.hardware.processors import A100, Processors
 from peftplan.ledger import Category
 from peftplan.tape.column_sums import column_dims
 from peftplan.tape.tensors import Dims, Node, Parameter, Storage, Tensor
@@ -37,8 +37,10 @@ class Allocations:
         """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
         self.arrived: list[Parameter] = []
         """The parameter for which it is to be called."""
-        self.card = A100
+        self.runs_on = A100
         """The multiprocessors by which kernels size their buffers."""
+        self.asks_card = False
+        """Whether a kernel has sized one: the step is then that of this card alone."""
         self.module = ""
         """The module whose code runs."""
         self.segment = 1
@@ -54,10 +56,17 @@ class Allocations:
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
 
+    @property
+    def card(self) -> Processors:
+        """The multiprocessors, for a kernel that sizes a buffer."""
+        self.asks_card = True
+        return self.runs_on
+
     def column_sum(self, source: Dims, dims: Dims, dtype: str) -> Tensor:
         """Allocate the sum of a tensor over its first dims; the kernel takes buffers where rows are many (`column_sums`)."""
         total = self.new(dims, dtype, "sum")
-        buffers = [self.new((size,), "fp32", "partial sums") for size in column_dims(source, dims, self.card)]
+        buffers = [self.new((size,), "fp32", "partial sums") for size in column_dims(source, dims, self.runs_on)]
+        self.asks_card = self.asks_card or bool(buffers)
         while buffers:
             buffers.pop()
         return total

@@ -18,7 +18,7 @@ from peftplan.depth.shallow import Stack, names_layers, with_layers
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
-from peftplan.hardware.processors import A100
+from peftplan.hardware.processors import Processors, processors
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
@@ -144,7 +144,7 @@ def trace(
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
-    with `multiprocessors` (None: those of an A100) it decides which products with 4-bit weights are fused.
+    with `multiprocessors` it decides which products with 4-bit weights are fused and the size of some buffers (`processors`).
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     `distributed`: the strategy of which one rank is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
@@ -152,11 +152,11 @@ def trace(
     Raises RefusedError for what cannot be traced.
     """
     on = fake_device("cpu" if distributed else fake_on)
-    chip = Chip(*(device or DEFAULT_CAPABILITY), multiprocessors or A100.number)
+    capability = device or DEFAULT_CAPABILITY
+    card = processors(".".join(map(str, capability)), multiprocessors)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=device or DEFAULT_CAPABILITY, chip=None if script.dequantizes_4bit else chip,
-        script=script, on=on, distributed=distributed,
+        capability=capability, card=card, script=script, on=on, distributed=distributed,
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
@@ -212,7 +212,7 @@ def _run(
     quant: QuantConfig | None,
     setup: Setup,
     capability: Capability,
-    chip: Chip | None,
+    card: Processors,
     script: Script,
     on: torch.device,
     distributed: Distributed | None,
@@ -229,7 +229,7 @@ def _run(
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
-    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, capability)
+    tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
@@ -239,7 +239,7 @@ def _run(
         _as_on_card(mode, capability, device=on.type),
         selecting(step_inputs.selected),
         tracker,
-        fused_on(chip),
+        fused_on(None if script.dequantizes_4bit else Chip(*capability, card.number)),
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,
     ):
@@ -305,7 +305,7 @@ def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iter
 
 
 def _tracker(
-    built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces, kind: type[Tracker], capability: Capability
+    built: Built, step_inputs: Inputs, setup: Setup, workspaces: Workspaces, kind: type[Tracker], card: Processors
 ) -> Tracker:
     tokens = _token_counts(built, step_inputs, setup)
     vocab = getattr(built.hf_config.get_text_config(decoder=True), "vocab_size", None)
@@ -319,7 +319,7 @@ def _tracker(
     tracker = kind(
         is_logits=is_logits,
         scalar=lambda tensor: _scalar(tensor, tracker.made_by(tensor), padding=setup.padding and not tracker.of_ones(tensor)),
-        temporaries=kernel_temporaries(capability),
+        temporaries=kernel_temporaries(card),
         after=workspaces.after,
     )
     return tracker

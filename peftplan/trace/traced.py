@@ -50,8 +50,8 @@ def trace_peaks(
     """Trace two optimizer steps: the second's peaks, and whether the run ends where the allocator can take so many bytes.
 
     `compute_capability` of the card, such as `8.9`, decides kernels and workspaces; with `multiprocessors` it decides which
-    products with 4-bit weights are fused. `distributed`: the strategy of which one rank is traced. `record` keeps the event
-    log (tens of MB for a large model); `progress` is told what runs and how much is done.
+    products with 4-bit weights are fused and the size of some buffers. `distributed`: the strategy of which one rank is traced.
+    `record` keeps the event log (tens of MB for a large model); `progress` is told what runs and how much is done.
     Raises MissingExtraError without torch, RefusedError for what cannot be traced.
     """
     from peftplan.libraries.installed import require

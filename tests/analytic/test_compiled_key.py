@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peftplan.analytic import compiled as room
-from peftplan.job.inventory import inventory
+from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.job.script import Script
@@ -43,13 +43,19 @@ OTHERS: dict[str, Job] = {
 }
 
 
-@pytest.fixture
-def compile_again(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
-    """Whether a job is compiled, where `JOB` was just before."""
+@pytest.fixture(params=[False])
+def compile_again(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Whether a job is compiled, where `JOB` was just before. The parameter: whether the card's multiprocessors decide it."""
+    by_processors: bool = request.param
     compiled: list[Job] = []
     monkeypatch.setattr(room, "COMPILED", type(room.COMPILED)())
     monkeypatch.setattr(room, "check", lambda job: None)
-    monkeypatch.setattr(room, "_compile", lambda job, *_, **__: compiled.append(job))
+
+    def compile_job(of: Inventory, *_: object, **__: object) -> SimpleNamespace:
+        compiled.append(of.job)
+        return SimpleNamespace(by_processors=by_processors)
+
+    monkeypatch.setattr(room, "_compile", compile_job)
 
     of_base = inventory(JOB)
 
@@ -70,6 +76,13 @@ def test_what_decides_a_step_is_compiled_again(what: str, compile_again: Callabl
 def test_another_card_is_compiled_again(compile_again: Callable[..., bool]) -> None:
     assert compile_again(JOB, "9.0")
     assert not compile_again(JOB, "8.0")
+
+
+@pytest.mark.parametrize("compile_again", [False, True], indirect=True)
+def test_a_card_of_other_multiprocessors_is_where_these_decide(
+    request: pytest.FixtureRequest, compile_again: Callable[..., bool]
+) -> None:
+    assert compile_again(JOB.on_card(58)) == request.node.callspec.params["compile_again"]
 
 
 def test_a_gpu_that_is_late_is_compiled_again(compile_again: Callable[..., bool]) -> None:

@@ -17,9 +17,8 @@ import pytest
 
 from peftplan.errors import InputError
 from peftplan.hardware.gpus import find_gpu
-from peftplan.hardware.processors import processors
 from peftplan.planning.replayed import replay_file
-from peftplan.planning.verdicts import capability
+from peftplan.planning.verdicts import kernels_on
 from peftplan.rehearse import rehearse
 from peftplan.report import timeline
 from peftplan.results.rehearsal import Rehearsal
@@ -200,10 +199,10 @@ print("SEEN", torch.cuda.max_memory_allocated() - before - 1536)
 """
 
 
-@pytest.mark.parametrize("gpu", ["t4", "a100-80gb", "rtx-4090"])
+@pytest.mark.parametrize("gpu", ["t4", "a100-80gb", "rtx-4090", "l4", "rtx-3060"])
 def test_sums_over_rows_take_the_buffers_that_the_engines_count(gpu: str, tmp_path: Path) -> None:
     """Their size depends on the card's multiprocessors; the block is rounded up to the segment where little is left of it."""
-    card = processors(capability(find_gpu(gpu)))
+    _, card = kernels_on(find_gpu(gpu))
     partial = 4 * int(elements("partial sums", rows=16384, columns=768, card=card))
     assert 0 <= seen(run(SUMS, tmp_path, gpu=gpu, steps=0)[1]) - partial - 512 < 2**20
 

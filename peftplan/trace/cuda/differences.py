@@ -42,7 +42,7 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from peftplan.hardware.processors import Processors, processors
+from peftplan.hardware.processors import Processors
 from peftplan.libraries.replacing import replaced
 from peftplan.tape import column_sums, sorted_indices
 from peftplan.tape.column_sums import BUFFERS
@@ -71,9 +71,8 @@ def _of_column_sum(x: torch.Tensor, dims: Sequence[int], card: Processors) -> li
     return [x.new_empty(column_sums.elements(what, rows=rows, columns=columns, card=card), dtype=torch.int32) for what in BUFFERS]
 
 
-def kernel_temporaries(capability: tuple[int, int]) -> dict[Any, Callable[..., Sequence[torch.Tensor]]]:
+def kernel_temporaries(card: Processors) -> dict[Any, Callable[..., Sequence[torch.Tensor]]]:
     """`KERNEL_TEMPORARIES`, and those that depend on the card."""
-    card = processors(".".join(map(str, capability)))
     sums = dict.fromkeys((_ATEN.sum.dim_IntList, _ATEN.mean.dim), lambda x, dims, *_, **__: _of_column_sum(x, dims or (), card))
     return {**KERNEL_TEMPORARIES, **sums}
 
