@@ -89,9 +89,15 @@ def test_continuous_integration_runs_what_a_checkout_runs() -> None:
     assert load(HOST / "workflows" / "ci.yml")[True]["schedule"][0]["cron"]  # YAML 1.1 reads `on` as true
 
 
-def test_only_the_last_job_may_publish() -> None:
+def test_a_tag_is_built_and_only_a_release_is_published() -> None:
     workflow = load(HOST / "workflows" / "publish.yml")
-    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
+    assert workflow[True] == {"push": {"tags": ["v*"]}, "release": {"types": ["published"]}}  # YAML 1.1 reads `on` as true
+    assert {name: job.get("if") for name, job in workflow["jobs"].items()} == {
+        "pure": None,
+        "compiled": None,
+        "publish": "github.event_name == 'release'",
+    }
+    assert workflow["jobs"]["publish"]["environment"] == "pypi"
     assert [name for name, job in workflow["jobs"].items() if job.get("permissions") == {"id-token": "write"}] == ["publish"]
     assert workflow["jobs"]["publish"]["needs"] == [name for name in workflow["jobs"] if name != "publish"]
     assert "password" not in (HOST / "workflows" / "publish.yml").read_text(encoding="utf-8")

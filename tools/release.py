@@ -1,9 +1,9 @@
-"""A release: the version in pyproject, CITATION.cff and the changelog, and the tag that publishes them.
+"""A release: the version in pyproject, CITATION.cff and the changelog, and the tag that says the same.
 
     python tools/release.py 0.1.0 [--date 2026-11-27]    put the version and the date into the three files
     python tools/release.py --check v0.1.0               exit 1 unless they say what the tag says
 
-The workflow that publishes runs the second. Needs no package but Python's own.
+The workflow that builds a tag and publishes a release runs the second. Needs no package but Python's own.
 """
 
 from __future__ import annotations
