@@ -147,6 +147,16 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
         yield published(model, method, trainer="transformers", seq_len=256)
     yield from zero3_jobs()
     yield from classifying_jobs()
+    yield from stage_0_jobs()
+
+
+def stage_0_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of DeepSpeed's engine without ZeRO: every rank holds all of it."""
+    for more, method in product(({}, {"accumulation": 3}), METHODS):
+        yield job("zero0", method, 4, **more)
+    yield variant("distilbert-base-uncased", "full", "zero0", **CLASSIFYING, dtype="fp32", autocast="none")
+    yield variant("gpt2", "full", "zero0", **WIDE, gradient_checkpointing=False, batch_size=1, seq_len=1024)
+    yield job("zero0", "full", 4, autocast="fp16", checkpointing=False)
 
 
 CLASSIFYING = {"task_type": "SEQ_CLS", "seq_len": 128, "batch_size": 1, "gradient_checkpointing": False}

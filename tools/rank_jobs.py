@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import peftplan
+from peftplan.analytic.engine import analytic_peaks
+from peftplan.analytic.instant import InstantPeaks
 from tools.rank_grid import AUTO, LLAMA, cut, jobs
 from tools.rehearsed_jobs import program_words
 
@@ -42,7 +45,11 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     if "model" in row:
         rank = {} if program["method"] == "full" else {"r": program["r"]}
         others = {name: value for name, value in program.items() if name != "r"}
-        shared = {"gpus": row["world"], "strategy": row["strategy"], "overlap_comm": True}
+        shared = {
+            "gpus": row["world"],
+            "strategy": row["strategy"],
+            **({} if row["strategy"] == "zero0" else {"overlap_comm": True}),
+        }
         return {"model": row["model"], **others, **rank, **shared, **(AUTO if row["strategy"] == "zero3" else {})}
     ours = {
         "method": program["method"],
@@ -92,7 +99,8 @@ def run(names: list[str], *, most: int | None) -> int:
             command(each),
             gpu=f"{each['world']}x{CARD}",
             world_size=1 if each["strategy"] == "device-map" else each["world"],
-            rank=largest_rank(each),
+            rank=each.setdefault("rank", largest_rank(each)),
+            steps=4 if each["strategy"] == "zero0" else 3,  # DeepSpeed's optimizer takes one as it is made
             timeout=600,
             stdout=os.open(os.devnull, os.O_WRONLY),
         )
@@ -133,18 +141,28 @@ def spelled(name: str, value: object) -> tuple[str, ...]:
 
 def largest_rank(row: dict[str, Any]) -> int:
     """The rank that the formulas count; the first one where the program quantizes before it knows its device."""
-    from peftplan.distributed.zero import reduce_bucket
-    from peftplan.job.inventory import inventory
-    from peftplan.job.prepare import prepare
-    from peftplan.memory.zero import counted_rank, slots_of
-
     if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
         return 0
-    counted = inventory(prepare(**options(row)))
-    distributed = counted.job.distributed
-    assert distributed is not None
-    bucket = reduce_bucket(distributed, counted.job.architecture.hidden_size or 0)
-    return counted_rank(slots_of(counted.parameters, distributed), distributed, bucket)
+    return _rank_of(_instant(row))
+
+
+def _instant(row: dict[str, Any]) -> InstantPeaks:
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert isinstance(peaks, InstantPeaks)
+    return peaks
+
+
+def _rank_of(peaks: InstantPeaks) -> int:
+    assert peaks.inventory.holding is not None
+    return peaks.inventory.holding.rank or 0
+
+
+def on_rehearsed_rank(peaks: InstantPeaks, rank: int) -> InstantPeaks:
+    """The peaks of another rank than the one that needs most."""
+    holding = peaks.inventory.holding
+    assert holding is not None
+    of_rank = peaks.inventory._replace(holding=holding._replace(rank=rank))
+    return analytic_peaks(of_rank, compute_capability=peaks.compute_capability)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -154,12 +172,12 @@ def rows() -> list[dict[str, Any]]:
 
 def compared(row: dict[str, Any]) -> dict[str, float] | None:
     """Signed difference of each phase and of reserved bytes, as a share of the rehearsal's; None without a peak by formula."""
-    import peftplan
-
     result = peftplan.estimate(**options(row), gpu=CARD)
     peaks = result.peaks
     if peaks is None:
         return None
+    if row["strategy"] in ("zero1", "zero2") and isinstance(peaks, InstantPeaks):
+        peaks = on_rehearsed_rank(peaks, row["rank"])
     if "devices" in row:
         return _of_devices(result, row)
     shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}

@@ -77,7 +77,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-vllm", action=FLAGS, default=False)
     parser.add_argument("--vllm-mode", choices=("server", "colocate"))
     parser.add_argument("--padding", action=FLAGS, default=False)
-    parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"))
+    parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero0", "zero1", "zero2", "zero3"))
     parser.add_argument("--overlap-comm", action=FLAGS, default=True)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")

@@ -173,8 +173,8 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
         late,
         *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
     )
-    device = inventory.holding and inventory.holding.device
-    for key in ((device, step_key), (device, step_key, job.multiprocessors)):  # of every card of this capability, or of one
+    of_rank = inventory.holding and (inventory.holding.device, inventory.holding.rank)
+    for key in ((of_rank, step_key), (of_rank, step_key, job.multiprocessors)):  # of every card of this capability, or of one
         if key in COMPILED:
             COMPILED.move_to_end(key)
             return COMPILED[key]
@@ -317,7 +317,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         loading_bytes=loading.bytes(),
         programs={},
         early=early,
-        built=tuple(line for line in loaded if line in beside),
+        built=(*(line for line in loaded if line in beside), *(() if job.distributed is None else ranks.stepped_first(load))),
         buckets=() if job.distributed is None else ranks.buckets_of(inventory),
         first_run=None if job.distributed is None else ranks.first_run(load),
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),

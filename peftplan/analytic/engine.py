@@ -11,8 +11,8 @@ from peftplan.job.inventory import Inventory, of_any_device, on_each_device
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
     """The peaks of a steady step, in bytes. `compute_capability` such as `8.0` decides which kernels run.
 
-    Of a `device_map` those of the GPU that needs most. Raises NeedsTraceError if only the trace engine knows the job,
-    NoEngineError if neither does.
+    Of a `device_map`, and of unlike ranks, those of the GPU that needs most. Raises NeedsTraceError if only the trace engine
+    knows the job, NoEngineError if neither does.
     """
     if of_any_device(inventory):
         each = [analytic_peaks(of_device, compute_capability=compute_capability) for of_device in on_each_device(inventory.job)]

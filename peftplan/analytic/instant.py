@@ -52,15 +52,26 @@ class InstantPeaks(Peaks):
 
     def run(self, *, late: bool = False) -> Run:
         """The steps that are replayed. `late`: the GPU is as late as it may be."""
-        steps = steps_of(self.inventory, self.compute_capability, late=late)
-        generation = generation_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
-        return Run(steps, self.inventory.job.script, generation)
+        return self._run_of(self.inventory, late=late)
+
+    def _run_of(self, inventory: Inventory, *, late: bool = False) -> Run:
+        steps = steps_of(inventory, self.compute_capability, late=late)
+        generation = generation_of(inventory, steps[-1][0], compute_capability=self.compute_capability)
+        return Run(steps, inventory.job.script, generation)
+
+    def _other_runs(self) -> Iterator[Run]:
+        """Runs that may reserve more: the same with a late GPU, and those of other ranks."""
+        if self._waits:
+            yield self.run(late=True)
+        if (holding := self.inventory.holding) is not None:
+            for rank in dict.fromkeys(rank for rank in holding.ranks if rank != holding.rank):
+                yield self._run_of(self.inventory._replace(holding=holding._replace(rank=rank)))
 
     def runs_within(self, capacity_bytes: int) -> bool:
-        """Whether the job runs if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator releases its
-        cache before it fails.
+        """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
+        releases its cache before it fails.
         """
-        return self.run(late=self._waits).fits(capacity_bytes)
+        return all(run.fits(capacity_bytes) for run in self._other_runs()) and (self._waits or self.run().fits(capacity_bytes))
 
     def may_run_within(self, capacity_bytes: int) -> bool:
         """Whether the job runs there if the GPU is never late, and is not known to run otherwise."""
@@ -87,7 +98,7 @@ class InstantPeaks(Peaks):
 
     @cached_property
     def reserved_at_most(self) -> int:
-        return max(self.reserved, self.run(late=True).peaks().reserved) if self._waits else self.reserved
+        return max([self.reserved, *(run.peaks().reserved for run in self._other_runs())])
 
     @cached_property
     def by_phase(self) -> dict[str, int]:

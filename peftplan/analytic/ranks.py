@@ -25,6 +25,7 @@ from peftplan.memory.step import Program, steady_step
 from peftplan.memory.synced import of_model, send
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
+from peftplan.memory.zero0 import WholeLoading, Zero0
 from peftplan.memory.zero3 import Zero3
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
@@ -130,8 +131,12 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch) or by.layout.syncs_each_batch
         )
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
+    if job.distributed.strategy == "zero0":
+        model.units = Zero0(model, masters, job.distributed, dtype=dtype)
+        return program._replace(shards=masters or holding.parameters.all, steps_in_backward=True)
     if job.distributed.strategy in FLAT:
-        model.units = Zero(model, masters, job.distributed, dtype=dtype)
+        assert holding.rank is not None, "each rank is compiled apart"
+        model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank)
     else:
         order = before.units.order if before is not None and isinstance(before.units, Zero3) else None
         model.units = Zero3(model, job.distributed, dtype=dtype, order=order)
@@ -161,6 +166,10 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             whole,
             table if tied(job.architecture) else 0,
         )
+    if distributed.strategy == "zero0":
+        masters = holding.states_of is not None
+        states = (line for line in inventory.static if line.category == "optimizer_states" and line not in holding.beside)
+        return WholeLoading(_cast(job, parameters), masters, tuple(states) if masters else ())
     if distributed.strategy in FLAT:
         cast, world = _cast(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
@@ -198,7 +207,14 @@ def tied_bytes(job: Job, parameters: Parameters) -> int:
 
 def first_run(load: Loader) -> Loader | None:
     """What the first forward alone makes and frees."""
+    if isinstance(load, WholeLoading):
+        return load.first_run if load.masters else None
     return load.first_run if isinstance(load, FlatUnits) and not load.accumulates else None
+
+
+def stepped_first(load: Loader) -> tuple[Line, ...]:
+    """The states that `first_run` makes."""
+    return load.states if isinstance(load, WholeLoading) else ()
 
 
 def loaded_if_full(load: Loader) -> Loader | None:

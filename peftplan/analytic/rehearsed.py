@@ -20,7 +20,7 @@ SHOWN_METHODS = ("full", "lora", "qlora")
 SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
-ZERO = (*FLAT, "zero3")
+ZERO = ("zero0", *FLAT, "zero3")
 FSDP = ("fsdp1", "fsdp2")
 SHARDING = (*FSDP, *ZERO)
 UNDER_DEVICE_MAP = ("llama", "mistral", "qwen2", "qwen3")
@@ -139,9 +139,11 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "contiguous_gradients": distributed.contiguous_gradients is False,
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
-        "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed),
+        "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
         "loss": job.setup.loss not in ("full", "trl-chunked", "liger"),
     }
+    if distributed.strategy == "zero0":
+        return unknown | {"a quantized base": job.quant is not None}
     if distributed.strategy != "zero3":
         return unknown
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
@@ -161,6 +163,11 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
 def _in_fp16(job: Job, distributed: Distributed) -> bool:
     """Whether the job is in fp16 as it was rehearsed, on the GPU."""
     return job.setup.autocast == "fp16" and distributed.offload_optimizer in (None, "none")
+
+
+def _in_fp32(job: Job, distributed: Distributed) -> bool:
+    """Whether the job is in fp32 as it was rehearsed: of another model DeepSpeed's engine refuses the dtype."""
+    return distributed.strategy == "zero0" and job.setup.autocast == "none" and job.setup.dtype == "fp32"
 
 
 def _unrehearsed(job: Job) -> dict[str, bool]:

@@ -58,7 +58,7 @@ class Sized:
                 "use_vllm: the share of the card that vLLM takes is not known at many sizes yet; accepted: estimate"
             )
         self.of_each = self._of_each() if of_any_device(self.first) else ()
-        """The GPUs of a `device_map`."""
+        """The GPUs that need unlike amounts."""
         self._ranked: dict[tuple[int, int | None], tuple[Ranked, Moments]] = {}
         self._on_lines: dict[int, bool] = {}
 
@@ -71,8 +71,8 @@ class Sized:
         return tuple(map(on, range(len(each(self.ranks[0] if self.ranks else None)))))
 
     def requested(self, points: Points) -> dict[str, Ints]:
-        """Phase → bytes that the tensors at its peak request, for each point, as int64; of a `device_map` on the GPU where they
-        are most."""
+        """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are
+        most."""
         if self.of_each:
             return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Ints] = {}

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp", "device-map"]
+StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero0", "zero1", "zero2", "zero3", "tp", "device-map"]
 Place = Literal["none", "cpu", "nvme"]
 WrapPolicy = Literal["transformer", "size", "none"]
 Prefetch = Literal["pre", "post", "none"]
@@ -41,6 +41,7 @@ STRATEGIES: dict[StrategyName, Facts] = {
     ),
     "fsdp2": Facts("FSDP2", (*OF_FSDP, "tp_size", "custom_sharded_layers"), splits_weights=True),
     "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
+    "zero0": Facts("DeepSpeed without ZeRO", ("deepspeed_optimizer",)),
     "zero1": Facts("ZeRO-1", OF_ZERO),
     "zero2": Facts("ZeRO-2", OF_ZERO),
     "zero3": Facts("ZeRO-3", (*OF_ZERO, *OF_ZERO_3), splits_weights=True),

@@ -41,6 +41,10 @@ class Holding(NamedTuple):
     """What the step makes and frees."""
     device: int | None = None
     """Of a `device_map`, the GPU that holds it; None: one of them."""
+    rank: int | None = None
+    """Under ZeRO-1 and ZeRO-2 the rank whose gradients are kept; None: one of them."""
+    ranks: tuple[int, ...] = ()
+    """There the ranks of which one needs the most memory (`zero.unlike_ranks`)."""
 
 
 def holding(
@@ -52,6 +56,8 @@ def holding(
         return _of_fsdp2(parameters, distributed, autocast=autocast, quantized=quantized)
     if strategy == "fsdp1":
         return _of_fsdp1(parameters, distributed, autocast=autocast)
+    if strategy == "zero0":
+        return _of_zero_0(parameters, distributed, autocast=autocast)
     if strategy in ("zero1", "zero2", "zero3"):
         return _of_zero(parameters, distributed, autocast=autocast, hidden_size=architecture.hidden_size or 0)
     if strategy == "ddp":
@@ -281,6 +287,18 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
     states_of = parameters._replace(all=masters) if masters else None
     on_tape: Category = "gathered_weights" if stage_3 else "gradients"
     return Holding(parameters._replace(all=frozen), (*lines, *beside), states_of, on_tape=on_tape)
+
+
+def _of_zero_0(parameters: Parameters, distributed: Distributed, *, autocast: str) -> Holding:
+    """DeepSpeed's stage 0: the module in 16 bits, and beside it an fp32 master of each tensor that trains
+    (runtime/fp16/unfused_optimizer.py); a model in fp32 as it is."""
+    if autocast == "none":
+        return Holding(parameters)
+    cast = parameters._replace(all=cast_on_rank(parameters, distributed, autocast=autocast))
+    source = "DeepSpeed, runtime/fp16/unfused_optimizer.py: fp32_groups"
+    masters = tuple(p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape)) for p in cast.all if p.trainable)
+    lines = tuple(Line(f"fp32 master of {p.name}", "optimizer_states", "fp32", p.shape, p.copies, source) for p in masters)
+    return Holding(cast, lines, parameters._replace(all=masters))
 
 
 def _zero3_groups(parameters: Parameters, distributed: Distributed) -> Iterator[tuple[str, int]]:

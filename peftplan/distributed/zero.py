@@ -7,7 +7,8 @@ integrations/deepspeed.py. W ranks, N parameters, T of them trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
@@ -101,3 +102,63 @@ def _sub_groups(
 def partition(group: Iterable[Parameter], world_size: int) -> int:
     """Elements of a rank's part of a flat group under ZeRO-1 and ZeRO-2: padded, so that all parts are equal."""
     return ceil_div(sum(p.copies * p.numel for p in group), ALIGNMENT * world_size) * ALIGNMENT
+
+
+class Slot(NamedTuple):
+    """The place of a tensor in a flat group, in elements."""
+
+    group: int
+    start: int
+    numel: int
+    partition: int
+    """Elements of each rank's part of the group."""
+
+    @property
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """(rank, elements) of each rank's part of the tensor."""
+        at, end = self.start, self.start + self.numel
+        while at < end:
+            rank = at // self.partition
+            until = min(end, (rank + 1) * self.partition)
+            yield rank, until - at
+            at = until
+
+    def of_rank(self, rank: int) -> int:
+        """Elements that belong to a rank."""
+        first, last = rank * self.partition, (rank + 1) * self.partition
+        return max(0, min(self.start + self.numel, last) - max(self.start, first))
+
+
+def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot]:
+    """Each trained tensor's place, in the order of the optimizer's groups and of `named_parameters()`, dealt out to the ranks in
+    turn under `round_robin_gradients` (`_round_robin_reorder`).
+    """
+    world_size = distributed.world_size
+    ordered = list(tensors(in_module_order(parameters)))
+    slots: dict[Key, Slot] = {}
+    for number, group in enumerate(groups_of(parameters.all)):
+        names, start = {p.name for p in group}, 0
+        members = [(p, layer) for p, layer in ordered if p.name in names]
+        if distributed.round_robin_gradients:
+            members = [member for rank in range(world_size) for member in members[rank::world_size]]
+        part = partition(group, world_size)
+        for p, layer in members:
+            slots[p.name, layer] = Slot(number, start, p.numel, part)
+            start += p.numel
+    return slots
+
+
+def largest_rank(slots: Mapping[Key, Slot]) -> int:
+    """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares."""
+    reaching: dict[int, int] = {}
+    for slot in slots.values():
+        for rank, _ in slot.parts:
+            reaching[rank] = reaching.get(rank, 0) + slot.numel
+    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
+
+
+def unlike_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
+    """Ranks of which one needs the most memory: the first and the last, whose parts of the embedding and of the head are large
+    single tensors, and the one with the most gradients. Which of them it is depends on the order of the buckets.
+    """
+    return (0, distributed.world_size - 1, largest_rank(slots_of(parameters, distributed)))

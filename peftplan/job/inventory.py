@@ -53,19 +53,30 @@ def inventory(job: Job) -> Inventory:
     return Inventory(job, built, _lasting(job, built, own), own)
 
 
+UNLIKE = ("device-map", "zero1", "zero2")
+"""Strategies whose GPUs need unlike amounts of memory."""
+
+
 def of_any_device(inventory: Inventory) -> bool:
-    """Whether a job of a `device_map` is seen by none of its GPUs in particular."""
+    """Whether a job whose GPUs need unlike amounts is seen by none of them in particular."""
     distributed, holding = inventory.job.distributed, inventory.holding
-    maps = distributed is not None and distributed.strategy == "device-map"
-    return maps and (holding is None or holding.device is None)
+    unlike = distributed is not None and distributed.strategy in UNLIKE
+    return unlike and (holding is None or (holding.device is None and holding.rank is None))
 
 
 def on_each_device(job: Job) -> list[Inventory]:
-    """A job of a `device_map` as each of its GPUs sees it."""
+    """A job as each of its GPUs sees it, or, under ZeRO-1 and ZeRO-2, each rank that may need the most."""
     from peftplan.distributed.device_map import on_device
     from peftplan.distributed.shards import Holding
 
     assert job.distributed is not None
+    if job.distributed.strategy != "device-map":
+        from peftplan.distributed.zero import unlike_ranks
+
+        of_any = inventory(job)
+        assert of_any.holding is not None
+        ranks = unlike_ranks(of_any.parameters, job.distributed)
+        return [of_any._replace(holding=of_any.holding._replace(rank=rank, ranks=ranks)) for rank in ranks]
     built, devices = inventory(job).parameters, job.distributed.world_size
     holdings = (Holding(on_device(built, devices, device), device=device) for device in range(devices))
     return [Inventory(job, built, _lasting(job, built, holding), holding) for holding in holdings]

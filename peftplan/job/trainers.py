@@ -150,7 +150,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
             without_extra_rows=("apo_zero_unpaired",),
             loss_types=("kto", "apo_zero_unpaired"),
-            under_ddp=("none", "adapter_off"),  # a second model: reserved -3 %
+            under_ddp=ANY_REFERENCE,
             under_zero2=("none", "copy"),
             arguments="KTOConfig",
         ),

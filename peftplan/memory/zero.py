@@ -10,121 +10,18 @@ buffers come from a stream of its own, whose blocks the allocator keeps apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple
 
-from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, groups_of, overlaps, partition
+from peftplan.distributed.zero import Key, Slot, slots_of
 from peftplan.memory.model import Model
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
-from peftplan.parameters import Parameters
 from peftplan.tape.tensors import Parameter, Tensor
 
 REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
-
-
-class Slot(NamedTuple):
-    """The place of a tensor in a flat group, in elements."""
-
-    group: int
-    start: int
-    numel: int
-    partition: int
-    """Elements of each rank's part of the group."""
-
-    @property
-    def parts(self) -> Iterator[tuple[int, int]]:
-        """(rank, elements) of each rank's part of the tensor."""
-        at, end = self.start, self.start + self.numel
-        while at < end:
-            rank = at // self.partition
-            until = min(end, (rank + 1) * self.partition)
-            yield rank, until - at
-            at = until
-
-    def of_rank(self, rank: int) -> int:
-        """Elements that belong to a rank."""
-        first, last = rank * self.partition, (rank + 1) * self.partition
-        return max(0, min(self.start + self.numel, last) - max(self.start, first))
-
-
-def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot]:
-    """Each trained tensor's place, in the order of the optimizer's groups and of `named_parameters()`, dealt out to the ranks in
-    turn under `round_robin_gradients` (`_round_robin_reorder`).
-    """
-    world_size = distributed.world_size
-    ordered = list(tensors(in_module_order(parameters)))
-    slots: dict[Key, Slot] = {}
-    for number, group in enumerate(groups_of(parameters.all)):
-        names, start = {p.name for p in group}, 0
-        members = [(p, layer) for p, layer in ordered if p.name in names]
-        if distributed.round_robin_gradients:
-            members = [member for rank in range(world_size) for member in members[rank::world_size]]
-        for p, layer in members:
-            slots[p.name, layer] = Slot(number, start, p.numel, partition(group, world_size))
-            start += p.numel
-    return slots
-
-
-def largest_rank(slots: Mapping[Key, Slot]) -> int:
-    """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares."""
-    reaching = _reaching(slots)
-    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
-
-
-def counted_rank(slots: Mapping[Key, Slot], distributed: Distributed, bucket_size: int) -> int:
-    """The rank that needs the most memory. Under ZeRO-2 it is the one with the most gradients, `largest_rank`.
-
-    Under ZeRO-1 the order of the buckets decides too. The step may need more than the reduction: it holds the gradients that
-    reach into the rank's partitions, and those of one partition flat in 16 bits and in fp32 (3 elements of 16 bits for each).
-    """
-    if distributed.strategy != "zero1":
-        return largest_rank(slots)
-    reaching, step = _reaching(slots), 3 * max((slot.partition for slot in slots.values()), default=0)
-    reducing = _reducing(slots, reaching, distributed, bucket_size)
-    return max(sorted(reaching), key=lambda rank: (max(reducing[rank], reaching[rank] + step), reaching[rank]), default=0)
-
-
-def _reaching(slots: Mapping[Key, Slot]) -> dict[int, int]:
-    """Rank → elements of all parameters of which a part is its own."""
-    reaching: dict[int, int] = {}
-    for slot in slots.values():
-        for rank, _ in slot.parts:
-            reaching[rank] = reaching.get(rank, 0) + slot.numel
-    return reaching
-
-
-def _reducing(
-    slots: Mapping[Key, Slot], reaching: Mapping[int, int], distributed: Distributed, bucket_size: int
-) -> dict[int, int]:
-    """Rank → the most elements of gradients, buckets and copies while ZeRO-1 reduces: all gradients when backward has ended, or,
-    where the reduction overlaps, one after the other from the last.
-    """
-    overlapping, scatters = overlaps(distributed), distributed.reduce_scatter is not False
-    buckets: list[list[Slot]] = [[]]
-    for slot in reversed(list(slots.values())) if overlapping else slots.values():
-        if sum(other.numel for other in buckets[-1]) + slot.numel > bucket_size:
-            buckets.append([])
-        buckets[-1].append(slot)
-    begun = 2 * bucket_size if overlapping else bucket_size + sum(slot.numel for slot in slots.values())
-    live, most, kept = dict.fromkeys(reaching, begun), dict.fromkeys(reaching, 0), dict(reaching)
-    for reduced in buckets:
-        large = sum(slot.numel for slot in reduced if slot.numel > bucket_size)
-        arrived = large if overlapping else large - sum(slot.numel for slot in reduced)
-        copy = max(flattened(reduced, bucket_size, scatters=scatters), default=0)
-        own = {rank for slot in reduced for rank, _ in slot.parts}
-        for rank in reaching:
-            live[rank] += arrived
-            most[rank] = max(most[rank], live[rank] + copy)
-            if rank in own:
-                live[rank] += kept.pop(rank, 0)
-                most[rank] = max(most[rank], live[rank])
-                live[rank] -= large
-    return most
 
 
 def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[int]:
@@ -145,15 +42,15 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
 
 
 class Zero(Stage):
-    """Gradients, buckets and flat groups of the rank that is counted. `masters`: the fp32 masters of each group."""
+    """Gradients, buckets and flat groups of one rank. `masters`: the fp32 masters of each group."""
 
-    def __init__(self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str) -> None:
+    def __init__(self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str, rank: int) -> None:
         super().__init__(model, distributed, dtype=dtype)
         self.masters = masters
         self.slots = slots_of(model.parameters, distributed)
         self.partitions_gradients = distributed.strategy == "zero2"
         self.scatters = distributed.reduce_scatter is not False
-        self.rank = counted_rank(self.slots, distributed, self.bucket_size)
+        self.rank = rank
         self.bucketed: list[Key] = []
         self.buffers: list[Tensor] = []
         self.of_rank: Tensor | None = None

@@ -74,19 +74,19 @@ class FlatLoading(NamedTuple):
         if p.trainable:
             trained.setdefault(p.name, []).append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
         else:
-            memory.keep(_sizes(p))
+            memory.keep(sizes_of(p))
 
     def _cast_quantized(self, memory: Memory[Handle], trained: dict[str, list[Handle]]) -> None:
         """Load on the device, then cast tensor by tensor what is not in 16 bits."""
         assert self.of_one_gpu is not None
         cast = {p.name: p for p in self.cast.all}
         moves = {p.name for p in self.parameters.all if p.trainable or cast[p.name].dtype != p.dtype}
-        passing = Passing(memory, {_sizes(p) for p in self.parameters.all if p.name in moves})
+        passing = Passing(memory, {sizes_of(p) for p in self.parameters.all if p.name in moves})
         self.of_one_gpu(passing)
         for p, _ in (tensor for part in load_order(self.parameters, by_name=False, moved=True) for tensor in part):
             if p.name in moves:
                 self._put(memory, cast[p.name], trained)
-                passing.take(_sizes(p))
+                passing.take(sizes_of(p))
 
 
 class Passing(Memory[Handle]):
@@ -125,7 +125,8 @@ class Passing(Memory[Handle]):
         return self.by_size[sizes].pop(0)
 
 
-def _sizes(p: Parameter) -> tuple[int, ...]:
+def sizes_of(p: Parameter) -> tuple[int, ...]:
+    """Bytes of each of a parameter's tensors on the device."""
     return tuple(a.nbytes for a in p.allocations if a.place == "device")
 
 
@@ -190,11 +191,11 @@ class PartLoading(NamedTuple):
             for p, layer in (tensor for part in load_order(self.cast, by_name=False, moved=True) for tensor in part):
                 whole.setdefault((p.name, layer), []).append(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
         else:
-            passing = Passing(memory, {_sizes(p)[:1] for p in self.parameters.all})
+            passing = Passing(memory, {sizes_of(p)[:1] for p in self.parameters.all})
             self.of_one_gpu(passing)
             by_name, _, added_last = load_order(self.parameters, by_name=True, moved=False)
             for p, layer in (*by_name, *added_last):
-                whole.setdefault((p.name, layer), []).append(passing.pop(_sizes(p)[:1]))
+                whole.setdefault((p.name, layer), []).append(passing.pop(sizes_of(p)[:1]))
             self._cast(memory, whole)
         for p, layer in tensors(in_module_order(self.cast)):
             self._divide(memory, p, layer, whole.pop((p.name, layer))[0], trained)
@@ -231,7 +232,7 @@ class PartLoading(NamedTuple):
 
     def _buffers(self, memory: Memory[Handle]) -> None:
         for p, _ in tensors(self.cast.buffers):
-            memory.keep(_sizes(p))
+            memory.keep(sizes_of(p))
 
     def _flatten(self, memory: Memory[Handle], groups: list[list[tuple[int, Handle | None]]]) -> None:
         """`_create_fp16_partitions_with_defragmentation`, then `_setup_for_real_optimizer`."""

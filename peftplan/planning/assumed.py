@@ -39,6 +39,9 @@ NOTED = 0.01
 
 NCCL = "buffers of NCCL, outside torch's allocator"
 RECORDED = "reserved bytes of units that FSDP1 has freed and a late GPU still reads (record_stream); verdicts count them"
+OTHER_RANKS = "what another rank reserves beyond the one with the highest peak; verdicts count it"
+BESIDE_PEAK = {"fsdp1": RECORDED, "zero1": OTHER_RANKS, "zero2": OTHER_RANKS}
+"""Strategy → reserved bytes that verdicts count beside those of the peak."""
 OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 
@@ -57,7 +60,7 @@ def of_ranks(distributed: Distributed) -> tuple[str, ...]:
     """What the numbers of a rank leave out. One process runs a device_map, without NCCL."""
     if distributed.strategy == "device-map":
         return ()
-    return (NCCL, RECORDED) if distributed.strategy == "fsdp1" else (NCCL,)
+    return (NCCL, BESIDE_PEAK[distributed.strategy]) if distributed.strategy in BESIDE_PEAK else (NCCL,)
 
 
 def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:

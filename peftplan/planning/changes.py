@@ -22,6 +22,7 @@ PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
     "ddp": (({"strategy": "fsdp2"}, SAME), ({"strategy": "fsdp2", "offload_params": "cpu"}, CLOSE)),
     "fsdp2": (({"offload_params": "cpu"}, CLOSE),),
+    "zero0": (({"strategy": "zero1"}, SAME), ({"strategy": "zero2"}, SAME), ({"strategy": "zero3"}, SAME)),
     "zero1": (({"strategy": "zero2"}, SAME), ({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
     "zero2": (({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
     "zero3": (({"offload_optimizer": "cpu"}, CLOSE), ({"offload_optimizer": "cpu", "offload_params": "cpu"}, CLOSE)),

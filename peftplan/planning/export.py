@@ -186,11 +186,11 @@ def _launch_file(job: Job, to: str) -> Exported:
     distributed, autocast = job.distributed, str(job.setup.autocast)
     if distributed is not None and distributed.strategy in ("tp", "device-map"):
         raise RefusedError(
-            f"strategy: {to}'s file has no setting for {distributed.strategy}; accepted: ddp, fsdp1, fsdp2, zero1 to zero3"
+            f"strategy: {to}'s file has no setting for {distributed.strategy}; accepted: ddp, fsdp1, fsdp2, zero0 to zero3"
         )
     if to == "deepspeed" and (distributed is None or not distributed.strategy.startswith("zero")):
         strategy = "one GPU" if distributed is None else distributed.strategy
-        raise RefusedError(f"strategy: DeepSpeed's file says a stage of ZeRO, not {strategy}; accepted: zero1, zero2, zero3")
+        raise RefusedError(f"strategy: DeepSpeed's file says a stage of ZeRO, not {strategy}; accepted: zero0 to zero3")
     if to == "deepspeed":
         assert distributed is not None
         values = deepspeed_file(distributed)

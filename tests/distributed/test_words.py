@@ -100,6 +100,15 @@ def test_deepspeed_config(tmp_path: Path) -> None:
     assert job.setup.gradient_accumulation_steps == 4
 
 
+@pytest.mark.parametrize("zero", [{"zero_optimization": {"stage": 0, "overlap_comm": True}}, {}])
+def test_stage_0_is_deepspeed_without_zero(zero: dict[str, Any]) -> None:
+    """Also where the file says no stage (DeepSpeed, runtime/zero/config.py: `stage`); fields of other stages are not read."""
+    job = prepare("gpt2", method="full", deepspeed={**zero, "fp16": {"enabled": True}}, gpus=4)
+    assert job.distributed is not None
+    assert job.distributed.model_dump(exclude_none=True) == {"strategy": "zero0", "gpus": 4, "nodes": 1}
+    assert job.setup.autocast == "fp16"
+
+
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpu": "8xt4", "gpus": 4}, "gpus: the card says how many there are (8x…); accepted: one of the two"),
     ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is for one number of GPUs (got 2x, 8x); make one for each"),
@@ -109,7 +118,11 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpus": 8, "strategy": "fsdp2", "dp_shard_size": 3}, "dp_shard_size: 3 is not valid; accepted: a divisor of the 8 GPUs"),
     ({"gpus": 0}, "gpus must be at least 1 (got 0)"),
     ({"gpus": 2, "strategy": "tp"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),
-    ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed: stage: 4 is not valid; accepted: 1, 2, 3"),
+    ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed: stage: 4 is not valid; accepted: 0, 1, 2, 3"),
+    (
+        {"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}},
+        "deepspeed: offload_optimizer: 'cpu' is not valid; not counted at stage 0",
+    ),
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_com": True}}}, "did you mean overlap_comm"),
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}}, "tensor_parallel"),
     ({"gpus": 2, "deepspeed": ZERO3, "strategy": "zero2"}, "strategy: 'zero2' is not valid; deepspeed says zero3"),

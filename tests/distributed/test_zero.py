@@ -8,11 +8,11 @@ import pytest
 
 import peftplan
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import groups_of, partition
+from peftplan.distributed.zero import groups_of, largest_rank, partition, slots_of
 from peftplan.errors import PeftplanError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
-from peftplan.memory.zero import counted_rank, largest_rank, slots_of
+from peftplan.memory.zero0 import flat_pieces
 from peftplan.results.estimate import Estimate
 from peftplan.units import round512
 
@@ -51,16 +51,21 @@ def test_the_largest_rank_is_where_whole_gradients_meet() -> None:
     assert reaching == 525_336_576 + 5 * 4096  # and norms: 65 of them over 16 ranks
 
 
-@pytest.mark.parametrize("overlaps", [False, True])
-def test_under_zero_1_the_order_of_buckets_decides_about_the_largest_rank(overlaps: bool) -> None:
-    """Llama 3.1 8B over 4 ranks: the table, larger than the bucket, is reduced first, and the first rank makes room for its part
-    while all other gradients are alive. Where the reduction overlaps, they come one by one, and the most elements decide.
-    """
-    parameters = inventory(prepare("llama-3.1-8b", method="full")).parameters
-    distributed = Distributed(strategy="zero1", gpus=4, overlap_comm=overlaps)
-    slots = slots_of(parameters, distributed)
-    assert largest_rank(slots) == 2
-    assert counted_rank(slots, distributed, 500_000_000) == (2 if overlaps else 0)
+def test_without_zero_every_rank_holds_fp32_masters_and_their_states() -> None:
+    """16-bit weights, then 4 B of a master and 8 B of its states for each parameter; `step` of fused AdamW is 512 B a tensor."""
+    result = estimated("zero0", 4)
+    tensors = 1 + 16 * 9 + 1
+    assert result.static.bytes(("weights",)) == 2 * TRAINED
+    assert result.static.bytes(("gradients",)) == 2 * TRAINED
+    assert result.static.bytes(("optimizer_states",)) == 12 * TRAINED + 512 * tensors
+    assert estimated("zero0", 16).persistent_bytes == result.persistent_bytes
+
+
+def test_without_zero_gradients_are_copied_in_pieces() -> None:
+    """Of 1,235,814,400 elements: the embedding and layers until there are more than 500,000,000, and what is left."""
+    pieces = flat_pieces(inventory(prepare("llama-3.2-1b", method="full")).parameters)
+    assert sum(pieces) == TRAINED
+    assert all(numel > 500_000_000 for numel in pieces[:-1])
 
 
 def test_zero_1_keeps_all_gradients_while_its_first_rank_makes_room() -> None:

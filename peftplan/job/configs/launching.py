@@ -13,7 +13,7 @@ from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
-from peftplan.errors import PeftplanError, RefusedError
+from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
@@ -182,8 +182,6 @@ def _deepspeed(source: object) -> Mapping[str, object]:
     zero = source.get("zero_optimization")
     if not isinstance(zero, Mapping):
         return deepspeed.options(source)
-    if word(zero.get("stage", 0)) == "0":
-        raise RefusedError("stage 0 copies gradients into DeepSpeed's own flat buffers, and keeps fp32 copies of 16-bit weights")
     on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
     return deepspeed.options({**source, "zero_optimization": on})
 

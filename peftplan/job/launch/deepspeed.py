@@ -60,8 +60,8 @@ def options(source: object) -> Options:
         if name not in (*TOP_SILENT, *TOP) and asks(_enabled(value)):
             near = nearest(name, TOP)
             raise InputError(DEEPSPEED, name, f"what it changes is not counted{f'; did you mean {near[0]}?' if near else ''}")
-    zero = raw.get("zero_optimization")
-    if not isinstance(zero, Mapping):
+    zero = raw.get("zero_optimization", {})
+    if not isinstance(zero, Mapping) or not raw:
         raise OptionError(DEEPSPEED, source, "accepted: a config with zero_optimization and its stage")
     read: Options = {"strategy": strategy_of(zero.get("stage", 0))}
     read |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
@@ -108,19 +108,19 @@ def _enabled(value: object) -> object:
 
 
 def strategy_of(value: object) -> str:
-    if str(value) not in ("1", "2", "3"):
-        also = "; 0 is DDP, which --strategy ddp counts" if str(value) == "0" else ""
-        raise InputError(f"{DEEPSPEED}: stage", value, f"accepted: 1, 2, 3{also}")
+    """The strategy of a stage; 0 is DeepSpeed's own engine without ZeRO."""
+    if str(value) not in ("0", "1", "2", "3"):
+        raise InputError(f"{DEEPSPEED}: stage", value, "accepted: 0, 1, 2, 3")
     return f"zero{value}"
 
 
 def of_stage(fields: Options) -> Options:
-    """Without the fields that a stage does not read."""
-    return (
-        fields
-        if fields["strategy"] == "zero3"
-        else {name: value for name, value in fields.items() if name in SHARED or not _of_3(name)}
-    )
+    """Without the fields that a stage does not read. Raises InputError for an offload without ZeRO, which is not counted."""
+    stage = fields["strategy"]
+    if stage == "zero0" and (place := fields.get("offload_optimizer", "none")) != "none":
+        raise InputError(f"{DEEPSPEED}: offload_optimizer", place, "not counted at stage 0; accepted: none, or stage 1, 2 or 3")
+    others = SHARED if stage == "zero0" else ()
+    return {name: value for name, value in fields.items() if name not in others and (stage == "zero3" or not _of_3(name))}
 
 
 def _of_3(name: str) -> bool:

@@ -175,9 +175,10 @@ def test_checkpointing_that_a_launch_file_asks_for_counts() -> None:
     assert (options(values)["gradient_checkpointing"], options(values)["use_reentrant"]) == (True, False)
 
 
-def test_stage_0_of_deepspeed_cannot_be_said() -> None:
-    """Without ZeRO its engine keeps fp32 copies of 16-bit weights (deepspeed, runtime/fp16/fused_optimizer.py)."""
-    assert "deepspeed" in read_values({**SWIFT, "deepspeed": "zero0"}, file="a.sh", NPROC_PER_NODE="4").unsupported
+def test_stage_0_of_deepspeed_is_a_strategy() -> None:
+    """Without ZeRO its engine keeps fp32 copies of 16-bit weights (deepspeed, runtime/fp16/unfused_optimizer.py)."""
+    read = read_values({**SWIFT, "deepspeed": "zero0"}, file="a.sh", NPROC_PER_NODE="4")
+    assert (read.options["strategy"], "deepspeed" in read.unsupported) == ("zero0", False)
 
 
 def test_a_sum_of_three_numbers_in_a_script() -> None:
