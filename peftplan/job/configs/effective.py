@@ -39,8 +39,8 @@ class Effective:
             return any(self._equal(self.file, each) for each in accepted)
         if key == "vocabulary":
             return self._has_vocabulary(accepted)
-        if accepted == "said":
-            return self.values.get(key) is not None
+        if accepted in ("said", "unsaid"):
+            return (self.values.get(key) is not None) is (accepted == "said")
         if isinstance(accepted, Mapping):
             return self._has_product(key, accepted)
         value = self.of(key)

@@ -219,6 +219,21 @@ def in_4_bits(model: str, skipped: list[str] | None, r: int = 16) -> peftplan.Es
     return peftplan.estimate(model, method="qlora", double_quant=True, r=r, kbit_prepare=False, **options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("SFTConfig(max_steps=60)", ("adamw_8bit", 4, 2)),
+        ('SFTConfig(optim="adamw_torch", per_device_train_batch_size=1, gradient_accumulation_steps=8)', ("adamw_torch", 1, 8)),
+        ("TrainingArguments(max_steps=60)", ("adamw_torch_fused", 8, 1)),
+    ],
+)
+def test_unsloth_has_defaults_of_its_own_for_trl_s_configs(arguments: str, meant: tuple[str, int, int]) -> None:
+    """models/rl.py:3312; transformers' TrainingArguments keep theirs. Rehearsed: without an optimizer, states have 8 bits."""
+    source = UNSLOTH.replace("SFTConfig(per_device_train_batch_size=2{arguments})", arguments).format(settings="")
+    options = read_text(source, file="a.py").options
+    assert tuple(options[name] for name in ("optim", "batch_size", "gradient_accumulation_steps")) == meant
+
+
 @pytest.mark.parametrize("trainer", ["SFT", "GRPO"])
 def test_unsloth_loads_the_model_itself(trainer: str) -> None:
     """In 16 bits (models/llama.py:3601), whatever TRL would load: its note about fp32 is not said."""
