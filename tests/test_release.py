@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,11 +15,14 @@ TODAY = "2026-11-27"
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Copies of the three files."""
+    """Copies of the three files, before a release: the checkout may be one."""
     for name in release.PLACES:
         if not (release.ROOT / name).is_file():
             pytest.skip(f"an sdist has no {name}")
         shutil.copy(release.ROOT / name, tmp_path / name)
+    changelog = tmp_path / "CHANGELOG.md"
+    text = re.sub(r"^(## [\d.]+) \(.*\)$", r"\1 (unreleased)", changelog.read_text(encoding="utf-8"), count=1, flags=re.M)
+    changelog.write_text(text, encoding="utf-8")
     return tmp_path
 
 
