@@ -1,4 +1,7 @@
-"""Lines and files of each room at some commits, as a table: `python tools/rooms.py 9534a8a7^ HEAD`, in a clone with its history."""
+"""Lines and files of each room at some commits, as a table.
+
+python tools/rooms.py 9534a8a7^ HEAD    in a clone with its history
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def rooms(commit: str) -> tuple[Counter[str], Counter[str]]:
-    """Lines and files of each folder in `peftplan/` at a commit; of the files beside them under one name. Empty files are left out."""
+    """Lines and files of each folder in `peftplan/` at a commit, and of the files beside them. Empty files are left out."""
     counted = subprocess.run(
         ("git", "grep", "--count", "", commit, "--", "peftplan/*.py"), cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -29,7 +32,8 @@ def rooms(commit: str) -> tuple[Counter[str], Counter[str]]:
 def table(*commits: str) -> str:
     """The table in Markdown, two columns a commit; a dash where there was no such room."""
     counts = [count for commit in commits for count in rooms(commit)]
-    rows = ["| room | " + " | ".join(f"lines at {commit} | files" for commit in commits) + " |", "| --- |" + " --- |" * len(counts)]
+    rows = ["| room | " + " | ".join(f"lines at {commit} | files" for commit in commits) + " |"]
+    rows.append("| --- |" + " --- |" * len(counts))
     for room in sorted({room for count in counts for room in count}):
         rows.append(f"| {room} | " + " | ".join(f"{count[room]:,}" if room in count else "–" for count in counts) + " |")
     return "\n".join([*rows, "| all | " + " | ".join(f"{count.total():,}" for count in counts) + " |"])
