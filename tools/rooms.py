@@ -23,7 +23,7 @@ def rooms(commit: str) -> tuple[Counter[str], Counter[str]]:
     for row in counted.stdout.splitlines():
         path, _, count = row.removeprefix(f"{commit}:").rpartition(":")
         _, *folders, _ = path.split("/")
-        room = f"`{folders[0]}/`" if folders else "files of their own"
+        room = folders[0] if folders else "(files)"
         lines[room] += int(count)
         files[room] += 1
     return lines, files
