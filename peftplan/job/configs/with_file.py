@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import peftplan.methods as methods
+from peftplan.arch import catalogue
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.plan import ConfigPlan, Effect, Unsupported, bound
@@ -59,11 +61,18 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         key, row = next(iter(unsupported.items()))
         raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
     options = dict(plan.options)
+    if model is not None and not _is_the_file_s(model, plan) and re.search(r"\d", str(options.get("quant_skip_modules"))):
+        del options["quant_skip_modules"]  # layers of the file's model
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
     elif chosen_options.get("method") not in (None, options.get("method")):
         options = fitting({**options, "method": chosen_options["method"]})
     return WithFile(plan.model if model is None else model, {**options, **chosen_options}, plan.to_dict(chosen_options))
+
+
+def _is_the_file_s(model: object, plan: ConfigPlan) -> bool:
+    """Whether the user's model is that of the file, by whatever name."""
+    return model == plan.model or (plan.model is not None and catalogue.find(str(model)) == catalogue.find(plan.model))
 
 
 def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
