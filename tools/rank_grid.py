@@ -98,6 +98,12 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, 4, config={"model_type": model_type, **CLASSES[model_type]})
     for more, method in product(({}, {"accumulation": 2}, {"checkpointing": False}), ("full", "lora")):
         yield job("ddp", method, 4, **more)
+    for options in ({"gradient_as_bucket_view": True}, {"static_graph": True}, {"bucket_cap_mb": 100}):
+        yield job("ddp", "full", 4, ddp=options)
+    yield job("ddp", "qlora", 4)
+    yield job("ddp", "lora", 8, accumulation=3, ddp={"gradient_as_bucket_view": True})
+    for model in ("gemma-3-1b-pt", "gpt2"):
+        yield job("ddp", "full", 4, model=model, layers=CUT[model], seq_len=256)
     yield job("fsdp2", "qlora", 4)
     yield job("fsdp2", "qlora", 4, quant_storage="uint8")
     for more, method in product(variants, ("full", "lora")):

@@ -67,6 +67,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
+        **program.get("ddp", {}),
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
     if program["method"] == "qlora":

@@ -217,7 +217,7 @@ def _elements(p: Parameter) -> int:
 
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes at which a bucket is full (torch, `dist._DEFAULT_FIRST_BUCKET_BYTES`, `bucket_cap_mb`)."""
+"""Bytes at which a bucket is full by default (torch, `dist._DEFAULT_FIRST_BUCKET_BYTES`, `_DEFAULT_BUCKET_CAP_MB`)."""
 
 
 def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ...]:
@@ -229,11 +229,22 @@ def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ..
     )
 
 
+def bucket_caps(distributed: Distributed) -> tuple[int, int]:
+    """Bytes at which DDP's first bucket is full, and every later one. The first is smaller only by default.
+
+    accelerate does not pass the default on (`DistributedDataParallelKwargs.to_kwargs`).
+    """
+    if distributed.bucket_cap_mb in (None, BUCKET // 2**20):
+        return FIRST_BUCKET, BUCKET
+    cap = int((distributed.bucket_cap_mb or 0) * 2**20)
+    return cap, cap
+
+
 def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
     """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first."""
-    cap = BUCKET if distributed.bucket_cap_mb is None else int(distributed.bucket_cap_mb * 2**20)
+    limit, cap = bucket_caps(distributed)
     sizes: list[int] = []
-    filled, limit = 0, FIRST_BUCKET
+    filled = 0
     for p in _backwards(parameters):
         filled += p.numel * ITEMSIZE[p.dtype]
         if filled >= limit:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -48,11 +48,9 @@ from peftplan.trace.load import PASSES, OneGpu
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
+from peftplan.trace.ranks import rank_of
 from peftplan.trace.reasons import reason
 from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
-
-if TYPE_CHECKING:
-    from peftplan.trace.rank import Rank
 
 
 @dataclass(frozen=True)
@@ -154,16 +152,26 @@ def trace(
     on = fake_device("cpu" if distributed else fake_on)
     capability = device or DEFAULT_CAPABILITY
     card = processors(".".join(map(str, capability)), multiprocessors)
+    rank = rank_of(distributed)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=capability, card=card, script=script, on=on, distributed=distributed,
+        capability=capability, card=card, script=script, on=on, rank=rank,
     )  # fmt: skip
     tell = progress or silent
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
     with old_objects_let_be():
-        return _by_stacks(run, config, stacks, tell)
+        return _completed(_by_stacks(run, config, stacks, tell), rank)
+
+
+def _completed(traced: Traced, rank: OneGpu) -> Traced:
+    """The trace of the whole depth, with what does not repeat with the layers."""
+    log, began = rank.complete(traced.log, traced.began)
+    if log is traced.log:
+        return traced
+    counted = windows(began, length=len(log), started=traced.started)
+    return replace(traced, log=tuple(log), began=tuple(began), windows=counted, peaks=peaks(log, counted))
 
 
 def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tuple[Stack, ...], tell: Tell) -> Traced:
@@ -215,7 +223,7 @@ def _run(
     card: Processors,
     script: Script,
     on: torch.device,
-    distributed: Distributed | None,
+    rank: OneGpu,
     tell: Tell,
 ) -> Traced:
     """One trace of this model as it is."""
@@ -223,14 +231,14 @@ def _run(
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
-    rank = _rank(distributed)
+    steps = max(STEPS, len(earlier) + 1) + rank.more_steps
     setup_of_step = rank.prepared(built, setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
-    tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup))
+    tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
     batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (step_inputs, *earlier)]
@@ -244,14 +252,15 @@ def _run(
         counted_host() as host,
     ):
         rank.load(built, tracker, setup, quant)
-        tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names[id(m)])
+        tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names.get(id(m)))
         optimizer = make_optimizer(setup, built.model, tracker)
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass
         run = Run(built.model, batch, optimizer, tracker, setup_of_step, script)
+        run.called = rank.called(built)
         run.begin_batch = rank.batches(built)
-        run.earlier, run.steps = before, max(STEPS, len(earlier) + 1)
+        run.earlier, run.steps = before, steps
         try:
             take_steps(run)
         except PeftplanError:
@@ -278,14 +287,6 @@ def _run(
         host_bytes=host.most,
         prepared=quant is not None and bool(setup.kbit_prepare),
     )
-
-
-def _rank(distributed: Distributed | None) -> OneGpu | Rank:
-    if distributed is None:
-        return OneGpu()
-    from peftplan.trace.rank import Rank
-
-    return Rank(distributed)
 
 
 @contextmanager

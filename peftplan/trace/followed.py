@@ -14,6 +14,9 @@ from peftplan.storage.config import FOUR_BIT
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
+RANKS = {"ddp": "Ddp", "fsdp2": "Fsdp2"}
+"""The strategies of which a trace follows one rank → its class, in the module of `trace.ranks` that has the strategy's name."""
+
 
 def check_followed(job: Job) -> None:
     """Raise RefusedError for a job that no trace follows."""
@@ -25,18 +28,23 @@ def check_followed(job: Job) -> None:
     if by.weighs_tokens or job.setup.loss == "per-token":
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
-        raise RefusedError(f"engine: trace follows one GPU and FSDP2, not {unknown}; accepted: analytic")
+        raise RefusedError(f"engine: trace follows one GPU, DDP and FSDP2, not {unknown}; accepted: analytic")
 
 
 def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     """What of a job over several GPUs no trace follows, in words; None if it follows all."""
+    sharded = distributed.facts.splits_weights
     unknown = {
-        distributed.called: distributed.strategy != "fsdp2",
+        distributed.called: distributed.strategy not in RANKS,
         "its tp_size": distributed.tp_size not in (None, 1),
         "its cp_size": distributed.cp_size not in (None, 1),
-        f"its units under accelerate {distributed.accelerate}": versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        f"its units under {job.setup.by.called}": job.setup.by.layout is not ACCELERATE,
-        f"its shards in {job.quant.name if job.quant else None}": job.quant is not None and job.quant.name not in FOUR_BIT,
-        f"its {job.setup.optim}": parse_optim(str(job.setup.optim)).step_implementation == "kernel",
+        "its custom_sharded_layers": distributed.custom_sharded_layers is not None,
+        f"its units under accelerate {distributed.accelerate}": sharded
+        and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
+        f"its shards in {job.quant.name if job.quant else None}": sharded
+        and job.quant is not None
+        and job.quant.name not in FOUR_BIT,
+        f"its {job.setup.optim}": sharded and parse_optim(str(job.setup.optim)).step_implementation == "kernel",
     }
     return next((what for what, is_so in unknown.items() if is_so), None)

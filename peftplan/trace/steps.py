@@ -56,6 +56,8 @@ class Run:
     """Optimizer steps so far."""
     begin_batch: Callable[[bool], None] = lambda last: None
     """Called before each micro batch, and told whether it is the last one of its step."""
+    called: Callable[..., Any] | None = None
+    """What is called as the model, if a strategy wraps it."""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -81,7 +83,7 @@ class Run:
             if torch.is_tensor(value):
                 self.tracker.register(value, "activations", name, op="batch")
         with self.autocast():
-            return self.model(**batch)
+            return (self.called or self.model)(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
         """One backward; the gradients are named when it ends."""
@@ -177,6 +179,6 @@ def _loss(outputs: Any) -> torch.Tensor:
     return loss
 
 
-def phases_begun(setup: Setup) -> int:
-    """How many phases a whole run has: load, and those of each step."""
-    return 1 + STEPS * (2 * setup.gradient_accumulation_steps + 1)
+def phases_begun(setup: Setup, steps: int) -> int:
+    """How many phases a whole run of so many steps has: load, and those of each step."""
+    return 1 + steps * (2 * setup.gradient_accumulation_steps + 1)

@@ -1,4 +1,4 @@
-"""One rank of FSDP2 in a trace, against torch's own allocator: rehearsals of the same step, recorded."""
+"""One rank of several GPUs in a trace, against torch's own allocator: rehearsals of the same step, recorded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import pytest
 import torch.distributed
 
 import peftplan
+from peftplan.trace.followed import RANKS
 from tools.rank_grid import LLAMA
 from tools.rank_jobs import PHASES, options, rows
 
-ROWS = {row["name"]: row for row in rows() if row["strategy"] == "fsdp2"}
+ROWS = {row["name"]: row for row in rows() if row["strategy"] in RANKS}
+SMALL = {**LLAMA, "hidden_size": 1024, "intermediate_size": 8192, "head_dim": 32, "vocab_size": 1000, "num_hidden_layers": 8}
+"""Eight layers of 55 MB, so that the weights are sent in two flat tensors."""
+SCALARS = 2**10
+"""The most bytes of what is not compared: buffers, and the map in which the reducer notes which parameters were used."""
 SHOWN = (
     "fsdp2 lora 2",
     'fsdp2 full 8 optim="adamw_torch"',
@@ -24,6 +29,12 @@ SHOWN = (
     'fsdp2 qlora 4 quant_storage="uint8"',
     'fsdp2 lora 8 parallel={"dp_replicate_size": 2, "dp_shard_size": 4}',
     'fsdp2 full 8 policy={"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "bfloat16"}',
+    "ddp lora 4",
+    "ddp full 4 accumulation=2",
+    'ddp full 4 ddp={"gradient_as_bucket_view": true}',
+    'ddp full 4 ddp={"static_graph": true}',
+    'ddp full 4 ddp={"bucket_cap_mb": 100}',
+    "ddp qlora 4",
 )
 """One job of each thing that changes what a rank holds."""
 
@@ -34,7 +45,9 @@ def test_a_rehearsed_rank(name: str) -> None:
     row = ROWS[name]
     peaks = peftplan.estimate(**options(row), gpu="h200", engine="trace").peaks
     assert peaks is not None
-    forward = max(peaks.by_phase["forward"], peaks.by_phase["step"])  # a rehearsal's begins with what the step leaves
+    forward = peaks.by_phase["forward"]
+    if row["strategy"] == "fsdp2":
+        forward = max(forward, peaks.by_phase["step"])  # a rehearsal's begins with what the step leaves
     for phase in PHASES:
         bytes_ = forward if phase == "forward" else peaks.by_phase[phase]
         assert bytes_ == pytest.approx(row["peak_by_phase"][phase], rel=5e-4), phase
@@ -51,15 +64,15 @@ def test_an_adapter_is_whole_until_all_is_sharded() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", [*RANKS])
+def test_depth_is_extended(strategy: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight layers from three and four are eight layers that ran."""
     from peftplan.trace import engine
 
-    model = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "head_dim": 8, "vocab_size": 1000, "num_hidden_layers": 8}
-    job: dict[str, Any] = {"method": method, "gpus": 4, "strategy": "fsdp2", "seq_len": 64, "engine": "trace", "record": True}
-    deep = peftplan.estimate(model, **job).peaks
+    job: dict[str, Any] = {"method": method, "gpus": 4, "strategy": strategy, "seq_len": 64, "engine": "trace", "record": True}
+    deep = peftplan.estimate(SMALL, **job).peaks
     monkeypatch.setattr(engine, "repeating_stacks", lambda *args, **kwargs: ())
-    full = peftplan.estimate(model, **job).peaks
+    full = peftplan.estimate(SMALL, **job).peaks
     assert deep is not None
     assert full is not None
     assert deep.recording is not None
@@ -67,11 +80,38 @@ def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert (deep.by_phase, deep.reserved) == (full.by_phase, full.reserved)
 
 
+@pytest.mark.parametrize("unused", [False, True])
+def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made from the notes in a log is what torch's own reducer allocates: flat tensors of weights, and buckets."""
+    from peftplan.trace import engine
+    from peftplan.trace.ranks.buckets import BUILT, REBUILT
+    from peftplan.trace.ranks.ddp import ReducedTracker
+
+    allocated: list[int] = []
+    unseen = ReducedTracker.on_host
+
+    def on_host(tracker: ReducedTracker, tensor: torch.Tensor) -> None:
+        allocated.append(tensor.untyped_storage().nbytes())
+        unseen(tracker, tensor)
+
+    monkeypatch.setattr(ReducedTracker, "on_host", on_host)
+    monkeypatch.setattr(engine, "repeating_stacks", lambda *args, **kwargs: ())
+    job: dict[str, Any] = {"method": "full", "gpus": 4, "strategy": "ddp", "seq_len": 64, "find_unused_parameters": unused}
+    peaks = peftplan.estimate(SMALL, **job, engine="trace", record=True).peaks
+    assert peaks is not None
+    assert peaks.recording is not None
+    flats = [m.storage for m in peaks.recording.traced.log if m.kind == "alloc" and m.storage.op in (BUILT, REBUILT)]
+    in_log = [flat.nbytes for flat in flats if flat.nbytes > SCALARS]
+    assert in_log == [nbytes for nbytes in allocated if nbytes > SCALARS]
+    assert len(in_log) > 5
+
+
 @pytest.mark.parametrize(
     ("refused", "why"),
     [
         ({"strategy": "zero2"}, "not ZeRO-2 over 4 GPUs"),
-        ({"strategy": "ddp"}, "not DDP over 4 GPUs"),
+        ({"strategy": "zero3"}, "not ZeRO-3 over 4 GPUs"),
+        ({"custom_sharded_layers": "output"}, "not its custom_sharded_layers"),
         ({"accelerate": "1.13"}, "not its units under accelerate 1.13"),
         ({"optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"trainer": "automodel"}, "not its units under NeMo"),
@@ -80,5 +120,5 @@ def test_depth_is_extended(method: str, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_refused_in_one_line(refused: dict[str, Any], why: str) -> None:
     job = {"method": "lora", "gpus": 4, "strategy": "fsdp2", **refused}
-    with pytest.raises(peftplan.RefusedError, match=f"engine: trace follows one GPU and FSDP2, {why}.*; accepted: analytic"):
+    with pytest.raises(peftplan.RefusedError, match=f"engine: trace follows one GPU, .* and FSDP2, {why}.*; accepted: analytic"):
         peftplan.estimate("llama-3.2-1b", engine="trace", **job)

@@ -92,6 +92,8 @@ arguments = TrainingArguments(
     **job.get("arguments", {}),
 )
 trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
+for name, value in job.get("ddp", {}).items():
+    setattr(trainer.accelerator.ddp_handler, name, value)
 if "policy" in job:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -1,4 +1,4 @@
-"""One rank of several GPUs: FSDP2 on fake tensors, over torch's fake process group, which leaves collectives out.
+"""FSDP2 on fake tensors, over torch's fake process group.
 
 accelerate's own code makes the units (`fsdp2_prepare_model`); torch's own gathers, frees and reduces them. Fake tensors of the
 host and of the device look alike, so what torch moves to the device before it shards a unit is allocated where it moves it
@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # type: ignore[import-untyped]
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,17 +25,16 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import parse_dtype
-from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.load import in_dicts, load
+from peftplan.trace.load import OneGpu, in_dicts, load
 from peftplan.trace.model import Built
+from peftplan.trace.ranks.group import process_group
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
 """Where torch moves what a unit holds to the device, before it shards it."""
@@ -96,7 +94,7 @@ class Offloading(TorchFunctionMode):
 
 
 @dataclass
-class Rank:
+class Fsdp2(OneGpu):
     """Rank 0 of a world that is not there: the largest, since its shards are all whole."""
 
     distributed: Distributed
@@ -119,8 +117,6 @@ class Rank:
         """Start the process group, and end it afterwards. Meanwhile the tracker sees storages that are resized and buffers of
         collectives, but no tensor that only teaches DTensor a shape.
         """
-        if dist.is_initialized():
-            raise RefusedError("engine: trace makes a process group of its own, and this process has one already")
         allocate, resize = DefaultAllocMixin.allocate, torch.UntypedStorage.resize_
         learn = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -141,18 +137,15 @@ class Rank:
         offloads = self.distributed.offload_params == "cpu"
         if isinstance(tracker, RankTracker):
             tracker.offloads = offloads
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.distributed.world_size)
-        try:
+        with (
+            process_group(self.distributed.world_size),
+            patch.object(torch.UntypedStorage, "resize_", resized),
+            patch.object(ShardingPropagator, learn.__name__, unseen),
+            patch.object(DefaultAllocMixin, "allocate", named),
+            Offloading(tracker) if offloads else nullcontext(),
+        ):
             self._mesh = init_device_mesh("cpu", self._dims(), mesh_dim_names=("replicate", "shard")[-len(self._dims()) :])
-            with (
-                patch.object(torch.UntypedStorage, "resize_", resized),
-                patch.object(ShardingPropagator, learn.__name__, unseen),
-                patch.object(DefaultAllocMixin, "allocate", named),
-                Offloading(tracker) if offloads else nullcontext(),
-            ):
-                yield
-        finally:
-            dist.destroy_process_group()
+            yield
 
     def _dims(self) -> tuple[int, ...]:
         """Replicas and shards; shards alone where the model is not replicated."""

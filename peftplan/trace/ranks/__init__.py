@@ -1,0 +1,17 @@
+"""One rank of several GPUs in a trace, by strategy: what it does otherwise than one GPU (`trace.load.OneGpu`)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from peftplan.distributed.strategy import Distributed
+from peftplan.trace.followed import RANKS
+from peftplan.trace.load import OneGpu
+
+
+def rank_of(distributed: Distributed | None) -> OneGpu:
+    """What is traced of this strategy; None is one GPU."""
+    if distributed is None:
+        return OneGpu()
+    of_strategy: type[OneGpu] = getattr(import_module(f"{__name__}.{distributed.strategy}"), RANKS[distributed.strategy])
+    return of_strategy(distributed)  # type: ignore[call-arg]

@@ -1,0 +1,23 @@
+"""torch's fake process group: a world of which one rank is there, whose collectives leave values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from peftplan.errors import RefusedError
+
+
+@contextmanager
+def process_group(world_size: int) -> Iterator[None]:
+    """Start the process group of rank 0, and end it afterwards. Raises RefusedError in a process that has one."""
+    if dist.is_initialized():
+        raise RefusedError("engine: trace makes a process group of its own, and this process has one already")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
