@@ -34,7 +34,18 @@ FLAGS = argparse.BooleanOptionalAction
 CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
-OTHER_TRAINERS = ("trl-dpo", "trl-kto", "trl-reward", "trl-orpo", "trl-cpo", "trl-grpo", "trl-rloo", "trl-gkd")
+OTHER_TRAINERS = (
+    "trl-dpo",
+    "trl-kto",
+    "trl-reward",
+    "trl-orpo",
+    "trl-cpo",
+    "trl-tpo",
+    "trl-grpo",
+    "trl-rloo",
+    "trl-gkd",
+    "trl-distillation",
+)
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
 OF_TEMPLATE = 148
@@ -69,6 +80,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--attn-implementation")
     parser.add_argument("--loss", choices=("full", "per-token"), default="full")
     parser.add_argument("--max-completion-length", type=int)
+    parser.add_argument("--teacher-model")
     parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
     parser.add_argument("--beta", type=float)
     parser.add_argument("--loss-type")
@@ -245,15 +257,63 @@ def with_preferences(job: argparse.Namespace) -> None:
     ).train()
 
 
+def with_teacher(job: argparse.Namespace) -> None:
+    """TRL's trainers with a teacher in the student's dtype: GKDTrainer on rows of one length, none of which the
+    student ends itself, since that holds less; DistillationTrainer on what the student writes.
+    """
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    completion = job.max_completion_length or job.seq_len - 1
+
+    def batch(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        tokens = torch.tensor([example["input_ids"] for example in examples])
+        prompt = tokens[:, : job.seq_len - completion]
+        labels = tokens.clone()
+        labels[:, : prompt.shape[1]] = -100
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "labels": labels,
+            "prompts": prompt,
+            "prompt_attention_mask": torch.ones_like(prompt),
+        }
+
+    model = load(job)
+    teacher = AutoModelForCausalLM.from_pretrained(job.teacher_model, dtype=DTYPES[job.dtype])
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if job.trainer == "trl-distillation":
+        DistillationTrainer(
+            model=model,
+            teacher_model=teacher,
+            args=DistillationConfig(max_completion_length=completion, **arguments(job, model)),
+            train_dataset=texts(job, "grpo", tokenizer),
+            processing_class=tokenizer,
+            peft_config=adapter(job),
+        ).train()
+        return
+    GKDTrainer(
+        model=model,
+        teacher_model=teacher,
+        args=GKDConfig(max_length=job.seq_len, max_new_tokens=completion, lmbda=0.0, **arguments(job, model)),
+        data_collator=batch,
+        train_dataset=rows(job, model).remove_columns("labels"),
+        processing_class=tokenizer,
+        peft_config=adapter(job),
+    ).train()
+
+
 def classes(job: argparse.Namespace, name: str) -> tuple[Any, Any]:
     """The class of the arguments and that of the trainer."""
     called = "Reward" if name == "reward" else name.upper()
     if job.trainer in AXOLOTL:
         return of_axolotl(called)
     import trl
-    from trl.experimental import cpo, gkd, orpo
+    from trl.experimental import cpo, orpo, tpo
 
-    home = {"orpo": orpo, "cpo": cpo, "gkd": gkd}.get(name, trl)
+    home = {"orpo": orpo, "cpo": cpo, "tpo": tpo}.get(name, trl)
     return getattr(home, f"{called}Config"), getattr(home, f"{called}Trainer")
 
 
@@ -411,7 +471,8 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
         labels = [True, job.trainer in AXOLOTL] * (ROWS // 2)  # axolotl's memory depends on the kinds: of one, it is largest
         return Dataset.from_dict({"prompt": [prompt] * ROWS, "completion": answers, "label": labels})
     pair = {"chosen": [text("good", completion - 1)] * ROWS, "rejected": [text("poor", others - 1)] * ROWS}
-    return Dataset.from_dict({"prompt": [prompt] * ROWS, **pair})
+    third = {"reference": [text("fine", completion - 1)] * ROWS} if name == "tpo" else {}
+    return Dataset.from_dict({"prompt": [prompt] * ROWS, **pair, **third})
 
 
 def with_trainer(job: argparse.Namespace) -> None:
@@ -430,6 +491,7 @@ def with_trainer(job: argparse.Namespace) -> None:
             model.enable_input_require_grads()
     own_loss = {}
     if job.loss == "per-token":
+        os.environ["DISABLE_VERSION_CHECK"] = "1"  # of the transformers that LLaMA-Factory asks for
         from llamafactory.train.trainer_utils import dft_loss_func
 
         own_loss["compute_loss_func"] = dft_loss_func
@@ -463,6 +525,6 @@ def with_loop(job: argparse.Namespace) -> None:
 if __name__ == "__main__":
     settings = options()
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
-    programs[V1] = with_llama_factory_v1
+    programs |= {V1: with_llama_factory_v1, "trl-gkd": with_teacher, "trl-distillation": with_teacher}
     programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)
     programs.get(settings.trainer, with_preferences)(settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.analytic.checks import check
 from peftplan.analytic.running import (
     OF_MODULES,
+    autocast_of,
     empties_first,
     limits_of,
     loss_sizes,
@@ -86,6 +87,8 @@ class Compiled(NamedTuple):
     """Whether they are given back before each backward of the first step."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
+    empties_before: bool = False
+    """Whether before each backward of every step."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -223,7 +226,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
     )
     kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
-    model = new_model(kind_of_tape(autocast=None if setup.autocast == "none" else setup.autocast, several=setup.rows > 1))
+    model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
     program = program_of(job)._replace(left_alone=trained_again)
     first = None
     if job.distributed is not None:
@@ -293,9 +296,12 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
         passing = ranks.passing_on_rank(load, Ledger(loaded))
     if job.reference == "copy":
+        from peftplan.job.teacher import teacher_of
         from peftplan.memory.reference_load import load_both
 
-        load = partial(load_both, load=load, reference=parameters, moved=job.distributed is not None)
+        teacher = teacher_of(job)
+        second, moved = (parameters, job.distributed is not None) if teacher is None else (teacher.parameters, True)
+        load = partial(load_both, load=load, reference=second, moved=moved)
     if job.distributed is not None:
         load = ranks.loaded_on_rank(inventory, model, buffers, load)
         if job.reference == "copy" and job.distributed.strategy != "ddp":
@@ -331,6 +337,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         empties_cache=setup.by.empties_cache,
         empties_first=empties_first(setup),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
+        empties_before=setup.by.empties_before,
     )
     if first is None:
         return compiled_job

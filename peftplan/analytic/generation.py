@@ -2,7 +2,7 @@
 
 b completions that are written at once, s tokens of a prompt, t tokens of the full cache, v vocabulary.
 
-    prompt      the forward without gradients or autocast, with logits of the last token
+    prompt      the forward without gradients, with logits of the last token; without autocast, except in DistillationTrainer
     decoding    the full cache, a layer's keys once more while they grow, logits and probabilities of a token
 
 Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
@@ -17,7 +17,7 @@ from typing import NamedTuple
 from peftplan.analytic.compiled import Compiled
 from peftplan.analytic.running import running_of
 from peftplan.analytic.sizes import sizes
-from peftplan.deployment.kv_cache import kv_cache
+from peftplan.deployment.kv_cache import CacheTensor, kv_cache
 from peftplan.job.inventory import Inventory
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Ledger
@@ -26,8 +26,10 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.memory.waves import waves_of
+from peftplan.parameters import Parameters
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 GENERATE = "generate"
 KEPT = 8
@@ -67,16 +69,29 @@ def generation_of(inventory: Inventory, compiled: Compiled, *, compute_capabilit
     return _GENERATIONS[key][1]
 
 
+def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:
+    """Autocast's casts of weights that require gradients, which it keeps until a token's forward ends."""
+    cast = (p for p in parameters.all if p.trainable and p.dtype == "fp32" and len(p.shape) > 1)
+    return f.new((sum(p.numel * p.copies for p in cast),), autocast, "casts of weights")
+
+
+def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
+    """Rotated keys are in the dtype of the hidden states; values are as autocast's product makes them."""
+    return autocast if autocast and tensor.part == "values" else tensor.dtype
+
+
 def _written(inventory: Inventory, compute_capability: str) -> Generation:
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
     rows, prompt, full = setup.generation_rows, setup.prompt_len, setup.seq_len - 1  # the last token is not fed
     running = running_of(job, compute_capability)._replace(
-        autocast=None, checkpointing=False, use_cache=True, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
+        checkpointing=False, use_cache=True, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
     )
-    frozen = parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     adapter = adapter_of(job.method and job.method.peft_type)
-    model = Model(Tape(), arch, frozen, job.adaptation, running, job.quant, adapter=adapter)
+    autocast = setup.autocast if setup.by.writes_under_autocast and setup.autocast != "none" else None
+    running = running._replace(autocast=autocast)
+    kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
+    model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
     f.mark("forward")
     with f.no_grad():
@@ -88,13 +103,14 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
         f.module = ""
         scores = [f.new(("b", arch.vocab_size or 0), "fp32", name) for name in ("scores", "softmax")]
         del hidden, logits
+        f.end_autocast()
         f.mark("backward")
         model.kept.clear()
         cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype)
-        grown = [
-            f.many(("b", *tensor.shape[1:]), tensor.dtype, f"KV cache, {tensor.part} of {tensor.kind} attention", tensor.layers)
-            for tensor in cache
-        ]
+        grown = [_casts(f, parameters, autocast)] if autocast else []
+        for tensor in cache:
+            name = f"KV cache, {tensor.part} of {tensor.kind} attention"
+            grown.append(f.many(("b", *tensor.shape[1:]), _cached_dtype(tensor, autocast), name, tensor.layers))
         largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers)
         growing = f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
         del growing

@@ -83,7 +83,7 @@ def _write(steps: list[Compiled], script: Script, load: Loader, generation: Gene
             writer.step(generation.timeline, 0, {}, phases=number == len(steps))
             writer.end()
         lasting = _lasting(states, of_step) if number == 1 else {}
-        empties_first = compiled.empties_first and number == 1
+        empties_first = compiled.empties_before or (compiled.empties_first and number == 1)
         writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps), empties_first=empties_first)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))

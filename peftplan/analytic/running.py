@@ -18,7 +18,7 @@ from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
 from peftplan.memory.step import Program
-from peftplan.methods.adaptation import PROMPTED, MethodConfig
+from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig
 from peftplan.optim import parse_optim
 from peftplan.storage.modules import CONVERTED_KINDS
 from peftplan.units import ceil_div
@@ -37,7 +37,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     return Running(
-        autocast=None if setup.autocast == "none" else setup.autocast,
+        autocast=autocast_of(setup),
         checkpointing=bool(setup.gradient_checkpointing),
         attention=str(setup.attn_implementation),
         padding=setup.padding,
@@ -71,8 +71,13 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.loss == "per-token",
+        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss == "per-token",
     )
+
+
+def autocast_of(setup: Setup) -> str | None:
+    """The dtype of autocast while the models of a step run; None where they run without."""
+    return None if setup.autocast == "none" or setup.by.skips_autocast else setup.autocast
 
 
 def chip_of(job: Job, compute_capability: str) -> Chip | None:
@@ -179,6 +184,15 @@ def reference_of(job: Job, policy: Model) -> Model | None:
     """
     if job.reference == "none":
         return None
+    running = policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False)
+    if job.setup.by.teaches:
+        from peftplan.job.teacher import teacher_of
+
+        teacher = teacher_of(job)
+        assert teacher is not None
+        caches = job.setup.loss == "full"  # GKDTrainer leaves `use_cache` to the teacher's config
+        parts = policy.tape, teacher.architecture, teacher.parameters, Adaptation(), running._replace(use_cache=caches)
+        return Model(*parts, None, stacks=policy.stacks)
     base = (p for p in policy.parameters.all if p.owner == "base")
     if job.reference == "adapter_off":
         base = (p._replace(trainable=False) for p in base)
@@ -188,7 +202,7 @@ def reference_of(job: Job, policy: Model) -> Model | None:
         policy.arch,
         policy.parameters._replace(all=tuple(base)),
         policy.adaptation,
-        policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False, token_outputs=outputs),
+        running._replace(token_outputs=outputs),
         policy.quant,
         stacks=policy.stacks,
     )

@@ -66,7 +66,7 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
     by_name |= {f"{name}/{BLOCK}": -(-by_name[name] // BLOCK) for name in ("s", "k")}
     by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (1, -1)}
-    by_name["b/2"] = b // 2
+    by_name |= {"b/2": b // 2, "b/3": b // 3}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     by_name |= {f"{name}%{TABLE_MULTIPLE}": -(-by_name[name] // TABLE_MULTIPLE) * TABLE_MULTIPLE for name in ("s", "b·s")}
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

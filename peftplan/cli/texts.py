@@ -52,7 +52,7 @@ STORAGE: dict[str, str] = {
     "--device-map": "how from_pretrained places the model on one GPU; default: the trainer's, auto for TRL's (loaded by name)",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "dtype that autocast computes in; default: the trainer's",
-    "--quant": "storage of the frozen base; default: the method's",
+    "--quant": "storage of the base; default: the method's",
     "--quant-bits": "bits of gptq and hqq",
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
@@ -88,6 +88,7 @@ TRAINING: dict[str, str] = {
 }
 PREFERENCES: dict[str, str] = {
     "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
+    "--teacher-model": "a second model, of whose distributions the student learns",
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
     "--beta": "weight of the reference model",
     "--loss-type": "the loss, under the trainer's own name for it",
@@ -200,5 +201,6 @@ METAVARS: dict[str, str] = {
     "--vllm-mode": "[colocate|server]",
     "--vllm-gpu-memory-utilization": "FLOAT",
     "--loss-type": "NAME",
+    "--teacher-model": "MODEL",
 }
 """What an option is given, as `--help` shows it; completion offers the choices."""

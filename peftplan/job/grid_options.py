@@ -51,6 +51,7 @@ class GridOptions(OtherWords, total=False):
     loss: Axis[Loss]
     logits_to_keep: Axis[int | None]
     max_completion_length: Axis[int | None]
+    teacher_model: Axis[str | None]
     precompute_ref_log_probs: Axis[bool | None]
     beta: Axis[float | None]
     loss_type: Axis[str | None]

@@ -94,8 +94,20 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + Ledger(() if own is None else own.beside)
         + _optimizer(states_of, optimizer, setup)
         + sensitivity_lines(on_rank)
-        + (reference_lines(on_rank) if job.reference == "copy" else Ledger(()))
+        + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
     )
+
+
+def _second_model(job: Job, on_rank: Parameters) -> Ledger:
+    """The lines of a reference model, or of a teacher."""
+    if not job.setup.by.teaches:
+        return reference_lines(on_rank)
+    from peftplan.job.teacher import teacher_of
+
+    teacher = teacher_of(job)
+    assert teacher is not None
+    lines = (*weight_lines(teacher.parameters), *buffer_lines(teacher.parameters))
+    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source="trl: GKDTrainer.teacher_model") for line in lines))
 
 
 def reference_lines(built: Parameters) -> Ledger:

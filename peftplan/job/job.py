@@ -69,6 +69,8 @@ class Job(NamedTuple):
         """Where the reference model of a preference or RL trainer comes from (trl `DPOTrainer.__init__`)."""
         if not any(forward.of == "reference" for forward in self.setup.forwards):
             return "none"
+        if self.setup.by.teaches:
+            return "copy"
         return "copy" if self.method is not None and self.method.name in ("full", "partial") else "adapter_off"
 
     @property

@@ -82,7 +82,7 @@ class LossSizes(NamedTuple):
         """Name → size for b rows of `length` hidden states, integers or arrays."""
         if self.loss in ALL_LOGITS:
             n = self._scored(b, length)
-            return {"n": n, "n/2": n // 2}
+            return {"n": n, "n/2": n // 2, "n/3": n // 3}
         if self.loss == "liger":
             n, rows = self._liger(b, length)
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}

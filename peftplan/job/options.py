@@ -56,6 +56,7 @@ class SetupOptions(TypedDict, total=False):
     loss: Loss
     logits_to_keep: int | None
     max_completion_length: int | None
+    teacher_model: str | None
     precompute_ref_log_probs: bool | None
     beta: float | None
     loss_type: str | None

@@ -82,6 +82,7 @@ class Setup(BaseModel):
     use_cache: bool | None = None
     trust_remote_code: bool = False
     max_completion_length: Count | None = None
+    teacher_model: str | None = None
     precompute_ref_log_probs: bool | None = None
     beta: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     loss_type: str | None = None
@@ -107,7 +108,7 @@ class Setup(BaseModel):
     def forwards(self) -> tuple[Forward, ...]:
         """The forwards of a step: those of the trainer that the options leave."""
         weight = self.by.beta if self.beta is None else self.beta
-        unused = self.loss_type in self.by.without_reference or (self.by.generates and not weight)
+        unused = self.loss_type in self.by.without_reference or (self.by.generates and not weight and not self.by.teaches)
         without = "reference" if self.precompute_ref_log_probs or unused else None
         extra_rows = self.loss_type not in self.by.without_extra_rows
         return tuple(f for f in self.by.forwards if f.of != without and (extra_rows or not f.batch))
@@ -283,6 +284,8 @@ def _check_trainer(setup: Setup) -> None:
         if getattr(setup, name) not in (None, False):
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
             raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")
+    if by.teaches and setup.teacher_model is None:
+        raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
     if setup.loss_type is not None:
         types = setup.loss_type.split(",") if by.many_losses else [setup.loss_type]
         for unknown in (name for name in types if name.strip() not in by.loss_types):

@@ -17,6 +17,9 @@ TrainerName = Literal[
     "trl-rloo",
     "trl-orpo",
     "trl-cpo",
+    "trl-tpo",
+    "trl-gkd",
+    "trl-distillation",
     "axolotl-dpo",
     "axolotl-kto",
     "axolotl-orpo",
@@ -123,6 +126,12 @@ class Trainer(NamedTuple):
     """Whether the model returns logits alone, of which the loop makes the cross entropy when the model has returned."""
     weighs_tokens: bool = False
     """Whether it makes the cross entropy of each token once more, of the logits, and drops the model's own with the outputs."""
+    teaches: bool = False
+    """Whether it compares the distributions of a teacher and of its student."""
+    skips_autocast: bool = False
+    """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
+    writes_under_autocast: bool = False
+    """Whether the model that writes completions is the one that accelerate wraps."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     kinds: Literal["together", "in the log", "after its forwards"] = "together"
@@ -130,6 +139,8 @@ class Trainer(NamedTuple):
     model when its forwards have returned."""
     empties_cache: bool = False
     """Whether `torch.cuda.empty_cache()` runs after each backward."""
+    empties_before: bool = False
+    """Whether it runs before each backward, when the loss is made."""
     without_extra_rows: tuple[str, ...] = ()
     """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
     without_reference: tuple[str, ...] = ()

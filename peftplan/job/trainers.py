@@ -176,6 +176,32 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
             arguments="CPOConfig",
         ),
+        # Triples of completions, the third of which is learned too (experimental/tpo/tpo_trainer.py).
+        OF_LOGITS._replace(
+            name="trl-tpo",
+            called=f"TPOTrainer of {named('trl')}",
+            defaults=TRL.defaults._replace(loss="full"),
+            loads_in_fp32=True,
+            narrow_under_zero3=True,
+            rows=3,
+            options=frozenset({"max_completion_length", "beta", "loss_type"}),
+            loss_types=("sigmoid", "hinge", "ipo", "tpo-l"),
+            arguments="TPOConfig",
+        ),
+        # Forward, loss and what it holds: experimental/gkd/gkd_trainer.py. The script's teacher has the dtype of the student.
+        TRL._replace(
+            name="trl-gkd",
+            called=f"GKDTrainer of {named('trl')}",
+            defaults=TRL.defaults._replace(loss="full"),
+            losses=("full",),
+            sums_tokens=False,
+            disables_dropout=True,
+            teaches=True,
+            empties_before=True,
+            forwards=(*LOSS, Forward("reference")),
+            options=frozenset({"max_completion_length", "teacher_model"}),
+            arguments="GKDConfig",
+        ),
         # Unsloth's GRPO (unsloth_zoo `grpo_accumulated_loss`) packs the completions of a step into one row.
         GENERATING._replace(
             name="trl-grpo",
@@ -189,6 +215,20 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
         GENERATING._replace(
             name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, num_generations=2, arguments="RLOOConfig"
+        ),
+        # The student writes what it learns; both heads are read in tiles (trainer/distillation_trainer.py).
+        GENERATING._replace(
+            name="trl-distillation",
+            called=f"DistillationTrainer of {named('trl')}",
+            teaches=True,
+            skips_autocast=True,
+            writes_under_autocast=True,
+            sums_tokens=False,
+            forwards=(*LOSS, Forward("reference")),
+            under_ddp=(),
+            under_zero2=(),
+            options=(GENERATING.options - {"beta", "num_generations", "steps_per_generation"}) | {"teacher_model"},
+            arguments="DistillationConfig",
         ),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",

@@ -110,6 +110,8 @@ def head_of(model: Model) -> Head:
 def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
+    if model.running.without_loss and loss == "trl-chunked":
+        return _imported(("distillation", "hidden_states"))
     if model.running.without_loss and task == "CAUSAL_LM" and (model_type, task) not in OF_MODEL:
         return _imported(("pair_logits", "all_logits"))
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):

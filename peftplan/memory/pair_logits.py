@@ -20,8 +20,8 @@ from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Tensor
 
-CHOSEN = "b/2"
-"""The rows of the chosen completions."""
+CHOSEN, THIRD = "b/2", "b/3"
+"""The rows of the chosen completions, of pairs and of triples."""
 
 
 def all_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +41,37 @@ def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> T
     summed = _summed(f, _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels, scoring, count))
     del labels, batch
     return f.new((), "fp32", "mean", f.record(_loss_backward, (summed, nll), summed.dims))
+
+
+def loss_of_triples(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
+    """TPO's loss: of rows that are chosen, rejected or the reference, the log-probabilities, and the cross entropy of the tokens
+    of reference completions, whose logits are copied (trl `TPOTrainer._compute_loss`).
+    """
+    rows, seq, vocab = logits.dims
+    shorter = f"{seq}-1"
+    view = sliced(f, logits, (rows, shorter, vocab))
+    summed = _summed(f, _log_probs(f, view, None, scoring, count))
+    third: Dims = (THIRD, shorter, vocab)
+    reference = Tensor(view.storage, third, view.dtype, f.record(_third_backward, (view,), view.dims))
+    tokens = f.new(third[:2], "bool", "to")
+    scored = f.new(("n/3", vocab), logits.dtype, "index", f.record(_indexed_backward, (reference,), third, tokens))
+    nll = plain_cross_entropy(f, scored)
+    del reference, scored
+    loss = f.new((), "fp32", "add", f.record(_loss_backward, (summed, nll), summed.dims))
+    mean_logits(f, logits, name="n/3", copies=False)
+    return loss
+
+
+def _third_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    """Parts without a gradient get zeros, then all are put together (torch FunctionsManual.cpp, `split_with_sizes_backward`)."""
+    zeros = [f.new(g.dims, g.dtype, "zeros") for _ in range(2)]
+    whole = f.new(saved[0], g.dtype, "cat")
+    del zeros
+    return whole
+
+
+def _indexed_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "new_zeros")
 
 
 def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
@@ -80,14 +111,14 @@ def by_kind(f: Tape, logits: Tensor) -> Tensor:
     return f.new(logits.dims, logits.dtype, "logits by kind")
 
 
-def mean_logits(f: Tape, logits: Tensor, *, copies: bool) -> None:
-    """The mean logits of chosen and of rejected completions, for the log: those of completions are copied.
+def mean_logits(f: Tape, logits: Tensor, *, copies: bool, name: str = "n/2") -> None:
+    """The mean logits of chosen and of rejected completions, for the log: those of completions, `name` tokens, are copied.
 
     `copies`: all rows are copied before, by their kind, and the rows of the batch are counted as of one kind.
     """
     rows, seq, vocab = logits.dims
     of_kind = by_kind(f, logits.view((rows, f"{seq}-1", vocab))) if copies else None
-    copied = f.new(("n" if copies else "n/2", vocab), logits.dtype, "index")
+    copied = f.new(("n" if copies else name, vocab), logits.dtype, "index")
     means = f.new(copied.dims[:1], logits.dtype, "mean")
     del of_kind, copied, means
 

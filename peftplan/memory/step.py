@@ -22,6 +22,8 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 HALF = ("fp16", "bf16")
+TRIPLE = 3
+"""Rows of an example that is a chosen, a rejected and a reference completion."""
 
 
 class Program(NamedTuple):
@@ -83,7 +85,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
                 else _loss_of_logits(model, program, reference, scoring)
             )
         else:
-            loss = _loss_apart(model, program) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+            loss = (
+                _loss_apart(model, program, reference) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+            )
         f.mark("backward")
         scaled = loss if scaler is None else scaler.scaled(f, loss)
         model.units.begin_backward(syncs=program.syncs_each_batch or number == last)
@@ -128,13 +132,14 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
     return loss
 
 
-def _loss_apart(model: Model, program: Program) -> Tensor:
+def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
     if program.trainer.scoring is not None:
-        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs
+        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
 
-        of_logits = loss_of_completions if program.trainer.generates else loss_of_pairs
+        of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
+        of_logits = loss_of_completions if program.trainer.generates else of_rows
         return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
     if program.trainer.loss_apart:
         from peftplan.memory.loss import cross_entropy, written_over_logits
@@ -144,6 +149,8 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
         loss = (written_over_logits if model.running.loss == "te-parallel" else cross_entropy)(f, logits)
         model.kept.clear()
         return loss
+    if program.trainer.teaches:
+        return _distilled(model, program, reference)
     if program.trainer.weighs_tokens:
         from peftplan.memory.loss import weighted_tokens
 
@@ -167,6 +174,25 @@ def _loss_apart(model: Model, program: Program) -> Tensor:
 
         loss = loss_of_trl(f, *outputs)
     model.kept.clear()
+    return loss
+
+
+def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
+    """`GKDTrainer.compute_loss`: the student's logits, those of the teacher without gradients, and the divergence of the two.
+    `DistillationTrainer` makes it of hidden states.
+    """
+    from peftplan.memory.distillation import divergence, divergence_in_tiles
+
+    f, of_models, in_tiles = model.tape, [], model.running.loss == "trl-chunked"
+    for number, forward in enumerate(program.forwards):
+        runs = _run_by(forward, number, model, teacher)
+        with nullcontext() if forward.trains else f.no_grad():
+            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, "softmax"))
+    f.module = ""
+    assert teacher is not None
+    loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
+    for runs in (model, teacher):
+        runs.kept.clear()
     return loss
 
 

@@ -1,0 +1,49 @@
+"""The teacher of a distillation: a second model, dense and in the student's dtype, whose parameters nothing updates."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan import parameters
+from peftplan.arch.modules import Architecture
+from peftplan.errors import RefusedError
+from peftplan.job import sources
+from peftplan.methods.full import FullConfig, full
+from peftplan.parameters import Parameters
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+
+class Teacher(NamedTuple):
+    """A model and its parameters. They require gradients, as `from_pretrained` leaves them: autocast keeps casts of such."""
+
+    architecture: Architecture
+    parameters: Parameters
+
+
+def teacher_of(job: Job) -> Teacher | None:
+    """The teacher of a job; None where it has none.
+
+    Raises RefusedError for one of another vocabulary (trl, `GKDTrainer.__init__`).
+    """
+    setup = job.setup
+    if setup.teacher_model is None:
+        return None
+    teacher = _teacher(setup.teacher_model, setup.dtype, setup.trust_remote_code)
+    student, own = job.architecture.vocab_size, teacher.architecture.vocab_size
+    if student != own:
+        raise RefusedError(
+            f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
+        )
+    return teacher
+
+
+@lru_cache(maxsize=8)
+def _teacher(name: str, dtype: str, trust_remote_code: bool) -> Teacher:
+    architecture = sources.load(sources.read(name), task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code)
+    adaptation = full(architecture, FullConfig())
+    built = parameters.build(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, quant=None, kbit_prepare=False)
+    buffers = parameters.buffers(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, on_host=False)
+    return Teacher(architecture, built._replace(buffers=buffers))

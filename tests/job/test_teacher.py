@@ -1,0 +1,50 @@
+"""Trainers with a teacher: what they hold of it, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.errors import OptionError, RefusedError
+
+JOB = {"model": "smollm2-135m", "trainer": "trl-gkd", "method": "lora", "r": 8, "dtype": "fp32"}
+PARAMETERS = 361_821_120
+"""Of SmolLM2-360M: 49,152 x 960 + 32 x (960 x (960 + 320 + 320 + 960 + 3 x 2,560) + 2 x 960) + 960."""
+
+
+def test_the_teacher_is_loaded_beside_the_student_in_its_dtype() -> None:
+    ledger = peftplan.estimate(**JOB, teacher_model="smollm2-360m").ledger
+    weights = [line for line in ledger if line.name.startswith("teacher: ") and line.category == "weights"]
+    assert sum(line.bytes() for line in weights) == 4 * PARAMETERS + 65 * (4096 - 4 * 960)  # norms take whole blocks of 512 bytes
+
+
+def test_all_logits_of_both_are_held_seventeen_times() -> None:
+    """Twice the rows: 17 tensors of tokens x vocabulary in fp32, and those of both models."""
+    peaks = [
+        peftplan.estimate(**JOB, teacher_model="smollm2-360m", batch_size=rows, seq_len=512).peaks.by_phase["forward"]
+        for rows in (2, 4)
+    ]
+    row = (17 * 511 + 2 * 512) * 49_152 * 4
+    assert abs((peaks[1] - peaks[0]) / 2 - row) < 0.1 * row
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "teacher_model: GKDTrainer of trl 1.16 needs one; accepted: a model of the same vocabulary"),
+        ({"teacher_model": "llama-3.2-1b"}, "compares distributions over one vocabulary, not 128,256 with 49,152"),
+    ],
+)
+def test_refusals(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        peftplan.estimate(**JOB, **settings)
+
+
+def test_other_trainers_have_no_teacher() -> None:
+    with pytest.raises(OptionError, match="accepted: trainer trl-gkd, trl-distillation"):
+        peftplan.estimate("smollm2-135m", trainer="trl-dpo", teacher_model="smollm2-360m")
+
+
+def test_a_quantized_student_has_no_formula_yet() -> None:
+    result = peftplan.estimate(**JOB | {"method": "qlora", "dtype": "bf16"}, teacher_model="smollm2-360m")
+    assert result.not_modelled[0] == "a quantized base under GKDTrainer of trl 1.16 (no formula yet)"
