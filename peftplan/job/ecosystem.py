@@ -138,6 +138,8 @@ def training_options(args: object) -> dict[str, object]:
     for name in sorted(trainer.options):
         if (value := getattr(args, name, None)) is not None:
             options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
+    if trainer.teaches and (teacher := getattr(args, "teacher_model_name_or_path", None)) is not None:
+        options["teacher_model"] = teacher
     options |= _loading(args)
     _refuse_padding_free(args)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
@@ -217,10 +219,11 @@ def _liger(args: object, trainer: Trainer) -> dict[str, str]:
 def _trainer(args: object) -> TrainerName:
     """The trainer of this class of arguments. TRL's other trainers run the model more than once per step and are refused."""
     classes = type(args).__mro__
-    names, packages = {cls.__name__ for cls in classes}, {cls.__module__.partition(".")[0] for cls in classes}
-    for trainer in TRAINERS.values():
-        if trainer.arguments in names:
-            return trainer.name
+    packages = {cls.__module__.partition(".")[0] for cls in classes}
+    by_arguments = {trainer.arguments: trainer.name for trainer in TRAINERS.values() if trainer.arguments}
+    for cls in classes:  # GKDConfig is an SFTConfig
+        if cls.__name__ in by_arguments:
+            return by_arguments[cls.__name__]
     if any(trainer.package in packages for trainer in TRAINERS.values()):
         configs = ", ".join(trainer.arguments for trainer in TRAINERS.values() if trainer.arguments)
         accepted = f"accepted: a transformers TrainingArguments, or one of TRL's {configs}"

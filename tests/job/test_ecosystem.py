@@ -177,9 +177,20 @@ def test_an_sft_config_is_trl() -> None:
     assert assumptions["gradient_checkpointing"] is True  # TRL's own default
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "trainer"),
+    [("trl", "DistillationConfig", "trl-distillation"), ("trl.experimental.gkd", "GKDConfig", "trl-gkd")],
+)
+def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> None:
+    of_trl = pytest.importorskip(module)
+    args = getattr(of_trl, name)(**COMMON, bf16=True, teacher_model_name_or_path="smollm2-360m")
+    assumptions = peftplan.estimate("smollm2-135m", training_args=args, method="full", dtype="fp32").assumptions
+    assert (assumptions["trainer"], assumptions["teacher_model"]) == (trainer, "smollm2-360m")
+
+
 def test_other_trainers_of_trl_are_refused() -> None:
-    args = pytest.importorskip("trl.trainer.distillation_config").DistillationConfig(**COMMON, bf16=False)
-    with pytest.raises(peftplan.InputError, match=r"'DistillationConfig' is not valid; accepted: .* SFTConfig, DPOConfig"):
+    args = pytest.importorskip("trl.experimental.sdpo").SDPOConfig(**COMMON, bf16=False)
+    with pytest.raises(peftplan.InputError, match=r"'SDPOConfig' is not valid; accepted: .* SFTConfig, DPOConfig"):
         peftplan.estimate(CONFIG, training_args=args)
 
 

@@ -405,7 +405,25 @@ def test_options_of_another_trainer_are_left_out() -> None:
     assert {"vllm_server_host", "reward_funcs"} <= grpo.ignored.keys()
 
 
-@pytest.mark.parametrize("script", ["bco", "tpo", "gkd"])
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("gkd", {"trainer": "trl-gkd", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "seq_len": 1024}),
+        (
+            "distillation",
+            {"trainer": "trl-distillation", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "max_completion_length": 512},
+        ),
+        ("tpo", {"trainer": "trl-tpo", "teacher_model": None}),
+    ],
+)
+def test_scripts_with_a_teacher_and_tpo(script: str, expected: dict[str, Any]) -> None:
+    teacher = {} if script == "tpo" else {"teacher_model_name_or_path": "Qwen/Qwen2-1.5B-Instruct"}
+    plan = read({**MODEL, **teacher}, kind="command", program=f"python examples/scripts/{script}.py")
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("script", ["bco", "gold", "gkd"])
 def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
     plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
     assert plan.unsupported["trainer"].effect == "unknown"
