@@ -8,6 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
+from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.requirements import pair
@@ -42,6 +43,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=bool(setup.use_cache) and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
+        adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
         repeats_kv=job.script.repeats_kv,

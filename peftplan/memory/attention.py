@@ -83,6 +83,8 @@ def attend(
         del q, k, v  # autocast's copies
         if head != out.dims[3]:
             out = sliced(f, out, (*out.dims[:3], head))
+        if model.running.attention == "flash_attention_2":
+            del _arguments  # the layer copies the result, once `flash_attention_forward` has returned
         if by_head:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":

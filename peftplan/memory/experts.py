@@ -67,8 +67,8 @@ def _divided_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor], 
 
 
 def row_sum(f: Tape, x: Tensor) -> Tensor:
-    """`x.sum(-1, keepdim=True)`: its gradient is a view."""
-    return f.new((*x.dims[:-1], 1), x.dtype, "sum", f.record(_row_sum_backward, (x,), x.dims))
+    """`x.sum(-1, keepdim=True)`: its gradient is a view. Autocast asks for an fp32 result."""
+    return f.new((*x.dims[:-1], 1), "fp32" if f.autocast else x.dtype, "sum", f.record(_row_sum_backward, (x,), x.dims))
 
 
 def _row_sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class Running(NamedTuple):
     """What the model is loaded in, and a quantized weight dequantized to."""
     adapter_on_host: bool = False
     """Whether buffers that peft makes on the host stay there."""
+    adapter_buffers: str = "fp32"
+    """The dtype of buffers that peft makes in the adapter's, which a trainer's cast of what trains does not reach."""
     adapter_shards: str | None = None
     """The dtype that peft finds of an adapter's weights where they are gathered in another one after it has looked: FSDP1's."""
     masks_unpadded: bool = False

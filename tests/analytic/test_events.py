@@ -29,6 +29,10 @@ BART: dict[str, Any] = {
     "decoder_layers": 2, "encoder_attention_heads": 20, "decoder_attention_heads": 20, "encoder_ffn_dim": 1024,
     "decoder_ffn_dim": 1024, "vocab_size": 3000, "max_position_embeddings": 1024,
 }  # fmt: skip
+MLA: dict[str, Any] = {
+    **shallow("deepseek-v3", 3), "first_k_dense_replace": 1, "hidden_size": 1024, "intermediate_size": 2048,
+    "moe_intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 16, "vocab_size": 4000,
+}  # fmt: skip
 UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
@@ -224,6 +228,27 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "attn_implementation": "flash_attention_2",
             "batch_size": 4,
             "seq_len": 512,
+        },
+    ),
+    "values padded for flash-attn are gone when the layer copies what it returned": (
+        MLA,
+        {"method": "lora", "attn_implementation": "flash_attention_2", **CHECKPOINTED, "batch_size": 4, "seq_len": 512},
+    ),
+    "a gradient of the experts' input waits behind a view for the factors of their adapters": (
+        MLA,
+        {"method": "lora", "target_modules": "all-linear", "r": 32, **KEPT, "batch_size": 2, "seq_len": 640},
+    ),
+    "TRL's cast of what trains does not reach VeRA's shared matrices, which autocast casts in each layer": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 4000},
+        {
+            "method": "vera",
+            "trainer": "trl",
+            "quant": "nf4",
+            "kbit_prepare": False,
+            "target_modules": "mlp",
+            "r": 512,
+            **KEPT,
+            "batch_size": 2,
         },
     ),
     "the second layer of BLOOM frees the weights that the first, which has no gradient, handed out": (

@@ -23,8 +23,8 @@ def vera(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     n_in, n_out = sides(part)
     outer, inner = part.params["vera_lambda_b"], part.params["vera_lambda_d"]
     rank = inner.dims[0]
-    a = Parameter("vera_A", (rank, n_in), inner.dtype, trainable=False)
-    b = Parameter("vera_B", (n_out, rank), inner.dtype, trainable=False)
+    a = Parameter("vera_A", (rank, n_in), running.adapter_buffers, trainable=False)
+    b = Parameter("vera_B", (n_out, rank), running.adapter_buffers, trainable=False)
     f.module = part.name
     x = f.to(x, inner.dtype)
     low = products.linear(f, ops.dropout(f, x, running.config_as(VeraConfig).vera_dropout), a)

@@ -158,10 +158,13 @@ def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
-    """`DeepseekV3MoE.forward`: experts beside shared ones."""
+    """`DeepseekV3MoE.forward`: experts beside shared ones.
+
+    The experts read a view of their own, so their gradient waits for the factors of the experts' adapters.
+    """
     check(c)
     _logits, weights, indices = route(c, x, "mlp.gate")
-    out = run_experts(c, x, indices, weights)
+    out = run_experts(c, ops.reshaped(c.tape, x), indices, weights)
     shared = gated_mlp(c, x, "mlp.shared_experts")
     return ops.add(c.at("mlp"), out, shared)
 
