@@ -101,6 +101,7 @@ def _backbone(c: Fields) -> Backbone:
                         positions="disentangled" if c.bool("relative_attention", default=False) else "learned",
                         causal=False,
                         relative=_position_kinds(c),
+                        bucketed=_buckets(c) > 0,
                     ),
                 ),
                 mlp=Mlp("plain", c.int("intermediate_size"), c.str("hidden_act", default="gelu")),
@@ -172,6 +173,10 @@ def _position_kinds(c: Fields) -> tuple[str, ...]:
     return tuple(kind for kind in POSITION_PROJECTIONS if kind in kinds)
 
 
+def _buckets(c: Fields) -> int:
+    return c.int("position_buckets", default=-1, low=-1)
+
+
 def _position_projections(c: Fields) -> tuple[str, ...]:
     if c.bool("share_att_key", default=False):
         return ()
@@ -183,7 +188,7 @@ def _shared(c: Fields, h: int) -> tuple[Module, ...]:
     modules: list[Module] = []
     if c.bool("relative_attention", default=False):
         reach = c.int("max_relative_positions", default=-1, low=-1)
-        buckets = c.int("position_buckets", default=-1, low=-1)
+        buckets = _buckets(c)
         half = buckets if buckets > 0 else reach if reach > 0 else c.int("max_position_embeddings")
         modules.append(embedding("encoder.rel_embeddings", 2 * half, h))
     if "layer_norm" in [part.strip() for part in c.str("norm_rel_ebd", default="none").lower().split("|")]:

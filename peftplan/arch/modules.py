@@ -81,7 +81,7 @@ class Attention(NamedTuple):
     """One attention module of a block. `num_key_value_heads` < `num_attention_heads` is GQA; 1 is MQA.
 
     `value_head_dim`: the head width of values if narrower than that of keys (MLA).
-    `relative`: DeBERTa's kinds of position scores.
+    `relative`: DeBERTa's kinds of position scores; `bucketed`: far positions share a bucket, by the logarithm of their distance.
     `softcap`: whether scores pass through a scaled tanh.
     `rotary_dim`: how many numbers of a head are rotated; None for all.
     `interleaved`: rotary pairs are adjacent numbers (MLA), not halves of a head.
@@ -102,6 +102,7 @@ class Attention(NamedTuple):
     cross: bool = False
     sinks: bool = False
     relative: tuple[str, ...] = ()
+    bucketed: bool = False
     softcap: bool = False
     rotary_dim: int | None = None
     alibi_length: int | None = None

@@ -7,6 +7,7 @@ utils/operations.py (`ConvertOutputsToFp32`). The same programs as `trace.steps`
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from peftplan.dtypes import ITEMSIZE
 from peftplan.job.loss_sizes import ALL_LOGITS
 from peftplan.job.trainer import LOSS, Forward, Scoring, Trainer
 from peftplan.memory.batch import batch_of
@@ -15,7 +16,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.scaler import Scaler
-from peftplan.memory.units import BACKBONE, ROOT
+from peftplan.memory.units import BACKBONE, ONE_GPU, ROOT
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
@@ -71,8 +72,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         model.keep_gradients()
     scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
-    alike = program.keep_gradients and not program.keep_outputs  # every micro batch meets what the first does
-    last = (1 if alike else min(program.accumulation, model.units.micro_batches)) - 1
+    last = _micro_batches(model, program) - 1
     for number in range(last + 1):
         model.micro_batch = number
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
@@ -118,6 +118,23 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     del loss_in_step
     outputs.clear()
     model.kept.clear()
+
+
+MOST_MICRO_BATCHES = 8
+"""How many are run of gradients that take segments of their own. Left out: what later ones still move (Gemma 2 of 46 layers, 16
+micro batches: nothing; Gemma 2 9B: 0.04 % of the reserved bytes)."""
+
+
+def _micro_batches(model: Model, program: Program) -> int:
+    """How many micro batches are run. Large segments of gradients that are added to others find other room each time."""
+    if program.keep_gradients and not program.keep_outputs:  # every micro batch meets what the first does
+        return 1
+    if program.accumulation <= model.units.micro_batches or model.units is not ONE_GPU:
+        return min(program.accumulation, model.units.micro_batches)
+    from peftplan.allocator.config import MIN_LARGE_ALLOC
+
+    large = any(p.trainable and p.numel * ITEMSIZE[p.dtype] >= MIN_LARGE_ALLOC for p in model.parameters.all)
+    return min(program.accumulation, MOST_MICRO_BATCHES if large else model.units.micro_batches)
 
 
 def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:

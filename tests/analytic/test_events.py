@@ -31,7 +31,8 @@ BART: dict[str, Any] = {
 }  # fmt: skip
 MLA: dict[str, Any] = {
     **shallow("deepseek-v3", 3), "first_k_dense_replace": 1, "hidden_size": 1024, "intermediate_size": 2048,
-    "moe_intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 16, "vocab_size": 4000,
+    "moe_intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "n_routed_experts": 16,
+    "vocab_size": 4000,
 }  # fmt: skip
 UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
@@ -182,6 +183,18 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DeBERTa's gradients of keys and positions need no copies, and those of one sample's positions no sum": (
         {**shallow("deberta-v3-base", 2), "hidden_size": 1536, "num_attention_heads": 24, "vocab_size": 4000},
         {"method": "lokr", "dtype": "fp32", **REENTRANT, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1},
+    ),
+    "DeBERTa's buckets of far positions are made of the logarithms of their distances": (
+        {**shallow("deberta-v3-base", 2), "vocab_size": 4000},
+        {"method": "full", **CHECKPOINTED, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1, "seq_len": 600},
+    ),
+    "the result of a 4-bit base is cloned behind its product with IA3's vector": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 4000},
+        {"method": "ia3", "target_modules": "all-linear", "quant": "nf4", **PLAIN, **KEPT, "batch_size": 2, "seq_len": 600},
+    ),
+    "each of four micro batches is run where gradients take segments of their own": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 8000},
+        {"method": "full", **PLAIN, **CHECKPOINTED, "gradient_accumulation_steps": 4, "batch_size": 2, "seq_len": 300},
     ),
     "gpt-oss's single head of keys is copied by `matmul`; both bounds of a clamp live until its gradient is there": (
         {

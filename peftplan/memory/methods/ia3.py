@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peftplan.memory.parts import Part, Running
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 
 def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
-    """`base((x * l))` or `base(x) * l`, computed in the vector's dtype."""
+    """`base((x * l))` or `base(x) * l`, computed in the vector's dtype; the result of a 4-bit base is cloned."""
     vector = part.params["ia3_l"]
     feedforward = vector.dims[0] == 1
     f.module = part.name
@@ -23,6 +24,8 @@ def ia3(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runnin
         result = base(ops.mul(f, x, factor)) if feedforward else base(x)
         expected = result.dtype
         result = result if feedforward else ops.mul(f, result, factor)
+        if part.quant.name in FOUR_BIT:
+            result = ops.copied(f, result, "clone", viewed=False)
         return f.to(result, expected) if converts else result
     if feedforward:
         x = f.to(x, vector.dtype)

@@ -39,7 +39,7 @@ def deberta(model: Model) -> Tensor:
     del words
     f.module = "deberta.encoder"
     mask = f.new(("b", 1, s, s), ones.dtype, "attention_mask")
-    distances = f.new((1, s, s), "int64", "relative_pos") if block.attentions[0].relative else None
+    distances = relative_positions(f, s, bucketed=block.attentions[0].bucketed) if block.attentions[0].relative else None
     sums: set[int] = set()
     positions = position_embeddings(model, sums) if distances is not None else None
 
@@ -86,6 +86,30 @@ def embeddings(model: Model, words: Tensor, token_type_ids: Tensor, mask: Tensor
     factor = f.new(("b", s, 1), x.dtype, "to") if mask.dtype != x.dtype else mask.view(("b", s, 1))
     x = ops.mul(f, x, factor)
     return ops.dropout(f, x, model.arch.dropout.embedding)
+
+
+def relative_positions(f: Tape, s: Dim, *, bucketed: bool) -> Tensor:
+    """`build_relative_position`, and `make_log_bucket_position`, whose names live until it returns."""
+    distances = f.new((1, s, s), "int64", "relative_pos")
+    if not bucketed:
+        return distances
+    sign = f.new((s, s), "int64", "sign")
+    below, above = f.new((s, s), "bool", "lt"), f.new((s, s), "bool", "gt")
+    near = f.new((s, s), "bool", "bitwise_and")
+    del below, above
+    absolute = f.new((s, s), "int64", "abs")
+    chosen = f.new((s, s), "int64", "where")
+    del near, absolute
+    logarithm = f.new((s, s), "fp32", "div")
+    for op in ("log", "div", "mul", "ceil", "add"):
+        logarithm = f.new((s, s), "fp32", op)
+    few = f.new((s, s), "bool", "le")
+    wide, signed = f.new((s, s), "fp32", "to"), f.new((s, s), "fp32", "mul")
+    buckets = f.new((s, s), "fp32", "where")
+    del few, wide, signed, sign, chosen, logarithm, distances
+    out = f.new((1, s, s), "int64", "relative_pos")
+    del buckets
+    return out
 
 
 def position_embeddings(model: Model, sums: set[int]) -> Tensor:
@@ -176,13 +200,13 @@ class Scores:
             positions = ops.dropout(f, positions, model.arch.dropout.hidden)
             bias = self.bias(q, k, distances, positions)
             scores = ops.add(f, scores, bias)
-        visible = f.new(mask.dims, "bool", "bool")
+        _visible = f.new(mask.dims, "bool", "bool")
         scores = masked_fill(f, scores, f.new(mask.dims, "bool", "not"))
         weights = ops.softmax(f, scores, "fp32" if f.autocast else scores.dtype)
         weights = ops.dropout(f, weights, model.arch.dropout.attention)
         out = products.matmul(f, weights, v, q.dims)
-        del visible
-        return ops.copied(f, out, "clone").view((q.dims[0], q.dims[2], self.a.num_attention_heads * self.a.head_dim))
+        out = ops.copied(f, out, "clone")
+        return out.view((q.dims[0], q.dims[2], self.a.num_attention_heads * self.a.head_dim))
 
     def bias(self, q: Tensor, k: Tensor, distances: Tensor, positions: Tensor) -> Tensor:
         """`disentangled_attention_bias`."""
@@ -201,7 +225,7 @@ class Scores:
         for kind, content, against in (("c2p", q, keys), ("p2c", k, queries)):
             if kind not in self.a.relative or against is None:
                 continue
-            picked, index = self.picked(content, against, distances, span)
+            picked, index = self.picked(content, against, distances, span, from_keys=kind == "p2c")
             gathered.append((picked, index))
             score = added(f, ops.scale(f, picked, "div"), score)
         assert score is not None
@@ -212,11 +236,16 @@ class Scores:
         x = self.by_head(part, table)
         return repeated(self.model.tape, x, (q.dims[0], *x.dims[1:]))
 
-    def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim) -> tuple[Tensor, Tensor]:
-        """One kind of score: of every position in the table, then those of each pair; and which they are."""
-        f = self.model.tape
-        every = products.matmul(f, content, against, (*content.dims[:3], span), transposed=True)
+    def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim, *, from_keys: bool) -> tuple[Tensor, Tensor]:
+        """One kind of score: of every position in the table, then those of each pair; and which they are, which is made first
+        for keys, from the other end."""
+        f, dims = self.model.tape, (*content.dims[:3], span)
+        every = None if from_keys else products.matmul(f, content, against, dims, transposed=True)
+        moved = f.new(distances.dims, "int64", "neg") if from_keys else None
+        moved = f.new(distances.dims, "int64", "add")
         index = f.new(distances.dims, "int64", "clamp")
+        del moved
+        every = every or products.matmul(f, content, against, dims, transposed=True)
         return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
 
 
