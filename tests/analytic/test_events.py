@@ -78,6 +78,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("olmo-1b", 3),
         {"method": "full", **PLAIN, **EAGER, **KEPT, "batch_size": 2},
     ),
+    "OLMo-2 norms queries and keys at once, and views heads once values are projected": (
+        {**shallow("olmo-2-0425-1b", 2), "vocab_size": 4000, "num_key_value_heads": 4},
+        {"method": "full", **PLAIN, **CHECKPOINTED, "batch_size": 2, "seq_len": 1100},
+    ),
     "the gradients of ModernBERT's queries, keys and values are stacked; an adapter's hook holds what its module took": (
         shallow("modernbert-base", 6),
         {"method": "houlsby", **PLAIN, "dtype": "fp32", **EAGER, "batch_size": 4, "task_type": "TOKEN_CLS", "num_labels": 9},

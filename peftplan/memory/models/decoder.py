@@ -202,10 +202,11 @@ def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
         k = side(c, a, 1, k)
         return q, k, v.view(_head_dims(a, 1, v))
     at_once = not (c.style.views_last or (a.qk_norm and c.style.norms_last))
-    q = c.linear("self_attn.q_proj", x)
-    q = side(c, a, 0, q) if at_once else q
-    k = c.linear("self_attn.k_proj", x)
-    k = side(c, a, 1, k) if at_once else k
+    first = side if at_once else _as_projected
+    if c.style.views_last and c.style.qk_norm == "flat" and side is _normed:
+        first, side = _normed_flat, _by_head
+    q = first(c, a, 0, c.linear("self_attn.q_proj", x))
+    k = first(c, a, 1, c.linear("self_attn.k_proj", x))
     v = c.linear("self_attn.v_proj", x)
     if not at_once:
         q = side(c, a, 0, q)
@@ -228,6 +229,14 @@ def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
     return ops.heads(c.tape, x, _head_dims(a, side, x), clones=_clones(c, a), at_once=not c.style.views_last)
 
 
+def _as_projected(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
+    return x
+
+
+def _normed_flat(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
+    return c.norm(f"self_attn.{c.style.qk_names[side]}", x)
+
+
 def _clones(c: Call, a: Attention) -> bool:
     """Whether the gradient of a projection comes back head by head: from rotary embedding as transformers writes it."""
     kernels = c.model.running.kernels
@@ -239,7 +248,7 @@ def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
     name = f"self_attn.{c.style.qk_names[side]}"
     dims = _head_dims(a, side, x)
     if c.style.qk_norm == "flat":
-        return _by_head(c, a, side, c.norm(name, x))
+        return _by_head(c, a, side, _normed_flat(c, a, side, x))
     if c.style.qk_norm == "moved":
         return c.norm(name, _by_head(c, a, side, x))
     if c.style.qk_norm == "each":

@@ -39,6 +39,7 @@ olmo2 = partial(
         rotate=cast_back,
         wide_tables=True,
         qk_norm="flat",
+        views_last=True,
     ),
 )
 phi3 = partial(decoder, style=Style(rotate=partly_rotary_in_turn, by_head=True))
