@@ -92,7 +92,9 @@ def linear4bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     if node is not None:
         node.in_python = True
         node.context = None if f.modules is None else f.modules.whole(part.weight)  # `ctx.tensors`, a view of the packed weight
-    casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight, x) if t is not None and x.dtype != compute_dtype]
+    casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight) if t is not None and x.dtype != compute_dtype]
+    with f.no_grad():  # an `autograd.Function`
+        casts.append(f.cast(x, compute_dtype))
     out = f.new((*x.dims[:-1], n_out), compute_dtype, op, node)
     del casts, weight, absmax
     return f.to(out, dtype)

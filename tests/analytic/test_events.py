@@ -74,6 +74,20 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         shallow("pythia-70m", 3),
         {"method": "houlsby", "quant": "nf4", **EAGER, **KEPT, "batch_size": 4, "seq_len": 512},
     ),
+    "autocast keeps its cast of a leaf that a 4-bit product takes; FourierFT's spectrum lives as long as its call": (
+        {**shallow("olmo-2-0425-1b", 2), "vocab_size": 4000},
+        {
+            "method": "fourierft",
+            "target_modules": ["up_proj"],
+            "trainer": "trl",
+            "dtype": "fp32",
+            "autocast": "fp16",
+            "quant": "nf4",
+            **CHECKPOINTED,
+            "batch_size": 2,
+            "seq_len": 600,
+        },
+    ),
     "OLMo views heads once all three projections are there": (
         shallow("olmo-1b", 3),
         {"method": "full", **PLAIN, **EAGER, **KEPT, "batch_size": 2},

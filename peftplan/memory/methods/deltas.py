@@ -146,8 +146,10 @@ def _transformed(f: Tape, part: Part) -> Tensor:
     del wide
     real = Tensor(transformed.storage, dims, "fp32", f.record(_real_backward, (transformed,)))
     delta = ops.scale(f, real)
-    del dense, transformed, real
-    return f.to(delta, spectrum.dtype)
+    del transformed, real
+    narrow: Tensor = f.to(delta, spectrum.dtype)
+    del dense, delta
+    return narrow
 
 
 def _placed_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> Tensor:
