@@ -21,13 +21,27 @@ def test_of_phases_that_peak_alike_the_earlier_one_is_named(largest: tuple[str, 
     assert (peaks.phase, peaks.allocated) == (phase, 1024)
 
 
-def test_of_moments_that_peak_alike_the_earlier_one_counts() -> None:
-    """One tensor is made and freed three times, twice in forward (of two micro-batches), once in backward between them."""
-    counts, move_of, windows = (1, -1), (0, 1) * 3, (("forward", 0, 2), ("backward", 2, 4), ("forward", 4, 6))
+TWO_MICRO_BATCHES = (("forward", 0, 2), ("backward", 2, 4), ("forward", 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("windows", "times", "peaks"),
+    [
+        (TWO_MICRO_BATCHES, 3, {"forward": (1536, 1), "backward": (1536, 3)}),
+        ((("forward", 0, 6),), 3, {"forward": (1536, 1)}),
+        ((("forward", 0, 200),), 100, {"forward": (1536, 1)}),
+    ],
+    ids=("of two micro-batches", "of one phase", "of many layers"),
+)
+def test_of_moments_that_peak_alike_the_earlier_one_counts(
+    windows: tuple[tuple[str, int, int], ...], times: int, peaks: dict[str, tuple[int, int]]
+) -> None:
+    """One tensor is made and freed again and again."""
+    counts, move_of = (1, -1), (0, 1) * times
     timeline = Timeline(
         kinds=(Kind("x", "activations", "fp32", (128,)),),
         sources=("a test",),
-        events=((0, 1), (0, -1)) * 3,
+        events=((0, 1), (0, -1)) * times,
         windows=windows,
         sizes=((512, ()),),
         size_of=(0,),
@@ -35,7 +49,7 @@ def test_of_moments_that_peak_alike_the_earlier_one_counts() -> None:
         move_of=move_of,
         waves=waves_of(move_of, counts, windows),
     )
-    assert timeline.peaks({}, standing=1024) == {"forward": (1536, 1), "backward": (1536, 3)}
+    assert timeline.peaks({}, standing=1024) == peaks
 
 
 def test_a_trace_names_what_is_alive_at_the_earlier_moment() -> None:
