@@ -133,8 +133,9 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
 
 def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
     """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. Over a
-    `device_map` three times: the gradient of a tied embedding finds room in the second step, and none in the third. Under DDP as
-    often: the second step divides its bucket. `late`: as the allocator sees them where the GPU is as late as it may be.
+    `device_map` three times, and in full fine-tuning: the gradient of a tied embedding finds room in the second step, and none in
+    the third. Under DDP as often: the second step divides its bucket. `late`: as the allocator sees them where the GPU is as late
+    as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
     last = last_step(inventory, compute_capability, late=late)
@@ -146,7 +147,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
         before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
-    again = (last,) * (job.distributed is not None and job.distributed.strategy in ("device-map", "ddp"))
+    full = job.method is not None and job.method.name == "full"
+    again = (last,) * (full if job.distributed is None else job.distributed.strategy in ("device-map", "ddp"))
     return (*before, *again, last) if before else (first, *again, last)
 
 

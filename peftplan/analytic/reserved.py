@@ -19,7 +19,7 @@ SOURCE = "modelled: replay of the analytic events through a model of torch's CUD
 
 
 class Run(NamedTuple):
-    """The steps of a run after loading. The last one is reported."""
+    """The steps of a run after loading. The last one is reported, and those before it that repeat it from the second on."""
 
     steps: Steps
     script: Script = NO_SCRIPT
@@ -49,17 +49,18 @@ class Run(NamedTuple):
     def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
-        key = (when_full, id(self.generation), *(id(of_step) for of_step, _ in self.steps))
+        reported = sum(step is self.steps[-1] for step in self.steps[1:])
+        key = (when_full, id(self.generation), reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
-            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], self.script, load, self.generation)
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], reported, self.script, load, self.generation)
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
         generated = [] if self.generation is None else self.generation.timeline.requested(self.generation.sizes)
         return written.program, generated + [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
-def _write(steps: list[Compiled], script: Script, load: Loader, generation: Generation | None) -> Written:
+def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generation: Generation | None) -> Written:
     generated = 0 if generation is None else len(generation.timeline.kinds)
     compiled = steps[-1]
     num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)
@@ -80,11 +81,11 @@ def _write(steps: list[Compiled], script: Script, load: Loader, generation: Gene
     kinds = generated
     for number, of_step in enumerate(steps, start=1):
         if generation is not None:
-            writer.step(generation.timeline, 0, {}, phases=number == len(steps))
+            writer.step(generation.timeline, 0, {}, phases=number > len(steps) - reported)
             writer.end()
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_first = compiled.empties_before or (compiled.empties_first and number == 1)
-        writer.step(of_step.timeline, kinds, lasting, phases=number == len(steps), empties_first=empties_first)
+        writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_first=empties_first)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))
         writer.end()

@@ -36,6 +36,10 @@ class Runner(Protocol):
         """Whether that of the last one stays on the card all the same."""
 
     @property
+    def last_apart(self) -> bool:
+        """Whether the last layer is run beside the others of its kind, since its backward differs."""
+
+    @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
 
@@ -121,7 +125,7 @@ def run_stack(
     if model.every_layer:
         kinds = tuple(range(len(kinds)))
     last = len(kinds) - 1
-    if checkpointed and model.keeps_last:
+    if model.last_apart or (checkpointed and model.keeps_last):
         kinds = (*kinds[:-1], max(kinds) + 1)
     flags = model.reached(name, len(kinds)) if checkpointed else (False,) * len(kinds)
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name

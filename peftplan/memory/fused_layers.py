@@ -24,6 +24,7 @@ def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand) -> Tensor:
 def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, Operand], g: Tensor) -> Gradients:
     kernel, x, _, weight = saved
     out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, g.dtype, "dX")
+    f.view_of(out)  # `dX.view(*shape)`
     if not node.edges[1]:
         return out, None
     partial = f.new((kernel.partial_rows * f.card.number, *weight.dims), "fp32", "dW of each program")

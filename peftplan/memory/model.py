@@ -146,6 +146,11 @@ class Model(Weights):
         return self.running.hosted and self.running.kernels.checkpoint is not None
 
     @property
+    def last_apart(self) -> bool:
+        """Whether the last layer's gradient is a view, to which autograd adds into a new tensor: a kernel made it."""
+        return self.running.kernels.rms_norm is not None
+
+    @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
         return self.units.every_layer

@@ -80,7 +80,7 @@ class Traced:
 
     @cached_property
     def peak_by_phase(self) -> dict[str, int]:
-        """Phase → peak of allocated bytes in it; forward, backward and step are those of the second optimizer step."""
+        """Phase → peak of allocated bytes in it; forward, backward and step are those from the second step on."""
         return {phase: peak.bytes for phase, peak in self.peaks.items()}
 
     @cached_property
@@ -138,7 +138,7 @@ def trace(
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
-    """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors.
+    """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors, three of a full fine-tuning.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
@@ -238,6 +238,8 @@ def _run(
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
+    again = peft_config is None and type(rank) is OneGpu and not earlier and not setup.keep_gradients
+    steps += again  # gradients of the whole model may find other places in the third step
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
@@ -260,7 +262,7 @@ def _run(
         run = Run(built.model, batch, optimizer, tracker, setup_of_step, script)
         run.called = rank.called(built)
         run.begin_batch = rank.batches(built)
-        run.earlier, run.steps = before, steps
+        run.earlier, run.steps, run.reported = before, steps, 1 + again
         try:
             take_steps(run)
         except PeftplanError:

@@ -40,7 +40,7 @@ class Watcher(Protocol):
 
 @dataclass
 class Run:
-    """The state of the loop. `started`: how many phases had begun before the steady step."""
+    """The state of the loop. `reported`: the last steps that are. `started`: how many phases had begun before those."""
 
     model: nn.Module
     batch: dict[str, torch.Tensor]
@@ -50,6 +50,7 @@ class Run:
     script: Script = NO_SCRIPT
     started: int = 0
     steps: int = STEPS
+    reported: int = 1
     earlier: Sequence[dict[str, torch.Tensor]] = ()
     """Batches of the first steps if they differ; `batch` is that of all others."""
     done: int = 0
@@ -110,8 +111,9 @@ def take_steps(run: Run) -> None:
     by, outputs = run.setup.by, None
     _complete_batches(run)
     scaler = Scaler(run.trainable[0].device) if by.prepares_model and run.setup.autocast == "fp16" else None
-    for _ in range(run.steps):
-        run.started = len(run.tracker.began)
+    for step in range(run.steps):
+        if step <= run.steps - run.reported:
+            run.started = len(run.tracker.began)
         for number in range(run.setup.gradient_accumulation_steps):
             run.begin_batch(number + 1 == run.setup.gradient_accumulation_steps)
             if by.drops_outputs:
