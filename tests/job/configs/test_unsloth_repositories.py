@@ -55,19 +55,21 @@ def test_a_repository_has_the_elements_that_unsloth_printed() -> None:
     ("model", "repository", "adapters", "gib"),
     [
         ("llama-3.1-8b", "unsloth/Meta-Llama-3.1-8B-Instruct-unsloth-bnb-4bit", 0, 5.5976),
+        ("llama-3.2-1b", "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", 0, 1.0453),
+        ("qwen2.5-1.5b", "unsloth/Qwen2.5-1.5B-unsloth-bnb-4bit", 0, 1.3190),
         ("qwen2.5-3b", "unsloth/Qwen2.5-3B-Instruct-unsloth-bnb-4bit", 0, 2.2160),
         ("phi-4", "unsloth/phi-4-unsloth-bnb-4bit", 65_536_000, 10.043),
         ("phi-4", None, 0, 8.4920),
     ],
 )
 def test_a_repository_takes_what_was_measured(model: str, repository: str | None, adapters: int, gib: float) -> None:
-    """vLLM's "model weights took" in nb/Llama3.1_(8B)-GRPO.ipynb, nb/Qwen2.5_(3B)-GRPO.ipynb and nb/Phi_4_(14B)-GRPO.ipynb (there
-    with all layers in 4 bits); what nb/Phi_4-Conversational.ipynb had reserved before it trained, with adapters in fp32. vLLM
-    and the allocator take more, of layers in 4 bits too; without the list, 5 to 14 % would be missing.
+    """vLLM's "model weights took" in the outputs that name each list, and in nb/Phi_4_(14B)-GRPO.ipynb, there with all layers
+    in 4 bits; what nb/Phi_4-Conversational.ipynb had reserved before it trained, with adapters in fp32. vLLM and the allocator take
+    more, of layers in 4 bits too; without the list, 5 to 19 % would be missing.
     """
     result = in_4_bits(model, None if repository is None else REPOSITORIES[repository])
     counted = result.static.bytes(("weights", "quant_state")) + 4 * adapters
-    assert 0.985 < counted / 2**30 / gib < 1
+    assert 0.98 < counted / 2**30 / gib < 1
 
 
 def in_4_bits(model: str, skipped: list[str] | None, r: int = 16) -> peftplan.Estimate:
