@@ -64,8 +64,8 @@ def test_a_repository_has_the_elements_that_unsloth_printed() -> None:
 )
 def test_a_repository_takes_what_was_measured(model: str, repository: str | None, adapters: int, gib: float) -> None:
     """vLLM's "model weights took" in the outputs that name each list, and in nb/Phi_4_(14B)-GRPO.ipynb, there with all layers
-    in 4 bits; what nb/Phi_4-Conversational.ipynb had reserved before it trained, with adapters in fp32. vLLM and the allocator take
-    more, of layers in 4 bits too; without the list, 5 to 19 % would be missing.
+    in 4 bits; what nb/Phi_4-Conversational.ipynb had reserved before it trained, with adapters in fp32. vLLM and the
+    allocator take more, of layers in 4 bits too; without the list, 5 to 19 % would be missing.
     """
     result = in_4_bits(model, None if repository is None else REPOSITORIES[repository])
     counted = result.static.bytes(("weights", "quant_state")) + 4 * adapters
