@@ -50,7 +50,7 @@ LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
 OF_TEMPLATE = 148
 """Tokens of Qwen's chat template around a prompt, a token for each byte."""
-AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo")
+AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo", "axolotl-reward")
 V1 = "llamafactory-v1"
 TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)
 
@@ -122,7 +122,7 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
     if job.quant == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
-    if job.trainer == "trl-reward":
+    if job.trainer.endswith("-reward"):
         attention["num_labels"] = 1
     device_map = job.device_map or ("auto" if job.trainer in AXOLOTL else "none")
     if device_map != "none":
@@ -142,7 +142,7 @@ def adapter(job: argparse.Namespace) -> LoraConfig | None:
 def task_of(job: argparse.Namespace) -> str | None:
     """peft's task: that of the job, else the one that the model's class has."""
     config = AutoConfig.from_pretrained(job.model)
-    if job.trainer == "trl-reward":
+    if job.trainer.endswith("-reward"):
         return "SEQ_CLS"
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"

@@ -24,6 +24,7 @@ TrainerName = Literal[
     "axolotl-kto",
     "axolotl-orpo",
     "axolotl-cpo",
+    "axolotl-reward",
     "automodel",
     "automodel-hf",
     "llamafactory-dpo",

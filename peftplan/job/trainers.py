@@ -61,6 +61,20 @@ OF_LOGITS = TRL._replace(
     scoring="kernel",
     options=frozenset({"beta"}),
 )
+OF_REWARDS = TRL._replace(
+    name="trl-reward",
+    called=f"RewardTrainer of {named('trl')}",
+    defaults=TRL.defaults._replace(loss="full"),
+    losses=("full",),
+    sums_tokens=False,
+    rows=2,
+    task="SEQ_CLS",
+    num_labels=1,
+    disables_dropout=True,
+    under_ddp=ANY_REFERENCE,
+    under_zero2=("none",),
+    arguments="RewardConfig",
+)
 # axolotl 0.19 and the trl that it pins. axolotl puts kernels of its own in place of `selective_log_softmax` and
 # `entropy_from_logits` (loaders/patch_manager.py, monkeypatch/trainer/utils.py).
 IN_AXOLOTL = OF_PREFERENCES._replace(
@@ -154,20 +168,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_zero2=("none", "copy"),
             arguments="KTOConfig",
         ),
-        TRL._replace(
-            name="trl-reward",
-            called=f"RewardTrainer of {named('trl')}",
-            defaults=TRL.defaults._replace(loss="full"),
-            losses=("full",),
-            sums_tokens=False,
-            rows=2,
-            task="SEQ_CLS",
-            num_labels=1,
-            disables_dropout=True,
-            under_ddp=ANY_REFERENCE,
-            under_zero2=("none",),
-            arguments="RewardConfig",
-        ),
+        OF_REWARDS,
         OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),
         OF_LOGITS._replace(
             name="trl-cpo",
@@ -246,6 +247,16 @@ TRAINERS: dict[TrainerName, Trainer] = {
             without_extra_rows=("apo_zero_unpaired",),
             loss_types=("kto", "apo_zero_unpaired"),
             kinds="in the log",
+        ),
+        OF_REWARDS._replace(
+            name="axolotl-reward",
+            called="RewardTrainer of axolotl 0.19",
+            loads_in_fp32=False,
+            narrow_under_zero3=False,
+            under_ddp=(),
+            under_zero2=(),
+            package=None,
+            arguments=None,
         ),
         OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
         OF_LOGITS_IN_AXOLOTL._replace(
