@@ -144,18 +144,8 @@ def largest_rank(row: dict[str, Any]) -> int:
     """The rank that the formulas count; the first one where the program quantizes before it knows its device."""
     if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
         return 0
-    return _rank_of(_instant(row))
-
-
-def _instant(row: dict[str, Any]) -> InstantPeaks:
     peaks = peftplan.estimate(**options(row)).peaks
-    assert isinstance(peaks, InstantPeaks)
-    return peaks
-
-
-def _rank_of(peaks: InstantPeaks) -> int:
-    assert peaks.inventory.holding is not None
-    return peaks.inventory.holding.rank or 0
+    return peaks.inventory.holding.rank or 0 if isinstance(peaks, InstantPeaks) and peaks.inventory.holding else 0
 
 
 def on_rehearsed_rank(peaks: InstantPeaks, rank: int) -> InstantPeaks:

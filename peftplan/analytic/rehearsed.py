@@ -116,7 +116,6 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": job.setup.loss != "full" and job.setup.by.layout is ACCELERATE,
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
-        "offload_params": distributed.offload_params == "cpu" and job.setup.by.own_modules,
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
 
@@ -149,7 +148,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     leaf = LEAVES.get(job.architecture.model_type)
     return unknown | {
-        "loss": unknown["loss"] or (job.quant is not None and job.setup.loss != "full"),
+        "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
         "reduce_scatter": distributed.reduce_scatter is False,
         "zero3_init": bool(distributed.zero3_init) and job.quant is not None,
         "offload_params": distributed.offload_params == "nvme",
@@ -193,10 +192,15 @@ def _layer_classes(job: Job) -> tuple[str, ...]:
 
 
 def _classifies(job: Job) -> bool:
-    """Whether the model is an encoder under DeepSpeed that classifies sequences, fully trained."""
+    """Whether the model is an encoder under DeepSpeed that classifies sequences, fully trained or with LoRA.
+
+    Under ZeRO-3 DeepSpeed refuses LoRA beside a head that trains: an adapter in fp32 and a head in 16 bits
+    (runtime/zero/utils.py, `defragment`).
+    """
     assert job.distributed is not None
     known = job.distributed.strategy in ZERO and job.architecture.model_type in CLASSIFIERS_UNDER_DEEPSPEED
-    return known and job.architecture.task_type == "SEQ_CLS" and job.method is not None and job.method.name == "full"
+    methods = ("full",) if job.distributed.strategy == "zero3" else ("full", "lora")
+    return known and job.architecture.task_type == "SEQ_CLS" and job.method is not None and job.method.name in methods
 
 
 def _is_decoder(job: Job) -> bool:

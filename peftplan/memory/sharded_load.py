@@ -69,9 +69,13 @@ class Loading(NamedTuple):
 
     def _by_unit(self, memory: Memory[Handle]) -> None:
         """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
-        `_move_states_to_device`). The root comes last.
+        `_move_states_to_device`). The root comes last. Of an adapter accelerate's loop over what trains holds the last tensor
+        whole (accelerate 1.15, accelerator.py, `_prepare_fsdp2`).
         """
         held_until_end = []
+        trained = [p for name in self._order() for p, _ in self.groups[name] if p.trainable]
+        last = trained[-1] if self.keeps_ends and trained and trained[-1].layers else None
+        layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
         for name in self._order():
             whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
             if name == ROOT:
@@ -79,7 +83,8 @@ class Loading(NamedTuple):
             for _, shard in self.groups[name]:
                 _keep_shard(memory, shard)
             for p, handle in whole:
-                if self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base":
+                is_end = self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base"
+                if is_end or (p is last and name == layers[-1]):
                     held_until_end.append(handle)
                 else:
                     memory.release(handle)

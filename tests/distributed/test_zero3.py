@@ -162,9 +162,9 @@ def test_what_was_not_rehearsed_is_named(option: str, value: object) -> None:
     assert option in result.to_dict()["not_modelled"][0]
 
 
-@pytest.mark.parametrize(("method", "has_peak"), [("full", True), ("lora", True), ("qlora", False)])
-def test_trl_has_a_peak_on_a_dense_base(method: str, *, has_peak: bool) -> None:
-    assert (estimated(4, method=method, trainer="trl").peaks is not None) == has_peak
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_trl_has_a_peak(method: str) -> None:
+    assert estimated(4, method=method, trainer="trl").peaks is not None
 
 
 def test_quantized_shards_made_at_once_are_unknown() -> None:
@@ -224,12 +224,13 @@ def test_trl_keeps_an_adapter_in_16_bits(trainer: Any, dtype: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize(("method", "options"), [("full", {}), ("lora", {"target_modules": "q_lin,v_lin"})])
-def test_a_classifier_has_a_peak_where_all_of_it_trains(strategy: Any, method: str, options: dict[str, Any]) -> None:
-    """A LoRA for SEQ_CLS trains a copy of the head, which was not rehearsed."""
+def test_a_classifier_has_a_peak(strategy: Any, method: str, options: dict[str, Any]) -> None:
+    """A LoRA for SEQ_CLS trains a copy of the head, in 16 bits: under ZeRO-3 DeepSpeed asserts that all that trains has one dtype
+    (runtime/zero/utils.py, `defragment`)."""
     result = peftplan.estimate(
         "distilbert-base-uncased", method=method, gpus=4, strategy=strategy, task_type="SEQ_CLS", **options
     )
-    assert (result.peaks is not None) == (method == "full")
+    assert (result.peaks is not None) == (method == "full" or strategy != "zero3")
 
 
 def test_weights_on_the_host_pass_through_the_device() -> None:
