@@ -201,10 +201,10 @@ print("SEEN", torch.cuda.max_memory_allocated() - before - 1536)
 
 @pytest.mark.parametrize("gpu", ["t4", "a100-80gb", "rtx-4090", "l4", "rtx-3060"])
 def test_sums_over_rows_take_the_buffers_that_the_engines_count(gpu: str, tmp_path: Path) -> None:
-    """Their size depends on the card's multiprocessors; the block is rounded up to the segment where little is left of it."""
+    """Their size depends on the card's multiprocessors; torch does not split off the last MiB of a segment (`kSmallSize`)."""
     _, card = kernels_on(find_gpu(gpu))
     partial = 4 * int(elements("partial sums", rows=16384, columns=768, card=card))
-    assert 0 <= seen(run(SUMS, tmp_path, gpu=gpu, steps=0)[1]) - partial - 512 < 2**20
+    assert 0 <= seen(run(SUMS, tmp_path, gpu=gpu, steps=0)[1]) - partial - 512 <= 2**20
 
 
 EQUAL = """
