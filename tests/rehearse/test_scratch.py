@@ -50,6 +50,20 @@ def test_writes_and_network_are_kept_where_they_are_wanted(tmp_path: Path) -> No
     assert target.read_text(encoding="utf-8") == "kept\n"
 
 
+@pytest.mark.parametrize(("kept", "code"), [("1", 7), ("0", FAILED)])
+def test_a_program_whose_writes_and_network_are_kept_needs_no_namespace(kept: str, code: int, tmp_path: Path) -> None:
+    """A namespace in which no further one can be made stands for a system that allows none."""
+    forbid = "echo 0 > /proc/sys/user/max_user_namespaces && ! unshare -U true 2> /dev/null || exit 77"
+    layer = f"{sys.executable} -m peftplan.rehearse.scratch {tmp_path} 200 {kept} {kept} sh -c 'exit 7'"
+    try:
+        done = subprocess.run(["unshare", "-Ur", "sh", "-c", f"{forbid}; {layer}"], capture_output=True, check=False)
+    except OSError:
+        pytest.skip("needs unshare")
+    if done.returncode in (1, 77):
+        pytest.skip("users may not make namespaces here, or cannot forbid them")
+    assert done.returncode == code
+
+
 def test_a_full_layer_is_the_programs_own_error(tmp_path: Path) -> None:
     done = in_layer(tmp_path, f"head -c 300M /dev/zero > {tmp_path.parent}/large")
     assert done.returncode != 0
