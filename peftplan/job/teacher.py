@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
 from peftplan.arch.modules import Architecture
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job import sources
 from peftplan.methods.full import FullConfig, full
 from peftplan.parameters import Parameters
@@ -42,7 +42,12 @@ def teacher_of(job: Job) -> Teacher | None:
 
 @lru_cache(maxsize=8)
 def _teacher(name: str, dtype: str, trust_remote_code: bool) -> Teacher:
-    architecture = sources.load(sources.read(name), task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code)
+    try:
+        architecture = sources.load(
+            sources.read(name), task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code
+        )
+    except InputError as error:
+        raise InputError("teacher_model", name, error.accepted) from None
     adaptation = full(architecture, FullConfig())
     built = parameters.build(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, quant=None, kbit_prepare=False)
     buffers = parameters.buffers(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, on_host=False)

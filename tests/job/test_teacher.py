@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import peftplan
-from peftplan.errors import OptionError, RefusedError
+from peftplan.errors import InputError, OptionError, RefusedError
 
 JOB = {"model": "smollm2-135m", "trainer": "trl-gkd", "method": "lora", "r": 8, "dtype": "fp32"}
 PARAMETERS = 361_821_120
@@ -38,6 +38,11 @@ def test_all_logits_of_both_are_held_seventeen_times() -> None:
 def test_refusals(settings: dict[str, str], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         peftplan.estimate(**JOB, **settings)
+
+
+def test_an_unknown_teacher_is_named_as_typed() -> None:
+    with pytest.raises(InputError, match=r"teacher_model: 'smollm2-360' is not valid; .*accepted: one of"):
+        peftplan.estimate(**JOB, teacher_model="smollm2-360")
 
 
 def test_other_trainers_have_no_teacher() -> None:
