@@ -86,11 +86,12 @@ def _peak(rank: Rank, result: Rehearsal, screen: Screen) -> list[Row]:
     text = "; ".join(part for part in (f"{peak} in {highest}{of_rank}", others, reserved) if part)
     sizes = sorted(rank.by_category.items(), key=lambda item: -item[1])
     parts = [Segment(category.replace("_", " "), size) for category, size in sizes if size >= 0.005 * rank.peak_allocated]
-    lines = [*wrapped(text, screen.columns), bar(parts, None, screen.glyphs)]
-    lines += flowing(legend(parts, screen.glyphs), screen.columns, between=dot)
+    lines = wrapped(text, screen.columns)
+    if parts:
+        lines += [bar(parts, None, screen.glyphs), *flowing(legend(parts, screen.glyphs), screen.columns, between=dot)]
     largest_category = sizes[0][0] if sizes else ""
     lines += _host(rank, screen)
-    if result.oom is None or result.oom.alive != rank.largest:  # else they stand above
+    if rank.largest and (result.oom is None or result.oom.alive != rank.largest):  # else they stand above
         lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *_lines(rank.largest, screen)]
     if largest_category in CHANGES:
         lines += [BLANK, *wrapped(f"what would help most: {CHANGES[largest_category]}", screen.columns)]

@@ -123,3 +123,11 @@ def test_a_record_says_the_job_that_was_stated_and_what_was_rehearsed(tmp_path: 
 def test_a_run_that_did_not_end_well_is_a_record_too(ended: str, oom: OutOfMemory | None, outcome: str) -> None:
     record = record_of("qwen2.5-0.5b", rehearsal(oom=oom, ended=ended, code=1), method="lora")
     assert (record.outcome, record.error) == (outcome, f"{ended} after 3 steps")
+
+
+def test_text_of_a_program_that_could_not_say_what_was_alive() -> None:
+    killed = replace(RANK, by_category={}, largest=(), host={})
+    shown = ["".join(part.text for part in row) for row in rows(rehearsal(killed, ended="program", code=-9), Screen(80, ASCII))]
+    assert any(line.startswith("peak 4.00 GiB in backward") for line in shown)
+    assert not any("by the line that made it" in line for line in shown)
+    assert ("", "") not in list(zip(shown, shown[1:], strict=False))
