@@ -2,28 +2,31 @@
 
     python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
     python -m tools.rehearsals --write         also writes tests/rehearse/rehearsals.json and the table of docs/rehearse.md
-    python -m tools.rehearsals --estimate      runs none, asks the formulas again about what is kept, and writes both
+    python -m tools.rehearsals --estimate      runs none, asks both engines again about what is kept, and writes both
 
 Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), its own arguments (`# arguments:`), the
 exit code (`# exit:`), a model that has to lie in a folder as its config, a tokenizer and a checkpoint of holes (`# prepare:`;
-`{folder}` in the arguments), packages beyond the common ones (`# needs:`; without them it is left out), and, where the formulas
-can say the job, the options of `peftplan estimate` (`# estimate:`). A second comment of a kind goes on with the first. Needs the
-CUDA build of torch, trl and datasets.
+`{folder}` in the arguments), packages beyond the common ones (`# needs:`; without them it is left out), and, where options can
+say the job, those of `peftplan estimate` (`# estimate:`; `{file}` is the program itself). A second comment of a kind goes on with
+the first. Needs the CUDA build of torch, trl and datasets.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
 import sys
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import fill
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -83,14 +86,17 @@ def read(path: Path) -> Program:
     return Program(path, title, header["gpu"], exit_code=int(header.get("exit", "0")), **split)
 
 
-def estimated(program: Program) -> dict[str, int] | None:
-    """The peaks of the formulas for the same job, None where they cannot say it."""
+def estimated(program: Program, engine: str = "analytic") -> dict[str, int] | None:
+    """The peaks that an engine states for the same job, None where it cannot say it."""
     if not program.estimate:
         return None
+    options = [option.format(file=program.path) for option in program.estimate]
     output = StringIO()
-    with redirect_stdout(output), suppress(SystemExit):
-        peftplan_main(["estimate", *program.estimate, "--gpu", program.gpu, "--format", "json"])
-    memory = json.loads(output.getvalue())["memory"]
+    with redirect_stdout(output), redirect_stderr(StringIO()), suppress(SystemExit):
+        peftplan_main(["estimate", *options, "--gpu", program.gpu, "--engine", engine, "--format", "json"])
+    memory = json.loads(output.getvalue() or "{}").get("memory")
+    if memory is None or memory["peak_allocated"] is None:
+        return None
     return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"]}
 
 
@@ -100,6 +106,7 @@ def run(program: Program) -> dict[str, Any]:
         for model in program.prepare:
             standins.write_repository(Path(folder), model)
             (Path(folder) / "tokenizer.model").write_text("\n".join(byte_tokens()), encoding="ascii")
+        before = processor_seconds()
         result = rehearse(program.command(folder), gpu=program.gpu, timeout=900, stdout=sys.stderr.fileno())
     rank = result.largest_rank
     failed = result.oom
@@ -118,10 +125,18 @@ def run(program: Program) -> dict[str, Any]:
         **report,
         "oom": f"{failed.phase} of step {failed.step}: {failed.requested_bytes:,} bytes" if failed else None,
         "seconds": result.seconds,
+        "processor_seconds": round(processor_seconds() - before, 1),
         "estimated": estimated(program),
+        "traced": estimated(program, "trace"),
         "host": dict(rank.host) if rank else {},
         "versions": {name: release for name in (*LIBRARIES, *program.needs) if (release := _version(name)) is not None},
     }
+
+
+def processor_seconds() -> float:
+    """What all processes that were started from here and have ended took of the processor."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def printed(result: Rehearsal) -> str:
@@ -147,20 +162,41 @@ def _version(package: str) -> str | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown, and the versions that ran."""
     lines = [
-        "| program | card | steps | allocated | reserved | verdict | formulas |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| program | card | steps | allocated | reserved | verdict | processor | formulas | trace |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        formulas = row["estimated"]
-        drift = "–" if not formulas else f"{100 * (formulas['allocated'] / row['peak_allocated'] - 1):+.4f} % / "
-        drift += "" if not formulas else f"{100 * (formulas['reserved'] / row['peak_reserved'] - 1):+.2f} %"
         title = row["title"].rstrip(".") + (f" (`{row['launcher']}`)" if row["launcher"] else "")
         out = f"{row['verdict']}, in {row['oom']}" if row["oom"] else row["verdict"]
         peaks = (f"{row['peak_allocated'] or 0:,}", f"{row['peak_reserved'] or 0:,}")
-        lines.append(_row((title, row["gpu"], str(row["steps"]), *peaks, out, drift)))
-    return "\n".join(lines)
+        ours = (drift(row, "estimated"), drift(row, "traced"))
+        taken = "–" if row["processor_seconds"] is None else f"{row['processor_seconds']:.0f} s"
+        lines.append(_row((title, row["gpu"], str(row["steps"]), *peaks, out, taken, *ours)))
+    return "\n".join([*lines, "", fill(versions(rows), 130, break_long_words=False, break_on_hyphens=False)])
+
+
+def drift(row: dict[str, Any], engine: str) -> str:
+    """Signed per cent of an engine against the rehearsal; where memory ran out, the bytes that the engine says are needed."""
+    stated = row[engine]
+    if not stated:
+        return "–"
+    if row["oom"]:
+        return f"reserves {stated['reserved']:,}"
+    apart = [100 * (stated[figure] / row[f"peak_{figure}"] - 1) for figure in ("allocated", "reserved")]
+    return f"{apart[0]:+.4f} % / {apart[1]:+.2f} %"
+
+
+def versions(rows: list[dict[str, Any]]) -> str:
+    """What most programs ran with, and what others had."""
+    common = Counter(tuple((name, row["versions"][name]) for name in LIBRARIES) for row in rows).most_common(1)[0][0]
+    others = []
+    for row in rows:
+        own = [f"{name} {release}" for name, release in row["versions"].items() if (name, release) not in common]
+        others += [f"`{row['program']}`: {', '.join(own)}"] if own else []
+    most = ", ".join(f"{name} {release}" for name, release in common)
+    return f"They ran with {most}. Beside or in place of these: {'; '.join(others)}."
 
 
 def report_of(rows: list[dict[str, Any]]) -> str:
@@ -184,11 +220,12 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named programs, or all; `--estimate`: run none, and ask the formulas again."""
+    """Run the named programs, or all; `--estimate`: run none, and ask the engines again."""
     if "--estimate" in arguments:
         by_name = {program.path.stem: program for program in programs()}
         recorded = json.loads(DATA.read_text(encoding="utf-8"))
-        write([row | {"estimated": estimated(by_name[row["program"]])} for row in recorded])
+        ours = [(by_name[row["program"]], row) for row in recorded]
+        write([row | {"estimated": estimated(program), "traced": estimated(program, "trace")} for program, row in ours])
         return
     names = [argument for argument in arguments if not argument.startswith("-")]
     rows = []

@@ -2,7 +2,8 @@
 
     python -m tools.rehearsed_jobs --seed 1 --jobs 60 --output FILE        draws jobs on one card
     python -m tools.rehearsed_jobs --jobs-from FILE --output FILE          a job per line: MODEL and options
-    python -m tools.rehearsed_jobs --compare FILE [--trace] [--page PAGE]  evaluates formulas, and traces, against what was kept
+    python -m tools.rehearsed_jobs --compare FILE [--trace] [--page PAGE]  evaluates formulas, and kept traces, against what was
+                                                                           kept; --trace traces again, and keeps that in FILE
 
 `--called` is what the jobs of a page have in common, if they are not drawn: "preferences and rewards", "recipes of torchtune".
 
@@ -140,7 +141,7 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
 
 def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:
     """What → signed per cent of an engine's number against the rehearsal's; None where one has no number."""
-    of_engine = estimated(row, engine)
+    of_engine = row["traced"] if engine == "trace" else estimated(row, engine)
     if "allocated" not in row or of_engine.get("allocated") is None:
         return None
     pairs = {what: (of_engine[what], row[what]) for what in ("allocated", "reserved")}
@@ -148,9 +149,14 @@ def drifts(row: dict[str, Any], engine: str) -> dict[str, float] | None:
     return {what: 100 * (ours / theirs - 1) for what, (ours, theirs) in pairs.items() if ours and theirs}
 
 
-def compared(rows: list[dict[str, Any]], engines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, float] | None]]:
+def engines(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The engines that have something to say of these rows."""
+    return ("analytic", "trace") if all("traced" in row for row in rows) else ("analytic",)
+
+
+def compared(rows: list[dict[str, Any]], of: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, float] | None]]:
     """(engine, row, drifts) of each job."""
-    for engine in engines:
+    for engine in of:
         for row in rows:
             yield engine, row, drifts(row, engine)
 
@@ -167,18 +173,18 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, 
         "| engine | what | jobs | median absolute | lowest | highest |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    engines = list(dict.fromkeys(engine for engine, _, _ in results))
-    for engine in engines:
+    columns = list(dict.fromkeys(engine for engine, _, _ in results))
+    for engine in columns:
         for what in ("allocated", "reserved", *PHASES):
             values = [drift[what] for name, _, drift in results if name == engine and drift is not None and what in drift]
             if values:
                 cells = (f"{statistics.median(map(abs, values)):.4f} %", f"{min(values):+.4f} %", f"{max(values):+.4f} %")
                 lines.append(f"| {engine} | {what} | {len(values)} | {' | '.join(cells)} |")
-    lines += ["", "## Jobs", "", "| job | " + " | ".join(f"{e} allocated / reserved" for e in engines) + " |"]
-    lines += ["| --- |" + " --- |" * len(engines)]
+    lines += ["", "## Jobs", "", "| job | " + " | ".join(f"{e} allocated / reserved" for e in columns) + " |"]
+    lines += ["| --- |" + " --- |" * len(columns)]
     for job in dict.fromkeys(_spelled(row) for _, row, _ in results):
         by_engine = {engine: drift for engine, row, drift in results if _spelled(row) == job}
-        lines.append(f"| `{job}` | " + " | ".join(_cell(by_engine.get(engine)) for engine in engines) + " |")
+        lines.append(f"| `{job}` | " + " | ".join(_cell(by_engine.get(engine)) for engine in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -210,7 +216,10 @@ def main(arguments: list[str]) -> None:
         rehearsed([*jobs, *(drawn(options.seed, n) for n in range(options.jobs))], options.output, timeout=options.timeout)
     if options.compare:
         rows = read(options.compare)
-        results = list(compared(rows, ("analytic", "trace") if options.trace else ("analytic",)))
+        if options.trace:
+            rows = [{**row, "traced": estimated(row, "trace")} for row in rows]
+            options.compare.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        results = list(compared(rows, engines(rows)))
         for engine, row, drift in results:
             print(json.dumps({"engine": engine, "job": row["job"], "drift": drift}))
         if options.page:

@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peftplan.accuracy.drift import measured_figures
@@ -22,6 +23,7 @@ from peftplan.accuracy.jsonl import read
 from peftplan.accuracy.records import Record
 from peftplan.measure.identity import key
 from peftplan.measure.suite import read_suite
+from peftplan.rehearse import rehearse
 from tools import marked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,16 @@ ROWS = ROOT / "tests" / "rehearse" / "suite.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- suite -->", "<!-- end of the suite -->")
 FIGURES: tuple[Figure, ...] = ("allocated", "reserved", *BY_PHASE)
+
+
+def measured(line: str) -> Record:
+    """The record of one line of the suite, from a rehearsed card."""
+    with TemporaryDirectory() as folder:
+        suite, output = Path(folder, "suite.jsonl"), Path(folder, "runs.jsonl")
+        suite.write_text(f"{line}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "peftplan", "measure", "--suite", str(suite), "--output", str(output)]
+        rehearse(command, gpu="a100-80gb", steps=0, keep_writes=True, timeout=900, stdout=sys.stderr.fileno())
+        return next(iter(read(output)))
 
 
 def compared(records: Iterable[Record], earlier: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -130,4 +131,4 @@ def test_text_of_a_program_that_could_not_say_what_was_alive() -> None:
     shown = ["".join(part.text for part in row) for row in rows(rehearsal(killed, ended="program", code=-9), Screen(80, ASCII))]
     assert any(line.startswith("peak 4.00 GiB in backward") for line in shown)
     assert not any("by the line that made it" in line for line in shown)
-    assert ("", "") not in list(zip(shown, shown[1:], strict=False))
+    assert ("", "") not in list(itertools.pairwise(shown))

@@ -1,6 +1,8 @@
 """accelerate's own loop: Qwen2.5-0.5B, LoRA, gradient accumulation."""
 # gpu: rtx-4090
 # launcher: accelerate launch --num_processes 4 --multi_gpu --mixed_precision bf16
+# estimate: qwen2.5-0.5b --trainer transformers --method lora --r 8 --target-modules q_proj,v_proj --strategy ddp
+# estimate: --gpus 4 --no-gradient-checkpointing --gradient-accumulation-steps 2 --batch-size 2 --seq-len 1024
 
 import torch
 from accelerate import Accelerator

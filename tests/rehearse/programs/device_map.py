@@ -1,5 +1,7 @@
 """transformers' Trainer with `device_map="auto"` on two cards: LoRA on Llama-3.2-3B, 1 x 1,024 tokens."""
 # gpu: 2xl4
+# estimate: llama-3.2-3b --trainer transformers --method lora --r 16 --target-modules all-linear --strategy device-map
+# estimate: --no-gradient-checkpointing --batch-size 1 --seq-len 1024
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model

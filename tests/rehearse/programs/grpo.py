@@ -1,5 +1,7 @@
 """TRL's GRPOTrainer without vLLM: LoRA on Qwen2.5-0.5B, 8 completions of 64 tokens."""
 # gpu: rtx-4090
+# estimate: qwen2.5-0.5b --trainer trl-grpo --method lora --r 16 --target-modules all-linear --batch-size 8
+# estimate: --num-generations 8 --max-prompt-length 800 --max-completion-length 64
 
 from datasets import Dataset
 from peft import LoraConfig

@@ -1,5 +1,7 @@
 """TRL's KTOTrainer: LoRA on Qwen2.5-0.5B, 4 completions of up to 1,024 tokens."""
 # gpu: rtx-4090
+# estimate: qwen2.5-0.5b --trainer trl-kto --method lora --r 16 --target-modules all-linear --batch-size 4 --seq-len 901
+# estimate: --max-completion-length 701
 
 from datasets import Dataset
 from peft import LoraConfig

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer: LoRA on Qwen2.5-0.5B, rows of many lengths packed into 2 x 2,048 tokens (`bfd`)."""
 # gpu: rtx-4090
+# estimate: qwen2.5-0.5b --trainer trl --method lora --r 16 --target-modules all-linear --padding --batch-size 1 --seq-len 4096
 
 from datasets import Dataset
 from peft import LoraConfig

@@ -2,6 +2,7 @@
 # gpu: 4xrtx-4090
 # launcher: deepspeed --num_gpus 4
 # needs: deepspeed
+# estimate: qwen2.5-0.5b --trainer trl --method full --strategy zero3 --batch-size 2 --seq-len 1024
 
 import argparse
 

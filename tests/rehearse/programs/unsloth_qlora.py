@@ -1,6 +1,7 @@
 """Unsloth's FastLanguageModel with TRL's SFTTrainer: QLoRA on Llama-3.2-1B, 2 x 2,048 tokens."""
 # gpu: rtx-4090
 # needs: unsloth
+# estimate: --config {file}
 
 from unsloth import FastLanguageModel  # isort: skip  # it has to come first
 from datasets import Dataset

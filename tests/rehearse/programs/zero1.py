@@ -2,6 +2,8 @@
 # gpu: 4xrtx-4090
 # launcher: accelerate launch --num_processes 4 --use_deepspeed --zero_stage 1 --mixed_precision bf16
 # needs: deepspeed
+# estimate: qwen2.5-0.5b --trainer transformers --method full --no-gradient-checkpointing --batch-size 2 --seq-len 512
+# estimate: --strategy zero1
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments

@@ -2,6 +2,8 @@
 # gpu: 4xrtx-4090
 # launcher: deepspeed --num_gpus 4
 # needs: deepspeed
+# estimate: qwen2.5-0.5b --trainer transformers --method full --no-gradient-checkpointing --batch-size 2 --seq-len 512
+# estimate: --strategy zero2 --overlap-comm --offload-optimizer cpu
 
 import argparse
 

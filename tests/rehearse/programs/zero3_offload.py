@@ -2,6 +2,10 @@
 # gpu: 4xrtx-4090
 # launcher: deepspeed --num_gpus 4
 # needs: deepspeed
+# estimate: qwen2.5-0.5b --trainer transformers --method full --no-gradient-checkpointing --batch-size 2 --seq-len 512
+# estimate: --strategy zero3 --overlap-comm --reduce-bucket-size auto --stage3-prefetch-bucket-size auto
+# estimate: --stage3-param-persistence-threshold auto
+# estimate: --offload-params cpu --offload-optimizer cpu
 
 import argparse
 
