@@ -254,7 +254,7 @@ def _run(
         counted_host() as host,
     ):
         rank.load(built, tracker, setup, quant)
-        tracker.watch((built.names[id(m)], m) for m in built.model.modules() if built.names.get(id(m)))
+        tracker.watch(rank.watched(built))
         optimizer = make_optimizer(setup, built.model, tracker)
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none

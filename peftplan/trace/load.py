@@ -242,6 +242,10 @@ class OneGpu:
         model: torch.nn.Module = built.model
         return model
 
+    def watched(self, built: Built) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The modules whose forwards name what runs, with their names."""
+        yield from ((name, module) for module in built.model.modules() if (name := built.names.get(id(module))))
+
     def prepared(self, built: Built, setup: Setup) -> Setup:
         """The setup of the step: that of the job."""
         return setup

@@ -62,9 +62,33 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
         """Leave an operation on DTensors to them: they run it on their shards."""
         return NotImplemented if DTensor in types else super().__torch_dispatch__(func, types, args, kwargs)
 
-    def stream(self) -> int:
-        """The number of the current stream, in the order in which they allocate; 0 is the default one."""
+    @cached_property
+    def _stream_of_node(self) -> dict[int, int]:
+        """Autograd node, by its number, whose forward ran on another stream than the default one → that stream."""
+        return {}
+
+    _newest = 0
+    """Number of the autograd node that was made last."""
+
+    def _enter_op(self) -> None:
+        super()._enter_op()
+        number = torch._C._autograd._get_sequence_nr()
+        if number != self._newest:
+            self._newest = number
+            if stream := self._current():
+                self._stream_of_node[number - 1] = stream
+
+    def _current(self) -> int:
         return self._streams.setdefault(id(torch.cpu.current_stream()), len(self._streams))
+
+    def stream(self) -> int:
+        """The number of the current stream, in the order in which they allocate; 0 is the default one.
+
+        The backward of a node runs on the stream on which its forward ran, as on CUDA (torch, autograd/engine.cpp).
+        """
+        node = torch._C._current_autograd_node()
+        current = self._current()
+        return current if current or node is None else self._stream_of_node.get(node._sequence_nr(), 0)
 
     def begin(self, phase: str) -> None:
         """Begin a phase. Nothing of a step on the host is recorded."""
@@ -160,14 +184,6 @@ class Fsdp2(OneGpu):
         `cpu_ram_efficient_loading` makes the units without tensors, and fills them one tensor after the other
         (`fsdp2_load_full_state_dict`).
         """
-        names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
-
-        def move(params: list[nn.Parameter], buffers: list[torch.Tensor], device: torch.device) -> None:
-            for tensor in (*params, *buffers):
-                name = names[id(tensor)]
-                tensor.data = torch.empty_like(tensor)
-                tracker.register(tensor, built.owners.get(name, "buffers"), name)
-
         if quant is not None:
             load(built, tracker, setup, quant)
         # accelerate's loop over the optimizer's parameters leaves its variable bound to the last of them (`_prepare_fsdp2`)
@@ -175,7 +191,7 @@ class Fsdp2(OneGpu):
         one_by_one = quant is None and bool(self.distributed.cpu_ram_efficient_loading)
         whole = {p for p in built.model.parameters() if not p.is_floating_point()}
         with (
-            patch(MOVES, move if quant is None and not one_by_one else lambda *there: None),
+            patch(MOVES, self.mover(built, tracker) if quant is None and not one_by_one else lambda *there: None),
             tracker.paused() if one_by_one else nullcontext(),
             patch("torch.distributed.fsdp.fully_shard", partial(fully_shard, ignored_params=whole)),
         ):
@@ -188,6 +204,18 @@ class Fsdp2(OneGpu):
                 tracker.end(full)
         for name, tensor in (*built.model.named_buffers(), *in_dicts(built)):
             tracker.register(tensor, "buffers", name)
+
+    def mover(self, built: Built, tracker: Tracker) -> Callable[..., None]:
+        """What moves tensors to the device: a function of parameters, buffers and the device."""
+        names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
+
+        def move(params: list[nn.Parameter], buffers: list[torch.Tensor], device: torch.device) -> None:
+            for tensor in (*params, *buffers):
+                name = names[id(tensor)]
+                tensor.data = torch.empty_like(tensor)
+                tracker.register(tensor, built.owners.get(name, "buffers"), name)
+
+        return move
 
     def batches(self, built: Built) -> Callable[[bool], None]:
         """What is called before each micro batch: only the last one of a step reduces gradients (`Accelerator.no_sync`)."""

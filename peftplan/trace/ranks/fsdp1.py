@@ -1,0 +1,146 @@
+"""FSDP1: torch's own `FullyShardedDataParallel` on fake tensors, over the fake process group, made as accelerate and Trainer do.
+
+The GPU is never behind the host here: what `record_stream` marks is free at once. Rank 0 sends its weights to the others, as
+Trainer lets it (`sync_module_states`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch import nn
+from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp._runtime_utils import _lazy_init
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.overrides import TorchFunctionMode
+
+from peftplan.job.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.load import OneGpu
+from peftplan.trace.model import Built
+from peftplan.trace.ranks.fsdp2 import Fsdp2
+
+FSDP = "torch.distributed.fsdp"
+PREFETCHES = {"pre": BackwardPrefetch.BACKWARD_PRE, "post": BackwardPrefetch.BACKWARD_POST}
+WRAPPED = "_fsdp_wrapped_module."
+"""What a unit adds to the names of what it holds."""
+
+
+class Addresses(TorchFunctionMode):
+    """Gives a fake tensor the address of its storage object: torch's FSDP asks whether tensors lie at one place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer for `data_ptr`; pass on any other call."""
+        if func is not torch.Tensor.data_ptr:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].itemsize
+
+
+def _at_one_place(one: torch.Tensor, other: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _is_allocated(tensor: torch.Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage().nbytes() > 0
+
+
+class Fsdp1(Fsdp2):
+    """A rank that holds a part of the flat parameter of each unit."""
+
+    _wrapped: Any
+
+    def prepared(self, built: Built, setup: Setup) -> Setup:
+        """The setup of the step: accelerate leaves autocast on."""
+        return OneGpu.prepared(self, built, setup)
+
+    @contextmanager
+    def started(self, tracker: Tracker) -> Iterator[None]:
+        """Start the process group, and end it afterwards."""
+        with (
+            super().started(tracker),
+            Addresses(),
+            patch(f"{FSDP}._flat_param._same_storage", _at_one_place),
+            patch(f"{FSDP}._flat_param._data_ptr_allocated", _is_allocated),
+        ):
+            yield
+
+    def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+        """Make the units: each is moved to the device, and leaves its part of a flat parameter there. accelerate then casts what
+        trains to fp32 (`Accelerator.prepare_model`).
+        """
+        policy, reshards = self._policy(setup), self.distributed.reshard_after_forward is not False
+        with (
+            patch(f"{FSDP}._init_utils._move_states_to_device", self.mover(built, tracker)),
+            patch(f"{FSDP}._init_utils._check_module_states_for_sync_module_states", lambda module: None),  # it asks for CUDA
+        ):
+            self._wrapped = FullyShardedDataParallel(
+                built.model,
+                sharding_strategy=ShardingStrategy.FULL_SHARD if reshards else ShardingStrategy.SHARD_GRAD_OP,
+                auto_wrap_policy=self._wrap_policy(built.model),
+                mixed_precision=MixedPrecision(
+                    param_dtype=policy.param_dtype, reduce_dtype=policy.reduce_dtype, buffer_dtype=policy.output_dtype
+                ),
+                backward_prefetch=PREFETCHES.get(str(self.distributed.backward_prefetch)),
+                forward_prefetch=bool(self.distributed.forward_prefetch),
+                use_orig_params=self.distributed.use_orig_params is not False,
+                sync_module_states=True,
+                device_id=torch.device("cpu"),
+            )
+        for _, unit in self._units():
+            flat = unit._flat_param if unit._has_params else None
+            if flat is not None and setup.autocast != "none" and flat.requires_grad:
+                flat.data = flat.data.to(torch.float32)
+                unit._handle._orig_param_dtype = torch.float32
+        for name, unit in self._units():
+            flat = unit._flat_param if unit._has_params else None
+            if flat is not None:
+                first = f"{name}.{flat._fqns[0]}".replace(WRAPPED, "").lstrip(".")
+                tracker.register(flat, built.owners.get(first, "weights"), f"{name}.flat_param")
+
+    def _units(self) -> Iterator[tuple[str, Any]]:
+        """Each unit with the name of what it wraps."""
+        for name, module in self._wrapped.named_modules():
+            if isinstance(module, FullyShardedDataParallel):
+                yield name.replace(WRAPPED, "").removesuffix(WRAPPED.rstrip(".")).rstrip("."), module
+
+    def watched(self, built: Built) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of the model, and the units, which gather around them."""
+        yield from super().watched(built)
+        for _, unit in self._units():
+            if name := built.names.get(id(unit.module)):
+                yield name, unit
+
+    def called(self, built: Built) -> Any:
+        """The model as FSDP wraps it."""
+        return self._wrapped
+
+    def batches(self, built: Built) -> Callable[[bool], None]:
+        """What is called before each micro batch: only the last one of a step reduces gradients (`no_sync`)."""
+
+        def begin(last: bool) -> None:
+            syncs = last or bool(self.distributed.sync_each_batch)
+            if not syncs:
+                _lazy_init(self._wrapped, self._wrapped)
+            for _, unit in self._units():
+                unit._sync_gradients = syncs
+
+        return begin
+
+    def _wrap_policy(self, model: Any) -> Callable[..., bool]:
+        """accelerate's policy, or peft's, which Trainer takes for adapters (`update_fsdp_plugin_peft`): what trains is a unit."""
+        if isinstance(model, PeftModel):
+            policy: Callable[..., bool] = fsdp_auto_wrap_policy(model)  # type: ignore[no-untyped-call]
+            return policy
+        classes = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
+        return partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
