@@ -90,7 +90,11 @@ def test_a_gpu_that_is_late_is_compiled_again(compile_again: Callable[..., bool]
 
 
 def test_another_device_of_a_device_map_is_compiled_again(compile_again: Callable[..., bool]) -> None:
-    assert compile_again(JOB, holding=SimpleNamespace(device=1))
+    assert compile_again(JOB, holding=SimpleNamespace(device=1, rank=None))
+
+
+def test_another_rank_is_compiled_again(compile_again: Callable[..., bool]) -> None:
+    assert compile_again(JOB, holding=SimpleNamespace(device=None, rank=1))
 
 
 @pytest.mark.parametrize("sizes", [{"seq_len": 1024}, {"seq_len": 8}])
