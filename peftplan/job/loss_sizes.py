@@ -116,7 +116,7 @@ class LossSizes(NamedTuple):
             return (n >= CHUNKS, n % CHUNKS)
         sizes: dict[str, Size] = self.named(b, length)
         half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]
-        of_chunks: tuple[Fact, ...] = (n > MAX_ROWS, n > 2 * MAX_ROWS, n > half, n > 2 * half, n > wide, n > 2 * wide)
+        of_chunks = [fact for rows in (MAX_ROWS, half, wide) for fact in _full_chunks(n, rows)]
         return (n > 0, n >= FLASH_FROM_ROWS, *of_chunks)
 
     def _liger(self, b: Size, length: Size) -> tuple[Size, Size]:
@@ -128,6 +128,17 @@ class LossSizes(NamedTuple):
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         labels = length - max(self.virtual_tokens * self.prompted, 1)
         return b * (labels if self.completion is None else smaller(labels, self.completion))
+
+
+CHUNK_FACTS = 3
+"""How many `_full_chunks` gives."""
+
+
+def _full_chunks(n: Size, rows: Size | int) -> tuple[Fact, ...]:
+    """Whether there is one chunk before the last, a second, and, since each is made before the one before it goes and so two
+    places take turns, a third for an even number of all.
+    """
+    return n > rows, n > 2 * rows, (n > 3 * rows) & (-(-n // rows) % 2 == 0)
 
 
 def _rest(n: Size, rows: Size | int) -> Size:

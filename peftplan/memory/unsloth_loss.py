@@ -7,7 +7,7 @@ n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fus
 from __future__ import annotations
 
 from peftplan.errors import NeedsTraceError
-from peftplan.job.loss_sizes import HALF, SPLIT_COLUMNS, WIDE
+from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
 from peftplan.memory.attention import HALF as HALF_DTYPES
 from peftplan.memory.chunked_loss import rows_of
@@ -24,8 +24,8 @@ FEW_SPLITS = 2
 STATISTICS, PARTIAL_STATISTICS = 7, 8
 """fp32 numbers per token and split of the vocabulary, chunked and tiled."""
 COLUMN_MULTIPLE = 8
-TILED_FROM, OF_TILES = 1, {"tile": 2, f"rows{HALF}": 4, f"rows{WIDE}": 6}
-"""Places of `LossSizes.facts`: whether a frozen head is tiled; whether there is a second and a third chunk."""
+TILED_FROM, OF_TILES = 1, {name: 2 + CHUNK_FACTS * place for place, name in enumerate(("tile", f"rows{HALF}", f"rows{WIDE}"))}
+"""Places of `LossSizes.facts`: whether a frozen head is tiled; how many chunks are run before the last."""
 
 
 def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
@@ -75,9 +75,9 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
 
 
 def _chunks(model: Model, name: str) -> tuple[Dim, ...]:
-    """Tokens of each chunk, those between the first and the last once."""
+    """Tokens of each chunk, of those between the first and the last one or two."""
     facts, at = model.running.loss_facts, OF_TILES[name]
-    return (*(name,) * sum(facts[at : at + 2]), f"{name} rest") if facts[0] else ()
+    return (*(name,) * sum(facts[at : at + CHUNK_FACTS]), f"{name} rest") if facts[0] else ()
 
 
 def _cross_entropy(model: Model, hidden: Tensor, weight: Operand, *, copies: bool = True) -> Tensor:
@@ -157,6 +157,7 @@ def _chunked(
         f.products.append((len(f.log), "cuBLAS"))
         statistics = f.new((STATISTICS, splits, rows), "fp32", "part") if splits > FEW_SPLITS else None
         del statistics
+        targets = None
         if into_hidden:
             product = f.new((rows, width), "fp32" if dtype in HALF_DTYPES else dtype, "mm")
             if copies:

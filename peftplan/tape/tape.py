@@ -213,6 +213,8 @@ class Tape(Allocations):
                 edge[0].receive(self, edge[1], None)
             del grad
             edge[0].settle(self)
+            if isinstance(edge[0], Node) and edge[0].at_once:
+                self._apply(edge[0])
             if self.arrived and self.accumulated is not None:  # `AccumulateGrad` runs apart, when the sum is all that is left
                 self.accumulated(self.arrived.pop())
 

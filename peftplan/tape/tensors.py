@@ -130,7 +130,8 @@ class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
     __slots__ = (
-        *("backward", "checkpointed", "context", "device", "edges", "folds", "grads", "in_python", "module", "saved", "sequence"),
+        *("at_once", "backward", "checkpointed", "context", "device", "edges", "folds", "grads", "in_python", "module", "saved"),
+        "sequence",
     )
 
     def __init__(
@@ -143,6 +144,8 @@ class Node:
         self.checkpointed = checkpointed
         self.in_python = False
         """Whether it is an `autograd.Function`. One releases its incoming gradients before the engine casts what it returns."""
+        self.at_once = False
+        """Whether it runs as soon as it has a gradient: a leaf of one use, whose `AccumulateGrad` comes before all that wait."""
         self.folds = False
         """Whether it computes on rows: a `view` makes one matrix of all sequences before it."""
         self.device = 0

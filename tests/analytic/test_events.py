@@ -214,6 +214,25 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("qwen3-0.6b", 2), "vocab_size": 8000},
         {"method": "full", **PLAIN, **CHECKPOINTED, "gradient_accumulation_steps": 4, "batch_size": 2, "seq_len": 300},
     ),
+    "a leaf before virtual tokens copies its slice of a gradient, before all that waits": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 4000},
+        {
+            "method": "prompt-tuning",
+            "num_virtual_tokens": 20,
+            "dtype": "bf16",
+            "autocast": "none",
+            **CHECKPOINTED,
+            "batch_size": 3,
+        },
+    ),
+    "Whisper's clamp of fp16 gives a gradient that lies as the convolutions left their result": (
+        shallow("whisper-tiny", 2),
+        {"method": "full", "dtype": "fp16", "autocast": "none", **EAGER, **KEPT, "batch_size": 3, "seq_len": 300},
+    ),
+    "two places take turns for the chunks of Unsloth's loss; peft adds AdaLoRA's loss to it": (
+        {**shallow("qwen3-0.6b", 2), "vocab_size": 256000},
+        {"method": "adalora", "loss": "unsloth", **CHECKPOINTED, "batch_size": 1, "seq_len": 2048},
+    ),
     "gpt-oss's single head of keys is copied by `matmul`; both bounds of a clamp live until its gradient is there": (
         {
             **shallow("gpt-oss-20b", 2),

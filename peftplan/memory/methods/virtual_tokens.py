@@ -39,6 +39,8 @@ def prompted(model: Model, words: Tensor) -> Tensor:
     f.module = ""
     if model.arch.task_type == "CAUSAL_LM":
         model.call_locals += [f.new(("b", p), "int64", "labels of virtual tokens"), f.new(("b", "k"), "int64", "labels")]
+    if isinstance(words.node, Node):  # a leaf, read here alone
+        words.node.at_once = True
     prompts = f.to(_prompt(model), words.dtype)
     model.call_locals.append(prompts)
     f.module = ""

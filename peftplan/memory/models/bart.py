@@ -170,13 +170,15 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tens
 
 
 def limited(f: Tape, x: Tensor) -> Tensor:
-    """`clamp(x, -bound, bound)`: keeps x."""
+    """`clamp(x, -bound, bound)`: keeps x, which lies as the convolutions left it, and so does its gradient."""
     return f.new(x.dims, x.dtype, "clamp", f.record(_limited_backward, (x,), x))
 
 
 def _limited_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
     out = f.new(g.dims, g.dtype, "where")
+    assert out.storage is not None
+    f.permuted.add(out.storage.number)
     del above, below
     return out
 

@@ -156,7 +156,8 @@ def liger(model: Any, prompt: int, capability: Capability) -> Forward:
 
 
 def unsloth(model: Any, prompt: int, capability: Capability) -> Forward:
-    """Unsloth's forward in training: `unsloth_fused_ce_loss`."""
+    """Unsloth's forward in training: `unsloth_fused_ce_loss`. It returns a class with a `loss`, as Liger's does."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
     def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         hidden = model.base_model(*args, **kwargs).last_hidden_state
@@ -165,7 +166,7 @@ def unsloth(model: Any, prompt: int, capability: Capability) -> Forward:
         targets = torch.cat((labels[..., 1:], ignored), dim=-1).reshape(-1)
         head = model.get_output_embeddings()
         loss = FusedLinear.apply(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, targets, scored, capability)  # type: ignore[no-untyped-call]
-        return {"loss": loss}
+        return CausalLMOutputWithPast(loss=loss)
 
     return forward
 
