@@ -233,6 +233,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("qwen3-0.6b", 2), "vocab_size": 256000},
         {"method": "adalora", "loss": "unsloth", **CHECKPOINTED, "batch_size": 1, "seq_len": 2048},
     ),
+    "a router's update is made before its input is copied to fp32, and added behind": (
+        MLA,
+        {"method": "lora", "target_modules": ["gate"], "r": 1024, **PLAIN, **CHECKPOINTED, "batch_size": 1, "seq_len": 1100},
+    ),
     "gpt-oss's single head of keys is copied by `matmul`; both bounds of a clamp live until its gradient is there": (
         {
             **shallow("gpt-oss-20b", 2),

@@ -137,15 +137,26 @@ def _factor_gradient(f: Tape, dims: Dims, g: Tensor, scales: bool) -> Tensor:
 
 def matrix(model: Model, name: str, layer: int) -> tuple[Operand, Tensor | None]:
     """A weight of two dims with its update, `W + (B @ A) * scaling`, and the update, which the wrapper's forward holds."""
-    f = model.tape
-    weight = _weight(model, name, layer)
+    delta = update(model, name, layer)
+    return updated(model, name, layer, delta), delta
+
+
+def update(model: Model, name: str, layer: int) -> Tensor | None:
+    """The update of a weight of two dims, made once for the checks, before the module's own forward."""
     if not model.has(f"{name}.lora_A", layer):
-        return weight, None
+        return None
+    f, weight = model.tape, _weight(model, name, layer)
     a, b = (_weight(model, f"{name}.lora_{side}", layer) for side in "AB")
-    delta = f.to(ops.scale(f, _product(f, a, b)), weight.dtype)
+    delta: Tensor = f.to(ops.scale(f, _product(f, a, b)), weight.dtype)
     checked = _sum(f, weight, delta)
     del checked
-    return _sum(f, weight, delta), delta
+    return delta
+
+
+def updated(model: Model, name: str, layer: int, delta: Tensor | None) -> Operand:
+    """The weight as the forward reads it."""
+    weight = _weight(model, name, layer)
+    return weight if delta is None else _sum(model.tape, weight, delta)
 
 
 def _product(f: Tape, a: Parameter, b: Parameter) -> Tensor:

@@ -13,7 +13,7 @@ from peftplan.arch.modules import Router
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
-from peftplan.memory.methods.param_wrapper import Stacked, matrix
+from peftplan.memory.methods.param_wrapper import Stacked, matrix, update, updated
 from peftplan.memory.models.decoder import decoder, gated_mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops, products
@@ -98,10 +98,10 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
 
 def wide_logits(c: Call, x: Tensor, name: str) -> Tensor:
     """`F.linear(x.type(torch.float32), weight.type(torch.float32))`."""
-    f = c.at(name)
+    f, of_router = c.at(name), (c.model, f"{c.style.stack}.{name}", c.number)
+    delta = update(*of_router)
     wide = f.to(x, "fp32")
-    weight, _update = matrix(c.model, f"{c.style.stack}.{name}", c.number)  # made where it is read, behind the input's copy
-    return products.linear(f, wide, f.to(weight, "fp32"))
+    return products.linear(f, wide, f.to(updated(*of_router, delta), "fp32"))  # read behind the input's copy
 
 
 def deepseek_v2_route(c: Call, x: Tensor, name: str) -> Routed:
