@@ -116,7 +116,7 @@ class LossSizes(NamedTuple):
             return (n >= CHUNKS, n % CHUNKS)
         sizes: dict[str, Size] = self.named(b, length)
         half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]
-        of_chunks = [fact for rows in (MAX_ROWS, half, wide) for fact in _full_chunks(n, rows)]
+        of_chunks: list[Fact] = [fact for rows in (MAX_ROWS, half, wide) for fact in _full_chunks(n, rows)]
         return (n > 0, n >= FLASH_FROM_ROWS, *of_chunks)
 
     def _liger(self, b: Size, length: Size) -> tuple[Size, Size]:
