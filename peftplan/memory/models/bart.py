@@ -166,19 +166,19 @@ def encoder_layer(model: Model, block: Block, number: int, x: Tensor, mask: Tens
     name = "model.encoder.layers.{}"
     x = attended(model, block, block.attentions[0], f"{name}.self_attn", number, x, None, mask)
     x = feed_forward(model, block, name, number, x)
-    return limited(model.tape, x) if is_whisper(model) and x.dtype == "fp16" else x
+    return limited(model.tape, x, permuted=True) if is_whisper(model) and x.dtype == "fp16" else x
 
 
-def limited(f: Tape, x: Tensor) -> Tensor:
-    """`clamp(x, -bound, bound)`: keeps x, which lies as the convolutions left it, and so does its gradient."""
-    return f.new(x.dims, x.dtype, "clamp", f.record(_limited_backward, (x,), x))
+def limited(f: Tape, x: Tensor, *, permuted: bool = False) -> Tensor:
+    """`clamp(x, -bound, bound)`: keeps x. `permuted`: x lies as the convolutions left it, and so does its gradient."""
+    return f.new(x.dims, x.dtype, "clamp", f.record(_limited_backward, (x,), x, permuted))
 
 
-def _limited_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+def _limited_backward(f: Tape, node: Node, saved: tuple[Tensor, bool], g: Tensor) -> Tensor:
     above, below = (f.new(g.dims, "bool", op) for op in ("ge", "le"))
     out = f.new(g.dims, g.dtype, "where")
-    assert out.storage is not None
-    f.permuted.add(out.storage.number)
+    if saved[1] and out.storage is not None:
+        f.permuted.add(out.storage.number)
     del above, below
     return out
 
