@@ -234,11 +234,11 @@ def test_several_gpus_have_no_formula_yet() -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 @pytest.mark.parametrize("trainer", ["trl-dpo", "trl-reward", "trl-rloo", "trl-kto"])
 def test_full_fine_tuning_under_ddp_and_zero2(trainer: str, strategy: str) -> None:
-    """Beside a second model, loaded on the host and moved: rehearsed, and close but for KTO's under DDP."""
+    """Beside a second model, loaded on the host and moved: rehearsed."""
     options: dict[str, Any] = {"trainer": trainer, "seq_len": S, "batch_size": 2}
     options |= {"num_generations": 2} if trainer == "trl-rloo" else {}
     result = estimate(MODEL, method="full", gpus=4, strategy=strategy, **options)
-    assert (result.peaks is None) is ((trainer, strategy) == ("trl-kto", "ddp"))
+    assert result.peaks is not None
 
 
 KTO: dict[str, Any] = {"trainer": "trl-kto", "seq_len": S}
