@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 else:
     NumberType = click.ParamType  # generic in the types of click alone
 
+Decorated = TypeVar("Decorated", bound=Callable[..., object])
 EXIT_CODE = "peftplan.exit_code"
 """Key of `Context.meta`: the code that holds even where the reader of the output goes early."""
 HYPHEN = "\u2011"
@@ -36,10 +37,8 @@ WHOLE_HELP = "peftplan.whole_help"
 class Option(click.Option):
     """An option that completes its values. Help shows it under its heading, and a `rare` one only in `--help-all`."""
 
-    def __init__(self, *args: Any, heading: str = "Options", rare: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.heading = heading
-        self.rare = rare
+    heading = "Options"
+    rare = False
 
     def make_metavar(self, ctx: click.Context) -> str:
         """The values, or NAME where they are too many for a line; the option's text lists them then."""
@@ -51,6 +50,17 @@ class Option(click.Option):
         from peftplan.cli.candidates import values
 
         return values(self.opts[0], self.metavar or "", incomplete)
+
+
+def option(*names: str, heading: str = "Options", rare: bool = False, **attributes: object) -> Callable[[Decorated], Decorated]:
+    """Add an option to a command, as `click.option` does."""
+    return click.option(*names, cls=_listed(heading, rare), **attributes)
+
+
+@cache
+def _listed(heading: str, rare: bool) -> type[Option]:
+    """The class of the options under a heading."""
+    return type("Option", (Option,), {"heading": heading, "rare": rare})
 
 
 class Argument(click.Argument):
@@ -86,7 +96,6 @@ class Number(NumberType):
 INT = Number(int, "a whole number")
 POSITIVE = Number(int, "a whole number", least=1)
 SECONDS = Number(float, "a number")
-option = partial(click.option, cls=Option)
 argument = partial(click.argument, cls=Argument)
 
 
@@ -117,9 +126,15 @@ class Command(click.Command):
 
     context_class = Context
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(_help_all(hidden=not self.num_rare))
+    @cached_property
+    def help_all(self) -> click.Option:
+        """The switch `--help-all`."""
+        return _help_all(hidden=not self.num_rare)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """All parameters: those of the command, `--help-all` and `--help`."""
+        *own, brief = super().get_params(ctx)
+        return [*own, self.help_all, brief]
 
     @property
     def num_rare(self) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -17,6 +17,10 @@ from rich.text import Text
 
 from peftplan.report.screen import NARROWEST, PIPE_WIDTH, folded, tied
 from peftplan.report.tabular import Column, printable
+
+if TYPE_CHECKING:
+    from rich.console import HighlighterType, JustifyMethod, OverflowMethod
+    from rich.style import Style
 
 WIDE = 110
 """Terminals of at least this many columns show the wide columns of a table too."""
@@ -31,8 +35,28 @@ NO_BREAK = "\ue000"
 class _Printable(Console):
     """A console on which no name of a file or a config moves the cursor or changes colours, and no number loses its unit."""
 
-    def render_str(self, text: str, **style: Any) -> Text:
-        return super().render_str(tied(printable(text), NO_BREAK), **style)
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        emoji: bool | None = None,
+        markup: bool | None = None,
+        highlight: bool | None = None,
+        highlighter: HighlighterType | None = None,
+    ) -> Text:
+        return super().render_str(
+            tied(printable(text), NO_BREAK),
+            style=style,
+            justify=justify,
+            overflow=overflow,
+            emoji=emoji,
+            markup=markup,
+            highlight=highlight,
+            highlighter=highlighter,
+        )
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):
