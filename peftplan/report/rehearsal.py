@@ -91,8 +91,9 @@ def _peak(rank: Rank, result: Rehearsal, screen: Screen) -> list[Row]:
         lines += [bar(parts, None, screen.glyphs), *flowing(legend(parts, screen.glyphs), screen.columns, between=dot)]
     largest_category = sizes[0][0] if sizes else ""
     lines += _host(rank, screen)
-    if rank.largest and (result.oom is None or result.oom.alive != rank.largest):  # else they stand above
-        lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *_lines(rank.largest, screen)]
+    largest = list(_lines(rank.largest, screen))
+    if largest and (result.oom is None or list(_lines(result.oom.alive, screen)) != largest):  # else they stand above
+        lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *largest]
     if largest_category in CHANGES:
         lines += [BLANK, *wrapped(f"what would help most: {CHANGES[largest_category]}", screen.columns)]
     return lines

@@ -100,8 +100,10 @@ def test_out_of_memory_names_the_line_that_asked() -> None:
 
 
 def test_what_was_alive_is_said_once() -> None:
+    """Blocks that are alive now have the sizes that the allocator rounded, those of the peak the sizes that were asked for."""
     assert RANK.largest == OOM.alive
-    for oom, times in ((OOM, 1), (replace(OOM, alive=(replace(LARGEST, bytes=1),)), 2)):
+    for size, times in ((GIB, 1), (GIB + 512, 1), (1, 2)):
+        oom = replace(OOM, alive=(replace(LARGEST, bytes=size),))
         shown = rows(rehearsal(oom=oom, ended="out_of_memory"), Screen(100, UNICODE))
         assert sum("by the line that made it:" in part.text for row in shown for part in row) == times
 
