@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from peftplan.cli.rehearse import job_of
 from peftplan.errors import PeftplanError
@@ -48,6 +49,8 @@ RAN = {
 }
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")
+OF_LAUNCHER = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""What LLaMA-Factory v1's launcher sets for the processes that it starts."""
 
 
 def drawn(seed: int, number: int) -> str:
@@ -74,15 +77,14 @@ def drawn(seed: int, number: int) -> str:
 def run(job: str, *, timeout: float) -> dict[str, Any]:
     """One row: what the job held, by rank."""
     words = shlex.split(job)
-    if "llamafactory-v1" in words:  # its launcher sets it for the processes that it starts
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     gpus, nodes = (int(words[words.index(option) + 1]) if option in words else 1 for option in ("--gpus", "--nodes"))
-    result = rehearse(
-        [sys.executable, str(PROGRAM), *program_words(words)],
-        world_size=gpus * nodes,
-        timeout=timeout,
-        stdout=sys.stderr.fileno(),
-    )
+    with patch.dict(os.environ, OF_LAUNCHER if "llamafactory-v1" in words else {}):
+        result = rehearse(
+            [sys.executable, str(PROGRAM), *program_words(words)],
+            world_size=gpus * nodes,
+            timeout=timeout,
+            stdout=sys.stderr.fileno(),
+        )
     rank = result.largest_rank
     row: dict[str, Any] = {"job": job, "ended": result.ended, "seconds": result.seconds}
     if rank is not None and result.ended == "steps":
