@@ -93,7 +93,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test that needs no torch, before `-m` selects."""
+    """Mark every test that needs no torch, before `-m` selects. Rehearsals take long: they run where `-m` names them."""
+    for item in items if "rehearse" not in config.option.markexpr else ():
+        if item.get_closest_marker("rehearse"):
+            item.add_marker(pytest.mark.skip(reason="`pytest -m rehearse` runs it, with the CUDA build of torch"))
     without_stack = [item for item in items if isinstance(item, pytest.Function) and not needs_stack(item)]
     for item in without_stack:
         item.add_marker(pytest.mark.slow if function_of(item.nodeid) in SLOW else pytest.mark.quick)

@@ -27,9 +27,12 @@ def test_slow():
 
 def test_of_torch():
     pytest.importorskip("torch")
+
+@pytest.mark.rehearse
+def test_rehearsal(): pass
 """,
     "tests/test_b.py": "import torch\ndef test_whole_file_of_torch(): pass\n",
-    "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n",
+    "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n rehearse: as here\n",
 }
 SLOW = "tests/test_a.py::test_slow"
 
@@ -39,20 +42,30 @@ def run(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_slow_test_is_named_and_learned(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
     shutil.copy(conftest.__file__, tmp_path / "tests" / "conftest.py")
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    first = run(tmp_path, "-m", "quick")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("selected", "outcome"), [((), "SKIPPED"), (("-m", "quick"), "SKIPPED"), (("-m", "rehearse"), "PASSED")])
+def test_a_rehearsal_runs_only_where_it_is_named(folder: Path, selected: tuple[str, ...], outcome: str) -> None:
+    assert f"test_rehearsal {outcome}" in run(folder, *selected, "tests/test_a.py", "-k", "rehearsal")
+
+
+def test_a_slow_test_is_named_and_learned(folder: Path) -> None:
+    first = run(folder, "-m", "quick")
     assert first.count("PASSED") == 4  # three cases and one that nobody has timed yet; none of torch
     assert "not so quick" in first
     assert SLOW in first.rpartition("not so quick")[2]
-    run(tmp_path, "--learn-quick")
-    slow = json.loads((tmp_path / "tests" / "slow.json").read_text(encoding="utf-8"))
+    run(folder, "--learn-quick")
+    slow = json.loads((folder / "tests" / "slow.json").read_text(encoding="utf-8"))
     assert list(slow) == [SLOW]
     assert slow[SLOW] > 0.5
-    again = run(tmp_path, "-m", "quick")
+    again = run(folder, "-m", "quick")
     assert again.count("PASSED") == 3
     assert SLOW not in again
     assert "not so quick" not in again

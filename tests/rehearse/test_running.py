@@ -391,9 +391,11 @@ for step in range(3):
     if step == 1:
         os.kill(os.getpid(), end)
 """
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+"""torchrun, where its command is not on PATH."""
 
 
-@pytest.mark.parametrize("launcher", [[], ["torchrun", "--nproc-per-node", "2"]], ids=["python", "torchrun"])
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["python", "torchrun"])
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV"])
 def test_a_program_that_a_signal_ends_is_reported_up_to_there(name: str, launcher: list[str], tmp_path: Path) -> None:
     result, _ = run(KILLED, tmp_path, name, launcher=launcher)
