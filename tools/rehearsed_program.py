@@ -371,7 +371,7 @@ def with_llama_factory(job: argparse.Namespace) -> None:
 
 
 def with_llama_factory_v1(job: argparse.Namespace) -> None:
-    """LLaMA-Factory v1's own loop, as its launcher starts it, under FSDP2 or DeepSpeed."""
+    """LLaMA-Factory v1's own loop under FSDP2, as its launcher starts it."""
     from llamafactory.v1.trainers.sft_trainer import run_sft
 
     turns = (("user", "ask"), ("assistant", "good" * job.seq_len))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PHASES = ("load", "forward", "backward", "step")
-LOGS = "log*.jsonl"
+LOG = "log.{process}.jsonl"
+"""Name of the log of a process, in the folder of a run."""
 
 
 class Figure(NamedTuple):

@@ -90,11 +90,11 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
 
 
 def _reports(folder: Path) -> list[dict[str, Any]]:
-    """Of each process that used a device; its log tells less, and is all that there is of one that a signal ended."""
+    """The report of each process that used a device. A process that a signal ended has left only its log, which tells less."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("rank*.json"))]
-    logs = [report for path in sorted(folder.glob(figures.LOGS)) if (report := figures.read_log(path))]
-    told = {report["process"] for report in reports}
-    return reports + [{**report, "cut": True} for report in logs if report["process"] not in told]
+    logs = [report for path in sorted(folder.glob(figures.LOG.format(process="*"))) if (report := figures.read_log(path))]
+    reported = {report["process"] for report in reports}
+    return reports + [{**report, "cut": True} for report in logs if report["process"] not in reported]
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ PEAKS = ("allocated_bytes", "reserved_bytes")
 
 
 class Counters:
-    """Of every device: `take()` gives (allocated, reserved) at their peaks since the last call, `now()` lets them go on."""
+    """Peaks of every device, (allocated, reserved), since `take()` was last called; `now()` reads them and lets them go on."""
 
     def __init__(self) -> None:
         self._running: dict[int, tuple[int, int]] = {}
@@ -26,7 +26,7 @@ class Counters:
         memory.reset_peak_memory_stats = torch.cuda.reset_peak_memory_stats = self._program_resets
 
     def now(self) -> dict[int, tuple[int, int]]:
-        """Device → its peaks since they were taken."""
+        """Device → its peaks since they were last taken."""
         return {device: self._peaks(device) for device in _used()}
 
     def take(self) -> dict[int, tuple[int, int]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftplan.rehearse.figures import Figure
+from peftplan.rehearse.figures import LOG, Figure
 
 PERIOD = 0.25
 """Seconds between two looks at the phase that runs."""
@@ -24,7 +24,7 @@ class Log:
         self._facts: Mapping[str, Any] = {}
 
     def add(self, figures: Iterable[Figure], facts: Mapping[str, Any]) -> None:
-        """Peaks of a phase so far, and what is known of the process; nothing before it has used a device."""
+        """Note the peaks of a phase so far and what is known of the process, where they have changed and a device is in use."""
         latest = list(figures)
         if not latest or (latest == self._figures and facts == self._facts):
             return
@@ -37,12 +37,12 @@ class Log:
         self._append({"loading": True})
 
     def _append(self, change: Mapping[str, Any]) -> None:
-        with Path(self._folder, f"log.{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+        with Path(self._folder, LOG.format(process=os.getpid())).open("a", encoding="utf-8") as file:
             file.write(json.dumps(change) + "\n")
 
 
 def every_period(look: Callable[[], None], ended: threading.Event) -> None:
-    """Call a function from a thread of its own until it has ended."""
+    """Call `look` every period, from a thread of its own, until `ended` is set."""
 
     def run() -> None:
         while not ended.wait(PERIOD):
