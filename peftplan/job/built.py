@@ -57,7 +57,10 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object]) -
     Source: unsloth 2026.10.9, models/mapper.py (`unsloth/Phi-3-medium-4k-instruct`), whose printed counts are those of seven
     projections.
     """
-    return _apart(architecture, config, "mistral") if architecture.model_type in APART else architecture
+    if architecture.model_type not in APART:
+        return architecture
+    a = architecture
+    return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
 
 
 def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:

@@ -225,7 +225,7 @@ def test_unsloth_loads_phi_with_its_projections_apart() -> None:
     )
     assert not plan.unsupported
     result = peftplan.estimate(config=plan)
-    assert result.trainable_parameters == 65_536_000
+    assert (result.model["name"], result.trainable_parameters) == ("phi-3-medium-4k-instruct", 65_536_000)
     assert result.peaks is not None
     fused = peftplan.estimate("phi-3-medium-4k-instruct", method="lora", r=16, target_modules=["qkv_proj", "gate_up_proj"])
     assert fused.trainable_parameters != result.trainable_parameters
