@@ -65,9 +65,18 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         del options["quant_skip_modules"]  # layers of the file's model
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
-    elif chosen_options.get("method") not in (None, options.get("method")):
-        options = fitting({**options, "method": chosen_options["method"]})
+    else:
+        options = _with_method(options, chosen_options)
     return WithFile(plan.model if model is None else model, {**options, **chosen_options}, plan.to_dict(chosen_options))
+
+
+def _with_method(options: dict[str, object], chosen: Mapping[str, object]) -> dict[str, object]:
+    """The file's options that the user's method and storage leave. LoRA in place of QLoRA has a base in 16 bits."""
+    instead = {name: chosen[name] for name in ("method", "quant") if name in chosen}
+    if (options.get("method"), instead.get("method")) == ("qlora", "lora"):
+        instead = {"quant": "none", **instead}
+    changed = any(options.get(name) != value for name, value in instead.items())
+    return fitting({**options, **instead}) if changed else options
 
 
 def _is_the_file_s(model: object, plan: ConfigPlan) -> bool:

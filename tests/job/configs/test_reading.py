@@ -194,6 +194,26 @@ def test_the_user_wins_over_the_file_and_the_file_over_the_tool() -> None:
     assert result.assumptions["quant"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        (AXOLOTL, {"method": "lora"}),
+        (AXOLOTL, {"method": "lora", "quant": "none"}),
+        ({**AXOLOTL, "adapter": "lora"}, {"quant": "none"}),
+    ],
+)
+def test_lora_in_place_of_qlora_has_a_base_in_16_bits(file: dict[str, Any], options: Any) -> None:
+    """As a file that asks for LoRA has."""
+    other = peftplan.estimate(config=read({**AXOLOTL, "adapter": "lora", "load_in_4bit": False}))
+    result = peftplan.estimate(config=read(file), **options)
+    assert (result.peaks, result.assumptions["quant"]) == (other.peaks, "none")
+
+
+def test_a_method_and_a_format_of_the_user_keep_their_base() -> None:
+    result = peftplan.estimate(config=read(AXOLOTL), method="lora", quant="nf4")
+    assert (result.peaks, result.assumptions["quant"]) == (peftplan.estimate(config=read(AXOLOTL)).peaks, "nf4")
+
+
 def test_defaults_are_the_tools() -> None:
     values = {name: value for name, value in AXOLOTL.items() if name != "optimizer"}
     result = peftplan.estimate(config=read(values))
