@@ -84,7 +84,7 @@ def prepared(request: Request) -> Job:
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
-    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **_trainer_setup(set_here), **set_here})
+    setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **_trainer_setup(kind, set_here), **set_here})
     try:
         architecture = architectures.load(
             model, task_type=setup.task_type, num_labels=setup.num_labels, trust_remote_code=setup.trust_remote_code
@@ -231,15 +231,16 @@ def _method_setup(method: methods.Method | None, setup_options: Mapping[str, obj
     return {"quant": quant, **four_bit}
 
 
-def _trainer_setup(setup_options: Mapping[str, object]) -> dict[str, object]:
-    """The task and the scores of a trainer's head, where it has one of its own."""
+def _trainer_setup(method: methods.Method | None, setup_options: Mapping[str, object]) -> dict[str, object]:
+    """The task and the scores of a trainer's head, where it has one of its own, and the dtype that it trains a whole model in."""
     name = setup_options.get("trainer", DEFAULT)
     if not isinstance(name, str) or name not in TRAINERS:
         return {}
     trainer = TRAINERS[name]
-    if trainer.num_labels is None:
-        return {}
-    return {"task_type": trainer.task, "num_labels": trainer.num_labels}
+    if trainer.num_labels is not None:
+        return {"task_type": trainer.task, "num_labels": trainer.num_labels}
+    whole = method is not None and method.name == "full"
+    return {"dtype": "fp32"} if whole and trainer.full_in_fp32 else {}
 
 
 def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:

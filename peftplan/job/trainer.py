@@ -98,6 +98,8 @@ class Trainer(NamedTuple):
     """Whether the model is on its device before the adapter is made; Trainer moves both, unless the model is quantized."""
     loads_in_fp32: bool = False
     """Whether a model that is given by its name is loaded in fp32, whatever its config says."""
+    full_in_fp32: bool = False
+    """Whether a model that trains in full is cast to fp32, whatever dtype it was loaded in."""
     turns_cache_off: bool = False
     """Whether the forward is called without a KV cache, whatever `use_cache` says."""
     casts: tuple[str, ...] = ()

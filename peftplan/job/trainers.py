@@ -347,8 +347,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
         AUTOMODEL_RECIPE._replace(
             name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False
         ),
-        # llamafactory 0.9.5, v1/core/base_trainer.py, v1/trainers/sft_trainer.py; its launcher (v1/launcher.py) sets expandable
-        # segments where it starts several processes.
+        # llamafactory 0.9.5, v1/core/base_trainer.py, v1/core/model_engine.py, v1/trainers/sft_trainer.py; its launcher
+        # (v1/launcher.py) sets expandable segments where it starts several processes.
         Trainer(
             "llamafactory-v1",
             "LLaMA-Factory v1's trainer",
@@ -357,6 +357,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             makes_optimizer=False,
             always_masks=True,
             loads_on_device=True,
+            full_in_fp32=True,
             losses=("full",),
             weighs_tokens=True,
             task="CAUSAL_LM",

@@ -119,7 +119,7 @@ def read(values: dict[str, Any], **more: Any) -> ConfigPlan:
             LLAMAFACTORY_V1,
             "llamafactory-v1",
             {
-                "trainer": "llamafactory-v1", "method": "full", "dtype": "fp32", "optim": "adamw_torch", "strategy": "fsdp2",
+                "trainer": "llamafactory-v1", "method": "full", "optim": "adamw_torch", "strategy": "fsdp2",
                 "gpus": 8, "batch_size": 2, "seq_len": 2048, "gradient_checkpointing": True,
             },
         ),
@@ -160,6 +160,17 @@ def test_full_fine_tuning_leaves_the_adapters_fields_out() -> None:
     plan = read({**LLAMAFACTORY, "finetuning_type": "full", "lora_rank": 64})
     assert {"r", "lora_dropout", "target_modules"} & plan.options.keys() == set()
     assert plan.read["lora_rank"].option == ""
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("lora", "bf16")])
+def test_llamafactory_v1_trains_a_whole_model_in_fp32(method: Any, dtype: str) -> None:
+    """v1/core/model_engine.py:195, where there is no peft_config; by a file and by options alike."""
+    by_file = peftplan.estimate(config=read(LLAMAFACTORY_V1), method=method)
+    by_hand = peftplan.estimate(
+        "qwen3-0.6b", trainer="llamafactory-v1", method=method, strategy="fsdp2", gpus=8, batch_size=2, seq_len=2048
+    )
+    assert by_file.assumptions["dtype"] == by_hand.assumptions["dtype"] == dtype
+    assert by_file.peaks == by_hand.peaks
 
 
 def test_kernels_of_llamafactory_v1_need_to_be_named() -> None:
