@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftplan import files
 from peftplan.errors import InputError, MissingError, quoted
+from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainer import Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
@@ -135,13 +136,15 @@ def training_options(args: object) -> dict[str, object]:
     }
     trainer = TRAINERS[_trainer(args)]
     options["trainer"] = trainer.name
-    for name in sorted(trainer.options):
+    unread = () if getattr(args, "use_vllm", False) else OF_VLLM
+    for name in sorted(trainer.options.difference(unread)):
         if (value := getattr(args, name, None)) is not None:
             options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
     if trainer.teaches and (teacher := getattr(args, "teacher_model_name_or_path", None)) is not None:
         options["teacher_model"] = teacher
     options |= _loading(args)
     _refuse_padding_free(args)
+    _refuse_other_losses(args, trainer)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
     options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
     return options | _sharding(args) | _liger(args, trainer)
@@ -189,6 +192,21 @@ def _refuse_padding_free(args: object) -> None:
 
 PADDING_FREE = ("bfd", "bfd_split")
 """Strategies of packing that imply `padding_free` in trl."""
+
+OTHER_LOSSES: dict[TrainerName, tuple[str, tuple[float, ...], str]] = {
+    "trl-gkd": ("beta", (0, 1), "a number between 0 and 1; the divergence without a mixture"),
+    "trl-tpo": ("tpo_alpha", (0,), "a number above 0; two rows of three"),
+}
+"""Trainer → an argument, its values at which a step takes less than is counted, what is accepted, and what is not counted."""
+
+
+def _refuse_other_losses(args: object, trainer: Trainer) -> None:
+    """Raises InputError if a distillation or TPO keeps less (trl, `generalized_jsd_loss`, `TPOTrainer._compute_loss`)."""
+    if trainer.name in OTHER_LOSSES:
+        name, values, accepted = OTHER_LOSSES[trainer.name]
+        if (value := getattr(args, name, None)) in values:
+            raise InputError(f"training_args.{name}", value, f"accepted: {accepted} is not counted")
+
 
 CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_checkpoints"}
 """Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""

@@ -188,6 +188,23 @@ def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> Non
     assert (assumptions["trainer"], assumptions["teacher_model"]) == (trainer, "smollm2-360m")
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "argument", "value"), [("gkd", "GKDConfig", "beta", 1.0), ("tpo", "TPOConfig", "tpo_alpha", 0.0)]
+)
+def test_losses_that_keep_less_are_refused(module: str, name: str, argument: str, value: float) -> None:
+    args = getattr(pytest.importorskip(f"trl.experimental.{module}"), name)(**COMMON, bf16=False, **{argument: value})
+    with pytest.raises(peftplan.InputError, match=rf"training_args.{argument}: {value} is not valid; .*is not counted"):
+        peftplan.estimate(CONFIG, training_args=args, teacher_model="smollm2-360m")
+
+
+def test_defaults_for_vllm_are_no_warning_where_transformers_generates() -> None:
+    config = pytest.importorskip("trl").GRPOConfig
+    for use_vllm, mode in ((False, None), (True, "server")):
+        args = config(**COMMON, bf16=False, use_vllm=use_vllm, vllm_mode="server", num_generations=2)
+        result = peftplan.estimate("smollm2-135m", training_args=args, batch_size=2)
+        assert (result.warnings, result.assumptions.get("vllm_mode")) == ((), mode)
+
+
 def test_other_trainers_of_trl_are_refused() -> None:
     args = pytest.importorskip("trl.experimental.sdpo").SDPOConfig(**COMMON, bf16=False)
     with pytest.raises(peftplan.InputError, match=r"'SDPOConfig' is not valid; accepted: .* SFTConfig, DPOConfig"):

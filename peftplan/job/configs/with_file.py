@@ -13,6 +13,7 @@ from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.plan import ConfigPlan, Effect, Unsupported, bound
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.setup import OF_PREFERENCES, Setup
+from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     options = dict(plan.options)
     if model is not None and not _is_the_file_s(model, plan) and re.search(r"\d", str(options.get("quant_skip_modules"))):
         del options["quant_skip_modules"]  # layers of the file's model
+    if not chosen_options.get("use_vllm", options.get("use_vllm")):  # the tool's defaults for vLLM, which does not generate
+        options = {name: value for name, value in options.items() if name not in OF_VLLM or name not in plan.defaults}
     if objects:
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
     else:

@@ -430,6 +430,12 @@ def test_what_preferences_of_other_tools_do_beside(values: dict[str, Any], key: 
     assert read(values).unsupported[key].effect == effect
 
 
+def test_defaults_for_vllm_count_where_it_generates() -> None:
+    plan = read({**MODEL, "per_device_train_batch_size": 8}, kind="command", program="trl grpo")
+    assert peftplan.estimate(config=plan).warnings == ()
+    assert peftplan.estimate(config=plan, use_vllm=True).assumptions["vllm_gpu_memory_utilization"] == 0.3
+
+
 def test_options_of_another_trainer_are_left_out() -> None:
     """The default of vLLM's share, 0.3, is none of supervised fine-tuning; a server's address moves no byte."""
     plan = read(MODEL, kind="command", program="trl sft")
