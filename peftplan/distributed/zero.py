@@ -59,6 +59,24 @@ def by_tensor(distributed: Distributed, *, quantized: bool) -> bool:
     return not quantized if distributed.zero3_init is None else distributed.zero3_init
 
 
+def refused_dtypes(parameters: Parameters, distributed: Distributed, *, quantized: bool) -> str | None:
+    """Why ZeRO-3 raises beside an adapter, such as one in fp32 and a copy of the head in 16 bits; None where it runs.
+
+    A model that is loaded whole, and divided then, is cast to one dtype first (runtime/engine.py, `_cast_module_mixed_precision`).
+    """
+    offloads = distributed.offload_params not in (None, "none")
+    if distributed.strategy != "zero3" or offloads or not by_tensor(distributed, quantized=quantized):
+        return None
+    trained = [p for p in parameters.all if p.trainable]
+    dtypes = sorted({p.dtype for p in trained})
+    if len(dtypes) == 1 or all(p.owner == "base" for p in trained):
+        return None
+    return (
+        f"ZeRO-3 keeps all that trains in one buffer of one dtype, not {' and '.join(dtypes)} "
+        f"(DeepSpeed, defragment in runtime/zero/utils.py); use --adapter-dtype {dtypes[0]}"
+    )
+
+
 def overlaps(distributed: Distributed) -> bool:
     """Whether gradients are reduced on a stream of their own while backward runs; unset it is so under ZeRO-3 alone."""
     return distributed.strategy == "zero3" if distributed.overlap_comm is None else distributed.overlap_comm

@@ -12,6 +12,7 @@ from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
 from peftplan.ledger import Ledger
+from peftplan.parameters import Parameters
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
 from peftplan.planning.verdicts import capability, card_notes, kernels_on, placed_on, verdict, vllm_of
 from peftplan.results.estimate import Estimate, Peaks
@@ -233,7 +234,8 @@ def _estimated(
     if peaks is not None:
         assumed |= cast("Assumptions", {"compute_capability": of_first, **peaks.assumed})
     short = None if setup.host_memory is None else question.host(assumed.get("offloaded_bytes", 0)).why_short
-    warned = f"batch_size: {refused_size}" if refused_size else short
+    refused = refused_size or short or _refused_dtypes(job, built)
+    warned = f"batch_size: {refused}" if refused_size else refused
     if (config := question.config) is not None:
         config = config.copy()
         config["bound"] = question.bound
@@ -254,7 +256,7 @@ def _estimated(
                 card,
                 standing,
                 *of_card,
-                refused=refused_size or short or unmet(setup, pair(capability(card))),
+                refused=refused or unmet(setup, pair(capability(card))),
                 skip_unfit=skip_unfit,
                 bound=question.bound,
                 vllm=vllm,
@@ -269,6 +271,15 @@ def _estimated(
         distributed=_over_gpus(job, static, peaks, of_first),
         config=config,
     )
+
+
+def _refused_dtypes(job: Job, built: Parameters) -> str | None:
+    """Why DeepSpeed refuses the dtypes of what trains; None where it does not."""
+    if job.distributed is None:
+        return None
+    from peftplan.distributed.zero import refused_dtypes
+
+    return refused_dtypes(built, job.distributed, quantized=job.quant is not None)
 
 
 def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator[RankGroup]":

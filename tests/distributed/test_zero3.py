@@ -8,12 +8,13 @@ import pytest
 
 import peftplan
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import trained_groups
+from peftplan.distributed.zero import refused_dtypes, trained_groups
 from peftplan.distributed.zero3 import Coordinator, Limits, Module, Sharded
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
 from peftplan.results.estimate import Estimate
 from peftplan.tape.tape import Tape
+from tools import rank_jobs
 
 TRAINED, NORMS = 1_235_814_400, 33 * 2048
 """Parameters of Llama-3.2-1B, and those without weight decay."""
@@ -231,6 +232,32 @@ def test_a_classifier_has_a_peak(strategy: Any, method: str, options: dict[str, 
         "distilbert-base-uncased", method=method, gpus=4, strategy=strategy, task_type="SEQ_CLS", **options
     )
     assert (result.peaks is not None) == (method == "full" or strategy != "zero3")
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        ({}, False),
+        ({"adapter_dtype": "bf16"}, True),
+        ({"trainer": "trl"}, True),
+        ({"quant": "nf4"}, True),
+        ({"offload_params": "cpu", "offload_optimizer": "cpu"}, True),
+    ],
+)
+def test_a_head_in_16_bits_beside_an_adapter_in_fp32_does_not_run(options: dict[str, Any], runs: bool) -> None:
+    """The assertion of `defragment`; a quantized model is cast to one dtype before, and offloaded weights have another buffer."""
+    job: dict[str, Any] = {"method": "lora", "gpus": 4, "strategy": "zero3", "modules_to_save": ["lm_head"], **options}
+    assert (peftplan.estimate("llama-3.2-1b", gpu="l4", **job).gpus[0].verdict != "does_not_run") is runs
+    assert (peftplan.estimate("llama-3.2-1b", **job).warnings == ()) is runs
+
+
+def test_rehearsed_jobs_are_not_refused() -> None:
+    """They ran."""
+    jobs = [prepare(**rank_jobs.options(row)) for row in rank_jobs.rows() if row["strategy"] == "zero3" and "error" not in row]
+    assert len(jobs) > 50
+    for job in jobs:
+        assert job.distributed is not None
+        assert refused_dtypes(inventory(job).parameters, job.distributed, quantized=job.quant is not None) is None
 
 
 def test_weights_on_the_host_pass_through_the_device() -> None:
