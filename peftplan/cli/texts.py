@@ -88,7 +88,7 @@ TRAINING: dict[str, str] = {
 }
 PREFERENCES: dict[str, str] = {
     "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
-    "--teacher-model": "a second model, of whose distributions the student learns",
+    "--teacher-model": "model that the student learns from: dense, in the dtype of the student",
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
     "--beta": "weight of the reference model",
     "--loss-type": "the loss, under the trainer's own name for it",
