@@ -148,7 +148,7 @@ class UnknownNameError(InputError):
     """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere."""
 
     def __init__(
-        self, field: str, value: object, choices: Iterable[str], *, most: int = 24, also: str = "", beside: Iterable[str] = ()
+        self, field: str, value: object, choices: Iterable[str], *, most: int = 28, also: str = "", beside: Iterable[str] = ()
     ) -> None:
         self.choices = sorted(choices)
         text = value if isinstance(value, str) else quoted(value)
