@@ -62,7 +62,7 @@ def by_tensor(distributed: Distributed, *, quantized: bool) -> bool:
 def refused_dtypes(parameters: Parameters, distributed: Distributed, *, quantized: bool) -> str | None:
     """Why ZeRO-3 raises beside an adapter, such as one in fp32 and a copy of the head in 16 bits; None where it runs.
 
-    A model that is loaded whole, and divided then, is cast to one dtype first (runtime/engine.py, `_cast_module_mixed_precision`).
+    A model that is loaded whole and then divided is cast to one dtype first (runtime/engine.py, `_cast_module_mixed_precision`).
     """
     offloads = distributed.offload_params not in (None, "none")
     if distributed.strategy != "zero3" or offloads or not by_tensor(distributed, quantized=quantized):

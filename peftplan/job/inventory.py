@@ -106,8 +106,9 @@ def _second_model(job: Job, on_rank: Parameters) -> Ledger:
 
     teacher = teacher_of(job)
     assert teacher is not None
+    source = f"{job.setup.by.called}: teacher_model"
     lines = (*weight_lines(teacher.parameters), *buffer_lines(teacher.parameters))
-    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source="trl: GKDTrainer.teacher_model") for line in lines))
+    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
 
 
 def reference_lines(built: Parameters) -> Ledger:
