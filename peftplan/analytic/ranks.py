@@ -19,9 +19,10 @@ from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.load import Handle, Loader, Memory, load_into, peak_of
 from peftplan.memory.model import Model
+from peftplan.memory.program import Program
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
-from peftplan.memory.step import Program, steady_step
+from peftplan.memory.step import steady_step
 from peftplan.memory.synced import of_model, send
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero

@@ -18,7 +18,7 @@ from peftplan.ledger import Dim
 from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
-from peftplan.memory.step import Program
+from peftplan.memory.program import Program
 from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig
 from peftplan.optim import parse_optim
 from peftplan.storage.modules import CONVERTED_KINDS

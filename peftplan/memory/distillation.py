@@ -21,8 +21,8 @@ from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 def divergence(f: Tape, student: Tensor, teacher: Tensor) -> Tensor:
     """The divergence of the next tokens, over those that are scored. `student`, `teacher`: logits, which the caller holds.
 
-    Locals of Python functions live until they return: at the peak, where the two divergences from the mixture are added up,
-    17 tensors of b x (s - 1) x v are alive, the mixture's input counted twice.
+    Locals of a Python function live until it returns. At the peak the two divergences from the mixture are added up: 15 tensors
+    of b x (s - 1) x v are alive, the mixture's stacked input counted twice, beside both models' logits.
     """
     rows, seq, vocab = student.dims
     dims: Dims = (rows, f"{seq}-1", vocab)

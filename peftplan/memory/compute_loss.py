@@ -1,0 +1,219 @@
+"""The forwards of a micro batch and its loss, by what the trainer's `compute_loss` holds until it returns.
+
+Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.py (`ConvertOutputsToFp32`); trl,
+`SFTTrainer.compute_loss` and those that each function names.
+"""
+
+from contextlib import nullcontext
+
+from peftplan.job.loss_sizes import ALL_LOGITS
+from peftplan.job.trainer import Forward, Scoring
+from peftplan.memory.heads import head_of
+from peftplan.memory.model import Model
+from peftplan.memory.models import forward_of
+from peftplan.memory.program import Program
+from peftplan.memory.units import BACKBONE, ROOT
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
+
+HALF = ("fp16", "bf16")
+TRIPLE = 3
+"""Rows of an example that is a chosen, a rejected and a reference completion."""
+
+
+def loss_of_batch(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
+    """The loss of one micro batch. `outputs`: those that the loop holds of the micro batch before; replaced."""
+    if program.trainer.sums_rows:
+        scoring = program.trainer.scoring
+        if scoring is None:
+            return _preference_loss(model, program, reference)
+        return _loss_of_logits(model, program, reference, scoring)
+    return _loss_apart(model, program, reference) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+
+
+def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:
+    """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
+    before, model.kept = model.kept, []
+    loss, *others = _forward(model)
+    outputs[:] = others or [loss]  # either holds the graph, and with it what its nodes do not release
+    del before
+    if not program.keep_outputs:
+        outputs.clear()
+        model.kept.clear()
+    return loss
+
+
+def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tensor:
+    """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
+    f = model.tape
+    if program.trainer.scoring is not None:
+        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
+
+        of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
+        of_logits = loss_of_completions if program.trainer.generates else of_rows
+        return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
+    if program.trainer.teaches:
+        return _distilled(model, program, reference)
+    if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss == "per-token":
+        return _loss_by_loop(model, program)
+    loss, *outputs = _prepared(model, program)
+    if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
+        from peftplan.memory.chunked_loss import loss_of_trl
+
+        loss = loss_of_trl(f, *outputs)
+    model.kept.clear()
+    return loss
+
+
+def _loss_by_loop(model: Model, program: Program) -> Tensor:
+    """The cross entropy that the loop makes of the logits when the model has returned."""
+    from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
+
+    f = model.tape
+    _, logits = _forward(model)
+    f.module = ""
+    if program.trainer.weighs_tokens:
+        loss = weighted_tokens(f, logits)
+    elif model.running.loss == "per-token":
+        loss = cross_entropy(f, f.to(logits, "fp32"))  # the caller holds the copy
+    elif model.running.loss == "te-parallel":
+        loss = written_over_logits(f, logits)
+    else:
+        loss = cross_entropy(f, logits)
+    model.kept.clear()
+    return loss
+
+
+def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
+    """`GKDTrainer.compute_loss`: the student's logits, those of the teacher without gradients, and the divergence of the two.
+    `DistillationTrainer` makes it of hidden states.
+    """
+    from peftplan.memory.distillation import divergence, divergence_in_tiles
+
+    f, of_models, in_tiles = model.tape, [], model.running.loss == "trl-chunked"
+    for number, forward in enumerate(program.forwards):
+        runs = _run_by(forward, number, model, teacher)
+        with nullcontext() if forward.trains else f.no_grad():
+            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, "softmax"))
+    f.module = ""
+    assert teacher is not None
+    loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
+    for runs in (model, teacher):
+        runs.kept.clear()
+    return loss
+
+
+def _prepared(model: Model, program: Program) -> list[Tensor]:
+    """The outputs of a model that accelerate prepared: under autocast fp32 copies of those in 16 bits."""
+    f = model.tape
+    loss, *outputs = _forward(model)
+    f.module = ""
+    if f.autocast and program.trainer.prepares_model:
+        outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
+    return [loss, *outputs]
+
+
+def _wide_logits(model: Model, scoring: Scoring) -> Tensor:
+    """The logits of a model that returns no loss, in fp32, as accelerate returns them where it runs the model under autocast."""
+    f = model.tape
+    logits = _forward(model)[1]
+    f.module = ""
+    return logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
+
+
+def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
+    """`compute_loss` of TRL's trainers of preferences: forwards in order, and what they gave stays alive until it returns.
+
+    Source: trl `DPOTrainer._compute_loss`, `KTOTrainer._compute_loss`. Left out: numbers of whole rows, and the metrics.
+    """
+    from peftplan.memory.chunked_loss import loss_of_rows, sum_of_rows
+
+    f = model.tape
+    alive: list[object] = []
+    sums: list[Tensor] = []
+    labels: dict[str, Tensor] = {}
+    for number, forward in enumerate(program.forwards):
+        runs = _run_by(forward, number, model, reference)
+        if forward.batch or not labels:
+            labels[forward.batch] = _labels(f)
+        with nullcontext() if forward.trains else f.no_grad():
+            outputs = _prepared(runs, program)
+            sums.append(sum_of_rows(f, outputs[1]))
+        if forward.batch:
+            del labels[forward.batch]
+        else:
+            alive.append(outputs)
+        del outputs
+    loss = loss_of_rows(f, sums)
+    model.kept.clear()
+    return loss
+
+
+def _loss_of_logits(model: Model, program: Program, reference: Model | None, scoring: Scoring) -> Tensor:
+    """The same where a forward returns all logits: those that stay until the loss is made, and their copies."""
+    from peftplan.memory.chunked_loss import loss_of_rows
+    from peftplan.memory.pair_logits import by_kind, mean_logits, scored_rows
+
+    f, by = model.tape, program.trainer
+    logits_of: dict[str, Tensor] = {}
+    sums: list[Tensor] = []
+    last = {forward.of: forward for forward in program.forwards}
+    for number, forward in enumerate(program.forwards):
+        runs = _run_by(forward, number, model, reference)
+        with nullcontext() if forward.trains else f.no_grad():
+            logits = _wide_logits(runs, scoring)
+            sums.append(scored_rows(f, logits, scoring, count=model.running.batch_size))
+        if forward.of in by.keeps_logits and not forward.batch:
+            logits_of[forward.of] = logits.detach()
+        del logits
+        if by.kinds == "after its forwards" and forward is last[forward.of] and forward.of in logits_of:
+            logits_of[forward.of] = by_kind(f, logits_of[forward.of])
+    if by.kinds != "after its forwards" and logits_of:
+        mean_logits(f, logits_of["policy"], copies=by.kinds == "in the log")
+    loss = loss_of_rows(f, sums)
+    model.kept.clear()
+    return loss
+
+
+def _run_by(forward: Forward, number: int, model: Model, reference: Model | None) -> Model:
+    """The model that runs a forward, on the batch of the policy; without a second model it is the policy itself."""
+    runs = model if forward.of == "policy" or reference is None else reference
+    runs.pass_name, runs.micro_batch, runs.batch = f"/{number}", model.micro_batch, model.batch
+    return runs
+
+
+def _labels(f: Tape) -> Tensor:
+    """`input_ids.masked_fill(completion_mask == 0, -100)`."""
+    prompt = f.new(("b", "s"), "bool", "eq")
+    labels = f.new(("b", "s"), "int64", "masked_fill")
+    del prompt
+    return labels
+
+
+def _forward(model: Model) -> list[Tensor]:
+    """The loss, and what else the outputs hold."""
+    head = head_of(model)
+    model.units.enter(ROOT)
+    model.units.enter(BACKBONE)
+    forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules, own_decoders=model.running.own_decoders)
+    hidden = model.units.leave(BACKBONE, forward(model))
+    if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
+        hidden = model.units.leave(ROOT, hidden)
+        model.units.end_forward()
+        outputs = [*head(model, hidden)]
+    else:
+        outputs = [*head(model, hidden), *model.outputs]
+        of_model = 1 if model.running.without_loss else 0
+        outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
+        outputs = model.units.hand_out(outputs)
+        model.units.end_forward()
+    if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
+        from peftplan.memory.methods.adalora import regularized
+
+        outputs[0] = regularized(model, outputs[0])
+    model.outputs.clear()
+    model.call_locals.clear()
+    if model.running.loss not in ALL_LOGITS:
+        model.kept.clear()
+    model.tape.end_autocast()
+    return outputs

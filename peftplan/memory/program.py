@@ -1,0 +1,31 @@
+"""The loop around the model, as facts of the setup."""
+
+from typing import NamedTuple
+
+from peftplan.job.trainer import LOSS, Forward, Trainer
+from peftplan.optim import Optimizer
+from peftplan.parameters import Parameter
+
+
+class Program(NamedTuple):
+    """The fields of the setup that decide the loop."""
+
+    trainer: Trainer
+    keep_outputs: bool
+    optimizer: Optimizer
+    accumulation: int = 1
+    keep_gradients: bool = False
+    left_alone: frozenset[str] = frozenset()
+    """Parameters that get gradients but that the optimizer does not update."""
+    frees_outputs: bool = False
+    """Whether kept outputs are freed after each backward."""
+    shards: tuple[Parameter, ...] | None = None
+    """What the optimizer steps over, where it is not the whole parameters."""
+    scales: bool = False
+    """Whether the loss is scaled, as accelerate does for `mixed_precision="fp16"`."""
+    syncs_each_batch: bool = False
+    """Whether gradients are reduced in every micro batch, not in the last alone."""
+    forwards: tuple[Forward, ...] = LOSS
+    """The forwards of a micro batch."""
+    steps_in_backward: bool = False
+    """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""
