@@ -237,16 +237,26 @@ class Scores:
         return repeated(self.model.tape, x, (q.dims[0], *x.dims[1:]))
 
     def picked(self, content: Tensor, against: Tensor, distances: Tensor, span: Dim, *, from_keys: bool) -> tuple[Tensor, Tensor]:
-        """One kind of score: of every position in the table, then those of each pair; and which they are, which is made first
-        for keys, from the other end."""
+        """One kind of score: of every position in the table, then those of each pair; and the places of these in the table,
+        which are made before the scores where keys are scored."""
         f, dims = self.model.tape, (*content.dims[:3], span)
-        every = None if from_keys else products.matmul(f, content, against, dims, transposed=True)
-        moved = f.new(distances.dims, "int64", "neg") if from_keys else None
+        if from_keys:
+            index = self.places(distances, negated=True)
+            every = products.matmul(f, content, against, dims, transposed=True)
+        else:
+            every = products.matmul(f, content, against, dims, transposed=True)
+            index = self.places(distances, negated=False)
+        return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
+
+    def places(self, distances: Tensor, *, negated: bool) -> Tensor:
+        """`clamp(distances + att_span, 0, att_span * 2 - 1)`."""
+        f = self.model.tape
+        _negative = f.new(distances.dims, "int64", "neg") if negated else None
         moved = f.new(distances.dims, "int64", "add")
+        del _negative
         index = f.new(distances.dims, "int64", "clamp")
         del moved
-        every = every or products.matmul(f, content, against, dims, transposed=True)
-        return gather(f, every, index, (*content.dims[:3], content.dims[2])), index
+        return index
 
 
 def added(f: Tape, x: Tensor, score: Tensor | None) -> Tensor:
