@@ -15,7 +15,7 @@ from peftplan.ledger import Ledger
 from peftplan.memory.load import Handle, Memory
 from peftplan.parameters import Parameters
 
-BUCKET = 250 * 2**20
+BROADCAST_BUCKET = 250 * 2**20
 """Bytes at which a bucket is sent (torch, nn/parallel/distributed.py, `broadcast_bucket_size`)."""
 IN_FLIGHT = 2
 """Buckets that are there at once."""
@@ -28,7 +28,7 @@ def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
     for number, (dtype, nbytes) in enumerate(sizes):
         bucket = filling.setdefault(dtype, (number, []))[1]
         bucket.append(nbytes)
-        if sum(bucket) >= BUCKET:
+        if sum(bucket) >= BROADCAST_BUCKET:
             buckets.append(filling.pop(dtype))
     ordered = sorted([*buckets, *filling.values()], key=lambda bucket: bucket[0])
     return tuple(sum(bucket) if len(bucket) > 1 else 0 for _, bucket in ordered)

@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import _compute_bucket_assignment_by_size
 
 from peftplan.depth.log import Moment, Storage
 from peftplan.libraries.quantized import TORCH_DTYPES
-from peftplan.memory.synced import BUCKET, send
+from peftplan.memory.synced import BROADCAST_BUCKET, send
 
 SENT, REDUCED, BUILT, READY, REBUILT = (f"ddp: {what}" for what in ("sent", "reduced", "built", "ready", "rebuilt"))
 """Notes in a log: a tensor that rank 0 sends; a parameter whose gradient is reduced, in the order of the model; all are said; a
@@ -40,7 +40,7 @@ class _Flats:
         self.at, op = moment, moment.storage.op
         self.noted[op].append(moment.storage)
         if op == BUILT:
-            send(self, flat_sizes(self.noted[SENT], (BUCKET,), alone=False))
+            send(self, flat_sizes(self.noted[SENT], (BROADCAST_BUCKET,), alone=False))
             self.buckets = [self.allocate(nbytes) for nbytes in flat_sizes(self.noted[REDUCED], self.first)[::-1]]
         elif op == REBUILT:
             for bucket in self.buckets:
