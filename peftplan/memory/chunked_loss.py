@@ -38,14 +38,14 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     del chosen, targets
     log_probs, *others = (_scattered(f, part, mask) for part in per_label)
     del per_label
-    loss = _mean(f, ops.scale(f, _sum(f, log_probs), "neg"), mask)
+    loss = _mean(f, ops.scale(f, ops.summed(f, log_probs), "neg"), mask)
     return loss, log_probs, *others, mask
 
 
 def sum_of_rows(f: Tape, log_probs: Tensor) -> Tensor:
     """`log_probs[:, -seq_len:].sum(dim=1)`: the log-probability of each row's completion."""
     sliced_ = Tensor(log_probs.storage, log_probs.dims, log_probs.dtype, f.record(_zero_padded_backward, (log_probs,)))
-    return f.new(("b",), log_probs.dtype, "sum", f.record(_sum_backward, (sliced_,), log_probs.dims))
+    return ops.summed(f, sliced_, ("b",))
 
 
 def _zero_padded_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def loss_of_trl(f: Tape, log_probs: Tensor, *others: Tensor) -> Tensor:
     *metrics, mask = others
     per_token = ops.scale(f, log_probs, "neg")
     tokens = f.new((), "int64", "sum")
-    loss = _mean(f, _sum(f, per_token), mask, tokens)
+    loss = _mean(f, ops.summed(f, per_token), mask, tokens)
     for metric in metrics:
         total = f.new((), "int64" if metric.dtype == "bool" else "fp32", "sum")
         mean = f.new((), "fp32", "div")
@@ -86,14 +86,6 @@ def _mean(f: Tape, total: Tensor, mask: Tensor, tokens: Tensor | None = None) ->
 
 def _mean_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new((), g.dtype, "div")
-
-
-def _sum(f: Tape, x: Tensor) -> Tensor:
-    return f.new((), x.dtype, "sum", f.record(_sum_backward, (x,), x.dims))
-
-
-def _sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
 
 
 def rows_of(f: Tape, x: Tensor, mask: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def divergence(f: Tape, student: Tensor, teacher: Tensor) -> Tensor:
     del weighed, other
     scored = rows_of(f, total, mask)
     del mine, theirs, log_mine, log_theirs, mixture, from_teacher, from_student, total
-    return ops.scale(f, f.new((), "fp32", "sum", f.record(_summed_backward, (scored,), scored.dims)), "div")
+    return ops.scale(f, ops.summed(f, scored), "div")
 
 
 def _mixed(f: Tape, log_mine: Tensor, dims: Dims) -> Tensor:
@@ -88,10 +88,6 @@ def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple
     return g, f.new(g.dims, "fp32", "neg")
 
 
-def _summed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
-
-
 STATISTICS = 9
 """Running maxima and sums of both models, and the divergences from the mixture, one number a token each."""
 
@@ -121,7 +117,7 @@ def divergence_in_tiles(student: Model, teacher: Model, mine: Tensor, theirs: Te
     )
     per_token = f.new(("n",), "fp32", "divergence", node)
     del buffers, numbers, chosen
-    return ops.scale(f, f.new((), "fp32", "sum", f.record(_summed_backward, (per_token,), per_token.dims)), "div")
+    return ops.scale(f, ops.summed(f, per_token), "div")
 
 
 def _of_completions(f: Tape, x: Tensor) -> Tensor:

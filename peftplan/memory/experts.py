@@ -68,11 +68,7 @@ def _divided_backward(f: Tape, node: Node, saved: tuple[Tensor | None, Tensor], 
 
 def row_sum(f: Tape, x: Tensor) -> Tensor:
     """`x.sum(-1, keepdim=True)`: its gradient is a view. Autocast asks for an fp32 result."""
-    return f.new((*x.dims[:-1], 1), "fp32" if f.autocast else x.dtype, "sum", f.record(_row_sum_backward, (x,), x.dims))
-
-
-def _row_sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return Tensor(g.storage, saved[0], g.dtype)
+    return ops.summed(f, x, (*x.dims[:-1], 1), "fp32" if f.autocast else x.dtype)
 
 
 Grouped: TypeAlias = tuple[Operand | None, Operand | None, Tensor, Dims, Dims, bool]

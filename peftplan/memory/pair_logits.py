@@ -128,15 +128,11 @@ def _summed(f: Tape, per_token: Tensor) -> Tensor:
     rows = per_token.dims[:1]
     mask = f.new(per_token.dims, "bool", "ne")
     masked = f.new(per_token.dims, "fp32", "mul", f.record(_masked_backward, (per_token,), mask))
-    return f.new(rows, "fp32", "sum", f.record(_sum_backward, (masked,), masked.dims))
+    return ops.summed(f, masked, rows)
 
 
 def _loss_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> tuple[Tensor, Tensor]:
     return f.new(saved[0], "fp32", "cat"), g
-
-
-def _sum_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return Tensor(g.storage, saved[0], g.dtype)  # expanded, a view
 
 
 def _masked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:

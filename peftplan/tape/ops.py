@@ -244,3 +244,12 @@ def _expanded_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Te
 def gathered(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     """`x[mask]`: copies the rows that the mask selects. The gradient of x is allocated whole (`index_put`)."""
     return f.new(dims, x.dtype, "index", f.record(_selected_backward, (x,), x.dims))
+
+
+def summed(f: Tape, x: Tensor, dims: Dims = (), dtype: str | None = None) -> Tensor:
+    """`sum`, of all elements unless the result has dims: saves nothing. The gradient of x is expanded, a view."""
+    return f.new(dims, dtype or x.dtype, "sum", f.record(_summed_backward, (x,), x.dims))
+
+
+def _summed_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return Tensor(g.storage, saved[0], g.dtype)
