@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
+from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.shards import bucket_sizes, cast_on_rank
+from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup

@@ -5,18 +5,17 @@ W ranks of a shard group, N parameters, T of them trained. The rank with the mos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.ddp import buckets
 from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of, shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
-from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Allocation, Category, Line, Place
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
@@ -42,9 +41,9 @@ class Holding(NamedTuple):
     device: int | None = None
     """Of a `device_map`, the GPU that holds it; None: one of them."""
     rank: int | None = None
-    """Under ZeRO-1 and ZeRO-2 the rank whose gradients are kept; None: one of them."""
+    """Under ZeRO-1 and ZeRO-2, the rank whose gradients are kept; None: one of them."""
     ranks: tuple[int, ...] = ()
-    """There the ranks of which one needs the most memory (`zero.unlike_ranks`)."""
+    """Under ZeRO-1 and ZeRO-2, the ranks of which one needs the most memory (`zero.unlike_ranks`)."""
 
 
 def holding(
@@ -61,7 +60,7 @@ def holding(
     if strategy in ("zero1", "zero2", "zero3"):
         return _of_zero(parameters, distributed, autocast=autocast, hidden_size=architecture.hidden_size or 0)
     if strategy == "ddp":
-        return Holding(parameters, _buckets(parameters, distributed))
+        return Holding(parameters, buckets(parameters, distributed))
     if strategy == "tp":
         return Holding(shards_of(parameters, architecture, ranks_of(distributed)))
     return Holding(largest(parameters, distributed.world_size))
@@ -213,58 +212,6 @@ def _elements(p: Parameter) -> int:
     return sum(prod(a.dims) for a in p.allocations if a.name == "weight") if p.quantized else p.numel
 
 
-# -- DDP -----------------------------------------------------------------------------------------------------------------------
-
-
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes at which a bucket is full by default (torch, `dist._DEFAULT_FIRST_BUCKET_BYTES`, `_DEFAULT_BUCKET_CAP_MB`)."""
-
-
-def _buckets(parameters: Parameters, distributed: Distributed) -> tuple[Line, ...]:
-    """DDP's buckets: all gradients a second time, from construction on, however many ranks there are (torch, reducer.cpp)."""
-    source = "torch: Reducer::initialize_buckets"
-    return tuple(
-        Line(f"bucket of gradients of {nbytes:,} B", "communication", "uint8", (nbytes,), copies, source)
-        for nbytes, copies in Counter(bucket_sizes(parameters, distributed)).items()
-    )
-
-
-def bucket_caps(distributed: Distributed) -> tuple[int, int]:
-    """Bytes at which DDP's first bucket is full, and every later one. The first is smaller only by default.
-
-    accelerate does not pass the default on (`DistributedDataParallelKwargs.to_kwargs`).
-    """
-    if distributed.bucket_cap_mb in (None, BUCKET // 2**20):
-        return FIRST_BUCKET, BUCKET
-    cap = int((distributed.bucket_cap_mb or 0) * 2**20)
-    return cap, cap
-
-
-def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
-    """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first."""
-    limit, cap = bucket_caps(distributed)
-    sizes: list[int] = []
-    filled = 0
-    for p in _backwards(parameters):
-        filled += p.numel * ITEMSIZE[p.dtype]
-        if filled >= limit:
-            sizes.append(filled)
-            filled, limit = 0, cap
-    return (*sizes, filled) if filled else tuple(sizes)
-
-
-def _backwards(parameters: Parameters) -> Iterator[Parameter]:
-    """The trainable parameters, the last layer first. A family is repeated for each of its layers."""
-    trained = [p for p in parameters.all if p.trainable]
-    layers = sorted({layer for p in trained for layer in p.layers or ()}, reverse=True)
-    outside = [p for p in trained if p.layers is None]
-    ahead = [p for p in outside if p.in_embedding]
-    yield from reversed([p for p in outside if not p.in_embedding for _ in range(p.copies)])
-    for layer in layers:
-        yield from reversed([p for p in trained if p.layers is not None and layer in p.layers])
-    yield from reversed(ahead)
-
-
 # -- ZeRO ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +249,8 @@ def _of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str,
 
 def _of_zero_0(parameters: Parameters, distributed: Distributed, *, autocast: str) -> Holding:
     """DeepSpeed's stage 0: the module in 16 bits, and beside it an fp32 master of each tensor that trains
-    (runtime/fp16/unfused_optimizer.py); a model in fp32 as it is."""
+    (runtime/fp16/unfused_optimizer.py). A model in fp32 stays as it is.
+    """
     if autocast == "none":
         return Holding(parameters)
     cast = parameters._replace(all=cast_on_rank(parameters, distributed, autocast=autocast))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peftplan.depth.log import Moment
-from peftplan.distributed.shards import bucket_caps
+from peftplan.distributed.ddp import bucket_caps
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import parse_dtype
 from peftplan.job.setup import Setup
