@@ -83,12 +83,12 @@ class Compiled(NamedTuple):
     """Numbers of tokens above which the step allocates otherwise."""
     empties_cache: bool = False
     """Whether cached segments are given back after each backward."""
+    empties_before: bool = False
+    """Whether they are given back before each backward."""
     empties_first: bool = False
     """Whether they are given back before each backward of the first step."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
-    empties_before: bool = False
-    """Whether before each backward of every step."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -132,10 +132,11 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
 
 
 def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
-    """The steps of a run: the reported one twice, or the earlier steps that the script names and then the reported one. Over a
-    `device_map` three times, and in full fine-tuning: the gradient of a tied embedding finds room in the second step, and none in
-    the third. Under DDP as often: the second step divides its bucket. `late`: as the allocator sees them where the GPU is as late
-    as it may be.
+    """The steps of a run: the reported one twice, or once after the earlier steps that the script names.
+
+    One more of it is run where the second is not steady yet. In full fine-tuning on one GPU and over a `device_map` the gradient
+    of a tied embedding finds room in the second step, and none in the third. Under DDP the second step divides its bucket.
+    `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
     last = last_step(inventory, compute_capability, late=late)
@@ -337,9 +338,9 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         expandable=segments_grow(setup),
         limits=limits_of(job, compute_capability),
         empties_cache=setup.by.empties_cache,
+        empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
-        empties_before=setup.by.empties_before,
     )
     if first is None:
         return compiled_job

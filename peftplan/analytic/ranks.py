@@ -33,13 +33,13 @@ from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
 
-CHECKPOINT = "bf16"
-"""The dtype in which models are published today."""
-
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
+
+PUBLISHED_DTYPE = "bf16"
+"""What `dtype="auto"` loads: the dtype in which most models are published."""
 
 
 def setup_on_rank(job: Job) -> Setup:
@@ -183,8 +183,8 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             load_into,
             parameters=parameters,
             quant=None,
-            dtype=CHECKPOINT,
-            dtype_of=lambda _: CHECKPOINT,
+            dtype=PUBLISHED_DTYPE,
+            dtype_of=lambda _: PUBLISHED_DTYPE,
             prepared=False,
             arrives=True,
         )

@@ -19,7 +19,7 @@ SOURCE = "modelled: replay of the analytic events through a model of torch's CUD
 
 
 class Run(NamedTuple):
-    """The steps of a run after loading. The last one is reported, and those before it that repeat it from the second on."""
+    """The steps of a run after loading. The last one is reported, and so are those from the second on that repeat it."""
 
     steps: Steps
     script: Script = NO_SCRIPT
@@ -84,8 +84,8 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.step(generation.timeline, 0, {}, phases=number > len(steps) - reported)
             writer.end()
         lasting = _lasting(states, of_step) if number == 1 else {}
-        empties_first = compiled.empties_before or (compiled.empties_first and number == 1)
-        writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_first=empties_first)
+        empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
+        writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))
         writer.end()

@@ -71,8 +71,7 @@ class Sized:
         return tuple(map(on, range(len(each(self.ranks[0] if self.ranks else None)))))
 
     def requested(self, points: Points) -> dict[str, Ints]:
-        """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are
-        most."""
+        """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are most."""
         if self.of_each:
             return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Ints] = {}

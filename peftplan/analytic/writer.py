@@ -110,11 +110,11 @@ class Writer:
                         self._events += (events.TAKE, size, 1, 0, 0)
 
     def step(
-        self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool, empties_first: bool = False
+        self, timeline: Timeline, kinds: int, lasting: Mapping[int, Sequence[Line]], *, phases: bool, empties_before: bool = False
     ) -> None:
         """Write one optimizer step. `kinds`: where its kinds start in the table. `lasting`: event → what is allocated before it.
 
-        `phases`: whether its phases are reported. `empties_first`: whether cached segments are given back before each backward.
+        `phases`: whether its phases are reported. `empties_before`: whether cached segments are given back before each backward.
         """
         borders = {start: phase for phase, start, _ in timeline.windows}
         layers = {repeated.first: repeated for repeated in timeline.repeated}
@@ -128,7 +128,7 @@ class Writer:
                 self.empty_cache()
             if at in borders:
                 self._begin(borders[at], counts=phases)
-                if borders[at] == "backward" and empties_first:
+                if borders[at] == "backward" and empties_before:
                     self.empty_cache()
             if at in lasting:
                 self.take(lasting[at])

@@ -176,7 +176,7 @@ def largest_rank(slots: Mapping[Key, Slot]) -> int:
 
 
 def unlike_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
-    """Ranks of which one needs the most memory: the first and the last, whose parts of the embedding and of the head are large
-    single tensors, and the one with the most gradients. Which of them it is depends on the order of the buckets.
+    """Three ranks of which one needs the most memory: the first and the last, whose parts of the embedding and of the head are
+    large single tensors, and the one with the most gradients, which may be one of these. The order of the buckets decides.
     """
     return (0, distributed.world_size - 1, largest_rank(slots_of(parameters, distributed)))

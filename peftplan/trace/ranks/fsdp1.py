@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.load import OneGpu
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.fsdp2 import Fsdp2
 
@@ -62,7 +61,7 @@ class Fsdp1(Fsdp2):
 
     def prepared(self, built: Built, setup: Setup) -> Setup:
         """The setup of the step: accelerate leaves autocast on."""
-        return OneGpu.prepared(self, built, setup)
+        return setup
 
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
@@ -97,16 +96,14 @@ class Fsdp1(Fsdp2):
                 sync_module_states=True,
                 device_id=torch.device("cpu"),
             )
-        for _, unit in self._units():
-            flat = unit._flat_param if unit._has_params else None
-            if flat is not None and setup.autocast != "none" and flat.requires_grad:
+        units = [(name, unit, unit._flat_param) for name, unit in self._units() if unit._has_params]
+        for _, unit, flat in units:
+            if setup.autocast != "none" and flat.requires_grad:
                 flat.data = flat.data.to(torch.float32)
                 unit._handle._orig_param_dtype = torch.float32
-        for name, unit in self._units():
-            flat = unit._flat_param if unit._has_params else None
-            if flat is not None:
-                first = f"{name}.{flat._fqns[0]}".replace(WRAPPED, "").lstrip(".")
-                tracker.register(flat, built.owners.get(first, "weights"), f"{name}.flat_param")
+        for name, _, flat in units:
+            first = f"{name}.{flat._fqns[0]}".replace(WRAPPED, "").lstrip(".")
+            tracker.register(flat, built.owners.get(first, "weights"), f"{name}.flat_param")
 
     def _units(self) -> Iterator[tuple[str, Any]]:
         """Each unit with the name of what it wraps."""
