@@ -44,11 +44,12 @@ from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
-from peftplan.trace.load import PASSES, OneGpu
+from peftplan.trace.load import PASSES
 from peftplan.trace.model import Built, build
 from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.ranks import rank_of
+from peftplan.trace.ranks.one_gpu import OneGpu
 from peftplan.trace.reasons import reason
 from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
 
@@ -231,15 +232,15 @@ def _run(
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
-    steps = max(STEPS, len(earlier) + 1) + rank.more_steps
+    # gradients of the whole model may find other places in the third step
+    again = peft_config is None and rank.alone and not earlier and not setup.keep_gradients
+    steps = max(STEPS, len(earlier) + 1) + rank.more_steps + again
     setup_of_step = rank.prepared(built, setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
-    again = peft_config is None and type(rank) is OneGpu and not earlier and not setup.keep_gradients
-    steps += again  # gradients of the whole model may find other places in the third step
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)

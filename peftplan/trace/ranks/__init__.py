@@ -1,4 +1,4 @@
-"""One rank of several GPUs in a trace, by strategy: what it does otherwise than one GPU (`trace.load.OneGpu`)."""
+"""One rank of several GPUs in a trace, by strategy: what it does otherwise than one GPU (`one_gpu`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib import import_module
 
 from peftplan.distributed.strategy import Distributed
 from peftplan.trace.followed import RANKS
-from peftplan.trace.load import OneGpu
+from peftplan.trace.ranks.one_gpu import OneGpu
 
 
 def rank_of(distributed: Distributed | None) -> OneGpu:

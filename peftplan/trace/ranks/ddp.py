@@ -26,10 +26,10 @@ from peftplan.dtypes import parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.load import OneGpu
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.buckets import BUILT, READY, REBUILT, REDUCED, SENT, with_flats
 from peftplan.trace.ranks.group import process_group
+from peftplan.trace.ranks.one_gpu import OneGpu
 
 OF_DDP = "torch.nn.parallel.distributed"
 OPTIONS = ("gradient_as_bucket_view", "find_unused_parameters", "static_graph")
@@ -101,6 +101,7 @@ class Ddp(OneGpu):
 
     distributed: Distributed
     tracker = ReducedTracker
+    alone = False
     _wrapped: DistributedDataParallel = field(init=False)
 
     @property

@@ -32,9 +32,10 @@ from peftplan.job.setup import Setup
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.load import OneGpu, in_dicts, load
+from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.group import process_group
+from peftplan.trace.ranks.one_gpu import OneGpu
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
 """Where torch moves what a unit holds to the device, before it shards it."""
@@ -123,6 +124,7 @@ class Fsdp2(OneGpu):
 
     distributed: Distributed
     tracker = RankTracker
+    alone = False
     _mesh: DeviceMesh = field(init=False)
 
     def prepared(self, built: Built, setup: Setup) -> Setup:

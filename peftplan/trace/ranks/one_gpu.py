@@ -1,0 +1,59 @@
+"""One GPU in a trace: the class that each strategy's rank changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from peftplan.depth.log import Moment
+from peftplan.job.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.load import load
+from peftplan.trace.model import Built
+
+
+class OneGpu:
+    """What a trace of one GPU does where a rank of several does otherwise (`trace.ranks`)."""
+
+    tracker: type[Tracker] = Tracker
+    alone = True
+    """Whether there is no other rank."""
+
+    @property
+    def more_steps(self) -> int:
+        """Steps until one is steady, beyond those of one GPU."""
+        return 0
+
+    def started(self, tracker: Tracker) -> AbstractContextManager[None]:
+        """The circumstances of the run."""
+        return nullcontext()
+
+    def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+        """Load the model."""
+        load(built, tracker, setup, quant)
+
+    def called(self, built: Built) -> torch.nn.Module:
+        """What the loop calls as its model."""
+        model: torch.nn.Module = built.model
+        return model
+
+    def watched(self, built: Built) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The modules whose forwards name what runs, with their names."""
+        yield from ((name, module) for module in built.model.modules() if (name := built.names.get(id(module))))
+
+    def prepared(self, built: Built, setup: Setup) -> Setup:
+        """The setup of the step: that of the job."""
+        return setup
+
+    def batches(self, built: Built) -> Callable[[bool], None]:
+        """What is called before each micro batch."""
+        return lambda last: None
+
+    def complete(
+        self, log: Sequence[Moment], began: Sequence[tuple[int, str]]
+    ) -> tuple[Sequence[Moment], Sequence[tuple[int, str]]]:
+        """The log of the whole depth, and where its phases begin."""
+        return log, began
