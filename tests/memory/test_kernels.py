@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from peftplan.analytic import compiled as room
 from peftplan.job.kernels import KERNELS
+from peftplan.memory.model import Model
 from tests.memory.engines import LLAMA, activation_bytes, kept_per_layer
 
 B, S, H, I, R, HEADS, KV, D = 4, 256, 256, 768, 8, 8, 4, 32  # noqa: E741
@@ -27,6 +29,22 @@ def test_liger_s_layer_keeps_inputs_alone() -> None:
     options: dict[str, Any] = {"method": "full", "kernels": "liger", "trainer": "plain", "use_cache": False}
     tables_and_lists = 512  # the rng state of flash, and one that it does not use
     assert kept_per_layer(LLAMA, **options) == norms + attention + mlp + 2 * tables_and_lists
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_with_liger_s_norms_run_once_as_they_run_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, *, checkpointing: bool
+) -> None:
+    """The last layer gets a view as its gradient, which the final norm made; the others get a sum."""
+    options: dict[str, Any] = {"method": "full", "kernels": "liger", "gradient_checkpointing": checkpointing}
+    counted = []
+    for each in (False, True):
+        monkeypatch.setattr(room, "COMPILED", type(room.COMPILED)())
+        monkeypatch.setattr(Model, "every_layer", each)
+        peaks = estimate("qwen2.5-0.5b", **options, batch_size=1, seq_len=600).peaks
+        assert peaks is not None
+        counted.append((peaks.by_phase, peaks.reserved))
+    assert counted[0] == counted[1]
 
 
 def test_axolotl_s_layer_keeps_one_input_per_function() -> None:
