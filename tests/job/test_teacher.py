@@ -25,8 +25,8 @@ def test_all_logits_of_both_are_held_seventeen_times() -> None:
     """
     peaks = peftplan.estimate(**JOB, teacher_model="smollm2-360m", batch_size=2, seq_len=512).peaks
     of_tokens = (line for line in peaks.ledgers["forward"] if {511, 512} & {*line.shape})
-    held = sum(line.bytes() for line in of_tokens if line.shape[-1] == 49_152)
-    assert held == (2 * 512 + 15 * 511) * 2 * 49_152 * 4
+    of_logits = sum(line.bytes() for line in of_tokens if line.shape[-1] == 49_152)
+    assert of_logits == (2 * 512 + 15 * 511) * 2 * 49_152 * 4
 
 
 @pytest.mark.parametrize(
