@@ -164,7 +164,11 @@ def test_commands_in_a_sentence_are_known() -> None:
     for path, command in inline_commands():
         words = command.partition(" -- ")[0].split()[1:]
         loaded = known.get(words[0])
-        options = {spelling for param in loaded.params for spelling in (*param.opts, *param.secondary_opts)} if loaded else set()
+        options = (
+            {spelling for param in loaded.get_params(click.Context(loaded)) for spelling in (*param.opts, *param.secondary_opts)}
+            if loaded
+            else set()
+        )
         wrong = [word for word in words[1:] if word.startswith("--") and word.partition("=")[0] not in options | {"--help"}]
         if (loaded is None and words[0] not in ("--version", "COMMAND", "X", "…")) or wrong:
             unknown.append((path.relative_to(ROOT).as_posix(), command))

@@ -134,8 +134,9 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
 def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Steps:
     """The steps of a run: the reported one twice, or once after the earlier steps that the script names.
 
-    One more of it is run where the second is not steady yet. In full fine-tuning on one GPU and over a `device_map` the gradient
-    of a tied embedding finds room in the second step, and none in the third. Under DDP the second step divides its bucket.
+    One more of it is run where the second is not steady yet. In full fine-tuning on one GPU, without earlier steps, and over a
+    `device_map` the gradient of a tied embedding finds room in the second step, and none in the third. Under DDP the second step
+    divides its bucket.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
@@ -149,7 +150,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
     full = job.method is not None and job.method.name == "full"
-    again = (last,) * (full if job.distributed is None else job.distributed.strategy in ("device-map", "ddp"))
+    alone = full and not before  # as the trace does
+    again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp"))
     return (*before, *again, last) if before else (first, *again, last)
 
 

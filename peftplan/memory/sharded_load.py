@@ -70,7 +70,7 @@ class Loading(NamedTuple):
     def _by_unit(self, memory: Memory[Handle]) -> None:
         """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
         `_move_states_to_device`). The root comes last. Of an adapter accelerate's loop over what trains holds the last tensor
-        whole (accelerate 1.15, accelerator.py, `_prepare_fsdp2`).
+        whole (accelerate, accelerator.py, `_prepare_fsdp2`).
         """
         held_until_end = []
         trained = [p for name in self._order() for p, _ in self.groups[name] if p.trainable]
