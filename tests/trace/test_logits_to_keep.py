@@ -65,7 +65,7 @@ def test_the_gradient_of_the_slice_is_as_large_as_the_hidden_states() -> None:
     assert every.peak_by_phase["forward"] == kept.peak_by_phase["forward"]
     ops = [[m.storage.op for m in trace.log if m.kind == "alloc"] for trace in (every, kept)]
     before, after = (sum("slice_backward" in op for op in of_run) for of_run in ops)
-    assert after - before == STEPS
+    assert after - before == STEPS + 1  # full fine-tuning is followed for one step more
 
 
 def test_liger_takes_a_slice_of_one_sequence() -> None:
