@@ -120,6 +120,17 @@ def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> Non
     assert estimated.reserved == pytest.approx(traced.reserved, rel=0.03)
 
 
+def test_the_outputs_of_an_earlier_step_are_those_of_its_length() -> None:
+    """Full fine-tuning is followed a third time, but not behind earlier steps: outputs of this length would stand there."""
+    for module in ("torch", "transformers", "peft"):
+        pytest.importorskip(module)
+    script = Script(outputs_outlive_step=True, earlier_seq_lens=(96,))
+    traced, estimated = (run(script, engine=engine, method="full", r=None).peaks for engine in ("trace", "analytic"))
+    assert traced is not None
+    assert estimated is not None
+    assert estimated.by_phase["forward"] == pytest.approx(traced.by_phase["forward"], rel=0.001)
+
+
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_an_older_loss_copies_the_logits_without_the_last_position(engine: str) -> None:
     """Where the logits decide the forward's peak: bf16, fp32, the copy, its log probabilities; before 4.46 without the first."""
