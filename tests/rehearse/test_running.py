@@ -255,6 +255,24 @@ def test_what_torch_compiles_stays_one_graph(tmp_path: Path) -> None:
     assert graphs in (1, 2)
 
 
+JOINED = """
+import torch
+@torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+def turned(x):
+    first, second = x.float().view(x.shape[0], -1, 8).chunk(2, dim=-1)
+    return torch.where(torch.isnan(first), first, torch.cat((-second, first), dim=-1).sum(-1, keepdim=True))
+turned(torch.ones(1, 16).cuda())
+for rows in (64, 65, 66):
+    turned(torch.ones(rows, 512, dtype=torch.bfloat16).cuda())
+print("SEEN", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+def test_what_torch_compiles_knows_the_functions_that_are_followed(tmp_path: Path) -> None:
+    """One graph for each dtype: none is split at `cat`, and none is translated again because `cat` is ours when it runs."""
+    assert seen(run(JOINED, tmp_path, steps=0)[1]) == 2
+
+
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "hang", timeout=60)
     assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from peftplan.rehearse.inside.after_import import AfterImport
 
 IGNORED = -100
 """The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
+TABLES = ("get_torch_obj_rule_map", "get_tensor_method")
+"""Functions of `torch._dynamo.trace_rules` that list torch's functions, once."""
 LINEAR_ALGEBRA: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
 
@@ -53,24 +56,47 @@ def start() -> None:
     LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
     known.start()
     watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) is not own]
-    sys.meta_path.insert(0, AfterImport({"torch._dynamo.convert_frame": lambda module: _compile_whole(module, watched)}))
+    compiles = {"torch._dynamo.convert_frame": ("_compile",), "torch._dynamo.trace_rules": TABLES}
+    actions = {module: partial(_with_own, names=names, watched=watched) for module, names in compiles.items()}
+    actions["torch._dynamo.guards"] = partial(_unguarded, own={id(own) for _, _, own in watched})
+    sys.meta_path.insert(0, AfterImport(actions))
 
 
-def _compile_whole(module: Any, watched: Sequence[tuple[Any, str, Any]]) -> None:
-    """What torch compiles calls torch's own functions: a function that follows values would split its graph."""
-    translate = module._compile
+def _unguarded(module: Any, *, own: set[int]) -> None:
+    """Compiled code runs again though ours have taken the place of torch's own functions since: no guard is on these."""
+    builder = module.GuardBuilder
+    for name in ("id_match_unchecked", "CLOSURE_MATCH"):
+        guarded = getattr(builder, name)
 
-    def translated(*args: Any, **kwargs: Any) -> Any:
-        ours = [getattr(owner, name) for owner, name, _ in watched]
-        try:
-            for owner, name, own in watched:
-                setattr(owner, name, own)
-            return translate(*args, **kwargs)
-        finally:
-            for (owner, name, _), function in zip(watched, ours, strict=True):
-                setattr(owner, name, function)
+        def on_others(self: Any, guard: Any, *args: Any, guarded: Any = guarded) -> None:
+            if id(self.get(guard)) not in own:
+                guarded(self, guard, *args)
 
-    module._compile = translated
+        setattr(builder, name, wraps(guarded)(on_others))
+
+
+def _with_own(module: Any, *, names: Sequence[str], watched: Sequence[tuple[Any, str, Any]]) -> None:
+    """What torch compiles calls torch's own functions: a function that follows values would split its graph.
+
+    So the code is translated with these in place, and the tables by which torch knows its functions are made with them.
+    """
+    for name in names:
+        function = getattr(module, name)
+        replaced = wraps(function)(partial(_call_with_own, function, watched))
+        if name in TABLES:
+            replaced.cache_clear = function.cache_clear  # type: ignore[attr-defined]
+        setattr(module, name, replaced)
+
+
+def _call_with_own(function: Any, watched: Sequence[tuple[Any, str, Any]], /, *args: Any, **kwargs: Any) -> Any:
+    ours = [getattr(owner, name) for owner, name, _ in watched]
+    try:
+        for owner, name, own in watched:
+            setattr(owner, name, own)
+        return function(*args, **kwargs)
+    finally:
+        for (owner, name, _), followed in zip(watched, ours, strict=True):
+            setattr(owner, name, followed)
 
 
 def _sane(read: Any) -> Any:
