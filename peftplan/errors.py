@@ -145,16 +145,17 @@ class UnwritableError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere."""
+    """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere, and all
+    that fit into half of a message.
+    """
 
-    def __init__(
-        self, field: str, value: object, choices: Iterable[str], *, most: int = 28, also: str = "", beside: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, field: str, value: object, choices: Iterable[str], *, also: str = "", beside: Iterable[str] = ()) -> None:
         self.choices = sorted(choices)
         text = value if isinstance(value, str) else quoted(value)
         near = [choice for choice in nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside]) if choice != NOTHING]
-        if len(self.choices) <= most:
-            accepted = "accepted: " + (", ".join(self.choices) or "nothing")
+        names = ", ".join(self.choices)
+        if len(names) <= MOST_OF_A_MESSAGE // 2:
+            accepted = f"accepted: {names or 'nothing'}"
         else:
             accepted = f"accepted: one of {len(self.choices)} names, such as {', '.join(self.choices[:5])}{also}"
         if near:

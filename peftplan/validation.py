@@ -63,7 +63,7 @@ def first_error(
     if first["type"] == "missing":
         return MissingError(field, missing)
     if first["type"] == "literal_error":
-        return UnknownNameError(field, first["input"], re.findall(r"'([^']*)'", context["expected"]), most=32)
+        return UnknownNameError(field, first["input"], re.findall(r"'([^']*)'", context["expected"]))
     if (bound := BOUNDS.get(first["type"])) is not None:
         return BoundError(field, _number(first["input"]), bound(context))
     if (kind := KINDS.get(first["type"])) is not None:

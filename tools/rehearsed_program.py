@@ -44,6 +44,7 @@ OTHER_TRAINERS = (
     "trl-grpo",
     "trl-rloo",
     "trl-gkd",
+    "trl-gold",
     "trl-distillation",
 )
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
@@ -258,11 +259,12 @@ def with_preferences(job: argparse.Namespace) -> None:
 
 
 def with_teacher(job: argparse.Namespace) -> None:
-    """TRL's trainers with a teacher in the student's dtype: GKDTrainer on rows of one length, none of which the
+    """TRL's trainers with a teacher in the student's dtype: GKDTrainer and GOLDTrainer on rows of one length, none of which the
     student ends itself, since that holds less; DistillationTrainer on what the student writes.
     """
     from trl import DistillationConfig, DistillationTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     completion = job.max_completion_length or job.seq_len - 1
 
@@ -294,10 +296,15 @@ def with_teacher(job: argparse.Namespace) -> None:
             peft_config=adapter(job),
         ).train()
         return
-    GKDTrainer(
+    settings = {"max_length": job.seq_len, "lmbda": 0.0, **arguments(job, model)}
+    if job.trainer == "trl-gold":
+        trainer_class, config = GOLDTrainer, GOLDConfig(max_completion_length=completion, **settings)
+    else:
+        trainer_class, config = GKDTrainer, GKDConfig(max_new_tokens=completion, **settings)
+    trainer_class(
         model=model,
         teacher_model=teacher,
-        args=GKDConfig(max_length=job.seq_len, max_new_tokens=completion, lmbda=0.0, **arguments(job, model)),
+        args=config,
         data_collator=batch,
         train_dataset=rows(job, model).remove_columns("labels"),
         processing_class=tokenizer,
@@ -525,6 +532,6 @@ def with_loop(job: argparse.Namespace) -> None:
 if __name__ == "__main__":
     settings = options()
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
-    programs |= {V1: with_llama_factory_v1, "trl-gkd": with_teacher, "trl-distillation": with_teacher}
+    programs |= {V1: with_llama_factory_v1, "trl-gkd": with_teacher, "trl-gold": with_teacher, "trl-distillation": with_teacher}
     programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)
     programs.get(settings.trainer, with_preferences)(settings)

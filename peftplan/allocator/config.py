@@ -108,7 +108,7 @@ def parse_config(text: str) -> AllocatorConfig:
         elif key in _PARSERS:
             config = _PARSERS[key](config, key, value)
         elif key not in WITHOUT_EFFECT:
-            raise UnknownNameError("alloc_conf", key, [*_PARSERS, "max_non_split_rounding_mb", *WITHOUT_EFFECT], most=30)
+            raise UnknownNameError("alloc_conf", key, [*_PARSERS, "max_non_split_rounding_mb", *WITHOUT_EFFECT])
     # Until it is set itself, the rounding limit follows `large_segment_size_mb` (seen in the compiled library).
     return replace(config, max_non_split_rounding_size=config.large_segment_size if rounding is None else rounding)
 

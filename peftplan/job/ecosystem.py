@@ -193,17 +193,18 @@ def _refuse_padding_free(args: object) -> None:
 PADDING_FREE = ("bfd", "bfd_split")
 """Strategies of packing that imply `padding_free` in trl."""
 
-OTHER_LOSSES: dict[TrainerName, tuple[str, tuple[float, ...], str]] = {
-    "trl-gkd": ("beta", (0, 1), "a number between 0 and 1; the divergence without a mixture"),
-    "trl-tpo": ("tpo_alpha", (0,), "a number above 0; two rows of three"),
+BETWEEN = "a number between 0 and 1; the divergence without a mixture"
+OTHER_LOSSES: dict[TrainerName, dict[str, tuple[tuple[float, ...], str]]] = {
+    "trl-gkd": {"beta": ((0, 1), BETWEEN)},
+    "trl-gold": {"beta": ((0, 1), BETWEEN), "use_uld_loss": ((True,), "False; the loss of two vocabularies")},
+    "trl-tpo": {"tpo_alpha": ((0,), "a number above 0; two rows of three")},
 }
-"""Trainer → an argument, its values at which a step takes less than is counted, what is accepted, and what is not counted."""
+"""Trainer → argument → values at which a step holds something else, what is accepted, and what is not counted."""
 
 
 def _refuse_other_losses(args: object, trainer: Trainer) -> None:
-    """Raises InputError if a distillation or TPO keeps less (trl, `generalized_jsd_loss`, `TPOTrainer._compute_loss`)."""
-    if trainer.name in OTHER_LOSSES:
-        name, values, accepted = OTHER_LOSSES[trainer.name]
+    """Raises InputError if a distillation or TPO keeps other tensors (trl, `generalized_jsd_loss`, `TPOTrainer._compute_loss`)."""
+    for name, (values, accepted) in OTHER_LOSSES.get(trainer.name, {}).items():
         if (value := getattr(args, name, None)) in values:
             raise InputError(f"training_args.{name}", value, f"accepted: {accepted} is not counted")
 

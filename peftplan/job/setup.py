@@ -289,4 +289,4 @@ def _check_trainer(setup: Setup) -> None:
     if setup.loss_type is not None:
         types = setup.loss_type.split(",") if by.many_losses else [setup.loss_type]
         for unknown in (name for name in types if name.strip() not in by.loss_types):
-            raise UnknownNameError("loss_type", unknown, by.loss_types, most=len(by.loss_types))
+            raise UnknownNameError("loss_type", unknown, by.loss_types)

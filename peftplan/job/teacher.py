@@ -26,14 +26,15 @@ class Teacher(NamedTuple):
 def teacher_of(job: Job) -> Teacher | None:
     """The teacher of a job; None where it has none.
 
-    Raises RefusedError for one of another vocabulary (trl, `GKDTrainer.__init__`).
+    Raises RefusedError for one of another vocabulary where the trainer does not resize it (trl, `GKDTrainer.__init__`).
     """
     setup = job.setup
     if setup.teacher_model is None:
         return None
-    teacher = _teacher(setup.teacher_model, setup.dtype, setup.trust_remote_code)
-    student, own = job.architecture.vocab_size, teacher.architecture.vocab_size
-    if student != own:
+    student = job.architecture.vocab_size
+    rows = student if setup.by.resizes_teacher else None
+    teacher = _teacher(setup.teacher_model, rows, setup.dtype, setup.trust_remote_code)
+    if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
             f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
         )
@@ -41,11 +42,13 @@ def teacher_of(job: Job) -> Teacher | None:
 
 
 @lru_cache(maxsize=8)
-def _teacher(name: str, dtype: str, trust_remote_code: bool) -> Teacher:
+def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool) -> Teacher:
+    """`rows`: of its embeddings; None: as its config says."""
     try:
-        architecture = sources.load(
-            sources.read(name), task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code
-        )
+        model = sources.read(name)
+        if rows is not None:
+            model = {**sources.load_config(model), "vocab_size": rows}
+        architecture = sources.load(model, task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code)
     except InputError as error:
         raise InputError("teacher_model", name, error.accepted) from None
     adaptation = full(architecture, FullConfig())

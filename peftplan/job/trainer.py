@@ -19,6 +19,7 @@ TrainerName = Literal[
     "trl-cpo",
     "trl-tpo",
     "trl-gkd",
+    "trl-gold",
     "trl-distillation",
     "axolotl-dpo",
     "axolotl-kto",
@@ -131,6 +132,8 @@ class Trainer(NamedTuple):
     """Whether it makes the cross entropy of each token once more, of the logits, and drops the model's own with the outputs."""
     teaches: bool = False
     """Whether it compares the distributions of a teacher and of its student."""
+    resizes_teacher: bool = False
+    """Whether the teacher's embeddings and head get as many rows as the student's have; else their vocabularies are one."""
     skips_autocast: bool = False
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False

@@ -75,6 +75,20 @@ OF_REWARDS = TRL._replace(
     under_zero2=("none",),
     arguments="RewardConfig",
 )
+# Forward, loss and what it holds: experimental/gkd/gkd_trainer.py. The script's teacher has the dtype of the student.
+DISTILLING = TRL._replace(
+    name="trl-gkd",
+    called=f"GKDTrainer of {named('trl')}",
+    defaults=TRL.defaults._replace(loss="full"),
+    losses=("full",),
+    sums_tokens=False,
+    disables_dropout=True,
+    teaches=True,
+    empties_before=True,
+    forwards=(*LOSS, Forward("reference")),
+    options=frozenset({"max_completion_length", "teacher_model"}),
+    arguments="GKDConfig",
+)
 # axolotl 0.19 and the trl that it pins. axolotl puts kernels of its own in place of `selective_log_softmax` and
 # `entropy_from_logits` (loaders/patch_manager.py, monkeypatch/trainer/utils.py).
 IN_AXOLOTL = OF_PREFERENCES._replace(
@@ -189,19 +203,10 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=("sigmoid", "hinge", "ipo", "tpo-l"),
             arguments="TPOConfig",
         ),
-        # Forward, loss and what it holds: experimental/gkd/gkd_trainer.py. The script's teacher has the dtype of the student.
-        TRL._replace(
-            name="trl-gkd",
-            called=f"GKDTrainer of {named('trl')}",
-            defaults=TRL.defaults._replace(loss="full"),
-            losses=("full",),
-            sums_tokens=False,
-            disables_dropout=True,
-            teaches=True,
-            empties_before=True,
-            forwards=(*LOSS, Forward("reference")),
-            options=frozenset({"max_completion_length", "teacher_model"}),
-            arguments="GKDConfig",
+        DISTILLING,
+        # The same divergence, with a teacher of any vocabulary (experimental/gold/gold_trainer.py, `use_uld_loss=False`).
+        DISTILLING._replace(
+            name="trl-gold", called=f"GOLDTrainer of {named('trl')}", resizes_teacher=True, arguments="GOLDConfig"
         ),
         # Unsloth's GRPO (unsloth_zoo `grpo_accumulated_loss`) packs the completions of a step into one row.
         GENERATING._replace(

@@ -145,7 +145,7 @@ def method_named(name: object) -> Method:
     key = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
     if key is None or key not in METHODS:
         others = (other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
-        raise UnknownNameError("method", name, (*METHODS, *others), most=100)
+        raise UnknownNameError("method", name, (*METHODS, *others))
     return METHODS[key]
 
 

@@ -179,7 +179,11 @@ def test_an_sft_config_is_trl() -> None:
 
 @pytest.mark.parametrize(
     ("module", "name", "trainer"),
-    [("trl", "DistillationConfig", "trl-distillation"), ("trl.experimental.gkd", "GKDConfig", "trl-gkd")],
+    [
+        ("trl", "DistillationConfig", "trl-distillation"),
+        ("trl.experimental.gkd", "GKDConfig", "trl-gkd"),
+        ("trl.experimental.gold", "GOLDConfig", "trl-gold"),
+    ],
 )
 def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> None:
     of_trl = pytest.importorskip(module)
@@ -189,7 +193,12 @@ def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "argument", "value"), [("gkd", "GKDConfig", "beta", 1.0), ("tpo", "TPOConfig", "tpo_alpha", 0.0)]
+    ("module", "name", "argument", "value"),
+    [
+        ("gkd", "GKDConfig", "beta", 1.0),
+        ("gold", "GOLDConfig", "use_uld_loss", True),
+        ("tpo", "TPOConfig", "tpo_alpha", 0.0),
+    ],
 )
 def test_losses_that_keep_less_are_refused(module: str, name: str, argument: str, value: float) -> None:
     args = getattr(pytest.importorskip(f"trl.experimental.{module}"), name)(**COMMON, bf16=False, **{argument: value})

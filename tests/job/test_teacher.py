@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 
 import peftplan
@@ -41,13 +43,20 @@ def test_refusals(settings: dict[str, str], message: str) -> None:
         peftplan.estimate(**JOB, **settings)
 
 
+def test_gold_gives_the_teacher_as_many_embeddings_as_the_student_has() -> None:
+    """Qwen2.5-0.5B has 151,936 tied embeddings of 896 numbers; 49,152 of them are left beside SmolLM2."""
+    ledger = peftplan.estimate(**JOB | {"trainer": "trl-gold"}, teacher_model="qwen2.5-0.5b").ledger
+    weights = [line for line in ledger if line.name.startswith("teacher: ") and line.category == "weights"]
+    assert sum(line.copies * prod(line.shape) for line in weights) == 494_032_768 - (151_936 - 49_152) * 896
+
+
 def test_an_unknown_teacher_is_named_as_typed() -> None:
     with pytest.raises(InputError, match=r"teacher_model: 'smollm2-360' is not valid; .*accepted: one of"):
         peftplan.estimate(**JOB, teacher_model="smollm2-360")
 
 
 def test_other_trainers_have_no_teacher() -> None:
-    with pytest.raises(OptionError, match="accepted: trainer trl-gkd, trl-distillation"):
+    with pytest.raises(OptionError, match="accepted: trainer trl-gkd, trl-gold, trl-distillation"):
         peftplan.estimate("smollm2-135m", trainer="trl-dpo", teacher_model="smollm2-360m")
 
 

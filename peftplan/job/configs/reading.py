@@ -202,7 +202,8 @@ class Reading:
             self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
-        set_keys = [key for key in when if self.values.get(key) is not None and key not in self.unsupported]
+        deciding = () if rule.get("by_default") else when  # what the tool does by itself no key says
+        set_keys = [key for key in deciding if self.values.get(key) is not None and key not in self.unsupported]
         if options := ", ".join((*rule.get("set", {}), *rule.get("add", {}))):
             for key in set_keys:
                 before = self.read.get(key)

@@ -448,6 +448,7 @@ def test_options_of_another_trainer_are_left_out() -> None:
     ("script", "expected"),
     [
         ("gkd", {"trainer": "trl-gkd", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "seq_len": 1024}),
+        ("gold", {"trainer": "trl-gold", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "seq_len": 1024}),
         (
             "distillation",
             {"trainer": "trl-distillation", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "max_completion_length": 512},
