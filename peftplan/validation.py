@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from pydantic import ValidationError
 
@@ -73,10 +74,10 @@ def first_error(
 
 
 def _number(value: object) -> object:
-    """The number that a text of the command line stands for."""
+    """The number that a text of the command line stands for, or the text: pydantic reads `0_-5` as an integer."""
     if not isinstance(value, str):
         return value
-    try:
-        return int(value)
-    except ValueError:
-        return float(value)
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(value)
+    return value

@@ -225,26 +225,26 @@ class Model(Weights):
         """Whether keys and values are copies that a cache made, head by head: it keeps them, or has a prefix before them."""
         return self.caches or (self.keys != self.seq and not self.translates)
 
-    def embedding(self, name: str, dims: Dims, ids: Tensor | None = None) -> Tensor:
-        """Look up an embedding, and scale it where its module does (Gemma); `ids` are kept where they are not the batch's own."""
-        rows = self._looked_up(name, dims, ids)
-        scaled = any(buffer.name == f"{name}.embed_scale" for buffer in self.arch.buffers)
-        return ops.scale(self.tape, rows) if scaled else rows
-
-    def _looked_up(self, name: str, dims: Dims, ids: Tensor | None) -> Tensor:
+    def embedding(self, name: str, dims: Dims, ids: Tensor | None = None, *, scaled: bool = False) -> Tensor:
+        """Look up an embedding; `ids` are kept where they are not the batch's own. `scaled`: its module scales its rows (BART),
+        as one with a buffer for it does (Gemma)."""
+        scaled = scaled or any(buffer.name == f"{name}.embed_scale" for buffer in self.arch.buffers)
         self.tape.module = name
         if self.running.peft_type in PROMPTED:
-            return ops.embedding(self.tape, self._original(name), dims, ids)
+            return self._rows(self._original(name), dims, ids, scaled)
         part = self.part(name)
         if "lora_embedding_A" in part.params:
             from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding
 
-            check_lora_embedding(self.arch.model_type, self.running)
-            rows = self.asking_gradient(ops.embedding(self.tape, part.own_weight, dims, ids))  # its hook is on the base layer
-            return lora_embedding(self.tape, part, rows, ids)
-        return self.tape.call(
-            name, None, (part.weight,), ids, lambda ids: ops.embedding(self.tape, self.table(name, part), dims, ids)
-        )
+            check_lora_embedding(self.running)
+            rows = self.asking_gradient(self._rows(part.own_weight, dims, ids, scaled))  # its hook is on the base layer
+            return lora_embedding(self.tape, part, rows, ids, scaled=scaled)
+        return self.tape.call(name, None, (part.weight,), ids, lambda ids: self._rows(self.table(name, part), dims, ids, scaled))
+
+    def _rows(self, table: Operand, dims: Dims, ids: Tensor | None, scaled: bool) -> Tensor:
+        """Rows of a table, which lives until they are scaled (peft, tuners/trainable_tokens/layer.py, `forward_adapters`)."""
+        rows = ops.embedding(self.tape, table, dims, ids)
+        return ops.scale(self.tape, rows) if scaled else rows
 
     def _original(self, name: str) -> Parameter:
         """The table that prompts read, beside a trained copy that no forward then calls (peft, peft_model.py,

@@ -38,6 +38,14 @@ UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a table with trained rows lives until its rows are scaled": (
+        {**BART, "vocab_size": 9000},
+        {"method": "lora", **PLAIN, **KEPT, "trainable_token_indices": [1, 2], "batch_size": 2},
+    ),
+    "LoRA on an embedding scales what it adds as the embedding scales its rows": (
+        {**shallow("gemma-3-270m", 2), "vocab_size": 9000},
+        {"method": "lora", "target_modules": ["embed_tokens", "q_proj"], **CHECKPOINTED, "batch_size": 4},
+    ),
     "GPT-J's scores live until the softmax of them is cast": (
         shallow("gpt-j-6b", 3),
         {"method": "ia3", "trainer": "trl", "dtype": "fp16", "autocast": "none", **EAGER, "padding": True, "batch_size": 3},

@@ -13,24 +13,24 @@ from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
-SCALED = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text")
-"""Model types whose embedding multiplies its rows itself, which peft repeats on what it adds."""
 
-
-def check_lora_embedding(model_type: str, running: Running) -> None:
+def check_lora_embedding(running: Running) -> None:
     """Raises NeedsTraceError for what has no formula."""
-    if model_type in SCALED:
-        raise NeedsTraceError(f"LoRA on the embedding of {model_type}")
     if running.config_as(LoraConfig).use_dora:
         raise NeedsTraceError("DoRA on an embedding")
 
 
-def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None) -> Tensor:
-    """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype; `result` are the rows of the base layer."""
+def lora_embedding(f: Tape, part: Part, result: Tensor, ids: Tensor | None, *, scaled: bool) -> Tensor:
+    """`result + (embedding(x, Aᵀ) @ Bᵀ) * scaling`, in the adapter's dtype; `result` are the rows of the base layer.
+
+    `scaled`: the base layer scales its rows, and peft what it adds to them.
+    """
     a, b = part.params["lora_embedding_A"], part.params["lora_embedding_B"]
     dims, rank = result.dims[:-1], a.dims[0]
     low = f.new((*dims, rank), a.dtype, "embedding", f.record(_transposed_backward, (a,), a.dims, dims, ids))
     out = ops.scale(f, products.linear(f, low, b))
+    if scaled:
+        out = ops.scale(f, out)
     narrow: Tensor = f.to(ops.add(f, result, out), result.dtype)
     return narrow
 

@@ -50,9 +50,7 @@ def block_of(model: Model, stack: str) -> Block:
 
 def words_of(model: Model, name: str, ids: Tensor | None) -> Tensor:
     """`embed_tokens`, which BART multiplies by a scale, even where it is 1."""
-    f = model.tape
-    words = model.embedding(f"{name}.embed_tokens", ("b", model.seq), ids)
-    return model.asking_gradient(words if is_whisper(model) else ops.scale(f, words))
+    return model.asking_gradient(model.embedding(f"{name}.embed_tokens", ("b", model.seq), ids, scaled=not is_whisper(model)))
 
 
 def encoder_words(model: Model, name: str) -> Tensor:
