@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import module_needs_stack
 
 yaml = pytest.importorskip("yaml")
 
@@ -87,6 +91,33 @@ def test_continuous_integration_runs_what_a_checkout_runs() -> None:
     assert commands["ci/everything"].endswith(".ci/run")
     assert commands["ci/full-matrix"].endswith("pytest -n auto --full-matrix")
     assert load(HOST / "workflows" / "ci.yml")[True]["schedule"][0]["cron"]  # YAML 1.1 reads `on` as true
+
+
+def test_files_import_what_the_quick_job_installs() -> None:
+    """Base dependencies and the names after `pip install .`; a test of anything else skips itself where that is missing."""
+    commands = [step.get("run", "") for step in load(HOST / "workflows" / "ci.yml")["jobs"]["quick"]["steps"]]
+    (named,) = (command.partition(" . ")[2].split() for command in commands if "pip install" in command)
+    listed = PYPROJECT.partition("\ndependencies = [")[2].partition("\n]")[0]
+    base = re.findall(r'^ *"(\w+)', listed, re.M)
+    installed = {"yaml" if name == "pyyaml" else name for name in (*base, *named)}
+    ours = {"peftplan", "tests", "tools", "benchmarks", "hatch_build"}
+    allowed = sys.stdlib_module_names | installed | ours | {"typing_extensions"}  # which pydantic needs
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if not module_needs_stack(path)
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        for name in imported(statement)
+        if name.partition(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+def imported(statement: ast.stmt) -> list[str]:
+    """The modules that one statement imports."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    return [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
 
 
 def test_a_tag_is_built_and_only_a_release_is_published() -> None:

@@ -10,6 +10,7 @@ import peftplan
 from peftplan.cli import COMMANDS
 from tools import reference
 
+pytest.importorskip("numpy")
 WRITTEN = reference.pages()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-import numpy as np
 import pytest
 
 from peftplan import estimate
@@ -13,6 +12,8 @@ from peftplan.hardware.gpus import find_gpu
 from peftplan.hardware.processors import processors
 from peftplan.planning.verdicts import kernels_on
 from peftplan.tape.column_sums import ColumnSums, column_dims, elements
+
+np = pytest.importorskip("numpy")
 
 A100, T4 = processors("8.0"), processors("7.5")
 CARDS = ("l4", "rtx-4090")

@@ -7,11 +7,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import peftplan
 from peftplan.tape.sorted_indices import SortedRows, sorted_dim, sorted_rows
+
+np = pytest.importorskip("numpy")
 
 
 @pytest.mark.parametrize(
