@@ -1,8 +1,8 @@
 """Which tests are `quick`, and how tests are spread over processes.
 
 A test is quick if it needs none of the libraries of the extra `trace` and its function takes less than 50 ms of processor time
-a case. `tests/slow.json` names the functions that take longer, as `pytest --learn-quick` measured them; a test that it does not
-know counts as quick, and `pytest -m quick` names those that turn out to be slow.
+a case, shared fixtures included. `tests/slow.json` names the functions that take longer, as `pytest --learn-quick` measured them;
+a test that it does not know counts as quick, and `pytest -m quick` names those that turn out to be slow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ SECONDS = 0.05
 """A quick function takes less. The summary allows four times as much before it names one: the first test pays for imports."""
 PROPERTY = "processor seconds"
 START = pytest.StashKey[float]()
+SHARED: dict[tuple[str, str], float] = {}
+"""File and name of a fixture that tests share → seconds that it took. Each of them may be the first or the only one to run."""
 
 
 @cache
@@ -118,10 +120,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    """What a shared fixture takes is told apart from the test that happens to need it first."""
+    start = processor_seconds()
+    value = yield
+    if fixturedef.scope != "function":
+        SHARED[fixturedef.baseid, fixturedef.argname] = processor_seconds() - start
+    return value
+
+
+def shared_seconds(item: pytest.Item) -> float:
+    """What the most expensive of a test's shared fixtures took."""
+    named: Sequence[str] = getattr(item, "fixturenames", ())
+    return max((seconds for (file, name), seconds in SHARED.items() if name in named and item.nodeid.startswith(file)), default=0)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Each report says what the test has used so far; it does so across processes."""
+    """Each report says what the test has used so far, or its shared fixtures; it does so across processes."""
     report = yield
-    report.user_properties.append((PROPERTY, processor_seconds() - item.stash[START]))
+    report.user_properties.append((PROPERTY, max(processor_seconds() - item.stash[START], shared_seconds(item))))
     return report
 
 

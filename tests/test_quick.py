@@ -35,6 +35,19 @@ def test_rehearsal(): pass
     "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n rehearse: as here\n",
 }
 SLOW = "tests/test_a.py::test_slow"
+SHARED = """
+import time
+import pytest
+
+@pytest.fixture(scope="module")
+def results():
+    start = time.process_time()
+    while time.process_time() < start + 0.3: pass
+
+def test_first(results): pass
+def test_second(results): pass
+def test_without(): pass
+"""
 
 
 def run(folder: Path, *arguments: str) -> str:
@@ -69,6 +82,14 @@ def test_a_slow_test_is_named_and_learned(folder: Path) -> None:
     assert again.count("PASSED") == 3
     assert SLOW not in again
     assert "not so quick" not in again
+
+
+def test_all_that_share_a_slow_fixture_are_slow(folder: Path) -> None:
+    """Whichever runs first waits for it, and with the first left out that is another one."""
+    (folder / "tests" / "test_shared.py").write_text(SHARED, encoding="utf-8")
+    run(folder, "--learn-quick", "tests/test_shared.py")
+    slow = json.loads((folder / "tests" / "slow.json").read_text(encoding="utf-8"))
+    assert list(slow) == ["tests/test_shared.py::test_first", "tests/test_shared.py::test_second"]
 
 
 def test_what_is_learned_of_a_file_replaces_what_was_known() -> None:
