@@ -19,6 +19,8 @@ class Effective:
 
     def __init__(self, values: Values, tool: Facts, document: Document, file: str) -> None:
         self.values, self.tool, self.document, self.file = values, tool, document, file
+        self.defaults: Values = {}
+        """Values that rules give to keys which the file leaves out, before the tool's usual ones."""
 
     def of(self, key: str) -> object:
         """The value of a key; the names of its keys where it is a mapping."""
@@ -28,7 +30,7 @@ class Effective:
             if inside:
                 return inside
             known = self.tool.known(key)
-            value = known.default if known else None
+            value = self.defaults.get(key, known.default if known else None)
         return value
 
     def holds(self, key: str, accepted: Accepted) -> bool:

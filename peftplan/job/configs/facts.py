@@ -98,6 +98,8 @@ class Rule(TypedDict, total=False):
     `{"globs": key}` or `{"pattern": expression, "of": key}`, whose NAMES are those that the key lists (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
+    defaults: Mapping[str, object]
+    """Keys that an option takes → the tool's values of them, in place of its usual defaults, where the file leaves them out."""
     by_default: bool
     """Whether the tool does so by itself."""
     unsupported: Refusal

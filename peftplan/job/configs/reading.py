@@ -197,6 +197,12 @@ class Reading:
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
+        for key, default in rule.get("defaults", {}).items():
+            if self.values.get(key) is None:
+                self.effective.defaults[key] = default
+                row = self.tool.rows[key]
+                self._set({row["to"]: by_word(row.get("values", {}), default)})
+                self.defaults[row["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
             self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})

@@ -164,14 +164,27 @@ def test_unsloth_takes_plain_names_for_repositories_that_leave_layers_in_16_bits
     [
         ("SFTConfig(max_steps=60)", ("adamw_8bit", 4, 2)),
         ('SFTConfig(optim="adamw_torch", per_device_train_batch_size=1, gradient_accumulation_steps=8)', ("adamw_torch", 1, 8)),
+        ("UnslothTrainingArguments(max_steps=60)", ("adamw_8bit", 4, 2)),
+        ("DPOConfig(max_steps=60)", ("adamw_8bit", 4, 2)),
+        ("KTOConfig(max_steps=60, per_device_train_batch_size=1)", ("adamw_8bit", 1, 2)),
         ("TrainingArguments(max_steps=60)", ("adamw_torch_fused", 8, 1)),
     ],
 )
 def test_unsloth_has_defaults_of_its_own_for_trl_s_configs(arguments: str, meant: tuple[str, int, int]) -> None:
     """models/rl.py:3312; transformers' TrainingArguments keep theirs. Rehearsed: without an optimizer, states have 8 bits."""
-    source = UNSLOTH.replace("SFTConfig(per_device_train_batch_size=2{arguments})", arguments).format(settings="")
-    options = read_text(source, file="a.py").options
-    assert tuple(options[name] for name in ("optim", "batch_size", "gradient_accumulation_steps")) == meant
+    trainer = arguments.partition("Config")[0] if "Config" in arguments else "SFT"
+    source = UNSLOTH.replace("SFTConfig(per_device_train_batch_size=2{arguments})", arguments).replace("SFTT", f"{trainer}T")
+    plan = read_text(source.format(settings=""), file="a.py")
+    assert tuple(plan.options[name] for name in ("optim", "batch_size", "gradient_accumulation_steps")) == meant
+    assert ("gradient_accumulation_steps" in plan.defaults) is ("=8" not in arguments)
+
+
+@pytest.mark.parametrize(("said", "rows"), [("", 4), ("gradient_accumulation_steps=1,", 8), ("num_generations=6,", 6)])
+def test_unsloth_s_defaults_decide_the_rows_of_grpo(said: str, rows: int) -> None:
+    """4 rows in 2 micro batches are one group of 8 (models/rl.py:3598); else a micro batch is a group."""
+    first, rest = GRPO.split("per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, num_generations=6,")
+    cell = {"cell_type": "code", "source": [first + said + rest]}
+    assert read_text(json.dumps({"cells": [cell]}), file="grpo.ipynb").options["batch_size"] == rows
 
 
 @pytest.mark.parametrize("trainer", ["SFT", "GRPO"])
