@@ -179,12 +179,12 @@ def test_unsloth_has_defaults_of_its_own_for_trl_s_configs(arguments: str, meant
     assert ("gradient_accumulation_steps" in plan.defaults) is ("=8" not in arguments)
 
 
-@pytest.mark.parametrize(("said", "rows"), [("", 4), ("gradient_accumulation_steps=1,", 8), ("num_generations=6,", 6)])
-def test_unsloth_s_defaults_decide_the_rows_of_grpo(said: str, rows: int) -> None:
+@pytest.mark.parametrize(("arguments", "rows"), [("", 4), ("gradient_accumulation_steps=1,", 8), ("num_generations=6,", 6)])
+def test_unsloth_s_defaults_decide_the_rows_of_grpo(arguments: str, rows: int) -> None:
     """4 rows in 2 micro batches are one group of 8 (models/rl.py:3598); else a micro batch is a group."""
     options = "per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, num_generations=6,"
     first, rest = GRPO.split(options)
-    cell = {"cell_type": "code", "source": [first + said + rest]}
+    cell = {"cell_type": "code", "source": [first + arguments + rest]}
     assert read_text(json.dumps({"cells": [cell]}), file="grpo.ipynb").options["batch_size"] == rows
 
 
