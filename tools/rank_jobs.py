@@ -5,7 +5,8 @@
     python -m tools.rank_jobs                      compares, and writes the table of docs/how-to/several-gpus.md
 
 Each job of tools/rank_grid.py runs tests/distributed/programs/trainer.py, transformers' Trainer on a small Llama, or a built-in
-model through tools/rehearsed_program.py. Rows lie in tests/distributed/rank_jobs.jsonl.
+model through tools/rehearsed_program.py. Rows lie in tests/distributed/rank_jobs.jsonl. tools/rank_traces.py traces
+the same jobs.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
 BUILT_IN = ROOT / "tools" / "rehearsed_program.py"
 ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
+KEPT = ROWS.with_name("rank_traces.jsonl")
 PAGE = ROOT / "docs" / "how-to" / "several-gpus.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
 CARD = "h200"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
 PHASES = ("load", "forward", "backward", "step")
+Shares = list[dict[str, float]]
+"""Of each job, what `compared` returns."""
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +165,12 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
 
 
+def kept_traces() -> dict[str, dict[str, Any]]:
+    """Name of a job → the peaks of its trace."""
+    lines = KEPT.read_text(encoding="utf-8").splitlines() if KEPT.exists() else []
+    return {row.pop("name"): row for row in map(json.loads, lines)}
+
+
 def compared(row: dict[str, Any]) -> dict[str, float] | None:
     """Signed difference of each phase and of reserved bytes, as a share of the rehearsal's; None without a peak by formula."""
     result = peftplan.estimate(**options(row), gpu=CARD)
@@ -186,29 +196,65 @@ def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
     return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
 
 
+def compared_trace(row: dict[str, Any], traced: dict[str, Any]) -> dict[str, float]:
+    """Signed difference of each phase and of reserved bytes of a trace, as a share of the rehearsal's."""
+    by_phase = dict(traced["peak_by_phase"])
+    if row["strategy"] == "fsdp2":  # a rehearsal's forward begins with what the step leaves
+        by_phase["forward"] = max(by_phase["forward"], by_phase["step"])
+    shares = {phase: by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
+    return {**shares, "reserved": traced["peak_reserved"] / row["peak_reserved"] - 1}
+
+
 def table() -> tuple[list[str], str]:
-    """The comparison as Markdown, and its summary as a line of Markdown per strategy."""
-    lines = ["| job | load | forward | backward | step | reserved |", "| --- | --- | --- | --- | --- | --- |"]
-    every: dict[str, dict[str, list[float]]] = {}
+    """The comparison as Markdown, and its summary: all jobs by both engines, then a line per strategy."""
+    lines = [
+        "| job | load | forward | backward | step | reserved | trace allocated | trace reserved |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    every: dict[str, dict[str, Shares]] = {"estimated": {}, "traced": {}}
+    kept = kept_traces()
     for row in rows():
         if "error" in row:
             continue
-        shares = compared(row)
-        if shares is None:
-            lines.append(f"| {_without_json_marks(row['name'])} | – | – | – | – | – |")
-            continue
-        for what, share in shares.items():
-            every.setdefault(row["strategy"], {}).setdefault(what, []).append(share)
-        cells = [f"{round(100 * share, 4) + 0.0:+.4f} %" for share in shares.values()]  # no negative zero
-        lines.append(f"| {_without_json_marks(row['name'])} | {' | '.join(cells)} |")
-    summary = []
-    for strategy, of_strategy in every.items():
-        words = [
-            f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {round(100 * max(values, key=abs), 4) + 0.0:+.4f} %"
-            for what, values in of_strategy.items()
-        ]
-        summary.append(f"- {strategy}, {len(of_strategy['load'])} jobs: {'; '.join(words)}.")
-    return lines, "\n".join(summary)
+        name = row["name"]
+        estimated = compared(row)
+        traced = compared_trace(row, kept[name]) if name in kept else None
+        cells = ["–"] * 5 if estimated is None else [_percent(share) for share in estimated.values()]
+        cells += ["–"] * 2 if traced is None else [_percent(_allocated(traced)), _percent(traced["reserved"])]
+        lines.append(f"| {_without_json_marks(name)} | {' | '.join(cells)} |")
+        for engine, shares in (("estimated", estimated), ("traced", traced)):
+            if shares is not None:
+                every[engine].setdefault(row["strategy"], []).append(shares)
+    totals = [_summary(f"all, {engine}", [shares for group in of.values() for shares in group]) for engine, of in every.items()]
+    by_strategy = [
+        _summary(f"{strategy}{', traced' if engine == 'traced' else ''}", shares)
+        for strategy in every["estimated"]
+        for engine in every
+        if (shares := every[engine].get(strategy))
+    ]
+    return lines, "\n".join([*totals, *by_strategy])
+
+
+def _allocated(shares: dict[str, float]) -> float:
+    """The difference of the phase where it is largest."""
+    return max((shares[phase] for phase in PHASES), key=abs)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 4) + 0.0:+.4f} %"  # no negative zero
+
+
+def _summary(title: str, jobs: Shares) -> str:
+    """Median and worst of all phases of these jobs, and of reserved bytes."""
+    of = {
+        "allocated per phase": [shares[phase] for shares in jobs for phase in PHASES],
+        "reserved": [shares["reserved"] for shares in jobs],
+    }
+    words = [
+        f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {_percent(max(values, key=abs))}"
+        for what, values in of.items()
+    ]
+    return f"- {title}, {len(jobs)} jobs: {'; '.join(words)}."
 
 
 def _without_json_marks(name: str) -> str:

@@ -162,7 +162,7 @@ def trace(
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
-    with old_objects_let_be():
+    with old_objects_let_be(), rank.world():
         return _completed(_by_stacks(run, config, stacks, tell), rank)
 
 
@@ -229,7 +229,7 @@ def _run(
 ) -> Traced:
     """One trace of this model as it is."""
     tell("making the model", 0.0)
-    built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup)
+    built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, divide=rank.divided)
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
     # gradients of the whole model may find other places in the third step

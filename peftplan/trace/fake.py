@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.cuda.tuner_layers import LASTING
+from peftplan.trace.events.tracker import on_rank
 
 FakeOn = Literal["cpu", "auto"]
 
@@ -40,10 +41,19 @@ class _Converter:
 
     def parameter(self, parameter: nn.Parameter) -> Any:
         if id(parameter) not in self.known:
-            copy = nn.Parameter(FakeTensor(self.mode, parameter.detach().to("meta"), self.device), parameter.requires_grad)
+            copy = nn.Parameter(self._like(parameter.detach()), parameter.requires_grad)
             copy.__dict__.update({k: v for k, v in parameter.__dict__.items() if not k.startswith("_")})
             self.known[id(parameter)] = (parameter, copy)
         return self.known[id(parameter)][1]
+
+    def _like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor, or a DTensor over the fake part of a rank."""
+        if (part := on_rank(tensor)) is tensor:
+            return FakeTensor(self.mode, tensor.to("meta"), self.device)
+        from torch.distributed.tensor import DTensor
+
+        spec = tensor._spec  # type: ignore[attr-defined]
+        return DTensor(FakeTensor(self.mode, part.to("meta"), self.device), spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from peftplan.storage.config import FOUR_BIT
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
-RANKS = {"ddp": "Ddp", "fsdp1": "Fsdp1", "fsdp2": "Fsdp2"}
+RANKS = {"ddp": "Ddp", "fsdp1": "Fsdp1", "fsdp2": "Fsdp2", "tp": "Tp"}
 """The strategies of which a trace follows one rank → its class, in the module of `trace.ranks` that has the strategy's name."""
 
 
@@ -28,15 +28,21 @@ def check_followed(job: Job) -> None:
     if by.weighs_tokens or job.setup.loss == "per-token":
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
-        raise RefusedError(f"engine: trace follows one GPU, DDP, FSDP1 and FSDP2, not {unknown}; accepted: analytic")
+        raise RefusedError(
+            f"engine: trace follows one GPU, DDP, FSDP1, FSDP2 and tensor parallelism, not {unknown}; accepted: analytic"
+        )
 
 
 def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     """What of a job over several GPUs no trace follows, in words; None if it follows all."""
-    sharded, flat = distributed.facts.splits_weights, distributed.strategy == "fsdp1"
+    flat, divided = distributed.strategy == "fsdp1", distributed.strategy == "tp"
+    in_parts = distributed.facts.splits_weights
+    sharded = in_parts and not divided
     unknown = {
         distributed.called: distributed.strategy not in RANKS,
-        "its tp_size": distributed.tp_size not in (None, 1),
+        "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
+        "its ep_size": distributed.ep_size not in (None, 1),
+        "its pp_size": distributed.pp_size not in (None, 1),
         "its cp_size": distributed.cp_size not in (None, 1),
         "its custom_sharded_layers": distributed.custom_sharded_layers is not None,
         "its dp_shard_size": flat and distributed.shards != distributed.world_size,
@@ -44,13 +50,13 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        "quantized weights under FSDP1": flat and job.quant is not None,
+        f"quantized weights under {distributed.called}": (flat or divided) and job.quant is not None,
         f"its units under accelerate {distributed.accelerate}": sharded
         and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": sharded
         and job.quant is not None
         and job.quant.name not in FOUR_BIT,
-        f"its {job.setup.optim}": sharded and parse_optim(str(job.setup.optim)).step_implementation == "kernel",
+        f"its {job.setup.optim}": in_parts and parse_optim(str(job.setup.optim)).step_implementation == "kernel",
     }
     return next((what for what, is_so in unknown.items() if is_so), None)

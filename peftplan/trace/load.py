@@ -27,7 +27,7 @@ from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
-from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.events.tracker import Tracker, on_rank
 from peftplan.trace.model import Built
 
 PASSES = "adapter before it is cast"
@@ -54,9 +54,9 @@ class _Moved(NamedTuple):
         return SAVED_COPY in self.name
 
 
-def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
-    """Register every tensor that lasts, and the temporaries of loading."""
-    if quant is None and setup.device_map == "none":
+def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None, *, arrives: bool = False) -> None:
+    """Register every tensor that lasts, and the temporaries of loading. `arrives`: even a dense model is loaded on the device."""
+    if quant is None and setup.device_map == "none" and not arrives:
         _dense_model(built, tracker, setup)
     else:
         _on_arrival(built, tracker, setup, quant)
@@ -109,7 +109,7 @@ def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
         elif name in built.upcast:
-            halves[name] = _dense(tracker, tuple(parameter.shape), setup.dtype, name=name)
+            halves[name] = _dense(tracker, tuple(on_rank(parameter).shape), setup.dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in _on_device(built, setup, quant):
@@ -131,12 +131,12 @@ def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...]) -> No
     uncast: dict[str, Storage] = {}
     for part in parts:
         if part.name in names:
-            uncast[part.name] = _dense(tracker, tuple(part.tensor.shape), passing[0], name=part.name, op=PASSES)
+            uncast[part.name] = _dense(tracker, tuple(on_rank(part.tensor).shape), passing[0], name=part.name, op=PASSES)
         else:
             tracker.register(part.tensor, part.category, part.name)
     for dtype in passing[1:]:
         for part in waiting:
-            after = _dense(tracker, tuple(part.tensor.shape), dtype, name=part.name, op=PASSES)
+            after = _dense(tracker, tuple(on_rank(part.tensor).shape), dtype, name=part.name, op=PASSES)
             tracker.end(uncast[part.name])
             uncast[part.name] = after
     for part in waiting:
@@ -196,7 +196,7 @@ def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConf
     total = float(-SMALL_SEGMENT if asks_for_room else 0)
     for _, module, leaf, parameter in parts:
         packed = leaf == "weight" and QUANT_TENSORS in module.__dict__
-        numel = module.in_features * module.out_features if packed else parameter.numel()
+        numel = module.in_features * module.out_features if packed else on_rank(parameter).numel()
         total += numel * (WARMUP_BYTES[quant.name] if packed and quant is not None else ITEMSIZE[setup.dtype])
     tracker.end(_dense(tracker, (max(0, int(total // ITEMSIZE["fp16"])),), "fp16", name="warm-up"))
 

@@ -6,7 +6,7 @@ Everything that changes a module or a dtype happens here, before the tensors bec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,18 @@ class Built:
 
 
 def build(
-    config: Mapping[str, Any], *, task_type: str | None, peft_config: Any, quant: QuantConfig | None, setup: Setup
+    config: Mapping[str, Any],
+    *,
+    task_type: str | None,
+    peft_config: Any,
+    quant: QuantConfig | None,
+    setup: Setup,
+    divide: Callable[[Any], None],
 ) -> Built:
-    """Build the model that `setup` describes. `peft_config` None trains them all; an `Adaptation` is one that peft lacks."""
+    """Build the model that `setup` describes. `peft_config` None trains them all; an `Adaptation` is one that peft lacks.
+
+    `divide` is given the base model before it is adapted.
+    """
     with quiet_transformers():
         hf_config = build_config(config, name="model")
         cls = model_class(config, hf_config, name="model", task_type=task_type)
@@ -65,6 +74,7 @@ def build(
         if setup.attn_implementation == FLASH_ATTENTION:
             for part in (base.config, *_sub_configs(base.config)):
                 part._attn_implementation_internal = FLASH_ATTENTION
+        divide(base)
         original = {id(p) for p in base.parameters()}
         upcast = _kbit_prepare(base) if quant is not None and setup.kbit_prepare else set()
         checkpoint_layers(base, setup)

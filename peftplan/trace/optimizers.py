@@ -20,6 +20,7 @@ from peftplan.ledger import Allocation
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
 from peftplan.trace import community
 from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.meshes import by_mesh
 from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
 from peftplan.units import round512
 
@@ -60,11 +61,12 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in trainable}
         return StandIn(optimizer, arguments, trainable, in_embedding, tracker)
-    real = _torch_optimizer(optimizer.name, [p for _, p in trainable], arguments)
+    groups = by_mesh(p for _, p in trainable)
+    real = _torch_optimizer(optimizer.name, groups[0] if len(groups) == 1 else [{"params": g} for g in groups], arguments)
     return Real(real, trainable, tracker, host_steps=optimizer.step_implementation == "foreach")
 
 
-def _torch_optimizer(name: str, params: list[nn.Parameter], arguments: Mapping[str, str]) -> Any:
+def _torch_optimizer(name: str, params: list[Any], arguments: Mapping[str, str]) -> Any:
     momentum = float(arguments.get("momentum", 0))
     if name in ("adamw_torch", "adamw_torch_fused"):
         fused = name.endswith("fused")

@@ -18,6 +18,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.trace.cuda.differences import cuda_autocast
+from peftplan.trace.meshes import clip_gradients
 from peftplan.trace.optimizers import Steps
 from peftplan.trace.scaler import Scaler
 
@@ -131,7 +132,7 @@ def take_steps(run: Run) -> None:
             run.tracker.begin("step")
             if scaler is not None:
                 scaler.unscale(run.trainable)
-            nn.utils.clip_grad_norm_(run.trainable, MAX_GRAD_NORM, foreach=True)
+            clip_gradients(run.trainable, MAX_GRAD_NORM)
         run.update()
         if scaler is not None:
             scaler.update()

@@ -132,7 +132,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for number, item in enumerate(reversed(out) if func is DROPOUT else out):
                 if isinstance(item, torch.Tensor):
                     self._see(item, func, args[0][number] if listed else None)
-        self._after(self, func, args)
+        if not self._paused:
+            self._after(self, func, args)
         if func is SUM and self.phase == "backward" and not torch.is_grad_enabled():
             self._note_sum(args[0], out)
         if func in self._temporaries:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -109,9 +109,13 @@ class Ddp(OneGpu):
         """Its second step divides the bucket of the first; with a static graph, whose order the second shows, its third."""
         return 2 if self.distributed.static_graph else 1
 
+    def world(self) -> AbstractContextManager[None]:
+        """The process group."""
+        return process_group(self.distributed.world_size)
+
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
-        """Start the process group, and end it afterwards. No other rank is asked for its shapes."""
+        """Let no other rank be asked for its shapes, and note when buckets are made anew."""
         assert isinstance(tracker, ReducedTracker)
         rebuild = Reducer._rebuild_buckets
 
@@ -123,7 +127,6 @@ class Ddp(OneGpu):
             return rebuilt
 
         with (
-            process_group(self.distributed.world_size),
             patch.object(Reducer, rebuild.__name__, rebuilding),
             patch(f"{OF_DDP}._verify_param_shape_across_processes", lambda *args, **kwargs: None),
         ):

@@ -65,7 +65,7 @@ class Fsdp1(Fsdp2):
 
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
-        """Start the process group, and end it afterwards."""
+        """As FSDP2, and let torch ask where fake tensors lie."""
         with (
             super().started(tracker),
             Addresses(),

@@ -8,7 +8,7 @@ host and of the device look alike, so what torch moves to the device before it s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -39,6 +39,7 @@ from peftplan.trace.ranks.one_gpu import OneGpu
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
 """Where torch moves what a unit holds to the device, before it shards it."""
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 POLICIES = {
     None: transformer_auto_wrap_policy,
     "transformer": transformer_auto_wrap_policy,
@@ -60,7 +61,9 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
         return {id(torch.cpu._default_cpu_stream): 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Leave an operation on DTensors to them: they run it on their shards."""
+        """Leave an operation on DTensors to them: they run it on their shards. What is waited for is the same tensor."""
+        if func is WAIT:
+            return args[0]
         return NotImplemented if DTensor in types else super().__torch_dispatch__(func, types, args, kwargs)
 
     @cached_property
@@ -138,10 +141,14 @@ class Fsdp2(OneGpu):
                     parameter.data = parameter.data.to(torch.float32)
         return setup.model_copy(update={"autocast": "none"})
 
+    def world(self) -> AbstractContextManager[None]:
+        """The process group."""
+        return process_group(self.distributed.world_size)
+
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
-        """Start the process group, and end it afterwards. Meanwhile the tracker sees storages that are resized and buffers of
-        collectives, but no tensor that only teaches DTensor a shape.
+        """Let the tracker see storages that are resized and buffers of collectives, but no tensor that only teaches DTensor a
+        shape.
         """
         allocate, resize = DefaultAllocMixin.allocate, torch.UntypedStorage.resize_
         learn = ShardingPropagator._propagate_tensor_meta_non_cached
@@ -164,7 +171,6 @@ class Fsdp2(OneGpu):
         if isinstance(tracker, RankTracker):
             tracker.offloads = offloads
         with (
-            process_group(self.distributed.world_size),
             patch.object(torch.UntypedStorage, "resize_", resized),
             patch.object(ShardingPropagator, learn.__name__, unseen),
             patch.object(DefaultAllocMixin, "allocate", named),

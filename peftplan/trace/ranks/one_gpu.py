@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -26,6 +27,13 @@ class OneGpu:
     def more_steps(self) -> int:
         """Steps until one is steady, beyond those of one GPU."""
         return 0
+
+    def world(self) -> AbstractContextManager[None]:
+        """The process group, in which the model is made too."""
+        return nullcontext()
+
+    def divided(self, base: Any) -> None:
+        """What is done to the base model, on the host, before it gets an adapter."""
 
     def started(self, tracker: Tracker) -> AbstractContextManager[None]:
         """The circumstances of the run."""

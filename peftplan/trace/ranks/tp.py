@@ -1,0 +1,84 @@
+"""Tensor parallelism: transformers' own `tp_plan`, with DTensors over the fake process group.
+
+The model is divided on the host, before peft adapts it, and each rank loads its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed.utils import TransformersDeviceMesh
+
+from peftplan.distributed.strategy import Distributed
+from peftplan.job.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.load import load
+from peftplan.trace.model import Built
+from peftplan.trace.ranks.fsdp2 import RankTracker
+from peftplan.trace.ranks.group import process_group
+from peftplan.trace.ranks.one_gpu import OneGpu
+
+DENSE, EXPERT = (("pp", "dp_replicate", replicas, parts) for replicas, parts in (("fsdp", "tp"), ("efsdp", "ep")))
+"""Dims of transformers' meshes (distributed/utils.py, `initialize_distributed_mesh`); all but the last are 1 here."""
+
+
+class PartTracker(RankTracker):  # type: ignore[no-untyped-call]
+    """A tracker of the parts of DTensors."""
+
+    def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
+        """Record no tensor on `meta`, which transformers makes to ask for strides."""
+        device = getattr(tensor, "fake_device", None)
+        if device is None or device.type != "meta":
+            super()._see(tensor, func, source)
+
+
+@dataclass
+class Tp(OneGpu):
+    """Rank 0, whose parts are the largest."""
+
+    distributed: Distributed
+    tracker = PartTracker
+    alone = False
+
+    @contextmanager
+    def world(self) -> Iterator[None]:
+        """The process group."""
+        with process_group(self.distributed.world_size):
+            yield
+
+    def divided(self, base: Any) -> None:
+        """Divide the model as `from_pretrained` does before it loads. Weights are tied after that."""
+        for name in base.all_tied_weights_keys:
+            module, _, leaf = name.rpartition(".")
+            parameters = base.get_submodule(module)._parameters
+            parameters[leaf] = nn.Parameter(parameters[leaf].detach().clone(), parameters[leaf].requires_grad)
+        size = self.distributed.world_size
+        dense, expert = (init_device_mesh("cpu", (1, 1, 1, size), mesh_dim_names=names) for names in (DENSE, EXPERT))
+        base.maybe_distribute_model(base, DistributedConfig(tp_size=size), TransformersDeviceMesh(dense, expert))
+        base.tie_weights(recompute_mapping=False)
+
+    @contextmanager
+    def started(self, tracker: Tracker) -> Iterator[None]:
+        """Record no tensor that only teaches DTensor a shape."""
+        learn = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+            with tracker.paused():
+                return learn(propagator, schema)
+
+        with patch.object(ShardingPropagator, learn.__name__, unseen):
+            yield
+
+    def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+        """Load each part to the device by its name."""
+        load(built, tracker, setup, quant, arrives=True)

@@ -1,0 +1,44 @@
+"""Trace one rank of the rehearsed jobs over several GPUs, and keep the bytes for the table of docs/how-to/several-gpus.md.
+
+    python -m tools.rank_traces [NAME ...]         traces the jobs that have no kept trace, or those whose name has one of these
+
+Kept traces lie in tests/distributed/rank_traces.jsonl; tests/trace/test_rank.py traces one job of each kind again. Then run
+`python -m tools.rank_jobs` to write the table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import peftplan
+from tools.rank_jobs import CARD, KEPT, PHASES, kept_traces, options, rows
+
+
+def traced(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The peaks of a job by trace; None if no trace follows it."""
+    try:
+        peaks = peftplan.estimate(**options(row), gpu=CARD, engine="trace").peaks
+    except peftplan.RefusedError as error:
+        print(row["name"], error, file=sys.stderr, flush=True)
+        return None
+    assert peaks is not None
+    return {"peak_by_phase": {phase: peaks.by_phase[phase] for phase in PHASES}, "peak_reserved": peaks.reserved}
+
+
+def run(names: list[str]) -> None:
+    """Trace jobs and keep their bytes, in the order of the rows."""
+    kept = kept_traces()
+    for row in rows():
+        name = row["name"]
+        if any(of in name for of in names) if names else name not in kept:
+            peaks = traced(row)
+            kept |= {} if peaks is None else {name: peaks}
+            lines = (json.dumps({"name": name, **kept[name]}) + "\n" for name in (r["name"] for r in rows()) if name in kept)
+            Path(KEPT).write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
