@@ -16,7 +16,7 @@ from peftplan.ledger import Dim
 from peftplan.storage.config import TORCHAO_NF4
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Strided, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Strided, Tensor
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -134,13 +134,6 @@ def dequantized(f: Tape, part: Part) -> Tensor:
     return weight
 
 
-def bias_of(part: Part, x: Tensor) -> Operand | None:
-    """A layer's bias after a forward of x: int8's layers leave it in the dtype of their input."""
-    if part.bias is None or part.quant is None or part.quant.name != "int8":
-        return part.bias
-    return Tensor(None, part.bias.dims, x.dtype, part.bias.node)
-
-
 def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tensor) -> Gradients:
     part, x_dims = saved
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] and part.bias is not None else None
@@ -153,8 +146,13 @@ def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tenso
 
 
 def linear8bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
-    """`Linear8bitLt`: an int8 copy of the input, int32 and fp16 outputs; it keeps its input outside autograd's saved tensors."""
+    """`Linear8bitLt`: an int8 copy of the input, int32 and fp16 outputs; it keeps its input outside autograd's saved tensors.
+
+    It leaves its bias in the dtype of its input (`self.bias.data = self.bias.data.to(x.dtype)`), also one that trains.
+    """
     assert part.weight is not None
+    if part.bias is not None:
+        part.bias.dtype = x.dtype
     n_out, _ = _sizes(part)
     rows = x.dims[:-1]
     copied = type(x) is Strided and not x.rows_are_a_view

@@ -5,10 +5,9 @@ Source: torch `amp/grad_scaler.py`; accelerate makes it for `mixed_precision="fp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from peftplan.errors import RefusedError
-from peftplan.parameters import Parameter
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -27,9 +26,9 @@ class Scaler:
         """`scale`: what backward starts from."""
         return ops.mul(f, loss, self.scale)
 
-    def unscale(self, f: Tape, parameters: Iterable[Parameter]) -> None:
-        """`unscale_`. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
-        if any(p.trainable and p.dtype == "fp16" for p in parameters):
+    def unscale(self, f: Tape, dtypes: Collection[str]) -> None:
+        """`unscale_` of gradients of these dtypes. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
+        if "fp16" in dtypes:
             raise RefusedError(
                 "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
             )

@@ -53,7 +53,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     f.module = ""
     stepped = model.parameters.all if program.shards is None else program.shards
     if scaler is not None:
-        scaler.unscale(f, stepped)
+        scaler.unscale(
+            f, {p.dtype for p in (model.with_gradients() if program.shards is None else program.shards) if p.trainable}
+        )
     idle = model.units.idle(model.idle())
     model.forget_gradients(idle)
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]

@@ -103,6 +103,10 @@ class Weights:
         """The tensors that the step has used so far, by family and layer."""
         yield from self._parameters.items()
 
+    def with_gradients(self) -> list[Parameter]:
+        """The tensors that the step has given a gradient."""
+        return [p for p in self._parameters.values() if p.grad is not None]
+
     def idle(self) -> set[str]:
         """The trainable families that got no gradient in this step; optimizers skip them."""
         trained = {p.name for p in self.parameters.all if p.trainable}

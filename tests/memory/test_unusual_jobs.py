@@ -30,6 +30,8 @@ ROBERTA = {**BERT, "model_type": "roberta", "architectures": ["RobertaForMaskedL
 BLOOM = {"model_type": "bloom", "hidden_size": 256, "n_head": 8, "n_layer": 3, "vocab_size": 100}
 VIT = {"model_type": "vit", "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512, "num_hidden_layers": 3}
 VIT |= {"architectures": ["ViTForImageClassification"], "image_size": 64, "patch_size": 8, "num_channels": 3}
+QWEN2 = shallow("qwen2.5-0.5b", 2)
+GPT2 = shallow("gpt2", 2)
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 
@@ -89,6 +91,9 @@ def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> 
         # TRL reads the head's bias, which the wrapper of trained rows does not pass on
         (TIED, {"trainer": "trl", "target_modules": ["q_proj"], "trainable_token_indices": [1]}, "no attribute 'bias'"),
         (shallow("bloom-560m"), {"attn_implementation": "flash_attention_2"}, "no flash_attention_2"),
+        # int8's layers leave a trained bias in the fp16 of their input
+        (QWEN2, {"trainer": "trl", "quant": "int8", "bias": "all", "dtype": "fp16", "autocast": "fp16"}, "unscale fp16"),
+        (GPT2, {"trainer": "transformers", "quant": "int8", "bias": "all", "dtype": "fp32", "autocast": "fp16"}, "unscale fp16"),
     ],
 )
 def test_both_engines_refuse(config: dict[str, Any], options: dict[str, Any], why: str) -> None:
@@ -114,6 +119,15 @@ def test_the_gradients_of_casts_for_flash_attention_are_freed_in_the_traces_orde
     assert ours is not None
     assert traced is not None
     assert ours.reserved == traced.reserved
+
+
+def test_biases_of_int8_turn_fp32_where_their_input_is_fp32() -> None:
+    """A norm's result is fp32 under autocast: biases that were loaded in fp16 train, and their gradients are unscaled."""
+    job = {"quant": "int8", "dtype": "fp16", "autocast": "fp16", "kbit_prepare": False, "target_modules": ["c_attn"]}
+    ours, traced = (estimate(GPT2, engine=engine, seq_len=64, bias="lora_only", **job).peaks for engine in ("analytic", "trace"))
+    assert ours is not None
+    assert traced is not None
+    assert ours.by_phase == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.by_phase.items()}
 
 
 def test_starcoder2_drops_out_before_attention_returns() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from peftplan.memory.methods.sides import sides
 from peftplan.memory.parts import Part, Running
-from peftplan.memory.quantized import bias_of
 from peftplan.methods.boft import BOFTConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
@@ -32,7 +31,7 @@ def boft(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     rotated = _product(f, x, rotation)
     result = base(rotated)
     f.module = part.name
-    bias = bias_of(part, rotated)
+    bias = part.bias
     if bias is not None:
         result = ops.add(f, result, bias)
     result = ops.mul(f, result, scale.view((n_out,)))

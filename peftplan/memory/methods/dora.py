@@ -7,7 +7,7 @@ weight's size while its forward runs.
 from __future__ import annotations
 
 from peftplan.memory.parts import Part, Running
-from peftplan.memory.quantized import bias_of, dequantized
+from peftplan.memory.quantized import dequantized
 from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
@@ -43,7 +43,7 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     f.module = part.name
     if base_result is None:
         base_result = products.linear(f, x, weight, transposed=turned)
-    elif (bias := bias_of(part, base_result)) is not None:
+    elif (bias := part.bias) is not None:
         base_result = ops.add(f, base_result, bias)
     scaled_base = ops.mul(f, ops.shift(f, scale), base_result)
     scaled = ops.scale(f, ops.mul(f, scale, lora_result))
