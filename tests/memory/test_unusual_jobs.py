@@ -123,8 +123,11 @@ def test_the_gradients_of_casts_for_flash_attention_are_freed_in_the_traces_orde
 
 def test_biases_of_int8_turn_fp32_where_their_input_is_fp32() -> None:
     """A norm's result is fp32 under autocast: biases that were loaded in fp16 train, and their gradients are unscaled."""
-    job = {"quant": "int8", "dtype": "fp16", "autocast": "fp16", "kbit_prepare": False, "target_modules": ["c_attn"]}
-    ours, traced = (estimate(GPT2, engine=engine, seq_len=64, bias="lora_only", **job).peaks for engine in ("analytic", "trace"))
+    job: dict[str, Any] = {"quant": "int8", "dtype": "fp16", "autocast": "fp16", "kbit_prepare": False}
+    ours, traced = (
+        estimate(GPT2, engine=engine, seq_len=64, bias="lora_only", target_modules=["c_attn"], **job).peaks
+        for engine in ("analytic", "trace")
+    )
     assert ours is not None
     assert traced is not None
     assert ours.by_phase == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.by_phase.items()}

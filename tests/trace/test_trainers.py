@@ -20,9 +20,11 @@ import transformers
 
 from peftplan.errors import RefusedError
 from peftplan.job.setup import parse_setup, resolved
+from peftplan.planning.estimate import estimate
 from peftplan.trace.cuda import losses
 from peftplan.trace.model import cast_by_trl
 from peftplan.trace.steps import Run, take_steps
+from tests.memory.engines import shallow
 from tests.trace.engine_case import llama, lora, traced
 from tests.trace.storages import Storages
 
@@ -109,6 +111,17 @@ def test_sft_trainer_makes_these_storages(tmp_path: Any) -> None:
     assert Counter(ours.sizes) - Counter(theirs.sizes) == Counter([16 * TOKENS] * 4 + [8 * TOKENS] * 3)
     assert TOKENS * 32768 * 2 in ours.sizes  # the tile: 78 tokens of 4096, 32,768 columns whatever the vocabulary
     assert abs(theirs.peak - ours.peak) <= copy_under_a_mode
+
+
+def test_padded_targets_of_whisper_are_no_packed_sequences() -> None:
+    """Without a mask transformers looks whether positions have gaps, which padding does not make: no mask is made."""
+    traced = [
+        estimate(shallow("whisper-tiny", 2), engine="trace", seq_len=448, batch_size=8, padding=padding).peaks
+        for padding in (False, True)
+    ]
+    assert traced[0] is not None
+    assert traced[1] is not None
+    assert traced[0].by_phase == traced[1].by_phase
 
 
 def test_a_mask_of_ones_is_in_every_batch_of_trl() -> None:

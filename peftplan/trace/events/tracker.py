@@ -37,11 +37,13 @@ _ATEN = torch.ops.aten
 KEEP_ONES = frozenset({_ATEN._to_copy.default, _ATEN.all.default, _ATEN.mul.Tensor})
 """Operations whose result is all ones if their input is."""
 MAKE_ONES: dict[Any, Callable[..., bool]] = {
-    _ATEN.ones.default: lambda size: True,
-    _ATEN.eq.Tensor: lambda a, b: a is b,
-    _ATEN.ne.Scalar: lambda a, b: b == math.inf,
+    _ATEN.ones.default: lambda made_by, size: True,
+    _ATEN.eq.Tensor: lambda made_by, a, b: a is b,
+    _ATEN.ne.Scalar: lambda made_by, a, b: b == math.inf,
+    _ATEN.eq.Scalar: lambda made_by, a, b: b == 0 and "cumsum" in made_by(a),
 }
-"""Operations whose result is all ones if this holds for their arguments: new masks, and both halves of `isfinite`."""
+"""Operations whose result is all ones if this holds for their arguments: new masks, both halves of `isfinite`, and positions
+without a gap (transformers, masking_utils.py, `find_packed_sequence_indices`). `made_by`: the operation behind a tensor."""
 IGNORED = frozenset({torch.ops.aten.detach.default})
 """Frequent operations that allocate no storage."""
 LIFT_FRESH = torch.ops.aten.lift_fresh.default
@@ -302,7 +304,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "" if known is None else known.record.op
 
     def _note_ones(self, out: torch.Tensor, func: Any, args: Any) -> None:
-        if MAKE_ONES[func](*args) if func in MAKE_ONES else all(self.of_ones(a) for a in args if isinstance(a, torch.Tensor)):
+        makes = MAKE_ONES.get(func)
+        tensors = (a for a in args if isinstance(a, torch.Tensor))
+        if all(map(self.of_ones, tensors)) if makes is None else makes(self.made_by, *args):
             with torch._C.DisableTorchFunction():
                 live = self._live.get(out.untyped_storage()._cdata)
             if live is not None:
