@@ -60,7 +60,8 @@ class TensorParallel(OneGpu):
         if style.startswith("colwise"):
             out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
             return self._gathered(out) if style == "colwise_gather_output" else out
-        return self._summed(function(self._part(x) if style == "rowwise_split_input" else x))  # type: ignore[arg-type]
+        part = self._part(x) if style == "rowwise_split_input" else x  # `tp_forward` holds it until it returns
+        return self._summed(function(part))  # type: ignore[arg-type]
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """Nothing: a rank has its part at all times."""

@@ -37,8 +37,6 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
 
 OPEN = ('fsdp1 full 64 fsdp={"backward_prefetch": "pre"}', 'fsdp1 full 4 config={"hidden_size": 1000')
 """Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
-PACKED = ('tp full 2 model="phi-3-mini-4k-instruct" layers=3 seq_len=256',)
-"""Reserved -3.7 %: cause not known. Phi-3 packs queries, keys and values, and gate and up projection, in one weight each."""
 LARGE_HEAD = ('zero3 full 4 loss="liger" kernels="liger" model="qwen2.5-7b"',)
 """Reserved -1.1 %: cause not known. The head, a quarter of these layers' memory, gets its gradient from Liger's fused loss."""
 TRACED = ('ddp={"gradient_as_bucket_view"', 'ddp={"static_graph"')
@@ -49,7 +47,7 @@ ROWS = [row for row in rows() if "error" not in row and not any(of in row["name"
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %; under ZeRO 0.2 % and 1 %, which OPT and one
-    quantized model need. The jobs named above are beyond that.
+    quantized model need; under tensor parallelism to the byte. The jobs named above are beyond that.
     """
     shares = compared(row)
     assert shares is not None
@@ -57,6 +55,6 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     for phase in PHASES:
         most = 0.003 if row["name"].startswith(OPEN) else 0.002 if zero else 0.001
         assert abs(shares[phase]) <= most, (phase, shares)
-    assert abs(shares["reserved"]) <= (
-        0.04 if row["name"] in PACKED else 0.012 if row["name"].startswith(LARGE_HEAD) else 0.01 if zero else 0.005
-    ), shares
+    divided = row["strategy"] == "tp"
+    most = 0.0 if divided else 0.012 if row["name"].startswith(LARGE_HEAD) else 0.01 if zero else 0.005
+    assert abs(shares["reserved"]) <= most, shares
