@@ -200,9 +200,9 @@ class Reading:
         for key, default in rule.get("defaults", {}).items():
             if self.values.get(key) is None:
                 self.effective.defaults[key] = default
-                row = self.tool.rows[key]
-                self._set({row["to"]: by_word(row.get("values", {}), default)})
-                self.defaults[row["to"]] = self._place(at)
+                meant = self.tool.rows[key]
+                self._set({meant["to"]: by_word(meant.get("values", {}), default)})
+                self.defaults[meant["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
             self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})
