@@ -30,7 +30,7 @@ METHOD: dict[str, str] = {
     "--r": "rank; default: the method's (8 for LoRA)",
     "--lora-alpha": "scaling of the update",
     "--lora-dropout": "dropout before A",
-    "--target-modules": "names, a pattern, or all-linear | every-linear | attention | mlp | peft-default",
+    "--target-modules": "names, a pattern, or all-linear | every-linear | linear-names | attention | mlp | peft-default",
     "--exclude-modules": "modules left out: names or a regular expression",
     "--target-parameters": "parameters adapted directly, such as fused experts",
     "--modules-to-save": "modules trained in full beside the adapter",

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from peftplan.arch.modules import LINEAR_KINDS, Architecture
 from peftplan.errors import RefusedError
-from peftplan.methods.targets import PEFT_DEFAULT, part
+from peftplan.methods.targets import ALL_LINEAR, LINEAR_NAMES, PEFT_DEFAULT, part
 
 _QWEN2_MOE = (
     "Dots3NoteTextModel UnlimitedOcrTextModel afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
@@ -105,9 +105,9 @@ def _leaf_names(
         return tuple(name for name in renamed if name != ROUTER)
     if target == "attention":
         return part(arch, attention=True)
-    if target == "all-linear":
+    if target in (ALL_LINEAR, LINEAR_NAMES):
         linear = {m.leaf for m in arch.modules if m.kind in LINEAR_KINDS and m.name != arch.output_embedding}
-        return tuple(sorted(linear | renamed.keys()))
+        return tuple(sorted(linear | renamed.keys() if target == ALL_LINEAR else linear))
     pattern = re.compile(target)
 
     def matches(name: str) -> bool:

@@ -24,8 +24,10 @@ Value = TypeVar("Value")
 
 ALL_LINEAR = "all-linear"
 EVERY_LINEAR = "every-linear"
+LINEAR_NAMES = "linear-names"
+"""The linear layers but the output by name, as axolotl, LLaMA-Factory and ms-swift list them: no expert is one of them."""
 PEFT_DEFAULT = "peft-default"
-WORDS = (ALL_LINEAR, EVERY_LINEAR, PEFT_DEFAULT, "attention", "mlp")
+WORDS = (ALL_LINEAR, EVERY_LINEAR, LINEAR_NAMES, PEFT_DEFAULT, "attention", "mlp")
 """Words for `target_modules`: peft's own `all-linear`, and ours. They are resolved to lists of names, which are printed."""
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -146,7 +148,7 @@ def resolve_targets(arch: Architecture, target_modules: tuple[str, ...] | str | 
             )
         defaults = mapping[arch.model_type]
         return defaults if isinstance(defaults, str) else tuple(defaults)
-    if target_modules in (ALL_LINEAR, EVERY_LINEAR):
+    if target_modules in (ALL_LINEAR, EVERY_LINEAR, LINEAR_NAMES):
         return all_linear(arch, with_output=target_modules == EVERY_LINEAR)
     if target_modules in ("attention", "mlp"):
         return part(arch, attention=target_modules == "attention")

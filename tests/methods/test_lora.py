@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 
 import peft
 import peft.optimizers
+import torch
 
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.sources import load
@@ -70,6 +71,24 @@ CASES: list[tuple[str, str | None, dict[str, Any]]] = [
 @pytest.mark.parametrize(("model", "task", "options"), CASES)
 def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) -> None:
     assert_like_peft(model, "lora", task, device="cpu" if options.get("init_lora_weights") == "mica" else "meta", **options)
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "granitemoe"])
+def test_linear_names_are_those_that_tools_list(model: str) -> None:
+    """The last names of all `nn.Linear` but the head (ms-swift, `find_all_linears`). Experts are parameters: where nothing else
+    has their names, they are not adapted, and dropout is not refused.
+    """
+    base = tiny.real(model)
+    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)} - {
+        "lm_head"
+    }
+    adapted = witness.peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=sorted(linear)))
+    adaptation = ours(model, "lora", r=4, target_modules="linear-names")
+    witness.assert_same(tiny.architecture(model), adaptation, base, adapted)
+    if model in ("mixtral", "qwen3_moe"):
+        assert (
+            ours(model, "lora", r=4, target_modules="linear-names", lora_dropout=0.05).num_trainable == adaptation.num_trainable
+        )
 
 
 NO_DEFAULT = ("distilbert", "vit", "whisper", "mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")

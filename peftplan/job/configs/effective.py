@@ -10,6 +10,7 @@ from peftplan.arch import catalogue
 from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
 from peftplan.job.configs.facts import Accepted, Facts, Product, Setting
+from peftplan.methods.experts import CONVERSIONS
 
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
 
@@ -41,6 +42,8 @@ class Effective:
             return any(self._equal(self.file, each) for each in accepted)
         if key == "vocabulary":
             return self._has_vocabulary(accepted)
+        if key == "experts":
+            return self._of_model("model_type") in CONVERSIONS
         if accepted in ("said", "unsaid"):
             return (self.values.get(key) is not None) is (accepted == "said")
         if isinstance(accepted, Mapping):
@@ -69,10 +72,14 @@ class Effective:
     def _has_vocabulary(self, accepted: Accepted) -> bool:
         """Whether the rows of the model's embedding are, or are not known to be, a multiple of a number."""
         (text,) = map(str, accepted)
+        rows = self._of_model("vocab_size")
+        return (isinstance(rows, int) and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
+
+    def _of_model(self, field: str) -> object:
+        """A field of the config of the model that the file names; None where it is not built in."""
         keys = [key for key, row in self.tool.rows.items() if row.get("to") == "model" and key in self.values]
         entry = catalogue.find(str(self.values[keys[0]])) if keys else None
-        rows = entry.facts()["config"].get("vocab_size") if entry is not None else None
-        return (isinstance(rows, int) and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
+        return None if entry is None else entry.facts()["config"].get(field)
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:

@@ -62,6 +62,10 @@ def of_comments(comments: str) -> dict[str, int]:
     return {IN_HEADERS[name.lower()]: int(number) for name, number in reversed(HEADER.findall(comments))}
 
 
+RANKS, PER_NODE = "ray.default.ranks", "ray.nproc_per_node"
+"""What ms-swift tells Ray: which ranks train, and how many of them a node has."""
+
+
 class Launched(NamedTuple):
     """Options of a launch, which of it is not supported, and what is assumed."""
 
@@ -103,6 +107,11 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
 
 def _processes(result: Launched, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if (ranks := launch.get(RANKS)) is not None:
+        of_ray = _of_ray(str(ranks), str(launch.get(PER_NODE)))
+        launch = {**launch, **of_ray}
+        if not of_ray:
+            result.unsupported["device_groups"] = Unsupported(ranks, "accepted: a whole number or list(range(a, b))", "unknown")
     nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
     stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
@@ -124,6 +133,15 @@ def _processes(result: Launched, launch: Mapping[str, object], environment: Mapp
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")
+
+
+def _of_ray(ranks: str, of_node: str) -> Values:
+    """GPUs and nodes of a job that Ray starts (ms-swift, ray_utils/resource_manager.py:25): as many nodes as its ranks fill."""
+    bounds = re.fullmatch(r"(?:list\(range\((\d{1,6}), *)?(\d{1,6})(?:\)\))?", ranks)
+    if bounds is None or not re.fullmatch("[1-9][0-9]{0,5}", of_node):
+        return {}
+    count = int(bounds[2]) - int(bounds[1] or 0)
+    return {"gpus": min(count, int(of_node)), "nodes": -(-count // int(of_node))}
 
 
 def _before_script(value: object) -> object:

@@ -93,7 +93,7 @@ class Reading:
             and not {"rule", "launch"} & known.row.keys()
             and known.row.get("to") != "target_modules"
         ):
-            self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=known.row.get("to"))
+            self._left_open(key, value, known.row)
         else:
             self._known(key, value, known)
 
@@ -132,6 +132,16 @@ class Reading:
             return
         self._set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, row.get("why", ""))
+
+    def _left_open(self, key: str, value: object, row: Row) -> None:
+        """A placeholder: what the tool's table assumes there, or an unsupported key."""
+        if "open" not in row:
+            self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=row.get("to"))
+            return
+        option = row["to"]
+        self._set({option: row["open"]})
+        self.read[key] = Read(value, option, row.get("why", ""))
+        self.assumed[option] = f"the file has a placeholder; {row['open']} is assumed"
 
     def _typed(self, key: str, option: str, value: object) -> object:
         """A value of the option's type. Raises FileError, one line with file, line and key."""

@@ -478,6 +478,54 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
     assert expected.items() <= plan.options.items()
 
 
+MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
+
+
+@pytest.mark.parametrize("values", [{}, {"target_modules": "all-linear"}, {"experts_impl": "grouped_mm"}])
+def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None:
+    """It lists names of linear layers; its dropout is 0.05. 48 layers of q, k, v and o at rank 8, as peft counts them."""
+    plan = read({**SWIFT, "model": MOE, **values}, kind="command", program="swift sft")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert result.trainable_parameters == 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512)) == 6_684_672
+    assert result.bound is None
+
+
+def test_other_experts_are_not_known() -> None:
+    plan = read({**SWIFT, "model": MOE, "experts_impl": "eager"}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == {"experts_impl"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "nodes"), [("list(range(0, 4))", 4, None), (16, 8, 2), ("list(range(8, 12))", 4, None)]
+)
+def test_ray_starts_the_ranks_that_the_file_says(ranks: object, gpus: int, nodes: int | None) -> None:
+    groups = {"nproc_per_node": 8 if ranks == 16 else 4, "default": {"device": "GPU", "ranks": ranks, "workers": ["default"]}}
+    plan = read({**SWIFT, "deepspeed": "zero3", "use_ray": True, "device_groups": groups})
+    assert not plan.unsupported
+    assert (plan.options["gpus"], plan.options.get("nodes")) == (gpus, nodes)
+
+
+def test_ranks_of_ray_that_are_not_known_are_said() -> None:
+    groups = {"nproc_per_node": 4, "default": {"device": "GPU", "ranks": "sorted({0, 1})", "workers": ["default"]}}
+    assert read({**SWIFT, "deepspeed": "zero3", "device_groups": groups}).unsupported.keys() == {"device_groups"}
+
+
+@pytest.mark.parametrize(("model", "unsupported"), [(SWIFT["model"], set()), ("meta-llama/Llama-3.2-1B", {"new_special_tokens"})])
+def test_new_tokens_fit_where_the_embedding_has_rows_to_spare(model: str, unsupported: set[str]) -> None:
+    """Qwen's tokenizers use at most 151,669 of 151,936 rows; Llama's use all of theirs."""
+    plan = read({**SWIFT, "model": model, "new_special_tokens": "tokens.txt"}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == unsupported
+    assert ("new_special_tokens" in plan.assumed) is (not unsupported)
+
+
+def test_a_placeholder_that_the_reader_fills_in_is_assumed() -> None:
+    values = {**SWIFT, "task_type": "seq_cls", "num_labels": "<num-labels>"}
+    plan = read(values, kind="command", program="swift sft")
+    assert not plan.unsupported
+    assert (plan.options["num_labels"], plan.assumed["num_labels"]) == (2, "the file has a placeholder; 2 is assumed")
+
+
 @pytest.mark.parametrize(
     ("values", "options"),
     [
