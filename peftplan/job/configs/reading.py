@@ -228,11 +228,12 @@ class Reading:
                 whys = [text for text in (before.why if before and before.option else "", reason) if text]
                 self.read[key] = Read(self.values[key], ", ".join([*rest, options]), "; ".join(dict.fromkeys(whys)))
                 self.ignored.pop(key, None)
-        if (row := rule.get("unsupported")) is not None:
-            value = self.values.get(row["key"], "by default")
-            self.unsupported[row["key"]] = Unsupported(value, row["why"], row.get("effect", "unknown"), row.get("option"))
-            self.read.pop(row["key"], None)
-            self.ignored.pop(row["key"], None)
+        if (refusal := rule.get("unsupported")) is not None:
+            key, effect = refusal["key"], refusal.get("effect", "unknown")
+            value = self.values.get(key, "by default")
+            self.unsupported[key] = Unsupported(value, refusal["why"], effect, refusal.get("option"))
+            self.read.pop(key, None)
+            self.ignored.pop(key, None)
         settled = [key for key in rule.get("supports", ()) if self.unsupported.pop(key, None)]
         for key in settled:
             if self.values.get(key) is not None:

@@ -37,7 +37,7 @@ def fields_of(job: Job) -> Values:
     for name in ("modules_to_save", "target_parameters"):
         if config.get(name):
             config[name] = tuple(config[name])
-    if adapted := dict(job.adaptation.resolved).get("target_parameters"):
+    if isinstance(adapted := dict(job.adaptation.resolved).get("target_parameters"), tuple) and adapted:
         config["target_parameters"] = tuple(sorted(adapted))
     if "target_modules" in config:
         config["target_modules"] = tuple(sorted((module.name, module.layers or ()) for module in job.adaptation.matched))
