@@ -45,7 +45,7 @@ RECIPES = "recipes of torchtune"
 RAN = {
     RECIPES: "on the emulated card (`tools/rehearsed_recipes.py`)",
     "preferences and rewards": "as a program of TRL, axolotl, LLaMA-Factory or ms-swift on the emulated card "
-    "(`tools/rehearsed_jobs.py`)",
+    "(`tools/rehearsed_jobs.py`), or as a recipe of torchtune (`tools/rehearsed_recipes.py`)",
 }
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")

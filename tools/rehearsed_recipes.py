@@ -47,9 +47,10 @@ class Rows:
         return ROWS
 
     def __getitem__(self, number: int) -> dict[str, list[int]]:
-        """Tokens, and labels as torchtune's datasets shift them."""
+        """Tokens, and labels as torchtune's datasets shift them; a recipe of pairs reads two completions."""
         tokens = [(7 * number + place) % 1000 + 5 for place in range(self.length)]
-        return {"tokens": tokens, "labels": [*tokens[1:], IGNORED]}
+        pair = {f"{kind}_{what}": tokens for kind in ("chosen", "rejected") for what in ("input_ids", "labels")}
+        return {"tokens": tokens, "labels": [*tokens[1:], IGNORED], **pair}
 
 
 def tokenizer() -> Tokenizer:

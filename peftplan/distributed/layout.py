@@ -46,7 +46,7 @@ TORCHTUNE = Layout(
     loads="tensors",
     buffers_first=True,
 )
-"""torchtune at bd2a0fc7, training/_distributed.py (`shard_model`, `load_from_full_model_state_dict`)."""
+"""torchtune at bd2a0fc7, training/_distributed.py (`shard_model`, `load_from_full_model_state_dict`); 0.6.1 frees the root."""
 AUTOMODEL = Layout(
     ends="tables",
     param_dtype="bf16",

@@ -203,7 +203,7 @@ OTHER_LOSSES: dict[TrainerName, dict[str, tuple[tuple[float, ...], str]]] = {
 
 
 def _refuse_other_losses(args: object, trainer: Trainer) -> None:
-    """Raises InputError if a distillation or TPO keeps other tensors (trl, `generalized_jsd_loss`, `TPOTrainer._compute_loss`)."""
+    """Raises InputError if a distillation or TPO keeps other tensors (trl, `generalized_jsd_loss`, `TPOTrainer`)."""
     for name, (values, accepted) in OTHER_LOSSES.get(trainer.name, {}).items():
         if (value := getattr(args, name, None)) in values:
             raise InputError(f"training_args.{name}", value, f"accepted: {accepted} is not counted")

@@ -48,7 +48,8 @@ class Job(NamedTuple):
     @property
     def script(self) -> Script:
         """Facts about the program around the step."""
-        return self.request.script
+        script = self.request.script
+        return script.model_copy(update={"outputs_outlive_step": True}) if self.setup.by.reference_lasts else script
 
     def on_card(self, multiprocessors: int | None) -> "Job":
         """The job on a card with so many multiprocessors, by which kernels are chosen and size their buffers."""

@@ -9,6 +9,7 @@ TrainerName = Literal[
     "transformers",
     "qlora-paper",
     "torchtune",
+    "torchtune-dpo",
     "trl",
     "trl-dpo",
     "trl-kto",
@@ -41,9 +42,9 @@ Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-lin
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
 """How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
-Scoring = Literal["kernel", "flat kernel", "softmax", "rows"]
+Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
-the slice, by `log_softmax` of all, or by `logsumexp` of one row after another."""
+the slice, by `log_softmax` of all, of all divided by a temperature, or by `logsumexp` of one row after another."""
 
 
 class Defaults(NamedTuple):
@@ -140,6 +141,8 @@ class Trainer(NamedTuple):
     """Whether the model that writes completions is the one that accelerate wraps."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
+    reference_lasts: bool = False
+    """Whether the reference's logits stay until those of the next micro batch are there."""
     kinds: Literal["together", "in the log", "after its forwards"] = "together"
     """Whether and when the logits of rows are copied by their kind, chosen or rejected: all at the end for the log, or those of a
     model when its forwards have returned."""
@@ -157,6 +160,8 @@ class Trainer(NamedTuple):
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     under_zero2: tuple[Reference, ...] = ()
     """The same under ZeRO-2."""
+    under_fsdp2: tuple[Reference, ...] = ()
+    """The same under FSDP2."""
     task: str | None = None
     """The task of the models that it trains, where it is one."""
     num_labels: int | None = None

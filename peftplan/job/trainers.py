@@ -154,6 +154,24 @@ AUTOMODEL_RECIPE = Trainer(
     adapters_as_base=True,
     layout=AUTOMODEL,
 )
+# torchtune at bd2a0fc7. Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
+RECIPE = Trainer(
+    "torchtune",
+    "torchtune's recipe",
+    Defaults("none", gradient_checkpointing=False, loss="torchtune-linear", kbit_prepare=False),
+    prepares_model=False,
+    clips_gradients=False,
+    makes_optimizer=False,
+    loads_on_device=True,
+    turns_cache_off=True,
+    losses=("torchtune-linear", "full"),
+    task="CAUSAL_LM",
+    expandable_segments=True,
+    own_modules=True,
+    hooks_inputs=False,
+    adapters_as_base=True,
+    layout=TORCHTUNE,
+)
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
@@ -330,23 +348,20 @@ TRAINERS: dict[TrainerName, Trainer] = {
             collates=False,
             loads_on_device=True,
         ),
-        # Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
-        Trainer(
-            "torchtune",
-            "torchtune's recipe",
-            Defaults("none", gradient_checkpointing=False, loss="torchtune-linear", kbit_prepare=False),
-            prepares_model=False,
-            clips_gradients=False,
-            makes_optimizer=False,
-            loads_on_device=True,
-            turns_cache_off=True,
-            losses=("torchtune-linear", "full"),
-            task="CAUSAL_LM",
-            expandable_segments=True,
-            own_modules=True,
-            hooks_inputs=False,
-            adapters_as_base=True,
-            layout=TORCHTUNE,
+        RECIPE,
+        # torchtune 0.6.1, recipes/lora_dpo_single_device.py, rlhf/sequence_processing.py (`get_batch_log_probs`).
+        RECIPE._replace(
+            name="torchtune-dpo",
+            called="torchtune's DPO recipe",
+            defaults=RECIPE.defaults._replace(loss="full"),
+            losses=("full",),
+            rows=2,
+            forwards=(*LOSS, Forward("reference")),
+            sums_rows=True,
+            scoring="divided softmax",
+            reference_lasts=True,
+            under_fsdp2=("adapter_off",),
+            layout=TORCHTUNE._replace(frees_root=True),
         ),
         AUTOMODEL_RECIPE,
         AUTOMODEL_RECIPE._replace(

@@ -27,7 +27,7 @@ def loss_of_batch(model: Model, program: Program, reference: Model | None, outpu
         scoring = program.trainer.scoring
         if scoring is None:
             return _preference_loss(model, program, reference)
-        return _loss_of_logits(model, program, reference, scoring)
+        return _loss_of_logits(model, program, reference, scoring, outputs)
     return _loss_apart(model, program, reference) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
 
 
@@ -149,8 +149,10 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
     return loss
 
 
-def _loss_of_logits(model: Model, program: Program, reference: Model | None, scoring: Scoring) -> Tensor:
-    """The same where a forward returns all logits: those that stay until the loss is made, and their copies."""
+def _loss_of_logits(model: Model, program: Program, reference: Model | None, scoring: Scoring, outputs: list[Tensor]) -> Tensor:
+    """The same where a forward returns all logits: those that stay until the loss is made, and their copies. `outputs`: the
+    reference's, where the loop holds them until it has those of the next micro batch; replaced.
+    """
     from peftplan.memory.chunked_loss import loss_of_rows
     from peftplan.memory.pair_logits import by_kind, mean_logits, scored_rows
 
@@ -165,6 +167,8 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
             sums.append(scored_rows(f, logits, scoring, count=model.running.batch_size))
         if forward.of in by.keeps_logits and not forward.batch:
             logits_of[forward.of] = logits.detach()
+        if by.reference_lasts and forward.of == "reference":
+            outputs[:] = [logits.detach()]
         del logits
         if by.kinds == "after its forwards" and forward is last[forward.of] and forward.of in logits_of:
             logits_of[forward.of] = by_kind(f, logits_of[forward.of])

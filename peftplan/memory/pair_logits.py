@@ -5,7 +5,7 @@ b rows, of pairs the first half chosen; s tokens; n of them in completions; v vo
 (`_LogProbEntropyFunction`; its Triton kernels take nothing); `_compute_loss` of trainer/dpo_trainer.py and
 trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/trainer/utils.py (`_SelectiveLogSoftmaxTriton`);
 `selective_log_softmax` of trainer/utils.py in the newest trl that ms-swift 4.6.0 accepts; ms-swift 4.6.0, rlhf_trainers
-(`_get_logps_via_local_forward`).
+(`_get_logps_via_local_forward`); torchtune 0.6.1, rlhf/sequence_processing.py (`logits_to_logprobs`).
 """
 
 from __future__ import annotations
@@ -143,6 +143,8 @@ def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring,
     """The log-probability of each label. `labels`: None where they are a view of the batch. `count`: rows."""
     if scoring == "softmax":
         return _by_softmax(f, logits)
+    if scoring == "divided softmax":
+        return _gathered(f, ops.keeps_output(f, ops.scale(f, logits, "div"), "log_softmax"))
     if scoring == "rows":
         return _by_rows(f, logits, count)
     return _by_kernel(f, logits, labels) if scoring == "kernel" else _by_flat_kernel(f, logits)
@@ -154,6 +156,10 @@ def _by_softmax(f: Tape, logits: Tensor) -> Tensor:
     copied = f.new(logits.dims, logits.dtype, "contiguous") if f.several else None
     every = ops.keeps_output(f, logits, "log_softmax")
     del copied
+    return _gathered(f, every)
+
+
+def _gathered(f: Tape, every: Tensor) -> Tensor:
     return f.new(every.dims[:-1], "fp32", "gather", f.record(_gathered_backward, (every,), every.dims))
 
 

@@ -729,6 +729,15 @@ def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
     assert t5.options["dtype"] == "fp32"
 
 
+def test_torchtune_reads_pairs_for_a_loss_of_preferences() -> None:
+    """Others of its losses of pairs, and full fine-tuning with a second model, have no peak."""
+    pairs = {**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}
+    plan = read(pairs)
+    assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-dpo", "full", {})
+    other = read({**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.RSOLoss"}})
+    assert other.unsupported["loss._component_"].effect == "unknown"
+
+
 def test_torchtune_over_the_processes_of_its_header() -> None:
     values = {
         "model": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"},
