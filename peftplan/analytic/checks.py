@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan.errors import NeedsTraceError, NoEngineError
+from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
@@ -85,6 +86,8 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"kernels with {job.distributed.called}"
     if setup.attn_implementation == "eager":
         return "kernels with eager attention"
+    if kernels_of(setup.kernels).layers is not None and recorded(job) is None:
+        return f"layers of {architecture.name} that torch compiles: they were not recorded with this adapter"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why
     if kernels_of(setup.kernels).decoder is not None:

@@ -237,6 +237,10 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
         program = ranks.divided(inventory, model, program, first, late=late)
+    elif model.running.recorded is not None:
+        first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
+        first.running = first.running._replace(tunes=True)
+        steady_step(first, program)
     elif setup.optimizer_in_backward:
         from peftplan.memory.stepped import SteppedInBackward
 

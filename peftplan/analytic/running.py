@@ -8,6 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
+from peftplan.job.compiled_layers import recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
@@ -72,6 +73,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         fuses_first=setup.rows * (setup.seq_len + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
+        recorded=None if kernels_of(setup.kernels or ()).layers is None else recorded(job),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss == "per-token",
     )
@@ -212,12 +214,14 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 
 def segments_grow(setup: Setup) -> bool:
     """Whether the trainer's package, or that of the kernels, sets `expandable_segments`; Unsloth not where its vLLM sleeps."""
-    decoder = kernels_of(setup.kernels or ()).decoder
+    kernels = kernels_of(setup.kernels or ())
+    decoder = kernels.decoder or kernels.layers
     sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
     return setup.by.expandable_segments or (decoder is not None and decoder.expandable_segments and not sleeps)
 
 
 def empties_first(setup: Setup) -> bool:
     """Whether the kernels' package gives cached segments back before each backward of the first step."""
-    decoder = kernels_of(setup.kernels or ()).decoder
+    kernels = kernels_of(setup.kernels or ())
+    decoder = kernels.decoder or kernels.layers
     return decoder is not None and decoder.empties_first

@@ -81,6 +81,16 @@ class Decoder(NamedTuple):
     empties_first: bool = True
 
 
+class CompiledLayers(NamedTuple):
+    """Layers that torch compiles whole, as `job.compiled_layers` has records of them. Their package sets up torch's allocator and
+    the cache's emptying as for a `Decoder`.
+    """
+
+    source: str
+    expandable_segments: bool = True
+    empties_first: bool = True
+
+
 class PaddingFree(NamedTuple):
     """Batches that are one row without padding: each row of the batch is a document, of which attention makes segments.
 
@@ -108,8 +118,13 @@ class FakeQuantized(NamedTuple):
     group: int
 
 
-Kernel: TypeAlias = FakeQuantized | Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
+Kernel: TypeAlias = (
+    CompiledLayers | FakeQuantized | Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
+)
 
+UNSLOTH_CHECKPOINT = Checkpoint(
+    "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
+)
 UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
 
@@ -118,9 +133,7 @@ KERNELS: dict[str, Kernel] = {
         "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", positions=4 * 8192
     ),
     "unsloth.padding_free": PaddingFree("unsloth 2026.10.9, utils/attention_dispatch.py (`_sdpa_packed_segments`)"),
-    "unsloth.checkpoint": Checkpoint(
-        "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
-    ),
+    "unsloth.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth.rms_norm": Norm("unsloth 2026.10.9, kernels/rms_layernorm.py (`Fast_RMS_Layernorm`)", partial_rows=4),
     "unsloth.rope": Rotary(
         "unsloth 2026.10.9, kernels/rope_embedding.py (`Fast_RoPE_Embedding_QK_Positions`), qk_norm_rope.py",
@@ -130,6 +143,8 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.lora_mlp": UNSLOTH_LORA,
     "unsloth.lora_qkv": UNSLOTH_LORA,
     "unsloth.lora_o": UNSLOTH_LORA,
+    "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`), torch 2.13"),
+    "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
@@ -152,6 +167,7 @@ class Kernels(NamedTuple):
     decoder: Decoder | None = None
     padding_free: PaddingFree | None = None
     checkpoint: Checkpoint | None = None
+    layers: CompiledLayers | None = None
     rms_norm: Norm | None = None
     layer_norm: LayerNorms | None = None
     rope: Rotary | None = None
@@ -216,6 +232,6 @@ def without_formula(names: Iterable[str] | None, model_type: str, task_type: str
     """Why a step with these kernels has no formula; None where it has one."""
     package = next((name.partition(".")[0] for name in names or ()), None)
     known = WITH_LIGER if package == "liger" else WITH_FORMULA
-    if package is None or (model_type in known and task_type == "CAUSAL_LM"):
+    if package in (None, "unsloth-compiled") or (model_type in known and task_type == "CAUSAL_LM"):
         return None
     return f"{package}'s kernels in {model_type} for {task_type}"

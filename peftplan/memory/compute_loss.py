@@ -199,7 +199,13 @@ def _forward(model: Model) -> list[Tensor]:
     head = head_of(model)
     model.units.enter(ROOT)
     model.units.enter(BACKBONE)
-    forward = forward_of(model.arch.model_type, own_modules=model.running.own_modules, own_decoders=model.running.own_decoders)
+    running = model.running
+    forward = forward_of(
+        model.arch.model_type,
+        own_modules=running.own_modules,
+        own_decoders=running.own_decoders,
+        compiled=running.recorded is not None,
+    )
     hidden = model.units.leave(BACKBONE, forward(model))
     if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
         hidden = model.units.leave(ROOT, hidden)

@@ -147,8 +147,9 @@ class Model(Weights):
 
     @property
     def last_apart(self) -> bool:
-        """Whether the last layer's gradient is a view, to which autograd adds into a new tensor: a kernel made it."""
-        return self.running.kernels.rms_norm is not None
+        """Whether the last layer's gradient is a view, to which autograd adds into a new tensor: a kernel made it; or whether the
+        last layer alone times its kernels."""
+        return self.running.kernels.rms_norm is not None or self.running.tunes
 
     @property
     def every_layer(self) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
 from peftplan.hardware.processors import A100, Processors
+from peftplan.job.compiled_layers import Recorded
 from peftplan.job.kernels import Kernels
 from peftplan.ledger import Dim
 from peftplan.methods.adaptation import MethodConfig
@@ -86,6 +87,10 @@ class Running(NamedTuple):
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False
     """Whether the inputs of checkpointed layers wait on the host."""
+    recorded: Recorded | None = None
+    """What a layer allocates that torch compiles whole."""
+    tunes: bool = False
+    """Whether torch times the kernels of such layers, as it does in the first step."""
 
     def config_as(self, kind: type[Config]) -> Config:
         """The method's config, in the class of the method that asks."""

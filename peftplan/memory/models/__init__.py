@@ -59,8 +59,12 @@ FORWARDS: dict[str, tuple[str, str]] = {
 """model type → module of this folder and its function: from token ids to the last hidden states."""
 
 
-def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool = False) -> Forward:
-    """The forward of a model type in `FORWARDS`, or of one that torchtune or NeMo Automodel builds."""
+def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool = False, compiled: bool = False) -> Forward:
+    """The forward of a model type in `FORWARDS`, of one that torchtune or NeMo Automodel builds, or of recorded layers."""
+    if compiled:
+        from peftplan.memory.models import compiled as of_records
+
+        return of_records.compiled
     if own_modules:
         from peftplan.memory.models.torchtune import BUILT
 

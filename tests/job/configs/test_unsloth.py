@@ -258,3 +258,36 @@ def test_a_notebook_sets_variables_by_a_magic() -> None:
     plan = read_text(notebook, file="train.ipynb")
     assert not plan.unsupported
     assert plan.read["environment.UNSLOTH_BLOCK_COMPILE"].value == "0"
+
+
+FAST_MODEL = """
+{settings}
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained("unsloth/gemma-3-270m-it", max_seq_length=2048, load_in_4bit=False)
+model = FastModel.get_peft_model(
+    model, r=128, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=4, gradient_accumulation_steps=1{arguments})).train()
+"""
+
+
+PADDING = "UNSLOTH_DISABLE_AUTO_PADDING_FREE"
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "unsupported"),
+    [
+        ("", ", max_steps=100", set()),
+        ("", "", set()),
+        ("", ", max_steps=1250", LONG),
+        ("", ", max_steps=100), data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer", {"kernels"}),
+        ("import os\n" + PADDED, ", max_steps=100", {"kernels"}),
+        ('import os\nos.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', ", max_steps=100", {"kernels", PADDING}),
+    ],
+)
+def test_torch_compiles_the_layers_of_fastmodel(settings: str, arguments: str, unsupported: set[str]) -> None:
+    """models/_block_compile.py: each layer is one region, of a row without padding where nothing else is said."""
+    plan = read_text(FAST_MODEL.format(settings=settings, arguments=arguments), file="a.py")
+    assert set(plan.unsupported) == unsupported
+    if "kernels" not in unsupported:
+        assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")

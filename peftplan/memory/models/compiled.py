@@ -1,0 +1,125 @@
+"""A decoder whose layers torch compiles whole: each allocates what was recorded of one (`job.compiled_layers`).
+
+A batch is one row without padding, as Unsloth makes it. Source: unsloth 2026.10.9, models/_block_compile.py (`_wrap`).
+Left out: the indices of attention's blocks, below 0.3 MB for 8,192 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from math import prod
+from typing import NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.job.kernels import Norm
+from peftplan.memory import fused_layers
+from peftplan.memory.calls import inputs
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.style import Call, Style
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
+
+FLUSHED_BYTES = 256 * 2**20
+"""What inductor writes over the card's cache with before it times a kernel (torch 2.13, _inductor/runtime/benchmarking.py,
+`benchmark_gpu`)."""
+NORM = Norm("torch 2.13, inductor's RMSNorm", reuses_gradient=False)
+Tensors = dict[int, Tensor]
+"""The number of an allocation → its tensor."""
+
+
+class LayerState(NamedTuple):
+    """What a layer's forward leaves for its backward. `before`: how many allocations there were."""
+
+    events: list[str]
+    tensors: Tensors
+    before: int
+    adapters: list[Parameter]
+    tuned: Collection[int]
+
+
+def compiled(model: Model) -> Tensor:
+    """Embedding, rotary tables of each kind of attention, the recorded layers, and the final norm."""
+    f = model.tape
+    x = inputs(model)
+    f.module = "model"
+    states = [x]
+    del x
+    attentions = {block.attentions[0].window: block.attentions[0] for block in model.arch.blocks}
+    f.module = "model.rotary_emb"
+    tables = [f.new(("b", "s", a.head_dim), states[0].dtype, name) for a in attentions.values() for name in ("cos", "sin")]
+    style = Style(layer=_layer, norm=_norm)
+    return run_layers(model, style, states.pop(), lambda _: tuple(tables), masks={})
+
+
+def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    model.tape.module = name
+    return fused_layers.rms_norm(model.tape, NORM, x, model.part(name, layer).own_weight)
+
+
+def _layer(c: Call, x: Tensor) -> Tensor:
+    f, running = c.at(), c.model.running
+    assert running.recorded is not None
+    last = max(layer for block in c.model.arch.blocks for layer in block.layers)
+    adapters = list(_adapters(c))
+    node = f.record(_backward, (x, *adapters))
+    f.products.append((len(f.log), "cuBLAS"))
+    forward, _, backward = running.recorded.training.partition("|")
+    count = len(_allocations(forward))
+    tuned = {n for n in running.recorded.tuned if running.tunes and (n > count if c.number == last else c.number == 0)}
+    tensors: Tensors = {}
+    if node is None:
+        if tuned:  # Unsloth tries the layer with a graph first
+            _run(f, forward.split(), tensors, tuned)
+            tensors.clear()
+        _run(f, running.recorded.forward.split(), tensors)
+        (out,) = tensors.values()
+    else:
+        _run(f, forward.split(), tensors)
+        out = tensors.pop(running.recorded.output)
+        node.context = LayerState(backward.split(), tensors, count, adapters, tuned)
+    return Tensor(out.storage, x.dims, x.dtype, node)
+
+
+def _adapters(c: Call) -> Iterator[Parameter]:
+    for module in c.model.adaptation.matched:
+        part = c.model.part(module.name, c.number)
+        yield from (part.params[f"lora_{side}.weight"] for side in "AB")
+
+
+def _allocations(events: str) -> list[str]:
+    return [event for event in events.split() if not event.startswith("-")]
+
+
+def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int] = (), count: int = 0) -> None:
+    """Allocate and free. `count`: how many allocations came before."""
+    for event in events:
+        if event.startswith("-"):
+            tensors.pop(-int(event))
+            continue
+        count += 1
+        dims: Dims = ("b", "s", int(event[:-1])) if event.endswith("t") else (int(event),)
+        tensors[count] = f.new(dims, "uint8", "of the compiled layer")
+        if count in tuned:
+            flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
+            del flushed
+
+
+def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
+    assert isinstance(node.context, LayerState)
+    events, tensors, before, adapters, tuned = node.context
+    node.context = None
+    _run(f, events, tensors, tuned, before)
+    x = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
+    left = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
+    return [Tensor(x.storage, g.dims, g.dtype), *(_gradient_of(f, left, adapter) for adapter in adapters)]
+
+
+def _gradient_of(f: Tape, left: list[Tensor], adapter: Parameter) -> Tensor:
+    """One of the gradients that are left, which has as many bytes as the adapter."""
+    size = ITEMSIZE[adapter.dtype] * prod(dim for dim in adapter.dims if isinstance(dim, int))
+    gradient = next(tensor for tensor in left if tensor.dims == (size,))
+    left.remove(gradient)
+    assert gradient.storage is not None
+    f.dims[gradient.storage.number], f.dtypes[gradient.storage.number] = adapter.dims, adapter.dtype
+    return Tensor(gradient.storage, adapter.dims, adapter.dtype)

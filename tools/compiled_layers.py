@@ -1,0 +1,179 @@
+"""Write what a compiled layer allocates, from two rehearsals of one program at different numbers of tokens.
+
+    python -m tools.compiled_layers FIRST.pickle TOKENS SECOND.pickle TOKENS
+
+The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
+have is constant, one in the ratio of the tokens is per token, and any other is an error. Of the last steady step a layer's events
+are printed as `peftplan.memory.compiled_layers` reads them, once for all kinds of layers: they must have the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CHECKPOINTS, BLOCKS = "unsloth_zoo/gradient_checkpointing.py", "_block_compile.py"
+FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
+MOST_PADDING = 1024
+"""Bytes by which inductor pads the rows of a tensor at most, to multiples of 32 elements (`pad_strides`)."""
+FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "other"
+
+
+class Event(NamedTuple):
+    """An allocation of `size` bytes, or the end of the one with this number."""
+
+    number: int
+    size: int
+    place: str
+    tunes: bool
+    ends: bool = False
+
+
+def events_of(snapshot: Path) -> list[Event]:
+    """The events of a snapshot, each with the part of the step that made it."""
+    allocated: dict[int, Event] = {}
+    events: list[Event] = []
+    for number, entry in enumerate(pickle.loads(snapshot.read_bytes())["device_traces"][0]):
+        if entry["action"] == "alloc":
+            tunes = any(frame["name"] in (FLUSHED, CLONED) for frame in entry["frames"])
+            allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes)
+            events.append(allocated[entry["addr"]])
+        elif entry["action"] == "free_completed" and entry["addr"] in allocated:
+            events.append(allocated.pop(entry["addr"])._replace(ends=True))
+    return events
+
+
+def _place(frames: Sequence[dict[str, Any]]) -> str:
+    own = [frame for frame in frames if frame["filename"].endswith(CHECKPOINTS)]
+    if any(frame["name"] == FORWARD for frame in own):
+        return FORWARD if any(frame["filename"].endswith(BLOCKS) for frame in frames) else OTHER
+    lines = {frame["line"] for frame in own if frame["name"] == BACKWARD}
+    if not lines:
+        return OTHER
+    text = Path(own[0]["filename"]).read_text(encoding="utf-8").splitlines()
+    return BACKWARD if any("autograd.backward" in text[line - 1] for line in lines) else RECOMPUTED
+
+
+class Layer(NamedTuple):
+    """The events of one layer: its forward without a graph, and its forward with one and backward."""
+
+    forward: list[Event]
+    training: list[Event]
+
+
+def layers_of(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
+    """The layers of the last step, in forward order."""
+    begins = max(index for index, (place, _) in enumerate(runs) if place == FORWARD)
+    trained = [part for place, part in runs[begins:] if place == RECOMPUTED]
+    forward = runs[begins][1]
+    each = sum(not event.ends for event in forward) // len(trained)
+    return [Layer(*both) for both in zip(_parts(forward, each), reversed(trained), strict=True)]
+
+
+def _runs(events: Sequence[Event]) -> Iterator[tuple[str, list[Event]]]:
+    """Runs of events of one place; recomputation and the backward behind it are one run."""
+    place, run = OTHER, list[Event]()
+    for event in events:
+        goes_on = event.ends or event.place == place or (event.place == BACKWARD and place == RECOMPUTED)
+        begins = event.place == RECOMPUTED and any(earlier.place == BACKWARD for earlier in run if not earlier.ends)
+        if (not goes_on or (begins and not event.ends)) and run:
+            yield place, run
+            run = []
+        if not event.ends:
+            place = RECOMPUTED if event.place == BACKWARD and place == RECOMPUTED else event.place
+        run.append(event)
+    yield place, run
+
+
+def _parts(forward: Sequence[Event], each: int) -> Iterator[list[Event]]:
+    part: list[Event] = []
+    for event in forward:
+        if not event.ends and not event.tunes and sum(not e.ends and not e.tunes for e in part) == each:
+            yield part
+            part = []
+        part.append(event)
+    yield part
+
+
+def text_of(first: Sequence[Event], second: Sequence[Event], tokens: tuple[int, int]) -> str:
+    """The events of tensors that the first part makes: `8t` bytes per token, a constant, `-n` the end of the n-th, `|` before
+    backward."""
+    number: dict[int, int] = {}
+    words: list[str] = []
+    sizes = [event.size for event in _own(second) if not event.ends]
+    seen: Counter[int] = Counter()
+    for event in _own(first):
+        if event.ends:
+            words.append(f"-{number[event.number]}")
+            continue
+        if event.place == BACKWARD and "|" not in words:
+            words.append("|")
+        number[event.number] = len(number) + 1
+        words.append(_size(event.size, seen[event.size], sizes, tokens))
+        seen[event.size] += 1
+    return " ".join(words)
+
+
+def _own(part: Sequence[Event]) -> list[Event]:
+    allocated = {event.number for event in part if not event.ends and not event.tunes}
+    return [event for event in part if event.number in allocated]
+
+
+def _size(size: int, before: int, others: Sequence[int], tokens: tuple[int, int]) -> str:
+    """The size in words, by what the other part has of this size and of one in the ratio of the tokens, in the same order.
+
+    `before`: how many of it the part has allocated. The two may differ in the order of other sizes.
+    """
+    each = size // tokens[0]
+    per_token = f"{each}t"
+    words = [
+        str(size) if other == size else per_token
+        for other in others
+        if other == size or (size - each * tokens[0] < MOST_PADDING and 0 <= other - each * tokens[1] < MOST_PADDING)
+    ]
+    return words[min(before, len(words) - 1)]
+
+
+def tuned(part: Sequence[Event], most: int) -> list[int]:
+    """After how many of a part's own allocations kernels are timed, in the first step; of the first `most`."""
+    own = 0
+    places: list[int] = []
+    for event in part:
+        own += not event.ends and not event.tunes
+        if event.tunes and not event.ends and own <= most and own not in places:
+            places.append(own)
+    return places
+
+
+def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], tokens: tuple[int, int]) -> dict[str, object]:
+    """What all layers do. The gradient of the input outlives a layer's backward, but for that of the first one; the checkpoint
+    frees the output last."""
+    layers = [layers_of(of) for of in runs]
+    (forward,) = {text_of(a.forward, b.forward, tokens) for a, b in zip(*layers, strict=True)}
+    _, *others = (text_of(a.training, b.training, tokens) for a, b in zip(*layers, strict=True))
+    (training,) = set(others)
+    training, _, output = training.rpartition(" -")
+    first = [next(part for place, part in runs[0] if place == name) for name in (FORWARD, RECOMPUTED)]
+    allocated = len(training.partition("|")[0].split())
+    return {
+        "forward": forward,
+        "training": training,
+        "output": int(output),
+        "tuned": [n for part, most in zip(first, (allocated, 10 * allocated), strict=True) for n in tuned(part, most)],
+    }
+
+
+def main() -> None:
+    """Print the record."""
+    files, tokens = sys.argv[1::2], (int(sys.argv[2]), int(sys.argv[4]))
+    runs = [list(_runs(events_of(Path(file)))) for file in files]
+    print(json.dumps(record_of(runs, tokens), indent=1))
+
+
+if __name__ == "__main__":
+    main()
