@@ -35,6 +35,18 @@ def test_layers_that_a_repository_leaves_in_16_bits(name: str, settings: str, kn
     assert "quantization_config.llm_int8_skip_modules" not in plan.unsupported
 
 
+@pytest.mark.parametrize(
+    ("name", "assumed"),
+    [("unsloth/Meta-Llama-3.1-8B", False), ("unsloth/Llama-3.1-8B", True), ("meta-llama/Llama-3.1-8B-Instruct", True)],
+)
+def test_weights_under_a_new_name_are_assumed_to_be_stored_as_before(name: str, assumed: bool) -> None:
+    """The published layers are those of the former name; Unsloth's mapper has a repository for each name."""
+    plan = read_text(SOURCE.replace("NAME", name).replace("SETTINGS", ""), file="a.py")
+    assert "model.layers.1.mlp" in plan.options["quant_skip_modules"]  # type: ignore[operator]
+    assert ("quant_skip_modules" in plan.assumed) is assumed
+    assert not plan.unsupported
+
+
 @pytest.mark.parametrize(("model", "kept"), [("microsoft/phi-4", True), ("llama-3.2-1b", False)])
 def test_layers_in_16_bits_are_those_of_the_file_s_model(model: str, kept: bool) -> None:
     plan = read_text(SOURCE.replace("NAME", "unsloth/Phi-4").replace("SETTINGS", ""), file="a.py")
