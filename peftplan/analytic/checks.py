@@ -87,7 +87,7 @@ def kernels_without_formula(job: Job) -> str | None:
     if setup.attn_implementation == "eager":
         return "kernels with eager attention"
     if kernels_of(setup.kernels).layers is not None and recorded(job) is None:
-        return f"layers of {architecture.name} that torch compiles: they were not recorded with this adapter"
+        return f"layers of {architecture.name} that torch compiles: not recorded with these options"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why
     if kernels_of(setup.kernels).decoder is not None:

@@ -38,7 +38,9 @@ def recorded(job: "Job") -> "Recorded | None":
     lora = job.method is not None and job.method.peft_type == "LORA" and job.quant is None
     if not lora or any(getattr(config, name, None) for name in UNLIKE):
         return None
-    if not (setup.gradient_checkpointing and setup.use_reentrant) or (setup.dtype, setup.adapter_dtype) != ("bf16", "fp32"):
+    if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding:
+        return None
+    if (setup.dtype, setup.autocast, setup.adapter_dtype) != ("bf16", "bf16", "fp32"):
         return None
     modules = {module.name.rpartition(".")[2] for module in job.adaptation.matched}
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))

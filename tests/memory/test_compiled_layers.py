@@ -49,11 +49,18 @@ def test_the_first_step_times_kernels_with_a_buffer_more() -> None:
     assert peaks_of(REHEARSED[0][0]).reserved > 1_334_087_680
 
 
-@pytest.mark.parametrize("changed", [{"r": 64}, {"target_modules": "q_proj"}, {"lora_dropout": 0.1}, {"use_reentrant": False}])
-def test_other_adapters_have_no_record(changed: dict[str, Any]) -> None:
+def test_older_cards_have_no_record() -> None:
+    result = estimate("gemma-3-270m", **GEMMA, gpu="t4")
+    assert [verdict.verdict for verdict in result.gpus] == ["unknown"]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"r": 64}, {"target_modules": "q_proj"}, {"lora_dropout": 0.1}, {"use_reentrant": False}, {"padding": True}]
+)
+def test_other_options_have_no_record(changed: dict[str, Any]) -> None:
     result = estimate("gemma-3-270m", **{**GEMMA, **changed})
     assert result.peaks is None
-    assert "they were not recorded with this adapter" in json.dumps(result.to_dict())
+    assert "not recorded with these options" in json.dumps(result.to_dict())
 
 
 @pytest.mark.parametrize("row", RECORDS, ids=lambda row: row["model"])

@@ -11,6 +11,7 @@ from math import prod
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import NoEngineError
 from peftplan.job.kernels import Norm
 from peftplan.memory import fused_layers
 from peftplan.memory.calls import inputs
@@ -41,6 +42,8 @@ class LayerState(NamedTuple):
 def compiled(model: Model) -> Tensor:
     """Embedding, rotary tables of each kind of attention, the recorded layers, and the final norm."""
     f = model.tape
+    if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
+        raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     x = inputs(model)
     f.module = "model"
     states = [x]
