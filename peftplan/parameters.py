@@ -22,8 +22,8 @@ PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 
 CASTS_BIAS = ("nf4", "fp4")
 """Formats whose layers leave their bias in the compute dtype after the first forward (`Linear4bit.forward`, bitsandbytes,
-nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, which a step knows (`memory.quantized.linear8bit`)
-and these counts do not: 2 B per element between fp32 and 16 bits."""
+nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, which `memory.quantized.linear8bit`
+knows and these counts do not: 2 B per element between fp32 and 16 bits."""
 
 KEPT_BY_TRL = "lora_magnitude_vector"
 """What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl, `SFTTrainer.__init__`)."""
