@@ -281,10 +281,14 @@ def math(
     q, k, v = f.to(q, wide), f.to(k, wide), f.to(v, wide)
     scaled = ops.scale(f, q)
     s, keys = q.dims[2], k.dims[2]
-    seen = _lower_triangle(f, (s, keys)) if mask is None else mask
-    bias = f.new(seen.dims, wide, "mask") if seen.dtype == "bool" else seen
-    unseen = f.new(seen.dims, "bool", "logical_not") if seen.dtype == "bool" else None
-    del unseen, seen
+    seen = _lower_triangle(f, (s, keys)) if mask is None and a.causal else mask
+    bias = seen
+    if seen is not None and seen.dtype == "bool":
+        dims = seen.dims if mask is None else (q.dims[0], *seen.dims[1:])  # of all samples, whose rows are one view (`expand`)
+        bias = f.new(dims, wide, "mask")
+        unseen = f.new(dims, "bool", "logical_not")
+        del unseen
+    del seen
     heads, values = (repeat_kv(f, x, a) if x.dims[1] == a.num_key_value_heads else x for x in (k, v))  # else it is repeated
     broadcast = q.dims[1] != heads.dims[1]
     copied = a.num_attention_heads != a.num_key_value_heads or ((model.joins if cached is None else cached) and not broadcast)
@@ -296,7 +300,8 @@ def math(
         scaled_keys if by_head and not broadcast else spread(scaled_keys),
     )
     del scaled_keys
-    scores = ops.add_(f, scores, bias)
+    if bias is not None:
+        scores = ops.add_(f, scores, bias)
     weights = ops.keeps_output(f, scores, "softmax", passing=True)
     hidden = f.new(scores.dims, "bool", "eq -inf")  # `_safe_softmax`
     del scores, hidden

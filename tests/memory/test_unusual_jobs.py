@@ -32,6 +32,7 @@ VIT = {"model_type": "vit", "hidden_size": 256, "num_attention_heads": 8, "inter
 VIT |= {"architectures": ["ViTForImageClassification"], "image_size": 64, "patch_size": 8, "num_channels": 3}
 QWEN2 = shallow("qwen2.5-0.5b", 2)
 GPT2 = shallow("gpt2", 2)
+MODERNBERT = {**shallow("modernbert-base", 2), "vocab_size": 51_000}
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 
 
@@ -75,6 +76,8 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (LLAMA, {**PLAIN, "method": "prefix-tuning", "num_virtual_tokens": 8, "autocast": "fp16"}),
         # the word stands for the parameters that hold the experts now
         (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
+        # the math kernel makes no causal mask for an encoder, and one for each sample of a boolean one
+        (MODERNBERT, {**PLAIN, "gpu": "t4", "gradient_checkpointing": True, "task_type": "SEQ_CLS", "seq_len": 512}),
     ],
 )
 def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> None:
