@@ -15,7 +15,7 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
     knows the job, NoEngineError if neither does.
     """
     if of_any_device(inventory):
-        each = [analytic_peaks(of_device, compute_capability=compute_capability) for of_device in on_each_device(inventory.job)]
+        each = [analytic_peaks(of_device, compute_capability=compute_capability) for of_device in on_each_device(inventory)]
         return max(each, key=lambda peaks: max(peaks.requested.values()))
     compiled_job, dims = last_step(inventory, compute_capability)
     moments = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)

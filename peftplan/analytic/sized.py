@@ -63,7 +63,7 @@ class Sized:
         self._on_lines: dict[int, bool] = {}
 
     def _of_each(self) -> tuple[Sized, ...]:
-        each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank).job))
+        each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank)))
 
         def on(device: int) -> Sized:
             return Sized(lambda rank: each(rank)[device], self.ranks, compute_capability=self.compute_capability)

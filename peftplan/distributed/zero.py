@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from peftplan.distributed.order import in_module_order, tensors
@@ -175,6 +176,7 @@ def largest_rank(slots: Mapping[Key, Slot]) -> int:
     return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
 
 
+@lru_cache(maxsize=64)
 def unlike_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
     """Three ranks of which one needs the most memory: the first and the last, whose parts of the embedding and of the head are
     large single tensors, and the one with the most gradients, which may be one of these. The order of the buckets decides.

@@ -64,20 +64,22 @@ def of_any_device(inventory: Inventory) -> bool:
     return unlike and (holding is None or (holding.device is None and holding.rank is None))
 
 
-def on_each_device(job: Job) -> list[Inventory]:
-    """A job as each of its GPUs sees it, or, under ZeRO-1 and ZeRO-2, each rank that may need the most."""
+def on_each_device(of_any: Inventory) -> list[Inventory]:
+    """A job that is seen by none of its GPUs in particular, as each of them sees it, or, under ZeRO-1 and ZeRO-2, each rank that
+    may need the most.
+    """
     from peftplan.distributed.device_map import on_device
     from peftplan.distributed.shards import Holding
 
+    job, built = of_any.job, of_any.parameters
     assert job.distributed is not None
     if job.distributed.strategy != "device-map":
         from peftplan.distributed.zero import unlike_ranks
 
-        of_any = inventory(job)
         assert of_any.holding is not None
-        ranks = unlike_ranks(of_any.parameters, job.distributed)
+        ranks = unlike_ranks(built, job.distributed)
         return [of_any._replace(holding=of_any.holding._replace(rank=rank, ranks=ranks)) for rank in ranks]
-    built, devices = inventory(job).parameters, job.distributed.world_size
+    devices = job.distributed.world_size
     holdings = (Holding(on_device(built, devices, device), device=device) for device in range(devices))
     return [Inventory(job, built, _lasting(job, built, holding), holding) for holding in holdings]
 

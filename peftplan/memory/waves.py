@@ -10,7 +10,7 @@ times, about once a layer. There are few different waves and few different stret
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 OFTEN = 8
@@ -33,6 +33,8 @@ class Waves(NamedTuple):
     waves: tuple[Wave, ...] = ()
     stretches: tuple[tuple[int, ...], ...] = ()
     windows: tuple[Window, ...] = ()
+    lengths: tuple[int, ...] = ()
+    """The events of each stretch."""
 
     def peaks(self, moves: Sequence[int], standing: int) -> dict[str, tuple[int, int]]:
         """Phase → (highest level, how many events lead to it). `moves`: by how much each changes the level, in bytes."""
@@ -62,13 +64,15 @@ class Waves(NamedTuple):
 
     def _events_to(self, stretches: Sequence[int], at: int, tops: Sequence[tuple[int, int]], moves: Sequence[int]) -> int:
         """The events of a window before the top of one of its stretches; tensors without bytes make no top."""
-        lengths = [len(up) + len(down) for up, down in self.waves]
-        whole = [sum(lengths[wave] for wave in stretch) for stretch in self.stretches]
         stretch, where = self.stretches[stretches[at]], tops[stretches[at]][1]
         climb = self.waves[stretch[where]][0]
         empty = next(number for number, move in enumerate(reversed(climb)) if moves[move])
-        before = sum(whole[number] for number in stretches[:at]) + sum(lengths[wave] for wave in stretch[:where])
+        before = sum(map(self.lengths.__getitem__, stretches[:at])) + _num_events(self.waves, stretch[:where])
         return before + len(climb) - empty
+
+
+def _num_events(waves: Sequence[Wave], numbers: Iterable[int]) -> int:
+    return sum(len(up) + len(down) for up, down in map(waves.__getitem__, numbers))
 
 
 def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tuple[str, int, int]]) -> Waves:
@@ -83,7 +87,8 @@ def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tu
         cuts = [at for at, wave in enumerate(numbers) if wave == rare and at]
         pieces = [tuple(numbers[a:b]) for a, b in zip([0, *cuts], [*cuts, len(numbers)], strict=True)]
         parts.append(Window(phase, first, tuple(stretches.setdefault(piece, len(stretches)) for piece in pieces)))
-    return Waves(tuple(waves), tuple(stretches), tuple(parts))
+    of_number = tuple(waves)
+    return Waves(of_number, tuple(stretches), tuple(parts), tuple(_num_events(of_number, stretch) for stretch in stretches))
 
 
 def _cut(move_of: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:

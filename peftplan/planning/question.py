@@ -133,8 +133,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     from peftplan.analytic.engine import analytic_peaks
 
     job = question.inventory.job
-    question = _of_fullest(question)
-    by_kernels: dict[object, Counted] = {}
+    question, by_kernels = _of_fullest(question)
 
     def peaks_on(card: "Gpu | None") -> Counted | str:
         if (why := without_loss(job.model, job.architecture)) is not None:
@@ -151,19 +150,23 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
 
 
-def _of_fullest(question: "Question") -> "Question":
-    """Of a `device_map` the question about the GPU that needs most, where peaks say which it is."""
+def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted]]":
+    """Of unlike GPUs the question about the one that needs most, where peaks say which it is, and these peaks by the kernels of
+    the first card.
+    """
     from peftplan.analytic.engine import analytic_peaks
     from peftplan.job.inventory import of_any_device
 
     if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
-        return question
+        return question, {}
+    card = question.first_card
+    of, _ = here = kernels_on(card)
     try:
-        card = question.first_card
-        peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=capability(card))
+        peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=of)
     except NeedsTraceError:
-        return question
-    return question._replace(inventory=peaks.inventory)
+        return question, {}
+    by_kernels: dict[object, Counted] = {here if peaks.by_processors else of: Counted(peaks, peaks.runs_within)}
+    return question._replace(inventory=peaks.inventory), by_kernels
 
 
 def traced(question: "Question", *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
@@ -288,7 +291,7 @@ def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator
     from peftplan.job.inventory import on_each_device
     from peftplan.results.distributed import RankGroup
 
-    for number, of_device in enumerate(on_each_device(job)):
+    for number, of_device in enumerate(on_each_device(inventory(job))):
         own = None if peaks is None else analytic_peaks(of_device, compute_capability=compute_capability)
         yield RankGroup((number,), of_device.static.bytes(), own)
 
