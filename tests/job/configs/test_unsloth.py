@@ -291,3 +291,16 @@ def test_torch_compiles_the_layers_of_fastmodel(settings: str, arguments: str, u
     assert set(plan.unsupported) == unsupported
     if "kernels" not in unsupported:
         assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("argument", "dtypes"), [("", ("bf16", "none")), (", float32_mixed_precision=True", ("fp32", "bf16"))], ids=["unsaid", "fp32"]
+)
+def test_full_fine_tuning_is_in_bf16_where_nothing_is_said(argument: str, dtypes: tuple[str, str]) -> None:
+    """models/vision.py:5436; Qwen3 0.6B rehearsed has 1,192 MB of weights, 2 B each, before its head is untied."""
+    source = (
+        f'from unsloth import FastModel\nm, t = FastModel.from_pretrained("unsloth/Qwen3-0.6B", full_finetuning=True{argument})\n'
+    )
+    plan = read_text(f"{source}SFTTrainer(model=m, args=SFTConfig(max_steps=60)).train()\n", file="a.py")
+    assert plan.options["method"] == "full"
+    assert (plan.options["dtype"], plan.options["autocast"]) == dtypes
