@@ -21,6 +21,7 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.with_file import effect_of
 from peftplan.planning.configs import ConfigEntry, of_plan
 from tests.job.configs.published import plan, records
+from tools import notebook_peaks
 
 TRACED = Path(__file__).parents[1] / "tests" / "job" / "configs" / "traced.json"
 
@@ -223,6 +224,18 @@ Targets, of the configs whose model is built in: counts for 95 %, and exact peak
 A library of the tool itself raises for {sum(refused_by(case) is not None for case in known)} of them:
 
 {chr(10).join(f"- {place}" for place in TOOLS_REFUSE.values())}
+
+## Reserved peaks that notebooks of Unsloth printed
+
+In GiB, of configs with an exact peak. None is a referee: the release that printed it took the logits otherwise than the one that is
+counted, and it padded a batch to its longest row, whose length the notebook does not say; `seq_len` is counted.
+
+{
+        table(
+            ("notebook", "release", "card", "printed", "counted", "drift", "its loss"),
+            notebook_peaks.rows({case.path: case.entry for case in read}),
+        )
+    }
 
 ## Models that are not built in
 

@@ -74,12 +74,14 @@ def test_a_repository_has_the_elements_that_unsloth_printed() -> None:
         ("phi-4", None, 0, 8.4920),
         ("qwen3-4b", "unsloth/Qwen3-4B-unsloth-bnb-4bit", 66_060_288, 3.6),
         ("gemma-3-4b-it", "unsloth/gemma-3-4b-it-unsloth-bnb-4bit", 14_901_248 // 2, 4.283),
+        ("qwen2.5-vl-7b-instruct", "unsloth/Qwen2.5-VL-7B-Instruct-unsloth-bnb-4bit", 20_185_088 // 2, 6.5295),
     ],
 )
 def test_a_repository_takes_what_was_measured(model: str, repository: str | None, adapters: int, gib: float) -> None:
     """vLLM's "model weights took" in the outputs that name each list, and in nb/Phi_4_(14B)-GRPO.ipynb, there with all layers
     in 4 bits; what nb/Phi_4-Conversational.ipynb and nb/Gemma3_(4B).ipynb had reserved before they trained, with adapters in
-    fp32, Gemma's in 16 bits. vLLM 0.15 counts the place of one adapter of rank 64 in 16 bits besides, as much as half in fp32.
+    fp32, Gemma's in 16 bits. vLLM's first engine counts weights alone, its second the place of an adapter in 16 bits too, of rank
+    64 for Qwen3 (0.15) and of rank 8 for Qwen2.5-VL (0.10.2, kgaero/RL_GSPO_Qwen2.5_7B:error.txt), half of what it takes in fp32.
     vLLM and the allocator take more, of layers in 4 bits too; without the list, 5 to 31 % would be missing.
     """
     result = in_4_bits(model, None if repository is None else REPOSITORIES[repository])
