@@ -36,6 +36,10 @@ TOOLS_REFUSE = {
 """Part of an error → the library of the tool that raises for such a config, with file and line."""
 
 
+RAISES = " raises "
+"""What a tool's table says of a key with which the tool ends in a traceback, with file and line."""
+
+
 class Case(NamedTuple):
     """A config, what was read of it, and its entry."""
 
@@ -116,20 +120,22 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     counted = [case for case in known if case.entry.total_parameters is not None]
     peaks = [case for case in counted if case.entry.peak_allocated is not None]
     exact = [case for case in peaks if case.entry.bound is None]
+    by_tool = sum(refused_by(case) is not None for case in known)
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
+    raising = [case for case in counted if refused_by(case) is not None]
     traced = [case for case in counted if case.by_trace]
     shares = (_of(len(counted), len(known)), _of(len(exact), len(known)))
-    numbers = (len(traced), len(peaks) - len(exact), len(by_keys))
-    by_tool = sum(refused_by(case) is not None for case in known)
-    rest = (len(counted) - len(peaks) - len(by_keys) - len(traced), len(known) - len(counted) - by_tool, by_tool)
+    numbers = (len(traced), len(peaks) - len(exact), len(by_keys) - len(raising))
+    uncounted = len(known) - len(counted) - (by_tool - len(raising))
+    rest = (len(counted) - len(peaks) - len(by_keys) - len(traced), uncounted, by_tool)
     return (name, str(len(of)), str(len(known)), *shares, *map(str, numbers + rest))
 
 
 def refused_by(case: Case) -> str | None:
-    """The place in the tool's libraries that refuses a config; None for one that is counted or that only peftplan refuses."""
+    """The place in the tool or its libraries that refuses a config; None for one that runs or that only peftplan refuses."""
     error = case.entry.error or ""
     if case.entry.total_parameters is not None:
-        return None
+        return next((row.why for row in case.plan.unsupported.values() if RAISES in row.why), None)
     return next((place for text, place in TOOLS_REFUSE.items() if text in error), None)
 
 
@@ -177,7 +183,7 @@ path, commit and licence), by the analytic engine. {kinds["training"]:,} of them
 *Counted* are parameters. *Exact* peaks have no unsupported key; peaks *by trace* neither, but only `--engine trace` has them,
 for the text of a vision-language model (`scope: "text"`); a *bound* has keys whose direction is known; a *null* peak has keys
 whose effect is not known; *no formula* has no peak by either engine; a *refusal* is an error with its reason, in a column of its
-own where a library of the tool raises it (*tool refuses*). Shares are of the configs whose model is *built in*.
+own where the tool or a library of it raises (*tool refuses*). Shares are of the configs whose model is *built in*.
 
 {
         table(
@@ -221,9 +227,9 @@ Targets, of the configs whose model is built in: counts for 95 %, and exact peak
 
 {table(("reason", "configs"), [(_cell(str(error)), str(n)) for error, n in errors.most_common(MOST_REASONS)])}
 
-A library of the tool itself raises for {sum(refused_by(case) is not None for case in known)} of them:
+The tool or a library of it raises for {sum(refused_by(case) is not None for case in known)} of them:
 
-{chr(10).join(f"- {place}" for place in TOOLS_REFUSE.values())}
+{chr(10).join(f"- {place}" for place in dict.fromkeys((*TOOLS_REFUSE.values(), *filter(None, map(refused_by, known)))))}
 
 ## Reserved peaks that notebooks of Unsloth printed
 

@@ -11,6 +11,8 @@ from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import ConfigPlan, Unsupported, bound
 from peftplan.job.configs.read import read_text, read_values
 from peftplan.job.kernels import named_kernels
+from peftplan.planning.configs import of_plan
+from tools.config_page import Case, refused_by
 
 AXOLOTL = {
     "base_model": "meta-llama/Llama-3.1-8B",
@@ -489,6 +491,19 @@ def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None
     result = peftplan.estimate(config=plan)
     assert result.trainable_parameters == 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512)) == 6_684_672
     assert result.bound is None
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "where"),
+    [({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"), ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115")],
+)
+def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, where: str) -> None:
+    """Rehearsed with ms-swift 4.6.0: AttributeError and KeyError before the first step."""
+    plan = read({**SWIFT, **values}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == {key}
+    case = Case("run.sh", plan, of_plan(plan))
+    assert case.entry.total_parameters is not None
+    assert where in (refused_by(case) or "")
 
 
 def test_other_experts_are_not_known() -> None:
