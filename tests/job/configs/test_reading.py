@@ -506,6 +506,25 @@ def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, w
     assert where in (refused_by(case) or "")
 
 
+@pytest.mark.parametrize("values", [{"galore_optim_per_parameter": True}, {"galore_quantization": True}])
+def test_swift_makes_no_galore(values: dict[str, object]) -> None:
+    """transformers' Trainer calls `create_optimizer`; ms-swift's GaLore hangs on `create_optimizer_and_scheduler`."""
+    plain = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full"}
+    plan, of_adamw = (
+        read({**plain, **more}, kind="command", program="swift sft") for more in ({"use_galore": True, **values}, {})
+    )
+    assert not plan.unsupported
+    assert "GaLore" in plan.assumed["optim"]
+    assert plan.options == of_adamw.options
+
+
+def test_lisa_lowers_the_peak_of_full_fine_tuning() -> None:
+    """Two of four layers trained at a time hold 15.6 GB where all hold 17.5 (rehearsed)."""
+    values = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full", "lisa_activated_layers": 2}
+    plan = read(values, kind="command", program="swift sft")
+    assert bound(plan.unsupported) == "at_most"
+
+
 def test_other_experts_are_not_known() -> None:
     plan = read({**SWIFT, "model": MOE, "experts_impl": "eager"}, kind="command", program="swift sft")
     assert plan.unsupported.keys() == {"experts_impl"}
