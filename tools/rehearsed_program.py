@@ -386,8 +386,16 @@ def with_llama_factory_v1(job: argparse.Namespace) -> None:
     Path("rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
     Path("data.yaml").write_text("rows: {path: rows.jsonl, source: local}\n", encoding="utf-8")
     step = job.gpus * job.batch_size * job.gradient_accumulation_steps
+    settings: dict[str, Any] = {}
+    if job.method != "full":
+        targets = "all" if job.target_modules == "all-linear" else job.target_modules.split(",")
+        fields = {"r": job.r, "lora_dropout": job.lora_dropout, "target_modules": targets}
+        settings["peft_config"] = {"name": "lora", **fields}
+    if job.method == "qlora":
+        settings["quant_config"] = {"name": "bnb", "quantization_bit": 4}
     run_sft(
         {
+            **settings,
             "model": job.model,
             "train_dataset": "data.yaml",
             "output_dir": "out",

@@ -467,6 +467,7 @@ int nvmlDeviceGetUUID(void *device, char *text, unsigned length) { return snprin
 int nvmlDeviceGetUtilizationRates(void *device, nvml_utilization *rates) { return *rates = (nvml_utilization){100, 0}, 0; }
 int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { return *celsius = 40, 0; }
 int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return *milliwatts = 0, 0; }
+int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return 0; } // torch asks, and its answer stands: no fabric
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) { return *major = capability(0), *minor = capability(1), 0; }
 
 int nvmlDeviceGetName(void *device, char *text, unsigned length) {

@@ -82,6 +82,13 @@ def test_the_card_says_what_it_is_and_holds(segments: str, tmp_path: Path) -> No
     assert shown["pinned"] == [True, False]
 
 
+def test_segments_grow_on_a_card_that_could_be_in_a_fabric(tmp_path: Path) -> None:
+    """torch asks NVML where the card is Hopper; with pynvml installed, all its functions are there."""
+    pytest.importorskip("pynvml")
+    program = 'import torch\nx = torch.ones(1 << 28, device="cuda")\nprint("SEEN", torch.cuda.memory_reserved())\n'
+    assert seen(program, "h100-80gb", tmp_path, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") >= 2**30
+
+
 def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
     shown = seen(SEEN, "rtx-4090", tmp_path)
     assert shown["conditions"] == [True, False, False, True]

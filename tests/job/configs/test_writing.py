@@ -242,6 +242,15 @@ def test_switches_that_no_option_says_are_off() -> None:
     assert "lora_mlp_kernel" not in text
 
 
+def test_layers_that_axolotl_leaves_in_16_bits() -> None:
+    """axolotl 0.19 hands `bnb_config_kwargs` to `BitsAndBytesConfig` (loaders/model.py:823)."""
+    skipped = ("lm_head", "model.layers.1.mlp.down_proj")
+    estimate = peftplan.estimate("llama-3.1-8b", method="qlora", quant_skip_modules=skipped)
+    text = export(estimate, to="axolotl").text
+    assert "bnb_config_kwargs:\n  llm_int8_skip_modules: [lm_head, model.layers.1.mlp.down_proj]\n" in text
+    assert read_text(text, file="a.yml").options["quant_skip_modules"] == skipped
+
+
 def test_options_that_move_no_byte() -> None:
     exported = export(peftplan.estimate("llama-3.1-8b", r=16, lora_alpha=32, use_rslora=True), to="llamafactory")
     assert "lora_alpha: 32\n" in exported.text
