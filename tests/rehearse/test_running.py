@@ -273,6 +273,19 @@ def test_what_torch_compiles_knows_the_functions_that_are_followed(tmp_path: Pat
     assert seen(run(JOINED, tmp_path, steps=0)[1]) == 2
 
 
+COMPILED_FIRST = """
+import torch
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+found = torch.zeros(3).cuda().isnan().any()
+print("SEEN", int(found.logical_or(found).device.type == "cuda"))
+"""
+
+
+def test_masks_are_subclasses_after_torch_compiled(tmp_path: Path) -> None:
+    """`Tensor.__torch_function__` is bound anew each time: taken for ours, it would stand on the class bound to `Tensor`."""
+    assert seen(run(COMPILED_FIRST, tmp_path, steps=0)[1]) == 1
+
+
 def test_a_program_that_hangs_is_ended_and_reported_up_to_there(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "hang", timeout=60)
     assert (result.exit_code, result.ended, result.steps) == (1, "timeout", 2)

@@ -55,7 +55,8 @@ def start() -> None:
     # what a solver says of its own success
     LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
     known.start()
-    watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) is not own]
+    # not by identity: a method of a class is another object each time
+    watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) != own]
     compiles = {"torch._dynamo.convert_frame": ("_compile",), "torch._dynamo.trace_rules": TABLES}
     actions = {module: partial(_with_own, names=names, watched=watched) for module, names in compiles.items()}
     actions["torch._dynamo.guards"] = partial(_unguarded, own={id(own) for _, _, own in watched})
