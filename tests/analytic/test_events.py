@@ -38,6 +38,10 @@ UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "what a bottleneck adapter reads lives until its activation is done": (
+        {**shallow("mistral-7b-v0.1", 2), "vocab_size": 4000},
+        {"method": "houlsby", **PLAIN, **CHECKPOINTED, "batch_size": 8, "seq_len": 1024},
+    ),
     "a table with trained rows lives until its rows are scaled": (
         {**BART, "vocab_size": 9000},
         {"method": "lora", **PLAIN, **KEPT, "trainable_token_indices": [1, 2], "batch_size": 2},

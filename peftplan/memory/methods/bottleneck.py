@@ -13,8 +13,11 @@ def bottleneck(model: Model, name: str, x: Tensor, layer: int) -> Tensor:
     weight = model.part(f"{name}.adapter_up", layer).weight
     assert weight is not None
     f.module = name
-    inner = model.linear(f"{name}.adapter_down.0", f.to(x, weight.dtype), layer)
+    wide = f.to(x, weight.dtype)  # an argument of `adapter_down`, until its last module is done
+    inner = model.linear(f"{name}.adapter_down.0", wide, layer)
     f.module = f"{name}.adapter_down.1"
-    inner = model.linear(f"{name}.adapter_up", ops.keeps_output(f, inner, "relu"), layer)
+    inner = ops.keeps_output(f, inner, "relu")
+    del wide
+    inner = model.linear(f"{name}.adapter_up", inner, layer)
     f.module = name
     return ops.add(f, x, f.to(inner, x.dtype))
