@@ -755,6 +755,8 @@ def test_losses_and_optimizers_of_nemo() -> None:
     assert (of_te.options["loss"], of_te.unsupported) == ("te-parallel", {})
     fused = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"})
     assert fused.unsupported.keys() == {"loss_fn._target_"}
+    # rehearsed, Qwen3-8B of 2 layers and 512 tokens on 8 GPUs: 8.03 GB, and 5.88 GB with all logits
+    assert bound(fused.unsupported) == "unknown"
 
 
 def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
