@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -763,6 +764,40 @@ def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
     assert of_nemo({"strategy": "fsdp2"}).assumed["dtype"] == "the checkpoint decides too; bfloat16 is assumed"
     t5 = of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"pretrained_model_name_or_path": "google-t5/t5-small"})
     assert t5.options["dtype"] == "fp32"
+
+
+WITH_KERNELS = {key: value for key, value in AXOLOTL.items() if not key.endswith("_kernel")}
+LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_path": "Qwen/Qwen2-1.5B-Instruct"}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "raised"),
+    [
+        ({**AXOLOTL, "flash_attn_rms_norm": True}, "flash_attn_rms_norm", "DeprecationWarning"),
+        ({**AXOLOTL, "max_packed_sequence_len": 2048}, "max_packed_sequence_len", "DeprecationWarning"),
+        ({**WITH_KERNELS, "base_model": "EleutherAI/gpt-j-6b"}, "lora_qkv_kernel", "AssertionError"),
+        ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
+        ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
+    ],
+)
+def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
+    row = read(values).unsupported[key]
+    assert re.search(rf" raises {raised}: .* \([\w/]+\.py:\d+\)$", row.why)
+    assert row.effect == "unknown"
+
+
+def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> None:
+    plan = read({**LLAMA_FACTORY_FULL, "use_apollo": True, "optim": "adamw_torch"})
+    assert plan.unsupported["use_apollo"].why == "APOLLO by its own optimizer"
+
+
+@pytest.mark.parametrize(
+    ("where", "kernels"), [({}, ("axolotl",)), ({"fsdp_version": 2}, ("axolotl",)), ({"fsdp_version": 1}, None)]
+)
+def test_axolotl_leaves_its_kernels_off_under_fsdp1(where: dict[str, int], kernels: tuple[str, ...] | None) -> None:
+    """utils/schemas/config.py:2062 of axolotl 0.19, where several GPUs are found."""
+    shards = {"fsdp_config": {"reshard_after_forward": True}, **where} if where else {}
+    assert read({**WITH_KERNELS, **shards}).options.get("kernels") == kernels
 
 
 def test_torchtune_reads_pairs_for_a_loss_of_preferences() -> None:
