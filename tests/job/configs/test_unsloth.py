@@ -304,3 +304,27 @@ def test_full_fine_tuning_is_in_bf16_where_nothing_is_said(argument: str, dtypes
     plan = read_text(f"{source}SFTTrainer(model=m, args=SFTConfig(max_steps=60)).train()\n", file="a.py")
     assert plan.options["method"] == "full"
     assert (plan.options["dtype"], plan.options["autocast"]) == dtypes
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "supported", "trained"),
+    [
+        ("gemma-4-E2B-it", "finetune_vision_layers=False", True, 24_158_208),
+        ("gemma-4-E4B-it", "finetune_vision_layers=False", True, 34_881_536),
+        ("gemma-3n-E4B-it", "finetune_vision_layers=False", True, 37_191_680),
+        ("gemma-3n-E4B-it", "finetune_vision_layers=False, finetune_audio_layers=True", False, None),
+        ("gemma-4-E2B-it", "", False, None),
+    ],
+)
+def test_unsloth_adapts_these_layers_of_gemma_s_language_model(
+    model: str, arguments: str, supported: bool, trained: int | None
+) -> None:
+    """Parameters of rank 16 on the linear layers that `get_peft_regex` of unsloth_zoo 2026.10.9 matches in transformers' model on
+    the meta device: 205, 258 and 215 layers.
+    """
+    source = UNSLOTH.format(settings="", arguments="").replace("FastLanguageModel", "FastModel").replace("Llama-3.2-1B", model)
+    plan = read_text(source.replace("r=16", f"r=16, {arguments}"), file="a.py")
+    assert ("targets" not in plan.unsupported) is supported
+    if trained is not None:
+        counted = peftplan.estimate(str(plan.model), method="lora", r=16, target_modules=plan.options["target_modules"])
+        assert counted.trainable_parameters == trained
