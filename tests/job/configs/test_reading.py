@@ -466,6 +466,13 @@ def test_scripts_with_a_teacher_and_tpo(script: str, expected: dict[str, Any]) -
     assert {name: plan.options.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("key", ["zero_stage", "random_ltd"])
+def test_programs_of_deepspeed_examples_are_not_read_as_trl(key: str) -> None:
+    """DeepSpeed-Chat's `main.py` and `run_clm_no_trainer.py` have loops of their own; their command lines look like TRL's."""
+    values = {"model_name_or_path": "facebook/opt-1.3b", "gradient_accumulation_steps": 8, key: True}
+    assert read(values, kind="command", program="deepspeed").tool == "other"
+
+
 @pytest.mark.parametrize("script", ["bco", "gold", "gkd"])
 def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
     plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
