@@ -28,7 +28,7 @@ from unittest.mock import patch
 from peftplan.cli.rehearse import job_of
 from peftplan.errors import PeftplanError
 from peftplan.job.script import NO_SCRIPT, Script
-from peftplan.job.trainers import TRAINERS
+from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.planning.estimate import estimate
 from peftplan.rehearse import rehearse
 
@@ -49,8 +49,8 @@ RAN = {
 }
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
 PHASES = ("load", "forward", "backward", "step")
-OF_LAUNCHER = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""What LLaMA-Factory v1's launcher sets for the processes that it starts."""
+OF_LAUNCHER = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""What the command lines of axolotl and torchtune, and LLaMA-Factory v1's launcher, set for the processes that they start."""
 
 
 def drawn(seed: int, number: int) -> str:
@@ -78,7 +78,8 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
     """One row: what the job held, by rank."""
     words = shlex.split(job)
     gpus, nodes = (int(words[words.index(option) + 1]) if option in words else 1 for option in ("--gpus", "--nodes"))
-    with patch.dict(os.environ, OF_LAUNCHER if "llamafactory-v1" in words else {}):
+    trainer = words[words.index("--trainer") + 1] if "--trainer" in words else DEFAULT
+    with patch.dict(os.environ, OF_LAUNCHER if TRAINERS[trainer].expandable_segments else {}):
         result = rehearse(
             [sys.executable, str(PROGRAM), *program_words(words)],
             world_size=gpus * nodes,

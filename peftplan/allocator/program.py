@@ -92,10 +92,12 @@ def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
     return Program(events.tobytes(), len(storages), len(handles), tuple(phases), streams), [*sizes]
 
 
-def runs_within(program: Program, sizes: Sequence[int], capacity: int, *, ties_by_address: bool = False) -> bool:
+def runs_within(
+    program: Program, sizes: Sequence[int], capacity: int, *, ties_by_address: bool = False, expandable: bool = False
+) -> bool:
     """Whether a program runs where the device cannot give more than `capacity` bytes."""
     try:
-        replay(program, sizes, ties_by_address=ties_by_address, capacity=capacity)
+        replay(program, sizes, ties_by_address=ties_by_address, expandable=expandable, capacity=capacity)
     except MemoryError:
         return False
     return True

@@ -22,6 +22,7 @@ TrainerName = Literal[
     "trl-gkd",
     "trl-gold",
     "trl-distillation",
+    "axolotl",
     "axolotl-dpo",
     "axolotl-kto",
     "axolotl-orpo",
@@ -179,7 +180,8 @@ class Trainer(NamedTuple):
     many_losses: bool = False
     """Whether it adds up losses of several types."""
     expandable_segments: bool = False
-    """Whether its package sets `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py)."""
+    """Whether its package or command line sets `PYTORCH_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py,
+    axolotl/cli/main.py)."""
     own_modules: bool = False
     """Whether it builds the model of modules of its own, on the card."""
     hooks_inputs: bool = True

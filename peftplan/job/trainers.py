@@ -100,18 +100,21 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     scoring="flat kernel",
     keeps_logits=("policy", "reference"),
     token_outputs=(),
+    expandable_segments=True,
     package=None,
     arguments=None,
 )
 OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
     defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
     scoring="flat kernel",
+    expandable_segments=True,
     package=None,
     arguments=None,
 )
 # LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    expandable_segments=False,
     defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
     casts=(),
     scoring="softmax",
@@ -254,6 +257,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             options=(GENERATING.options - {"beta", "num_generations", "steps_per_generation"}) | {"teacher_model"},
             arguments="DistillationConfig",
         ),
+        Trainer("axolotl", "Trainer of axolotl 0.19", expandable_segments=True),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",
             called="DPOTrainer of axolotl 0.19",
@@ -274,6 +278,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         OF_REWARDS._replace(
             name="axolotl-reward",
             called="RewardTrainer of axolotl 0.19",
+            expandable_segments=True,
             loads_in_fp32=False,
             narrow_under_zero3=False,
             under_ddp=(),

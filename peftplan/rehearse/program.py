@@ -34,7 +34,13 @@ UNLIMITED = 1000 * GIB
 """The memory of a card where none is named."""
 SITE = Path(__file__).parent / "inside" / "site"
 MONITOR = Path(__file__).with_name("monitor.py")
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "COMET_MODE": "disabled"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "COMET_MODE": "disabled",
+    "DO_NOT_TRACK": "1",
+}
 """What keeps libraries from asking a network that is not there."""
 
 

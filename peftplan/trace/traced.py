@@ -90,19 +90,26 @@ def trace_peaks(
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     events = events_of(traced, empties_cache=script.empties_cache)
     program, sizes = of_log(events)
-    replayed = replay(program, sizes, ties_by_address=script.ties_by_address)
+    ties, expandable = script.ties_by_address, setup.by.expandable_segments
+    replayed = replay(program, sizes, ties_by_address=ties, expandable=expandable)
     traced_peaks = Peaks(
         ledgers={
             phase: Ledger(tuple(map(_line, peak.alive))).with_tails(replayed.allocated.get(phase, 0))
             for phase, peak in traced.peaks.items()
         },
         reserved=replayed.reserved,
-        reserved_source="replay of every allocation through a model of torch's CUDA caching allocator, default options",
+        reserved_source=f"replay of every allocation through a model of torch's CUDA caching allocator, {OPTIONS[expandable]}",
         incomplete=_unknown(traced.unknown_ops),
         assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
-        recording=Recorded(traced, events, AllocatorConfig(ties_by_address=script.ties_by_address)) if record else None,
+        recording=Recorded(traced, events, AllocatorConfig(ties_by_address=ties, expandable_segments=expandable))
+        if record
+        else None,
     )
-    return traced_peaks, partial(runs_within, program, sizes, ties_by_address=script.ties_by_address)
+    return traced_peaks, partial(runs_within, program, sizes, ties_by_address=ties, expandable=expandable)
+
+
+OPTIONS = {False: "default options", True: "expandable_segments:True"}
+"""Whether segments grow → the allocator's options."""
 
 
 def _on_host(nbytes: int) -> dict[str, int]:

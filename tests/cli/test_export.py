@@ -16,8 +16,12 @@ def test_stdout_is_the_config_and_stderr_the_notes() -> None:
     assert done.code == 0
     assert done.out.startswith("# llama-3.1-8b, qlora r=16: written by peftplan ")
     assert "\nadapter: qlora\n" in done.out
-    defaults = "quant_storage bf16 (instead of uint8), kbit_prepare off (instead of on)"
-    assert done.err == f"note: axolotl's defaults where you set nothing: {defaults}\n"
+    changed = (
+        "quant_storage bf16 (instead of uint8)",
+        "trainer axolotl (instead of transformers)",
+        "kbit_prepare off (instead of on)",
+    )
+    assert done.err == f"note: axolotl's defaults where you set nothing: {', '.join(changed)}\n"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

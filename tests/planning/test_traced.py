@@ -142,3 +142,14 @@ def test_a_model_that_fails_says_so_in_one_line() -> None:
     fails = patch("transformers.models.llama.modeling_llama.LlamaMLP.forward", side_effect=ValueError("no\nmemory"))
     with fails, pytest.raises(peftplan.RefusedError, match=r"^trace: forward fails in model.layers.0.\w+: ValueError: no$"):
         peftplan.estimate(TINY, method="lora", **SHORT)
+
+
+def test_segments_grow_under_a_trainer_whose_command_line_sets_it() -> None:
+    """`axolotl train` (axolotl/utils/__init__.py, `set_pytorch_cuda_alloc_conf`)."""
+    job: dict[str, Any] = {"method": "qlora", "r": 8, "batch_size": 2, "seq_len": 512}
+    grown, fixed = (peftplan.estimate("smollm2-135m", trainer=name, engine="trace", **job).peaks for name in ("axolotl", None))
+    assert grown is not None
+    assert fixed is not None
+    assert grown.reserved == peftplan.estimate("smollm2-135m", trainer="axolotl", **job).peaks.reserved != fixed.reserved
+    assert grown.reserved_source is not None
+    assert "expandable_segments:True" in grown.reserved_source

@@ -193,7 +193,7 @@ def test_the_file_and_its_options_ask_the_same() -> None:
     by_hand = peftplan.estimate(
         "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", quant_storage="bf16",
             kbit_prepare=False, target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16",
-            autocast="bf16", gradient_checkpointing=True, attn_implementation="flash_attention_2",
+            autocast="bf16", gradient_checkpointing=True, attn_implementation="flash_attention_2", trainer="axolotl",
         )  # fmt: skip
     assert by_file.peaks == by_hand.peaks
     assert by_file.trainable_parameters == by_hand.trainable_parameters
@@ -408,7 +408,7 @@ def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str,
         ({**AXOLOTL, "rl": "orpo", "orpo_alpha": 0.1}, {"trainer": "axolotl-orpo"}),
         ({**AXOLOTL, "rl": "simpo"}, {"trainer": "axolotl-cpo", "loss_type": "simpo"}),
         ({**AXOLOTL, "reward_model": True, "num_labels": 1}, {"trainer": "axolotl-reward", "num_labels": 1}),
-        ({**AXOLOTL, "process_reward_model": True}, {"trainer": "transformers", "task_type": "TOKEN_CLS", "num_labels": 2}),
+        ({**AXOLOTL, "process_reward_model": True}, {"trainer": "axolotl", "task_type": "TOKEN_CLS", "num_labels": 2}),
         ({**LLAMAFACTORY, "stage": "dpo"}, {"trainer": "llamafactory-dpo", "loss_type": "sigmoid"}),
         ({**LLAMAFACTORY, "stage": "dpo", "pref_loss": "orpo"}, {"trainer": "llamafactory-dpo", "loss_type": "orpo"}),
         ({**LLAMAFACTORY, "stage": "kto"}, {"trainer": "llamafactory-kto", "loss_type": None}),

@@ -123,7 +123,7 @@ def check_schema(tool: str, text: str) -> None:
             "axolotl",
             "llama-3.1-8b",
             {"trainer": "trl"},
-            "trainer: a config of axolotl 0.19.0 has no setting for 'trl'; accepted: transformers",
+            "trainer: a config of axolotl 0.19.0 has no setting for 'trl'; accepted: axolotl",
         ),
         ("axolotl", "llama-3.1-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
         (
@@ -237,7 +237,7 @@ def test_switches_that_no_option_says_are_off() -> None:
     """axolotl turns its LoRA kernels on by itself, and they save fewer tensors than peft's code."""
     text = export(peftplan.estimate("llama-3.1-8b", r=16), to="axolotl").text
     assert "lora_mlp_kernel: false\n" in text
-    text = export(peftplan.estimate("llama-3.1-8b", r=16, kernels="axolotl,liger", trainer="transformers"), to="axolotl").text
+    text = export(peftplan.estimate("llama-3.1-8b", r=16, kernels="axolotl,liger", trainer="axolotl"), to="axolotl").text
     assert "liger_rope: true\n" in text
     assert "lora_mlp_kernel" not in text
 
@@ -261,7 +261,7 @@ def test_options_that_move_no_byte() -> None:
 
 def test_number_of_gpus_is_in_the_command_that_runs_it() -> None:
     text = export(peftplan.estimate("llama-3.1-8b", gpus=4, nodes=2), to="axolotl").text
-    assert "# run: accelerate launch --num_processes 8 --num_machines 2 -m axolotl.cli.train axolotl.yml" in text
+    assert "# run: axolotl train axolotl.yml -- --num_processes 8 --num_machines 2" in text
     assert read_text(text, file="a.yml").options["gpus"] == 4
     assert read_text(text, file="a.yml").options["nodes"] == 2
 
