@@ -40,9 +40,12 @@ class Option(click.Option):
     heading = "Options"
     rare = False
 
-    def make_metavar(self, ctx: click.Context) -> str:
-        """The values, or NAME where they are too many for a line; the option's text lists them then."""
-        metavar = super().make_metavar(ctx)
+    def make_metavar(self, *args: click.Context, **named: click.Context) -> str:
+        """The values, or NAME where they are too many for a line; the option's text lists them then.
+
+        From 8.2 on click hands over its context.
+        """
+        metavar = super().make_metavar(*args, **named)
         return metavar if len(metavar) <= WIDEST else "NAME"
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

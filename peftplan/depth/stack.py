@@ -103,7 +103,7 @@ def _pass_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 def run_stack(
     model: Runner,
     kinds: tuple[int, ...],
-    x: Tensor,
+    states: Tensor | list[Tensor],
     call: Callable[..., Outputs],
     *,
     name: str,
@@ -116,12 +116,14 @@ def run_stack(
 ) -> Tensor:
     """Run the first and the last layer of each kind; `kinds[l]` is the kind of layer l.
 
-    The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
+    `states`: the first layer's input; a list is emptied, so that only the layers hold it (in Python 3.10 a caller holds what it
+    passes). The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
     a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
     layers return besides the hidden states until the next one returns.
     """
-    f = model.tape
+    f, x = model.tape, states.pop() if isinstance(states, list) else states
+    del states
     if model.every_layer:
         kinds = tuple(range(len(kinds)))
     last = len(kinds) - 1

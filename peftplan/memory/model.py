@@ -194,7 +194,7 @@ class Model(Weights):
     def asking_gradient(self, x: Tensor) -> Tensor:
         """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
         if x.node is None and self._asks_gradients:
-            x.node = Node(0, self.tape.module, _leaf_backward, (), checkpointed=False)
+            x.node = Node((0, 0), self.tape.module, _leaf_backward, (), checkpointed=False)
             x.node.context = x.detach()
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf
             if x.storage is not None:

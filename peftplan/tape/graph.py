@@ -68,5 +68,5 @@ def reachable(roots: Iterable[Node | Parameter | None]) -> list[Node]:
     return sorted(seen, key=_sequence_of)
 
 
-def _sequence_of(node: Node) -> float:
+def _sequence_of(node: Node) -> tuple[int, int]:
     return node.sequence

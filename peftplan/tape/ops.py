@@ -158,10 +158,6 @@ def _half_softmax_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Ten
     return out
 
 
-RIGHT_BEHIND = 0.5
-"""Added to a node's sequence number to place a view directly after its base in autograd's order, wherever it is called here."""
-
-
 def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False, at_once: bool = True) -> Tensor:
     """`view(…).transpose(1, 2)`: shares the storage of x.
 
@@ -173,7 +169,7 @@ def heads(f: Tape, x: Tensor, dims: Dims, *, clones: bool = False, at_once: bool
         return x.view(dims)
     node = f.record(_heads_backward, (x,), x.dims)
     if node is not None and type(x.node) is Node and at_once:
-        node.sequence = x.node.sequence + RIGHT_BEHIND
+        node.sequence = x.node.sequence[0], node.sequence[0]
     return Tensor(x.storage, dims, x.dtype, node)
 
 

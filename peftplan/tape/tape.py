@@ -112,7 +112,7 @@ class Tape(Allocations):
             return None
         self._sequence += 1
         edges = tuple(None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs)
-        node = Node(self._sequence, self.module, backward, edges, checkpointed=self._frame is not None)
+        node = Node((self._sequence, 0), self.module, backward, edges, checkpointed=self._frame is not None)
         self.keep(node, *saved)
         return node
 

@@ -135,9 +135,10 @@ class Node:
     )
 
     def __init__(
-        self, sequence: float, module: str, backward: Backward, edges: tuple[Edge | None, ...], *, checkpointed: bool
+        self, sequence: tuple[int, int], module: str, backward: Backward, edges: tuple[Edge | None, ...], *, checkpointed: bool
     ) -> None:
         self.sequence = sequence
+        """Its place in autograd's order: the number of the node that it stands directly behind, and among such ones its own."""
         self.module = module
         self.backward = backward
         self.edges = edges

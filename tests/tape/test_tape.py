@@ -92,3 +92,19 @@ def test_autocast_casts_the_last_argument_first_and_addmm_has_the_gradient_of_it
     f.log.clear()
     f.backward(out)
     assert [f.dims[n] for n in f.log if n > 0][:4] == [out.dims, x.dims, weight.dims, bias.dims]
+
+
+def test_views_of_one_base_run_in_the_order_in_which_they_were_made() -> None:
+    """The latest first, each time; they all stand directly behind their base, whose number alone does not tell them apart."""
+
+    def heads_in_backward() -> list[object]:
+        f = Tape()
+        x = ops.scale(f, Parameter("x", (1, ROWS, WIDTH), "bf16", trainable=True))
+        views = [ops.heads(f, x, (1, heads, ROWS, WIDTH // heads), clones=True) for heads in (2, 4, 8, 16)]
+        roots = [(view, f.new(view.dims, "bf16", "ones_like")) for view in views]
+        del views
+        f.log.clear()
+        f.backward_from(roots)
+        return [f.dims[-n][1] for n in f.log if n < 0 and len(f.dims[-n]) == 4]
+
+    assert all(heads_in_backward() == [16, 8, 4, 2] for _ in range(20))

@@ -27,7 +27,7 @@ def bloom(model: Model) -> Tensor:
     f.module = "transformer"
     heads = model.arch.blocks[0].attentions[0].num_attention_heads
     alibi = f.new(("b", heads, 1, model.keys), states[0].dtype, "alibi")
-    x = run_layers(model, BLOOM, states.pop(), lambda window: (alibi,), dtype=tokens.dtype)
+    x = run_layers(model, BLOOM, states, lambda window: (alibi,), dtype=tokens.dtype)
     del tokens
     return x
 

@@ -114,7 +114,7 @@ def run_encoder(model: Model, states: list[Tensor], mask: Tensor | None) -> Tens
         return encoder_layer(model, block, number, x, mask)
 
     checkpointed = model.running.checkpointing
-    return run_stack(model, kinds, states.pop(), layer, name="encoder", checkpointed=checkpointed, every=(mask,))
+    return run_stack(model, kinds, states, layer, name="encoder", checkpointed=checkpointed, every=(mask,))
 
 
 def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def decoder(model: Model, ids: Tensor, encoded: Tensor) -> Tensor:
 
     kinds, checkpointed = kinds_of(model, "decoder"), model.running.checkpointing
     every = (mask, encoded)
-    x = run_stack(model, kinds, states.pop(), layer, name="decoder", checkpointed=checkpointed, sums=sums, every=every)
+    x = run_stack(model, kinds, states, layer, name="decoder", checkpointed=checkpointed, sums=sums, every=every)
     return model.layernorm(f"{name}.layer_norm", x) if whisper else x
 
 

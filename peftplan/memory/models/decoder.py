@@ -45,7 +45,7 @@ def decoder(model: Model, style: Style) -> Tensor:
     del x
     dtype = "fp32" if style.wide_tables else states[0].dtype
     tables = {window: () if replaced else rotary_tables(model, dtype) for window in windows}
-    x = run_layers(model, style, states.pop(), lambda window: tables[window if style.tables_by_window else None], masks=masks)
+    x = run_layers(model, style, states, lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
 
@@ -61,7 +61,7 @@ def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor 
 def run_layers(
     model: Model,
     style: Style,
-    x: Tensor,
+    states: Tensor | list[Tensor],
     tables: Callable[[int | None], tuple[Tensor, ...]],
     *,
     dtype: str | None = None,
@@ -69,10 +69,12 @@ def run_layers(
 ) -> Tensor:
     """The masks, all layers, and the final norm; `tables` finds those of a layer by its window.
 
-    `dtype` is that of the embeddings, and so of masks, where it is not that of x; `masks`: those that are there already.
+    `states`: the input of the first layer; a list is emptied, so that only the layers hold it. `dtype` is that of the embeddings,
+    and so of masks, where it is not that of the input; `masks`: those that are there already.
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
-    masks_by_window = masks_of(model, style, dtype or x.dtype) if masks is None else masks
+    states = states if isinstance(states, list) else [states]
+    masks_by_window = masks_of(model, style, dtype or states[0].dtype) if masks is None else masks
     outputs: list[Tensor] = []
     layer_inputs: list[Tensor] = []
     holds = model.running.holds_hidden_states
@@ -89,8 +91,6 @@ def run_layers(
         window = blocks[number].attentions[0].window
         return model.units.beside(number, masks_by_window.get(window), tables(window))
 
-    states = [x]  # no name holds it while the layers run
-    del x
     kinds = kinds_of(model)
     if style.hands_out_weights and not model.past:  # a prefix trains before every layer
         kinds = seconds_apart(kinds)
@@ -99,7 +99,7 @@ def run_layers(
     x = run_stack(
         model,
         kinds,
-        states.pop(),
+        states,
         layer,
         name="layers",
         checkpointed=model.running.checkpointing and not style.checkpoints_parts,

@@ -31,7 +31,7 @@ def model_forward(model: Model, style: Style) -> Tensor:
     masks = masks or masks_of(model, style, tokens.dtype)
     drop = model.arch.dropout.embedding
     states = [f.call("transformer.drop", None, (), states.pop(), lambda x: ops.dropout(f, x, drop))]
-    x = run_layers(model, style, states.pop(), lambda window: (), masks=masks)
+    x = run_layers(model, style, states, lambda window: (), masks=masks)
     del tokens, positions
     return x
 

@@ -33,7 +33,7 @@ def opt(model: Model) -> Tensor:
         tokens = model.linear("model.decoder.project_in", tokens)
     f.module = "model.decoder"
     states = [ops.add(f, tokens, positions)]  # no name holds it while the layers run
-    x = run_layers(model, STYLE, states.pop(), lambda window: (), masks=masks)
+    x = run_layers(model, STYLE, states, lambda window: (), masks=masks)
     if model.has("model.decoder.final_layer_norm"):
         x = layer_norm(model, "model.decoder.final_layer_norm", x, None)
     if model.has("model.decoder.project_out"):

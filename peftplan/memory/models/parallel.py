@@ -165,7 +165,7 @@ def gptj(model: Model) -> Tensor:
     rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
     assert rotary_dim is not None
     table = f.new((1, model.seq, rotary_dim), states[0].dtype, "sines and cosines")
-    x = run_layers(model, GPTJ, states.pop(), lambda window: (table,), masks=masks)
+    x = run_layers(model, GPTJ, states, lambda window: (table,), masks=masks)
     del embedded
     return x
 

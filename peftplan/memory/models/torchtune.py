@@ -36,7 +36,7 @@ class Layer(Protocol):
 def torchtune(model: Model, *, rotate: Rotate, norm: Norm, layer: Layer | None = None) -> Tensor:
     """`TransformerDecoder.forward` up to its output layer: without a mask, with rotary tables that are buffers."""
     style = Style(norm=norm, layer=partial(layer or _layer, rotate=rotate))
-    return run_layers(model, style, inputs(model), lambda _: (), masks={})
+    return run_layers(model, style, [inputs(model)], lambda _: (), masks={})
 
 
 def _layer(c: Call, x: Tensor, *, rotate: Rotate) -> Tensor:
