@@ -107,6 +107,12 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_unsloth_loads
 
         architecture = as_unsloth_loads(architecture, model_config)
+    fields = vars(config) if config is not None else adapter
+    if kind is not None and kind.module == "virtual_tokens":
+        from peftplan.job.virtual_tokens import beside_virtual_tokens
+
+        seq_len = setup.seq_len if "seq_len" in setup.model_fields_set else 0
+        architecture = beside_virtual_tokens(architecture, fields.get("num_virtual_tokens"), seq_len)
     quant = _quant(setup, kind)
     setup = resolved(
         setup,
@@ -131,7 +137,6 @@ def prepared(request: Request) -> Job:
         from peftplan.job.virtual_tokens import check_prompted_task
 
         check_prompted_task(architecture, adapter)
-    fields = vars(config) if config is not None else adapter
     refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
     adaptation = adapted(architecture, model, kind, config, adapter, setup)

@@ -7,10 +7,11 @@ classes of each task; torch, nn/functional.py (`cross_entropy`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Architecture
-from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
+from peftplan.errors import InputError, NeedsTraceError, NoEngineError, RefusedError
 from peftplan.job.tasks import as_told
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.versions import named
@@ -29,6 +30,24 @@ SOUND = ("whisper",)
 one is counted, but does not run."""
 SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 """Types whose token classifier views its scores in the shape of the labels before the loss compares the two."""
+
+
+def beside_virtual_tokens(architecture: Architecture, virtual: object, seq_len: int) -> Architecture:
+    """The architecture with the positions that virtual tokens leave to a sequence.
+
+    Raises InputError for a longer sequence: BERT's table is sliced too short for it, GPT-2's is read behind its end.
+    """
+    if architecture.max_positions is None or not isinstance(virtual, int):
+        return architecture
+    positions = architecture.max_positions
+    left = positions - virtual
+    if left < 1:
+        raise InputError("num_virtual_tokens", virtual, f"accepted: below {positions}, the positions of the model")
+    if seq_len > left:
+        raise InputError(
+            "seq_len", seq_len, f"accepted: up to {left}, the model's {positions} positions less {virtual} virtual tokens"
+        )
+    return replace(architecture, max_positions=left)
 
 
 def check_virtual_tokens(job: Job) -> None:
