@@ -533,6 +533,13 @@ def test_lisa_lowers_the_peak_of_full_fine_tuning() -> None:
     assert bound(plan.unsupported) == "at_most"
 
 
+def test_files_of_swift_that_sample_or_run_megatron_are_told_apart() -> None:
+    """Arguments of `swift sample`, and of Megatron under Ray (megatron/arguments/megatron_args.py)."""
+    assert read({**SWIFT, "sampler_engine": "vllm", "num_return_sequences": 4}).kind == "other"
+    plan = read({**SWIFT, "rlhf_type": "grpo", "micro_batch_size": 2, "global_batch_size": 16, "lr": 1e-6})
+    assert Case("run.yaml", plan, of_plan(plan)).kind == "Megatron"
+
+
 def test_other_experts_are_not_known() -> None:
     plan = read({**SWIFT, "model": MOE, "experts_impl": "eager"}, kind="command", program="swift sft")
     assert plan.unsupported.keys() == {"experts_impl"}
