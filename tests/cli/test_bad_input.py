@@ -21,7 +21,7 @@ def refused(*args: str) -> str:
     assert done == Done(2, "", done.err)
     assert done.err.count("\n") == 1
     assert done.err.startswith("peftplan: ")
-    assert len(done.err) < 600
+    assert len(done.err) <= 1000
     return done.err
 
 
