@@ -193,6 +193,12 @@ class NoEngineError(NeedsTraceError):
     hint = ""
 
 
+class NoRankFormulaError(NeedsTraceError):
+    """A step over several GPUs without a formula, which the trace engine may follow."""
+
+    hint = " (no formula yet)"
+
+
 class MissingExtraError(PeftplanError):
     """Something that needs an optional extra which is not installed."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
-from peftplan.errors import NeedsTraceError, NoEngineError
+from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -33,7 +33,7 @@ def check(job: Job) -> None:
         from peftplan.analytic import rehearsed
 
         if (why := rehearsed.without_formula(job)) is not None:
-            raise NoEngineError(f"a step with {job.distributed.called}{why} (no formula yet)")
+            raise NoRankFormulaError(f"a step with {job.distributed.called}{why}")
     elif job.setup.by.weighs_tokens:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.reference == "copy" and job.setup.by.scoring is not None and not job.setup.by.generates:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.errors import NeedsTraceError, NoRankFormulaError, RefusedError
 from peftplan.job.adapting import config_of
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
@@ -145,9 +145,18 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
                 by_kernels[here if peaks.by_processors else of] = Counted(peaks, peaks.runs_within)
             return by_kernels[of if of in by_kernels else here]
         except NeedsTraceError as missing:
-            return f"{missing}{missing.hint}"
+            return f"{missing}{_hint(missing, job)}"
 
     return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
+
+
+def _hint(missing: NeedsTraceError, job: Job) -> str:
+    """What to do about a part of the job without a formula."""
+    if isinstance(missing, NoRankFormulaError):
+        from peftplan.trace.followed import is_followed
+
+        return NeedsTraceError.hint if is_followed(job) else missing.hint
+    return missing.hint
 
 
 def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted]]":

@@ -18,6 +18,15 @@ RANKS = {"ddp": "Ddp", "fsdp1": "Fsdp1", "fsdp2": "Fsdp2", "tp": "Tp"}
 """The strategies of which a trace follows one rank → its class, in the module of `trace.ranks` that has the strategy's name."""
 
 
+def is_followed(job: Job) -> bool:
+    """Whether a trace follows a job."""
+    try:
+        check_followed(job)
+    except RefusedError:
+        return False
+    return True
+
+
 def check_followed(job: Job) -> None:
     """Raise RefusedError for a job that no trace follows."""
     by, distributed = job.setup.by, job.distributed

@@ -149,3 +149,29 @@ def test_refused_in_one_line(refused: dict[str, Any], why: str) -> None:
         peftplan.RefusedError, match=f"engine: trace follows one GPU, .* and tensor parallelism, {why}.*; accepted: analytic"
     ):
         peftplan.estimate("llama-3.2-1b", engine="trace", **job)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "hint"),
+    [
+        ("gemma-3-4b-pt", {"strategy": "fsdp2"}, "no formula yet: add --engine trace"),
+        ("llama-3.2-1b", {"strategy": "ddp", "static_graph": True}, "no formula yet: add --engine trace"),
+        ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet)"),
+    ],
+)
+def test_a_step_without_formula_says_whether_a_trace_follows_it(model: str, options: dict[str, Any], hint: str) -> None:
+    result = peftplan.estimate(model, method="lora", gpus=4, **options)
+    assert result.peaks is None
+    assert hint in result.not_modelled[0]
+
+
+def test_layers_that_accelerate_does_not_find() -> None:
+    """accelerate 1.15 looks for every class of `_no_split_modules`; this model has no text encoder of SigLIP. torch refuses
+    T5, whose table belongs to two units."""
+    job: dict[str, Any] = {"method": "lora", "gpus": 4, "strategy": "fsdp2", "seq_len": 512, "engine": "trace"}
+    with pytest.raises(peftplan.RefusedError, match=r"accelerate .* refuses it: .*Could not find the transformer layer class"):
+        peftplan.estimate("gemma-3-4b-pt", **job)
+    with pytest.raises(peftplan.RefusedError, match="is shared with a parameter already managed by another FSDP group"):
+        peftplan.estimate("flan-t5-small", **job)
+    classes = {"transformer_cls_names_to_wrap": "Gemma3DecoderLayer,SiglipEncoderLayer"}
+    assert peftplan.estimate("gemma-3-4b-pt", **job, **classes).peaks is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import parse_dtype
+from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.storage import QuantConfig
@@ -36,6 +38,7 @@ from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.group import process_group
 from peftplan.trace.ranks.one_gpu import OneGpu
+from peftplan.trace.reasons import reason
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
 """Where torch moves what a unit holds to the device, before it shards it."""
@@ -203,11 +206,16 @@ class Fsdp2(OneGpu):
             tracker.paused() if one_by_one else nullcontext(),
             patch("torch.distributed.fsdp.fully_shard", partial(fully_shard, ignored_params=whole)),
         ):
-            fsdp2_prepare_model(self._accelerator(setup), built.model)
+            try:
+                fsdp2_prepare_model(self._accelerator(setup), built.model)
+            except ValueError as error:  # a class of layers that the model names and does not have
+                refusal = f"accelerate {version('accelerate')} refuses it: {reason(error)}"
+                accepted = "--transformer-cls-names-to-wrap with classes of the model"
+                raise RefusedError(f"{refusal}; accepted: {accepted}") from None
         for name, parameter in built.model.named_parameters():
             sizes = {"nbytes": parameter.nbytes, "shape": tuple(parameter.shape), "dtype": parse_dtype(parameter.dtype)}
             full = tracker.passing(**sizes, op="load") if one_by_one else None
-            tracker.register(parameter, built.owners[name], name)
+            tracker.register(parameter, built.owners.get(name, "weights"), name)  # sharding parts some tied weights
             if full is not None:
                 tracker.end(full)
         for name, tensor in (*built.model.named_buffers(), *in_dicts(built)):
