@@ -49,6 +49,7 @@ def test_formulas(record: Record) -> None:
     "record", [r for r in RECORDS if r.id.startswith(TRACED)], ids=lambda record: record.id.rpartition("-")[0]
 )
 def test_traces(record: Record) -> None:
+    pytest.importorskip("peft")
     by_figure = drifts(record, "trace")
     assert by_figure.keys() == LIMITS.keys()
     limits = dict.fromkeys(LIMITS, 0.05) | more(record)

@@ -102,6 +102,7 @@ def test_one_process_has_no_buffers_of_nccl() -> None:
 @pytest.mark.parametrize("strategy", ["device-map", "tp"])
 def test_many_sizes_at_once_are_each_one_alone(strategy: Any) -> None:
     """Of a `device_map` it is the GPU that needs most at each size."""
+    pytest.importorskip("numpy")
     options: dict[str, Any] = {"method": "lora", "gpus": 2, "strategy": strategy, "target_modules": "q_proj,v_proj"}
     rows = [*peftplan.sweep("llama-3.2-1b", seq_len=[128, 2048], r=[8, 64], **options)]
     assert len(rows) == 4

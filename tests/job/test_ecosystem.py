@@ -419,6 +419,7 @@ def test_a_batch_as_one_sequence_is_refused(fields: dict[str, Any], named: str) 
 )
 def test_what_only_peft_reads_of_an_adapter_config_is_named(adapter: dict[str, Any], what: str) -> None:
     """peft itself counts it, and no peak is stated."""
+    pytest.importorskip("peft")
     estimate = peftplan.estimate("llama-3.2-1b", peft_config={"target_modules": ["q_proj"], **adapter})
     assert estimate.peaks is None
     assert estimate.not_modelled[0].startswith(f"activations of {what} (")

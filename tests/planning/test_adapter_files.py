@@ -49,6 +49,7 @@ def test_an_adapter_of_a_variant_is_not_compared_with_itself() -> None:
 
 
 def test_a_sweep_over_adapters_takes_the_base_of_each() -> None:
+    pytest.importorskip("numpy")
     other = {**LORA, "base_model_name_or_path": "gpt2", "target_modules": ["c_attn"]}
     rows = peftplan.sweep(peft_config=[LORA, IA3, other], batch_size=[1, 2]).records()
     assert [(row["model"], row["method"], row["batch_size"]) for row in rows] == [
@@ -62,6 +63,8 @@ def test_a_sweep_over_adapters_takes_the_base_of_each() -> None:
 
 @pytest.mark.parametrize("command", [("fit", "--gpu", "t4"), ("compare", "--method", "lora"), ("sweep", "--bs", "1,2")])
 def test_the_commands(command: tuple[str, ...], tmp_path: Path) -> None:
+    if command[0] == "sweep":
+        pytest.importorskip("numpy")
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(LORA), encoding="utf-8")
     done = run(*command, "--peft-config", str(path))
