@@ -1,9 +1,10 @@
-"""Rehearse ms-swift's `swift sft` and keep what it held beside the arguments that peftplan reads of it.
+"""Rehearse ms-swift's `swift sft` and `swift rlhf` and keep what they held beside the arguments that peftplan reads of them.
 
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values`, the arguments of `swift sft`, and how many `layers` of the model run. Rows are as long
-as `max_length` says, and each token is scored. Needs ms-swift 4.6.0 and the CUDA build of torch.
+FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, and
+`program` if not `swift sft`. Rows are as long as `max_length` says, and each token is scored; GRPO's completions were written
+elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -35,13 +36,23 @@ SHARED: dict[str, Any] = {
     "num_train_epochs": 3,
 }
 """Arguments of every job."""
-PROGRAM = "import sys; from swift import sft_main; sft_main(sys.argv[1:])"
+SFT, RLHF = "swift sft", "swift rlhf"
+PROGRAMS = {
+    SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
+    RLHF: "import sys; from swift import rlhf_main; from tools.rehearsed_program import written_elsewhere\n"
+    "written_elsewhere({max_completion_length}); rlhf_main(sys.argv[1:])",
+}
+"""Command → its program; fields in braces are arguments."""
+CARD = "a100-80gb"
+OF_SERVER = ("use_vllm", "vllm_mode")
+"""Arguments for completions from a server, which does not run here."""
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
     """What is read of the job's arguments."""
     environment = {"NPROC_PER_NODE": str(row["gpus"])} if row.get("gpus", 1) > 1 else {}
-    return read_values(SHARED | row["values"], file="sft.sh", tool="swift", kind="command", program="swift sft", **environment)
+    program = row.get("program", SFT)
+    return read_values(SHARED | row["values"], file="a.sh", tool="swift", kind="command", program=program, **environment)
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +63,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
 def arguments(row: dict[str, Any], folder: str, output: str) -> list[str]:
     """The command line."""
     values = SHARED | row["values"] | {"model": folder, "dataset": f"{output}/rows.jsonl", "output_dir": output}
-    words = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+    words = {key: value if isinstance(value, list) else [value] for key, value in values.items() if key not in OF_SERVER}
     return [word for key, listed in words.items() for word in (f"--{key}", *map(str, listed))]
 
 
@@ -60,11 +71,14 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the tool held."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(row["values"]["model"], row["layers"]), "dtype": "bfloat16"})
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "g" * 8 * row["values"]["max_length"]}]
+        length, program = row["values"]["max_length"], row.get("program", SFT)
+        answer = {"role": "assistant", "content": "g" * 8 * length}
+        messages = [{"role": "user", "content": "a" * length}] if program == RLHF else [{"role": "user", "content": "a"}, answer]
         Path(output, "rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
-        command = [sys.executable, "-c", PROGRAM, *arguments(row, folder, output)]
-        ranks = row.get("gpus")
-        return row | kept_of(rehearse(command, world_size=ranks, gpu="a100-80gb", timeout=900, stdout=sys.stderr.fileno()))
+        command = [sys.executable, "-c", PROGRAMS[program].format(**row["values"]), *arguments(row, folder, output)]
+        return row | kept_of(
+            rehearse(command, world_size=row.get("gpus"), gpu="a100-80gb", timeout=900, stdout=sys.stderr.fileno())
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What peftplan reads of ms-swift's arguments, against `swift sft` with them on the emulated card."""
+"""What peftplan reads of ms-swift's arguments, against the tool with them on the emulated card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tools.rehearsed_jobs import read
 from tools.rehearsed_swift import options, plan
 
 ROWS = read(Path(__file__).with_name("swift.jsonl"))
-LARGEST = {"allocated": 0.01, "reserved": 0.01}
+LARGEST = {"swift sft": {"allocated": 0.01, "reserved": 0.01}, "swift rlhf": {"allocated": 0.06, "reserved": 0.3}}
 """Per cent."""
 
 
@@ -21,5 +21,6 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     assert not plan(row).unsupported
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
-    drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
-    assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
+    limits = LARGEST[row.get("program", "swift sft")]
+    drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
+    assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
