@@ -38,7 +38,7 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
 OPEN = ('fsdp1 full 64 fsdp={"backward_prefetch": "pre"}', 'fsdp1 full 4 config={"hidden_size": 1000')
 """Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
 LARGE_HEAD = ('zero3 full 4 loss="liger" kernels="liger" model="qwen2.5-7b"',)
-"""Reserved -1.1 %, two segments, 163,577,856 bytes: in the first step a recomputed layer's weights are released after its forward,
+"""Reserved -1.1 %, two segments, 163,577,856 bytes: in the first step a recomputed layer's weights are released after forward,
 but what torch's checkpoint saved of them is detached and keeps the gathered bytes until backward (utils/checkpoint.py,
 `pack_hook`; deepspeed, runtime/zero/linear.py). With all saved weights counted so, this row is exact and five of LoRA are up to
 12 % too high."""
