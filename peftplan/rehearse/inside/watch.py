@@ -188,17 +188,28 @@ class Watch:
 
 
 def asking_line(frame: FrameType | None) -> dict[str, Any]:
-    """The innermost frame outside installed packages and the standard library."""
-    innermost = frame
-    while frame is not None and alive.of_library(frame.f_code.co_filename):
+    """The innermost frame outside installed packages and the standard library, else that of a program without a file."""
+    frames = []
+    while frame is not None:
+        frames += [] if alive.OURS in frame.f_code.co_filename else [frame]
         frame = frame.f_back
-    frame = frame or innermost
-    if frame is None:
+    own = (each for each in frames if not alive.of_library(each.f_code.co_filename))
+    typed = (each for each in frames if each.f_code.co_filename in TYPED and each.f_code.co_name == "<module>")
+    found = next(own, None) or next(typed, None) or next(iter(frames), None)
+    if found is None:
         return {"file": None, "line": None, "code": None}
     import linecache
 
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    return {"file": os.path.abspath(file), "line": line, "code": linecache.getline(file, line).strip() or None}
+    file, line = found.f_code.co_filename, found.f_lineno
+    return {
+        "file": file if file in TYPED else os.path.abspath(file),
+        "line": line,
+        "code": linecache.getline(file, line).strip() or None,
+    }
+
+
+TYPED = ("<string>", "<stdin>")
+"""What Python calls the file of `python -c`, and of a program that it reads from stdin."""
 
 
 def start(settings: Settings) -> None:
