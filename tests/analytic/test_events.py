@@ -42,6 +42,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("mistral-7b-v0.1", 2), "vocab_size": 4000},
         {"method": "houlsby", **PLAIN, **CHECKPOINTED, "batch_size": 8, "seq_len": 1024},
     ),
+    "Cohere 2 makes both masks, whatever layers it has": (
+        {**shallow("c4ai-command-r7b-12-2024", 3), "vocab_size": 4000, "sliding_window": 300},
+        {"method": "lora", **PLAIN, **CHECKPOINTED, "padding": True, "batch_size": 2, "seq_len": 1500},
+    ),
     "a table with trained rows lives until its rows are scaled": (
         {**BART, "vocab_size": 9000},
         {"method": "lora", **PLAIN, **KEPT, "trainable_token_indices": [1, 2], "batch_size": 2},

@@ -37,7 +37,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "gemma2": ("gemma", "gemma2"),
     "gemma3_text": ("gemma", "gemma3"),
     "cohere": ("parallel", "cohere"),
-    "cohere2": ("parallel", "cohere"),
+    "cohere2": ("parallel", "cohere2"),
     "stablelm": ("parallel", "stablelm"),
     "phi": ("parallel", "phi"),
     "gptj": ("parallel", "gptj"),

@@ -180,7 +180,9 @@ GPTJ = Style(
     wide_scores=True,
 )
 
-cohere = partial(decoder, style=Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary, norms_last=True))
+_COHERE = Style(norm=written_layer_norm, layer=cohere_layer, rotate=cohere_rotary, norms_last=True)
+cohere = partial(decoder, style=_COHERE)
+cohere2 = partial(decoder, style=_COHERE._replace(both_masks=True))
 stablelm = partial(
     decoder,
     style=Style(
