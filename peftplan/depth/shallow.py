@@ -57,13 +57,22 @@ def names_layers(peft_config: object, quant_skip: tuple[str, ...] | None) -> boo
     """Whether the adapter or the quantization names single layers, which a shallow model may not have."""
     if getattr(peft_config, "by_layer", False):
         return True
-    fields = peft_config if isinstance(peft_config, Mapping) else getattr(peft_config, "__dict__", {})
+    fields = _fields(peft_config)
     by_layer = [fields.get(key) for key in ("layers_to_transform", "layer_replication", "num_layers", "adapter_layers")]
     texts = [str(fields.get(key) or "") for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")]
     texts += [str(fields.get(key) or "") for key in ("rank_pattern", "alpha_pattern")]
     return any(value is not None for value in by_layer) or any(
         _INDEX.search(t) or "\\d" in t for t in (*texts, *(quant_skip or ()))
     )
+
+
+def has_prefix(peft_config: object) -> bool:
+    """Whether the adapter is a prefix, whose length is in the config's layers."""
+    return _fields(peft_config).get("peft_type") == "PREFIX_TUNING"
+
+
+def _fields(peft_config: object) -> Mapping[str, object]:
+    return peft_config if isinstance(peft_config, Mapping) else getattr(peft_config, "__dict__", {})
 
 
 def with_layers(config: Mapping[str, object], stack: Stack, layers: int) -> dict[str, object]:

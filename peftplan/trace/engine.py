@@ -14,7 +14,7 @@ from peftplan.allocator.events import Event
 from peftplan.allocator.replay import Replay, replay
 from peftplan.depth.expand import NotRepeatingError, Sample, grown
 from peftplan.depth.log import Moment, category_of
-from peftplan.depth.shallow import Stack, names_layers, with_layers
+from peftplan.depth.shallow import Stack, has_prefix, names_layers, with_layers
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
@@ -162,6 +162,8 @@ def trace(
     by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
+    if len(stacks) > 1 and has_prefix(peft_config):  # made for as many layers as the encoder has, and read by the decoder
+        stacks = ()
     with old_objects_let_be(), rank.world():
         return _completed(_by_stacks(run, config, stacks, tell), rank)
 

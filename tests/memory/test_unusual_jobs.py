@@ -76,6 +76,8 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (LLAMA, {**PLAIN, "method": "prefix-tuning", "num_virtual_tokens": 8, "autocast": "fp16"}),
         # the word stands for the parameters that hold the experts now
         (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
+        # the decoder reads a prefix for as many layers as the encoder has
+        (shallow("bart-large", 12), {**OFF, "method": "prefix-tuning", "num_virtual_tokens": 8}),
         # the math kernel makes no causal mask for an encoder, and one for each sample of a boolean one
         (MODERNBERT, {**PLAIN, "gpu": "t4", "gradient_checkpointing": True, "task_type": "SEQ_CLS", "seq_len": 512}),
     ],
