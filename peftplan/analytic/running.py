@@ -73,7 +73,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         fuses_first=setup.rows * (setup.seq_len + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
-        recorded=None if kernels_of(setup.kernels or ()).layers is None else recorded(job),
+        recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss == "per-token",
     )

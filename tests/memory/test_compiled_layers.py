@@ -55,7 +55,17 @@ def test_older_cards_have_no_record() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"r": 64}, {"target_modules": "q_proj"}, {"lora_dropout": 0.1}, {"use_reentrant": False}, {"padding": True}]
+    "changed",
+    [
+        {"r": 64},
+        {"target_modules": "q_proj"},
+        {"exclude_modules": r".*layers\.3\..*"},
+        {"layers_to_transform": [0, 1]},
+        {"lora_dropout": 0.1},
+        {"freeze_a": True},
+        {"use_reentrant": False},
+        {"padding": True},
+    ],
 )
 def test_other_options_have_no_record(changed: dict[str, Any]) -> None:
     result = estimate("gemma-3-270m", **{**GEMMA, **changed})
