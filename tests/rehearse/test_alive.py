@@ -22,16 +22,22 @@ def test_a_tensor_without_memory_counts_for_nothing() -> None:
     assert host.host_bytes()["pageable"] - before == real.nbytes
 
 
-def test_a_program_on_the_command_line_is_where_memory_was_asked_for() -> None:
-    """Not the line of ours that looks: no file of `python -c` is outside installed packages."""
+LIBRARY = "/venv/site-packages/torch/nn/modules/module.py"
+
+
+@pytest.mark.parametrize(("runs", "file"), [("typed", "<string>"), ("library", LIBRARY)])
+def test_a_program_without_a_file_is_where_memory_was_asked_for(runs: str, file: str) -> None:
+    """That of `python -c` before the library that it calls; of `python -m`, the library. Never the line of ours that looks."""
     pytest.importorskip("torch")
     from peftplan.rehearse.inside.watch import asking_line
 
-    ours = compile("import sys\nframe = sys._getframe()", "/venv/peftplan/rehearse/inside/watch.py", "exec")
-    seen: dict[str, object] = {"ours": ours}
-    text = compile("import torch\nexec(ours)", "<string>", "exec")
-    thread = threading.Thread(target=exec, args=(text, seen))
+    code: dict[str, object] = {
+        "ours": compile("import sys\nframe = sys._getframe()", "/venv/peftplan/rehearse/inside/watch.py", "exec"),
+        "library": compile("import torch\nexec(ours)", LIBRARY, "exec"),
+        "typed": compile("import torch\nexec(library)", "<string>", "exec"),
+    }
+    thread = threading.Thread(target=exec, args=(code[runs], code))
     thread.start()
     thread.join()
-    found = asking_line(seen["frame"])  # type: ignore[arg-type]
-    assert (found["file"], found["line"]) == ("<string>", 2)
+    asking = asking_line(code["frame"])  # type: ignore[arg-type]
+    assert (asking["file"], asking["line"]) == (file, 2)

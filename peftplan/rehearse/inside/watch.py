@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,9 @@ from peftplan.rehearse.figures import Figure, loading
 from peftplan.rehearse.inside import alive, log, report
 from peftplan.rehearse.inside.counters import Counters
 from peftplan.rehearse.settings import Settings
+
+NO_FILES = ("<string>", "<stdin>")
+"""What Python calls the file of `python -c`, and that of a program that it reads from stdin."""
 
 
 class Ended(SystemExit):
@@ -191,25 +195,22 @@ def asking_line(frame: FrameType | None) -> dict[str, Any]:
     """The innermost frame outside installed packages and the standard library, else that of a program without a file."""
     frames = []
     while frame is not None:
-        frames += [] if alive.OURS in frame.f_code.co_filename else [frame]
+        if alive.OURS not in frame.f_code.co_filename:
+            frames.append(frame)
         frame = frame.f_back
-    own = (each for each in frames if not alive.of_library(each.f_code.co_filename))
-    typed = (each for each in frames if each.f_code.co_filename in TYPED and each.f_code.co_name == "<module>")
-    found = next(own, None) or next(typed, None) or next(iter(frames), None)
-    if found is None:
+    of_program = (each for each in frames if not alive.of_library(each.f_code.co_filename))
+    without_file = (each for each in frames if each.f_code.co_filename in NO_FILES and each.f_code.co_name == "<module>")
+    asking = next(chain(of_program, without_file, frames), None)
+    if asking is None:
         return {"file": None, "line": None, "code": None}
     import linecache
 
-    file, line = found.f_code.co_filename, found.f_lineno
+    file, line = asking.f_code.co_filename, asking.f_lineno
     return {
-        "file": file if file in TYPED else os.path.abspath(file),
+        "file": file if file in NO_FILES else os.path.abspath(file),
         "line": line,
         "code": linecache.getline(file, line).strip() or None,
     }
-
-
-TYPED = ("<string>", "<stdin>")
-"""What Python calls the file of `python -c`, and of a program that it reads from stdin."""
 
 
 def start(settings: Settings) -> None:
