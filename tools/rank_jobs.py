@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ CARD = "h200"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
 PHASES = ("load", "forward", "backward", "step")
 Shares = list[dict[str, float]]
-"""Of each job, what `compared` returns."""
+"""What `compared` or `compared_trace` returns, of each job."""
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def table() -> tuple[list[str], str]:
         "| job | load | forward | backward | step | reserved | trace allocated | trace reserved |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    every: dict[str, dict[str, Shares]] = {"estimated": {}, "traced": {}}
+    every: dict[str, dict[str, Shares]] = {"estimated": {}, "traced": {}}  # engine → strategy → its jobs
     kept = kept_traces()
     for row in rows():
         if "error" in row:
@@ -225,14 +226,14 @@ def table() -> tuple[list[str], str]:
         for engine, shares in (("estimated", estimated), ("traced", traced)):
             if shares is not None:
                 every[engine].setdefault(row["strategy"], []).append(shares)
-    totals = [_summary(f"all, {engine}", [shares for group in of.values() for shares in group]) for engine, of in every.items()]
-    by_strategy = [
+    totals = [_summary(f"all, {engine}", [*chain.from_iterable(by_strategy.values())]) for engine, by_strategy in every.items()]
+    strategies = [
         _summary(f"{strategy}{', traced' if engine == 'traced' else ''}", shares)
         for strategy in every["estimated"]
         for engine in every
         if (shares := every[engine].get(strategy))
     ]
-    return lines, "\n".join([*totals, *by_strategy])
+    return lines, "\n".join([*totals, *strategies])
 
 
 def _allocated(shares: dict[str, float]) -> float:
@@ -244,17 +245,17 @@ def _percent(share: float) -> str:
     return f"{round(100 * share, 4) + 0.0:+.4f} %"  # no negative zero
 
 
-def _summary(title: str, jobs: Shares) -> str:
+def _summary(title: str, of_jobs: Shares) -> str:
     """Median and worst of all phases of these jobs, and of reserved bytes."""
-    of = {
-        "allocated per phase": [shares[phase] for shares in jobs for phase in PHASES],
-        "reserved": [shares["reserved"] for shares in jobs],
+    differences = {
+        "allocated per phase": [shares[phase] for shares in of_jobs for phase in PHASES],
+        "reserved": [shares["reserved"] for shares in of_jobs],
     }
     words = [
         f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {_percent(max(values, key=abs))}"
-        for what, values in of.items()
+        for what, values in differences.items()
     ]
-    return f"- {title}, {len(jobs)} jobs: {'; '.join(words)}."
+    return f"- {title}, {len(of_jobs)} jobs: {'; '.join(words)}."
 
 
 def _without_json_marks(name: str) -> str:

@@ -1,6 +1,6 @@
 """Trace one rank of the rehearsed jobs over several GPUs, and keep the bytes for the table of docs/how-to/several-gpus.md.
 
-    python -m tools.rank_traces [NAME ...]         traces the jobs that have no kept trace, or those whose name has one of these
+    python -m tools.rank_traces [NAME ...]         traces jobs that have no kept trace; again, those whose name has one of these
 
 Kept traces lie in tests/distributed/rank_traces.jsonl; tests/trace/test_rank.py traces one job of each kind again. Then run
 `python -m tools.rank_jobs` to write the table.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import peftplan
@@ -33,11 +32,11 @@ def run(names: list[str]) -> None:
     kept = kept_traces()
     for row in rows():
         name = row["name"]
-        if any(of in name for of in names) if names else name not in kept:
-            peaks = traced(row)
-            kept |= {} if peaks is None else {name: peaks}
+        wanted = any(part in name for part in names) if names else name not in kept
+        if wanted and (peaks := traced(row)) is not None:
+            kept[name] = peaks
             lines = (json.dumps({"name": name, **kept[name]}) + "\n" for name in (r["name"] for r in rows()) if name in kept)
-            Path(KEPT).write_text("".join(lines), encoding="utf-8")
+            KEPT.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

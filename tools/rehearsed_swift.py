@@ -76,9 +76,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         messages = [{"role": "user", "content": "a" * length}] if program == RLHF else [{"role": "user", "content": "a"}, answer]
         Path(output, "rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
         command = [sys.executable, "-c", PROGRAMS[program].format(**row["values"]), *arguments(row, folder, output)]
-        return row | kept_of(
-            rehearse(command, world_size=row.get("gpus"), gpu="a100-80gb", timeout=900, stdout=sys.stderr.fileno())
-        )
+        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 
 if __name__ == "__main__":
