@@ -3,8 +3,9 @@
     python -m tools.compiled_layers FIRST.pickle TOKENS SECOND.pickle TOKENS
 
 The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
-have is constant, one in the ratio of the tokens is per token, and any other is an error. Of the last steady step a layer's events
-are printed as `peftplan.memory.compiled_layers` reads them, once for all kinds of layers: they must have the same ones.
+have is constant, one in the ratio of the tokens is per token, and any other is an error. Prints the events of a layer in the last
+step as `peftplan.job.compiled_layers` reads them; all kinds of layers must have the same ones. Add model, rank, modules and
+source by hand, and put the record into `data/compiled_layers.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "oth
 
 
 class Event(NamedTuple):
-    """An allocation of `size` bytes, or the end of the one with this number."""
+    """An allocation of `size` bytes, or the end of the one with this number. `tunes`: while kernels are timed."""
 
     number: int
     size: int

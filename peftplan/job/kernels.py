@@ -177,6 +177,11 @@ class Kernels(NamedTuple):
     lora_o: Lora | None = None
     fake_quant: FakeQuantized | None = None
 
+    @property
+    def sets_up(self) -> Decoder | CompiledLayers | None:
+        """The kernel whose package sets up torch's allocator."""
+        return self.decoder or self.layers
+
 
 def named_kernels(value: object) -> tuple[str, ...]:
     """Names of kernels, a package's name being all of its own, in the order of `KERNELS`; `none` is none.

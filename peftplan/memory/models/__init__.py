@@ -60,11 +60,11 @@ FORWARDS: dict[str, tuple[str, str]] = {
 
 
 def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool = False, compiled: bool = False) -> Forward:
-    """The forward of a model type in `FORWARDS`, of one that torchtune or NeMo Automodel builds, or of recorded layers."""
+    """The forward of a model type in `FORWARDS`, of one that torchtune or NeMo Automodel builds, or one that torch compiles."""
     if compiled:
-        from peftplan.memory.models import compiled as of_records
+        from peftplan.memory.models.compiled import compiled_layers
 
-        return of_records.compiled
+        return compiled_layers
     if own_modules:
         from peftplan.memory.models.torchtune import BUILT
 

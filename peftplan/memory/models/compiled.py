@@ -22,24 +22,27 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
 FLUSHED_BYTES = 256 * 2**20
-"""What inductor writes over the card's cache with before it times a kernel (torch 2.13, _inductor/runtime/benchmarking.py,
-`benchmark_gpu`)."""
+"""The buffer with which inductor clears the card's cache before it times a kernel (torch 2.13,
+_inductor/runtime/benchmarking.py, `benchmark_gpu`)."""
 NORM = Norm("torch 2.13, inductor's RMSNorm", reuses_gradient=False)
 Tensors = dict[int, Tensor]
-"""The number of an allocation → its tensor."""
+"""The number of an allocation in the record → its tensor."""
 
 
 class LayerState(NamedTuple):
-    """What a layer's forward leaves for its backward. `before`: how many allocations there were."""
+    """What a layer's forward leaves for its backward: the events of backward, and the tensors that are alive.
+
+    `num_before`: the allocations of forward. `tuned`: after which allocations kernels are timed.
+    """
 
     events: list[str]
     tensors: Tensors
-    before: int
+    num_before: int
     adapters: list[Parameter]
     tuned: Collection[int]
 
 
-def compiled(model: Model) -> Tensor:
+def compiled_layers(model: Model) -> Tensor:
     """Embedding, rotary tables of each kind of attention, the recorded layers, and the final norm."""
     f = model.tape
     if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
@@ -52,7 +55,7 @@ def compiled(model: Model) -> Tensor:
     f.module = "model.rotary_emb"
     tables = [f.new(("b", "s", a.head_dim), states[0].dtype, name) for a in attentions.values() for name in ("cos", "sin")]
     style = Style(layer=_layer, norm=_norm)
-    return run_layers(model, style, states.pop(), lambda _: tuple(tables), masks={})
+    return run_layers(model, style, states, lambda _: tuple(tables), masks={})
 
 
 def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -68,8 +71,8 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     node = f.record(_backward, (x, *adapters))
     f.products.append((len(f.log), "cuBLAS"))
     forward, _, backward = running.recorded.training.partition("|")
-    count = len(_allocations(forward))
-    tuned = {n for n in running.recorded.tuned if running.tunes and (n > count if c.number == last else c.number == 0)}
+    num_forward = len(_allocations(forward))
+    tuned = {n for n in running.recorded.tuned if running.tunes and (n > num_forward if c.number == last else c.number == 0)}
     tensors: Tensors = {}
     if node is None:
         if tuned:  # Unsloth tries the layer with a graph first
@@ -80,7 +83,7 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     else:
         _run(f, forward.split(), tensors)
         out = tensors.pop(running.recorded.output)
-        node.context = LayerState(backward.split(), tensors, count, adapters, tuned)
+        node.context = LayerState(backward.split(), tensors, num_forward, adapters, tuned)
     return Tensor(out.storage, x.dims, x.dtype, node)
 
 
@@ -94,35 +97,36 @@ def _allocations(events: str) -> list[str]:
     return [event for event in events.split() if not event.startswith("-")]
 
 
-def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int] = (), count: int = 0) -> None:
-    """Allocate and free. `count`: how many allocations came before."""
+def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int] = (), num_before: int = 0) -> None:
+    """Allocate and free. `num_before`: how many allocations came before."""
+    number = num_before
     for event in events:
         if event.startswith("-"):
             tensors.pop(-int(event))
             continue
-        count += 1
+        number += 1
         dims: Dims = ("b", "s", int(event[:-1])) if event.endswith("t") else (int(event),)
-        tensors[count] = f.new(dims, "uint8", "of the compiled layer")
-        if count in tuned:
+        tensors[number] = f.new(dims, "uint8", "of the compiled layer")
+        if number in tuned:
             flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
             del flushed
 
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     assert isinstance(node.context, LayerState)
-    events, tensors, before, adapters, tuned = node.context
+    events, tensors, num_before, adapters, tuned = node.context
     node.context = None
-    _run(f, events, tensors, tuned, before)
-    x = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
-    left = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
-    return [Tensor(x.storage, g.dims, g.dtype), *(_gradient_of(f, left, adapter) for adapter in adapters)]
+    _run(f, events, tensors, tuned, num_before)
+    of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
+    of_adapters = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
+    return [Tensor(of_input.storage, g.dims, g.dtype), *(_gradient_of(f, adapter, of_adapters) for adapter in adapters)]
 
 
-def _gradient_of(f: Tape, left: list[Tensor], adapter: Parameter) -> Tensor:
-    """One of the gradients that are left, which has as many bytes as the adapter."""
-    size = ITEMSIZE[adapter.dtype] * prod(dim for dim in adapter.dims if isinstance(dim, int))
-    gradient = next(tensor for tensor in left if tensor.dims == (size,))
-    left.remove(gradient)
+def _gradient_of(f: Tape, adapter: Parameter, gradients: list[Tensor]) -> Tensor:
+    """The first of the gradients with as many bytes as the adapter, taken out of them: the record does not name them."""
+    nbytes = ITEMSIZE[adapter.dtype] * prod(dim for dim in adapter.dims if isinstance(dim, int))
+    gradient = next(tensor for tensor in gradients if tensor.dims == (nbytes,))
+    gradients.remove(gradient)
     assert gradient.storage is not None
     f.dims[gradient.storage.number], f.dtypes[gradient.storage.number] = adapter.dims, adapter.dtype
     return Tensor(gradient.storage, adapter.dims, adapter.dtype)
