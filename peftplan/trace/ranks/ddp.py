@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -21,15 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from peftplan.depth.log import Moment
 from peftplan.distributed.ddp import bucket_caps
-from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.buckets import BUILT, READY, REBUILT, REDUCED, SENT, with_flats
-from peftplan.trace.ranks.group import process_group
-from peftplan.trace.ranks.one_gpu import OneGpu
+from peftplan.trace.ranks.group import OneOfSeveral
 
 OF_DDP = "torch.nn.parallel.distributed"
 OPTIONS = ("gradient_as_bucket_view", "find_unused_parameters", "static_graph")
@@ -96,22 +94,16 @@ class _RealNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass
-class Ddp(OneGpu):
+class Ddp(OneOfSeveral):
     """A rank that holds all that one GPU holds, and buckets of its gradients."""
 
-    distributed: Distributed
     tracker = ReducedTracker
-    alone = False
     _wrapped: DistributedDataParallel = field(init=False)
 
     @property
     def more_steps(self) -> int:
         """Its second step divides the bucket of the first; with a static graph, whose order the second shows, its third."""
         return 2 if self.distributed.static_graph else 1
-
-    def world(self) -> AbstractContextManager[None]:
-        """The process group."""
-        return process_group(self.distributed.world_size)
 
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:

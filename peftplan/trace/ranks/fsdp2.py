@@ -8,7 +8,7 @@ host and of the device look alike, so what torch moves to the device before it s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
 
-from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
@@ -36,8 +35,7 @@ from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
-from peftplan.trace.ranks.group import process_group
-from peftplan.trace.ranks.one_gpu import OneGpu
+from peftplan.trace.ranks.group import OneOfSeveral
 from peftplan.trace.reasons import reason
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
@@ -104,6 +102,19 @@ class RankTracker(Tracker):  # type: ignore[no-untyped-call]
         super().begin(phase)
 
 
+@contextmanager
+def shapes_unseen(tracker: Tracker) -> Iterator[None]:
+    """Record no tensor that only teaches DTensor a shape."""
+    learn = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+        with tracker.paused():
+            return learn(propagator, schema)
+
+    with patch.object(ShardingPropagator, learn.__name__, unseen):
+        yield
+
+
 class Offloading(TorchFunctionMode):
     """Makes the copies between device and host, which fake tensors do not tell apart."""
 
@@ -125,12 +136,10 @@ class Offloading(TorchFunctionMode):
 
 
 @dataclass
-class Fsdp2(OneGpu):
+class Fsdp2(OneOfSeveral):
     """Rank 0 of a world that is not there: the largest, since its shards are all whole."""
 
-    distributed: Distributed
     tracker = RankTracker
-    alone = False
     _mesh: DeviceMesh = field(init=False)
 
     def prepared(self, built: Built, setup: Setup) -> Setup:
@@ -144,26 +153,17 @@ class Fsdp2(OneGpu):
                     parameter.data = parameter.data.to(torch.float32)
         return setup.model_copy(update={"autocast": "none"})
 
-    def world(self) -> AbstractContextManager[None]:
-        """The process group."""
-        return process_group(self.distributed.world_size)
-
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
         """Let the tracker see storages that are resized and buffers of collectives, but no tensor that only teaches DTensor a
         shape.
         """
         allocate, resize = DefaultAllocMixin.allocate, torch.UntypedStorage.resize_
-        learn = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resized(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
             resize(storage, nbytes)
             tracker.resized(storage)
             return storage
-
-        def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
-            with tracker.paused():
-                return learn(propagator, schema)
 
         def named(allocator: DefaultAllocMixin, size: Any, **options: Any) -> torch.Tensor:
             tensor = allocate(allocator, size, **options)
@@ -175,7 +175,7 @@ class Fsdp2(OneGpu):
             tracker.offloads = offloads
         with (
             patch.object(torch.UntypedStorage, "resize_", resized),
-            patch.object(ShardingPropagator, learn.__name__, unseen),
+            shapes_unseen(tracker),
             patch.object(DefaultAllocMixin, "allocate", named),
             Offloading(tracker) if offloads else nullcontext(),
         ):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from peftplan.distributed.strategy import Distributed
 from peftplan.errors import RefusedError
+from peftplan.trace.ranks.one_gpu import OneGpu
 
 
 @contextmanager
@@ -21,3 +24,15 @@ def process_group(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@dataclass
+class OneOfSeveral(OneGpu):
+    """Rank 0 of a process group; the other ranks are not there."""
+
+    distributed: Distributed
+    alone = False
+
+    def world(self) -> AbstractContextManager[None]:
+        """The process group."""
+        return process_group(self.distributed.world_size)

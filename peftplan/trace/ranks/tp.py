@@ -5,28 +5,23 @@ The model is divided on the host, before peft adapts it, and each rank loads its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.utils import TransformersDeviceMesh
 
-from peftplan.distributed.strategy import Distributed
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.load import load
 from peftplan.trace.model import Built
-from peftplan.trace.ranks.fsdp2 import RankTracker
-from peftplan.trace.ranks.group import process_group
-from peftplan.trace.ranks.one_gpu import OneGpu
+from peftplan.trace.ranks.fsdp2 import RankTracker, shapes_unseen
+from peftplan.trace.ranks.group import OneOfSeveral
 
 DENSE, EXPERT = (("pp", "dp_replicate", replicas, parts) for replicas, parts in (("fsdp", "tp"), ("efsdp", "ep")))
 """Dims of transformers' meshes (distributed/utils.py, `initialize_distributed_mesh`); all but the last are 1 here."""
@@ -43,18 +38,10 @@ class PartTracker(RankTracker):  # type: ignore[no-untyped-call]
 
 
 @dataclass
-class Tp(OneGpu):
+class Tp(OneOfSeveral):
     """Rank 0, whose parts are the largest."""
 
-    distributed: Distributed
     tracker = PartTracker
-    alone = False
-
-    @contextmanager
-    def world(self) -> Iterator[None]:
-        """The process group."""
-        with process_group(self.distributed.world_size):
-            yield
 
     def divided(self, base: Any) -> None:
         """Divide the model as `from_pretrained` does before it loads. Weights are tied after that."""
@@ -67,17 +54,9 @@ class Tp(OneGpu):
         base.maybe_distribute_model(base, DistributedConfig(tp_size=size), TransformersDeviceMesh(dense, expert))
         base.tie_weights(recompute_mapping=False)
 
-    @contextmanager
-    def started(self, tracker: Tracker) -> Iterator[None]:
+    def started(self, tracker: Tracker) -> AbstractContextManager[None]:
         """Record no tensor that only teaches DTensor a shape."""
-        learn = ShardingPropagator._propagate_tensor_meta_non_cached
-
-        def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
-            with tracker.paused():
-                return learn(propagator, schema)
-
-        with patch.object(ShardingPropagator, learn.__name__, unseen):
-            yield
+        return shapes_unseen(tracker)
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
         """Load each part to the device by its name."""
