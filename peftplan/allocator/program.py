@@ -38,6 +38,8 @@ except ImportError:  # no C compiler where it was installed
     END,  # of a step: gradients go
     LEAVE,  # storage: what lives of it stays for good
 ) = range(17)
+OPTIONS = {False: "default options", True: "expandable_segments:True"}
+"""Whether segments grow → the options of torch's allocator, in words."""
 COMPILED = _replay is not None and getattr(_replay, "EVENTS", None) == LEAVE + 1
 """Whether the compiled replay is there, of the events of today (in a checkout it may have been built before)."""
 WIDTH = 5

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from peftplan.allocator.program import Replayed
+from peftplan.allocator.program import OPTIONS, Replayed
 from peftplan.analytic.compiled import last_step, steps_of
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
+from peftplan.analytic.running import segments_grow
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
@@ -33,7 +34,7 @@ class InstantPeaks(Peaks):
             compute_capability=compute_capability,
             requested=requested,
             ends=ends,
-            reserved_source=SOURCE,
+            reserved_source=SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]),
             assumed=assumed,
         )
 

@@ -15,7 +15,7 @@ from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.load import Loader
 
-SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, default options"
+SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 
 
 class Run(NamedTuple):

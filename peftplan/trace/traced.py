@@ -11,7 +11,7 @@ from typing import Any
 
 import peftplan.methods as methods
 from peftplan.allocator.config import AllocatorConfig
-from peftplan.allocator.program import of_log, replay, runs_within
+from peftplan.allocator.program import OPTIONS, of_log, replay, runs_within
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
@@ -106,10 +106,6 @@ def trace_peaks(
         else None,
     )
     return traced_peaks, partial(runs_within, program, sizes, ties_by_address=ties, expandable=expandable)
-
-
-OPTIONS = {False: "default options", True: "expandable_segments:True"}
-"""Whether segments grow → the allocator's options."""
 
 
 def _on_host(nbytes: int) -> dict[str, int]:

@@ -40,6 +40,7 @@ def peaks_of(sizes: tuple[int, int, int]) -> Peaks:
 @pytest.mark.parametrize(("sizes", "by_phase", "reserved"), REHEARSED)
 def test_the_record_says_what_a_step_held(sizes: tuple[int, int, int], by_phase: tuple[int, ...], reserved: int) -> None:
     peaks = peaks_of(sizes)
+    assert peaks.reserved_source.endswith("expandable_segments:True")
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0005)
     assert peaks.reserved == pytest.approx(reserved, rel=0.0015)
 
