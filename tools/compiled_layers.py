@@ -137,6 +137,8 @@ def _size(size: int, before: int, others: Sequence[int], tokens: tuple[int, int]
         for other in others
         if other == size or (size - each * tokens[0] < MOST_PADDING and 0 <= other - each * tokens[1] < MOST_PADDING)
     ]
+    if not words:
+        raise ValueError(f"{size} bytes are neither constant nor {per_token}: {sorted(others)}")
     return words[min(before, len(words) - 1)]
 
 

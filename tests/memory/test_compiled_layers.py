@@ -91,11 +91,15 @@ def test_a_record_frees_each_tensor_once_and_leaves_gradients(row: dict[str, Any
 
 
 def test_sizes_are_told_apart_by_a_second_length() -> None:
-    """Of 4 tokens one tensor has as many bytes as a constant one; of 6 it has more. What lies between is not the layer's own."""
+    """Of 4,000 tokens one tensor has as many bytes as a constant one; of 6,000 it has more. What lies between is not the layer's
+    own; a size that is neither is an error."""
     first = [
-        Event(1, 64, RECOMPUTED, tunes=False),
-        Event(2, 64, BACKWARD, tunes=False),
-        Event(1, 64, RECOMPUTED, False, ends=True),
+        Event(1, 64_000, RECOMPUTED, tunes=False),
+        Event(2, 64_000, BACKWARD, tunes=False),
+        Event(1, 64_000, RECOMPUTED, False, ends=True),
     ]
-    second = [first[0]._replace(size=96), first[1], first[2]._replace(size=96), Event(9, 8, RECOMPUTED, False, ends=True)]
-    assert text_of(first, second, (4, 6)) == "16t | 64 -1"
+    other = Event(9, 8_000, RECOMPUTED, False, ends=True)
+    second = [first[0]._replace(size=96_000), first[1], first[2]._replace(size=96_000), other]
+    assert text_of(first, second, (4_000, 6_000)) == "16t | 64000 -1"
+    with pytest.raises(ValueError, match="64000 bytes are neither constant nor 16t"):
+        text_of(first[:1], [first[0]._replace(size=70_000)], (4_000, 6_000))
