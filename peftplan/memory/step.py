@@ -53,9 +53,8 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     f.module = ""
     stepped = model.parameters.all if program.shards is None else program.shards
     if scaler is not None:
-        scaler.unscale(
-            f, {p.dtype for p in (model.with_gradients() if program.shards is None else program.shards) if p.trainable}
-        )
+        with_gradients = model.with_gradients() if program.shards is None else program.shards
+        scaler.unscale(f, {p.dtype for p in with_gradients if p.trainable})
     idle = model.units.idle(model.idle())
     model.forget_gradients(idle)
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]
