@@ -234,10 +234,11 @@ The tool or a library of it raises for {sum(refused_by(case) is not None for cas
 ## Reserved peaks that notebooks of Unsloth printed
 
 In GiB, of configs with an exact peak. None is a referee: the release that printed it took the logits otherwise than the one
-that is counted, and a batch was padded to its longest row, whose length the notebook does not say; `seq_len` is counted. Where
-rows fill `seq_len`, the logits explain most: in 16 bits for the loss, and in fp32 in the output, which accelerate converts
-(`utils/operations.py`, `ConvertOutputsToFp32`). These 6 bytes each are 2.94 of the 3.50 GiB missing for Llama 3.2 3B, and 1.74
-of 2.63 for Qwen2.5-Coder 14B; loading left 0.35 and 0.78 more.
+that is counted, and a batch was padded to its longest row, whose length the notebook does not say; `seq_len` is counted. If
+rows filled `seq_len`, logits of the whole batch would be enough to explain most of what is missing. This is arithmetic, not a
+run: neither the data nor the lengths of its rows were seen. A logit takes 2 bytes for the loss, and 4 in the output, which
+accelerate converts to fp32 (`utils/operations.py`, `ConvertOutputsToFp32`). That makes 2.94 of the 3.50 GiB missing for Llama
+3.2 3B (2 x 2,048 tokens), and 1.74 of 2.63 for Qwen2.5-Coder 14B (2,048 tokens); loading left 0.35 and 0.78 more.
 
 {
         table(
