@@ -48,41 +48,34 @@ OF_PREFERENCES = TRL._replace(
     options=frozenset({"max_completion_length", "precompute_ref_log_probs", "beta", "loss_type"}),
 )
 
-# Pairs without a reference model; they keep all logits (`experimental/orpo`, `experimental/cpo`).
-OF_LOGITS = TRL._replace(
-    defaults=TRL.defaults._replace(loss="full", kbit_prepare=True),
+# Trainers of trl whose models keep all logits.
+WITH_ALL_LOGITS = TRL._replace(
+    defaults=TRL.defaults._replace(loss="full"), losses=("full",), sums_tokens=False, disables_dropout=True
+)
+# Pairs without a reference model (`experimental/orpo`, `experimental/cpo`).
+OF_LOGITS = WITH_ALL_LOGITS._replace(
+    defaults=WITH_ALL_LOGITS.defaults._replace(kbit_prepare=True),
     loads_in_fp32=False,
     narrow_under_zero3=False,
     casts=(),
-    losses=("full",),
-    sums_tokens=False,
     rows=2,
-    disables_dropout=True,
     scoring="kernel",
     options=frozenset({"beta"}),
 )
-OF_REWARDS = TRL._replace(
+OF_REWARDS = WITH_ALL_LOGITS._replace(
     name="trl-reward",
     called=f"RewardTrainer of {named('trl')}",
-    defaults=TRL.defaults._replace(loss="full"),
-    losses=("full",),
-    sums_tokens=False,
     rows=2,
     task="SEQ_CLS",
     num_labels=1,
-    disables_dropout=True,
     under_ddp=ANY_REFERENCE,
     under_zero2=("none",),
     arguments="RewardConfig",
 )
 # Forward, loss and what it holds: experimental/gkd/gkd_trainer.py. The script's teacher has the dtype of the student.
-DISTILLING = TRL._replace(
+DISTILLING = WITH_ALL_LOGITS._replace(
     name="trl-gkd",
     called=f"GKDTrainer of {named('trl')}",
-    defaults=TRL.defaults._replace(loss="full"),
-    losses=("full",),
-    sums_tokens=False,
-    disables_dropout=True,
     teaches=True,
     empties_before=True,
     forwards=(*LOSS, Forward("reference")),
@@ -158,7 +151,7 @@ AUTOMODEL_RECIPE = Trainer(
     layout=AUTOMODEL,
 )
 # torchtune at bd2a0fc7. Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
-RECIPE = Trainer(
+TORCHTUNE_RECIPE = Trainer(
     "torchtune",
     "torchtune's recipe",
     Defaults("none", gradient_checkpointing=False, loss="torchtune-linear", kbit_prepare=False),
@@ -216,7 +209,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         OF_LOGITS._replace(
             name="trl-tpo",
             called=f"TPOTrainer of {named('trl')}",
-            defaults=TRL.defaults._replace(loss="full"),
+            defaults=WITH_ALL_LOGITS.defaults,
             loads_in_fp32=True,
             narrow_under_zero3=True,
             rows=3,
@@ -353,12 +346,12 @@ TRAINERS: dict[TrainerName, Trainer] = {
             collates=False,
             loads_on_device=True,
         ),
-        RECIPE,
+        TORCHTUNE_RECIPE,
         # torchtune 0.6.1, recipes/lora_dpo_single_device.py, rlhf/sequence_processing.py (`get_batch_log_probs`).
-        RECIPE._replace(
+        TORCHTUNE_RECIPE._replace(
             name="torchtune-dpo",
             called="torchtune's DPO recipe",
-            defaults=RECIPE.defaults._replace(loss="full"),
+            defaults=TORCHTUNE_RECIPE.defaults._replace(loss="full"),
             losses=("full",),
             rows=2,
             forwards=(*LOSS, Forward("reference")),
