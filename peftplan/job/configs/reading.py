@@ -215,7 +215,7 @@ class Reading:
                 self.defaults[meant["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
-            self._set({option: (*(before if isinstance(before, tuple) else ()), *names)})
+            self._set({option: tuple(dict.fromkeys((*(before if isinstance(before, tuple) else ()), *names)))})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
         deciding = () if rule.get("by_default") else when  # what the tool does by itself no key says

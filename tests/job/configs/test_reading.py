@@ -808,9 +808,15 @@ def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> Non
 
 
 @pytest.mark.parametrize(
-    ("where", "kernels"), [({}, ("axolotl",)), ({"fsdp_version": 2}, ("axolotl",)), ({"fsdp_version": 1}, None)]
+    ("where", "kernels"),
+    [
+        ({}, ("axolotl",)),
+        ({"fsdp_version": 2}, ("axolotl",)),
+        ({"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}}, ("axolotl",)),
+        ({"fsdp_version": 1}, None),
+    ],
 )
-def test_axolotl_leaves_its_kernels_off_under_fsdp1(where: dict[str, int], kernels: tuple[str, ...] | None) -> None:
+def test_axolotl_leaves_its_kernels_off_under_fsdp1(where: dict[str, Any], kernels: tuple[str, ...] | None) -> None:
     """utils/schemas/config.py:2062 of axolotl 0.19, where several GPUs are found."""
     shards = {"fsdp_config": {"reshard_after_forward": True}, **where} if where else {}
     assert read({**WITH_KERNELS, **shards}).options.get("kernels") == kernels
