@@ -145,8 +145,8 @@ class UnwritableError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A name outside a closed set; shows the nearest accepted names, `beside` included, which are accepted elsewhere, and all
-    that fit into half of a message.
+    """A name outside a closed set. Shows the nearest accepted names, also of `beside`, which are accepted elsewhere, and all
+    accepted names if they fit into half of a message.
     """
 
     def __init__(self, field: str, value: object, choices: Iterable[str], *, also: str = "", beside: Iterable[str] = ()) -> None:

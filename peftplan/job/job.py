@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
     @property
     def script(self) -> Script:
-        """Facts about the program around the step."""
+        """Facts about the program around the step. A trainer that keeps the reference's logits keeps them beyond it."""
         script = self.request.script
         return script.model_copy(update={"outputs_outlive_step": True}) if self.setup.by.reference_lasts else script
 

@@ -33,7 +33,7 @@ SHAPED_BY_LABELS = ("bloom", "falcon", "mpt")
 
 
 def beside_virtual_tokens(architecture: Architecture, virtual: object, seq_len: int) -> Architecture:
-    """The architecture with the positions that virtual tokens leave to a sequence.
+    """The architecture with the positions that virtual tokens leave to a sequence. `seq_len`: 0 if it is still to be chosen.
 
     Raises InputError for a longer sequence: BERT's table is sliced too short for it, GPT-2's is read behind its end.
     """

@@ -200,7 +200,7 @@ def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> Non
         ("tpo", "TPOConfig", "tpo_alpha", 0.0),
     ],
 )
-def test_losses_that_keep_less_are_refused(module: str, name: str, argument: str, value: float) -> None:
+def test_losses_that_keep_other_tensors_are_refused(module: str, name: str, argument: str, value: float) -> None:
     args = getattr(pytest.importorskip(f"trl.experimental.{module}"), name)(**COMMON, bf16=False, **{argument: value})
     with pytest.raises(peftplan.InputError, match=rf"training_args.{argument}: {value} is not valid; .*is not counted"):
         peftplan.estimate(CONFIG, training_args=args, teacher_model="smollm2-360m")
