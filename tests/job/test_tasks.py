@@ -14,7 +14,11 @@ from tests.memory.engines import TOLERANCE, phases, shallow
 
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("bart-base", {"trainer": "trl"}, "trainer: SFTTrainer of trl 1.16 trains causal language models, not BartForConditional"),
-    ("bert-base-cased", {"trainer": "trl"}, "not BertForMaskedLM; accepted: transformers, axolotl, plain, automodel, automodel-hf"),
+    (
+        "bert-base-cased",
+        {"trainer": "trl"},
+        "not BertForMaskedLM; accepted: transformers, axolotl, plain, automodel, automodel-hf",
+    ),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
     ("t5-small", {"loss": "liger"}, "loss: liger replaces the loss of causal language models, not of T5ForConditional"),
 )
