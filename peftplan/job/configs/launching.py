@@ -111,7 +111,9 @@ def _processes(result: Launched, launch: Mapping[str, object], environment: Mapp
         of_ray = _of_ray(str(ranks), str(launch.get(PER_NODE)))
         launch = {**launch, **of_ray}
         if not of_ray:
-            result.unsupported["device_groups"] = Unsupported(ranks, "accepted: a whole number or list(range(a, b))", "unknown")
+            result.unsupported["device_groups"] = Unsupported(
+                ranks, "accepted: a whole number or list(range(a, b)), of whole nodes", "unknown"
+            )
     nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
     stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
@@ -136,12 +138,14 @@ def _processes(result: Launched, launch: Mapping[str, object], environment: Mapp
 
 
 def _of_ray(ranks: str, of_node: str) -> Values:
-    """GPUs and nodes of a job that Ray starts (ms-swift, ray_utils/resource_manager.py:25): as many nodes as its ranks fill."""
+    """GPUs and nodes that Ray starts (ms-swift, ray_utils/resource_manager.py:25); none where ranks do not fill whole nodes."""
     bounds = re.fullmatch(r"(?:list\(range\((\d{1,6}), *)?(\d{1,6})(?:\)\))?", ranks)
     if bounds is None or not re.fullmatch("[1-9][0-9]{0,5}", of_node):
         return {}
-    count = int(bounds[2]) - int(bounds[1] or 0)
-    return {"gpus": min(count, int(of_node)), "nodes": -(-count // int(of_node))}
+    count, per_node = int(bounds[2]) - int(bounds[1] or 0), int(of_node)
+    if count <= 0 or (count > per_node and count % per_node):
+        return {}
+    return {"gpus": min(count, per_node), "nodes": max(1, count // per_node)}
 
 
 def _before_script(value: object) -> object:

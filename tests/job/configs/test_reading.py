@@ -555,8 +555,9 @@ def test_ray_starts_the_ranks_that_the_file_says(ranks: object, gpus: int, nodes
     assert (plan.options["gpus"], plan.options.get("nodes")) == (gpus, nodes)
 
 
-def test_ranks_of_ray_that_are_not_known_are_said() -> None:
-    groups = {"nproc_per_node": 4, "default": {"device": "GPU", "ranks": "sorted({0, 1})", "workers": ["default"]}}
+@pytest.mark.parametrize("ranks", ["sorted({0, 1})", 6, "list(range(4, 4))"])
+def test_ranks_of_ray_that_are_not_known_or_fill_no_nodes_are_said(ranks: object) -> None:
+    groups = {"nproc_per_node": 4, "default": {"device": "GPU", "ranks": ranks, "workers": ["default"]}}
     assert read({**SWIFT, "deepspeed": "zero3", "device_groups": groups}).unsupported.keys() == {"device_groups"}
 
 
