@@ -54,6 +54,7 @@ def test_mirrors_that_load_in_another_format_or_class_are_no_aliases() -> None:
         ("unsloth/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
         ("unsloth/llama-3-8b", "llama-3-8b"),
         ("unsloth/mistral-7b-instruct-v0.3", "mistral-7b-v0.3"),
+        ("NousResearch/Meta-Llama-3.1-8B", "llama-3.1-8b"),
         ("qwen2.5-7b-instruct", "qwen2.5-7b"),
     ],
 )
