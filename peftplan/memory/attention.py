@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Attention
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.tape import ops, products
@@ -74,8 +74,8 @@ def attend(
     if model.running.attention == "flash_attention_2" and head != q.dims[3]:
         v = padded_head(f, v, q.dims[3])
     _arguments = q, k, v  # of `sdpa_attention_forward`, which live until it returns
-    if f.autocast and model.running.attention == "flash_attention_2":  # transformers casts them itself, in this order
-        q, k, v = (f.to(x, f.autocast) for x in (q, k, v))
+    if model.running.attention == "flash_attention_2":
+        q, k, v = _of_one_dtype(f, q, k, v)
     elif f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
     if kernel == "flash":
@@ -99,6 +99,22 @@ def attend(
         out = ops.copied(f, out, "clone")
     b, heads, s, d = out.dims
     return out.view((b, s, _product(heads, d)))
+
+
+def _of_one_dtype(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What flash-attn gets: queries in fp32 make transformers cast all three (`fa_peft_integration_check`), in this order.
+
+    Raises RefusedError for keys or values of another dtype than the queries, as flash-attn does (flash_api.cpp, `mha_fwd`).
+    """
+    if f.autocast and q.dtype == "fp32":
+        return f.to(q, f.autocast), f.to(k, f.autocast), f.to(v, f.autocast)
+    for name, other in (("key", k), ("value", v)):
+        if other.dtype != q.dtype:
+            raise RefusedError(
+                f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
+                f"(here {q.dtype} and {other.dtype}); accepted: eager, sdpa, or adapters of the query too"
+            )
+    return q, k, v
 
 
 def _kernel(model: Model, q: Tensor, v: Tensor, mask: Tensor | None, *, dtype: str, grouped: bool) -> str:

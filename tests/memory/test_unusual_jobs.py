@@ -174,3 +174,14 @@ def test_what_attention_holds_while_it_multiplies(config: dict[str, Any], job: d
     assert ours.reserved == pytest.approx(traced.reserved, rel=0.001)
     for phase in ("forward", "backward", "step"):
         assert ours.by_phase[phase] == pytest.approx(traced.by_phase[phase], rel=0.0002), phase
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
+@pytest.mark.parametrize(("module", "name"), [("k_proj", "key"), ("v_proj", "value")])
+def test_flash_attn_takes_no_keys_of_another_dtype(engine: Any, module: str, name: str) -> None:
+    """LoHa's result is in fp32, as its input from autocast's layer norm; transformers casts only where queries are fp32."""
+    stablelm = {**LLAMA, "model_type": "stablelm", "architectures": ["StableLmForCausalLM"]}
+    options: dict[str, Any] = {"method": "loha", "dtype": "bf16", "autocast": "bf16", "attn_implementation": "flash_attention_2"}
+    with pytest.raises(RefusedError, match=f"query and {name} must have the same dtype"):
+        estimate(stablelm, engine=engine, target_modules=[module], **options)
+    estimate(stablelm, engine=engine, target_modules=["q_proj", module], **options)

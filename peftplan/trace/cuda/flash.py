@@ -147,7 +147,7 @@ def flash_attn_func(
     deterministic: bool = False,
 ) -> torch.Tensor:
     """`flash_attn.flash_attn_func`: dropout keeps the random state that is kept anyway."""
-    _check(q)
+    _check(q, k, v)
     out: torch.Tensor = Dense.apply(q, k, v)  # type: ignore[no-untyped-call]
     return out
 
@@ -168,16 +168,23 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
 ) -> torch.Tensor:
     """`flash_attn.flash_attn_varlen_func`."""
-    _check(q)
+    _check(q, k, v)
     out: torch.Tensor = Unpadded.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)  # type: ignore[no-untyped-call]
     return out
 
 
-def _check(q: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """What the kernels refuse (flash_api.cpp, `mha_fwd`)."""
     if q.dtype not in HALF:
         raise RefusedError(
             f"attn_implementation: flash_attention_2 takes fp16 and bf16, not {q.dtype}; accepted: sdpa, or autocast"
         )
+    for name, other in (("key", k), ("value", v)):
+        if other.dtype != q.dtype:
+            raise RefusedError(
+                f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
+                f"(here {str(q.dtype)[6:]} and {str(other.dtype)[6:]}); accepted: eager, sdpa, or adapters of the query too"
+            )
     if q.shape[-1] > MAX_HEAD:
         raise RefusedError(
             f"attn_implementation: flash_attention_2 takes heads of up to {MAX_HEAD}, not {q.shape[-1]}; accepted: sdpa"
