@@ -143,7 +143,7 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.lora_mlp": UNSLOTH_LORA,
     "unsloth.lora_qkv": UNSLOTH_LORA,
     "unsloth.lora_o": UNSLOTH_LORA,
-    "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`), torch 2.13"),
+    "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)"),
     "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,

@@ -22,9 +22,9 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
 FLUSHED_BYTES = 256 * 2**20
-"""The buffer with which inductor clears the card's cache before it times a kernel (torch 2.13,
+"""The buffer with which inductor clears the card's cache before it times a kernel (torch,
 _inductor/runtime/benchmarking.py, `benchmark_gpu`)."""
-NORM = Norm("torch 2.13, inductor's RMSNorm", reuses_gradient=False)
+NORM = Norm("torch, inductor's RMSNorm", reuses_gradient=False)
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
 
