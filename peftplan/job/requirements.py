@@ -1,5 +1,5 @@
-"""Options that a library refuses to run on older cards: one row each, with the line that raises; and batch sizes that a trainer
-refuses on any.
+"""Options that a library refuses to run on older cards: one row each, with the line that raises; batch sizes that a trainer
+refuses on any, and dtypes that flash-attn refuses.
 
 Options that are only slower or different there have no row: torch emulates bf16, transformers dequantizes fp8 and mxfp4
 (`planning.verdicts.card_notes` says so), and bitsandbytes multiplies int8 slowly. AMD's cards and plain sizes are not checked:
@@ -9,6 +9,7 @@ the rows compare CUDA's compute capability, and flash-attn has other kernels for
 from math import gcd
 from typing import NamedTuple
 
+from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.versions import named
 
@@ -87,3 +88,13 @@ def pair(compute_capability: str) -> tuple[int, int]:
     """(major, minor) of a compute capability such as `8.9`."""
     major, _, minor = compute_capability.partition(".")
     return int(major), int(minor or 0)
+
+
+def check_flash_dtypes(query: str, key: str, value: str) -> None:
+    """What flash-attn checks of its inputs (flash_api.cpp, `mha_fwd`). Raises RefusedError, as it raises RuntimeError."""
+    for name, dtype in (("key", key), ("value", value)):
+        if dtype != query:
+            raise RefusedError(
+                f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
+                f"(here {query} and {dtype}); accepted: eager, sdpa, or an adapter on the query too"
+            )

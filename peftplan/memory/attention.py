@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Attention
-from peftplan.errors import NeedsTraceError, RefusedError
+from peftplan.errors import NeedsTraceError
+from peftplan.job.requirements import check_flash_dtypes
 from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.tape import ops, products
@@ -104,16 +105,11 @@ def attend(
 def _of_one_dtype(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What flash-attn gets: queries in fp32 make transformers cast all three (`fa_peft_integration_check`), in this order.
 
-    Raises RefusedError for keys or values of another dtype than the queries, as flash-attn does (flash_api.cpp, `mha_fwd`).
+    Raises RefusedError for keys or values of another dtype than the queries.
     """
     if f.autocast and q.dtype == "fp32":
         return f.to(q, f.autocast), f.to(k, f.autocast), f.to(v, f.autocast)
-    for name, other in (("key", k), ("value", v)):
-        if other.dtype != q.dtype:
-            raise RefusedError(
-                f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
-                f"(here {q.dtype} and {other.dtype}); accepted: eager, sdpa, or adapters of the query too"
-            )
+    check_flash_dtypes(q.dtype, k.dtype, v.dtype)
     return q, k, v
 
 

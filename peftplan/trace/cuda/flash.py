@@ -15,7 +15,9 @@ from unittest.mock import patch
 
 import torch
 
+from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
+from peftplan.job.requirements import check_flash_dtypes
 from peftplan.units import ceil_div
 
 HALF = (torch.float16, torch.bfloat16)
@@ -179,12 +181,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise RefusedError(
             f"attn_implementation: flash_attention_2 takes fp16 and bf16, not {q.dtype}; accepted: sdpa, or autocast"
         )
-    for name, other in (("key", k), ("value", v)):
-        if other.dtype != q.dtype:
-            raise RefusedError(
-                f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
-                f"(here {str(q.dtype)[6:]} and {str(other.dtype)[6:]}); accepted: eager, sdpa, or adapters of the query too"
-            )
+    check_flash_dtypes(*(parse_dtype(each.dtype) for each in (q, k, v)))
     if q.shape[-1] > MAX_HEAD:
         raise RefusedError(
             f"attn_implementation: flash_attention_2 takes heads of up to {MAX_HEAD}, not {q.shape[-1]}; accepted: sdpa"
