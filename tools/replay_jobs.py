@@ -3,7 +3,7 @@
     python tools/replay_jobs.py [--jobs 500] [--seed 0]
 
 Of each job: allocated bytes of every phase, reserved bytes, and whether the job runs where the allocator may take a random share
-of them. Needs the compiled module (`pip install` builds it where a C compiler is).
+of them. Every other job runs in segments that grow. Needs the compiled module (`pip install` builds it where a C compiler is).
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ def runs(seed: int, *, largest: float = 80e9) -> Iterator[tuple[str, Run]]:
             yield f"{model} {options} {script!r}", peaks.run()
 
 
-def both(run: Run, capacity: int | None = None) -> tuple[Replayed | None, Replayed | None]:
+def both(run: Run, capacity: int | None = None, *, expandable: bool = False) -> tuple[Replayed | None, Replayed | None]:
     """What either replay says of a run; None where the device has no room."""
     answers: list[Replayed | None] = []
     for replay in (program.replay, program.interpret):
         try:
-            answers.append(replay(*run.program(), ties_by_address=run.script.ties_by_address, capacity=capacity))
+            ties = run.script.ties_by_address
+            answers.append(replay(*run.program(), ties_by_address=ties, expandable=expandable, capacity=capacity))
         except MemoryError:
             answers.append(None)
     compiled, interpreted = answers
@@ -94,15 +95,17 @@ def main() -> None:
         parser.error("the compiled replay is not there: build it (python hatch_build.py)")
     draw = random.Random(arguments.seed)
     differing = capped = 0
-    for _, (name, run) in zip(range(arguments.jobs), runs(arguments.seed), strict=False):
-        compiled, interpreted = both(run)
+    for number, (name, run) in zip(range(arguments.jobs), runs(arguments.seed), strict=False):
+        expandable = number % 2 == 1
+        compiled, interpreted = both(run, expandable=expandable)
         assert compiled is not None
         capacity = int(compiled.reserved * draw.uniform(0.9, 1.0))
-        limited = both(run, capacity)
+        limited = both(run, capacity, expandable=expandable)
         capped += limited[0] is not None
         if compiled != interpreted or limited[0] != limited[1]:
             differing += 1
-            print(f"{name}\n  compiled {compiled}\n  interpreted {interpreted}\n  within {capacity:,}: {limited}")
+            print(f"{name}, {program.OPTIONS[expandable]}\n  compiled {compiled}\n  interpreted {interpreted}")
+            print(f"  within {capacity:,}: {limited}")
     print(f"{arguments.jobs} jobs, {capped} of them within less than they reserve: {differing} differ")
 
 

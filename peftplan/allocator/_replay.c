@@ -1,4 +1,5 @@
-/* Replays a program (peftplan/allocator/program.py) through torch's CUDA caching allocator with default options.
+/* Replays a program (peftplan/allocator/program.py) through torch's CUDA caching allocator, with default options or in segments that grow
+   (`expandable_segments:True`).
 
    The same decisions as `interpret` there and `Allocator` in peftplan/allocator, which name torch's source; here they are
    compiled, because a step of a large model has 140,000 events. Only the limited API of Python 3.10 is used: one build serves all.
@@ -29,22 +30,27 @@
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
 #define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
+#define RANGE (((int64_t)1 << 46) / LARGE_SEGMENT * LARGE_SEGMENT)  /* addresses of a segment that grows; a second one in a pool is refused */
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
 #define NONE (-1)  /* no storage, no phase */
-#define NO_BLOCK (POOLS * BINS)  /* of zero bytes, before the first of a segment, behind the last; it is never free */
+#define UNMAPPED_OF (POOLS * BINS)  /* the first of the heads of unmapped ranges */
+#define NO_BLOCK (UNMAPPED_OF + POOLS)  /* of zero bytes, before the first of a segment, behind the last; it is always live */
+
+enum { LIVE, CACHED, UNMAPPED };  /* what a block is; unmapped: addresses of a segment that grows without memory behind them */
 
 /* The first blocks are the heads of bins, of each stream those of the pool of small blocks and then those of large ones: each begins and ends the
-   ring of the free blocks in its bin, sorted by size and then address. Behind them comes NO_BLOCK, then those of the device. */
+   ring of the cached blocks in its bin, sorted by size and then address. Then one for each pool heads the ring of its unmapped ranges, by address.
+   Behind them comes NO_BLOCK, then those of the device. */
 typedef struct {
     int64_t address, size;
     int32_t before, after;  /* in the segment */
     int32_t smaller, larger;  /* in the ring */
     int16_t bin;
-    char free, pool;
+    char state, pool;
 } Block;
 
 typedef struct {
@@ -72,7 +78,7 @@ typedef struct {
     int32_t unused;  /* the first of a chain of blocks that were merged away, or NO_BLOCK */
     uint64_t filled[POOLS * BINS / 64];  /* bins that may hold a block */
     int64_t allocated, reserved, peak, most_reserved, above, below, capacity;
-    int downwards, phase, had_events, stream;
+    int downwards, grows, phase, had_events, stream;
     int64_t *peaks;
     /* what the program holds */
     const int64_t *sizes;
@@ -106,7 +112,7 @@ INLINE void push(Run *run, Blocks *blocks, int32_t block)
         blocks->at[blocks->length++] = block;
 }
 
-/* -- pools of free blocks ------------------------------------------------------------------------------------------------------- */
+/* -- pools of cached blocks ------------------------------------------------------------------------------------------------------- */
 
 INLINE int bin_of(int64_t size, int pool)
 {
@@ -115,15 +121,9 @@ INLINE int bin_of(int64_t size, int pool)
     return pool * BINS + PER_DOUBLING * doublings + (int)((units * PER_DOUBLING >> doublings) % PER_DOUBLING);
 }
 
-/* The smallest free block of at least this size, of those the one at the lowest address. */
-INLINE int32_t best_fit(Run *run, const Request *request)
+/* This block, or if it is the head of a bin the smallest in the bins above it and below `end`. */
+INLINE int32_t from_bin(Run *run, int32_t number, int bin, int end)
 {
-    const Block *blocks = run->blocks;
-    const int first = 2 * BINS * run->stream;
-    int bin = first + request->bin, end = first + (request->large ? 2 * BINS : BINS);
-    int32_t number = blocks[bin].larger;
-    while (blocks[number].size < request->size)
-        number = blocks[number].larger;
     while (number == bin) { /* none */
         int word = ++bin / 64;
         if (bin == end)
@@ -135,11 +135,43 @@ INLINE int32_t best_fit(Run *run, const Request *request)
             filled = run->filled[word];
         }
         bin = 64 * word + __builtin_ctzll(filled);
-        number = blocks[bin].larger;
+        number = run->blocks[bin].larger;
         if (number == bin)
             run->filled[word] &= ~((uint64_t)1 << bin % 64);
     }
     return number;
+}
+
+static int64_t size_grown(const Block *blocks, int32_t number)
+{
+    const Block *after = &blocks[blocks[number].after];
+    return blocks[number].size + (after->state == UNMAPPED ? after->size : 0);
+}
+
+/* From the best fit on, the block that with the unmapped range behind it is smaller than its successor. */
+static int32_t least_grown(Run *run, int32_t number, int end)
+{
+    const Block *blocks = run->blocks;
+    while (blocks[blocks[number].after].state == UNMAPPED) {
+        int32_t larger = from_bin(run, blocks[number].larger, blocks[number].bin, end);
+        if (larger == NO_BLOCK || size_grown(blocks, larger) >= size_grown(blocks, number))
+            break;
+        number = larger;
+    }
+    return number;
+}
+
+/* The smallest cached block of at least this size, of those the one at the lowest address. */
+INLINE int32_t best_fit(Run *run, const Request *request)
+{
+    const Block *blocks = run->blocks;
+    const int first = 2 * BINS * run->stream;
+    int bin = first + request->bin, end = first + (request->large ? 2 * BINS : BINS);
+    int32_t number = blocks[bin].larger;
+    while (blocks[number].size < request->size)
+        number = blocks[number].larger;
+    number = from_bin(run, number, bin, end);
+    return RARE(run->grows) && number != NO_BLOCK ? least_grown(run, number, end) : number;
 }
 
 INLINE int comes_before(const Block *one, const Block *other)
@@ -222,13 +254,172 @@ static int64_t whole(int64_t size, int64_t unit)
     return (size + unit - 1) / unit * unit;
 }
 
+static void reserve(Run *run, int64_t size)
+{
+    run->reserved += size;
+    if (run->reserved > run->most_reserved)
+        run->most_reserved = run->reserved;
+}
+
+static int has(const Run *run, int64_t size)
+{
+    return run->capacity < 0 || run->reserved + size <= run->capacity;
+}
+
+/* Take a neighbour in the same state into a block that is in no ring. */
+static void merge(Run *run, int32_t number, int32_t neighbour)
+{
+    Block *block = &run->blocks[number];
+    const Block *other = &run->blocks[neighbour];
+    if (other->state != block->state)
+        return;
+    take_out(run, neighbour);
+    if (neighbour == block->before) {
+        block->address = other->address;
+        link_blocks(run, number, other->before, block->after);
+    } else {
+        link_blocks(run, number, block->before, other->after);
+    }
+    block->size += other->size;
+    drop_block(run, neighbour);
+}
+
+/* -- segments that grow: peftplan/allocator/expandable.py ------------------------------------------------------------------------ */
+
+static int64_t page_of(int pool)
+{
+    return pool % 2 ? LARGE_SEGMENT : SMALL_BUFFER;
+}
+
+static void put_in_unmapped(Run *run, int32_t number)
+{
+    Block *blocks = run->blocks, *block = &blocks[number];
+    const int32_t head = UNMAPPED_OF + block->pool;
+    int32_t larger = blocks[head].larger;
+    while (larger != head && blocks[larger].address < block->address)
+        larger = blocks[larger].larger;
+    block->larger = larger;
+    block->smaller = blocks[larger].smaller;
+    blocks[block->smaller].larger = number;
+    blocks[larger].smaller = number;
+}
+
+/* Put a new block between two others. */
+static int32_t splice(Run *run, int64_t address, int64_t size, int32_t before, int32_t after, int state, int pool)
+{
+    int32_t number = new_block(run, address, size, pool);
+    if (number == NO_BLOCK)
+        return number;
+    link_blocks(run, number, before, after);
+    run->blocks[number].state = (char)state;
+    if (state == UNMAPPED)
+        put_in_unmapped(run, number);
+    else
+        put_in(run, number);
+    return number;
+}
+
+/* Give back the whole pages of a cached block; the ends that share a page with a neighbour stay. */
+static void unmap(Run *run, int32_t number)
+{
+    const Block block = run->blocks[number];
+    const int64_t page = page_of(block.pool), end = block.address + block.size;
+    const int64_t first = whole(block.address, page), last = end / page * page;
+    if (first >= last)
+        return;
+    take_out(run, number);
+    if (first > block.address)
+        splice(run, block.address, first - block.address, block.before, number, CACHED, block.pool);
+    if (end > last)
+        splice(run, last, end - last, number, block.after, CACHED, block.pool);
+    Block *unmapped = &run->blocks[number];
+    unmapped->address = first;
+    unmapped->size = last - first;
+    unmapped->state = UNMAPPED;
+    merge(run, number, unmapped->before);
+    merge(run, number, unmapped->after);
+    run->reserved -= last - first;
+    if (unmapped->before == NO_BLOCK && unmapped->after == NO_BLOCK)
+        drop_block(run, number); /* nothing of the segment is mapped: its addresses go too */
+    else
+        put_in_unmapped(run, number);
+}
+
+/* Back the first pages of an unmapped range; all of them or, where the device cannot give so many, none. */
+static int map(Run *run, int32_t number, int64_t size)
+{
+    const Block range = run->blocks[number];
+    const int64_t length = whole(size, page_of(range.pool));
+    if (!has(run, length))
+        return 0;
+    take_out(run, number);
+    run->blocks[number].state = CACHED;
+    if (length < range.size) {
+        run->blocks[number].size = length;
+        if (splice(run, range.address + length, range.size - length, number, range.after, UNMAPPED, range.pool) == NO_BLOCK)
+            return 0;
+    }
+    merge(run, number, run->blocks[number].before);
+    merge(run, number, run->blocks[number].after);
+    put_in(run, number);
+    reserve(run, length);
+    return 1;
+}
+
+static int has_room(const Run *run, int32_t number, int64_t size)
+{
+    for (; size > 0 && run->blocks[number].state != LIVE; number = run->blocks[number].after)
+        size -= run->blocks[number].size;
+    return size <= 0;
+}
+
+/* The lowest unmapped range of a pool, with the cached block right before it, that has room for so many bytes; else a new segment. */
+static int32_t room_for(Run *run, int64_t size, int pool)
+{
+    const Block *blocks = run->blocks;
+    const int32_t head = UNMAPPED_OF + pool;
+    for (int32_t number = blocks[head].larger; number != head; number = blocks[number].larger) {
+        int32_t start = blocks[blocks[number].before].state == CACHED ? blocks[number].before : number;
+        if (has_room(run, start, size))
+            return start;
+    }
+    if (blocks[head].larger != head || size > RANGE) {
+        run->failed = TOO_LARGE;
+        return NO_BLOCK;
+    }
+    run->above += RANGE;
+    return splice(run, run->above - RANGE, RANGE, NO_BLOCK, NO_BLOCK, UNMAPPED, pool);
+}
+
+/* A cached block of at least this size that is in no ring, with what is missing of it mapped; pages mapped before a failure stay. */
+static int32_t grow_segment(Run *run, int64_t size, int pool)
+{
+    int32_t number = room_for(run, size, pool);
+    if (number == NO_BLOCK)
+        return NO_BLOCK;
+    const Block *block = &run->blocks[number];
+    if (block->state == UNMAPPED && !map(run, number, size < block->size ? size : block->size))
+        return NO_BLOCK;
+    while ((block = &run->blocks[number])->size < size) {
+        const int32_t after = block->after;
+        const int64_t missing = size - block->size, range = run->blocks[after].size;
+        if (!map(run, after, missing < range ? missing : range))
+            return NO_BLOCK;
+        number = after;
+    }
+    take_out(run, number);
+    return number;
+}
+
 SELDOM void release_cached(Run *run)
 {
     for (int bin = 0; bin < POOLS * BINS; bin++) {
         for (int32_t number = run->blocks[bin].larger, larger; number != bin; number = larger) {
             const Block *block = &run->blocks[number];
             larger = block->larger;
-            if (block->before == NO_BLOCK && block->after == NO_BLOCK) {
+            if (run->grows) {
+                unmap(run, number);
+            } else if (block->before == NO_BLOCK && block->after == NO_BLOCK) {
                 run->reserved -= block->size;
                 take_out(run, number);
                 drop_block(run, number);
@@ -237,20 +428,13 @@ SELDOM void release_cached(Run *run)
     }
 }
 
-SELDOM int32_t new_segment(Run *run, int64_t size, int large)
+static int32_t new_segment(Run *run, int64_t size, int large)
 {
     int64_t wanted = !large ? SMALL_BUFFER : size < MIN_LARGE ? LARGE_SEGMENT : whole(size, ROUND_LARGE);
-    if (run->capacity >= 0 && run->reserved + wanted > run->capacity) {
-        release_cached(run);
-        if (run->reserved + wanted > run->capacity) {
-            run->failed = DEVICE_FULL;
-            return NO_BLOCK;
-        }
-    }
-    run->reserved += wanted;
-    if (run->reserved > run->most_reserved)
-        run->most_reserved = run->reserved;
     int64_t address;
+    if (!has(run, wanted))
+        return NO_BLOCK;
+    reserve(run, wanted);
     if (run->downwards && wanted > LARGE_SEGMENT) {
         run->below -= wanted;
         address = run->below;
@@ -263,6 +447,21 @@ SELDOM int32_t new_segment(Run *run, int64_t size, int large)
         return NO_BLOCK;
     }
     return new_block(run, address, wanted, 2 * run->stream + large);
+}
+
+/* What no cached block serves: memory of the device, if need be after all that is cached went back to it. */
+SELDOM int32_t miss(Run *run, int64_t size, int large)
+{
+    for (int again = 0; again < 2 && !run->failed; again++) {
+        int32_t number = run->grows ? grow_segment(run, size, 2 * run->stream + large) : new_segment(run, size, large);
+        if (number != NO_BLOCK)
+            return number;
+        if (!again && !run->failed)
+            release_cached(run);
+    }
+    if (!run->failed)
+        run->failed = DEVICE_FULL;
+    return NO_BLOCK;
 }
 
 /* -- the allocator's two calls -------------------------------------------------------------------------------------------------- */
@@ -282,7 +481,7 @@ static inline int32_t allocate(Run *run, int64_t index)
     int32_t number = best_fit(run, request);
     if (number != NO_BLOCK)
         take_out(run, number);
-    else if ((number = new_segment(run, size, large)) == NO_BLOCK)
+    else if ((number = miss(run, size, large)) == NO_BLOCK)
         return NO_BLOCK;
     int64_t rest = run->blocks[number].size - size;
     if (rest > request->unsplit) {
@@ -293,11 +492,11 @@ static inline int32_t allocate(Run *run, int64_t index)
         link_blocks(run, front, behind->before, number);
         behind->address += size;
         behind->size = rest;
-        behind->free = 1;
+        behind->state = CACHED;
         put_in(run, number);
         number = front;
     }
-    run->blocks[number].free = 0;
+    run->blocks[number].state = LIVE;
     run->allocated += run->blocks[number].size;
     if (run->allocated > run->peak)
         run->peak = run->allocated;
@@ -312,15 +511,15 @@ static inline void release(Run *run, int32_t number)
     Block *blocks = run->blocks, *block = &blocks[number];
     int32_t before = block->before, after = block->after;
     run->allocated -= block->size;
-    block->free = 1;
-    if (blocks[before].free) {
+    block->state = CACHED;
+    if (blocks[before].state == CACHED) {
         take_out(run, before);
         block->address = blocks[before].address;
         block->size += blocks[before].size;
         before = blocks[before].before;
         drop_block(run, block->before);
     }
-    if (blocks[after].free) {
+    if (blocks[after].state == CACHED) {
         take_out(run, after);
         block->size += blocks[after].size;
         after = blocks[after].after;
@@ -611,12 +810,12 @@ static int prepare(Run *run)
     for (size_t at = 0; at < run->num_sizes; at++) {
         int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
         int large = size > SMALL_SIZE;
-        run->requests[at] = (Request){size, large ? SMALL_SIZE : MIN_BLOCK - 1, size ? bin_of(size, large) : 0, (char)large};
+        run->requests[at] = (Request){size, large && !run->grows ? SMALL_SIZE : MIN_BLOCK - 1, size ? bin_of(size, large) : 0, (char)large};
     }
     for (size_t at = 0; at < run->num_handles; at++)
         run->handles[at] = NO_BLOCK;
-    for (int32_t bin = 0; bin < POOLS * BINS; bin++)
-        run->blocks[bin] = (Block){.size = INT64_MAX, .smaller = bin, .larger = bin};
+    for (int32_t head = 0; head < NO_BLOCK; head++)
+        run->blocks[head] = (Block){.size = INT64_MAX, .smaller = head, .larger = head};
     run->blocks[NO_BLOCK] = (Block){.size = 0};
     run->length = NO_BLOCK + 1;
     run->unused = NO_BLOCK;
@@ -668,10 +867,10 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     PyObject *events_object, *sizes_object;
     char *events, *sizes;
     Py_ssize_t events_bytes, sizes_bytes, storages, handles, phases;
-    int downwards;
+    int downwards, grows = 0;
     long long capacity;
-    if (!PyArg_ParseTuple(arguments, "SSnnnpL:replay", &events_object, &sizes_object, &storages, &handles, &phases, &downwards,
-                          &capacity) ||
+    if (!PyArg_ParseTuple(arguments, "SSnnnpL|p:replay", &events_object, &sizes_object, &storages, &handles, &phases, &downwards,
+                          &capacity, &grows) ||
         PyBytes_AsStringAndSize(events_object, &events, &events_bytes) < 0 ||
         PyBytes_AsStringAndSize(sizes_object, &sizes, &sizes_bytes) < 0)
         return NULL;
@@ -682,10 +881,11 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     }
     Run run = {0};
     run.phase = NONE;
-    run.above = ROUND_LARGE;
+    run.above = LARGE_SEGMENT; /* a whole number of pages */
     run.below = TOP;
     run.capacity = capacity;
     run.downwards = downwards;
+    run.grows = grows;
     run.sizes = (const int64_t *)sizes;
     run.num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
     run.num_storages = (size_t)storages;
@@ -705,7 +905,7 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS,
-     "replay(events, sizes, storages, handles, phases, downwards, capacity) -> (reserved, allocated of each phase or -1, ...)"},
+     "replay(events, sizes, storages, handles, phases, downwards, capacity, grows=False) -> (reserved, allocated of each phase or -1, ...)"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_replay", NULL, 0, methods, NULL, NULL, NULL, NULL};
@@ -714,7 +914,8 @@ PyMODINIT_FUNC PyInit__replay(void)
 {
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && (PyModule_AddIntConstant(module, "EVENTS", EVENTS) < 0 ||
-                           PyModule_AddIntConstant(module, "STREAMS", STREAMS) < 0))
+                           PyModule_AddIntConstant(module, "STREAMS", STREAMS) < 0 ||
+                           PyModule_AddIntConstant(module, "GROWS", 1) < 0))
         Py_CLEAR(module);
     return module;
 }

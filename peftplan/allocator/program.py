@@ -1,8 +1,8 @@
 """A run as integers: what is allocated and freed, in order, made once for all sizes and replayed at any.
 
 A program holds the events of loading and of some steps. An event names its size by a place in a table, so that a job at another
-batch size is another table. `replay` feeds it to a model of torch's caching allocator with default options: to the compiled
-`_replay` where it was built, else event by event to `allocator` (`interpret`). Both give the same bytes.
+batch size is another table. `replay` feeds it to a model of torch's caching allocator, with default options or in segments that
+grow: to the compiled `_replay` where it was built, else event by event to `allocator` (`interpret`). Both give the same bytes.
 """
 
 from array import array
@@ -42,6 +42,8 @@ OPTIONS = {False: "default options", True: "expandable_segments:True"}
 """Whether segments grow → the options of torch's allocator, in words."""
 COMPILED = _replay is not None and getattr(_replay, "EVENTS", None) == LEAVE + 1
 """Whether the compiled replay is there, of the events of today (in a checkout it may have been built before)."""
+GROWS = COMPILED and hasattr(_replay, "GROWS")
+"""Whether it also knows segments that grow."""
 WIDTH = 5
 """Integers of an event: what, and up to four operands."""
 
@@ -117,13 +119,12 @@ def replay(
 
     Raises MemoryError where the device cannot give more than `capacity` bytes.
     """
-    if COMPILED and not expandable and program.streams <= getattr(_replay, "STREAMS", 1):
+    if (GROWS if expandable else COMPILED) and program.streams <= getattr(_replay, "STREAMS", 1):
         try:
             table = array("q", sizes).tobytes()
             limit = -1 if capacity is None else max(0, capacity)
-            peaks = _replay.replay(
-                program.events, table, program.storages, program.handles, len(program.phases), ties_by_address, limit
-            )
+            counts = program.storages, program.handles, len(program.phases)
+            peaks = _replay.replay(program.events, table, *counts, ties_by_address, limit, *((True,) if expandable else ()))
         except OverflowError:  # more than 64 bits hold
             pass
         else:

@@ -9,6 +9,7 @@ from itertools import chain, islice
 import pytest
 
 from peftplan.allocator import program
+from peftplan.allocator.config import AllocatorConfig
 from peftplan.allocator.events import Event
 from peftplan.allocator.program import (
     END,
@@ -60,6 +61,17 @@ def test_a_program_by_hand(replayed_by: object) -> None:
 
 
 @pytest.mark.parametrize("replayed_by", REPLAYS)
+def test_a_program_by_hand_in_segments_that_grow(replayed_by: object) -> None:
+    """Three of 5.5 MiB leave 3.5 of a page of 20; 19.5 MiB take them and 16 of a second page, which goes back for small ones."""
+    assert callable(replayed_by)
+    load, forward = 36 * MIB, 33 * MIB // 2 + 2 * 1024
+    assert replayed_by(BY_HAND, SIZES, expandable=True) == Replayed({"load": load, "forward": forward}, 42 * MIB)
+    assert replayed_by(BY_HAND, SIZES, expandable=True, capacity=40 * MIB).reserved == 40 * MIB
+    with pytest.raises(MemoryError):
+        replayed_by(BY_HAND, SIZES, expandable=True, capacity=39 * MIB)
+
+
+@pytest.mark.parametrize("replayed_by", REPLAYS)
 def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
     """5.5 MiB stay beside the 1,024 bytes that the second step takes under the same storage."""
     assert callable(replayed_by)
@@ -68,27 +80,46 @@ def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
     assert replayed_by(written, SIZES).allocated == {"first": 11 * MIB // 2, "second": 11 * MIB // 2 + 1024}
 
 
-def test_a_log_gives_as_a_program_what_it_gives_event_by_event() -> None:
-    """Tensors of five sizes, freed in any order, the cache emptied now and then, in three phases."""
-    drawn = random.Random(7)
+def random_log(draw: random.Random, length: int) -> list[Event]:
+    """Tensors of a few sizes on some streams, freed in any order, the cache emptied now and then, in three phases."""
+    any_size = (0, 1, 700, MIB, MIB + 1, 39 * MIB // 2, draw.randrange(1, 4096), draw.randrange(MIB, 80 * MIB))
+    sizes, streams = draw.choices(any_size, k=6), draw.choice((1, 1, 2, 4))
+    frees, empties = draw.uniform(0.3, 0.55), draw.choice((0, 0.01, 0.1))
     log: list[Event] = []
     alive: list[int] = []
-    for number in range(3000):
-        phase = ("load", "forward", "backward")[number // 100 % 3]
-        if alive and drawn.random() < 0.5:
-            log.append(Event("free", alive.pop(drawn.randrange(len(alive))), phase=phase))
-        elif drawn.random() < 0.01:
+    for number in range(length):
+        phase = ("load", "forward", "backward")[3 * number // length]
+        if alive and draw.random() < frees:
+            log.append(Event("free", alive.pop(draw.randrange(len(alive))), phase=phase))
+        elif draw.random() < empties:
             log.append(Event("empty_cache", phase=phase))
         else:
-            log.append(Event("alloc", number, drawn.choice((0, 700, 3 * MIB, 15 * MIB, 41 * MIB)), phase=phase))
+            log.append(Event("alloc", number, draw.choice(sizes), draw.randrange(streams), phase))
             alive.append(number)
-    whole = events_replayed(log)
-    replayed = replay(*of_log(log))
-    assert replayed.reserved == whole.peaks.reserved
-    assert replayed.allocated == {phase: peaks.allocated for phase, peaks in whole.by_phase.items()}
-    most = whole.peaks.reserved
-    for capacity in (most, most // 2, most // 4):
-        assert runs_within(*of_log(log), capacity) == (events_replayed(log, capacity_bytes=capacity).oom is None)
+    return log
+
+
+@pytest.mark.parametrize("expandable", [False, True], ids=["default", "expandable"])
+def test_a_log_gives_as_a_program_what_it_gives_event_by_event(expandable: bool) -> None:
+    draw = random.Random(7)
+    config = AllocatorConfig(expandable_segments=expandable)
+    for length in (3000, *(draw.randrange(300) for _ in range(60))):
+        log = random_log(draw, length)
+        whole = events_replayed(log, config)
+        replayed = replay(*of_log(log), expandable=expandable)
+        assert replayed.reserved == whole.peaks.reserved
+        assert replayed.allocated == {phase: peaks.allocated for phase, peaks in whole.by_phase.items()}
+        for part in (1, 0.9, 0.5):
+            capacity = int(part * whole.peaks.reserved)
+            runs = events_replayed(log, config, capacity_bytes=capacity).oom is None
+            assert runs_within(*of_log(log), capacity, expandable=expandable) == runs
+
+
+@pytest.mark.skipif(not program.GROWS, reason="no compiled replay was built")
+def test_segments_that_grow_are_replayed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a 70B model takes 0.4 s."""
+    monkeypatch.setattr(program, "interpret", None)
+    assert replay(BY_HAND, SIZES, expandable=True).reserved == 42 * MIB
 
 
 @pytest.mark.parametrize("nbytes", [2**57, 2**70])
@@ -101,11 +132,12 @@ def test_both_replays_of_random_jobs_are_the_same() -> None:
     """More of them: tools/replay_jobs.py."""
     draw = random.Random(0)
     capped = []
-    for name, run in islice(runs(seed=0, largest=2e9), 40):
-        compiled, interpreted = both(run)
+    for number, (name, run) in enumerate(islice(runs(seed=0, largest=2e9), 40)):
+        expandable = number % 8 == 7
+        compiled, interpreted = both(run, expandable=expandable)
         assert compiled == interpreted, name
         assert compiled is not None
-        limited = both(run, int(compiled.reserved * draw.uniform(0.9, 1.0)))
+        limited = both(run, int(compiled.reserved * draw.uniform(0.9, 1.0)), expandable=expandable)
         assert limited[0] == limited[1], name
         capped.append(limited[0] is not None)
     assert True in capped
