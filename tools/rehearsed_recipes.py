@@ -73,9 +73,14 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     assert entry is not None
     recipes = Path(package.origin).parent
     config = recipes / "configs" / f"{row['config']}.yaml"
-    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+    with TemporaryDirectory() as folder, TemporaryDirectory() as second, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), entry.repo_id)
         settings = [*_settings(config, folder, output, length=words[words.index("--seq-len") + 1]), *row["overrides"]]
+        if "--teacher-model" in words:
+            teacher = catalogue.find(words[words.index("--teacher-model") + 1])
+            assert teacher is not None
+            standins.write_repository(Path(second), teacher.repo_id)
+            settings += _checkpoint("teacher_checkpointer", second)
         command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(config), *settings]
         ranks = int(words[words.index("--gpus") + 1]) if "--gpus" in words else None
         return row | kept_of(rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno()))
@@ -99,15 +104,20 @@ def kept_of(result: Rehearsal) -> dict[str, Any]:
 def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterator[str]:
     """Settings that put the stand-in, its rows and one micro batch per step in place of what the config names."""
     shipped = yaml.safe_load(config.read_text(encoding="utf-8"))
-    files = sorted(path.name for path in Path(folder).glob("*.safetensors"))
-    yield from (f"output_dir={output}", f"checkpointer.checkpoint_dir={folder}")
-    yield f"checkpointer.checkpoint_files=[{','.join(files)}]"
+    yield f"output_dir={output}"
+    yield from _checkpoint("checkpointer", folder)
     parts = [part for part in ("tokenizer", "dataset", "dataset_val") if part in shipped]
     yield f"tokenizer._component_={__name__}.tokenizer"
     for part in parts[1:]:
         yield from (f"{part}._component_={__name__}.rows", f"{part}.length={length}")
     yield from (f"~{part}.{key}" for part in parts for key in shipped[part] if key != "_component_")
     yield from (f"metric_logger.log_dir={output}/logs", "gradient_accumulation_steps=1")
+
+
+def _checkpoint(part: str, folder: str) -> Iterator[str]:
+    """Settings by which a checkpointer reads what lies in a folder."""
+    files = sorted(path.name for path in Path(folder).glob("*.safetensors"))
+    yield from (f"{part}.checkpoint_dir={folder}", f"{part}.checkpoint_files=[{','.join(files)}]")
 
 
 def complete(file: Path, run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

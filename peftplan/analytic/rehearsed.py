@@ -9,7 +9,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
-from peftplan.optim import BESIDE
+from peftplan.optim import OF_AUTOMODEL
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -174,7 +174,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
-        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *BESIDE),
+        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
         "trainer": not (setup.by.prepares_model or (setup.by.layout is not ACCELERATE and job.distributed.strategy == "fsdp2")),
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in (("full",) if setup.by.weighs_tokens else SHOWN_METHODS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.optim import BESIDE, parse_optim
+from peftplan.optim import OF_AUTOMODEL, parse_optim
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -13,7 +13,7 @@ REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llam
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
-REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BESIDE)
+REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = ("llama", "qwen2", "qwen3")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 

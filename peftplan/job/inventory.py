@@ -94,7 +94,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + buffer_lines(built)
         + gradient_lines(on_rank, stepping)
         + Ledger(() if own is None else own.beside)
-        + _optimizer(states_of, optimizer, setup)
+        + _optimizer(job, states_of, optimizer)
         + sensitivity_lines(on_rank)
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
     )
@@ -128,11 +128,20 @@ def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:
     return str(setup.adapter_dtype), None
 
 
-def _optimizer(built: Parameters, optimizer: Optimizer, setup: Setup) -> Ledger:
+def optim_arguments(job: Job, optimizer: Optimizer) -> dict[str, str]:
+    """`optim_args`, and what the optimizer's maker reads of the model's config."""
+    prompt = job.architecture.prompt
+    of_model = {"dim": job.architecture.hidden_size, "n_heads": prompt and prompt.num_attention_heads}
+    named = {name: str(size) for name, size in of_model.items() if size and name in optimizer.reads}
+    return named | parse_optim_args(job.setup.optim_args)
+
+
+def _optimizer(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:
+    setup = job.setup
     return optimizer_lines(
         built,
         optimizer,
-        parse_optim_args(setup.optim_args),
+        optim_arguments(job, optimizer),
         by_trainer=setup.by.makes_optimizer,
         target_modules=setup.optim_target_modules,
     )

@@ -78,6 +78,7 @@ def optimizer_lines(
             optimizer,
             shape=p.shape,
             dtype=p.dtype,
+            name=p.name,
             in_embedding=p.in_embedding and by_trainer,
             in_target=p.is_linear and any(t == "all-linear" or t in p.name for t in target_modules or ()),
             frozen=not p.trainable,

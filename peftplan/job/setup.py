@@ -12,7 +12,7 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.optim import BESIDE, OPTIMIZERS
+from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS
 from peftplan.validation import first_error, listed, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
@@ -258,7 +258,7 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; add --trainer {owners[0]}")
     if by.losses is not None and setup.loss not in by.losses:
         raise RefusedError(f"loss: {by.called} cannot compute the {setup.loss} loss; accepted: {', '.join(by.losses)}")
-    if setup.optim in BESIDE and not by.own_lora:
+    if setup.optim in OF_AUTOMODEL and not by.own_lora:
         near = " or ".join(nearest(setup.optim, sorted(OPTIMIZERS)))
         raise RefusedError(
             f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
+from peftplan.memory.looped_steps import LOOPS
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
@@ -40,6 +41,10 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
         _lorafa_step(f, trained)
         return
     if optimizer.step_implementation in IN_PLACE:
+        return
+    if (loop := LOOPS.get(optimizer.name)) is not None:
+        loop(f, [*_two_layers(trained)])
+        f.module = ""
         return
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:

@@ -1,14 +1,17 @@
-"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw, flashoptim.
+"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw, flashoptim, adam-mini; Moonlight's Muon.
 
 Counted: every tensor in `optimizer.state[p]` (grokadamw: in the parameter group).
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py`; torch-optimi 0.3.3 `stableadamw.py`; grokadamw 0.1.2
-`grokadamw.py`; flashoptim 0.1.4 `optimizers.py` (`_MaybeQuantizedTensor`, `quantize`); transformers `trainer_optimizer.py`.
+`grokadamw.py`; flashoptim 0.1.4 `optimizers.py` (`_MaybeQuantizedTensor`, `quantize`); adam-mini 1.1.1 `adam_mini.py`;
+llamafactory 0.9.5 `third_party/muon/muon.py`, `train/trainer_utils.py` (`_create_muon_optimizer`,
+`_create_adam_mini_optimizer`); transformers `trainer_optimizer.py`.
 Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries of the step.
 """
 
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
 from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
@@ -19,6 +22,13 @@ SCALED_TOGETHER = 32
 """Elements of a moment that share one scale of flashoptim (`quantize`)."""
 MASTER_BITS = 24
 """Bits of its master weights where none are named."""
+NOT_ORTHOGONALIZED = ("embed", "lm_head")
+"""What names of matrices hold that Muon leaves to its AdamW."""
+BIASES = ("bias",)
+OF_HEADS = ("k_proj", "q_proj", "wq", "wk", "query", "key")
+OF_ROWS = ("embed", "embd", "wte", "lm_head", "output", "final_layer", "v_proj", "wv", "value", "feed_forward", "linear", "mlp")
+OF_ROWS_TOO = ("o_proj", "wo", "attn.proj")
+"""What names hold of parameters that Adam-mini divides into heads, or into rows."""
 
 
 def schedule_free_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
@@ -70,3 +80,39 @@ def flash_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if param.dtype in HALF_PRECISION:
         states.append(like(param, "error_bits", dtype="int8" if bits == MASTER_BITS else "int16"))
     return (*states, scalar("step", dtype="int64", place="host"))
+
+
+def by_muon(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Muon orthogonalizes the updates of this parameter."""
+    return len(shape) == 2 and not any(part in name for part in NOT_ORTHOGONALIZED)
+
+
+def moonlight_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """Moonlight's Muon, as LLaMA-Factory makes it: a momentum for matrices inside layers, AdamW's two moments for all else."""
+    if by_muon(param.name, param.shape):
+        return (like(param, "momentum_buffer"),)
+    return (like(param, "moment1"), like(param, "moment2"))
+
+
+def blocks(name: str) -> Literal["elements", "heads", "rows", "tensor"]:
+    """What of a parameter shares a second moment of Adam-mini."""
+    lowered = name.lower()
+    if any(part in lowered for part in BIASES):
+        return "elements"
+    if any(part in lowered for part in OF_HEADS):
+        return "heads"
+    return "rows" if any(part in lowered for part in (*OF_ROWS, *OF_ROWS_TOO)) else "tensor"
+
+
+def adam_mini(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """Adam_mini: one moment, and a second moment per head of queries and keys, per row of other matrices, per norm, in the
+    parameter's dtype. `dim` and `n_heads` are those of the model.
+    """
+    moment, of = like(param, "m"), blocks(param.name)
+    if of == "elements":
+        return (moment, like(param, "v"))
+    if of == "tensor":
+        return (moment, scalar("vmean", dtype=param.dtype))
+    dim, heads = int(optim_args.get("dim", 2048)), int(optim_args.get("n_heads", 32))
+    count = prod(param.shape) // (dim * dim // heads) if of == "heads" else param.shape[0]
+    return (moment, Allocation("vmean", param.dtype, (count, 1)))

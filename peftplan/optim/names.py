@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping
 from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.optim.adafactor import adafactor, adalomo, lomo
 from peftplan.optim.bnb import ademamix, bnb, code_tables, one_state, two_state
-from peftplan.optim.community import flash_adamw, grokadamw, schedule_free_adamw, schedule_free_sgd, stable_adamw
+from peftplan.optim.community import (
+    adam_mini,
+    flash_adamw,
+    grokadamw,
+    moonlight_muon,
+    schedule_free_adamw,
+    schedule_free_sgd,
+    stable_adamw,
+)
 from peftplan.optim.low_rank import apollo_adamw, galore_adafactor, galore_adamw, galore_adamw_8bit, galore_adamw_8bit_layerwise
 from peftplan.optim.optimizer import (
     Optimizer,
@@ -38,6 +46,7 @@ APOLLO: Reads = {**GALORE, "proj": str, "scale_type": str}
 GROK: Reads = dict.fromkeys(("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), float)
 FREE: Reads = {"weight_lr_power": float, "r": float}
 FLASH: Reads = {"master_weight_bits": int}
+MINI: Reads = {"dim": int, "n_heads": int}
 STABLE: Reads = {"max_lr": float, "kahan_sum": str, "decouple_lr": str}
 
 
@@ -108,11 +117,20 @@ _ROWS = (
 OPTIMIZERS: dict[str, Optimizer] = {row.name: row for row in _ROWS}
 """The optimizers whose states are known, by the name that `TrainingArguments.optim` accepts."""
 
-BESIDE: dict[str, Optimizer] = {
+OF_AUTOMODEL: dict[str, Optimizer] = {
     "adam": _torch("adam", "Adam", adamw, {}),
     "flash_adamw": Optimizer("flash_adamw", "flashoptim", "flashoptim.FlashAdamW", "kernel", flash_adamw, FLASH),
 }
-"""Those that a tool makes by their class: Adam with a weight decay, which is added to copies of the gradients."""
+"""Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients."""
+OF_LLAMA_FACTORY: dict[str, Optimizer] = {
+    "adam_mini": Optimizer("adam_mini", "adam-mini", "adam_mini.Adam_mini", "for-loop", adam_mini, MINI),
+    "moonlight_muon": Optimizer(
+        "moonlight_muon", "llamafactory", "llamafactory.third_party.muon.Muon", "for-loop", moonlight_muon
+    ),
+}
+"""Those that LLaMA-Factory hands to Trainer."""
+BESIDE = OF_AUTOMODEL | OF_LLAMA_FACTORY
+"""Optimizers that a tool makes by their class."""
 
 REFUSED: dict[str, str] = {
     "adamw_torch_xla": "it needs torch_xla and runs on XLA devices, not on CUDA",

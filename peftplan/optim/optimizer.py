@@ -27,6 +27,7 @@ class Param(NamedTuple):
     dtype: str
     in_embedding: bool
     in_target: bool
+    name: str = ""
 
 
 StatesFunction = Callable[[Param, OptimArgs], tuple[Allocation, ...]]
@@ -50,6 +51,8 @@ VERSIONS: dict[str, str] = {
     "schedulefree": "1.4.1",
     "torch-optimi": "0.3.3",
     "flashoptim": "0.1.4",
+    "adam-mini": "1.1.1",
+    "llamafactory": "0.9.5",
 }
 """The packages that optimizers come from, with the version whose source was read and run."""
 

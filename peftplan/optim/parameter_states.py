@@ -16,6 +16,7 @@ def states(
     *,
     shape: tuple[int, ...],
     dtype: str,
+    name: str = "",
     in_embedding: bool = False,
     in_target: bool | None = None,
     frozen: bool = False,
@@ -24,6 +25,7 @@ def states(
     """The tensors that exist for one parameter after a step, named as in `optimizer.state[p]`, with the dtypes and dims there.
 
     `dims` are those of the storage that stays alive. `place` is "host" for CPU tensors, "managed" for paged states.
+    `name`: the parameter's, by which Muon and Adam-mini choose.
     `in_embedding`: the parameter is the `weight` of an `nn.Embedding` and transformers' Trainer makes the optimizer (it
     registers 32-bit states for those with 8-bit bitsandbytes optimizers; a hand-written loop does not).
     `in_target`: whether `optim_target_modules` selects it; GaLore and APOLLO need to know.
@@ -36,7 +38,7 @@ def states(
     if optimizer.low_rank and in_target is None:
         raise MissingError("in_target", f"{optimizer.name} needs optim_target_modules; accepted: True or False")
     short = parse_dtype(dtype) if frozen else parse_dtype(dtype, accepted=MODEL_DTYPES)
-    return optimizer.param_states(Param(tuple(shape), short, in_embedding, bool(in_target)), args)
+    return optimizer.param_states(Param(tuple(shape), short, in_embedding, bool(in_target), name), args)
 
 
 def shared_states(optim: str | Optimizer, *, states: Iterable[Allocation]) -> tuple[Allocation, ...]:

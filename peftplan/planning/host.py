@@ -116,6 +116,7 @@ def _trained(job: Job, built: Parameters) -> list[Trained]:
             optimizer,
             shape=p.shape,
             dtype=p.dtype,
+            name=p.name,
             in_embedding=p.in_embedding,
             in_target=p.is_linear and any(t == "all-linear" or t in p.name for t in targets),
             optim_args=args,

@@ -17,7 +17,7 @@ from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.ledger import Allocation
-from peftplan.optim import Optimizer, parse_optim, parse_optim_args, shared_states, states
+from peftplan.optim import BESIDE, Optimizer, parse_optim, parse_optim_args, shared_states, states
 from peftplan.trace import community
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.meshes import by_mesh
@@ -57,6 +57,8 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
         return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), trainable, tracker, host_steps=False)
     if optimizer.untraced:
         raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced} by --engine analytic")
+    if optimizer.name in BESIDE:
+        raise RefusedError(f"optim: {optimizer.name} cannot be traced; leave out --engine trace")
     if optimizer.step_implementation == "kernel":
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in trainable}

@@ -1,0 +1,44 @@
+"""What peftplan reads of LLaMA-Factory's config, against the tool with it on the emulated card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from tools.rehearsed_jobs import read
+from tools.rehearsed_llamafactory import options, plan
+
+ROWS = read(Path(__file__).with_name("llamafactory.jsonl"))
+LARGEST = {"allocated": 0.05, "reserved": 0.1}
+"""Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[str(plan(row).options["optim"]) for row in ROWS])
+def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
+    assert not plan(row).unsupported
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
+    assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
+    steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
+    assert abs(100 * steps) <= LARGEST["allocated"]
+
+
+def test_moments_by_the_names_of_parameters() -> None:
+    """Muon: matrices of layers have one tensor of states, all else two. Adam-mini: one moment of all, and one number a row, head
+    of 128 x 1536 elements or norm, in blocks of at least 128 numbers."""
+    job: dict[str, Any] = {"method": "full", "dtype": "fp32", "seq_len": 256}
+    states = {
+        optim: peftplan.estimate("qwen2-1.5b-instruct", optim=optim, **job).ledger.by_category()["optimizer_states"]
+        for optim in ("moonlight_muon", "adam_mini")
+    }
+    embedding, layers, h, kv, i = 151_936 * 1536, 28, 1536, 256, 8960
+    matrices = layers * (2 * h * h + 2 * kv * h + 3 * i * h)
+    vectors = layers * (2 * h + h + 2 * kv) + h
+    assert states["moonlight_muon"] == 4 * (matrices + 2 * (embedding + vectors))
+    rows = 151_936 + layers * (kv + h + 2 * i + h)
+    heads, norms, biases = layers * 2 * 128, (layers * 2 + 1) * 128, layers * (h + 2 * kv)
+    assert states["adam_mini"] == 4 * (embedding + matrices + vectors + rows + heads + norms + biases)

@@ -1,0 +1,68 @@
+"""Rehearse `llamafactory-cli train` and keep what it held beside the values that peftplan reads of its config.
+
+    python -m tools.rehearsed_llamafactory FILE     runs the jobs of FILE that hold nothing yet
+
+FILE holds a row of JSON per job: `values` of the config, and how many `layers` of the model run. Rows are as long as `cutoff_len`
+says. Needs llamafactory 0.9.5, the package of the optimizer that a config names, and the CUDA build of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
+from peftplan.rehearse import rehearse
+from peftplan.rehearse.inside import standins
+from tools.rank_grid import cut
+from tools.rehearsed_recipes import complete, kept_of
+
+ROWS = 64
+SHARED: dict[str, Any] = {
+    "stage": "sft",
+    "do_train": True,
+    "dataset": "rows",
+    "template": "default",
+    "report_to": "none",
+    "save_strategy": "no",
+    "max_steps": 4,
+}
+"""Values of every job."""
+CARD = "a100-80gb"
+PROGRAM = "from llamafactory.train.tuner import run_exp; run_exp()"
+"""What `llamafactory-cli train` runs on one card (`launcher.py`)."""
+
+
+def plan(row: dict[str, Any]) -> ConfigPlan:
+    """What is read of the job's config."""
+    return read_values(SHARED | row["values"], file="a.yaml", tool="llamafactory")
+
+
+def options(row: dict[str, Any]) -> dict[str, Any]:
+    """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
+    return {"model": cut(row["values"]["model_name_or_path"], row["layers"]), **plan(row).options}
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what the tool held."""
+    values = row["values"]
+    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+        standins.write_repository(Path(folder), {**cut(values["model_name_or_path"], row["layers"]), "dtype": "bfloat16"})
+        text = {"instruction": "a", "input": "", "output": "g" * 8 * values["cutoff_len"]}
+        Path(output, "rows.json").write_text(json.dumps([text] * ROWS), encoding="utf-8")
+        Path(output, "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
+        places = {"model_name_or_path": folder, "dataset_dir": output, "output_dir": f"{output}/saved"}
+        file = Path(output, "config.yaml")
+        file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
+        command = [sys.executable, "-c", PROGRAM, str(file)]
+        return row | kept_of(rehearse(command, gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+
+
+if __name__ == "__main__":
+    complete(Path(sys.argv[1]), run)
