@@ -48,15 +48,16 @@ class Loaded(NamedTuple):
 
     def adaptation(self) -> Adaptation | None:
         """The parameters that train in a model without an adapter; None if all do."""
-        arch, trained = self.architecture, []
+        arch, trained, by_layer = self.architecture, [], False
         for family in trained_params(arch, arch.modules):
             name = f"{family.module}.{family.param}".lstrip(".")
             layers = tuple(n for n in family.layers or () if name.replace("{}", str(n)) in self.trained)
             if layers or (family.layers is None and name in self.trained):
                 trained.append(family._replace(layers=layers if family.layers is not None else None))
+                by_layer |= family.layers is not None and layers != family.layers
         everything = len(trained) == len(trained_params(arch, arch.modules)) and Adaptation(trained=tuple(trained))
         whole = everything and everything.num_trainable == arch.num_parameters
-        return None if whole else Adaptation(trained=tuple(trained))
+        return None if whole else Adaptation(trained=tuple(trained), by_layer=by_layer)
 
     def differences(self, adaptation: Adaptation, *, adapted: bool) -> Iterator[str]:
         """A warning for each of the model's own counts that differs from the job's."""

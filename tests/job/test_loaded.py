@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ CONFIG = {
 JOB = {"seq_len": 128, "trainer": "plain"}
 
 
-def model(*, dtype: Any = torch.bfloat16, kind: str = "AutoModelForCausalLM") -> Any:
-    """A Qwen3 of four layers on the meta device."""
+def model(*, dtype: Any = torch.bfloat16, kind: str = "AutoModelForCausalLM", layers: int = 4) -> Any:
+    """A Qwen3 on the meta device."""
     import transformers
 
+    config = transformers.AutoConfig.for_model("qwen3", **{**CONFIG, "num_hidden_layers": layers})
     with torch.device("meta"):
-        return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model("qwen3", **CONFIG), dtype=dtype)
+        return getattr(transformers, kind).from_config(config, dtype=dtype)
 
 
 def wrapped(base: Any, **fields: Any) -> Any:
@@ -91,6 +93,19 @@ def test_what_requires_gradients_trains(kept: str) -> None:
     assert by_formula.trainable_parameters == own_count(loaded)
     for phase, size in traced.peaks.by_phase.items():
         assert abs(by_formula.peaks.by_phase[phase] - size) <= 0.01 * size, phase
+
+
+@pytest.mark.parametrize("layers", [range(6), range(5, 12), range(11, 12)], ids=str)
+def test_of_many_layers_those_that_train_are_traced(layers: range) -> None:
+    """Fewer layers do not say which of twelve train, so the trace runs them all."""
+    loaded = model(layers=12)
+    for name, parameter in loaded.named_parameters():
+        number = re.search(r"layers\.(\d+)\.", name)
+        parameter.requires_grad_(number is not None and int(number[1]) in layers)
+    by_formula, traced = (peftplan.estimate(loaded, engine=engine, **JOB) for engine in ("analytic", "trace"))
+    assert traced.trainable_parameters == own_count(loaded)
+    for phase, size in traced.peaks.by_phase.items():
+        assert by_formula.peaks.by_phase[phase] == pytest.approx(size, rel=0.002), phase
 
 
 def test_a_difference_between_model_and_adapter_is_a_warning() -> None:
