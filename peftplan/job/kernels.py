@@ -69,26 +69,16 @@ class LayerNorms(NamedTuple):
 
 
 class Decoder(NamedTuple):
-    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay.
-
-    `expandable_segments`: whether its package sets this option of torch's allocator. `empties_first`: whether it sets
-    `torch_empty_cache_steps`, by which Trainer empties the cache before each backward of the first step (models/rl.py:3322).
-    """
+    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay."""
 
     source: str
     positions: int
-    expandable_segments: bool = True
-    empties_first: bool = True
 
 
 class CompiledLayers(NamedTuple):
-    """Layers that torch compiles whole, as `job.compiled_layers` has records of them. Their package sets up torch's allocator and
-    the cache's emptying as for a `Decoder`.
-    """
+    """Layers that torch compiles whole, as `job.compiled_layers` has records of them."""
 
     source: str
-    expandable_segments: bool = True
-    empties_first: bool = True
 
 
 class PaddingFree(NamedTuple):
@@ -178,9 +168,13 @@ class Kernels(NamedTuple):
     fake_quant: FakeQuantized | None = None
 
     @property
-    def sets_up(self) -> Decoder | CompiledLayers | None:
-        """The kernel whose package sets up torch's allocator."""
-        return self.decoder or self.layers
+    def sets_up_allocator(self) -> bool:
+        """Whether their package sets up torch's allocator, as Unsloth does, whose decoders and compiled layers these are.
+
+        It sets `expandable_segments` (unsloth_zoo, __init__.py), and `torch_empty_cache_steps`, by which Trainer empties the cache
+        before each backward of the first step (models/rl.py:3322).
+        """
+        return self.decoder is not None or self.layers is not None
 
 
 def named_kernels(value: object) -> tuple[str, ...]:
