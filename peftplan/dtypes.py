@@ -37,6 +37,7 @@ ALIASES: dict[str, str] = {
 
 MODEL_DTYPES = ("bf16", "fp16", "fp32")
 """The dtypes that a model can be loaded and trained in (`--dtype`)."""
+SIXTEEN_BITS = ("bf16", "fp16")
 
 
 def parse_dtype(value: object, *, field: str = "dtype", accepted: tuple[str, ...] = tuple(ITEMSIZE)) -> str:

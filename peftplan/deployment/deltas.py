@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import prod
 
-from peftplan.deployment.scratch import SIXTEEN_BITS, Array, Scratch
+from peftplan.deployment.scratch import Array, Scratch
+from peftplan.dtypes import SIXTEEN_BITS
 
 Parts = Mapping[str, Array]
 Merge = Callable[[Scratch, Array, Parts], None]

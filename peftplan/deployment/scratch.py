@@ -8,11 +8,10 @@ place, of its output (torch, `aten/src/ATen/TensorIterator.cpp`, `compute_types`
 from math import prod
 from typing import Literal, NamedTuple
 
-from peftplan.dtypes import ITEMSIZE
+from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
 from peftplan.units import round512
 
 Device = Literal["cpu", "gpu"]
-SIXTEEN_BITS = ("bf16", "fp16")
 WIDTH = {"int8": 0, "bf16": 1, "fp16": 1, "fp32": 2, "complex64": 3}
 """torch's promotion: the wider one of two dtypes, fp32 for bf16 with fp16."""
 

@@ -16,13 +16,13 @@ from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of, shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation, Category, Line, Place
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
 from peftplan.units import ceil_div
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
-HALF = ("fp16", "bf16")
 GATHERED_BY_TORCHAO = ("quantized_scalers", "quantization_factor", "weight")
 
 
@@ -86,7 +86,7 @@ def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, autocast: str
 
 def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Parameter:
     """The parameter after accelerate's cast to fp32, which depends on its version."""
-    if not upcasts or p.dtype not in HALF or p.quantized:
+    if not upcasts or p.dtype not in SIXTEEN_BITS or p.quantized:
         return p
     everything = versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate)
     nothing = versions.FSDP2_UPCASTS_WHAT_TRAINS.after(distributed.accelerate) and not everything
@@ -135,7 +135,7 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     each: list[Parameter] = []
     stepped: list[Parameter] = []
     for p in parameters.all:
-        dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in HALF else p.dtype
+        dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
         p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
         each.append(_part(p, distributed.shards, place))
         alone = trained_apart and p.trainable

@@ -171,7 +171,7 @@ class Kernels(NamedTuple):
     def sets_up_allocator(self) -> bool:
         """Whether their package sets up torch's allocator, as Unsloth does, whose decoders and compiled layers these are.
 
-        It sets `expandable_segments` (unsloth_zoo, __init__.py), and `torch_empty_cache_steps`, by which Trainer empties the cache
+        It sets `expandable_segments` (unsloth_zoo, __init__.py) and `torch_empty_cache_steps`, by which Trainer empties the cache
         before each backward of the first step (models/rl.py:3322).
         """
         return self.decoder is not None or self.layers is not None

@@ -6,6 +6,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 
 from contextlib import nullcontext
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.loss_sizes import ALL_LOGITS
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
@@ -16,7 +17,6 @@ from peftplan.memory.units import BACKBONE, ROOT
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
-HALF = ("fp16", "bf16")
 TRIPLE = 3
 """Rows of an example that is a chosen, a rejected and a reference completion."""
 
@@ -109,7 +109,7 @@ def _prepared(model: Model, program: Program) -> list[Tensor]:
     loss, *outputs = _forward(model)
     f.module = ""
     if f.autocast and program.trainer.prepares_model:
-        outputs = [f.to(x.detach(), "fp32") if x.dtype in HALF else x for x in outputs]
+        outputs = [f.to(x.detach(), "fp32") if x.dtype in SIXTEEN_BITS else x for x in outputs]
     return [loss, *outputs]
 
 

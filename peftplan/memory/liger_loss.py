@@ -6,9 +6,9 @@ n tokens, h hidden size, v vocabulary. Source: liger-kernel `ops/fused_linear_cr
 
 from __future__ import annotations
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import InputError
 from peftplan.ledger import Dim
-from peftplan.memory.attention import HALF
 from peftplan.memory.loss import chunks, projection, read_by_loss
 from peftplan.memory.model import Model
 from peftplan.tape import ops
@@ -89,7 +89,7 @@ def _chunk(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor | None:
 def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Operand, dtype: str, *, tensor_cores: bool) -> None:
     """16-bit products go straight into the gradient on sm80 and later; others are made, and an fp32 copy of them."""
     chunk = _chunk(f, rows, hidden, dtype)
-    if tensor_cores and dtype in HALF and weight.dtype in ("fp32", dtype):
+    if tensor_cores and dtype in SIXTEEN_BITS and weight.dtype in ("fp32", dtype):
         return
     product = f.new(weight.dims, dtype, "mm")
     del chunk

@@ -16,7 +16,7 @@ from math import prod
 from typing import Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
-from peftplan.dtypes import ITEMSIZE
+from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.parameters import SAVED_COPY, Parameter, Parameters
@@ -28,7 +28,6 @@ from peftplan.versions import named
 SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 Handle = TypeVar("Handle")
-HALF = ("fp16", "bf16")
 SMALL_SEGMENT = 2 * 2**20
 """What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
@@ -96,7 +95,7 @@ def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
     compute, if it is one of 16 bits; and peft's fp32 where TRL casts it again.
     """
     base = setup.dtype if quant is None else setup.compute_dtype if quant.name in FOUR_BIT else quant.quant_storage
-    narrow = (base,) if base in HALF else ()
+    narrow = (base,) if base in SIXTEEN_BITS else ()
     return (*narrow, "fp32") if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16" else narrow
 
 

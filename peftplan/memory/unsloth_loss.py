@@ -6,10 +6,10 @@ n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fus
 
 from __future__ import annotations
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError
 from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
-from peftplan.memory.attention import HALF as HALF_DTYPES
 from peftplan.memory.chunked_loss import rows_of
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
@@ -159,7 +159,7 @@ def _chunked(
         del statistics
         targets = None
         if into_hidden:
-            product = f.new((rows, width), "fp32" if dtype in HALF_DTYPES else dtype, "mm")
+            product = f.new((rows, width), "fp32" if dtype in SIXTEEN_BITS else dtype, "mm")
             if copies:
                 narrow = f.to(product.detach(), hidden.dtype)
                 del narrow

@@ -13,11 +13,11 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation
 from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
 from peftplan.units import ceil_div
 
-HALF_PRECISION = ("bf16", "fp16")
 SCALED_TOGETHER = 32
 """Elements of a moment that share one scale of flashoptim (`quantize`)."""
 MASTER_BITS = 24
@@ -48,7 +48,7 @@ def stable_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     compensation by one byte. transformers reads `kahan_sum` with `bool(text)`: any text is true, even "False".
     """
     wants_kahan = optim_args.get("kahan_sum") != ""
-    if wants_kahan and param.dtype in HALF_PRECISION:
+    if wants_kahan and param.dtype in SIXTEEN_BITS:
         kahan_comp = like(param, "kahan_comp")
     else:
         kahan_comp = Allocation("kahan_comp", "uint8", (1,))
@@ -77,7 +77,7 @@ def flash_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
         a for name, dtype in moments for a in (like(param, name, dtype=dtype), Allocation(f"{name} scales", "fp16", scales))
     ]
     bits = int(optim_args.get("master_weight_bits", MASTER_BITS))
-    if param.dtype in HALF_PRECISION:
+    if param.dtype in SIXTEEN_BITS:
         states.append(like(param, "error_bits", dtype="int8" if bits == MASTER_BITS else "int16"))
     return (*states, scalar("step", dtype="int64", place="host"))
 

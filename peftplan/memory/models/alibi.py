@@ -6,7 +6,7 @@ Sources: transformers, models/{bloom,mpt}/modeling_*.py; torch, derivatives.yaml
 from __future__ import annotations
 
 from peftplan.memory.activations import activation
-from peftplan.memory.attention import batched, gathered, product
+from peftplan.memory.attention_layout import batched, gathered, product
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.masks import causal_mask
 from peftplan.memory.model import Model

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from peftplan.arch.modules import Attention
 from peftplan.errors import NeedsTraceError
-from peftplan.memory.attention import attend, batched, for_all, gathered
+from peftplan.memory.attention import attend
+from peftplan.memory.attention_layout import batched, for_all, gathered
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import mlp, rotary_tables, run_layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory.attention import viewed
+from peftplan.memory.attention_layout import viewed
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import attention, decoder, masks_of, mlp, run_layers

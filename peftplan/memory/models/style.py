@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple
 from peftplan.arch.modules import Block
 from peftplan.job.kernels import Lora
 from peftplan.memory import lora_kernels
-from peftplan.memory.attention import attend, by_heads, gathered, product
+from peftplan.memory.attention import attend
+from peftplan.memory.attention_layout import by_heads, gathered, product
 from peftplan.memory.calls import behind, into_cache
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms

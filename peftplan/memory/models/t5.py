@@ -10,6 +10,7 @@ from functools import partial
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import SharedLeaf, run_stack, shared
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.activations import activation, power
@@ -59,7 +60,7 @@ def norm(model: Model, name: str, x: Tensor, number: int | None = None) -> Tenso
     variance = mean(f, squared)
     del squared
     x = ops.mul(f, x, ops.keeps_output(f, ops.shift(f, variance), "rsqrt"))
-    if weight.dtype in ("fp16", "bf16"):
+    if weight.dtype in SIXTEEN_BITS:
         x = f.to(x, weight.dtype)
     return ops.mul(f, weight, x)
 

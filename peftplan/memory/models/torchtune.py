@@ -12,7 +12,8 @@ from functools import partial
 from typing import Protocol
 
 from peftplan.arch.modules import Attention
-from peftplan.memory.attention import attend, gathered, product, repeat_kv
+from peftplan.memory.attention import attend
+from peftplan.memory.attention_layout import gathered, product, repeat_kv
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import mlp, run_layers
