@@ -1,11 +1,12 @@
 """Write what a compiled layer allocates, from two rehearsals of one program at different numbers of tokens.
 
-    python -m tools.compiled_layers FIRST.pickle TOKENS SECOND.pickle TOKENS
+    python -m tools.compiled_layers FIRST.pickle ROWSxLENGTH SECOND.pickle ROWSxLENGTH
 
 The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
-have is constant, one in the ratio of the tokens is per token, and any other is an error. Prints the events of a layer in the last
-step as `peftplan.job.compiled_layers` reads them; all kinds of layers must have the same ones. Add model, rank, modules and
-source by hand, and put the record into `data/compiled_layers.json`.
+have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a multiple of 128 is per such
+token, and any other is an error. Choose batches in which these ratios differ. Prints the events of a layer in the last step's
+first micro batch, whose sizes are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add
+model, rank, modules and source by hand, and put the record into `data/compiled_layers.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CHECKPOINTS, BLOCKS = "unsloth_zoo/gradient_checkpointing.py", "_block_compile.py"
+DOCUMENTS = "_block_varlen_prepare"
+"""Writes the lengths of a row's documents, and checks the mask, once a forward, in the first layer that asks."""
 FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
+BLOCK = 128
+"""Flash attention's backward allocates for tokens up to a multiple of these."""
 MOST_PADDING = 1024
 """Bytes by which inductor pads the rows of a tensor at most, to multiples of 32 elements (`pad_strides`)."""
 FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "other"
@@ -50,6 +55,8 @@ def events_of(snapshot: Path) -> list[Event]:
 
 
 def _place(frames: Sequence[dict[str, Any]]) -> str:
+    if any(frame["name"] == DOCUMENTS for frame in frames):
+        return OTHER
     own = [frame for frame in frames if frame["filename"].endswith(CHECKPOINTS)]
     if any(frame["name"] == FORWARD for frame in own):
         return FORWARD if any(frame["filename"].endswith(BLOCKS) for frame in frames) else OTHER
@@ -68,12 +75,23 @@ class Layer(NamedTuple):
 
 
 def layers_of(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
-    """The layers of the last step, in forward order."""
-    begins = max(index for index, (place, _) in enumerate(runs) if place == FORWARD)
-    trained = [part for place, part in runs[begins:] if place == RECOMPUTED]
-    forward = runs[begins][1]
-    each = sum(not event.ends for event in forward) // len(trained)
-    return [Layer(*both) for both in zip(_parts(forward, each), reversed(trained), strict=True)]
+    """The layers of the last step's first micro batch, in forward order: later ones add to gradients that are there already."""
+    forwards = [index for index, (place, _) in enumerate(runs) if place == FORWARD]
+    batches = [_of_batch(runs[begin:end]) for begin, end in zip(forwards, [*forwards[1:], None], strict=True)]
+    return max(reversed(batches), key=lambda layers: sum(_left(layer.training) for layer in layers))
+
+
+def _of_batch(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
+    """The layers of a micro batch; none of one that tries layers, or times kernels."""
+    trained = [part for place, part in runs if place == RECOMPUTED]
+    forward = runs[0][1]
+    parts = list(_parts(forward, max(sum(not event.ends for event in forward) // max(len(trained), 1), 1)))
+    return [] if len(parts) != len(trained) else [Layer(*both) for both in zip(parts, reversed(trained), strict=True)]
+
+
+def _left(part: Sequence[Event]) -> int:
+    """How many of its own tensors a part leaves."""
+    return sum(-1 if event.ends else 1 for event in _own(part))
 
 
 def _runs(events: Sequence[Event]) -> Iterator[tuple[str, list[Event]]]:
@@ -101,9 +119,21 @@ def _parts(forward: Sequence[Event], each: int) -> Iterator[list[Event]]:
     yield part
 
 
-def text_of(first: Sequence[Event], second: Sequence[Event], tokens: tuple[int, int]) -> str:
-    """The events of tensors that the first part makes: `8t` bytes per token, a constant, `-n` the end of the n-th, `|` before
-    backward."""
+class Batch(NamedTuple):
+    """Rows of so many tokens."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The letter behind a size → by how many tokens it is multiplied."""
+        return {"t": self.rows * self.length, "r": -(-self.rows * self.length // BLOCK) * BLOCK}
+
+
+def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batch, Batch]) -> str:
+    """The events of tensors that the first part makes: `8t` bytes per token, `8r` per token up to a multiple of 128, a
+    constant, `-n` the end of the n-th, `|` before backward."""
     number: dict[int, int] = {}
     words: list[str] = []
     sizes = [event.size for event in _own(second) if not event.ends]
@@ -115,7 +145,7 @@ def text_of(first: Sequence[Event], second: Sequence[Event], tokens: tuple[int, 
         if event.place == BACKWARD and "|" not in words:
             words.append("|")
         number[event.number] = len(number) + 1
-        words.append(_size(event.size, seen[event.size], sizes, tokens))
+        words.append(_size(event.size, seen[event.size], sizes, batches))
         seen[event.size] += 1
     return " ".join(words)
 
@@ -125,21 +155,27 @@ def _own(part: Sequence[Event]) -> list[Event]:
     return [event for event in part if event.number in allocated]
 
 
-def _size(size: int, before: int, others: Sequence[int], tokens: tuple[int, int]) -> str:
+def _size(size: int, before: int, others: Sequence[int], batches: tuple[Batch, Batch]) -> str:
     """The size in words, by what the other part has of this size and of one in the ratio of the tokens, in the same order.
 
     `before`: how many of it the part has allocated. The two may differ in the order of other sizes.
     """
-    each = size // tokens[0]
-    per_token = f"{each}t"
-    words = [
-        str(size) if other == size else per_token
-        for other in others
-        if other == size or (size - each * tokens[0] < MOST_PADDING and 0 <= other - each * tokens[1] < MOST_PADDING)
-    ]
+    words: list[str] = []
+    for other in others:
+        ratios = (_ratio(size, other, batches, letter) for letter in batches[0].tokens)
+        word = str(size) if other == size else next((ratio for ratio in ratios if ratio), None)
+        words += [word] if word else []
     if not words:
-        raise ValueError(f"{size} bytes are neither constant nor {per_token}: {sorted(others)}")
+        raise ValueError(f"{size} bytes are neither constant nor per token: {sorted(others)}")
     return words[min(before, len(words) - 1)]
+
+
+def _ratio(size: int, other: int, batches: tuple[Batch, Batch], letter: str) -> str | None:
+    """Both sizes as bytes per token, with less than `MOST_PADDING` left over."""
+    first, second = (batch.tokens[letter] for batch in batches)
+    each = size // first
+    fits = each > 0 and size - each * first < MOST_PADDING and 0 <= other - each * second < MOST_PADDING
+    return f"{each}{letter}" if fits else None
 
 
 def tuned(part: Sequence[Event], most: int) -> list[int]:
@@ -153,12 +189,12 @@ def tuned(part: Sequence[Event], most: int) -> list[int]:
     return places
 
 
-def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], tokens: tuple[int, int]) -> dict[str, object]:
+def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], batches: tuple[Batch, Batch]) -> dict[str, object]:
     """What all layers do. The gradient of the input outlives a layer's backward, but for that of the first one; the checkpoint
     frees the output last."""
     layers = [layers_of(of) for of in runs]
-    (forward,) = {text_of(a.forward, b.forward, tokens) for a, b in zip(*layers, strict=True)}
-    _, *others = (text_of(a.training, b.training, tokens) for a, b in zip(*layers, strict=True))
+    (forward,) = {text_of(a.forward, b.forward, batches) for a, b in zip(*layers, strict=True)}
+    _, *others = (text_of(a.training, b.training, batches) for a, b in zip(*layers, strict=True))
     (training,) = set(others)
     training, _, output = training.rpartition(" -")
     first = [next(part for place, part in runs[0] if place == name) for name in (FORWARD, RECOMPUTED)]
@@ -173,9 +209,10 @@ def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], tokens: tuple[i
 
 def main() -> None:
     """Print the record."""
-    files, tokens = sys.argv[1::2], (int(sys.argv[2]), int(sys.argv[4]))
+    files, sizes = sys.argv[1::2], sys.argv[2::2]
+    first, second = (Batch(*map(int, size.split("x"))) for size in sizes)
     runs = [list(_runs(events_of(Path(file)))) for file in files]
-    print(json.dumps(record_of(runs, tokens), indent=1))
+    print(json.dumps(record_of(runs, (first, second)), indent=1))
 
 
 if __name__ == "__main__":

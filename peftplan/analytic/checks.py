@@ -43,7 +43,7 @@ def check(job: Job) -> None:
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type
-    if model_type not in FORWARDS:
+    if model_type not in FORWARDS and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:
         raise NeedsTraceError(f"activations of {_unread(job.adapter)}")

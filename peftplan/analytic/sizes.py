@@ -6,7 +6,7 @@ from typing import NamedTuple
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.job.loss_sizes import LossSizes
-from peftplan.memory.fused_attention import MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
+from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128)
 """Multiples to which kernels round the sequence length up."""
@@ -68,5 +68,6 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (1, -1)}
     by_name |= {"b/2": b // 2, "b/3": b // 3}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
-    by_name |= {f"{name}%{TABLE_MULTIPLE}": -(-by_name[name] // TABLE_MULTIPLE) * TABLE_MULTIPLE for name in ("s", "b·s")}
+    for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", FLASH_BLOCK)):
+        by_name[f"{name}%{multiple}"] = -(-by_name[name] // multiple) * multiple
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

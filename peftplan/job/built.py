@@ -6,11 +6,13 @@ models/*/_model_builders.py (`max_seq_len`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from peftplan.arch.modules import Architecture, Buffer
+from peftplan.arch.decoder import read_dims
+from peftplan.arch.fields import Fields
+from peftplan.arch.modules import Architecture, Block, Buffer, Mlp
 from peftplan.arch.readers import read_config
 from peftplan.optim import parse_optim
 
@@ -61,6 +63,20 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object]) -
         return architecture
     a = architecture
     return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
+
+
+def as_torch_compiles(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture with the block that a record is of, of a model without a reader: Granite 4 without Mamba and experts."""
+    types = config.get("layer_types")
+    of_attention = isinstance(types, Sequence) and set(types) == {"attention"} and not config.get("num_local_experts")
+    if architecture.blocks or architecture.model_type != "granitemoehybrid" or not of_attention:
+        return architecture
+    fields = Fields(config, name=architecture.name)
+    n = read_dims(fields)
+    positions: Literal["rotary", "none"] = "rotary" if config.get("position_embedding_type") == "rope" else "none"
+    mlp = Mlp("gated", fields.int("shared_intermediate_size"), fields.str("hidden_act", default="silu"), fused_gate_up=True)
+    block = Block("decoder", n.layers, (n.attention._replace(positions=positions),), mlp, "rmsnorm")
+    return replace(architecture, blocks=(block,))
 
 
 def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:

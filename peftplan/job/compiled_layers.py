@@ -2,9 +2,9 @@
 
 torch's partitioner decides what such a layer keeps for backward, and inductor which buffers are used again; both depend on all
 widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules. It is a list of events:
-`8t` allocates 8 bytes per token, `640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward
-begins. What is left at the end are the gradients: that of the input, in bytes per token, and those of the adapters. Left out:
-inductor's padding of rows, below 1 kB a tensor.
+`8t` allocates 8 bytes per token, `8r` 8 bytes per token of a batch up to a multiple of 128, `640` allocates 640 bytes, `-3` frees
+what was allocated third, and `|` stands where backward begins. What is left at the end are the gradients: that of the input, in
+bytes per token, and those of the adapters. Left out: inductor's padding of rows, below 1 kB a tensor.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
@@ -24,6 +24,7 @@ class Recorded(NamedTuple):
     """The events of a layer without a graph (`forward`), and with one, up to the end of its backward (`training`).
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels.
+    `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is.
     """
 
     model: str
@@ -34,6 +35,8 @@ class Recorded(NamedTuple):
     output: int
     tuned: tuple[int, ...]
     source: str
+    multiplied: bool = False
+    wide_norm: bool = False
 
 
 def recorded(job: "Job") -> "Recorded | None":

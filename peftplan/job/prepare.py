@@ -103,10 +103,15 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_torchtune_builds
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
-    if kernels_of(setup.kernels or ()).decoder is not None:
+    kernels = kernels_of(setup.kernels or ())
+    if kernels.decoder is not None:
         from peftplan.job.built import as_unsloth_loads
 
         architecture = as_unsloth_loads(architecture, model_config)
+    if kernels.layers is not None:
+        from peftplan.job.built import as_torch_compiles
+
+        architecture = as_torch_compiles(architecture, model_config)
     fields = vars(config) if config is not None else adapter
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import beside_virtual_tokens

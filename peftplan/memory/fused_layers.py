@@ -13,17 +13,17 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 
-def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand) -> Tensor:
-    """`Y = X / rms(X) * W` in the dtype of x: saves x, W and an fp32 number per row."""
+def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand, *, dtype: str | None = None) -> Tensor:
+    """`Y = X / rms(X) * W` in the dtype of x unless given: saves x, W and an fp32 number per row."""
     node = _in_python(f.record(_rms_norm_backward, (x, weight), kernel))
-    out = f.new(x.dims, x.dtype, "rms_norm", node)
+    out = f.new(x.dims, dtype or x.dtype, "rms_norm", node)
     f.keep(node, x.detach(), f.new(x.dims[:-1], "fp32", "rstd"), weight)
     return out
 
 
 def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, Operand], g: Tensor) -> Gradients:
     kernel, x, _, weight = saved
-    out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, g.dtype, "dX")
+    out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, x.dtype, "dX")
     f.view_of(out)  # `dX.view(*shape)`
     if not node.edges[1]:
         return out, None

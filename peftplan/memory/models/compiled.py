@@ -15,9 +15,11 @@ from peftplan.errors import NoEngineError
 from peftplan.job.kernels import Norm
 from peftplan.memory import fused_layers
 from peftplan.memory.calls import inputs
+from peftplan.memory.fused_attention import FLASH_BLOCK
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
@@ -25,6 +27,8 @@ FLUSHED_BYTES = 256 * 2**20
 """The buffer with which inductor clears the card's cache before it times a kernel (torch,
 _inductor/runtime/benchmarking.py, `benchmark_gpu`)."""
 NORM = Norm("torch, inductor's RMSNorm", reuses_gradient=False)
+TOKENS: dict[str, Dims] = {"t": ("b", "s"), "r": (f"b·s%{FLASH_BLOCK}",)}
+"""The letter behind a size in the record → the dims that it is multiplied by."""
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
 
@@ -47,11 +51,16 @@ def compiled_layers(model: Model) -> Tensor:
     f = model.tape
     if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
         raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
-    x = inputs(model)
+    assert model.running.recorded is not None
+    embedded = x = inputs(model)
     f.module = "model"
+    if model.running.recorded.multiplied:
+        x = ops.scale(f, x)
+    else:
+        del embedded
     states = [x]
     del x
-    attentions = {block.attentions[0].window: block.attentions[0] for block in model.arch.blocks}
+    attentions = {b.attentions[0].window: b.attentions[0] for b in model.arch.blocks if b.attentions[0].positions == "rotary"}
     f.module = "model.rotary_emb"
     tables = [f.new(("b", "s", a.head_dim), states[0].dtype, name) for a in attentions.values() for name in ("cos", "sin")]
     style = Style(layer=_layer, norm=_norm)
@@ -59,8 +68,10 @@ def compiled_layers(model: Model) -> Tensor:
 
 
 def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    model.tape.module = name
-    return fused_layers.rms_norm(model.tape, NORM, x, model.part(name, layer).own_weight)
+    f, weight = model.tape, model.part(name, layer).own_weight
+    f.module = name
+    assert model.running.recorded is not None
+    return fused_layers.rms_norm(f, NORM, x, weight, dtype="fp32" if model.running.recorded.wide_norm else None)
 
 
 def _layer(c: Call, x: Tensor) -> Tensor:
@@ -105,7 +116,8 @@ def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int
             tensors.pop(-int(event))
             continue
         number += 1
-        dims: Dims = ("b", "s", int(event[:-1])) if event.endswith("t") else (int(event),)
+        per_token = TOKENS.get(event[-1])
+        dims: Dims = (int(event),) if per_token is None else (*per_token, int(event[:-1]))
         tensors[number] = f.new(dims, "uint8", "of the compiled layer")
         if number in tuned:
             flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")

@@ -18,6 +18,7 @@ DIFFER = {
     "Gemma4_(E4B)-Text.ipynb": OWN_KEYS,  # 909,312 more
     "Gemma3N_(4B)-Audio.ipynb": "not explained: 270,336 more by Unsloth 2025.7.5, of which its own keys would be 614,400",
     "Gemma4_(E4B)-Vision.ipynb": "not explained: 10,559,488 fewer by Unsloth 2026.4.4",
+    "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
 }
 """Ends of the names of notebooks whose count is another one, and why."""

@@ -293,6 +293,21 @@ def test_torch_compiles_the_layers_of_fastmodel(settings: str, arguments: str, u
         assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
 
 
+def test_granite_4_is_compiled_and_adapted_in_attention_alone() -> None:
+    """models/loader.py:1861 hands it to FastModel, whose filters know no name of its MLP: 5,963,776 trainable parameters in a
+    rehearsal of the same call; Unsloth 2025.10.11 printed 13,303,808."""
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "granite-4.0-350m-unsloth-bnb-4bit")
+    modules = '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "shared_mlp.input_linear", "shared_mlp.output_linear"]'
+    source = source.replace("max_seq_length=2048,", "max_seq_length=2048, load_in_4bit=False,")
+    plan = read_text(source.replace("r=16", f"r=32, target_modules={modules}"), file="a.py")
+    assert not plan.unsupported
+    assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
+    assert "2025" in plan.assumed["target_modules"]
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (5_963_776, None)
+    assert result.peaks is not None
+
+
 @pytest.mark.parametrize(
     ("argument", "dtypes"), [("", ("bf16", "none")), (", float32_mixed_precision=True", ("fp32", "bf16"))], ids=["unsaid", "fp32"]
 )
