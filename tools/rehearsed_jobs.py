@@ -31,6 +31,7 @@ from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.planning.estimate import estimate
 from peftplan.rehearse import rehearse
+from tools.rank_grid import AUTO
 
 PROGRAM = Path(__file__).with_name("rehearsed_program.py")
 MODELS = (
@@ -131,6 +132,8 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
         options = {**options, **row.get("options", {})}
         if not options.get("strategy") and not str(options.get("trainer")).startswith(("axolotl", "swift")):
             options.setdefault("device_map", "none")  # the program passes a model that it has loaded on the host
+        if options.get("strategy") == "zero3":
+            options = {**AUTO, **options}
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}

@@ -223,7 +223,10 @@ def with_trl(job: argparse.Namespace) -> None:
 
 
 def with_preferences(job: argparse.Namespace) -> None:
-    """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself."""
+    """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself.
+
+    Their arguments come first: under ZeRO-3 they decide how the model is loaded.
+    """
     name = job.trainer.partition("-")[2]
     config_class, trainer_class = classes(job, name)
     settings = {
@@ -235,9 +238,11 @@ def with_preferences(job: argparse.Namespace) -> None:
         "max_completion_length": job.max_completion_length if name in ("grpo", "rloo") else None,
         "max_length": None if name in ("grpo", "rloo") else job.seq_len,
     }
-    model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
     fields = {key: value for key, value in settings.items() if value is not None}
-    config = config_class(**fields, **arguments(job, model))
+    config = config_class(**fields, **arguments(job, shape))
+    model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
     peft = adapter(job)
     if job.trainer in AXOLOTL and name not in ("dpo", "kto") and peft is not None:  # HFRLTrainerBuilder.build
         model, peft = get_peft_model(model, peft), None

@@ -245,7 +245,9 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         from peftplan.memory.stepped import SteppedInBackward
 
         model.units = SteppedInBackward(model.tape)
-    steady_step(model, program, reference=reference_of(job, model))
+    alone = job.distributed is None
+    reference = reference_of(job, model) if alone else ranks.reference_on_rank(job, model, first)
+    steady_step(model, program, reference=reference)
     return model, first
 
 
@@ -313,7 +315,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         load = partial(load_both, load=load, reference=second, moved=moved)
     if job.distributed is not None:
         load = ranks.loaded_on_rank(inventory, model, buffers, load)
-        if job.reference == "copy" and job.distributed.strategy != "ddp":
+        if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
             from peftplan.memory.reference_load import load_after_reference
 
             load = partial(load_after_reference, load=load, reference=parameters)

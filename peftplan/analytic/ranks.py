@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
+from peftplan.analytic.running import reference_of
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
@@ -28,7 +29,7 @@ from peftplan.memory.synced import of_model, send
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero0 import WholeLoading, Zero0
-from peftplan.memory.zero3 import Zero3
+from peftplan.memory.zero3 import Zero3, switched_off
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
@@ -104,8 +105,31 @@ def first_step(inventory: Inventory, recording: Callable[[], Model], program: Pr
     if inventory.job.distributed is None or inventory.job.distributed.strategy != "zero3":
         return None
     model = recording()
-    steady_step(model, divided(inventory, model, program, None))
+    program = divided(inventory, model, program, None)
+    steady_step(model, program, reference=reference_on_rank(inventory.job, model, None))
     return model
+
+
+def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | None:
+    """The reference model as a rank runs it: under ZeRO-3 with hooks around its modules. `before`: the policy of the step before.
+
+    A second model has an engine of its own (trl `prepare_deepspeed`), which transformers has not yet told what `auto` means;
+    DeepSpeed leaves such fields out (runtime/config_utils.py, `DeepSpeedConfigModel`). Behind the first forward of a
+    switched-off adapter trl turns checkpointing on again, as its constructor wants it: reentrant
+    (`disable_gradient_checkpointing`).
+    """
+    reference, zero = reference_of(job, policy), policy.units
+    if reference is None or not isinstance(zero, Zero3):
+        return reference
+    if job.reference == "adapter_off":
+        if before is not None and job.setup.by.narrow_under_zero3:
+            policy.running = policy.running._replace(reentrant=True)
+        return switched_off(policy, reference.running)
+    assert job.distributed is not None
+    told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
+    earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
+    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier)
+    return reference
 
 
 def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:
@@ -140,8 +164,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         assert holding.rank is not None, "each rank is compiled apart"
         model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank)
     else:
-        order = before.units.order if before is not None and isinstance(before.units, Zero3) else None
-        model.units = Zero3(model, job.distributed, dtype=dtype, order=order)
+        of_before = before.units if before is not None and isinstance(before.units, Zero3) else None
+        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before)
     return program._replace(shards=masters, steps_in_backward=True)
 
 
@@ -167,6 +191,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             str(job.setup.autocast),
             whole,
             table if tied(job.architecture) else 0,
+            second_of(_cast(job, parameters)) if job.reference == "copy" else None,
         )
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None
@@ -199,6 +224,11 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
     )
+
+
+def second_of(parameters: Parameters) -> Parameters:
+    """The parameters of a second model, which is loaded as the policy is and does not train."""
+    return parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all if p.owner == "base"))
 
 
 def tied_bytes(job: Job, parameters: Parameters) -> int:

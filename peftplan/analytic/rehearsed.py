@@ -36,7 +36,9 @@ def without_formula(job: Job) -> str | None:
     distributed = job.distributed
     assert distributed is not None
     by = job.setup.by
-    rehearsed = {"ddp": by.under_ddp, "zero2": by.under_zero2, "fsdp2": by.under_fsdp2}.get(distributed.strategy, ())
+    rehearsed = {"ddp": by.under_ddp, "zero2": by.under_zero2, "zero3": by.under_zero3, "fsdp2": by.under_fsdp2}.get(
+        distributed.strategy, ()
+    )
     if by.of_preferences and job.reference not in rehearsed:
         return f" and {by.called}"
     if distributed.strategy == "ddp":

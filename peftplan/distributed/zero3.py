@@ -1,12 +1,15 @@
 """ZeRO-3's coordinator on the tape: which parameters are gathered when a module runs, which ahead of it, and when they are freed.
 
-Source: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and partition_parameters.py; methods have its names. From
-the second micro batch on it knows the order in which modules run, and follows it:
+Source: DeepSpeed 0.19.8, runtime/zero/partitioned_param_coordinator.py and partition_parameters.py; methods have its names. It
+records the order in which modules run, from the beginning of a forward to that of the next, and then follows it:
 
     a module begins     its parameters are gathered, or waited for | behind them in the order, as many as the prefetch bucket
                         holds, while fewer than `max_live_parameters` elements are there
     a module ends       its parameters are freed, unless they are small enough to persist, or the order names them again before
                         `max_reuse_distance` elements
+
+A module that the order does not name next ends this: what is gathered ahead is freed, and the next forward is recorded again. So
+it is in each step of DPO with LoRA, whose second forward calls no adapter.
 
 Several parameters are gathered into one buffer, and copied out of it when the first of them is needed. The buffer lives until the
 last of them is.
@@ -81,7 +84,7 @@ class Limits(NamedTuple):
 
 
 class Coordinator:
-    """`PartitionedParameterCoordinator`. `order`: the modules in the order of forward and backward; None records it."""
+    """`PartitionedParameterCoordinator`. `order`: the modules in the order of forward and backward; None: it is not known."""
 
     def __init__(
         self,
@@ -99,7 +102,8 @@ class Coordinator:
         self.inside = inside
         self.stream = GATHER if overlaps else 0
         self.order: tuple[Module, ...] = ()
-        self.recorded: list[Module] | None = [] if order is None else None
+        self.recorded: list[Module] | None = None
+        """The order so far, while it is recorded."""
         self.queue: deque[tuple[Sharded, int]] = deque()
         self.step = self.live = 0
         self.inflight: dict[Sharded, Handle] = {}
@@ -107,32 +111,48 @@ class Coordinator:
         """The last place in the order for which a parameter was fetched."""
         self._uses: dict[Sharded, list[int]] = {}
         self._before: list[int] = []
-        if order is not None:
+        if order:
             self._complete(order)
 
     def _complete(self, order: Sequence[Module]) -> None:
         self.order, self.recorded = tuple(order), None
         own = [() if module.leaf else module.parameters for module in self.order]
+        self._uses.clear()
         self._before = [0, *accumulate(sum(p.numel for p in parameters) for parameters in own)]
         for place, parameters in enumerate(own):
             for p in parameters:
                 self._uses.setdefault(p, []).append(place)
 
     def reset_step(self) -> None:
-        """A forward begins; if another one has ended, its order is known."""
-        for p in [*self.inflight]:
-            self._wait(p)
-            self.free(p)
-        if self.recorded:
+        """A forward begins; if another one was recorded, its order is known."""
+        self._land()
+        if self.recorded is not None:
             self._complete(self.recorded)
+        elif not self.order:
+            self.recorded = []
         self.queue = deque((p, place) for place, module in enumerate(self.order) for p in sorted(module.parameters, key=_number))
         self._latest.clear()
         self.step = self.live = 0
+
+    def _land(self) -> None:
+        """`_clean_inflight_param_registry`: wait for what is in flight, and free it."""
+        for p in [*self.inflight]:
+            self._wait(p)
+            self.free(p)
+
+    def _compare(self, module: Module) -> None:
+        """`trace_prologue`: whether the order has named this module."""
+        if self.order and (self.step >= len(self.order) or self.order[self.step].name != module.name):
+            self.order = ()
+            self.queue.clear()
+            self._latest.clear()
+            self._land()
 
     def fetch(self, module: Module, *, unknown: bool = False) -> None:
         """`fetch_sub_module`: gather what a module needs, wait for it, and prefetch what comes next. `unknown`: that it reads
         its parameters is found out only when it does.
         """
+        self._compare(module)
         if self.recorded is not None:
             self.recorded.append(module)
         if unknown:

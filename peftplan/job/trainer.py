@@ -161,6 +161,8 @@ class Trainer(NamedTuple):
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     under_zero2: tuple[Reference, ...] = ()
     """The same under ZeRO-2."""
+    under_zero3: tuple[Reference, ...] = ()
+    """The same under ZeRO-3."""
     under_fsdp2: tuple[Reference, ...] = ()
     """The same under FSDP2."""
     task: str | None = None

@@ -70,6 +70,7 @@ OF_REWARDS = WITH_ALL_LOGITS._replace(
     num_labels=1,
     under_ddp=ANY_REFERENCE,
     under_zero2=("none",),
+    under_zero3=("none",),
     arguments="RewardConfig",
 )
 # Forward, loss and what it holds: experimental/gkd/gkd_trainer.py. The script's teacher has the dtype of the student.
@@ -183,6 +184,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             many_losses=True,
             under_ddp=ANY_REFERENCE,
             under_zero2=("none", "copy"),
+            under_zero3=ANY_REFERENCE,
             arguments="DPOConfig",
         ),
         # Completions of other prompts are scored too, by both models (`_compute_kl_logps`).
@@ -194,6 +196,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=("kto", "apo_zero_unpaired"),
             under_ddp=ANY_REFERENCE,
             under_zero2=("none", "copy"),
+            under_zero3=("none", "adapter_off"),
             arguments="KTOConfig",
         ),
         OF_REWARDS,

@@ -13,6 +13,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, limits, persistence, trained_groups
 from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
 from peftplan.memory.model import Model
+from peftplan.memory.parts import Running
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
 from peftplan.memory.units import layer as unit_of_layer
 from peftplan.memory.zero_stage import Stage
@@ -42,13 +43,24 @@ def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: in
     return sharded
 
 
+def switched_off(policy: Model, running: Running) -> Model:
+    """The policy without its adapter, which peft's layers and the hooks on them still know. `running`: how it runs then."""
+    zero = policy.units
+    assert isinstance(zero, Zero3)
+    off = Model(
+        *(policy.tape, policy.arch, policy.parameters, policy.adaptation, running, policy.quant),
+        adapter=lambda f, part, x, base, running: base(x),
+        stacks=policy.stacks,
+        units=zero,
+    )
+    zero.models.append(off)
+    return off
+
+
 class Zero3(Stage):
-    """Gathered parameters, gradients, buckets and flat groups of one rank.
+    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was."""
 
-    `order`: that in which modules run, recorded by the shards of another model; None to record it.
-    """
-
-    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, order: Sequence[Module] | None) -> None:
+    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, before: Zero3 | None = None) -> None:
         super().__init__(model, distributed, dtype=dtype)
         hidden_size = model.arch.hidden_size or 0
         self.sharded = sharded_of(model.parameters, distributed, hidden_size)
@@ -57,7 +69,7 @@ class Zero3(Stage):
         own = list(self.sharded.values())
         self.coordinator = Coordinator(
             self.f,
-            None if order is None else [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in order],
+            [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order] if before else None,
             limits(distributed, hidden_size),
             world_size=self.world_size,
             overlaps=self.overlaps,
@@ -70,8 +82,12 @@ class Zero3(Stage):
         """Modules that backward has entered and not left, the last one entered last."""
         self.recomputed: dict[str, list[Sharded]] = {}
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
-        self.readers: set[str] = set() if order is None else {module.name for module in order}
-        """Modules of which it is known that they read a parameter of another one."""
+        self.due: dict[str, bool] = {}
+        """Module → whether its last call will have a backward."""
+        self.readers: set[str] = before.readers if before else set()
+        """Modules that have run: of these it is known which parameters of other ones they read."""
+        self.persisting = before is not None
+        """Whether the step begins with the parameters that the one before has gathered at its end."""
         self.of_leaf = self._leaves(LEAVES.get(model.arch.model_type))
         """Block of experts without hooks inside → its parameters."""
         self.in_leaf = False
@@ -86,7 +102,8 @@ class Zero3(Stage):
         self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
-        self.f.accumulated = self.accumulated
+        self.reference: Zero3 | None = None
+        """Those of a second model in an engine of its own."""
         self.f.modules, self.f.linear_in_python = self, True
 
     @property
@@ -114,8 +131,9 @@ class Zero3(Stage):
         module = self._module(name, layer, parameters)
         reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
         self.pre_forward(module, unknown=reads and module.name not in self.readers)
-        if isinstance(x, Tensor) and not by_name:
-            x = hooked(self.f, x, self.post_backward, module)  # type: ignore[assignment]
+        self.readers.add(module.name)
+        if isinstance(x, Tensor):
+            x = self._called_on(x, module, seen=not by_name)  # type: ignore[assignment]
         out = function(x)
         self.coordinator.release(module)
         return hooked(self.f, out, self.pre_backward, module)
@@ -124,7 +142,7 @@ class Zero3(Stage):
         """A block of experts."""
         assert isinstance(x, Tensor)
         self.pre_forward(module)
-        x = hooked(self.f, hooked(self.f, x, self.post_backward, module), self._reduce_leaf, module)  # type: ignore[assignment]
+        x = hooked(self.f, self._called_on(x, module), self._reduce_leaf, module)  # type: ignore[assignment]
         self.in_leaf = True
         try:
             out = function(x)
@@ -160,10 +178,7 @@ class Zero3(Stage):
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
-        if self.in_leaf:
-            return
-        self.readers.add(name.format(layer))
-        if not self.f.replays:
+        if not self.in_leaf and not self.f.replays:
             self.coordinator.gather_alone(self.sharded[self._key(parameter)])
 
     def whole(self, parameter: Parameter) -> Tensor | None:
@@ -189,7 +204,9 @@ class Zero3(Stage):
         self.coordinator.fetch(module)
 
     def post_backward(self, module: Module) -> None:
-        """`post_sub_module_backward_function`."""
+        """`post_sub_module_backward_function`, unless another forward without gradients has called the module since."""
+        if not self.due[module.name]:
+            return
         self.running.pop(module.name, None)
         self.coordinator.release(module, dict.fromkeys(self.recomputed.pop(module.name, ())))
 
@@ -198,10 +215,12 @@ class Zero3(Stage):
         if name in (NORM, TAIL):
             return
         if name == ROOT:
+            self.f.modules = self
             self._gather_persistent()
             self.coordinator.reset_step()
         for module in self._parts(name):
             self.pre_forward(module, unknown=name == ROOT and bool(module.parameters) and name not in self.readers)
+        self.readers.add(name)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
         """Before a layer runs on `x`."""
@@ -209,7 +228,13 @@ class Zero3(Stage):
             return x
         (module,) = self._parts(name)
         self.pre_forward(module)
-        return hooked(self.f, x, self.post_backward, module)
+        return self._called_on(x, module)
+
+    def _called_on(self, x: Tensor, module: Module, *, seen: bool = True) -> Tensor:
+        """What a module is called on, with the hook after its backward (`ds_grads_remaining`). `seen`: the hook sees it."""
+        x_hooked = hooked(self.f, x, self.post_backward, module) if seen else x
+        self.due[module.name] = x_hooked is not x
+        return x_hooked
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a part gave `x`."""
@@ -241,12 +266,20 @@ class Zero3(Stage):
         return [loss, *others]
 
     def _gather_persistent(self) -> None:
-        """What the step before gathered at its end (`_post_step`)."""
-        for p in self.sharded.values() if self.coordinator.order else ():
+        """What the step before gathered at its end (`_post_step`), or left gathered of a second model."""
+        if self.reference is not None:
+            self.reference._gather_persistent()
+        for p in self.sharded.values() if self.persisting else ():
             if p.persists:
                 self.coordinator.gather_alone(p)
+        self.persisting = False
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
+        super().begin_backward(syncs=syncs)
+        self.f.modules, self.f.accumulated = self, self.accumulated
 
     def accumulated(self, p: Parameter) -> None:
         """The hook of a parameter that has its gradient."""
@@ -330,6 +363,8 @@ class Zero3(Stage):
             yield [master]
             self.flat = None
         self.coordinator.gather_together([p for p in self.sharded.values() if p.persists])
+        if self.reference is not None:
+            self.reference.coordinator.release_all(self.reference.sharded.values())
 
     def _flatten(self, group: list[Sharded]) -> None:
         """`_prepare_fp32_grad_for_sub_group`: gradients in one tensor, cast to fp32."""

@@ -145,14 +145,19 @@ class PartLoading(NamedTuple):
     """Loads and adapts a quantized model; None: any other is cast on the host."""
     tied: int
     """Elements of a head that is tied to the embedding."""
+    reference: Parameters | None = None
+    """Those of a second model, which the trainer loads tensor by tensor before it divides a policy that is whole."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
         world = self.distributed.world_size
         trained: dict[Key, tuple[int, Handle | None]] = {}
-        if by_tensor(self.distributed, quantized=self.of_one_gpu is not None):
-            self._by_tensor(memory, trained)
-        else:
+        divides = by_tensor(self.distributed, quantized=self.of_one_gpu is not None)
+        if divides:
+            self._by_tensor(memory, self.cast, trained)
+        if self.reference is not None:
+            self._by_tensor(memory, self.reference, {})
+        if not divides:
             self._whole_first(memory, trained)
         groups = [[trained[key] for key in group] for group in trained_groups(self.cast, self.distributed)]
         self._flatten(memory, groups)
@@ -162,9 +167,9 @@ class PartLoading(NamedTuple):
                 memory.release(memory.allocate(nbytes))
             memory.release(whole)
 
-    def _by_tensor(self, memory: Memory[Handle], trained: dict[Key, tuple[int, Handle | None]]) -> None:
+    def _by_tensor(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
         """`deepspeed.zero.Init`: each parameter is made whole, then divided. Those of a module are gathered to be loaded."""
-        base, added = ([p for p in self.cast.all if p.owner == owner] for owner in ("base", "adapter"))
+        base, added = ([p for p in cast.all if p.owner == owner] for owner in ("base", "adapter"))
         loaded = list(tensors(base))
         half = ITEMSIZE[self.half]
         of_head = None
@@ -180,7 +185,7 @@ class PartLoading(NamedTuple):
                 memory.release(whole)
         if of_head is not None:
             memory.release(of_head)
-        self._buffers(memory)
+        self._buffers(memory, cast)
         for p, layer in tensors(added):
             self._divide(memory, p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel), trained)
 
@@ -230,8 +235,8 @@ class PartLoading(NamedTuple):
         dtype, numel = (stored.dtype, stored.numel) if p.quantized else (p.dtype, p.numel)
         return ITEMSIZE[dtype] * ceil_div(numel, self.distributed.world_size)
 
-    def _buffers(self, memory: Memory[Handle]) -> None:
-        for p, _ in tensors(self.cast.buffers):
+    def _buffers(self, memory: Memory[Handle], cast: Parameters) -> None:
+        for p, _ in tensors(cast.buffers):
             memory.keep(sizes_of(p))
 
     def _flatten(self, memory: Memory[Handle], groups: list[list[tuple[int, Handle | None]]]) -> None:

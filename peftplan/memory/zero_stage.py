@@ -22,7 +22,7 @@ class Stage(OneGpu):
 
     def __init__(self, model: Model, distributed: Distributed, *, dtype: str) -> None:
         self.f: Tape = model.tape
-        self.model, self.dtype = model, dtype
+        self.model, self.models, self.dtype = model, [model], dtype
         self.bucket_size = reduce_bucket(distributed, model.arch.hidden_size or 0)
         """Elements."""
         self.overlaps = overlaps(distributed)
@@ -54,7 +54,7 @@ class Stage(OneGpu):
 
     def _key(self, p: Parameter) -> Key:
         if id(p) not in self._keys:
-            self._keys = {id(tensor): key for key, tensor in self.model.used_by_layer()}
+            self._keys = {id(tensor): key for model in self.models for key, tensor in model.used_by_layer()}
         return self._keys[id(p)]
 
     def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:

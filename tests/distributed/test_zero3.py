@@ -15,6 +15,7 @@ from peftplan.job.prepare import prepare
 from peftplan.results.estimate import Estimate
 from peftplan.tape.tape import Tape
 from tools import rank_jobs
+from tools.rank_grid import AUTO
 
 TRAINED, NORMS = 1_235_814_400, 33 * 2048
 """Parameters of Llama-3.2-1B, and those without weight decay."""
@@ -59,6 +60,39 @@ def test_the_first_step_gathers_nothing_ahead() -> None:
     assert zero.recorded == modules
     zero.reset_step()
     assert zero.order == tuple(modules)
+
+
+def test_a_module_that_the_order_does_not_name_ends_it() -> None:
+    """A switched-off adapter's forward leaves its modules out: what was gathered ahead is freed, and the next forward is recorded
+    (`trace_prologue`, `_invalidate_trace`)."""
+    modules = three_modules()
+    zero = coordinator(modules, bucket=200)
+    zero.fetch(modules[0])
+    zero.release(modules[0])
+    assert zero.inflight.keys() == {p for module in modules[1:] for p in module.parameters}
+    zero.fetch(modules[2])
+    assert gathered(modules) == [False, False, True]
+    assert (zero.order, zero.recorded, dict(zero.inflight)) == ((), None, {})
+    zero.reset_step()
+    assert zero.recorded == []
+
+
+def test_a_reference_is_divided_as_the_policy_is() -> None:
+    """DPO in full: a second model in an engine of its own, 1/4 of its weights on a rank of four. An adapter is switched off in
+    the policy's own engine, whose layers stay gathered then until backward ends: 2 bytes of each of their weights at least.
+    """
+    job: dict[str, Any] = {"trainer": "trl-dpo", "batch_size": 1, "seq_len": 128, "gpus": 4, "strategy": "zero3"}
+    job |= AUTO
+    full, alone = (estimate_of(job, method="full", precompute_ref_log_probs=computed) for computed in (False, True))
+    second = full.static.bytes() - alone.static.bytes()
+    assert second == pytest.approx(2 * TRAINED / 4, rel=1e-3)
+    lora = estimate_of(job, method="lora")
+    assert lora.peaks is not None
+    assert lora.peaks.by_phase["backward"] > 2 * (TRAINED - 128256 * 2048)
+
+
+def estimate_of(job: dict[str, Any], **options: Any) -> Estimate:
+    return peftplan.estimate("llama-3.2-1b", **job, **options)
 
 
 @pytest.mark.parametrize(("reuse", "first_stays"), [(300, False), (400, False), (401, True)])
