@@ -30,148 +30,138 @@
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
 #define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
+#define LINE 64  /* bytes of a line of the processor's cache: a block is one */
+#define CHUNK 1024  /* blocks that are asked of this machine at a time */
 #define RANGE (((int64_t)1 << 46) / LARGE_SEGMENT * LARGE_SEGMENT)  /* addresses of a segment that grows; a second one in a pool is refused */
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
 
+enum { LIVE, CACHED, UNMAPPED };  /* what a block is; unmapped: addresses of a segment that grows without memory behind them */
+
 enum { RUNS, DEVICE_FULL, HOST_FULL, TOO_LARGE, MALFORMED };
 
 #define NONE (-1)  /* no storage, no phase */
-#define UNMAPPED_OF (POOLS * BINS)  /* the first of the heads of unmapped ranges */
-#define NO_BLOCK (UNMAPPED_OF + POOLS)  /* of zero bytes, before the first of a segment, behind the last; it is always live */
 
-enum { LIVE, CACHED, UNMAPPED };  /* what a block is; unmapped: addresses of a segment that grows without memory behind them */
-
-/* The first blocks are the heads of bins, of each stream those of the pool of small blocks and then those of large ones: each begins and ends the
-   ring of the cached blocks in its bin, sorted by size and then address. Then one for each pool heads the ring of its unmapped ranges, by address.
-   Behind them comes NO_BLOCK, then those of the device. */
 typedef struct {
+    int32_t a, b, c;
+    uint16_t what, d;
+} Event;
+
+typedef struct Block Block;
+struct __attribute__((aligned(LINE))) Block {
     int64_t address, size;
-    int32_t before, after;  /* in the segment */
-    int32_t smaller, larger;  /* in the ring */
-    int16_t bin;
-    char state, pool;
-} Block;
+    Block *before, *after;  /* in the segment */
+    Block *smaller, *larger;  /* in a ring; of a live block `smaller` is the one below it in the stack of its storage */
+    unsigned state, pool;
+};
+
+typedef struct Chunk Chunk;
+struct Chunk {
+    Chunk *next;
+    Block blocks[CHUNK];
+};
 
 typedef struct {
     int64_t size, unsplit;  /* unsplit: the most that a block may have beyond its request and still be handed out whole */
-    int bin;
-    char large;
+    unsigned bin, end;  /* of its stream: the bin of this size, and the one behind the last of the pool */
+    unsigned large;
 } Request;
 
 typedef struct {
-    int32_t *at;
-    size_t length, room;
+    Block *top;
+    int64_t spare;  /* of what size the last one was that was made while it was known, or NONE */
     char known;  /* made in this step, even if all of it is gone */
-} Blocks;
+} Stack;
 
 typedef struct {
     int64_t size;
     int32_t storage;
 } Spare;
 
+/* The cached blocks of a bin are a ring, sorted by size and then address, that begins and ends at the bin's head; so are the unmapped ranges of a
+   pool, by address. Of each stream the bins of the pool of small blocks come first, then those of large ones. */
 typedef struct {
     int failed;
     /* the allocator */
-    Block *blocks;
-    size_t length, room;
-    int32_t unused;  /* the first of a chain of blocks that were merged away, or NO_BLOCK */
+    Block bins[POOLS * BINS], unmapped[POOLS];
+    Block none, taken;  /* always live: what is before the first of a segment and behind the last; what stays for good */
     uint64_t filled[POOLS * BINS / 64];  /* bins that may hold a block */
+    Chunk *chunks, *spare_chunks;  /* those in use; those of an earlier run */
+    Block *unused;  /* the first of a chain */
     int64_t allocated, reserved, peak, most_reserved, above, below, capacity;
-    int downwards, grows, phase, had_events, stream;
+    int downwards, grows, phase, had_events;
+    unsigned pool, first;  /* of the stream that allocates: its pool of small blocks, and that one's first bin */
     int64_t *peaks;
     /* what the program holds */
+    Event *events;
     const int64_t *sizes;
     Request *requests;  /* each size as the allocator rounds it */
     size_t num_sizes, num_storages, num_handles, num_phases;
-    int32_t *handles, *places, *handed;
+    Block **handles;
+    int32_t *places, *handed;
     size_t num_handed;
-    Blocks *live, *own, outputs;
+    Stack *live, *own, outputs;
     Spare *spare;
     size_t num_spare, room_spare;
 } Run;
 
-/* -- memory of this machine ---------------------------------------------------------------------------------------------------- */
+/* -- pools of cached blocks ------------------------------------------------------------------------------------------------------ */
 
-SELDOM int grow(Run *run, void **at, size_t *room, size_t itemsize)
+/* Within its pool. Each doubling but the first three is PER_DOUBLING bins wide: the bits behind the leading one number them. */
+INLINE unsigned bin_of(int64_t size)
 {
-    size_t wanted = *room ? 2 * *room : 16;
-    void *moved = realloc(*at, wanted * itemsize);
-    if (moved == NULL) {
-        run->failed = HOST_FULL;
-        return 0;
-    }
-    *at = moved;
-    *room = wanted;
-    return 1;
+    uint64_t units = (uint64_t)size / (uint64_t)MIN_BLOCK * PER_DOUBLING;
+    unsigned doublings = 60 - (unsigned)__builtin_clzll(units);
+    return PER_DOUBLING * (doublings - 1) + (unsigned)(units >> doublings);
 }
 
-INLINE void push(Run *run, Blocks *blocks, int32_t block)
+/* This block, or if it is the head of its bin the smallest in the bins above it and below `end`. */
+INLINE Block *from_bin(Run *run, Block *block, unsigned bin, unsigned end)
 {
-    if (blocks->length < blocks->room || grow(run, (void **)&blocks->at, &blocks->room, sizeof(int32_t)))
-        blocks->at[blocks->length++] = block;
-}
-
-/* -- pools of cached blocks ------------------------------------------------------------------------------------------------------- */
-
-INLINE int bin_of(int64_t size, int pool)
-{
-    uint64_t units = (uint64_t)size / (uint64_t)MIN_BLOCK;
-    int doublings = 63 - __builtin_clzll(units);
-    return pool * BINS + PER_DOUBLING * doublings + (int)((units * PER_DOUBLING >> doublings) % PER_DOUBLING);
-}
-
-/* This block, or if it is the head of a bin the smallest in the bins above it and below `end`. */
-INLINE int32_t from_bin(Run *run, int32_t number, int bin, int end)
-{
-    while (number == bin) { /* none */
-        int word = ++bin / 64;
+    while (block == &run->bins[bin]) { /* none */
+        unsigned word = ++bin / 64;
         if (bin == end)
-            return NO_BLOCK;
+            return NULL;
         uint64_t filled = run->filled[word] & ~(uint64_t)0 << bin % 64;
         while (filled == 0) {
             if (++word == end / 64)
-                return NO_BLOCK;
+                return NULL;
             filled = run->filled[word];
         }
-        bin = 64 * word + __builtin_ctzll(filled);
-        number = run->blocks[bin].larger;
-        if (number == bin)
+        bin = 64 * word + (unsigned)__builtin_ctzll(filled);
+        block = run->bins[bin].larger;
+        if (block == &run->bins[bin])
             run->filled[word] &= ~((uint64_t)1 << bin % 64);
     }
-    return number;
+    return block;
 }
 
-static int64_t size_grown(const Block *blocks, int32_t number)
+static int64_t size_grown(const Block *block)
 {
-    const Block *after = &blocks[blocks[number].after];
-    return blocks[number].size + (after->state == UNMAPPED ? after->size : 0);
+    return block->size + (block->after->state == UNMAPPED ? block->after->size : 0);
 }
 
 /* From the best fit on, the block that with the unmapped range behind it is smaller than its successor. */
-static int32_t least_grown(Run *run, int32_t number, int end)
+static Block *least_grown(Run *run, Block *block, unsigned end)
 {
-    const Block *blocks = run->blocks;
-    while (blocks[blocks[number].after].state == UNMAPPED) {
-        int32_t larger = from_bin(run, blocks[number].larger, blocks[number].bin, end);
-        if (larger == NO_BLOCK || size_grown(blocks, larger) >= size_grown(blocks, number))
+    while (block->after->state == UNMAPPED) {
+        Block *larger = from_bin(run, block->larger, block->pool * BINS + bin_of(block->size), end);
+        if (larger == NULL || size_grown(larger) >= size_grown(block))
             break;
-        number = larger;
+        block = larger;
     }
-    return number;
+    return block;
 }
 
 /* The smallest cached block of at least this size, of those the one at the lowest address. */
-INLINE int32_t best_fit(Run *run, const Request *request)
+INLINE Block *best_fit(Run *run, const Request *request)
 {
-    const Block *blocks = run->blocks;
-    const int first = 2 * BINS * run->stream;
-    int bin = first + request->bin, end = first + (request->large ? 2 * BINS : BINS);
-    int32_t number = blocks[bin].larger;
-    while (blocks[number].size < request->size)
-        number = blocks[number].larger;
-    number = from_bin(run, number, bin, end);
-    return RARE(run->grows) && number != NO_BLOCK ? least_grown(run, number, end) : number;
+    const unsigned bin = run->first + request->bin, end = run->first + request->end;
+    Block *block = run->bins[bin].larger;
+    while (block->size < request->size)
+        block = block->larger;
+    block = from_bin(run, block, bin, end);
+    return RARE(run->grows) && block != NULL ? least_grown(run, block, end) : block;
 }
 
 INLINE int comes_before(const Block *one, const Block *other)
@@ -179,72 +169,106 @@ INLINE int comes_before(const Block *one, const Block *other)
     return one->size < other->size || (one->size == other->size && one->address < other->address);
 }
 
-static __attribute__((noinline)) int32_t next_larger(const Block *blocks, int bin, const Block *block)
+static __attribute__((noinline)) Block *next_larger(Block *head, const Block *block)
 {
-    int32_t larger = blocks[bin].larger, smaller = blocks[bin].smaller;
-    if (block->address - blocks[larger].address > blocks[smaller].address - block->address) { /* likely nearer to the end */
-        while (comes_before(block, &blocks[smaller]))
-            smaller = blocks[smaller].smaller;
-        return blocks[smaller].larger;
+    Block *larger = head->larger, *smaller = head->smaller;
+    if (block->address - larger->address > smaller->address - block->address) { /* likely nearer to the end */
+        while (comes_before(block, smaller))
+            smaller = smaller->smaller;
+        return smaller->larger;
     }
-    while (comes_before(&blocks[larger], block))
-        larger = blocks[larger].larger;
+    while (comes_before(larger, block))
+        larger = larger->larger;
     return larger;
 }
 
-INLINE void put_in(Run *run, int32_t number)
+INLINE void put_before(Block *block, Block *larger)
 {
-    Block *blocks = run->blocks, *block = &blocks[number];
-    int bin = block->bin = (int16_t)bin_of(block->size, block->pool);
-    int32_t larger = blocks[bin].larger;
-    if (RARE(comes_before(&blocks[larger], block)))
-        larger = next_larger(blocks, bin, block);
+    Block *smaller = larger->smaller;
     block->larger = larger;
-    block->smaller = blocks[larger].smaller;
-    blocks[block->smaller].larger = number;
-    blocks[larger].smaller = number;
+    block->smaller = smaller;
+    smaller->larger = block;
+    larger->smaller = block;
+}
+
+INLINE void put_in(Run *run, Block *block)
+{
+    const unsigned bin = block->pool * BINS + bin_of(block->size);
+    Block *head = &run->bins[bin], *larger = head->larger;
+    if (RARE(comes_before(larger, block)))
+        larger = next_larger(head, block);
+    put_before(block, larger);
     run->filled[bin / 64] |= (uint64_t)1 << bin % 64;
 }
 
-INLINE void take_out(Run *run, int32_t number)
+INLINE void take_out(Block *block)
 {
-    const Block *block = &run->blocks[number];
-    run->blocks[block->smaller].larger = block->larger;
-    run->blocks[block->larger].smaller = block->smaller;
+    Block *smaller = block->smaller, *larger = block->larger;
+    smaller->larger = larger;
+    larger->smaller = smaller;
 }
 
 /* -- blocks -------------------------------------------------------------------------------------------------------------------- */
 
-INLINE int32_t new_block(Run *run, int64_t address, int64_t size, int pool)
+INLINE void drop_block(Run *run, Block *block)
 {
-    int32_t number = run->unused;
-    if (number != NO_BLOCK) {
-        run->unused = run->blocks[number].after;
-    } else {
-        if (run->length >= INT32_MAX) {
-            run->failed = TOO_LARGE;
-            return NO_BLOCK;
-        }
-        if (run->length == run->room && !grow(run, (void **)&run->blocks, &run->room, sizeof(Block)))
-            return NO_BLOCK;
-        number = (int32_t)run->length++;
+    block->after = run->unused;
+    run->unused = block;
+}
+
+SELDOM int more_blocks(Run *run)
+{
+    Chunk *chunk = run->spare_chunks;
+    if (chunk != NULL) {
+        run->spare_chunks = chunk->next;
+    } else if (posix_memalign((void **)&chunk, LINE, sizeof(Chunk)) != 0) {
+        run->failed = HOST_FULL;
+        return 0;
     }
-    run->blocks[number] = (Block){address, size, NO_BLOCK, NO_BLOCK, 0, 0, 0, 0, (char)pool};
-    return number;
+    chunk->next = run->chunks;
+    run->chunks = chunk;
+    for (int at = CHUNK - 1; at >= 0; at--)
+        drop_block(run, &chunk->blocks[at]);
+    return 1;
 }
 
-INLINE void drop_block(Run *run, int32_t number)
+/* A live block without neighbours. */
+INLINE Block *new_block(Run *run, int64_t address, int64_t size, unsigned pool)
 {
-    run->blocks[number].after = run->unused;
-    run->unused = number;
+    if (RARE(run->unused == NULL) && !more_blocks(run))
+        return NULL;
+    Block *block = run->unused;
+    run->unused = block->after;
+    block->address = address;
+    block->size = size;
+    block->before = block->after = &run->none;
+    block->state = LIVE;
+    block->pool = pool;
+    return block;
 }
 
-INLINE void link_blocks(Run *run, int32_t number, int32_t before, int32_t after)
+INLINE void link_blocks(Block *block, Block *before, Block *after)
 {
-    run->blocks[number].before = before;
-    run->blocks[number].after = after;
-    run->blocks[before].after = number;
-    run->blocks[after].before = number;
+    block->before = before;
+    block->after = after;
+    before->after = block;
+    after->before = block;
+}
+
+/* Take a neighbour in the same state into a block that is in no ring. */
+INLINE void merge(Run *run, Block *block, Block *neighbour)
+{
+    if (neighbour->state != block->state)
+        return;
+    take_out(neighbour);
+    if (neighbour == block->before) {
+        block->address = neighbour->address;
+        link_blocks(block, neighbour->before, block->after);
+    } else {
+        link_blocks(block, block->before, neighbour->after);
+    }
+    block->size += neighbour->size;
+    drop_block(run, neighbour);
 }
 
 /* -- the device ---------------------------------------------------------------------------------------------------------------- */
@@ -266,174 +290,12 @@ static int has(const Run *run, int64_t size)
     return run->capacity < 0 || run->reserved + size <= run->capacity;
 }
 
-/* Take a neighbour in the same state into a block that is in no ring. */
-static void merge(Run *run, int32_t number, int32_t neighbour)
+static Block *new_segment(Run *run, int64_t size, unsigned pool)
 {
-    Block *block = &run->blocks[number];
-    const Block *other = &run->blocks[neighbour];
-    if (other->state != block->state)
-        return;
-    take_out(run, neighbour);
-    if (neighbour == block->before) {
-        block->address = other->address;
-        link_blocks(run, number, other->before, block->after);
-    } else {
-        link_blocks(run, number, block->before, other->after);
-    }
-    block->size += other->size;
-    drop_block(run, neighbour);
-}
-
-/* -- segments that grow: peftplan/allocator/expandable.py ------------------------------------------------------------------------ */
-
-static int64_t page_of(int pool)
-{
-    return pool % 2 ? LARGE_SEGMENT : SMALL_BUFFER;
-}
-
-static void put_in_unmapped(Run *run, int32_t number)
-{
-    Block *blocks = run->blocks, *block = &blocks[number];
-    const int32_t head = UNMAPPED_OF + block->pool;
-    int32_t larger = blocks[head].larger;
-    while (larger != head && blocks[larger].address < block->address)
-        larger = blocks[larger].larger;
-    block->larger = larger;
-    block->smaller = blocks[larger].smaller;
-    blocks[block->smaller].larger = number;
-    blocks[larger].smaller = number;
-}
-
-/* Put a new block between two others. */
-static int32_t splice(Run *run, int64_t address, int64_t size, int32_t before, int32_t after, int state, int pool)
-{
-    int32_t number = new_block(run, address, size, pool);
-    if (number == NO_BLOCK)
-        return number;
-    link_blocks(run, number, before, after);
-    run->blocks[number].state = (char)state;
-    if (state == UNMAPPED)
-        put_in_unmapped(run, number);
-    else
-        put_in(run, number);
-    return number;
-}
-
-/* Give back the whole pages of a cached block; the ends that share a page with a neighbour stay. */
-static void unmap(Run *run, int32_t number)
-{
-    const Block block = run->blocks[number];
-    const int64_t page = page_of(block.pool), end = block.address + block.size;
-    const int64_t first = whole(block.address, page), last = end / page * page;
-    if (first >= last)
-        return;
-    take_out(run, number);
-    if (first > block.address)
-        splice(run, block.address, first - block.address, block.before, number, CACHED, block.pool);
-    if (end > last)
-        splice(run, last, end - last, number, block.after, CACHED, block.pool);
-    Block *unmapped = &run->blocks[number];
-    unmapped->address = first;
-    unmapped->size = last - first;
-    unmapped->state = UNMAPPED;
-    merge(run, number, unmapped->before);
-    merge(run, number, unmapped->after);
-    run->reserved -= last - first;
-    if (unmapped->before == NO_BLOCK && unmapped->after == NO_BLOCK)
-        drop_block(run, number); /* nothing of the segment is mapped: its addresses go too */
-    else
-        put_in_unmapped(run, number);
-}
-
-/* Back the first pages of an unmapped range; all of them or, where the device cannot give so many, none. */
-static int map(Run *run, int32_t number, int64_t size)
-{
-    const Block range = run->blocks[number];
-    const int64_t length = whole(size, page_of(range.pool));
-    if (!has(run, length))
-        return 0;
-    take_out(run, number);
-    run->blocks[number].state = CACHED;
-    if (length < range.size) {
-        run->blocks[number].size = length;
-        if (splice(run, range.address + length, range.size - length, number, range.after, UNMAPPED, range.pool) == NO_BLOCK)
-            return 0;
-    }
-    merge(run, number, run->blocks[number].before);
-    merge(run, number, run->blocks[number].after);
-    put_in(run, number);
-    reserve(run, length);
-    return 1;
-}
-
-static int has_room(const Run *run, int32_t number, int64_t size)
-{
-    for (; size > 0 && run->blocks[number].state != LIVE; number = run->blocks[number].after)
-        size -= run->blocks[number].size;
-    return size <= 0;
-}
-
-/* The lowest unmapped range of a pool, with the cached block right before it, that has room for so many bytes; else a new segment. */
-static int32_t room_for(Run *run, int64_t size, int pool)
-{
-    const Block *blocks = run->blocks;
-    const int32_t head = UNMAPPED_OF + pool;
-    for (int32_t number = blocks[head].larger; number != head; number = blocks[number].larger) {
-        int32_t start = blocks[blocks[number].before].state == CACHED ? blocks[number].before : number;
-        if (has_room(run, start, size))
-            return start;
-    }
-    if (blocks[head].larger != head || size > RANGE) {
-        run->failed = TOO_LARGE;
-        return NO_BLOCK;
-    }
-    run->above += RANGE;
-    return splice(run, run->above - RANGE, RANGE, NO_BLOCK, NO_BLOCK, UNMAPPED, pool);
-}
-
-/* A cached block of at least this size that is in no ring, with what is missing of it mapped; pages mapped before a failure stay. */
-static int32_t grow_segment(Run *run, int64_t size, int pool)
-{
-    int32_t number = room_for(run, size, pool);
-    if (number == NO_BLOCK)
-        return NO_BLOCK;
-    const Block *block = &run->blocks[number];
-    if (block->state == UNMAPPED && !map(run, number, size < block->size ? size : block->size))
-        return NO_BLOCK;
-    while ((block = &run->blocks[number])->size < size) {
-        const int32_t after = block->after;
-        const int64_t missing = size - block->size, range = run->blocks[after].size;
-        if (!map(run, after, missing < range ? missing : range))
-            return NO_BLOCK;
-        number = after;
-    }
-    take_out(run, number);
-    return number;
-}
-
-SELDOM void release_cached(Run *run)
-{
-    for (int bin = 0; bin < POOLS * BINS; bin++) {
-        for (int32_t number = run->blocks[bin].larger, larger; number != bin; number = larger) {
-            const Block *block = &run->blocks[number];
-            larger = block->larger;
-            if (run->grows) {
-                unmap(run, number);
-            } else if (block->before == NO_BLOCK && block->after == NO_BLOCK) {
-                run->reserved -= block->size;
-                take_out(run, number);
-                drop_block(run, number);
-            }
-        }
-    }
-}
-
-static int32_t new_segment(Run *run, int64_t size, int large)
-{
-    int64_t wanted = !large ? SMALL_BUFFER : size < MIN_LARGE ? LARGE_SEGMENT : whole(size, ROUND_LARGE);
+    int64_t wanted = pool % 2 == 0 ? SMALL_BUFFER : size < MIN_LARGE ? LARGE_SEGMENT : whole(size, ROUND_LARGE);
     int64_t address;
     if (!has(run, wanted))
-        return NO_BLOCK;
+        return NULL;
     reserve(run, wanted);
     if (run->downwards && wanted > LARGE_SEGMENT) {
         run->below -= wanted;
@@ -444,89 +306,223 @@ static int32_t new_segment(Run *run, int64_t size, int large)
     }
     if (run->above > LARGEST || TOP - run->below > LARGEST) {
         run->failed = TOO_LARGE;
-        return NO_BLOCK;
+        return NULL;
     }
-    return new_block(run, address, wanted, 2 * run->stream + large);
+    return new_block(run, address, wanted, pool);
+}
+
+/* -- segments that grow: peftplan/allocator/expandable.py ------------------------------------------------------------------------ */
+
+static int64_t page_of(unsigned pool)
+{
+    return pool % 2 ? LARGE_SEGMENT : SMALL_BUFFER;
+}
+
+static void put_in_unmapped(Run *run, Block *block)
+{
+    Block *head = &run->unmapped[block->pool], *larger = head->larger;
+    while (larger != head && larger->address < block->address)
+        larger = larger->larger;
+    put_before(block, larger);
+}
+
+/* Put a new block between two others. */
+static Block *splice(Run *run, int64_t address, int64_t size, Block *before, Block *after, unsigned state, unsigned pool)
+{
+    Block *block = new_block(run, address, size, pool);
+    if (block == NULL)
+        return NULL;
+    link_blocks(block, before, after);
+    block->state = state;
+    if (state == UNMAPPED)
+        put_in_unmapped(run, block);
+    else
+        put_in(run, block);
+    return block;
+}
+
+/* Give back the whole pages of a cached block; the ends that share a page with a neighbour stay. */
+static void unmap(Run *run, Block *block)
+{
+    const int64_t page = page_of(block->pool), start = block->address, end = start + block->size;
+    const int64_t first = whole(start, page), last = end / page * page;
+    if (first >= last)
+        return;
+    take_out(block);
+    if (first > start)
+        splice(run, start, first - start, block->before, block, CACHED, block->pool);
+    if (end > last)
+        splice(run, last, end - last, block, block->after, CACHED, block->pool);
+    block->address = first;
+    block->size = last - first;
+    block->state = UNMAPPED;
+    merge(run, block, block->before);
+    merge(run, block, block->after);
+    run->reserved -= last - first;
+    if (block->before == &run->none && block->after == &run->none)
+        drop_block(run, block); /* nothing of the segment is mapped: its addresses go too */
+    else
+        put_in_unmapped(run, block);
+}
+
+/* Back the first pages of an unmapped range; all of them or, where the device cannot give so many, none. */
+static int map(Run *run, Block *range, int64_t size)
+{
+    const int64_t length = whole(size, page_of(range->pool)), rest = range->size - length;
+    if (!has(run, length))
+        return 0;
+    take_out(range);
+    range->state = CACHED;
+    if (rest > 0) {
+        range->size = length;
+        if (splice(run, range->address + length, rest, range, range->after, UNMAPPED, range->pool) == NULL)
+            return 0;
+    }
+    merge(run, range, range->before);
+    merge(run, range, range->after);
+    put_in(run, range);
+    reserve(run, length);
+    return 1;
+}
+
+static int has_room(const Block *block, int64_t size)
+{
+    for (; size > 0 && block->state != LIVE; block = block->after)
+        size -= block->size;
+    return size <= 0;
+}
+
+/* The lowest unmapped range of a pool, with the cached block right before it, that has room for so many bytes; else a new segment. */
+static Block *room_for(Run *run, int64_t size, unsigned pool)
+{
+    const Block *head = &run->unmapped[pool];
+    for (Block *block = head->larger; block != head; block = block->larger) {
+        Block *start = block->before->state == CACHED ? block->before : block;
+        if (has_room(start, size))
+            return start;
+    }
+    if (head->larger != head || size > RANGE) {
+        run->failed = TOO_LARGE;
+        return NULL;
+    }
+    run->above += RANGE;
+    return splice(run, run->above - RANGE, RANGE, &run->none, &run->none, UNMAPPED, pool);
+}
+
+/* A cached block of at least this size that is in no ring, with what is missing of it mapped; pages mapped before a failure stay. */
+static Block *grow_segment(Run *run, int64_t size, unsigned pool)
+{
+    Block *block = room_for(run, size, pool);
+    if (block == NULL)
+        return NULL;
+    if (block->state == UNMAPPED && !map(run, block, size < block->size ? size : block->size))
+        return NULL;
+    while (block->size < size) {
+        Block *after = block->after;
+        const int64_t missing = size - block->size;
+        if (!map(run, after, missing < after->size ? missing : after->size))
+            return NULL;
+        block = after;
+    }
+    take_out(block);
+    return block;
+}
+
+/* -- the allocator's calls ------------------------------------------------------------------------------------------------------- */
+
+SELDOM void release_cached(Run *run)
+{
+    for (Block *head = run->bins; head < run->bins + POOLS * BINS; head++) {
+        for (Block *block = head->larger, *larger; block != head; block = larger) {
+            larger = block->larger;
+            if (run->grows) {
+                unmap(run, block);
+            } else if (block->before == &run->none && block->after == &run->none) {
+                run->reserved -= block->size;
+                take_out(block);
+                drop_block(run, block);
+            }
+        }
+    }
 }
 
 /* What no cached block serves: memory of the device, if need be after all that is cached went back to it. */
-SELDOM int32_t miss(Run *run, int64_t size, int large)
+SELDOM Block *miss(Run *run, int64_t size, unsigned pool)
 {
     for (int again = 0; again < 2 && !run->failed; again++) {
-        int32_t number = run->grows ? grow_segment(run, size, 2 * run->stream + large) : new_segment(run, size, large);
-        if (number != NO_BLOCK)
-            return number;
+        Block *block = run->grows ? grow_segment(run, size, pool) : new_segment(run, size, pool);
+        if (block != NULL)
+            return block;
         if (!again && !run->failed)
             release_cached(run);
     }
     if (!run->failed)
         run->failed = DEVICE_FULL;
-    return NO_BLOCK;
+    return NULL;
 }
 
-/* -- the allocator's two calls -------------------------------------------------------------------------------------------------- */
-
-static inline int32_t allocate(Run *run, int64_t index)
+/* A live block; NULL where the run failed. */
+static Block *allocate(Run *run, int64_t index)
 {
     const Request *request = &run->requests[index];
     const int64_t size = request->size;
-    const int large = request->large;
+    const unsigned pool = run->pool + request->large;
     run->had_events = 1;
-    if (RARE(size == 0))
-        return NO_BLOCK;
-    if (RARE(size > LARGEST)) {
+    if (RARE((uint64_t)size - 1 >= (uint64_t)LARGEST)) {
+        if (size == 0)
+            return new_block(run, 0, 0, pool);
         run->failed = TOO_LARGE;
-        return NO_BLOCK;
+        return NULL;
     }
-    int32_t number = best_fit(run, request);
-    if (number != NO_BLOCK)
-        take_out(run, number);
-    else if ((number = miss(run, size, large)) == NO_BLOCK)
-        return NO_BLOCK;
-    int64_t rest = run->blocks[number].size - size;
+    Block *block = best_fit(run, request);
+    if (block != NULL)
+        take_out(block);
+    else if ((block = miss(run, size, pool)) == NULL)
+        return NULL;
+    const int64_t rest = block->size - size;
     if (rest > request->unsplit) {
-        int32_t front = new_block(run, run->blocks[number].address, size, 2 * run->stream + large);
-        if (front == NO_BLOCK)
-            return NO_BLOCK;
-        Block *behind = &run->blocks[number];
-        link_blocks(run, front, behind->before, number);
+        Block *behind = block;
+        block = new_block(run, behind->address, size, pool);
+        if (RARE(block == NULL))
+            return NULL;
+        link_blocks(block, behind->before, behind);
         behind->address += size;
         behind->size = rest;
         behind->state = CACHED;
-        put_in(run, number);
-        number = front;
+        put_in(run, behind);
     }
-    run->blocks[number].state = LIVE;
-    run->allocated += run->blocks[number].size;
+    block->state = LIVE;
+    run->allocated += block->size;
     if (run->allocated > run->peak)
         run->peak = run->allocated;
-    return number;
+    return block;
 }
 
-static inline void release(Run *run, int32_t number)
+/* Allocate for good: the neighbours know that it lives, and nobody else asks for it. */
+static void take(Run *run, int64_t index)
+{
+    Block *block = allocate(run, index);
+    if (block == NULL)
+        return;
+    if (block->before != &run->none)
+        block->before->after = &run->taken;
+    if (block->after != &run->none)
+        block->after->before = &run->taken;
+    drop_block(run, block);
+}
+
+static void release(Run *run, Block *block)
 {
     run->had_events = 1;
-    if (RARE(number == NO_BLOCK))
+    if (RARE(block->size == 0)) {
+        drop_block(run, block);
         return;
-    Block *blocks = run->blocks, *block = &blocks[number];
-    int32_t before = block->before, after = block->after;
+    }
     run->allocated -= block->size;
     block->state = CACHED;
-    if (blocks[before].state == CACHED) {
-        take_out(run, before);
-        block->address = blocks[before].address;
-        block->size += blocks[before].size;
-        before = blocks[before].before;
-        drop_block(run, block->before);
-    }
-    if (blocks[after].state == CACHED) {
-        take_out(run, after);
-        block->size += blocks[after].size;
-        after = blocks[after].after;
-        drop_block(run, block->after);
-    }
-    link_blocks(run, number, before, after);
-    put_in(run, number);
+    merge(run, block, block->before);
+    merge(run, block, block->after);
+    put_in(run, block);
 }
 
 /* -- the program ---------------------------------------------------------------------------------------------------------------- */
@@ -547,50 +543,76 @@ static void begin_phase(Run *run, int phase)
     run->peak = run->allocated;
 }
 
-static void release_all(Run *run, Blocks *blocks)
+static void release_all(Run *run, Stack *stack)
 {
-    for (size_t at = 0; at < blocks->length; at++)
-        release(run, blocks->at[at]);
-    blocks->length = 0;
+    for (Block *block = stack->top, *below; block != NULL; block = below) {
+        below = block->smaller;
+        release(run, block);
+    }
+    stack->top = NULL;
 }
 
-INLINE void allocate_into(Run *run, Blocks *blocks, int64_t size, int64_t count)
+INLINE void allocate_onto(Run *run, Stack *stack, int64_t size, int64_t count)
 {
-    for (; count > 0 && !run->failed; count--)
-        push(run, blocks, allocate(run, size));
+    for (; count > 0; count--) {
+        Block *block = allocate(run, size);
+        if (RARE(block == NULL))
+            return;
+        block->smaller = stack->top;
+        stack->top = block;
+    }
 }
 
-static void move_blocks(Run *run, Blocks *from, Blocks *to)
+static void move_blocks(Stack *from, Stack *to)
 {
-    for (size_t at = 0; at < from->length; at++)
-        push(run, to, from->at[at]);
-    from->length = 0;
+    Block *lowest = from->top;
+    if (lowest == NULL)
+        return;
+    while (lowest->smaller != NULL)
+        lowest = lowest->smaller;
+    lowest->smaller = to->top;
+    to->top = from->top;
+    from->top = NULL;
+}
+
+/* A storage that is made again may stand for others of its size. */
+SELDOM void make_spare(Run *run, int64_t storage, int64_t size)
+{
+    Stack *stack = &run->live[storage];
+    size_t at = 0;
+    while (at < run->num_spare && (run->spare[at].storage != storage || run->spare[at].size != size))
+        at++;
+    stack->spare = size;
+    if (at < run->num_spare)
+        return;
+    if (at == run->room_spare) {
+        Spare *moved = realloc(run->spare, (2 * at + 16) * sizeof(Spare));
+        if (moved == NULL) {
+            run->failed = HOST_FULL;
+            return;
+        }
+        run->spare = moved;
+        run->room_spare = 2 * at + 16;
+    }
+    run->spare[run->num_spare++] = (Spare){size, (int32_t)storage};
 }
 
 static void make(Run *run, int64_t storage, int64_t size, int64_t count)
 {
-    Blocks *blocks = &run->live[storage];
-    if (blocks->known) {
-        size_t at = 0;
-        while (at < run->num_spare && (run->spare[at].storage != storage || run->spare[at].size != run->sizes[size]))
-            at++;
-        if (at == run->num_spare) {
-            if (run->num_spare == run->room_spare && !grow(run, (void **)&run->spare, &run->room_spare, sizeof(Spare)))
-                return;
-            run->spare[run->num_spare++] = (Spare){run->sizes[size], (int32_t)storage};
-        }
-    }
-    blocks->known = 1;
-    allocate_into(run, blocks, size, count);
+    Stack *stack = &run->live[storage];
+    if (stack->known && stack->spare != run->sizes[size])
+        make_spare(run, storage, run->sizes[size]);
+    stack->known = 1;
+    allocate_onto(run, stack, size, count);
 }
 
-static Blocks *standing_for(Run *run, int64_t storage, int64_t size)
+static Stack *standing_for(Run *run, int64_t storage, int64_t size)
 {
-    if (run->live[storage].length)
+    if (run->live[storage].top != NULL)
         return &run->live[storage];
     for (size_t at = 0; at < run->num_spare; at++) {
-        Blocks *spare = &run->live[run->spare[at].storage];
-        if (run->spare[at].size == run->sizes[size] && spare->length)
+        Stack *spare = &run->live[run->spare[at].storage];
+        if (run->spare[at].size == run->sizes[size] && spare->top != NULL)
             return spare;
     }
     return NULL;
@@ -599,19 +621,21 @@ static Blocks *standing_for(Run *run, int64_t storage, int64_t size)
 static void free_some(Run *run, int64_t storage, int64_t size, int64_t count)
 {
     for (; count > 0; count--) {
-        Blocks *blocks = standing_for(run, storage, size);
-        if (blocks == NULL)
+        Stack *stack = standing_for(run, storage, size);
+        if (stack == NULL)
             return;
-        release(run, blocks->at[--blocks->length]);
+        Block *block = stack->top;
+        stack->top = block->smaller;
+        release(run, block);
     }
 }
 
 static void hand(Run *run, int64_t storage, int64_t new, int64_t size, int64_t count)
 {
     int32_t place = run->places[storage] == NONE ? (int32_t)new : run->places[storage];
-    if (run->live[storage].length)
+    if (run->live[storage].top != NULL)
         place = (int32_t)storage;
-    else if (!run->live[place].length)
+    else if (run->live[place].top == NULL)
         place = (int32_t)new;
     if (run->num_handed == run->num_storages) {
         run->failed = MALFORMED;
@@ -626,9 +650,9 @@ static void end_layer(Run *run)
 {
     for (size_t at = 0; at < run->num_handed; at++) {
         int32_t new = run->handed[at];
-        Blocks *place = &run->live[run->places[new]];
+        Stack *place = &run->live[run->places[new]];
         place->known = 1;
-        move_blocks(run, &run->own[new], place);
+        move_blocks(&run->own[new], place);
     }
     run->num_handed = 0;
 }
@@ -638,135 +662,95 @@ static void end_step(Run *run)
     for (size_t storage = 0; storage < run->num_storages; storage++) {
         release_all(run, &run->live[storage]);
         run->live[storage].known = 0;
+        run->live[storage].spare = NONE;
     }
     run->num_spare = 0;
 }
 
-static size_t run_events(Run *run, const int64_t *events, size_t start, size_t stop);
+static void run_events(Run *run, const Event *event, const Event *stop);
 
-static size_t repeat(Run *run, const int64_t *events, size_t kinds, size_t at, size_t stop)
+/* The layers of each kind in turn; the event behind them. */
+static const Event *repeat(Run *run, const Event *first, int32_t kinds, const Event *stop)
 {
-    size_t behind = at;
-    int64_t most = 0;
-    for (size_t kind = 0; kind < kinds; kind++) {
-        if (behind >= stop || events[behind] != LAYER) {
+    const Event *behind = first;
+    int32_t most = 0;
+    for (int32_t kind = 0; kind < kinds; kind++) {
+        if (behind >= stop || behind->what != LAYER || behind->b >= stop - behind) {
             run->failed = MALFORMED;
             return stop;
         }
-        if (events[behind + 1] > most)
-            most = events[behind + 1];
-        behind += WIDTH + WIDTH * (size_t)events[behind + 2];
+        if (behind->a > most)
+            most = behind->a;
+        behind += 1 + behind->b;
     }
-    if (behind > stop) {
-        run->failed = MALFORMED;
-        return stop;
-    }
-    for (int64_t turn = 0; turn < most && !run->failed; turn++) {
-        size_t layer = at;
-        for (size_t kind = 0; kind < kinds && !run->failed; kind++) {
-            size_t first = layer + WIDTH, end = first + WIDTH * (size_t)events[layer + 2];
-            if (turn < events[layer + 1]) {
-                run_events(run, events, first, end);
+    for (int32_t turn = 0; turn < most; turn++) {
+        for (const Event *layer = first; layer < behind && !run->failed; layer += 1 + layer->b) {
+            if (turn < layer->a) {
+                run_events(run, layer + 1, layer + 1 + layer->b);
                 end_layer(run);
             }
-            layer = end;
         }
     }
     return behind;
 }
 
-/* Whether the operands of an event are places in the tables. */
-static int fits(const Run *run, const int64_t *event)
+static void run_events(Run *run, const Event *event, const Event *stop)
 {
-    const int64_t what = event[0], a = event[1], b = event[2], c = event[3];
-    const int64_t storages = (int64_t)run->num_storages, sizes = (int64_t)run->num_sizes;
-    const int64_t handles = (int64_t)run->num_handles, phases = (int64_t)run->num_phases;
-    switch (what) {
-    case PHASE:
-        return a >= 0 && a < phases;
-    case TAKE:
-        return a >= 0 && a < sizes;
-    case HOLD:
-        return a >= 0 && a < handles && b >= 0 && b < sizes;
-    case LET_GO:
-        return a >= 0 && a < handles;
-    case MAKE:
-        return a >= 0 && a < storages && b >= 0 && b < sizes && event[4] >= 0 && event[4] < STREAMS;
-    case ADD:
-    case FREE:
-    case OWN:
-        return a >= 0 && a < storages && b >= 0 && b < sizes;
-    case OUTPUTS:
-    case LEAVE:
-    case END_OWN:
-        return a >= 0 && a < storages;
-    case HAND:
-        return a >= 0 && a < storages && b >= 0 && b < storages && c >= 0 && c < sizes;
-    case REPEAT:
-        return a > 0;
-    case LAYER:
-        return a >= 0 && b >= 0 && b <= INT32_MAX;
-    default:
-        return what == END_OUTPUTS || what == EMPTY || what == END;
-    }
-}
-
-static size_t run_events(Run *run, const int64_t *events, size_t start, size_t stop)
-{
-    size_t at = start;
-    while (at < stop && !run->failed) {
-        int64_t what = events[at], a = events[at + 1], b = events[at + 2], c = events[at + 3], d = events[at + 4];
-        at += WIDTH;
-        switch (what) {
+    while (event < stop && !run->failed) {
+        const int32_t a = event->a, b = event->b, c = event->c;
+        const Event *at = event++;
+        switch (at->what) {
         case OWN:
-            run->own[a].length = 0;
-            allocate_into(run, &run->own[a], b, c);
+            run->own[a].top = NULL;
+            allocate_onto(run, &run->own[a], b, c);
             break;
         case END_OWN:
             release_all(run, &run->own[a]);
             break;
         case MAKE:
-            run->stream = (int)d;
+            run->pool = 2 * (unsigned)at->d;
+            run->first = BINS * run->pool;
             make(run, a, b, c);
-            run->stream = 0;
+            run->pool = run->first = 0;
             break;
         case FREE:
             free_some(run, a, b, c);
             break;
         case HAND:
-            hand(run, a, b, c, d);
+            hand(run, a, b, c, at->d);
             break;
         case HOLD:
             run->handles[a] = allocate(run, b);
             break;
         case LET_GO:
-            release(run, run->handles[a]);
-            run->handles[a] = NO_BLOCK;
+            if (run->handles[a] != NULL)
+                release(run, run->handles[a]);
+            run->handles[a] = NULL;
             break;
         case TAKE:
-            for (; b > 0 && !run->failed; b--)
-                allocate(run, a);
+            for (int32_t left = b; left > 0 && !run->failed; left--)
+                take(run, a);
             break;
         case ADD:
             run->live[a].known = 1;
-            allocate_into(run, &run->live[a], b, 1);
+            allocate_onto(run, &run->live[a], b, 1);
             break;
         case REPEAT:
-            at = repeat(run, events, (size_t)a, at, stop);
+            event = repeat(run, event, a, stop);
             break;
         case OUTPUTS:
-            move_blocks(run, &run->live[a], &run->outputs);
+            move_blocks(&run->live[a], &run->outputs);
             run->live[a].known = 0;
             break;
         case END_OUTPUTS:
             release_all(run, &run->outputs);
             break;
         case LEAVE:
-            run->live[a].length = 0;
+            run->live[a].top = NULL;
             run->live[a].known = 0;
             break;
         case PHASE:
-            begin_phase(run, (int)a);
+            begin_phase(run, a);
             break;
         case EMPTY:
             run->had_events = 1;
@@ -779,7 +763,63 @@ static size_t run_events(Run *run, const int64_t *events, size_t start, size_t s
             run->failed = MALFORMED;
         }
     }
-    return at;
+}
+
+/* Whether the operands of an event are places in the tables. */
+static int fits(const Run *run, const Event *event)
+{
+    const size_t a = (size_t)event->a, b = (size_t)event->b, c = (size_t)event->c;
+    switch (event->what) {
+    case OWN:
+    case FREE:
+    case ADD:
+        return a < run->num_storages && b < run->num_sizes;
+    case END_OWN:
+    case OUTPUTS:
+    case LEAVE:
+        return a < run->num_storages;
+    case MAKE:
+        return a < run->num_storages && b < run->num_sizes && event->d < STREAMS;
+    case HAND:
+        return a < run->num_storages && b < run->num_storages && c < run->num_sizes;
+    case TAKE:
+        return a < run->num_sizes;
+    case HOLD:
+        return a < run->num_handles && b < run->num_sizes;
+    case LET_GO:
+        return a < run->num_handles;
+    case PHASE:
+        return a < run->num_phases;
+    case REPEAT:
+        return a > 0;
+    default:
+        return event->what == LAYER || event->what == END_OUTPUTS || event->what == EMPTY || event->what == END;
+    }
+}
+
+/* Read the events of a program, each in 16 bytes. */
+static void read_events(Run *run, const int64_t *from, size_t length)
+{
+    Event *event = run->events = malloc(length / WIDTH * sizeof(Event) + 1);
+    if (event == NULL) {
+        run->failed = HOST_FULL;
+        return;
+    }
+    for (const int64_t *end = from + length; from < end; from += WIDTH, event++) {
+        if ((from[0] | from[1] | from[2] | from[3] | from[4]) < 0) {
+            run->failed = MALFORMED;
+            return;
+        }
+        if ((from[1] | from[2] | from[3]) > INT32_MAX || (from[0] | from[4]) > UINT16_MAX) {
+            run->failed = TOO_LARGE;
+            return;
+        }
+        *event = (Event){(int32_t)from[1], (int32_t)from[2], (int32_t)from[3], (uint16_t)from[0], (uint16_t)from[4]};
+        if (!fits(run, event)) {
+            run->failed = MALFORMED;
+            return;
+        }
+    }
 }
 
 /* -- Python --------------------------------------------------------------------------------------------------------------------- */
@@ -792,48 +832,76 @@ static void *filled(size_t length, size_t itemsize, int byte)
     return at;
 }
 
+static void make_ring(Block *head)
+{
+    head->size = INT64_MAX;
+    head->smaller = head->larger = head;
+}
+
 static int prepare(Run *run)
 {
     const size_t n = run->num_storages;
-    run->handles = filled(run->num_handles, sizeof(int32_t), 0);
+    run->handles = filled(run->num_handles, sizeof(Block *), 0);
     run->places = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
     run->handed = filled(n, sizeof(int32_t), 0);
     run->requests = filled(run->num_sizes, sizeof(Request), 0);
     run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
-    run->live = filled(n, sizeof(Blocks), 0);
-    run->own = filled(n, sizeof(Blocks), 0);
-    run->room = NO_BLOCK + 6 * BINS;
-    run->blocks = filled(run->room, sizeof(Block), 0);
-    if (!(run->handles && run->places && run->handed && run->requests && run->peaks && run->live && run->own &&
-          run->blocks))
+    run->live = filled(n, sizeof(Stack), 0);
+    run->own = filled(n, sizeof(Stack), 0);
+    if (!(run->handles && run->places && run->handed && run->requests && run->peaks && run->live && run->own))
         return 0;
     for (size_t at = 0; at < run->num_sizes; at++) {
         int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
-        int large = size > SMALL_SIZE;
-        run->requests[at] = (Request){size, large && !run->grows ? SMALL_SIZE : MIN_BLOCK - 1, size ? bin_of(size, large) : 0, (char)large};
+        unsigned large = size > SMALL_SIZE;
+        run->requests[at] = (Request){.size = size,
+                                      .unsplit = large && !run->grows ? SMALL_SIZE : MIN_BLOCK - 1,
+                                      .bin = size ? large * BINS + bin_of(size) : 0,
+                                      .end = (large + 1) * BINS,
+                                      .large = large};
     }
-    for (size_t at = 0; at < run->num_handles; at++)
-        run->handles[at] = NO_BLOCK;
-    for (int32_t head = 0; head < NO_BLOCK; head++)
-        run->blocks[head] = (Block){.size = INT64_MAX, .smaller = head, .larger = head};
-    run->blocks[NO_BLOCK] = (Block){.size = 0};
-    run->length = NO_BLOCK + 1;
-    run->unused = NO_BLOCK;
+    for (size_t at = 0; at < n; at++)
+        run->live[at].spare = NONE;
+    for (int bin = 0; bin < POOLS * BINS; bin++)
+        make_ring(&run->bins[bin]);
+    for (int pool = 0; pool < POOLS; pool++)
+        make_ring(&run->unmapped[pool]);
     return 1;
+}
+
+static Run *kept;  /* of an earlier replay, for its memory */
+
+static Run *new_run(void)
+{
+    Run *run = kept;
+    Chunk *chunks = run == NULL ? NULL : run->chunks;
+    kept = NULL;
+    if (run == NULL && posix_memalign((void **)&run, LINE, sizeof(Run)) != 0)
+        return NULL;
+    memset(run, 0, sizeof(Run));
+    run->spare_chunks = chunks;
+    return run;
 }
 
 static void clear(Run *run)
 {
-    for (size_t storage = 0; storage < run->num_storages; storage++) {
-        if (run->live)
-            free(run->live[storage].at);
-        if (run->own)
-            free(run->own[storage].at);
-    }
-    void *all[] = {run->handles, run->places, run->handed, run->requests, run->peaks,
-                   run->live,    run->own,    run->spare,  run->outputs.at, run->blocks};
+    void *all[] = {run->events, run->handles, run->places, run->handed, run->requests, run->peaks, run->live, run->own, run->spare};
     for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
         free(all[at]);
+    while (run->spare_chunks != NULL) {
+        Chunk *chunk = run->spare_chunks;
+        run->spare_chunks = chunk->next;
+        chunk->next = run->chunks;
+        run->chunks = chunk;
+    }
+    if (kept == NULL) {
+        kept = run;
+        return;
+    }
+    for (Chunk *chunk = run->chunks, *next; chunk != NULL; chunk = next) {
+        next = chunk->next;
+        free(chunk);
+    }
+    free(run);
 }
 
 static PyObject *answer(Run *run)
@@ -879,27 +947,29 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
         PyErr_SetString(PyExc_ValueError, "no program");
         return NULL;
     }
-    Run run = {0};
-    run.phase = NONE;
-    run.above = LARGE_SEGMENT; /* a whole number of pages */
-    run.below = TOP;
-    run.capacity = capacity;
-    run.downwards = downwards;
-    run.grows = grows;
-    run.sizes = (const int64_t *)sizes;
-    run.num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
-    run.num_storages = (size_t)storages;
-    run.num_handles = (size_t)handles;
-    run.num_phases = (size_t)phases;
-    if (!prepare(&run))
-        run.failed = HOST_FULL;
-    for (size_t at = 0; at < length && !run.failed; at += WIDTH)
-        if (!fits(&run, (const int64_t *)events + at))
-            run.failed = MALFORMED;
-    run_events(&run, (const int64_t *)events, 0, length);
-    close_phase(&run);
-    PyObject *peaks = answer(&run);
-    clear(&run);
+    Run *run = new_run();
+    if (run == NULL)
+        return PyErr_NoMemory();
+    run->phase = NONE;
+    run->above = LARGE_SEGMENT; /* a whole number of pages */
+    run->below = TOP;
+    run->capacity = capacity;
+    run->downwards = downwards;
+    run->grows = grows;
+    run->sizes = (const int64_t *)sizes;
+    run->num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
+    run->num_storages = (size_t)storages;
+    run->num_handles = (size_t)handles;
+    run->num_phases = (size_t)phases;
+    if (!prepare(run))
+        run->failed = HOST_FULL;
+    else
+        read_events(run, (const int64_t *)events, length);
+    if (!run->failed)
+        run_events(run, run->events, run->events + length / WIDTH);
+    close_phase(run);
+    PyObject *peaks = answer(run);
+    clear(run);
     return peaks;
 }
 
