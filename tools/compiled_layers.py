@@ -3,10 +3,11 @@
     python -m tools.compiled_layers FIRST.pickle ROWSxLENGTH SECOND.pickle ROWSxLENGTH
 
 The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
-have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a multiple of 128 is per such
-token, and any other is an error. Choose batches in which these ratios differ. Prints the events of a layer in the last step's
-first micro batch, whose sizes are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add
-model, rank, modules and source by hand, and put the record into `data/compiled_layers.json`.
+have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a multiple is per such token,
+one in that of a mask of all pairs of tokens is per pair, a smaller one is taken as constant and said so, and any other is an
+error. Choose batches in which these ratios differ. Prints the events of a layer in the last step's first micro batch, whose sizes
+are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add model, rank, modules and source
+by hand, and put the record into `data/compiled_layers.json`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ CHECKPOINTS, BLOCKS = "unsloth_zoo/gradient_checkpointing.py", "_block_compile.p
 DOCUMENTS = "_block_varlen_prepare"
 """Writes the lengths of a row's documents, and checks the mask, once a forward, in the first layer that asks."""
 FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
-BLOCK = 128
-"""Flash attention's backward allocates for tokens up to a multiple of these."""
+MULTIPLES = 32, 128
+"""Inductor sums gradients of norms by 32 tokens; flash attention's backward allocates for tokens up to a multiple of 128."""
+ALIGNED = 8
+"""torch pads the last dim of a mask to the next multiple, of aligned ones too (`pad_last_dim`)."""
+MOST_PARTIAL = 4 * 2**20
+"""Bytes of inductor's partial sums at most, whose number it chooses by the length: those of the first snapshot are taken."""
 MOST_PADDING = 1024
 """Bytes by which inductor pads the rows of a tensor at most, to multiples of 32 elements (`pad_strides`)."""
 FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "other"
@@ -127,13 +132,15 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> dict[str, int]:
-        """The letter behind a size → by how many tokens it is multiplied."""
-        return {"t": self.rows * self.length, "r": -(-self.rows * self.length // BLOCK) * BLOCK}
+        """What stands behind a size → by how many tokens it is multiplied."""
+        tokens = self.rows * self.length
+        rounded = {f"t%{multiple}": -(-tokens // multiple) * multiple for multiple in MULTIPLES}
+        return {"t": tokens, **rounded, "q": tokens * (tokens // ALIGNED + 1) * ALIGNED}
 
 
 def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batch, Batch]) -> str:
-    """The events of tensors that the first part makes: `8t` bytes per token, `8r` per token up to a multiple of 128, a
-    constant, `-n` the end of the n-th, `|` before backward."""
+    """The events of tensors that the first part makes: `8t` bytes per token, `8t%128` per token up to a multiple of 128, `2q` per
+    pair of tokens, the second ones up to the next multiple of 8, a constant, `-n` the end of the n-th, `|` before backward."""
     number: dict[int, int] = {}
     words: list[str] = []
     sizes = [event.size for event in _own(second) if not event.ends]
@@ -162,20 +169,23 @@ def _size(size: int, before: int, others: Sequence[int], batches: tuple[Batch, B
     """
     words: list[str] = []
     for other in others:
-        ratios = (_ratio(size, other, batches, letter) for letter in batches[0].tokens)
+        ratios = (_ratio(size, other, batches, unit) for unit in batches[0].tokens)
         word = str(size) if other == size else next((ratio for ratio in ratios if ratio), None)
         words += [word] if word else []
+    if not words and size <= MOST_PARTIAL:
+        print(f"{size} bytes are taken as constant", file=sys.stderr)
+        return str(size)
     if not words:
         raise ValueError(f"{size} bytes are neither constant nor per token: {sorted(others)}")
     return words[min(before, len(words) - 1)]
 
 
-def _ratio(size: int, other: int, batches: tuple[Batch, Batch], letter: str) -> str | None:
+def _ratio(size: int, other: int, batches: tuple[Batch, Batch], unit: str) -> str | None:
     """Both sizes as bytes per token, with less than `MOST_PADDING` left over."""
-    first, second = (batch.tokens[letter] for batch in batches)
+    first, second = (batch.tokens[unit] for batch in batches)
     each = size // first
     fits = each > 0 and size - each * first < MOST_PADDING and 0 <= other - each * second < MOST_PADDING
-    return f"{each}{letter}" if fits else None
+    return f"{each}{unit}" if fits else None
 
 
 def tuned(part: Sequence[Event], most: int) -> list[int]:

@@ -14,6 +14,7 @@ from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.modules import Architecture, Block, Buffer, Mlp
 from peftplan.arch.readers import read_config
+from peftplan.job.kernels import INT8_INT4
 from peftplan.optim import parse_optim
 
 if TYPE_CHECKING:
@@ -65,18 +66,29 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object]) -
     return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
 
 
-def as_torch_compiles(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """The architecture with the block that a record is of, of a model without a reader: Granite 4 without Mamba and experts."""
+def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], *, scheme: str) -> Architecture:
+    """The architecture with norms in fp32, as Unsloth has them, and where no reader gives blocks with those that are recorded.
+
+    A scheme of fake quantization may untie the head. Source: unsloth_zoo 2026.10.9, training_utils.py
+    (`prepare_model_for_training`); unsloth 2026.10.9, models/_utils.py (`_untie_input_output_embeddings`).
+    """
+    if scheme == INT8_INT4:
+        architecture = replace(architecture, ties=())
+    blocks = architecture.blocks or _blocks_of_granite(architecture, config)
+    return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
+
+
+def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:
+    """The layers of a Granite 4 without Mamba and experts; none of another model."""
     types = config.get("layer_types")
     of_attention = isinstance(types, Sequence) and set(types) == {"attention"} and not config.get("num_local_experts")
-    if architecture.blocks or architecture.model_type != "granitemoehybrid" or not of_attention:
-        return architecture
+    if architecture.model_type != "granitemoehybrid" or not of_attention:
+        return ()
     fields = Fields(config, name=architecture.name)
     n = read_dims(fields)
     positions: Literal["rotary", "none"] = "rotary" if config.get("position_embedding_type") == "rope" else "none"
     mlp = Mlp("gated", fields.int("shared_intermediate_size"), fields.str("hidden_act", default="silu"), fused_gate_up=True)
-    block = Block("decoder", n.layers, (n.attention._replace(positions=positions),), mlp, "rmsnorm")
-    return replace(architecture, blocks=(block,))
+    return (Block("decoder", n.layers, (n.attention._replace(positions=positions),), mlp, "rmsnorm"),)
 
 
 def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:

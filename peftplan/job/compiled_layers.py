@@ -1,10 +1,13 @@
 """What a layer allocates that torch compiles whole, as rehearsals recorded it.
 
 torch's partitioner decides what such a layer keeps for backward, and inductor which buffers are used again; both depend on all
-widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules. It is a list of events:
-`8t` allocates 8 bytes per token, `8r` 8 bytes per token of a batch up to a multiple of 128, `640` allocates 640 bytes, `-3` frees
-what was allocated third, and `|` stands where backward begins. What is left at the end are the gradients: that of the input, in
-bytes per token, and those of the adapters. Left out: inductor's padding of rows, below 1 kB a tensor.
+widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules, or for one model of
+which all trains, with or without fake-quantized weights. It is a list of events: `8t` allocates 8 bytes per token, `8t%128` 8
+bytes per token of a batch up to a multiple of 128, `2q` 2 bytes per pair of tokens, the second ones up to the next multiple of 8,
+`640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward begins. What is left at the end are
+the gradients: that of the input, in bytes per token, and those of what trains. What is left of forward besides its result lasts
+until the layer's next forward: scales of fake quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how
+its partial sums grow with the batch, below 4 MiB.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
@@ -24,40 +27,45 @@ class Recorded(NamedTuple):
     """The events of a layer without a graph (`forward`), and with one, up to the end of its backward (`training`).
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels.
+    `r`: the rank of adapters; None where all weights train. `modules`: what they adapt. `scheme`: that of the fake quantization.
     `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is.
+    `by_function`: the loss is that of `memory.unsloth_function_loss`.
     """
 
     model: str
-    r: int
-    modules: tuple[str, ...]
     forward: str
     training: str
     output: int
     tuned: tuple[int, ...]
     source: str
+    r: int | None = None
+    modules: tuple[str, ...] = ()
+    scheme: str = ""
     multiplied: bool = False
     wide_norm: bool = False
+    by_function: bool = False
 
 
 def recorded(job: "Job") -> "Recorded | None":
-    """The record of a job's layers, which are all adapted by LoRA, on a base in 16 bits, under reentrant checkpoints.
+    """The record of a job's layers, in 16 bits under reentrant checkpoints, of which all are adapted by LoRA or all train.
 
     None if there is none, or if torch compiles no layers.
     """
     setup, config = job.setup, job.config
-    if kernels_of(setup.kernels or ()).layers is None:
+    layers = kernels_of(setup.kernels or ()).layers
+    if layers is None or job.method is None or job.quant is not None or any(getattr(config, name, None) for name in NOT_RECORDED):
         return None
-    lora = job.method is not None and job.method.peft_type == "LORA" and job.quant is None
-    if not lora or any(getattr(config, name, None) for name in NOT_RECORDED):
+    if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding or setup.dtype != "bf16":
         return None
-    if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding:
+    modules: set[str] = set()
+    if job.method.peft_type == "LORA":
+        num_layers = sum(len(block.layers) for block in job.architecture.blocks)
+        modules = {module.name.rpartition(".")[2] for module in job.adaptation.matched}
+        some_alone = any(module.copies != num_layers for module in job.adaptation.matched)  # some layers are not adapted
+        if some_alone or not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
+            return None
+    elif job.method.name != "full" or setup.autocast != "none":
         return None
-    if (setup.dtype, setup.autocast, setup.adapter_dtype) != ("bf16", "bf16", "fp32"):
-        return None
-    num_layers = sum(len(block.layers) for block in job.architecture.blocks)
-    if any(module.copies != num_layers for module in job.adaptation.matched):  # some layers are not adapted
-        return None
-    modules = {module.name.rpartition(".")[2] for module in job.adaptation.matched}
+    wanted = (job.architecture.name, layers.scheme, getattr(config, "r", None) if modules else None, modules)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
-    alike = (row for row in rows if set(row.modules) == modules and row.r == getattr(config, "r", None))
-    return next((row for row in alike if row.model == job.architecture.name), None)
+    return next((row for row in rows if (row.model, row.scheme, row.r, set(row.modules)) == wanted), None)

@@ -76,9 +76,13 @@ class Decoder(NamedTuple):
 
 
 class CompiledLayers(NamedTuple):
-    """Layers that torch compiles whole, as `job.compiled_layers` has records of them."""
+    """Layers that torch compiles whole, as `job.compiled_layers` has records of them.
+
+    `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it.
+    """
 
     source: str
+    scheme: str = ""
 
 
 class PaddingFree(NamedTuple):
@@ -108,6 +112,8 @@ class FakeQuantized(NamedTuple):
     group: int
 
 
+INT8_INT4 = "int8-int4"
+"""The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
 Kernel: TypeAlias = (
     CompiledLayers | FakeQuantized | Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
 )
@@ -135,6 +141,14 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.lora_o": UNSLOTH_LORA,
     "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)"),
     "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-qat-int4.layers": CompiledLayers(
+        "unsloth 2026.10.9, models/_block_compile.py, models/_utils.py (`_prepare_model_for_qat`)", scheme="int4"
+    ),
+    "unsloth-qat-int4.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-qat-int8-int4.layers": CompiledLayers(
+        "unsloth 2026.10.9, models/_block_compile.py, models/_utils.py (`_prepare_model_for_qat`)", scheme=INT8_INT4
+    ),
+    "unsloth-qat-int8-int4.checkpoint": UNSLOTH_CHECKPOINT,
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
@@ -221,6 +235,8 @@ def packages_of(names: Iterable[str]) -> str:
     return ", ".join(names_shown) or NONE
 
 
+COMPILED = tuple(name.partition(".")[0] for name, kernel in KERNELS.items() if isinstance(kernel, CompiledLayers))
+"""Packages that compile whole layers, whatever model it is."""
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
 WITH_LIGER = (*WITH_FORMULA, "smollm3")
@@ -231,6 +247,6 @@ def without_formula(names: Iterable[str] | None, model_type: str, task_type: str
     """Why a step with these kernels has no formula; None where it has one."""
     package = next((name.partition(".")[0] for name in names or ()), None)
     known = WITH_LIGER if package == "liger" else WITH_FORMULA
-    if package in (None, "unsloth-compiled") or (model_type in known and task_type == "CAUSAL_LM"):
+    if package in (None, *COMPILED) or (model_type in known and task_type == "CAUSAL_LM"):
         return None
     return f"{package}'s kernels in {model_type} for {task_type}"

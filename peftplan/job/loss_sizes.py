@@ -29,6 +29,8 @@ FLASH_FROM_ROWS = 4096
 """From this many scored tokens on, a frozen head never holds a whole row of logits (`_flash_min_rows` of a large card)."""
 SPLIT_COLUMNS = 16384
 """Vocabulary entries per partial softmax (`_SPLIT_COLS`)."""
+FUNCTION_BYTES, BYTES_PER_LOGIT = 4 * GIB, 16
+"""What a chunk of Unsloth's loss by torch.func may take (`_CE_TARGET_GB_CAP`), and a logit takes (`_CE_BYTES_PER_LOGIT`)."""
 HALF, WIDE = 2, 4
 """Bytes of a 16-bit and of an fp32 number."""
 MOST_DOUBLINGS = 40
@@ -96,7 +98,13 @@ class LossSizes(NamedTuple):
             f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
             for size in (HALF, WIDE)
         }
-        sizes = {"n": n, "tile": tile, "tile rest": _rest(n, MAX_ROWS), **by_itemsize}
+        sizes = {
+            "n": n,
+            "tile": tile,
+            "tile rest": _rest(n, MAX_ROWS),
+            **by_itemsize,
+            "function rows": self._by_function(b * length),
+        }
         return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
@@ -117,7 +125,17 @@ class LossSizes(NamedTuple):
         sizes: dict[str, Size] = self.named(b, length)
         half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]
         of_chunks: list[Fact] = [fact for rows in (MAX_ROWS, half, wide) for fact in _full_chunks(n, rows)]
-        return (n > 0, n >= FLASH_FROM_ROWS, *of_chunks)
+        return (n > 0, n >= FLASH_FROM_ROWS, *of_chunks, b * length > sizes["function rows"])
+
+    def _by_function(self, tokens: Size) -> Size:
+        """Tokens per chunk of Unsloth's loss by torch.func: a multiple of four chunks, whose logits and the gradients besides
+        fill 4 GiB (unsloth_zoo, `fused_losses/cross_entropy_loss.py`, `get_chunk_size`); hidden states are in fp32.
+        """
+        left = FUNCTION_BYTES - tokens * self.hidden_size * WIDE - 2 * self.vocab_size * self.hidden_size * HALF
+        left = left + (left <= 0) * (FUNCTION_BYTES - left)
+        wanted = tokens * self.vocab_size * BYTES_PER_LOGIT
+        chunks = 1 + (wanted > left) * (4 * -(-wanted // (4 * left)) - 1)
+        return -(-tokens // smaller(chunks, larger(tokens, 1)))
 
     def _liger(self, b: Size, length: Size) -> tuple[Size, Size]:
         """(rows that Liger projects, scored or not; rows per chunk)."""

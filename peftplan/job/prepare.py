@@ -111,7 +111,7 @@ def prepared(request: Request) -> Job:
     if kernels.layers is not None:
         from peftplan.job.built import as_torch_compiles
 
-        architecture = as_torch_compiles(architecture, model_config)
+        architecture = as_torch_compiles(architecture, model_config, scheme=kernels.layers.scheme)
     fields = vars(config) if config is not None else adapter
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import beside_virtual_tokens

@@ -12,7 +12,7 @@ from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
-Scales = dict[tuple[str, int | None, str], tuple[Tensor, Tensor]]
+Scales = dict[tuple[str, int | None, str], tuple[Tensor, ...]]
 """Module, layer and what is quantized → scale and zero point of its last forward, which the quantizer keeps."""
 
 
@@ -28,6 +28,20 @@ def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int) -> Ten
     return products.linear(f, x, fake, part.bias)
 
 
+def table(f: Tape, part: Part, scales: Scales) -> Tensor:
+    """The table of an embedding, rounded row by row in one kernel that torch compiles (`FakeQuantizedEmbedding.forward`)."""
+    weight = part.own_weight
+    rows, _ = weight.dims
+    narrow = f.new((rows,), weight.dtype, "scale")
+    fake = f.new(weight.dims, weight.dtype, "fake_quantize", f.record(_rounded_backward, (weight,)))
+    scales[part.name, part.layer, "weight"] = narrow, f.new((rows,), "int32", "zero point")
+    return fake
+
+
+def _rounded_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "where")
+
+
 def quantizes(part: Part, *, group: int) -> bool:
     """Whether a layer is replaced: one whose rows are whole groups."""
     columns = part.own_weight.dims[1]
@@ -38,9 +52,9 @@ def _scales(f: Tape, dims: Dims) -> tuple[Tensor, Tensor]:
     return f.new(dims, "fp32", "scale"), f.new(dims, "fp32", "zero point")
 
 
-def _fake_quantized(f: Tape, x: Operand, scales: tuple[Tensor, Tensor]) -> Tensor:
+def _fake_quantized(f: Tape, x: Operand, scales: tuple[Tensor, ...]) -> Tensor:
     """Rounded to few values and back. The fp32 values before `clamp` wait for backward; after it they live until this returns."""
-    scale, _ = scales
+    scale = scales[0]
     inverse = f.new(scale.dims, "fp32", "reciprocal")
     wide = ops.mul(f, x, inverse)
     del inverse

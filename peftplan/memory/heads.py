@@ -116,6 +116,8 @@ def _head_of(model: Model) -> Head:
         return _imported(("pair_logits", "all_logits"))
     if loss != "full" and (task != "CAUSAL_LM" or (model_type, task) in OF_MODEL or loss not in OF_LOSS):
         raise NeedsTraceError(f"the {loss} loss of {model_type} for {task}")
+    if loss == "unsloth" and model.running.recorded is not None and model.running.recorded.by_function:
+        return _imported(("unsloth_function_loss", "by_function"))
     if loss == "unsloth" and model.running.holds_hidden_states:
         return _imported(("unsloth_loss", "of_completions"))
     if loss != "full":

@@ -6,16 +6,17 @@ Left out: the indices of attention's blocks, below 0.3 MB for 8,192 tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
-from peftplan.job.kernels import Norm
-from peftplan.memory import fused_layers
+from peftplan.job.kernels import INT8_INT4, Norm
+from peftplan.memory import fake_quantized, fused_layers
 from peftplan.memory.calls import inputs
-from peftplan.memory.fused_attention import FLASH_BLOCK
+from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_MULTIPLE
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
@@ -27,8 +28,14 @@ FLUSHED_BYTES = 256 * 2**20
 """The buffer with which inductor clears the card's cache before it times a kernel (torch,
 _inductor/runtime/benchmarking.py, `benchmark_gpu`)."""
 NORM = Norm("torch, inductor's RMSNorm", reuses_gradient=False)
-TOKENS: dict[str, Dims] = {"t": ("b", "s"), "r": (f"b·s%{FLASH_BLOCK}",)}
-"""The letter behind a size in the record → the dims that it is multiplied by."""
+TOKENS: dict[str, Dims] = {
+    "": (),
+    "t": ("b", "s"),
+    **{f"t%{multiple}": (f"b·s%{multiple}",) for multiple in (32, FLASH_BLOCK)},
+    "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
+}
+"""What stands behind a size in the record → the dims that it is multiplied by."""
+SIZE = re.compile(r"(\d+)(.*)")
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
 
@@ -36,13 +43,13 @@ Tensors = dict[int, Tensor]
 class LayerState(NamedTuple):
     """What a layer's forward leaves for its backward: the events of backward, and the tensors that are alive.
 
-    `num_before`: the allocations of forward. `tuned`: after which allocations kernels are timed.
+    `num_before`: the allocations of forward. `trained`: what gets a gradient. `tuned`: after which allocations kernels are timed.
     """
 
     events: list[str]
     tensors: Tensors
     num_before: int
-    adapters: list[Parameter]
+    trained: list[Parameter]
     tuned: Collection[int]
 
 
@@ -52,7 +59,7 @@ def compiled_layers(model: Model) -> Tensor:
     if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
         raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     assert model.running.recorded is not None
-    embedded = x = inputs(model)
+    embedded = x = _inputs(model)
     f.module = "model"
     if model.running.recorded.multiplied:
         x = ops.scale(f, x)
@@ -67,6 +74,18 @@ def compiled_layers(model: Model) -> Tensor:
     return run_layers(model, style, states, lambda _: tuple(tables), masks={})
 
 
+def _inputs(model: Model) -> Tensor:
+    """The embeddings; with a scheme that has them, of the fake-quantized table."""
+    assert model.running.recorded is not None
+    assert model.arch.input_embedding is not None
+    if model.running.recorded.scheme != INT8_INT4:
+        return inputs(model)
+    f = model.tape
+    f.module = model.arch.input_embedding
+    table = fake_quantized.table(f, model.part(f.module), model.scales)
+    return model.asking_gradient(ops.embedding(f, table, ("b", "s"), None))
+
+
 def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     f, weight = model.tape, model.part(name, layer).own_weight
     f.module = name
@@ -78,8 +97,8 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     f, running = c.at(), c.model.running
     assert running.recorded is not None
     last = max(layer for block in c.model.arch.blocks for layer in block.layers)
-    adapters = list(_adapters(c))
-    node = f.record(_backward, (x, *adapters))
+    trained = [p for p in _parameters(c) if p.trainable]
+    node = f.record(_backward, (x, *trained))
     f.products.append((len(f.log), "cuBLAS"))
     forward, _, backward = running.recorded.training.partition("|")
     num_forward = len(_allocations(forward))
@@ -90,18 +109,23 @@ def _layer(c: Call, x: Tensor) -> Tensor:
             _run(f, forward.split(), tensors, tuned)
             tensors.clear()
         _run(f, running.recorded.forward.split(), tensors)
-        (out,) = tensors.values()
+        hidden = ("b", "s", c.model.arch.hidden_size * ITEMSIZE[x.dtype])
+        out = tensors.pop(next(number for number, tensor in tensors.items() if tensor.dims == hidden))
+        kept = tuple(tensors.values())
     else:
         _run(f, forward.split(), tensors)
         out = tensors.pop(running.recorded.output)
-        node.context = LayerState(backward.split(), tensors, num_forward, adapters, tuned)
+        freed = {-int(event) for event in running.recorded.training.split() if event.startswith("-")}
+        kept = tuple(tensors.pop(number) for number in tensors.keys() - freed)
+        node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned)
+    c.model.scales["layers", c.number, "compiled"] = kept
     return Tensor(out.storage, x.dims, x.dtype, node)
 
 
-def _adapters(c: Call) -> Iterator[Parameter]:
-    for module in c.model.adaptation.matched:
-        part = c.model.part(module.name, c.number)
-        yield from (part.params[f"lora_{side}.weight"] for side in "AB")
+def _parameters(c: Call) -> Iterator[Parameter]:
+    for family in c.model.parameters.all:
+        if family.layers is not None and c.number in family.layers:
+            yield c.model.parameter(family, c.number)
 
 
 def _allocations(events: str) -> list[str]:
@@ -116,8 +140,8 @@ def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int
             tensors.pop(-int(event))
             continue
         number += 1
-        per_token = TOKENS.get(event[-1])
-        dims: Dims = (int(event),) if per_token is None else (*per_token, int(event[:-1]))
+        size, unit = SIZE.fullmatch(event).groups()  # type: ignore[union-attr]
+        dims: Dims = (*TOKENS[unit], int(size))
         tensors[number] = f.new(dims, "uint8", "of the compiled layer")
         if number in tuned:
             flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
@@ -126,19 +150,19 @@ def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     assert isinstance(node.context, LayerState)
-    events, tensors, num_before, adapters, tuned = node.context
+    events, tensors, num_before, trained, tuned = node.context
     node.context = None
     _run(f, events, tensors, tuned, num_before)
     of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
-    of_adapters = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
-    return [Tensor(of_input.storage, g.dims, g.dtype), *(_gradient_of(f, adapter, of_adapters) for adapter in adapters)]
+    gradients = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
+    return [Tensor(of_input.storage, g.dims, g.dtype), *(_gradient_of(f, parameter, gradients) for parameter in trained)]
 
 
-def _gradient_of(f: Tape, adapter: Parameter, gradients: list[Tensor]) -> Tensor:
-    """The first of the gradients with as many bytes as the adapter, taken out of them: the record does not name them."""
-    nbytes = ITEMSIZE[adapter.dtype] * prod(dim for dim in adapter.dims if isinstance(dim, int))
+def _gradient_of(f: Tape, parameter: Parameter, gradients: list[Tensor]) -> Tensor:
+    """The first of the gradients with as many bytes as the parameter, taken out of them: the record does not name them."""
+    nbytes = ITEMSIZE[parameter.dtype] * prod(dim for dim in parameter.dims if isinstance(dim, int))
     gradient = next(tensor for tensor in gradients if tensor.dims == (nbytes,))
     gradients.remove(gradient)
     assert gradient.storage is not None
-    f.dims[gradient.storage.number], f.dtypes[gradient.storage.number] = adapter.dims, adapter.dtype
-    return Tensor(gradient.storage, adapter.dims, adapter.dtype)
+    f.dims[gradient.storage.number], f.dtypes[gradient.storage.number] = parameter.dims, parameter.dtype
+    return Tensor(gradient.storage, parameter.dims, parameter.dtype)

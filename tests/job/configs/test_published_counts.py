@@ -9,8 +9,8 @@ from peftplan.arch import catalogue
 from tests.job.configs.published import plan, records
 
 OWN_KEYS = "printed with transformers 4.54 or 5.5, where layers that share keys and values had projections of their own too"
+OWN_EXPERTS = "gpt-oss, printed by Unsloth 2025.8 to 2025.11, which adapted attention alone; 2026.10 adapts each expert too"
 DIFFER = {
-    "Qwen3_(0_6B)-Phone_Deployment.ipynb": "its QAT unties the head, which is not counted (models/_utils.py:8143)",
     "Gemma4_(E2B)_GRPO.ipynb": "prints what gpt-oss-20b has: its output is another notebook's",
     "Gemma4_(E4B)-Audio.ipynb": "prints both towers' layers too: Unsloth 2026.4 left the switches out where targets are named",
     "Gemma3N_(4B)-Conversational.ipynb": OWN_KEYS,  # 15 layers x 2 modules x (2048 + 512) x r 8 = 614,400 more
@@ -20,6 +20,10 @@ DIFFER = {
     "Gemma4_(E4B)-Vision.ipynb": "not explained: 10,559,488 fewer by Unsloth 2026.4.4",
     "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
+    "-Fine-tuning.ipynb": OWN_EXPERTS,
+    "gpt-oss-(20B)-GRPO.ipynb": OWN_EXPERTS,
+    "500K_Context_Fine_tuning.ipynb": OWN_EXPERTS,
+    "2048_Game.ipynb": OWN_EXPERTS,
 }
 """Ends of the names of notebooks whose count is another one, and why."""
 PRINTED = {r["path"]: r for r in records("unsloth") if (r.get("measured") or {}).get("trainable")}

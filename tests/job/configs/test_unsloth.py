@@ -308,6 +308,45 @@ def test_granite_4_is_compiled_and_adapted_in_attention_alone() -> None:
     assert result.peaks is not None
 
 
+FULL_QAT = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/gemma-3-270m-it", max_seq_length=2048, load_in_4bit=False,
+    full_finetuning=True, qat_scheme="int4")
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=8, gradient_accumulation_steps=4{arguments})).train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unsupported"),
+    [
+        (', max_steps=60, optim="adamw_torch"', set()),
+        (", max_steps=400", LONG),
+        (", max_steps=60, padding_free=False", {"load.qat_scheme", "kernels"}),
+    ],
+)
+def test_fake_quantized_weights_are_compiled_with_their_layers(arguments: str, unsupported: set[str]) -> None:
+    """models/_utils.py:9127; 268,098,176 trainable parameters, as nb/Gemma3_(270M)_Phone_Deployment.ipynb prints them."""
+    plan = read_text(FULL_QAT.format(arguments=arguments), file="a.py")
+    assert set(plan.unsupported) == unsupported
+    if not unsupported:
+        assert named_kernels(plan.options["kernels"]) == ("unsloth-qat-int4.layers", "unsloth-qat-int4.checkpoint")
+        result = peftplan.estimate(config=plan)
+        assert (result.trainable_parameters, result.bound) == (268_098_176, None)
+        assert result.peaks is not None
+
+
+@pytest.mark.parametrize(("r", "trained"), [(8, 92_454_912), (4, 46_227_456)])
+def test_unsloth_adapts_the_experts_of_gpt_oss(r: int, trained: int) -> None:
+    """models/_utils.py:11189: 11,556,864 parameters per rank in 1,632 linear layers, as `get_moe_target_modules` of 2026.10.9
+    finds them in its classes on the meta device; Unsloth 2025 printed 3,981,312 with rank 8, those of attention."""
+    source = UNSLOTH.format(settings="", arguments="").replace("unsloth/Llama-3.2-1B", "unsloth/gpt-oss-20b")
+    modules = '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]'
+    plan = read_text(source.replace("r=16", f"r={r}, target_modules={modules}"), file="a.py")
+    assert plan.options["target_parameters"] == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    assert "2025" in plan.assumed["target_parameters"]
+    assert peftplan.estimate(config=plan).trainable_parameters == trained
+
+
 @pytest.mark.parametrize(
     ("argument", "dtypes"), [("", ("bf16", "none")), (", float32_mixed_precision=True", ("fp32", "bf16"))], ids=["unsaid", "fp32"]
 )
