@@ -79,7 +79,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
     parser.add_argument("--attn-implementation")
-    parser.add_argument("--loss", choices=("full", "per-token"), default="full")
+    parser.add_argument("--loss", choices=("full", "per-token", "cut-cross-entropy"), default="full")
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
     parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
@@ -502,6 +502,10 @@ def with_trainer(job: argparse.Namespace) -> None:
     with torch.device("meta"):
         shape = wanted.from_config(config) if job.task_type else wanted(config)
     training = TrainingArguments(**arguments(job, shape))
+    if job.loss == "cut-cross-entropy":  # before loading, as axolotl's plugin does
+        from cut_cross_entropy.transformers import cce_patch
+
+        cce_patch(config.model_type)
     model = load(job, wanted)
     if job.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))

@@ -25,7 +25,7 @@ from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.job.inventory import of_any_device
-from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.loss_sizes import CUT, LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
@@ -237,7 +237,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
         program = ranks.divided(inventory, model, program, first, late=late)
-    elif model.running.recorded is not None:
+    elif model.running.recorded is not None or setup.loss == CUT:
         first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
         first.running = first.running._replace(tunes=True)
         steady_step(first, program)

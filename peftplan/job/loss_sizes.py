@@ -55,6 +55,27 @@ def check_liger(model_type: str) -> None:
         raise RefusedError(f"loss: {named('liger-kernel')} patches no {model_type} models; accepted: full, trl-chunked")
 
 
+CUT = "cut-cross-entropy"
+READ_THROUGH = ("liger", CUT)
+"""Losses that read the weight of the head inside a wrapper for trained tokens."""
+SORTED_BYTES = 12
+"""Bytes of an fp32 key and its int64 index, which CUB sorts beside what it reads; 0.1 MB more is left out."""
+LOCKED_ROWS, LOCKED_COLUMNS = 128, 64
+"""Rows, and columns, of a gradient that share a lock in the kernels of cut cross entropy."""
+
+
+def check_cut(model_type: str, logits_ops: tuple[str, ...]) -> None:
+    """Raises RefusedError for a model whose logits are scaled: how cut cross entropy scales them has not been looked at."""
+    if "scale" in logits_ops:
+        raise RefusedError(f"loss: {CUT} is not counted for {model_type}, whose logits are scaled; accepted: full")
+
+
+def check_halves(*dtypes: str) -> None:
+    """Raises RefusedError for hidden states or a head that cut cross entropy does not differentiate (`cce_backward_kernel`)."""
+    if {"bf16", "fp16"} < {"bf16", "fp16", *dtypes}:
+        raise RefusedError(f"loss: {CUT} asserts hidden states and a head in 16 bits; use --dtype bf16")
+
+
 ALL_LOGITS = ("full", "te-parallel", "per-token")
 """Losses of logits that the model returns."""
 
@@ -91,6 +112,8 @@ class LossSizes(NamedTuple):
         n = self._scored(b, length)
         if self.loss == "trl-chunked":
             return {"n": n, "s-1": length - 1, "rows": smaller(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
+        if self.loss == CUT:
+            return {"n": n, "n/128": -(-n // LOCKED_ROWS)}
         if self.loss == "torchtune-linear":
             return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
         tile = smaller(n, MAX_ROWS)
@@ -117,6 +140,8 @@ class LossSizes(NamedTuple):
                 return (*without_logits, b) if self.by_rows else without_logits
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
+        if self.loss == CUT:
+            return ()
         n: Size = self._scored(b, length)
         if self.loss == "trl-chunked":
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)

@@ -10,7 +10,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
 from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.job import sources
-from peftplan.job.loss_sizes import check_liger
+from peftplan.job.loss_sizes import CUT, check_cut, check_liger
 from peftplan.job.setup import Setup
 from peftplan.job.trainers import TRAINERS
 from peftplan.methods.saved import SAVED_HEADS
@@ -56,6 +56,8 @@ def check_task(model: object, architecture: Architecture, setup: Setup) -> None:
     if task == CAUSAL:
         if setup.loss == "liger":
             check_liger(architecture.model_type)
+        if setup.loss == CUT:
+            check_cut(architecture.model_type, architecture.logits_ops)
         return
     if setup.loss != "full":
         raise RefusedError(

@@ -39,7 +39,9 @@ TrainerName = Literal[
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
-Loss = Literal["auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "te-parallel", "per-token"]
+Loss = Literal[
+    "auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "te-parallel", "per-token", "cut-cross-entropy"
+]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
 """How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""

@@ -79,6 +79,7 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     **_named("attn_implementation", "attn_impl", flash_attn=FLASH, flash_attention=FLASH, fa2=FLASH),
     **_switch("loss", "liger", "use_liger_kernel", "enable_liger_kernel", "use_liger"),
+    **_switch("loss", "cut-cross-entropy", "cut_cross_entropy"),
 }  # fmt: skip
 """Another tool's word → its meaning here."""
 

@@ -94,6 +94,7 @@ OF_LOSS: dict[str, Place] = {
     "liger": ("liger_loss", "liger"),
     "unsloth": ("unsloth_loss", "unsloth"),
     "torchtune-linear": ("torchtune_loss", "linear_cross_entropy"),
+    "cut-cross-entropy": ("cut_loss", "cut"),
 }
 """Loss → the head that replaces that of a causal language model."""
 

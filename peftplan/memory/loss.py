@@ -7,6 +7,7 @@ all positions. torch's cross entropy is log_softmax and nll_loss.
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
+from peftplan.job.loss_sizes import READ_THROUGH
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Part
@@ -129,7 +130,7 @@ def projection(model: Model) -> Part:
         model.kept.clear()
     assert model.arch.output_embedding is not None
     head = model.part(model.arch.output_embedding)
-    if head.name in model.token_adapters and model.running.loss != "liger":
+    if head.name in model.token_adapters and model.running.loss not in READ_THROUGH:
         raise RefusedError(f"{named('trl')} refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
     if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(

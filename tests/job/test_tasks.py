@@ -20,6 +20,8 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
         "not BertForMaskedLM; accepted: transformers, axolotl, plain, automodel, automodel-hf",
     ),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
+    ("qwen2.5-0.5b", {"loss": "cut-cross-entropy", "dtype": "fp32"}, "asserts hidden states and a head in 16 bits"),
+    ("aya-23-8b", {"loss": "cut-cross-entropy"}, "is not counted for cohere, whose logits are scaled; accepted: full"),
     ("t5-small", {"loss": "liger"}, "loss: liger replaces the loss of causal language models, not of T5ForConditional"),
 )
 

@@ -1,4 +1,6 @@
-"""Formulas against loops and losses of tools that were rehearsed: LLaMA-Factory v1's trainer, LLaMA-Factory's DFT."""
+"""Formulas against loops and losses of tools that were rehearsed: LLaMA-Factory v1's trainer, LLaMA-Factory's DFT, and the cut
+cross entropy of axolotl's fork (at 5f0c7a7, `cce_patch` before loading).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from peftplan.errors import RefusedError
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("tools.jsonl"))
+OF_CUT = read(Path(__file__).with_name("cut_cross_entropy.jsonl"))
 LARGEST = {"allocated": 0.05, "reserved": 2.5}
 """Per cent; reserved: where layers are kept and gradients accumulate, all else is equal."""
 
@@ -20,6 +23,18 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, object]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
     assert {what: drift[what] for what in LARGEST if abs(drift[what]) > LARGEST[what]} == {}
+
+
+@pytest.mark.parametrize("row", OF_CUT, ids=[row["job"] for row in OF_CUT])
+def test_cut_cross_entropy_by_formula(row: dict[str, object]) -> None:
+    """In the first step torch times the kernel that narrows the order of the vocabulary, with a buffer of 256 MiB; reserved bytes
+    count it. In Gemma 3 270M it is the peak of all steps, which that of the second step misses.
+    """
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    assert abs(drift["reserved"]) < 0.72
+    assert max(abs(drift[phase]) for phase in ("load", "forward", "backward", "step")) < 0.1
+    assert abs(drift["allocated"]) < 0.002 or "gemma-3-270m" in str(row["job"])
 
 
 def test_v1_makes_the_loss_twice() -> None:

@@ -42,6 +42,8 @@ class Effective:
             return any(self._equal(self.file, each) for each in accepted)
         if key == "vocabulary":
             return self._has_vocabulary(accepted)
+        if key == "architecture":
+            return isinstance(accepted, list) and self._of_model("model_type") in accepted
         if key == "experts":
             return self._of_model("model_type") in CONVERSIONS
         if accepted in ("said", "unsaid"):

@@ -20,13 +20,11 @@ from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_MULTIPLE
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
+from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
-FLUSHED_BYTES = 256 * 2**20
-"""The buffer with which inductor clears the card's cache before it times a kernel (torch,
-_inductor/runtime/benchmarking.py, `benchmark_gpu`)."""
 NORM = Norm("torch, inductor's RMSNorm", reuses_gradient=False)
 TOKENS: dict[str, Dims] = {
     "": (),

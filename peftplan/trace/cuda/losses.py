@@ -7,6 +7,7 @@ size, v vocabulary. Every label counts as scored: how many a run masks (prompts,
 | --- | --- |
 | trl-chunked | trl `kernels/chunked_logprob.py` (`ChunkedLogProbFunction`), `trainer/utils.py` (`add_fused_lm_head`) |
 | liger | liger-kernel `ops/fused_linear_cross_entropy.py`, `transformers/model/llama.py` (`lce_forward`) |
+| cut-cross-entropy | axolotl's fork of cut-cross-entropy at 5f0c7a7, `cce.py`; in `cut.py` beside this file |
 | unsloth | unsloth_zoo 2026.10.9 `fused_losses/fused_linear.py` (`_ce_impl`); in `unsloth.py` beside this file |
 
 Left out: Liger's and Unsloth's other kernels (norms, rotary embeddings, MLP), which change what layers keep; scalars on the host.
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 
 from peftplan.errors import InputError, RefusedError
-from peftplan.job.loss_sizes import check_liger
+from peftplan.job.loss_sizes import CUT, check_halves, check_liger
 from peftplan.trace.cuda.attention import Capability
+from peftplan.trace.cuda.cut import CutCrossEntropy
 from peftplan.trace.cuda.scored import Rows, Scattered, scored_tokens
 from peftplan.trace.cuda.unsloth import FusedLinear, unsloth_tiles
 from peftplan.units import ceil_div
@@ -78,6 +80,7 @@ FACTS: dict[str, dict[str, str]] = {
     "full": {},
     "trl-chunked": {"loss_source": f"{named('trl')} add_fused_lm_head", "scored_tokens": ALL_SCORED},
     "liger": {"loss_source": f"{named('liger-kernel')} fused linear cross entropy, without its layer kernels"},
+    CUT: {"loss_source": "axolotl's fork of cut-cross-entropy at 5f0c7a7", "scored_tokens": ALL_SCORED},
     "unsloth": {
         "loss_source": "unsloth_zoo 2026.10.9 fused linear cross entropy on a card of over 24.5 GiB, without its other kernels",
         "scored_tokens": ALL_SCORED,
@@ -171,7 +174,32 @@ def unsloth(model: Any, prompt: int, capability: Capability) -> Forward:
     return forward
 
 
-FORWARDS: dict[str, Callable[[Any, int, Capability], Forward]] = {"trl-chunked": trl_chunked, "liger": liger, "unsloth": unsloth}
+WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def cut(model: Any, prompt: int, capability: Capability) -> Forward:
+    """`cce_forward` in training, with `num_items_in_batch`: no logits."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        head = model.get_output_embeddings()
+        capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        scored = scored_tokens(labels, prompt)
+        hidden = hidden.to(head.weight.dtype) if head.weight.dtype == torch.bfloat16 else hidden
+        check_halves(*(WORDS.get(tensor.dtype, "fp32") for tensor in (hidden, head.weight)))
+        loss = CutCrossEntropy.apply(hidden.flatten(0, -2), head.weight, head.bias, labels, scored, capped)  # type: ignore[no-untyped-call]
+        return CausalLMOutputWithPast(loss=loss / scored)
+
+    return forward
+
+
+FORWARDS: dict[str, Callable[[Any, int, Capability], Forward]] = {
+    "trl-chunked": trl_chunked,
+    "liger": liger,
+    CUT: cut,
+    "unsloth": unsloth,
+}
 
 
 class ChunkedLogProbs(torch.autograd.Function):

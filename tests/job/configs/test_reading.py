@@ -256,16 +256,27 @@ def test_directions(keys: tuple[str, ...], expected: str | None) -> None:
 
 
 def test_a_key_that_lowers_the_peak_makes_it_an_upper_bound() -> None:
-    values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+    values = {**AXOLOTL, "chunked_cross_entropy": True}
     result = peftplan.estimate(config=read(values), gpu=("a100-80gb", "16GiB"))
     assert result.bound == "at_most"
     assert [card.verdict for card in result.gpus] == ["fits", "unknown"]
-    assert result.to_dict()["config"]["unsupported"]["cut_cross_entropy"]["effect"] == "lowers"
+    assert result.to_dict()["config"]["unsupported"]["chunked_cross_entropy"]["effect"] == "lowers"
 
 
 def test_an_option_takes_the_place_of_its_key() -> None:
-    values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]}
+    values = {**AXOLOTL, "chunked_cross_entropy": True}
     assert peftplan.estimate(config=read(values), loss="full").bound is None
+
+
+@pytest.mark.parametrize(
+    ("values", "loss"),
+    [({}, "cut-cross-entropy"), ({"cut_cross_entropy": False}, None), ({"rl": "dpo"}, None), ({"deepspeed": "zero2.json"}, None)],
+)
+def test_axolotls_plugin_cuts_the_cross_entropy(values: dict[str, Any], loss: str | None) -> None:
+    """Under ZeRO, FSDP and trainers of preferences it stays a key that lowers the peak."""
+    plan = read({**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], **values})
+    assert plan.options.get("loss") == loss
+    assert ("cut_cross_entropy" in plan.unsupported) is (loss is None and "cut_cross_entropy" not in values)
 
 
 def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
@@ -473,7 +484,15 @@ def test_programs_of_deepspeed_examples_are_not_read_as_trl(key: str) -> None:
     assert read(values, kind="command", program="deepspeed").tool == "other"
 
 
-@pytest.mark.parametrize("script", ["bco", "gold", "gkd"])
+@pytest.mark.parametrize("script", ["bco", "ppo/ppo_tldr", "xpo", "nash_md"])
+def test_scripts_of_trainers_that_trl_has_no_more(script: str) -> None:
+    """`import trl.experimental.bco` of trl 1.16 raises; the files of the four scripts are those of 1.9."""
+    values = {**MODEL, "reward_model_path": "a/b"}
+    why = read(values, kind="command", program=f"python examples/scripts/{script}.py").unsupported["trainer"].why
+    assert f"raises ModuleNotFoundError: it has no trl.experimental.{script.partition('/')[0]} " in why
+
+
+@pytest.mark.parametrize("script", ["gold", "gkd"])
 def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
     plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
     assert plan.unsupported["trainer"].effect == "unknown"
@@ -793,6 +812,10 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**AXOLOTL, "flash_attn_rms_norm": True}, "flash_attn_rms_norm", "DeprecationWarning"),
         ({**AXOLOTL, "max_packed_sequence_len": 2048}, "max_packed_sequence_len", "DeprecationWarning"),
         ({**WITH_KERNELS, "base_model": "EleutherAI/gpt-j-6b"}, "lora_qkv_kernel", "AssertionError"),
+        ({**WITH_KERNELS, "base_model": "microsoft/Phi-3.5-mini-instruct"}, "lora_qkv_kernel", "AssertionError"),
+        ({**AXOLOTL, "base_model": "tiiuae/falcon-7b", "attn_implementation": "xformers"}, "attn_implementation", "KeyError"),
+        ({**AXOLOTL, "early_stopping_patience": 3, "save_steps": 10}, "early_stopping_patience", "ValueError"),
+        ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
     ],

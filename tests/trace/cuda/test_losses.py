@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftplan
 from peftplan.errors import RefusedError
+from peftplan.trace.cuda.cut import CutCrossEntropy
 from peftplan.trace.cuda.losses import LigerCrossEntropy, liger_rows
 from peftplan.trace.cuda.unsloth import FusedLinear, chunk_rows
 from tests.trace.engine_case import HIDDEN, llama, lora, traced
@@ -125,6 +126,18 @@ def test_unsloth_of_many_tokens_and_a_frozen_head_holds_one_tile() -> None:
     assert max(nbytes for nbytes in seen.sizes if nbytes not in (tile, 2 * vocab * h)) == accumulator
 
 
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_cut_cross_entropy_holds_no_logits(head_trains: bool) -> None:
+    """A gradient of each operand, and an order of the vocabulary with what sorts it: nothing of tokens x vocabulary."""
+    with FakeTensorMode():
+        hidden, weight, labels = tensors(head_trains=head_trains)
+    with hidden.fake_mode, Storages() as seen:
+        CutCrossEntropy.apply(hidden, weight, None, labels.view(1, n), n - 1, False).backward()
+    of_vocabulary = {8 * v: 2, 4 * v: 3, 12 * v: 1}  # indices before and after; average, sorted, and the order; the sort
+    expected = Counter(of_vocabulary) + Counter({2 * n * h: 1, 2 * v * h: int(head_trains), 16 * (n - 1): 1})
+    assert Counter(nbytes for nbytes in seen.sizes if nbytes > 8 * n) == expected
+
+
 @pytest.mark.parametrize(
     ("scored", "hidden", "vocab", "rows"),
     [(2047, 4096, 128256, 512), (8191, 4096, 32000, 2048), (100, 2048, 151936, 100)],
@@ -135,7 +148,7 @@ def test_rows_of_an_unsloth_chunk(scored: int, hidden: int, vocab: int, rows: in
 
 
 @pytest.mark.parametrize("trainer", ["plain", "transformers"])
-@pytest.mark.parametrize("loss", ["trl-chunked", "liger", "unsloth"])
+@pytest.mark.parametrize("loss", ["trl-chunked", "liger", "unsloth", "cut-cross-entropy"])
 def test_every_loss_runs_in_every_trainer_below_the_full_one(trainer: str, loss: str) -> None:
     options: dict[str, Any] = {"trainer": trainer, "seq_len": 4200, "gradient_checkpointing": True}
     config = llama(1, vocab_size=40_000)
