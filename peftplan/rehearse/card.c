@@ -60,6 +60,15 @@ static int capability(int part) {
     return atoi(part ? strchr(stated, '.') + 1 : stated);
 }
 
+/* Resident blocks of a multiprocessor, by compute capability (CUDA C++ Programming Guide, "Technical Specifications"). */
+static int most_blocks(void) {
+    switch (10 * capability(0) + capability(1)) {
+    case 75: case 86: case 87: return 16;
+    case 89: case 120: case 121: return 24;
+    default: return 32;
+    }
+}
+
 static int turing(void) { return capability(0) == 7; }
 static int on_card(const void *at) { return base && (const char *)at >= base && (const char *)at < base + CARDS * SPACE; }
 static int card_of(const void *at) { return ((const char *)at - base) / SPACE; }
@@ -303,6 +312,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->minor = capability(1);
     p->multiProcessorCount = number("EMULATED_MULTIPROCESSORS", 108);
     p->maxThreadsPerMultiProcessor = number("EMULATED_THREADS", 2048);
+    p->maxBlocksPerMultiProcessor = most_blocks();
     p->sharedMemPerMultiprocessor = turing() ? 65536 : 167936;
     p->sharedMemPerBlockOptin = turing() ? 65536 : 166912;
     p->sharedMemPerBlock = 49152;
@@ -333,7 +343,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = p.sharedMemPerBlock; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = p.sharedMemPerBlockOptin; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = p.sharedMemPerMultiprocessor; break;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: *value = p.maxBlocksPerMultiProcessor; break;
     case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = p.regsPerMultiprocessor; break;
     case cudaDevAttrWarpSize: *value = p.warpSize; break;
     case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;

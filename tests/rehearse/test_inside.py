@@ -59,6 +59,32 @@ with torch.device("cuda"):
     print("SEEN", json.dumps([torch.ones(2).device.type, numbers.device.type, list(numbers.shape)]))
 """
 
+GUARDED = """
+import json, torch
+rows = torch.randn(4, 3000, device="cuda")
+loss, nan = rows.sum(), torch.isnan(rows)
+print("SEEN", json.dumps([
+    bool(torch.isfinite(loss)), bool(~torch.isfinite(loss)), bool(torch.logical_not(torch.isfinite(rows)).any()),
+    nan.sum().item(), nan.float().mean().item(), nan.all().item(), (~nan).all().item(), int(nan.cpu().sum()),
+    list(rows[nan].shape), list(rows[~nan].shape), type(nan).__name__,
+]))
+"""
+SAMPLING = """
+import json, torch
+logits = torch.randn(2, 151936, device="cuda")
+print("SEEN", json.dumps(list(logits.topk(50).values.shape)))
+"""
+SAVING = """
+import json, os, torch
+saved = {"step": torch.tensor([7, 8]), "random": torch.get_rng_state(), "card": torch.ones(1 << 20, device="cuda"),
+    "host": torch.ones(1 << 20)}
+torch.save(saved, "state.pt")
+read = torch.load("state.pt", map_location="cpu")
+torch.set_rng_state(read["random"])
+print("SEEN", json.dumps([read["step"].tolist(), [list(read[name].shape) for name in ("card", "host")],
+    os.stat("state.pt").st_size >> 20, os.stat("state.pt").st_blocks * 512 >> 20]))
+"""
+
 
 def seen(program: str, gpu: str, tmp_path: Path, **environment: str) -> Any:
     torch = pytest.importorskip("torch")
@@ -97,6 +123,26 @@ def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
     assert shown["listed"] == [3, 4]
     assert shown["filled"] == [0, 7, 0]
     assert shown["mask"] == [True, True, False]
+
+
+def test_guards_against_nan_find_none(tmp_path: Path) -> None:
+    """Also where they count, invert or copy what `isnan` and `isfinite` found."""
+    assert seen(GUARDED, "rtx-4090", tmp_path) == [
+        *(True, False, False, 0, 0.0, False, True, 0),
+        *([0], [12000], "Tensor"),
+    ]
+
+
+@pytest.mark.parametrize("gpu", ["t4", "rtx-4090", "h100-80gb"])
+def test_the_most_likely_of_a_large_vocabulary(gpu: str, tmp_path: Path) -> None:
+    """torch divides the work by the blocks that a multiprocessor holds (`TensorTopK.cu`, `get_items_per_thread`)."""
+    assert seen(SAMPLING, gpu, tmp_path) == [2, 50]
+
+
+def test_what_the_host_holds_is_read_again_as_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator's state and a step are themselves again; 8 MiB of the card and of large tensors are holes."""
+    monkeypatch.chdir(tmp_path)
+    assert seen(SAVING, "rtx-4090", tmp_path) == [[7, 8], [[1 << 20], [1 << 20]], 8, 0]
 
 
 def test_generated_text_has_the_length_that_was_asked_for(tmp_path: Path) -> None:

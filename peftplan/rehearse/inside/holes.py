@@ -26,6 +26,9 @@ NAMES = {
 }
 """torch's dtype → safetensors' name."""
 
+MOST_SAVED = 1 << 20
+"""Bytes of a host tensor that `torch.save` keeps: states of generators and schedulers are read again."""
+
 
 def write(
     path: Path,
@@ -60,17 +63,39 @@ def write(
 
 
 def start() -> None:
-    """Save holes from here on, by safetensors and by torch: there are no values, and the scratch layer lies in memory."""
+    """Save holes from here on, by safetensors and by torch: the card has no values, and the scratch layer lies in memory."""
     import torch
 
-    save = torch.save
+    save: Any = torch.serialization._save
+    untyped: Any = torch.UntypedStorage
 
-    def save_holes(*args: Any, **kwargs: Any) -> None:
-        with torch.serialization.skip_data():
-            save(*args, **kwargs)
+    def save_holes(obj: Any, zip_file: Any, *args: Any, **kwargs: Any) -> None:
+        copied = untyped.cpu
+        untyped.cpu = lambda storage: untyped(0)
+        try:
+            save(obj, _Writer(zip_file), *args, **kwargs)
+        finally:
+            untyped.cpu = copied
 
-    torch.save = save_holes
+    torch.serialization._save = save_holes
     sys.meta_path.insert(0, AfterImport({"safetensors.torch": _save_file}))
+
+
+class _Writer:
+    """torch's writer of a file, which leaves out what the card holds, and what is large on the host."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write_record(self, name: str, data: Any, nbytes: int) -> None:
+        """Write a record; a storage that has no values here, or many, as a hole."""
+        if hasattr(data, "nbytes") and not nbytes == data.nbytes() <= MOST_SAVED:
+            self.file.write_record_metadata(name, nbytes)
+        else:
+            self.file.write_record(name, data, nbytes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def _save_file(module: Any) -> None:

@@ -23,12 +23,12 @@ COMPARED = ("eq", "ne", "lt", "gt", "le", "ge")
 COUNTED = ("nonzero", "masked_select", "masked_scatter", "unique", "unique_consecutive", "repeat_interleave", "__getitem__")
 """Operations whose results are as long as values say."""
 FOLLOWED = (
-    *COUNTED, *COMPARED, *(f"__{name}__" for name in COMPARED), "__invert__", "__and__", "__or__", "__add__", "__radd__",
-    "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
+    *COUNTED, *COMPARED, *(f"__{name}__" for name in COMPARED), "__invert__", "__and__", "__or__", "__xor__", "__add__",
+    "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
     "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
-    "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "prod", "max", "min", "amax", "amin",
-    "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack", "isin", "split", "chunk",
-    "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "index_fill", "gather", "sort", "argsort", "clamp",
+    "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "mean", "count_nonzero", "prod", "max",
+    "min", "amax", "amin", "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack",
+    "isin", "split", "chunk", "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "index_fill", "gather", "sort", "argsort", "clamp",
     "minimum", "pad", "maximum", "_is_all_true", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones",
 )  # fmt: skip
 CHANGING = (
@@ -138,7 +138,7 @@ def _is_mask(thing: Any) -> bool:
 def _places(mask: torch.Tensor) -> int:
     """True places of a mask; one that nobody knows hides nothing."""
     known = of(mask)
-    return int(known.count_nonzero()) if known is not None else 0 if hasattr(mask, "false") else mask.numel()
+    return mask.numel() if known is None else int(known.count_nonzero())
 
 
 @contextmanager

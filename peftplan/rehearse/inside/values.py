@@ -15,6 +15,8 @@ from peftplan.rehearse.inside.after_import import AfterImport
 
 IGNORED = -100
 """The label that losses leave out (`torch.nn.functional.cross_entropy(ignore_index=)`)."""
+CHECKS = {"isnan": False, "isinf": False, "isposinf": False, "isneginf": False, "isfinite": True}
+"""Checks of floats, and what they find in every one."""
 TABLES = ("get_torch_obj_rule_map", "get_tensor_method")
 """Functions of `torch._dynamo.trace_rules` that list torch's functions, once."""
 LINEAR_ALGEBRA: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
@@ -49,9 +51,9 @@ def start() -> None:
     for name in ("all", "_is_all_true"):
         setattr(torch.Tensor, name, _true(getattr(torch.Tensor, name)))
     torch.equal = _equal(torch.equal)
-    for name in ("isnan", "isinf"):
-        setattr(torch, name, _never(getattr(torch, name)))
-        setattr(torch.Tensor, name, _never(getattr(torch.Tensor, name)))
+    for name, answer in CHECKS.items():
+        for owner in (torch, torch.Tensor):
+            setattr(owner, name, _always(getattr(owner, name), answer))
     # what a solver says of its own success
     LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
     known.start()
@@ -141,7 +143,7 @@ def _equal(compare: Any) -> Any:
 def _unmasked(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """A mask that comes back from the card hides nothing."""
     if before.dtype is torch.bool and before.dim() and before.device.type == "cuda" and after.device.type == "cpu":
-        return after.fill_(not isinstance(before, _False))
+        return after.fill_(True)
     return after
 
 
@@ -153,30 +155,13 @@ def _counted(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return after
 
 
-class _False(torch.Tensor):
-    """A mask on the card that is false everywhere, whatever is read from it."""
+def _always(check: Any, answer: bool) -> Any:
+    """A check of floats on the card finds the same everywhere, and the host knows it."""
 
-    false = True
-
-    def __bool__(self) -> bool:
-        return False
-
-    def item(self) -> bool:
-        return False
-
-    def tolist(self) -> Any:
-        return torch.zeros(self.shape, dtype=torch.bool).tolist()
-
-    def any(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().any(*args, **kwargs).as_subclass(_False)
-
-    def __invert__(self) -> torch.Tensor:
-        return super().__invert__().as_subclass(torch.Tensor)
-
-
-def _never(check: Any) -> Any:
     def checked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         result = check(tensor, *args, **kwargs)
-        return result.as_subclass(_False) if isinstance(result, torch.Tensor) and result.device.type == "cuda" else result
+        if isinstance(result, torch.Tensor) and result.device.type == "cuda":
+            result.known = torch.tensor(answer).expand(result.shape)  # type: ignore[attr-defined]
+        return result
 
     return checked
