@@ -66,6 +66,9 @@ def run(checked: Request, *, stdout: int | None = None) -> Rehearsal:
     from peftplan.rehearse import program
 
     results = [program.rehearse(checked, rank=number, stdout=stdout) for number in checked.ranks]
+    if checked.every_rank:
+        launched = range(len(results), results[0].world_size)
+        results += [program.rehearse(checked, rank=number, stdout=stdout) for number in launched]
     worst = max(results, key=lambda result: (result.oom is not None, result.needed_bytes))
     return replace(worst, ranks=tuple(rank for result in results for rank in result.ranks))
 

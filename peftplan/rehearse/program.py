@@ -250,7 +250,8 @@ def _verdict(card: Gpu, ranks: Iterable[Rank], *, out_of_memory: bool, steps: in
 def _replaced(settings: Settings, request: Request) -> Iterator[str]:
     yield "kernels do nothing: numbers read from the card are zero, counts of labels are those of the batch"
     if settings.world_size > 1:
-        yield f"collectives do nothing: this process plays rank {settings.rank} of {settings.world_size} alone"
+        each, one = "each rank is played alone, one after another", f"this process plays rank {settings.rank}"
+        yield f"collectives do nothing: {each if request.every_rank else f'{one} of {settings.world_size} alone'}"
     if not request.keep_writes:
         yield "saved tensors are files of the true length without data"
         yield "writes went to a scratch layer and are gone"

@@ -34,13 +34,18 @@ KIND_OF = {
 
 
 class Request(NamedTuple):
-    """A checked request. `cards`: those that the process sees. `max_host`: bytes. `data`: column of a row → its kind."""
+    """A checked request.
+
+    `cards`: those that the process sees. `ranks`: those that are played first; with `every_rank`, the others that a launcher
+    makes follow. `max_host`: bytes. `data`: column of a row → its kind.
+    """
 
     command: tuple[str, ...]
     card: Gpu | None
     cards: int
     world_size: int
     ranks: tuple[int, ...]
+    every_rank: bool
     max_host: int
     steps: int
     timeout: float | None
@@ -93,6 +98,7 @@ def read(
         cards=cards,
         world_size=world,
         ranks=_ranks(rank, world),
+        every_rank=rank == ALL,
         max_host=_bytes(max_host) or free_host_bytes() * MOST_OF_FREE // 100,
         steps=steps,
         timeout=timeout,

@@ -80,6 +80,7 @@ def test_most_of_the_free_host_memory_is_allowed_unless_told_otherwise() -> None
 def test_several_cards_and_every_rank() -> None:
     request = read(("python", "-c", "pass"), **(DEFAULTS | {"gpu": "8xh100", "world_size": 4, "rank": "all", "max_host": "2GiB"}))
     assert (request.cards, request.world_size, request.ranks, request.max_host) == (8, 4, (0, 1, 2, 3), 2 * 2**30)
+    assert request.every_rank
     assert request.card is not None
     assert request.card.compute_capability == "9.0"
 

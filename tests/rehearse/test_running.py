@@ -499,3 +499,21 @@ def test_a_checkpoint_that_is_there_survives_and_nothing_is_sent(tmp_path: Path,
     assert any("create_commit of someone/something was left out" in note for note in result.notes)
     assert checkpoint.read_bytes() == b"precious weights"
     assert [path.name for path in checkpoint.parent.iterdir()] == ["model.safetensors"]
+
+
+SYNCHRONISED = """
+import torch, torch.distributed as dist
+dist.init_process_group("nccl")
+model = torch.nn.Sequential(torch.nn.Linear(8, 16 * (1 + dist.get_rank())), torch.nn.BatchNorm1d(16 * (1 + dist.get_rank())))
+model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.randn(4, 8).cuda()).sum().backward()
+optimizer.step()
+"""
+
+
+def test_a_launcher_s_ranks_are_played_one_after_another(tmp_path: Path) -> None:
+    """The launcher alone says how many there are. A batch norm over all of them gathers rows of statistics."""
+    result, _ = run(SYNCHRONISED, tmp_path, launcher=TORCHRUN, rank="all")
+    assert [(rank.rank, rank.steps[-1].step) for rank in result.ranks] == [(number, 1) for number in range(result.world_size)]
+    assert result.ranks[0].peak_allocated < result.ranks[1].peak_allocated

@@ -28,8 +28,9 @@ FOLLOWED = (
     "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
     "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "mean", "count_nonzero", "prod", "max",
     "min", "amax", "amin", "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack",
-    "isin", "split", "chunk", "unbind", "flip", "roll", "t", "transpose", "permute", "index_select", "index_fill", "gather", "sort", "argsort", "clamp",
-    "minimum", "pad", "maximum", "_is_all_true", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones",
+    "isin", "split", "chunk", "unbind", "flip", "roll", "t", "transpose", "permute", "index_select",
+    "index_fill", "gather", "sort", "argsort", "clamp", "minimum", "pad", "maximum", "_is_all_true", "full_like", "zeros_like",
+    "ones_like", "new_full", "new_zeros", "new_ones",
 )  # fmt: skip
 CHANGING = (
     "__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_", "scatter_", "index_fill_",

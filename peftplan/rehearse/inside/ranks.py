@@ -8,6 +8,8 @@ from typing import Any
 
 NAMED = ("nccl", "gloo")
 """Backends under whose name a program finds the fake one."""
+GATHERS = ("all_gather_into_tensor", "all_gather_single")
+"""One function, under its older name and that of torch 2.13."""
 groups: list[int] = []
 """World size of each time that the program initialised its process group."""
 
@@ -41,7 +43,7 @@ def _replace_process_groups(dist: Any) -> None:
     replaced: dict[str, Callable[..., Any]] = {
         "init_process_group": init_fake,
         "new_group": _of_the_same_backend(dist.new_group),
-        "all_gather_into_tensor": _by_number(dist.all_gather_into_tensor),
+        **{name: _by_number(getattr(dist, name)) for name in GATHERS if hasattr(dist, name)},
         "all_gather_object": _all_gather_object,
         "gather_object": _gather_object,
         "broadcast_object_list": _nothing,
@@ -85,11 +87,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _by_number(gather: Callable[..., Any]) -> Callable[..., Any]:
-    """The backends of cards compare numbers of elements, the fake one shapes: a flat output takes a flat input."""
+    """The backends of cards compare numbers of elements, the fake one shapes: both go flat, as rows that follow each other."""
 
     def gather_flat(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        flat = input_tensor.view(-1) if output_tensor.dim() == 1 else input_tensor
-        return gather(output_tensor, flat, *args, **kwargs)
+        return gather(output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs)
 
     return gather_flat
 
