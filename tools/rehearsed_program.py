@@ -32,6 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 256
 FLAGS = argparse.BooleanOptionalAction
 CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+AUTOMATIC_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""What transformers and accelerate compute of the model's hidden size."""
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = (
@@ -92,6 +94,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--padding", action=FLAGS, default=False)
     parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero0", "zero1", "zero2", "zero3"))
     parser.add_argument("--overlap-comm", action=FLAGS, default=True)
+    for name in AUTOMATIC_SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
+    parser.add_argument("--zero3-init", action=FLAGS)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
     parser.add_argument("--gpus", type=int, default=1)
@@ -166,7 +171,7 @@ def deepspeed(job: argparse.Namespace, stage: int) -> dict[str, Any]:
     """DeepSpeed's config, with what transformers resolves left to it."""
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": job.overlap_comm}
     if stage == 3:
-        zero |= dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto")
+        zero |= dict.fromkeys(AUTOMATIC_SIZES, "auto")
     for what, place in (("offload_param", job.offload_params), ("offload_optimizer", job.offload_optimizer)):
         if place != "none":
             zero[what] = {"device": place, "pin_memory": True}
@@ -383,7 +388,7 @@ def with_llama_factory(job: argparse.Namespace) -> None:
 
 
 def with_llama_factory_v1(job: argparse.Namespace) -> None:
-    """LLaMA-Factory v1's own loop under FSDP2, as its launcher starts it."""
+    """LLaMA-Factory v1's own loop under FSDP2 or DeepSpeed, as its launcher starts it."""
     from llamafactory.v1.trainers.sft_trainer import run_sft
 
     turns = (("user", "ask"), ("assistant", "good" * job.seq_len))
@@ -392,6 +397,10 @@ def with_llama_factory_v1(job: argparse.Namespace) -> None:
     Path("data.yaml").write_text("rows: {path: rows.jsonl, source: local}\n", encoding="utf-8")
     step = job.gpus * job.batch_size * job.gradient_accumulation_steps
     settings: dict[str, Any] = {}
+    sharded = {"name": "fsdp2"}
+    if job.strategy != "fsdp2":
+        Path("deepspeed.json").write_text(json.dumps(deepspeed(job, int(job.strategy[-1]))), encoding="utf-8")
+        sharded = {"name": "deepspeed", "config_file": "deepspeed.json"}
     if job.method != "full":
         targets = "all" if job.target_modules == "all-linear" else job.target_modules.split(",")
         fields = {"r": job.r, "lora_dropout": job.lora_dropout, "target_modules": targets}
@@ -411,7 +420,7 @@ def with_llama_factory_v1(job: argparse.Namespace) -> None:
             "batching_workers": 0,
             "enable_activation_checkpointing": checkpoints(job),
             "kernel_config": {"name": "auto"},
-            "dist_config": {"name": "fsdp2"},
+            "dist_config": sharded,
         }
     )
 

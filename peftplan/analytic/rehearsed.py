@@ -177,7 +177,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
-        "trainer": not (setup.by.prepares_model or (setup.by.layout is not ACCELERATE and job.distributed.strategy == "fsdp2")),
+        "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
         f"method {method}": method not in (("full",) if setup.by.weighs_tokens else SHOWN_METHODS)
         or bool(getattr(job.config, "use_dora", False)),
@@ -186,6 +186,14 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         and not _classifies(job),
         f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job)),
     }
+
+
+def _rehearsed_trainer(job: Job) -> bool:
+    """Whether accelerate prepares the model, or the loop was rehearsed with this strategy."""
+    assert job.distributed is not None
+    by, strategy = job.setup.by, job.distributed.strategy
+    apart = strategy == "fsdp2" or (strategy == "zero3" and by.weighs_tokens)
+    return by.prepares_model or (by.layout is not ACCELERATE and apart)
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:

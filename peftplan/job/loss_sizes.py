@@ -116,6 +116,8 @@ class LossSizes(NamedTuple):
             return {"n": n, "n/128": -(-n // LOCKED_ROWS)}
         if self.loss == "torchtune-linear":
             return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
+        if self.loss == "torchtune-kl":
+            return {"n": b * length, "chunk": length // CHUNKS, "longer": length // CHUNKS + 1}
         tile = smaller(n, MAX_ROWS)
         by_itemsize = {
             f"rows{size}": unsloth_rows(n, hidden_size=self.hidden_size, vocab_size=self.vocab_size, itemsize=size)
@@ -147,6 +149,8 @@ class LossSizes(NamedTuple):
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
         if self.loss == "torchtune-linear":
             return (n >= CHUNKS, n % CHUNKS)
+        if self.loss == "torchtune-kl":
+            return (length >= CHUNKS, length % CHUNKS)
         sizes: dict[str, Size] = self.named(b, length)
         half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]
         of_chunks: list[Fact] = [fact for rows in (MAX_ROWS, half, wide) for fact in _full_chunks(n, rows)]

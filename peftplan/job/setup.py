@@ -140,7 +140,12 @@ class Setup(BaseModel):
         return self.batch_size * self.by.rows
 
 
-OWNERS = {"torchtune-linear": ("torchtune",), "te-parallel": ("automodel", "automodel-hf"), "per-token": ("transformers",)}
+OWNERS = {
+    "torchtune-linear": ("torchtune",),
+    "torchtune-kl": ("torchtune-kd",),
+    "te-parallel": ("automodel", "automodel-hf"),
+    "per-token": ("transformers",),
+}
 """Loss → the only trainers that compute it."""
 LOSSES_OF_SLICES = ("full", "liger")
 """Losses that accept `logits_to_keep`. TRL 1.16 (`add_fused_lm_head`) uses the hidden states of all tokens, for which there are

@@ -33,7 +33,7 @@ def teacher_of(job: Job) -> Teacher | None:
         return None
     student = job.architecture.vocab_size
     rows = student if setup.by.resizes_teacher else None
-    teacher = _teacher(setup.teacher_model, rows, setup.dtype, setup.trust_remote_code)
+    teacher = _teacher(setup.teacher_model, rows, setup.dtype, setup.trust_remote_code, setup.by.own_modules)
     if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
             f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
@@ -42,8 +42,8 @@ def teacher_of(job: Job) -> Teacher | None:
 
 
 @lru_cache(maxsize=8)
-def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool) -> Teacher:
-    """`rows`: of its embeddings; None: as its config says."""
+def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool) -> Teacher:
+    """`rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it."""
     try:
         model = sources.read(name)
         if rows is not None:
@@ -51,6 +51,10 @@ def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool) -
         architecture = sources.load(model, task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code)
     except InputError as error:
         raise InputError("teacher_model", name, error.accepted) from None
+    if own_modules:
+        from peftplan.job.built import as_torchtune_builds
+
+        architecture = as_torchtune_builds(architecture, sources.load_config(model), adapted=False)
     adaptation = full(architecture, FullConfig())
     built = parameters.build(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, quant=None, kbit_prepare=False)
     buffers = parameters.buffers(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, on_host=False)

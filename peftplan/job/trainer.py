@@ -10,6 +10,7 @@ TrainerName = Literal[
     "qlora-paper",
     "torchtune",
     "torchtune-dpo",
+    "torchtune-kd",
     "trl",
     "trl-dpo",
     "trl-kto",
@@ -40,7 +41,8 @@ TrainerName = Literal[
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
-    "auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "te-parallel", "per-token", "cut-cross-entropy"
+    "auto", "full", "trl-chunked", "liger", "unsloth", "torchtune-linear", "torchtune-kl", "te-parallel", "per-token",
+    "cut-cross-entropy",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]

@@ -364,6 +364,19 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_fsdp2=("adapter_off",),
             layout=TORCHTUNE._replace(frees_root=True),
         ),
+        # The same commit, recipes/knowledge_distillation_single_device.py.
+        TORCHTUNE_RECIPE._replace(
+            name="torchtune-kd",
+            called="torchtune's distillation recipe",
+            defaults=TORCHTUNE_RECIPE.defaults._replace(loss="torchtune-kl"),
+            losses=("torchtune-kl",),
+            teaches=True,
+            forwards=(*LOSS, Forward("reference")),
+            under_ddp=(),
+            under_zero2=(),
+            under_fsdp2=(),
+            options=frozenset({"teacher_model"}),
+        ),
         AUTOMODEL_RECIPE,
         AUTOMODEL_RECIPE._replace(
             name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False

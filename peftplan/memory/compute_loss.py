@@ -90,6 +90,14 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
     """
     from peftplan.memory.distillation import divergence, divergence_in_tiles
 
+    if model.running.loss == "torchtune-kl":
+        from peftplan.memory.torchtune_kd import loss_of_chunks
+
+        with_graph, without = (_run_by(forward, number, model, teacher) for number, forward in enumerate(program.forwards))
+        chunks = _forward(with_graph)[1:]
+        with model.tape.no_grad():
+            of_teacher = _forward(without)[1:]
+        return loss_of_chunks(model.tape, chunks, of_teacher)
     f, of_models, in_tiles = model.tape, [], model.running.loss == "trl-chunked"
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, teacher)

@@ -111,6 +111,8 @@ def head_of(model: Model) -> Head:
 def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
+    if loss == "torchtune-kl":
+        return _imported(("torchtune_kd", "chunks_of_logits"))
     if model.running.without_loss and loss == "trl-chunked":
         return _imported(("distillation", "hidden_states"))
     if model.running.without_loss and task == "CAUSAL_LM" and (model_type, task) not in OF_MODEL:

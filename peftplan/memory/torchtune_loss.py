@@ -56,6 +56,11 @@ def _of_chunk(model: Model, head: str, x: Tensor) -> Tensor:
     logits = model.units.leave(TAIL, model.linear(head, model.units.enter_with(TAIL, x)))
     model.units.end_forward()
     f.module = ""
+    return summed_cross_entropy(f, logits)
+
+
+def summed_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
+    """The summed loss of logits, which the caller holds."""
     log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
     node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims)
     f.keep(node, log_probabilities.detach())

@@ -10,6 +10,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import RefusedError
+from peftplan.job.configs.read import read_values
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("tools.jsonl"))
@@ -69,6 +70,23 @@ def test_what_is_not_known_of_v1_is_said() -> None:
     assert of_lora == "a step with FSDP2 over 8 GPUs and method lora (no formula yet)"
     with pytest.raises(RefusedError, match="trace follows losses of models"):
         peftplan.estimate(**job, strategy="fsdp2", gpus=8, engine="trace")
+
+
+def test_v1_reads_the_file_of_deepspeed() -> None:
+    """`examples/v1/train_full/train_full_deepspeed.yaml`: ZeRO-3 with sizes that accelerate computes, in bf16."""
+    values = {
+        "model": "Qwen/Qwen3-0.6B",
+        "dist_config": {"name": "deepspeed", "config_file": "examples/deepspeed/ds_z3_config.json"},
+        "train_dataset": "data/v1_sft_demo.yaml",
+        "cutoff_len": 1024,
+    }
+    plan = read_values(values, file="a.yaml")
+    assert plan.unsupported == {}
+    peaks = peftplan.estimate(plan.model, **plan.options).peaks
+    (row,) = (row for row in ROWS if "zero3" in row["job"])
+    assert peaks is not None
+    assert abs(100 * (peaks.allocated / row["allocated"] - 1)) < LARGEST["allocated"]
+    assert "raises" in read_values(values | {"cp_size": 2}, file="a.yaml").unsupported["cp_size"].why
 
 
 def test_only_trainer_takes_a_loss_of_single_tokens() -> None:

@@ -82,7 +82,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     elif (name := launch.get("accelerate_config")) is not None:
         _named(result, tool, "accelerate_config", name, accelerate.options)
     _processes(result, launch, environment)  # they win over those of a launch file
-    own = _values(launch, "deepspeed")
+    own = launch.get("deepspeed.config_file", _values(launch, "deepspeed"))
     if isinstance(own, Mapping):
         _from(result, "deepspeed", lambda: _deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
@@ -187,7 +187,7 @@ def _named(result: Launched, tool: str, key: str, name: object, read: Callable[[
 
 def _shipped(tool: str, text: str) -> Values | None:
     """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
-    files = load(SHIPPED, Shipped).get(tool, {})
+    files = load(SHIPPED, Shipped).get(tool.removesuffix("-v1"), {})
     path = PurePath(text)
     if not path.parent.name:
         return files[path.stem]["values"] if path.stem in files else None

@@ -298,6 +298,8 @@ class Reading:
             self.assumed,
             self.kind,  # type: ignore[arg-type]
         )
+        if "teacher_model" in options:
+            options["teacher_model"] = named(str(options["teacher_model"]), self.tool)
         return replace(plan, model=named(self.model, self.tool)) if self.model else plan
 
 

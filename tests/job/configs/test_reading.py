@@ -855,6 +855,21 @@ def test_torchtune_reads_pairs_for_a_loss_of_preferences() -> None:
     assert other.unsupported["loss._component_"].effect == "unknown"
 
 
+def test_torchtune_reads_a_teacher() -> None:
+    """A divergence in eight chunks of logits, with the cross entropy in as many; another divergence has no peak."""
+    losses = {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}}
+    chunks = {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
+    of_teacher = {
+        "teacher_model": {"_component_": "torchtune.models.qwen2.qwen2_1_5b"},
+        "teacher_checkpointer": {"checkpoint_dir": "/data/Qwen2-1.5B-Instruct"},
+    }
+    plan = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": chunks})
+    assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-kd", "torchtune-kl", {})
+    assert plan.options["teacher_model"] == "Qwen2-1.5B-Instruct"
+    other = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLLoss"}})
+    assert other.unsupported["kd_loss._component_"].effect == "unknown"
+
+
 def test_torchtune_over_the_processes_of_its_header() -> None:
     values = {
         "model": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"},
