@@ -143,7 +143,8 @@ def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batc
     pair of tokens, the second ones up to the next multiple of 8, a constant, `-n` the end of the n-th, `|` before backward."""
     number: dict[int, int] = {}
     words: list[str] = []
-    sizes = [event.size for event in _own(second) if not event.ends]
+    own, sizes = ([event.size for event in _own(part) if not event.ends] for part in (first, second))
+    pairs = _in_order(own, sizes, batches)
     seen: Counter[int] = Counter()
     for event in _own(first):
         if event.ends:
@@ -152,9 +153,29 @@ def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batc
         if event.place == BACKWARD and "|" not in words:
             words.append("|")
         number[event.number] = len(number) + 1
-        words.append(_size(event.size, seen[event.size], sizes, batches))
+        words.append(pairs.get(len(number) - 1) or _size(event.size, seen[event.size], sizes, batches))
         seen[event.size] += 1
     return " ".join(words)
+
+
+def _in_order(first: Sequence[int], second: Sequence[int], batches: tuple[Batch, Batch]) -> dict[int, str]:
+    """The places of the first sizes that stand in the same order in the second, as many as can, and what they are."""
+    most = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
+    for i, size in enumerate(first):
+        for j, other in enumerate(second):
+            paired = most[i][j] + 1 if _word(size, other, batches) else 0
+            most[i + 1][j + 1] = max(paired, most[i][j + 1], most[i + 1][j])
+    words: dict[int, str] = {}
+    i, j = len(first), len(second)
+    while i and j:
+        if most[i][j] == most[i - 1][j]:
+            i -= 1
+        elif most[i][j] == most[i][j - 1]:
+            j -= 1
+        else:
+            i, j = i - 1, j - 1
+            words[i] = _word(first[i], second[j], batches) or ""
+    return words
 
 
 def _own(part: Sequence[Event]) -> list[Event]:
@@ -163,21 +184,23 @@ def _own(part: Sequence[Event]) -> list[Event]:
 
 
 def _size(size: int, before: int, others: Sequence[int], batches: tuple[Batch, Batch]) -> str:
-    """The size in words, by what the other part has of this size and of one in the ratio of the tokens, in the same order.
+    """The size in words where the two parts differ in order, by what the other has of it and of one in the ratio of the tokens.
 
-    `before`: how many of it the part has allocated. The two may differ in the order of other sizes.
+    `before`: how many of it the part has allocated.
     """
-    words: list[str] = []
-    for other in others:
-        ratios = (_ratio(size, other, batches, unit) for unit in batches[0].tokens)
-        word = str(size) if other == size else next((ratio for ratio in ratios if ratio), None)
-        words += [word] if word else []
+    words = [word for other in others if (word := _word(size, other, batches))]
     if not words and size <= MOST_PARTIAL:
         print(f"{size} bytes are taken as constant", file=sys.stderr)
         return str(size)
     if not words:
         raise ValueError(f"{size} bytes are neither constant nor per token: {sorted(others)}")
     return words[min(before, len(words) - 1)]
+
+
+def _word(size: int, other: int, batches: tuple[Batch, Batch]) -> str | None:
+    """What two sizes are, if they may be of one tensor."""
+    ratios = (_ratio(size, other, batches, unit) for unit in batches[0].tokens)
+    return str(size) if other == size else next((ratio for ratio in ratios if ratio), None)
 
 
 def _ratio(size: int, other: int, batches: tuple[Batch, Batch], unit: str) -> str | None:

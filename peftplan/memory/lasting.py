@@ -25,6 +25,12 @@ def kept_on_card(model: Model) -> None:
     if lora is not None and lora.global_buffer and model.quant is not None:
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
+    if running.recorded is not None:
+        from peftplan.memory.models.compiled import scales
+
+        num_layers = sum(len(block.layers) for block in model.arch.blocks)
+        of_layer = scales(running.recorded, model.arch.hidden_size)
+        model.lasting += [f.many(dims, "uint8", "scale of fake quantization", num_layers) for dims in of_layer]
     for tensor in (*model.buffers, *model.lasting):
         assert tensor.storage is not None
         f.category[tensor.storage.number] = "buffers"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
+from peftplan.job.compiled_layers import Recorded
 from peftplan.job.kernels import INT8_INT4, Norm
 from peftplan.memory import fake_quantized, fused_layers
 from peftplan.memory.calls import inputs
@@ -33,6 +34,7 @@ TOKENS: dict[str, Dims] = {
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
 }
 """What stands behind a size in the record → the dims that it is multiplied by."""
+MASK = "2q"
 SIZE = re.compile(r"(\d+)(.*)")
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
@@ -68,6 +70,9 @@ def compiled_layers(model: Model) -> Tensor:
     attentions = {b.attentions[0].window: b.attentions[0] for b in model.arch.blocks if b.attentions[0].positions == "rotary"}
     f.module = "model.rotary_emb"
     tables = [f.new(("b", "s", a.head_dim), states[0].dtype, name) for a in attentions.values() for name in ("cos", "sin")]
+    if MASK in model.running.recorded.training:  # attention gets a mask of the documents in place of their lengths
+        f.module = "model"
+        tables.append(f.new(("b·s", "b·s"), "bool", "mask"))
     style = Style(layer=_layer, norm=_norm)
     return run_layers(model, style, states, lambda _: tuple(tables), masks={})
 
@@ -108,15 +113,14 @@ def _layer(c: Call, x: Tensor) -> Tensor:
             tensors.clear()
         _run(f, running.recorded.forward.split(), tensors)
         hidden = ("b", "s", c.model.arch.hidden_size * ITEMSIZE[x.dtype])
-        out = tensors.pop(next(number for number, tensor in tensors.items() if tensor.dims == hidden))
-        kept = tuple(tensors.values())
+        out = next(tensor for tensor in tensors.values() if tensor.dims == hidden)
     else:
         _run(f, forward.split(), tensors)
         out = tensors.pop(running.recorded.output)
         freed = {-int(event) for event in running.recorded.training.split() if event.startswith("-")}
-        kept = tuple(tensors.pop(number) for number in tensors.keys() - freed)
+        for number in tensors.keys() - freed:
+            del tensors[number]  # a scale, which takes the place of the one before
         node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned)
-    c.model.scales["layers", c.number, "compiled"] = kept
     return Tensor(out.storage, x.dims, x.dtype, node)
 
 
@@ -138,12 +142,25 @@ def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int
             tensors.pop(-int(event))
             continue
         number += 1
-        size, unit = SIZE.fullmatch(event).groups()  # type: ignore[union-attr]
-        dims: Dims = (*TOKENS[unit], int(size))
-        tensors[number] = f.new(dims, "uint8", "of the compiled layer")
+        tensors[number] = f.new(_dims(event), "uint8", "of the compiled layer")
         if number in tuned:
             flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
             del flushed
+
+
+def _dims(event: str) -> Dims:
+    size, unit = SIZE.fullmatch(event).groups()  # type: ignore[union-attr]
+    return (*TOKENS[unit], int(size))
+
+
+def scales(recorded: Recorded, hidden_size: int) -> list[Dims]:
+    """What a forward leaves besides its result: scales of fake quantization, which last until the next."""
+    forward = recorded.forward.split()
+    freed = {-int(event) for event in forward if event.startswith("-")}
+    allocated = [event for event in forward if not event.startswith("-")]
+    left = [event for number, event in enumerate(allocated, 1) if number not in freed]
+    left.remove(f"{hidden_size * ITEMSIZE['bf16']}t")
+    return [_dims(event) for event in left]
 
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:

@@ -335,6 +335,14 @@ def test_fake_quantized_weights_are_compiled_with_their_layers(arguments: str, u
         assert result.peaks is not None
 
 
+def test_qat_for_phones_unties_the_head() -> None:
+    """models/_utils.py:8143; 751,632,384 parameters, as nb/Qwen3_(0_6B)-Phone_Deployment.ipynb prints them."""
+    source = FULL_QAT.format(arguments=", max_steps=60").replace("gemma-3-270m-it", "Qwen3-0.6B").replace('"int4"', '"int8-int4"')
+    result = peftplan.estimate(config=read_text(source, file="a.py"))
+    assert (result.trainable_parameters, result.total_parameters, result.bound) == (751_632_384, 751_632_384, None)
+    assert result.peaks is not None
+
+
 @pytest.mark.parametrize(("r", "trained"), [(8, 92_454_912), (4, 46_227_456)])
 def test_unsloth_adapts_the_experts_of_gpt_oss(r: int, trained: int) -> None:
     """models/_utils.py:11189: 11,556,864 parameters per rank in 1,632 linear layers, as `get_moe_target_modules` of 2026.10.9
