@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from peftplan.planning.configs import ConfigEntry
     from peftplan.results.config_documents import ConfigDocument, IgnoredKeyDocument, ReadKeyDocument
 
+PROGRAM = "the program's default of "
+"""How what is assumed begins where a program's command line decides it."""
 BOUNDS = {
     "at_most": "the peak is at most this",
     "at_least": "the peak is at least this",
@@ -99,7 +101,14 @@ def summary(config: ConfigDocument) -> str:
     """The file, its tool, and how many keys went where."""
     files = ", ".join(PurePath(file).name for file in config["files"])
     counts = f"{len(config['read'])} keys read, {len(config['ignored'])} without effect on memory"
-    return f"{files} ({config['tool']} {config['version']}): {counts}"
+    assumed = config["assumed"]
+    by_name = assumed.get("model", PROGRAM)
+    options = sorted({text.removeprefix(PROGRAM) for text in assumed.values() if text.startswith(PROGRAM)})
+    more = f" and {len(options) - MOST_KEYS} more" if len(options) > MOST_KEYS else ""
+    taken = f"; the program's defaults of {', '.join(options[:MOST_KEYS])}{more}" if options else ""
+    return f"{files} ({config['tool']} {config['version']}): {counts}{taken}" + (
+        "" if by_name.startswith(PROGRAM) else f"; {by_name}"
+    )
 
 
 def unsupported(config: ConfigDocument, *, most: int | None = MOST_KEYS) -> list[str]:

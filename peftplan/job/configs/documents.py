@@ -28,12 +28,19 @@ Values = dict[str, object]
 """Keys with values of any kind, as a file holds them."""
 
 
-class Call(TypedDict):
+class PlainCall(TypedDict):
     """A call in a script: the name of what is called, and plain values or `<text>` of its arguments."""
 
     call: str
     args: list[object]
     kwargs: Values
+
+
+class Call(PlainCall, total=False):
+    """A call, and where its arguments come from."""
+
+    defaults: dict[str, list[str]]
+    """Arguments that hold a default of the command line or the environment → its options."""
 
 
 class Document(NamedTuple):

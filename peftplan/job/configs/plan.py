@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Tool = Literal[
     "axolotl", "llamafactory", "llamafactory-v1", "trl", "trl-script", "torchtune", "swift", "unsloth", "transformers",
-    "transformers-examples", "nemo-automodel", "peft", "accelerate", "deepspeed", "other",
+    "transformers-script", "transformers-examples", "nemo-automodel", "peft", "accelerate", "deepspeed", "other",
 ]  # fmt: skip
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 ExportTool = Literal["axolotl", "llamafactory", "trl", "trl-script", "torchtune", "ms-swift", "accelerate", "deepspeed"]

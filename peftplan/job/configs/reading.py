@@ -57,11 +57,13 @@ class Reading:
 
     def __init__(self, document: Document, tool: Facts, file: str) -> None:
         self.tool, self.file, self.document = tool, file, document
+        self.by_default: dict[str, list[str]] = {}
+        """Arguments of a program's calls that hold defaults of its command line → its options."""
         values = document.values
         if document.kind == "calls":
             from peftplan.job.configs.calls import arguments
 
-            values = arguments(document.calls, tool.calls, tool.last)
+            values, self.by_default = arguments(document.calls, tool.calls, tool.last)
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))
@@ -132,6 +134,8 @@ class Reading:
             return
         self._set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, row.get("why", ""))
+        if key in self.by_default:
+            self.assumed[option] = f"the program's default of {', '.join(self.by_default[key])}"
 
     def _left_open(self, key: str, value: object, row: Row) -> None:
         """A placeholder: what the tool's table assumes there, or an unsupported key."""
@@ -299,8 +303,11 @@ class Reading:
             self.kind,  # type: ignore[arg-type]
         )
         if "teacher_model" in options:
-            options["teacher_model"] = named(str(options["teacher_model"]), self.tool)
-        return replace(plan, model=named(self.model, self.tool)) if self.model else plan
+            options["teacher_model"], _ = named(str(options["teacher_model"]), self.tool)
+        if not self.model:
+            return plan
+        model, by_name = named(self.model, self.tool)
+        return replace(plan, model=model, assumed=self.assumed if by_name is None else {**self.assumed, "model": by_name})
 
 
 def _open(value: object) -> bool:

@@ -1,0 +1,194 @@
+"""Values of a program's expressions, from its syntax tree; nothing runs. What only the program knows stays `<text>`."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Collection, Mapping
+from typing import cast
+
+from peftplan.job.configs.documents import Values
+
+MOST_OF_A_TEXT = 40
+MOST_VALUES = 1_000
+"""The most values that a name stands for, those inside counted."""
+LARGEST = 10**12
+"""The largest number that arithmetic makes."""
+ARITHMETIC: Mapping[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+}  # fmt: skip
+COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list}
+BF16 = ("is_bfloat16_supported", "is_bf16_supported")
+"""Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
+
+
+class Expressions:
+    """Names and attributes that a program gave plain values, and the values of expressions made of them."""
+
+    def __init__(self) -> None:
+        self.names: Values = {}
+        self.attributes: Values = {}
+        """Last name of an attribute → its value: fields of classes, `self.name`, arguments of the command line."""
+        self.arguments: dict[str, str] = {}
+        """Of them, arguments of the command line → their option."""
+        self.origins: dict[str, frozenset[str]] = {}
+        """Name → the options of the command line whose defaults its value holds."""
+        self.by_default: set[str] = set()
+        """Options whose default a value took since this was last emptied."""
+
+    def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
+        """Let a name stand for a value of moderate size that is plain, or that holds some that are."""
+        if _size(value) > MOST_VALUES or (isinstance(value, str) and not plain(value)):
+            self.names.pop(name, None)
+            return
+        self.names[name] = value
+        self.origins[name] = frozenset(by_default)
+
+    def fresh(self, node: ast.expr) -> object:
+        """The value of an expression, and in `by_default` the options behind it alone."""
+        self.by_default = set()
+        return self.value(node)
+
+    def value(self, node: ast.expr) -> object:
+        """A plain value, or `<text>` of what only the program knows."""
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            pass
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [self.value(each) for each in node.elts]
+        if isinstance(node, ast.Dict):
+            return {str(self.value(key)): self.value(each) for key, each in zip(node.keys, node.values, strict=True) if key}
+        try:
+            value = self._plain(node)
+        except (ArithmeticError, ValueError, TypeError, RecursionError):
+            value = node
+        return text_of(node) if value is node else value
+
+    def _plain(self, node: ast.expr) -> object:
+        """The value of an expression; the expression itself where it is not plain."""
+        if isinstance(node, ast.Name):
+            self.by_default |= self.origins.get(node.id, frozenset()) if node.id in self.names else frozenset()
+            return self.names.get(node.id, node)
+        if isinstance(node, ast.Attribute):
+            return self._attribute(node)
+        if isinstance(node, ast.Subscript):
+            return self._item(self.value(node.value), self.value(node.slice), node)
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        if isinstance(node, ast.IfExp):
+            chosen = self._truth(node.test)
+            return node if chosen is None else self.value(node.body if chosen else node.orelse)
+        if isinstance(node, ast.BoolOp):
+            return self._either(node)
+        if isinstance(node, ast.JoinedStr):
+            parts = [self.value(each.value if isinstance(each, ast.FormattedValue) else each) for each in node.values]
+            return "".join(map(str, parts)) if all(isinstance(each, (str, int)) and plain(each) for each in parts) else node
+        if isinstance(node, ast.BinOp):
+            left, right = self.value(node.left), self.value(node.right)
+            if _is_number(left) and _is_number(right) and type(node.op) in ARITHMETIC:
+                number = ARITHMETIC[type(node.op)](cast("float", left), cast("float", right))
+                return number if abs(number) < LARGEST else node
+            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+                return left + right
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARED:
+            left, right = self.value(node.left), self.value(node.comparators[0])
+            if plain(left) and plain(right):
+                return COMPARED[type(node.ops[0])](left, right)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            operand = self.value(node.operand)
+            return not operand if plain(operand) else node
+        return node
+
+    def _attribute(self, node: ast.Attribute) -> object:
+        owner = self.value(node.value)
+        if isinstance(owner, dict):
+            return owner.get(node.attr, node)
+        if ast.unparse(node).startswith("torch.") or node.attr not in self.attributes:
+            return node
+        if node.attr in self.arguments:
+            self.by_default.add(self.arguments[node.attr])
+        return self.attributes[node.attr]
+
+    @staticmethod
+    def _item(owner: object, key: object, node: ast.expr) -> object:
+        if isinstance(owner, dict):
+            return owner.get(str(key), node)
+        if isinstance(owner, list) and isinstance(key, int) and -len(owner) <= key < len(owner):
+            return owner[key]
+        return node
+
+    def _call(self, node: ast.Call) -> object:
+        """The value of a call that only picks or converts one."""
+        called = ast.unparse(node.func)[:200]
+        values = [self.value(each) for each in node.args]
+        if called.endswith("cuda.is_available"):
+            return True
+        if called == "getattr" and len(values) > 1 and ast.unparse(node.args[0]) == "torch":
+            return f"<torch.{values[1]}>"
+        if called in ("os.environ.get", "os.getenv", "environ.get", "getenv") and len(values) == 2:
+            self.by_default.add(str(values[0]))
+            return values[1]
+        if called == "dict" and not values:
+            return {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
+        if called in CASTS and len(values) == 1 and plain(values[0]):
+            return CASTS[called](values[0])
+        if called in ("min", "max") and values and all(map(_is_number, values)):
+            return (min if called == "min" else max)(cast("list[float]", values))
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and values:
+            owner = self.value(node.func.value)
+            if isinstance(owner, dict) and str(values[0]) in owner:
+                return owner[str(values[0])]
+            return values[1] if isinstance(owner, dict) and len(values) == 2 else node
+        return node
+
+    def _either(self, node: ast.BoolOp) -> object:
+        """`a or b`, `a and b`: the first that decides; a part that only the program knows makes the whole unknown."""
+        value: object = node
+        for each in node.values:
+            value = self.value(each)
+            if not plain(value):
+                return value if each is node.values[-1] else node
+            if bool(value) is isinstance(node.op, ast.Or):
+                return value
+        return value
+
+    def _truth(self, test: ast.expr) -> bool | None:
+        """Whether a condition holds; None where only the program knows."""
+        if ast.unparse(test).rpartition(".")[2] in [f"{name}()" for name in BF16]:
+            return True
+        value = self.value(test)
+        return bool(value) if plain(value) else None
+
+
+def plain(value: object) -> bool:
+    """Whether nothing in a value is left to the program."""
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    if isinstance(value, dict):
+        return all(map(plain, value.values()))
+    return not isinstance(value, str) or not value.startswith("<") or value.startswith("<torch.")
+
+
+def _size(value: object) -> int:
+    """The values inside a value, counted up to a few more than MOST_VALUES."""
+    count, todo = 0, [value]
+    while todo and count <= MOST_VALUES:
+        each = todo.pop()
+        count += 1
+        todo += each if isinstance(each, list) else each.values() if isinstance(each, dict) else ()
+    return count
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def text_of(node: ast.expr) -> str:
+    """`<text>` of an expression, or `<call name>`."""
+    text = " ".join(ast.unparse(node).split())[:MOST_OF_A_TEXT]
+    return f"<call {ast.unparse(node.func)[:MOST_OF_A_TEXT]}>" if isinstance(node, ast.Call) else f"<{text}>"

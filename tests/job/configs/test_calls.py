@@ -1,0 +1,156 @@
+"""What a program's syntax tree says: values behind names, the command line's defaults, and which trainer runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftplan.job.configs.calls import of_notebook, of_script
+from peftplan.job.configs.detect import tool_of
+from peftplan.job.configs.read import read_text
+
+pytestmark = pytest.mark.quick
+
+HEAD = "import argparse, os, torch\nfrom dataclasses import dataclass, field\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "expression", "value"),
+    [
+        ("rank = 16", "rank * 2", 32),
+        ("length = 2048\nprompt = 512", "length - prompt", 1536),
+        ("CONFIG = {'lora': {'r': 8}}", "CONFIG['lora']['r']", 8),
+        ("CONFIG = {'lora': {'r': 8}}", "CONFIG.get('lora', {}).get('alpha', 4)", 4),
+        ("CONFIG = {'r': 8}\nCONFIG['r'] = 64", "CONFIG['r']", 64),
+        ("class Config:\n    r: int = 8\ncfg = Config()", "cfg.r", 8),
+        ("@dataclass\nclass Config:\n    r: int = field(default=8)\ncfg = Config(r=24)", "cfg.r", 24),
+        ("class Config:\n    names: list = field(default_factory=lambda: ['q_proj'])", "Config().names", ["q_proj"]),
+        ("", "int(os.environ.get('RANK_OF_LORA', '12'))", 12),
+        ("", "getattr(torch, 'float16')", "<torch.float16>"),
+        ("", "torch.bfloat16 if is_bfloat16_supported() else torch.float16", "<torch.bfloat16>"),
+        ("device = 'cuda' if torch.cuda.is_available() else 'mps'", "device == 'mps'", False),
+        ("size = 7", "f'unsloth/Qwen2.5-{size}B'", "unsloth/Qwen2.5-7B"),
+        ("a, b = 1, 2", "b", 2),
+        ("a = 1\na = load()", "a", "<a>"),
+        ("for a in (1, 2):\n    pass", "a", "<a>"),
+        ("", "args.r or 8", "<args.r or 8>"),
+        ("a = [1] + [2]", "a", [1, 2]),
+    ],
+)
+def test_values_of_expressions(before: str, expression: str, value: object) -> None:
+    (call,) = of_script(f"{HEAD}{before}\nLoraConfig(r={expression})\n", file="run.py").calls
+    assert call["kwargs"] == {"r": value}
+
+
+def test_a_command_line_s_defaults_are_assumed() -> None:
+    program = """
+def options():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-id", default="meta-llama/Llama-3.2-1B")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--needed", required=True)
+    return parser.parse_args()
+
+def train(model_id, rank, length=512):
+    model = AutoModelForCausalLM.from_pretrained(model_id)
+    SFTTrainer(model=model, peft_config=LoraConfig(r=rank), args=SFTConfig(max_length=length))
+
+args = options()
+train(args.model_id, rank=args.rank * 2)
+"""
+    plan = read_text(program, file="run.py")
+    assert (plan.tool, plan.model) == ("trl-script", "meta-llama/Llama-3.2-1B")
+    assert (plan.options["r"], plan.options["seq_len"]) == (8, 512)
+    assert plan.assumed["model"] == "the program's default of --model-id"
+    assert plan.assumed["r"] == "the program's default of --rank"
+    assert "seq_len" not in plan.assumed
+
+
+def test_what_stands_at_an_argument_that_must_be_given_is_unknown() -> None:
+    program = 'p.add_argument("--r", required=True)\nLoraConfig(r=args.r)\n'
+    assert of_script(program, file="run.py").calls[0]["kwargs"] == {"r": "<args.r>"}
+
+
+def test_a_notebook_s_cells_are_one_program() -> None:
+    cells = ["RANK = 8\n!pip install trl", "not python", "LoraConfig(r=RANK)"]
+    notebook = {"cells": [{"cell_type": "code", "source": [cell]} for cell in cells]}
+    assert of_notebook(json.dumps(notebook), file="run.ipynb").calls[0]["kwargs"] == {"r": 8}
+
+
+def test_values_that_double_end(tmp_path: Path) -> None:
+    """Each line holds twice what the one before held."""
+    lines = ["a = [1, 2]", *["a = a + a"] * 200, "d = {'x': a}", *["d = {'x': d, 'y': d}"] * 200, "LoraConfig(r=d)"]
+    (call,) = of_script("\n".join(lines), file="run.py").calls
+    assert call["kwargs"] == {"r": "<d>"}
+
+
+@pytest.mark.parametrize(
+    ("calls", "tool"),
+    [
+        ("SFTTrainer(args=SFTConfig())", "trl-script"),
+        ("GRPOTrainer(model='Qwen/Qwen2.5-0.5B', args=GRPOConfig())", "trl-script"),
+        ("trl.DPOTrainer(args=trl.DPOConfig())", "trl-script"),
+        ("Trainer(args=TrainingArguments())", "transformers-script"),
+        ("transformers.Trainer(args=transformers.TrainingArguments())", "transformers-script"),
+        ("Seq2SeqTrainer(args=Seq2SeqTrainingArguments())", "transformers-script"),
+        ("FastLanguageModel.from_pretrained('unsloth/llama-3-8b')\nGRPOTrainer(args=GRPOConfig())", "unsloth"),
+        ("Trainer(max_epochs=3)", "other"),
+    ],
+)
+def test_the_tool_of_a_program(calls: str, tool: str) -> None:
+    assert tool_of(of_script(calls, file="run.py"), file="run.py") == tool
+
+
+LOADED = "model = AutoModelForCausalLM.from_pretrained('meta-llama/Llama-3.2-1B', dtype=torch.bfloat16)\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [
+        (
+            LOADED + "DPOTrainer(model, args=DPOConfig(beta=0.2, max_length=512))",
+            {"trainer": "trl-dpo", "beta": 0.2, "seq_len": 512},
+        ),
+        (LOADED + "SFTTrainer(model, max_seq_length=256, packing=True)", {"trainer": "trl", "seq_len": 256, "padding": False}),
+        (
+            "GRPOTrainer(model='Qwen/Qwen2.5-0.5B', args=GRPOConfig(max_prompt_length=128, max_completion_length=64))",
+            {"trainer": "trl-grpo", "dtype": "fp32", "seq_len": 192, "max_completion_length": 64},
+        ),
+        (
+            "SFTTrainer('Qwen/Qwen2.5-0.5B', args=SFTConfig(model_init_kwargs={'dtype': 'bfloat16'}))",
+            {"trainer": "trl", "dtype": "bf16"},
+        ),
+        (
+            LOADED + "tok(x, truncation=True, max_length=384)\nTrainer(model=model, args=TrainingArguments(fp16=True))",
+            {"trainer": "transformers", "seq_len": 384, "autocast": "fp16", "gradient_checkpointing": False, "dtype": "bf16"},
+        ),
+        (
+            LOADED + "model.gradient_checkpointing_enable()\nTrainer(model=model, args=TrainingArguments())",
+            {"autocast": "none", "gradient_checkpointing": True},
+        ),
+        (
+            "model = AutoModelForSequenceClassification.from_pretrained('bert-base-uncased', num_labels=3)\n"
+            "Trainer(model=get_peft_model(model, LoraConfig(r=4)), args=TrainingArguments(bf16=True))",
+            {"task_type": "SEQ_CLS", "num_labels": 3, "method": "lora", "r": 4, "autocast": "bf16"},
+        ),
+    ],
+)
+def test_trainers_of_programs(program: str, options: dict[str, object]) -> None:
+    plan = read_text(program, file="run.py")
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("/data/models/Qwen3-14B", "Qwen3-14B"),
+        ("models/Qwen3-14B", "Qwen3-14B"),
+        ("somebody/Qwen3-14B-bnb-4bit", "Qwen3-14B"),
+        ("somebody/own-model", "somebody/own-model"),
+    ],
+)
+def test_a_folder_holds_the_model_whose_name_it_has(text: str, model: str) -> None:
+    plan = read_text(f"GRPOTrainer(model='{text}', args=GRPOConfig())", file="run.py")
+    assert plan.model == model
+    assert ("model" in plan.assumed) == (text != model)
