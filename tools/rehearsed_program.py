@@ -81,7 +81,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
     parser.add_argument("--attn-implementation")
-    parser.add_argument("--loss", choices=("full", "per-token", "cut-cross-entropy"), default="full")
+    parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy"), default="full")
+    parser.add_argument("--kernels", choices=("axolotl",))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
     parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
@@ -504,6 +505,15 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
     return Dataset.from_dict({"prompt": [prompt] * ROWS, **pair, **third})
 
 
+def patch_attention(name: str, model: Any = None) -> None:
+    """axolotl's kernels of LoRA: in the attention's code before a model is loaded, then in the layers of one."""
+    from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
+    from axolotl.utils.dict import DictDefault
+
+    config = DictDefault(base_model=name, lora_mlp_kernel=True, lora_qkv_kernel=True, lora_o_kernel=True)
+    patch_self_attn_lora(config) if model is None else apply_lora_kernel_patches(model, config)
+
+
 def with_trainer(job: argparse.Namespace) -> None:
     """transformers' Trainer. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     config = AutoConfig.from_pretrained(job.model)
@@ -515,19 +525,27 @@ def with_trainer(job: argparse.Namespace) -> None:
         from cut_cross_entropy.transformers import cce_patch
 
         cce_patch(config.model_type)
+    if job.kernels:
+        patch_attention(job.model)
     model = load(job, wanted)
-    if job.method == "qlora":
+    if job.method == "qlora" and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     if (peft := adapter(job)) is not None:
         model = get_peft_model(model, peft)
         if checkpoints(job):
             model.enable_input_require_grads()
+    if job.kernels:
+        patch_attention(job.model, model)
     own_loss = {}
     if job.loss == "per-token":
         os.environ["DISABLE_VERSION_CHECK"] = "1"  # of the transformers that LLaMA-Factory asks for
         from llamafactory.train.trainer_utils import dft_loss_func
 
         own_loss["compute_loss_func"] = dft_loss_func
+    if job.loss == "eaft":
+        from axolotl.monkeypatch.loss.eaft import eaft_loss
+
+        own_loss["compute_loss_func"] = eaft_loss
     Trainer(model=model, args=training, train_dataset=rows(job, shape), **own_loss).train()
 
 

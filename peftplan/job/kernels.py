@@ -239,14 +239,17 @@ COMPILED = tuple(name.partition(".")[0] for name, kernel in KERNELS.items() if i
 """Packages that compile whole layers, whatever model it is."""
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
-WITH_LIGER = (*WITH_FORMULA, "smollm3")
-"""Model types whose layers have formulas with Liger's kernels."""
+OF_PACKAGE = {
+    "liger": (*WITH_FORMULA, "smollm3"),
+    "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma3_text", "cohere2"),
+}
+"""Package → the model types whose layers have formulas with its kernels, where they are more."""
 
 
 def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:
     """Why a step with these kernels has no formula; None where it has one."""
-    package = next((name.partition(".")[0] for name in names or ()), None)
-    known = WITH_LIGER if package == "liger" else WITH_FORMULA
-    if package in (None, *COMPILED) or (model_type in known and task_type == "CAUSAL_LM"):
-        return None
-    return f"{package}'s kernels in {model_type} for {task_type}"
+    for package in dict.fromkeys(name.partition(".")[0] for name in names or ()):
+        known = OF_PACKAGE.get(package, WITH_FORMULA)
+        if package not in COMPILED and (model_type not in known or task_type != "CAUSAL_LM"):
+            return f"{package}'s kernels in {model_type} for {task_type}"
+    return None

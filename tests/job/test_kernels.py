@@ -49,9 +49,18 @@ def test_a_model_without_formulas_is_named() -> None:
     assert result.not_modelled[0] == "liger's kernels in gpt2 for CAUSAL_LM (no formula yet)"
 
 
-@pytest.mark.parametrize(("kernels", "has_formula"), [("liger", True), ("axolotl", False)])
-def test_smollm3_has_formulas_with_liger_alone(kernels: str, has_formula: bool) -> None:
-    assert (estimate("smollm3-3b", method="lora", kernels=kernels).peaks is not None) is has_formula
+@pytest.mark.parametrize(
+    ("model", "kernels", "has_formula"),
+    [
+        ("smollm3-3b", "liger", True),
+        ("smollm3-3b", "axolotl", True),
+        ("smollm3-3b", "unsloth", False),
+        ("gemma-2b", "axolotl", True),
+        ("gemma-2b", "liger", False),
+    ],
+)
+def test_models_that_have_formulas_with_some_packages(model: str, kernels: str, has_formula: bool) -> None:
+    assert (estimate(model, method="lora", kernels=kernels).peaks is not None) is has_formula
 
 
 def test_none_leaves_the_estimate_as_it_is() -> None:

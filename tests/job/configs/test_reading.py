@@ -522,10 +522,14 @@ def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None
 
 @pytest.mark.parametrize(
     ("values", "key", "where"),
-    [({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"), ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115")],
+    [
+        ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
+        ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115"),
+        ({"init_weights": "lora-ga"}, "init_weights", "train/tuner.py:218"),
+    ],
 )
 def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, where: str) -> None:
-    """Rehearsed with ms-swift 4.6.0: AttributeError and KeyError before the first step."""
+    """AttributeError and KeyError of ms-swift 4.6.0 were rehearsed; LoRA-GA ends in `from peft.tuners import BoneModel`."""
     plan = read({**SWIFT, **values}, kind="command", program="swift sft")
     assert plan.unsupported.keys() == {key}
     case = Case("run.sh", plan, of_plan(plan))
