@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.job.loss_sizes import CUT_APART
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def builds(job: Job) -> bool:
     return job.setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None
 
 
+def _knows_cut(job: Job) -> bool:
+    """Whether the loss was rehearsed that reads the head behind the model: of one that trains and is a unit of FSDP2."""
+    return job.distributed is not None and job.method_name == "full" and not job.architecture.ties
+
+
 def without_formula(job: Job) -> str | None:
     """Why a step of the recipe has no formula; None where it has one."""
     architecture, setup = job.architecture, job.setup
@@ -34,6 +40,7 @@ def without_formula(job: Job) -> str | None:
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job),
+        f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
         f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in REHEARSED_OPTIMIZERS,
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

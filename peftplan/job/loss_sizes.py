@@ -56,6 +56,7 @@ def check_liger(model_type: str) -> None:
 
 
 CUT = "cut-cross-entropy"
+CUT_APART = "cut-apart"
 READ_THROUGH = ("liger", CUT)
 """Losses that read the weight of the head inside a wrapper for trained tokens."""
 SORTED_BYTES = 12
@@ -114,6 +115,8 @@ class LossSizes(NamedTuple):
             return {"n": n, "s-1": length - 1, "rows": smaller(n, TOKEN_TILE), "rest": _rest(n, TOKEN_TILE)}
         if self.loss == CUT:
             return {"n": n, "n/128": -(-n // LOCKED_ROWS)}
+        if self.loss == CUT_APART:
+            return {"n": b * length, "n/128": -(-b * length // LOCKED_ROWS)}
         if self.loss == "torchtune-linear":
             return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
         if self.loss == "torchtune-kl":
@@ -142,7 +145,7 @@ class LossSizes(NamedTuple):
                 return (*without_logits, b) if self.by_rows else without_logits
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
-        if self.loss == CUT:
+        if self.loss in (CUT, CUT_APART):
             return ()
         n: Size = self._scored(b, length)
         if self.loss == "trl-chunked":

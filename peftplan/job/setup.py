@@ -144,6 +144,7 @@ OWNERS = {
     "torchtune-linear": ("torchtune",),
     "torchtune-kl": ("torchtune-kd",),
     "te-parallel": ("automodel", "automodel-hf"),
+    "cut-apart": ("automodel", "automodel-hf"),
     "per-token": ("transformers",),
 }
 """Loss → the only trainers that compute it."""

@@ -7,7 +7,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS
+from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -70,7 +70,7 @@ def _loss_by_loop(model: Model, program: Program) -> Tensor:
     from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
 
     f = model.tape
-    _, logits = _forward(model)
+    _, logits, *last = _forward(model)
     f.module = ""
     if program.trainer.weighs_tokens:
         loss = weighted_tokens(f, logits)
@@ -78,6 +78,11 @@ def _loss_by_loop(model: Model, program: Program) -> Tensor:
         loss = cross_entropy(f, f.to(logits, "fp32"))  # the caller holds the copy
     elif model.running.loss == "te-parallel":
         loss = written_over_logits(f, logits)
+    elif model.running.loss == CUT_APART:
+        from peftplan.memory.cut_apart import cut_behind_model
+
+        loss = cut_behind_model(model, logits)
+        del last
     else:
         loss = cross_entropy(f, logits)
     model.kept.clear()

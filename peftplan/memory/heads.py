@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 
 from peftplan.errors import NeedsTraceError
+from peftplan.job.loss_sizes import CUT_APART
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
 from peftplan.memory.units import TAIL
@@ -111,6 +112,8 @@ def head_of(model: Model) -> Head:
 def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
+    if loss == CUT_APART:
+        return _imported(("cut_apart", "hidden_and_last"))
     if loss == "torchtune-kl":
         return _imported(("torchtune_kd", "chunks_of_logits"))
     if model.running.without_loss and loss == "trl-chunked":

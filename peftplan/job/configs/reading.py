@@ -259,7 +259,10 @@ class Reading:
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
             global_batch, micro_batch = map(int, numbers)
             ranks = number_in(launch, "gpus") * number_in(launch, "nodes")
-            self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
+            micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
+            if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
+                of_sync = [key for key, row in self.read.items() if row.option == "sync_each_batch"]
+                self.read |= {key: Read(self.read[key].value, "", "a step has one micro batch") for key in of_sync}
 
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""

@@ -795,9 +795,13 @@ def test_losses_and_optimizers_of_nemo() -> None:
     of_te = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
     assert (of_te.options["loss"], of_te.unsupported) == ("te-parallel", {})
     fused = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"})
-    assert fused.unsupported.keys() == {"loss_fn._target_"}
-    # rehearsed, Qwen3-8B of 2 layers and 512 tokens on 8 GPUs: 8.03 GB, and 5.88 GB with all logits
-    assert bound(fused.unsupported) == "unknown"
+    assert (fused.options["loss"], fused.unsupported) == ("cut-apart", {})
+    compiled = {"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy", "impl": "torch_compile"}
+    assert of_nemo(sharded, loss_fn=compiled).unsupported.keys() == {"loss_fn.impl"}
+    assert of_nemo(sharded | {"defer_fsdp_grad_sync": False}).options["sync_each_batch"] is True
+    alone = of_nemo(sharded | {"defer_fsdp_grad_sync": False}, step_scheduler={"global_batch_size": 8, "local_batch_size": 1})
+    assert "sync_each_batch" not in alone.options
+    assert alone.read["distributed.defer_fsdp_grad_sync"].why == "a step has one micro batch"
 
 
 def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
