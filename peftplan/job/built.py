@@ -73,7 +73,9 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
     (`prepare_model_for_training`); unsloth 2026.10.9, models/_utils.py (`_untie_input_output_embeddings`).
     """
     if scheme == INT8_INT4:
-        architecture = replace(architecture, ties=())
+        head = architecture.output_embedding
+        untied = tuple(tie for tie in architecture.ties if tie[0].rpartition(".")[0] != head)
+        architecture = replace(architecture, ties=untied)
     blocks = architecture.blocks or _blocks_of_granite(architecture, config)
     return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
 
