@@ -245,12 +245,21 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     for method in METHODS:
         yield job("ddp", method, 4, loss="liger", kernels="liger", model="smollm3-3b", layers=4)
     yield job("ddp", "full", 4, model="smollm3-3b", layers=4)
+    for strategy, method in (("zero3", "lora"), ("zero2", "full")):
+        zero = AUTO if strategy == "zero3" else None
+        for model in MORE_UNDER_ZERO:
+            yield job(strategy, method, 4, model=model, layers=(CUT | DIVIDED)[model], seq_len=256, zero=zero)
 
 
 OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")
 """Built-in models whose few layers ran under ZeRO-3 too."""
 
 
+MORE_UNDER_ZERO = (
+    *("phi-3-mini-4k-instruct", "gemma-2-2b", "smollm3-3b", "granite-3.1-2b-base", "olmo-2-0425-1b", "glm-4-9b-0414"),
+    *("stablelm-2-1-6b", "falcon-7b", "phi-2", "starcoder2-3b", "olmo-1b", "gpt-j-6b", "c4ai-command-r7b-12-2024", "aya-23-8b"),
+)
+"""Built-in models of still other kinds, whose few layers ran with LoRA under ZeRO-3 and fully trained under ZeRO-2."""
 FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
 """Built-in models of other kinds than Llama, and of full depth."""
 

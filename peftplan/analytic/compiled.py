@@ -151,7 +151,7 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
     full = job.method is not None and job.method.name == "full"
     alone = full and not before  # as the trace does
-    again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp"))
+    again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp", "zero3"))
     return (*before, *again, last) if before else (first, *again, last)
 
 

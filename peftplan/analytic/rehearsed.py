@@ -25,7 +25,24 @@ FSDP = ("fsdp1", "fsdp2")
 SHARDING = (*FSDP, *ZERO)
 UNDER_DEVICE_MAP = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps were rehearsed; Mistral runs Llama's operations."""
-UNDER_DEEPSPEED = (*UNDER_DEVICE_MAP, "gemma3_text", "gpt_neox", "gpt2", "opt", "bloom", "mixtral", "qwen3_moe", "qwen2_moe")
+UNDER_DEEPSPEED = (
+    *(*UNDER_DEVICE_MAP, "smollm3", "granite", "olmo", "olmo2", "phi3", "glm4", "starcoder2", "gemma2", "gemma3_text"),
+    *(
+        "cohere",
+        "cohere2",
+        "stablelm",
+        "phi",
+        "gptj",
+        "gpt_neox",
+        "gpt2",
+        "opt",
+        "bloom",
+        "falcon",
+        "mixtral",
+        "qwen3_moe",
+        "qwen2_moe",
+    ),
+)
 """The same under DeepSpeed."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""

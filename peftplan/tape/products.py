@@ -81,12 +81,13 @@ def falcon_linear(f: Tape, x: Tensor, weight: Operand, bias: Operand | None = No
     """`FalconLinear`: `x @ weight.T`, and a separate `add` of the bias.
 
     Autocast does not cache the cast of a transposed weight, so each call casts it again. It does not cast the bias: the sum with
-    an fp32 bias is fp32. Source: transformers, modeling_falcon.py.
+    an fp32 bias is fp32. The transposed weight is a view, which keeps what ranks have gathered. Source: transformers,
+    modeling_falcon.py.
     """
     if f.autocast:
         weight = f.to(weight, f.autocast)
         x = f.cast(x, f.autocast)
-    saved = (x if weight.node else None, weight if x.node else None, x.dims, weight.dims, None)
+    saved = (x if weight.node else None, f.gathered(weight) if x.node else None, x.dims, weight.dims, None)
     node = f.record(_linear_backward, (x, weight, None), *saved)
     out = f.new((*x.dims[:-1], weight.dims[0]), x.dtype, "mm", node)
     return out if bias is None else add(f, out, bias)

@@ -134,12 +134,24 @@ class Tape(Allocations):
         frame = self._replaying
         assert frame.recomputed is not None
         frame.replayed += 1
-        packed = value.detach() if type(value) is Tensor else value
+        packed = self._recomputed(value)
         if frame.replayed in frame.alive:
             frame.recomputed[frame.replayed] = packed
         if frame.replayed == frame.count:
             raise StopRecomputationError
         return packed
+
+    def _recomputed(self, value: Tensor | Parameter) -> Operand:
+        """What a recomputation saves: detached if it requires a gradient, so that the bytes of a gathered weight stay (torch,
+        utils/checkpoint.py, `pack_hook`)."""
+        if isinstance(value, Tensor):
+            return value.detach()
+        return self.gathered(value) if value.trainable else value
+
+    def gathered(self, weight: Operand) -> Operand:
+        """A view of the bytes that ranks have gathered for a weight, which keeps them; elsewhere the weight itself."""
+        whole = self.modules.whole(weight) if self.modules is not None and isinstance(weight, Parameter) else None
+        return weight if whole is None else Tensor(whole.storage, weight.dims, whole.dtype)
 
     def backward(self, root: Tensor) -> None:
         """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.
