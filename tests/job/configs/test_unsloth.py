@@ -352,6 +352,8 @@ def test_unsloth_adapts_the_experts_of_gpt_oss(r: int, trained: int) -> None:
     plan = read_text(source.replace("r=16", f"r={r}, target_modules={modules}"), file="a.py")
     assert plan.options["target_parameters"] == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     assert "2025" in plan.assumed["target_parameters"]
+    assert plan.options["kernels"] == ()
+    assert "experts" in plan.unsupported["kernels"].why  # layers of its own, which torch does not compile (_block_compile.py:140)
     assert peftplan.estimate(config=plan).trainable_parameters == trained
 
 
