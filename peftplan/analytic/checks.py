@@ -103,7 +103,7 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"LoRA kernels in {setup.dtype} with autocast {setup.autocast}"
     if job.quant is not None and job.quant.name not in FOUR_BIT:
         return f"LoRA kernels over {job.quant.name}"
-    drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside for kernel in of_lora)
+    drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside or kernel.drops_inside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
 
 

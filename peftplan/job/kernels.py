@@ -50,7 +50,8 @@ class Lora(NamedTuple):
     `overwrites_input`: the gradient of the input is written where the input lies. `saves_casts`: the adapter in the dtype of the
     input is saved; else it is cast again in backward. `global_buffer`: in forward a 4-bit weight goes into one buffer per card,
     which grows to the largest of them and stays. `wide_gradients`: an fp32 adapter's gradient is made in fp32. `takes_bias`: also
-    projections with a bias. `drops_outside`: dropout runs before the function, once for projections that read one input.
+    projections with a bias. `drops_outside`: dropout runs before the function, once for projections that read one input;
+    `drops_inside`: it runs inside, for each projection, whose mask is saved.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Lora(NamedTuple):
     wide_gradients: bool = False
     takes_bias: bool = False
     drops_outside: bool = False
+    drops_inside: bool = False
 
 
 class LayerNorms(NamedTuple):
@@ -121,7 +123,7 @@ Kernel: TypeAlias = (
 UNSLOTH_CHECKPOINT = Checkpoint(
     "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
 )
-UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True)
+UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True, drops_inside=True)
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
 
 KERNELS: dict[str, Kernel] = {

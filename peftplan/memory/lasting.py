@@ -22,7 +22,7 @@ def kept_on_card(model: Model) -> None:
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
         rows, dtype = (model.seq, "fp32") if decoder is None else (running.rotary_rows, running.dtype)
         model.lasting = [f.new((rows, width), dtype, name) for name in ("cos", "sin")]
-    if lora is not None and lora.global_buffer and model.quant is not None:
+    if lora is not None and lora.global_buffer and model.quant is not None and not getattr(running.config, "lora_dropout", 0):
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
     if running.recorded is not None:

@@ -52,7 +52,7 @@ def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) ->
         if "lora_A.weight" not in part.params or (part.bias is not None and not kernel.takes_bias):
             return None
         config = model.running.config_as(LoraConfig)
-        dropped = config.lora_dropout and not kernel.drops_outside
+        dropped = config.lora_dropout and not (kernel.drops_outside or kernel.drops_inside)
         if dropped or config.use_dora or part.params.keys() - {"weight", "bias", *LORA} or _trains(part.bias):
             raise NoEngineError(
                 f"a LoRA kernel with dropout, trained biases or DoRA at {name.rpartition('.')[2]} (no formula yet)"
@@ -98,10 +98,13 @@ def _into(f: Tape) -> None:
     f.products.append((len(f.log), "cuBLAS"))
 
 
-def _matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, back: bool = False) -> Tensor:
-    """`X @ W + s * (X @ A) @ B`; `back`: of the gradient, through the transposed ones, the adapter cast already."""
+def _matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, buffered: bool, back: bool = False) -> Tensor:
+    """`X @ W + s * (X @ A) @ B`; `back`: of the gradient, through the transposed ones, the adapter cast already.
+
+    `buffered`: a 4-bit weight goes into the card's buffer, where the kernel has one; beside dropout it does not.
+    """
     rows, dtype = x.dims[:-1], x.dtype
-    weight = _weight(f, kernel, p, dtype, buffered=True)
+    weight = _weight(f, kernel, p, dtype, buffered=buffered)
     out = _product(f, (*rows, p.a.dims[1] if back else p.width), dtype)
     del weight
     if kernel.saves_casts:
@@ -117,22 +120,41 @@ def _matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, back: bool 
 
 
 class Saved(NamedTuple):
-    """What a kernel keeps outside autograd's saved tensors: its facts and its projections."""
+    """What a kernel keeps outside autograd's saved tensors: its facts, its projections, and whether dropout runs inside."""
 
     kernel: Lora
     projections: tuple[Projection, ...]
+    drops: bool
 
 
-def _record(f: Tape, backward: Backward, kernel: Lora, xs: "Inputs", ps: Sequence[Projection]) -> Node | None:
+def _record(f: Tape, backward: Backward, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], dropout: float) -> Node | None:
     node = f.record(backward, (*xs, *(side for p in ps for side in (p.a, p.b))))
     if node is not None:
         node.in_python = True
-        node.context = Saved(kernel, tuple(ps))
+        node.context = Saved(kernel, tuple(ps), drops=bool(dropout) and kernel.drops_inside)
     return node
 
 
 Inputs: TypeAlias = tuple[Tensor, Tensor | None]
 """What a kernel reads: x, and what dropout made of it for the adapter, if it ran."""
+
+
+def _masked(f: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`_dropout_forward`: the mask of one projection, and what dropout makes of its input for the adapter."""
+    mask = f.new(x.dims, "bool", "dropout mask")
+    return mask, f.new(x.dims, x.dtype, "dropout")
+
+
+def _replayed(f: Tape, mask: Tensor, dtype: str) -> Tensor:
+    """`_dropout_replay`: the input after dropout, or a gradient through it, from the mask."""
+    return f.new(mask.dims, dtype, "native_dropout_backward")
+
+
+def _add_through(f: Tape, mask: Tensor, dtype: str) -> None:
+    """`_add_lora_dX`: the adapter's gradient of the input goes through the mask, and is added."""
+    product = _product(f, mask.dims, dtype)
+    gradient = _replayed(f, mask, dtype)
+    del product, gradient
 
 
 def _dropped(f: Tape, kernel: Lora, x: Tensor, p: float) -> "Inputs":
@@ -147,24 +169,31 @@ def _save(f: Tape, node: Node | None, kernel: Lora, xs: "Inputs", ps: Sequence[P
 
 
 def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> list[Tensor]:
-    """`LoRA_QKV`: three results; saves x, and its copy after dropout."""
+    """`LoRA_QKV`: three results; saves x, and its copy after dropout, or the mask of each projection."""
     xs = _dropped(f, kernel, x, dropout)
-    node = _record(f, _qkv_backward, kernel, xs, ps)
-    outs = []
+    node = _record(f, _qkv_backward, kernel, xs, ps, dropout)
+    drops = bool(dropout) and kernel.drops_inside
+    outs, masks = [], []
+    dropped: Tensor | None = None
     for index, p in enumerate(ps):
         f.module = p.part.name
-        out = _matmul_lora(f, kernel, x, p)
+        if drops:
+            mask, dropped = _masked(f, x)  # the one before lasts until then
+            masks.append(mask)
+        out = _matmul_lora(f, kernel, x, p, buffered=not drops)
         outs.append(Tensor(out.storage, out.dims, out.dtype, node, index))
         del out
-    _save(f, node, kernel, xs, ps)
+    del dropped
+    _save(f, node, kernel, xs, ps, *masks)
     return outs
 
 
 def _qkv_backward(f: Tape, node: Node, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
     assert isinstance(node.context, Saved)
-    kernel, ps = node.context
-    x, dropped, *casts = saved
-    dx, *others = _projected_backward(f, kernel, (x, dropped), ps, grads, casts)
+    kernel, ps, drops = node.context
+    x, dropped, *rest = saved
+    masks, casts = (rest, []) if drops else ([], rest)
+    dx, *others = _projected_backward(f, kernel, (x, dropped), ps, grads, casts, masks)
     return dx if node.edges[0] else None, *others
 
 
@@ -179,13 +208,19 @@ def _of_dropped(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | No
 
 
 def _projected_backward(
-    f: Tape, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], grads: Sequence[Tensor], casts: Sequence[Tensor]
+    f: Tape,
+    kernel: Lora,
+    xs: "Inputs",
+    ps: Sequence[Projection],
+    grads: Sequence[Tensor],
+    casts: Sequence[Tensor],
+    masks: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, of what dropout made of it, and of the adapters: of projections that read the same x."""
     x, dropped = xs
     dtype, rows = x.dtype, x.dims[:-1]
     adapters = [_cast(f, side, dtype) for p in ps for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
-    lows, grads_of = _adapter_gradients(f, kernel, ps, x, grads)
+    lows, grads_of = _adapter_gradients(f, kernel, ps, x, grads, masks)
     f.module = ps[0].part.name
     weight = _weight(f, kernel, ps[0], grads[0].dtype, buffered=False)
     if kernel.overwrites_input and len(ps) > 1:
@@ -194,18 +229,22 @@ def _projected_backward(
     else:
         dx = _product(f, (*rows, x.dims[-1]), dtype)
     del weight
-    for p, g in zip(ps[1:], grads[1:], strict=True):
+    for mask in masks[:1]:
+        _add_through(f, mask, dtype)
+    for index, (p, g) in enumerate(zip(ps[1:], grads[1:], strict=True), 1):
         f.module = p.part.name
         weight = _weight(f, kernel, p, g.dtype, buffered=False)
         _into(f)
         del weight
+        for mask in masks[index : index + 1]:
+            _add_through(f, mask, dtype)
     of_dropped = _of_dropped(f, dropped, output=len(ps) == 1)
     del lows, adapters
     return dx, of_dropped, *grads_of
 
 
 def _adapter_gradients(
-    f: Tape, kernel: Lora, ps: Sequence[Projection], x: Tensor, grads: Sequence[Tensor]
+    f: Tape, kernel: Lora, ps: Sequence[Projection], x: Tensor, grads: Sequence[Tensor], masks: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients times B of each projection, which the gradient of x needs too; and the gradients of A and B."""
     dtype, rows = x.dtype, x.dims[:-1]
@@ -214,11 +253,7 @@ def _adapter_gradients(
     if not kernel.saves_casts:
         gradients = [f.new(side.dims, dtype, "empty_like") for p in ps for side in (p.a, p.b)]
         lows = [_product(f, (*rows, p.rank), g.dtype) for p, g in zip(ps, grads, strict=True)]
-        for p in ps:
-            _into(f)
-            inner = _product(f, (p.rank, *rows), dtype)
-            _into(f)
-            del inner
+        _products(f, ps, rows, dtype, masks)
         return lows, gradients
     for p, g in zip(ps, grads, strict=True):
         lows.append(_product(f, (*rows, p.rank), g.dtype))
@@ -229,46 +264,90 @@ def _adapter_gradients(
     return lows, gradients
 
 
+def _products(f: Tape, ps: Sequence[Projection], rows: Dims, dtype: str, masks: Sequence[Tensor]) -> None:
+    """The products that make the gradients of A and B, of the input as dropout made it for each projection."""
+    for index, p in enumerate(ps):
+        if masks:
+            dropped = _replayed(f, masks[index], dtype)
+        _into(f)
+        inner = _product(f, (p.rank, *rows), dtype)
+        _into(f)
+        del inner
+    if masks:
+        del dropped
+
+
 def output(f: Tape, kernel: Lora, x: Tensor, p: Projection, dropout: float) -> Tensor:
     """`LoRA_W`, `LoRA_O`: saves x; the gradient of x is a new tensor."""
     xs = _dropped(f, kernel, x, dropout)
-    node = _record(f, _qkv_backward, kernel, xs, [p])
+    node = _record(f, _qkv_backward, kernel, xs, [p], dropout)
     f.module = p.part.name
-    out = _matmul_lora(f, kernel, x, p)
-    _save(f, node, kernel, xs, [p])
+    drops = bool(dropout) and kernel.drops_inside
+    masks = _masked(f, x) if drops else ()
+    out = _matmul_lora(f, kernel, x, p, buffered=not drops)
+    _save(f, node, kernel, xs, [p], *masks[:1])
     return Tensor(out.storage, out.dims, out.dtype, node)
 
 
 def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> Tensor:
-    """`LoRA_MLP`: saves x, the gate before its activation, and its partner."""
+    """`LoRA_MLP`: saves x, the gate before its activation, its partner, and the masks of dropout inside."""
     gate, up, down = ps
     xs = _dropped(f, kernel, x, dropout)
-    node = _record(f, _mlp_backward, kernel, xs, ps)
-    f.module = gate.part.name
-    e = _matmul_lora(f, kernel, x, gate)
-    f.module = up.part.name
-    g = _matmul_lora(f, kernel, x, up)
-    hidden = f.new(e.dims, x.dtype, "mul")
+    node = _record(f, _mlp_backward, kernel, xs, ps, dropout)
+    drops = bool(dropout) and kernel.drops_inside
+    masks = []
+    sides = []
+    for p in (gate, up):
+        f.module = p.part.name
+        if drops:
+            mask, dropped = _masked(f, x)
+            masks.append(mask)
+        sides.append(_matmul_lora(f, kernel, x, p, buffered=not drops))
+    if drops:
+        del dropped
+    hidden = f.new(sides[0].dims, x.dtype, "mul")
     f.module = down.part.name
-    out = _matmul_lora(f, kernel, hidden, down)
-    _save(f, node, kernel, xs, ps, e, g)
+    if drops:
+        mask, dropped = _masked(f, hidden)
+        masks.append(mask)
+    out = _matmul_lora(f, kernel, hidden, down, buffered=not drops)
+    _save(f, node, kernel, xs, ps, *sides, *masks)
     return Tensor(out.storage, out.dims, out.dtype, node)
+
+
+def _of_product(f: Tape, kernel: Lora, dy: Tensor, down: Projection, mask: Tensor | None) -> Tensor:
+    """The gradient of gate times partner; the part of it that comes through the adapter goes through the mask."""
+    if mask is None:
+        return _matmul_lora(f, kernel, dy, down, buffered=True, back=True)
+    weight = _weight(f, kernel, down, dy.dtype, buffered=False)
+    product = _product(f, (*dy.dims[:-1], down.a.dims[1]), dy.dtype)
+    del weight
+    low = _product(f, (*dy.dims[:-1], down.rank), dy.dtype)
+    through = _product(f, mask.dims, dy.dtype)
+    del low
+    gradient = _replayed(f, mask, dy.dtype)
+    del through, gradient
+    return product
 
 
 def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> Gradients:
     """Gate, partner and the gradient of their product are overwritten by their gradients and by the product itself."""
     assert isinstance(node.context, Saved)
-    kernel, (gate, up, down) = node.context
-    x, dropped, e, g, *casts = saved
+    kernel, (gate, up, down), drops = node.context
+    x, dropped, e, g, *others = saved
+    masks, casts = (others, []) if drops else ([], others)
     dtype, rows = x.dtype, x.dims[:-1]
     adapters = [_cast(f, side, dtype) for p in (gate, up, down) for side in (p.a, p.b)] if not kernel.saves_casts else list(casts)
     f.module = down.part.name
-    product = _matmul_lora(f, kernel, dy, down, back=True)
+    product = _of_product(f, kernel, dy, down, masks[2] if drops else None)
+    after = None
     if kernel.saves_casts:
         low_down, of_down = _adapter_gradients(f, kernel, [down], product, [dy])
         low_up, of_up = _adapter_gradients(f, kernel, [up], x, [g])
         low_gate, of_gate = _adapter_gradients(f, kernel, [gate], x, [e])
     else:
+        if drops:
+            after = _replayed(f, masks[2], dtype)  # lasts to the end
         of_down, of_gate, of_up = ([f.new(side.dims, dtype, "empty_like") for side in (p.a, p.b)] for p in (down, gate, up))
         low_down = [_product(f, (*rows, down.rank), dtype)]
         _into(f)
@@ -276,11 +355,7 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
         _into(f)
         low_down = []
         low_up, low_gate = ([_product(f, (*rows, p.rank), dtype)] for p in (up, gate))
-        for p in (up, gate):
-            _into(f)
-            low = _product(f, (p.rank, *rows), dtype)
-            _into(f)
-            del low
+        _products(f, (up, gate), rows, dtype, [masks[1], masks[0]] if drops else ())
     f.module = up.part.name
     weight = _weight(f, kernel, up, dtype, buffered=False)
     if kernel.overwrites_input:
@@ -289,10 +364,14 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
     else:
         dx = _product(f, (*rows, x.dims[-1]), dtype)
     del weight
+    if drops:
+        _add_through(f, masks[1], dtype)
     f.module = gate.part.name
     weight = _weight(f, kernel, gate, dtype, buffered=False)
     _into(f)
     del weight
+    if drops:
+        _add_through(f, masks[0], dtype)
     of_dropped = _of_dropped(f, dropped, output=False)
-    del low_down, low_up, low_gate, adapters, product
+    del low_down, low_up, low_gate, adapters, product, after
     return (dx if node.edges[0] else None, of_dropped, *of_gate, *of_up, *of_down)

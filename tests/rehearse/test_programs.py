@@ -21,6 +21,7 @@ OPEN = {
     "zero3_offload": (0.1, 0.13),
     "sft_packing": (0.06, 0.12),
     "unsloth_qlora": (0.007, 0.0),
+    "unsloth_dropout": (0.006, 1.2),
 }
 """How far allocated and reserved bytes are off at most, in per cent, where formulas do not follow what is known, or no tensor
 explains it yet.

@@ -37,7 +37,7 @@ class Effective:
     def holds(self, key: str, accepted: Accepted) -> bool:
         """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
-            return runs(self.document.program, map(str, accepted))
+            return not self.document.program if accepted == "unset" else runs(self.document.program, map(str, accepted))
         if key == "file":
             return any(self._equal(self.file, each) for each in accepted)
         if key == "vocabulary":
@@ -97,7 +97,7 @@ class Effective:
         if "all" in setting:
             return self.document.values
         if "tags" in setting:
-            return self._tags(setting["tags"])
+            return self._tags(setting["tags"], in_layers=bool(self.of(setting["in_layers"])) if "in_layers" in setting else False)
         if "pattern" in setting:
             listed = self._listed(setting["of"], self.of(setting["of"]))
             return setting["pattern"].replace("NAMES", "|".join(map(re.escape, listed)))
@@ -116,13 +116,19 @@ class Effective:
         numbers = self._numbers(setting["sum"])
         return None if numbers is None else sum(numbers)
 
-    def _tags(self, groups: list[Mapping[str, list[str]]]) -> str:
-        """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on."""
+    def _tags(self, groups: list[Mapping[str, list[str]]], *, in_layers: bool) -> str:
+        """A regular expression of names that hold one tag of each group, in their order: tags of the switches that are on.
+
+        `in_layers`: names in `model.layers` need no tag of the first group.
+        """
         parts = []
         for switches in groups:
             tags = [tag for key, meant in switches.items() if key == "" or self.of(key) for tag in meant]
             parts.append(f"(?:{'|'.join(tags)})")
-        return f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
+        tagged = f".*?{'.*?'.join(parts[:-1])}.*?\\.{parts[-1]}"
+        behind_layers = ".*?".join(parts[1:-1])
+        layers = rf"model\.layers\.\d+(?!.*\.experts\.\d)\..*?{behind_layers}.*?\.{parts[-1]}"
+        return f"(?:{tagged})|(?:{layers})" if in_layers else tagged
 
     def _names(self, keys: Mapping[str, list[str] | Mapping[str, str | None]]) -> tuple[str, ...] | None:
         """Names of modules: of a key that lists them, theirs → ours or null; of a switch that is on, those it stands for."""

@@ -68,6 +68,8 @@ class Meant(TypedDict, total=False):
     of: str
     """Of a pattern: the key whose names stand for `NAMES` in it."""
     tags: list[Mapping[str, list[str]]]
+    in_layers: str
+    """Of tags: the key that lets names in `model.layers` do without a tag of the first group."""
     in_16_bits: str
     """The key that names one of `repositories`: the modules that it leaves in 16 bits."""
 

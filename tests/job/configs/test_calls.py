@@ -154,3 +154,46 @@ def test_a_folder_holds_the_model_whose_name_it_has(text: str, model: str) -> No
     plan = read_text(f"GRPOTrainer(model='{text}', args=GRPOConfig())", file="run.py")
     assert plan.model == model
     assert ("model" in plan.assumed) == (text != model)
+
+
+UNSLOTH = "model = FastLanguageModel.from_pretrained('unsloth/Llama-3.2-1B', max_seq_length=2048)\n"
+
+
+@pytest.mark.parametrize(
+    ("length", "seq_len"), [("max_length=1024", 2048), ("max_length=512", 512), ("max_seq_length=1024", 1024)]
+)
+def test_unsloth_takes_trl_s_default_length_for_none(length: str, seq_len: int) -> None:
+    """Rehearsed: 1,024 gave rows of 2,048 tokens."""
+    plan = read_text(f"{UNSLOTH}SFTTrainer(model=model, args=SFTConfig({length}))", file="run.py")
+    assert plan.options["seq_len"] == seq_len
+
+
+def test_unsloth_adapts_layers_without_a_part_of_the_model_in_their_names() -> None:
+    """Gemma 3 1B is text alone: no name says so. Unsloth prints 6,522,880 at rank 8."""
+    import peftplan
+
+    load = "model = FastModel.from_pretrained('unsloth/gemma-3-1b-it', load_in_4bit=False)\n"
+    plan = read_text(
+        load + "model = FastModel.get_peft_model(model, r=8)\nSFTTrainer(model=model, args=SFTConfig())", file="run.py"
+    )
+    options = {**plan.options, "kernels": None}
+    assert peftplan.estimate(str(plan.model), **options).trainable_parameters == 6_522_880
+
+
+def test_a_file_with_generations_trains_by_grpo() -> None:
+    text = (
+        "model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\nnum_generations: 8\nmax_completion_length: 256\nsystem_prompt: Think.\n"
+    )
+    plan = read_text(text, file="grpo.yaml")
+    assert (plan.options["trainer"], plan.options["seq_len"], plan.unsupported) == ("trl-grpo", 768, {})
+
+
+@pytest.mark.parametrize("key", ["max_source_length", "task_name", "data_dir"])
+def test_a_program_of_another_task_is_not_trl_s(key: str) -> None:
+    text = f"python run.py --model_name_or_path bert-base-cased --output_dir out --{key} x\n"
+    assert tool_of_text(text) == "other"
+
+
+def tool_of_text(text: str) -> str:
+    """The tool of a shell script."""
+    return read_text(text, file="run.sh").tool
