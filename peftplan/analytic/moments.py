@@ -24,6 +24,11 @@ EXACT = 2**53 // ALLOCATION_ROUNDING
 CHUNK = 2**14
 """Points per matrix product, so that its operands fit a processor's cache."""
 
+MOST_PAIRED = 2**11
+"""Rows that are compared in pairs."""
+MULTIPLIER = 6364136223846793005
+"""Odd; its powers mix a row into one number, so that few unlike rows have the same."""
+
 Size = tuple[int, tuple[Dim, ...]]
 """What a column counts: (bytes, named sizes).
 
@@ -49,11 +54,15 @@ class Moments:
             steps[at, column[kind]] += count * units[kind]
         levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
         self.by_phase: dict[str, Floats] = {}
+        makes = np.array([count >= 0 for _, count in timeline.events], dtype=bool)
         for phase, start, end in timeline.windows:
-            rows = np.unique(levels[start : end + 1], axis=0)
+            turns = np.append(makes[start:end], False) < np.append(
+                True, makes[start:end]
+            )  # what follows frees, what precedes makes
+            rows = np.unique(levels[start : end + 1][turns], axis=0)
             if phase in self.by_phase:
                 rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
-            self.by_phase[phase] = _undominated(rows)
+            self.by_phase[phase] = _extreme(_undominated(rows)).astype(np.float64)
 
     def peaks(self, dims_by_name: Mapping[str, Ints], standing: int) -> dict[str, Ints]:
         """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
@@ -90,11 +99,33 @@ def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
     return (0, symbols), -(-number // ALLOCATION_ROUNDING)
 
 
-def _undominated(rows: Ints) -> Floats:
+def _undominated(rows: Ints) -> Ints:
     """The rows that no other row dominates, that is, has at least as many tensors of every size."""
     order = np.argsort(-rows.sum(axis=1), kind="stable")
-    largest: list[object] = []
+    largest, number = np.empty_like(rows), 0
     for row in rows[order]:
-        if not largest or not (np.asarray(largest) >= row).all(axis=1).any():
-            largest.append(row)
-    return np.asarray(largest, dtype=np.float64)
+        if not (largest[:number] >= row).all(axis=1).any():
+            largest[number] = row
+            number += 1
+    return largest[:number]
+
+
+def _extreme(rows: Ints) -> Ints:
+    """The rows that do not lie midway between two others: one of those has at least as many bytes, whatever the sizes are.
+
+    Backward frees and makes the same in each layer, so that only its first and its last layer can hold most.
+
+        activations  gradients
+        80           0          kept
+        79           1          midway between its neighbours
+        78           2          kept
+    """
+    if not 2 < len(rows) <= MOST_PAIRED:
+        return rows
+    mixed = rows @ np.array([pow(MULTIPLIER, n + 1, 2**62) for n in range(rows.shape[1])])
+    order = np.argsort(mixed)
+    beyond = 2 * mixed[:, None] - mixed
+    place = order[np.minimum(np.searchsorted(mixed, beyond, sorter=order), len(rows) - 1)]
+    middle, end = np.nonzero((mixed[place] == beyond) & ~np.eye(len(rows), dtype=bool))
+    midway = (rows[place[middle, end]] == 2 * rows[middle] - rows[end]).all(axis=1)
+    return np.delete(rows, middle[midway], axis=0)

@@ -225,3 +225,23 @@ print(gc.get_freeze_count() > 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(frozen)
+
+
+@pytest.mark.parametrize(
+    ("args", "left_out"), [(("--version",), True), (("rehearse", "--help"), False)], ids=["version", "rehearse"]
+)
+def test_plugins_of_pydantic_are_left_out_where_no_program_inherits_it(args: tuple[str, ...], left_out: bool) -> None:
+    """pydantic looks for them in every installed package: 2 % of a start."""
+    program = f"""
+import os, sys
+sys.argv = ["peftplan", *{args!r}]
+from peftplan.cli import run
+try:
+    run()
+except SystemExit:
+    pass
+print("PYDANTIC_DISABLE_PLUGINS" in os.environ)
+"""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYDANTIC_DISABLE_PLUGINS"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == str(left_out)
