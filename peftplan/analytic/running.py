@@ -11,7 +11,7 @@ from peftplan.job.automodel import builds
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
-from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told, rotary_positions
@@ -75,7 +75,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss == "per-token",
+        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION,
     )
 
 

@@ -77,7 +77,9 @@ def check_halves(*dtypes: str) -> None:
         raise RefusedError(f"loss: {CUT} asserts hidden states and a head in 16 bits; use --dtype bf16")
 
 
-ALL_LOGITS = ("full", "te-parallel", "per-token")
+OF_FUNCTION = ("per-token", "eaft")
+"""Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
+ALL_LOGITS = ("full", "te-parallel", *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
 

@@ -146,6 +146,7 @@ OWNERS = {
     "te-parallel": ("automodel", "automodel-hf"),
     "cut-apart": ("automodel", "automodel-hf"),
     "per-token": ("transformers",),
+    "eaft": ("axolotl", "transformers"),
 }
 """Loss → the only trainers that compute it."""
 LOSSES_OF_SLICES = ("full", "liger")

@@ -7,7 +7,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART
+from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -54,7 +54,7 @@ def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tens
         return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
-    if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss == "per-token":
+    if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss in OF_FUNCTION:
         return _loss_by_loop(model, program)
     loss, *outputs = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
@@ -76,6 +76,12 @@ def _loss_by_loop(model: Model, program: Program) -> Tensor:
         loss = weighted_tokens(f, logits)
     elif model.running.loss == "per-token":
         loss = cross_entropy(f, f.to(logits, "fp32"))  # the caller holds the copy
+    elif model.running.loss == "eaft":
+        from peftplan.memory.entropy_loss import weighted_by_entropy
+
+        wide = f.to(logits, "fp32")
+        del logits
+        loss = weighted_by_entropy(f, wide)
     elif model.running.loss == "te-parallel":
         loss = written_over_logits(f, logits)
     elif model.running.loss == CUT_APART:

@@ -58,6 +58,13 @@ def _written_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> T
     return saved[0]
 
 
+def nll_of_tokens(f: Tape, logits: Tensor, labels: Tensor) -> Tensor:
+    """`CrossEntropyLoss(reduction="none")` of fp32 logits: keeps the log probabilities and the labels."""
+    log_probabilities = ops.keeps_output(f, logits, "log_softmax")
+    node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels)
+    return f.new(labels.dims, "fp32", "nll_loss", node)
+
+
 def weighted_tokens(f: Tape, logits: Tensor) -> Tensor:
     """LLaMA-Factory v1's `compute_log_probs` and the sum of its results by their weights: the logits once more in fp32, a copy
     of them without the last position, and the cross entropy of each token.

@@ -8,6 +8,7 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
+from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
 
@@ -34,7 +35,7 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace runs models of transformers, not those of {by.called}; accepted: analytic")
     if by.of_preferences:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
-    if by.weighs_tokens or job.setup.loss == "per-token":
+    if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         raise RefusedError(

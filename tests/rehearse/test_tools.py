@@ -16,6 +16,7 @@ from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("tools.jsonl"))
 OF_KERNELS = read(Path(__file__).with_name("lora_kernels.jsonl"))
+OF_EAFT = read(Path(__file__).with_name("eaft.jsonl"))
 OF_CUT = read(Path(__file__).with_name("cut_cross_entropy.jsonl"))
 LARGEST = {"allocated": 0.05, "reserved": 2.5}
 """Per cent; reserved: where layers are kept and gradients accumulate, all else is equal."""
@@ -69,6 +70,14 @@ def test_axolotls_lora_kernels_in_a_few_layers(
     assert peaks is not None
     assert peaks.allocated + untied == pytest.approx(allocated, rel=1e-6)
     assert reserved is None or peaks.reserved + untied == pytest.approx(reserved, rel=5e-4)
+
+
+@pytest.mark.parametrize("row", OF_EAFT, ids=[row["job"] for row in OF_EAFT])
+def test_tokens_weighted_by_entropy(row: dict[str, object]) -> None:
+    """axolotl 0.19.0's `eaft_loss` under Trainer of transformers 5.16.1."""
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    assert max(map(abs, drift.values())) < 0.1
 
 
 def test_v1_makes_the_loss_twice() -> None:

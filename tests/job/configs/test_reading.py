@@ -268,6 +268,12 @@ def test_an_option_takes_the_place_of_its_key() -> None:
     assert peftplan.estimate(config=read(values), loss="full").bound is None
 
 
+@pytest.mark.parametrize(("values", "loss"), [({}, "eaft"), ({"eaft_k": 20}, "eaft"), ({"eaft_k": 50}, None)])
+def test_axolotl_weighs_tokens_by_entropy(values: dict[str, Any], loss: str | None) -> None:
+    plan = read({**AXOLOTL, "use_eaft": True, **values})
+    assert (plan.options.get("loss"), "use_eaft" in plan.unsupported) == (loss, loss is None)
+
+
 @pytest.mark.parametrize(
     ("values", "loss"),
     [({}, "cut-cross-entropy"), ({"cut_cross_entropy": False}, None), ({"rl": "dpo"}, None), ({"deepspeed": "zero2.json"}, None)],
@@ -823,12 +829,14 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**WITH_KERNELS, "base_model": "microsoft/Phi-3.5-mini-instruct"}, "lora_qkv_kernel", "AssertionError"),
         ({**AXOLOTL, "base_model": "tiiuae/falcon-7b", "attn_implementation": "xformers"}, "attn_implementation", "KeyError"),
         ({**AXOLOTL, "early_stopping_patience": 3, "save_steps": 10}, "early_stopping_patience", "ValueError"),
+        ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "relora": True}, "relora", "RuntimeError"),
         ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
     ],
 )
 def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
+    """ReLoRA was rehearsed: the first step ends, and the second one raises."""
     row = read(values).unsupported[key]
     assert re.search(rf" raises {raised}: .* \([\w/]+\.py:\d+\)$", row.why)
     assert row.effect == "unknown"
