@@ -8,23 +8,36 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.configs.plan import bound
 from tools.rehearsed_jobs import read
 from tools.rehearsed_llamafactory import options, plan
 
-ROWS = read(Path(__file__).with_name("llamafactory.jsonl"))
+EVERY = read(Path(__file__).with_name("llamafactory.jsonl"))
+ROWS = [row for row in EVERY if not plan(row).unsupported]
 LARGEST = {"allocated": 0.05, "reserved": 0.1}
 """Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[str(plan(row).options["optim"]) for row in ROWS])
 def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
-    assert not plan(row).unsupported
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
     assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
+
+
+def test_badam_is_bounded_with_weights_in_16_bits() -> None:
+    """One block of three trains, with states and a copy in fp32; the bound counts all of a full fine-tuning."""
+    (row,) = (row for row in EVERY if row not in ROWS)
+    assert bound(plan(row).unsupported) == "at_most"
+    embedding_and_head, layer = 2 * 128_256 * 4096, 218_112_000
+    estimate = peftplan.estimate(**options(row))
+    assert estimate.ledger.by_category()["weights"] == 2 * (embedding_and_head + 3 * layer + 4096)
+    assert row["by_phase"]["load"] > 2 * (embedding_and_head + 3 * layer) + 4 * layer
+    assert estimate.peaks is not None
+    assert row["allocated"] < estimate.peaks.allocated
 
 
 def test_moments_by_the_names_of_parameters() -> None:
