@@ -375,7 +375,44 @@ int cublasLtMatmulAlgoGetHeuristic(void *lt, void *op, void *a, void *b, void *c
     return *n = 1, 0;
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) { return *status = 0, cudaSuccess; }
+/* A stream that captures a graph says so, since torch's allocator gives its tensors a pool of their own. */
+static cudaStream_t capturing;
+static unsigned long long captures;
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
+    capturing = s;
+    captures++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    capturing = 0;
+    return *graph = handle(), cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
+    *status = s && s == capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+
+static cudaError_t capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id) {
+    if (id) *id = captures;
+    return cudaStreamIsCapturing(s, status);
+}
+
+#if CUDART_VERSION < 13000
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+    cudaGraph_t *graph, const cudaGraphNode_t **before, size_t *n) { return capture_info(s, status, id); }
+#else
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+    cudaGraph_t *graph, const cudaGraphNode_t **before, const cudaGraphEdgeData **edges, size_t *n) { return capture_info(s, status, id); }
+#endif
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+    return *made = handle(), cudaSuccess;
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) { return *least = 0, *most = -5, cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { return *can = 0, cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { return *ms = 1, cudaSuccess; }
@@ -478,6 +515,7 @@ int nvmlSystemGetDriverVersion(char *text, unsigned length) { return snprintf(te
 int nvmlDeviceGetUUID(void *device, char *text, unsigned length) { return snprintf(text, length, "GPU-%08d", card_in(device)), 0; }
 int nvmlDeviceGetUtilizationRates(void *device, nvml_utilization *rates) { return *rates = (nvml_utilization){100, 0}, 0; }
 int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { return *celsius = 40, 0; }
+int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) { return *mhz = 1000, 0; }
 int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return *milliwatts = 0, 0; }
 int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return 0; } // torch asks, and its answer stands: no fabric
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) { return *major = capability(0), *minor = capability(1), 0; }

@@ -74,6 +74,25 @@ import json, torch
 logits = torch.randn(2, 151936, device="cuda")
 print("SEEN", json.dumps(list(logits.topk(50).values.shape)))
 """
+CAPTURED = """
+import json, torch
+layer, rows = torch.nn.Linear(1024, 1024).cuda(), torch.zeros(1 << 14, 1024, device="cuda")
+layer(rows)
+torch.cuda.empty_cache()
+reserved = [torch.cuda.memory_reserved()]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    result = layer(rows)
+capturing = torch.cuda.is_current_stream_capturing()
+graph.replay()
+del result
+torch.cuda.empty_cache()
+reserved.append(torch.cuda.memory_reserved())
+del graph
+torch.cuda.empty_cache()
+reserved.append(torch.cuda.memory_reserved())
+print("SEEN", json.dumps([capturing, [size - reserved[0] >> 20 for size in reserved]]))
+"""
 SAVING = """
 import json, os, torch
 saved = {"step": torch.tensor([7, 8]), "random": torch.get_rng_state(), "card": torch.ones(1 << 20, device="cuda"),
@@ -109,10 +128,13 @@ def test_the_card_says_what_it_is_and_holds(segments: str, tmp_path: Path) -> No
 
 
 def test_segments_grow_on_a_card_that_could_be_in_a_fabric(tmp_path: Path) -> None:
-    """torch asks NVML where the card is Hopper; with pynvml installed, all its functions are there."""
+    """torch asks NVML where the card is Hopper; with pynvml installed, all its functions are there.
+
+    A segment grows by pages of 20 MiB (`CUDACachingAllocator.cpp`, `kLargeBuffer`), of which 1 GiB takes 52.
+    """
     pytest.importorskip("pynvml")
     program = 'import torch\nx = torch.ones(1 << 28, device="cuda")\nprint("SEEN", torch.cuda.memory_reserved())\n'
-    assert seen(program, "h100-80gb", tmp_path, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") >= 2**30
+    assert seen(program, "h100-80gb", tmp_path, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == 52 * 20 * 2**20
 
 
 def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
@@ -137,6 +159,11 @@ def test_guards_against_nan_find_none(tmp_path: Path) -> None:
 def test_the_most_likely_of_a_large_vocabulary(gpu: str, tmp_path: Path) -> None:
     """torch divides the work by the blocks that a multiprocessor holds (`TensorTopK.cu`, `get_items_per_thread`)."""
     assert seen(SAMPLING, gpu, tmp_path) == [2, 50]
+
+
+def test_what_a_graph_captures_stays_in_a_pool_of_its_own(tmp_path: Path) -> None:
+    """A result of 64 MiB, and a segment of 20 for the workspace of its stream, which both go with the graph."""
+    assert seen(CAPTURED, "rtx-4090", tmp_path) == [False, [0, 84, 0]]
 
 
 def test_what_the_host_holds_is_read_again_as_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

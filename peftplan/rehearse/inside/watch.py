@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from types import FrameType
@@ -223,6 +224,7 @@ def start(settings: Settings) -> None:
     register_optimizer_step_post_hook(watch.after_step)
     torch.optim.Optimizer.__init__ = watch.wrap_optimizer(torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
     watch.await_forward()
+    warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")  # the one above
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN brings its own way to the driver
     torch._C._set_cudnn_enabled(False)
     torch.cuda._lazy_call(lambda: _record(watch))  # type: ignore[no-untyped-call]
