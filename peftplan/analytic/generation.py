@@ -75,6 +75,16 @@ def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:
     return f.new((sum(p.numel * p.copies for p in cast),), autocast, "casts of weights")
 
 
+def _gathered(f: Tape, inventory: Inventory) -> list[Tensor]:
+    """All weights, whole on each rank under ZeRO-3 (trl, models/utils.py, `_unwrap_model_for_generation`)."""
+    distributed = inventory.job.distributed
+    if distributed is None or distributed.strategy != "zero3":
+        return []
+    from peftplan.analytic.ranks import parameters_on_rank
+
+    return [f.many(p.shape, p.dtype, f"{p.name} gathered", p.copies) for p in parameters_on_rank(inventory).all]
+
+
 def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
     """Rotated keys are in the dtype of the hidden states; values are as autocast's product makes them."""
     return autocast if autocast and tensor.part == "values" else tensor.dtype
@@ -94,6 +104,7 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
     f.mark("forward")
+    gathered = _gathered(f, inventory)
     with f.no_grad():
         for name in ("input_ids", "attention_mask"):
             model.batch[name] = f.new(("b", "s"), "int64", name)
@@ -120,6 +131,7 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
         scores.clear()
         del grown
         model.batch.clear()
+    gathered.clear()
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
     end = len(of_prompt.events)
     loss = LossSizes("full", 0, 0, 0, prompted=False)

@@ -164,7 +164,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         assert holding.rank is not None, "each rank is compiled apart"
         model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank)
     else:
-        of_before = before.units if before is not None and isinstance(before.units, Zero3) else None
+        writes = job.setup.by.generates and not job.setup.use_vllm  # ends the order (trl, models/utils.py, `add_hooks`)
+        of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
         model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before)
     return program._replace(shards=masters, steps_in_backward=True)
 

@@ -192,11 +192,13 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
+    writes = setup.by.generates and job.distributed.strategy == "zero3"
     return {
+        "use_vllm": writes and bool(setup.use_vllm),
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
         "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
-        f"method {method}": method not in (("full",) if setup.by.weighs_tokens else SHOWN_METHODS)
+        f"method {method}": method not in (("full",) if setup.by.weighs_tokens or writes else SHOWN_METHODS)
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)

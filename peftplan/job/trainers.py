@@ -234,6 +234,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             num_generations=8,
             options=GENERATING.options | {"loss_type"},
             loss_types=GRPO_LOSSES,
+            under_zero3=("none",),
             arguments="GRPOConfig",
         ),
         GENERATING._replace(

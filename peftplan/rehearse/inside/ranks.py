@@ -9,7 +9,7 @@ from typing import Any
 NAMED = ("nccl", "gloo")
 """Backends under whose name a program finds the fake one."""
 GATHERS = ("all_gather_into_tensor", "all_gather_single")
-"""One function, under its older name and that of torch 2.13."""
+"""One function, under its older name and its newer one."""
 groups: list[int] = []
 """World size of each time that the program initialised its process group."""
 
