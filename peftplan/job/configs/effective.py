@@ -51,6 +51,8 @@ class Effective:
         if isinstance(accepted, Mapping):
             return self._has_product(key, accepted)
         value = self.of(key)
+        if accepted == "fraction":
+            return isinstance(value, float) and not value.is_integer()
         if accepted in ("set", "unset"):
             return (word(value) not in NOTHING) is (accepted == "set")
         if isinstance(accepted, str):

@@ -94,8 +94,9 @@ class Rule(TypedDict, total=False):
 
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
-    for which the tool's defaults count, `said` or `unsaid`: by the file, or `{"below": number}`, `{"at_least": number, "times":
-    key}`: its product with another key's, or `{"multiple_of": key, "times": key}`. `file` and `program` are what is read;
+    for which the tool's defaults count, `said` or `unsaid`: by the file, `fraction`: a number that is not whole, or
+    `{"below": number}`, `{"at_least": number, "times": key}`: its product with another key's, or
+    `{"multiple_of": key, "times": key}`. `file` and `program` are what is read;
     `architecture` is the model's `model_type`, `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
     are its own: `["fused"]` where peft takes names of projections for parameters of experts."""
     set: Mapping[str, Setting]
