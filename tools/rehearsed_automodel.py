@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -29,30 +28,6 @@ PROJECTIONS = "*_proj"
 STEPS = 5
 CARD = "8xa100-80gb"
 """On newer cards the recipe prefers the attention of cuDNN, which the emulated card does not run."""
-
-
-RECIPE = "nemo_automodel.recipes.llm.train_ft"
-PROGRAM = (
-    "-c",
-    "from tools.rehearsed_automodel import count_for_all; count_for_all(); import runpy; "
-    f"runpy.run_module('{RECIPE}', run_name='__main__')",
-)
-"""The recipe where ranks of tensor parallelism compare what they count."""
-
-
-def count_for_all() -> None:
-    """Count for the other ranks of a group what this one counts (nemo_automodel, components/distributed/tp_replicas.py)."""
-    import torch
-    from nemo_automodel.components.distributed import tp_replicas
-    from torch import distributed
-
-    def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> None:
-        if tensor.dtype == torch.int32:
-            tensor.copy_(tensor.cpu() * group.size())
-        else:
-            distributed.all_reduce(tensor, op=op, group=group)
-
-    tp_replicas.dist = SimpleNamespace(**{**vars(distributed), "all_reduce": all_reduce})
 
 
 class Rows:
@@ -125,8 +100,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)), encoding="utf-8")
-        program = PROGRAM if "tp_size" in row.get("recipe", {}).get("distributed", {}) else ("-m", RECIPE)
-        command = [sys.executable, *program, "--config", str(file)]
+        command = [sys.executable, "-m", "nemo_automodel.recipes.llm.train_ft", "--config", str(file)]
         ranks = options(row)["gpus"]
         return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
 
