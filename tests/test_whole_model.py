@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +144,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where each tiny model is saved once."""
-    return tmp_path_factory.mktemp("models")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where each tiny model is saved once. What the suite had before is set aside: each case collects what the last one left."""
+    gc.collect()
+    gc.freeze()
+    yield tmp_path_factory.mktemp("models")
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

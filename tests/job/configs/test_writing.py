@@ -63,9 +63,10 @@ def test_round_trip(tool: str) -> None:
         assert differing - by_targets - {"adapter_dtype"} == exported.changed.keys() - {"adapter_dtype"}, where
         assert not exported.changed.keys() & options.keys(), where
         # and the same bytes: those of the job, or of what the tool makes of it
-        assert numbers(again) == numbers(exported.estimate), where
+        read_back = numbers(again)
+        assert read_back == numbers(exported.estimate), where
         if not exported.changed:
-            assert numbers(again) == numbers(estimate), where
+            assert read_back == numbers(estimate), where
         if number >= TWICE:
             continue
         # what was read back can be said whole, and is said the same way
