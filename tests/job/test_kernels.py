@@ -75,7 +75,7 @@ def test_none_leaves_the_estimate_as_it_is() -> None:
     [
         ({"kernels": "axolotl", "quant": "int8"}, "LoRA kernels over int8"),
         ({"kernels": "axolotl", "dtype": "fp32"}, "LoRA kernels in fp32 with autocast bf16"),
-        ({"kernels": "unsloth", "lora_dropout": 0.05}, "LoRA kernels with dropout or DoRA"),
+        ({"kernels": "unsloth", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "axolotl", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "liger", "attn_implementation": "eager"}, "kernels with eager attention"),
         ({"kernels": "liger", "gpus": 2, "strategy": "fsdp2"}, "kernels with FSDP2"),
