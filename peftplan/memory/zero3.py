@@ -178,7 +178,7 @@ class Zero3(Stage):
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
-        if not self.in_leaf and not self.f.replays:
+        if not self.in_leaf and not self.f.recomputes:
             self.coordinator.gather_alone(self.sharded[self._key(parameter)])
 
     def whole(self, parameter: Parameter) -> Tensor | None:
@@ -191,7 +191,7 @@ class Zero3(Stage):
     def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
         self.coordinator.fetch(module, unknown=unknown)
-        if self.f.replays and self.running:
+        if self.f.recomputes and self.running:
             frozen = [p for p in module.parameters if not p.trainable]
             last = next(reversed(self.running))
             self.recomputed.setdefault(last, []).extend(frozen)

@@ -68,8 +68,8 @@ class Tape(Allocations):
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
-        self.replays = False
-        """Whether a checkpointed layer is being recomputed."""
+        self.recomputes = False
+        """Whether forward code runs during backward."""
         self.nested = False
         """Whether a nested backward runs. It may reach nodes that another backward has already run."""
         self.kept_inputs: list[object] | None = None
@@ -93,6 +93,11 @@ class Tape(Allocations):
         if self.modules is None:
             return function(x)
         return self.modules.call(name, layer, tuple(p for p in parameters if p is not None), x, function, by_name=by_name)
+
+    @property
+    def replays(self) -> bool:
+        """Whether a checkpointed layer is being recomputed, but for a reentrant checkpoint."""
+        return self._replaying is not None
 
     def record(self, backward: Backward, inputs: tuple[Operand | None, ...], *saved: object) -> Node | None:
         """The autograd node of an operation on `inputs` that saves `saved`; None if no input requires a gradient.
@@ -249,10 +254,10 @@ class Tape(Allocations):
         """Run forward code during backward, with an autocast cache of its own."""
         module, casts = self.module, self._casts
         self.segment = abs(self.segment) + 1
-        self._casts, self.replays = {}, True
+        self._casts, self.recomputes = {}, True
         yield
         self._casts.clear()
-        self.replays = False
+        self.recomputes = False
         self._casts, self.module = casts, module
         self.segment = -(self.segment + 1)
 
