@@ -28,6 +28,7 @@ from peftplan.job.inventory import of_any_device
 from peftplan.job.loss_sizes import CUT, LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Dim, Ledger, Line
+from peftplan.memory.batch import of_pictures_or_sound
 from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
 from peftplan.memory.methods import ADAPTERS, adapter_of
 from peftplan.memory.model import Model
@@ -135,8 +136,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     """The steps of a run: the reported one twice, or once after the earlier steps that the script names.
 
     One more of it is run where the second is not steady yet. In full fine-tuning on one GPU, without earlier steps, and over a
-    `device_map` the gradient of a tied embedding finds room in the second step, and none in the third. Under DDP the second step
-    divides its bucket.
+    `device_map` the gradient of a tied embedding finds room in the second step, and none in the third. So may a batch of
+    pictures or sound. Under DDP the second step divides its bucket.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup
@@ -150,7 +151,7 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
     full = job.method is not None and job.method.name == "full"
-    alone = full and not before  # as the trace does
+    alone = (full or of_pictures_or_sound(job.architecture)) and not before  # as the trace does
     again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp", "zero3"))
     return (*before, *again, last) if before else (first, *again, last)
 

@@ -174,6 +174,7 @@ def program_of(job: Job) -> Program:
         bool(setup.keep_outputs),
         parse_optim(str(setup.optim)),
         accumulation=setup.gradient_accumulation_steps,
+        collects=job.script.collects_batches(setup),
         keep_gradients=setup.keep_gradients,
         forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward,

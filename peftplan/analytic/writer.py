@@ -64,6 +64,8 @@ class Writer:
         """Stack → the last storage made in it since copied layers, and where in the events."""
         self._stacked: dict[int, int] = {}
         """A hidden state that a copied layer leaves alive → the first of its kind. All share one stack under that number."""
+        self._batches: list[int] = []
+        """Handles of the batches that the last step collected."""
 
     def program(self) -> Program:
         """What has been written."""
@@ -121,6 +123,7 @@ class Writer:
         backward = next((start for phase, start, _ in timeline.windows if phase == "backward"), 0)
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         self._storages = max(self._storages, len(timeline.kind_of))
+        self._collect(timeline, kinds)
         covered = 0
         empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
@@ -136,6 +139,8 @@ class Writer:
                 self._repeat(layers[at].layers, timeline, kinds)
                 covered = layers[at].last
             if at < covered or (at < timeline.windows[0][1] and makes_gradients(timeline, at)):  # they exist since the first step
+                continue
+            if storage in timeline.collected:
                 continue
             if count > 1 and at >= timeline.windows[-1][1]:
                 covered = self._by_layer(timeline, kinds, at)
@@ -163,6 +168,18 @@ class Writer:
         self.take(lasting.get(len(timeline.events), ()))
         if self.script.empties_cache:
             self._write(events.EMPTY)
+
+    def _collect(self, timeline: Timeline, kinds: int) -> None:
+        """Allocate a step's batches, then free those of the step before."""
+        before, self._batches = self._batches, []
+        first = timeline.windows[0][1]
+        for (kind, count), storage in zip(timeline.events[:first], timeline.storages, strict=False):
+            for _ in range(count if storage in timeline.collected else 0):
+                self._batches.append(self._handles)
+                self._events += (events.HOLD, self._handles, kinds + kind, 0, 0)
+                self._handles += 1
+        for handle in before:
+            self.release(handle)
 
     def _replace(self, stack: int, latest: int, since: int, size: int) -> None:
         """A layer frees its input once it has made its output, which lies above it in one stack: the output takes its place."""

@@ -46,8 +46,8 @@ class Script(BaseModel):
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one as in `versions.READ_IN`. Decides `rotary_by_product`, `shifts_logits`,
-    `logits_in_fp32`, `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes called
-    …ForCausalLM)."""
+    `collects_batches`, `logits_in_fp32`, `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes
+    called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
     """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`."""
@@ -95,6 +95,11 @@ class Script(BaseModel):
         for `has_on_the_fly_quantization`)."""
         ran = self.transformers
         return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
+
+    def collects_batches(self, setup: Setup) -> bool:
+        """Whether the batches of all micro batches are on the device before a step, fetched while those of the step before are
+        still there. Another loop frees a batch and then fetches the next."""
+        return setup.by.collects_batches and not versions.BATCHES_COLLECTED.after(self.transformers)
 
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
         """Whether sdpa gets a mask although the batch has none. Without a cache, some releases take its positions for those

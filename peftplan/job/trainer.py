@@ -99,6 +99,8 @@ class Trainer(NamedTuple):
     """Whether `Trainer.create_optimizer` makes the optimizer: its 8-bit optimizers keep embeddings in 32 bits."""
     collates: bool = True
     """Whether a collator makes the batches: transformers then makes no mask of its own (`Script.masks_unpadded`)."""
+    collects_batches: bool = True
+    """Whether the batches of a step's micro batches are all on the device before it begins (`Trainer.get_batch_samples`)."""
     always_masks: bool = False
     """Whether every batch has an attention mask, of ones where nothing is padded."""
     loads_on_device: bool = False

@@ -28,6 +28,7 @@ TRL = Trainer(
 ANY_REFERENCE: tuple[Reference, ...] = ("none", "adapter_off", "copy")
 GENERATING = TRL._replace(
     losses=("trl-chunked",),
+    collects_batches=False,
     under_ddp=ANY_REFERENCE,
     under_zero2=("none", "copy"),
     forwards=(Forward("reference"), *LOSS),
@@ -141,6 +142,7 @@ AUTOMODEL_RECIPE = Trainer(
     prepares_model=False,
     clips_gradients=False,
     makes_optimizer=False,
+    collects_batches=False,
     always_masks=True,
     loads_on_device=True,
     losses=("full", "te-parallel", "cut-apart"),
@@ -159,6 +161,7 @@ TORCHTUNE_RECIPE = Trainer(
     prepares_model=False,
     clips_gradients=False,
     makes_optimizer=False,
+    collects_batches=False,
     loads_on_device=True,
     turns_cache_off=True,
     losses=("torchtune-linear", "full"),
@@ -329,6 +332,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         IN_SWIFT._replace(
             name="swift-grpo",
             called="GRPOTrainer of ms-swift 4.6",
+            collects_batches=False,
             forwards=GENERATING.forwards,
             completions_alone=True,
             completion=512,
@@ -348,6 +352,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             clips_gradients=False,
             makes_optimizer=False,
             collates=False,
+            collects_batches=False,
             loads_on_device=True,
         ),
         TORCHTUNE_RECIPE,
@@ -390,6 +395,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             Defaults("none", optim="adamw_torch", use_cache=None, kbit_prepare=False),
             prepares_model=False,
             makes_optimizer=False,
+            collects_batches=False,
             always_masks=True,
             loads_on_device=True,
             full_in_fp32=True,
@@ -399,7 +405,12 @@ TRAINERS: dict[TrainerName, Trainer] = {
             expandable_segments=True,
             layout=LLAMA_FACTORY_V1,
         ),
-        Trainer("qlora-paper", "Trainer as the QLoRA paper ran it (arXiv 2305.14314)", Defaults(optim="paged_adamw_32bit")),
+        Trainer(
+            "qlora-paper",
+            "Trainer as the QLoRA paper ran it (arXiv 2305.14314)",
+            Defaults(optim="paged_adamw_32bit"),
+            collects_batches=False,
+        ),
     )
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,9 +85,10 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
         built = make(job, device.torch_device)
         counted = built.num_trainable, built.num_total
         model = _distributed(built.model, device)
-        batch = filled(inputs(built.base, job.setup).batch, built.base, device.torch_device) | losses.arguments(job.setup)
+        batch = filled(inputs(built.base, job.setup).batch, built.base) | losses.arguments(job.setup)
         optimizer = make_optimizer(job.setup, built.model, recorder)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
+        run.fetched = partial(_moved, device=device.torch_device)
         take_steps(run)
         recorder.close()
     except PeftplanError:
@@ -100,8 +102,13 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
     return Outcome(outcome, message, tuple(recorder.figures), warmup, *counted, context, device.before_bytes)  # type: ignore[arg-type]
 
 
-def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str, Any]:
-    """The batch on the device, with random tokens and a mask that hides some of them.
+def _moved(batch: dict[str, Any], *, device: torch.device) -> dict[str, Any]:
+    """The batch, on the device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def filled(batch: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The batch, on the host, with random tokens and a mask that hides some of them.
 
     Tokens are random because the memory of a mixture of experts depends on how they are routed.
     """
@@ -115,7 +122,6 @@ def filled(batch: dict[str, Any], model: Any, device: torch.device) -> dict[str,
             elif name == "attention_mask":
                 value = value.clone()
                 value[:, -PADDED:] = 0
-            value = value.to(device)
         tensors[name] = value
     return tensors
 

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peftplan.arch.modules import Architecture
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.tape.tensors import Tensor
 
 PER_SAMPLE = ("SEQ_CLS", "IMAGE_CLS")
+WHISPER_INPUT = "model.encoder.conv1"
 MEL_FRAMES_PER_POSITION = 2
 """Whisper's second convolution has stride 2."""
+
+
+def of_pictures_or_sound(arch: Architecture) -> bool:
+    """Whether a batch holds what is large: another step may then find other room for it, as for gradients of a whole model."""
+    return bool(arch.picture) or (arch.model_type == "whisper" and any(m.name == WHISPER_INPUT for m in arch.modules))
 
 
 def batch_of(model: Model) -> dict[str, Tensor]:
@@ -24,10 +31,10 @@ def batch_of(model: Model) -> dict[str, Tensor]:
 
 def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:
     arch = model.arch
-    if arch.model_type == "whisper" and model.has("model.encoder.conv1"):
-        yield "input_features", _dtype(model), sound(model)
-    elif arch.picture:
+    if arch.picture:
         yield "pixel_values", _dtype(model), ("b", *arch.picture)
+    elif of_pictures_or_sound(arch):
+        yield "input_features", _dtype(model), sound(model)
     else:
         yield "input_ids", "int64", ("b", "s")
     if arch.task_type == "QUESTION_ANS":

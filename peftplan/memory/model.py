@@ -31,7 +31,9 @@ class Model(Weights):
     outputs: list[Tensor] = field(default_factory=list)
     """Tensors of the outputs besides loss and logits."""
     batch: dict[str, Tensor] = field(default_factory=dict)
-    """The step's batch, by the names of the forward's arguments."""
+    """The micro batch, by the names of the forward's arguments."""
+    other_batches: list[Tensor] = field(default_factory=list)
+    """The tensors of the step's other micro batches, where they are on the device too."""
     mask: Tensor | None = None
     """The attention mask, extended by virtual tokens."""
     layer_locals: list[Tensor] = field(default_factory=list)

@@ -14,6 +14,8 @@ class Program(NamedTuple):
     keep_outputs: bool
     optimizer: Optimizer
     accumulation: int = 1
+    collects: bool = False
+    """Whether the batches of all micro batches are on the device before a step (`Script.collects_batches`)."""
     keep_gradients: bool = False
     left_alone: frozenset[str] = frozenset()
     """Parameters that get gradients but that the optimizer does not update."""

@@ -27,7 +27,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         from peftplan.memory.lasting import kept_on_card
 
         kept_on_card(model)
-    model.batch = _batch(model, program)
+    _fetch(model, program)
     if program.keep_gradients:
         model.keep_gradients()
     scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
@@ -35,6 +35,8 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     last = _micro_batches(model, program) - 1
     for number in range(last + 1):
         model.micro_batch = number
+        if number and not program.collects:
+            _fetch(model, program)
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
         loss = loss_of_batch(model, program, reference, outputs)
@@ -69,6 +71,17 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     del loss_in_step
     outputs.clear()
     model.kept.clear()
+
+
+def _fetch(model: Model, program: Program) -> None:
+    """Free the batch, and put the next one on the device, or those of all micro batches."""
+    f, others = model.tape, program.accumulation - 1
+    model.batch.clear()
+    model.batch.update(_batch(model, program))
+    if program.collects:
+        if others:
+            model.other_batches = [f.many(x.dims, x.dtype, name, others) for name, x in model.batch.items()]
+        f.collected = {x.storage.number for x in (*model.batch.values(), *model.other_batches) if x.storage is not None}
 
 
 def _batch(model: Model, program: Program) -> dict[str, Tensor]:

@@ -66,6 +66,8 @@ class Timeline(NamedTuple):
     """Event → its place in `moves`."""
     waves: Waves = Waves()
     """The events as few different waves, which peaks are added up from."""
+    collected: frozenset[int] = frozenset()
+    """Storages of the batches, where those of the step before live until these are on the device."""
     streams: Mapping[int, int] = MappingProxyType({})
     """Storages that are made on another CUDA stream than the default one → its number."""
 
@@ -193,6 +195,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         moves=tuple(moves),
         move_of=move_of,
         waves=waves_of(move_of, [count for _, count in moves], windows),
+        collected=frozenset(tape.collected),
         streams=tape.streams,
     )
 

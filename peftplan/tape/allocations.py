@@ -26,6 +26,8 @@ class Allocations:
         self.category: dict[int, Category] = {}
         self.counts: dict[int, int] = {}
         """Storage → how many equal tensors its number stands for, if more than one."""
+        self.collected: set[int] = set()
+        """Storages of the batches, where those of the step before live until these are on the device."""
         self.marks: list[tuple[int, str]] = []
         self.views: set[int] = set()
         """Storages of gradients that autograd's formulas return as views."""

@@ -234,8 +234,9 @@ def _run(
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, divide=rank.divided)
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
-    # gradients of the whole model may find other places in the third step
-    again = peft_config is None and rank.alone and not earlier and not setup.keep_gradients
+    # gradients of the whole model, pictures and sound may find other places in the third step
+    large = peft_config is None or any(torch.is_floating_point(x) for x in step_inputs.batch.values() if torch.is_tensor(x))
+    again = large and rank.alone and not earlier and not setup.keep_gradients
     steps = max(STEPS, len(earlier) + 1) + rank.more_steps + again
     setup_of_step = rank.prepared(built, setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
@@ -246,7 +247,6 @@ def _run(
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
     to_fake(built.model, mode, on)
-    batch, *before = [fake_batch(of_step.batch, mode, on) for of_step in (step_inputs, *earlier)]
     with (
         rank.started(tracker),
         _as_on_card(mode, capability, device=on.type),
@@ -262,10 +262,11 @@ def _run(
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass
-        run = Run(built.model, batch, optimizer, tracker, setup_of_step, script)
+        run = Run(built.model, step_inputs.batch, optimizer, tracker, setup_of_step, script)
+        run.fetched = partial(fake_batch, mode=mode, device=on)
         run.called = rank.called(built)
         run.begin_batch = rank.batches(built)
-        run.earlier, run.steps, run.reported = before, steps, 1 + again
+        run.earlier, run.steps, run.reported = [of_step.batch for of_step in earlier], steps, 1 + again
         try:
             take_steps(run)
         except PeftplanError:

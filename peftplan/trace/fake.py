@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.cuda.tuner_layers import LASTING
@@ -57,14 +58,16 @@ class _Converter:
 
 
 def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device) -> dict[str, Any]:
-    """A batch whose pictures and sound are fake tensors, so that their storages are watched; on the CPU indices stay as they are,
-    a few bytes per token."""
-    converter = _Converter(mode, device)
+    """A copy of a batch. Pictures and sound are fake tensors; on the CPU indices are real ones, a few bytes per token."""
     every = device.type != "cpu"
-    return {
-        name: converter.tensor(value) if isinstance(value, torch.Tensor) and (every or value.is_floating_point()) else value
-        for name, value in batch.items()
-    }
+    with _disable_current_modes():
+        converter = _Converter(mode, device)
+        return {
+            name: (converter.tensor(value) if every or value.is_floating_point() else value.clone())
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in batch.items()
+        }
 
 
 def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +54,10 @@ class Run:
     reported: int = 1
     earlier: Sequence[dict[str, torch.Tensor]] = ()
     """Batches of the first steps if they differ; `batch` is that of all others."""
+    fetched: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """A copy of a batch, on the device."""
+    on_device: list[dict[str, Any]] = field(default_factory=list)
+    """The batch that runs, and those that follow it where the trainer has fetched them too."""
     done: int = 0
     """Optimizer steps so far."""
     begin_batch: Callable[[bool], None] = lambda last: None
@@ -77,13 +81,31 @@ class Run:
         dtype = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
         return cuda_autocast(dtype, self.trainable[0].device.type)
 
-    def forward(self) -> Any:
-        """One forward under autocast."""
-        self.tracker.begin("forward")
+    def fetch(self, micro_batch: int) -> dict[str, Any]:
+        """The micro batch, on the device: the next one of a loader, or one of those that Trainer has collected for the step."""
+        collects = self.script.collects_batches(self.setup)
+        if collects and micro_batch:
+            return self.on_device[micro_batch]
+        if not collects:
+            self.on_device.clear()
         batch = self.earlier[self.done] if self.done < len(self.earlier) else self.batch
-        for name, value in batch.items():
-            if torch.is_tensor(value):
-                self.tracker.register(value, "activations", name, op="batch")
+        fetched = []
+        for _ in range(self.setup.gradient_accumulation_steps if collects else 1):
+            fetched.append(self.fetched(batch))
+            for name, value in fetched[-1].items():
+                if torch.is_tensor(value):
+                    self.tracker.register(value, "activations", name, op="batch")
+        self.on_device[:] = fetched
+        return self.on_device[0]
+
+    def forward(self, micro_batch: int) -> Any:
+        """One forward under autocast. What comes before it belongs to the phase before, but the first batch is not loading."""
+        if self.tracker.phase == "load":
+            self.tracker.begin("forward")
+            batch = self.fetch(micro_batch)
+        else:
+            batch = self.fetch(micro_batch)
+            self.tracker.begin("forward")
         with self.autocast():
             return (self.called or self.model)(**batch)
 
@@ -118,9 +140,9 @@ def take_steps(run: Run) -> None:
         for number in range(run.setup.gradient_accumulation_steps):
             run.begin_batch(number + 1 == run.setup.gradient_accumulation_steps)
             if by.drops_outputs:
-                loss = _compute_loss(run)
+                loss = _compute_loss(run, number)
             else:
-                outputs = run.forward()
+                outputs = run.forward(number)
                 loss = _loss(outputs)
             if not run.setup.keep_outputs:
                 outputs = None
@@ -138,6 +160,8 @@ def take_steps(run: Run) -> None:
             scaler.update()
         if not run.script.outputs_outlive_step:
             outputs = None
+    if not run.script.collects_batches(run.setup):
+        run.on_device.clear()
 
 
 def _complete_batches(run: Run) -> None:
@@ -149,11 +173,11 @@ def _complete_batches(run: Run) -> None:
             batch["use_cache"] = False  # type: ignore[assignment]
 
 
-def _compute_loss(run: Run) -> torch.Tensor:
+def _compute_loss(run: Run, micro_batch: int) -> torch.Tensor:
     """`Trainer.compute_loss`: the model's own loss. `SFTTrainer.compute_loss`: the loss from per-token log-probabilities; entropy
     and accuracy are summed while they live. Left out: `.item()` and the sums over processes; `num_items_in_batch`, a scalar.
     """
-    outputs = _prepared_forward(run)
+    outputs = _prepared_forward(run, micro_batch)
     if not run.setup.by.sums_tokens or run.setup.loss != "trl-chunked":
         return _loss(outputs)
     per_token_loss = -outputs["log_probs"]
@@ -164,12 +188,12 @@ def _compute_loss(run: Run) -> torch.Tensor:
     return loss
 
 
-def _prepared_forward(run: Run) -> Any:
+def _prepared_forward(run: Run, micro_batch: int) -> Any:
     """The forward of a model that accelerate prepared: under autocast it returns fp32 copies of all 16-bit outputs.
 
     Source: accelerate `ConvertOutputsToFp32` (utils/operations.py): the 16-bit outputs live until the copies are made.
     """
-    outputs = run.forward()
+    outputs = run.forward(micro_batch)
     if run.setup.autocast != "none" and run.setup.by.prepares_model:
         from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
 

@@ -18,6 +18,7 @@ EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 KEPT: dict[str, Any] = {"gradient_checkpointing": False}
 CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
 ONE_TOKEN: dict[str, Any] = {"method": "full", **PLAIN, **CHECKPOINTED, "logits_to_keep": 1, "batch_size": 7, "seq_len": 512}
+PICTURES: dict[str, Any] = {"task_type": "IMAGE_CLS", "num_labels": 10, "target_modules": "attention"}
 REENTRANT: dict[str, Any] = {"gradient_checkpointing": True, "use_reentrant": True}
 T5: dict[str, Any] = {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 1024, "d_ff": 1024, "d_kv": 128,
@@ -349,6 +350,22 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a copied layer of SmolLM3 stands before the first layer without rotation, where it runs": (
         {**shallow("smollm3-3b", 6), "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 4000, "pad_token_id": None},
         {"method": "lora", **PLAIN, **CHECKPOINTED, "every_n_layers": 2, "batch_size": 4},
+    ),
+    "a router's adapted weight is made behind the copy of its input": (
+        MLA,
+        {"method": "lora", "target_modules": ["gate", "q_a_proj"], **EAGER, **KEPT, "batch_size": 7, "seq_len": 512},
+    ),
+    "a loop frees a batch of pictures, then fetches the next": (
+        shallow("vit-base-patch16-224", 2),
+        {"method": "lora", **PLAIN, **PICTURES, "batch_size": 8, "gradient_accumulation_steps": 2},
+    ),
+    "Trainer fetches the pictures of all micro batches, and then those of the step before go": (
+        shallow("vit-base-patch16-224", 2),
+        {"method": "lora", **KEPT, **PICTURES, "batch_size": 8, "gradient_accumulation_steps": 3},
+    ),
+    "so it does with sound": (
+        shallow("whisper-tiny", 2),
+        {"method": "lora", **KEPT, "batch_size": 2, "seq_len": 64, "gradient_accumulation_steps": 2},
     ),
     "states of fp16 are clamped": (UNTIED, {"method": "lora", **PLAIN, "dtype": "fp16", **CHECKPOINTED, "batch_size": 4}),
 }

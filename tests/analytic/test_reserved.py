@@ -213,10 +213,6 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "gradient_accumulation_steps": 4,
         },
     ),
-    "a router's adapted weight is made behind the copy of its input": (
-        shallow("deepseek-r1", 6),
-        {"method": "lora", "batch_size": 3, "seq_len": 250, "attn_implementation": "eager"},
-    ),
     "autocast's copies are gone when the math kernel's result is copied": (
         shallow("falcon-7b", 6),
         {
