@@ -137,7 +137,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
 
     One more of it is run where the second is not steady yet. In full fine-tuning on one GPU, without earlier steps, and over a
     `device_map` the gradient of a tied embedding finds room in the second step, and none in the third. So may a batch of
-    pictures or sound. Under DDP the second step divides its bucket.
+    pictures or sound. Under DDP the second step divides its bucket. Under ZeRO-3 the first step gathers
+    nothing ahead, so that the second one is the first of its kind.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job, setup = inventory.job, inventory.job.setup

@@ -8,8 +8,8 @@ records the order in which modules run, from the beginning of a forward to that 
     a module ends       its parameters are freed, unless they are small enough to persist, or the order names them again before
                         `max_reuse_distance` elements
 
-A module that the order does not name next ends this: what is gathered ahead is freed, and the next forward is recorded again. So
-it is in each step of DPO with LoRA, whose second forward calls no adapter.
+A module that the order does not name next ends it: what is gathered ahead is freed, and the next forward is recorded again. This
+happens in each step of DPO with LoRA, whose second forward calls no adapter.
 
 Several parameters are gathered into one buffer, and copied out of it when the first of them is needed. The buffer lives until the
 last of them is.
@@ -140,8 +140,8 @@ class Coordinator:
             self._wait(p)
             self.free(p)
 
-    def _compare(self, module: Module) -> None:
-        """`trace_prologue`: whether the order has named this module."""
+    def _end_order_unless_next(self, module: Module) -> None:
+        """`trace_prologue`: a module that the order does not name next ends the order, and frees what is in flight."""
         if self.order and (self.step >= len(self.order) or self.order[self.step].name != module.name):
             self.order = ()
             self.queue.clear()
@@ -152,7 +152,7 @@ class Coordinator:
         """`fetch_sub_module`: gather what a module needs, wait for it, and prefetch what comes next. `unknown`: that it reads
         its parameters is found out only when it does.
         """
-        self._compare(module)
+        self._end_order_unless_next(module)
         if self.recorded is not None:
             self.recorded.append(module)
         if unknown:
