@@ -37,10 +37,11 @@ def test_an_old_torch_is_refused_by_what_it_lacks(tmp_path: Path, monkeypatch: p
         card.library()
 
 
-def test_a_missing_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", [(), ("gcc",), ("nm",)])
+def test_a_missing_compiler_is_said(there: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_packages", lambda: fake_torch(tmp_path, cuda="13.0"))
-    monkeypatch.setattr(card.shutil, "which", lambda name: None)
-    with pytest.raises(RefusedError, match="needs a C compiler"):
+    monkeypatch.setattr(card.shutil, "which", lambda name: f"/usr/bin/{name}" if name in there else None)
+    with pytest.raises(RefusedError, match="needs a C compiler and nm"):
         card.library()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tools.image import HERE, packages, steps
 
 DOCKERFILE = """# a comment
@@ -24,3 +26,14 @@ def test_every_step_of_ours_is_one_that_the_tool_runs() -> None:
     parsed = list(steps((HERE / "Dockerfile").read_text(encoding="utf-8")))
     assert {instruction for instruction, _ in parsed} == {"FROM", "RUN", "COPY", "WORKDIR", "ENTRYPOINT"}
     assert parsed[0][1].startswith("python:3.")
+
+
+def test_a_program_s_folder_is_shown_where_the_image_begins() -> None:
+    """`docker run --volume HERE:THERE`, in the Dockerfile's own words, the page's and CI's."""
+    dockerfile = (HERE / "Dockerfile").read_text(encoding="utf-8")
+    begins = dict(steps(dockerfile))["WORKDIR"]
+    texts = [
+        dockerfile,
+        *((HERE / path).read_text(encoding="utf-8") for path in ("docs/rehearse.md", ".github/workflows/ci.yml")),
+    ]
+    assert [re.findall(r'--volume "\$PWD:([^"]+)"', text) for text in texts] == [[begins]] * 3

@@ -155,6 +155,14 @@ def test_guards_against_nan_find_none(tmp_path: Path) -> None:
     ]
 
 
+def test_checks_of_floats_find_what_torch_finds_in_zeros() -> None:
+    """Numbers read from the card are zero. Needs no card."""
+    torch = pytest.importorskip("torch")
+    from peftplan.rehearse.inside import values
+
+    assert {name: bool(getattr(torch, name)(torch.zeros(()))) for name in values.CHECKS} == values.CHECKS
+
+
 @pytest.mark.parametrize("gpu", ["t4", "rtx-4090", "h100-80gb"])
 def test_the_most_likely_of_a_large_vocabulary(gpu: str, tmp_path: Path) -> None:
     """torch divides the work by the blocks that a multiprocessor holds (`TensorTopK.cu`, `get_items_per_thread`)."""
