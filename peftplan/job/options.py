@@ -285,6 +285,7 @@ class OtherWords(TypedDict, total=False):
     attn_impl: object
     use_liger_kernel: object
     enable_liger_kernel: object
+    cut_cross_entropy: object
     use_liger: object
 
 

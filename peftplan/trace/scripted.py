@@ -52,13 +52,16 @@ def with_empty_cache(traced: Traced) -> list[Event]:
     events: list[Event] = []
     position = 0
     for at in [at for (_, before), (at, phase) in pairwise(traced.began) if (before, phase) == ("step", "forward")]:
-        start = at
+        end = at
+        while traced.log[end - 1].kind == "alloc":  # the next batch
+            end -= 1
+        start = end
         while traced.log[start - 1].kind == "free":
             start -= 1
-        gradients = [i for i in range(start, at) if category_of(traced.log[i].storage) == "gradients"]
-        others = [i for i in range(start, at) if i not in set(gradients)]
+        gradients = [i for i in range(start, end) if category_of(traced.log[i].storage) == "gradients"]
+        others = [i for i in range(start, end) if i not in set(gradients)]
         events += traced.events[position:start]
         events += [*(traced.events[i] for i in others), Event("empty_cache", phase="warmup")]
         events += [traced.events[i] for i in gradients]
-        position = at
+        position = end
     return [*events, *traced.events[position:]]

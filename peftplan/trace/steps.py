@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
@@ -165,10 +166,11 @@ def take_steps(run: Run) -> None:
 
 
 def _complete_batches(run: Run) -> None:
-    """Add what a trainer puts into its batches: a mask of ones if nothing is padded, and `use_cache=False`."""
+    """Add what a trainer puts into its batches, still on the host: a mask of ones if nothing is padded, and `use_cache=False`."""
     for batch in (run.batch, *run.earlier):
         if run.setup.by.always_masks and "attention_mask" not in batch:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            with _disable_current_modes():
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         if run.setup.by.turns_cache_off:
             batch["use_cache"] = False  # type: ignore[assignment]
 

@@ -152,17 +152,16 @@ def test_adaption_prompts_stay_in_the_dtype_of_the_base() -> None:
 
 
 def test_an_earlier_step_of_another_length_is_in_the_log_only() -> None:
-    """The counted step does not change but by that batch; outputs of a shorter one before it take less of its forward."""
+    """The counted step does not change; outputs of a shorter one before it take less of its forward."""
     alone, after_short = (
         traced(llama(1), lora(QV), script=Script(outputs_outlive_step=True, earlier_seq_lens=lengths), keep_outputs=True, **SHORT)
         for lengths in ((), (8,))
     )
-    batch = 3 * 512  # ids, labels and a mask of 2 x 8 int64, each in a block of 512 B
-    assert after_short.peak_by_phase["backward"] - alone.peak_by_phase["backward"] == batch
+    assert after_short.peak_by_phase["backward"] == alone.peak_by_phase["backward"]
     # per token of two samples, in bf16: logits over 1,000 entries, and one layer's keys and values in the cache
     per_token = 2 * 2 * (1000 + 2 * KV)
     less = alone.peak_by_phase["forward"] - after_short.peak_by_phase["forward"]
-    assert less == pytest.approx((32 - 8) * per_token - batch, abs=1024)
+    assert less == pytest.approx((32 - 8) * per_token, abs=1024)
 
 
 @pytest.mark.parametrize(
