@@ -9,12 +9,17 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
-from peftplan.job.configs.expressions import Expressions, plain, text_of
+from peftplan.job.configs.expressions import Instance, plain, text_of
+from peftplan.job.configs.flow import MUTATORS, Flow
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
+DEFAULT = ("<default>", set[str]())
+"""What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
+Functions = dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
+"""Functions of a program by their names; None where a name is that of several."""
 SETTINGS = "UNSLOTH_"
 """Start of the names of environment variables that decide how a package trains."""
 MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
@@ -49,16 +54,12 @@ def of_script(text: str, *, file: str) -> Document:
 
 
 def _read(statements: list[ast.stmt], environment: Values) -> _Calls:
-    """The calls of a program, which is read twice: what functions are called with stands below them."""
-    program = ast.Module(statements, [])
-    functions = {node.name: node for node in ast.walk(program) if isinstance(node, ast.FunctionDef)}
-    first = _Calls(functions, {}, environment)
-    with contextlib.suppress(RecursionError):
-        first.visit(program)
-    reader = _Calls(functions, first.called_with, environment)
-    reader.attributes |= first.attributes
-    with contextlib.suppress(RecursionError):
-        reader.visit(program)
+    """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
+    reader = _Calls(statements, environment)
+    for _ in range(2):
+        reader.read()
+        reader = _Calls(statements, environment, earlier=reader)
+    reader.read()
     return reader
 
 
@@ -92,25 +93,45 @@ def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[
     return values, defaults
 
 
-class _Calls(ast.NodeVisitor, Expressions):
+class _Calls(Flow):
     """The calls in the order of the text, with the values of their arguments.
 
-    `environment`: variables of packages that the program sets, by their names. `arguments_of`: of a function of the program, its
-    parameters → what its calls give them, as a first reading found it.
+    `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
+    functions are called with, and all values of attributes.
     """
 
-    def __init__(self, functions: Mapping[str, ast.FunctionDef], arguments_of: Arguments, environment: Values) -> None:
+    def __init__(self, statements: list[ast.stmt], environment: Values, earlier: _Calls | None = None) -> None:
         super().__init__()
+        self.statements = statements
         self.calls: list[Call] = []
         self.lengths: list[Call] = []
         """Calls that cut texts: of a tokenizer, whatever its name."""
-        self.functions, self.arguments_of, self.environment = functions, arguments_of, dict(environment)
+        self.environment = dict(environment)
+        self.functions: Functions = earlier.functions if earlier else _functions(statements)
+        self.elsewhere: set[str] = earlier.elsewhere if earlier else _bound_elsewhere(statements)
+        self.arguments_of: Arguments = earlier.called_with if earlier else {}
         self.called_with: Arguments = {}
-        self.classes: set[str] = set()
+        self.fields: dict[str, Values] = {}
+        """Class of the program → its fields' defaults."""
+        self.at_the_end: Values | None = None
+        """What names of the module hold at its end; None in the first reading."""
+        if earlier:
+            self.attributes, self.owners = dict(earlier.attributes), dict(earlier.owners)
+            self.arguments = dict(earlier.arguments)
+            self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
+            self.at_the_end, self.bound = earlier.names, earlier.bound
+
+    def read(self) -> None:
+        """Read all statements; of one that nests too deep, what was read so far."""
+        for statement in self.statements:
+            with contextlib.suppress(RecursionError):
+                self.visit(statement)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """The fields of a class, as attributes of whatever is made of it."""
-        self.classes.add(node.name)
+        fields = Instance()
+        for base in node.bases:
+            fields |= self.fields.get(ast.unparse(base), {})
         for statement in node.body:
             if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
                 field, default = statement.targets[0], statement.value
@@ -119,48 +140,87 @@ class _Calls(ast.NodeVisitor, Expressions):
             else:
                 self.visit(statement)
                 continue
+            self.visit(default)
             if isinstance(field, ast.Name):
-                self.attributes[field.id] = self.value(_of_field(default))
+                fields[field.id] = self._inside(_of_field(default))
+                self._field(field.id, fields[field.id], f"class {node.name}")
+        self.fields[node.name] = fields
+        self.names.pop(node.name, None)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         """A function: its parameters are what its calls give them, else their defaults; its names end with it."""
-        outside = dict(self.names)
-        parameters = [*node.args.posonlyargs, *node.args.args]
-        defaulted = [*zip(parameters[len(parameters) - len(node.args.defaults) :], node.args.defaults, strict=True)]
-        defaulted += [(each, value) for each, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value]
-        values: Values = {parameter.arg: self.value(default) for parameter, default in defaulted}
-        for name, value in values.items():
-            self._keep(name, value)
-        for name, pairs in self.arguments_of.get(node.name, {}).items():
-            value, options = pairs[0]
-            self._keep(name, value if all(each == value for each, _ in pairs) else f"<{name}>", options)
-        self.generic_visit(node)
-        self.names = outside
+        for each in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
+            self.visit(each)
+        defaults = {name: (self.fresh(value), self.by_default) for name, value in _defaults(node).items()}
+        names = {name for name in self._bound(node) if not name.startswith(".")}
+        if not self.function:
+            names |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+        before = self._held(names)
+        if not self.function and self.at_the_end is not None:
+            for name in before:
+                if self.at_the_end.get(name) != self.names[name]:
+                    self.names.pop(name)
+        given = self.arguments_of.get(node.name, {})
+        for name in _parameters(node):
+            self.names.pop(name, None)
+            values = [
+                defaults.get(name, (f"<{name}>", set())) if each is DEFAULT else each for each in given.get(name, [DEFAULT])
+            ]
+            if self.functions.get(node.name) is node and all(value == values[0][0] for value, _ in values):
+                self._keep(name, values[0][0], set().union(*(options for _, options in values)))
+        outer, self.function = self.function, f"{self.function}.{node.name}"
+        for statement in node.body:
+            self.visit(statement)
+        self.function = outer
+        self._restore(names, before)
+        self.names.pop(node.name, None)
 
-    def visit_For(self, node: ast.For) -> None:
-        """A loop, whose name has many values."""
-        for each in ast.walk(node.target):
-            if isinstance(each, ast.Name):
-                self.names.pop(each.id, None)
-        self.generic_visit(node)
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        """`rank *= 2`."""
+        self.visit(node.value)
+        loaded = ast.parse(ast.unparse(node.target), mode="eval").body
+        value = self.fresh(ast.BinOp(loaded, node.op, node.value))
+        self.visit(node.target)
+        self._bind(node.target, value, self.by_default)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        """`(rank := 8)`."""
+        self.visit(node.value)
+        self._bind(node.target, self.fresh(node.value), self.by_default)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         """A name or an attribute for a plain value, or `os.environ["NAME"] = value`."""
-        self.generic_visit(node)
+        self.visit(node.value)
+        pairs = []
         for target in node.targets:
+            elements = target.elts if isinstance(target, (ast.Tuple, ast.List)) else []
+            values = node.value.elts if isinstance(node.value, (ast.Tuple, ast.List)) else []
+            if (
+                elements
+                and len(elements) == len(values)
+                and not any(isinstance(each, ast.Starred) for each in (*elements, *values))
+            ):
+                pairs += [*zip(elements, values, strict=True)]
+            elif elements and isinstance(node.value, ast.Call):
+                pairs += [(each, node.value) for each in elements if isinstance(self.value(node.value), Instance)]
+            elif not elements:
+                pairs.append((target, node.value))
+        found = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
+        for target in node.targets:
+            if not isinstance(target, ast.Subscript):
+                self.visit(target)
+        for target, expression, value, options in found:
             if isinstance(target, ast.Subscript):
-                self._set(target.value, target.slice, node.value)
-            pairs = [(target, node.value)]
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and len(target.elts) == len(node.value.elts):
-                pairs = [*zip(target.elts, node.value.elts, strict=True)]
-            for name, value in pairs:
-                self._assign(name, value)
+                self._set(target.value, target.slice, expression)
+            else:
+                self._bind(target, value, options)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         """A name with its type."""
-        self.generic_visit(node)
         if node.value is not None:
-            self._assign(node.target, node.value)
+            self.visit_Assign(ast.Assign([node.target], node.value))
 
     def visit_Call(self, node: ast.Call) -> None:
         """A call, if its name is one of those that matter; what it is called with stands before it."""
@@ -168,14 +228,21 @@ class _Calls(ast.NodeVisitor, Expressions):
         name = ast.unparse(node.func)[:200]
         last = name.rpartition(".")[2]
         if last == "setdefault" and len(node.args) > 1 and isinstance(node.func, ast.Attribute):
-            self._set(node.func.value, *node.args[:2])
+            self._set(node.func.value, *node.args[:2], absent=True)
+        elif last in MUTATORS and isinstance(node.func, ast.Attribute):
+            self._changed(node.func.value)
         if last == "add_argument":
             self._argument(node)
-        if last in self.functions:
-            self._note_arguments(last, node)
-        if name in self.classes or last in ("Namespace", "SimpleNamespace"):
-            self.attributes |= {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
-        if name.endswith(WANTED) and name not in self.classes:
+        if last == "set_defaults":
+            for keyword in node.keywords:
+                self._field(str(keyword.arg), self.value(keyword.value), name)
+        if last == "partial" and node.args:
+            self._note_arguments(ast.unparse(node.args[0]), ast.Call(node.args[0], node.args[1:], node.keywords))
+        self._note_arguments(name, node)
+        if name in self.fields or last in ("Namespace", "SimpleNamespace"):
+            for field, value in self._made(name, node).items():
+                self._field(field, value, name)
+        if name.endswith(WANTED) and name not in self.fields:
             self.calls.append(self._called(name, node))
         elif last == "gradient_checkpointing_enable":
             self.calls.append(self._called(last, node))
@@ -189,7 +256,9 @@ class _Calls(ast.NodeVisitor, Expressions):
         for key, expression in [*by_index, *((keyword.arg, keyword.value) for keyword in node.keywords)]:
             value = self.fresh(expression)
             if key is None:
-                arguments |= value if isinstance(value, dict) else {"**": "<keyword arguments>"}
+                arguments |= (
+                    value if isinstance(value, dict) and not isinstance(value, Instance) else {"**": "<keyword arguments>"}
+                )
                 continue
             arguments[key] = text_of(expression) if isinstance(value, dict) and not plain(value) else value
             if self.by_default:
@@ -198,40 +267,100 @@ class _Calls(ast.NodeVisitor, Expressions):
         call: Call = {"call": name, "args": by_place, "kwargs": arguments}
         return {**call, "defaults": defaults} if defaults else call
 
+    def _call(self, node: ast.Call) -> object:
+        """An object of a class, else as any call."""
+        name = ast.unparse(node.func)[:200]
+        if name in self.fields or name.rpartition(".")[2] in ("Namespace", "SimpleNamespace"):
+            return self._made(name, node)
+        return Instance() if name.endswith(WANTED) else super()._call(node)
+
+    def _made(self, name: str, node: ast.Call) -> Instance:
+        """An object of a class of the program: fields that it is made with, and defaults of the others."""
+        fields = Instance(self.fields.get(name, {}))
+        if node.args or any(keyword.arg is None for keyword in node.keywords):
+            fields = Instance({field: f"<{field}>" for field in fields})
+        return Instance({**fields, **{keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}})
+
     def _argument(self, node: ast.Call) -> None:
         """An option of the command line, with the value that it has unless somebody gives another."""
         keywords = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        options = [option for option in map(self.value, node.args) if isinstance(option, str) and option.startswith("--")]
-        if options and keywords.get("required") is not True:
-            name = str(keywords.get("dest") or options[0].lstrip("-").replace("-", "_"))
-            switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
-            self.attributes[name] = keywords.get("default", switch)
+        words = [word for word in map(self.value, node.args) if isinstance(word, str)]
+        options = [word for word in words if word.startswith("--")]
+        if not words:
+            return
+        name = str(keywords.get("dest") or (options or words)[0].lstrip("-").replace("-", "_"))
+        switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
+        known = options and keywords.get("required") is not True and None not in keywords
+        self._field(name, keywords.get("default", switch) if known else f"<{name}>", ast.unparse(node.func)[:200])
+        if known:
             self.arguments[name] = options[0]
 
-    def _note_arguments(self, function: str, node: ast.Call) -> None:
+    def _note_arguments(self, name: str, node: ast.Call) -> None:
         """What a call gives the parameters of a function of the program."""
-        parameters = [each.arg for each in self.functions[function].args.args]
-        if parameters[:1] == ["self"]:
-            parameters = parameters[1:]
-        pairs = [*zip(parameters, node.args, strict=False)]
-        pairs += [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
-        for parameter, value in pairs:
-            self.called_with.setdefault(function, {}).setdefault(parameter, []).append((self.fresh(value), self.by_default))
+        function = name.rpartition(".")[2]
+        called = self.functions.get(function)
+        if called is None:
+            return
+        positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
+        if positional[:1] in (["self"], ["cls"]):
+            positional = positional[1:]
+        elif "." in name and called in self.statements:
+            return
+        unknown = any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords)
+        given = {**dict(zip(positional, node.args, strict=False)), **{each.arg: each.value for each in node.keywords if each.arg}}
+        for parameter in _parameters(called):
+            values = self.called_with.setdefault(function, {}).setdefault(parameter, [])
+            if unknown:
+                values.append((f"<{parameter}>", set()))
+            elif parameter in given:
+                values.append((self.fresh(given[parameter]), self.by_default))
+            else:
+                values.append(DEFAULT)
 
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Name):
-            self._keep(target.id, self.fresh(value), self.by_default)
-        elif isinstance(target, ast.Attribute) and plain(assigned := self.value(value)):
-            self.attributes[target.attr] = assigned
+    def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
+        if isinstance(target, ast.Name) and target.id not in self.elsewhere:
+            self._keep(target.id, value, by_default)
+        elif isinstance(target, ast.Attribute):
+            self._write(target, value)
 
-    def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr) -> None:
+    def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr, *, absent: bool = False) -> None:
         """A variable of the environment that matters, or an item of a dictionary of the program."""
-        name = str(self.value(key))
-        if ast.unparse(mapping).endswith("environ") and name.startswith(SETTINGS):
-            self.environment[name] = self.value(value)
+        name = self.value(key)
+        if ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
+            self.environment[str(name)] = self.value(value)
         owner = self.value(mapping)
-        if isinstance(mapping, ast.Name) and isinstance(owner, dict):
-            self._keep(mapping.id, {**owner, name: self.value(value)})
+        known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
+        if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):
+            self._changed(mapping)
+        elif not absent or name not in known:
+            self._keep(mapping.id, {**known, name: self._inside(value)})
+
+
+def _functions(statements: list[ast.stmt]) -> Functions:
+    functions: Functions = {}
+    for node in ast.walk(ast.Module(statements, [])):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            functions[node.name] = None if node.name in functions else node
+    return functions
+
+
+def _bound_elsewhere(statements: list[ast.stmt]) -> set[str]:
+    """Names that a function binds outside itself, at a time that the text does not tell."""
+    walked = ast.walk(ast.Module(statements, []))
+    return {name for node in walked if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    each = node.args
+    rest = [one for one in (each.vararg, each.kwarg) if one]
+    return [one.arg for one in (*each.posonlyargs, *each.args, *each.kwonlyargs, *rest)]
+
+
+def _defaults(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, ast.expr]:
+    positional = [*node.args.posonlyargs, *node.args.args]
+    pairs = [*zip(positional[len(positional) - len(node.args.defaults) :], node.args.defaults, strict=True)]
+    pairs += [(each, value) for each, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value]
+    return {each.arg: value for each, value in pairs}
 
 
 def _of_field(value: ast.expr) -> ast.expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
@@ -12,6 +13,8 @@ from peftplan.job.configs.documents import Values
 MOST_OF_A_TEXT = 40
 MOST_VALUES = 1_000
 """The most values that a name stands for, those inside counted."""
+LONGEST = 10_000
+"""The longest text that an expression makes."""
 LARGEST = 10**12
 """The largest number that arithmetic makes."""
 ARITHMETIC: Mapping[type[ast.operator], Callable[[float, float], float]] = {
@@ -26,13 +29,23 @@ BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
 
 
+class Instance(dict[str, object]):
+    """The fields of an object as far as they are known: of a class of the program; none of a library's."""
+
+
 class Expressions:
     """Names and attributes that a program gave plain values, and the values of expressions made of them."""
 
     def __init__(self) -> None:
-        self.names: Values = {}
+        self.names: Values = {"__name__": "__main__"}
+        self.function = ""
+        """The function that is being read."""
         self.attributes: Values = {}
         """Last name of an attribute → its value: fields of classes, `self.name`, arguments of the command line."""
+        self.owners: dict[str, tuple[str, str]] = {}
+        """Of them → what it was last written to, `args`, and in which function."""
+        self.values_of: dict[str, set[str]] = {}
+        """Of them → all values that the program gives an attribute of this name."""
         self.arguments: dict[str, str] = {}
         """Of them, arguments of the command line → their option."""
         self.origins: dict[str, frozenset[str]] = {}
@@ -42,7 +55,7 @@ class Expressions:
 
     def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
         """Let a name stand for a value of moderate size that is plain, or that holds some that are."""
-        if _size(value) > MOST_VALUES or (isinstance(value, str) and not plain(value)):
+        if size(value) > MOST_VALUES or (isinstance(value, str) and (len(value) > LONGEST or not plain(value))):
             self.names.pop(name, None)
             return
         self.names[name] = value
@@ -56,18 +69,36 @@ class Expressions:
     def value(self, node: ast.expr) -> object:
         """A plain value, or `<text>` of what only the program knows."""
         try:
-            return ast.literal_eval(node)
+            literal = ast.literal_eval(node)
+            return text_of(node) if isinstance(literal, int) and abs(literal) >= LARGEST**2 else literal
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass
         if isinstance(node, (ast.List, ast.Tuple)):
-            return [self.value(each) for each in node.elts]
+            return [self._inside(each) for each in node.elts]
         if isinstance(node, ast.Dict):
-            return {str(self.value(key)): self.value(each) for key, each in zip(node.keys, node.values, strict=True) if key}
+            return self._items(node)
         try:
             value = self._plain(node)
         except (ArithmeticError, ValueError, TypeError, RecursionError):
             value = node
         return text_of(node) if value is node else value
+
+    def _inside(self, node: ast.expr) -> object:
+        value = self.value(node)
+        return text_of(node) if isinstance(value, Instance) else value
+
+    def _items(self, node: ast.Dict) -> object:
+        """A dictionary whose keys are texts; `<text>` where others decide what it holds."""
+        items: Values = {}
+        for key, value in zip(node.keys, node.values, strict=True):
+            name, given = None if key is None else self.value(key), self._inside(value)
+            if key is None and isinstance(given, dict):
+                items |= given
+            elif isinstance(name, str) and plain(name):
+                items[name] = given
+            else:
+                return text_of(node)
+        return items
 
     def _plain(self, node: ast.expr) -> object:
         """The value of an expression; the expression itself where it is not plain."""
@@ -86,8 +117,12 @@ class Expressions:
         if isinstance(node, ast.BoolOp):
             return self._either(node)
         if isinstance(node, ast.JoinedStr):
+            if any(isinstance(each, ast.FormattedValue) and (each.format_spec or each.conversion > 0) for each in node.values):
+                return node
             parts = [self.value(each.value if isinstance(each, ast.FormattedValue) else each) for each in node.values]
-            return "".join(map(str, parts)) if all(isinstance(each, (str, int)) and plain(each) for each in parts) else node
+            known = all(isinstance(each, (str, int)) and plain(each) for each in parts)
+            text = "".join(map(str, parts)) if known else ""
+            return text if known and len(text) <= LONGEST else node
         if isinstance(node, ast.BinOp):
             left, right = self.value(node.left), self.value(node.right)
             if _is_number(left) and _is_number(right) and type(node.op) in ARITHMETIC:
@@ -107,17 +142,20 @@ class Expressions:
     def _attribute(self, node: ast.Attribute) -> object:
         owner = self.value(node.value)
         if isinstance(owner, dict):
-            return owner.get(node.attr, node)
-        if ast.unparse(node).startswith("torch.") or node.attr not in self.attributes:
+            return _known(owner.get(node.attr), node) if isinstance(owner, Instance) and node.attr in owner else node
+        name, of = node.attr, ast.unparse(node.value)[:200]
+        if of.partition(".")[0] == "torch" or name not in self.attributes or isinstance(self.names.get(_root(of)), Instance):
             return node
-        if node.attr in self.arguments:
-            self.by_default.add(self.arguments[node.attr])
-        return self.attributes[node.attr]
+        if len(self.values_of.get(name, ())) > 1 and self.owners[name] != (of, self.function):
+            return node
+        if name in self.arguments:
+            self.by_default.add(self.arguments[name])
+        return _known(self.attributes[name], node)
 
     @staticmethod
     def _item(owner: object, key: object, node: ast.expr) -> object:
-        if isinstance(owner, dict):
-            return owner.get(str(key), node)
+        if isinstance(owner, dict) and not isinstance(owner, Instance) and isinstance(key, (str, int)):
+            return owner.get(key, node)
         if isinstance(owner, list) and isinstance(key, int) and -len(owner) <= key < len(owner):
             return owner[key]
         return node
@@ -128,22 +166,24 @@ class Expressions:
         values = [self.value(each) for each in node.args]
         if called.endswith("cuda.is_available"):
             return True
-        if called == "getattr" and len(values) > 1 and ast.unparse(node.args[0]) == "torch":
+        if called == "getattr" and len(values) > 1 and plain(values[1]) and ast.unparse(node.args[0]) == "torch":
             return f"<torch.{values[1]}>"
         if called in ("os.environ.get", "os.getenv", "environ.get", "getenv") and len(values) == 2:
             self.by_default.add(str(values[0]))
             return values[1]
         if called == "dict" and not values:
-            return {keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}
-        if called in CASTS and len(values) == 1 and plain(values[0]):
-            return CASTS[called](values[0])
-        if called in ("min", "max") and values and all(map(_is_number, values)):
+            keys = [None if each.arg is None else ast.Constant(each.arg) for each in node.keywords]
+            return self._items(ast.Dict(list[ast.expr | None](keys), [each.value for each in node.keywords]))
+        if called in CASTS and len(values) == 1 and not node.keywords and plain(values[0]):
+            cast_value = CASTS[called](values[0])
+            return cast_value if not isinstance(cast_value, str) or len(cast_value) <= LONGEST else node
+        if called in ("min", "max") and len(values) > 1 and not node.keywords and all(map(_is_number, values)):
             return (min if called == "min" else max)(cast("list[float]", values))
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and values:
-            owner = self.value(node.func.value)
-            if isinstance(owner, dict) and str(values[0]) in owner:
-                return owner[str(values[0])]
-            return values[1] if isinstance(owner, dict) and len(values) == 2 else node
+            owner, key = self.value(node.func.value), values[0]
+            if not isinstance(owner, dict) or isinstance(owner, Instance) or not isinstance(key, (str, int)) or not plain(key):
+                return node
+            return owner[key] if key in owner else values[1] if len(values) == 2 else None
         return node
 
     def _either(self, node: ast.BoolOp) -> object:
@@ -167,6 +207,8 @@ class Expressions:
 
 def plain(value: object) -> bool:
     """Whether nothing in a value is left to the program."""
+    if isinstance(value, Instance):
+        return False
     if isinstance(value, (list, tuple)):
         return all(map(plain, value))
     if isinstance(value, dict):
@@ -174,7 +216,7 @@ def plain(value: object) -> bool:
     return not isinstance(value, str) or not value.startswith("<") or value.startswith("<torch.")
 
 
-def _size(value: object) -> int:
+def size(value: object) -> int:
     """The values inside a value, counted up to a few more than MOST_VALUES."""
     count, todo = 0, [value]
     while todo and count <= MOST_VALUES:
@@ -184,11 +226,23 @@ def _size(value: object) -> int:
     return count
 
 
+def _known(value: object, node: ast.expr) -> object:
+    """A value, or the expression itself where what it holds is unknown."""
+    return node if isinstance(value, str) and not plain(value) else value
+
+
+def _root(text: str) -> str:
+    """The name that an expression begins with."""
+    return re.split(r"\W", text, maxsplit=1)[0]
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def text_of(node: ast.expr) -> str:
     """`<text>` of an expression, or `<call name>`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return "<number>"
     text = " ".join(ast.unparse(node).split())[:MOST_OF_A_TEXT]
     return f"<call {ast.unparse(node.func)[:MOST_OF_A_TEXT]}>" if isinstance(node, ast.Call) else f"<{text}>"

@@ -197,3 +197,46 @@ def test_a_program_of_another_task_is_not_trl_s(key: str) -> None:
 def tool_of_text(text: str) -> str:
     """The tool of a shell script."""
     return read_text(text, file="run.sh").tool
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "if known():\n    r = 1\nelse:\n    r = 2",
+        "try:\n    import flash\n    r = 1\nexcept ImportError:\n    r = 2",
+        "r = 1\nfor each in many:\n    r = r * 2",
+        "r = 1\nr, *others = load()",
+        "r = [1]\nr.append(2)",
+        "r = 1\ndef other():\n    global r\n    r = 2\nother()",
+        "r = 0x" + "f" * 100_000,
+        "r = 'ab'\n" + "r = f'{r}{r}'\n" * 60,
+        "r = 'x' * 10**9",
+        "other = load()\nr = {**other}.get('r', 8)",
+        "n = 1\nr = f'{n:03d}'",
+        "def start(r=4):\n    pass\nr = start(*many)",
+    ],
+)
+def test_what_depends_on_the_way_is_unknown(before: str) -> None:
+    (call,) = of_script(f"{before}\nLoraConfig(r=r)\n", file="run.py").calls
+    assert call["kwargs"] == {"r": "<r>"}
+
+
+@pytest.mark.parametrize(
+    ("program", "value"),
+    [
+        ("def f(r=4):\n    LoraConfig(r=r)\nf()\nf(r=8)", "<r>"),
+        ("def f(*, r=4):\n    LoraConfig(r=r)\nf(r=8)", 8),
+        ("def f(r):\n    LoraConfig(r=r)\nr = 4\nFire(f)", "<r>"),
+        ("r = 4\ndef f():\n    LoraConfig(r=r)\nr = 8\nf()", "<r>"),
+        ("class A:\n    r = 1\nclass B:\n    r = 2\nLoraConfig(r=load().r)", "<load().r>"),
+        ("class A:\n    r = 1\nclass B:\n    r = 2\na = A()\nLoraConfig(r=a.r)", 1),
+        ("class A:\n    r = 1\nt = AutoTokenizer.from_pretrained('t')\nLoraConfig(r=t.r)", "<t.r>"),
+        ("p.add_argument('--r', default=1)\nq.add_argument('--r', default=2)\nLoraConfig(r=a.r)", "<a.r>"),
+        ("p.add_argument('--r', default=1)\na.r = load()\nLoraConfig(r=a.r)", "<a.r>"),
+        ("r = 4\nr *= 2\nLoraConfig(r=r)", 8),
+        ("LoraConfig(r=(r := 8))\n", "<(r := 8)>"),
+    ],
+)
+def test_values_are_of_their_own_object_and_call(program: str, value: object) -> None:
+    call = of_script(program, file="run.py").calls[-1]
+    assert call["kwargs"]["r"] == value

@@ -1,0 +1,241 @@
+"""What the names of a program hold where it branches, loops and binds them anew; what depends on the way is unknown."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Sequence
+
+from peftplan.job.configs.expressions import MOST_VALUES, Expressions, Instance, plain, size
+
+MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse")
+"""Methods after which a list or a dictionary holds something else."""
+
+
+class Flow(ast.NodeVisitor, Expressions):
+    """Visits statements in the order of the text, and keeps for each name what it holds on every way there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bound: dict[ast.AST, frozenset[str]] = {}
+        """Part of the program → names that it binds."""
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """A name that is bound or deleted holds nothing known until an assignment says more."""
+        if not isinstance(node.ctx, ast.Load):
+            self.names.pop(node.id, None)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        """An attribute that is bound or deleted likewise."""
+        if not isinstance(node.ctx, ast.Load):
+            self._write(node, f"<{node.attr}>")
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        """An item that is set or deleted changes what holds it."""
+        if not isinstance(node.ctx, ast.Load):
+            self._changed(node.value)
+        self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
+        """Names of other modules."""
+        for alias in node.names:
+            self.names.pop(alias.asname or alias.name.partition(".")[0], None)
+
+    visit_ImportFrom = visit_Import
+
+    def visit_If(self, node: ast.If) -> None:
+        """Both ways are read for their calls; names keep what the way gives that is taken, or what both give."""
+        self.visit(node.test)
+        self.by_default = set()
+        taken = self._truth(node.test)
+        kept = None if taken is None else [node.body if taken else node.orelse]
+        self._ways(node, [node.body, node.orelse], kept, self.by_default)
+
+    def visit_While(self, node: ast.While) -> None:
+        """A loop: names that it binds hold something else in each round."""
+        self._loop(node, node.test)
+
+    def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
+        """A loop, whose own name has many values."""
+        self._loop(node, node.iter, node.target)
+
+    visit_AsyncFor = visit_For
+
+    def visit_Try(self, node: ast.Try | ast.TryStar) -> None:
+        """The whole body, or a part of it and one of the handlers."""
+        names = self._bound(node)
+        before = self._held(names)
+        for each in node.body:
+            self.visit(each)
+        failed = _common([before, self._held(names)])
+        for each in node.orelse:
+            self.visit(each)
+        ends = [] if _leaves([*node.body, *node.orelse][-1]) else [self._held(names)]
+        for handler in node.handlers:
+            self._restore(names, failed)
+            self.visit(handler)
+            if not _leaves(handler.body[-1]):
+                ends.append(self._held(names))
+        self._restore(names, _common(ends) if ends else {})
+        for each in node.finalbody:
+            self.visit(each)
+
+    visit_TryStar = visit_Try
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        """The exception is unknown."""
+        self.names.pop(node.name or "", None)
+        self.generic_visit(node)
+
+    def visit_Match(self, node: ast.Match) -> None:
+        """One of the cases, or none."""
+        self.visit(node.subject)
+        self._ways(node, [[], *([case, *case.body] for case in node.cases)], None)
+
+    def visit_match_case(self, node: ast.match_case) -> None:
+        """The names of a pattern."""
+        for name in self._bound(node.pattern):
+            self.names.pop(name, None)
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp | ast.Lambda) -> None:
+        """An expression with names of its own, unknown in it."""
+        names = self._bound(node)
+        before = self._held(names)
+        for name in names:
+            self.names.pop(name, None)
+        self.generic_visit(node)
+        self._restore(names, before)
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_Lambda = visit_ListComp
+
+    def _bound(self, node: ast.AST) -> frozenset[str]:
+        """The names that a part of a program binds, and the attributes (`.name`)."""
+        if node not in self.bound:
+            names, todo = _own_names(node), [*ast.iter_child_nodes(node)]
+            while todo:
+                each = todo.pop()
+                if isinstance(each, ast.stmt):
+                    names |= self._bound(each)
+                else:
+                    names |= _own_names(each)
+                    todo += ast.iter_child_nodes(each)
+            self.bound[node] = frozenset(names - {""})
+        return self.bound[node]
+
+    def _loop(self, node: ast.stmt, first: ast.expr, *targets: ast.expr) -> None:
+        self.visit(first)
+        names = self._bound(node)
+        before = self._held(names)
+        for name in names:
+            self.names.pop(name, None)
+        for each in [*targets, *getattr(node, "body", []), *getattr(node, "orelse", [])]:
+            self.visit(each)
+        self._restore(names, _common([before, self._held(names)]))
+
+    def _ways(
+        self,
+        node: ast.stmt,
+        ways: Sequence[Sequence[ast.AST]],
+        taken: Sequence[Sequence[ast.AST]] | None,
+        by_default: Iterable[str] = (),
+    ) -> None:
+        """Visit all ways from here, and keep what all those end with that go on and are taken (None: any may be)."""
+        names = self._bound(node)
+        options = frozenset(by_default)
+        before = self._held(names)
+        ends = []
+        for way in ways:
+            self._restore(names, before)
+            for each in way:
+                self.visit(each)
+            if (taken is None or any(way is each for each in taken)) and not (way and _leaves(way[-1])):
+                ends.append(self._held(names))
+        kept = _common(ends) if ends else {}
+        self._restore(names, kept)
+        for name, (value, _) in kept.items():
+            if options and before.get(name, (None,))[0] != value and not name.startswith("."):
+                self.origins[name] |= options
+
+    def _held(self, names: Iterable[str]) -> dict[str, tuple[object, frozenset[str]]]:
+        """What names hold here, and attributes (`.name`), with the options behind it."""
+        held = {name: (self.names[name], self.origins.get(name, frozenset())) for name in names if name in self.names}
+        attributes = [name for name in names if name.startswith(".")]
+        return held | {name: (self.attributes[name[1:]], frozenset()) for name in attributes if name[1:] in self.attributes}
+
+    def _restore(self, names: Iterable[str], held: dict[str, tuple[object, frozenset[str]]]) -> None:
+        """Let names hold what `held` says, and nothing known where it says nothing."""
+        for name in names:
+            values, key = (self.attributes, name[1:]) if name.startswith(".") else (self.names, name)
+            values.pop(key, None)
+            if name in held:
+                values[key], self.origins[name] = held[name]
+
+    def _changed(self, mapping: ast.expr) -> None:
+        """A list, a dictionary or an object that holds something else from here on."""
+        while isinstance(mapping, (ast.Subscript, ast.Call)):
+            mapping = mapping.value if isinstance(mapping, ast.Subscript) else mapping.func
+        if isinstance(mapping, ast.Name):
+            self.names.pop(mapping.id, None)
+        elif isinstance(mapping, ast.Attribute):
+            self._write(mapping, f"<{mapping.attr}>")
+
+    def _write(self, target: ast.Attribute, value: object) -> None:
+        """Let an attribute hold a value: of the object behind a name where that is known, and of whatever has the attribute."""
+        owner = self.names.get(target.value.id) if isinstance(target.value, ast.Name) else None
+        if isinstance(target.value, ast.Name) and isinstance(owner, Instance) and size([owner, value]) <= MOST_VALUES:
+            self.names[target.value.id] = Instance({**owner, target.attr: value})
+        self._field(target.attr, value, ast.unparse(target.value)[:200])
+
+    def _field(self, name: str, value: object, owner: str) -> None:
+        """Note a value of an attribute, and whose: `args`, or `class Config`."""
+        self.attributes[name] = (
+            value if size(value) <= MOST_VALUES and (plain(value) or isinstance(value, Instance)) else f"<{name}>"
+        )
+        self.owners[name] = (owner, self.function)
+        self.values_of.setdefault(name, set()).add(repr(self.attributes[name]))
+
+
+def _own_names(node: ast.AST) -> set[str]:
+    """The names that one node binds itself, and the attributes (`.name`)."""
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        if isinstance(node.ctx, ast.Load):
+            return set()
+        return {node.id if isinstance(node, ast.Name) else f".{node.attr}"}
+    if isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
+        return {node.name or ""}
+    if isinstance(node, ast.MatchMapping):
+        return {node.rest or ""}
+    if isinstance(node, ast.alias):
+        return {node.asname or node.name.partition(".")[0]}
+    if isinstance(node, ast.arg):
+        return {node.arg}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return _roots(node.value)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in (*MUTATORS, "setdefault"):
+        return _roots(node.func.value)
+    return set()
+
+
+def _roots(node: ast.expr) -> set[str]:
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    return {node.id} if isinstance(node, ast.Name) else {f".{node.attr}"} if isinstance(node, ast.Attribute) else set()
+
+
+def _common(ends: list[dict[str, tuple[object, frozenset[str]]]]) -> dict[str, tuple[object, frozenset[str]]]:
+    """What all ends agree on."""
+    first, *others = ends
+    return {
+        name: (value, options.union(*(end[name][1] for end in others)))
+        for name, (value, options) in first.items()
+        if all(name in end and end[name][0] == value for end in others)
+    }
+
+
+def _leaves(last: ast.AST) -> bool:
+    """Whether a way ends here and does not go on below."""
+    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
+        return ast.unparse(last.value.func) in ("exit", "quit", "sys.exit", "os._exit")
+    return isinstance(last, (ast.Raise, ast.Return))
