@@ -70,6 +70,8 @@ class Expressions:
         """A plain value, or `<text>` of what only the program knows."""
         try:
             literal = ast.literal_eval(node)
+            if isinstance(literal, set):
+                return sorted(literal, key=str)
             return text_of(node) if isinstance(literal, int) and abs(literal) >= LARGEST**2 else literal
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             pass

@@ -35,6 +35,7 @@ HEAD = "import argparse, os, torch\nfrom dataclasses import dataclass, field\n"
         ("for a in (1, 2):\n    pass", "a", "<a>"),
         ("", "args.r or 8", "<args.r or 8>"),
         ("a = [1] + [2]", "a", [1, 2]),
+        ("", "{'v_proj', 'q_proj'}", ["q_proj", "v_proj"]),
     ],
 )
 def test_values_of_expressions(before: str, expression: str, value: object) -> None:
