@@ -155,16 +155,16 @@ class _Calls(Flow):
         names = {name for name in self._bound(node) if not name.startswith(".")}
         if not self.function:
             names |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-        before = self._held(names)
+        before = self._values_of(names)
         if not self.function and self.at_the_end is not None:
             for name in before:
                 if self.at_the_end.get(name) != self.names[name]:
                     self.names.pop(name)
-        given = self.arguments_of.get(node.name, {})
+        of_calls = self.arguments_of.get(node.name, {})
         for name in _parameters(node):
             self.names.pop(name, None)
             values = [
-                defaults.get(name, (f"<{name}>", set())) if each is DEFAULT else each for each in given.get(name, [DEFAULT])
+                defaults.get(name, (f"<{name}>", set())) if each is DEFAULT else each for each in of_calls.get(name, [DEFAULT])
             ]
             if self.functions.get(node.name) is node and all(value == values[0][0] for value, _ in values):
                 self._keep(name, values[0][0], set().union(*(options for _, options in values)))
@@ -207,11 +207,11 @@ class _Calls(Flow):
                 pairs += [(each, node.value) for each in elements if isinstance(self.value(node.value), Instance)]
             elif not elements:
                 pairs.append((target, node.value))
-        found = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
+        bindings = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
         for target in node.targets:
             if not isinstance(target, ast.Subscript):
                 self.visit(target)
-        for target, expression, value, options in found:
+        for target, expression, value, options in bindings:
             if isinstance(target, ast.Subscript):
                 self._set(target.value, target.slice, expression)
             else:
@@ -240,7 +240,7 @@ class _Calls(Flow):
             self._note_arguments(ast.unparse(node.args[0]), ast.Call(node.args[0], node.args[1:], node.keywords))
         self._note_arguments(name, node)
         if name in self.fields or last in ("Namespace", "SimpleNamespace"):
-            for field, value in self._made(name, node).items():
+            for field, value in self._instance(name, node).items():
                 self._field(field, value, name)
         if name.endswith(WANTED) and name not in self.fields:
             self.calls.append(self._called(name, node))
@@ -271,10 +271,10 @@ class _Calls(Flow):
         """An object of a class, else as any call."""
         name = ast.unparse(node.func)[:200]
         if name in self.fields or name.rpartition(".")[2] in ("Namespace", "SimpleNamespace"):
-            return self._made(name, node)
+            return self._instance(name, node)
         return Instance() if name.endswith(WANTED) else super()._call(node)
 
-    def _made(self, name: str, node: ast.Call) -> Instance:
+    def _instance(self, name: str, node: ast.Call) -> Instance:
         """An object of a class of the program: fields that it is made with, and defaults of the others."""
         fields = Instance(self.fields.get(name, {}))
         if node.args or any(keyword.arg is None for keyword in node.keywords):
@@ -307,13 +307,16 @@ class _Calls(Flow):
         elif "." in name and called in self.statements:
             return
         unknown = any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords)
-        given = {**dict(zip(positional, node.args, strict=False)), **{each.arg: each.value for each in node.keywords if each.arg}}
+        by_parameter = {
+            **dict(zip(positional, node.args, strict=False)),
+            **{each.arg: each.value for each in node.keywords if each.arg},
+        }
         for parameter in _parameters(called):
             values = self.called_with.setdefault(function, {}).setdefault(parameter, [])
             if unknown:
                 values.append((f"<{parameter}>", set()))
-            elif parameter in given:
-                values.append((self.fresh(given[parameter]), self.by_default))
+            elif parameter in by_parameter:
+                values.append((self.fresh(by_parameter[parameter]), self.by_default))
             else:
                 values.append(DEFAULT)
 

@@ -93,11 +93,11 @@ class Expressions:
         """A dictionary whose keys are texts; `<text>` where others decide what it holds."""
         items: Values = {}
         for key, value in zip(node.keys, node.values, strict=True):
-            name, given = None if key is None else self.value(key), self._inside(value)
-            if key is None and isinstance(given, dict):
-                items |= given
+            name, inside = None if key is None else self.value(key), self._inside(value)
+            if key is None and isinstance(inside, dict):
+                items |= inside
             elif isinstance(name, str) and plain(name):
-                items[name] = given
+                items[name] = inside
             else:
                 return text_of(node)
         return items

@@ -64,18 +64,18 @@ class Flow(ast.NodeVisitor, Expressions):
     def visit_Try(self, node: ast.Try | ast.TryStar) -> None:
         """The whole body, or a part of it and one of the handlers."""
         names = self._bound(node)
-        before = self._held(names)
+        before = self._values_of(names)
         for each in node.body:
             self.visit(each)
-        failed = _common([before, self._held(names)])
+        failed = _common([before, self._values_of(names)])
         for each in node.orelse:
             self.visit(each)
-        ends = [] if _leaves([*node.body, *node.orelse][-1]) else [self._held(names)]
+        ends = [] if _leaves([*node.body, *node.orelse][-1]) else [self._values_of(names)]
         for handler in node.handlers:
             self._restore(names, failed)
             self.visit(handler)
             if not _leaves(handler.body[-1]):
-                ends.append(self._held(names))
+                ends.append(self._values_of(names))
         self._restore(names, _common(ends) if ends else {})
         for each in node.finalbody:
             self.visit(each)
@@ -100,7 +100,7 @@ class Flow(ast.NodeVisitor, Expressions):
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp | ast.Lambda) -> None:
         """An expression with names of its own, unknown in it."""
         names = self._bound(node)
-        before = self._held(names)
+        before = self._values_of(names)
         for name in names:
             self.names.pop(name, None)
         self.generic_visit(node)
@@ -125,12 +125,12 @@ class Flow(ast.NodeVisitor, Expressions):
     def _loop(self, node: ast.stmt, first: ast.expr, *targets: ast.expr) -> None:
         self.visit(first)
         names = self._bound(node)
-        before = self._held(names)
+        before = self._values_of(names)
         for name in names:
             self.names.pop(name, None)
         for each in [*targets, *getattr(node, "body", []), *getattr(node, "orelse", [])]:
             self.visit(each)
-        self._restore(names, _common([before, self._held(names)]))
+        self._restore(names, _common([before, self._values_of(names)]))
 
     def _ways(
         self,
@@ -142,33 +142,33 @@ class Flow(ast.NodeVisitor, Expressions):
         """Visit all ways from here, and keep what all those end with that go on and are taken (None: any may be)."""
         names = self._bound(node)
         options = frozenset(by_default)
-        before = self._held(names)
+        before = self._values_of(names)
         ends = []
         for way in ways:
             self._restore(names, before)
             for each in way:
                 self.visit(each)
             if (taken is None or any(way is each for each in taken)) and not (way and _leaves(way[-1])):
-                ends.append(self._held(names))
+                ends.append(self._values_of(names))
         kept = _common(ends) if ends else {}
         self._restore(names, kept)
         for name, (value, _) in kept.items():
             if options and before.get(name, (None,))[0] != value and not name.startswith("."):
                 self.origins[name] |= options
 
-    def _held(self, names: Iterable[str]) -> dict[str, tuple[object, frozenset[str]]]:
+    def _values_of(self, names: Iterable[str]) -> dict[str, tuple[object, frozenset[str]]]:
         """What names hold here, and attributes (`.name`), with the options behind it."""
-        held = {name: (self.names[name], self.origins.get(name, frozenset())) for name in names if name in self.names}
+        values = {name: (self.names[name], self.origins.get(name, frozenset())) for name in names if name in self.names}
         attributes = [name for name in names if name.startswith(".")]
-        return held | {name: (self.attributes[name[1:]], frozenset()) for name in attributes if name[1:] in self.attributes}
+        return values | {name: (self.attributes[name[1:]], frozenset()) for name in attributes if name[1:] in self.attributes}
 
-    def _restore(self, names: Iterable[str], held: dict[str, tuple[object, frozenset[str]]]) -> None:
-        """Let names hold what `held` says, and nothing known where it says nothing."""
+    def _restore(self, names: Iterable[str], values_before: dict[str, tuple[object, frozenset[str]]]) -> None:
+        """Let names hold what `values_before` says, and nothing known where it says nothing."""
         for name in names:
             values, key = (self.attributes, name[1:]) if name.startswith(".") else (self.names, name)
             values.pop(key, None)
-            if name in held:
-                values[key], self.origins[name] = held[name]
+            if name in values_before:
+                values[key], self.origins[name] = values_before[name]
 
     def _changed(self, mapping: ast.expr) -> None:
         """A list, a dictionary or an object that holds something else from here on."""
