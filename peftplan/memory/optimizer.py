@@ -70,8 +70,8 @@ def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
                 f"{named('peft')} refuses it: LoRA-FA's optimizer takes a pair of A and B, not lora_bias: TypeError"
             )
         if ".lora_B." in p.name:
-            inverse = _pseudo_inverse(f, p.shape[1])
-            narrow = [f.new(p.shape, "bf16", "to"), f.new(inverse.dims, "bf16", "to")]
+            inverse = _pseudo_inverse(f, p.shape[1], p.dtype)
+            narrow = [f.new(dims, "bf16", "to") for dims in ((p.shape, inverse.dims) if p.dtype != "bf16" else (inverse.dims,))]
             product = f.new(p.shape, "bf16", "mm")
             del narrow
             gradient = f.new(p.shape, "bf16", "mul")
@@ -91,14 +91,15 @@ def _two_layers(trained: list[Parameter]) -> Iterator[Parameter]:
             yield from (p for p in members if p.copies > 1)
 
 
-def _pseudo_inverse(f: Tape, rank: int) -> Tensor:
-    """`pinv(A @ A.T + delta * eye(r))`: U, Vh, and Vh over the singular values."""
+def _pseudo_inverse(f: Tape, rank: int, dtype: str) -> Tensor:
+    """`pinv(A @ A.T + delta * eye(r))`: U, Vh, and Vh over the singular values. `dtype`: of A."""
     square = (rank, rank)
-    _covariance = f.new(square, "fp32", "mm")  # a variable of the loop
+    _covariance = f.new(square, dtype, "mm")  # a variable of the loop
     identity = f.new(square, "fp32", "eye")
     scaled = f.new(square, "fp32", "mul")
+    del identity
     moved = f.new(square, "fp32", "add")
-    del identity, scaled
+    del scaled
     vectors = f.many(square, "fp32", "svd", 2)
     scaled = f.new(square, "fp32", "mul")
     inverse = f.new(square, "fp32", "matmul")

@@ -65,6 +65,7 @@ def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[
         ("boft", {"target_modules": ["q_proj", "lm_head"]}),
         ("adalora", {"target_modules": ["q_proj", "lm_head"]}),
         ("lora-fa", {"target_modules": ["q_proj", "lm_head"], "r": 64}),
+        ("lora-fa", {"target_modules": ["q_proj"], "r": 2048, "adapter_dtype": "bf16"}),
         ("lora-fa", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
         ("vera", {"target_modules": ["q_proj", "lm_head"], "autocast": "bf16"}),
         ("dora", {"target_modules": ["q_proj", "lm_head"], "autocast": "bf16"}),

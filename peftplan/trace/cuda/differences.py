@@ -10,6 +10,7 @@
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
 | sums over rows | CUDA's blocks share columns through a buffer (Reduce.cuh) | `kernel_temporaries` |
 | gradient of an embedding | CUDA sorts more than 3,072 indices, and sums rows in fp32 (Embedding.cu) | `KERNEL_TEMPORARIES` |
+| pseudo-inverse | it makes U, Vh, and Vh over the singular values (LinearAlgebra.cpp: `linalg_pinv`) | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
 | dropout's results | CUDA allocates the mask before the output (Dropout.cu) | `tracker.DROPOUT` |
 | counters of an optimizer | they live on the host, whatever the device | `tracker.LIFT_FRESH` |
@@ -120,6 +121,7 @@ KERNEL_TEMPORARIES: dict[Any, Callable[..., Sequence[torch.Tensor]]] = {
     torch.ops.aten._safe_softmax.default: lambda x, *_, **__: [x.new_empty(x.shape, dtype=torch.bool)],
     torch.ops.aten.cumsum.default: lambda x, *_, **__: [x.new_empty(x.shape if x.dtype == torch.bool else 0, dtype=torch.int64)],
     torch.ops.aten.embedding_dense_backward.default: lambda grad, indices, rows, *_, **__: _of_sorting(grad, indices, rows),
+    torch.ops.aten.linalg_pinv.atol_rtol_tensor: lambda x, *_, **__: [x, x, x],
 }
 """Operations whose CUDA kernel allocates further tensors while it runs → tensors of the same sizes."""
 
