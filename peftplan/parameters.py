@@ -105,7 +105,7 @@ def build(
             trains = trained.get((module.name, param), frozenset())
             for is_converted, is_trained, layers in _split(module, weight_layers, trains):
                 copies = len(layers)
-                is_quantized = is_converted and len(shape) > 1
+                is_quantized = is_converted and len(shape) > (2 if module.kind == "ExpertsApart" else 1)
                 held_dense = (trained_dtype if is_trained else None) or prepared
                 if is_converted and quant is not None and quant.name in CASTS_BIAS:
                     held_dense = str(quant.compute_dtype)

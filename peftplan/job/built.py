@@ -54,12 +54,16 @@ def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object]
     return replace(architecture, buffers=buffers)
 
 
-def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """The architecture of the checkpoint that Unsloth loads in its place: Phi-3's is Mistral's there.
+def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *, in_4_bits: bool) -> Architecture:
+    """The architecture of the checkpoint that Unsloth loads in its place: Phi-3's is Mistral's there; in 4 bits the experts of
+    gpt-oss are linear layers, and so they are quantized.
 
     Source: unsloth 2026.10.9, models/mapper.py (`unsloth/Phi-3-medium-4k-instruct`), whose printed counts are those of seven
-    projections.
+    projections; unsloth_zoo 2026.10.9, temporary_patches/gpt_oss.py (`GptOssExpertsBnb4bit`).
     """
+    if architecture.model_type == "gpt_oss" and in_4_bits:
+        modules = (m._replace(kind="ExpertsApart") if m.kind == "ExpertsTransposed" else m for m in architecture.modules)
+        return replace(architecture, modules=tuple(modules))
     if architecture.model_type not in APART:
         return architecture
     a = architecture

@@ -27,6 +27,7 @@ from peftplan.methods.endless import refuse_endless
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
 from peftplan.storage import QuantConfig, check_trainable, parse_quant
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
@@ -107,7 +108,9 @@ def prepared(request: Request) -> Job:
     if kernels.decoder is not None or setup.loss == "unsloth":
         from peftplan.job.built import as_unsloth_loads
 
-        architecture = as_unsloth_loads(architecture, model_config)
+        quant = _quant(setup, kind)
+        in_4_bits = quant is not None and quant.name in FOUR_BIT
+        architecture = as_unsloth_loads(architecture, model_config, in_4_bits=in_4_bits)
     if kernels.layers is not None:
         from peftplan.job.built import as_torch_compiles
 

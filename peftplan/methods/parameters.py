@@ -89,4 +89,4 @@ def _expert_shape(module: Module, param: str, shape: Shape) -> tuple[int, int, i
     if len(shape) != 3:
         raise RefusedError(f"target_parameters: {module.name}.{param} has {len(shape)} dimensions; peft supports 2 and 3")
     experts, first, second = shape
-    return (experts, first, second) if module.kind == "ExpertsTransposed" else (experts, second, first)
+    return (experts, first, second) if module.kind in ("ExpertsTransposed", "ExpertsApart") else (experts, second, first)

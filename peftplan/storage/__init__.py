@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import InputError
 from peftplan.ledger import Allocation, Category
 from peftplan.storage import bnb
 from peftplan.storage.config import FORMATS, TORCHAO_NF4, Format, QuantConfig, check_trainable, parse_quant, without_peak
 from peftplan.storage.dense import dense
 from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
+from peftplan.units import round512
 
 __all__ = [
     "FORMATS",
@@ -66,16 +68,26 @@ def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kin
     """The tensors that hold one weight of the model: one dense tensor, or those of its format.
 
     `shape` is the parameter's shape in the unquantized model, `dtype` the dtype that the model is loaded in, `kind`
-    the module's torch class: Conv1D stores (in, out), and is transposed before it is quantized. Raises InputError for
-    a shape that the format does not store, RefusedError for sizes that the library refuses.
+    the module's torch class: Conv1D stores (in, out), and is transposed before it is quantized; the linear layers of
+    `ExpertsApart` are stored one by one, and counted together. Raises InputError for a shape that the format does not
+    store, RefusedError for sizes that the library refuses.
     """
     if quant is None:
         return dense(dtype=dtype, shape=shape)
+    if kind == "ExpertsApart":
+        experts, *of_one = shape
+        each = stored(quant, shape=tuple(of_one), dtype=dtype)
+        return tuple(a._replace(dims=(experts, _rounded(a))) for a in each)
     ranks = _RANKS.get(quant.name, (2,))
     if len(shape) not in ranks:
         accepted = " or ".join(map(str, ranks))
         raise InputError("shape", shape, f"{quant.name} stores weights of {accepted} dimensions")
     return _LAYOUTS[quant.layout](quant, shape=shape[::-1] if kind == "Conv1D" else shape, dtype=dtype)
+
+
+def _rounded(allocation: Allocation) -> int:
+    """Elements of a tensor that is as large as the allocator makes this one."""
+    return round512(allocation.nbytes) // ITEMSIZE[allocation.dtype]
 
 
 def shared(quant: QuantConfig | None) -> tuple[Allocation, ...]:

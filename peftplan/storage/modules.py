@@ -9,8 +9,8 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.storage.config import QuantConfig
 
 CONVERTED_KINDS: dict[str, frozenset[str]] = {
-    "nf4": frozenset({"Linear", "Conv1D"}),
-    "fp4": frozenset({"Linear", "Conv1D"}),
+    "nf4": frozenset({"Linear", "Conv1D", "ExpertsApart"}),
+    "fp4": frozenset({"Linear", "Conv1D", "ExpertsApart"}),
     "int8": frozenset({"Linear", "Conv1D"}),
     "fp8": frozenset({"Linear", "Experts", "ExpertsTransposed"}),
     "mxfp4": frozenset({"Experts", "ExpertsTransposed"}),
