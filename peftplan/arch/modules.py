@@ -22,7 +22,8 @@ class Module(NamedTuple):
     `kind` is the torch class that other libraries test for: `Linear`, `LinearSubclass` (not exactly `nn.Linear`), `Conv1D`,
     `Embedding`, `LayerNorm`, `RMSNorm`, `Conv1d`, `Conv2d`, `Conv3d`; `Router` and `Experts` for transformers' fused
     mixture-of-experts modules (`ExpertsTransposed` where the class states `is_transposed`: experts, in, out; `ExpertsApart` where
-    a trainer has a linear layer for each of these); `Module` for anything else. `params` are the direct parameters with torch's shapes, in order.
+    a trainer has a linear layer for each of these); `Module` for anything else. `params` are the direct parameters with torch's
+    shapes, in order.
     """
 
     name: str
