@@ -14,6 +14,8 @@ from peftplan.job.configs.flow import MUTATORS, Flow
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
+UNTAKEN = "untaken "
+"""What stands before the name of a call in a way that the program does not take."""
 DEFAULT = ("<default>", set[str]())
 """What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
@@ -56,18 +58,32 @@ def of_script(text: str, *, file: str) -> Document:
 def _read(statements: list[ast.stmt], environment: Values) -> _Calls:
     """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
     reader = _Calls(statements, environment)
-    for _ in range(2):
-        reader.read()
-        reader = _Calls(statements, environment, earlier=reader)
     reader.read()
+    for _ in range(2):
+        earlier, reader = reader, _Calls(statements, environment, earlier=reader)
+        reader.read()
+        if reader.same_as(earlier):
+            break
     return reader
 
 
 def _document(reader: _Calls, file: str) -> Document:
-    if not reader.calls:
+    calls = _in_order(reader.calls, reader.untaken)
+    if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
     settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
-    return Document({"calls": reader.calls + reader.lengths + settings}, kind="calls")
+    return Document({"calls": calls + reader.lengths + settings}, kind="calls")
+
+
+def _in_order(taken: list[Call], untaken: list[Call]) -> list[Call]:
+    """Calls of ways that the program takes, then those of others, as calls of another name unless they alone train."""
+    if any(_trains(call) for call in untaken) and not any(_trains(call) for call in taken):
+        return taken + untaken
+    return taken + [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in untaken]
+
+
+def _trains(call: Call) -> bool:
+    return call["call"].endswith("Trainer")
 
 
 def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> tuple[Values, dict[str, list[str]]]:
@@ -104,13 +120,24 @@ class _Calls(Flow):
         super().__init__()
         self.statements = statements
         self.calls: list[Call] = []
+        self.untaken: list[Call] = []
+        """Calls in ways that the program does not take."""
         self.lengths: list[Call] = []
         """Calls that cut texts: of a tokenizer, whatever its name."""
         self.environment = dict(environment)
-        self.functions: Functions = earlier.functions if earlier else _functions(statements)
-        self.elsewhere: set[str] = earlier.elsewhere if earlier else _bound_elsewhere(statements)
+        nodes = [] if earlier else [*ast.walk(ast.Module(statements, []))]
+        self.functions: Functions = earlier.functions if earlier else _functions(nodes)
+        self.passed: set[str] = earlier.passed if earlier else _passed(nodes, self.functions)
+        self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
+        self.ran: dict[str, bool] = {}
+        """Function that is called → whether the program takes a way to such a call."""
+        self.elsewhere: set[str] = earlier.elsewhere if earlier else _bound_elsewhere(nodes)
         self.arguments_of: Arguments = earlier.called_with if earlier else {}
         self.called_with: Arguments = {}
+        self.end: tuple[object, ...] = ()
+        """What the next reading begins with, once this one is done."""
+        self.named: dict[ast.AST, frozenset[str]] = earlier.named if earlier else {}
+        """Part of the program → all names in it."""
         self.fields: dict[str, Values] = {}
         """Class of the program → its fields' defaults."""
         self.at_the_end: Values | None = None
@@ -126,6 +153,7 @@ class _Calls(Flow):
         for statement in self.statements:
             with contextlib.suppress(RecursionError):
                 self.visit(statement)
+        self.end = self._end()
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """The fields of a class, as attributes of whatever is made of it."""
@@ -154,7 +182,7 @@ class _Calls(Flow):
         defaults = {name: (self.fresh(value), self.by_default) for name, value in _defaults(node).items()}
         names = {name for name in self._bound(node) if not name.startswith(".")}
         if not self.function:
-            names |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            names |= self._named(node)
         before = self._values_of(names)
         if not self.function and self.at_the_end is not None:
             for name in before:
@@ -169,9 +197,11 @@ class _Calls(Flow):
             if self.functions.get(node.name) is node and all(value == values[0][0] for value, _ in values):
                 self._keep(name, values[0][0], set().union(*(options for _, options in values)))
         outer, self.function = self.function, f"{self.function}.{node.name}"
+        is_taken = self.taken
+        self.taken = is_taken and (node.name in self.passed or self.ran_before.get(node.name, True))
         for statement in node.body:
             self.visit(statement)
-        self.function = outer
+        self.function, self.taken = outer, is_taken
         self._restore(names, before)
         self.names.pop(node.name, None)
 
@@ -180,7 +210,11 @@ class _Calls(Flow):
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         """`rank *= 2`."""
         self.visit(node.value)
-        loaded = ast.parse(ast.unparse(node.target), mode="eval").body
+        target = node.target
+        if isinstance(target, ast.Name):
+            loaded: ast.expr = ast.Name(target.id, ast.Load())
+        else:
+            loaded = ast.parse(ast.unparse(target), mode="eval").body
         value = self.fresh(ast.BinOp(loaded, node.op, node.value))
         self.visit(node.target)
         self._bind(node.target, value, self.by_default)
@@ -243,11 +277,29 @@ class _Calls(Flow):
             for field, value in self._instance(name, node).items():
                 self._field(field, value, name)
         if name.endswith(WANTED) and name not in self.fields:
-            self.calls.append(self._called(name, node))
+            self._call_list().append(self._called(name, node))
         elif last == "gradient_checkpointing_enable":
-            self.calls.append(self._called(last, node))
-        elif {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:
+            self._call_list().append(self._called(last, node))
+        elif self.taken and {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:
             self.lengths.append(self._called("tokenizer", node))
+
+    def same_as(self, earlier: _Calls) -> bool:
+        """Whether this reading ended as the earlier one, so that one more would begin where this one did."""
+        return self.end == earlier.end
+
+    def _end(self) -> tuple[object, ...]:
+        """What the next reading begins with. All readings share `values_of`, whose sets only grow."""
+        values = sum(map(len, self.values_of.values()))
+        return (self.called_with, self.ran, self.names, self.attributes, self.owners, self.arguments, self.fields, values)
+
+    def _named(self, node: ast.AST) -> frozenset[str]:
+        """All names in a part of the program."""
+        if node not in self.named:
+            self.named[node] = frozenset(each.id for each in ast.walk(node) if isinstance(each, ast.Name))
+        return self.named[node]
+
+    def _call_list(self) -> list[Call]:
+        return self.calls if self.taken else self.untaken
 
     def _called(self, name: str, node: ast.Call) -> Call:
         arguments: Values = {}
@@ -261,8 +313,8 @@ class _Calls(Flow):
                 )
                 continue
             arguments[key] = text_of(expression) if isinstance(value, dict) and not plain(value) else value
-            if self.by_default:
-                defaults[key] = sorted(self.by_default)
+            if options := self.by_default | self.chosen_by:
+                defaults[key] = sorted(options)
         by_place = [arguments.pop(key) for key, _ in by_index]
         call: Call = {"call": name, "args": by_place, "kwargs": arguments}
         return {**call, "defaults": defaults} if defaults else call
@@ -301,6 +353,9 @@ class _Calls(Flow):
         called = self.functions.get(function)
         if called is None:
             return
+        self.ran[function] = self.ran.get(function, False) or self.taken
+        if not self.taken:
+            return
         positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
         if positional[:1] in (["self"], ["cls"]):
             positional = positional[1:]
@@ -316,7 +371,7 @@ class _Calls(Flow):
             if unknown:
                 values.append((f"<{parameter}>", set()))
             elif parameter in by_parameter:
-                values.append((self.fresh(by_parameter[parameter]), self.by_default))
+                values.append((self.fresh(by_parameter[parameter]), self.by_default | self.chosen_by))
             else:
                 values.append(DEFAULT)
 
@@ -329,7 +384,7 @@ class _Calls(Flow):
     def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr, *, absent: bool = False) -> None:
         """A variable of the environment that matters, or an item of a dictionary of the program."""
         name = self.value(key)
-        if ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
+        if self.taken and ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
             self.environment[str(name)] = self.value(value)
         owner = self.value(mapping)
         known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
@@ -339,18 +394,25 @@ class _Calls(Flow):
             self._keep(mapping.id, {**known, name: self._inside(value)})
 
 
-def _functions(statements: list[ast.stmt]) -> Functions:
+def _functions(nodes: list[ast.AST]) -> Functions:
     functions: Functions = {}
-    for node in ast.walk(ast.Module(statements, [])):
+    for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             functions[node.name] = None if node.name in functions else node
     return functions
 
 
-def _bound_elsewhere(statements: list[ast.stmt]) -> set[str]:
+def _passed(nodes: list[ast.AST], functions: Functions) -> set[str]:
+    """Functions that something else may call: decorated ones, and those whose names stand elsewhere than before arguments."""
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and id(node) not in called}
+    return {name for name, node in functions.items() if name in names or (node is not None and node.decorator_list)}
+
+
+def _bound_elsewhere(nodes: list[ast.AST]) -> set[str]:
     """Names that a function binds outside itself, at a time that the text does not tell."""
-    walked = ast.walk(ast.Module(statements, []))
-    return {name for node in walked if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+    return {name for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
 
 
 def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

@@ -18,6 +18,10 @@ class Flow(ast.NodeVisitor, Expressions):
         super().__init__()
         self.bound: dict[ast.AST, frozenset[str]] = {}
         """Part of the program → names that it binds."""
+        self.taken = True
+        """Whether the program takes the way that is being read, as far as its tests are known."""
+        self.chosen_by: frozenset[str] = frozenset()
+        """Options of the command line whose defaults choose that way."""
 
     def visit_Name(self, node: ast.Name) -> None:
         """A name that is bound or deleted holds nothing known until an assignment says more."""
@@ -45,11 +49,17 @@ class Flow(ast.NodeVisitor, Expressions):
 
     def visit_If(self, node: ast.If) -> None:
         """Both ways are read for their calls; names keep what the way gives that is taken, or what both give."""
-        self.visit(node.test)
+        self._choice(node, node.test, node.body, node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        """One of two expressions."""
+        self._choice(node, node.test, [node.body], [node.orelse])
+
+    def _choice(self, node: ast.AST, test: ast.expr, body: Sequence[ast.AST], orelse: Sequence[ast.AST]) -> None:
+        self.visit(test)
         self.by_default = set()
-        taken = self._truth(node.test)
-        kept = None if taken is None else [node.body if taken else node.orelse]
-        self._ways(node, [node.body, node.orelse], kept, self.by_default)
+        holds = self._truth(test)
+        self._ways(node, [body, orelse], None if holds is None else [body if holds else orelse], self.by_default)
 
     def visit_While(self, node: ast.While) -> None:
         """A loop: names that it binds hold something else in each round."""
@@ -134,7 +144,7 @@ class Flow(ast.NodeVisitor, Expressions):
 
     def _ways(
         self,
-        node: ast.stmt,
+        node: ast.AST,
         ways: Sequence[Sequence[ast.AST]],
         taken: Sequence[Sequence[ast.AST]] | None,
         by_default: Iterable[str] = (),
@@ -144,12 +154,17 @@ class Flow(ast.NodeVisitor, Expressions):
         options = frozenset(by_default)
         before = self._values_of(names)
         ends = []
+        outer = self.taken, self.chosen_by
+        self.chosen_by |= options if taken is not None else frozenset()
         for way in ways:
             self._restore(names, before)
+            is_taken = taken is None or any(way is each for each in taken)
+            self.taken = outer[0] and is_taken
             for each in way:
                 self.visit(each)
-            if (taken is None or any(way is each for each in taken)) and not (way and _leaves(way[-1])):
+            if is_taken and not (way and _leaves(way[-1])):
                 ends.append(self._values_of(names))
+        self.taken, self.chosen_by = outer
         kept = _common(ends) if ends else {}
         self._restore(names, kept)
         for name, (value, _) in kept.items():

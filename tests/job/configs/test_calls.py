@@ -241,3 +241,41 @@ def test_what_depends_on_the_way_is_unknown(before: str) -> None:
 def test_values_are_of_their_own_object_and_call(program: str, value: object) -> None:
     call = of_script(program, file="run.py").calls[-1]
     assert call["kwargs"]["r"] == value
+
+
+OF_FLAG = "p.add_argument('--full', action='store_true')\n"
+OTHER, ADAPTED = "LoraConfig(r=64)", "LoraConfig(r=4)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"if args.full:\n    {OTHER}\nelse:\n    {ADAPTED}\n",
+        f"{OTHER} if args.full else {ADAPTED}\n",
+        f"if not args.full:\n    {ADAPTED}\nelif small:\n    {OTHER}\nelse:\n    {OTHER}\n",
+        f"def whole():\n    {OTHER}\nif args.full:\n    whole()\nelse:\n    {ADAPTED}\n",
+        "def adapt(rank):\n    LoraConfig(r=rank)\nif args.full:\n    adapt(64)\nelse:\n    adapt(4)\n",
+    ],
+)
+def test_a_way_that_is_not_taken_does_not_count(program: str) -> None:
+    plan = read_text(f"{OF_FLAG}{program}SFTTrainer()\n", file="run.py")
+    assert plan.options["r"] == 4
+    assert plan.assumed["r"] == "the program's default of --full"
+
+
+def test_a_function_that_something_else_calls_counts() -> None:
+    program = f"def whole():\n    {ADAPTED}\nif False:\n    whole()\nstart(whole)\nSFTTrainer()\n"
+    assert read_text(program, file="run.py").options["r"] == 4
+
+
+def test_a_way_that_alone_trains_counts_behind_the_others() -> None:
+    flag = "p.add_argument('--do_train', action='store_true')\n"
+    program = f"{flag}if args.do_train:\n    SFTTrainer(peft_config=LoraConfig(r=4))\nelse:\n    LoraConfig(r=8)\n"
+    called = [call["call"] for call in of_script(program, file="run.py").calls]
+    assert called == ["LoraConfig", "LoraConfig", "SFTTrainer"]
+
+
+def test_calls_of_ways_that_are_not_taken_are_listed() -> None:
+    program = f"if False:\n    {OTHER}\n{ADAPTED}\nSFTTrainer()\n"
+    plan = read_text(program, file="run.py")
+    assert "later.untaken LoraConfig#1" in plan.ignored
