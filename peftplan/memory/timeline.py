@@ -154,7 +154,8 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         position = at
         here = copies.get((at, what), ())
         before = len(events)
-        for n, count in ((n, len(layers.turns)) for layers in here for n in layers.net):
+        net = [(n, len(layers.turns)) for layers in here for n in layers.net]
+        for n, count in sorted(net, key=lambda change: change[0] > 0):  # frees first, as in `depth.copies`: kinds take turns
             if n in outliving:
                 standing_for[outliving[n]] = standing_for.get(outliving[n], 0) + count
             kind = kinds[kind_of[abs(n)]]

@@ -39,6 +39,25 @@ UNTIED: dict[str, Any] = {**T5, "tie_word_embeddings": False}
 ROWS: dict[str, Any] = {"batch_size": 1, "seq_len": 520}
 """No multiple of 16: the gradient of a mask is a slice of longer rows."""
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "AdaLoRA's layers on a quantized base hold the product that they scale until it is divided": (
+        {**MLA, "num_hidden_layers": 2},
+        {
+            "method": "adalora",
+            "quant": "nf4",
+            "autocast": "none",
+            **EAGER,
+            "target_modules": "attention",
+            "batch_size": 4,
+        },
+    ),
+    "AdaLoRA's layers on int8 hold it too": (
+        {**shallow("qwen2.5-0.5b", 3), "vocab_size": 4000},
+        {"method": "adalora", "quant": "int8", **PLAIN, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
+    "AdaLoRA's layers on a base of 16 bits let go of the product once it is scaled": (
+        {**shallow("qwen2.5-0.5b", 3), "vocab_size": 4000},
+        {"method": "adalora", **PLAIN, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
     "what a bottleneck adapter reads lives until its activation is done": (
         {**shallow("mistral-7b-v0.1", 2), "vocab_size": 4000},
         {"method": "houlsby", **PLAIN, **CHECKPOINTED, "batch_size": 8, "seq_len": 1024},

@@ -91,6 +91,16 @@ def test_no_hidden_state_lives_through_the_step(layers: int) -> None:
     assert ours.reserved == pytest.approx(theirs.reserved, rel=0.001)
 
 
+def test_a_peak_between_copies_of_two_kinds_has_what_both_have_freed() -> None:
+    """The copies of checkpointed layers make gradients, those of the others free more than they make; they take turns."""
+    pytest.importorskip("torch")
+    options = {"method": "full", "every_n_layers": 3, "dtype": "fp16", "autocast": "none", "batch_size": 2, "seq_len": 512}
+    options |= {"task_type": "SEQ_CLS", "num_labels": 3, "gradient_checkpointing": True}
+    config = shallow("modernbert-base", 22)
+    analytic, traced = (phases(config, engine, **options) for engine in ("analytic", "trace"))
+    assert analytic["backward"] == pytest.approx(traced["backward"], rel=0.001)
+
+
 def test_the_assumptions_say_so() -> None:
     assert estimate(LLAMA, every_n_layers=2).assumptions["every_n_layers"] == 2
     assert "every_n_layers" not in estimate(LLAMA).assumptions

@@ -40,8 +40,10 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
     del low
     if part.quant is not None and converts:
         out = f.to(out, result.dtype)
+    product = out if part.quant is not None else None  # bnb.py has a name for it, layer.py has none
     out = ops.scale(f, out)
     out = ops.divide(f, out, ranknum)
+    del product
     return ops.add(f, result, out) if part.quant is not None and part.quant.name not in FOUR_BIT else added(f, result, out)
 
 
@@ -51,13 +53,21 @@ def _product(f: Tape, x: Tensor, weight: Operand) -> Tensor:
 
 
 def added(f: Tape, result: Tensor, out: Tensor) -> Tensor:
-    """`result += out`."""
-    node = f.record(_added_backward, (result, out))
+    """`result += out`. What addmm made is a view of rows (torch, aten/src/ATen/native/Linear.cpp, `_flatten_nd_linear`)."""
+    number = 0 if result.storage is None else result.storage.number
+    is_view = len(result.dims) > 2 and f.names[number].endswith("addmm")
+    node = f.record(_added_to_view_backward if is_view else _added_backward, (result, out))
     return Tensor(result.storage, result.dims, result.dtype, node)
 
 
 def _added_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
     return g, g
+
+
+def _added_to_view_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor | None, Tensor]:
+    """`CopySlices`: the gradient of the rows, and a copy of it (torch, csrc/autograd/functions/tensor.cpp)."""
+    of_rows = f.new(g.dims, g.dtype, "CopySlices")
+    return of_rows if node.edges[0] else None, f.new(g.dims, g.dtype, "clone")
 
 
 def factors(model: Model) -> list[Family]:
