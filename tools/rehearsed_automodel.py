@@ -10,6 +10,7 @@ has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 
 from __future__ import annotations
 
+import runpy
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +34,8 @@ CARD = "8xa100-80gb"
 class Rows:
     """Rows of one length, with the fields that the tool's own data sets have."""
 
-    def __init__(self, length: int, count: int) -> None:
-        self.length, self.count = length, count
+    def __init__(self, length: int, count: int, *, translated: bool = False) -> None:
+        self.length, self.count, self.translated = length, count, translated
 
     def __len__(self) -> int:
         """How many there are."""
@@ -45,12 +46,13 @@ class Rows:
         if number >= self.count:
             raise IndexError(number)
         tokens = [(7 * number + place) % 90 + 5 for place in range(self.length)]
-        return {"input_ids": tokens, "labels": [*tokens], "attention_mask": [1] * self.length}
+        fields = {"input_ids": tokens, "labels": [*tokens], "attention_mask": [1] * self.length}
+        return fields | ({"decoder_input_ids": [*tokens]} if self.translated else {})
 
 
-def rows(length: int, count: int) -> Rows:
-    """A component of a config."""
-    return Rows(length, count)
+def rows(length: int, count: int, *, translated: bool = False) -> Rows:
+    """A component of a config. `translated`: with what a decoder reads, as an encoder-decoder needs it."""
+    return Rows(length, count, translated=translated)
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +67,9 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
     """The job as the recipe takes it."""
     job = options(row)
     batch = job.get("batch_size", 1)
-    step = batch * job["gpus"] * job.get("gradient_accumulation_steps", 1)
+    readers = job["gpus"] // (job.get("tp_size", 1) * job.get("cp_size", 1))
+    step = batch * readers * job.get("gradient_accumulation_steps", 1)
+    translates = "num_decoder_layers" in job["model"]
     tool, attention = "nemo_automodel.components", job.get("attn_implementation")
     optimizer = {"_target_": "torch.optim.Adam", "lr": 1e-5, "weight_decay": 0}
     peft = {"_target_": f"{tool}._peft.lora.PeftConfig", "target_modules": PROJECTIONS, "dim": job.get("r"), "alpha": 32}
@@ -74,15 +78,24 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "step_scheduler": {"global_batch_size": step, "local_batch_size": batch, "max_steps": STEPS},
         "dist_env": {"backend": "nccl", "timeout_minutes": 1},
         "model": {
-            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "_target_": f"nemo_automodel.NeMoAutoModelFor{'Seq2Seq' if translates else 'Causal'}LM.from_pretrained",
             "pretrained_model_name_or_path": folder,
             "torch_dtype": "bfloat16",
             **({"attn_implementation": attention} if attention else {}),
         },
-        "distributed": {"strategy": SHARED["strategy"], "activation_checkpointing": job.get("gradient_checkpointing", False)},
+        "distributed": {
+            "strategy": SHARED["strategy"],
+            "activation_checkpointing": job.get("gradient_checkpointing", False),
+            **{name: job[name] for name in ("tp_size", "cp_size") if name in job},
+        },
         "loss_fn": {"_target_": f"{tool}.loss.masked_ce.MaskedCrossEntropy"},
         "checkpoint": {"enabled": False, "checkpoint_dir": output},
-        "dataset": {"_target_": f"{__name__}.rows", "length": job["seq_len"], "count": step * (STEPS + 1)},
+        "dataset": {
+            "_target_": f"{__name__}.rows",
+            "length": job["seq_len"],
+            "count": step * (STEPS + 1),
+            **({"translated": True} if translates else {}),
+        },
         "dataloader": {
             "_target_": "torchdata.stateful_dataloader.StatefulDataLoader",
             "collate_fn": f"{tool}.datasets.utils.default_collater",
@@ -100,12 +113,41 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)), encoding="utf-8")
-        command = [sys.executable, "-m", "nemo_automodel.recipes.llm.train_ft", "--config", str(file)]
+        command = [sys.executable, "-m", __name__, "--config", str(file)]
         ranks = options(row)["gpus"]
         return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+
+
+class Agreeing:
+    """`torch.distributed` whose ranks that are not there say what this one says: that all gradients are present."""
+
+    def __init__(self, distributed: Any) -> None:
+        self.distributed = distributed
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is torch's."""
+        return getattr(self.distributed, name)
+
+    def all_reduce(self, tensor: Any, *, op: Any, group: Any) -> None:
+        """Integers count ranks; the emulated card adds nothing."""
+        if tensor.is_floating_point():
+            self.distributed.all_reduce(tensor, op=op, group=group)
+        else:
+            tensor.copy_(tensor.cpu().fill_(group.size()))
+
+
+def recipe() -> None:
+    """The tool's own program, on one rank of several."""
+    from nemo_automodel.components.distributed import tp_replicas
+
+    tp_replicas.dist = Agreeing(tp_replicas.dist)
+    runpy.run_module("nemo_automodel.recipes.llm.train_ft", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
     from tools import rehearsed_automodel  # under the name that a config can import
 
-    complete(Path(sys.argv[1]), rehearsed_automodel.run)
+    if sys.argv[1] == "--config":
+        rehearsed_automodel.recipe()
+    else:
+        complete(Path(sys.argv[1]), rehearsed_automodel.run)

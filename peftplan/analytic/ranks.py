@@ -14,7 +14,7 @@ from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.shards import cast_on_rank
-from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of
+from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -72,9 +72,9 @@ def seen(inventory: Inventory, tape: Tape) -> Tape:
 
 def architecture_of(job: Job) -> Architecture:
     """The architecture that a rank computes."""
-    if job.distributed is None or job.distributed.strategy != "tp":
+    if job.distributed is None or job.distributed.strategy not in ("tp", "fsdp2"):
         return job.architecture
-    return architecture_on_rank(job.architecture, ranks_of(job.distributed))
+    return architecture_on_rank(job.architecture, job.distributed)
 
 
 def parameters_on_rank(inventory: Inventory) -> Parameters:
@@ -88,7 +88,8 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
         return parameters
     if job.distributed.strategy in ZERO:
         return _cast(job, parameters)
-    return computing(parameters, computing_dtype(job.distributed, str(job.setup.autocast)))
+    part = shards_of(parameters, job.architecture, job.distributed)
+    return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
 def _cast(job: Job, parameters: Parameters) -> Parameters:
@@ -148,7 +149,11 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         return program
     if job.distributed.strategy in FSDP:
         dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
-        model.units = units_of(model, parameters, holding.each or holding.parameters, job.distributed, by.layout, dtype=dtype)
+        shards, in_checkpoints = holding.each or holding.parameters, job.script.checkpoints_units
+        part = shards_of(parameters, job.architecture, job.distributed)
+        model.units = units_of(model, part, shards, job.distributed, by.layout, dtype=dtype, checkpoints_units=in_checkpoints)
+        if ranks_of(job.distributed) > 1:
+            TensorParallel(model, job.distributed, parameters.all)
         if late and isinstance(model.units, Fsdp1):
             model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):

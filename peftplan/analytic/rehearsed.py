@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.tensor_parallel import PLANS, ranks_of
+from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
+from peftplan.job.automodel import builds
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
 from peftplan.optim import OF_AUTOMODEL
@@ -120,7 +121,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
     of_fsdp2 = {
-        "dp_shard_size": distributed.shards != distributed.world_size,
+        "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
         "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),
@@ -130,13 +131,30 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "param_dtype": distributed.param_dtype not in (None, autocast, job.setup.by.layout.param_dtype),
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": classes is not None and classes != _layer_classes(job),
-        "tp_size": distributed.tp_size not in (None, 1),
+        "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": job.setup.loss != "full" and job.setup.by.layout is ACCELERATE,
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
+
+
+def _knows_division(job: Job, distributed: Distributed) -> bool:
+    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own with LoRA."""
+    architecture, config = job.architecture, job.config
+    tables = (architecture.input_embedding, architecture.output_embedding)
+    return (
+        job.setup.by.own_lora
+        and builds(job)
+        and architecture.model_type in BY_AUTOMODEL
+        and not architecture.ties
+        and not (architecture.vocab_size or 0) % ranks_of(distributed)
+        and job.method_name == "lora"
+        and not getattr(config, "lora_dropout", 0)
+        and not any(module.name in tables for module in job.adaptation.matched)
+        and job.setup.loss == "full"
+    )
 
 
 def _knows_ends(job: Job, distributed: Distributed) -> bool:

@@ -14,7 +14,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.distributed.ddp import buckets
 from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.tensor_parallel import ranks_of, shards_of
+from peftplan.distributed.tensor_parallel import shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation, Category, Line, Place
@@ -52,7 +52,8 @@ def holding(
     """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`."""
     strategy = distributed.strategy
     if strategy == "fsdp2":
-        return _of_fsdp2(parameters, distributed, autocast=autocast, quantized=quantized)
+        part = shards_of(parameters, architecture, distributed)
+        return _of_fsdp2(part, distributed, autocast=autocast, quantized=quantized)
     if strategy == "fsdp1":
         return _of_fsdp1(parameters, distributed, autocast=autocast)
     if strategy == "zero0":
@@ -62,7 +63,7 @@ def holding(
     if strategy == "ddp":
         return Holding(parameters, buckets(parameters, distributed))
     if strategy == "tp":
-        return Holding(shards_of(parameters, architecture, ranks_of(distributed)))
+        return Holding(shards_of(parameters, architecture, distributed))
     return Holding(largest(parameters, distributed.world_size))
 
 

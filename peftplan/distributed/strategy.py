@@ -109,7 +109,8 @@ class Distributed(BaseModel):
     @property
     def shards(self) -> int:
         """The number of ranks that share one copy of the sharded tensors."""
-        return self.dp_shard_size or self.world_size
+        divided = self.tp_size or 1 if self.strategy == "fsdp2" else 1
+        return self.dp_shard_size or self.world_size // divided
 
     @property
     def replicas(self) -> int:

@@ -58,32 +58,42 @@ UNPLANNED = (
 """Model types whose config and class state no plan."""
 
 
+BY_AUTOMODEL: dict[str, Plan] = {"llama": LLAMA}
+"""The same as NeMo Automodel divides its own models (components/distributed/optimized_tp_plans.py), whose logits stay divided."""
+
+
 def ranks_of(distributed: Distributed) -> int:
     """The number of ranks that share a matrix."""
-    return distributed.tp_size or distributed.world_size
+    return distributed.tp_size or (distributed.world_size if distributed.strategy == "tp" else 1)
 
 
-def style_of(architecture: Architecture, module: str) -> Style | None:
+def plans_of(distributed: Distributed) -> dict[str, Plan]:
+    """The plans that divide a model's layers: beside FSDP2 those of NeMo Automodel."""
+    return BY_AUTOMODEL if distributed.strategy == "fsdp2" else PLANS
+
+
+def style_of(architecture: Architecture, module: str, plans: Mapping[str, Plan] = PLANS) -> Style | None:
     """How a module is divided; None: every rank has all of it."""
-    if architecture.model_type not in PLANS:
+    if architecture.model_type not in plans:
         return None
     if module == architecture.input_embedding:
         return "embedding_rowwise"
     if module == architecture.output_embedding:
-        return "colwise_gather_output"
+        return "colwise_gather_output" if plans is PLANS else "colwise"
     _, layered, of_layer = module.partition("{}.")
-    return PLANS[architecture.model_type].get(of_layer) if layered else None
+    return plans[architecture.model_type].get(of_layer) if layered else None
 
 
-def divides_heads(architecture: Architecture) -> bool:
+def divides_heads(architecture: Architecture, plans: Mapping[str, Plan] = PLANS) -> bool:
     """Whether each rank computes its part of the attention heads."""
-    plan = PLANS.get(architecture.model_type, {})
+    plan = plans.get(architecture.model_type, {})
     return any(style == "colwise" for module, style in plan.items() if "attn" in module or "attention" in module)
 
 
-def architecture_on_rank(architecture: Architecture, ranks: int) -> Architecture:
+def architecture_on_rank(architecture: Architecture, distributed: Distributed) -> Architecture:
     """The architecture with the heads that a rank computes."""
-    if not divides_heads(architecture):
+    ranks = ranks_of(distributed)
+    if ranks == 1 or not divides_heads(architecture, plans_of(distributed)):
         return architecture
     blocks = (b._replace(attentions=tuple(_heads(a, ranks) for a in b.attentions)) for b in architecture.blocks)
     return replace(architecture, blocks=tuple(blocks))
@@ -93,13 +103,16 @@ def _heads(a: Attention, ranks: int) -> Attention:
     return a._replace(num_attention_heads=a.num_attention_heads // ranks, num_key_value_heads=a.num_key_value_heads // ranks)
 
 
-def shards_of(parameters: Parameters, architecture: Architecture, ranks: int) -> Parameters:
+def shards_of(parameters: Parameters, architecture: Architecture, distributed: Distributed) -> Parameters:
     """The part of each parameter that the first rank holds, ⌈n/W⌉ of the divided dim."""
-    return parameters._replace(all=tuple(_shard(p, architecture, ranks) for p in parameters.all))
+    ranks = ranks_of(distributed)
+    if ranks == 1:
+        return parameters
+    dims = ((p, divided_dim(p, architecture, plans_of(distributed))) for p in parameters.all)
+    return parameters._replace(all=tuple(_shard(p, dim, ranks) for p, dim in dims))
 
 
-def _shard(p: Parameter, architecture: Architecture, ranks: int) -> Parameter:
-    dim = divided_dim(p, architecture)
+def _shard(p: Parameter, dim: int | None, ranks: int) -> Parameter:
     if dim is None:
         return p
     shape = (*p.shape[:dim], ceil_div(p.shape[dim], ranks), *p.shape[dim + 1 :])
@@ -107,15 +120,19 @@ def _shard(p: Parameter, architecture: Architecture, ranks: int) -> Parameter:
     return p._replace(shape=shape, allocations=allocations)
 
 
-def divided_dim(p: Parameter, architecture: Architecture) -> int | None:
+def divided_dim(p: Parameter, architecture: Architecture, plans: Mapping[str, Plan]) -> int | None:
     """The dim of a parameter that is divided over the ranks. Of a pair of LoRA's matrices it is the one that the base layer's
-    divided dim belongs to; beside a layer that gathers or splits, peft leaves both whole."""
+    divided dim belongs to; beside a layer that gathers or splits, peft leaves both whole. NeMo Automodel divides both matrices
+    as it divides the base layer (components/distributed/parallel_styles.py)."""
     module, _, leaf = p.name.rpartition(".")
     if p.owner == "adapter":
         base, _, matrix = module.rpartition(".")
-        of_matrix = {"colwise": "lora_B", "rowwise": "lora_A"}.get(style_of(architecture, base) or "")
+        of_base = style_of(architecture, base, plans) or ""
+        if plans is BY_AUTOMODEL:
+            return 0 if of_base.startswith("colwise") else 1 if of_base.startswith("rowwise") else None
+        of_matrix = {"colwise": "lora_B", "rowwise": "lora_A"}.get(of_base)
         return None if matrix != of_matrix else (0 if matrix == "lora_B" else 1)
-    style = style_of(architecture, module)
+    style = style_of(architecture, module, plans)
     if style is None:
         return None
     if style.startswith("rowwise"):

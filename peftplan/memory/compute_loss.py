@@ -90,7 +90,9 @@ def _loss_by_loop(model: Model, program: Program) -> Tensor:
         loss = cut_behind_model(model, logits)
         del last
     else:
-        loss = cross_entropy(f, logits)
+        from peftplan.memory.tensor_parallel import whole_logits
+
+        loss = cross_entropy(f, whole_logits(f, logits))
     model.kept.clear()
     return loss
 

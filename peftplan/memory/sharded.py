@@ -18,6 +18,7 @@ from peftplan.distributed.layout import Layout
 from peftplan.distributed.order import in_module_order
 from peftplan.distributed.shards import gathered_by_torchao
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.flat_load import FlatShard, FlatUnits
@@ -46,9 +47,18 @@ def computing(parameters: Parameters, dtype: str | None) -> Parameters:
 
 
 def units_of(
-    model: Model, full: Parameters, shards: Parameters, distributed: Distributed, layout: Layout, *, dtype: str | None
+    model: Model,
+    full: Parameters,
+    shards: Parameters,
+    distributed: Distributed,
+    layout: Layout,
+    *,
+    dtype: str | None,
+    checkpoints_units: bool = False,
 ) -> Fsdp2:
-    """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them."""
+    """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them. `checkpoints_units`: a
+    checkpointed call runs a layer as FSDP1 wraps it.
+    """
     reshards = distributed.reshard_after_forward is not False
     groups = grouped(model.arch, full, shards, distributed, layout)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None
@@ -76,14 +86,14 @@ def units_of(
         world_size=distributed.shards,
         reduce_dtype=distributed.reduce_dtype,
         offloads=distributed.offload_params == "cpu",
-        replicates=distributed.shards != distributed.world_size,
+        replicates=distributed.shards * ranks_of(distributed) != distributed.world_size,
         joined={
             **({EMBEDDING: TAIL} if tied(model.arch) else {}),
             **({NORM: TAIL} if layout.ends == "units" and final_norm(model.arch, full) else {}),
         },
     )
     if isinstance(units_in_step, Fsdp1):
-        units_in_step.in_checkpoints = model.running.reentrant and model.running.checkpointing
+        units_in_step.in_checkpoints = checkpoints_units and model.running.reentrant and model.running.checkpointing
         units_in_step.prefetch = "none" if units_in_step.in_checkpoints else distributed.backward_prefetch or "none"
         units_in_step.prefetches_forward = bool(distributed.forward_prefetch) and not units_in_step.in_checkpoints
         model.tape.kept_inputs = [] if units_in_step.in_checkpoints and trained_apart else None

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from peftplan.distributed.tensor_parallel import Style, ranks_of, style_of
+from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, Style, plans_of, ranks_of, style_of
 from peftplan.memory.model import Model
 from peftplan.memory.sharded import tied
 from peftplan.memory.units import OneGpu
@@ -37,6 +37,7 @@ class TensorParallel(OneGpu):
 
     def __init__(self, model: Model, distributed: Distributed, whole: Iterable[Family]) -> None:
         self.model, self.f, self.ranks = model, model.tape, ranks_of(distributed)
+        self.plans = plans_of(distributed)
         self.whole_dims = {p.name: p.shape for p in whole}
         self.is_tied = tied(model.arch)
         model.tape.modules = self
@@ -59,7 +60,7 @@ class TensorParallel(OneGpu):
             return function(x)
         if style.startswith("colwise"):
             out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
-            return self._gathered(out) if style == "colwise_gather_output" else out
+            return self.gathered(out) if style == "colwise_gather_output" else out
         part = self._part(x) if style == "rowwise_split_input" else x  # `tp_forward` holds it until it returns
         return self._summed(function(part))  # type: ignore[arg-type]
 
@@ -82,9 +83,18 @@ class TensorParallel(OneGpu):
     def _style(self, name: str) -> Style | None:
         """The style of a base layer, or of the matrix of an adapter that is divided as its base layer is."""
         base, _, leaf = name.rpartition(".")
+        if self.plans is BY_AUTOMODEL and leaf in ("lora_A", "lora_B", "base_layer"):  # the adapter is part of the layer
+            style = style_of(self.model.arch, base, self.plans)
+            low_rank: dict[tuple[Style | None, str], Style] = {
+                ("colwise", "lora_A"): "colwise_gather_output",
+                ("rowwise", "lora_B"): "rowwise_split_input",
+            }
+            return low_rank.get((style, leaf))
         if leaf in ("lora_A", "lora_B"):
-            style = style_of(self.model.arch, base)
+            style = style_of(self.model.arch, base, self.plans)
             return style if (style, leaf) in (("rowwise", "lora_A"), ("colwise", "lora_B")) else None
+        if self.plans is BY_AUTOMODEL:
+            return style_of(self.model.arch, name, self.plans)
         return style_of(self.model.arch, name.removesuffix(".base_layer"))
 
     def _looked_up(self, function: Callable[[X], Tensor], ids: X, table: Parameter) -> Tensor:
@@ -112,7 +122,8 @@ class TensorParallel(OneGpu):
     def _summed(self, x: Tensor) -> Tensor:
         return self.f.new(x.dims, x.dtype, "all_reduce", self._record(_handed_on, x))
 
-    def _gathered(self, x: Tensor) -> Tensor:
+    def gathered(self, x: Tensor) -> Tensor:
+        """The parts of all ranks."""
         node = self._record(_part_backward, x, x.dims)
         return gather(self.f, x, self.ranks, node)
 
@@ -128,6 +139,12 @@ class TensorParallel(OneGpu):
         if node is not None:
             node.in_python = True
         return node
+
+
+def whole_logits(f: Tape, logits: Tensor) -> Tensor:
+    """Logits as a loss behind the model reads them: `full_tensor()` of those of which a rank has some columns, in fp32
+    (nemo_automodel, components/loss/masked_ce.py)."""
+    return f.modules.gathered(f.to(logits, "fp32")) if isinstance(f.modules, TensorParallel) else logits
 
 
 def gather(f: Tape, x: Tensor, ranks: int, node: Node | None = None) -> Tensor:

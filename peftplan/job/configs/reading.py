@@ -258,7 +258,7 @@ class Reading:
         numbers = [str(self.effective.of(key)) for key in self.tool.batches]
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
             global_batch, micro_batch = map(int, numbers)
-            ranks = number_in(launch, "gpus") * number_in(launch, "nodes")
+            ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // number_in(self.options, "tp_size"), 1)
             micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
             if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
                 of_sync = [key for key, row in self.read.items() if row.option == "sync_each_batch"]
@@ -280,6 +280,8 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
+        if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
+            launch.options["gpus"] = number_in(launch.options, "gpus") * number_in(self.options, "tp_size")
         self._accumulate(launch.options)
         by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))

@@ -11,13 +11,15 @@ from collections.abc import Callable
 
 from peftplan.memory.parts import Part, Running
 from peftplan.methods.lora import LoraConfig
-from peftplan.tape import ops
+from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B. The sum is made apart where a dropout comes before it."""
+    if f.modules is not None:
+        return divided(f, part, x, base)
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = part.name
@@ -28,6 +30,20 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         node.in_python = True
     f.keep(node, x.detach(), a, b)
     return ops.add_(f, ops.dropout(f, out, dropout), result) if dropout else out
+
+
+def divided(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same of matrices that are divided over ranks, operation by operation (`_should_use_memory_efficient_lora`)."""
+    result = base(x)
+    a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
+    f.module = f"{part.name}.lora_A"
+    low = f.call(f.module, part.layer, (a,), x, lambda x: products.linear(f, x, a))
+    f.module = f"{part.name}.lora_B"
+    low = ops.scale(f, low)
+    out = f.call(f.module, part.layer, (b,), low, lambda x: products.linear(f, x, b))
+    del low
+    f.module = part.name
+    return ops.add(f, result, out)
 
 
 def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g: Tensor) -> Gradients:

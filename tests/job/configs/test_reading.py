@@ -708,6 +708,10 @@ def test_nemo_divides_the_global_batch() -> None:
     assert [plan.options[name] for name in ("trainer", "strategy", "gpus")] == ["automodel", "fsdp2", 8]
     assert plan.options["gradient_accumulation_steps"] == 64 // (4 * 8)
     assert of_nemo({"strategy": "fsdp2", "dp_size": 2}).options["gradient_accumulation_steps"] == 64 // (4 * 2)
+    divided = of_nemo({"strategy": "fsdp2", "dp_size": "none", "tp_size": 4})
+    assert (divided.options["tp_size"], divided.options["gradient_accumulation_steps"]) == (4, 64 // (4 * 8 // 4))
+    assert of_nemo({"strategy": "fsdp2", "dp_size": 2, "tp_size": 4}).options["gpus"] == 2 * 4
+    assert "tp_size" not in plan.options
 
 
 def test_nemo_started_by_skypilot() -> None:
@@ -724,7 +728,6 @@ def test_nemo_started_by_skypilot() -> None:
     "distributed",
     [
         {"strategy": "megatron_fsdp"},
-        {"strategy": "fsdp2", "tp_size": 2},
         {"strategy": "fsdp2", "cp_size": 2},
         {"strategy": "fsdp2", "activation_checkpointing": "selective"},
         {"strategy": "fsdp2", "offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}},
