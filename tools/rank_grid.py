@@ -359,6 +359,13 @@ def fsdp1_jobs() -> Iterator[JobName]:
         yield "fsdp1", method, 4, more
     for world, method in product((2, 64), METHODS):
         yield "fsdp1", method, world, {"fsdp": ahead}
+    for method in METHODS:
+        yield "fsdp1", method, 4, {"use_reentrant": True}
+    for method in ("lora", "qlora"):
+        yield "fsdp1", method, 4, {"use_reentrant": True, "accumulation": 3, "fsdp": {"use_orig_params": False}}
+    flat_on_host: dict[str, Any] = {"use_orig_params": False, "offload_params": "cpu", "cpu_ram_efficient_loading": True}
+    yield "fsdp1", "qlora", 4, {"use_reentrant": True, "accumulation": 3, "batch_size": 2, "fsdp": flat_on_host}
+    yield "fsdp1", "qlora", 4, {}
 
 
 def device_map_jobs() -> Iterator[JobName]:

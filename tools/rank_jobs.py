@@ -67,7 +67,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         "optim": program.get("optim", "adamw_torch_fused"),
         **({} if program["method"] == "full" else {"r": program.get("r", 16)}),
         **({"target_modules": targets} if (targets := program.get("target_modules")) else {}),
-        **{name: program[name] for name in ("loss", "kernels") if name in program},
+        **{name: program[name] for name in ("loss", "kernels", "use_reentrant") if name in program},
         **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),

@@ -67,9 +67,7 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "device-map":
         return _listed(_unknown_to_device_map(job))
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
-        "use_reentrant": job.setup.use_reentrant
-        and bool(job.setup.gradient_checkpointing)
-        and not (distributed.strategy == "fsdp1" and job.script.checkpoints_units),
+        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and distributed.strategy != "fsdp1",
         **_unrehearsed(job),
     }
     return _listed(unknown)

@@ -89,6 +89,9 @@ class Fsdp1(Fsdp2):
     in_checkpoints = False
     """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,
     until backward ends (torch, autograd/graph.py, `register_multi_grad_hook`), and no layer is gathered ahead."""
+    views_shards = True
+    """Whether a module's own tensors are views of its shard, and of the copy from the host (`flat_param_to`): with
+    `use_orig_params`."""
     lag: Lag | None = None
     """None: the GPU passes every read at once."""
     _saved: Sequence[Tensor] = ()
@@ -107,7 +110,7 @@ class Fsdp1(Fsdp2):
             first, shard = flat.members[0], (flat.numel // self.world_size,)
             narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if first.casts else None
             moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if self.offloads else None
-            if moved is not None and narrow is None:  # the module's own tensors are views of it (`flat_param_to`)
+            if moved is not None and narrow is None and self.views_shards:
                 unit.unsharded.append(moved)
             del moved
             gathered = self._new((flat.numel,), first.dtype, f"{flat.name} gathered", UNSHARD, "gathered_weights")

@@ -93,6 +93,7 @@ def units_of(
         },
     )
     if isinstance(units_in_step, Fsdp1):
+        units_in_step.views_shards = distributed.use_orig_params is not False
         units_in_step.in_checkpoints = checkpoints_units and model.running.reentrant and model.running.checkpointing
         units_in_step.prefetch = "none" if units_in_step.in_checkpoints else distributed.backward_prefetch or "none"
         units_in_step.prefetches_forward = bool(distributed.forward_prefetch) and not units_in_step.in_checkpoints

@@ -80,6 +80,7 @@ arguments = TrainingArguments(
     per_device_train_batch_size=job.get("batch_size", 1),
     gradient_accumulation_steps=job.get("accumulation", 1),
     gradient_checkpointing=job.get("checkpointing", True),
+    gradient_checkpointing_kwargs={"use_reentrant": True} if "use_reentrant" in job else None,
     optim=job.get("optim", "adamw_torch_fused"),
     max_steps=4,
     bf16=job.get("autocast", "bf16") == "bf16",
