@@ -32,7 +32,8 @@ from peftplan.job.setup import parse_setup, resolved
 from peftplan.job.sources import load_config
 from peftplan.libraries.meta import quiet_transformers
 from peftplan.report.markdown import table
-from peftplan.trace.engine import Traced, trace
+from peftplan.trace.engine import trace
+from peftplan.trace.result import Traced
 from peftplan.trace.scripted import with_empty_cache
 from peftplan.units import MIB
 

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.checks import check
+from peftplan.analytic.loading import loading_of
 from peftplan.analytic.running import (
     OF_MODULES,
     autocast_of,
@@ -29,13 +30,13 @@ from peftplan.job.loss_sizes import CUT, LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.batch import of_pictures_or_sound
-from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
-from peftplan.memory.methods import ADAPTERS, adapter_of
+from peftplan.memory.load import Loader
+from peftplan.memory.methods import adapter_of
 from peftplan.memory.model import Model
 from peftplan.memory.step import steady_step
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
-from peftplan.parameters import Parameters, loaded_dtype
+from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
 from peftplan.units import pinned
 
@@ -254,7 +255,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
 
 
 def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
-    job, parameters, static, holding = inventory
+    job, _, static, holding = inventory
     setup, architecture = job.setup, job.architecture
     if job.distributed is not None:
         from peftplan.analytic import ranks
@@ -272,57 +273,11 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         stateless = {line.name for line in states if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
-    dtype_of = partial(loaded_dtype, architecture, dtype=setup.dtype)
-    doubled = job.quant is not None and bool(job.quant.double_quant)
     beside = holding.beside if holding is not None and model.units.every_layer else ()
     loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
     workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
-    passing = load_passing(
-        parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
-    )
-    by_map = setup.device_map != "none"
-    arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
-    load: Loader = partial(
-        load_into,
-        parameters=parameters if holding is None or not arrives else holding.parameters,
-        quant=job.quant,
-        dtype=setup.dtype,
-        dtype_of=dtype_of,
-        prepared=job.quant is not None and bool(setup.kbit_prepare),
-        adapters_pass_in=_passed_in(job),
-        moved=job.quant is None and not setup.by.loads_on_device,
-        arrives=arrives,
-        warms_up=not setup.by.layout.streams or any(block.mlp.variant == "moe" for block in architecture.blocks),
-        asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
-    )
-    if job.quant is not None and job.quant.by_torchao:
-        from peftplan.analytic import ranks
-        from peftplan.memory.torchao_load import load_nf4
-
-        load = partial(load_nf4, parameters=parameters, quant=job.quant, dtype=setup.dtype)
-        passing = ranks.passing_on_rank(load, Ledger(loaded))
-    if job.distributed is None and setup.by.layout.loads == "shards" and job.quant is None:
-        from peftplan.analytic import ranks
-        from peftplan.memory.sharded_load import load_empty
-
-        load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
-        passing = ranks.passing_on_rank(load, Ledger(loaded))
-    if job.reference == "copy":
-        from peftplan.job.teacher import teacher_of
-        from peftplan.memory.reference_load import load_both
-
-        teacher = teacher_of(job)
-        second, moved = (parameters, job.distributed is not None) if teacher is None else (teacher.parameters, True)
-        load = partial(load_both, load=load, reference=second, moved=moved)
-    if job.distributed is not None:
-        load = ranks.loaded_on_rank(inventory, model, buffers, load)
-        if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
-            from peftplan.memory.reference_load import load_after_reference
-
-            load = partial(load_after_reference, load=load, reference=parameters)
-        beyond = ranks.passing_on_rank(load, Ledger(loaded))
-        passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
+    load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -364,14 +319,6 @@ def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
     return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
-
-
-def _passed_in(job: "Job") -> tuple[str, ...]:
-    """The dtypes of adapters before their own, where peft's layers put them beside a base on the device."""
-    on_device = job.setup.adapter_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
-    if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):
-        return ()
-    return dtypes_before(job.setup, job.quant)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

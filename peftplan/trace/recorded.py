@@ -15,7 +15,7 @@ from peftplan.allocator.replay import replay
 from peftplan.depth.log import Moment, category_of
 from peftplan.ledger import CATEGORIES, Category
 from peftplan.results.series import Group, Series, Span, extremes
-from peftplan.trace.engine import Traced
+from peftplan.trace.result import Traced
 from peftplan.units import round512
 
 MOST_POINTS = 1600

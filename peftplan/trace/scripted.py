@@ -12,7 +12,7 @@ import torch
 from peftplan.allocator.events import Event
 from peftplan.depth.log import category_of
 from peftplan.libraries.replacing import replaced
-from peftplan.trace.engine import Traced
+from peftplan.trace.result import Traced
 
 
 @contextmanager

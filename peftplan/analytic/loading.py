@@ -1,0 +1,87 @@
+"""How a job is loaded: which of memory's loaders runs, and what is alive only while it does."""
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan.job.setup import Setup
+from peftplan.ledger import Ledger, Line
+from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
+from peftplan.memory.methods import ADAPTERS
+from peftplan.memory.model import Model
+from peftplan.parameters import loaded_dtype
+
+if TYPE_CHECKING:
+    from peftplan.job.inventory import Inventory
+    from peftplan.job.job import Job
+
+
+class Loading(NamedTuple):
+    """How a job is loaded."""
+
+    load: Loader
+    """Loads the model tensor by tensor."""
+    passing: tuple[Line, ...]
+    """What is alive at its peak, and not when it ends."""
+
+
+def loading_of(inventory: "Inventory", model: Model, setup: Setup, *, loaded: tuple[Line, ...], buffers: Ledger) -> Loading:
+    """How a job is loaded. `setup`: that of the rank. `loaded`: what is there when loading ends; `buffers`: its buffers."""
+    job, parameters, _, holding = inventory
+    dtype_of = partial(loaded_dtype, job.architecture, dtype=setup.dtype)
+    doubled = job.quant is not None and bool(job.quant.double_quant)
+    passing = load_passing(
+        parameters, buffers, dtype=setup.dtype, dtype_of=dtype_of, doubled=doubled, adapters_pass_in=_passed_in(job)
+    )
+    by_map = setup.device_map != "none"
+    arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
+    load: Loader = partial(
+        load_into,
+        parameters=parameters if holding is None or not arrives else holding.parameters,
+        quant=job.quant,
+        dtype=setup.dtype,
+        dtype_of=dtype_of,
+        prepared=job.quant is not None and bool(setup.kbit_prepare),
+        adapters_pass_in=_passed_in(job),
+        moved=job.quant is None and not setup.by.loads_on_device,
+        arrives=arrives,
+        warms_up=not setup.by.layout.streams or any(block.mlp.variant == "moe" for block in job.architecture.blocks),
+        asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
+    )
+    if job.quant is not None and job.quant.by_torchao:
+        from peftplan.analytic import ranks
+        from peftplan.memory.torchao_load import load_nf4
+
+        load = partial(load_nf4, parameters=parameters, quant=job.quant, dtype=setup.dtype)
+        passing = ranks.passing_on_rank(load, Ledger(loaded))
+    if job.distributed is None and setup.by.layout.loads == "shards" and job.quant is None:
+        from peftplan.analytic import ranks
+        from peftplan.memory.sharded_load import load_empty
+
+        load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
+        passing = ranks.passing_on_rank(load, Ledger(loaded))
+    if job.reference == "copy":
+        from peftplan.job.teacher import teacher_of
+        from peftplan.memory.reference_load import load_both
+
+        teacher = teacher_of(job)
+        second, moved = (parameters, job.distributed is not None) if teacher is None else (teacher.parameters, True)
+        load = partial(load_both, load=load, reference=second, moved=moved)
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        load = ranks.loaded_on_rank(inventory, model, buffers, load)
+        if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
+            from peftplan.memory.reference_load import load_after_reference
+
+            load = partial(load_after_reference, load=load, reference=parameters)
+        beyond = ranks.passing_on_rank(load, Ledger(loaded))
+        passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
+    return Loading(load, passing)
+
+
+def _passed_in(job: "Job") -> tuple[str, ...]:
+    """The dtypes of adapters before their own, where peft's layers put them beside a base on the device."""
+    on_device = job.setup.adapter_on_device or (job.distributed is not None and job.distributed.facts.loads_on_device)
+    if job.method is None or job.method.peft_type not in ADAPTERS or not (job.quant or on_device):
+        return ()
+    return dtypes_before(job.setup, job.quant)
