@@ -8,6 +8,7 @@ operation might be, which was a fifth of what then was left. All other tensors a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 """Types of arguments that enter the key with their type: 1 equals 1.0, but their products have different dtypes."""
+TAKES_OPERATION = "func" in signature(FakeTensorMode._output_from_cache_entry).parameters
+"""Whether torch passes the operation to what makes a remembered output; torch 2.15 no longer does."""
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
@@ -43,7 +46,7 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if hasattr(entry, "output_infos"):
             FakeTensorMode.cache_hits += 1
             state: Any = None  # it is for symbolic sizes
-            return self._output_from_cache_entry(state, entry, key, func, args)
+            return self._output_from_cache_entry(state, entry, key, *((func, args) if TAKES_OPERATION else (args,)))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _cache_key(self, state: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -77,16 +80,19 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
                 return False
         return True
 
-    def _get_output_tensor_from_cache_entry(self, state: Any, entry: Any, key: Any, func: Any, args: Sequence[Any]) -> Any:
-        """A new tensor with the metadata of the entry, over the storage of the argument that it is a view of."""
+    def _get_output_tensor_from_cache_entry(self, state: Any, entry: Any, key: Any, *call: Any) -> Any:
+        """A new tensor with the metadata of the entry, over the storage of the argument that it is a view of.
+
+        `call`: the operation where torch passes it, and its arguments.
+        """
         metadata = entry.metadata
         if metadata is None or metadata.is_conj or metadata.is_neg or self.shape_env is not None:
-            return super()._get_output_tensor_from_cache_entry(state, entry, key, func, args)
+            return super()._get_output_tensor_from_cache_entry(state, entry, key, *call)
         facts = {"dtype": metadata.dtype, "layout": metadata.layout, "requires_grad": metadata.requires_grad}
         with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
             tensor = torch.empty_strided(metadata.shape, metadata.stride, device="meta", **facts)
             if entry.view_idx is not None:
-                storage = args[entry.view_idx].untyped_storage()
+                storage = call[-1][entry.view_idx].untyped_storage()
                 tensor.set_(storage, metadata.storage_offset, metadata.shape, metadata.stride)
             return self._faked(tensor, metadata.device)
 

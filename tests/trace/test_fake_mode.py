@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftplan
+from peftplan.trace import fake_mode
 from peftplan.trace.fake_mode import DenseMode
 from tests.memory.families import MODELS
 from tests.trace.engine_case import llama
@@ -46,6 +47,26 @@ def test_torch_agrees_with_every_remembered_output(name: str, monkeypatch: pytes
     model, options = JOBS[name]
     assert peftplan.estimate(model, engine="trace", batch_size=2, seq_len=16, **options).peaks is not None
     assert len(checked) > 500
+
+
+def test_outputs_as_torch_2_15_remembers_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes them without the operation (`_subclasses/fake_tensor.py`, `_output_from_cache_entry`)."""
+    model, options = JOBS["qlora"]
+    before = peftplan.estimate(model, engine="trace", batch_size=2, seq_len=16, **options).to_dict()["memory"]
+    original = FakeTensorMode._get_output_tensor_from_cache_entry
+
+    def tensor(self: Any, state: Any, entry: Any, key: Any, args: Any) -> Any:
+        return original(self, state, entry, key, None, args)
+
+    def output(self: Any, state: Any, entry: Any, key: Any, args: Any) -> Any:
+        made_anew = [self._get_output_tensor_from_cache_entry(state, info, key, args) for info in entry.output_infos]
+        return tuple(made_anew) if entry.is_output_tuple else made_anew[0]
+
+    if fake_mode.TAKES_OPERATION:
+        monkeypatch.setattr(FakeTensorMode, "_get_output_tensor_from_cache_entry", tensor)
+        monkeypatch.setattr(FakeTensorMode, "_output_from_cache_entry", output)
+        monkeypatch.setattr(fake_mode, "TAKES_OPERATION", False)
+    assert peftplan.estimate(model, engine="trace", batch_size=2, seq_len=16, **options).to_dict()["memory"] == before
 
 
 def meta(**facts: Any) -> torch.Tensor:
