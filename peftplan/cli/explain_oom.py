@@ -20,7 +20,8 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     """Why a program ran out of memory, and what to try next.
 
-    FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input.
+    FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input. The message
+    itself, in quotes, is accepted too.
 
     \b
     python train.py 2>&1 | peftplan explain-oom -

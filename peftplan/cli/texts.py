@@ -78,7 +78,8 @@ TRAINING: dict[str, str] = {
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--optimizer-in-backward/--no-optimizer-in-backward": "step each parameter as soon as it has its gradient (torchtune)",
     "--attn-implementation": "attention kernels; default: sdpa where the model has it",
-    "--kernels": "kernels in place of the model's: unsloth, unsloth-compiled, axolotl, liger, torchao (QAT), or parts of them",
+    "--kernels": "kernels in place of the model's: unsloth, unsloth-compiled, unsloth-qat-int4|int8-int4, axolotl, liger, "
+    "torchao (QAT), or parts of them",
     "--loss": "how the loss is computed; default: auto, the trainer's",
     "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
     "--padding/--no-padding": "batches with padding, and so a real attention mask",

@@ -209,7 +209,7 @@ def named_kernels(value: object) -> tuple[str, ...]:
         name = each.strip() if isinstance(each, str) else each
         if name == NONE:
             continue
-        if name not in KERNELS and name not in PACKAGES:
+        if not isinstance(name, str) or (name not in KERNELS and name not in PACKAGES):
             raise UnknownNameError("kernels", name, (NONE, *PACKAGES), beside=KERNELS, also="; or one of their parts")
         names |= {kernel for kernel in KERNELS if name in (kernel, kernel.partition(".")[0])}
     chosen = tuple(name for name in KERNELS if name in names)

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 from peftplan import files
 from peftplan.allocator.pickles import MAGIC
-from peftplan.errors import InputError
+from peftplan.errors import InputError, UnreadableError
 from peftplan.job.options import JobOptions
 from peftplan.oom import message as messages
 from peftplan.oom.causes import Cause, causes
@@ -70,8 +70,8 @@ def explain_oom(source: str | PathLike[str], *, model: object = None, options: M
     """Why a program ran out of memory.
 
     `source`: a file with torch's message, a log that holds one, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing
-    in it is run), or `-` for standard input. `model` and `options`, as `estimate` takes them: the job that ran, to say what was
-    expected.
+    in it is run), `-` for standard input, or the message itself. `model` and `options`, as `estimate` takes them: the job that
+    ran, to say what was expected.
     Raises InputError where there is no such message, and what `estimate` raises.
     """
     if not isinstance(source, (str, PathLike)):
@@ -102,7 +102,13 @@ def _in_log(log: str, source: str) -> tuple[Message | None, tuple[Cause, ...]]:
 def _content(source: str) -> bytes:
     if source == "-":
         return sys.stdin.buffer.read(MOST_BYTES)
-    return files.content(Path(source), field="source", most=MOST_BYTES)
+    try:
+        return files.content(Path(source), field="source", most=MOST_BYTES)
+    except UnreadableError as error:
+        if messages.find(source) is not None or cause_in(source) is not None:
+            return source.encode("utf-8", errors="replace")
+        error.accepted += "; accepted: a file, torch's message in quotes, or - for standard input"
+        raise error.named("source") from None
 
 
 def _context(capacity: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypedDict
 
+from peftplan.arch.catalogue import find
 from peftplan.datafiles import load, record
-from peftplan.errors import UnknownNameError
+from peftplan.errors import InputError, UnknownNameError
 from peftplan.frames import Listing
 from peftplan.methods import METHODS
 
@@ -62,4 +63,8 @@ def practices(about: str | None = None) -> Listing[Practice]:
         return Listing(row for row in rows if row.topic == topic)
     if key in METHODS:
         return Listing(row for row in rows if key in row.methods)
-    raise UnknownNameError("about", about, [topic.replace(" ", "-") for topic in TOPICS], beside=METHODS)
+    topics = [topic.replace(" ", "-") for topic in TOPICS]
+    if find(about) is not None:
+        accepted = f"it is a model, and this advice is the same for all; accepted: a method, an option, or {', '.join(topics)}"
+        raise InputError("about", about, accepted)
+    raise UnknownNameError("about", about, topics, beside=METHODS)

@@ -45,7 +45,7 @@ FORMATS: dict[str, Format] = {
         bits=(8,),
         blocksizes=(128,),
         compute_capability=(8, 9),
-        kernels="finegrained-fp8 and DeepGEMM, which transformers loads from the Hub",
+        kernels="finegrained-fp8 and DeepGEMM (from the Hub)",
     ),
     "mxfp4": Format(
         library="transformers",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from peftplan import estimate
+from peftplan.cli.texts import TRAINING
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.kernels import KERNELS, PACKAGES, kernels_of, named_kernels, packages_of
 
@@ -30,12 +33,19 @@ def test_every_part_has_a_place() -> None:
         ("nonsense", "kernels: 'nonsense' is not valid; accepted: axolotl, liger, none, torchao, unsloth"),
         ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
         (3, "kernels: 3 is not valid"),
+        ([{"liger": None}], "kernels: {'liger': None} is not valid; accepted: axolotl"),
+        ([["liger"]], r"kernels: \['liger'\] is not valid; did you mean liger\? accepted: axolotl"),
     ],
 )
 def test_bad_names_are_one_line(names: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         estimate("llama-3.2-1b", method="lora", kernels=names)
     assert "\n" not in str(error.value)
+
+
+def test_the_help_names_every_package() -> None:
+    short = TRAINING["--kernels"].replace("int4|int8-int4", "int4, unsloth-qat-int8-int4")
+    assert [package for package in PACKAGES if not re.search(rf"[ ,]{package}[ ,]", short)] == []
 
 
 def test_the_trace_refuses_them() -> None:

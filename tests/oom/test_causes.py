@@ -20,6 +20,7 @@ from peftplan.oom.causes import causes, place_of
 from peftplan.oom.diagnosis import explain_oom
 from peftplan.oom.message import Frame
 from peftplan.units import GIB, MIB, format_bytes
+from tests.cli.run import run
 
 HINT = " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
 
@@ -188,6 +189,23 @@ def test_a_long_log_without_a_message_is_read_in_no_time(line: str) -> None:
     started = time.process_time()
     assert messages.find(f"{line}\n" * (2**24 // len(line))) is None
     assert time.process_time() - started < 10  # 16 MiB; before, some hours for the second line
+
+
+def test_the_message_itself_takes_the_place_of_a_file() -> None:
+    """A shell passes it in quotes; with its traceback it is longer than a name of a file may be."""
+    message = traceback(TRAINER) + modern("2.00 GiB", "23.69 GiB", "1.50 GiB", own("22.18 GiB"), "20.35 GiB", "1.37 GiB")
+    assert len(message) > 255
+    diagnosis = explain_oom(message)
+    assert diagnosis.message is not None
+    assert diagnosis.message.requested == 2 * GIB
+    assert "the driver had no memory" in run("explain-oom", "RuntimeError: CUDA error: out of memory").out
+
+
+@pytest.mark.parametrize("source", ["x" * 500, "nosuch.log", "CUDA out of memory"])
+def test_what_is_neither_file_nor_message_says_how_to_pass_one(source: str) -> None:
+    done = run("explain-oom", source)
+    assert done.code == 2
+    assert done.err.endswith("; accepted: a file, torch's message in quotes, or - for standard input\n")
 
 
 def test_a_log_without_a_message_is_bad_input(tmp_path: Path) -> None:

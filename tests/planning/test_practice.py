@@ -7,8 +7,10 @@ import json
 import pytest
 
 import peftplan
+from peftplan.errors import InputError
 from peftplan.job.setup import Setup
 from peftplan.methods import METHODS, config_class, method_named
+from peftplan.planning.practice import practices
 from tests.cli.run import run
 
 
@@ -43,6 +45,12 @@ def test_an_unknown_word_is_one_line() -> None:
     done = run("advise", "ranks")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "did you mean rank" in done.err
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "meta-llama/Llama-3.1-8B"])
+def test_a_model_is_told_from_a_wrong_word(model: str) -> None:
+    with pytest.raises(InputError, match="is not valid; it is a model, and this advice is the same for all; accepted: a method"):
+        practices(model)
 
 
 def test_advice_is_told_apart_from_numbers() -> None:
