@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
-from peftplan.job.automodel import builds
+from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
 from peftplan.optim import OF_AUTOMODEL
@@ -45,6 +44,8 @@ UNDER_DEEPSPEED = (
     ),
 )
 """The same under DeepSpeed."""
+DIVIDED_BY_AUTOMODEL = (("llama", "lora"),)
+"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
@@ -139,16 +140,15 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _knows_division(job: Job, distributed: Distributed) -> bool:
-    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own with LoRA."""
+    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel."""
     architecture, config = job.architecture, job.config
     tables = (architecture.input_embedding, architecture.output_embedding)
     return (
         job.setup.by.own_lora
-        and builds(job)
-        and architecture.model_type in BY_AUTOMODEL
+        and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
+        and job.quant is None
         and not architecture.ties
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
-        and job.method_name == "lora"
         and not getattr(config, "lora_dropout", 0)
         and not any(module.name in tables for module in job.adaptation.matched)
         and job.setup.loss == "full"

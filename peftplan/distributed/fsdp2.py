@@ -217,13 +217,19 @@ class Fsdp2(OneDevice):
             unit.unsharded = []
             self._widen(with_gradients)
             return
-        gradients = [p.grad for p in with_gradients]
-        for p in with_gradients:
-            p.grad = None
+        gradients = [self._part_of_gradient(p) for p in with_gradients]
         unit.unsharded = []
         self._reducing.clear()
         if gradients:
             self._reduce(unit, {p.name for p in with_gradients}, gradients)
+
+    def _part_of_gradient(self, p: Parameter) -> Tensor | None:
+        """The gradient of what ranks hold of a parameter that they share beside FSDP2; one of all of it is divided into a copy
+        (`_get_grad_inner_tensor`)."""
+        gradient, p.grad = p.grad, None
+        if gradient is not None and gradient.dims != p.dims:
+            return self._new(p.dims, gradient.dtype, "part of a gradient", 0, "gradients")
+        return gradient
 
     def _widen(self, with_gradients: list[Parameter]) -> None:
         """`to_accumulated_grad_if_needed`: gradients that are not reduced yet are kept in the dtype of the reduction."""

@@ -58,8 +58,11 @@ UNPLANNED = (
 """Model types whose config and class state no plan."""
 
 
-BY_AUTOMODEL: dict[str, Plan] = {"llama": LLAMA}
-"""The same as NeMo Automodel divides its own models (components/distributed/optimized_tp_plans.py), whose logits stay divided."""
+BY_AUTOMODEL: dict[str, Plan] = {
+    "phi3": {"self_attn.qkv_proj": "rowwise_split_input", "self_attn.o_proj": "colwise_gather_output", **FUSED},
+}
+"""Where NeMo Automodel divides otherwise (components/distributed/optimized_tp_plans.py). With any model logits stay divided."""
+BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 
 def ranks_of(distributed: Distributed) -> int:
@@ -68,8 +71,8 @@ def ranks_of(distributed: Distributed) -> int:
 
 
 def plans_of(distributed: Distributed) -> dict[str, Plan]:
-    """The plans that divide a model's layers: beside FSDP2 those of NeMo Automodel."""
-    return BY_AUTOMODEL if distributed.strategy == "fsdp2" else PLANS
+    """The plans that divide a model's layers: beside FSDP2 those of NeMo Automodel, where they are known."""
+    return BESIDE_FSDP2 if distributed.strategy == "fsdp2" else PLANS
 
 
 def style_of(architecture: Architecture, module: str, plans: Mapping[str, Plan] = PLANS) -> Style | None:
@@ -128,7 +131,7 @@ def divided_dim(p: Parameter, architecture: Architecture, plans: Mapping[str, Pl
     if p.owner == "adapter":
         base, _, matrix = module.rpartition(".")
         of_base = style_of(architecture, base, plans) or ""
-        if plans is BY_AUTOMODEL:
+        if plans is BESIDE_FSDP2 and matrix in ("lora_A", "lora_B"):
             return 0 if of_base.startswith("colwise") else 1 if of_base.startswith("rowwise") else None
         of_matrix = {"colwise": "lora_B", "rowwise": "lora_A"}.get(of_base)
         return None if matrix != of_matrix else (0 if matrix == "lora_B" else 1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, Style, plans_of, ranks_of, style_of
+from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, Style, plans_of, ranks_of, style_of
 from peftplan.memory.model import Model
 from peftplan.memory.sharded import tied
 from peftplan.memory.units import OneGpu
@@ -83,7 +83,7 @@ class TensorParallel(OneGpu):
     def _style(self, name: str) -> Style | None:
         """The style of a base layer, or of the matrix of an adapter that is divided as its base layer is."""
         base, _, leaf = name.rpartition(".")
-        if self.plans is BY_AUTOMODEL and leaf in ("lora_A", "lora_B", "base_layer"):  # the adapter is part of the layer
+        if self.plans is BESIDE_FSDP2 and leaf in ("lora_A", "lora_B", "base_layer"):  # the adapter is part of the layer
             style = style_of(self.model.arch, base, self.plans)
             low_rank: dict[tuple[Style | None, str], Style] = {
                 ("colwise", "lora_A"): "colwise_gather_output",
@@ -93,7 +93,7 @@ class TensorParallel(OneGpu):
         if leaf in ("lora_A", "lora_B"):
             style = style_of(self.model.arch, base, self.plans)
             return style if (style, leaf) in (("rowwise", "lora_A"), ("colwise", "lora_B")) else None
-        if self.plans is BY_AUTOMODEL:
+        if self.plans is BESIDE_FSDP2:
             return style_of(self.model.arch, name, self.plans)
         return style_of(self.model.arch, name.removesuffix(".base_layer"))
 

@@ -115,3 +115,12 @@ def test_more_ranks_hold_less() -> None:
     sizes = [max(of_world.by_phase.values()) for of_world in peaks if of_world is not None]
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) == 3
+
+
+def test_beside_fsdp2_norms_alone_are_on_more_ranks() -> None:
+    """65 norms of 4,096 in fp32: a fourth on each rank, not an eighth."""
+    apart, divided = (
+        peftplan.estimate("llama-3.1-8b", method="full", gpus=8, strategy="fsdp2", tp_size=size).static.bytes(("weights",))
+        for size in (1, 2)
+    )
+    assert divided - apart == 65 * 4096 * 4 // 8
