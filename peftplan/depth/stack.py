@@ -79,8 +79,14 @@ class SharedLeaf(Parameter):
     sums: set[int]
 
     def accumulate(self, tape: Log, grad: Tensor) -> None:
-        """The first gradient stays; later ones are added in place."""
-        super().accumulate(tape, grad)
+        """The first gradient stays until others come: all are summed before it accumulates (`InputBuffer`)."""
+        if self.grad is None:
+            super().accumulate(tape, grad)
+        else:
+            total: list[Tensor | None] = [self.grad]
+            self.grad = None
+            tape.sum_into(total, 0, grad)
+            self.grad = total.pop()
         number = self.grad.storage.number  # type: ignore[union-attr]
         tape.category.pop(number, None)
         self.sums.add(number)

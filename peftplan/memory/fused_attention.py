@@ -109,10 +109,11 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
         mask = sliced(f, rows, mask.dims)
         del rows
     whole = (b, a, s, k.dims[2])
-    if mask is not None and mask.dims != whole:
+    expands = mask is not None and mask.dims != whole
+    if mask is not None and expands:
         mask = ops.expanded(f, mask, whole)
-    sliced_rows = bool(keys % MASK_GRADIENT_MULTIPLE)
-    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), sliced_rows)
+    is_view = bool(keys % MASK_GRADIENT_MULTIPLE) or not expands  # `sum_to` views a gradient that has the mask's dims
+    node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), is_view)
     out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
     lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
     if number(d) > RF_HEAD and q.dtype != "fp32":
@@ -124,13 +125,13 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
 
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
     """A gradient of the mask comes for each sample and head."""
-    q, k, v, sliced_rows = saved[:4]
+    q, k, v, is_view = saved[:4]
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
     dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
     of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if node.edges[3] else None
-    if of_mask is not None and sliced_rows:
+    if of_mask is not None and is_view:
         f.view_of(of_mask)
     if q.dtype == "fp32":
         product = f.new(g.dims, "fp32", "mul")

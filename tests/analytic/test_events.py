@@ -12,6 +12,7 @@ from peftplan.allocator.program import _Run
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.units import MIB, round512
 from tests.memory.engines import shallow
+from tools.analytic_grid import MADE_UP
 
 PLAIN: dict[str, Any] = {"trainer": "plain"}
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
@@ -57,6 +58,14 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "AdaLoRA's layers on a base of 16 bits let go of the product once it is scaled": (
         {**shallow("qwen2.5-0.5b", 3), "vocab_size": 4000},
         {"method": "adalora", **PLAIN, **KEPT, "batch_size": 4, "seq_len": 512},
+    ),
+    "GraniteMoe multiplies its embeddings behind its masks": (
+        {**MADE_UP["granitemoe"], "num_hidden_layers": 2, "hidden_size": 2048, "num_attention_heads": 16, "vocab_size": 4000},
+        {"method": "lora", **EAGER, **CHECKPOINTED, "target_modules": "attention", "batch_size": 2, "seq_len": 1024},
+    ),
+    "the gradient of a mask with the batch's dims is a view: the first sum of it is a new tensor": (
+        {**T5, "vocab_size": 3000},
+        {"method": "lora", "dtype": "fp16", "autocast": "fp16", **CHECKPOINTED, "batch_size": 1, "seq_len": 512},
     ),
     "what a bottleneck adapter reads lives until its activation is done": (
         {**shallow("mistral-7b-v0.1", 2), "vocab_size": 4000},

@@ -33,7 +33,8 @@ def decoder(model: Model, style: Style) -> Tensor:
         raise NoEngineError("unsloth's attention on a card before compute capability 8.0 (no formula yet)")
     embedded = x = inputs(model)
     f.module = "model"
-    if style.multiplied:
+    behind_masks = style.mixture is not None  # where GraniteMoe multiplies, and Granite before
+    if style.multiplied and not behind_masks:
         embedded = x = ops.scale(f, x)
     _positions = None if replaced else f.new((model.seq,), "int64", "position_ids")
     if model.running.kernels.padding_free is not None:
@@ -41,6 +42,8 @@ def decoder(model: Model, style: Style) -> Tensor:
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
     masks = {} if replaced else masks_of(model, style, x.dtype)
     f.module = "model"
+    if style.multiplied and behind_masks:
+        embedded = x = ops.scale(f, x)
     states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
     del x
     dtype = "fp32" if style.wide_tables else states[0].dtype
