@@ -19,7 +19,9 @@ from peftplan.job.kernels import kernels_of
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "target_parameters", "freeze_a")
+NOT_RECORDED = (
+    "lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "target_parameters", "freeze_a", "freeze_adapter",
+)  # fmt: skip
 """Options of LoRA with which no step was recorded."""
 
 

@@ -139,6 +139,7 @@ class GridOptions(OtherWords, total=False):
     fan_in_fan_out: object
     feedforward_modules: Axis[str | Iterable[str] | None]
     freeze_a: Axis[bool]
+    freeze_adapter: Axis[bool]
     init_ia3_weights: object
     init_lora_weights: Axis[bool | str]
     init_r: Axis[int]

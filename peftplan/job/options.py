@@ -154,6 +154,7 @@ class MethodOptions(TypedDict, total=False):
     fan_in_fan_out: object
     feedforward_modules: str | Iterable[str] | None
     freeze_a: bool
+    freeze_adapter: bool
     init_ia3_weights: object
     init_lora_weights: bool | str
     init_r: int

@@ -22,6 +22,7 @@ from peftplan.libraries.installed import require
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.libraries.replacing import replaced
 from peftplan.methods.adaptation import Adaptation, AddedTensor, TrainedParam
+from peftplan.methods.lora import NOT_PEFTS
 
 PREFIXES = {True: "base_model.", False: "base_model.model."}
 """What peft puts before the base model's own names, by whether the method is one of virtual tokens."""
@@ -51,11 +52,18 @@ def count_with_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | 
             adapted = on_meta(model, method)
             if freeze_a:
                 peft.optimizers.create_lorafa_optimizer(adapted, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
+            freeze_adapter(adapted, peft_config)
         except PeftplanError:
             raise
         except Exception as error:  # peft raises whatever its code meets
             raise RefusedError(f"peft {peft.__version__} refuses it: {type(error).__name__}: {_first_line(error)}") from None
     return _checked(_adaptation(base, adapted, method), base, adapted)
+
+
+def freeze_adapter(model: Any, peft_config: Mapping[str, Any] | Any) -> None:
+    """What a program does that freezes all of a model, the adapter too."""
+    if isinstance(peft_config, Mapping) and peft_config.get("freeze_adapter"):
+        model.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,8 @@ def check_fields(peft_config: Mapping[str, Any]) -> None:
 
 
 def unknown_fields(peft_config: Mapping[str, Any]) -> list[str]:
-    """The fields that the installed peft does not have for that peft type, `freeze_a` of LoRA-FA aside."""
-    known = {*_known_fields(peft_config), "freeze_a"}
+    """The fields that the installed peft does not have for that peft type, those of what a program does later aside."""
+    known = {*_known_fields(peft_config), *NOT_PEFTS}
     return [name for name in peft_config if name not in known]
 
 
@@ -125,7 +133,7 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
     """
     peft = _peft()
     if isinstance(peft_config, Mapping):
-        fields = {key: value for key, value in peft_config.items() if key != "freeze_a"}
+        fields = {key: value for key, value in peft_config.items() if key not in NOT_PEFTS}
         types = {t.value for t in peft.PeftType}
         if fields.get("peft_type") not in types:
             raise UnknownNameError("peft_type", fields.get("peft_type"), types)

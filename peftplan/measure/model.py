@@ -19,7 +19,7 @@ from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job import sources
 from peftplan.job.job import Job
 from peftplan.job.setup import Setup
-from peftplan.libraries.count import COPIES, LORAFA_LR, _config_object, wrapped_task
+from peftplan.libraries.count import COPIES, LORAFA_LR, _config_object, freeze_adapter, wrapped_task
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.measure import losses
@@ -183,6 +183,7 @@ def adapt(base: Any, peft_config: Mapping[str, Any], job: Job) -> Any:
         if peft_config.get("freeze_a"):
             lorafa_optimizer(model, learning_rate=LORAFA_LR)  # freezes A
             model.__dict__[LORAFA] = True
+        freeze_adapter(model, peft_config)
     except (PeftplanError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft raises whatever its code meets

@@ -60,6 +60,10 @@ def _initialisation(value: bool | str) -> bool | str:
 Initialisation = Annotated[bool | str, AfterValidator(_initialisation)]
 
 
+NOT_PEFTS = frozenset({"freeze_a", "freeze_adapter"})
+"""Fields that peft's class does not have: what a program does to the adapter once it is there."""
+
+
 class LoraConfig(LayeredConfig):
     """peft's `LoraConfig`, less the fields that change no tensor. `lora_alpha` scales the update and changes no count."""
 
@@ -77,6 +81,8 @@ class LoraConfig(LayeredConfig):
     """Initialisation; it changes no size, but `mica` (arXiv 2604.01694) freezes every B."""
     freeze_a: bool = False
     """LoRA-FA (arXiv 2308.03303): `create_lorafa_optimizer` freezes every `lora_A`, but not an embedding's."""
+    freeze_adapter: bool = False
+    """The program freezes the adapter too, so that nothing trains; a backward reaches the inputs of checkpointed layers."""
 
     refuses_layers: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
     no_effect: ClassVar[frozenset[str]] = frozenset(
@@ -110,10 +116,11 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     refuse_targeted(matched, copies)
     deltas = token_deltas(arch, config.trainable_token_indices)
     refuse_targeted_rows(matched, deltas)
+    tensors, frozen = (*added, *copies, *deltas), config.freeze_adapter
     return Adaptation(
-        added=(*added, *copies, *deltas),
+        added=tuple(tensor._replace(trainable=False) for tensor in tensors) if frozen else tensors,
         buffers=token_originals(deltas),
-        trained=trained_biases(arch, matched, copies, bias=config.bias),
+        trained=() if frozen else trained_biases(arch, matched, copies, bias=config.bias),
         matched=matched,
         resolved=(("target_modules", targets), ("target_parameters", resolved.target_parameters)),
         notes=(*((EVA,) if config.init_lora_weights == "eva" else ()), *((FROZEN_A,) if config.freeze_a else ())),

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
-from peftplan.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, stand_ins, wrapped_task
+from peftplan.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, freeze_adapter, stand_ins, wrapped_task
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES
 from peftplan.libraries.quantizing import quantize
@@ -178,6 +178,7 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
         if isinstance(peft_config, Mapping) and peft_config.get("freeze_a"):
             peft.optimizers.create_lorafa_optimizer(model, r=method.r, lora_alpha=method.lora_alpha, lr=LORAFA_LR)
             model.__dict__[LORAFA] = True
+        freeze_adapter(model, peft_config)
     except Exception as error:  # peft raises whatever its code meets
         raise RefusedError(f"peft {peft.__version__} refuses it: {reason(error)}") from None
     target = TORCH_DTYPES[str(setup.adapter_dtype)]

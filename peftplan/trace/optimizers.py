@@ -63,8 +63,9 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
         in_embedding = {name: setup.by.makes_optimizer and id(p) in embeddings for name, p in trainable}
         return StandIn(optimizer, arguments, trainable, in_embedding, tracker)
-    groups = by_mesh(p for _, p in trainable)
-    real = _torch_optimizer(optimizer.name, groups[0] if len(groups) == 1 else [{"params": g} for g in groups], arguments)
+    groups = by_mesh(p for _, p in trainable) or [[]]
+    one = groups[0] if len(groups) == 1 and groups[0] else None
+    real = _torch_optimizer(optimizer.name, one or [{"params": group} for group in groups], arguments)
     return Real(real, trainable, tracker, host_steps=optimizer.step_implementation == "foreach")
 
 

@@ -80,7 +80,8 @@ class Run:
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast as the run sets it, on fake tensors."""
         dtype = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
-        return cuda_autocast(dtype, self.trainable[0].device.type)
+        some = next((p for p in self.model.parameters() if p.requires_grad), None)
+        return cuda_autocast(dtype, (next(self.model.parameters()) if some is None else some).device.type)
 
     def fetch(self, micro_batch: int) -> dict[str, Any]:
         """The micro batch, on the device: the next one of a loader, or one of those that Trainer has collected for the step."""

@@ -49,7 +49,7 @@ def test_fields_are_pefts(name: str) -> None:
     cls = config_class(METHODS[name])
     pefts = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(METHODS[name].peft_type)].__dataclass_fields__
     additions = (
-        {"freeze_a"}
+        {"freeze_a", "freeze_adapter"}
         | ({"exclude_modules"} if name == "vera" else set())
         | ({"encoder_hidden_size"} if "prompt" in name else set())
     )

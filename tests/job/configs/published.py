@@ -38,4 +38,8 @@ def plan(record: dict[str, Any], *, tool: str | None = None) -> ConfigPlan:
     values = {key: _sum(value) for key, value in record["values"].items()} if kind == "command" else record["values"]
     header = {"nproc_per_node": ranks} if (ranks := record.get("nproc_per_node")) else {}  # of a recipe of torchtune
     environment = header | {name: value for name, value in record.get("env", {}).items() if name != "file"}
-    return read_values(values, file=record["path"], tool=tool, kind=kind, program=record.get("program", ""), **environment)
+    program = record.get("program", "")
+    if kind == "command" and not program.endswith(".py"):  # behind the launcher's last option
+        words = (word for value in values.values() if isinstance(value, list) for word in value)
+        program = " ".join([program, *[word for word in words if str(word).endswith(".py")][:1]])
+    return read_values(values, file=record["path"], tool=tool, kind=kind, program=program, **environment)

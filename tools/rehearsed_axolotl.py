@@ -1,0 +1,75 @@
+"""Rehearse `axolotl train` and keep what it held beside the values that peftplan reads of its config.
+
+    python -m tools.rehearsed_axolotl FILE     runs the jobs of FILE that hold nothing yet
+
+FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
+are tokens already, as many as `sequence_len` says. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
+from peftplan.rehearse import rehearse
+from peftplan.rehearse.inside import standins
+from tools.rank_grid import cut
+from tools.rehearsed_recipes import complete, kept_of
+
+ROWS = 64
+SHARED: dict[str, Any] = {
+    "datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": None}],
+    "val_set_size": 0,
+    "bf16": "auto",
+    "learning_rate": 0.0002,
+    "num_epochs": 3,
+    "max_steps": 6,
+    "save_strategy": "no",
+}
+"""Values of every job."""
+CARD = "a100-80gb"
+PROGRAM = (
+    "import os, sys; os.environ.update(ACCELERATE_USE_CPU='False', AXOLOTL_DO_NOT_TRACK='1', ACCELERATE_MIXED_PRECISION='bf16')\n"
+    "sys.argv = ['axolotl', 'train', *sys.argv[1:], '--launcher', 'python']\n"
+    "from axolotl.cli.main import main; main()"
+)
+"""`axolotl train` with what `accelerate launch` sets, in one process."""
+
+
+def plan(row: dict[str, Any]) -> ConfigPlan:
+    """What is read of the job's config."""
+    return read_values(SHARED | row["values"], file="a.yml", tool="axolotl")
+
+
+def options(row: dict[str, Any]) -> dict[str, Any]:
+    """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
+    return {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options}
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with what the tool held."""
+    values = row["values"]
+    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+        standins.write_repository(Path(folder), {**cut(values["base_model"], row["layers"]), "dtype": "bfloat16"})
+        tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
+        text = json.dumps({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens})
+        Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
+        datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl"}]
+        prepared = {"datasets": datasets, "dataset_prepared_path": f"{output}/data"}
+        places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
+        file = Path(output, "config.yml")
+        file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
+        command = [sys.executable, "-c", PROGRAM, str(file)]
+        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+
+
+if __name__ == "__main__":
+    complete(Path(sys.argv[1]), run)
