@@ -112,6 +112,15 @@ def test_lora_fa_has_two_states_per_b_and_none_per_a() -> None:
     assert trace.by_category("step")["optimizer_states"] == 2 * 8_192  # B: 256 x 8 in fp32
 
 
+def test_a_frozen_adapter_has_neither_states_nor_gradients() -> None:
+    """Backward reaches the inputs of checkpointed layers, as Trainer's `enable_input_require_grads` lets it."""
+    setup = {**SHORT, "trainer": "transformers", "gradient_checkpointing": True}
+    trace = traced(llama(1), lora(["q_proj"], r=8, freeze_adapter=True), **setup)
+    assert trace.num_trainable == 0
+    assert trace.by_category("step").get("optimizer_states", 0) == 0
+    assert trace.by_category("backward").get("gradients", 0) == 0
+
+
 def test_shira_keeps_its_places_on_the_device() -> None:
     """int32 places (2, r·(in + out)) that last, and int64 ones that backward needs."""
     trace = traced(llama(1), of("SHIRA", r=4, target_modules=["q_proj"]), **SHORT)

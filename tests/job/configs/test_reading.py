@@ -903,3 +903,24 @@ def test_torchtune_over_the_processes_of_its_header() -> None:
     ends = {**values, "custom_sharded_layers": ["tok_embeddings", "output"], "fsdp_cpu_offload": True}
     assert read(ends, nproc_per_node=4).options["custom_sharded_layers"] == ("tok_embeddings", "output")
     assert "offload_params" not in read(ends).options
+
+
+def test_llamafactory_v1_quantizes_as_its_plugin_does() -> None:
+    """v1/plugins/model_plugins/quantization.py:98 and peft.py:175: what the file leaves out."""
+    adapter = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all"}
+    plan = read({**LLAMAFACTORY_V1, "peft_config": adapter, "quant_config": {"name": "bnb", "quantization_bit": 4}})
+    assert not plan.unsupported
+    stored = {"quant": "nf4", "double_quant": True, "compute_dtype": "fp16", "quant_storage": "fp16"}
+    assert plan.options.items() >= {**stored, "method": "lora", "r": 16, "lora_dropout": 0.05}.items()
+
+
+def test_gspo_is_grpo_with_ratios_of_sequences() -> None:
+    script = "--model_name_or_path Qwen/Qwen3-0.6B --num_generations 8 --beta 0.0 --importance_sampling_level sequence"
+    plan = read_text(f"accelerate launch --num_processes 2 examples/scripts/gspo.py {script}\n", file="run.sh")
+    assert (plan.options["trainer"], plan.options["beta"], dict(plan.unsupported)) == ("trl-grpo", 0.0, {})
+
+
+def test_long_lora_of_swift_raises() -> None:
+    """`fa2_forward() got an unexpected keyword argument 'past_key_values'`, of its own code in Llama of transformers 5.19."""
+    plan = read({"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "tuner_type": "longlora", "attn_impl": "flash_attn"})
+    assert " raises TypeError" in plan.unsupported["tuner_type"].why
