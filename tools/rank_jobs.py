@@ -199,6 +199,10 @@ def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
 
 def compared_trace(row: dict[str, Any], traced: dict[str, Any]) -> dict[str, float]:
     """Signed difference of each phase and of reserved bytes of a trace, as a share of the rehearsal's."""
+    if "devices" in row:
+        pairs = zip(traced["devices"], row["devices"], strict=True)
+        each = [compared_trace({**rehearsed, "strategy": None}, own) for own, rehearsed in pairs]
+        return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
     by_phase = dict(traced["peak_by_phase"])
     if row["strategy"] == "fsdp2":  # a rehearsal's forward begins with what the step leaves
         by_phase["forward"] = max(by_phase["forward"], by_phase["step"])

@@ -11,20 +11,31 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import peftplan
+from peftplan.results.estimate import Peaks
 from tools.rank_jobs import CARD, KEPT, PHASES, kept_traces, options, rows
 
 
 def traced(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The peaks of a job by trace; None if no trace follows it."""
+    """The peaks of a job by trace, on the rank that was rehearsed; None if no trace follows it."""
+    rank = row.get("rank", 0)
     try:
-        peaks = peftplan.estimate(**options(row), gpu=CARD, engine="trace").peaks
+        with patch("peftplan.planning.question.traced_ranks", lambda inventory: (rank,)):
+            peaks = peftplan.estimate(**options(row), gpu=CARD, engine="trace").peaks
     except peftplan.RefusedError as error:
         print(row["name"], error, file=sys.stderr, flush=True)
         return None
     assert peaks is not None
-    return {"peak_by_phase": {phase: peaks.by_phase[phase] for phase in PHASES}, "peak_reserved": peaks.reserved}
+    return bytes_of(peaks)
+
+
+def bytes_of(peaks: Peaks) -> dict[str, Any]:
+    """The bytes of a trace that are kept; of a `device_map` those of each GPU too."""
+    by_phase = {phase: peaks.by_phase[phase] for phase in PHASES}
+    of_devices = {"devices": [bytes_of(own) for own in peaks.devices]} if peaks.devices else {}
+    return {"peak_by_phase": by_phase, "peak_reserved": peaks.reserved, **of_devices}
 
 
 def run(names: list[str]) -> None:

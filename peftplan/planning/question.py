@@ -193,13 +193,26 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
         if key not in traced_on:
             of_card = placed_on(question.inventory, card).job
             recorded = record and card == question.first_card
-            traced_on[key] = _trace(of_card, capability(card), record=recorded, progress=progress)
+            ranks = traced_ranks(question.inventory)
+            traced_on[key] = _trace(of_card, capability(card), ranks=ranks, record=recorded, progress=progress)
         return traced_on[key]
 
     return _estimated(question, peaks_on, engine="trace")
 
 
-def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callable[[str, float], None] | None) -> Counted:
+def traced_ranks(of_any: "Inventory") -> tuple[int, ...]:
+    """The ranks that are traced: under ZeRO-1 and ZeRO-2 those of which one needs the most."""
+    distributed = of_any.job.distributed
+    if distributed is None or distributed.strategy not in ("zero1", "zero2"):
+        return (0,)
+    from peftplan.distributed.zero import unlike_ranks
+
+    return tuple(dict.fromkeys(unlike_ranks(of_any.parameters, distributed)))
+
+
+def _trace(
+    job: Job, compute_capability: str, *, ranks: tuple[int, ...], record: bool, progress: Callable[[str, float], None] | None
+) -> Counted:
     """The peaks of the trace engine, with the kernels of a card."""
     from peftplan.trace.collector import old_objects_let_be
     from peftplan.trace.traced import trace_peaks, traced_config
@@ -213,6 +226,7 @@ def _trace(job: Job, compute_capability: str, *, record: bool, progress: Callabl
             setup=job.setup,
             script=job.script,
             distributed=job.distributed,
+            ranks=ranks,
             compute_capability=compute_capability,
             multiprocessors=job.multiprocessors,
             record=record,
@@ -301,7 +315,10 @@ def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator
     from peftplan.results.distributed import RankGroup
 
     for number, of_device in enumerate(on_each_device(inventory(job))):
-        own = None if peaks is None else analytic_peaks(of_device, compute_capability=compute_capability)
+        if peaks is None or peaks.devices:
+            own = peaks and peaks.devices[number]
+        else:
+            own = analytic_peaks(of_device, compute_capability=compute_capability)
         yield RankGroup((number,), of_device.static.bytes(), own)
 
 

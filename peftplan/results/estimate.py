@@ -61,6 +61,8 @@ class Peaks:
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, object] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
+    devices: tuple[Peaks, ...] = field(default=(), repr=False)
+    """Of each GPU of a `device_map`, where a trace has them: the others are those of the GPU that needs most."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:

@@ -41,7 +41,6 @@ from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.model import Built, build
-from peftplan.trace.optimizers import make_optimizer
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.ranks import rank_of
 from peftplan.trace.ranks.one_gpu import OneGpu
@@ -61,6 +60,7 @@ def trace(
     multiprocessors: int | None = None,
     script: Script = NO_SCRIPT,
     distributed: Distributed | None = None,
+    rank: int = 0,
     full_depth: bool = False,
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
@@ -71,7 +71,7 @@ def trace(
     parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
     with `multiprocessors` it decides which products with 4-bit weights are fused and the size of some buffers (`processors`).
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
-    `distributed`: the strategy of which one rank is traced; None for one GPU.
+    `distributed`: the strategy of which one `rank` is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
@@ -79,19 +79,19 @@ def trace(
     on = fake_device("cpu" if distributed else fake_on)
     capability = device or DEFAULT_CAPABILITY
     card = processors(".".join(map(str, capability)), multiprocessors)
-    rank = rank_of(distributed)
+    one = rank_of(distributed, rank)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=capability, card=card, script=script, on=on, rank=rank,
+        capability=capability, card=card, script=script, on=on, rank=one,
     )  # fmt: skip
     tell = progress or silent
-    by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
+    by_layer = full_depth or not one.extended or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
     if len(stacks) > 1 and has_prefix(peft_config):  # made for as many layers as the encoder has, and read by the decoder
         stacks = ()
-    with old_objects_let_be(), rank.world():
-        return _completed(_by_stacks(run, config, stacks, tell), rank)
+    with old_objects_let_be(), one.world():
+        return one.apart(_completed(_by_stacks(run, config, stacks, tell), one))
 
 
 def _completed(traced: Traced, rank: OneGpu) -> Traced:
@@ -172,7 +172,7 @@ def _run(
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
-    to_fake(built.model, mode, on)
+    to_fake(built.model, mode, rank.device_of(built, on))
     with (
         rank.started(tracker),
         _as_on_card(mode, capability, device=on.type),
@@ -184,7 +184,7 @@ def _run(
     ):
         rank.load(built, tracker, setup, quant)
         tracker.watch(rank.watched(built))
-        optimizer = make_optimizer(setup, built.model, tracker)
+        optimizer = rank.stepping(built, tracker, setup)
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass
@@ -217,6 +217,8 @@ def _run(
         facts={**step_inputs.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
         host_bytes=host.most,
+        emptied_at=tuple(tracker.emptied),
+        device_of=getattr(tracker, "device_of", {}),
         prepared=quant is not None and bool(setup.kbit_prepare),
     )
 

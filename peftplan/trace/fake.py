@@ -7,6 +7,7 @@ runs and nothing is allocated on the card but the context.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -70,10 +71,14 @@ def fake_batch(batch: dict[str, Any], mode: FakeTensorMode, device: torch.device
         }
 
 
-def to_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Replace every parameter and buffer, and the tensors that quantized modules keep beside them, in place."""
-    converter = _Converter(mode, device)
+def to_fake(model: nn.Module, mode: FakeTensorMode, device_of: Callable[[nn.Module], torch.device]) -> None:
+    """Replace every parameter and buffer, and the tensors that quantized modules keep beside them, in place.
+
+    `device_of`: a module → its device. A tied tensor is where the first module is that has it.
+    """
+    converter = _Converter(mode, device_of(model))
     for module in model.modules():
+        converter.device = device_of(module)
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = converter.parameter(parameter)

@@ -15,8 +15,16 @@ from peftplan.storage.config import FOUR_BIT
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
-RANKS = {"ddp": "Ddp", "fsdp1": "Fsdp1", "fsdp2": "Fsdp2", "tp": "Tp"}
-"""The strategies of which a trace follows one rank → its class, in the module of `trace.ranks` that has the strategy's name."""
+RANKS = {
+    "ddp": "ddp.Ddp",
+    "fsdp1": "fsdp1.Fsdp1",
+    "fsdp2": "fsdp2.Fsdp2",
+    "zero1": "zero.Zero",
+    "zero2": "zero.Zero",
+    "tp": "tp.Tp",
+    "device-map": "device_map.DeviceMap",
+}
+"""The strategies that a trace follows → what it does of each, in a module of `trace.ranks`."""
 
 
 def is_followed(job: Job) -> bool:
@@ -38,16 +46,17 @@ def check_followed(job: Job) -> None:
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
-        raise RefusedError(
-            f"engine: trace follows one GPU, DDP, FSDP1, FSDP2 and tensor parallelism, not {unknown}; accepted: analytic"
-        )
+        followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, tensor parallelism and device_map"
+        raise RefusedError(f"engine: trace follows {followed}, not {unknown}; accepted: analytic")
 
 
 def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     """What of a job over several GPUs no trace follows, in words; None if it follows all."""
     flat, divided = distributed.strategy == "fsdp1", distributed.strategy == "tp"
     in_parts = distributed.facts.splits_weights
-    sharded = in_parts and not divided
+    by_map = distributed.strategy == "device-map"
+    sharded = in_parts and not divided and not by_map
+    by_deepspeed = distributed.strategy in ("zero1", "zero2")
     unknown = {
         distributed.called: distributed.strategy not in RANKS,
         "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
@@ -60,13 +69,18 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        f"quantized weights under {distributed.called}": (flat or divided) and job.quant is not None,
+        f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
+        f"its autocast {job.setup.autocast}": by_deepspeed and not (job.setup.autocast == job.setup.dtype == "bf16"),
+        "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),
+        "its deepspeed_optimizer": by_deepspeed and bool(distributed.deepspeed_optimizer),
+        "a loop without Trainer": by_deepspeed and not job.setup.by.prepares_model,
         f"its units under accelerate {distributed.accelerate}": sharded
         and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": sharded
         and job.quant is not None
         and job.quant.name not in FOUR_BIT,
-        f"its {job.setup.optim}": in_parts and parse_optim(str(job.setup.optim)).step_implementation == "kernel",
+        f"its {job.setup.optim}": (in_parts or by_deepspeed)
+        and parse_optim(str(job.setup.optim)).step_implementation == "kernel",
     }
     return next((what for what, is_so in unknown.items() if is_so), None)

@@ -11,7 +11,8 @@ Left out: buffers of adapters, such as VeRA's projections, pass in the base's dt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -59,7 +60,19 @@ def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None
     if quant is None and setup.device_map == "none" and not arrives:
         _dense_model(built, tracker, setup)
     else:
-        _on_arrival(built, tracker, setup, quant)
+        _on_arrival(built, tracker, setup, quant, asks_for_room=setup.device_map == "auto", is_here=lambda tensor: True)
+
+
+def load_on_devices(built: Built, tracker: Tracker, setup: Setup, devices: int) -> None:
+    """Load a dense model on several GPUs, one after the other: no GPU sees what another one loads in between."""
+    for device in range(devices):
+        tracker.device = device
+        here = partial(_is_on, device)
+        _on_arrival(built, tracker, setup, None, asks_for_room=True, is_here=here)
+
+
+def _is_on(device: int, tensor: torch.Tensor) -> bool:
+    return (tensor.device.index or 0) == device
 
 
 def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
@@ -96,12 +109,21 @@ def _moved(built: Built) -> Iterator[_Moved]:
     return below(built.model, "", tuned=False)
 
 
-def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
-    """Load each weight to the device by its name, and quantize it there."""
-    parts = [part for part in _parts(built) if built.owners[part[0]] == "weights"]
+def _on_arrival(
+    built: Built,
+    tracker: Tracker,
+    setup: Setup,
+    quant: QuantConfig | None,
+    *,
+    asks_for_room: bool,
+    is_here: Callable[[torch.Tensor], bool],
+) -> None:
+    """Load each weight to the device by its name, and quantize it there. `is_here`: whether a tensor is on this device."""
+    every = [part for part in _parts(built) if is_here(part[3])]
+    parts = [part for part in every if built.owners[part[0]] == "weights"]
     halves: dict[str, Storage] = {}
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
-    _warm_up(parts, tracker, setup, quant)
+    _warm_up(parts, tracker, setup, quant, asks_for_room=asks_for_room)
     for a in shared(quant):
         tensor = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
         tensor.name = a.name
@@ -113,13 +135,14 @@ def _on_arrival(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in _on_device(built, setup, quant):
-        tracker.register(buffer, "buffers", name)
-    for name, _, _, parameter in _parts(built):
+        if is_here(buffer):
+            tracker.register(buffer, "buffers", name)
+    for name, _, _, parameter in every:
         if name in halves:
             tracker.register(parameter, "weights", name)
             tracker.end(halves[name])
     passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
-    added = [(name, parameter) for name, _, _, parameter in _parts(built) if built.owners[name] == "adapter_weights"]
+    added = [(name, parameter) for name, _, _, parameter in every if built.owners[name] == "adapter_weights"]
     moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
     _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing)
 
@@ -186,11 +209,10 @@ def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str, o
     return storage
 
 
-def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConfig | None, *, asks_for_room: bool) -> None:
     """One allocation of the bytes of all weights as they will be stored, freed at once. `device_map="auto"` puts a small tensor
     on the device first (accelerate, `get_max_memory`), and the segment that the allocator keeps of it is left out.
     """
-    asks_for_room = setup.device_map == "auto"
     if asks_for_room:
         tracker.end(_dense(tracker, (1,), "int64", name="room"))
     total = float(-SMALL_SEGMENT if asks_for_room else 0)

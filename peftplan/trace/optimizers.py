@@ -69,6 +69,11 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     return Real(real, trainable, tracker, host_steps=optimizer.step_implementation == "foreach")
 
 
+def torch_optimizer(setup: Setup, params: list[Any]) -> Any:
+    """The optimizer of the setup over parameters or groups of them."""
+    return _torch_optimizer(parse_optim(str(setup.optim)).name, params, parse_optim_args(setup.optim_args))
+
+
 def _torch_optimizer(name: str, params: list[Any], arguments: Mapping[str, str]) -> Any:
     momentum = float(arguments.get("momentum", 0))
     if name in ("adamw_torch", "adamw_torch_fused"):

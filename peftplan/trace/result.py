@@ -36,6 +36,12 @@ class Traced:
     """Packages whose kernels the model would use if they were installed; its torch code was traced instead."""
     host_bytes: int = 0
     """The most pinned host memory that holds what is offloaded until backward."""
+    emptied_at: tuple[int, ...] = ()
+    """Where in the log the cache is emptied while the model is loaded."""
+    device_of: Mapping[int, int] = field(default_factory=dict)
+    """Number of a storage → its GPU, in the log of several."""
+    devices: tuple[Traced, ...] = ()
+    """Each GPU of a `device_map`, whose own trace is that of the GPU that needs most."""
     prepared: bool = False
     """Whether peft prepared a quantized base, after which it empties the cache (0.20 on, `prepare_model_for_kbit_training`)."""
 
@@ -58,7 +64,9 @@ class Traced:
         return replay(self.emptied(self.events))
 
     def emptied(self, events: Sequence[Event]) -> Sequence[Event]:
-        """The events, with the cache emptied once the base is prepared, before adapters are created."""
+        """The events, with the cache emptied once the base is prepared, before adapters are created; and where DeepSpeed does."""
+        for at in reversed(self.emptied_at):
+            events = [*events[:at], Event("empty_cache", phase="load"), *events[at:]]
         if not self.prepared:
             return events
         loaded = [i for i, event in enumerate(events) if event.phase == "load"]

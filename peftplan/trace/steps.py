@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -38,6 +38,13 @@ class Watcher(Protocol):
 
     def begin(self, phase: str) -> None: ...
     def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = ...) -> None: ...
+
+
+@runtime_checkable
+class OwnBackward(Protocol):
+    """An optimizer that runs backward itself, clips, and says when its step begins: DeepSpeed's engine."""
+
+    def backward(self, loss: torch.Tensor) -> None: ...
 
 
 @dataclass
@@ -114,12 +121,15 @@ class Run:
     def backward(self, loss: torch.Tensor) -> None:
         """One backward; the gradients are named when it ends."""
         self.tracker.begin("backward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        if isinstance(self.optimizer, OwnBackward):
+            self.optimizer.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
         self.name_gradients()
 
     def update(self) -> None:
         """The optimizer's step and `zero_grad`."""
-        if self.tracker.phase != "step":
+        if self.tracker.phase != "step" and not isinstance(self.optimizer, OwnBackward):
             self.tracker.begin("step")
         self.optimizer.step()
         self.optimizer.after_step()
@@ -152,7 +162,7 @@ def take_steps(run: Run) -> None:
             del loss
             if run.script.outputs_end_with_backward:
                 outputs = None
-        if by.clips_gradients:
+        if by.clips_gradients and not isinstance(run.optimizer, OwnBackward):
             run.tracker.begin("step")
             if scaler is not None:
                 scaler.unscale(run.trainable)

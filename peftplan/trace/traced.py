@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peftplan.methods as methods
 from peftplan.allocator.config import AllocatorConfig
@@ -29,6 +30,9 @@ from peftplan.results.estimate import Peaks
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
 
+if TYPE_CHECKING:
+    from peftplan.trace.result import Traced
+
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer in the name of a module."""
 
@@ -44,13 +48,15 @@ def trace_peaks(
     multiprocessors: int | None = None,
     script: Script = NO_SCRIPT,
     distributed: Distributed | None = None,
+    ranks: tuple[int, ...] = (0,),
     record: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> tuple[Peaks, Callable[[int], bool]]:
     """Trace two optimizer steps: the second's peaks, and whether the run ends where the allocator can take so many bytes.
 
     `compute_capability` of the card, such as `8.9`, decides kernels and workspaces; with `multiprocessors` it decides which
-    products with 4-bit weights are fused and the size of some buffers. `distributed`: the strategy of which one rank is traced.
+    products with 4-bit weights are fused and the size of some buffers. `distributed`: the strategy, of whose `ranks` the
+    one with the largest peak is returned.
     `record` keeps the event log (tens of MB for a large model); `progress` is told what runs and how much is done.
     Raises MissingExtraError without torch, RefusedError for what cannot be traced.
     """
@@ -63,36 +69,51 @@ def trace_peaks(
     try:
         from peftplan.libraries.meta import quiet_transformers
         from peftplan.trace.engine import trace
-        from peftplan.trace.recorded import Recorded
-        from peftplan.trace.scripted import events_of, masking_unpadded, repeating_kv
+        from peftplan.trace.scripted import masking_unpadded, repeating_kv
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs the error that is raised below
     try:
         masks = script.masks_unpadded(architecture.model_type, setup)
         with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
-            traced = trace(
-                config,
-                task_type=architecture.task_type,
-                peft_config=peft_config,
-                quant=quant,
-                setup=setup,
-                device=pair(compute_capability),
-                multiprocessors=multiprocessors,
-                script=script,
-                distributed=distributed,
-                progress=progress,
-            )
+            of_ranks = [
+                trace(
+                    config,
+                    task_type=architecture.task_type,
+                    peft_config=peft_config,
+                    quant=quant,
+                    setup=setup,
+                    device=pair(compute_capability),
+                    multiprocessors=multiprocessors,
+                    script=script,
+                    distributed=distributed,
+                    rank=rank,
+                    progress=progress,
+                )
+                for rank in ranks
+            ]
     except PeftplanError:
         raise
     except Exception as error:  # the model's own code, which may not take these inputs
         reason = " ".join(str(error).split())[:200]
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
+    logs = [log for traced in of_ranks for log in traced.devices or (traced,)]
+    each = [_replayed(log, script, setup, record=record) for log in logs]
+    peaks, runs_within = max(each, key=lambda of_one: of_one[0].allocated)
+    by_map = any(traced.devices for traced in of_ranks)
+    return (replace(peaks, devices=tuple(of_device for of_device, _ in each)) if by_map else peaks), runs_within
+
+
+def _replayed(traced: Traced, script: Script, setup: Setup, *, record: bool) -> tuple[Peaks, Callable[[int], bool]]:
+    """The peaks of a trace, and whether the run ends where the allocator can take so many bytes."""
+    from peftplan.trace.recorded import Recorded
+    from peftplan.trace.scripted import events_of
+
     events = events_of(traced, empties_cache=script.empties_cache)
     program, sizes = of_log(events)
     ties, expandable = script.ties_by_address, setup.by.expandable_segments
     replayed = replay(program, sizes, ties_by_address=ties, expandable=expandable)
-    traced_peaks = Peaks(
+    peaks = Peaks(
         ledgers={
             phase: Ledger(tuple(map(_line, peak.alive))).with_tails(replayed.allocated.get(phase, 0))
             for phase, peak in traced.peaks.items()
@@ -105,7 +126,7 @@ def trace_peaks(
         if record
         else None,
     )
-    return traced_peaks, partial(runs_within, program, sizes, ties_by_address=ties, expandable=expandable)
+    return peaks, partial(runs_within, program, sizes, ties_by_address=ties, expandable=expandable)
 
 
 def _on_host(nbytes: int) -> dict[str, int]:

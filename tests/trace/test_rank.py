@@ -8,9 +8,11 @@ import pytest
 import torch.distributed
 
 import peftplan
-from peftplan.trace.followed import RANKS
+from peftplan.job.prepare import prepare
+from peftplan.trace.followed import RANKS, is_followed
 from tools.rank_grid import LLAMA
 from tools.rank_jobs import PHASES, compared_trace, kept_traces, options, rows
+from tools.rank_traces import traced as traced_again
 
 ROWS = {row["name"]: row for row in rows() if row["strategy"] in RANKS}
 SMALL = {**LLAMA, "hidden_size": 1024, "intermediate_size": 8192, "head_dim": 32, "vocab_size": 1000, "num_hidden_layers": 8}
@@ -43,6 +45,12 @@ SHOWN = (
     'tp full 2 model="llama-3.2-1b" layers=3',
     'tp full 2 model="phi-3-mini-4k-instruct" layers=3 seq_len=256',
     'tp lora 2 model="llama-3.1-8b" layers=2 target_modules=["q_proj", "v_proj", "k_proj", "gate_proj", "up_proj"]',
+    "zero1 full 4",
+    "zero2 lora 4",
+    'zero2 full 4 zero={"reduce_bucket_size": 20000000, "overlap_comm": true}',
+    "zero2 full 4 accumulation=3",
+    'device-map full 2 model="llama-3.2-3b" layers=12',
+    'device-map lora 4 model="mistral-7b-v0.3" layers=8',
 )
 """One job of each thing that changes what a rank holds."""
 
@@ -51,12 +59,13 @@ SHOWN = (
 def test_a_rehearsed_rank(name: str) -> None:
     """Allocated bytes of each phase within 0.05 %, reserved bytes to the byte; and it is the trace that the page tells of."""
     row = ROWS[name]
-    peaks = peftplan.estimate(**options(row), gpu="h200", engine="trace").peaks
-    assert peaks is not None
-    traced = {"peak_by_phase": {phase: peaks.by_phase[phase] for phase in PHASES}, "peak_reserved": peaks.reserved}
+    if row["strategy"].startswith("zero"):
+        pytest.importorskip("deepspeed")
+    traced = traced_again(row)
+    assert traced is not None
     shares = compared_trace(row, traced)
     assert max(abs(shares[phase]) for phase in PHASES) <= 5e-4, shares
-    assert peaks.reserved == row["peak_reserved"]
+    assert traced["peak_reserved"] == row["peak_reserved"]
     assert traced == kept_traces()[name]
     assert not torch.distributed.is_initialized()
 
@@ -68,9 +77,10 @@ def test_kept_traces() -> None:
         shares = compared_trace(ROWS[name], traced)
         assert max(abs(shares[phase]) for phase in PHASES) <= 1e-3, (name, shares)
         assert abs(shares["reserved"]) <= 1.5e-3, (name, shares)
-    apart = {name for name, row in ROWS.items() if "offload_params" in str(row["fsdp"]) and row["strategy"] == "fsdp1"}
     by_liger = {name for name in ROWS if 'kernels="liger"' in name}
-    assert ROWS.keys() - apart - by_liger == kept.keys()
+    followed = {name for name, row in ROWS.items() if is_followed(prepare(**options(row)))} - by_liger
+    assert kept.keys() <= followed
+    assert all(ROWS[name]["strategy"] in ("zero1", "zero2") for name in followed - kept.keys())
 
 
 def test_an_adapter_is_whole_until_all_is_sharded() -> None:
@@ -129,7 +139,10 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("refused", "why"),
     [
-        ({"strategy": "zero2"}, "not ZeRO-2 over 4 GPUs"),
+        ({"strategy": "zero0"}, "not DeepSpeed without ZeRO over 4 GPUs"),
+        ({"strategy": "zero2", "offload_optimizer": "cpu"}, "not its offload_optimizer"),
+        ({"strategy": "zero1", "autocast": "fp16", "dtype": "fp16"}, "not its autocast fp16"),
+        ({"strategy": "zero1", "optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"strategy": "fsdp1", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "fsdp1", "dp_shard_size": 2}, "not its dp_shard_size"),
         ({"strategy": "fsdp1", "quant": "nf4", "quant_storage": "bf16"}, "not quantized weights under FSDP1"),
@@ -141,14 +154,23 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"trainer": "automodel"}, "not its units under NeMo"),
         ({"quant": "int8"}, "not its shards in int8"),
+        ({"strategy": "device-map", "quant": "nf4"}, "not quantized weights under device_map"),
     ],
 )
 def test_refused_in_one_line(refused: dict[str, Any], why: str) -> None:
     job = {"method": "lora", "gpus": 4, "strategy": "fsdp2", **refused}
     with pytest.raises(
-        peftplan.RefusedError, match=f"engine: trace follows one GPU, .* and tensor parallelism, {why}.*; accepted: analytic"
+        peftplan.RefusedError, match=f"engine: trace follows one GPU, .* and device_map, {why}.*; accepted: analytic"
     ):
         peftplan.estimate("llama-3.2-1b", engine="trace", **job)
+
+
+def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftplan.trace.ranks import zero
+
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(peftplan.RefusedError, match="DeepSpeed's own engine under ZeRO-2: pip install deepspeed"):
+        peftplan.estimate("llama-3.2-1b", method="lora", gpus=4, strategy="zero2", engine="trace")
 
 
 @pytest.mark.parametrize(

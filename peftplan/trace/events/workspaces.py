@@ -38,7 +38,7 @@ class Workspaces:
         self._apart = apart
         self._by_rotary = by_rotary
         self._cublas = cublas_workspace_bytes(".".join(map(str, capability)))
-        self._taken: set[tuple[str, str]] = set()
+        self._taken: set[tuple[str, str, int]] = set()
 
     def after(self, tracker: Tracker, func: Any, args: Any) -> None:
         """Called after every operation: a product's result is there before the library asks for its workspace. A product with a
@@ -53,7 +53,7 @@ class Workspaces:
             self._take(tracker, "cuBLAS", thread, self._cublas.bytes)
 
     def _take(self, tracker: Tracker, library: str, thread: str, nbytes: int) -> None:
-        if (library, thread) not in self._taken:
-            self._taken.add((library, thread))
+        if (of := (library, thread, tracker.device)) not in self._taken:
+            self._taken.add(of)
             workspace = tracker.passing(nbytes=nbytes, shape=(nbytes,), dtype="uint8", op=library, category="workspaces")
             workspace.name = f"{library} workspace, {thread} thread"

@@ -9,9 +9,12 @@ from peftplan.trace.followed import RANKS
 from peftplan.trace.ranks.one_gpu import OneGpu
 
 
-def rank_of(distributed: Distributed | None) -> OneGpu:
-    """What is traced of this strategy; None is one GPU."""
+def rank_of(distributed: Distributed | None, rank: int = 0) -> OneGpu:
+    """What is traced of this strategy, on this rank; None is one GPU."""
     if distributed is None:
         return OneGpu()
-    of_strategy: type[OneGpu] = getattr(import_module(f"{__name__}.{distributed.strategy}"), RANKS[distributed.strategy])
-    return of_strategy(distributed)  # type: ignore[call-arg]
+    module, _, name = RANKS[distributed.strategy].partition(".")
+    of_strategy: type[OneGpu] = getattr(import_module(f"{__name__}.{module}"), name)
+    of_rank = of_strategy(distributed)  # type: ignore[call-arg]
+    of_rank.rank = rank
+    return of_rank

@@ -15,11 +15,11 @@ from peftplan.trace.ranks.one_gpu import OneGpu
 
 
 @contextmanager
-def process_group(world_size: int) -> Iterator[None]:
-    """Start the process group of rank 0, and end it afterwards. Raises RefusedError in a process that has one."""
+def process_group(world_size: int, *, rank: int = 0) -> Iterator[None]:
+    """Start the process group of a rank, and end it afterwards. Raises RefusedError in a process that has one."""
     if dist.is_initialized():
         raise RefusedError("engine: trace makes a process group of its own, and this process has one already")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:

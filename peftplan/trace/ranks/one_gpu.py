@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,14 +14,21 @@ from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.load import load
 from peftplan.trace.model import Built
+from peftplan.trace.optimizers import Steps, make_optimizer
+
+if TYPE_CHECKING:
+    from peftplan.trace.result import Traced
 
 
 class OneGpu:
     """What a trace of one GPU does where a rank of several does otherwise (`trace.ranks`)."""
 
     tracker: type[Tracker] = Tracker
+    rank = 0
     alone = True
     """Whether there is no other rank."""
+    extended = True
+    """Whether the log of a deep model is made from those of shallow ones."""
 
     @property
     def more_steps(self) -> int:
@@ -34,6 +41,10 @@ class OneGpu:
 
     def divided(self, base: Any) -> None:
         """What is done to the base model, on the host, before it gets an adapter."""
+
+    def device_of(self, built: Built, on: torch.device) -> Callable[[torch.nn.Module], torch.device]:
+        """A module → where it is, of a model whose device is `on`."""
+        return lambda module: on
 
     def started(self, tracker: Tracker) -> AbstractContextManager[None]:
         """The circumstances of the run."""
@@ -56,6 +67,10 @@ class OneGpu:
         """The setup of the step: that of the job."""
         return setup
 
+    def stepping(self, built: Built, tracker: Tracker, setup: Setup) -> Steps:
+        """The optimizer of the loop."""
+        return make_optimizer(setup, built.model, tracker)
+
     def batches(self, built: Built) -> Callable[[bool], None]:
         """What is called before each micro batch."""
         return lambda last: None
@@ -65,3 +80,7 @@ class OneGpu:
     ) -> tuple[Sequence[Moment], Sequence[tuple[int, str]]]:
         """The log of the whole depth, and where its phases begin."""
         return log, began
+
+    def apart(self, traced: Traced) -> Traced:
+        """The trace, with those of each GPU where it is of several."""
+        return traced

@@ -28,10 +28,10 @@ DENSE, EXPERT = (("pp", "dp_replicate", replicas, parts) for replicas, parts in 
 
 
 class PartTracker(RankTracker):  # type: ignore[no-untyped-call]
-    """A tracker of the parts of DTensors."""
+    """A tracker that records no tensor on `meta`."""
 
     def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
-        """Record no tensor on `meta`, which transformers makes to ask for strides."""
+        """Pass over what transformers makes to ask for strides, and DeepSpeed for shapes."""
         device = getattr(tensor, "fake_device", None)
         if device is None or device.type != "meta":
             super()._see(tensor, func, source)

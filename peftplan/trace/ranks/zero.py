@@ -1,0 +1,196 @@
+"""ZeRO: DeepSpeed's own engine on fake tensors, over the fake process group, made as accelerate and Trainer make it.
+
+The fake device is the CPU, with streams as CUDA has them (`accelerator`). No gradient is infinite, and ranks that are not there
+are not asked whether they agree. The model is on the host until DeepSpeed moves it, unless it is quantized. A step begins with
+that of the optimizer over a rank's partitions, as in a rehearsal: norms before it are backward's. The whole depth runs, since
+buckets are not full at the same place in each layer. A GPU is as fast as the host: what `record_stream` marks is free at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from peftplan.distributed.zero import UNDECAYED
+from peftplan.errors import RefusedError
+from peftplan.job.setup import Setup
+from peftplan.storage import QuantConfig
+from peftplan.trace.events.tracker import Tracker
+from peftplan.trace.load import load
+from peftplan.trace.model import Built
+from peftplan.trace.optimizers import torch_optimizer
+from peftplan.trace.ranks.accelerator import on_fake_cards
+from peftplan.trace.ranks.fsdp1 import Addresses
+from peftplan.trace.ranks.group import OneOfSeveral, process_group
+from peftplan.trace.ranks.tp import PartTracker
+
+VALUE = torch.ops.aten._local_scalar_dense.default
+CONFIGURED = (
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients", "reduce_bucket_size"),
+    *("allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+)
+"""Fields of `zero_optimization`."""
+
+
+class ZeroTracker(PartTracker):  # type: ignore[no-untyped-call]
+    """A tracker that knows what DeepSpeed reads of tensors: norms, and bytes that say whether a gradient is infinite."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what is read outside the model."""
+        if func is VALUE and not self._stack:
+            return 0 if args[0].dtype == torch.uint8 else self._scalar(args[0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@dataclass
+class Zero(OneOfSeveral):
+    """One rank of DeepSpeed's ZeRO. Ranks differ in the gradients that they keep."""
+
+    tracker = ZeroTracker
+    extended = False
+    _engine: Any = field(default=None, init=False)
+    _optimizer: Any = field(default=None, init=False)
+
+    def world(self) -> AbstractContextManager[None]:
+        """The process group."""
+        return process_group(self.distributed.world_size, rank=self.rank)
+
+    def prepared(self, built: Built, setup: Setup) -> Setup:
+        """The setup of the step: DeepSpeed casts the weights, and runs without autocast."""
+        return setup.model_copy(update={"autocast": "none"})
+
+    @contextmanager
+    def started(self, tracker: Tracker) -> Iterator[None]:
+        """DeepSpeed on fake cards."""
+        if find_spec("deepspeed") is None:
+            by = f"DeepSpeed's own engine under {self.distributed.facts.called}"
+            raise RefusedError(f"engine: trace runs {by}: pip install deepspeed; accepted: analytic")
+        here = {"RANK": self.rank, "LOCAL_RANK": 0, "WORLD_SIZE": self.distributed.world_size}
+        named = {name: str(value) for name, value in here.items()}
+        with patch.dict(os.environ, named), on_fake_cards(tracker), Addresses():
+            yield
+
+    def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
+        """Make the optimizer and DeepSpeed's engine."""
+        import deepspeed  # type: ignore[import-not-found]
+
+        model = built.model
+        if quant is not None:
+            load(built, tracker, setup, quant)
+
+        def moved(*where: Any, **options: Any) -> Any:
+            if quant is None:
+                tracker._paused -= 1
+                load(built, tracker, setup.model_copy(update={"adapter_dtype": setup.dtype}), quant)
+            return model
+
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [[p for name, p in named if bool(UNDECAYED.search(name)) is undecayed] for undecayed in (False, True)]
+        self._optimizer = torch_optimizer(setup, [{"params": group} for group in groups])
+        model.to = moved
+        if quant is None:
+            tracker._paused += 1
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self._optimizer, config_params=self._config(built, setup)
+            )
+        finally:
+            del model.to
+        self._name(built, tracker)
+        base = self._engine.optimizer.optimizer
+
+        def stepping(*step: Any) -> None:
+            if tracker.phase != "step":
+                tracker.begin("step")
+
+        base.register_step_pre_hook(stepping)
+
+    def _name(self, built: Built, tracker: Tracker) -> None:
+        """Name what DeepSpeed made of what trains."""
+        zero = self._engine.optimizer
+        for number, flat in enumerate(getattr(zero, "bit16_groups_flat", ())):
+            owner = built.owners[next(name for name, p in built.model.named_parameters() if p.requires_grad)]
+            tracker.register(flat, owner, f"flat group {number}")
+        for number, master in enumerate(getattr(zero, "single_partition_of_fp32_groups", ())):
+            tracker.register(master, "optimizer_states", f"fp32 master of flat group {number}")
+
+    def _config(self, built: Built, setup: Setup) -> dict[str, Any]:
+        """DeepSpeed's config, with what accelerate fills in."""
+        hidden = built.hf_config.get_text_config(decoder=True).hidden_size
+        automatic = {
+            "reduce_bucket_size": hidden**2,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
+            "stage3_param_persistence_threshold": 10 * hidden,
+        }
+        values = {name: getattr(self.distributed, name) for name in CONFIGURED}
+        zero = {name: automatic[name] if value == "auto" else value for name, value in values.items() if value is not None}
+        return {
+            "zero_optimization": {"stage": int(self.distributed.strategy[-1]), **zero},
+            "bf16": {"enabled": True},
+            "gradient_clipping": 1.0,
+            "train_micro_batch_size_per_gpu": setup.batch_size,
+            "gradient_accumulation_steps": setup.gradient_accumulation_steps,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**40,
+        }
+
+    def called(self, built: Built) -> nn.Module:
+        """DeepSpeed's engine."""
+        engine: nn.Module = self._engine
+        return engine
+
+    def stepping(self, built: Built, tracker: Tracker, setup: Setup) -> EngineSteps:
+        """What stands for the optimizer in the loop."""
+        return EngineSteps(self._engine, tracker)
+
+    def batches(self, built: Built) -> Callable[[bool], None]:
+        """What is called before each micro batch: the last one of a step ends at a boundary (accelerate, utils/deepspeed.py)."""
+        return lambda last: self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+
+
+@dataclass
+class EngineSteps:
+    """DeepSpeed's engine in the place of an optimizer: it runs backward, clips and frees gradients itself."""
+
+    engine: Any
+    tracker: Tracker
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The engine's own backward, and its step behind the last one (accelerate, `DeepSpeedEngineWrapper.backward`), while the
+        caller still has the loss. What a rank keeps of the gradients is named.
+        """
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self._name_gradients()
+        if self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def _name_gradients(self) -> None:
+        for group, gradients in getattr(self.engine.optimizer, "averaged_gradients", {}).items():
+            for gradient in gradients or ():
+                self.tracker.register(gradient, "gradients", f"gradients of the rank's partition of flat group {group}")
+
+    def step(self) -> None:
+        """It has stepped."""
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Nothing is left."""
+
+    def after_step(self) -> None:
+        """Name the states, and remove counters in host memory from the log."""
+        host = []
+        for number, states in enumerate(self.engine.optimizer.optimizer.state.values()):
+            for key, value in states.items():
+                if key == "step":
+                    host.append(value)
+                elif isinstance(value, torch.Tensor):
+                    self.tracker.register(value, "optimizer_states", f"flat group {number}.{key}", op="optimizer")
