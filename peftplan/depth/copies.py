@@ -9,9 +9,11 @@ between two boundaries. For four equal layers, of which 0 and 3 are run, the log
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims
 
 
 class Stack(NamedTuple):
@@ -121,7 +123,7 @@ def _net(tape: Tape, log: list[int], stack: Stack, early: set[int] | None) -> tu
     freed = {-n for n in log if n < 0}
     lasting = [n for n in log if n > 0 and n not in freed]
     freed_here = [-n for n in log if n < 0 and -n not in allocated]
-    for alike in (_same, _of_one_pass, _alike):  # the closest first: a gradient replaces a gradient
+    for alike in (_same, _of_one_pass, _as_large, _alike):  # the closest first: a gradient replaces a gradient
         for n in [*freed_here]:
             twin = next((k for k in lasting if k not in tape.lasting and alike(tape, k, n)), None)
             if twin is None:
@@ -139,6 +141,16 @@ def _alike(tape: Tape, one: int, other: int) -> bool:
 
 def _of_one_pass(tape: Tape, one: int, other: int) -> bool:
     return (tape.made_in[one] > 0) == (tape.made_in[other] > 0) and _alike(tape, one, other)
+
+
+def _as_large(tape: Tape, one: int, other: int) -> bool:
+    """Of one pass and size: a gradient by blocks of features, which OFT hands on, and the gradient of all features."""
+    alike = tape.dtypes[one] == tape.dtypes[other] and (tape.made_in[one] > 0) == (tape.made_in[other] > 0)
+    return alike and _elements(tape.dims[one]) == _elements(tape.dims[other])
+
+
+def _elements(dims: Dims) -> tuple[int, list[str]]:
+    return prod(dim for dim in dims if isinstance(dim, int)), sorted(dim for dim in dims if isinstance(dim, str))
 
 
 def _same(tape: Tape, one: int, other: int) -> bool:

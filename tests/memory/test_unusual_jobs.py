@@ -185,3 +185,13 @@ def test_flash_attn_takes_no_keys_of_another_dtype(engine: Any, module: str, nam
     with pytest.raises(RefusedError, match=f"query and {name} must have the same dtype"):
         estimate(stablelm, engine=engine, target_modules=[module], **options)
     estimate(stablelm, engine=engine, target_modules=["q_proj", module], **options)
+
+
+def test_a_gradient_by_blocks_replaces_one_of_all_features() -> None:
+    """OFT rotates `encoder_hidden_states` by blocks, and so does the gradient come that the encoder's last layer gets; a copied
+    layer frees the gradient of the layer behind it, and its own input."""
+    options: Any = {"method": "oft", "trainer": "plain", "batch_size": 4, "seq_len": 1024}
+    analytic, traced = (estimate(shallow("bart-base", 4), engine=engine, **options).peaks for engine in ("analytic", "trace"))
+    assert analytic is not None
+    assert traced is not None
+    assert analytic.by_phase["step"] == pytest.approx(traced.by_phase["step"], rel=0.001)
