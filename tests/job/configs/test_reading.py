@@ -924,3 +924,28 @@ def test_long_lora_of_swift_raises() -> None:
     """`fa2_forward() got an unexpected keyword argument 'past_key_values'`, of its own code in Llama of transformers 5.19."""
     plan = read({"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "tuner_type": "longlora", "attn_impl": "flash_attn"})
     assert " raises TypeError" in plan.unsupported["tuner_type"].why
+
+
+PEFTS_EXAMPLE = (
+    "torchrun --nproc_per_node 8 train.py --model_name_or_path mistralai/Mistral-7B-v0.1 --max_length 2048 --bf16 True"
+    " --packing True --per_device_train_batch_size 8 --chat_template_format chatml --splits train,test --use_reentrant False"
+    " --use_flash_attn True --use_peft_lora True --lora_r 8 --lora_dropout 0.1 --lora_target_modules all-linear"
+    " --use_4bit_quantization True --use_nested_quant True --bnb_4bit_compute_dtype bfloat16"
+)
+
+
+def test_peft_s_examples_have_words_of_their_own() -> None:
+    """peft, examples/sft/utils.py: what is not in 4 bits is fp32 unless 4-bit weights are packed in 16 bits."""
+    plan = read_text(f"{PEFTS_EXAMPLE}\n", file="run.sh")
+    assert not plan.unsupported
+    stored = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16", "quant_storage": "uint8", "dtype": "fp32"}
+    shape = {"batch_size": 1, "seq_len": 8 * 2048, "attn_implementation": "flash_attention_2", "use_reentrant": False}
+    assert plan.options.items() >= {**stored, **shape, "trainer": "trl", "method": "lora", "r": 8, "gpus": 8}.items()
+    assert "eight rows" in plan.assumed["vocabulary"]
+    packed = read_text(f"{PEFTS_EXAMPLE} --bnb_4bit_quant_storage_dtype bfloat16\n", file="run.sh")
+    assert (packed.options["quant_storage"], packed.options["dtype"]) == ("bf16", "bf16")
+
+
+def test_peft_s_examples_leave_lora_to_their_script() -> None:
+    plan = read_text("python train.py --model_name_or_path gpt2 --use_peft_lora True --lora_r 8\n", file="run.sh")
+    assert plan.unsupported["use_peft_lora"].effect == "unknown"
