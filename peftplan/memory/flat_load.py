@@ -6,12 +6,13 @@ Source: torch, distributed/fsdp/_init_utils.py (`_init_param_handle_from_module`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Memory
+from peftplan.memory.load import Handle, Loader, Memory, Whole
 from peftplan.memory.synced import flat_tensors, send
 
 
@@ -36,6 +37,10 @@ class FlatUnits(NamedTuple):
     buffers: Ledger
     accumulates: bool
     """Whether `no_sync` makes them ready before the first forward."""
+    of_one_gpu: Loader | None = None
+    """Loads the whole model onto the GPU first, as a quantized one is."""
+    stays: Mapping[tuple[int, ...], int] = {}
+    """Sizes of tensors of quantized weights that are never flattened, and how many there are."""
 
     def first_run(self, memory: Memory[Handle]) -> None:
         """The first forward makes each tensor that will hold a flat parameter, and frees it (`init_flat_param_attributes`)."""
@@ -46,8 +51,11 @@ class FlatUnits(NamedTuple):
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load flat parameter by flat parameter."""
         to_cast = []
+        model = None if self.of_one_gpu is None else Whole(memory, self.stays)
+        if self.of_one_gpu is not None and model is not None:
+            self.of_one_gpu(model)
         for flat in self.flats:
-            tensors = [memory.allocate(nbytes) for nbytes in flat.tensors]
+            tensors = [memory.allocate(nbytes) if model is None else model.taken(nbytes) for nbytes in flat.tensors]
             send(memory, flat_tensors(("", nbytes) for nbytes in flat.tensors))
             whole = memory.allocate(flat.whole)
             if flat.cast or flat.on_host:
@@ -61,7 +69,7 @@ class FlatUnits(NamedTuple):
             memory.release(whole)
             for tensor in tensors:  # they become views of the shard when it is there
                 memory.release(tensor)
-        for line in self.buffers:
+        for line in self.buffers if model is None else ():
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
         for _, nbytes in (*to_cast[-1:], *to_cast[:-1]):  # the root first
             memory.keep((nbytes,))

@@ -9,11 +9,12 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
@@ -88,6 +89,44 @@ class Level:
 
     def empty_cache(self) -> None:
         """Nothing."""
+
+
+class Whole(Generic[Handle]):
+    """A memory where what is loaded for good is held by handles, but for the first so many of some sizes, which stay."""
+
+    def __init__(self, memory: Memory[Handle], stays: Mapping[tuple[int, ...], int]) -> None:
+        self.memory, self.stays = memory, Counter(stays)
+        self.handles: dict[int, list[Handle]] = {}
+
+    def allocate(self, nbytes: int) -> Handle:
+        """Allocate a tensor."""
+        return self.memory.allocate(nbytes)
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Allocate tensors that stay until their shards are made."""
+        if self.stays[sizes]:
+            self.stays[sizes] -= 1
+            self.memory.keep(sizes)
+        else:
+            for nbytes in sizes:
+                self.handles.setdefault(nbytes, []).append(self.memory.allocate(nbytes))
+
+    def drop(self, sizes: Iterable[int]) -> None:
+        """Free what was loaded first of each size."""
+        for nbytes in sizes:
+            self.memory.release(self.taken(nbytes))
+
+    def taken(self, nbytes: int) -> Handle:
+        """What was loaded first of a size."""
+        return self.handles[nbytes].pop(0)
+
+    def release(self, tensor: Handle, /) -> None:
+        """Free a tensor."""
+        self.memory.release(tensor)
+
+    def empty_cache(self) -> None:
+        """`torch.cuda.empty_cache()`."""
+        self.memory.empty_cache()
 
 
 def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:

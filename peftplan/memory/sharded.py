@@ -6,7 +6,7 @@ Each layer is a unit, and the root has what is left; the tool decides about embe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 
@@ -22,6 +22,7 @@ from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.flat_load import FlatShard, FlatUnits
+from peftplan.memory.load import Loader
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters
@@ -216,13 +217,15 @@ def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapePar
     return [p for (name, number), p in model.used_by_layer() if name in names and (number is None or layer(number) == unit)]
 
 
-def flat_units(model: Model, buffers: Ledger, *, accumulates: bool) -> FlatUnits:
-    """The flat parameters of FSDP1's units, the root's last."""
+def flat_units(
+    model: Model, buffers: Ledger, *, accumulates: bool, whole: Loader | None, stays: Mapping[tuple[int, ...], int]
+) -> FlatUnits:
+    """The flat parameters of FSDP1's units, the root's last. `whole`: loads a quantized model, of which `stays` is not flat."""
     fsdp = model.units
     assert isinstance(fsdp, Fsdp1)
     ordered = [*fsdp.units[1:], fsdp.units[0]]
     flats = [_flat_shard(flat, fsdp) for unit in ordered for flat in flats_of(unit, fsdp.world_size)]
-    return FlatUnits(tuple(flats), buffers, accumulates)
+    return FlatUnits(tuple(flats), buffers, accumulates, whole, stays)
 
 
 def _flat_shard(flat: Flat, fsdp: Fsdp1) -> FlatShard:

@@ -6,14 +6,14 @@ Source: as each `distributed.layout` cites it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import Generic, NamedTuple
+from typing import NamedTuple
 
 from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Loader, Memory
+from peftplan.memory.load import Handle, Loader, Memory, Whole
 from peftplan.memory.sharded import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL
 from peftplan.parameters import Parameter, Parameters
@@ -136,40 +136,6 @@ def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
 
 def _on_device(shard: Parameter) -> tuple[int, ...]:
     return tuple(a.nbytes for a in shard.allocations if a.place == "device")
-
-
-class Whole(Generic[Handle]):
-    """A memory where what is loaded for good is held by handles, but for the first so many of some sizes, which stay."""
-
-    def __init__(self, memory: Memory[Handle], stays: Mapping[tuple[int, ...], int]) -> None:
-        self.memory, self.stays = memory, Counter(stays)
-        self.handles: dict[int, list[Handle]] = {}
-
-    def allocate(self, nbytes: int) -> Handle:
-        """Allocate a tensor."""
-        return self.memory.allocate(nbytes)
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Allocate tensors that stay until their shards are made."""
-        if self.stays[sizes]:
-            self.stays[sizes] -= 1
-            self.memory.keep(sizes)
-        else:
-            for nbytes in sizes:
-                self.handles.setdefault(nbytes, []).append(self.memory.allocate(nbytes))
-
-    def drop(self, sizes: Iterable[int]) -> None:
-        """Free what was loaded first of each size."""
-        for nbytes in sizes:
-            self.memory.release(self.handles[nbytes].pop(0))
-
-    def release(self, tensor: Handle, /) -> None:
-        """Free a tensor."""
-        self.memory.release(tensor)
-
-    def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`."""
-        self.memory.empty_cache()
 
 
 def whole_sizes(full: Parameters, shards: Parameters) -> Mapping[tuple[int, ...], int]:
