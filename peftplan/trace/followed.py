@@ -77,7 +77,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its units under accelerate {distributed.accelerate}": sharded
         and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
-        f"its shards in {job.quant.name if job.quant else None}": sharded
+        f"its shards in {job.quant.name if job.quant else None}": (sharded or by_deepspeed)
         and job.quant is not None
         and job.quant.name not in FOUR_BIT,
         f"its {job.setup.optim}": (in_parts or by_deepspeed)

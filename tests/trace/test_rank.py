@@ -154,6 +154,7 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"trainer": "automodel"}, "not its units under NeMo"),
         ({"quant": "int8"}, "not its shards in int8"),
+        ({"strategy": "zero2", "quant": "int8"}, "not its shards in int8"),
         ({"strategy": "device-map", "quant": "nf4"}, "not quantized weights under device_map"),
     ],
 )
