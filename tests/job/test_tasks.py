@@ -20,7 +20,6 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
         "not BertForMaskedLM; accepted: transformers, axolotl, plain, automodel, automodel-hf",
     ),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
-    ("qwen2.5-0.5b", {"loss": "cut-cross-entropy", "dtype": "fp32"}, "asserts hidden states and a head in 16 bits"),
     ("aya-23-8b", {"loss": "cut-cross-entropy"}, "is not counted for cohere, whose logits are scaled; accepted: full"),
     ("t5-small", {"loss": "liger"}, "loss: liger replaces the loss of causal language models, not of T5ForConditional"),
 )
@@ -32,6 +31,14 @@ def test_both_engines_refuse_at_the_door(model: str, options: dict[str, Any], re
     with pytest.raises(RefusedError) as refused:
         estimate(model, engine=engine, method="full", seq_len=64, **options)
     assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
+def test_both_engines_refuse_the_dtype_that_a_kernel_asserts(engine: Any) -> None:
+    """A trace asks for torch before it knows the dtypes."""
+    pytest.importorskip("torch")
+    with pytest.raises(RefusedError, match="asserts hidden states and a head in 16 bits"):
+        estimate("qwen2.5-0.5b", engine=engine, method="full", seq_len=64, loss="cut-cross-entropy", dtype="fp32")
 
 
 @pytest.mark.parametrize(
