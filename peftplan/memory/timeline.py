@@ -141,16 +141,20 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
     repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
+    allocated = [(kind, counts.get(n, 1)) for n, kind in enumerate(kind_of)]
+    freed = [(kind, -count) for kind, count in allocated]
     position = 0
     states: list[int] = []
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[position:at]:
-            if n in counts or -n in counts:
-                events.append((kind_of[n], counts[n]) if n > 0 else (kind_of[-n], -counts[-n]))
+            if n > 0:
+                events.append(allocated[n])
+            elif -n in standing_for and -n not in counts:
+                events.append((kind_of[-n], -1 - standing_for.pop(-n)))
             else:
-                events.append((kind_of[n], 1) if n > 0 else (kind_of[-n], -1 - standing_for.pop(-n, 0)))
-            storages.append(abs(n))
+                events.append(freed[-n])
+        storages += map(abs, tape.log[position:at])
         position = at
         here = copies.get((at, what), ())
         before = len(events)
@@ -213,11 +217,13 @@ def _products(tape: Tape) -> dict[tuple[str, str], int]:
     first_product: dict[tuple[str, str], int] = {}
     thread = "forward"
     starts = {at: what for at, what in tape.marks if what in PHASES}
+    library_of = [PRODUCTS.get(name.rpartition(" ")[2]) for name in tape.names]
+    for n, name in tape.made_as.items():
+        library_of[n] = PRODUCTS.get(name.rpartition(" ")[2])
     for at, n in enumerate(tape.log):
         if at in starts:
             thread = "backward" if starts[at] == "backward" else "forward"
-        library = PRODUCTS.get(tape.made_as.get(n, tape.names[n]).rpartition(" ")[2]) if n > 0 else None
-        if library is not None:
+        if n > 0 and (library := library_of[n]) is not None:
             first_product.setdefault((library, thread), at + 1)
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:

@@ -91,7 +91,7 @@ class Weights:
         parameter = self._parameters.get(key)
         if parameter is None:
             dtype = self.running.dtype if p.quantized else p.dtype
-            parameter = self._parameters[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable)
+            parameter = self._parameters[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable, layer=key[1])
             parameter.grad = self._kept_gradients.get(p.name)
         return parameter
 

@@ -80,12 +80,13 @@ class Zero(Stage):
         """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket; a full one is reduced first."""
         key = self._key(p)
         numel = self.slots[key].numel
-        if sum(self.slots[other].numel for other in self.bucketed) + numel > self.bucket_size:
+        if self.num_bucketed + numel > self.bucket_size:
             self.reduce_ipg_grads()
         if numel > self.bucket_size:
             self.large = self._new((numel,), self.dtype, "clone of a gradient", 0, "gradients") if self.offloads else p.grad
         p.grad = None
         self.bucketed.append(key)
+        self.num_bucketed += numel
 
     def reduce_ipg_grads(self) -> None:
         """Reduce the bucket, copied in one piece unless all of it is one rank's; then keep what is this rank's."""
@@ -102,6 +103,7 @@ class Zero(Stage):
             self.others.append(self.large)
         self.large = None
         self.bucketed.clear()
+        self.num_bucketed = 0
 
     def copy_to_host(self, stream: int) -> None:
         """`copy_grads_in_partition` where the optimizer is on the host: norms in fp64, then casts to fp32, at a boundary."""

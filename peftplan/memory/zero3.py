@@ -292,15 +292,13 @@ class Zero3(Stage):
 
     def _reduce(self, sharded: Sharded, p: Parameter) -> None:
         """`reduce_independent_p_g_buckets_and_remove_grads`: a gradient moves into the bucket, after a full one is reduced."""
-        if self.bucketed and self._elements() + sharded.numel > self.bucket_size:
+        if self.bucketed and self.num_bucketed + sharded.numel > self.bucket_size:
             self.reduce_and_partition()
-        if self._elements() + sharded.numel > self.bucket_size:
+        if self.num_bucketed + sharded.numel > self.bucket_size:
             self.large = p.grad
         p.grad = None
         self.bucketed.append(sharded)
-
-    def _elements(self) -> int:
-        return sum(p.numel for p in self.bucketed)
+        self.num_bucketed += sharded.numel
 
     def reduce_and_partition(self) -> None:
         """`__reduce_and_partition_ipg_grads`: interleave the gradients' parts in one tensor, unless one that divides evenly."""
@@ -313,6 +311,7 @@ class Zero3(Stage):
         del flat
         self.large = None
         self.bucketed.clear()
+        self.num_bucketed = 0
 
     def _to_host(self) -> None:
         """`partition_grads` where the optimizer is on the host: a part comes back to the device for its norm and its cast."""

@@ -36,7 +36,8 @@ class Stage(OneGpu):
         self.flat: Tensor | None = None
         """fp32 gradients of the group that the optimizer steps over."""
         self.norms: list[Tensor] = []
-        self._keys: dict[int, Key] = {}
+        self.num_bucketed = 0
+        """Elements in the bucket."""
 
     def begin_backward(self, *, syncs: bool) -> None:
         """Backward begins; `syncs`: it ends at a boundary of gradient accumulation."""
@@ -53,9 +54,7 @@ class Stage(OneGpu):
         del wide
 
     def _key(self, p: Parameter) -> Key:
-        if id(p) not in self._keys:
-            self._keys = {id(tensor): key for model in self.models for key, tensor in model.used_by_layer()}
-        return self._keys[id(p)]
+        return p.name, p.layer
 
     def _new(self, dims: tuple[int, ...], dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         return on_stream(self.f, dims, dtype, op, stream, category)

@@ -173,12 +173,13 @@ class Parameter:
     """
 
     counts = True
-    __slots__ = ("buffered", "dims", "dtype", "grad", "name", "node", "trainable", "uses")
+    __slots__ = ("buffered", "dims", "dtype", "grad", "layer", "name", "node", "trainable", "uses")
     storage: None = None
     index = 0
 
-    def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool) -> None:
+    def __init__(self, name: str, dims: Dims, dtype: str, *, trainable: bool, layer: int | None = None) -> None:
         self.name = name
+        self.layer = layer
         self.dims = dims
         self.dtype = dtype
         self.trainable = trainable

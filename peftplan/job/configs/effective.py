@@ -22,14 +22,18 @@ class Effective:
         self.values, self.tool, self.document, self.file = values, tool, document, file
         self.defaults: Values = {}
         """Values that rules give to keys which the file leaves out, before the tool's usual ones."""
+        self._inside: dict[str, list[str]] = {}
+        """Mapping → the names of its keys."""
+        for name in values:
+            for dot in (at for at, char in enumerate(name) if char == "."):
+                self._inside.setdefault(name[:dot], []).append(name)
 
     def of(self, key: str) -> object:
         """The value of a key; the names of its keys where it is a mapping."""
         value = self.values.get(key)
         if value is None:
-            inside = [name for name in self.values if name.startswith(f"{key}.")]
-            if inside:
-                return inside
+            if key in self._inside:
+                return self._inside[key]
             known = self.tool.known(key)
             value = self.defaults.get(key, known.default if known else None)
         return value

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load
-from peftplan.job.configs.documents import Values
+from peftplan.job.configs.documents import Values, by_word, word
 from peftplan.job.configs.plan import Effect, Tool
 
 FOLDER = "configs"
@@ -230,6 +230,18 @@ class Facts:
 
     def known(self, key: str) -> Known | None:
         """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
+        if key not in self.rows and key not in self.schema:
+            return self._row_of(key)
+        if key not in self._own:
+            self._own[key] = self._row_of(key)
+        return self._own[key]
+
+    @cached_property
+    def _own(self) -> dict[str, Known | None]:
+        """Cache of `known`: the tool's own keys."""
+        return {}
+
+    def _row_of(self, key: str) -> Known | None:
         default, at = self.schema.get(key, (None, ""))
         row = self.rows.get(key) or next((row for name, row in self._patterns() if fnmatchcase(key, name)), None)
         if row is None and "." in key:
@@ -246,6 +258,26 @@ class Facts:
                 at,
             )
         return None
+
+    @cached_property
+    def options_by_default(self) -> tuple[tuple[str, dict[str, object], str], ...]:
+        """Each key whose default sets options, these, and where the tool defines it."""
+        by_key = []
+        for key, row in self.rows.items():
+            if "*" in key or not {"to", "sets"} & row.keys():
+                continue
+            default, at = self.schema.get(key, (None, ""))
+            default = row.get("default", default)
+            options: Mapping[str, object] | None
+            if "to" in row:
+                ours = by_word(row.get("values", {}), default)
+                options = None if ours is None else {row["to"]: ours}
+            else:
+                options = row["sets"].get(word(default), row["sets"].get("*"))
+            meant = {option: value for option, value in (options or {}).items() if option != "model" and value is not None}
+            if meant:
+                by_key.append((key, meant, row.get("at", at)))
+        return tuple(by_key)
 
     def _patterns(self) -> Iterator[tuple[str, Row]]:
         return ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))

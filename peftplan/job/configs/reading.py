@@ -178,21 +178,13 @@ class Reading:
 
     def leave_to_the_tool(self) -> None:
         """Options that the file leaves open, as the tool's defaults have them."""
-        for key, row in self.tool.rows.items():
-            if "*" in key or self.values.get(key) is not None or not {"to", "sets"} & row.keys():
+        for key, options, at in self.tool.options_by_default:
+            if self.values.get(key) is not None:
                 continue
-            default, at = self.tool.schema.get(key, (None, ""))
-            default = row.get("default", default)
-            options: Mapping[str, object] | None
-            if "to" in row:
-                ours = by_word(row.get("values", {}), default)
-                options = None if ours is None else {row["to"]: ours}
-            else:
-                options = row["sets"].get(word(default), row["sets"].get("*"))
-            for option, value in (options or {}).items():
-                if option not in self.options and option != "model" and value is not None:
+            for option, value in options.items():
+                if option not in self.options:
                     self.options[option] = value
-                    self.defaults[option] = self._place(row.get("at", at))
+                    self.defaults[option] = self._place(at)
 
     def _place(self, at: str) -> str:
         return f"{self.tool.tool} {self.tool.version}{at and ', '}{at}"
@@ -200,8 +192,9 @@ class Reading:
     def rule(self, rule: Rule) -> None:
         """Apply a rule whose keys have its values."""
         when = rule.get("when", {})
-        if not all(self.effective.holds(key, accepted) for key, accepted in when.items()):
-            return
+        for key, accepted in when.items():
+            if not self.effective.holds(key, accepted):
+                return
         why, at = rule.get("why", ""), rule.get("at", "")
         for option, stated_value in rule.get("set", {}).items():
             value = self.effective.meant(stated_value)
