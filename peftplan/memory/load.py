@@ -117,8 +117,9 @@ class Whole(Generic[Handle]):
             self.memory.release(self.taken(nbytes))
 
     def taken(self, nbytes: int) -> Handle:
-        """What was loaded first of a size."""
-        return self.handles[nbytes].pop(0)
+        """What was loaded first of a size; a new tensor where all of them stay."""
+        handles = self.handles.get(nbytes)
+        return handles.pop(0) if handles else self.memory.allocate(nbytes)
 
     def release(self, tensor: Handle, /) -> None:
         """Free a tensor."""
