@@ -30,7 +30,7 @@ def test_everything_of_a_model_and_its_batch_goes_to_that_device() -> None:
     """A stand-in for CUDA, which needs a card: any other device type that fake tensors can have."""
     device, mode = torch.device("xla"), FakeTensorMode(allow_non_fake_inputs=True)
     model = nn.BatchNorm1d(4, device="meta")
-    to_fake(model, mode, device)
+    to_fake(model, mode, lambda module: device)
     batch = fake_batch({"input_ids": torch.zeros(2, 3, dtype=torch.int64), "use_cache": False}, mode, device)
     assert {t.device.type for t in (*model.parameters(), *model.buffers(), batch["input_ids"])} == {"xla"}
     on_cpu = fake_batch({"input_ids": torch.zeros(2, 3, dtype=torch.int64)}, mode, torch.device("cpu"))
