@@ -104,6 +104,18 @@ print("SEEN", json.dumps([read["step"].tolist(), [list(read[name].shape) for nam
     os.stat("state.pt").st_size >> 20, os.stat("state.pt").st_blocks * 512 >> 20]))
 """
 
+TO_OBJECTS = """
+import io, json, torch
+saved = {"card": torch.ones(1 << 20, device="cuda"), "host": torch.ones(1 << 20), "step": torch.tensor([7, 8])}
+memory = io.BytesIO()
+torch.save(saved, memory)
+memory.seek(0)
+with open("state.pt", "wb") as file:
+    torch.save(saved, file)
+read = [torch.load(place, map_location="cpu") for place in (memory, "state.pt")]
+print("SEEN", json.dumps([[each["card"].shape[0], each["host"].shape[0], each["step"].tolist()] for each in read]))
+"""
+
 
 def seen(program: str, gpu: str, tmp_path: Path, **environment: str) -> Any:
     torch = pytest.importorskip("torch")
@@ -178,6 +190,12 @@ def test_what_the_host_holds_is_read_again_as_it_was_saved(tmp_path: Path, monke
     """A generator's state and a step are themselves again; 8 MiB of the card and of large tensors are holes."""
     monkeypatch.chdir(tmp_path)
     assert seen(SAVING, "rtx-4090", tmp_path) == [[7, 8], [[1 << 20], [1 << 20]], 8, 0]
+
+
+def test_what_is_saved_to_an_object_has_no_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch moves on in a file, and cannot in what only takes bytes."""
+    monkeypatch.chdir(tmp_path)
+    assert seen(TO_OBJECTS, "rtx-4090", tmp_path) == 2 * [[1 << 20, 1 << 20, [7, 8]]]
 
 
 def test_generated_text_has_the_length_that_was_asked_for(tmp_path: Path) -> None:

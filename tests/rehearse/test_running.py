@@ -517,3 +517,34 @@ def test_a_launcher_s_ranks_are_played_one_after_another(tmp_path: Path) -> None
     result, _ = run(SYNCHRONISED, tmp_path, launcher=TORCHRUN, rank="all")
     assert [(rank.rank, rank.steps[-1].step) for rank in result.ranks] == [(number, 1) for number in range(result.world_size)]
     assert result.ranks[0].peak_allocated < result.ranks[1].peak_allocated
+
+
+SHARDED = """
+import torch, torch.distributed as dist, torch.distributed.checkpoint as checkpoint
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("nccl")
+model = torch.nn.Linear(1024, 1024).cuda()
+fully_shard(model)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(4, 1024).cuda()).sum().backward()
+optimizer.step()
+checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id="saved")
+states = {"model": model.state_dict()}
+checkpoint.load(states, checkpoint_id="saved")
+print("SEEN", [dist.get_world_size(), states["model"]["weight"].to_local().shape[0]])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sharded_checkpoint_is_written_and_read_by_one_rank(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result, output = run(SHARDED, tmp_path, launcher=TORCHRUN, rank=rank, steps=0)
+    assert (result.exit_code, seen(output)) == (0, [2, 512])
+    assert list(tmp_path.glob("saved*")) == []
+
+
+def test_weights_of_a_program_that_ends_while_it_loads_are_weights(tmp_path: Path) -> None:
+    result, _ = run('import torch\nmodel = torch.nn.Linear(1024, 1024, bias=False).cuda()\nraise ValueError("no data")', tmp_path)
+    rank = result.largest_rank
+    assert rank is not None
+    assert rank.by_category == {"weights": 2**22}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,29 +69,42 @@ def start() -> None:
 
     save: Any = torch.serialization._save
     untyped: Any = torch.UntypedStorage
+    of_buffer: Any = torch.serialization._open_zipfile_writer_buffer
+    open_buffer = of_buffer.__init__
+    buffers = weakref.WeakSet[Any]()
+
+    def into_buffer(self: Any, buffer: Any) -> None:
+        open_buffer(self, buffer)
+        buffers.add(self.file_like)
 
     def save_holes(obj: Any, zip_file: Any, *args: Any, **kwargs: Any) -> None:
         copied = untyped.cpu
         untyped.cpu = lambda storage: untyped(0)
         try:
-            save(obj, _Writer(zip_file), *args, **kwargs)
+            save(obj, _Writer(zip_file, untyped if zip_file in buffers else None), *args, **kwargs)
         finally:
             untyped.cpu = copied
 
-    torch.serialization._save = save_holes
+    torch.serialization._save, of_buffer.__init__ = save_holes, into_buffer
     sys.meta_path.insert(0, AfterImport({"safetensors.torch": _save_file}))
 
 
 class _Writer:
-    """torch's writer of a file, which leaves out what the card holds, and what is large on the host."""
+    """torch's writer of a file, which leaves out what the card holds, and what is large on the host.
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    `untyped`: makes a storage of so many bytes, where torch writes to an object: that has no holes, and is given bytes.
+    """
+
+    def __init__(self, file: Any, untyped: Any = None) -> None:
+        self.file, self.untyped = file, untyped
 
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
         """Write a record; a storage that has no values here, or many, as a hole."""
         if hasattr(data, "nbytes") and not nbytes == data.nbytes() <= MOST_SAVED:
-            self.file.write_record_metadata(name, nbytes)
+            if self.untyped is None:
+                self.file.write_record_metadata(name, nbytes)
+            else:
+                self.file.write_record(name, self.untyped(nbytes), nbytes)
         else:
             self.file.write_record(name, data, nbytes)
 

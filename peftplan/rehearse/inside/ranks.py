@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from peftplan.rehearse.inside.after_import import AfterImport
 
 NAMED = ("nccl", "gloo")
 """Backends under whose name a program finds the fake one."""
@@ -23,6 +26,17 @@ def start(say: Callable[[str], None]) -> None:
 
     _watch_ddp(parallel.distributed)
     _watch_dp(parallel, say)
+    sys.meta_path.insert(0, AfterImport({"torch.distributed.checkpoint.utils": _plan_alone}))
+
+
+def _plan_alone(module: Any) -> None:
+    """A sharded checkpoint is planned, written and read again by this rank as if there were no other."""
+    init = module._DistWrapper.__init__
+
+    def alone(self: Any, group: Any, use_dist: bool, coordinator_rank: int) -> None:
+        init(self, group, False, coordinator_rank)
+
+    module._DistWrapper.__init__ = alone
 
 
 def _replace_process_groups(dist: Any) -> None:

@@ -161,6 +161,7 @@ class Watch:
 
     def out_of(self, device: int, requested: int, total: int, free: int) -> None:
         """torch's allocator could not give the bytes: what was alive, and the line of the program that asked."""
+        self._find_weights_in_time()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         self.out_of_memory.append(
             {
@@ -172,6 +173,11 @@ class Watch:
                 "alive": alive.now(device, self.persistent, self.marks),
             }
         )
+
+    def _find_weights_in_time(self) -> None:
+        """The program ends before its first step: what it has loaded are weights all the same."""
+        if self.phase == "load":
+            self.persistent.find_weights()
 
     def told_to_end(self, number: int, frame: FrameType | None) -> None:
         """The time is up: report what there is, then end by the signal as a program without a handler does."""
@@ -185,6 +191,7 @@ class Watch:
             self._done = True
             self.ended.set()
             self.steps_done += self.stepped
+            self._find_weights_in_time()
             self.close()
             for optimizer in self.optimizers:
                 self.persistent.find_states(optimizer)
