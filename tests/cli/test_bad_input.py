@@ -72,7 +72,8 @@ def refused(*args: str) -> str:
             "estimate gpt2 --method prompt-tuning --num-virtual-tokens 8 --seq-len 1020",
             ["--seq-len: 1020 is not valid; accepted: up to 1016, the model's 1024 positions less 8 virtual tokens"],
         ),
-        ("estimate gpt2 --gpus 2 --sub-group-size 0_-5", ["--sub-group-size must be at least 0 (got '0_-5')"]),
+        # a negative number to new releases of pydantic, none to old ones
+        ("estimate gpt2 --gpus 2 --sub-group-size 0_-5", ["--sub-group-size must be", "(got '0_-5')"]),
         ("estimate gpt2 --num-labels 0", ["--num-labels must be at least 1 (got 0)"]),
         ("inspect gpt2 --num-labels many", ["--num-labels", "'many'", "a whole number"]),
         ("estimate gpt2 --lora-dropout 2", ["--lora-dropout must be below 1.0 (got 2)"]),
