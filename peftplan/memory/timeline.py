@@ -70,6 +70,8 @@ class Timeline(NamedTuple):
     """Storages of the batches, where those of the step before live until these are on the device."""
     streams: Mapping[int, int] = MappingProxyType({})
     """Storages that are made on another CUDA stream than the default one → its number."""
+    derived: tuple[Derived, ...] = ()
+    """The named sizes that are computed from others."""
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
@@ -83,8 +85,7 @@ class Timeline(NamedTuple):
 
     def with_derived(self, sizes: Mapping[str, Size]) -> dict[str, Size]:
         """These sizes, and those of its tensors that are computed from them."""
-        derived = {name for _, names in self.sizes for name in names if isinstance(name, Derived)}
-        return {**sizes, **{name: name.at(sizes) for name in sorted(derived)}}
+        return {**sizes, **{name: name.at(sizes) for name in self.derived}}
 
     def _evaluated(self, sizes: Mapping[str, int]) -> list[int]:
         return [nbytes * prod([sizes[name] for name in names]) for nbytes, names in self.sizes]
@@ -202,6 +203,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         waves=waves_of(move_of, [count for _, count in moves], windows),
         collected=frozenset(tape.collected),
         streams=tape.streams,
+        derived=tuple(sorted({name for _, names in sizes for name in names if isinstance(name, Derived)})),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, ClassVar, TypedDict, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
@@ -285,6 +286,7 @@ def _layers(arch: Architecture) -> str:
     return f"0 to {max((layer for module in arch.modules for layer in module.layers or ()), default=0)}"
 
 
+@lru_cache(maxsize=1024)
 def _has_digit(text: str) -> bool:
     return any(char.isdigit() for char in text)
 
