@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
 from peftplan.job.configs.expressions import Instance, plain, text_of
 from peftplan.job.configs.flow import MUTATORS, Flow
+from peftplan.job.configs.functions import Functions, bound_elsewhere, default_values, functions_of, of_field, parameters, passed
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
@@ -20,8 +21,6 @@ DEFAULT = ("<default>", set[str]())
 """What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
-Functions = dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
-"""Functions of a program by their names; None where a name is that of several."""
 SETTINGS = "UNSLOTH_"
 """Start of the names of environment variables that decide how a package trains."""
 MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
@@ -126,12 +125,12 @@ class _Calls(Flow):
         """Calls that cut texts: of a tokenizer, whatever its name."""
         self.environment = dict(environment)
         nodes = [] if earlier else [*ast.walk(ast.Module(statements, []))]
-        self.functions: Functions = earlier.functions if earlier else _functions(nodes)
-        self.passed: set[str] = earlier.passed if earlier else _passed(nodes, self.functions)
+        self.functions: Functions = earlier.functions if earlier else functions_of(nodes)
+        self.passed: set[str] = earlier.passed if earlier else passed(nodes, self.functions)
         self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
         self.ran: dict[str, bool] = {}
         """Function that is called → whether the program takes a way to such a call."""
-        self.elsewhere: set[str] = earlier.elsewhere if earlier else _bound_elsewhere(nodes)
+        self.elsewhere: set[str] = earlier.elsewhere if earlier else bound_elsewhere(nodes)
         self.arguments_of: Arguments = earlier.called_with if earlier else {}
         self.called_with: Arguments = {}
         self.end: tuple[object, ...] = ()
@@ -170,7 +169,7 @@ class _Calls(Flow):
                 continue
             self.visit(default)
             if isinstance(field, ast.Name):
-                fields[field.id] = self._inside(_of_field(default))
+                fields[field.id] = self._inside(of_field(default))
                 self._field(field.id, fields[field.id], f"class {node.name}")
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
@@ -179,7 +178,7 @@ class _Calls(Flow):
         """A function: its parameters are what its calls give them, else their defaults; its names end with it."""
         for each in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
             self.visit(each)
-        defaults = {name: (self.fresh(value), self.by_default) for name, value in _defaults(node).items()}
+        defaults = {name: (self.fresh(value), self.by_default) for name, value in default_values(node).items()}
         names = {name for name in self._bound(node) if not name.startswith(".")}
         if not self.function:
             names |= self._named(node)
@@ -189,7 +188,7 @@ class _Calls(Flow):
                 if self.at_the_end.get(name) != self.names[name]:
                     self.names.pop(name)
         of_calls = self.arguments_of.get(node.name, {})
-        for name in _parameters(node):
+        for name in parameters(node):
             self.names.pop(name, None)
             values = [
                 defaults.get(name, (f"<{name}>", set())) if each is DEFAULT else each for each in of_calls.get(name, [DEFAULT])
@@ -366,7 +365,7 @@ class _Calls(Flow):
             **dict(zip(positional, node.args, strict=False)),
             **{each.arg: each.value for each in node.keywords if each.arg},
         }
-        for parameter in _parameters(called):
+        for parameter in parameters(called):
             values = self.called_with.setdefault(function, {}).setdefault(parameter, [])
             if unknown:
                 values.append((f"<{parameter}>", set()))
@@ -392,48 +391,3 @@ class _Calls(Flow):
             self._changed(mapping)
         elif not absent or name not in known:
             self._keep(mapping.id, {**known, name: self._inside(value)})
-
-
-def _functions(nodes: list[ast.AST]) -> Functions:
-    functions: Functions = {}
-    for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            functions[node.name] = None if node.name in functions else node
-    return functions
-
-
-def _passed(nodes: list[ast.AST], functions: Functions) -> set[str]:
-    """Functions that something else may call: decorated ones, and those whose names stand elsewhere than before arguments."""
-    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in called}
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and id(node) not in called}
-    return {name for name, node in functions.items() if name in names or (node is not None and node.decorator_list)}
-
-
-def _bound_elsewhere(nodes: list[ast.AST]) -> set[str]:
-    """Names that a function binds outside itself, at a time that the text does not tell."""
-    return {name for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
-
-
-def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    each = node.args
-    rest = [one for one in (each.vararg, each.kwarg) if one]
-    return [one.arg for one in (*each.posonlyargs, *each.args, *each.kwonlyargs, *rest)]
-
-
-def _defaults(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, ast.expr]:
-    positional = [*node.args.posonlyargs, *node.args.args]
-    pairs = [*zip(positional[len(positional) - len(node.args.defaults) :], node.args.defaults, strict=True)]
-    pairs += [(each, value) for each, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value]
-    return {each.arg: value for each, value in pairs}
-
-
-def _of_field(value: ast.expr) -> ast.expr:
-    """The default of `field(default=…)` and `field(default_factory=lambda: …)`; other values themselves."""
-    if isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] == "field":
-        for keyword in value.keywords:
-            if keyword.arg == "default":
-                return keyword.value
-            if keyword.arg == "default_factory" and isinstance(keyword.value, ast.Lambda):
-                return keyword.value.body
-    return value
