@@ -34,14 +34,19 @@ def regular(path: Path | str, *, field: str, flags: int = os.O_RDONLY) -> int:
 
 def content(path: Path | str, *, field: str, most: int = MOST_BYTES) -> bytes:
     """All bytes of a regular file. Raises InputError where there are more than `most`, UnreadableError for an unreadable file."""
-    with open(regular(path, field=field), "rb") as file:
-        try:
-            data = file.read(most + 1)
-        except OSError as error:
-            raise UnreadableError(field, str(path), _reason(error)) from None
+    data = beginning(path, field=field, most=most + 1)
     if len(data) > most:
         raise InputError(field, str(path), f"accepted: a file of at most {most} bytes")
     return data
+
+
+def beginning(path: Path | str, *, field: str, most: int) -> bytes:
+    """The first bytes of a regular file, at most so many. Raises UnreadableError for an unreadable file."""
+    with open(regular(path, field=field), "rb") as file:
+        try:
+            return file.read(most)
+        except OSError as error:
+            raise UnreadableError(field, str(path), _reason(error)) from None
 
 
 def text(path: Path | str, *, field: str, most: int = MOST_BYTES) -> str:

@@ -15,7 +15,7 @@ def command(about: str | None, fmt: str) -> int:
     """What papers and documentation recommend for rank, alpha, targets, dropout, learning rate and the choice of a method.
 
     ABOUT is a topic, a method or an option; without it everything is listed. Each recommendation names its source. None of it
-    is computed: `peftplan estimate`, `fit` and `compare` count what it needs.
+    is computed: `peftplan estimate`, `fit` and `compare` say how much memory it takes.
 
     \b
     peftplan advise rank

@@ -23,7 +23,7 @@ tight          less is left, or it needs more than is usable, and runs because
                the allocator gives cached memory back
 does not fit   it runs out of memory
 does not run   a library raises, or has no kernel for the card
-unknown        there is no peak, or only a lower bound that is not too large
+unknown        no peak is known, or only a lower bound, which fits
 """
 
 

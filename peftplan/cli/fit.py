@@ -74,7 +74,7 @@ def command(
     """The largest size of a job that a card takes, and other plans that fit.
 
     Without MODEL, --peft-config names its base model. With --max model, MODEL is a family such as qwen3, a pattern of built-in
-    names, or names with commas between them. --engine trace asks a few sizes of the job as typed, and of each of --methods.
+    names, or a comma-separated list. With --engine trace, it traces a few sizes of the job, as typed and by each of --methods.
 
     \b
     peftplan fit llama-3.1-8b --gpu rtx-4090 --method lora --seq-len 4096

@@ -42,7 +42,7 @@ ENGINES = ("analytic", "trace")
     default="analytic",
     metavar="[analytic|trace]",
     show_default=True,
-    help="print drift against analytic, or with trace against both",
+    help="print the drift from the formulas; trace: from both engines",
 )
 @option("--snapshot", default=None, metavar="FILE", help="save torch's memory snapshot, for replay or pytorch.org/memory_viz")
 @option("--output", default="runs.jsonl", metavar="FILE", show_default=True, help="append the record to this file")

@@ -12,7 +12,7 @@ from peftplan.cli.command import Command, argument
 @argument("name", required=False)
 @options.format_option
 def command(name: str | None, fmt: str) -> int:
-    """List the PEFT methods with closed formulas, or the fields of one. Other peft types work by --peft-config.
+    """List the PEFT methods with closed formulas, or the fields of one. Other peft types work through --peft-config.
 
     \b
     peftplan methods

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--data",
     default=None,
     metavar="synthetic",
-    help="rows for data sets that are not here; synthetic:COLUMN,COLUMN names them",
+    help="made-up rows for datasets that are missing; synthetic:COLUMN,COLUMN names their columns",
 )
 @option("--seq-len", type=INT, default=None, metavar="INT", help="tokens of such a row; default: 2048")
 @option("--max-host", default=None, metavar="SIZE", help="host memory that it and its files may take (80 % of what is free)")

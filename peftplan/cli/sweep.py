@@ -58,15 +58,15 @@ def command(
 ) -> int:
     """A job at every point of a grid: a row for each point and card.
 
-    Every option takes values (1,2,4) and a range (512:8192:512, its stop included), and can be repeated; MODEL takes several
-    names. Both halves of a switch are two values. An option whose value holds commas itself is repeated for several values.
+    Every option takes several values (1,2,4) or a range (512:8192:512, its end included), and can be repeated; MODEL takes
+    several names. `--padding --no-padding` tries both. Repeat an option whose values contain commas.
 
     \b
     peftplan sweep llama-3.1-8b --batch-size 1,2,4 --seq-len 512:8192:512 --r 8,16,64 --gpu rtx-4090
     peftplan sweep qwen3-0.6b,qwen3-4b --method lora,qlora --gpu l4,a10g --format jsonl
     peftplan sweep llama-3.1-8b --gpus 2,4,8 --strategy ddp,fsdp2,zero2 --batch-size 1:16 --gpu a100-40gb
 
-    A card's verdict takes a replay of torch's allocator only where bytes alone do not tell: `decided_by` says requested (the
+    A card's verdict takes a replay of torch's allocator only where bytes alone do not decide: `decided_by` says requested (the
     tensors are too large), bound (they are so small that what the allocator may add does not matter), or replay. Where
     there are more points near a limit than --replays, the others have no verdict.
     """

@@ -90,5 +90,4 @@ def _replayed(
 
 
 def _begins_with_pickle(path: Path | str) -> bool:
-    with open(files.regular(path, field="file"), "rb") as file:
-        return file.read(1) == MAGIC
+    return files.beginning(path, field="file", most=1) == MAGIC

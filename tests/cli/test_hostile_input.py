@@ -170,6 +170,12 @@ def test_only_regular_files_are_read(endless: list[str], tmp_path: Path) -> None
         assert is_named(refused("inspect", str(folder)))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a regular file whose first byte cannot be read")
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    for command in ("replay", "explain-oom", "check", "estimate"):
+        assert ": cannot read '/proc/self/mem': Input/output error" in refused(command, "/proc/self/mem")
+
+
 def test_a_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
