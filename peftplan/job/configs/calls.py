@@ -1,88 +1,24 @@
-"""Calls of a Python script or a notebook, read from its syntax tree; nothing is imported and nothing runs."""
+"""Calls of a Python program, read from its syntax tree."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import json
-import re
 from collections.abc import Collection, Iterable, Mapping
 
-from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
+from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.expressions import Instance, plain, text_of
 from peftplan.job.configs.flow import MUTATORS, Flow
 from peftplan.job.configs.functions import Functions, bound_elsewhere, default_values, functions_of, of_field, parameters, passed
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
-UNTAKEN = "untaken "
-"""What stands before the name of a call in a way that the program does not take."""
 DEFAULT = ("<default>", set[str]())
 """What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
 SETTINGS = "UNSLOTH_"
 """Start of the names of environment variables that decide how a package trains."""
-MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
-"""A notebook's line that sets one of them."""
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
-
-
-def of_notebook(text: str, *, file: str) -> Document:
-    """The calls of a notebook's code cells. Lines for the shell and magics are left out, and cells that are no Python."""
-    try:
-        cells = json.loads(text)["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
-    settings = {name: value for source in sources for name, value in MAGIC.findall(source)}
-    trees = []
-    for source in sources:
-        lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
-        with contextlib.suppress(*UNREADABLE):
-            trees += ast.parse("\n".join(lines)).body
-    return _document(_read(trees, settings), file)
-
-
-def of_script(text: str, *, file: str) -> Document:
-    """The calls of a Python script."""
-    try:
-        tree = ast.parse(text)
-    except UNREADABLE as error:
-        raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
-    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return _document(_read(tree.body, {}), file)._replace(comments=comments)
-
-
-def _read(statements: list[ast.stmt], environment: Values) -> _Calls:
-    """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
-    reader = _Calls(statements, environment)
-    reader.read()
-    for _ in range(2):
-        earlier, reader = reader, _Calls(statements, environment, earlier=reader)
-        reader.read()
-        if reader.same_as(earlier):
-            break
-    return reader
-
-
-def _document(reader: _Calls, file: str) -> Document:
-    calls = _in_order(reader.calls, reader.untaken)
-    if not calls:
-        raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
-    settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
-    return Document({"calls": calls + reader.lengths + settings}, kind="calls")
-
-
-def _in_order(taken: list[Call], untaken: list[Call]) -> list[Call]:
-    """Calls of ways that the program takes, then those of others, as calls of another name unless they alone train."""
-    if any(_trains(call) for call in untaken) and not any(_trains(call) for call in taken):
-        return taken + untaken
-    return taken + [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in untaken]
-
-
-def _trains(call: Call) -> bool:
-    return call["call"].endswith("Trainer")
 
 
 def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> tuple[Values, dict[str, list[str]]]:
@@ -108,14 +44,14 @@ def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[
     return values, defaults
 
 
-class _Calls(Flow):
+class Calls(Flow):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
     functions are called with, and all values of attributes.
     """
 
-    def __init__(self, statements: list[ast.stmt], environment: Values, earlier: _Calls | None = None) -> None:
+    def __init__(self, statements: list[ast.stmt], environment: Values, earlier: Calls | None = None) -> None:
         super().__init__()
         self.statements = statements
         self.calls: list[Call] = []
@@ -282,7 +218,7 @@ class _Calls(Flow):
         elif self.taken and {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:
             self.lengths.append(self._called("tokenizer", node))
 
-    def same_as(self, earlier: _Calls) -> bool:
+    def same_as(self, earlier: Calls) -> bool:
         """Whether this reading ended as the earlier one, so that one more would begin where this one did."""
         return self.end == earlier.end
 

@@ -70,9 +70,9 @@ def document_of_text(text: str, *, file: str) -> Document:
     """The values of a text, by the ending of its file's name."""
     suffix = Path(file).suffix
     if suffix in (".ipynb", ".py"):
-        from peftplan.job.configs import calls
+        from peftplan.job.configs import programs
 
-        return calls.of_notebook(text, file=file) if suffix == ".ipynb" else calls.of_script(text, file=file)
+        return programs.of_notebook(text, file=file) if suffix == ".ipynb" else programs.of_script(text, file=file)
     if suffix in (".sh", ".bash") or text.startswith("#!"):
         from peftplan.job.configs.shell import of_shell
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from peftplan.job.configs.calls import of_notebook, of_script
 from peftplan.job.configs.detect import tool_of
+from peftplan.job.configs.programs import of_notebook, of_script
 from peftplan.job.configs.read import read_text
 
 pytestmark = pytest.mark.quick

@@ -1,0 +1,74 @@
+"""Python scripts and notebooks as documents: the calls that their text makes; nothing is imported and nothing runs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+
+from peftplan.job.configs.calls import SETTINGS, Calls
+from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
+
+UNTAKEN = "untaken "
+"""What stands before the name of a call in a way that the program does not take."""
+MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
+"""A notebook's line that sets one of them."""
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def of_notebook(text: str, *, file: str) -> Document:
+    """The calls of a notebook's code cells. Lines for the shell and magics are left out, and cells that are no Python."""
+    try:
+        cells = json.loads(text)["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
+    settings = {name: value for source in sources for name, value in MAGIC.findall(source)}
+    trees = []
+    for source in sources:
+        lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
+        with contextlib.suppress(*UNREADABLE):
+            trees += ast.parse("\n".join(lines)).body
+    return _document(_read(trees, settings), file)
+
+
+def of_script(text: str, *, file: str) -> Document:
+    """The calls of a Python script."""
+    try:
+        tree = ast.parse(text)
+    except UNREADABLE as error:
+        raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
+    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    return _document(_read(tree.body, {}), file)._replace(comments=comments)
+
+
+def _read(statements: list[ast.stmt], environment: Values) -> Calls:
+    """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
+    reader = Calls(statements, environment)
+    reader.read()
+    for _ in range(2):
+        earlier, reader = reader, Calls(statements, environment, earlier=reader)
+        reader.read()
+        if reader.same_as(earlier):
+            break
+    return reader
+
+
+def _document(reader: Calls, file: str) -> Document:
+    calls = _in_order(reader.calls, reader.untaken)
+    if not calls:
+        raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
+    settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
+    return Document({"calls": calls + reader.lengths + settings}, kind="calls")
+
+
+def _in_order(taken: list[Call], untaken: list[Call]) -> list[Call]:
+    """Calls of ways that the program takes, then those of others, as calls of another name unless they alone train."""
+    if any(_trains(call) for call in untaken) and not any(_trains(call) for call in taken):
+        return taken + untaken
+    return taken + [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in untaken]
+
+
+def _trains(call: Call) -> bool:
+    return call["call"].endswith("Trainer")
