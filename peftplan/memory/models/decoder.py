@@ -12,7 +12,7 @@ from peftplan.arch.modules import Attention
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
-from peftplan.memory import fused_layers, lora_kernels
+from peftplan.memory import fused_layers, lora_kernels, lora_mlp
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
@@ -298,7 +298,7 @@ def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
     """`LlamaMLP.forward`."""
     kernels = c.model.running.kernels
     if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
-        return lora_kernels.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
+        return lora_mlp.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
     gate = c.linear(f"{name}.gate_proj", x)
     if kernels.glu is not None:
         up = c.linear(f"{name}.up_proj", x)

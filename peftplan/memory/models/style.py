@@ -5,10 +5,10 @@ from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Block
 from peftplan.job.kernels import Lora
-from peftplan.memory import lora_kernels
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import by_heads, gathered, product
 from peftplan.memory.calls import behind, into_cache
+from peftplan.memory.lora_products import Projection, projections
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.tape import ops
@@ -40,9 +40,9 @@ class Call(NamedTuple):
         """A linear layer of this layer."""
         return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
 
-    def adapted(self, kernel: Lora, names: Sequence[str]) -> list[lora_kernels.Projection] | None:
+    def adapted(self, kernel: Lora, names: Sequence[str]) -> list[Projection] | None:
         """Projections of this layer that a LoRA kernel takes; None where it does not take them."""
-        return lora_kernels.projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
+        return projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
 
     @property
     def lora_dropout(self) -> float:
