@@ -153,6 +153,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         part = shards_of(parameters, job.architecture, job.distributed)
         model.units = units_of(model, part, shards, job.distributed, by.layout, dtype=dtype, checkpoints_units=in_checkpoints)
         if ranks_of(job.distributed) > 1:
+            model.units.one_by_one = job.setup.optim == "adamw_torch"
             TensorParallel(model, job.distributed, parameters.all)
         if late and isinstance(model.units, Fsdp1):
             model.units.lag = Lag()

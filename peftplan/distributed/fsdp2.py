@@ -77,6 +77,8 @@ class Fsdp2(OneDevice):
 
     every_layer = True
     micro_batches = 2
+    one_by_one = False
+    """Whether the optimizer steps tensor by tensor (nemo_automodel, components/optim/optimizer.py, `_foreach_for_mesh`)."""
 
     def __init__(
         self,
@@ -192,8 +194,13 @@ class Fsdp2(OneDevice):
         """Nothing."""
 
     def groups(self, trained: list[Shard]) -> Iterable[list[Shard]]:
-        """All shards at once; none on the device where they are on the host."""
-        yield [] if self.offloads else trained
+        """All shards at once; none on the device where they are on the host. Of matrices that ranks share one after the other:
+        the root of the second moment and the denominator (torch, optim/adam.py, `_single_tensor_adam`)."""
+        yield [] if self.offloads or self.one_by_one else trained
+        for p in trained if self.one_by_one else ():
+            _root = self.f.new(p.shape, p.dtype, "sqrt")
+            _denominator = self.f.new(p.shape, p.dtype, "div")
+            del _root, _denominator
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
