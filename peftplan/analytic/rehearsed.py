@@ -44,7 +44,7 @@ UNDER_DEEPSPEED = (
     ),
 )
 """The same under DeepSpeed."""
-DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"))
+DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"), ("qwen3", "full"))
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""
