@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 """Types of arguments that enter the key with their type: 1 equals 1.0, but their products have different dtypes."""
 TAKES_OPERATION = "func" in signature(FakeTensorMode._output_from_cache_entry).parameters
-"""Whether torch passes the operation to what makes a remembered output; torch 2.15 no longer does."""
+"""Whether torch passes the operation to what makes a remembered output; later releases do not."""
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
