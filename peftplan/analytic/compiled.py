@@ -30,7 +30,8 @@ from peftplan.job.loss_sizes import CUT, LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.batch import of_pictures_or_sound
-from peftplan.memory.load import Loader
+from peftplan.memory.dora_load import norms
+from peftplan.memory.loaded import Loader
 from peftplan.memory.methods import adapter_of
 from peftplan.memory.model import Model
 from peftplan.memory.step import steady_step
@@ -277,7 +278,9 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
     loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
     workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
-    load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers)
+    normed = _taken_by_norms(job, inventory.parameters, workspaces)
+    workspaces = tuple((at, line) for at, line in workspaces if line != normed)
+    load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
@@ -311,6 +314,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         return compiled_job
     of_first = timeline(first.tape, first.stacks, vocab=architecture.vocab_size)
     workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
+    workspaces = tuple((at, line) for at, line in workspaces if line != normed)
     return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
 
 
@@ -333,3 +337,11 @@ def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str
         for (library, thread), at in sorted(first_use.items(), reverse=True)
         if (size := nbytes[library]) is not None
     )
+
+
+def _taken_by_norms(job: "Job", parameters: Parameters, workspaces: tuple[tuple[int, Line], ...]) -> Line | None:
+    """The workspace that DoRA's layers take while they are made beside a base on the device."""
+    there = job.quant is not None or (job.setup.adapter_on_device and job.distributed is None)
+    if not (there and norms(parameters, job.quant, dtype=job.setup.dtype, passing=())):
+        return None
+    return next((line for _, line in workspaces if line.name == "cuBLAS workspace, forward thread"), None)

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
-from peftplan.memory.load import Loader, dtypes_before, load_into, load_passing
+from peftplan.memory.load import dtypes_before, load_into, load_passing
+from peftplan.memory.loaded import Loader
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
 from peftplan.parameters import loaded_dtype
@@ -24,8 +25,13 @@ class Loading(NamedTuple):
     """What is alive at its peak, and not when it ends."""
 
 
-def loading_of(inventory: "Inventory", model: Model, setup: Setup, *, loaded: tuple[Line, ...], buffers: Ledger) -> Loading:
-    """How a job is loaded. `setup`: that of the rank. `loaded`: what is there when loading ends; `buffers`: its buffers."""
+def loading_of(
+    inventory: "Inventory", model: Model, setup: Setup, *, loaded: tuple[Line, ...], buffers: Ledger, normed: Line | None
+) -> Loading:
+    """How a job is loaded. `setup`: that of the rank. `loaded`: what is there when loading ends; `buffers`: its buffers.
+
+    `normed`: the workspace that norms of DoRA's layers take then, if they are made on the device.
+    """
     job, parameters, _, holding = inventory
     dtype_of = partial(loaded_dtype, job.architecture, dtype=setup.dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
@@ -46,7 +52,12 @@ def loading_of(inventory: "Inventory", model: Model, setup: Setup, *, loaded: tu
         arrives=arrives,
         warms_up=not setup.by.layout.streams or any(block.mlp.variant == "moe" for block in job.architecture.blocks),
         asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
+        workspace=None if normed is None else normed.bytes(),
     )
+    if normed is not None:
+        from peftplan.analytic import ranks
+
+        passing = (normed, *ranks.passing_on_rank(load, Ledger((*loaded, normed))))
     if job.quant is not None and job.quant.by_torchao:
         from peftplan.analytic import ranks
         from peftplan.memory.torchao_load import load_nf4

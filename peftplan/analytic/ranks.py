@@ -19,7 +19,8 @@ from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
-from peftplan.memory.load import Handle, Loader, Memory, load_into, peak_of
+from peftplan.memory.load import load_into
+from peftplan.memory.loaded import Handle, Loader, Memory, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.program import Program
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of

@@ -13,7 +13,7 @@ from peftplan.analytic.generation import Generation
 from peftplan.analytic.writer import Writer, is_gradient, makes_gradients
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
-from peftplan.memory.load import Loader
+from peftplan.memory.loaded import Loader
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Loader, Memory, Whole
+from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.synced import flat_tensors, send
 
 

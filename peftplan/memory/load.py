@@ -9,17 +9,17 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Generic, Protocol, TypeVar
 
 from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.dora_load import norms
+from peftplan.memory.loaded import Handle, Memory
 from peftplan.parameters import SAVED_COPY, Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
@@ -28,106 +28,10 @@ from peftplan.versions import named
 
 SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
-Handle = TypeVar("Handle")
 SMALL_SEGMENT = 2 * 2**20
 """What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
-
-
-class Memory(Protocol[Handle]):
-    """A device that tensors are loaded onto."""
-
-    def allocate(self, nbytes: int) -> Handle:
-        """Allocate a tensor; returns its handle."""
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Allocate tensors that stay."""
-
-    def release(self, tensor: Handle, /) -> None:
-        """Free a tensor."""
-
-    def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`."""
-
-
-class Loader(Protocol):
-    """Loads a model tensor by tensor."""
-
-    def __call__(self, memory: Memory[Handle], /) -> None:
-        """Load it."""
-
-
-def peak_of(load: Loader) -> int:
-    """Bytes of the tensors at the highest level of loading."""
-    level = Level()
-    load(level)
-    return level.peak
-
-
-class Level:
-    """A memory that only counts."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-
-    def allocate(self, nbytes: int) -> int:
-        """Count a tensor; what frees it is its size."""
-        nbytes = round512(nbytes)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-        return nbytes
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Count tensors for good."""
-        for nbytes in sizes:
-            self.allocate(nbytes)
-
-    def release(self, tensor: int, /) -> None:
-        """Count one less."""
-        self.now -= tensor
-
-    def empty_cache(self) -> None:
-        """Nothing."""
-
-
-class Whole(Generic[Handle]):
-    """A memory where what is loaded for good is held by handles, but for the first so many of some sizes, which stay."""
-
-    def __init__(self, memory: Memory[Handle], stays: Mapping[tuple[int, ...], int]) -> None:
-        self.memory, self.stays = memory, Counter(stays)
-        self.handles: dict[int, list[Handle]] = {}
-
-    def allocate(self, nbytes: int) -> Handle:
-        """Allocate a tensor."""
-        return self.memory.allocate(nbytes)
-
-    def keep(self, sizes: tuple[int, ...], /) -> None:
-        """Allocate tensors that stay until their shards are made."""
-        if self.stays[sizes]:
-            self.stays[sizes] -= 1
-            self.memory.keep(sizes)
-        else:
-            for nbytes in sizes:
-                self.handles.setdefault(nbytes, []).append(self.memory.allocate(nbytes))
-
-    def drop(self, sizes: Iterable[int]) -> None:
-        """Free what was loaded first of each size."""
-        for nbytes in sizes:
-            self.memory.release(self.taken(nbytes))
-
-    def taken(self, nbytes: int) -> Handle:
-        """What was loaded first of a size; a new tensor where all of them stay."""
-        handles = self.handles.get(nbytes)
-        return handles.pop(0) if handles else self.memory.allocate(nbytes)
-
-    def release(self, tensor: Handle, /) -> None:
-        """Free a tensor."""
-        self.memory.release(tensor)
-
-    def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`."""
-        self.memory.empty_cache()
 
 
 def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
@@ -152,6 +56,7 @@ def load_into(
     arrives: bool = False,
     asks_for_room: bool = False,
     warms_up: bool = True,
+    workspace: int | None = None,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
@@ -159,6 +64,7 @@ def load_into(
     `asks_for_room`: `device_map="auto"` puts a tensor of 8 bytes on each GPU first; the warm-up leaves out what the allocator
     kept of it (accelerate, `get_max_memory`).
     `warms_up`: whether a model loaded to its device comes behind a warm-up block.
+    `workspace`: bytes of cuBLAS, which the first norm of DoRA's layers takes for good; None where they are made on the host.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
     `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
     `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
@@ -197,11 +103,17 @@ def load_into(
         memory.empty_cache()
     uncast: list[tuple[Parameter, Handle]] = []
     cast = {id(p) for p in parameters.all if _is_cast(p, adapters_pass_in)}
+    of_dora = {} if workspace is None else norms(parameters, quant, dtype=dtype, passing=adapters_pass_in)
+    untaken = [workspace]
     for p, _ in last:
+        norm = of_dora.get(p.name)
+        beside = [] if norm is None else norm.take(memory, lambda: memory.keep((untaken.pop() or 0,)) if untaken else None)
         if id(p) in cast:
             uncast.append((p, memory.allocate(ITEMSIZE[adapters_pass_in[0]] * p.numel)))
         else:
             memory.keep(sizes_of[id(p)])
+        for tensor in beside:
+            memory.release(tensor)
     for passing in adapters_pass_in[1:]:
         for place, (p, before) in enumerate(uncast):
             uncast[place] = p, memory.allocate(ITEMSIZE[passing] * p.numel)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from peftplan.allocator.blocks import Block
 from peftplan.allocator.core import Allocator
-from peftplan.memory.load import Handle, Loader, Memory, load_order
+from peftplan.memory.load import load_order
+from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.parameters import Parameters
 from peftplan.units import GIB
 

@@ -22,7 +22,7 @@ from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.flat_load import FlatShard, FlatUnits
-from peftplan.memory.load import Loader
+from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
 from peftplan.parameters import Parameter, Parameters

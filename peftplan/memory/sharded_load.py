@@ -13,7 +13,7 @@ from typing import NamedTuple
 from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Loader, Memory, Whole
+from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.sharded import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL
 from peftplan.parameters import Parameter, Parameters

@@ -12,7 +12,7 @@ from math import prod
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.load import Handle, Memory
+from peftplan.memory.loaded import Handle, Memory
 from peftplan.parameters import Parameters
 
 BROADCAST_BUCKET = 250 * 2**20

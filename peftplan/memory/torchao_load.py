@@ -8,7 +8,8 @@ which takes less (about 5.5 bytes an element and 64 MiB, against 14).
 from __future__ import annotations
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.load import Handle, Memory, load_order
+from peftplan.memory.load import load_order
+from peftplan.memory.loaded import Handle, Memory
 from peftplan.parameters import Parameters
 from peftplan.storage import QuantConfig
 

@@ -18,7 +18,8 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import REDUCE_BUCKET, groups_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Line
-from peftplan.memory.load import Handle, Memory, load_order
+from peftplan.memory.load import load_order
+from peftplan.memory.loaded import Handle, Memory
 from peftplan.memory.model import Model
 from peftplan.memory.zero_load import sizes_of
 from peftplan.memory.zero_stage import Stage

@@ -15,7 +15,8 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.load import Handle, Loader, Memory, load_order
+from peftplan.memory.load import load_order
+from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 

@@ -11,7 +11,7 @@ Left out: buffers of adapters, such as VeRA's projections, pass in the base's dt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
+from peftplan.memory.dora_load import MAGNITUDE, OF_A_LAYER, Norm
 from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
@@ -86,7 +87,8 @@ def _dense_model(built: Built, tracker: Tracker, setup: Setup) -> None:
             later.append(part)
         else:
             tracker.register(part.tensor, part.category, part.name)
-    _cast(tracker, later, dtypes_before(setup, None))
+    passing = dtypes_before(setup, None)
+    _cast(tracker, later, passing, _norms(built, setup, None, passing))
     for name, tensor in in_dicts(built):
         tracker.register(tensor, "buffers", name)
 
@@ -144,19 +146,25 @@ def _on_arrival(
     passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
     added = [(name, parameter) for name, _, _, parameter in every if built.owners[name] == "adapter_weights"]
     moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
-    _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing)
+    _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing, _norms(built, setup, quant, passing))
 
 
-def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...]) -> None:
-    """Register tensors. Parameters of an adapter have these dtypes before their own; each cast goes over all of them."""
+def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...], norms: Mapping[str, Norm]) -> None:
+    """Register tensors. Parameters of an adapter have these dtypes before their own; each cast goes over all of them.
+
+    `norms`: of DoRA's layers, by the names of their magnitudes.
+    """
     waiting = [part for part in parts if passing and part.is_adapter and parse_dtype(part.tensor.dtype) != passing[-1]]
     names = {part.name for part in waiting}
     uncast: dict[str, Storage] = {}
     for part in parts:
+        beside = norms[part.name].take(_OnTracker(tracker), tracker.multiplied) if part.name in norms else []
         if part.name in names:
             uncast[part.name] = _dense(tracker, tuple(on_rank(part.tensor).shape), passing[0], name=part.name, op=PASSES)
         else:
             tracker.register(part.tensor, part.category, part.name)
+        for storage in beside:
+            tracker.end(storage)
     for dtype in passing[1:]:
         for part in waiting:
             after = _dense(tracker, tuple(on_rank(part.tensor).shape), dtype, name=part.name, op=PASSES)
@@ -165,6 +173,54 @@ def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...]) -> No
     for part in waiting:
         tracker.register(part.tensor, part.category, part.name)
         tracker.end(uncast[part.name])
+
+
+class _OnTracker:
+    """A tracker as a memory that bytes are loaded into."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self.release = tracker.end
+
+    def allocate(self, nbytes: int) -> Storage:
+        """Record bytes."""
+        return self._tracker.passing(nbytes=nbytes, shape=(nbytes,), dtype="uint8", op="DoRA's first norm")
+
+    def keep(self, sizes: tuple[int, ...], /) -> None:
+        """Record bytes that stay."""
+        for nbytes in sizes:
+            self.allocate(nbytes)
+
+    def empty_cache(self) -> None:
+        """Nothing."""
+
+
+def _norms(built: Built, setup: Setup, quant: QuantConfig | None, passing: tuple[str, ...]) -> dict[str, Norm]:
+    """Name of each magnitude → the norm of its layer, where the base of peft's DoRA is a linear layer."""
+    of_magnitude = {}
+    for name, *_ in _parts(built):
+        layer = name.partition(MAGNITUDE)[0]
+        if layer == name:
+            continue
+        tuner = built.model.get_submodule(layer)
+        base, adapter = tuner.get_base_layer(), name.removesuffix(".weight").rpartition(".")[2]
+        beside = base.__dict__.get(QUANT_TENSORS)
+        if (beside is None and type(base) is not torch.nn.Linear) or (quant is not None and quant.name not in OF_A_LAYER):
+            continue
+        a = tuner.lora_A[adapter].weight
+        wanted = passing[0] if passing else parse_dtype(a.dtype)
+        norm = Norm(base.out_features, base.in_features, a.shape[0], parse_dtype(base.weight.dtype), wanted)
+        if beside is not None:
+            norm = norm._replace(packed=_nbytes(base.weight), dtype="fp32")
+            if quant is not None and quant.name != "int8":
+                absmax = ITEMSIZE["fp32"] * beside["absmax"].numel() if "offset" in beside else 0
+                norm = norm._replace(dtype=setup.dtype, state=tuple(map(_nbytes, beside.values())), absmax=absmax)
+        of_magnitude[name] = norm
+    return of_magnitude
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _on_device(built: Built, setup: Setup, quant: QuantConfig | None) -> Iterator[tuple[str, torch.Tensor]]:

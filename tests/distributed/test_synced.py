@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.memory.load import Level
+from peftplan.memory.loaded import Level
 from peftplan.memory.synced import flat_tensors, send
 
 MIB = 2**20

@@ -22,6 +22,11 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "on one device without asking for room": (LLAMA, {"method": "lora", "device_map": "cuda"}),
     "a quantized base behind a question for room": (LLAMA, {"method": "qlora", "trainer": "trl"}),
     "a quantized base has its buffers behind its weights": (LLAMA, {"method": "qlora"}),
+    "DoRA's norms need a quantized weight as it was": (LLAMA, {"method": "qdora"}),
+    "DoRA's norms on a base of 8 bits": (LLAMA, {"method": "dora", "quant": "int8"}),
+    "DoRA's norms multiply fp16 as fp32": (LLAMA, {"method": "qdora", "dtype": "fp16", "compute_dtype": "fp16"}),
+    "DoRA's norms on a dense base that is there": (LLAMA, {"method": "dora", "trainer": "plain"}),
+    "DoRA's norms where a device map put the base": (LLAMA, {"method": "dora", "trainer": "trl"}),
     "a saved module is copied behind the adapters": (LLAMA, {"method": "qlora", "modules_to_save": ["embed_tokens"]}),
 }
 

@@ -11,14 +11,8 @@ from tools.rehearsed_jobs import compared, drawn, engines, page, read
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("jobs.jsonl"))
-LARGEST = {"allocated": 0.4, "reserved": 2.0}
-"""Per cent: DoRA of gpt2, and QDoRA of pythia-410m."""
-OPEN = {
-    "gemma-3-270m --trainer trl --method qlora --batch-size 2 --seq-len 1024 --r 8 --use-dora --attn-implementation eager": 4.1
-}
-"""Reserved bytes -3.5 % without the buffer of sums over rows, +4.0 % with it, by formula: the rehearsal shows the buffer, but
-2.5 MB less beside it.
-"""
+LARGEST = {"allocated": 0.13, "reserved": 0.6}
+"""Per cent: DoRA of pythia-160m, and of opt-125m."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,7 @@ def test_formulas_hold_what_real_trainers_hold(what: str, results: list[tuple[st
     drifts = {row["job"]: abs(drift[what]) for engine, row, drift in results if engine == "analytic" and drift is not None}
     assert len(drifts) >= 0.9 * len(ROWS) >= 54
     assert statistics.median(drifts.values()) <= 0.05
-    assert all(drift <= (OPEN.get(job, LARGEST[what]) if what == "reserved" else LARGEST[what]) for job, drift in drifts.items())
+    assert max(drifts.values()) <= LARGEST[what]
 
 
 @pytest.mark.parametrize(("what", "most"), [("allocated", 0.001), ("reserved", 0.0)])

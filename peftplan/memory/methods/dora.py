@@ -63,8 +63,13 @@ def _lora_weight(f: Tape, part: Part, a: Operand, b: Operand) -> Tensor:
 
 
 def _norm(f: Tape, weight: Operand, lora_weight: Tensor, *, turned: bool) -> Tensor:
-    """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient; a Conv1D's weight is turned round."""
+    """`linalg.norm(W + scaling * ΔW, dim=1)`, without a gradient.
+
+    A Conv1D's weight is turned round: the norm goes over rows, as a sum of columns does.
+    """
     scaled = f.new(weight.dims, lora_weight.dtype, "mul")
     total = f.new(weight.dims, ops.promoted(weight.dtype, lora_weight.dtype), "add")
     del scaled
-    return f.new((weight.dims[turned],), total.dtype, "norm")
+    if turned:
+        return f.column_sum(weight.dims, weight.dims[1:], total.dtype)
+    return f.new(weight.dims[:1], total.dtype, "norm")

@@ -8,7 +8,7 @@
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
-| sums over rows | CUDA's blocks share columns through a buffer (Reduce.cuh) | `kernel_temporaries` |
+| sums and norms over rows | CUDA's blocks share columns through a buffer (Reduce.cuh) | `kernel_temporaries` |
 | gradient of an embedding | CUDA sorts more than 3,072 indices, and sums rows in fp32 (Embedding.cu) | `KERNEL_TEMPORARIES` |
 | pseudo-inverse | it makes U, Vh, and Vh over the singular values (LinearAlgebra.cpp: `linalg_pinv`) | `KERNEL_TEMPORARIES` |
 | cumsum of a boolean mask | CUDA copies it to int64 first (ReduceOps.cpp) | `KERNEL_TEMPORARIES` |
@@ -75,7 +75,8 @@ def _of_column_sum(x: torch.Tensor, dims: Sequence[int], card: Processors) -> li
 def kernel_temporaries(card: Processors) -> dict[Any, Callable[..., Sequence[torch.Tensor]]]:
     """`KERNEL_TEMPORARIES`, and those that depend on the card."""
     sums = dict.fromkeys((_ATEN.sum.dim_IntList, _ATEN.mean.dim), lambda x, dims, *_, **__: _of_column_sum(x, dims or (), card))
-    return {**KERNEL_TEMPORARIES, **sums}
+    norms = {_ATEN.linalg_vector_norm.default: lambda x, _ord=2, dims=None, *_, **__: _of_column_sum(x, dims or (), card)}
+    return {**KERNEL_TEMPORARIES, **sums, **norms}
 
 
 class CudaLike(TorchFunctionMode):
