@@ -126,7 +126,10 @@ def _shard(p: Parameter, dim: int | None, ranks: int) -> Parameter:
 def divided_dim(p: Parameter, architecture: Architecture, plans: Mapping[str, Plan]) -> int | None:
     """The dim of a parameter that is divided over the ranks. Of a pair of LoRA's matrices it is the one that the base layer's
     divided dim belongs to; beside a layer that gathers or splits, peft leaves both whole. NeMo Automodel divides both matrices
-    as it divides the base layer (components/distributed/parallel_styles.py)."""
+    as it divides the base layer (components/distributed/parallel_styles.py). Of a model without a plan here, whose step has no
+    formula, each rank counts a part of everything: what it certainly holds."""
+    if architecture.model_type not in plans:
+        return max(range(len(p.shape)), key=p.shape.__getitem__, default=None)
     module, _, leaf = p.name.rpartition(".")
     if p.owner == "adapter":
         base, _, matrix = module.rpartition(".")

@@ -124,3 +124,15 @@ def test_beside_fsdp2_norms_alone_are_on_more_ranks() -> None:
         for size in (1, 2)
     )
     assert divided - apart == 65 * 4096 * 4 // 8
+
+
+@pytest.mark.parametrize("options", [{"strategy": "tp", "gpus": 4}, {"strategy": "fsdp2", "gpus": 8, "tp_size": 4}])
+def test_a_model_without_a_plan_here_is_bounded_by_a_part_of_everything(options: dict[str, Any]) -> None:
+    """30.5 billion parameters: a fourth in bf16, or an eighth in fp32. By a trace of 4 ranks each loads 15,285,276,672 bytes by
+    transformers' plan and peaks at 57.6 GiB, so that the card runs what would not fit if each held everything."""
+    result = peftplan.estimate("qwen3-30b-a3b", method="full", gpu="h100-80gb", **options)
+    weights = result.static.bytes(("weights",))
+    assert result.peaks is None
+    assert weights == pytest.approx(30_532_122_624 * 4 / 8, rel=1e-4)
+    assert weights <= 15_285_276_672
+    assert [card.verdict for card in result.gpus] == ["unknown"]
