@@ -1,11 +1,12 @@
 """A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
 
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import NeedsTraceError, NoRankFormulaError, RefusedError
 from peftplan.job.adapting import config_of
-from peftplan.job.inventory import Inventory, inventory
+from peftplan.job.inventory import Inventory, inventory, on_each_device
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepared
 from peftplan.job.requirements import pair, refused_batch, unmet
@@ -197,6 +198,9 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
             traced_on[key] = _trace(of_card, capability(card), ranks=ranks, record=recorded, progress=progress)
         return traced_on[key]
 
+    if not question.open and (peaks := peaks_on(question.first_card).peaks) is not None and peaks.devices:
+        devices = zip((peak.allocated for peak in peaks.devices), on_each_device(question.inventory), strict=True)
+        question = question._replace(inventory=max(devices, key=itemgetter(0))[1])
     return _estimated(question, peaks_on, engine="trace")
 
 
@@ -311,7 +315,6 @@ def _refused_dtypes(job: Job, built: Parameters) -> str | None:
 def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator[RankGroup]":
     """The GPUs of a `device_map`, with their peaks where there are any."""
     from peftplan.analytic.engine import analytic_peaks
-    from peftplan.job.inventory import on_each_device
     from peftplan.results.distributed import RankGroup
 
     for number, of_device in enumerate(on_each_device(inventory(job))):

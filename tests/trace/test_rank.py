@@ -10,7 +10,7 @@ import torch.distributed
 import peftplan
 from peftplan.job.prepare import prepare
 from peftplan.trace.followed import RANKS, is_followed
-from tools.rank_grid import LLAMA
+from tools.rank_grid import LLAMA, cut
 from tools.rank_jobs import PHASES, compared_trace, kept_traces, options, rows
 from tools.rank_traces import traced as traced_again
 
@@ -197,3 +197,13 @@ def test_layers_that_accelerate_does_not_find() -> None:
         peftplan.estimate("flan-t5-small", **job)
     classes = {"transformer_cls_names_to_wrap": "Gemma3DecoderLayer,SiglipEncoderLayer"}
     assert peftplan.estimate("gemma-3-4b-pt", **job, **classes).peaks is not None
+
+
+def test_what_lasts_is_that_of_the_gpu_that_needs_most() -> None:
+    """Of four GPUs the second has the highest peak, and the third, which has the last norm too, what lasts longest."""
+    pytest.importorskip("accelerate")
+    job: dict[str, Any] = {"method": "lora", "gpus": 4, "strategy": "device-map"}
+    formula, trace = (peftplan.estimate(cut("mistral-7b-v0.3", 4), engine=engine, **job) for engine in ("analytic", "trace"))
+    assert trace.distributed is not None
+    assert trace.persistent_bytes == formula.persistent_bytes == trace.distributed.ranks[1].persistent
+    assert trace.persistent_bytes < trace.distributed.ranks[2].persistent

@@ -92,9 +92,9 @@ class DeviceMap(OneGpu):
         with patch.object(logging.getLogger(MAPS), "disabled", True):  # it warns of cards that are not there
             self._placed = dict(_get_device_map(base, "balanced", dict.fromkeys(range(self.devices), ROOM), None))
         devices = {name: fake_gpu(number) for name, number in self._placed.items()}
-        if len(set(devices.values())) < self.devices:
+        if (used := len(set(devices.values()))) < self.devices:
             raise RefusedError(
-                f"gpus: transformers places this model on {len(set(devices.values()))} of {self.devices} GPUs; accepted: analytic"
+                f"gpus: transformers places this model on {used} of {self.devices} GPUs; accepted: {used}, or engine analytic"
             )
         with patch(MOVES, lambda *args, **kwargs: None):
             dispatch_model(base, devices, main_device=FIRST, skip_keys=base._skip_keys_device_placement)
