@@ -5,18 +5,33 @@ from __future__ import annotations
 import ast
 import contextlib
 from collections.abc import Collection, Iterable, Mapping
+from typing import cast
 
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.expressions import Instance, plain, text_of
 from peftplan.job.configs.flow import MUTATORS, Flow
-from peftplan.job.configs.functions import Functions, bound_elsewhere, default_values, functions_of, of_field, parameters, passed
+from peftplan.job.configs.functions import (
+    Functions,
+    bound_elsewhere,
+    default_values,
+    functions_of,
+    of_field,
+    parameters,
+    passed,
+    unmentioned,
+)
+from peftplan.job.configs.order import trains
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
+OF_TRAINING = ("0", "1", "model", "args", "peft_config")
+"""Arguments of a trainer: the model that it trains, its settings and its adapter."""
 DEFAULT = ("<default>", set[str]())
 """What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none", "")
+"""Texts that a function of the program may take for something else, as the type of an option."""
 SETTINGS = "UNSLOTH_"
 """Start of the names of environment variables that decide how a package trains."""
 
@@ -57,6 +72,12 @@ class Calls(Flow):
         self.calls: list[Call] = []
         self.untaken: list[Call] = []
         """Calls in ways that the program does not take."""
+        self.unused: list[Call] = []
+        """Calls in functions that nothing calls."""
+        self.nodes: dict[int, ast.Call] = {}
+        """Identity of a call → its place in the text."""
+        self.used_by: dict[ast.Call, set[ast.Call]] = {}
+        """Call → those that made what it is called with: of a trainer its model, its arguments and its adapter."""
         self.lengths: list[Call] = []
         """Calls that cut texts: of a tokenizer, whatever its name."""
         self.environment = dict(environment)
@@ -66,6 +87,7 @@ class Calls(Flow):
         self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
         self.ran: dict[str, bool] = {}
         """Function that is called → whether the program takes a way to such a call."""
+        self.unmentioned: set[str] = earlier.unmentioned if earlier else unmentioned(nodes, statements)
         self.elsewhere: set[str] = earlier.elsewhere if earlier else bound_elsewhere(nodes)
         self.arguments_of: Arguments = earlier.called_with if earlier else {}
         self.called_with: Arguments = {}
@@ -79,7 +101,7 @@ class Calls(Flow):
         """What names of the module hold at its end; None in the first reading."""
         if earlier:
             self.attributes, self.owners = dict(earlier.attributes), dict(earlier.owners)
-            self.arguments = dict(earlier.arguments)
+            self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound = earlier.names, earlier.bound
 
@@ -107,6 +129,9 @@ class Calls(Flow):
             if isinstance(field, ast.Name):
                 fields[field.id] = self._inside(of_field(default))
                 self._field(field.id, fields[field.id], f"class {node.name}")
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__"):
+                fields |= {field: f"<{field}>" for field in fields if f".{field}" in self._bound(method)}
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
 
@@ -202,6 +227,17 @@ class Calls(Flow):
             self._changed(node.func.value)
         if last == "add_argument":
             self._argument(node)
+        attribute = self.value(node.args[1]) if name == "setattr" and len(node.args) == 3 else None
+        if isinstance(attribute, str) and plain(attribute):
+            self._write(ast.Attribute(node.args[0], attribute, ast.Store()), self.value(node.args[2]))
+        if (
+            last in ("parse_args", "parse_known_args")
+            and node.args
+            and isinstance(words := self.value(node.args[0]), list)
+            and words
+        ):
+            for option in self.arguments:
+                self._field(option, f"<{option}>", name)
         if last == "set_defaults":
             for keyword in node.keywords:
                 self._field(str(keyword.arg), self.value(keyword.value), name)
@@ -212,9 +248,14 @@ class Calls(Flow):
             for field, value in self._instance(name, node).items():
                 self._field(field, value, name)
         if name.endswith(WANTED) and name not in self.fields:
-            self._call_list().append(self._called(name, node))
+            call = self._called(name, node)
+            self._call_list().append(call)
+            self.nodes[id(call)] = node
+            if self.function[1:].partition(".")[0] in self.unmentioned:
+                self.unused.append(call)
         elif last == "gradient_checkpointing_enable":
-            self._call_list().append(self._called(last, node))
+            self._call_list().append(call := self._called(last, node))
+            self.nodes[id(call)] = node
         elif self.taken and {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:
             self.lengths.append(self._called("tokenizer", node))
 
@@ -242,6 +283,8 @@ class Calls(Flow):
         by_index = [(str(index), each) for index, each in enumerate(node.args)]
         for key, expression in [*by_index, *((keyword.arg, keyword.value) for keyword in node.keywords)]:
             value = self.fresh(expression)
+            if isinstance(value, Instance) and value.made_by and (not trains(name) or key in OF_TRAINING):
+                self.used_by.setdefault(node, set()).add(value.made_by)
             if key is None:
                 arguments |= (
                     value if isinstance(value, dict) and not isinstance(value, Instance) else {"**": "<keyword arguments>"}
@@ -259,7 +302,11 @@ class Calls(Flow):
         name = ast.unparse(node.func)[:200]
         if name in self.fields or name.rpartition(".")[2] in ("Namespace", "SimpleNamespace"):
             return self._instance(name, node)
-        return Instance() if name.endswith(WANTED) else super()._call(node)
+        if not name.endswith(WANTED):
+            return super()._call(node)
+        instance = Instance()
+        instance.made_by = node
+        return instance
 
     def _instance(self, name: str, node: ast.Call) -> Instance:
         """An object of a class of the program: fields that it is made with, and defaults of the others."""
@@ -278,7 +325,10 @@ class Calls(Flow):
         name = str(keywords.get("dest") or (options or words)[0].lstrip("-").replace("-", "_"))
         switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
         known = options and keywords.get("required") is not True and None not in keywords
-        self._field(name, keywords.get("default", switch) if known else f"<{name}>", ast.unparse(node.func)[:200])
+        default = keywords.get("default", switch)
+        if isinstance(default, str) and default.lower() in TRUTHS and keywords.get("type", "<str>") != "<str>":
+            default = f"<{name}>"
+        self._field(name, default if known else f"<{name}>", ast.unparse(node.func)[:200])
         if known:
             self.arguments[name] = options[0]
 
@@ -291,6 +341,12 @@ class Calls(Flow):
         self.ran[function] = self.ran.get(function, False) or self.taken
         if not self.taken:
             return
+        for each in [
+            *node.args,
+            *(keyword.value for keyword in node.keywords),
+            *([node.func.value] if isinstance(node.func, ast.Attribute) else []),
+        ]:
+            self._changed_by(called, each)
         positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
         if positional[:1] in (["self"], ["cls"]):
             positional = positional[1:]
@@ -310,6 +366,29 @@ class Calls(Flow):
             else:
                 values.append(DEFAULT)
 
+    def _note_written(self, target: ast.Attribute, value: object) -> None:
+        """A field of a class; a setting of a trainer's or an adapter's configuration, up to the first trainer."""
+        owner = ast.unparse(target.value)[:200]
+        if target.attr in self.fields.get(owner, {}):
+            self.fields[owner] = Instance({**self.fields[owner], target.attr: f"<{target.attr}>"})
+        made_by = getattr(self.names.get(owner), "made_by", None)
+        if not self.taken or made_by is None or any(trains(call["call"]) for call in self.calls):
+            return
+        for call in self.calls:
+            if self.nodes[id(call)] is made_by and call["call"].endswith(("Config", "Arguments")):
+                known = not self.unsure and (plain(value) or isinstance(value, str))
+                call["kwargs"][target.attr] = value if known else f"<{target.attr}>"
+
+    def _changed_by(self, function: ast.FunctionDef | ast.AsyncFunctionDef, argument: ast.expr) -> None:
+        """What a function of the program writes to the fields or items of something that it is called with."""
+        value = self.names.get(argument.id) if isinstance(argument, ast.Name) else None
+        if isinstance(value, Instance):
+            written = {field: f"<{field}>" for field in value if f".{field}" in self._bound(function)}
+            if written:
+                self.names[cast("ast.Name", argument).id] = Instance({**value, **written})
+        elif isinstance(value, (list, dict)) and not self._bound(function).isdisjoint(parameters(function)):
+            self._changed(argument)
+
     def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
         if isinstance(target, ast.Name) and target.id not in self.elsewhere:
             self._keep(target.id, value, by_default)
@@ -319,6 +398,8 @@ class Calls(Flow):
     def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr, *, absent: bool = False) -> None:
         """A variable of the environment that matters, or an item of a dictionary of the program."""
         name = self.value(key)
+        if ast.unparse(mapping).endswith("environ"):
+            self.variables.add(str(name))
         if self.taken and ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
             self.environment[str(name)] = self.value(value)
         owner = self.value(mapping)
@@ -326,4 +407,5 @@ class Calls(Flow):
         if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):
             self._changed(mapping)
         elif not absent or name not in known:
+            self._forget(mapping.id)
             self._keep(mapping.id, {**known, name: self._inside(value)})

@@ -21,8 +21,10 @@ ARITHMETIC: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Div: operator.truediv,
 }  # fmt: skip
-COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
+COMPARED: Mapping[type[ast.cmpop], Callable[..., bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.In: lambda item, items: item in items, ast.NotIn: lambda item, items: item not in items,
 }  # fmt: skip
 CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list}
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
@@ -30,7 +32,10 @@ BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 
 
 class Instance(dict[str, object]):
-    """The fields of an object as far as they are known: of a class of the program; none of a library's."""
+    """The fields of an object as far as they are known: of a class of the program; of a library's, those written to it."""
+
+    made_by: ast.Call | None = None
+    """The call that made an object of a library."""
 
 
 class Expressions:
@@ -52,6 +57,8 @@ class Expressions:
         """Name → the options of the command line whose defaults its value holds."""
         self.by_default: set[str] = set()
         """Options whose default a value took since this was last emptied."""
+        self.variables: set[str] = set()
+        """Variables of the environment that the program sets itself."""
 
     def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
         """Let a name stand for a value of moderate size that is plain, or that holds some that are."""
@@ -171,6 +178,8 @@ class Expressions:
         if called == "getattr" and len(values) > 1 and plain(values[1]) and ast.unparse(node.args[0]) == "torch":
             return f"<torch.{values[1]}>"
         if called in ("os.environ.get", "os.getenv", "environ.get", "getenv") and len(values) == 2:
+            if str(values[0]) in self.variables:
+                return node
             self.by_default.add(str(values[0]))
             return values[1]
         if called == "dict" and not values:

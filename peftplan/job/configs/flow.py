@@ -20,6 +20,8 @@ class Flow(ast.NodeVisitor, Expressions):
         """Part of the program → names that it binds."""
         self.taken = True
         """Whether the program takes the way that is being read, as far as its tests are known."""
+        self.unsure = False
+        """Whether the program may pass by what is being read, or pass there several times."""
         self.chosen_by: frozenset[str] = frozenset()
         """Options of the command line whose defaults choose that way."""
 
@@ -47,6 +49,11 @@ class Flow(ast.NodeVisitor, Expressions):
 
     visit_ImportFrom = visit_Import
 
+    def visit_Return(self, node: ast.Return) -> None:
+        """What stands behind it is not taken."""
+        self.generic_visit(node)
+        self.taken = False
+
     def visit_If(self, node: ast.If) -> None:
         """Both ways are read for their calls; names keep what the way gives that is taken, or what both give."""
         self._choice(node, node.test, node.body, node.orelse)
@@ -54,6 +61,13 @@ class Flow(ast.NodeVisitor, Expressions):
     def visit_IfExp(self, node: ast.IfExp) -> None:
         """One of two expressions."""
         self._choice(node, node.test, [node.body], [node.orelse])
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        """`a and b`: what stands behind a part that decides is not taken."""
+        first, *others = node.values
+        rest = [others[0] if len(others) == 1 else ast.BoolOp(node.op, others)] if others else []
+        goes_on, ends = (rest, []) if isinstance(node.op, ast.And) else ([], rest)
+        self._choice(node, first, goes_on, ends)
 
     def _choice(self, node: ast.AST, test: ast.expr, body: Sequence[ast.AST], orelse: Sequence[ast.AST]) -> None:
         self.visit(test)
@@ -63,7 +77,10 @@ class Flow(ast.NodeVisitor, Expressions):
 
     def visit_While(self, node: ast.While) -> None:
         """A loop: names that it binds hold something else in each round."""
-        self._loop(node, node.test)
+        if self._truth(node.test) is False:
+            self._choice(node, node.test, node.body, node.orelse)
+        else:
+            self._loop(node, node.test)
 
     def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
         """A loop, whose own name has many values."""
@@ -75,20 +92,27 @@ class Flow(ast.NodeVisitor, Expressions):
         """The whole body, or a part of it and one of the handlers."""
         names = self._bound(node)
         before = self._values_of(names)
+        states, outer = [before], self.taken
         for each in node.body:
             self.visit(each)
-        failed = _common([before, self._values_of(names)])
+            states.append(self._values_of(names))
+        failed = _common(states)
         for each in node.orelse:
             self.visit(each)
+        may_end = self.taken
         ends = [] if _leaves([*node.body, *node.orelse][-1]) else [self._values_of(names)]
         for handler in node.handlers:
             self._restore(names, failed)
+            self.taken = outer
             self.visit(handler)
+            may_end = may_end or self.taken
             if not _leaves(handler.body[-1]):
                 ends.append(self._values_of(names))
         self._restore(names, _common(ends) if ends else {})
+        self.taken = outer
         for each in node.finalbody:
             self.visit(each)
+        self.taken = self.taken and may_end
 
     visit_TryStar = visit_Try
 
@@ -100,7 +124,26 @@ class Flow(ast.NodeVisitor, Expressions):
     def visit_Match(self, node: ast.Match) -> None:
         """One of the cases, or none."""
         self.visit(node.subject)
-        self._ways(node, [[], *([case, *case.body] for case in node.cases)], None)
+        ways: list[list[ast.AST]] = [[], *([case, *case.body] for case in node.cases)]
+        self.by_default = set()
+        at = self._case(self.value(node.subject), node.cases)
+        self._ways(node, ways, None if at is None else [ways[at]], self.by_default)
+
+    def _case(self, subject: object, cases: Sequence[ast.match_case]) -> int | None:
+        """Which case holds, from 1, or none of them, 0; None where only the program knows."""
+        if not plain(subject):
+            return None
+        for number, case in enumerate(cases, 1):
+            matched: bool | None = None
+            if isinstance(case.pattern, ast.MatchValue) and plain(value := self.value(case.pattern.value)):
+                matched = value == subject
+            elif isinstance(case.pattern, ast.MatchAs) and case.pattern.pattern is None:
+                matched = True
+            if matched is None or (matched and case.guard is not None):
+                return None
+            if matched:
+                return number
+        return 0
 
     def visit_match_case(self, node: ast.match_case) -> None:
         """The names of a pattern."""
@@ -138,9 +181,14 @@ class Flow(ast.NodeVisitor, Expressions):
         before = self._values_of(names)
         for name in names:
             self.names.pop(name, None)
+        states, outer, unsure = [before], self.taken, self.unsure
+        self.unsure = True
+        leaves_early = any(isinstance(each, (ast.Break, ast.Continue)) for each in ast.walk(node))
         for each in [*targets, *getattr(node, "body", []), *getattr(node, "orelse", [])]:
             self.visit(each)
-        self._restore(names, _common([before, self._values_of(names)]))
+            states += [self._values_of(names)] if leaves_early else []
+        self.taken, self.unsure = outer, unsure
+        self._restore(names, _common([*states, self._values_of(names)]))
 
     def _ways(
         self,
@@ -154,17 +202,21 @@ class Flow(ast.NodeVisitor, Expressions):
         options = frozenset(by_default)
         before = self._values_of(names)
         ends = []
-        outer = self.taken, self.chosen_by
+        may_end = False
+        outer, unsure = (self.taken, self.chosen_by), self.unsure
         self.chosen_by |= options if taken is not None else frozenset()
         for way in ways:
             self._restore(names, before)
             is_taken = taken is None or any(way is each for each in taken)
             self.taken = outer[0] and is_taken
+            self.unsure = unsure or taken is None
             for each in way:
                 self.visit(each)
-            if is_taken and not (way and _leaves(way[-1])):
+            goes_on = self.taken or not outer[0]
+            may_end = may_end or (is_taken and goes_on)
+            if is_taken and goes_on and not (way and _leaves(way[-1])):
                 ends.append(self._values_of(names))
-        self.taken, self.chosen_by = outer
+        self.taken, self.chosen_by, self.unsure = outer[0] and may_end, outer[1], unsure
         kept = _common(ends) if ends else {}
         self._restore(names, kept)
         for name, (value, _) in kept.items():
@@ -190,16 +242,29 @@ class Flow(ast.NodeVisitor, Expressions):
         while isinstance(mapping, (ast.Subscript, ast.Call)):
             mapping = mapping.value if isinstance(mapping, ast.Subscript) else mapping.func
         if isinstance(mapping, ast.Name):
-            self.names.pop(mapping.id, None)
+            self._forget(mapping.id)
         elif isinstance(mapping, ast.Attribute):
             self._write(mapping, f"<{mapping.attr}>")
+
+    def _forget(self, name: str) -> None:
+        """A name whose object changed, and all others of the same one."""
+        changed = self.names.pop(name, None)
+        if isinstance(changed, (list, dict)):
+            for other in [other for other, value in self.names.items() if value is changed]:
+                self.names.pop(other)
 
     def _write(self, target: ast.Attribute, value: object) -> None:
         """Let an attribute hold a value: of the object behind a name where that is known, and of whatever has the attribute."""
         owner = self.names.get(target.value.id) if isinstance(target.value, ast.Name) else None
         if isinstance(target.value, ast.Name) and isinstance(owner, Instance) and size([owner, value]) <= MOST_VALUES:
-            self.names[target.value.id] = Instance({**owner, target.attr: value})
+            self._forget(target.value.id)
+            self.names[target.value.id] = written = Instance({**owner, target.attr: value})
+            written.made_by = owner.made_by
+        self._note_written(target, value)
         self._field(target.attr, value, ast.unparse(target.value)[:200])
+
+    def _note_written(self, target: ast.Attribute, value: object) -> None:
+        """What else an attribute that is written decides."""
 
     def _field(self, name: str, value: object, owner: str) -> None:
         """Note a value of an attribute, and whose: `args`, or `class Config`."""

@@ -25,6 +25,13 @@ def passed(nodes: list[ast.AST], functions: Functions) -> set[str]:
     return {name for name, node in functions.items() if name in names or (node is not None and node.decorator_list)}
 
 
+def unmentioned(nodes: list[ast.AST], statements: list[ast.stmt]) -> set[str]:
+    """Functions of a module whose names stand nowhere in it, and that no decorator takes."""
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    functions = [each for each in statements if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return {each.name for each in functions if each.name not in names and not each.decorator_list}
+
+
 def bound_elsewhere(nodes: list[ast.AST]) -> set[str]:
     """Names that a function binds outside itself, at a time that the text does not tell."""
     return {name for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}

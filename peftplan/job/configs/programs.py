@@ -9,9 +9,8 @@ import re
 
 from peftplan.job.configs.calls import SETTINGS, Calls
 from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
+from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
-UNTAKEN = "untaken "
-"""What stands before the name of a call in a way that the program does not take."""
 MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
 """A notebook's line that sets one of them."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -56,19 +55,10 @@ def _read(statements: list[ast.stmt], environment: Values) -> Calls:
 
 
 def _document(reader: Calls, file: str) -> Document:
-    calls = _in_order(reader.calls, reader.untaken)
+    counting, others = in_order(reader.calls, reader.untaken, reader.unused)
+    calls = of_training_first(counting, reader.nodes, reader.used_by)
+    calls += [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in others]
     if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
     settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
     return Document({"calls": calls + reader.lengths + settings}, kind="calls")
-
-
-def _in_order(taken: list[Call], untaken: list[Call]) -> list[Call]:
-    """Calls of ways that the program takes, then those of others, as calls of another name unless they alone train."""
-    if any(_trains(call) for call in untaken) and not any(_trains(call) for call in taken):
-        return taken + untaken
-    return taken + [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in untaken]
-
-
-def _trains(call: Call) -> bool:
-    return call["call"].endswith("Trainer")

@@ -1,0 +1,61 @@
+"""Which of a program's calls count: those that it makes, and of several of a kind the one that makes what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from peftplan.job.configs.documents import Call
+
+if TYPE_CHECKING:
+    import ast
+
+UNTAKEN = "untaken "
+"""What stands before the name of a call in a way that the program does not take."""
+
+
+def trains(name: str) -> bool:
+    """Whether a call of this name makes a trainer."""
+    return name.endswith("Trainer")
+
+
+def in_order(taken: Sequence[Call], untaken: Sequence[Call], unused: Sequence[Call]) -> tuple[list[Call], list[Call]]:
+    """Calls that the program makes, in the order of the text, and those that it does not make.
+
+    Those of functions that nothing calls (`unused`) count where no other trains, and those of ways that are not taken likewise.
+    """
+    ids = {id(call) for call in unused}
+    counting = [call for call in taken if id(call) not in ids]
+    if not any(trains(call["call"]) for call in counting):
+        counting = [*taken]
+    others = [*untaken, *(call for call in taken if not any(call is each for each in counting))]
+    if any(trains(call["call"]) for call in others) and not any(trains(call["call"]) for call in counting):
+        return counting + others, []
+    return counting, others
+
+
+def of_training_first(
+    calls: list[Call], nodes: Mapping[int, ast.Call], used_by: Mapping[ast.Call, Collection[ast.Call]]
+) -> list[Call]:
+    """The calls, but those behind all others that stand above one of their kind which makes what the only trainer trains.
+
+    `nodes`: identity of a call → its place. `used_by`: call → those that made what it is called with.
+    """
+    trainers = [nodes[id(call)] for call in calls if trains(call["call"])]
+    used: set[ast.Call] = set()
+    todo = trainers if len(trainers) == 1 else []
+    while todo:
+        new = {*used_by.get(todo.pop(), ())} - used
+        used |= new
+        todo += new
+    last = {_kind(call): index for index, call in enumerate(calls) if nodes[id(call)] in used}
+    above = [nodes[id(call)] not in used and index < last.get(_kind(call), -1) for index, call in enumerate(calls)]
+    return [call for call, is_above in sorted(zip(calls, above, strict=True), key=lambda pair: pair[1])]
+
+
+def _kind(call: Call) -> str:
+    """What calls have in common of which one takes the place of the other."""
+    name = call["call"]
+    if name.endswith("from_pretrained"):
+        return "from_pretrained" if "Model" in name else name
+    return name.rpartition(".")[2]
