@@ -914,6 +914,21 @@ def test_llamafactory_v1_quantizes_as_its_plugin_does() -> None:
     assert plan.options.items() >= {**stored, "method": "lora", "r": 16, "lora_dropout": 0.05}.items()
 
 
+def test_llamafactory_v1_has_defaults_behind_its_plugins_names() -> None:
+    """v1/plugins/model_plugins/peft.py:160, `config.get("target_modules", "all")`, and quantization.py: 4 bits for bnb alone."""
+    plan = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora"}, "quant_config": {"name": "bnb"}})
+    assert plan.options.items() >= {"target_modules": "all-linear", "quant": "nf4", "double_quant": True}.items()
+    automatic = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora"}, "quant_config": {"name": "auto"}})
+    assert "quant" not in automatic.options
+    adapter = {"peft_config": {"name": "lora"}}
+    single = read(
+        {**LLAMAFACTORY_V1, **adapter, "quant_config": {"name": "bnb", "quantization_bit": 4, "double_quantization": False}}
+    )
+    assert single.options["double_quant"] is False
+    adapted = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora", "target_modules": "q_proj"}})
+    assert adapted.options["target_modules"] == "q_proj"
+
+
 def test_gspo_is_grpo_with_ratios_of_sequences() -> None:
     script = "--model_name_or_path Qwen/Qwen3-0.6B --num_generations 8 --beta 0.0 --importance_sampling_level sequence"
     plan = read_text(f"accelerate launch --num_processes 2 examples/scripts/gspo.py {script}\n", file="run.sh")
@@ -944,6 +959,14 @@ def test_peft_s_examples_have_words_of_their_own() -> None:
     assert "eight rows" in plan.assumed["vocabulary"]
     packed = read_text(f"{PEFTS_EXAMPLE} --bnb_4bit_quant_storage_dtype bfloat16\n", file="run.sh")
     assert (packed.options["quant_storage"], packed.options["dtype"]) == ("bf16", "bf16")
+
+
+@pytest.mark.parametrize("word", ["--use_peft_lora True", "--use_4bit_quantization True"])
+def test_peft_s_examples_attend_eagerly_unless_told(word: str) -> None:
+    """peft, examples/sft/utils.py: `"flash_attention_2" if args.use_flash_attn else "eager"`; train.py: False by default."""
+    lora = "--lora_r 8 --lora_dropout 0.1 --lora_target_modules all-linear"
+    plan = read_text(f"python train.py --model_name_or_path gpt2 {word} {lora}\n", file="run.sh")
+    assert plan.options["attn_implementation"] == "eager"
 
 
 def test_peft_s_examples_leave_lora_to_their_script() -> None:
