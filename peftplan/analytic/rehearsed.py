@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
+from peftplan.job.automodel import builds
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3 import LEAVES
 from peftplan.optim import OF_AUTOMODEL
@@ -140,13 +141,12 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _knows_division(job: Job, distributed: Distributed) -> bool:
-    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel."""
+    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own."""
     architecture, config = job.architecture, job.config
     tables = (architecture.input_embedding, architecture.output_embedding)
     return (
-        job.setup.by.own_lora
+        builds(job)
         and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
-        and job.quant is None
         and not architecture.ties
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
         and not getattr(config, "lora_dropout", 0)

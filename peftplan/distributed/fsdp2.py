@@ -197,7 +197,7 @@ class Fsdp2(OneDevice):
         """All shards at once; none on the device where they are on the host. Of matrices that ranks share one after the other:
         the root of the second moment and the denominator (torch, optim/adam.py, `_single_tensor_adam`)."""
         yield [] if self.offloads or self.one_by_one else trained
-        for p in trained if self.one_by_one else ():
+        for p in trained if self.one_by_one and not self.offloads else ():
             _root = self.f.new(p.shape, p.dtype, "sqrt")
             _denominator = self.f.new(p.shape, p.dtype, "div")
             del _root, _denominator

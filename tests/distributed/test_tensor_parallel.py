@@ -136,3 +136,18 @@ def test_a_model_without_a_plan_here_is_bounded_by_a_part_of_everything(options:
     assert weights == pytest.approx(30_532_122_624 * 4 / 8, rel=1e-4)
     assert weights <= 15_285_276_672
     assert [card.verdict for card in result.gpus] == ["unknown"]
+
+
+@pytest.mark.parametrize("trainer", ["automodel", "automodel-hf"])
+def test_beside_fsdp2_a_model_of_transformers_has_no_peak(trainer: str) -> None:
+    """Rehearsed are NeMo Automodel's own models."""
+    result = peftplan.estimate("llama-3.1-8b", method="full", gpus=8, strategy="fsdp2", tp_size=4, trainer=trainer)
+    assert (result.peaks is not None) == (trainer == "automodel")
+
+
+def test_a_step_on_the_host_takes_nothing_of_the_device_for_shared_matrices() -> None:
+    """Adam's root and denominator are where its states are: beside the workspace of cuBLAS the step has norms and scalars."""
+    options: dict[str, Any] = {"method": "full", "gpus": 8, "strategy": "fsdp2", "trainer": "automodel", "offload_params": "cpu"}
+    steps = [peftplan.estimate("llama-3.1-8b", **options, tp_size=size).peaks for size in (1, 4)]
+    alone, shared = (peaks.by_phase["step"] for peaks in steps if peaks is not None)
+    assert shared < alone + 2**20
