@@ -141,6 +141,7 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"strategy": "zero0"}, "not DeepSpeed without ZeRO over 4 GPUs"),
         ({"strategy": "zero2", "offload_optimizer": "cpu"}, "not its offload_optimizer"),
         ({"strategy": "zero1", "autocast": "fp16", "dtype": "fp16"}, "not its autocast fp16"),
+        ({"strategy": "zero1", "dtype": "fp32"}, "not its weights in fp32"),
         ({"strategy": "zero1", "optim": "adamw_bnb_8bit"}, "not its adamw_bnb_8bit"),
         ({"strategy": "fsdp1", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "fsdp1", "dp_shard_size": 2}, "not its dp_shard_size"),
