@@ -129,12 +129,15 @@ def _true(reduce: Any) -> Any:
 
 
 def _equal(compare: Any) -> Any:
-    """Weights at two places of the card differ, as a head differs from the embedding that its checkpoint ships beside it."""
+    """Weights at two places of the card differ, as a head differs from the embedding that its checkpoint ships beside it.
+
+    Tables of numbers are equal, such as the values of 4 bits that each quantized weight keeps.
+    """
 
     def compared(one: torch.Tensor, other: torch.Tensor) -> bool:
         result: bool = compare(one, other)
         if one.device.type == "cuda" and one.is_floating_point():
-            return one.shape == other.shape and one.data_ptr() == other.data_ptr()
+            return one.shape == other.shape and (one.dim() == 1 or one.data_ptr() == other.data_ptr())
         return result
 
     return compared
