@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CHECKPOINTS, BLOCKS = "unsloth_zoo/gradient_checkpointing.py", "_block_compile.py"
+CHECKPOINTS, LAYER = "unsloth_zoo/gradient_checkpointing.py", "gpt_oss/modeling_gpt_oss.py"
+BLOCKS = "_block_compile.py", LAYER
+"""Where layers run: whole, or line by line of their own `forward`, of which torch compiles parts."""
 DOCUMENTS = "_block_varlen_prepare"
 """Writes the lengths of a row's documents, and checks the mask, once a forward, in the first layer that asks."""
 FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
@@ -36,13 +38,15 @@ FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "oth
 
 
 class Event(NamedTuple):
-    """An allocation of `size` bytes, or the end of the one with this number. `tunes`: while kernels are timed."""
+    """An allocation of `size` bytes, or the end of the one with this number. `tunes`: while kernels are timed. `line`: of the
+    layer's own `forward`; 0 where it runs whole."""
 
     number: int
     size: int
     place: str
     tunes: bool
     ends: bool = False
+    line: int = 0
 
 
 def events_of(snapshot: Path) -> list[Event]:
@@ -52,7 +56,8 @@ def events_of(snapshot: Path) -> list[Event]:
     for number, entry in enumerate(pickle.loads(snapshot.read_bytes())["device_traces"][0]):
         if entry["action"] == "alloc":
             tunes = any(frame["name"] in (FLUSHED, CLONED) for frame in entry["frames"])
-            allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes)
+            line = next((frame["line"] for frame in entry["frames"] if frame["filename"].endswith(LAYER)), 0)
+            allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes, line=line)
             events.append(allocated[entry["addr"]])
         elif entry["action"] == "free_completed" and entry["addr"] in allocated:
             events.append(allocated.pop(entry["addr"])._replace(ends=True))
@@ -63,13 +68,16 @@ def _place(frames: Sequence[dict[str, Any]]) -> str:
     if any(frame["name"] == DOCUMENTS for frame in frames):
         return OTHER
     own = [frame for frame in frames if frame["filename"].endswith(CHECKPOINTS)]
+    of_layer = any(frame["filename"].endswith(BLOCKS) for frame in frames)
     if any(frame["name"] == FORWARD for frame in own):
-        return FORWARD if any(frame["filename"].endswith(BLOCKS) for frame in frames) else OTHER
+        return FORWARD if of_layer else OTHER
     lines = {frame["line"] for frame in own if frame["name"] == BACKWARD}
     if not lines:
         return OTHER
     text = Path(own[0]["filename"]).read_text(encoding="utf-8").splitlines()
-    return BACKWARD if any("autograd.backward" in text[line - 1] for line in lines) else RECOMPUTED
+    if any("autograd.backward" in text[line - 1] for line in lines):
+        return BACKWARD
+    return RECOMPUTED if of_layer else OTHER  # an input that comes back from the host in fp32 is the checkpoint's
 
 
 class Layer(NamedTuple):
@@ -81,15 +89,21 @@ class Layer(NamedTuple):
 
 def layers_of(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
     """The layers of the last step's first micro batch, in forward order: later ones add to gradients that are there already."""
-    forwards = [index for index, (place, _) in enumerate(runs) if place == FORWARD]
-    batches = [_of_batch(runs[begin:end]) for begin, end in zip(forwards, [*forwards[1:], None], strict=True)]
-    return max(reversed(batches), key=lambda layers: sum(_left(layer.training) for layer in layers))
+    begins: list[int] = []
+    trained = True
+    for index, (place, _) in enumerate(runs):
+        if place == FORWARD and trained:
+            begins.append(index)
+        trained = place == RECOMPUTED or (trained and place != FORWARD)
+    batches = [_of_batch(runs[begin:end]) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    batches = [batch for batch in batches if batch]
+    return max(reversed(batches[1:] or batches), key=lambda layers: sum(_left(layer.training) for layer in layers))
 
 
 def _of_batch(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
     """The layers of a micro batch; none of one that tries layers, or times kernels."""
     trained = [part for place, part in runs if place == RECOMPUTED]
-    forward = runs[0][1]
+    forward = [event for place, part in runs if place == FORWARD for event in part]
     parts = list(_parts(forward, max(sum(not event.ends for event in forward) // max(len(trained), 1), 1)))
     return [] if len(parts) != len(trained) else [Layer(*both) for both in zip(parts, reversed(trained), strict=True)]
 
@@ -115,12 +129,16 @@ def _runs(events: Sequence[Event]) -> Iterator[tuple[str, list[Event]]]:
 
 
 def _parts(forward: Sequence[Event], each: int) -> Iterator[list[Event]]:
+    """Layers of as many allocations each, or each up to where the next begins its `forward`."""
     part: list[Event] = []
+    line = 0
     for event in forward:
-        if not event.ends and not event.tunes and sum(not e.ends and not e.tunes for e in part) == each:
+        begins = event.line < line if line else sum(not e.ends and not e.tunes for e in part) == each
+        if not event.ends and not event.tunes and begins:
             yield part
             part = []
         part.append(event)
+        line = line if event.ends else event.line
     yield part
 
 
@@ -223,21 +241,46 @@ def tuned(part: Sequence[Event], most: int) -> list[int]:
 
 
 def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], batches: tuple[Batch, Batch]) -> dict[str, object]:
-    """What all layers do. The gradient of the input outlives a layer's backward, but for that of the first one; the checkpoint
-    frees the output last."""
-    layers = [layers_of(of) for of in runs]
-    (forward,) = {text_of(a.forward, b.forward, batches) for a, b in zip(*layers, strict=True)}
-    _, *others = (text_of(a.training, b.training, batches) for a, b in zip(*layers, strict=True))
-    (training,) = set(others)
-    training, _, output = training.rpartition(" -")
+    """What all layers do, and the first one if it does something else. The gradient of the input outlives a layer's backward, but
+    for that of the first one, which ends behind the output; the checkpoint frees the output last."""
+    layers = list(zip(*(layers_of(of) for of in runs), strict=True))
+    (forward,) = {_forward_of(a, b, batches) for a, b in layers[1:]}
+    ((training, output),) = {_training_of(a, b, batches) for a, b in layers[1:]}
     first = [next(part for place, part in runs[0] if place == name) for name in (FORWARD, RECOMPUTED)]
     allocated = len(training.partition("|")[0].split())
-    return {
+    record: dict[str, object] = {
         "forward": forward,
         "training": training,
-        "output": int(output),
+        "output": output,
         "tuned": [n for part, most in zip(first, (allocated, 10 * allocated), strict=True) for n in tuned(part, most)],
     }
+    a, b = layers[0]
+    if (of_first := _forward_of(a, b, batches)) != forward:
+        record["first"] = [of_first, *_training_of(a, b, batches)]
+    return record
+
+
+def _forward_of(a: Layer, b: Layer, batches: tuple[Batch, Batch]) -> str:
+    """A forward without a graph. The router's logits, which last until the loss, are taken to end with their layer."""
+    words = text_of(a.forward, b.forward, batches)
+    routed = _own(a.forward)[-1].line > 0
+    numbers = range(1, len(_allocated(words)))  # but for the result
+    return " ".join([words, *(f"-{n}" for n in numbers if routed and f"-{n}" not in words.split())])
+
+
+def _training_of(a: Layer, b: Layer, batches: tuple[Batch, Batch]) -> tuple[str, int]:
+    """A forward with a graph and backward up to where the output ends, and which allocation the output is."""
+    words = text_of(a.training, b.training, batches).split()
+    output = next(int(word[1:]) for word in reversed(words) if word[0] == "-" and int(word[1:]) <= _before_backward(words))
+    return " ".join(words[: words.index(f"-{output}")]), output
+
+
+def _before_backward(words: Sequence[str]) -> int:
+    return len(_allocated(" ".join(words[: words.index("|")])))
+
+
+def _allocated(words: str) -> list[str]:
+    return [word for word in words.split() if word[0] not in "-|"]
 
 
 def main() -> None:

@@ -94,7 +94,10 @@ def _why(case: Case, key: str) -> tuple[str, str]:
     """Why a key is not supported, and its effect; keys of kernels are read where the model and the launch have formulas."""
     row = case.plan.unsupported.get(key)
     return (
-        ("kernels of a package, without a formula for this model or launch", effect_of(case.plan.options.get("kernels")))
+        (
+            "kernels of a package, without a formula for this model or launch",
+            effect_of(case.plan.options.get("kernels"), quantized=bool(case.plan.options.get("quant"))),
+        )
         if row is None
         else (row.why, row.effect)
     )

@@ -84,10 +84,11 @@ def kernels_without_formula(job: Job) -> str | None:
         return None
     if job.distributed is not None and not _rehearsed_kernels(setup.kernels, job.distributed):
         return f"kernels with {job.distributed.called}"
+    if kernels_of(setup.kernels).layers is not None:
+        not_recorded = f"layers of {architecture.name} that torch compiles: not recorded with these options"
+        return not_recorded if recorded(job) is None else None
     if setup.attn_implementation == "eager":
         return "kernels with eager attention"
-    if kernels_of(setup.kernels).layers is not None and recorded(job) is None:
-        return f"layers of {architecture.name} that torch compiles: not recorded with these options"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why
     if kernels_of(setup.kernels).decoder is not None:

@@ -19,10 +19,26 @@ from peftplan.job.kernels import kernels_of
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-NOT_RECORDED = (
-    "lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "target_parameters", "freeze_a", "freeze_adapter",
-)  # fmt: skip
+NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "freeze_a", "freeze_adapter")
 """Options of LoRA with which no step was recorded."""
+BLOCK_OF_FLEX = 128
+"""Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py)."""
+
+
+class Events(NamedTuple):
+    """What a layer does without a graph (`forward`), and with one, up to the end of its backward (`training`).
+
+    `output`: which allocation of `training` is the layer's result.
+    """
+
+    forward: str
+    training: str
+    output: int
+
+    @property
+    def result(self) -> str:
+        """The layer's result."""
+        return [event for event in self.training.split() if event[0] not in "-|"][self.output - 1]
 
 
 class Recorded(NamedTuple):
@@ -31,7 +47,8 @@ class Recorded(NamedTuple):
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels.
     `r`: the rank of adapters; None where all weights train. `modules`: what they adapt. `scheme`: that of the fake quantization.
     `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is.
-    `by_function`: the loss is that of `memory.unsloth_function_loss`.
+    `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in NF4, the modules left out.
+    `first`: what the first layer does (forward, training, output), whose input is in 16 bits where results are in fp32.
     """
 
     model: str
@@ -46,6 +63,17 @@ class Recorded(NamedTuple):
     multiplied: bool = False
     wide_norm: bool = False
     by_function: bool = False
+    in_16_bits: tuple[str, ...] | None = None
+    first: tuple[str, str, int] | None = None
+
+    @property
+    def stored(self) -> tuple[str, bool, set[str]] | None:
+        """How the base is stored: the format, whether its scales are quantized too, and the modules left out."""
+        return None if self.in_16_bits is None else ("nf4", True, set(self.in_16_bits))
+
+    def of_layer(self, number: int) -> Events:
+        """What a layer does, by its place."""
+        return Events(self.forward, self.training, self.output) if number or self.first is None else Events(*self.first)
 
 
 def recorded(job: "Job") -> "Recorded | None":
@@ -55,7 +83,7 @@ def recorded(job: "Job") -> "Recorded | None":
     """
     setup, config = job.setup, job.config
     layers = kernels_of(setup.kernels or ()).layers
-    if layers is None or job.method is None or job.quant is not None or any(getattr(config, name, None) for name in NOT_RECORDED):
+    if layers is None or job.method is None or any(getattr(config, name, None) for name in NOT_RECORDED):
         return None
     if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding or setup.dtype != "bf16":
         return None
@@ -63,11 +91,14 @@ def recorded(job: "Job") -> "Recorded | None":
     if job.method.peft_type == "LORA":
         num_layers = sum(len(block.layers) for block in job.architecture.blocks)
         modules = {module.name.rpartition(".")[2] for module in job.adaptation.matched}
+        modules |= {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
         some_alone = any(module.copies != num_layers for module in job.adaptation.matched)  # some layers are not adapted
         if some_alone or not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
             return None
     elif job.method.name != "full" or setup.autocast != "none":
         return None
-    wanted = (job.architecture.name, layers.scheme, getattr(config, "r", None) if modules else None, modules)
+    quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
+    wanted = (job.architecture.name, layers.scheme, getattr(config, "r", None) if modules else None, modules, quant)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
-    return next((row for row in rows if (row.model, row.scheme, row.r, set(row.modules)) == wanted), None)
+    row = next((row for row in rows if (row.model, row.scheme, row.r, set(row.modules), row.stored) == wanted), None)
+    return None if row is not None and row.first is not None and setup.seq_len % BLOCK_OF_FLEX else row

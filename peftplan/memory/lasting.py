@@ -29,7 +29,7 @@ def kept_on_card(model: Model) -> None:
         from peftplan.memory.models.compiled import scales
 
         num_layers = sum(len(block.layers) for block in model.arch.blocks)
-        of_layer = scales(running.recorded, model.arch.hidden_size)
+        of_layer = scales(running.recorded)
         model.lasting += [f.many(dims, "uint8", "scale of fake quantization", num_layers) for dims in of_layer]
     for tensor in (*model.buffers, *model.lasting):
         assert tensor.storage is not None

@@ -129,7 +129,8 @@ def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocume
 
     if (why := kernels_without_formula(job)) is None:
         return job, document
-    return prepared(job.request.changed(kernels=None)), without_kernels(document, why, effect_of(job.setup.kernels))
+    effect = effect_of(job.setup.kernels, quantized=job.quant is not None)
+    return prepared(job.request.changed(kernels=None)), without_kernels(document, why, effect)
 
 
 def _of_config(

@@ -38,7 +38,8 @@ def fetched(f: Tape, args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _copy(f: Tape, x: Hosted) -> Tensor:
-    copy = f.new(x.dims, x.dtype, "to") if x.buffer is None else x.buffer
+    buffer = x.buffer if x.buffer is not None and x.buffer.dtype == x.dtype else None  # fp32 is on the host in bf16
+    copy = f.new(x.dims, x.dtype, "to") if buffer is None else buffer
     assert copy.storage is not None
     if x.leaf:
         f.leaves.add((copy.storage.number, x.dims))

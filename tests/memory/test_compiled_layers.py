@@ -158,7 +158,7 @@ def test_a_record_frees_each_tensor_once_and_leaves_gradients(row: dict[str, Any
     layer = {"gemma-3-270m": 7 + 6, "qwen3-0.6b": 7 + 4}.get(record.model, 0)  # linear layers and norms
     assert len(gradients) == 1 + (2 * len(record.modules) or layer)  # A and B of each module, or all of the layer
     assert (len(alive) > len(gradients)) is (record.scheme == "int8-int4")  # scales, as many as a forward without a graph leaves
-    assert len(scales(record, 1024)) == len(alive) - len(gradients) if record.scheme == "int8-int4" else True
+    assert len(scales(record)) == len(alive) - len(gradients) if record.scheme == "int8-int4" else True
 
 
 def test_sizes_are_told_apart_by_a_second_length() -> None:

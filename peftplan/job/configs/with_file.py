@@ -95,10 +95,12 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if name not in lacking}
 
 
-def effect_of(kernels: object) -> Effect:
-    """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables."""
+def effect_of(kernels: object, *, quantized: bool) -> Effect:
+    """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables, and
+    compiled layers may dequantize all experts at once."""
     chosen = kernels_of(named_kernels(kernels))
-    return "unknown" if chosen.padding_free is not None else "raises" if chosen.fake_quant is not None else "lowers"
+    unknown = chosen.padding_free is not None or (chosen.layers is not None and quantized)
+    return "unknown" if unknown else "raises" if chosen.fake_quant is not None else "lowers"
 
 
 def without_kernels(document: ConfigDocument, why: str, effect: Effect) -> ConfigDocument:

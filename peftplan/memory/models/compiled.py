@@ -68,8 +68,11 @@ def compiled_layers(model: Model) -> Tensor:
     states = [x]
     del x
     attentions = {b.attentions[0].window: b.attentions[0] for b in model.arch.blocks if b.attentions[0].positions == "rotary"}
+    widths = [a.head_dim for a in attentions.values()]
+    if model.arch.model_type == "gpt_oss":  # one for both kinds of attention, as wide as half a head
+        widths = [widths[0] // 2]
     f.module = "model.rotary_emb"
-    tables = [f.new(("b", "s", a.head_dim), states[0].dtype, name) for a in attentions.values() for name in ("cos", "sin")]
+    tables = [f.new(("b", "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
     if MASK in model.running.recorded.training:  # attention gets a mask of the documents in place of their lengths
         f.module = "model"
         tables.append(f.new(("b·s", "b·s"), "bool", "mask"))
@@ -93,7 +96,8 @@ def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     f, weight = model.tape, model.part(name, layer).own_weight
     f.module = name
     assert model.running.recorded is not None
-    return fused_layers.rms_norm(f, NORM, x, weight, dtype="fp32" if model.running.recorded.wide_norm else None)
+    normed = fused_layers.rms_norm(f, NORM, x, weight, dtype="fp32" if model.running.recorded.wide_norm else None)
+    return normed if model.running.recorded.first is None else f.to(normed, model.running.dtype)
 
 
 def _layer(c: Call, x: Tensor) -> Tensor:
@@ -103,7 +107,8 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     trained = [p for p in _parameters(c) if p.trainable]
     node = f.record(_backward, (x, *trained))
     f.products.append((len(f.log), "cuBLAS"))
-    forward, _, backward = running.recorded.training.partition("|")
+    events = running.recorded.of_layer(c.number)
+    forward, _, backward = events.training.partition("|")
     num_forward = len(_allocations(forward))
     tuned = {n for n in running.recorded.tuned if running.tunes and (n > num_forward if c.number == last else c.number == 0)}
     tensors: Tensors = {}
@@ -111,17 +116,21 @@ def _layer(c: Call, x: Tensor) -> Tensor:
         if tuned:  # Unsloth tries the layer with a graph first
             _run(f, forward.split(), tensors, tuned)
             tensors.clear()
-        _run(f, running.recorded.forward.split(), tensors)
-        hidden = ("b", "s", c.model.arch.hidden_size * ITEMSIZE[x.dtype])
-        out = next(tensor for tensor in tensors.values() if tensor.dims == hidden)
+        _run(f, events.forward.split(), tensors)
+        out = next(tensor for tensor in tensors.values() if tensor.dims == _dims(events.result))
     else:
         _run(f, forward.split(), tensors)
-        out = tensors.pop(running.recorded.output)
-        freed = {-int(event) for event in running.recorded.training.split() if event.startswith("-")}
+        out = tensors.pop(events.output)
+        freed = {-int(event) for event in events.training.split() if event.startswith("-")}
         for number in tensors.keys() - freed:
             del tensors[number]  # a scale, which takes the place of the one before
         node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned)
-    return Tensor(out.storage, x.dims, x.dtype, node)
+    return Tensor(out.storage, x.dims, _dtype(out, x.dims), node)
+
+
+def _dtype(recorded: Tensor, dims: Dims) -> str:
+    """The dtype of hidden states of these dims, of which the record says the bytes of a token."""
+    return "fp32" if recorded.dims[-1] == ITEMSIZE["fp32"] * dims[-1] else "bf16"
 
 
 def _parameters(c: Call) -> Iterator[Parameter]:
@@ -153,13 +162,13 @@ def _dims(event: str) -> Dims:
     return (*TOKENS[unit], int(size))
 
 
-def scales(recorded: Recorded, hidden_size: int) -> list[Dims]:
+def scales(recorded: Recorded) -> list[Dims]:
     """What a forward leaves besides its result: scales of fake quantization, which last until the next."""
     forward = recorded.forward.split()
     freed = {-int(event) for event in forward if event.startswith("-")}
     allocated = [event for event in forward if not event.startswith("-")]
     left = [event for number, event in enumerate(allocated, 1) if number not in freed]
-    left.remove(f"{hidden_size * ITEMSIZE['bf16']}t")
+    left.remove(recorded.of_layer(1).result)
     return [_dims(event) for event in left]
 
 
@@ -170,7 +179,8 @@ def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     _run(f, events, tensors, tuned, num_before)
     of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
     gradients = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
-    return [Tensor(of_input.storage, g.dims, g.dtype), *(_gradient_of(f, parameter, gradients) for parameter in trained)]
+    to_input = Tensor(of_input.storage, g.dims, _dtype(of_input, g.dims))
+    return [to_input, *(_gradient_of(f, parameter, gradients) for parameter in trained)]
 
 
 def _gradient_of(f: Tape, parameter: Parameter, gradients: list[Tensor]) -> Tensor:
