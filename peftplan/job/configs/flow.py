@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from peftplan.job.configs.expressions import MOST_VALUES, Expressions, Instance, plain, size
 
@@ -92,11 +94,10 @@ class Flow(ast.NodeVisitor, Expressions):
         """The whole body, or a part of it and one of the handlers."""
         names = self._bound(node)
         before = self._values_of(names)
-        states, outer = [before], self.taken
+        outer = self.taken
         for each in node.body:
             self.visit(each)
-            states.append(self._values_of(names))
-        failed = _common(states)
+        failed = self._steady(_common([before, self._values_of(names)]), node.body)
         for each in node.orelse:
             self.visit(each)
         may_end = self.taken
@@ -181,14 +182,19 @@ class Flow(ast.NodeVisitor, Expressions):
         before = self._values_of(names)
         for name in names:
             self.names.pop(name, None)
-        states, outer, unsure = [before], self.taken, self.unsure
+        outer, unsure = self.taken, self.unsure
         self.unsure = True
         leaves_early = any(isinstance(each, (ast.Break, ast.Continue)) for each in ast.walk(node))
         for each in [*targets, *getattr(node, "body", []), *getattr(node, "orelse", [])]:
             self.visit(each)
-            states += [self._values_of(names)] if leaves_early else []
         self.taken, self.unsure = outer, unsure
-        self._restore(names, _common([*states, self._values_of(names)]))
+        after = _common([before, self._values_of(names)])
+        self._restore(names, self._steady(after, getattr(node, "body", [])) if leaves_early else after)
+
+    def _steady(self, values: dict[str, tuple[object, frozenset[str]]], body: Sequence[ast.AST]) -> dict[str, Any]:
+        """The values of names that not several statements of a body bind, which may end between them."""
+        times = Counter(name for each in body for name in self._bound(each))
+        return {name: value for name, value in values.items() if times[name] < 2}
 
     def _ways(
         self,

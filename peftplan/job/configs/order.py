@@ -28,7 +28,8 @@ def in_order(taken: Sequence[Call], untaken: Sequence[Call], unused: Sequence[Ca
     counting = [call for call in taken if id(call) not in ids]
     if not any(trains(call["call"]) for call in counting):
         counting = [*taken]
-    others = [*untaken, *(call for call in taken if not any(call is each for each in counting))]
+    counted = {id(call) for call in counting}
+    others = [*untaken, *(call for call in taken if id(call) not in counted)]
     if any(trains(call["call"]) for call in others) and not any(trains(call["call"]) for call in counting):
         return counting + others, []
     return counting, others
