@@ -158,7 +158,11 @@ def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...], norms
     names = {part.name for part in waiting}
     uncast: dict[str, Storage] = {}
     for part in parts:
-        beside = norms[part.name].take(_OnTracker(tracker), tracker.multiplied) if part.name in norms else []
+        beside = (
+            norms[part.name].take(_OnTracker(tracker, part.name), partial(tracker.multiplied, part.name))
+            if part.name in norms
+            else []
+        )
         if part.name in names:
             uncast[part.name] = _dense(tracker, tuple(on_rank(part.tensor).shape), passing[0], name=part.name, op=PASSES)
         else:
@@ -176,15 +180,15 @@ def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...], norms
 
 
 class _OnTracker:
-    """A tracker as a memory that bytes are loaded into."""
+    """A tracker as a memory that bytes are loaded into, beside a parameter of this name."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
         self.release = tracker.end
 
     def allocate(self, nbytes: int) -> Storage:
         """Record bytes."""
-        return self._tracker.passing(nbytes=nbytes, shape=(nbytes,), dtype="uint8", op="DoRA's first norm")
+        return _dense(self._tracker, (nbytes,), "uint8", name=self._name, op="DoRA's first norm")
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
         """Record bytes that stay."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peftplan.allocator import eventlog
@@ -52,6 +52,7 @@ def test_an_empty_log_comes_back(tmp_path: Path) -> None:
 TEXT = st.text(max_size=8)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 2**45), TEXT, TEXT, TEXT, TEXT, TEXT), max_size=6), TEXT)
 def test_any_log_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: list[Any], title: str) -> None:
     path = tmp_path_factory.mktemp("log") / "log.json"

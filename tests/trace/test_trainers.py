@@ -93,7 +93,7 @@ def storages_of_ours(model: Any) -> Storages:
         patch("torch.nn.utils.clip_grad_norm_"),
         Storages() as seen,
     ):
-        take_steps(Run(model, batch(), MagicMock(), watcher, setup, steps=1))
+        take_steps(Run(model, batch(), MagicMock(spec=["step", "after_step", "zero_grad"]), watcher, setup, steps=1))
     return seen
 
 

@@ -146,9 +146,11 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._pass_temporaries(self._temporaries[func](*args, **(kwargs or {})), op=str(func))
         return out
 
-    def multiplied(self) -> None:
-        """A matrix product ran that no tensor of the trace shows."""
+    def multiplied(self, module: str) -> None:
+        """A matrix product ran in a module that no tensor of the trace shows."""
+        self._stack.append(module)
         self._after(self, torch.ops.aten.mm.default, ())
+        self._stack.pop()
 
     def begin(self, phase: str) -> None:
         """Begin a phase. The log that follows belongs to it."""
