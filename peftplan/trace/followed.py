@@ -21,6 +21,7 @@ RANKS = {
     "fsdp2": "fsdp2.Fsdp2",
     "zero1": "zero.Zero",
     "zero2": "zero.Zero",
+    "zero3": "zero.Zero",
     "tp": "tp.Tp",
     "device-map": "device_map.DeviceMap",
 }
@@ -46,7 +47,7 @@ def check_followed(job: Job) -> None:
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
-        followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, tensor parallelism and device_map"
+        followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, tensor parallelism and device_map"
         raise RefusedError(f"engine: trace follows {followed}, not {unknown}; accepted: analytic")
 
 
@@ -55,8 +56,8 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     flat, divided = distributed.strategy == "fsdp1", distributed.strategy == "tp"
     in_parts = distributed.facts.splits_weights
     by_map = distributed.strategy == "device-map"
-    sharded = in_parts and not divided and not by_map
-    by_deepspeed = distributed.strategy in ("zero1", "zero2")
+    by_deepspeed = distributed.strategy in ("zero1", "zero2", "zero3")
+    sharded = in_parts and not divided and not by_map and not by_deepspeed
     unknown = {
         distributed.called: distributed.strategy not in RANKS,
         "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
@@ -65,11 +66,12 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its cp_size": distributed.cp_size not in (None, 1),
         "its custom_sharded_layers": distributed.custom_sharded_layers is not None,
         "its dp_shard_size": flat and distributed.shards != distributed.world_size,
-        "its offload_params": flat and distributed.offload_params == "cpu",
+        "its offload_params": (flat or by_deepspeed) and distributed.offload_params not in (None, "none"),
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
+        f"quantized weights under {distributed.called}": (flat or divided or by_map or distributed.strategy == "zero3")
+        and job.quant is not None,
         f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast != "bf16",
         f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != "bf16",
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),

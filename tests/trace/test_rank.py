@@ -49,6 +49,7 @@ SHOWN = (
     "zero2 lora 4",
     'zero2 full 4 zero={"reduce_bucket_size": 20000000, "overlap_comm": true}',
     "zero2 full 4 accumulation=3",
+    "zero3 lora 4 opt-125m trainer=transformers",
     'device-map full 2 model="llama-3.2-3b" layers=12',
     'device-map lora 4 model="mistral-7b-v0.3" layers=8',
 )
@@ -146,7 +147,8 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"strategy": "fsdp1", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "fsdp1", "dp_shard_size": 2}, "not its dp_shard_size"),
         ({"strategy": "fsdp1", "quant": "nf4", "quant_storage": "bf16"}, "not quantized weights under FSDP1"),
-        ({"strategy": "zero3"}, "not ZeRO-3 over 4 GPUs"),
+        ({"strategy": "zero3", "quant": "nf4"}, "not quantized weights under ZeRO-3"),
+        ({"strategy": "zero3", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "tp", "quant": "nf4", "target_modules": "q_proj"}, "not quantized weights under tensor parallelism"),
         ({"strategy": "tp", "optim": "adamw_bnb_8bit", "target_modules": "q_proj"}, "not its adamw_bnb_8bit"),
         ({"custom_sharded_layers": "output"}, "not its custom_sharded_layers"),
@@ -179,7 +181,8 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("gemma-3-4b-pt", {"strategy": "fsdp2"}, "no formula yet: add --engine trace"),
         ("llama-3.2-1b", {"strategy": "ddp", "static_graph": True}, "no formula yet: add --engine trace"),
-        ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet)"),
+        ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
+        ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),
     ],
 )
 def test_a_step_without_formula_says_whether_a_trace_follows_it(model: str, options: dict[str, Any], hint: str) -> None:

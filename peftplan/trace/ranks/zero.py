@@ -19,7 +19,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from peftplan.distributed.zero import UNDECAYED
+from peftplan.depth.log import Storage
+from peftplan.distributed.zero import UNDECAYED, by_tensor
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
@@ -96,13 +97,14 @@ class Zero(OneOfSeveral):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [[p for name, p in named if bool(UNDECAYED.search(name)) is undecayed] for undecayed in (False, True)]
         self._optimizer = torch_optimizer(setup, [{"params": group} for group in groups])
+        config = self._config(built, setup)
         model.to = moved
-        if quant is None:
+        if self.distributed.strategy == "zero3" and by_tensor(self.distributed, quantized=quant is not None):
+            self._load_by_tensor(built, tracker, setup, config)
+        elif quant is None:
             tracker._paused += 1
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=self._optimizer, config_params=self._config(built, setup)
-            )
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config_params=config)
         finally:
             del model.to
         self._name(built, tracker)
@@ -114,9 +116,55 @@ class Zero(OneOfSeveral):
 
         base.register_step_pre_hook(stepping)
 
+    def _load_by_tensor(self, built: Built, tracker: Tracker, setup: Setup, config: dict[str, Any]) -> None:
+        """Divide each tensor as it is made, as `from_pretrained` does under `deepspeed.zero.Init`; gather those of a module to
+        load them (transformers, integrations/deepspeed.py, `_load_state_dict_into_zero3_model`). A tied head is divided too.
+        """
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init  # type: ignore[import-not-found]
+
+        names = {id(p): name for name, p in built.model.named_parameters()}
+        divide = Init._zero_init_param
+
+        def arriving(init: Any, parameter: nn.Parameter) -> None:
+            name = names[id(parameter)]
+            tracker.register(parameter, built.owners[name], name)
+            divide(init, parameter)
+
+        def made(owner: str) -> nn.ParameterList:
+            return nn.ParameterList(p for name, p in built.model.named_parameters() if built.owners[name] == owner)
+
+        with patch.object(Init, divide.__name__, arriving):
+            Init(module=made("weights"), config_dict_or_path=config)
+            head = self._tied_head(built, tracker, setup)
+            for module in built.base.modules():
+                own = [p for p in module._parameters.values() if p is not None and built.owners[names[id(p)]] == "weights"]
+                if own:
+                    with GatheredParameters(own, modifier_rank=0):
+                        pass
+            if head is not None:
+                tracker.end(head)
+            for name, buffer in built.model.named_buffers():
+                tracker.register(buffer, "buffers", name)
+            Init(module=made("adapter_weights"), config_dict_or_path=config)
+
+    def _tied_head(self, built: Built, tracker: Tracker, setup: Setup) -> Storage | None:
+        """A rank's part of a head that is tied once all is loaded."""
+        head, table = built.base.get_output_embeddings(), built.base.get_input_embeddings()
+        if head is None or getattr(head, "weight", None) is not getattr(table, "weight", 0):
+            return None
+        numel, parts = head.weight.ds_numel, []
+        for part in (numel, -(-numel // self.distributed.world_size)):
+            parts.append(tracker.passing(nbytes=2 * part, shape=(part,), dtype=setup.dtype, op="load", category="weights"))
+        tracker.end(parts[0])
+        return parts[1]
+
     def _name(self, built: Built, tracker: Tracker) -> None:
         """Name what DeepSpeed made of what trains."""
         zero = self._engine.optimizer
+        for number, master in enumerate(getattr(zero, "fp32_partitioned_groups_flat", ())):
+            tracker.register(master, "optimizer_states", f"fp32 master of flat group {number}")
+        if (flat := getattr(zero, "grad_partitions_flat_buffer", None)) is not None:
+            tracker.register(flat, "gradients", "grad_partitions_flat_buffer")
         for number, flat in enumerate(getattr(zero, "bit16_groups_flat", ())):
             owner = built.owners[next(name for name, p in built.model.named_parameters() if p.requires_grad)]
             tracker.register(flat, owner, f"flat group {number}")
