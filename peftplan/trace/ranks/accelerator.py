@@ -24,13 +24,6 @@ ASKING = ("partition_parameters", "partitioned_param_coordinator", "stage3", "ut
 """Modules that ask other ranks whether they agree (`assert_ints_same_as_other_ranks`)."""
 
 
-class Stream(torch.cpu.Stream):
-    """A stream, which a trace tells by its identity."""
-
-    def synchronize(self) -> None:
-        """Nothing runs on it."""
-
-
 class Event(torch.cpu.Event):
     """An event that has happened."""
 
@@ -57,6 +50,7 @@ def on_fake_cards(tracker: Tracker) -> Iterator[None]:
         import_module("deepspeed.comm.torch")
         circumstances.enter_context(patch.object(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None))
         circumstances.enter_context(patch.object(torch.Tensor, "record_stream", lambda *stream: None))
+        circumstances.enter_context(patch.object(torch.cpu.Stream, "synchronize", lambda stream: None, create=True))
         for name in ("deepspeed.comm.comm", "deepspeed.utils.groups"):
             circumstances.enter_context(_restored(import_module(name)))
         yield
@@ -93,7 +87,7 @@ def _cards(tracker: Tracker) -> Any:
     class Cards(CPU_Accelerator):  # type: ignore[misc]
         """CUDA's answers."""
 
-        Stream = Stream
+        Stream = torch.cpu.Stream
         Event = Event
 
         def __init__(self) -> None:

@@ -61,6 +61,11 @@ class Zero(OneOfSeveral):
     _engine: Any = field(default=None, init=False)
     _optimizer: Any = field(default=None, init=False)
 
+    @property
+    def more_steps(self) -> int:
+        """The second step of ZeRO-3 can leave the allocator without a block for a weight that is gathered."""
+        return 1 if self.distributed.strategy == "zero3" else 0
+
     def world(self) -> AbstractContextManager[None]:
         """The process group."""
         return process_group(self.distributed.world_size, rank=self.rank)
