@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from peftplan.job.configs.expressions import MOST_VALUES, Expressions, Instance, plain, size
 
@@ -191,7 +190,9 @@ class Flow(ast.NodeVisitor, Expressions):
         after = _common([before, self._values_of(names)])
         self._restore(names, self._steady(after, getattr(node, "body", [])) if leaves_early else after)
 
-    def _steady(self, values: dict[str, tuple[object, frozenset[str]]], body: Sequence[ast.AST]) -> dict[str, Any]:
+    def _steady(
+        self, values: dict[str, tuple[object, frozenset[str]]], body: Sequence[ast.AST]
+    ) -> dict[str, tuple[object, frozenset[str]]]:
         """The values of names that not several statements of a body bind, which may end between them."""
         times = Counter(name for each in body for name in self._bound(each))
         return {name: value for name, value in values.items() if times[name] < 2}

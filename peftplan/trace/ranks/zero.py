@@ -135,11 +135,11 @@ class Zero(OneOfSeveral):
             tracker.register(parameter, built.owners[name], name)
             divide(init, parameter)
 
-        def made(owner: str) -> nn.ParameterList:
+        def parameters_of(owner: str) -> nn.ParameterList:
             return nn.ParameterList(p for name, p in built.model.named_parameters() if built.owners[name] == owner)
 
         with patch.object(Init, divide.__name__, arriving):
-            Init(module=made("weights"), config_dict_or_path=config)
+            Init(module=parameters_of("weights"), config_dict_or_path=config)
             head = self._tied_head(built, tracker, setup)
             for module in built.base.modules():
                 own = [p for p in module._parameters.values() if p is not None and built.owners[names[id(p)]] == "weights"]
@@ -150,7 +150,7 @@ class Zero(OneOfSeveral):
                 tracker.end(head)
             for name, buffer in built.model.named_buffers():
                 tracker.register(buffer, "buffers", name)
-            Init(module=made("adapter_weights"), config_dict_or_path=config)
+            Init(module=parameters_of("adapter_weights"), config_dict_or_path=config)
 
     def _tied_head(self, built: Built, tracker: Tracker, setup: Setup) -> Storage | None:
         """A rank's part of a head that is tied once all is loaded."""
