@@ -29,27 +29,38 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 (`Trainer.get_decay_parameter_names`)."""
 
 
+def automatic(hidden_size: int) -> dict[str, int]:
+    """What transformers fills in for `auto` (integrations/deepspeed.py, `trainer_config_finalize`), in elements."""
+    return {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
+def _elements(distributed: Distributed, name: str, own: int, hidden_size: int) -> int:
+    """A field of `zero_optimization`; `own`: DeepSpeed's value where nothing is said."""
+    value: int | str | None = getattr(distributed, name)
+    if isinstance(value, str):
+        return automatic(hidden_size)[name]
+    return own if value is None else value
+
+
 def reduce_bucket(distributed: Distributed, hidden_size: int) -> int:
-    """Elements of the reduce bucket; `auto` is h² (transformers, integrations/deepspeed.py)."""
-    value = distributed.reduce_bucket_size
-    return REDUCE_BUCKET if value is None else hidden_size**2 if value == "auto" else value
+    """Elements of the reduce bucket."""
+    return _elements(distributed, "reduce_bucket_size", REDUCE_BUCKET, hidden_size)
 
 
 def persistence(distributed: Distributed, hidden_size: int) -> int:
-    """Parameters of at most so many elements stay whole under ZeRO-3; `auto` is 10 h."""
-    value = distributed.stage3_param_persistence_threshold
-    return PERSISTENCE if value is None else 10 * hidden_size if value == "auto" else value
+    """Parameters of at most so many elements stay whole under ZeRO-3."""
+    return _elements(distributed, "stage3_param_persistence_threshold", PERSISTENCE, hidden_size)
 
 
 def limits(distributed: Distributed, hidden_size: int) -> Limits:
-    """What ZeRO-3 gathers ahead and keeps; `auto` of the prefetch bucket is 0.9 h²."""
-    bucket, live, reuse = (
-        distributed.stage3_prefetch_bucket_size,
-        distributed.stage3_max_live_parameters,
-        distributed.stage3_max_reuse_distance,
-    )
+    """What ZeRO-3 gathers ahead and keeps."""
+    live, reuse = distributed.stage3_max_live_parameters, distributed.stage3_max_reuse_distance
     return Limits(
-        PREFETCH_BUCKET if bucket is None else int(0.9 * hidden_size**2) if bucket == "auto" else bucket,
+        _elements(distributed, "stage3_prefetch_bucket_size", PREFETCH_BUCKET, hidden_size),
         MAX_LIVE if live is None else live,
         MAX_REUSE if reuse is None else reuse,
     )

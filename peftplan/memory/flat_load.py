@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -39,7 +40,7 @@ class FlatUnits(NamedTuple):
     """Whether `no_sync` makes them ready before the first forward."""
     of_one_gpu: Loader | None = None
     """Loads the whole model onto the GPU first, as a quantized one is."""
-    stays: Mapping[tuple[int, ...], int] = {}
+    stays: Mapping[tuple[int, ...], int] = MappingProxyType({})
     """Sizes of tensors of quantized weights that are never flattened, and how many there are."""
 
     def first_run(self, memory: Memory[Handle]) -> None:

@@ -65,6 +65,6 @@ def practices(about: str | None = None) -> Listing[Practice]:
         return Listing(row for row in rows if key in row.methods)
     topics = [topic.replace(" ", "-") for topic in TOPICS]
     if find(about) is not None:
-        accepted = f"it is a model, and this advice is the same for all; accepted: a method, an option, or {', '.join(topics)}"
+        accepted = f"it is a model, and this advice is the same for all models; accepted: {', '.join(topics)}, or a method's name"
         raise InputError("about", about, accepted)
     raise UnknownNameError("about", about, topics, beside=METHODS)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
-
 from peftplan.accuracy.check import Check
 from peftplan.report.accuracy import as_markdown, facts, junit
+from peftplan.report.writing import as_json
 
 FORMATS = ("table", "json", "markdown", "junit")
 
@@ -14,8 +12,7 @@ FORMATS = ("table", "json", "markdown", "junit")
 def check(checked: Check, *, fmt: str) -> None:
     """Write a check to stdout."""
     if fmt == "json":
-        json.dump(facts(checked), sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        as_json(facts(checked))
     elif fmt == "junit":
         print(junit(checked))
     elif fmt == "markdown":

@@ -67,8 +67,9 @@ def in_markdown(text: str) -> str:
 
 
 def as_json(value: object) -> None:
-    """A document on stdout, indented."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """A document on stdout, indented. Characters that no terminal shows are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(text if text.isprintable() else "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 @runtime_checkable

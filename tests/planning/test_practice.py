@@ -49,7 +49,9 @@ def test_an_unknown_word_is_one_line() -> None:
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "meta-llama/Llama-3.1-8B"])
 def test_a_model_is_told_from_a_wrong_word(model: str) -> None:
-    with pytest.raises(InputError, match="is not valid; it is a model, and this advice is the same for all; accepted: a method"):
+    with pytest.raises(
+        InputError, match="is not valid; it is a model, and this advice is the same for all models; accepted: method, targets"
+    ):
         practices(model)
 
 

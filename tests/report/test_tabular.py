@@ -10,6 +10,7 @@ import pytest
 
 from peftplan.report import markdown, terminal
 from peftplan.report.tabular import Column, assumption_rows, texts, write_csv
+from peftplan.report.writing import as_json
 from tests.cli.run import run
 
 LONG_NAMES = "llama-3.2-11b-vision"
@@ -140,3 +141,13 @@ def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:
     assert "num_virtual_tokens" in shown
     assert "required" in shown
     assert "without effect on memory" in run("methods", "lora").out
+
+
+def test_json_escapes_what_no_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that turns the direction of a line (U+202E) is the same to a program, and harmless to a terminal."""
+    value = [{"model": "a\u202eb\x1b[31m\x9f\ud800é"}]
+    as_json(value)
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert "é" in out
+    assert json.loads(out) == value

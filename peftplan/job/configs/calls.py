@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
+from peftplan.job.configs.assignments import Assignments
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.expressions import Instance, plain, text_of
-from peftplan.job.configs.flow import MUTATORS, Flow
+from peftplan.job.configs.flow import MUTATORS
 from peftplan.job.configs.functions import (
     Functions,
     bound_elsewhere,
@@ -32,34 +32,9 @@ Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none", "")
 """Texts that a function of the program may take for something else, as the type of an option."""
-SETTINGS = "UNSLOTH_"
-"""Start of the names of environment variables that decide how a package trains."""
 
 
-def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> tuple[Values, dict[str, list[str]]]:
-    """The arguments of the first call of each kind, `load.max_seq_length`; later ones count as calls after training.
-
-    `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
-    the second training of a program does that needs more than the first. Behind the arguments, those that hold a default of the
-    program's command line or environment → its options.
-    """
-    values: Values = {}
-    defaults: dict[str, list[str]] = {}
-    calls = list(calls)
-    trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
-    for call in calls:
-        kind = kinds.get(call["call"])
-        if kind is None or kind in values or (kind in trained_last and call["call"] not in last):
-            times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
-            values[f"later.{call['call']}#{times}"] = "call"
-            continue
-        by_place = {str(index): value for index, value in enumerate(call["args"])}
-        values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
-        defaults |= {f"{kind}.{name}": options for name, options in call.get("defaults", {}).items()}
-    return values, defaults
-
-
-class Calls(Flow):
+class Calls(Assignments):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
@@ -88,7 +63,7 @@ class Calls(Flow):
         self.ran: dict[str, bool] = {}
         """Function that is called → whether the program takes a way to such a call."""
         self.unmentioned: set[str] = earlier.unmentioned if earlier else unmentioned(nodes, statements)
-        self.elsewhere: set[str] = earlier.elsewhere if earlier else bound_elsewhere(nodes)
+        self.elsewhere = earlier.elsewhere if earlier else bound_elsewhere(nodes)
         self.arguments_of: Arguments = earlier.called_with if earlier else {}
         self.called_with: Arguments = {}
         self.end: tuple[object, ...] = ()
@@ -166,55 +141,6 @@ class Calls(Flow):
         self.names.pop(node.name, None)
 
     visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        """`rank *= 2`."""
-        self.visit(node.value)
-        target = node.target
-        if isinstance(target, ast.Name):
-            loaded: ast.expr = ast.Name(target.id, ast.Load())
-        else:
-            loaded = ast.parse(ast.unparse(target), mode="eval").body
-        value = self.fresh(ast.BinOp(loaded, node.op, node.value))
-        self.visit(node.target)
-        self._bind(node.target, value, self.by_default)
-
-    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
-        """`(rank := 8)`."""
-        self.visit(node.value)
-        self._bind(node.target, self.fresh(node.value), self.by_default)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        """A name or an attribute for a plain value, or `os.environ["NAME"] = value`."""
-        self.visit(node.value)
-        pairs = []
-        for target in node.targets:
-            elements = target.elts if isinstance(target, (ast.Tuple, ast.List)) else []
-            values = node.value.elts if isinstance(node.value, (ast.Tuple, ast.List)) else []
-            if (
-                elements
-                and len(elements) == len(values)
-                and not any(isinstance(each, ast.Starred) for each in (*elements, *values))
-            ):
-                pairs += [*zip(elements, values, strict=True)]
-            elif elements and isinstance(node.value, ast.Call):
-                pairs += [(each, node.value) for each in elements if isinstance(self.value(node.value), Instance)]
-            elif not elements:
-                pairs.append((target, node.value))
-        bindings = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
-        for target in node.targets:
-            if not isinstance(target, ast.Subscript):
-                self.visit(target)
-        for target, expression, value, options in bindings:
-            if isinstance(target, ast.Subscript):
-                self._set(target.value, target.slice, expression)
-            else:
-                self._bind(target, value, options)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """A name with its type."""
-        if node.value is not None:
-            self.visit_Assign(ast.Assign([node.target], node.value))
 
     def visit_Call(self, node: ast.Call) -> None:
         """A call, if its name is one of those that matter; what it is called with stands before it."""
@@ -388,24 +314,3 @@ class Calls(Flow):
                 self.names[cast("ast.Name", argument).id] = Instance({**value, **written})
         elif isinstance(value, (list, dict)) and not self._bound(function).isdisjoint(parameters(function)):
             self._changed(argument)
-
-    def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
-        if isinstance(target, ast.Name) and target.id not in self.elsewhere:
-            self._keep(target.id, value, by_default)
-        elif isinstance(target, ast.Attribute):
-            self._write(target, value)
-
-    def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr, *, absent: bool = False) -> None:
-        """A variable of the environment that matters, or an item of a dictionary of the program."""
-        name = self.value(key)
-        if ast.unparse(mapping).endswith("environ"):
-            self.variables.add(str(name))
-        if self.taken and ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
-            self.environment[str(name)] = self.value(value)
-        owner = self.value(mapping)
-        known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
-        if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):
-            self._changed(mapping)
-        elif not absent or name not in known:
-            self._forget(mapping.id)
-            self._keep(mapping.id, {**known, name: self._inside(value)})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from peftplan.job.configs.documents import Call
+from peftplan.job.configs.documents import Call, Values
 
 if TYPE_CHECKING:
     import ast
@@ -52,6 +52,29 @@ def of_training_first(
     last = {_kind(call): index for index, call in enumerate(calls) if nodes[id(call)] in used}
     above = [nodes[id(call)] not in used and index < last.get(_kind(call), -1) for index, call in enumerate(calls)]
     return [call for call, is_above in sorted(zip(calls, above, strict=True), key=lambda pair: pair[1])]
+
+
+def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> tuple[Values, dict[str, list[str]]]:
+    """The arguments of the first call of each kind, `load.max_seq_length`; later ones count as calls after training.
+
+    `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
+    the second training of a program does that needs more than the first. Behind the arguments, those that hold a default of the
+    program's command line or environment → its options.
+    """
+    values: Values = {}
+    defaults: dict[str, list[str]] = {}
+    calls = list(calls)
+    trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
+    for call in calls:
+        kind = kinds.get(call["call"])
+        if kind is None or kind in values or (kind in trained_last and call["call"] not in last):
+            times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
+            values[f"later.{call['call']}#{times}"] = "call"
+            continue
+        by_place = {str(index): value for index, value in enumerate(call["args"])}
+        values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
+        defaults |= {f"{kind}.{name}": options for name, options in call.get("defaults", {}).items()}
+    return values, defaults
 
 
 def _kind(call: Call) -> str:

@@ -7,7 +7,8 @@ import contextlib
 import json
 import re
 
-from peftplan.job.configs.calls import SETTINGS, Calls
+from peftplan.job.configs.assignments import SETTINGS
+from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 

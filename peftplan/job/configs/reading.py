@@ -61,7 +61,7 @@ class Reading:
         """Arguments of a program's calls that hold defaults of its command line → its options."""
         values = document.values
         if document.kind == "calls":
-            from peftplan.job.configs.calls import arguments
+            from peftplan.job.configs.order import arguments
 
             values, self.by_default = arguments(document.calls, tool.calls, tool.last)
         if document.kind == "command":

@@ -20,9 +20,11 @@ import torch
 from torch import nn
 
 from peftplan.depth.log import Storage
-from peftplan.distributed.zero import UNDECAYED, by_tensor
+from peftplan.distributed.zero import UNDECAYED, automatic, by_tensor
+from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
+from peftplan.optim import parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.load import load
@@ -32,6 +34,7 @@ from peftplan.trace.ranks.accelerator import on_fake_cards
 from peftplan.trace.ranks.fsdp1 import Addresses
 from peftplan.trace.ranks.group import OneOfSeveral, process_group
 from peftplan.trace.ranks.tp import PartTracker
+from peftplan.units import ceil_div
 
 VALUE = torch.ops.aten._local_scalar_dense.default
 CONFIGURED = (
@@ -157,11 +160,13 @@ class Zero(OneOfSeveral):
         head, table = built.base.get_output_embeddings(), built.base.get_input_embeddings()
         if head is None or getattr(head, "weight", None) is not getattr(table, "weight", 0):
             return None
-        numel, parts = head.weight.ds_numel, []
-        for part in (numel, -(-numel // self.distributed.world_size)):
-            parts.append(tracker.passing(nbytes=2 * part, shape=(part,), dtype=setup.dtype, op="load", category="weights"))
-        tracker.end(parts[0])
-        return parts[1]
+        itemsize, numel = ITEMSIZE[setup.dtype], head.weight.ds_numel
+        whole, own = (
+            tracker.passing(nbytes=itemsize * n, shape=(n,), dtype=setup.dtype, op="load", category="weights")
+            for n in (numel, ceil_div(numel, self.distributed.world_size))
+        )
+        tracker.end(whole)
+        return own
 
     def _name(self, built: Built, tracker: Tracker) -> None:
         """Name what DeepSpeed made of what trains."""
@@ -178,14 +183,9 @@ class Zero(OneOfSeveral):
 
     def _config(self, built: Built, setup: Setup) -> dict[str, Any]:
         """DeepSpeed's config, with what accelerate fills in."""
-        hidden = built.hf_config.get_text_config(decoder=True).hidden_size
-        automatic = {
-            "reduce_bucket_size": hidden**2,
-            "stage3_prefetch_bucket_size": int(0.9 * hidden**2),
-            "stage3_param_persistence_threshold": 10 * hidden,
-        }
+        sizes = automatic(built.hf_config.get_text_config(decoder=True).hidden_size)
         values = {name: getattr(self.distributed, name) for name in CONFIGURED}
-        zero = {name: automatic[name] if value == "auto" else value for name, value in values.items() if value is not None}
+        zero = {name: sizes[name] if value == "auto" else value for name, value in values.items() if value is not None}
         return {
             "zero_optimization": {"stage": int(self.distributed.strategy[-1]), **zero},
             "bf16": {"enabled": True},
@@ -204,7 +204,7 @@ class Zero(OneOfSeveral):
 
     def stepping(self, built: Built, tracker: Tracker, setup: Setup) -> EngineSteps:
         """What stands for the optimizer in the loop."""
-        return EngineSteps(self._engine, tracker)
+        return EngineSteps(self._engine, tracker, parse_optim(str(setup.optim)).step_implementation == "foreach")
 
     def batches(self, built: Built) -> Callable[[bool], None]:
         """What is called before each micro batch: the last one of a step ends at a boundary (accelerate, utils/deepspeed.py)."""
@@ -217,6 +217,8 @@ class EngineSteps:
 
     engine: Any
     tracker: Tracker
+    host_steps: bool
+    """Whether the `step` counters lie on the CPU."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """The engine's own backward, and its step behind the last one (accelerate, `DeepSpeedEngineWrapper.backward`), while the
@@ -243,7 +245,8 @@ class EngineSteps:
         host = []
         for number, states in enumerate(self.engine.optimizer.optimizer.state.values()):
             for key, value in states.items():
-                if key == "step":
+                if key == "step" and self.host_steps:
                     host.append(value)
                 elif isinstance(value, torch.Tensor):
                     self.tracker.register(value, "optimizer_states", f"flat group {number}.{key}", op="optimizer")
+        self.tracker.forget(host)

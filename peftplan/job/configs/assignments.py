@@ -1,0 +1,94 @@
+"""Assignments of a program: what its names, attributes and items hold from there on, and the environment that it sets."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection
+
+from peftplan.job.configs.documents import Values
+from peftplan.job.configs.expressions import Instance, plain
+from peftplan.job.configs.flow import Flow
+
+SETTINGS = "UNSLOTH_"
+"""Start of the names of environment variables that decide how a package trains."""
+
+
+class Assignments(Flow):
+    """Binds names as statements do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.environment: Values = {}
+        """Variables of packages that the program sets, by their names."""
+        self.elsewhere: set[str] = set()
+        """Names that a function binds outside itself."""
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        """`rank *= 2`."""
+        self.visit(node.value)
+        target = node.target
+        if isinstance(target, ast.Name):
+            loaded: ast.expr = ast.Name(target.id, ast.Load())
+        else:
+            loaded = ast.parse(ast.unparse(target), mode="eval").body
+        value = self.fresh(ast.BinOp(loaded, node.op, node.value))
+        self.visit(node.target)
+        self._bind(node.target, value, self.by_default)
+
+    def visit_NamedExpr(self, node: ast.NamedExpr) -> None:
+        """`(rank := 8)`."""
+        self.visit(node.value)
+        self._bind(node.target, self.fresh(node.value), self.by_default)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """A name or an attribute for a plain value, or `os.environ["NAME"] = value`."""
+        self.visit(node.value)
+        pairs = []
+        for target in node.targets:
+            elements = target.elts if isinstance(target, (ast.Tuple, ast.List)) else []
+            values = node.value.elts if isinstance(node.value, (ast.Tuple, ast.List)) else []
+            if (
+                elements
+                and len(elements) == len(values)
+                and not any(isinstance(each, ast.Starred) for each in (*elements, *values))
+            ):
+                pairs += [*zip(elements, values, strict=True)]
+            elif elements and isinstance(node.value, ast.Call):
+                pairs += [(each, node.value) for each in elements if isinstance(self.value(node.value), Instance)]
+            elif not elements:
+                pairs.append((target, node.value))
+        bindings = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
+        for target in node.targets:
+            if not isinstance(target, ast.Subscript):
+                self.visit(target)
+        for target, expression, value, options in bindings:
+            if isinstance(target, ast.Subscript):
+                self._set(target.value, target.slice, expression)
+            else:
+                self._bind(target, value, options)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """A name with its type."""
+        if node.value is not None:
+            self.visit_Assign(ast.Assign([node.target], node.value))
+
+    def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
+        if isinstance(target, ast.Name) and target.id not in self.elsewhere:
+            self._keep(target.id, value, by_default)
+        elif isinstance(target, ast.Attribute):
+            self._write(target, value)
+
+    def _set(self, mapping: ast.expr, key: ast.expr, value: ast.expr, *, absent: bool = False) -> None:
+        """A variable of the environment that matters, or an item of a dictionary of the program."""
+        name = self.value(key)
+        if ast.unparse(mapping).endswith("environ"):
+            self.variables.add(str(name))
+        if self.taken and ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
+            self.environment[str(name)] = self.value(value)
+        owner = self.value(mapping)
+        known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
+        if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):
+            self._changed(mapping)
+        elif not absent or name not in known:
+            self._forget(mapping.id)
+            self._keep(mapping.id, {**known, name: self._inside(value)})
