@@ -6,8 +6,8 @@ import ast
 from collections.abc import Collection
 
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.expressions import Instance, plain
 from peftplan.job.configs.flow import Flow
+from peftplan.job.configs.instances import Instance, plain
 
 SETTINGS = "UNSLOTH_"
 """Start of the names of environment variables that decide how a package trains."""
@@ -73,6 +73,8 @@ class Assignments(Flow):
             self.visit_Assign(ast.Assign([node.target], node.value))
 
     def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
+        if isinstance(target, ast.Name) and isinstance(value, str) and value[1:-1].replace(".", "").isidentifier():
+            self._rename(target.id, value[1:-1] if value == f"<{value[1:-1]}>" else "")
         if isinstance(target, ast.Name) and target.id not in self.elsewhere:
             self._keep(target.id, value, by_default)
         elif isinstance(target, ast.Attribute):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from typing import cast
 
-from peftplan.job.configs.assignments import Assignments
+from peftplan.job.configs.bindings import MUTATORS
 from peftplan.job.configs.documents import Call, Values
-from peftplan.job.configs.expressions import Instance, plain, text_of
-from peftplan.job.configs.flow import MUTATORS
+from peftplan.job.configs.doubts import Doubts
+from peftplan.job.configs.expressions import text_of
 from peftplan.job.configs.functions import (
     Functions,
     bound_elsewhere,
     default_values,
+    fields_written_by,
     functions_of,
     of_field,
+    overwritten_in,
     parameters,
     passed,
     unmentioned,
 )
+from peftplan.job.configs.instances import Instance, plain
+from peftplan.job.configs.objects import COPIES, Objects
 from peftplan.job.configs.order import trains
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
@@ -34,7 +37,7 @@ TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none",
 """Texts that a function of the program may take for something else, as the type of an option."""
 
 
-class Calls(Assignments):
+class Calls(Objects):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
@@ -44,20 +47,20 @@ class Calls(Assignments):
     def __init__(self, statements: list[ast.stmt], environment: Values, earlier: Calls | None = None) -> None:
         super().__init__()
         self.statements = statements
-        self.calls: list[Call] = []
         self.untaken: list[Call] = []
         """Calls in ways that the program does not take."""
         self.unused: list[Call] = []
         """Calls in functions that nothing calls."""
-        self.nodes: dict[int, ast.Call] = {}
-        """Identity of a call → its place in the text."""
         self.used_by: dict[ast.Call, set[ast.Call]] = {}
         """Call → those that made what it is called with: of a trainer its model, its arguments and its adapter."""
+        self.doubts = Doubts()
         self.lengths: list[Call] = []
         """Calls that cut texts: of a tokenizer, whatever its name."""
         self.environment = dict(environment)
         nodes = [] if earlier else [*ast.walk(ast.Module(statements, []))]
-        self.functions: Functions = earlier.functions if earlier else functions_of(nodes)
+        self.overwritten: set[ast.AST] = earlier.overwritten if earlier else overwritten_in(statements)
+        """Functions that another one takes the place of."""
+        self.functions: Functions = earlier.functions if earlier else functions_of(nodes, self.overwritten)
         self.passed: set[str] = earlier.passed if earlier else passed(nodes, self.functions)
         self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
         self.ran: dict[str, bool] = {}
@@ -70,15 +73,13 @@ class Calls(Assignments):
         """What the next reading begins with, once this one is done."""
         self.named: dict[ast.AST, frozenset[str]] = earlier.named if earlier else {}
         """Part of the program → all names in it."""
-        self.fields: dict[str, Values] = {}
-        """Class of the program → its fields' defaults."""
         self.at_the_end: Values | None = None
         """What names of the module hold at its end; None in the first reading."""
         if earlier:
             self.attributes, self.owners = dict(earlier.attributes), dict(earlier.owners)
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
-            self.at_the_end, self.bound = earlier.names, earlier.bound
+            self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
 
     def read(self) -> None:
         """Read all statements; of one that nests too deep, what was read so far."""
@@ -106,7 +107,8 @@ class Calls(Assignments):
                 self._field(field.id, fields[field.id], f"class {node.name}")
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__"):
-                fields |= {field: f"<{field}>" for field in fields if f".{field}" in self._bound(method)}
+                any_field = None in fields_written_by(method, "self")
+                fields |= {field: f"<{field}>" for field in fields if any_field or f".{field}" in self._bound(method)}
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
 
@@ -133,7 +135,8 @@ class Calls(Assignments):
                 self._keep(name, values[0][0], set().union(*(options for _, options in values)))
         outer, self.function = self.function, f"{self.function}.{node.name}"
         is_taken = self.taken
-        self.taken = is_taken and (node.name in self.passed or self.ran_before.get(node.name, True))
+        runs = node.name in self.passed or self.ran_before.get(node.name, True)
+        self.taken = is_taken and node not in self.overwritten and runs
         for statement in node.body:
             self.visit(statement)
         self.function, self.taken = outer, is_taken
@@ -142,20 +145,27 @@ class Calls(Assignments):
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        """A function without a name, called some time later."""
+        before = self._values_of(self._named(node))
+        for name in before if self.at_the_end is not None and not self.function else ():
+            if self.at_the_end.get(name) != self.names[name]:
+                self.names.pop(name)
+        self.visit_ListComp(node)
+        self._restore(before, before)
+
     def visit_Call(self, node: ast.Call) -> None:
         """A call, if its name is one of those that matter; what it is called with stands before it."""
         self.generic_visit(node)
-        name = ast.unparse(node.func)[:200]
+        name = self.name_of(node.func)
         last = name.rpartition(".")[2]
         if last == "setdefault" and len(node.args) > 1 and isinstance(node.func, ast.Attribute):
             self._set(node.func.value, *node.args[:2], absent=True)
-        elif last in MUTATORS and isinstance(node.func, ast.Attribute):
+        elif last in MUTATORS and isinstance(node.func, ast.Attribute) and self.value_of_object(node.func.value) is None:
             self._changed(node.func.value)
         if last == "add_argument":
             self._argument(node)
-        attribute = self.value(node.args[1]) if name == "setattr" and len(node.args) == 3 else None
-        if isinstance(attribute, str) and plain(attribute):
-            self._write(ast.Attribute(node.args[0], attribute, ast.Store()), self.value(node.args[2]))
+        self._note_changes(name, node)
         if (
             last in ("parse_args", "parse_known_args")
             and node.args
@@ -177,6 +187,8 @@ class Calls(Assignments):
             call = self._called(name, node)
             self._call_list().append(call)
             self.nodes[id(call)] = node
+            if self.undecided:
+                self.doubts.undecided.add(node)
             if self.function[1:].partition(".")[0] in self.unmentioned:
                 self.unused.append(call)
         elif last == "gradient_checkpointing_enable":
@@ -209,8 +221,9 @@ class Calls(Assignments):
         by_index = [(str(index), each) for index, each in enumerate(node.args)]
         for key, expression in [*by_index, *((keyword.arg, keyword.value) for keyword in node.keywords)]:
             value = self.fresh(expression)
-            if isinstance(value, Instance) and value.made_by and (not trains(name) or key in OF_TRAINING):
-                self.used_by.setdefault(node, set()).add(value.made_by)
+            if not trains(name) or key in OF_TRAINING:
+                self.used_by.setdefault(node, set()).update(value.made_by if isinstance(value, Instance) else ())
+                self.doubts.note(node, key, value)
             if key is None:
                 arguments |= (
                     value if isinstance(value, dict) and not isinstance(value, Instance) else {"**": "<keyword arguments>"}
@@ -225,14 +238,12 @@ class Calls(Assignments):
 
     def _call(self, node: ast.Call) -> object:
         """An object of a class, else as any call."""
-        name = ast.unparse(node.func)[:200]
+        name = self.name_of(node.func)
         if name in self.fields or name.rpartition(".")[2] in ("Namespace", "SimpleNamespace"):
             return self._instance(name, node)
-        if not name.endswith(WANTED):
-            return super()._call(node)
-        instance = Instance()
-        instance.made_by = node
-        return instance
+        if name in COPIES and node.args and (of := self.value_of_object(node.args[0])) is not None:
+            return Instance(of, made_by=of.made_by, is_copy=True, may_be_none=of.may_be_none)
+        return Instance(made_by=[node]) if name.endswith(WANTED) else super()._call(node)
 
     def _instance(self, name: str, node: ast.Call) -> Instance:
         """An object of a class of the program: fields that it is made with, and defaults of the others."""
@@ -267,20 +278,19 @@ class Calls(Assignments):
         self.ran[function] = self.ran.get(function, False) or self.taken
         if not self.taken:
             return
-        for each in [
-            *node.args,
-            *(keyword.value for keyword in node.keywords),
-            *([node.func.value] if isinstance(node.func, ast.Attribute) else []),
-        ]:
-            self._changed_by(called, each)
         positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
-        if positional[:1] in (["self"], ["cls"]):
-            positional = positional[1:]
-        elif "." in name and called in self.statements:
+        named = positional[1:] if positional[:1] in (["self"], ["cls"]) else positional
+        for argument, parameter in [
+            *zip(node.args, [*named, *[None] * len(node.args)], strict=False),
+            *((keyword.value, keyword.arg) for keyword in node.keywords),
+            *([(node.func.value, positional[0])] if isinstance(node.func, ast.Attribute) and named != positional else []),
+        ]:
+            self._changed_by(called, argument, parameter)
+        if named == positional and "." in name and called in self.statements:
             return
         unknown = any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords)
         by_parameter = {
-            **dict(zip(positional, node.args, strict=False)),
+            **dict(zip(named, node.args, strict=False)),
             **{each.arg: each.value for each in node.keywords if each.arg},
         }
         for parameter in parameters(called):
@@ -291,26 +301,3 @@ class Calls(Assignments):
                 values.append((self.fresh(by_parameter[parameter]), self.by_default | self.chosen_by))
             else:
                 values.append(DEFAULT)
-
-    def _note_written(self, target: ast.Attribute, value: object) -> None:
-        """A field of a class; a setting of a trainer's or an adapter's configuration, up to the first trainer."""
-        owner = ast.unparse(target.value)[:200]
-        if target.attr in self.fields.get(owner, {}):
-            self.fields[owner] = Instance({**self.fields[owner], target.attr: f"<{target.attr}>"})
-        made_by = getattr(self.names.get(owner), "made_by", None)
-        if not self.taken or made_by is None or any(trains(call["call"]) for call in self.calls):
-            return
-        for call in self.calls:
-            if self.nodes[id(call)] is made_by and call["call"].endswith(("Config", "Arguments")):
-                known = not self.unsure and (plain(value) or isinstance(value, str))
-                call["kwargs"][target.attr] = value if known else f"<{target.attr}>"
-
-    def _changed_by(self, function: ast.FunctionDef | ast.AsyncFunctionDef, argument: ast.expr) -> None:
-        """What a function of the program writes to the fields or items of something that it is called with."""
-        value = self.names.get(argument.id) if isinstance(argument, ast.Name) else None
-        if isinstance(value, Instance):
-            written = {field: f"<{field}>" for field in value if f".{field}" in self._bound(function)}
-            if written:
-                self.names[cast("ast.Name", argument).id] = Instance({**value, **written})
-        elif isinstance(value, (list, dict)) and not self._bound(function).isdisjoint(parameters(function)):
-            self._changed(argument)

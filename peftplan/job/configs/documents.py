@@ -41,6 +41,8 @@ class Call(PlainCall, total=False):
 
     defaults: dict[str, list[str]]
     """Arguments that hold a default of the command line or the environment → its options."""
+    doubt: str
+    """What only the program knows of it."""
 
 
 class Document(NamedTuple):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import cast
 
 from peftplan.job.configs.documents import Values
+from peftplan.job.configs.instances import MOST_VALUES, UNKNOWN, Instance, one_of, plain, size
 
 MOST_OF_A_TEXT = 40
-MOST_VALUES = 1_000
-"""The most values that a name stands for, those inside counted."""
 LONGEST = 10_000
 """The longest text that an expression makes."""
 LARGEST = 10**12
@@ -29,13 +28,6 @@ COMPARED: Mapping[type[ast.cmpop], Callable[..., bool]] = {
 CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list}
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
-
-
-class Instance(dict[str, object]):
-    """The fields of an object as far as they are known: of a class of the program; of a library's, those written to it."""
-
-    made_by: ast.Call | None = None
-    """The call that made an object of a library."""
 
 
 class Expressions:
@@ -57,6 +49,8 @@ class Expressions:
         """Name → the options of the command line whose defaults its value holds."""
         self.by_default: set[str] = set()
         """Options whose default a value took since this was last emptied."""
+        self.aliases: dict[str, str] = {}
+        """Name → another name of the same class or function; empty where the program gives it several."""
         self.variables: set[str] = set()
         """Variables of the environment that the program sets itself."""
 
@@ -67,6 +61,15 @@ class Expressions:
             return
         self.names[name] = value
         self.origins[name] = frozenset(by_default)
+
+    def _rename(self, name: str, other: str) -> None:
+        """Let a name stand for a class or function."""
+        self.aliases[name] = other if self.aliases.get(name, other) == other else ""
+
+    def name_of(self, function: ast.expr) -> str:
+        """The name of what is called, as its library or the program defines it."""
+        name = dotted(function)
+        return self.aliases.get(name) or name
 
     def fresh(self, node: ast.expr) -> object:
         """The value of an expression, and in `by_default` the options behind it alone."""
@@ -122,7 +125,10 @@ class Expressions:
             return self._call(node)
         if isinstance(node, ast.IfExp):
             chosen = self._truth(node.test)
-            return node if chosen is None else self.value(node.body if chosen else node.orelse)
+            if chosen is None:
+                one = one_of([self.value(node.body), self.value(node.orelse)])
+                return node if one is UNKNOWN else one
+            return self.value(node.body if chosen else node.orelse)
         if isinstance(node, ast.BoolOp):
             return self._either(node)
         if isinstance(node, ast.JoinedStr):
@@ -171,7 +177,7 @@ class Expressions:
 
     def _call(self, node: ast.Call) -> object:
         """The value of a call that only picks or converts one."""
-        called = ast.unparse(node.func)[:200]
+        called = self.name_of(node.func)
         values = [self.value(each) for each in node.args]
         if called.endswith("cuda.is_available"):
             return True
@@ -216,25 +222,14 @@ class Expressions:
         return bool(value) if plain(value) else None
 
 
-def plain(value: object) -> bool:
-    """Whether nothing in a value is left to the program."""
-    if isinstance(value, Instance):
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(map(plain, value))
-    if isinstance(value, dict):
-        return all(map(plain, value.values()))
-    return not isinstance(value, str) or not value.startswith("<") or value.startswith("<torch.")
-
-
-def size(value: object) -> int:
-    """The values inside a value, counted up to a few more than MOST_VALUES."""
-    count, todo = 0, [value]
-    while todo and count <= MOST_VALUES:
-        each = todo.pop()
-        count += 1
-        todo += each if isinstance(each, list) else each.values() if isinstance(each, dict) else ()
-    return count
+def dotted(node: ast.expr) -> str:
+    """The text of an expression; `module.name` without the detour of taking it apart."""
+    parts: list[str] = []
+    each = node
+    while isinstance(each, ast.Attribute) and len(parts) < MOST_OF_A_TEXT:
+        parts.append(each.attr)
+        each = each.value
+    return ".".join([each.id, *reversed(parts)])[:200] if isinstance(each, ast.Name) else ast.unparse(node)[:200]
 
 
 def _known(value: object, node: ast.expr) -> object:
@@ -256,4 +251,6 @@ def text_of(node: ast.expr) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return "<number>"
     text = " ".join(ast.unparse(node).split())[:MOST_OF_A_TEXT]
+    if not re.match("[A-Za-z_]", text):
+        text = f"value {text}"
     return f"<call {ast.unparse(node.func)[:MOST_OF_A_TEXT]}>" if isinstance(node, ast.Call) else f"<{text}>"

@@ -6,10 +6,12 @@ import ast
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from peftplan.job.configs.expressions import MOST_VALUES, Expressions, Instance, plain, size
+from peftplan.job.configs.bindings import common, leaves, own_names
+from peftplan.job.configs.expressions import Expressions
+from peftplan.job.configs.instances import MOST_VALUES, Instance, plain, size
 
-MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse")
-"""Methods after which a list or a dictionary holds something else."""
+SUPPRESSING = ("suppress", "raises", "assertRaises", "assertRaisesRegex")
+"""Ends of the names of contexts that end where an exception is raised, and the program goes on."""
 
 
 class Flow(ast.NodeVisitor, Expressions):
@@ -23,6 +25,8 @@ class Flow(ast.NodeVisitor, Expressions):
         """Whether the program takes the way that is being read, as far as its tests are known."""
         self.unsure = False
         """Whether the program may pass by what is being read, or pass there several times."""
+        self.undecided = False
+        """Whether only the program knows if it passes there at all."""
         self.chosen_by: frozenset[str] = frozenset()
         """Options of the command line whose defaults choose that way."""
 
@@ -47,6 +51,8 @@ class Flow(ast.NodeVisitor, Expressions):
         """Names of other modules."""
         for alias in node.names:
             self.names.pop(alias.asname or alias.name.partition(".")[0], None)
+            if alias.asname and isinstance(node, ast.ImportFrom):
+                self._rename(alias.asname, alias.name)
 
     visit_ImportFrom = visit_Import
 
@@ -54,6 +60,24 @@ class Flow(ast.NodeVisitor, Expressions):
         """What stands behind it is not taken."""
         self.generic_visit(node)
         self.taken = False
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        """Likewise, up to a handler."""
+        self.generic_visit(node)
+        self.taken = False
+
+    def visit_With(self, node: ast.With | ast.AsyncWith) -> None:
+        """A body, which may end anywhere where exceptions in it are expected."""
+        for item in node.items:
+            self.visit(item)
+        called = [each.context_expr.func for each in node.items if isinstance(each.context_expr, ast.Call)]
+        if any(ast.unparse(each).rpartition(".")[2] in SUPPRESSING for each in called):
+            self.visit_Try(ast.Try(node.body, [ast.ExceptHandler(None, None, [ast.Pass()])], [], []))
+        else:
+            for each in node.body:
+                self.visit(each)
+
+    visit_AsyncWith = visit_With
 
     def visit_If(self, node: ast.If) -> None:
         """Both ways are read for their calls; names keep what the way gives that is taken, or what both give."""
@@ -93,23 +117,26 @@ class Flow(ast.NodeVisitor, Expressions):
         """The whole body, or a part of it and one of the handlers."""
         names = self._bound(node)
         before = self._values_of(names)
-        outer = self.taken
+        outer, undecided = self.taken, self.undecided
         for each in node.body:
             self.visit(each)
-        failed = self._steady(_common([before, self._values_of(names)]), node.body)
+        fails = outer and not self.taken
+        failed = self._steady(common([before, self._values_of(names)]), node.body)
         for each in node.orelse:
             self.visit(each)
         may_end = self.taken
-        ends = [] if _leaves([*node.body, *node.orelse][-1]) else [self._values_of(names)]
+        ends = [] if fails or leaves([*node.body, *node.orelse][-1]) else [self._values_of(names)]
+        unsure = self.unsure
         for handler in node.handlers:
             self._restore(names, failed)
             self.taken = outer
+            self.unsure, self.undecided = unsure or not fails, undecided or not fails
             self.visit(handler)
             may_end = may_end or self.taken
-            if not _leaves(handler.body[-1]):
+            if not leaves(handler.body[-1]):
                 ends.append(self._values_of(names))
-        self._restore(names, _common(ends) if ends else {})
-        self.taken = outer
+        self._restore(names, common(ends) if ends else {})
+        self.taken, self.unsure, self.undecided = outer, unsure, undecided
         for each in node.finalbody:
             self.visit(each)
         self.taken = self.taken and may_end
@@ -164,13 +191,13 @@ class Flow(ast.NodeVisitor, Expressions):
     def _bound(self, node: ast.AST) -> frozenset[str]:
         """The names that a part of a program binds, and the attributes (`.name`)."""
         if node not in self.bound:
-            names, todo = _own_names(node), [*ast.iter_child_nodes(node)]
+            names, todo = own_names(node), [*ast.iter_child_nodes(node)]
             while todo:
                 each = todo.pop()
                 if isinstance(each, ast.stmt):
                     names |= self._bound(each)
                 else:
-                    names |= _own_names(each)
+                    names |= own_names(each)
                     todo += ast.iter_child_nodes(each)
             self.bound[node] = frozenset(names - {""})
         return self.bound[node]
@@ -187,7 +214,7 @@ class Flow(ast.NodeVisitor, Expressions):
         for each in [*targets, *getattr(node, "body", []), *getattr(node, "orelse", [])]:
             self.visit(each)
         self.taken, self.unsure = outer, unsure
-        after = _common([before, self._values_of(names)])
+        after = common([before, self._values_of(names)])
         self._restore(names, self._steady(after, getattr(node, "body", [])) if leaves_early else after)
 
     def _steady(
@@ -210,21 +237,21 @@ class Flow(ast.NodeVisitor, Expressions):
         before = self._values_of(names)
         ends = []
         may_end = False
-        outer, unsure = (self.taken, self.chosen_by), self.unsure
+        outer, unsure, undecided = (self.taken, self.chosen_by), self.unsure, self.undecided
         self.chosen_by |= options if taken is not None else frozenset()
         for way in ways:
             self._restore(names, before)
             is_taken = taken is None or any(way is each for each in taken)
             self.taken = outer[0] and is_taken
-            self.unsure = unsure or taken is None
+            self.unsure, self.undecided = unsure or taken is None, undecided or taken is None
             for each in way:
                 self.visit(each)
             goes_on = self.taken or not outer[0]
             may_end = may_end or (is_taken and goes_on)
-            if is_taken and goes_on and not (way and _leaves(way[-1])):
+            if is_taken and goes_on and not (way and leaves(way[-1])):
                 ends.append(self._values_of(names))
-        self.taken, self.chosen_by, self.unsure = outer[0] and may_end, outer[1], unsure
-        kept = _common(ends) if ends else {}
+        self.taken, self.chosen_by, self.unsure, self.undecided = outer[0] and may_end, outer[1], unsure, undecided
+        kept = common(ends) if ends else {}
         self._restore(names, kept)
         for name, (value, _) in kept.items():
             if options and before.get(name, (None,))[0] != value and not name.startswith("."):
@@ -247,11 +274,18 @@ class Flow(ast.NodeVisitor, Expressions):
     def _changed(self, mapping: ast.expr) -> None:
         """A list, a dictionary or an object that holds something else from here on."""
         while isinstance(mapping, (ast.Subscript, ast.Call)):
+            if isinstance(mapping, ast.Call) and mapping.args and ast.unparse(mapping.func) == "vars":
+                self._note_unseen(mapping.args[0])
             mapping = mapping.value if isinstance(mapping, ast.Subscript) else mapping.func
         if isinstance(mapping, ast.Name):
             self._forget(mapping.id)
         elif isinstance(mapping, ast.Attribute):
+            if mapping.attr == "__dict__":
+                self._note_unseen(mapping.value)
             self._write(mapping, f"<{mapping.attr}>")
+
+    def _note_unseen(self, changed: ast.expr) -> None:
+        """An object that the program changes in a way that its text does not tell."""
 
     def _forget(self, name: str) -> None:
         """A name whose object changed, and all others of the same one."""
@@ -265,8 +299,7 @@ class Flow(ast.NodeVisitor, Expressions):
         owner = self.names.get(target.value.id) if isinstance(target.value, ast.Name) else None
         if isinstance(target.value, ast.Name) and isinstance(owner, Instance) and size([owner, value]) <= MOST_VALUES:
             self._forget(target.value.id)
-            self.names[target.value.id] = written = Instance({**owner, target.attr: value})
-            written.made_by = owner.made_by
+            self.names[target.value.id] = owner.with_fields({target.attr: value})
         self._note_written(target, value)
         self._field(target.attr, value, ast.unparse(target.value)[:200])
 
@@ -280,49 +313,3 @@ class Flow(ast.NodeVisitor, Expressions):
         )
         self.owners[name] = (owner, self.function)
         self.values_of.setdefault(name, set()).add(repr(self.attributes[name]))
-
-
-def _own_names(node: ast.AST) -> set[str]:
-    """The names that one node binds itself, and the attributes (`.name`)."""
-    if isinstance(node, (ast.Name, ast.Attribute)):
-        if isinstance(node.ctx, ast.Load):
-            return set()
-        return {node.id if isinstance(node, ast.Name) else f".{node.attr}"}
-    if isinstance(node, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)):
-        return {node.name or ""}
-    if isinstance(node, ast.MatchMapping):
-        return {node.rest or ""}
-    if isinstance(node, ast.alias):
-        return {node.asname or node.name.partition(".")[0]}
-    if isinstance(node, ast.arg):
-        return {node.arg}
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
-        return _roots(node.value)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in (*MUTATORS, "setdefault"):
-        return _roots(node.func.value)
-    return set()
-
-
-def _roots(node: ast.expr) -> set[str]:
-    while isinstance(node, ast.Subscript):
-        node = node.value
-    return {node.id} if isinstance(node, ast.Name) else {f".{node.attr}"} if isinstance(node, ast.Attribute) else set()
-
-
-def _common(ends: list[dict[str, tuple[object, frozenset[str]]]]) -> dict[str, tuple[object, frozenset[str]]]:
-    """What all ends agree on."""
-    first, *others = ends
-    return {
-        name: (value, options.union(*(end[name][1] for end in others)))
-        for name, (value, options) in first.items()
-        if all(name in end and end[name][0] == value for end in others)
-    }
-
-
-def _leaves(last: ast.AST) -> bool:
-    """Whether a way ends here and does not go on below."""
-    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
-        return ast.unparse(last.value.func) in ("exit", "quit", "sys.exit", "os._exit")
-    return isinstance(last, (ast.Raise, ast.Return))

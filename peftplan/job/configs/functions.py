@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 Functions = dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
 """Functions of a program by their names; None where a name is that of several."""
 
 
-def functions_of(nodes: list[ast.AST]) -> Functions:
-    """All functions among the nodes."""
+def functions_of(nodes: list[ast.AST], overwritten: Collection[ast.AST]) -> Functions:
+    """All functions among the nodes, less those that another one takes the place of."""
     functions: Functions = {}
     for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node not in overwritten:
             functions[node.name] = None if node.name in functions else node
     return functions
+
+
+def overwritten_in(block: Sequence[ast.stmt]) -> set[ast.AST]:
+    """Functions of a module or class that nothing calls before another one of the same name is defined, and of classes in it."""
+    overwritten: set[ast.AST] = set()
+    latest: dict[str, ast.AST] = {}
+    names = Counter(each.name for each in block if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    several = {name for name, times in names.items() if times > 1}
+    for statement in block:
+        if isinstance(statement, ast.ClassDef):
+            overwritten |= overwritten_in(statement.body)
+        if not several:
+            continue
+        for each in ast.walk(statement):
+            if isinstance(each, (ast.Name, ast.Attribute)):
+                latest.pop(each.id if isinstance(each, ast.Name) else each.attr, None)
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)) and statement.name in several:
+            if statement.name in latest:
+                overwritten.add(latest[statement.name])
+            if not statement.decorator_list:
+                latest[statement.name] = statement
+    return overwritten
 
 
 def passed(nodes: list[ast.AST], functions: Functions) -> set[str]:
@@ -33,8 +57,42 @@ def unmentioned(nodes: list[ast.AST], statements: list[ast.stmt]) -> set[str]:
 
 
 def bound_elsewhere(nodes: list[ast.AST]) -> set[str]:
-    """Names that a function binds outside itself, at a time that the text does not tell."""
-    return {name for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+    """Names that are bound at a time that the text does not tell: by a function outside itself, by `globals()`, or by `exec`."""
+    elsewhere = {name for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
+    names: set[str | None] = set()
+    for node in nodes:
+        if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _is_namespace(node.value):
+            names.add(node.slice.value if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str) else None)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exec":
+            names.add(None)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and _is_namespace(node.func.value)
+            and node.func.attr not in ("get", "items", "keys", "values", "copy")
+        ):
+            names |= {None} if node.args else {each.arg for each in node.keywords}
+    if None in names:
+        names |= {each.id for each in nodes if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)}
+    return elsewhere | {name for name in names if name is not None}
+
+
+def _is_namespace(node: ast.expr) -> bool:
+    """Whether an expression is the names of a module."""
+    return isinstance(node, ast.Call) and not node.args and ast.unparse(node.func) in ("globals", "locals", "vars")
+
+
+def fields_written_by(function: ast.FunctionDef | ast.AsyncFunctionDef, parameter: str) -> set[str | None]:
+    """Attributes that a function sets of what it is called with; None for those whose names only the program knows."""
+    fields: set[str | None] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and ast.unparse(node.value) == parameter:
+            fields.add(node.attr)
+        elif isinstance(node, ast.Call) and len(node.args) == 3 and ast.unparse(node.args[0]) == parameter:
+            name = node.args[1]
+            if ast.unparse(node.func)[:200] in ("setattr", "object.__setattr__"):
+                fields.add(name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else None)
+    return fields
 
 
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

@@ -35,6 +35,17 @@ def in_order(taken: Sequence[Call], untaken: Sequence[Call], unused: Sequence[Ca
     return counting, others
 
 
+def used_through(calls: Iterable[ast.Call], used_by: Mapping[ast.Call, Collection[ast.Call]]) -> set[ast.Call]:
+    """All calls that made what some calls are called with, and what those are called with."""
+    used: set[ast.Call] = set()
+    todo = [*calls]
+    while todo:
+        new = {*used_by.get(todo.pop(), ())} - used
+        used |= new
+        todo += new
+    return used
+
+
 def of_training_first(
     calls: list[Call], nodes: Mapping[int, ast.Call], used_by: Mapping[ast.Call, Collection[ast.Call]]
 ) -> list[Call]:
@@ -43,26 +54,24 @@ def of_training_first(
     `nodes`: identity of a call → its place. `used_by`: call → those that made what it is called with.
     """
     trainers = [nodes[id(call)] for call in calls if trains(call["call"])]
-    used: set[ast.Call] = set()
-    todo = trainers if len(trainers) == 1 else []
-    while todo:
-        new = {*used_by.get(todo.pop(), ())} - used
-        used |= new
-        todo += new
+    used = used_through(trainers if len(trainers) == 1 else [], used_by)
     last = {_kind(call): index for index, call in enumerate(calls) if nodes[id(call)] in used}
     above = [nodes[id(call)] not in used and index < last.get(_kind(call), -1) for index, call in enumerate(calls)]
     return [call for call, is_above in sorted(zip(calls, above, strict=True), key=lambda pair: pair[1])]
 
 
-def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()) -> tuple[Values, dict[str, list[str]]]:
+def arguments(
+    calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()
+) -> tuple[Values, dict[str, list[str]], dict[str, str]]:
     """The arguments of the first call of each kind, `load.max_seq_length`; later ones count as calls after training.
 
     `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
     the second training of a program does that needs more than the first. Behind the arguments, those that hold a default of the
-    program's command line or environment → its options.
+    program's command line or environment → its options; kind → what only the program knows of its call.
     """
     values: Values = {}
     defaults: dict[str, list[str]] = {}
+    doubts: dict[str, str] = {}
     calls = list(calls)
     trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
     for call in calls:
@@ -74,7 +83,9 @@ def arguments(calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[
         by_place = {str(index): value for index, value in enumerate(call["args"])}
         values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
         defaults |= {f"{kind}.{name}": options for name, options in call.get("defaults", {}).items()}
-    return values, defaults
+        if "doubt" in call:
+            doubts[kind] = call["doubt"]
+    return values, defaults, doubts
 
 
 def _kind(call: Call) -> str:

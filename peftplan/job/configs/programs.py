@@ -14,6 +14,8 @@ from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
 """A notebook's line that sets one of them."""
+MOST_PARTS = 20_000
+"""Statements and calls of the longest program that is read, in about two seconds."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -30,7 +32,7 @@ def of_notebook(text: str, *, file: str) -> Document:
         lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
         with contextlib.suppress(*UNREADABLE):
             trees += ast.parse("\n".join(lines)).body
-    return _document(_read(trees, settings), file)
+    return _document(_read(trees, settings, file), file)
 
 
 def of_script(text: str, *, file: str) -> Document:
@@ -40,11 +42,14 @@ def of_script(text: str, *, file: str) -> Document:
     except UNREADABLE as error:
         raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return _document(_read(tree.body, {}), file)._replace(comments=comments)
+    return _document(_read(tree.body, {}, file), file)._replace(comments=comments)
 
 
-def _read(statements: list[ast.stmt], environment: Values) -> Calls:
+def _read(statements: list[ast.stmt], environment: Values, file: str) -> Calls:
     """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
+    parts = sum(isinstance(each, (ast.stmt, ast.Call)) for each in ast.walk(ast.Module(statements, [])))
+    if parts > MOST_PARTS:
+        raise BrokenFileError(file, None, f"{parts:,} statements and calls; accepted: a program of at most {MOST_PARTS:,}")
     reader = Calls(statements, environment)
     reader.read()
     for _ in range(2):
@@ -57,7 +62,7 @@ def _read(statements: list[ast.stmt], environment: Values) -> Calls:
 
 def _document(reader: Calls, file: str) -> Document:
     counting, others = in_order(reader.calls, reader.untaken, reader.unused)
-    calls = of_training_first(counting, reader.nodes, reader.used_by)
+    calls = reader.doubts.settle(of_training_first(counting, reader.nodes, reader.used_by), reader.nodes, reader.used_by)
     calls += [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in others]
     if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")

@@ -31,6 +31,8 @@ CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
+DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
+"""Kind of a call of which something is assumed → the option that hangs on it."""
 OPEN = re.compile(r"\$|<[A-Za-z_]|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
 
@@ -59,11 +61,13 @@ class Reading:
         self.tool, self.file, self.document = tool, file, document
         self.by_default: dict[str, list[str]] = {}
         """Arguments of a program's calls that hold defaults of its command line → its options."""
+        self.assumed: dict[str, str] = {}
         values = document.values
         if document.kind == "calls":
             from peftplan.job.configs.order import arguments
 
-            values, self.by_default = arguments(document.calls, tool.calls, tool.last)
+            values, self.by_default, doubts = arguments(document.calls, tool.calls, tool.last)
+            self.assumed |= {DOUBTED.get(kind, kind): doubt for kind, doubt in doubts.items()}
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
         self.values = flat(resolved(values))
@@ -74,7 +78,6 @@ class Reading:
         self.ignored: dict[str, Ignored] = {}
         self.unsupported: dict[str, Unsupported] = {}
         self.defaults: dict[str, str] = {}
-        self.assumed: dict[str, str] = {}
         self.model: str | None = None
         self.kind = "launch" if tool.tool in LAUNCHERS else "training"
 

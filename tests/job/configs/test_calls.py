@@ -235,7 +235,7 @@ def test_what_depends_on_the_way_is_unknown(before: str) -> None:
         ("p.add_argument('--r', default=1)\nq.add_argument('--r', default=2)\nLoraConfig(r=a.r)", "<a.r>"),
         ("p.add_argument('--r', default=1)\na.r = load()\nLoraConfig(r=a.r)", "<a.r>"),
         ("r = 4\nr *= 2\nLoraConfig(r=r)", 8),
-        ("LoraConfig(r=(r := 8))\n", "<(r := 8)>"),
+        ("LoraConfig(r=(r := 8))\n", "<value (r := 8)>"),
     ],
 )
 def test_values_are_of_their_own_object_and_call(program: str, value: object) -> None:

@@ -1,0 +1,74 @@
+"""What a program's names hold: plain values, objects that a call made, and what is known of one of several."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+
+MOST_VALUES = 1_000
+"""The most values that a name stands for, those inside counted."""
+UNKNOWN = object()
+"""What several values have in common that are not equal."""
+
+
+class Instance(dict[str, object]):
+    """The fields of an object as far as they are known: of a class of the program; of a library's, those written to it."""
+
+    def __init__(
+        self, *fields: object, made_by: Iterable[ast.Call] = (), is_copy: bool = False, may_be_none: bool = False
+    ) -> None:
+        super().__init__(*fields)
+        self.made_by = frozenset(made_by)
+        """The calls one of which made an object of a library."""
+        self.is_copy = is_copy
+        """Whether it is a copy, so that what is written to it says nothing of the object that the call made."""
+        self.may_be_none = may_be_none
+        """Whether the program may have none instead."""
+
+    def __eq__(self, other: object) -> bool:
+        """Two objects of a library are one where one call made both."""
+        return isinstance(other, Instance) and self.made_by == other.made_by and super().__eq__(other)
+
+    __hash__ = None
+
+    def with_fields(self, fields: Mapping[str, object]) -> Instance:
+        """The same object with more of its fields."""
+        return Instance({**self, **fields}, made_by=self.made_by, is_copy=self.is_copy, may_be_none=self.may_be_none)
+
+
+def one_of(values: Sequence[object]) -> object:
+    """What is known of one of several values: the value where all are equal, or an object that one of several calls made."""
+    first, *others = values
+    if all(each == first for each in others):
+        return first
+    objects = [each for each in values if isinstance(each, Instance) and each.made_by]
+    if not objects or any(each is not None and not (isinstance(each, Instance) and each.made_by) for each in values):
+        return UNKNOWN
+    fields = {name: value for name, value in objects[0].items() if all(each.get(name, UNKNOWN) == value for each in objects)}
+    return Instance(
+        fields,
+        made_by=frozenset[ast.Call]().union(*(each.made_by for each in objects)),
+        is_copy=any(each.is_copy for each in objects),
+        may_be_none=None in values or any(each.may_be_none for each in objects),
+    )
+
+
+def plain(value: object) -> bool:
+    """Whether nothing in a value is left to the program."""
+    if isinstance(value, Instance):
+        return False
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    if isinstance(value, dict):
+        return all(map(plain, value.values()))
+    return not isinstance(value, str) or not value.startswith("<") or value.startswith("<torch.")
+
+
+def size(value: object) -> int:
+    """The values inside a value, counted up to a few more than MOST_VALUES."""
+    count, todo = 0, [value]
+    while todo and count <= MOST_VALUES:
+        each = todo.pop()
+        count += 1
+        todo += each if isinstance(each, list) else each.values() if isinstance(each, dict) else ()
+    return count

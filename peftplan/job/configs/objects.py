@@ -1,0 +1,94 @@
+"""Objects of a program: what made those of a library, and what is written to their fields after that."""
+
+from __future__ import annotations
+
+import ast
+from typing import cast
+
+from peftplan.job.configs.assignments import Assignments
+from peftplan.job.configs.documents import Call, Values
+from peftplan.job.configs.functions import fields_written_by, parameters
+from peftplan.job.configs.instances import Instance, plain
+from peftplan.job.configs.order import trains
+
+OF_SETTINGS = ("Config", "Arguments")
+"""Ends of the names of calls that make settings."""
+CHANGING = ("update", "setattr")
+"""Beginnings of the names of methods and functions that change settings; `set_` is another."""
+COPIES = ("copy.copy", "copy.deepcopy", "deepcopy", "replace", "dataclasses.replace")
+"""Functions that make another object of one, `replace` with other fields."""
+UNSEEN = "<keyword arguments>"
+"""What stands at `**` where more fields are set than the text tells."""
+
+
+class Objects(Assignments):
+    """Notes what is written to settings of a trainer or an adapter, up to the first trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.nodes: dict[int, ast.Call] = {}
+        """Identity of a call → its place in the text."""
+        self.fields: dict[str, Values] = {}
+        """Class of the program → its fields' defaults."""
+
+    def _note_written(self, target: ast.Attribute, value: object) -> None:
+        """A field of a class, or of settings."""
+        owner = ast.unparse(target.value)[:200]
+        if target.attr in self.fields.get(owner, {}):
+            self.fields[owner] = Instance({**self.fields[owner], target.attr: f"<{target.attr}>"})
+        written_to = self.names.get(owner)
+        if isinstance(written_to, Instance):
+            known = not (self.unsure or written_to.is_copy) and (plain(value) or isinstance(value, str))
+            self._give(written_to, target.attr, value if known else f"<{target.attr}>")
+
+    def _give(self, owner: Instance, field: str, value: object) -> None:
+        """Let the calls that made settings set a field."""
+        if not self.taken or not owner.made_by or any(trains(call["call"]) for call in self.calls):
+            return
+        for call in self.calls:
+            if self.nodes[id(call)] in owner.made_by and call["call"].endswith(OF_SETTINGS):
+                call["kwargs"][field] = value
+
+    def _note_unseen(self, changed: ast.expr) -> None:
+        """Settings of which the text does not tell what is set; of an object of the program, no field is known."""
+        value = self.value_of_object(changed)
+        if value is None:
+            return
+        if value.made_by:
+            self._give(value, "**", UNSEEN)
+        elif isinstance(changed, ast.Name):
+            self.names[changed.id] = Instance({field: f"<{field}>" for field in value})
+
+    def _note_changes(self, name: str, node: ast.Call) -> None:
+        """What a call changes: `setattr`, `vars(x).update`, a method of settings, `dataclasses.replace`."""
+        last = name.rpartition(".")[2]
+        if last in ("setattr", "__setattr__") and len(node.args) == 3:
+            attribute = self.value(node.args[1])
+            if isinstance(attribute, str) and plain(attribute):
+                self._write(ast.Attribute(node.args[0], attribute, ast.Store()), self.value(node.args[2]))
+            else:
+                self._note_unseen(node.args[0])
+        elif name in COPIES and node.args and (of := self.value_of_object(node.args[0])) is not None:
+            for keyword in node.keywords:
+                self._give(of, keyword.arg or "**", f"<{keyword.arg}>" if keyword.arg else UNSEEN)
+        elif isinstance(node.func, ast.Attribute) and (last in CHANGING or last.startswith("set_")):
+            self._note_unseen(node.func.value)
+
+    def value_of_object(self, node: ast.expr) -> Instance | None:
+        """The object behind an expression."""
+        value = self.value(node) if isinstance(node, (ast.Name, ast.Call, ast.Attribute)) else None
+        return value if isinstance(value, Instance) else None
+
+    def _changed_by(self, function: ast.FunctionDef | ast.AsyncFunctionDef, argument: ast.expr, parameter: str | None) -> None:
+        """What a function of the program writes to the fields or items of something that it is called with."""
+        value = self.names.get(argument.id) if isinstance(argument, ast.Name) else None
+        if isinstance(value, Instance) and value.made_by:
+            for field in fields_written_by(function, parameter) if parameter else ():
+                self._give(value, field or "**", f"<{field}>" if field else UNSEEN)
+        elif isinstance(value, Instance):
+            written = {field: f"<{field}>" for field in value if f".{field}" in self._bound(function)}
+            if written:
+                self.names[cast("ast.Name", argument).id] = value.with_fields(written)
+        elif isinstance(value, (list, dict)) and not self._bound(function).isdisjoint(parameters(function)):
+            self._changed(argument)
