@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
     from peftplan.job.configs.plan import ConfigPlan
     from peftplan.job.configs.read import read_config
+    from peftplan.job.script import Script
     from peftplan.oom.diagnosis import explain_oom
     from peftplan.planning.advising import advice
     from peftplan.planning.compare import compare
@@ -39,6 +40,7 @@ _HOMES = {
     "MissingExtraError": "errors",
     "PeftplanError": "errors",
     "RefusedError": "errors",
+    "Script": "job.script",
     "Serving": "planning.serving_result",
     "Sweep": "planning.sweep",
     "UnknownNameError": "errors",
@@ -69,6 +71,7 @@ __all__ = [
     "MissingExtraError",
     "PeftplanError",
     "RefusedError",
+    "Script",
     "Serving",
     "Sweep",
     "UnknownNameError",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from pydantic import ValidationError
@@ -45,6 +46,23 @@ def size_in_bytes(value: object, *, field: str) -> int:
     if not 1 <= size <= 2**60:
         raise InputError(field, value, "accepted: a size such as 512GiB, 512GB or a number of bytes")
     return size
+
+
+def paths(value: object, *, field: str) -> list[str | os.PathLike[str]]:
+    """A path, or several, as a list. Raises BoundError for anything else."""
+    if isinstance(value, (str, os.PathLike)):
+        return [value]
+    several = list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [value]
+    if not all(isinstance(path, (str, os.PathLike)) for path in several):
+        raise BoundError(field, value, "a path or a list of paths")
+    return several
+
+
+def text(value: object, *, field: str) -> str:
+    """A string as it is. Raises BoundError for anything else."""
+    if not isinstance(value, str):
+        raise BoundError(field, value, "a string")
+    return value
 
 
 def listed(value: object) -> object:

@@ -180,7 +180,7 @@ def members(value: type) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_"):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             yield f"{node.target.id}: {ast.unparse(node.annotation)}", " ".join(str(text).split())
-    for attribute, member in vars(value).items():
+    for attribute, member in list(vars(value).items()):  # pydantic completes a class on first use
         getter = getattr(member, "fget", None) or (getattr(member, "func", None) if "cached" in type(member).__name__ else None)
         if getter is not None and not attribute.startswith("_"):
             returned = getter.__annotations__.get("return", "")

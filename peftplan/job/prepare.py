@@ -52,7 +52,7 @@ def prepare(
 ) -> Job:
     """The checked and resolved job of a request. Arguments and errors are those of `estimate`."""
     if not isinstance(script, Script):
-        raise InputError("script", script, "accepted: a Script of peftplan.job.script")
+        raise InputError("script", script, "accepted: a peftplan.Script")
     with named_as_typed({"method": method, **options}) as options:
         request = read_request(
             model,

@@ -204,7 +204,7 @@ def _larger_than_the_card(message: Message) -> Cause | None:
 
 
 def _another_process(message: Message) -> Cause | None:
-    if message.capacity is None or message.free is None:
+    if message.capacity is None or message.free is None or (message.process is None and message.reserved is None):
         return None
     own = message.process or (message.reserved or 0) + LARGEST_CONTEXT
     elsewhere = message.capacity - message.free - own

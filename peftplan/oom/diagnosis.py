@@ -29,6 +29,10 @@ LONGEST = 2**20
 """Tokens up to which a longer batch is looked for."""
 
 
+ACCEPTED = "a file, torch's message in quotes, or - for standard input"
+WITHOUT_FIGURES = "it says that memory ran out, and no figure; accepted: all of torch's message (Tried to allocate …)"
+
+
 class Expected(NamedTuple):
     """What the estimate of the job says beside what the run reached, in bytes.
 
@@ -77,6 +81,8 @@ def explain_oom(source: str | PathLike[str], *, model: object = None, options: M
     if not isinstance(source, (str, PathLike)):
         raise InputError("source", source, "accepted: a path, or - for standard input")
     source = fspath(source)
+    if not source.strip():
+        raise InputError("source", source, f"accepted: {ACCEPTED}")
     content = _content(source)
     if content.startswith(MAGIC):
         message, alive, earlier = alive_in(source)
@@ -94,6 +100,8 @@ def _in_log(log: str, source: str) -> tuple[Message | None, tuple[Cause, ...]]:
         return message, causes(message)
     if (cause := cause_in(log)) is not None:
         return None, (cause,)
+    if messages.BEGINNING.search(log):
+        raise InputError("source", source, f"{WITHOUT_FIGURES}, a log with it, or a memory snapshot")
     raise InputError(
         "source", source, "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot"
     )
@@ -107,7 +115,9 @@ def _content(source: str) -> bytes:
     except UnreadableError as error:
         if messages.find(source) is not None or cause_in(source) is not None:
             return source.encode("utf-8", errors="replace")
-        error.accepted += "; accepted: a file, torch's message in quotes, or - for standard input"
+        if messages.BEGINNING.search(source):
+            raise InputError("source", source, f"{WITHOUT_FIGURES}, a file, or - for standard input") from None
+        error.accepted += f"; accepted: {ACCEPTED}"
         raise error.named("source") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.errors import UnknownNameError
+from peftplan.errors import BoundError, UnknownNameError
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
 
@@ -21,6 +21,8 @@ def advice(estimate: Estimate, *, gpu: str | None = None) -> dict[str, Advised]:
 
     Raises UnknownNameError for a card that the estimate was not made for.
     """
+    if not isinstance(estimate, Estimate):
+        raise BoundError("estimate", estimate, "an Estimate")
     cards = [verdict.gpu for verdict in estimate.gpus]
     if gpu is not None and gpu not in cards:
         raise UnknownNameError("gpu", gpu, cards)

@@ -18,6 +18,7 @@ from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.estimate import estimate
 from peftplan.planning.verdicts import counted_cards, find_cards, scope_of
 from peftplan.results.verdict_documents import VerdictName
+from peftplan.validation import paths as listed_paths
 
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""
@@ -60,9 +61,10 @@ def configs(
     there, and for a card, an engine or a tool that is not known.
     """
     _check(gpu, engine, tool)
-    chosen = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     return Listing(
-        entry(file, gpu=gpu, engine=engine, tool=tool, online=online) for path in chosen for file in _files(Path(path))
+        entry(file, gpu=gpu, engine=engine, tool=tool, online=online)
+        for path in listed_paths(paths, field="paths")
+        for file in _files(Path(path))
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftplan.errors import BoundError
 from peftplan.ledger import Ledger, Line
 from peftplan.results.estimate import Estimate
 
@@ -14,6 +15,8 @@ def explain(estimate: Estimate) -> str:
     Lines are grouped by category, the largest first. Their sum is `estimate.peaks.allocated`. Without a peak the lines are those
     of what is counted, and the last line says what is not.
     """
+    if not isinstance(estimate, Estimate):
+        raise BoundError("estimate", estimate, "an Estimate")
     ledger, phase = estimate.ledger, estimate.peaks.phase if estimate.peaks else None
     lines = [
         "bytes = copies × round512(bytes per element × dims); round512: up to a multiple of 512, the allocator's smallest block",

@@ -10,6 +10,7 @@ from peftplan.frames import Listing
 from peftplan.hardware import gpus as cards
 from peftplan.hardware.usable import usable_bytes
 from peftplan.methods import METHODS
+from peftplan.validation import text
 
 
 class GpuEntry(NamedTuple):
@@ -42,12 +43,12 @@ class MethodEntry(NamedTuple):
 
 def models(pattern: str | None = None) -> Listing[ModelEntry]:
     """The built-in models; with `pattern`, those whose name, alias, id or model type contains it (`*` and `?` as in a shell)."""
-    return Listing(catalogue.models(pattern))
+    return Listing(catalogue.models(None if pattern is None else text(pattern, field="pattern")))
 
 
 def matching_cards(pattern: str | None = None) -> list[cards.Gpu]:
     """The cards of the catalogue whose name or an alias contains `pattern`, in full."""
-    part = (pattern or "").lower()
+    part = text(pattern or "", field="pattern").lower()
     return [card for card in cards.gpus() if any(part in name.lower() for name in (card.id, card.name, *card.aliases))]
 
 

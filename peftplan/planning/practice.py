@@ -9,6 +9,7 @@ from peftplan.datafiles import load, record
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.frames import Listing
 from peftplan.methods import METHODS
+from peftplan.validation import text
 
 TOPICS = ("method", "targets", "rank", "alpha", "dropout", "learning rate", "batch size")
 OPTIONS = {"r": "rank", "target_modules": "targets", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning rate"}
@@ -57,7 +58,7 @@ def practices(about: str | None = None) -> Listing[Practice]:
     )
     if about is None:
         return rows
-    key = about.strip().lower().replace("_", "-")
+    key = text(about, field="about").strip().lower().replace("_", "-")
     topic = OPTIONS.get(key.replace("-", "_"), key.replace("-", " "))
     if topic in TOPICS:
         return Listing(row for row in rows if row.topic == topic)

@@ -201,11 +201,29 @@ def test_the_message_itself_takes_the_place_of_a_file() -> None:
     assert "the driver had no memory" in run("explain-oom", "RuntimeError: CUDA error: out of memory").out
 
 
-@pytest.mark.parametrize("source", ["x" * 500, "nosuch.log", "CUDA out of memory"])
+@pytest.mark.parametrize("source", ["x" * 500, "nosuch.log", "", " "])
 def test_what_is_neither_file_nor_message_says_how_to_pass_one(source: str) -> None:
     done = run("explain-oom", source)
     assert done.code == 2
     assert done.err.endswith("; accepted: a file, torch's message in quotes, or - for standard input\n")
+
+
+@pytest.mark.parametrize(
+    "source", ["RuntimeError: CUDA out of memory.", "CUDA out of memory", "torch.OutOfMemoryError: HIP out of memory. "]
+)
+def test_a_message_without_figures_is_no_name_of_a_file(source: str, tmp_path: Path) -> None:
+    says = "is not valid; it says that memory ran out, and no figure; accepted: all of torch's message (Tried to allocate …), a "
+    file = tmp_path / "train.log"
+    file.write_text(f"step 3\n{source}\n")
+    for argument in (source, str(file)):
+        done = run("explain-oom", argument)
+        assert (done.code, done.out) == (2, "")
+        assert says in done.err
+
+
+def test_without_what_the_process_holds_no_other_is_blamed() -> None:
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.65 GiB of which 1.2 GiB is free."
+    assert [cause.name for cause in explain_oom(message).causes] == ["too_large"]
 
 
 def test_a_log_without_a_message_is_bad_input(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,35 @@ def test_a_table_without_pandas_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_table_has_a_row_per_record() -> None:
     pytest.importorskip("pandas")
     assert list(peftplan.methods().to_dataframe()["name"]) == [method.name for method in peftplan.methods()]
+
+
+@pytest.mark.parametrize("wrong", [1, float("nan"), b"x", {1: 2}, [[]], len])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        peftplan.models,
+        peftplan.gpus,
+        peftplan.practices,
+        peftplan.read_config,
+        peftplan.configs,
+        lambda wrong: peftplan.estimate(config=wrong),
+        peftplan.advice,
+        peftplan.explain,
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line(ask: Callable[[Any], object], wrong: Any) -> None:
+    with pytest.raises(peftplan.InputError) as error:
+        ask(wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_the_class_of_a_script_is_public() -> None:
+    now, before = (
+        peftplan.estimate("smollm2-135m", script=script).peaks
+        for script in (peftplan.Script(), peftplan.Script(transformers="4.40"))
+    )
+    assert now is not None
+    assert before is not None
+    assert before.allocated > now.allocated
+    with pytest.raises(peftplan.InputError, match=r"accepted: a peftplan\.Script"):
+        peftplan.estimate("smollm2-135m", script=1)  # type: ignore[arg-type]

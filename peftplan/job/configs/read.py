@@ -14,6 +14,7 @@ from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool
 from peftplan.job.configs.reading import plan_of
+from peftplan.validation import paths as listed_paths
 
 NOTEBOOK_BYTES = 32 * 2**20
 """The largest notebook that is read. Its outputs may hold images."""
@@ -26,7 +27,7 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     several files the later ones are launch files (accelerate YAML, DeepSpeed JSON). `tool`: its name where the content does not
     tell. Raises InputError, UnknownNameError or RefusedError, one line with file, line and key.
     """
-    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    paths = listed_paths(path, field="config")
     if not paths:
         raise RefusedError("config: name at least one file")
     chosen_tool = None if tool is None else check(tool)
