@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.trace.cuda.tuner_layers import LASTING
-from peftplan.trace.events.tracker import on_rank
+from peftplan.trace.events.lifetimes import on_rank
 
 FakeOn = Literal["cpu", "auto"]
 

@@ -29,7 +29,8 @@ from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
-from peftplan.trace.events.tracker import Tracker, on_rank
+from peftplan.trace.events.lifetimes import on_rank
+from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 
 PASSES = "adapter before it is cast"

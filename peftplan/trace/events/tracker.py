@@ -1,27 +1,23 @@
 """Track every storage of a traced step: when it is allocated and freed, by which operation and module, in which phase.
 
-A `TorchDispatchMode` sees every operation below autograd. Each new storage gets a weak reference, whose callback is the free.
-Bytes are those of the storage; rounding is the reader's. Left out: memory that an operation takes and frees within one call.
+A `TorchDispatchMode` sees every operation below autograd; what is alive and the log are `Lifetimes`. Left out: memory that an
+operation takes and frees within one call.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftplan.depth.log import AUTOGRAD, Moment, Storage
+from peftplan.depth.log import AUTOGRAD
 from peftplan.dtypes import parse_dtype
-from peftplan.ledger import Category
 from peftplan.trace.cuda.differences import COMPOSITE, in_place, statistics
+from peftplan.trace.events.lifetimes import Lifetimes, Ref
 
 try:
     from torch._prims_common import is_non_overlapping_and_dense_or_false as is_dense
@@ -53,24 +49,7 @@ DROPOUT = torch.ops.aten.native_dropout.default
 """Allocates its last result first, the mask (torch, aten/src/ATen/native/cuda/Dropout.cu: `dropout_cuda`)."""
 
 
-def on_rank(tensor: torch.Tensor) -> torch.Tensor:
-    """What a rank holds of a tensor: of a DTensor its shard."""
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local
-
-
-class _Ref(weakref.ref):  # type: ignore[type-arg]
-    """A weak reference to a torch storage that knows its record."""
-
-    __slots__ = ("empty", "node", "record")
-    record: Storage
-    empty: bool
-    """Whether the storage was resized to nothing, which freed its memory, or lies on the host."""
-    node: int | None
-    """Number of the autograd node whose backward made it."""
-
-
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracker(Lifetimes, TorchDispatchMode):
     """The log of one traced run."""
 
     def __init__(
@@ -81,25 +60,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         temporaries: Mapping[Any, Callable[..., Sequence[torch.Tensor]]],
         after: Callable[[Tracker, Any, Any], None],
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.log: list[Moment] = []
-        self.phase = "load"
-        self.began: list[tuple[int, str]] = [(0, "load")]
+        TorchDispatchMode.__init__(self)  # type: ignore[no-untyped-call]
+        Lifetimes.__init__(self, is_logits=is_logits)
         self.data_dependent: dict[str, int] = {}
-        self._is_logits = is_logits
         self._scalar = scalar
         self._temporaries = temporaries
         self._after = after
-        self._live: dict[int, _Ref] = {}
         self._stack: list[str] = []
         self._module_of_node: dict[int, str] = {}
-        self._segment = 0
-        self._in_forward = False
-        self._paused = 0
-        self._count = 0
-        self._summed: tuple[_Ref, _Ref] | None = None
-        self.on_begin: Callable[[], None] = lambda: None
-        """Called whenever a phase begins."""
+        self._summed: tuple[Ref, Ref] | None = None
         self.last_module = ""
         """The module that ran last, which names the place where a trace fails."""
         self.device = 0
@@ -152,12 +121,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._after(self, torch.ops.aten.mm.default, ())
         self._stack.pop()
 
-    def begin(self, phase: str) -> None:
-        """Begin a phase. The log that follows belongs to it."""
-        self.phase = phase
-        self.began.append((len(self.log), phase))
-        self.on_begin()
-
     def _pass_temporaries(self, like: Sequence[torch.Tensor], *, op: str) -> None:
         """Record tensors as large as these, which the operation allocates one after the other and frees in reverse."""
         temporaries = [
@@ -193,10 +156,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # the first operation after a node was made is the one that it belongs to
             self._module_of_node.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._stack[-1])
 
-    def stream(self) -> int:
-        """The CUDA stream that operations run on now; one GPU has only the default one."""
-        return 0
-
     def _see(self, tensor: torch.Tensor, func: Any, source: Any) -> None:
         """Record a new storage. In the optimizer's step it belongs to the parameter of the tensor that it was made from."""
         with torch._C.DisableTorchFunction():
@@ -209,30 +168,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 record.name = None if known is None else known.record.name
             elif self.phase == "step" and isinstance(source, (tuple, list)) and any(map(torch.is_tensor, source)):
                 record.name = "all parameters"
-
-    def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, op: str) -> Storage:
-        record = Storage(
-            id=self._count,
-            nbytes=storage.nbytes(),
-            shape=tuple(tensor.shape),
-            dtype=parse_dtype(tensor.dtype),
-            op=op,
-            module=self.module,
-            phase=self.phase,
-            segment=self._segment,
-            in_forward=self._in_forward,
-            category="logits" if self._is_logits(tensor) else None,
-            stream=self.stream(),
-        )
-        self._count += 1
-        key = storage._cdata
-        reference = _Ref(storage, lambda ref: self._freed(key, ref))
-        reference.record, reference.empty = record, False
-        node = torch._C._current_autograd_node()
-        reference.node = None if node is None else node._sequence_nr()
-        self._live[key] = reference
-        self.log.append(Moment("alloc", record, self.phase, record.module))
-        return record
 
     def _note_sum(self, buffered: torch.Tensor, total: torch.Tensor) -> None:
         """Remember a result that may be autograd's sum of a buffered gradient and another one (`InputBuffer`).
@@ -248,7 +183,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if alone and dense and first and new and node is not None and first.node != node._sequence_nr():
             self._summed = first, new
 
-    def _was_in_place(self, reference: _Ref) -> bool:
+    def _replaces(self, reference: Ref) -> bool:
         """Whether the gradient being freed was the buffer of the last sum and nothing else referred to it: CUDA sums in place."""
         if self._summed is None or self._summed[0] is not reference:
             return False
@@ -260,59 +195,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         new.record = reference.record
         return True
 
-    def _freed(self, key: int, reference: _Ref) -> None:
-        if self._live.get(key) is reference:
-            del self._live[key]
-        if not self._was_in_place(reference) and not reference.empty:
-            self.end(reference.record)
-
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has been resized: to nothing, which frees its memory, or from nothing, as FSDP does for a gathered weight."""
-        reference = self._live.get(storage._cdata)
-        if reference is None or reference.empty == (not storage.nbytes()):
-            return
-        reference.empty = not reference.empty
-        if reference.empty:
-            self.end(reference.record)
-        else:
-            reference.record = replace(
-                reference.record, id=self._count, module=self.module, phase=self.phase, segment=self._segment,
-                in_forward=self._in_forward, freed_segment=None, stream=self.stream(), category="gathered_weights",
-            )  # fmt: skip
-            self._count += 1
-            self.log.append(Moment("alloc", reference.record, self.phase, self.module))
-
-    def register(self, tensor: torch.Tensor, category: Category, name: str, *, op: str = "load") -> None:
-        """Set the category and name of a tensor's storage. A storage that was not seen yet counts as allocated now."""
-        with torch._C.DisableTorchFunction():
-            tensor = on_rank(tensor)
-            storage = tensor.untyped_storage()
-            known = self._live.get(storage._cdata)
-            if known is None and self._paused:
-                return
-            record = known.record if known is not None else self._add(storage, tensor, op=op)
-        record.category, record.name = category, name
-
-    def on_host(self, tensor: torch.Tensor) -> None:
-        """Take the storage of a tensor for one in host memory."""
-        with torch._C.DisableTorchFunction():
-            storage = tensor.untyped_storage()
-            self._add(storage, tensor, op="host")
-        self.log.pop()
-        self._live[storage._cdata].empty = True
-
-    def sees(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's storage is on the device."""
-        with torch._C.DisableTorchFunction():
-            known = self._live.get(tensor.untyped_storage()._cdata)
-        return known is not None and not known.empty
-
-    def made_by(self, tensor: torch.Tensor) -> str:
-        """The operation that allocated a tensor's storage; empty if it was not seen."""
-        with torch._C.DisableTorchFunction():
-            known = self._live.get(tensor.untyped_storage()._cdata)
-        return "" if known is None else known.record.op
-
     def _note_ones(self, out: torch.Tensor, func: Any, args: Any) -> None:
         makes = MAKE_ONES.get(func)
         tensors = (a for a in args if isinstance(a, torch.Tensor))
@@ -321,43 +203,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 live = self._live.get(out.untyped_storage()._cdata)
             if live is not None:
                 live.record.ones = True
-
-    def of_ones(self, tensor: torch.Tensor) -> bool:
-        """Whether every element of a tensor is known to be one."""
-        known = self._live.get(tensor.untyped_storage()._cdata)
-        return known is not None and known.record.ones
-
-    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Remove tensors that are not on the device from the log."""
-        references = [self._live.pop(on_rank(tensor).untyped_storage()._cdata, None) for tensor in tensors]
-        freed = {id(reference.record) for reference in references if reference is not None}
-        if freed:
-            positions = [at for at, moment in enumerate(self.log) if id(moment.storage) in freed]
-            self.began[:] = [(start - bisect_left(positions, start), phase) for start, phase in self.began]
-            self.log[:] = [moment for moment in self.log if id(moment.storage) not in freed]
-
-    def passing(self, *, nbytes: int, shape: tuple[int, ...], dtype: str, op: str, category: Category | None = None) -> Storage:
-        """Record an allocation that no tensor of the trace shows; `end` frees it."""
-        record = Storage(
-            self._count, nbytes, shape, dtype, op, self.module, self.phase, self._segment, self._in_forward, category
-        )
-        self._count += 1
-        self.log.append(Moment("alloc", record, self.phase, record.module))
-        return record
-
-    def end(self, record: Storage) -> None:
-        """Free what `passing` recorded, or a storage."""
-        record.freed_segment = self._segment
-        self.log.append(Moment("free", record, self.phase, self.module))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Record no new storage: for host tensors."""
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._paused -= 1
 
     def watch(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         """Hook these modules to record when their forward runs."""
