@@ -33,7 +33,7 @@ class Listing(list[Record], Generic[Record]):
     """A list of small records that becomes a table on request."""
 
     def records(self) -> list[dict[str, object]]:
-        """Rows of plain values, as pandas and polars take them."""
+        """Rows of plain values, which pandas and polars accept."""
         return [record._asdict() for record in self]
 
     def to_dataframe(self) -> DataFrame:

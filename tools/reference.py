@@ -189,9 +189,14 @@ def members(value: type) -> Iterator[tuple[str, str]]:
 
 
 def docstring(value: object) -> Iterator[str]:
-    """The paragraphs of a docstring."""
+    """The paragraphs and lists of a docstring."""
     for paragraph in inspect.cleandoc(getattr(value, "__doc__", None) or "").split("\n\n"):
-        yield textwrap.fill(prose(" ".join(paragraph.split())), 125, break_long_words=False, break_on_hyphens=False)
+        items = re.split(r"\n(?=- )", paragraph)
+        texts = (prose(" ".join(item.split())) for item in items)
+        indent = "  " if paragraph.startswith("- ") else ""
+        yield "\n".join(
+            textwrap.fill(text, 125, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) for text in texts
+        )
 
 
 if __name__ == "__main__":

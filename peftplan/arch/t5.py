@@ -31,7 +31,7 @@ STEMS = {"t5": "T5", "mt5": "MT5"}
 FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu"}
 """`feed_forward_proj` where the config does not state it."""
 DROPOUT_RATE = 0.1
-UNTIED_NOTE = "lm_head is counted apart from the embedding, as its checkpoint holds it and from_pretrained loads it"
+UNTIED_NOTE = "lm_head is counted apart from the embedding, as its checkpoint stores it and from_pretrained loads it"
 
 Stack = Literal["encoder", "decoder"]
 

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
-    "fit": "The largest batch, sequence or rank that a card takes, other plans, or the smallest card.",
-    "compare": "One job by several methods, on several cards.",
+    "fit": "The largest batch, sequence or rank that fits a card, other plans, or the smallest card.",
+    "compare": "One job with several methods, on several cards.",
     "export": "A job as the config of axolotl, LLaMA-Factory, TRL, torchtune, ms-swift, accelerate or DeepSpeed.",
-    "configs": "Training configs of other tools, a line each: peak, verdict, unsupported keys.",
+    "configs": "Training configs of other tools, one line each: peak, verdict, unsupported keys.",
     "sweep": "A job at every point of a grid, as CSV, JSON lines or Parquet, and as a map.",
     "explain-oom": "Why a program ran out of memory, from its message, a log or a snapshot, and what to try.",
     "advise": "What papers and documentation recommend: rank, targets, learning rate, which method.",
     "serve": "What comes after training: adapter file, merge, merged model, serving with a KV cache.",
-    "replay": "Replay a recorded run through the allocator's model, with less memory or other options.",
+    "replay": "Replay a recorded run through a model of torch's allocator, with less memory or other options.",
     "inspect": "The module tree of a model: shapes, counts, bytes, and what a pattern matches.",
     "models": "The built-in models and their parameter counts.",
     "methods": "The PEFT methods, and the fields of one.",
-    "rehearse": "Run a training program without a GPU: its peaks, by torch's own allocator.",
-    "measure": "Measure a run on this machine's GPU, with random weights, and record it.",
+    "rehearse": "Run a training program without a GPU, and read its peaks from torch's own allocator.",
+    "measure": "Measure a run with random weights on this machine's GPU, and record it.",
     "gpus": "The GPU catalogue: what each card has, and what a program can use.",
     "schema": "The JSON Schema of what a command prints with --format json.",
     "completion": "Print a script that completes commands, options and names in your shell.",
-    "check": "Compare the engines with measured runs: drift, verdicts, and what moved.",
+    "check": "Compare the engines with measured runs: drift, verdicts, and what changed.",
 }
 """Commands and their one-line help; the module `peftplan.cli.<name>` is imported when its command runs."""
 

@@ -8,7 +8,7 @@ from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
 METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method"} | {
-    "--peft-config": "a peft adapter_config.json: its rows come first, and methods of its type keep its fields"
+    "--peft-config": "a peft adapter_config.json: its rows come first, and methods of its type take its fields"
 }
 
 
@@ -17,9 +17,7 @@ METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method
 @option(
     "--method", "methods", default="lora,dora,qlora,full", metavar="NAMES", show_default=True, help="methods, comma-separated"
 )
-@option(
-    "--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; capacities such as 24GiB; or 8xh100"
-)
+@option("--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; sizes such as 24GiB; or 8xh100")
 @option("--plot", default=None, metavar="FILE", help="bars of every method as FILE.png or .svg, with the cards as lines")
 @options.engine_option
 @options.group(METHOD_HEADING, METHOD)
@@ -44,7 +42,7 @@ def command(
     context: str | None,
     **fields: object,
 ) -> int:
-    """What a job needs by several methods, on several cards. Without MODEL, --peft-config names its base model.
+    """What a job needs with several methods, on several cards. Without MODEL, --peft-config names its base model.
 
     \b
     peftplan compare llama-3.1-8b --method lora,dora,qlora,full --gpu l4,a10g,a100-80gb

@@ -12,8 +12,8 @@ from peftplan.cli.command import Command, argument, option
 @argument("paths", nargs=-1, required=True, metavar="PATH...")
 @option("--gpu", default=None, metavar="NAME", help="a card, or several as 8xh100-80gb, for the verdicts")
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
-@option("--tool", default=None, metavar="NAME", help="the tool of all files, where their content does not show it")
-@option("--online", is_flag=True, help="ask the Hub for models that are neither built in nor in the local cache")
+@option("--tool", default=None, metavar="NAME", help="the tool of all files, if they do not show it")
+@option("--online", is_flag=True, help="look up models on the Hub that are neither built in nor in the local cache")
 @options.format_option
 def command(paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | None, online: bool, fmt: str) -> int:
     """Training configs of other tools, a line each: model, counts, peak, verdict, unsupported keys.

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from peftplan.job.setup import AdviceSearch
 
 VERDICTS = """\
-A job needs the bytes that torch's allocator reserves without a limit, and the CUDA context. Where the card's context is not
-known, the largest one measured on its generation is assumed, or the largest of all. The verdicts:
+A job needs the bytes that torch's allocator reserves if memory is unlimited, plus the CUDA context. If the card's context is not
+known, the largest one measured on its generation is assumed, or else the largest of all. The verdicts:
 
 \b
 fits           at least 5 % of the usable bytes are left
-tight          less is left, or it needs more than is usable, and runs because
-               the allocator gives cached memory back
+tight          less is left, or it needs more than is usable and runs only because
+               the allocator releases cached memory
 does not fit   it runs out of memory
 does not run   a library raises, or has no kernel for the card
-unknown        no peak is known, or only a lower bound, which fits
+unknown        no peak is known, or only a lower bound that fits
 """
 
 
@@ -45,7 +45,7 @@ unknown        no peak is known, or only a lower bound, which fits
     rare=True,
     metavar="NAME",
     heading="Model",
-    help="the tool of --config, where its content does not show it",
+    help="the tool of --config, if the file does not show it",
 )
 @options.group("Precision and storage", texts.STORAGE)
 @options.group("Training", texts.TRAINING)
@@ -66,7 +66,7 @@ unknown        no peak is known, or only a lower bound, which fits
 )
 @option("--require-fit", is_flag=True, help="exit 1 unless the job fits every --gpu")
 @option("--allow-tight", is_flag=True, rare=True, help="let --require-fit accept tight too")
-@option("--text-only", is_flag=True, rare=True, help="let --require-fit accept a verdict for text alone, without pictures")
+@option("--text-only", is_flag=True, rare=True, help="let --require-fit accept a verdict for text only, without images")
 @option("--strict", is_flag=True, rare=True, help="turn warnings into errors, such as a target name that matches no module")
 @options.format_option
 @option(
@@ -87,7 +87,7 @@ unknown        no peak is known, or only a lower bound, which fits
     "-v",
     "--verbose",
     is_flag=True,
-    help="every byte, every line with its formula and source, every assumption, advice for every card",
+    help="every byte, line, formula, source and assumption; advice for every card",
 )
 def command(
     model: str | None,

@@ -10,7 +10,12 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
 @click.command("explain-oom", cls=Command)
 @argument("source", metavar="FILE")
-@option("--model", default=None, metavar="MODEL", help="the model of the job that ran; with its options, says what was expected")
+@option(
+    "--model",
+    default=None,
+    metavar="MODEL",
+    help="the model that ran; with the job's options, shows what was expected",
+)
 @options.group(METHOD_HEADING, texts.METHOD)
 @options.group("Model", texts.MODEL)
 @options.group("Precision and storage", texts.STORAGE)
@@ -20,8 +25,8 @@ from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 def command(source: str, model: str | None, fmt: str, **fields: object) -> int:
     """Why a program ran out of memory, and what to try next.
 
-    FILE holds torch's message, a log with one, or what torch.cuda.memory._dump_snapshot() wrote; - is standard input. The message
-    itself, in quotes, is accepted too.
+    FILE is a log that contains torch's message, or a snapshot that torch.cuda.memory._dump_snapshot() wrote; - is standard input.
+    The message itself, in quotes, is accepted too.
 
     \b
     python train.py 2>&1 | peftplan explain-oom -

@@ -19,7 +19,7 @@ from peftplan.job.configs.plan import ExportTool
 @option("--force", is_flag=True, help="replace FILE if it exists")
 @options.group(METHOD_HEADING, texts.METHOD)
 @options.group("Model", texts.MODEL)
-@option("--config", "config", multiple=True, metavar="FILE", heading="Model", help="a config of another tool, to be translated")
+@option("--config", "config", multiple=True, metavar="FILE", heading="Model", help="a config of another tool to translate")
 @option("--tool", default=None, rare=True, metavar="NAME", heading="Model", help="the tool of --config")
 @options.group("Precision and storage", texts.STORAGE)
 @options.group("Training", texts.TRAINING)
@@ -44,8 +44,9 @@ def command(
 ) -> int:
     """Write a job as a config of another training tool, with its estimate in comments.
 
-    Takes the options of `peftplan estimate`. Each option that you set goes into the config, or export names it and refuses.
-    `peftplan estimate --config FILE` gives the same numbers again. Dataset, output folder and learning rate are placeholders.
+    Takes the options of `peftplan estimate`. Every option that you set is written to the config; if the tool has no such option,
+    export refuses and names it. `peftplan estimate --config FILE` reproduces the numbers. Dataset, output folder and learning
+    rate are placeholders.
 
     \b
     peftplan export llama-3.1-8b --method qlora --gpu rtx-4090 --to axolotl > qlora.yml

@@ -20,7 +20,11 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 @click.command("fit", cls=Command)
 @argument("model", required=False)
 @option(
-    "--gpu", "gpu", multiple=True, metavar="NAME", help="a card, a capacity such as 24GiB, or 8xh100; several get an answer each"
+    "--gpu",
+    "gpu",
+    multiple=True,
+    metavar="NAME",
+    help="a card, a size such as 24GiB, or 8xh100; repeatable, one answer each",
 )
 @option(
     "--max",
@@ -28,7 +32,7 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
     default="batch-size",
     metavar="[batch-size|seq-len|r|model]",
     show_default=True,
-    help="the size to make as large as fits",
+    help="what to maximize",
 )
 @option("--methods", default=None, metavar="NAMES", help="other methods to try, comma-separated; default: all ranked ones")
 @option(
@@ -39,9 +43,9 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
 )
 @option("--min-seq-len", type=INT, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
 @option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")
-@option("--which-gpu", is_flag=True, help="list the smallest cards that take the job as typed, not plans")
-@option("--model-family", default=None, metavar="NAME", help="the largest model of a family per method, such as qwen3")
-@option("--require-fit", is_flag=True, help="exit 1 if the job as typed fits at no size")
+@option("--which-gpu", is_flag=True, help="list the smallest cards that the job as typed fits, instead of plans")
+@option("--model-family", default=None, metavar="NAME", help="find the largest model of a family (qwen3, …) with each method")
+@option("--require-fit", is_flag=True, help="exit 1 if the job as typed does not fit at any size")
 @options.engine_option
 @options.group(METHOD_HEADING, texts.METHOD)
 @options.group("Model", texts.MODEL)
@@ -71,10 +75,10 @@ def command(
     context: str | None,
     **fields: object,
 ) -> int:
-    """The largest size of a job that a card takes, and other plans that fit.
+    """The largest size of a job that fits a card, and other plans that fit.
 
     Without MODEL, --peft-config names its base model. With --max model, MODEL is a family such as qwen3, a pattern of built-in
-    names, or a comma-separated list. With --engine trace, it traces a few sizes of the job, as typed and by each of --methods.
+    names, or a comma-separated list. With --engine trace, fit traces a few sizes of the job, as typed and with each of --methods.
 
     \b
     peftplan fit llama-3.1-8b --gpu rtx-4090 --method lora --seq-len 4096

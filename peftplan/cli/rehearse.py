@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     "--data",
     default=None,
     metavar="synthetic",
-    help="made-up rows for datasets that are missing; synthetic:COLUMN,COLUMN names their columns",
+    help="synthetic rows for missing datasets; synthetic:COLUMN,COLUMN names their columns",
 )
-@option("--seq-len", type=INT, default=None, metavar="INT", help="tokens of such a row; default: 2048")
-@option("--max-host", default=None, metavar="SIZE", help="host memory that it and its files may take (80 % of what is free)")
+@option("--seq-len", type=INT, default=None, metavar="INT", help="tokens per synthetic row; default: 2048")
+@option(
+    "--max-host", default=None, metavar="SIZE", help="host memory for the program and its files; default: 80 % of free memory"
+)
 @option("--keep-writes", is_flag=True, help="let the program write to your files")
 @option("--network", is_flag=True, help="let the program use the network")
 @option("--timeline", default=None, metavar="FILE", help="memory over time as FILE.png, .html, or .json (for replay)")
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     "--job",
     default=None,
     metavar="'MODEL …'",
-    help="the job that the program trains, in the options of `peftplan estimate`: prints the drift",
+    help="the job that the program trains, as options of `peftplan estimate`; prints the drift",
 )
 @option("--output", default=None, metavar="FILE", help="append the run's record to this file, for `peftplan check` (with --job)")
 @option("--require-fit", is_flag=True, help="exit 1 unless the verdict is fits")
@@ -74,10 +76,10 @@ def command(
 ) -> int:
     """Run a training program without a GPU, and read what it needs from torch's own allocator.
 
-    COMMAND runs as it is, on an emulated card whose kernels do nothing. Missing weights are replaced by sparse files,
-    what it writes goes to a scratch layer, and there is no network. It ends after a few optimizer steps.
+    COMMAND runs unchanged, on an emulated card whose kernels do nothing. Missing weights are replaced by sparse files,
+    writes go to a scratch layer, and there is no network. The program ends after a few optimizer steps.
 
-    Exit code: 0 after those steps or the program's own end, 1 if it ran out of memory or time, else the program's own.
+    Exit code: 0 after those steps or a normal end, 1 if memory or time ran out, else the program's own.
 
     \b
     peftplan rehearse --gpu rtx-4090 -- python train.py --batch_size 4

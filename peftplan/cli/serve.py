@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SERVING: dict[str, str] = {
     "--adapters": "adapters served beside one base; default: 1",
     "--batch-size": "sequences in the KV cache; default: 1",
-    "--context": "tokens of each sequence in the cache; default: 2048, or as many as the model holds",
+    "--context": "tokens per sequence in the cache; default: 2048, or the model's maximum",
     "--encoder-context": "positions that cross-attention reads; default: as --context",
     "--serving-dtype": "dtype of the adapters in service; default: that of the base",
 }

@@ -22,16 +22,14 @@ COUNTED = ("--r", "--batch-size", "--seq-len")
 
 @click.command("sweep", cls=Command)
 @argument("model", required=False)
-@option(
-    "--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; capacities such as 24GiB; or 8xh100"
-)
+@option("--gpu", "gpu", multiple=True, metavar="NAME", help="cards, comma-separated or repeated; sizes such as 24GiB; or 8xh100")
 @option("--output", default=None, metavar="FILE", help="FILE.csv, .jsonl or .parquet; default: stdout")
-@option("--format", "fmt", default=None, metavar="[csv|jsonl|parquet]", help="default: as the file's name ends, else csv")
+@option("--format", "fmt", default=None, metavar="[csv|jsonl|parquet]", help="default: from the suffix of --output, else csv")
 @option("--replays", default="2000", metavar="INT|all", show_default=True, help="points near a card's limit that are replayed")
 @option(
-    "--plot", default=None, metavar="FILE", help="batch × sequence as a map, FILE.png or .svg, with the cards' limits as lines"
+    "--plot", default=None, metavar="FILE", help="map of batch × sequence as FILE.png or .svg, with the cards' limits as lines"
 )
-@option("--engine", default="analytic", metavar="[analytic]", rare=True, help="a sweep evaluates formulas; it is not traced")
+@option("--engine", default="analytic", metavar="[analytic]", rare=True, help="a sweep evaluates formulas; traces take too long")
 @option("--yes", is_flag=True, help="run a grid of more than 10,000,000 rows")
 @options.group(METHOD_HEADING, texts.METHOD, several=True)
 @options.group("Model", texts.MODEL, several=True)
@@ -58,7 +56,7 @@ def command(
 ) -> int:
     """A job at every point of a grid: a row for each point and card.
 
-    Every option takes several values (1,2,4) or a range (512:8192:512, its end included), and can be repeated; MODEL takes
+    Every option takes several values (1,2,4) or a range (512:8192:512, the end included), and can be repeated; MODEL takes
     several names. `--padding --no-padding` tries both. Repeat an option whose values contain commas.
 
     \b
@@ -66,9 +64,9 @@ def command(
     peftplan sweep qwen3-0.6b,qwen3-4b --method lora,qlora --gpu l4,a10g --format jsonl
     peftplan sweep llama-3.1-8b --gpus 2,4,8 --strategy ddp,fsdp2,zero2 --batch-size 1:16 --gpu a100-40gb
 
-    A card's verdict takes a replay of torch's allocator only where bytes alone do not decide: `decided_by` says requested (the
-    tensors are too large), bound (they are so small that what the allocator may add does not matter), or replay. Where
-    there are more points near a limit than --replays, the others have no verdict.
+    A verdict needs a replay of torch's allocator only if the bytes of the tensors do not decide it. `decided_by` says what did:
+    requested (the tensors alone are too large), bound (they are so small that the allocator's overhead does not matter), or
+    replay. If there are more points near a limit than --replays, the others have no verdict.
     """
     from peftplan.planning.sweep import MOST_ROWS, sweep
     from peftplan.report import sweeping

@@ -7,20 +7,25 @@ from typing import get_args
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
+KINDS_IN_A_GROUP = 5
+"""A longer group would break inside a name at 80 columns."""
+
 
 def by_tool(names: tuple[str, ...]) -> str:
-    """Names, with what they begin with said once: `trl-dpo|kto`, `automodel[-hf]`."""
+    """Names that share a beginning in groups: `trl-dpo|kto`, `automodel[-hf]`."""
     tools: dict[str, list[str]] = {}
     for name in names:
         tool, _, kind = name.partition("-")
         tools.setdefault(tool, []).append(kind)
     texts = []
     for tool, kinds in tools.items():
-        words = "|".join(filter(None, kinds))
-        if kinds == ["", words]:
-            texts.append(f"{tool}[-{words}]")
-        else:
-            texts += [tool] * ("" in kinds) + [f"{tool}-{words}"] * bool(words)
+        named = [kind for kind in kinds if kind]
+        if kinds == ["", *named] and len(named) == 1:
+            texts.append(f"{tool}[-{named[0]}]")
+            continue
+        texts += [tool] * ("" in kinds)
+        for first in range(0, len(named), KINDS_IN_A_GROUP):
+            texts.append(f"{tool}-{'|'.join(named[first : first + KINDS_IN_A_GROUP])}")
     return ", ".join(texts)
 
 
@@ -43,102 +48,102 @@ METHOD: dict[str, str] = {
     "--set": "any other field of the method's config; repeatable",
 }
 MODEL: dict[str, str] = {
-    "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: as the config says",
+    "--task-type": "peft's task type: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, …; default: from the config",
     "--num-labels": "classes of a classification head",
     "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; remote code is never run",
 }
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model; default: bf16",
-    "--device-map": "how from_pretrained places the model on one GPU; default: the trainer's, auto for TRL's (loaded by name)",
+    "--device-map": "how from_pretrained places the model on one GPU; default: the trainer's (auto for TRL with a model name)",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
-    "--autocast": "dtype that autocast computes in; default: the trainer's",
+    "--autocast": "dtype of autocast; default: the trainer's",
     "--quant": "storage of the base; default: the method's",
     "--quant-bits": "bits of gptq and hqq",
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
     "--quant-skip-modules": "modules left unquantized, comma-separated (replaces the default list)",
-    "--quant-storage": "dtype that packed nf4 and fp4 weights are stored as; FSDP shards only floats",
+    "--quant-storage": "storage dtype of packed nf4 and fp4 weights; FSDP shards only floats",
     "--double-quant/--no-double-quant": "double quantization of nf4 and fp4",
     "--compute-dtype": "compute dtype of 4-bit layers",
-    "--kbit-prepare/--no-kbit-prepare": "prepare_model_for_kbit_training on a quantized base",
+    "--kbit-prepare/--no-kbit-prepare": "call prepare_model_for_kbit_training on a quantized base",
 }
 TRAINING: dict[str, str] = {
     "--trainer": f"{by_tool(get_args(TrainerName))}; default: transformers",
-    "--batch-size": "sequences per device and step; default: the smallest the trainer accepts, 1 for most",
-    "--seq-len": "tokens per sequence; default: 2048, or as many as the model holds",
+    "--batch-size": "sequences per device and micro batch; default: the trainer's minimum, mostly 1",
+    "--seq-len": "tokens per sequence; default: 2048, or the model's maximum",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
-    "--host-memory": "host memory of a node, such as 512GiB: what is offloaded has to fit there",
-    "--save-total-limit": "checkpoints that Trainer keeps on disk (-v and JSON say their bytes)",
+    "--host-memory": "host memory of a node, such as 512GiB; offloaded tensors have to fit there",
+    "--save-total-limit": "checkpoints that Trainer keeps on disk (-v and JSON show their size)",
     "--optim": "a name of TrainingArguments.optim",
     "--optim-args": "as in TrainingArguments",
     "--optim-target-modules": "modules that GaLore and APOLLO project",
-    "--optimizer-in-backward/--no-optimizer-in-backward": "step each parameter as soon as it has its gradient (torchtune)",
-    "--attn-implementation": "attention kernels; default: sdpa where the model has it",
-    "--kernels": "kernels in place of the model's: unsloth, unsloth-compiled, unsloth-qat-int4|int8-int4, axolotl, liger, "
+    "--optimizer-in-backward/--no-optimizer-in-backward": "update each parameter as soon as its gradient is ready (torchtune)",
+    "--attn-implementation": "attention kernels; default: sdpa if the model supports it",
+    "--kernels": "kernels that replace the model's: unsloth, unsloth-compiled, unsloth-qat-int4|int8-int4, axolotl, liger, "
     "torchao (QAT), or parts of them",
-    "--loss": "how the loss is computed; default: auto, the trainer's",
-    "--logits-to-keep": "compute logits for the last N tokens of each sequence only",
-    "--padding/--no-padding": "batches with padding, and so a real attention mask",
+    "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
+    "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
+    "--padding/--no-padding": "padded batches, which need an attention mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
 PREFERENCES: dict[str, str] = {
-    "--max-completion-length": "tokens of a completion, which are scored; default: all but the first",
-    "--teacher-model": "model that the student learns from: dense, in the dtype of the student",
-    "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "score with the reference model before training",
+    "--max-completion-length": "tokens per completion, the scored part of a sequence; default: all but the first",
+    "--teacher-model": "model that the student learns from; not quantized, in the student's dtype",
+    "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "run the reference model before training",
     "--beta": "weight of the reference model",
-    "--loss-type": "the loss, by the trainer's name for it",
-    "--max-prompt-length": "tokens of a prompt, instead of --seq-len",
+    "--loss-type": "the trainer's own name of its loss",
+    "--max-prompt-length": "tokens per prompt, instead of --seq-len",
     "--num-generations": "completions per prompt",
-    "--steps-per-generation": "micro batches for which completions are written at once; default: those of a step",
-    "--use-vllm/--no-use-vllm": "vLLM writes the completions, not transformers",
+    "--steps-per-generation": "micro batches whose completions are generated at once; default: those of one step",
+    "--use-vllm/--no-use-vllm": "generate completions with vLLM instead of transformers",
     "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
-    "--vllm-gpu-memory-utilization": "share of the card that vLLM takes; default: 0.3",
-    "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM gives its memory back while the policy trains",
+    "--vllm-gpu-memory-utilization": "share of the card for vLLM; default: 0.3",
+    "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM releases its memory while the policy trains",
 }
 GPUS: dict[str, str] = {
-    "--gpus": "GPUs of a node, one process each (--gpu NxCARD)",
-    "--nodes": "nodes with as many GPUs each; default: 1",
+    "--gpus": "GPUs per node, one process each; --gpu 8xCARD sets it too",
+    "--nodes": "nodes of --gpus GPUs each; default: 1",
     "--strategy": "how the GPUs share the job; default: ddp",
     "--accelerate-config": "an accelerate config file (YAML)",
-    "--deepspeed": "a DeepSpeed config file (JSON); auto as transformers fills it in",
-    "--accelerate": "accelerate that prepares the model; before 1.14 its FSDP2 units and casts differ",
+    "--deepspeed": "a DeepSpeed config file (JSON); auto is filled in as by transformers",
+    "--accelerate": "accelerate release that prepares the model; before 1.14 its FSDP2 units and casts differ",
     "--reshard-after-forward": "FSDP: free gathered weights after forward; true, false, or a number of ranks",
-    "--dp-shard-size": "FSDP: ranks of a shard group; the model is replicated over the groups (HSDP)",
+    "--dp-shard-size": "FSDP: ranks per shard group; the groups are replicas (HSDP)",
     "--offload-params": "keep the shards in host memory",
-    "--offload-optimizer": "DeepSpeed: keep masters and states in host memory",
+    "--offload-optimizer": "DeepSpeed: keep fp32 masters and optimizer states in host memory",
     "--param-dtype": "FSDP: dtype of gathered weights; default: --autocast",
-    "--reduce-dtype": "FSDP: dtype in which gradients are reduced; default: that of gathered weights",
+    "--reduce-dtype": "FSDP: dtype of gradient reduction; default: that of gathered weights",
     "--wrap-policy": "FSDP: what becomes a unit",
     "--transformer-cls-names-to-wrap": "FSDP: classes of layers that become units; default: the model's own",
-    "--min-num-params": "FSDP: the least parameters of a unit with --wrap-policy size",
+    "--min-num-params": "FSDP: minimum parameters of a unit with --wrap-policy size",
     "--backward-prefetch": "FSDP1: when the next unit is gathered in backward",
     "--forward-prefetch/--no-forward-prefetch": "FSDP1: gather the next unit early in forward",
     "--use-orig-params/--no-use-orig-params": "FSDP1: the optimizer steps over views of the flat parameters",
     "--cpu-ram-efficient-loading/--no-cpu-ram-efficient-loading": "only rank 0 loads the model; the others get shards",
     "--sync-each-batch/--no-sync-each-batch": "reduce gradients in every micro batch",
-    "--bucket-cap-mb": "DDP: MiB of a bucket",
+    "--bucket-cap-mb": "DDP: bucket size in MiB",
     "--gradient-as-bucket-view/--no-gradient-as-bucket-view": "DDP: gradients are views of the buckets",
     "--find-unused-parameters/--no-find-unused-parameters": "DDP: look for parameters without gradients",
     "--static-graph/--no-static-graph": "DDP: every step uses the same parameters",
     "--overlap-comm/--no-overlap-comm": "DeepSpeed: reduce while backward runs, with a second bucket",
-    "--contiguous-gradients/--no-contiguous-gradients": "DeepSpeed: copy gradients into a bucket as they are made",
-    "--reduce-scatter/--no-reduce-scatter": "DeepSpeed: reduce each part of a bucket to its owner, not all to all",
-    "--round-robin-gradients/--no-round-robin-gradients": "ZeRO-1 and ZeRO-2: deal parameters out to the ranks in turn",
-    "--reduce-bucket-size": "DeepSpeed: elements that are reduced at once, or auto (hidden size squared)",
-    "--allgather-bucket-size": "DeepSpeed: elements that are gathered at once",
-    "--sub-group-size": "ZeRO-3: elements that the optimizer steps over at once",
-    "--stage3-prefetch-bucket-size": "ZeRO-3: elements that are gathered ahead, or auto",
-    "--stage3-param-persistence-threshold": "ZeRO-3: parameters of at most so many elements stay whole, or auto",
+    "--contiguous-gradients/--no-contiguous-gradients": "DeepSpeed: copy gradients into a bucket as they are computed",
+    "--reduce-scatter/--no-reduce-scatter": "DeepSpeed: reduce each part of a bucket only to its owner",
+    "--round-robin-gradients/--no-round-robin-gradients": "ZeRO-1 and ZeRO-2: distribute parameters to the ranks in turn",
+    "--reduce-bucket-size": "DeepSpeed: elements reduced at once, or auto (hidden size squared)",
+    "--allgather-bucket-size": "DeepSpeed: elements gathered at once",
+    "--sub-group-size": "ZeRO-3: elements that the optimizer updates at once",
+    "--stage3-prefetch-bucket-size": "ZeRO-3: elements prefetched, or auto",
+    "--stage3-param-persistence-threshold": "ZeRO-3: parameters with at most this many elements are not partitioned, or auto",
     "--stage3-max-live-parameters": "ZeRO-3: gathered elements above which some are freed; default: 1000000000",
-    "--stage3-max-reuse-distance": "ZeRO-3: parameters needed again within so many elements stay gathered",
-    "--zero3-init/--no-zero3-init": "ZeRO-3: from_pretrained makes shards at once",
-    "--tp-size": "ranks of a tensor-parallel group",
+    "--stage3-max-reuse-distance": "ZeRO-3: parameters needed again within this many elements stay gathered",
+    "--zero3-init/--no-zero3-init": "ZeRO-3: from_pretrained shards the model while it loads",
+    "--tp-size": "ranks per tensor-parallel group",
     "--cp-size": "ranks that share one sequence (context parallelism)",
     "--ep-size": "ranks that share the experts",
     "--pp-size": "stages of a pipeline",
@@ -204,4 +209,4 @@ METAVARS: dict[str, str] = {
     "--loss-type": "NAME",
     "--teacher-model": "MODEL",
 }
-"""What an option is given, as `--help` shows it; completion offers the choices."""
+"""The value of each option, as `--help` shows it; completion offers the choices."""

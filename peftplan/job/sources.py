@@ -196,7 +196,7 @@ def _config_file(path: Path, text: str) -> Path:
     if not is_file(file):
         if is_file(path / "adapter_config.json"):
             raise InputError("model", text, "the folder holds a peft adapter: name its base model")
-        raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that holds one")
+        raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that contains one")
     return file
 
 

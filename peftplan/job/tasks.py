@@ -88,7 +88,7 @@ def task_notes(model: object, architecture: Architecture, setup: Setup) -> Itera
     model_class = architecture.model_class
     unread: dict[str, str] = {}
     if architecture.task_type == PICTURES:
-        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads pictures of the size in its config")
+        unread |= dict.fromkeys(("seq_len", "padding"), f"{model_class} reads images of the size in its config")
     if architecture.task_type in WITHOUT_LABELS:
         unread["num_labels"] = f"{model_class} has no classes (--task-type)"
     if not parse_optim(str(setup.optim)).low_rank:
@@ -99,13 +99,13 @@ def task_notes(model: object, architecture: Architecture, setup: Setup) -> Itera
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
     if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
         trainer = setup.by.called.partition(" of ")[0]
-        yield f"{trainer} loads a model given by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
+        yield f"{trainer} loads a model passed by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
     if setup.use_vllm and not setup.vllm_share:
         yield "a vLLM server generates elsewhere: nothing of it is on this card"
     completion = setup.max_completion_length
     if "max_completion_length" in setup.by.options and (completion is None or completion >= setup.seq_len):
         why = "is not set" if completion is None else f"{completion:,} leaves no prompt within seq_len {setup.seq_len:,}"
-        yield f"max_completion_length {why}: every token of a row but the first is counted as part of the completion"
+        yield f"max_completion_length {why}: every token of a sequence except the first is counted as part of the completion"
     scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (

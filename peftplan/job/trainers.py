@@ -257,4 +257,4 @@ DEFAULT: TrainerName = "transformers"
 """The trainer if none is set."""
 
 CHUNKED: dict[str, object] = {"trainer": "trl", "loss": "trl-chunked"}
-"""Options for a loss that never holds all logits: only SFTTrainer has it."""
+"""Options for a loss that never materializes all logits: only SFTTrainer has it."""

@@ -85,7 +85,7 @@ def check_prompted_task(arch: Architecture, adapter: Mapping[str, object]) -> No
             f"accepted: {arch.task_type}"
         )
     if arch.model_type in SOUND or not arch.vocab_size:
-        why = f"virtual tokens stand before text, which {arch.model_class} does not read; accepted: other methods, such as lora"
+        why = f"virtual tokens precede text, which {arch.model_class} does not read; accepted: other methods, such as lora"
     else:
         why = f"peft has no virtual tokens for {arch.task_type}; accepted: {', '.join(PEFT_TASKS)}"
     raise RefusedError(f"{named('peft')} refuses it: KeyError: None ({why})")

@@ -86,7 +86,7 @@ MEANINGS: Mapping[str, Meaning] = {
 NOT_COUNTED: Mapping[str, str] = {
     **dict.fromkeys(
         ("packing", "sample_packing", "padding_free"),
-        "packed batches are not counted yet; one sequence of the packed length comes near",
+        "packed batches are not supported yet; a single sequence of the packed length comes close",
     ),
     "fsdp": "accepted: --strategy fsdp2 or fsdp1 with its parameters, or --accelerate-config FILE",
     "torch_compile": "compiled kernels are not counted",

@@ -101,7 +101,7 @@ OF_LOSS: dict[str, Place] = {
 
 
 def head_of(model: Model) -> Head:
-    """The head of a model's task, or of a loss that never holds all logits; of the last tokens where not all have logits.
+    """The head of a model's task, or of a loss that never materializes all logits; of the last tokens where not all have logits.
 
     Raises NeedsTraceError for tasks that only the trace engine knows.
     """

@@ -21,7 +21,7 @@ Blocks = Annotated[int, Field(ge=0, le=2**24)]
 
 EXTENSION = (
     "boft_n_butterfly_factor above 1 needs peft's CUDA extension, built when the adapter is created (ninja, nvcc). "
-    "It counts as built; where it cannot be, peft warns and sets the factor to 1"
+    "It is assumed to be built; if it cannot be, peft warns and sets the factor to 1"
 )
 """`get_fbd_cuda`."""
 

@@ -32,7 +32,7 @@ def ln_tuning(arch: Architecture, config: LNTuningConfig) -> Adaptation:
     except RefusedError as refusal:
         # The only method for which peft accepts a module that contains others; it copies them too.
         if "is not a layer that can be adapted" in str(refusal):
-            raise NeedsPeftError("LN_TUNING of modules that hold other modules") from None
+            raise NeedsPeftError("LN_TUNING of modules that contain other modules") from None
         raise
     for module in adaptation.matched:
         if any(other.name.startswith(module.name + ".") for other in arch.modules):

@@ -41,7 +41,7 @@ from peftplan.methods.tuner import refuse_mamba, trained_biases
 
 Rank = Annotated[int, Field(ge=1, le=2**20)]
 
-EVA = "init_lora_weights 'eva': counted as get_peft_model makes it; the ranks move between layers once EVA sees data"
+EVA = "init_lora_weights 'eva': counted as get_peft_model creates it; EVA moves ranks between layers once it sees data"
 FROZEN_A = (
     "A stays frozen until adapters are switched: set_adapter(), or leaving model.disable_adapter(), makes it require "
     "gradients again, and its inputs are then saved"

@@ -37,5 +37,5 @@ def _unmatched(arch: Architecture, targets: tuple[str, ...]) -> tuple[str, ...]:
 def _instead(arch: Architecture, names: tuple[str, ...], listed: tuple[str, ...]) -> str:
     """What was probably meant: near names, or a word such as `all-linear` that has to stand alone."""
     if (word := next((name for name in names if name in WORDS), None)) is not None:
-        return f"{word} is a word that stands alone, not a name in a list"
+        return f"{word} is a keyword that is used alone, not in a list"
     return near_names(names, leaves(arch).difference(listed))

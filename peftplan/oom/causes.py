@@ -54,16 +54,16 @@ PLACES: tuple[Place, ...] = (
     Place(
         "kbit preparation",
         ("prepare_model_for_kbit_training",),
-        "peft was casting what is not quantized to fp32 (embeddings, head, norms; experts of mixtures too)",
+        "peft was casting what is not quantized to fp32 (embeddings, head, norms; experts of MoE models too)",
         (
-            "leave prepare_model_for_kbit_training out (--no-kbit-prepare shows what that saves)",
+            "skip prepare_model_for_kbit_training (--no-kbit-prepare shows what that saves)",
             "call model.enable_input_require_grads() instead, where checkpointing needs it",
         ),
     ),
     Place(
         "saving",
         ("merge_and_unload", "save_pretrained", "_save_checkpoint", "_save_optimizer", "state_dict"),
-        "it was saving or merging: both make copies beside what training holds",
+        "it was saving or merging: both make copies in addition to what training keeps",
         ("merge on the CPU after training", "save the adapter alone, or move tensors to the host first"),
     ),
     Place(
@@ -104,7 +104,7 @@ PLACES: tuple[Place, ...] = (
         "it was in backward: gradients, and what forward kept for it",
         (
             "turn gradient checkpointing on, or make the micro batch smaller with gradient_accumulation_steps for the rest",
-            "use a loss that never holds all logits (SFTTrainer's default, use_liger_kernel)",
+            "use a loss that never materializes all logits (SFTTrainer's default, use_liger_kernel)",
         ),
     ),
     Place(
@@ -112,14 +112,14 @@ PLACES: tuple[Place, ...] = (
         ("cross_entropy", "log_softmax", "logits.float()", "ForCausalLMLoss", "lm_head", "loss_function"),
         "it was at the loss: logits are tokens × vocabulary, in fp32 and more than once",
         (
-            "use a loss that never holds all logits (SFTTrainer's default, use_liger_kernel)",
+            "use a loss that never materializes all logits (SFTTrainer's default, use_liger_kernel)",
             "make the micro batch smaller or the sequences shorter",
         ),
     ),
     Place(
         "attention",
         ("eager_attention_forward", "attn_weights", "softmax(attn"),
-        "it was in eager attention, which holds heads × tokens × tokens",
+        "it was in eager attention, which stores scores of heads × tokens × tokens",
         ("set attn_implementation to sdpa or flash_attention_2",),
     ),
     Place(
@@ -173,7 +173,7 @@ def _kept(leak: Kept) -> Cause:
 def _longer(requested: int, before: int) -> Cause:
     return Cause(
         "longer_batch",
-        f"this line asks for {format_bytes(requested)}, and asked for {format_bytes(before)} at most in earlier steps: "
+        f"this line requests {format_bytes(requested)}, and requested at most {format_bytes(before)} in earlier steps: "
         "this batch is longer",
         (
             "cut sequences at a length that fits (`peftplan fit --max seq-len`)",
@@ -187,8 +187,8 @@ def _beyond_the_card(message: Message) -> Cause | None:
         return None
     return Cause(
         "host_memory",
-        f"{format_bytes(message.allocated)} are allocated on a card of {format_bytes(message.capacity)}: the driver lends host "
-        "memory (Windows, or managed memory), so the job left the card long before",
+        f"{format_bytes(message.allocated)} are allocated on a card of {format_bytes(message.capacity)}: the driver uses host "
+        "memory (Windows, or managed memory), so the job exceeded the card long before",
         ("treat it as a job that does not fit: `peftplan fit` says which size does",),
     )
 
@@ -199,7 +199,7 @@ def _larger_than_the_card(message: Message) -> Cause | None:
     return Cause(
         "one_tensor",
         f"one tensor of {format_bytes(message.requested)} is larger than the card ({format_bytes(message.capacity)})",
-        ("look at its line in the traceback: a length or a batch is not what you think, or something is made for all samples",),
+        ("look at its line in the traceback: a length or a batch is not what you think, or a tensor covers all samples at once",),
     )
 
 
@@ -232,7 +232,7 @@ def _limited(message: Message) -> Cause | None:
     return Cause(
         "limit",
         f"{format_bytes(message.free)} are free for {format_bytes(message.requested)}: it failed because {why}, or because the "
-        "driver could not give them in one piece",
+        "driver could not provide them in one piece",
         (
             "look for torch.cuda.set_per_process_memory_fraction, and for the limit of a container or a MIG slice",
             "check whether the card also drives a display",
@@ -248,8 +248,8 @@ def _fragmentation(message: Message) -> Cause | None:
         return None
     return Cause(
         "fragmentation",
-        f"torch holds {format_bytes(cached)} that no tensor uses, more than the {format_bytes(message.requested)} asked for, "
-        "but not in one piece",
+        f"torch has {format_bytes(cached)} cached that no tensor uses. That is more than the {format_bytes(message.requested)} "
+        "requested, but not in one piece",
         (
             f"set PYTORCH_ALLOC_CONF=expandable_segments:True (PYTORCH_CUDA_ALLOC_CONF before {SHORTER_ALLOC_CONF.named})",
             "pad batches to few lengths, so that freed blocks fit again",
@@ -261,7 +261,7 @@ def _too_large(message: Message) -> Cause:
     so_far = "" if message.allocated is None else f": {format_bytes(message.allocated)} are allocated already"
     return Cause(
         "too_large",
-        f"the job needs more than the card has{so_far}, and {format_bytes(message.requested)} are asked for",
+        f"the job needs more than the card has{so_far}, and another {format_bytes(message.requested)} are requested",
         ("run `peftplan fit MODEL --gpu CARD` with the options of the job: it says which size fits, and which other plans do",),
     )
 

@@ -73,10 +73,9 @@ class Diagnosis(NamedTuple):
 def explain_oom(source: str | PathLike[str], *, model: object = None, options: Mapping[str, object] | None = None) -> Diagnosis:
     """Why a program ran out of memory.
 
-    `source`: a file with torch's message, a log that holds one, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing
-    in it is run), `-` for standard input, or the message itself. `model` and `options`, as `estimate` takes them: the job that
-    ran, to say what was expected.
-    Raises InputError where there is no such message, and what `estimate` raises.
+    `source`: a log that contains torch's message, a memory snapshot (`torch.cuda.memory._dump_snapshot`; nothing in it is
+    executed), `-` for standard input, or the message itself. `model` and `options`, as for `estimate`, describe the job that ran;
+    the answer then compares it with the estimate. Raises InputError if there is no such message, and what `estimate` raises.
     """
     if not isinstance(source, (str, PathLike)):
         raise InputError("source", source, "accepted: a path, or - for standard input")
@@ -103,7 +102,7 @@ def _in_log(log: str, source: str) -> tuple[Message | None, tuple[Cause, ...]]:
     if messages.BEGINNING.search(log):
         raise InputError("source", source, f"{WITHOUT_FIGURES}, a log with it, or a memory snapshot")
     raise InputError(
-        "source", source, "it holds no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot"
+        "source", source, "it contains no out-of-memory message; accepted: torch's message, a log with one, or a memory snapshot"
     )
 
 
@@ -143,15 +142,15 @@ def _expected(result: Estimate, message: Message | None) -> Expected | None:
         has_room = capacity is not None and (result.peaks.reserved or peak) + _context(capacity) <= capacity
         text = (
             f"the job was expected to need {format_bytes(peak)} (in {result.peaks.phase}) and had reached "
-            f"{format_bytes(reached)}: it does what it should, and the card "
-            + ("has room for it, unless something else takes it" if has_room else "is too small for it")
+            f"{format_bytes(reached)}: it behaves as expected, and the card "
+            + ("has room for it, unless something else uses the card" if has_room else "is too small for it")
         )
     else:
         tokens = _tokens(result, reached)
-        longer = f", as if sequences had {tokens:,} tokens" if tokens else ""
+        longer = f", as with sequences of {tokens:,} tokens" if tokens else ""
         text = (
             f"the job was expected to need {format_bytes(peak)}; it had reached {format_bytes(reached)}, "
-            f"{format_bytes(reached - peak)} more{longer}. Look for a longest batch beyond --seq-len, an evaluation, "
+            f"{format_bytes(reached - peak)} more{longer}. Look for a batch longer than --seq-len, an evaluation, "
             "outputs that the loop keeps, or a second copy of the model"
         )
     return Expected(result.model["name"], peak, result.peaks.phase, reached, tokens, text)

@@ -20,7 +20,7 @@ LINES: tuple[Line, ...] = (
         re.compile(r"CU(?:BLAS|DNN|SOLVER|SPARSE)_STATUS_ALLOC_FAILED"),
         Cause(
             "library",
-            "a library of CUDA had no memory for its own workspace: torch's allocator, or another process, holds the whole card",
+            "a CUDA library had no memory for its own workspace: torch's allocator, or another process, holds the whole card",
             (
                 "make the micro batch smaller: `peftplan fit MODEL --gpu CARD` says which size leaves room",
                 "run once with CUDA_LAUNCH_BLOCKING=1: an index out of range can show up as this error too",

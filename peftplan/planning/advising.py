@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def advice(estimate: Estimate, *, gpu: str | None = None) -> dict[str, Advised]:
     """Find what would make the job fit: card → changes, each with what it saves.
 
-    A card that the job fits has no entry, nor has one whose verdict is open. The first change makes the job fit, where any does;
-    the others are ordered by what they save. `gpu` asks for one card of the estimate. Changes are counted by formulas, whichever
-    engine gave the verdict; `estimate(..., advice="all")` searches all combinations.
+    A card that the job fits has no entry, nor has a card whose verdict is `unknown`. The first change makes the job fit, if any
+    does; the others are ordered by what they save. `gpu` selects one card of the estimate. Changes are computed by formulas,
+    whichever engine gave the verdict; `estimate(..., advice="all")` searches all combinations.
 
-    Raises UnknownNameError for a card that the estimate was not made for.
+    Raises UnknownNameError for a card that is not one of the estimate's.
     """
     if not isinstance(estimate, Estimate):
         raise BoundError("estimate", estimate, "an Estimate")

@@ -32,7 +32,7 @@ LEFT_OUT = {
 }
 """Kinds of modules that hold most of a model's weights and that a format may not quantize, in words."""
 
-NO_PICTURES = "the traced batch is text alone: with pictures the vision tower runs too, and the peak is higher"
+NO_PICTURES = "the traced batch is text only: with images the vision tower runs too, and the peak is higher"
 
 NOTED = 0.01
 """Less than this share of a model is not worth a note."""

@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
         return cast("CompareDocument", document | ({"over": self.over} if self.over else {}))
 
     def records(self) -> list[ComparedRow]:
-        """Flat rows, as pandas and polars take them: one column for each category that any row has."""
+        """Flat rows, which pandas and polars accept: one column for each category that any row has."""
         categories = [name for name in EVERY_CATEGORY if any(name in (row.by_category or {}) for row in self.rows)]
         rows = [
             {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
@@ -95,13 +95,13 @@ def compare(
     progress: Callable[[str, float], None] | None = None,
     **options: Unpack[JobOptions],
 ) -> Comparison:
-    """What a job needs by each of `methods` on each card of `gpu`; options as `estimate` takes them.
+    """What a job needs with each of `methods` on each card of `gpu`; options as for `estimate`.
 
-    A field of one method (`r`) is left out for methods that have none of that name. With a `peft_config`, the first rows are that
-    adapter; methods of its peft type keep its fields, the others have only `options`. A method that the model, the quantization
-    or another option refuses has a row with `error`. With `engine="trace"` each method is traced.
+    A field of one method (`r`) is left out for methods without such a field. With a `peft_config`, the first rows are that
+    adapter; methods of its peft type take its fields, the others only `options`. If the model, the quantization or another option
+    does not allow a method, its row has an `error`. With `engine="trace"` each method is traced.
 
-    Raises UnknownNameError for an unknown method, and what `estimate` raises where every method is refused.
+    Raises UnknownNameError for an unknown method, and what `estimate` raises if no method is possible.
     """
     model = base_of(options.get("peft_config")) if model is None else model
     jobs = _jobs(model, known_methods(methods), options)

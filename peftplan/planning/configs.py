@@ -43,7 +43,7 @@ class ConfigEntry(NamedTuple):
     """Why there is no estimate, or no peak."""
     bound: Literal["at_most", "at_least", "unknown"] | None = None
     scope: str | None = None
-    """`text` where the peak is that of the text of a vision-language model: pictures are not counted."""
+    """`text` where the peak is that of the text of a vision-language model: images are not counted."""
 
 
 def configs(
@@ -54,11 +54,11 @@ def configs(
     tool: str | None = None,
     online: bool = False,
 ) -> Listing[ConfigEntry]:
-    """An entry for each file: files that are named, and of folders those that may hold a training config.
+    """An entry for each file in `paths`, and for each file in its folders that may contain a training config.
 
-    `gpu`: a card, or several of one, for the verdicts. `tool`: the tool of all files. `online`: configs of models that are
-    neither built in nor in the local cache are asked of the Hub; without it nothing is. Raises InputError for a path that is not
-    there, and for a card, an engine or a tool that is not known.
+    `gpu`: a card, or several of one, for the verdicts. `tool`: the tool of all files. `online`: read the configs of models that
+    are neither built in nor in the local cache from the Hub; without it nothing is downloaded. Raises InputError for a path that
+    does not exist, and for an unknown card, engine or tool.
     """
     _check(gpu, engine, tool)
     return Listing(

@@ -52,25 +52,26 @@ def estimate(
 ) -> Estimate:
     """What fine-tuning `model` needs.
 
-    `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, a transformers
-    `PretrainedConfig`, or a loaded model, with or without peft's wrapper, whose dtypes and trainable parameters count too; None
-    is the base that `peft_config` names, or the model of `config`. `config`: the file of another training tool (axolotl,
-    LLaMA-Factory, TRL, torchtune, Unsloth, …), several with launch files last, or a result of `read_config`; `tool`: its
-    name where the content does not tell. `method`: a name of `peftplan.methods.METHODS` (default `lora`), or give
-    `peft_config`: an adapter_config dict or any peft `PeftConfig`. `quantization_config`: a transformers `BitsAndBytesConfig`.
-    `training_args`: a transformers `TrainingArguments` or TRL `SFTConfig`. `gpu`: names of cards, sizes such as
-    24GiB, or several of one as `8xh100-80gb`;
-    `context`: MiB of CUDA context that the verdicts count (None: as measured on the card, else assumed).
-
-    `options`: those of the command line with `_` for `-` (`peftplan estimate --help`; `job.setup.Setup` checks them), such
-    as `batch_size` (sequences per device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim`, `trainer`; and the
-    method's own fields under peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). Words of other tools, such as
-    `lora_rank` or `load_in_4bit`, are accepted for them (`job.words`). An explicit option wins over the objects.
-
-    `script`: facts about a hand-written program. `strict`: every warning becomes an error, such as a name in
-    `target_modules` that matches no module. `advice`: `best` looks for the cheapest change that makes the job fit a card, `all`
-    for every one. Of the trace engine: `record` keeps the whole run as `peaks.recording`, and `progress` is called with what is
-    done now and the share (0 to 1) that is behind.
+    - `model`: a built-in name, a Hub id, a path to a config.json or its folder, a config dict, a transformers
+      `PretrainedConfig`, or a loaded model, with or without peft's wrapper, whose dtypes and `requires_grad` are read too.
+      None: the base model that `peft_config` names, or the model of `config`.
+    - `config`: the config file of another training tool (axolotl, LLaMA-Factory, TRL, torchtune, Unsloth, …), a list of files
+      with launch files last, or a result of `read_config`. `tool`: the name of the tool, if the file does not show it.
+    - `method`: a name from `peftplan.methods.METHODS` (default: `lora`). `peft_config`: an adapter_config dict or any peft
+      `PeftConfig`, instead of `method`.
+    - `quantization_config`: a transformers `BitsAndBytesConfig`. `training_args`: a transformers `TrainingArguments` or one of
+      TRL's configs.
+    - `gpu`: names of cards, sizes such as 24GiB, or several of one card, such as `8xh100-80gb`. `context`: the CUDA context of
+      the verdicts, in MiB (None: as measured on the card, else assumed).
+    - `engine`: `analytic` (formulas) or `trace` (the real code on fake tensors).
+    - `script`: facts about a hand-written program. `strict`: turn warnings into errors, such as a name in `target_modules` that
+      matches no module. `advice`: `best` looks for changes that make the job fit the nearest card, `all` tries every combination.
+    - `record` (trace only): keep the whole run as `peaks.recording`. `progress` (trace only): called with the current stage and
+      the share (0 to 1) that is done.
+    - `options`: those of the command line with `_` for `-` (`peftplan estimate --help`), such as `batch_size` (sequences per
+      device and micro batch), `seq_len` (tokens), `dtype` (`bf16`), `optim` and `trainer`, and the method's own fields under
+      peft's names (`r`, `target_modules`, …; `peftplan methods NAME`). Names of other tools, such as `lora_rank` or
+      `load_in_4bit`, are accepted too. Options override the objects and the file.
 
     Raises InputError, UnknownNameError, RefusedError or MissingExtraError, each with a message of one line.
     """
@@ -116,7 +117,7 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
     groups = counted_cards(gpu)
     if len(groups) > 1:
         numbers = ", ".join(f"{count}x" if count else "one" for count, _ in groups)
-        raise RefusedError(f"gpu: one estimate is for one number of GPUs (got {numbers}); make one for each")
+        raise RefusedError(f"gpu: one estimate is for one number of GPUs (got {numbers}); run one estimate for each")
     return (gpu, None) if not groups or groups[0][0] is None else (groups[0][1], groups[0][0])
 
 

@@ -55,7 +55,7 @@ class Exported(NamedTuple):
             values = ", ".join(
                 f"{name} {_shown(theirs)} (instead of {_shown(ours)})" for name, (ours, theirs) in with_values.items()
             )
-            yield f"{self.to}'s defaults where you set nothing: {values}"
+            yield f"{self.to}'s defaults for what you did not set: {values}"
         if self.left_out:
             yield f"not in the file, and without effect on memory: {', '.join(self.left_out)}"
 
@@ -84,15 +84,15 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     `to`: axolotl, llamafactory, trl (YAML for `trl sft`), trl-script (a Python script), torchtune or ms-swift; accelerate and
     deepspeed write the launch file of a job on several GPUs. `file`: the name that the comments use.
 
-    Options that were set stand in the file, or export refuses with the name of the option. Options that nobody set are the
-    tool's own where it has no key for them (`Exported.changed`). What peftplan does not know, such as the dataset or the learning
-    rate, is a placeholder, marked as one. Raises UnknownNameError for an unknown tool, RefusedError for a job that the tool
-    cannot run or say, one line each.
+    Every option that was set is written to the file; if the tool has no such option, export refuses and names it. An option that
+    was not set and that the tool has no key for keeps the tool's default (`Exported.changed`). What peftplan does not know, such
+    as the dataset or the learning rate, is marked as a placeholder. Raises UnknownNameError for an unknown tool and RefusedError
+    for a job that the tool cannot run or express, one line each.
     """
     check_tool(to)
     question = job.origin
     if not isinstance(question, Question):
-        raise RefusedError("job: it does not say what it was made from; accepted: a result of estimate, or a plan of fit")
+        raise RefusedError("job: its inputs are not known; accepted: a result of estimate, or a plan of fit")
     exporting = question.inventory.job
     chosen = exporting.chosen - (question.config["defaults"].keys() if question.config else set())
     if to in ("accelerate", "deepspeed"):

@@ -82,17 +82,20 @@ def fit(
 ) -> Fit | tuple[Fit, ...]:
     """The largest `max` (`batch_size`, `seq_len` in tokens, `r`, `model`) of a job that fits a card, and other plans that do.
 
-    `model` and `options` as `estimate` takes them. The first plan is the job as typed, with only that size changed. The others
-    use one of `methods` (default: `planning.plans.QUALITY`), turn checkpointing and a fused loss on, and are ranked by quality,
-    then by tokens per step. `keep` names options that no plan may change: `method`, `seq_len`, `gradient_checkpointing`, `loss`.
-    `min_seq_len`: where another size than `seq_len` is searched, a plan may come down to it; where `seq_len` is, fewer tokens are
-    no plan. `allow_tight`: a plan may be `tight`. `gpu`: one card, or a list of cards, with an answer for each.
+    `model` and `options` are those of `estimate`. The first plan is the job as typed, with only that size changed. The others
+    use one of `methods` (default: `planning.plans.QUALITY`), turn on checkpointing and a fused loss, and are ranked by quality,
+    then by tokens per step.
 
-    *Largest* is the largest size such that it and every smaller one does. With `max="model"`, `model` is a family (`qwen3`), a
-    pattern of built-in names or a list of models, and the largest member that fits is the answer, whether smaller ones do or not.
+    - `gpu`: one card, or a list of cards with one answer each.
+    - `keep`: options that no plan may change: `method`, `seq_len`, `trainer`, `gradient_checkpointing`, `loss`.
+    - `min_seq_len`: plans may shorten sequences down to this length. With `max="seq_len"`, shorter lengths are no plan.
+    - `allow_tight`: a plan may be `tight`.
+    - `engine`: `trace` traces the job as typed and with each of `methods` (default: none), at a few sizes: those near the
+      answer of the formulas, or a bisection if there are no formulas. `progress` is called with the current trace and the share
+      that is done.
 
-    `engine="trace"` traces the job as typed and with each of `methods` (default: no other), at few sizes: those around the
-    answer of the formulas, or of a bisection where there are none. `progress` is called with what is traced and the share behind.
+    *Largest* means that this size and every smaller one fit. With `max="model"`, `model` is a family (`qwen3`), a pattern of
+    built-in names or a list of models, and the answer is the largest member that fits, whether or not smaller ones do.
 
     Raises what `estimate` raises, and UnknownNameError for an unknown method.
     """

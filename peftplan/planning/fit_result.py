@@ -183,7 +183,7 @@ class Fit(NamedTuple):
         return cast("FitDocument", document)
 
     def records(self) -> list[PlanRow]:
-        """One flat row per plan, as pandas and polars take them."""
+        """One flat row per plan, which pandas and polars accept."""
         rows = []
         for plan in self.plans:
             changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items())

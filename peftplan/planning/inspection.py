@@ -45,7 +45,7 @@ class Inspection:
     targets: tuple[str, ...] | str | None
 
     def records(self) -> list[dict[str, object]]:
-        """One row per module or family, as pandas and polars take them."""
+        """One row per module or family, which pandas and polars accept."""
         return [{**row._asdict(), "name": row.name.replace("{}", "*")} for row in self.rows]
 
     def to_dict(self) -> dict[str, object]:
@@ -77,12 +77,12 @@ def inspect(
     task_type: str | None = None,
     num_labels: int | None = None,
 ) -> Inspection:
-    """The module tree of `model` (as `estimate` takes it): per family of modules its shapes, copies, parameters and bytes.
+    """The module tree of `model` (as for `estimate`): shapes, copies, parameters and bytes of each family of modules.
 
-    `pattern` is a LoRA `target_modules`, whose matches are counted; `expand` gives a row per module instead of family. `dtype`,
-    that of the weights, decides the bytes, each tensor's rounded as the allocator does.
+    `pattern`: a LoRA `target_modules`, whose matches are counted. `expand`: one row per module instead of per family. `dtype`:
+    that of the weights, for their bytes; each tensor is rounded as the allocator rounds it.
 
-    Raises InputError or UnknownNameError for an unknown model, dtype, or a pattern that matches nothing.
+    Raises InputError or UnknownNameError for an unknown model or dtype, or a pattern that matches nothing.
     """
     dtype = parse_dtype(dtype, accepted=MODEL_DTYPES)
     arch = sources.load(model, task_type=task_type, num_labels=num_labels)

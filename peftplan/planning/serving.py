@@ -70,14 +70,16 @@ def serving(
     gpu: str | Iterable[str] | None = None,
     **options: Unpack[Options],
 ) -> Serving:
-    """What `model`, fine-tuned by `method`, takes on disk, in a merge, and while it is served.
+    """What `model`, fine-tuned with `method`, needs on disk, in a merge, and while it is served.
 
-    `model`, `method`, `peft_config`, `quantization_config` and `options` as `estimate` takes them; they also say in which dtypes
-    training leaves the adapter. `adapters` of one shape are served beside one base, in `serving_dtype` (None: that of the base),
-    to `batch_size` sequences with `context` tokens each in the cache (None: `seq_len`, 2048 unless the model holds fewer) and
-    `encoder_context` in the encoder (None: as many).
-    `gpu`: names of cards, or sizes such as 24GiB; each gets a verdict, and how many adapters, tokens and sequences fit it.
-    `merge` demands a merge: RefusedError where the method has none. Other errors as `estimate`.
+    - `model`, `method`, `peft_config`, `quantization_config` and `options`: as for `estimate`; they also decide the dtypes of the
+      saved adapter.
+    - `adapters`: adapters of one shape that are served beside one base, in `serving_dtype` (None: that of the base).
+    - `batch_size`: sequences in the KV cache, with `context` tokens each (None: `seq_len`, 2048 or the model's maximum) and
+      `encoder_context` tokens in the encoder (None: as many).
+    - `gpu`: names of cards, or sizes such as 24GiB. Each gets a verdict, and the number of adapters, tokens and sequences that
+      fit.
+    - `merge`: raise RefusedError if the method cannot be merged. Other errors are those of `estimate`.
     """
     with named_as_typed({"method": method, **options}) as our_options:
         batch_size = our_options.pop("batch_size", None)

@@ -50,7 +50,7 @@ class Tally(NamedTuple):
 
 
 class Sweep:
-    """The rows of a grid, evaluated while they are read: an iterable of dicts, as pandas and polars take them.
+    """The rows of a grid, evaluated while they are read: an iterable of dicts, which pandas and polars accept.
 
     A column is an option or one of `NUMBERS`; bytes are integers, None is what is not known. `peak_allocated`, `peak_reserved`
     and what follows from them are those of points that were replayed. `decided_by`: `requested`, where the bytes that tensors
@@ -141,16 +141,15 @@ def sweep(
 ) -> Sweep:
     """A job at every point of a grid, on each card of `gpu`.
 
-    `model` and each of `options` are a value as `estimate` takes it, a list or array of values, or a range (a Python range, or a
-    text such as `512:8192:512`, which ends at its stop). An option that takes a list itself (`target_modules`) gets a list of
-    lists. Without `model`, each `peft_config` names its base. Fields of one method are left out for methods that have none of
-    that name.
+    `model` and each of `options` is a value as for `estimate`, a list or array of values, or a range: a Python range, or a string
+    such as `512:8192:512`, which includes its stop. An option that takes a list itself (`target_modules`) takes a list of lists.
+    Without `model`, each `peft_config` names its base model. Fields of one method are left out for methods without such a field.
 
-    `engine`: `analytic`; a trace counts one point at a time. `replays`: how many points are replayed at most where bytes alone do
-    not tell the verdict; None: all of them. `most_rows`: raises RefusedError for a grid of more rows, before anything runs.
-    `progress` is called with what is done and the share that is behind.
+    `engine`: only `analytic`; a trace counts one point at a time. `replays`: the most points that are replayed, if the bytes of
+    the tensors do not decide the verdict; None: all of them. `most_rows`: raises RefusedError for a larger grid, before
+    anything runs. `progress` is called with the current stage and the share that is done.
 
-    Raises what `estimate` raises where no point of the grid makes sense; a combination that is refused has rows with `error`.
+    Raises what `estimate` raises if no point of the grid is possible; a combination that is not possible has rows with `error`.
     """
     if replays is not None and (isinstance(replays, bool) or not isinstance(replays, int) or replays < 0):
         raise BoundError("replays", replays, "a whole number, at least 0")

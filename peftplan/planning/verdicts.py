@@ -24,7 +24,7 @@ MAX_CONTEXT_MIB = 2**20
 """No context comes near one TiB: a larger value is a typing error."""
 
 TEXT = "text"
-"""The scope of a verdict on a traced model whose pictures are not counted."""
+"""The scope of a verdict on a traced model whose images are not counted."""
 
 
 class Vllm(NamedTuple):
@@ -232,7 +232,7 @@ def verdict(
 
 
 def scope_of(peaks: Peaks) -> str | None:
-    """`text` where pictures are not counted; None where all of a sample is."""
+    """`text` where images are not counted; None where all of a sample is."""
     return TEXT if peaks.assumed.get("images_per_sample") == 0 else None
 
 

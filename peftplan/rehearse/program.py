@@ -70,8 +70,8 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
         code, timed_out, seconds = _run([*layer, *request.command], environment, timeout=request.timeout, stdout=stdout)
         if code == scratch.FAILED and not list(folder.glob("started")):
             raise RefusedError(
-                "this system lets no user make namespaces, which keep the program from your files and the network; "
-                "to run it without them, add --keep-writes --network"
+                "this system does not allow user namespaces, which protect your files and block the network; "
+                "add --keep-writes --network to run without them"
             )
         if reason := " ".join(_lines(folder / keeper.NOT_STARTED)):
             raise InputError("COMMAND", request.command[0], f"it does not start: {reason}; accepted: a program on PATH")
@@ -248,15 +248,15 @@ def _verdict(card: Gpu, ranks: Iterable[Rank], *, out_of_memory: bool, steps: in
 
 
 def _replaced(settings: Settings, request: Request) -> Iterator[str]:
-    yield "kernels do nothing: numbers read from the card are zero, counts of labels are those of the batch"
+    yield "kernels do nothing: numbers read from the card are zero, but label counts are those of the batch"
     if settings.world_size > 1:
         each, one = "each rank is played alone, one after another", f"this process plays rank {settings.rank}"
         yield f"collectives do nothing: {each if request.every_rank else f'{one} of {settings.world_size} alone'}"
     if not request.keep_writes:
-        yield "saved tensors are files of the true length without data"
-        yield "writes went to a scratch layer and are gone"
+        yield "saved tensors are files of the true size without data"
+        yield "writes went to a scratch layer and are discarded"
     if not request.network:
-        yield "the network was out of reach"
+        yield "there was no network"
 
 
 def _signalled(code: int, reports: Sequence[Mapping[str, Any]], ended: str) -> Iterator[str]:
@@ -270,7 +270,7 @@ def _signalled(code: int, reports: Sequence[Mapping[str, Any]], ended: str) -> I
         yield f"the program was ended by {name}{BY_WHOM.get(number, '')}" + ("" if reports else "; it held nothing on a card")
     for report in reports:
         if "cut" in report:
-            yield f"rank {report['rank']} could not report when it ended: peaks are those until then, what was alive is not known"
+            yield f"rank {report['rank']} could not report at its end: its peaks are known, but not what was alive"
 
 
 BY_WHOM: dict[int, str] = {signal.SIGKILL: ", as the kernel does when the host has no memory left"}
@@ -293,7 +293,7 @@ def _notes(ranks: Iterable[Rank], steps: int, settings: Settings) -> Iterator[st
         peaks = [max(step.peak_by_phase.values(), default=0) for step in rank.steps]
         if len(peaks) > 2 and peaks[1] < peaks[-1]:
             more = peaks[-1] - peaks[1]
-            yield f"rank {rank.rank}: step {len(peaks)} held {more:,} bytes more than step 2 (a longer batch, or a leak)"
+            yield f"rank {rank.rank}: step {len(peaks)} needed {more:,} bytes more than step 2 (a longer batch, or a leak)"
 
 
 def _alone(reports: Iterable[Mapping[str, Any]], cards: int, settings: Settings) -> Iterator[str]:

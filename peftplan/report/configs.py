@@ -41,7 +41,7 @@ SIGN_MEANS = {
     "at_most": "at most: the unsupported keys lower the peak",
     "at_least": "at least: the unsupported keys raise the peak",
 }
-LAUNCH_FILE = "a launch file, which names no model: add it to a training config with a further --config"
+LAUNCH_FILE = "a launch file without a model: pass it after a training config, with another --config"
 
 
 def listed(entries: Sequence[ConfigEntry]) -> list[ConfigEntry]:
@@ -65,7 +65,7 @@ def note(entry: ConfigEntry) -> str | None:
     more = len(entry.unsupported) - MOST_NAMES
     unsupported = f"unsupported: {keys}{f' and {more} more' if more > 0 else ''}" if keys else None
     of_keys = unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
-    scope = f"{entry.scope} only: pictures are not counted" if entry.scope else None
+    scope = f"{entry.scope} only: images are not counted" if entry.scope else None
     return "; ".join(filter(None, (of_keys, scope))) or None
 
 

@@ -9,7 +9,7 @@ from peftplan.report.screen import Glyphs
 from peftplan.units import format_bytes
 
 FIGURES = {
-    "requested": "asked for",
+    "requested": "requested",
     "allocated": "allocated",
     "reserved": "reserved by torch",
     "free": "free on the card",

@@ -23,7 +23,7 @@ CHANGES = {
     "weights": "4-bit weights (QLoRA), a smaller model, or sharding over more cards",
     "gradients": "an adapter in place of full fine-tuning, or sharding over more cards",
     "optimizer_states": "an 8-bit or paged optimizer, an adapter in place of full fine-tuning, or sharding",
-    "temporaries": "a smaller batch or a shorter sequence, or a loss that does not hold all logits (Liger, chunked)",
+    "temporaries": "a smaller batch or a shorter sequence, or a loss that does not materialize all logits (Liger, chunked)",
 }
 """Category → what makes it smaller."""
 
@@ -36,7 +36,7 @@ def rows(result: Rehearsal, screen: Screen) -> list[Row]:
     for verdict in result.gpus:
         lines += _verdict(verdict, result, screen)
     if result.ended == "timeout":
-        lines += wrapped(f"{screen.glyphs.fails} the time was up before the steps were done", screen.columns, colour="red")
+        lines += wrapped(f"{screen.glyphs.fails} time ran out before the steps were done", screen.columns, colour="red")
     if result.ended == "host_memory":
         text = f"stopped: it took {format_bytes(result.host_bytes)} of host memory; --max-host allows more"
         lines += wrapped(f"{screen.glyphs.fails} {text}", screen.columns, colour="red")
@@ -59,7 +59,7 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
     elif verdict.verdict == "unknown":
         words = f"unknown, since no optimizer step was completed; it held {format_bytes(verdict.needed_bytes)} of {size} GiB"
     else:
-        released = ", after giving cached memory back" if verdict.runs_by_releasing_cache else ""
+        released = ", after releasing cached memory" if verdict.runs_by_releasing_cache else ""
         words = f"{format_bytes(verdict.headroom_bytes)} left of {size} GiB{released}"
     assumed = f" (context {verdict.context_bytes / 2**20:,.0f} MiB assumed)" if verdict.context_assumed else ""
     mark = marks.get(verdict.verdict, glyphs.unknown)
@@ -68,11 +68,11 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
 
 def _out_of_memory(oom: OutOfMemory, screen: Screen) -> list[Row]:
     where = f"{_short(oom.file)}:{oom.line}" + (f": {oom.code}" if oom.code else "") if oom.file else "no line of the program"
-    request = f"the program asked for {format_bytes(oom.requested_bytes)} more in {oom.phase}, step {oom.step}, rank {oom.rank}"
+    request = f"the program requested {format_bytes(oom.requested_bytes)} more in {oom.phase}, step {oom.step}, rank {oom.rank}"
     lines = wrapped(request, screen.columns) + wrapped(f"at {where}", screen.columns)
     if not oom.alive:
         return [*lines, (Part("nothing was alive then"),)]
-    return [*lines, BLANK, (Part("alive then, by the line that made it:"),), *_lines(oom.alive, screen)]
+    return [*lines, BLANK, (Part("alive then, by the line that allocated it:"),), *_lines(oom.alive, screen)]
 
 
 def _peak(rank: Rank, result: Rehearsal, screen: Screen) -> list[Row]:
@@ -93,7 +93,7 @@ def _peak(rank: Rank, result: Rehearsal, screen: Screen) -> list[Row]:
     lines += _host(rank, screen)
     largest = list(_lines(rank.largest, screen))
     if largest and (result.oom is None or list(_lines(result.oom.alive, screen)) != largest):  # else they stand above
-        lines += [BLANK, (Part("largest at the peak, by the line that made it:"),), *largest]
+        lines += [BLANK, (Part("largest at the peak, by the line that allocated it:"),), *largest]
     if largest_category in CHANGES:
         lines += [BLANK, *wrapped(f"what would help most: {CHANGES[largest_category]}", screen.columns)]
     return lines

@@ -86,7 +86,7 @@ def _out_of_memory(replayed: Replayed) -> list[str]:
     what = " ".join(filter(None, (printable(failed.category), printable(failed.name))))
     lost = "enough if it were one piece: lost to fragmentation" if oom.for_fragmentation else "too little even as one piece"
     return [
-        f"out of memory{where}, at event {oom.event:,}: {who} asked for {oom.requested:,} bytes" + (f" ({what})" if what else ""),
+        f"out of memory{where}, at event {oom.event:,}: {who} requested {oom.requested:,} bytes" + (f" ({what})" if what else ""),
         f"missing: {format_bytes(oom.missing)}; {format_bytes(oom.allocated)} allocated, {format_bytes(oom.reserved)} reserved, "
         f"{format_bytes(oom.fragmented)} free in pieces of at most {format_bytes(oom.largest_free)}; {lost}",
     ]

@@ -153,7 +153,7 @@ class Estimate:
         return f"<Estimate {name} · {method} · {self.engine}: {self.trainable_parameters:,} trainable, {peak}{cards}>"
 
     def records(self) -> list[dict[str, object]]:
-        """The lines of the ledger, a row per line with its bytes at each phase's own peak, as pandas and polars take them."""
+        """The lines of the ledger, one row each, with the bytes at each phase's own peak; pandas and polars accept them."""
         phases = PHASES if self.peaks else ()
         return [
             {name: value for name, value in line.items() if name != "bytes_by_phase"}

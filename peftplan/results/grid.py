@@ -93,7 +93,7 @@ class Grid:
         return self.peak_requested_bytes.size * max(len(self.verdicts), 1)
 
     def records(self) -> list[dict[str, object]]:
-        """All rows, as pandas and polars take them."""
+        """All rows, which pandas and polars accept."""
         return list(self)
 
     def to_dataframe(self) -> DataFrame:

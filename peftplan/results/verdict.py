@@ -29,9 +29,9 @@ class Verdict(NamedTuple):
     """Whether the context is that of another card, since none is known of this one."""
     lower_bound: bool = False
     runs_by_releasing_cache: bool = False
-    """Whether the job needs more than is usable, and runs because the allocator gives cached memory back before it fails."""
+    """Whether the job needs more than is usable, and runs only because the allocator releases cached memory before it fails."""
     scope: str | None = None
-    """`text` where the job's pictures are not counted."""
+    """`text` where the job's images are not counted."""
     reason: str | None = None
     """Why the job does not run, with the line of the library that raises."""
     upper_bound: bool = False
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     def words(self) -> str:
         """The verdict as a person reads it, with its scope."""
         scope = "" if self.scope is None else f", {self.scope} only"
-        released = ", runs because torch gives cached memory back" if self.runs_by_releasing_cache else ""
+        released = ", runs because torch releases cached memory" if self.runs_by_releasing_cache else ""
         return self.verdict.replace("_", " ") + scope + released
 
     @property

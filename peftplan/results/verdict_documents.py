@@ -43,7 +43,7 @@ class VerdictDocument(TypedDict):
     usable_source: str
     verdict: VerdictName
     scope: NotRequired[str]
-    """`text` where the job's pictures are not counted."""
+    """`text` where the job's images are not counted."""
     reason: str | None
     """Why the job does not run."""
     needed_bytes: int
@@ -62,7 +62,7 @@ class VerdictDocument(TypedDict):
     headroom_bytes: int
     """Usable bytes − needed bytes."""
     runs_by_releasing_cache: bool
-    """Whether the job runs only because torch gives cached memory back."""
+    """Whether the job runs only because torch releases cached memory."""
 
 
 class CardDocument(VerdictDocument):

@@ -207,5 +207,5 @@ def without_peak(quant: QuantConfig) -> str | None:
         return None
     return (
         f"a step with {quant.name} layers: no engine models what the kernels of {kernels} allocate. "
-        "Counts and stored bytes hold; for a peak, measure one step on a GPU, or plan with nf4 or int8"
+        "Counts and stored bytes are exact; for a peak, measure one step on a GPU, or plan with nf4 or int8"
     )

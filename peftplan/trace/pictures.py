@@ -63,7 +63,7 @@ def _with_text(tokens: Callable[[Any], int], *, token_types: bool = False) -> Ca
         pictures = _plain(model, setup)
         needed = tokens(model.config)
         if setup.seq_len <= needed:
-            raise InputError("seq_len", setup.seq_len, f"accepted: more than {needed}, the tokens of one picture")
+            raise InputError("seq_len", setup.seq_len, f"accepted: more than {needed}, the tokens of one image")
         if token_types:
             pictures.batch["token_type_ids"] = torch.zeros((setup.batch_size, setup.seq_len), dtype=torch.int64)
         pictures.facts["image_tokens"] = needed

@@ -21,7 +21,7 @@ def test_stdout_is_the_config_and_stderr_the_notes() -> None:
         "trainer axolotl (instead of transformers)",
         "kbit_prepare off (instead of on)",
     )
-    assert done.err == f"note: axolotl's defaults where you set nothing: {', '.join(changed)}\n"
+    assert done.err == f"note: axolotl's defaults for what you did not set: {', '.join(changed)}\n"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_where_memory_runs_out(log: str) -> None:
     done = run("replay", log, "--capacity", "139MiB", columns=200)
     assert done.code == 0, "not fitting is an answer"
     assert (
-        "out of memory in forward, at event 2: aten.mm.default in layers.1 asked for 31,457,280 bytes (activations)" in done.out
+        "out of memory in forward, at event 2: aten.mm.default in layers.1 requested 31,457,280 bytes (activations)" in done.out
     )
     assert "missing: 21.00 MiB; 130.00 MiB allocated, 130.00 MiB reserved, 0 B free in pieces of at most 0 B" in done.out
     assert "too little even as one piece" in done.out
@@ -133,7 +133,7 @@ def test_a_snapshot_is_replayed_beside_its_record(recorded: str) -> None:
     assert "incomplete: blocks that were allocated before the recording began: 1" in done.out
     short = run("replay", recorded, "--capacity", "8MiB", columns=120).out
     assert "\x1b" not in short, "a name from elsewhere writes no escape codes"
-    assert "forward?[31m asked for 12,582,912 bytes" in short
+    assert "forward?[31m requested 12,582,912 bytes" in short
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_serving_reads_them_too() -> None:
         ("--r 4 --set lora_rank=8", "--r and --set lora_rank set the same option: give one"),
         ("--set r=4 --set r=8", "--set r is given twice"),
         ("--format json --format csv", "--format is given twice"),
-        ("--packing", "--packing: packed batches are not counted yet; one sequence of the packed length comes near"),
+        ("--packing", "--packing: packed batches are not supported yet; a single sequence of the packed length comes close"),
         ("--deepspeed ds.json", "--deepspeed: cannot read 'ds.json': No such file or directory"),
         ("--r 0", "--r must be at least 1 (got 0)"),
         ("--lora_rank 0", "--lora_rank must be at least 1 (got 0)"),

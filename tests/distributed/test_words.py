@@ -111,7 +111,7 @@ def test_stage_0_is_deepspeed_without_zero(zero: dict[str, Any]) -> None:
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpu": "8xt4", "gpus": 4}, "gpus: the card says how many there are (8x…); accepted: one of the two"),
-    ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is for one number of GPUs (got 2x, 8x); make one for each"),
+    ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is for one number of GPUs (got 2x, 8x); run one estimate for each"),
     ({"strategy": "fsdp2"}, "strategy: 'fsdp2' is not valid; it divides a job over several GPUs"),
     ({"strategy": "zero4", "gpus": 2}, "strategy: 'zero4' is not valid; did you mean zero"),
     ({"gpus": 2, "reshard_after_forward": False}, "reshard_after_forward: False is not valid; DDP has no such parameter"),

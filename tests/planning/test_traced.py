@@ -113,7 +113,7 @@ def test_a_trace_without_pictures_says_text_only(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     many = run("configs", str(axolotl), "--engine", "trace", columns=140).out
-    assert "text only: pictures are not counted" in many
+    assert "text only: images are not counted" in many
     assert "1 training config: 1 counted, 1 with a peak, 0 exact, 1 of text only" in many
 
 

@@ -138,7 +138,7 @@ def test_what_runs_only_without_its_cache_is_tight_with_negative_headroom() -> N
     assert (on_card.verdict, on_card.runs_by_releasing_cache) == ("tight", True)
     assert on_card.headroom_bytes < 0
     assert on_card.to_dict()["runs_by_releasing_cache"] is True
-    assert "gives cached memory back" in on_card.words
+    assert "releases cached memory" in on_card.words
     (enough,) = estimate(**QWEN, gpu="h100", seq_len=24000).gpus
     assert (enough.runs_by_releasing_cache, enough.words) == (False, "fits")
 

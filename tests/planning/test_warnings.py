@@ -48,7 +48,7 @@ def test_a_word_in_a_list_is_a_name_to_peft() -> None:
     result = peftplan.estimate(PHI3, target_modules=",".join(targets))
     assert adapted_by_peft(targets) == {"embed_tokens"}
     assert [module.leaf for module in result.adaptation.matched] == ["embed_tokens"]
-    assert "all-linear is a word that stands alone" in result.warnings[0]
+    assert "all-linear is a keyword that is used alone" in result.warnings[0]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "qkv_proj,o_proj", ".*qkv_proj", "layers.0.mlp.down_proj"])

@@ -121,7 +121,7 @@ def seen(output: str) -> Any:
 
 def test_growth_from_step_to_step_is_said_and_drawn(tmp_path: Path) -> None:
     result, _ = run(LOOP, tmp_path, "leak", steps=4, record=True)
-    assert any("step 4 held 33,554,432 bytes more than step 2" in note for note in result.notes)  # two tensors of 16 MiB
+    assert any("step 4 needed 33,554,432 bytes more than step 2" in note for note in result.notes)  # two tensors of 16 MiB
     assert result.versions["torch"].startswith("2.")
     assert result.host_bytes > 2**26
     assert result.recording is not None

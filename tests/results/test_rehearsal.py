@@ -96,7 +96,7 @@ def test_out_of_memory_names_the_line_that_asked() -> None:
         "".join(part.text for part in row) for row in rows(rehearsal(oom=OOM, ended="out_of_memory"), Screen(100, UNICODE))
     )
     assert "train.py:31: loss.backward()" in text
-    assert "asked for 1.00 MiB more in backward, step 1, rank 0" in text
+    assert "requested 1.00 MiB more in backward, step 1, rank 0" in text
 
 
 def test_what_was_alive_is_said_once() -> None:
@@ -105,7 +105,7 @@ def test_what_was_alive_is_said_once() -> None:
     for size, times in ((GIB, 1), (GIB + 512, 1), (1, 2)):
         oom = replace(OOM, alive=(replace(LARGEST, bytes=size),))
         shown = rows(rehearsal(oom=oom, ended="out_of_memory"), Screen(100, UNICODE))
-        assert sum("by the line that made it:" in part.text for row in shown for part in row) == times
+        assert sum("by the line that allocated it:" in part.text for row in shown for part in row) == times
 
 
 def test_a_record_says_the_job_that_was_stated_and_what_was_rehearsed(tmp_path: Path) -> None:
@@ -132,5 +132,5 @@ def test_text_of_a_program_that_could_not_say_what_was_alive() -> None:
     killed = replace(RANK, by_category={}, largest=(), host={})
     shown = ["".join(part.text for part in row) for row in rows(rehearsal(killed, ended="program", code=-9), Screen(80, ASCII))]
     assert any(line.startswith("peak 4.00 GiB in backward") for line in shown)
-    assert not any("by the line that made it" in line for line in shown)
+    assert not any("by the line that allocated it" in line for line in shown)
     assert ("", "") not in list(itertools.pairwise(shown))

@@ -21,11 +21,11 @@ NOTEBOOK_BYTES = 32 * 2**20
 
 
 def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, tool: str | None = None) -> ConfigPlan:
-    """What a training tool's file says: model, options, launch, and what became of each of its keys.
+    """What a training tool's file says: model, options, launch, and how each of its keys is treated.
 
-    `path`: a YAML or JSON file, a shell script with a training command, a Python script or a notebook with Unsloth's calls; of
-    several files the later ones are launch files (accelerate YAML, DeepSpeed JSON). `tool`: its name where the content does not
-    tell. Raises InputError, UnknownNameError or RefusedError, one line with file, line and key.
+    `path`: a YAML or JSON file, a shell script with a training command, or a Python script or notebook that trains; in a list,
+    the later files are launch files (accelerate YAML, DeepSpeed JSON). `tool`: the name of the tool, if the file does not show
+    it. Raises InputError, UnknownNameError or RefusedError, one line with file, line and key.
     """
     paths = listed_paths(path, field="config")
     if not paths:

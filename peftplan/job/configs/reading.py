@@ -91,7 +91,7 @@ class Reading:
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None:
-            self.ignored[key] = Ignored(value, "empty: the tool's default holds", known.at)
+            self.ignored[key] = Ignored(value, "empty: the tool's default applies", known.at)
         elif (
             _open(value)
             and word(value) not in map(word, known.row.get("values", ()))

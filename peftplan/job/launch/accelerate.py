@@ -126,7 +126,7 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
 
 
 UNSHARDED = {
-    **dict.fromkeys(("no_shard", "3"), "FSDP1 without shards is not counted; accepted: MULTI_GPU, which holds the same"),
+    **dict.fromkeys(("no_shard", "3"), "FSDP1 without shards is not counted; accepted: MULTI_GPU, which is equivalent"),
     **dict.fromkeys(
         ("hybrid_shard", "4", "hybrid_shard_zero2", "5"), "FSDP1's groups are not counted; accepted: FSDP2 with dp_shard_size"
     ),

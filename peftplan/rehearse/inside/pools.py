@@ -19,7 +19,7 @@ import torch
 
 PATIENCE = 10.0
 """Seconds for which `submit` waits. A pool with a task that takes longer runs as it would without us from then on."""
-COPIED = "threads copied to the card: here one after the other, in order; in a real run timing decides"
+COPIED = "threads copied to the card: here one after the other; in a real run timing decides the order"
 LEFT_ALONE = f"a task of a thread pool took longer than {PATIENCE:.0f} s: from then on timing decides the order of its tasks"
 
 

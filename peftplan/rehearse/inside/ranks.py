@@ -135,7 +135,8 @@ def _watch_dp(module: Any, say: Callable[[str], None]) -> None:
     def saying(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if len(getattr(self, "device_ids", ())) > 1:
-            say(f"torch.nn.DataParallel spreads each batch over {len(self.device_ids)} cards; a launcher makes ranks instead")
+            cards = len(self.device_ids)
+            say(f"torch.nn.DataParallel spreads each batch over {cards} cards; a launcher starts one rank per card instead")
 
     module.DataParallel.__init__ = saying
 

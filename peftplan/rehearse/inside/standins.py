@@ -61,7 +61,7 @@ def _ensure(repo_id: str, cache: Path, say: Callable[[str], None]) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION, encoding="ascii")
     _write_texts(snapshot, config)
-    say(f"{repo_id}: the built-in config, and a tokenizer that makes one token of {texts.CHARACTERS} characters or of a byte")
+    say(f"{repo_id}: the built-in config, and a tokenizer with one token per {texts.CHARACTERS} characters or per byte")
 
 
 def _write_texts(folder: Path, config: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _watch_loader(module: Any, say: Callable[[str], None]) -> None:
         folder = _folder(str(pretrained_model_name_or_path))
         if folder is not None and not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
             size = write_checkpoint(folder)
-            say(f"{pretrained_model_name_or_path}: weights are {size:,} bytes of holes")
+            say(f"{pretrained_model_name_or_path}: weights are a sparse file of {size:,} bytes, without data")
         return resolve(pretrained_model_name_or_path, *args, **kwargs)
 
     module._get_resolved_checkpoint_files = with_weights
