@@ -8,7 +8,7 @@ from itertools import groupby
 from peftplan.planning.practice import Practice
 from peftplan.report.screen import INDENT, Part, Row, wrapped
 
-NO_ESTIMATE = "Advice that others have published: no number of peftplan rests on it."
+NO_ESTIMATE = "Advice published by others; none of peftplan's numbers depend on it."
 
 
 def lines(rows: Sequence[Practice], columns: int) -> Iterator[Row]:

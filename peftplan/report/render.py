@@ -180,7 +180,7 @@ def cards(verdicts: Sequence[Verdict], *, fmt: str) -> None:
     """Cards that take a job, the smallest first."""
     from peftplan.report import fitting
 
-    above = f"{len(verdicts)} cards of the catalogue take the job, the smallest first"
+    above = f"{len(verdicts)} cards in the catalogue can run the job, the smallest first"
     larger = len(verdicts) - fitting.MOST_CARDS
     below = f"and {larger} with more memory (--format csv lists all)" if larger > 0 else None if verdicts else fitting.NO_CARD
     cells, facts = fitting.card_cells(verdicts[: fitting.MOST_CARDS]), [v.to_dict() for v in verdicts]
@@ -197,7 +197,7 @@ def members(of_family: Sequence[Member], *, fmt: str, gpu: str) -> None:
         fitting.member_cells(of_family),
         facts,
         fmt=fmt,
-        above=f"The largest model that {gpu} takes, by method",
+        above=f"The largest model that fits {gpu}, by method",
         below=fitting.refusals(of_family),
     )
 

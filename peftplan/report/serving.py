@@ -44,7 +44,7 @@ def verdicts(result: Serving, marks: Glyphs) -> Iterator[tuple[str, Colour]]:
         if sizes := _largest(card.most):
             yield f"  fits with up to {sizes}", "bold"
         elif any(size == 0 for size in card.most[:-1]):
-            yield "  no fewer adapters, tokens or sequences make it fit", "bold"
+            yield "  fewer adapters, tokens or sequences do not make it fit", "bold"
 
 
 LOOKS: dict[str, tuple[str, Colour]] = {"fits": ("fits", "green"), "tight": ("tight", "yellow"), "does_not_fit": ("fails", "red")}

@@ -124,7 +124,7 @@ def test_an_error_of_python_names_the_keyword() -> None:
         peftplan.estimate("gpt2", lora_rank=0)
     with pytest.raises(peftplan.PeftplanError, match=r"^lora_rank and r set the same option: give one$"):
         peftplan.estimate("gpt2", lora_rank=4, r=4)
-    with pytest.raises(peftplan.PeftplanError, match=r"^packing: packed batches are not counted yet"):
+    with pytest.raises(peftplan.PeftplanError, match=r"^packing: packed batches are not supported yet"):
         peftplan.estimate("gpt2", packing=True)
 
 

@@ -57,7 +57,7 @@ def test_a_model_is_told_from_a_wrong_word(model: str) -> None:
 
 def test_advice_is_told_apart_from_numbers() -> None:
     out = run("advise", "qlora").out
-    assert out.splitlines()[0] == "Advice that others have published: no number of peftplan rests on it."
+    assert out.splitlines()[0] == "Advice published by others; none of peftplan's numbers depend on it."
     assert "https://arxiv.org/abs/2305.14314" in out
     (row, *_) = json.loads(run("advise", "dropout", "--format", "json").out)
     assert (row["option"], row["value"], row["methods"]) == ("lora_dropout", 0.1, ["qlora"])

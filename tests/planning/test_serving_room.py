@@ -92,4 +92,4 @@ def test_the_verdict_stands_first() -> None:
     assert lines[1].startswith("✓ RTX 4090: fits, needs 15.68 GiB of 23.52 GiB, 7.84 GiB left")
     assert "adapters, or" in lines[2]
     assert lines[3].startswith("✗ 4GiB: does not fit")
-    assert lines[4] == "  no fewer adapters, tokens or sequences make it fit"
+    assert lines[4] == "  fewer adapters, tokens or sequences do not make it fit"
