@@ -332,9 +332,9 @@ def main() -> None:
 
 HEADER = """# Drift of analytic peaks from traced ones
 
-How closely the instant formulas follow a real training step. The analytic engine computes a peak in milliseconds; the trace
-engine runs the real transformers and peft code on tensors without data. This page compares the two over a random sample of jobs.
-Drift is analytic ÷ traced − 1, so plus means that the formulas say too much; of allocated bytes unless *reserved* is said.
+How closely do the formulas follow a real training step? The analytic engine computes a peak in milliseconds; the trace engine
+runs the real transformers and peft code on fake tensors. This page compares both on a random sample of jobs. Drift is
+analytic ÷ traced − 1, so plus means that the formulas are too high. It is the drift of allocated bytes unless *reserved* is said.
 
 The jobs are drawn with a seed from every supported model type (its smallest built-in model, cut to at most six layers) and every
 method, dtype, attention, trainer, loss, optimizer and shape in `tools/analytic_grid.py`. Both engines count the unused ends of

@@ -174,19 +174,22 @@ def page(read: Sequence[Case]) -> str:
     return f"""# The files people run
 
 <!-- written by tools/config_page.py -->
-What `peftplan configs` says of {
-        len(read):,} published configs (`tests/job/configs/data`: parsed values, each with its repository,
-path, commit and licence), by the analytic engine. {kinds["training"]:,} of them train a model; {
-        kinds["launch"]
-    } are launch files,
-{kinds[MEGATRON]} run Megatron, and {
-        kinds["other"]
-    } do something else (inference, export, evaluation, data, tools without a reader).
+How many of the training configs that people publish does peftplan read, and for how many does it state a peak? This page shows
+the results of `peftplan configs` with the analytic engine for {
+        len(read):,} published configs (`tests/job/configs/data`: parsed values, each with
+its repository, path, commit and licence). {kinds["training"]:,} of them train a model; {kinds["launch"]} are launch files, {
+        kinds[MEGATRON]
+    } run Megatron, and
+{kinds["other"]} do something else (inference, export, evaluation, data, tools that peftplan does not read).
 
-*Counted* are parameters. *Exact* peaks have no unsupported key; peaks *by trace* neither, but only `--engine trace` has them,
-for the text of a vision-language model (`scope: "text"`); a *bound* has keys whose direction is known; a *null* peak has keys
-whose effect is not known; *no formula* has no peak by either engine; a *refusal* is an error with its reason, in a column of its
-own where the tool or a library of it raises (*tool refuses*). Shares are of the configs whose model is *built in*.
+- *counted*: the number of parameters is known.
+- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak, for the text of a
+  vision-language model (`scope: "text"`).
+- *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
+- *no formula*: neither engine has a peak.
+- *refusal*: an error with its reason. *tool refuses*: the tool or one of its libraries raises an error for this config.
+
+Shares are of the configs whose model is *built in*.
 
 {
         table(
@@ -236,12 +239,13 @@ The tool or a library of it raises for {sum(refused_by(case) is not None for cas
 
 ## Reserved peaks that notebooks of Unsloth printed
 
-In GiB, of configs with an exact peak. None is a referee: the release that printed it took the logits otherwise than the one
-that is counted, and a batch was padded to its longest row, whose length the notebook does not say; `seq_len` is counted. If
-rows filled `seq_len`, logits of the whole batch would be enough to explain most of what is missing. This is arithmetic, not a
-run: neither the data nor the lengths of its rows were seen. A logit takes 2 bytes for the loss, and 4 in the output, which
-accelerate converts to fp32 (`utils/operations.py`, `ConvertOutputsToFp32`). That makes 2.94 of the 3.50 GiB missing for Llama
-3.2 3B (2 x 2,048 tokens), and 1.74 of 2.63 for Qwen2.5-Coder 14B (2,048 tokens); loading left 0.35 and 0.78 more.
+The table shows GiB, for configs with an exact peak. These numbers cannot confirm or refute an estimate: the release that printed
+them computed the logits differently from the release that is counted, and a batch was padded to its longest row, whose length the
+notebook does not say (the estimate assumes `seq_len`). If the rows had `seq_len` tokens, the logits of the whole batch would
+explain most of the difference. That is a calculation; the data and the lengths of its rows are not known. A logit takes 2 bytes
+for the loss, and 4 in the output, which accelerate converts to fp32 (`utils/operations.py`, `ConvertOutputsToFp32`). That makes
+2.94 of the 3.50 GiB missing for Llama 3.2 3B (2 × 2,048 tokens), and 1.74 of 2.63 for Qwen2.5-Coder 14B (2,048 tokens); loading
+left another 0.35 and 0.78.
 
 {
         table(
@@ -258,10 +262,10 @@ And {max(len(models) - MOST_MODELS, 0)} more.
 
 ## Round trips
 
-`peftplan export` wrote configs for jobs drawn from a seed (`tests/job/configs/drawn.py`: models, methods, sizes, optimizers,
-strategies). Read back, each gives the options and the estimate that its comments state, to the byte: those of the job, or of the
-job as the tool runs it where nobody set an option (`tests/job/configs/test_writing.py`). The tool's own check accepts it
-(`tools/check_exports.py`, where the tool is installed; LLaMA-Factory and ms-swift beside newer releases than they ask for).
+`peftplan export` wrote configs for random jobs (`tests/job/configs/drawn.py`: models, methods, sizes, optimizers, strategies). Read
+back, each gives the options and the estimate that its comments state, to the byte: those of the job, with the tool's defaults for
+options that were not set (`tests/job/configs/test_writing.py`). The tool's own check accepts it (`tools/check_exports.py`, if the
+tool is installed; LLaMA-Factory and ms-swift ran with newer releases of their dependencies than they require).
 
 {
         table(

@@ -167,22 +167,24 @@ def page(triples: Sequence[Triple], *, seed: int) -> str:
     agreeing = sum(first == "fits" and second != "fits" for _, first, second in rows)
     seconds = sum(triple.seconds for triple in triples)
     lines = [
-        "# What `fit` answers, asked again",
+        "# Random jobs of `fit`",
+        "",
+        "Is the largest size that `fit` finds really the largest? This page checks its answers with single estimates and traces.",
         "",
         f"`python -m tools.fit_triples --triples {len(triples)} --traced {len(rows)} --seed {seed}` drew {len(triples)} random",
         f"triples of a model ({len({t.model for t in triples})} different ones), a method"
         f" ({len({t.options['method'] for t in triples})})",
         f"and a card ({len({t.gpu for t in triples})}); it searched"
         f" {', '.join(f'{name} {n} times' for name, n in searched.items())}.",
-        f"Of {sum(t.largest > 0 for t in triples)} some size fits; of the others the smallest does not. Direct estimates at the",
-        f"answer, at one more and at up to {SMALLER} smaller sizes contradict {sum(bool(t.against) for t in triples)} answers"
-        f" ({seconds:,.0f} s of one core).",
+        f"For {sum(t.largest > 0 for t in triples)} triples some size fits; for the others not even the smallest does. Estimates at the",
+        f"answer, at the next larger size and at up to {SMALLER} smaller sizes contradict"
+        f" {sum(bool(t.against) for t in triples)} answers ({seconds:,.0f} s on one core).",
         "",
         *(f"- {line}" for line in against),
         *([""] if against else []),
-        "The trace engine, asked at the answer and at one more:",
+        "The trace engine's verdicts at the answer and at the next larger size:",
         "",
-        "| model | method | card | largest | at it | at one more |",
+        "| model | method | card | largest | verdict there | verdict at one more |",
         "| --- | --- | --- | --- | --- | --- |",
         *(
             f"| {t.model} | {t.options['method']} | {t.gpu} | {t.size} {t.largest:,} | {first} | {second} |"

@@ -40,7 +40,7 @@ MODELS = (
 )
 LOOP = Script(outputs_outlive_step=True)
 """What the program's loop does: its variable holds the outputs until the next forward has returned."""
-OF_THE_LOOP = "A loop's variable holds the outputs until the next forward has returned, and the engines are told so. "
+OF_THE_LOOP = "In a plain loop, a variable keeps the outputs until the next forward returns; the engines assume the same. "
 PROGRAMS = "as a program of transformers, TRL or torch alone on the emulated card (`tools/rehearsed_jobs.py`)"
 RECIPES = "recipes of torchtune"
 RAN = {
@@ -174,7 +174,7 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, 
         "",
         f"{'Each job ran' if called else 'Random jobs on one card, each run'} {RAN.get(called, PROGRAMS)}. "
         f"{'' if called else OF_THE_LOOP}"
-        "Drift is what an engine states ÷ what the rehearsal held − 1, in percent.",
+        "Drift is the engine's number ÷ the rehearsal's − 1, in percent.",
         "",
         "| engine | what | jobs | median absolute | lowest | highest |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 INTRO = """# Accuracy
 
-How close peftplan's peak memory comes to what real fine-tuning runs used on a GPU. Each run below was measured by someone, most
-of them by other projects; both engines predict it, and the tables show by how many percent they miss, grouped by source, method,
-model and setup. Plus means that the prediction is too high. The terms are [explained at the end](#what-the-words-mean).
+How close are peftplan's peaks to the memory that real fine-tuning runs used on a GPU? Other projects measured most of the runs
+below. Both engines predict each run, and the tables show how many percent they are off, by source, method, model and setup. Plus
+means that the prediction is too high. The terms are [explained at the end](#what-the-words-mean).
 
 `peftplan check --report` writes this page from `data/runs/`: the records, each engine's stored predictions (`baseline.json`) and
 those of other tools (`peers.json`). Edit those files, not this page. `peftplan check` compares today's engines with the stored
-predictions and fails where a number on this page no longer holds."""
+predictions and fails if a number on this page has changed."""
 
 DEFINITIONS = """## What the words mean
 
@@ -40,23 +40,23 @@ DEFINITIONS = """## What the words mean
 
 CAUSES = """## Known causes of drift
 
-- fitcheck-llm's sdpa runs: its program pins the memory-efficient kernel and repeats grouped keys and values for it, which the
-  record says (`script`) and both engines do. Without that, sdpa with grouped queries runs the math kernel on a T4, which holds
-  the matrix of scores: + 70 % where the sequence is long.
-- Reserved bytes: where one block is placed decides where later blocks are placed, so a difference of one temporary can move
-  them by a whole tensor of scores or logits.
+- fitcheck-llm's sdpa runs: its program pins the memory-efficient kernel and repeats grouped keys and values for it. The record
+  states this (`script`), and both engines do the same. Otherwise sdpa with grouped queries would run the math kernel on a T4,
+  which stores the attention scores: + 70 % with long sequences.
+- Reserved bytes: the place of one block decides the places of later blocks, so a difference of one temporary can change them by
+  a whole tensor of scores or logits.
 - fitcheck-llm's reserved bytes: of the 34 runs that load the same each time both engines state 32 to the MiB, and two 2 MiB too
   low. The quantized ones of its three later sessions come out at − 13 to + 15 %: transformers 5.0 to 5.3 copied weights to the
   card in threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors lie in the holes that
   this leaves. One job, measured twice in one session, reserved 11,880 and 13,272 MiB. Later versions copy one by one, as both
   engines do. Forty of the records are labelled torch 2.14 and transformers 5.17, which reserve and allocate otherwise; they are
   taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
-- Its four out-of-memory runs print what was allocated and what was requested in vain. Together they equal the estimated peak
+- Its four out-of-memory runs print what was allocated and the request that failed. Their sum equals the estimated peak
   (in the first step without the optimizer states, which did not exist yet) to the printed 0.01 GiB.
-- fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. Each layer's
-  `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions there: 32 × 2 × 32,768 × 128 × 2 bytes
-  (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; gone in 4.43.3). QLoRA with kbit preparation takes 1.8 GiB more per
-  16,384 tokens beyond that; why is not known.
+- fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. There each layer's
+  `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions: 32 × 2 × 32,768 × 128 × 2 bytes
+  (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; removed in 4.43.3). QLoRA with kbit preparation takes another 1.8 GiB per
+  16,384 tokens; the cause is not known.
 - fms-acceleration, transformers 4.43 to 4.48: LoRA, full fine-tuning and QLoRA without kbit preparation are within 0.05 %. The
   loss of that time copied the fp32 logits without the last position, which both engines do for records that name such a version.
 - fms-acceleration, QLoRA with kbit preparation in bf16: TRL casts embeddings and head back to bf16 there
