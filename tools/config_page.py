@@ -262,10 +262,11 @@ And {max(len(models) - MOST_MODELS, 0)} more.
 
 ## Round trips
 
-`peftplan export` wrote configs for random jobs (`tests/job/configs/drawn.py`: models, methods, sizes, optimizers, strategies). Read
-back, each gives the options and the estimate that its comments state, to the byte: those of the job, with the tool's defaults for
-options that were not set (`tests/job/configs/test_writing.py`). The tool's own check accepts it (`tools/check_exports.py`, if the
-tool is installed; LLaMA-Factory and ms-swift ran with newer releases of their dependencies than they require).
+`peftplan export` wrote configs for random jobs (`tests/job/configs/drawn.py`: models, methods, sizes, optimizers, strategies).
+Read back, each gives the options and the estimate that its comments state, to the byte: those of the job, with the tool's
+defaults for options that were not set (`tests/job/configs/test_writing.py`). The tool's own check accepts it
+(`tools/check_exports.py`, if the tool is installed; LLaMA-Factory and ms-swift ran with newer releases of their dependencies
+than they require).
 
 {
         table(

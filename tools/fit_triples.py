@@ -176,8 +176,8 @@ def page(triples: Sequence[Triple], *, seed: int) -> str:
         f" ({len({t.options['method'] for t in triples})})",
         f"and a card ({len({t.gpu for t in triples})}); it searched"
         f" {', '.join(f'{name} {n} times' for name, n in searched.items())}.",
-        f"For {sum(t.largest > 0 for t in triples)} triples some size fits; for the others not even the smallest does. Estimates at the",
-        f"answer, at the next larger size and at up to {SMALLER} smaller sizes contradict"
+        f"For {sum(t.largest > 0 for t in triples)} triples some size fits; for the others not even the smallest does. Estimates",
+        f"at the answer, at the next larger size and at up to {SMALLER} smaller sizes contradict"
         f" {sum(bool(t.against) for t in triples)} answers ({seconds:,.0f} s on one core).",
         "",
         *(f"- {line}" for line in against),
