@@ -247,6 +247,10 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("deberta-v3-base", 2), "hidden_size": 1536, "num_attention_heads": 24, "vocab_size": 4000},
         {"method": "lokr", "dtype": "fp32", **REENTRANT, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1},
     ),
+    "DeBERTa's table of positions is sliced whole, which is an alias: its gradient is no copy": (
+        {**shallow("deberta-v3-base", 2), "hidden_size": 1536, "num_attention_heads": 24, "vocab_size": 4000},
+        {"method": "full", **KEPT, "task_type": "SEQ_CLS", "num_labels": 3, "batch_size": 1, "seq_len": 256},
+    ),
     "DeBERTa's buckets of far positions are made of the logarithms of their distances": (
         {**shallow("deberta-v3-base", 2), "vocab_size": 4000},
         {"method": "full", **CHECKPOINTED, "task_type": "TOKEN_CLS", "num_labels": 9, "batch_size": 1, "seq_len": 600},

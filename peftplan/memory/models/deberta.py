@@ -15,7 +15,6 @@ from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
 from peftplan.tape import ops, products
-from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
@@ -211,7 +210,7 @@ class Scores:
     def bias(self, q: Tensor, k: Tensor, distances: Tensor, positions: Tensor) -> Tensor:
         """`disentangled_attention_bias`."""
         f, span = self.model.tape, positions.dims[0]
-        table = sliced(f, positions, positions.dims).view((1, *positions.dims))
+        table = positions.view((1, *positions.dims))  # `rel_embeddings[0 : att_span * 2, :]` is all of it: an alias
         shares = not any(self.model.has(f"{self.name}.{part}", self.number) for part in ("pos_key_proj", "pos_query_proj"))
         keys: Tensor | None = None
         queries: Tensor | None = None
