@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 @option(
     "--max-host", default=None, metavar="SIZE", help="host memory for the program and its files; default: 80 % of free memory"
 )
+@option(
+    "--routing",
+    default="balanced",
+    show_default=True,
+    metavar="balanced|worst",
+    help="tokens per MoE expert: the same number, or all",
+)
 @option("--keep-writes", is_flag=True, help="let the program write to your files")
 @option("--network", is_flag=True, help="let the program use the network")
 @option("--timeline", default=None, metavar="FILE", help="memory over time as FILE.png, .html, or .json (for replay)")
@@ -64,6 +71,7 @@ def command(
     timeout: float | None,
     data: str | None,
     seq_len: int | None,
+    routing: str,
     max_host: str | None,
     keep_writes: bool,
     network: bool,
@@ -112,6 +120,7 @@ def command(
         record=timeline is not None,
         data=data,
         seq_len=seq_len,
+        routing=routing,
     )
     _say_limits(checked)
     signal.signal(signal.SIGTERM, _told_to_end)

@@ -29,6 +29,7 @@ def rehearse(
     record: bool = False,
     data: str | None = None,
     seq_len: int | None = None,
+    routing: str = "balanced",
     stdout: int | None = None,
 ) -> Rehearsal:
     """Run a training program without a GPU and return what it needs, as torch's own allocator counted it.
@@ -37,7 +38,8 @@ def rehearse(
     end itself. `world_size` and `rank` (or `all`): one process plays one rank. `timeout`: seconds. `max_host`: a size such as
     `8GiB` that its processes and what they write may take of the host, else 80 % of what is free. `record`: keep every
     allocation in `recording`, for a timeline. `data`: `synthetic`, or `synthetic:prompt,completion`, answers for data sets that
-    are not here with rows of `seq_len` tokens. `stdout`: a file descriptor for its output.
+    are not here with rows of `seq_len` tokens. `routing`: how many tokens each expert of a mixture gets, `balanced` or `worst`,
+    all tokens the same experts. `stdout`: a file descriptor for its output.
 
     Raises InputError for what no rehearsal can be, RefusedError where this machine allows none, MissingExtraError without torch.
     """
@@ -57,6 +59,7 @@ def rehearse(
         record=record,
         data=data,
         seq_len=seq_len,
+        routing=routing,
     )
     return run(checked, stdout=stdout)
 

@@ -63,6 +63,7 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
             data=request.data,
             seq_len=request.seq_len,
             network=request.network,
+            routing=request.routing,
         )
         environment = _environment(settings, request, preload)
         layer = [sys.executable, "-m", "peftplan.rehearse.scratch", name, str(request.max_host // MIB)]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.hardware.gpus import Gpu, find_gpu
 from peftplan.planning.verdicts import find_cards
+from peftplan.rehearse.settings import BALANCED, ROUTINGS
 
 SEVERAL = re.compile(r"(\d+)x(.+)")
 MOST_RANKS = 65536
@@ -55,6 +56,7 @@ class Request(NamedTuple):
     record: bool
     data: Mapping[str, str] | None
     seq_len: int
+    routing: str
 
 
 def read(
@@ -72,6 +74,7 @@ def read(
     record: bool = False,
     data: str | None = None,
     seq_len: int | None = None,
+    routing: str = BALANCED,
 ) -> Request:
     """The request. Raises InputError, naming the field."""
     if not command:
@@ -90,6 +93,8 @@ def read(
         raise InputError("seq_len", seq_len, "accepted: tokens of a row, above 0, with --data synthetic")
     if snapshot is not None and not snapshot.parent.is_dir():
         raise InputError("snapshot", str(snapshot), "accepted: a file in an existing folder")
+    if routing not in ROUTINGS:
+        raise InputError("routing", routing, f"accepted: {', '.join(ROUTINGS)}")
     cards, card = _cards(gpu)
     world = world_size or 1
     return Request(
@@ -108,6 +113,7 @@ def read(
         record=record,
         data=None if data is None else _columns(data),
         seq_len=seq_len or SEQ_LEN,
+        routing=routing,
     )
 
 

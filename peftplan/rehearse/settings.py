@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 VARIABLE = "PEFTPLAN_REHEARSAL"
+BALANCED, WORST = ROUTINGS = ("balanced", "worst")
+"""Experts of a mixture have the same number of tokens each, or all tokens go to as few as one has."""
 
 
 class Settings(NamedTuple):
@@ -15,6 +17,7 @@ class Settings(NamedTuple):
 
     `stand_ins`: whether what is missing may be written where libraries look for it. `record`: whether every allocation is kept.
     `data`: column → kind of the rows that answer for missing data sets, of `seq_len` tokens. `network`: whether it is reached.
+    `routing`: which experts the tokens of a mixture go to.
     """
 
     folder: str
@@ -27,6 +30,7 @@ class Settings(NamedTuple):
     data: Mapping[str, str] | None = None
     seq_len: int = 0
     network: bool = False
+    routing: str = BALANCED
 
     def to_text(self) -> str:
         """As the environment holds it."""

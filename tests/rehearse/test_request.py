@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {"gpu": None, "steps": 3, "world_size": None, "rank":
         ({"data": "synthetic:text,=int"}, "data"),
         ({"data": "synthetic:label=number"}, "data"),
         ({"seq_len": 128}, "seq_len"),
+        ({"routing": "random"}, "routing: 'random' is not valid; accepted: balanced, worst"),
         ({"seq_len": 0, "data": "synthetic"}, "seq_len"),
         ({"snapshot": Path("no/such/folder/x.pickle")}, "snapshot"),
         ({"gpu": "0xh100"}, "gpu"),

@@ -23,10 +23,10 @@ def begin() -> None:
         return say
 
     def torch_is_there(torch: object) -> None:
-        from peftplan.rehearse.inside import generation, holes, pools, ranks, values, watch
+        from peftplan.rehearse.inside import generation, holes, pools, ranks, routing, values, watch
 
         watch.start(settings)
-        values.start()
+        values.start(lambda: routing.start(settings.routing, into("stand-ins.txt")))
         generation.start()
         ranks.start(into("notes.txt"))
         pools.start(into("notes.txt"))

@@ -15,26 +15,33 @@ import torch
 
 MOST = 1 << 20
 """Elements of a tensor whose values are followed."""
-EXPANDED = ("expand",)
+VIEWS = ("expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "unbind", "detach")
 """Operations that make no copy on the host either, whatever the length."""
+MOST_EXPERTS = 1024
+"""Scores of a row among which a router chooses; a vocabulary has more."""
 COUNT = "EMULATED_INT"
 """What the card answers where a kernel counts."""
 COMPARED = ("eq", "ne", "lt", "gt", "le", "ge")
-COUNTED = ("nonzero", "masked_select", "masked_scatter", "unique", "unique_consecutive", "repeat_interleave", "__getitem__")
+COMPARED_BY_WORD = ("greater", "less", "greater_equal", "less_equal", "not_equal")
+COUNTED = (
+    *("nonzero", "masked_select", "masked_scatter", "unique", "unique_consecutive", "repeat_interleave", "__getitem__"),
+    "bincount",
+)
 """Operations whose results are as long as values say."""
 FOLLOWED = (
-    *COUNTED, *COMPARED, *(f"__{name}__" for name in COMPARED), "__invert__", "__and__", "__or__", "__xor__", "__add__",
+    *COUNTED, *COMPARED, *COMPARED_BY_WORD,
+    *(f"__{name}__" for name in COMPARED), "__invert__", "__and__", "__or__", "__xor__", "__add__",
     "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__floordiv__", "__mod__", "__truediv__", "__neg__", "logical_not",
     "logical_and", "logical_or", "bitwise_not", "bool", "int", "long", "float", "type", "view", "reshape", "flatten", "squeeze",
     "unsqueeze", "expand", "repeat", "contiguous", "clone", "detach", "sum", "mean", "count_nonzero", "prod", "max",
     "min", "amax", "amin", "any", "all", "argmax", "argmin", "cumsum", "diff", "masked_fill", "where", "cat", "stack",
     "isin", "split", "chunk", "unbind", "flip", "roll", "t", "transpose", "permute", "index_select",
-    "index_fill", "gather", "sort", "argsort", "clamp", "minimum", "pad", "maximum", "_is_all_true", "full_like", "zeros_like",
-    "ones_like", "new_full", "new_zeros", "new_ones",
+    "index_fill", "gather", "scatter", "sort", "argsort", "clamp", "minimum", "pad", "maximum", "_is_all_true", "full_like",
+    "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones",
 )  # fmt: skip
 CHANGING = (
     "__setitem__", "masked_fill_", "fill_", "zero_", "copy_", "add_", "mul_", "sub_", "clamp_", "scatter_", "index_fill_",
-    "__iand__", "__ior__",
+    "__iand__", "__ior__", "__iadd__", "__isub__", "__imul__", "index_add_", "scatter_add_",
 )  # fmt: skip
 CREATING = ("arange", "tensor", "as_tensor", "full", "ones", "zeros")
 READ = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
@@ -68,19 +75,17 @@ def start() -> None:
         for owner in (torch.Tensor, torch, torch.nn.functional):
             if callable(getattr(owner, name, None)):  # torch.float is a dtype
                 operation = getattr(owner, name)
-                setattr(
-                    owner, name, _scripted(operation, _followed(operation, counted=name in COUNTED, limited=name not in EXPANDED))
-                )
+                setattr(owner, name, scripted(operation, _followed(operation, counted=name in COUNTED, is_view=name in VIEWS)))
     torch.Tensor.expand_as = lambda self, other: self.expand(other.shape)  # type: ignore[method-assign]
     for name in CHANGING:
         setattr(torch.Tensor, name, _changing(getattr(torch.Tensor, name)))
     for name in CREATING:
-        setattr(torch, name, _scripted(getattr(torch, name), _creating(getattr(torch, name))))
+        setattr(torch, name, scripted(getattr(torch, name), _creating(getattr(torch, name))))
     for name in READ:
         setattr(torch.Tensor, name, _read(getattr(torch.Tensor, name)))
 
 
-def _scripted(operation: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+def scripted(operation: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """TorchScript knows torch's functions by their identity."""
     from torch.jit import _builtins
 
@@ -89,22 +94,30 @@ def _scripted(operation: Callable[..., Any], ours: Callable[..., Any]) -> Callab
     return ours
 
 
-def _followed(operation: Callable[..., Any], *, counted: bool, limited: bool) -> Callable[..., Any]:
+def _followed(operation: Callable[..., Any], *, counted: bool, is_view: bool) -> Callable[..., Any]:
     def followed(*args: Any, **kwargs: Any) -> Any:
         is_known = any(hasattr(arg, "known") for arg in _flat(args))
         if (counted or _finds_places(operation, args, kwargs)) and (is_known or any(_is_mask(arg) for arg in _flat(args))):
-            trained = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+            masked = any(_is_mask(arg) for arg in _flat(args))
+            trained = masked and torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
             with _answering(_count(operation, args, kwargs), backward=trained):
                 result = operation(*args, **kwargs)
         else:
             result = operation(*args, **kwargs)
         if not is_known:
             return result
-        if not limited or _small(result):
+        if is_view or _small(result) or (operation.__name__ == "__getitem__" and _selects(args[1])):
             _attach(result, operation, args, kwargs)
         return result
 
     return followed
+
+
+def _selects(index: Any) -> bool:
+    """Whether an index makes a view: numbers and slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    numbers = (not part.dim() and part.dtype is not torch.bool for part in parts if isinstance(part, torch.Tensor))
+    return all(numbers) and not any(isinstance(part, list) for part in parts)
 
 
 def _finds_places(operation: Callable[..., Any], args: Any, kwargs: Any) -> bool:
@@ -125,9 +138,13 @@ def _count(operation: Callable[..., Any], args: Any, kwargs: Any) -> int | None:
     tensors = [arg for arg in _flat(args) if isinstance(arg, torch.Tensor)]
     if masks := [tensor for tensor in tensors if _is_mask(tensor)]:
         return _places(masks[-1])
+    if operation.__name__ == "__getitem__" and isinstance(args[1], torch.Tensor) and not args[1].dim():
+        known = of(args[1])
+        return None if known is None else int(known)  # torch reads the number itself
     with suppress(*NOT_ON_HOST):
         result = operation(*_on_host(args), **_on_host_by_name(kwargs))
-        return len(result[0] if isinstance(result, tuple) else result)
+        length = len(result[0] if isinstance(result, tuple) else result)
+        return length - 1 if operation.__name__ == "bincount" else length  # it asks for the highest number
     values = [known for tensor in tensors if (known := of(tensor)) is not None]
     return int(values[-1].sum()) if values else None
 
@@ -228,7 +245,7 @@ def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
         result = operation(*map(_numbers, args), **kwargs)
         if (
             result.device.type == "cuda"
-            and not result.is_floating_point()
+            and (not result.is_floating_point() or (operation.__name__ == "zeros" and _is_table(result)))
             and result.numel() <= MOST
             and not hasattr(result, "known")
         ):
@@ -236,6 +253,11 @@ def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return creating
+
+
+def _is_table(tensor: torch.Tensor) -> bool:
+    """A row for each token and a few columns, such as those into which a router scatters a token's experts."""
+    return tensor.dim() == 2 and tensor.shape[-1] <= MOST_EXPERTS
 
 
 def _read(reading: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -22,10 +22,10 @@ TABLES = ("get_torch_obj_rule_map", "get_tensor_method")
 LINEAR_ALGEBRA: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
 
-def start() -> None:
+def start(also: Callable[[], None]) -> None:
     """Tell the card how many labels a causal loss counts, the first of each row left out, whenever a batch goes to it.
 
-    So many places of a mask are true that is counted there.
+    So many places of a mask are true that is counted there. `also` replaces more of torch, under what follows values.
     """
     owners = (torch, torch.Tensor, torch.nn.functional)
     before = {(owner, name): getattr(owner, name) for owner in owners for name in dir(owner)}
@@ -56,6 +56,7 @@ def start() -> None:
             setattr(owner, name, _always(getattr(owner, name), answer))
     # what a solver says of its own success
     LINEAR_ALGEBRA.impl("_linalg_check_errors", lambda *_, **__: None, "CUDA")
+    also()
     known.start()
     # not by identity: a method of a class is another object each time
     watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) != own]
