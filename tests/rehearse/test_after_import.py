@@ -31,3 +31,19 @@ def test_an_action_runs_once_after_the_module_and_before_its_importer_goes_on(
     assert importlib.reload(module).value == 1
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("imported_never")
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_guards_of_old_and_new_releases_of_torch_are_left_out_for_our_functions(newest: bool) -> None:
+    """torch 2.8 compares identities in `ID_MATCH`; later ones do it in `id_match_unchecked`, which that calls."""
+    pytest.importorskip("torch")
+    from peftplan.rehearse.inside.values import _unguarded
+
+    guarded: list[object] = []
+    name = "id_match_unchecked" if newest else "ID_MATCH"
+    methods = {each: lambda self, guard: guarded.append(guard) for each in (name, "CLOSURE_MATCH")}
+    builder = type("GuardBuilder", (), {"get": lambda self, guard: guard, **methods})
+    _unguarded(type("guards", (), {"GuardBuilder": builder}), own={id(abs)})
+    for guard in (abs, max):
+        getattr(builder(), name)(guard)
+    assert guarded == [max]
