@@ -206,7 +206,7 @@ class Record(Part):
 
     @cached_property
     def exact(self) -> bool:
-        """Whether the setup says all that ran: only then is drift the engine's own."""
+        """Whether the setup states everything that ran: only then is drift the engine's own."""
         return not self.unknown and not self.differs
 
     @property

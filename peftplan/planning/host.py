@@ -67,8 +67,8 @@ def _loading(job: Job, built: Parameters) -> Loading:
     return Loading(
         base + adapter,
         largest,
-        "the whole model, which Trainer then moves to the card (none of it with device_map); a base whose file has its dtype is "
-        "mapped, and only the adapter is memory of the process",
+        "the whole model, which Trainer then moves to the card (nothing with device_map); a base whose file has the same dtype "
+        "is memory-mapped, and only the adapter is private memory",
     )
 
 

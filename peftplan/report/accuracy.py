@@ -16,8 +16,8 @@ SCHEMA_VERSION = 1
 SHARES = (*(f"≤ {limit} %" for limit in WITHIN), "wrong verdicts")
 SUMMARY = ("peak", "rows", "median", "median absolute error", "worst", "of")
 TITLES: dict[SetupSaid, str] = {
-    "as labelled": "runs that say all that ran, as labelled",
-    "with an inferred stack": "runs that say all that ran, with an inferred stack",
+    "as labelled": "runs that state everything that ran, as labelled",
+    "with an inferred stack": "runs that state everything that ran, with an inferred stack",
     "leaves something open": "runs that leave something open",
 }
 UPDATE = "If this is intended, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
@@ -86,7 +86,7 @@ def endings(checked: Check) -> list[str]:
         lines.append(UPDATE.format(engine=checked.engine))
     if checked.new:
         lines.append(f"{checked.new} records state more than the baseline holds; --update-baseline adds it.")
-    return lines or ["Nothing moved against the baseline, and no tolerance is exceeded."]
+    return lines or ["Nothing changed against the baseline, and no tolerance is exceeded."]
 
 
 def refused(answers: Sequence[Answer]) -> list[tuple[str, str]]:

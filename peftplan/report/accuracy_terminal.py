@@ -43,7 +43,7 @@ def _columns() -> list[Column]:
 def _grouped(by: str, rows: Sequence[Summary], *, worst_named: bool) -> Iterable[Text]:
     """A heading, and per group its name and a line for each of its peaks."""
     shares = "".join(f"{f'≤ {limit} %':>7}" for limit in WITHIN)
-    heading = f"{by:<12}{'rows':>5}{'median':>10}{'unsigned':>10}{'worst':>10}{shares}{'wrong':>7}"
+    heading = f"{by:<12}{'rows':>5}{'median':>10}{'abs median':>12}{'worst':>10}{shares}{'wrong':>7}"
     yield Text(heading + ("  worst of" if worst_named else ""), style="bold")
     yield Text("─" * len(heading))
     for group, of_group in groupby(rows, key=lambda row: row.group):
@@ -52,7 +52,7 @@ def _grouped(by: str, rows: Sequence[Summary], *, worst_named: bool) -> Iterable
 
 
 def _line(row: Summary, *, worst_named: bool) -> Text:
-    drifts = f"{row.median:>+8.2f} %{row.median_unsigned:>8.2f} %{row.worst:>+8.2f} %"
+    drifts = f"{row.median:>+8.2f} %{row.median_unsigned:>10.2f} %{row.worst:>+8.2f} %"
     shares = "".join(f"{share:>7.0%}" for share in row.within)
     line = f"  {row.figure:<10}{row.rows:>5}{drifts}{shares}{row.wrong:>7}"
     return Text(f"{line}  {row.worst_id}" if worst_named else line, no_wrap=True, overflow="ellipsis")

@@ -23,10 +23,10 @@ DEFINITIONS = """## What the words mean
 - **forward**, **backward**, **step** are the allocated peaks of that part of a steady optimizer step.
 - Where a record covers the whole process, loading counts in the stated peak; where it covers training or one steady step, it
   does not.
-- A run **says all that ran** if its source leaves nothing open that the setup needs and nothing is known to have run otherwise.
-  It counts **as labelled** where the setup takes what the source states, and **with an inferred stack** where a version was
-  replaced by one that explains what was found (`inferred`, with the evidence). Every other record **leaves something open**, and
-  states in `unknown` and `differs` what was assumed and what differs. Only runs as labelled test the engine alone.
+- A run **states everything that ran** if its source leaves nothing open that the setup needs, and nothing is known to have run
+  differently. It counts **as labelled** if the setup is what the source states, and **with an inferred stack** if a version was
+  replaced by one that explains the measured bytes (`inferred`, with the evidence). Every other record **leaves something open**,
+  and states in `unknown` and `differs` what was assumed and what differs. Only runs as labelled test the engine alone.
 - A record's **script** says what its program did that no option says: lengths of the steps before, outputs that outlive the step,
   `empty_cache`, keys and values repeated by hand, a torch that its label does not say. Both engines run the same, with the
   allocator of the torch that ran.

@@ -59,7 +59,7 @@ class RunDocument(TypedDict):
     model: str
     method: str
     exact: bool
-    """Whether the record says all that ran."""
+    """Whether the record states everything that ran."""
     setup: SetupSaid
     """How much of the setup the source states."""
     refused: str | None

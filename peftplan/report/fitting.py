@@ -104,7 +104,7 @@ def remarks(result: Fit) -> Iterator[str]:
         needs = f"{format_bytes(card.needed_bytes)} of {format_bytes(card.usable_bytes)}"
         size = f"with {card.model}" if result.size == "model" else f"at the smallest {word}"
         how = f"{changed(card.changes) or 'as typed'}, {size}"
-        yield f"The smallest card that it fits: {card_name(card.gpu)}, {how} (needs {needs}; --which-gpu lists more)."
+        yield f"The smallest card that can run it: {card_name(card.gpu)}, {how} (needs {needs}; --which-gpu lists more)."
 
 
 def _would(verdict: str) -> str:

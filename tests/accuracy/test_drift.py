@@ -361,7 +361,7 @@ def t4(tmp_path: Path) -> list[str]:
     args = ["check", str(engines.RUNS / "fitcheck_t4.jsonl"), "--baseline", str(tmp_path / "baseline.json")]
     run(*args, "--update-baseline")
     done = run(*args, columns=None)
-    assert "Nothing moved against the baseline" in done.out
+    assert "Nothing changed against the baseline" in done.out
     assert done.code == 0
     return args
 

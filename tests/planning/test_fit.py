@@ -104,7 +104,7 @@ def test_a_job_that_never_fits_names_the_smallest_card_that_takes_it() -> None:
     assert "rtx-4090" in smaller
     taken = peftplan.estimate("llama-2-70b", gpu=smaller, **options).gpus
     assert [other.gpu for other in taken if other.verdict == "fits"] == []
-    assert any("The smallest card that it fits" in line for line in fitting.remarks(result))
+    assert any("The smallest card that can run it" in line for line in fitting.remarks(result))
     assert fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).other_card is None
 
 
@@ -138,7 +138,7 @@ def test_what_is_tight_or_does_not_run_is_not_called_too_large() -> None:
     assert "is tight at the smallest batch size, and fits at none" in shown_lines(method="dora")[0]
     lines = shown_lines(gpu="t4", attn_implementation="flash_attention_2")
     assert len(lines) == 2
-    assert lines[1].startswith("The smallest card that it fits: A10, as typed")
+    assert lines[1].startswith("The smallest card that can run it: A10, as typed")
     assert "x T4: llama-3.1-8b, lora does not run: flash_attention_2 needs compute capability 8.0" in lines[0]
 
 

@@ -30,7 +30,7 @@ TOLERANCE = {
     "analytic": {"allocated": 4.0, "phases": 5.0, "reserved": 3.0, "device": 2.0},
     "trace": {"allocated": 1.5, "phases": 1.5, "reserved": 3.0, "device": 2.0},
 }
-"""Percent, for runs that say all that ran."""
+"""Percent, for runs that state everything that ran."""
 UNSTATED = {"torch": "2.4", "transformers": "4.40"}
 """The stack that rows are asked with which do not say theirs: one of 2024, as most are. Each leaves something open anyway."""
 
