@@ -42,6 +42,20 @@ def test_names_of_separate_projections_in_a_model_that_fuses_them() -> None:
     assert result.to_dict()["warnings"] == [warning]
 
 
+def test_experts_that_are_parameters_are_named_as_such() -> None:
+    """gpt-oss: attention alone trains, 3,981,312 parameters with rank 8, where Unsloth of today trains 92,454,912."""
+    projections = ["gate_proj", "up_proj", "down_proj"]
+    (warning,) = peftplan.estimate("gpt-oss-20b", r=8, target_modules=["q_proj", *projections]).warnings
+    assert "its experts are parameters, which target_parameters mlp.experts.gate_up_proj,mlp.experts.down_proj adapts" in warning
+    assert "Unsloth" in warning
+    adapted = peftplan.estimate(
+        "gpt-oss-20b", r=8, target_modules=["q_proj"], target_parameters="mlp.experts.gate_up_proj,mlp.experts.down_proj"
+    )
+    assert adapted.warnings == ()
+    experts = 24 * 32 * 8 * ((2880 + 5760) + (2880 + 2880))
+    assert adapted.trainable_parameters == experts + 24 * 8 * (2880 + 4096)
+
+
 def test_a_word_in_a_list_is_a_name_to_peft() -> None:
     pytest.importorskip("peft")
     targets = ["all-linear", "embed_tokens"]
