@@ -185,7 +185,6 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     return unknown | {
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
         "reduce_scatter": distributed.reduce_scatter is False,
-        "zero3_init": bool(distributed.zero3_init) and job.quant is not None,
         "offload_params": distributed.offload_params == "nvme",
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
         "bias": getattr(job.config, "bias", "none") != "none",

@@ -969,6 +969,19 @@ def test_peft_s_examples_attend_eagerly_unless_told(word: str) -> None:
     assert plan.options["attn_implementation"] == "eager"
 
 
+def test_peft_s_examples_set_use_reentrant_too_late() -> None:
+    """train.py sets `gradient_checkpointing_kwargs` once transformers 5.24 has copied it to `activation_checkpointing_kwargs`,
+    which alone its Trainer reads (trainer.py:1507), and which leave checkpoints that are not reentrant (modeling_utils.py:3158).
+    """
+    plan = read_text(f"{PEFTS_EXAMPLE.replace('--use_reentrant False', '--use_reentrant True')}\n", file="run.sh")
+    assert plan.options["use_reentrant"] is False
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments("unused", gradient_checkpointing=True, use_cpu=True, report_to="none")
+    if hasattr(arguments, "activation_checkpointing_kwargs"):
+        arguments.gradient_checkpointing_kwargs = {"use_reentrant": True}
+        assert arguments.activation_checkpointing_kwargs is None
+
+
 def test_peft_s_examples_leave_lora_to_their_script() -> None:
     plan = read_text("python train.py --model_name_or_path gpt2 --use_peft_lora True --lora_r 8\n", file="run.sh")
     assert plan.unsupported["use_peft_lora"].effect == "unknown"
