@@ -3,6 +3,7 @@
     python -m tools.rehearsals [NAME ...]      prints a row of JSON per program
     python -m tools.rehearsals --write         also writes tests/rehearse/rehearsals.json and the table of docs/rehearse.md
     python -m tools.rehearsals --estimate      runs none, asks both engines again about what is kept, and writes both
+    python -m tools.rehearsals --release       runs the plain loop, and writes what it held with the installed release of torch
 
 Comments at the head of a program say its card (`# gpu:`), its launcher (`# launcher:`), its own arguments (`# arguments:`), the
 exit code (`# exit:`), a model that has to lie in a folder as its config, a tokenizer and a checkpoint of holes (`# prepare:`;
@@ -32,6 +33,7 @@ from unittest.mock import patch
 
 from peftplan.cli import main as peftplan_main
 from peftplan.rehearse import rehearse
+from peftplan.rehearse.card import torch_version
 from peftplan.rehearse.inside import standins
 from peftplan.report import render
 from peftplan.results.rehearsal import Rehearsal
@@ -42,6 +44,8 @@ PROGRAMS = ROOT / "tests" / "rehearse" / "programs"
 DATA = PROGRAMS.parent / "rehearsals.json"
 PAGE = ROOT / "docs" / "rehearse.md"
 MARKS = ("<!-- programs -->", "<!-- end of programs -->")
+RELEASES = PROGRAMS.parent / "releases.json"
+OF_RELEASES = ("<!-- releases -->", "<!-- end of releases -->")
 REPORT = ("<!-- out of memory -->", "<!-- end of the report -->")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
 
@@ -205,6 +209,25 @@ def report_of(rows: list[dict[str, Any]]) -> str:
     return f"<!-- not run: it needs the CUDA build of torch -->\n```text\n{report}\n```"
 
 
+def write_release() -> None:
+    """Rehearse the plain loop with the torch that is installed, and keep its peaks beside those of other releases."""
+    release, cuda = torch_version()
+    row = run(read(PROGRAMS / "plain.py"))
+    kept = {each["torch"]: each for each in json.loads(RELEASES.read_text(encoding="utf-8"))} if RELEASES.exists() else {}
+    torch = release.partition("+")[0]
+    kept[torch] = {"torch": torch, "cuda": cuda, **{peak: row[peak] for peak in ("peak_allocated", "peak_reserved")}}
+    rows = sorted(kept.values(), key=lambda each: tuple(map(int, each["torch"].split("."))))
+    RELEASES.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    marked.write(PAGE, OF_RELEASES, table_of_releases(rows))
+
+
+def table_of_releases(rows: list[dict[str, Any]]) -> str:
+    """What the plain loop held, by release of torch."""
+    lines = ["| torch | CUDA | allocated | reserved |", "| --- | --- | --- | --- |"]
+    lines += [_row((row["torch"], row["cuda"], f"{row['peak_allocated']:,}", f"{row['peak_reserved']:,}")) for row in rows]
+    return "\n".join(lines)
+
+
 def _row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
@@ -220,12 +243,15 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named programs, or all; `--estimate`: run none, and ask the engines again."""
+    """Run the named programs, or all; `--estimate`: run none, and ask the engines again; `--release`: the plain loop."""
     if "--estimate" in arguments:
         by_name = {program.path.stem: program for program in programs()}
         recorded = json.loads(DATA.read_text(encoding="utf-8"))
         ours = [(by_name[row["program"]], row) for row in recorded]
         write([row | {"estimated": estimated(program), "traced": estimated(program, "trace")} for program, row in ours])
+        return
+    if "--release" in arguments:
+        write_release()
         return
     names = [argument for argument in arguments if not argument.startswith("-")]
     rows = []

@@ -12,7 +12,23 @@ import pytest
 import peftplan
 from peftplan.accuracy.drift import measured_figures
 from tools import marked, referees, rehearsed_suite
-from tools.rehearsals import DATA, MARKS, PAGE, PROGRAMS, REPORT, ROOT, Program, estimated, programs, report_of, run, table
+from tools.rehearsals import (
+    DATA,
+    MARKS,
+    OF_RELEASES,
+    PAGE,
+    PROGRAMS,
+    RELEASES,
+    REPORT,
+    ROOT,
+    Program,
+    estimated,
+    programs,
+    report_of,
+    run,
+    table,
+    table_of_releases,
+)
 
 PUBLISHED, SUITE = (path.read_text(encoding="utf-8").splitlines() for path in (referees.PUBLISHED, rehearsed_suite.SUITE))
 OPEN = {
@@ -66,6 +82,17 @@ def test_the_page_shows_what_was_kept() -> None:
     assert report == marked.part(PAGE, REPORT)
     assert "torch.OutOfMemoryError" not in report  # that is the program's own output
     assert f"at {PROGRAMS.relative_to(ROOT)}/out_of_memory.py:18: trainer.train()" in report
+
+
+def test_the_page_shows_what_releases_of_torch_held() -> None:
+    """The programs' own row of the plain loop is one of them."""
+    rows = json.loads(RELEASES.read_text(encoding="utf-8"))
+    assert table_of_releases(rows) == marked.part(PAGE, OF_RELEASES)
+    plain = next(row for row in json.loads(DATA.read_text(encoding="utf-8")) if row["program"] == "plain")
+    same = next(row for row in rows if row["torch"] == plain["versions"]["torch"])
+    assert {peak: same[peak] for peak in ("peak_allocated", "peak_reserved")} == {
+        peak: plain[peak] for peak in ("peak_allocated", "peak_reserved")
+    }
 
 
 @pytest.mark.parametrize("program", [p for p in programs() if p.estimate], ids=lambda program: program.path.stem)
