@@ -102,6 +102,11 @@ def ignored_fields(adapter: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def config_of(model: object, setup: Setup) -> dict[str, object]:
-    """The model's config with the setup's number of labels."""
+    """The config of the checkpoint that is loaded, with the setup's number of labels."""
     labels = {} if setup.num_labels is None else {"num_labels": setup.num_labels}
-    return {**sources.load_config(model), **labels}
+    config = sources.load_config(model)
+    if setup.by_unsloth:
+        from peftplan.job.built import config_unsloth_loads
+
+        config = config_unsloth_loads(config)
+    return {**config, **labels}

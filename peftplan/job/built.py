@@ -70,6 +70,11 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *
     return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
 
 
+def config_unsloth_loads(config: dict[str, object]) -> dict[str, object]:
+    """The config of the checkpoint that Unsloth loads in place of one with this config: of Phi-3 Mistral's."""
+    return _of_type(config, "mistral") if config.get("model_type") in APART else config
+
+
 def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], *, scheme: str) -> Architecture:
     """The architecture with norms in fp32, as Unsloth has them, and where no reader gives blocks with those that are recorded.
 
@@ -104,9 +109,12 @@ def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) 
 
 
 def _apart(architecture: Architecture, config: Mapping[str, object], model_type: str) -> Architecture:
+    return read_config(_of_type(config, model_type), name=architecture.name, task_type=architecture.task_type)
+
+
+def _of_type(config: Mapping[str, object], model_type: str) -> dict[str, object]:
     name = f"{model_type.capitalize()}ForCausalLM"
-    of_type = {**config, "model_type": model_type, "architectures": [name], "rope_scaling": None}
-    return read_config(of_type, name=architecture.name, task_type=architecture.task_type)
+    return {**config, "model_type": model_type, "architectures": [name], "rope_scaling": None}
 
 
 def without_formula(job: Job) -> str | None:

@@ -105,7 +105,7 @@ def prepared(request: Request) -> Job:
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
     kernels = kernels_of(setup.kernels or ())
-    if kernels.decoder is not None or setup.loss == "unsloth":
+    if setup.by_unsloth:
         from peftplan.job.built import as_unsloth_loads
 
         quant = _quant(setup, kind)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError, nearest
-from peftplan.job.kernels import OF_TORCHTUNE, named_kernels
+from peftplan.job.kernels import OF_TORCHTUNE, kernels_of, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS
@@ -123,6 +123,11 @@ class Setup(BaseModel):
         """The part of a card that vLLM takes, which generates on the training GPUs; 0 where it does not."""
         colocated = bool(self.use_vllm) and self.vllm_mode != "server"
         return (self.vllm_gpu_memory_utilization or VLLM_SHARE) if colocated else 0.0
+
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether Unsloth loads the model: a job with its loss, or with its layers."""
+        return self.loss == "unsloth" or kernels_of(self.kernels or ()).decoder is not None
 
     @property
     def packs_completions(self) -> bool:

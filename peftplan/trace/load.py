@@ -210,7 +210,7 @@ def _norms(built: Built, setup: Setup, quant: QuantConfig | None, passing: tuple
         tuner = built.model.get_submodule(layer)
         base, adapter = tuner.get_base_layer(), name.removesuffix(".weight").rpartition(".")[2]
         beside = base.__dict__.get(QUANT_TENSORS)
-        if (beside is None and type(base) is not torch.nn.Linear) or (quant is not None and quant.name not in OF_A_LAYER):
+        if (beside is None and not isinstance(base, torch.nn.Linear)) or (quant is not None and quant.name not in OF_A_LAYER):
             continue
         a = tuner.lora_A[adapter].weight
         wanted = passing[0] if passing else parse_dtype(a.dtype)

@@ -27,6 +27,14 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DoRA's norms multiply fp16 as fp32": (LLAMA, {"method": "qdora", "dtype": "fp16", "compute_dtype": "fp16"}),
     "DoRA's norms on a dense base that is there": (LLAMA, {"method": "dora", "trainer": "plain"}),
     "DoRA's norms where a device map put the base": (LLAMA, {"method": "dora", "trainer": "trl"}),
+    "DoRA's norms of Falcon's own class of linear layers": (
+        {**shallow("falcon-7b", 1), "hidden_size": 256, "num_attention_heads": 4, "vocab_size": 128},
+        {"method": "dora", "trainer": "plain"},
+    ),
+    "Phi-3 is Mistral's checkpoint where Unsloth loads it": (
+        {**shallow("phi-3-mini-4k-instruct", 1), "vocab_size": 32064},
+        {"method": "lora", "loss": "unsloth"},
+    ),
     "a saved module is copied behind the adapters": (LLAMA, {"method": "qlora", "modules_to_save": ["embed_tokens"]}),
 }
 
