@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -65,13 +65,39 @@ def trace(
     fake_on: FakeOn = "auto",
     progress: Tell | None = None,
 ) -> Traced:
+    """The trace of one GPU, or of one `rank` of several; see `traces`."""
+    return next(
+        traces(
+            config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, device=device,
+            multiprocessors=multiprocessors, script=script, distributed=distributed, ranks=(rank,), full_depth=full_depth,
+            fake_on=fake_on, progress=progress,
+        )
+    )  # fmt: skip
+
+
+def traces(
+    config: Mapping[str, Any],
+    *,
+    task_type: str | None = None,
+    peft_config: Any = None,
+    quant: QuantConfig | None = None,
+    setup: Setup,
+    device: Capability | None = None,
+    multiprocessors: int | None = None,
+    script: Script = NO_SCRIPT,
+    distributed: Distributed | None = None,
+    ranks: Sequence[int] = (0,),
+    full_depth: bool = False,
+    fake_on: FakeOn = "auto",
+    progress: Tell | None = None,
+) -> Iterator[Traced]:
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors, three of a full fine-tuning.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
     parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
     with `multiprocessors` it decides which products with 4-bit weights are fused and the size of some buffers (`processors`).
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
-    `distributed`: the strategy of which one `rank` is traced; None for one GPU.
+    `distributed`: the strategy of which each of `ranks` is traced; None for one GPU.
     A model of identical layers is traced at two small depths and its log made from them, unless `full_depth`. `fake_on`: see
     `fake.fake_device`. `progress` is told what runs and how much is done.
     Raises RefusedError for what cannot be traced.
@@ -79,19 +105,25 @@ def trace(
     on = fake_device("cpu" if distributed else fake_on)
     capability = device or DEFAULT_CAPABILITY
     card = processors(".".join(map(str, capability)), multiprocessors)
-    one = rank_of(distributed, rank)
     run = partial(
         _run, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup,
-        capability=capability, card=card, script=script, on=on, rank=one,
+        capability=capability, card=card, script=script, on=on,
     )  # fmt: skip
     tell = progress or silent
-    by_layer = full_depth or not one.extended or names_layers(peft_config, quant.skip_modules if quant else None)
     period = setup.every_n_layers or 1
+    by_layer = full_depth or names_layers(peft_config, quant.skip_modules if quant else None)
     stacks = () if by_layer else repeating_stacks(config, task_type=task_type, period=period)
     if len(stacks) > 1 and has_prefix(peft_config):  # made for as many layers as the encoder has, and read by the decoder
         stacks = ()
-    with old_objects_let_be(), one.world():
-        return one.apart(_completed(_by_stacks(run, config, stacks, tell), one))
+    model = rank_of(distributed).model_alone(setup) if stacks else None
+    with old_objects_let_be():
+        alone = None if model is None else _by_stacks(partial(run, rank=model), config, stacks, tell)
+        for rank in ranks:
+            one = rank_of(distributed, rank)
+            one.model = alone
+            with one.world():
+                traced = _by_stacks(partial(run, rank=one), config, stacks if one.extended else (), tell)
+                yield one.apart(_completed(traced, one))
 
 
 def _completed(traced: Traced, rank: OneGpu) -> Traced:

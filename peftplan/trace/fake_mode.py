@@ -2,7 +2,8 @@
 
 `FakeTensorMode` caches the outputs of operations by their inputs, with a key of seventeen fields per tensor. Fewer fields
 distinguish dense tensors without symbolic sizes. An output that is remembered is made at once, before torch asks what else the
-operation might be, which was a fifth of what then was left. All other tensors are left to torch.
+operation might be, which was a fifth of what then was left. A view is remembered by its place within what it is a view of, and
+a slice is computed: DeepSpeed takes thousands of a flat tensor, each at another place. All other tensors are left to torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device
 TAKES_OPERATION = "func" in signature(FakeTensorMode._output_from_cache_entry).parameters
 """Whether torch passes the operation to what makes a remembered output; later releases do not."""
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+SLICE = torch.ops.aten.slice.Tensor
+VIEWS = frozenset(
+    (torch.ops.aten.view.default, torch.ops.aten.detach.default, torch.ops.aten.t.default, torch.ops.prims.view_of.default)
+)
+"""Operations whose results lie within their first argument, wherever that begins."""
+Placed = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides, and elements before the first one."""
 
 
 class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -28,6 +36,8 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         super().__init__(**options)
         self._attributes: dict[torch.device, dict[str, Any]] = {}
         """Device → what torch's constructor sets on a fake tensor."""
+        self._placed: dict[Any, Placed] = {}
+        """Operation of `VIEWS`, shape, strides and arguments → where the result lies."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -41,6 +51,12 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         """
         kwargs = kwargs or {}
         func = torch.ops.aten.view.default if func is UNSAFE_VIEW else func
+        if (func in VIEWS or func is SLICE) and not kwargs and self._is_plain(args[0]):
+            return self._view(func, types, args)
+        return self._remembered(func, types, args, kwargs)
+
+    def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The output of an operation with these arguments."""
         key: Any = None if self.cache_crosscheck_enabled or not self.cache_enabled else self._dense_key(func, args, kwargs)
         entry: Any = key and FakeTensorMode.cache.get(key)
         if hasattr(entry, "output_infos"):
@@ -48,6 +64,33 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             state: Any = None  # it is for symbolic sizes
             return self._output_from_cache_entry(state, entry, key, *((func, args) if TAKES_OPERATION else (args,)))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _is_plain(self, x: Any) -> bool:
+        """Whether a view of this tensor has no more facts than where it lies."""
+        checked = self.cache_crosscheck_enabled or not self.cache_enabled
+        if checked or type(x) is not FakeTensor or x.fake_mode is not self or self.shape_env is not None:
+            return False
+        odd = x.constant is not None or x.layout is not torch.strided or x.is_quantized or x.is_conj() or x.is_neg()
+        return not (odd or x.is_inference() or torch.is_inference_mode_enabled())
+
+    def _view(self, func: Any, types: Any, args: Sequence[Any]) -> Any:
+        """A view of a plain tensor: a slice, or one that is remembered by its place within the tensor."""
+        x: Any = args[0]
+        if func is SLICE:
+            return self._at(x, _slice(x, *args[1:]))
+        key = (func, x.shape, x.stride(), *(tuple(a) if isinstance(a, list) else a for a in args[1:]))
+        if (placed := self._placed.get(key)) is not None:
+            return self._at(x, placed)
+        out = self._remembered(func, types, args, {})
+        self._placed[key] = tuple(out.shape), out.stride(), out.storage_offset() - x.storage_offset()
+        return out
+
+    def _at(self, x: FakeTensor, placed: Placed) -> FakeTensor:
+        shape, stride, skipped = placed
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            tensor = torch.empty(0, dtype=x.dtype, device="meta")
+            tensor.set_(x.untyped_storage(), x.storage_offset() + skipped, shape, stride)
+            return self._faked(tensor, x.fake_device)
 
     def _cache_key(self, state: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """`_dense_key`, or torch's own."""
@@ -106,3 +149,13 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         torch._C._set_throw_on_mutable_data_ptr(fake)
         fake.__dict__.update(self._attributes[device])
         return fake  # type: ignore[no-any-return]
+
+
+def _slice(x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Placed:
+    """Where a slice lies within a tensor."""
+    first, last, _ = slice(start, end).indices(x.shape[dim])
+    shape, stride = list(x.shape), list(x.stride())
+    shape[dim] = max(0, -(-(last - first) // step))
+    skipped = first * stride[dim]
+    stride[dim] *= step
+    return tuple(shape), tuple(stride), skipped

@@ -68,7 +68,7 @@ def trace_peaks(
     require("engine: trace")
     try:
         from peftplan.libraries.meta import quiet_transformers
-        from peftplan.trace.engine import trace
+        from peftplan.trace.engine import traces
         from peftplan.trace.scripted import masking_unpadded, repeating_kv
     except ImportError as error:
         raise MissingExtraError(f"engine: trace ({error.name or error})", "trace") from None
@@ -76,8 +76,8 @@ def trace_peaks(
     try:
         masks = script.masks_unpadded(architecture.model_type, setup)
         with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
-            of_ranks = [
-                trace(
+            of_ranks = list(
+                traces(
                     config,
                     task_type=architecture.task_type,
                     peft_config=peft_config,
@@ -87,11 +87,10 @@ def trace_peaks(
                     multiprocessors=multiprocessors,
                     script=script,
                     distributed=distributed,
-                    rank=rank,
+                    ranks=ranks,
                     progress=progress,
                 )
-                for rank in ranks
-            ]
+            )
     except PeftplanError:
         raise
     except Exception as error:  # the model's own code, which may not take these inputs

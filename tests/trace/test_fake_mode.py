@@ -135,3 +135,21 @@ def test_a_remembered_view_lies_in_its_base() -> None:
         for _ in range(2):
             base = meta()
             assert base[1:].untyped_storage()._cdata == base.untyped_storage()._cdata
+
+
+def test_views_lie_where_torch_puts_them() -> None:
+    """Slices with steps, from behind, past the end and empty ones; views of views, whose place is remembered."""
+
+    def places(mode: FakeTensorMode) -> list[tuple[Any, ...]]:
+        with mode:
+            x = torch.empty(6, 8)
+            y = x.narrow(0, 2, 3)
+            views = [x[1:4], x[:, ::3], x[-2:], x[5:2], x[100:], x[3:100:2, 1:5], y[1:], y.view(-1)[3:9], y.t()[2:5]]
+            views += [part.view(8, -1) for part in (x, y)] + [part.t() for part in (x, y)] + [part.detach() for part in (x, y)]
+            views += [x.view(6, 1, 8).view(-1), x.view(-1).narrow(0, 48, 0)]
+            same = x.untyped_storage()._cdata
+            return [
+                (v.shape, v.stride(), v.storage_offset(), v.dtype, v.device, v.untyped_storage()._cdata == same) for v in views
+            ]
+
+    assert places(DenseMode()) == places(FakeTensorMode())

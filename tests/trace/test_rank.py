@@ -110,6 +110,38 @@ def test_depth_is_extended(strategy: str, method: str, monkeypatch: pytest.Monke
     assert (deep.by_phase, deep.reserved) == (full.by_phase, full.reserved)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [
+        ("zero2", {"method": "lora", "seq_len": 2048}),
+        ("zero2", {"method": "full", "reduce_bucket_size": 20_000_000, "overlap_comm": True}),
+        ("zero1", {"method": "full", "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_deepspeed_meets_the_gradients_of_layers_that_do_not_run(
+    strategy: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's log of five layers, made from three and four, is what five layers do under DeepSpeed's engine, on each of three
+    ranks: allocated and reserved bytes, and every event in order. The second job fills buckets within layers."""
+    pytest.importorskip("deepspeed")
+    from peftplan.trace.ranks.zero import Zero
+
+    config = {**SMALL, "num_hidden_layers": 5, "tie_word_embeddings": strategy == "zero1"}
+    job: dict[str, Any] = {"gpus": 3, "strategy": strategy, "seq_len": 64, **more, "engine": "trace", "record": True}
+    played = peftplan.estimate(config, **job).peaks
+    monkeypatch.setattr(Zero, "model_alone", lambda rank, setup: None)
+    ran = peftplan.estimate(config, **job).peaks
+    assert played is not None
+    assert ran is not None
+    assert (played.by_phase, played.reserved) == (ran.by_phase, ran.reserved)
+    logs = [
+        [(kind, s.nbytes, s.stream, phase) for kind, s, phase, _ in of_one.recording.traced.log if s.nbytes > SCALARS]
+        for of_one in (played, ran)
+        if of_one.recording is not None
+    ]
+    assert logs[0] == logs[1]
+
+
 @pytest.mark.parametrize("unused", [False, True])
 def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is made from the notes in a log is what torch's own reducer allocates: flat tensors of weights, and buckets."""

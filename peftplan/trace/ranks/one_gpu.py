@@ -29,6 +29,12 @@ class OneGpu:
     """Whether there is no other rank."""
     extended = True
     """Whether the log of a deep model is made from those of shallow ones."""
+    model: Traced | None = None
+    """The trace of `model_alone`."""
+
+    def model_alone(self, setup: Setup) -> OneGpu | None:
+        """What is traced first, whose log stands for the model on each rank; None where the model itself runs."""
+        return None
 
     @property
     def more_steps(self) -> int:

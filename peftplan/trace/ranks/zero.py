@@ -2,8 +2,9 @@
 
 The fake device is the CPU, with streams as CUDA has them (`accelerator`). No gradient is infinite, and ranks that are not there
 are not asked whether they agree. The model is on the host until DeepSpeed moves it, unless it is quantized. A step begins with
-that of the optimizer over a rank's partitions, as in a rehearsal: norms before it are backward's. The whole depth runs, since
-buckets are not full at the same place in each layer. A GPU is as fast as the host: what `record_stream` marks is free at once.
+that of the optimizer over a rank's partitions, as in a rehearsal: norms before it are backward's. DeepSpeed meets the whole
+depth, since buckets are not full at the same place in each layer; under ZeRO-1 and ZeRO-2 the layers themselves are `played`.
+A GPU is as fast as the host: what `record_stream` marks is free at once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from peftplan.trace.optimizers import torch_optimizer
 from peftplan.trace.ranks.accelerator import on_fake_cards
 from peftplan.trace.ranks.fsdp1 import Addresses
 from peftplan.trace.ranks.group import OneOfSeveral, process_group
+from peftplan.trace.ranks.one_gpu import OneGpu
+from peftplan.trace.ranks.played import ModelAlone, Player, plays
 from peftplan.trace.ranks.tp import PartTracker
 from peftplan.units import ceil_div
 
@@ -77,6 +80,11 @@ class Zero(OneOfSeveral):
         """The setup of the step: DeepSpeed casts the weights, and runs without autocast."""
         return setup.model_copy(update={"autocast": "none"})
 
+    def model_alone(self, setup: Setup) -> OneGpu | None:
+        """The model of ZeRO-1 and ZeRO-2. With reentrant checkpoints gradients arrive in a backward of each layer's own."""
+        whole = self.distributed.strategy != "zero3"
+        return ModelAlone() if whole and not (setup.gradient_checkpointing and setup.use_reentrant) else None
+
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
         """DeepSpeed on fake cards."""
@@ -116,6 +124,8 @@ class Zero(OneOfSeveral):
         finally:
             del model.to
         self._name(built, tracker)
+        if self.model is not None and plays(self.model):
+            built.model.forward = Player(self.model, tracker, built.model).forward
         base = self._engine.optimizer.optimizer
 
         def stepping(*step: Any) -> None:
