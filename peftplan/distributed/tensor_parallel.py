@@ -56,6 +56,8 @@ UNPLANNED = (
     *("bert", "roberta", "xlm-roberta", "bart", "whisper"),
 )
 """Model types whose config and class state no plan."""
+ATTENTION_ALONE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
+"""Model types without a plan here whose attention transformers divides by heads (`base_model_tp_plan` of their configs)."""
 
 
 BY_AUTOMODEL: dict[str, Plan] = {

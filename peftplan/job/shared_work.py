@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.tensor_parallel import UNPLANNED, divides_heads, style_of
+from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
@@ -51,7 +51,8 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )
-    _check_heads(distributed.tp_size or (distributed.world_size if strategy == "tp" else 1), architecture)
+    all_ranks = strategy == "tp" and distributed.ep_size in (None, 1)
+    _check_heads(distributed.tp_size or (distributed.world_size if all_ranks else 1), architecture)
 
 
 def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:
@@ -95,7 +96,8 @@ def _colwise(architecture: Architecture) -> list[str]:
 
 def _check_heads(tp_size: int, architecture: Architecture) -> None:
     """Raise InputError if attention heads cannot be divided: a rank views its part of a projection as whole heads."""
-    for block in architecture.blocks if tp_size > 1 and divides_heads(architecture) else ():
+    by_heads = divides_heads(architecture) or architecture.model_type in ATTENTION_ALONE
+    for block in architecture.blocks if tp_size > 1 and by_heads else ():
         for attention in block.attentions:
             heads, pairs = attention.num_attention_heads, attention.num_key_value_heads
             if heads % tp_size:

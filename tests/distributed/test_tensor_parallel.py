@@ -82,6 +82,11 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model": "gpt2"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),
     ({"model": "qwen2.5-0.5b"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 14 attention heads"),
     ({"model": "gemma-3-1b-pt"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 1 heads of keys and values"),
+    (
+        {"model": "qwen3-30b-a3b", "gpus": 8},
+        "tp_size: 8 is not valid; accepted: a divisor of the model's 4 heads of keys and values",
+    ),
+    ({"model": "deepseek-v2-lite", "gpus": 3}, "tp_size: 3 is not valid; accepted: a divisor of the model's 16 attention heads"),
     ({"model": "llama-3.2-1b", "trainer": "plain"}, "optim: adamw_torch steps over lists of tensors, and a loop that passes"),
     (
         {"model": "llama-3.2-1b", "method": "lora", "r": 8, "target_modules": "all-linear"},
@@ -98,7 +103,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
 def test_what_the_libraries_refuse(options: dict[str, Any], line: str) -> None:
     """Each was tried: peft 0.21 with transformers 5.24 ends in a RuntimeError about shapes."""
     with pytest.raises(PeftplanError) as error:
-        peftplan.estimate(**{"method": "full", **options}, gpus=4, strategy="tp")
+        peftplan.estimate(**{"method": "full", "gpus": 4, **options}, strategy="tp")
     assert str(error.value).startswith(line)
 
 
