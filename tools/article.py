@@ -238,9 +238,9 @@ def lora_counts() -> str:
         table(("what", "the article says", "formula", "recomputed for the real model"), rows),
         f"""**Of the real models.** The first is right. `trainable params: 13,631,488` under an all-linear Llama-2-7B is the
         output of another run: q, k, v and o of a model with 32 layers of 4096 and 8 key/value heads, such as Llama-3-8B
-        ({lora("llama-3-8b", r=16):,}) or Mistral-7B ({lora("mistral-7b-v0.1", r=16):,}). And 83,886,080 takes every
-        projection of the 70B model for 8192 × 8192, as in LLaMA-65B ({lora("llama-65b", r=16):,}); Llama-2-70B has 8
-        key/value heads of 128, so that its k and v give 1024.""",
+        ({lora("llama-3-8b", r=16):,}) or Mistral-7B ({lora("mistral-7b-v0.1", r=16):,}). And 83,886,080 assumes that every
+        projection of the 70B model is 8192 × 8192, as in LLaMA-65B ({lora("llama-65b", r=16):,}); Llama-2-70B has 8
+        key/value heads of 128, so its k and v have 1024 outputs.""",
     )
 
 
@@ -266,7 +266,7 @@ def gpt3_targets() -> str:
         the two unused rows of OPT's position table. One d × d weight per layer costs layers · 2 · r · d.""",
         table(COLUMNS, rows),
         f"""**Of the real model.** True, at r = 2. The LoRA paper (arXiv 2106.09685, table 5) compares targets the other way
-        round: it keeps the count and lets the rank give way, {", ".join(equal)}.""",
+        round: it keeps the count and lowers the rank, {", ".join(equal)}.""",
     )
 
 
@@ -285,8 +285,8 @@ def gpt3_ranks() -> str:
         f"""**Of the real model.** The column is not GPT-3's: at r = 1, q and v already take
         {millions(lora(GPT3, r=1, targets=qv))}, the smaller LoRA of the paper's table 4; its larger one,
         {millions(lora(GPT3, r=8, targets=qv))}, is r = 8. The article's column needs layers · d = 73,728, sixteen times less
-        than GPT-3: 48 layers of d = 1536 have it, and so have 24 of 3072. The paper knows a 0.3M too, but of RoBERTa-base at
-        r = 8: {lora("roberta-base", r=8, targets=("query", "value")):,}.""",
+        than GPT-3: 48 layers of d = 1536 have it, and so have 24 of 3072. The paper has a 0.3M too, but for RoBERTa-base at r =
+        8: {lora("roberta-base", r=8, targets=("query", "value")):,}.""",
     )
 
 
@@ -381,7 +381,7 @@ def double_quantization() -> str:
         scales in 8 bits, with one fp32 scale for each {nested} of them.""",
         table(COLUMNS, rows),
         f"""**Of the real model.** True; each quantized weight also has tables of {tables:,} bytes, whatever its size. All of
-        it, as the CUDA allocator holds it for LLaMA-65B: {gb(plain)} without and {gb(double)} with double quantization.""",
+        it, as the CUDA allocator stores it for LLaMA-65B: {gb(plain)} without and {gb(double)} with double quantization.""",
     )
 
 
@@ -392,9 +392,9 @@ def levels() -> str:
         f"""The levels are quantiles of the normal distribution, divided by the largest. They are two halves with equal steps
         of probability between ½ and {1 - NF4_TAIL:.7f}: eight levels above zero, seven below, and zero itself.""",
         table(("index", "probability", "level"), rows),
-        f"""**Of the real table.** bitsandbytes holds these levels as fp32 constants. The QLoRA paper's equation 4 (arXiv
-        2305.14314), ½ · (Q(i/17) + Q((i+1)/17)), does not give them as it stands: Q(0) and Q(1) are infinite, so only i = 1 …
-        15 count, and those {len(equation_4())} levels lie symmetrically around zero; scaled to ±1, the second is
+        f"""**Of the real table.** bitsandbytes stores these levels as fp32 constants. The QLoRA paper's equation 4 (arXiv
+        2305.14314), ½ · (Q(i/17) + Q((i+1)/17)), does not give them as printed: Q(0) and Q(1) are infinite, so only i = 1 …
+        15 count, and those {len(equation_4())} levels are symmetric around zero; scaled to ±1, the second is
         {equation_4()[1]:.5f} instead of {nf4_levels()[1][1]:.5f}. The two halves are in the text that follows the equation.""",
     )
 

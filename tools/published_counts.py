@@ -40,11 +40,11 @@ Do peftplan's parameter counts match what others have printed? Model cards, note
 `print_trainable_parameters()`. This page lists such counts beside what `peftplan.estimate` returns for the same run, and explains
 every difference.
 
-`data/published/trainable_counts.jsonl` holds each count with its source, the call, and how to read the printed number; the tests
+`data/published/trainable_counts.jsonl` has each count with its source, the call, and how to read the printed number; the tests
 make every call and compare exactly. `tools/published_counts.py` writes this page from that file."""
 
-EQUAL_NOTE = """*Equal* is equality of every number that the source prints. In the second row, a number is no independent check of
-the fact that was read off it; a table below says which fact that is."""
+EQUAL_NOTE = """*Equal* means that every number of the source is equal. In the second row, a number does not check the fact that
+was read off it; a table below says which fact that is."""
 
 SUMS_NOTE = "Where the sizes are known, the printed number is checked all the same, against a sum written out in the row:"
 

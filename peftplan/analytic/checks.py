@@ -114,7 +114,7 @@ def _rehearsed_kernels(names: tuple[str, ...], distributed: Distributed) -> bool
 
 
 def _grpo_without_formula(setup: Setup) -> str | None:
-    """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM writes the completions, two or more are packed
+    """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM generates the completions, two or more are packed
     (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`), and no forward before scores them (`compute_efficient`)."""
     kernels = kernels_of(setup.kernels or ())
     packed = kernels.padding_free is not None

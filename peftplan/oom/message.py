@@ -66,7 +66,7 @@ class Message(NamedTuple):
     others: tuple[int, ...] = ()
     """What processes held that the message names by number; of one alone it is not known whether it is this one."""
     frames: tuple[Frame, ...] = ()
-    """Of the traceback before the message, outermost first; none where the log has none."""
+    """The traceback before the message, outermost frame first; empty if the log has none."""
 
 
 def find(text: str) -> Message | None:

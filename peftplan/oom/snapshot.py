@@ -14,7 +14,7 @@ MOST_SHOWN = 12
 
 
 class Alive(NamedTuple):
-    """Blocks that one line of a program made and that were alive at the end of the recording."""
+    """Blocks that one line of a program allocated and that were alive at the end of the recording."""
 
     bytes: int
     blocks: int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Member(NamedTuple):
-    """The largest model of a family that a card fine-tunes with a method; None where it takes none."""
+    """The largest model of a family that fits a card with a method; None if none fits."""
 
     method: str
     model: str | None

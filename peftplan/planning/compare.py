@@ -41,7 +41,7 @@ class Compared(NamedTuple):
     by_category: Mapping[str, int] | None = None
     needed_bytes: int | None = None
     needed_is_lower_bound: bool = False
-    """True where there is no peak: `needed_bytes` is then what lasts from step to step."""
+    """True if there is no peak: `needed_bytes` are then the persistent bytes."""
     usable_bytes: int | None = None
     headroom_bytes: int | None = None
     verdict: str | None = None

@@ -43,7 +43,7 @@ class ConfigEntry(NamedTuple):
     """Why there is no estimate, or no peak."""
     bound: Literal["at_most", "at_least", "unknown"] | None = None
     scope: str | None = None
-    """`text` where the peak is that of the text of a vision-language model: images are not counted."""
+    """`text` if the peak is that of a vision-language model's text: images are not counted."""
 
 
 def configs(

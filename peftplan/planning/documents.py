@@ -19,7 +19,7 @@ class BindingDocument(TypedDict):
     phase: Phase
     category: Category
     line: str
-    """The line that grew most on the way, or the largest one where nothing fits."""
+    """The line that grows most towards the next larger size, or the largest one if nothing fits."""
     line_bytes: int
     verdict: VerdictName
     headroom_bytes: int
@@ -46,21 +46,21 @@ class PlanFacts(TypedDict):
     context_assumed: bool
     """Whether the context is that of another card."""
     fits_again: int | None
-    """The largest size beyond that fits, where reserved bytes are not monotone."""
+    """The largest size beyond the answer that fits, because reserved bytes are not monotone."""
     asked_from: int
-    """Every size from here on was asked one by one."""
+    """Every size from here to the answer was checked individually."""
     bounded: bool
     """Whether the search ended before the card was full."""
     next_larger: NotRequired[str | None]
     """Where models were searched: the next larger one, which does not fit."""
     tokens_per_step: int
-    """Of one micro batch on one card; 0 where nothing fits."""
+    """Tokens of one micro batch on one card; 0 if nothing fits."""
     model: NotRequired[str | None]
     """Where models were searched: the largest one that fits."""
 
 
 class PlanDocument(PlanFacts):
-    """A job with its largest size; the size that was asked for is 0, and the model `null`, where nothing fits."""
+    """A job with its largest size; if nothing fits, that size is 0, and the model `null`."""
 
     changes: dict[str, object]
     """Options that differ from the job as typed, besides the size."""
@@ -94,7 +94,7 @@ class FitDocument(TypedDict):
     model: str
     gpu: str
     max: Literal["batch_size", "seq_len", "r", "model"]
-    """The size that was made as large as it fits."""
+    """The size that was maximized."""
     warnings: list[str]
     plans: list[PlanDocument]
     """The job as typed, then other plans that fit, ranked."""
@@ -114,7 +114,7 @@ class ComparedFacts(TypedDict):
     peak_phase: Phase | None
     needed_bytes: int | None
     needed_is_lower_bound: bool
-    """True where there is no peak: `needed_bytes` is then what lasts from step to step."""
+    """True if there is no peak: `needed_bytes` are then the persistent bytes."""
     usable_bytes: int | None
     headroom_bytes: int | None
     verdict: VerdictName | None
@@ -183,7 +183,7 @@ class SweepRowDocument(TypedDict):
     needed_bytes: int | None
     headroom_bytes: int | None
     verdict: VerdictName | None
-    """`null` where more points would have to be replayed."""
+    """`null` if more points would have to be replayed."""
     decided_by: Literal["requested", "bound", "replay"] | None
     """How the verdict came about."""
     error: str | None

@@ -25,7 +25,7 @@ SAVES: tuple[dict[str, object], ...] = (
     CHUNKED,
 )
 """Options that change no result of a training step, tried beside each method: layers that are computed again, and SFTTrainer's
-loss, which never holds all logits, where a trainer has the same objective and the model its own code."""
+loss, which never materializes all logits, where a trainer has the same objective and the model its own code."""
 
 
 def ranked(

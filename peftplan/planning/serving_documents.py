@@ -77,7 +77,7 @@ class CacheDocument(TypedDict):
 
 
 class ServingLimitsDocument(TypedDict):
-    """The largest sizes that fit, the others as asked for. `null`: there is none, or its bytes are not known."""
+    """The largest sizes that fit, each with the others as requested. `null`: there is none, or its bytes are not known."""
 
     adapters: int | None
     context: int | None
@@ -96,9 +96,9 @@ class ServingVerdictDocument(TypedDict):
     usable_source: str
     verdict: Literal["fits", "tight", "does_not_fit"]
     needed_bytes: int
-    """Base, adapters, KV cache, what decoding a token holds for a moment, workspaces, and the CUDA context."""
+    """Base, adapters, KV cache, temporaries of decoding a token, workspaces, and the CUDA context."""
     step_bytes: int
-    """What decoding a token holds for a moment: logits and scores, or a layer while its cache grows."""
+    """Temporaries of decoding a token: logits and scores, or a layer while its cache grows."""
     workspace_bytes: int
     """cuBLAS's workspaces."""
     context_bytes: int

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LEFT_OUT = ("activations of the prompt", "filters of sampling beside top-k", "blocks that a serving engine allocates ahead")
 """What no number here includes."""
-OF_A_CARD = ("what decoding a token holds for a moment", "CUDA context and workspaces")
+OF_A_CARD = ("temporaries of decoding a token", "CUDA context and workspaces")
 """What only the verdict on a card includes."""
 KV_CACHE = "the KV cache"
 """What the sum also leaves out if the model has a cache that cannot be counted here."""

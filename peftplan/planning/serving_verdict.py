@@ -22,7 +22,7 @@ class Limits(NamedTuple):
 class ServingVerdict(NamedTuple):
     """Whether what is served fits one card: `fits` leaves at least 5 % of the usable bytes, `tight` less, `does_not_fit` none.
 
-    `needed_bytes` are base, adapters and cache, what decoding a token holds for a moment (`step_bytes`), cuBLAS's workspaces and
+    `needed_bytes` are base, adapters and cache, temporaries of decoding a token (`step_bytes`), cuBLAS's workspaces and
     the CUDA context. `most` are the largest sizes that fit, `most_tight` those that leave less than 5 %.
     """
 

@@ -268,7 +268,7 @@ def _signalled(code: int, reports: Sequence[Mapping[str, Any]], ended: str) -> I
     number = -code if code < 0 else code - 128
     if ended == "program" and number in signal.valid_signals():
         name = next((each.name for each in signal.Signals if each == number), f"signal {number}")
-        yield f"the program was ended by {name}{BY_WHOM.get(number, '')}" + ("" if reports else "; it held nothing on a card")
+        yield f"the program was ended by {name}{BY_WHOM.get(number, '')}" + ("" if reports else "; it had nothing on a card")
     for report in reports:
         if "cut" in report:
             yield f"rank {report['rank']} could not report at its end: its peaks are known, but not what was alive"

@@ -85,7 +85,7 @@ def endings(checked: Check) -> list[str]:
     if any(failure.kind == "baseline" for failure in checked.failures):
         lines.append(UPDATE.format(engine=checked.engine))
     if checked.new:
-        lines.append(f"{checked.new} records state more than the baseline holds; --update-baseline adds it.")
+        lines.append(f"{checked.new} records state more than the baseline contains; --update-baseline adds it.")
     return lines or ["Nothing changed against the baseline, and no tolerance is exceeded."]
 
 

@@ -33,7 +33,7 @@ DEFINITIONS = """## What the words mean
 - **Wrong verdicts**: `does_not_fit` or `does_not_run` on the card on which it ran, or `fits` on one on which it ran out of
   memory; `fits` on a card 1 % below the measured peak; `does_not_fit` on a card 10 % above it. Reserved bytes decide where
   they were measured and stated, else allocated bytes, else the device's. `fits` leaves at least 5 % of the card; less is
-  `tight`, which counts as right on all of these cards. The two cards made for a run hold no CUDA context. In the
+  `tight`, which counts as right on all of these cards. The two synthetic cards of a run have no CUDA context. In the
   tables by group: runs with a wrong verdict, by that figure, on one of the two cards below and above. A run that ran out of
   memory has no peak to compare: its counters stood still at what it had reached.
 - Sources print few digits. Half of the last digit is added to a tolerance, not to the drift shown here."""
@@ -47,9 +47,9 @@ CAUSES = """## Known causes of drift
   a whole tensor of scores or logits.
 - fitcheck-llm's reserved bytes: of the 34 runs that load the same each time both engines state 32 to the MiB, and two 2 MiB too
   low. The quantized ones of its three later sessions come out at − 13 to + 15 %: transformers 5.0 to 5.3 copied weights to the
-  card in threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors lie in the holes that
+  card in threads ahead of their quantization (core_model_loading.py, `GLOBAL_WORKERS`), and later tensors use the gaps that
   this leaves. One job, measured twice in one session, reserved 11,880 and 13,272 MiB. Later versions copy one by one, as both
-  engines do. Forty of the records are labelled torch 2.14 and transformers 5.17, which reserve and allocate otherwise; they are
+  engines do. Forty of the records are labelled torch 2.14 and transformers 5.17, which reserve and allocate differently; they are
   taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
 - Its four out-of-memory runs print what was allocated and the request that failed. Their sum equals the estimated peak
   (in the first step without the optimizer states, which did not exist yet) to the printed 0.01 GiB.
@@ -79,7 +79,7 @@ weights in threads. These runs are further off and have none: {runs}."""
 OTHERS = """## Published records of others
 
 What was published about predictors of training memory, each on its own test set. The sets differ from this one: none of them
-holds LoRA, QLoRA, DoRA, IA3 or prefix tuning, and full training of small models has other peaks (fp32 states and activations)
+covers LoRA, QLoRA, DoRA, IA3 or prefix tuning, and full training of small models has other peaks (fp32 states and activations)
 than adapters on a frozen base have. So the numbers are context, not a ranking."""
 
 OTHERS_COLUMNS = ("work", "median error", "measured on")

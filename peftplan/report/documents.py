@@ -37,11 +37,11 @@ class DiagnosisDocument(TypedDict):
 
     schema_version: Literal[1]
     message: Message | None
-    """The figures of torch's message, in bytes; `null` where a snapshot has none."""
+    """The numbers in torch's message, in bytes; `null` for a snapshot without one."""
     causes: list[Cause]
     """What the message gives evidence for, the likeliest first."""
     alive: list[Alive]
-    """Of a snapshot: what was alive, by the line of the program that made it."""
+    """From a snapshot: what was alive, by the line of the program that allocated it."""
     expected: Expected | None
     """With `--model`: what the job was expected to need."""
 

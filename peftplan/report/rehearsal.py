@@ -57,7 +57,7 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
     if verdict.verdict == "does_not_fit":
         words = f"out of memory; the card has {size} GiB"
     elif verdict.verdict == "unknown":
-        words = f"unknown, since no optimizer step was completed; it held {format_bytes(verdict.needed_bytes)} of {size} GiB"
+        words = f"unknown, since no optimizer step was completed; it used {format_bytes(verdict.needed_bytes)} of {size} GiB"
     else:
         released = ", after releasing cached memory" if verdict.runs_by_releasing_cache else ""
         words = f"{format_bytes(verdict.headroom_bytes)} left of {size} GiB{released}"

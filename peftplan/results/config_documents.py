@@ -33,7 +33,7 @@ class UnsupportedKeyDocument(TypedDict):
     effect: Literal["lowers", "raises", "unknown"]
     """What it does to the true peak."""
     option: str | None
-    """The option that takes its place where it is set."""
+    """The option that replaces the key if it is set."""
 
 
 class ConfigDocument(TypedDict):
@@ -55,4 +55,4 @@ class ConfigDocument(TypedDict):
     assumed: dict[str, str]
     """What the file leaves to the data or the launcher."""
     bound: Literal["at_most", "at_least", "unknown"] | None
-    """What the peak is where a key is not supported."""
+    """How the peak relates to the real one if a key is not supported."""

@@ -43,7 +43,7 @@ class LineDocument(TypedDict):
 
     category: Category
     name: str
-    """`*` stands for the number of a layer."""
+    """`*` is the number of a layer."""
     bytes: int
     """Bytes at the overall peak."""
     bytes_by_phase: dict[Phase, int]
@@ -78,7 +78,7 @@ class MemoryDocument(TypedDict):
     incomplete: list[str]
     """What the engine could not follow; the peaks are lower bounds then."""
     runtime_context: int | None
-    """The CUDA context of the one card that was named, where it is known."""
+    """The CUDA context of the card, if one card was named and its context is known."""
     device_total: int | None
     """What nvidia-smi shows for the process on that card."""
 
@@ -97,7 +97,7 @@ class CheckpointFilesDocument(TypedDict):
 
     model_name: str
     model: int | None
-    """The adapter's file, or the model's files where its base trains."""
+    """The adapter's file, or the model's files if the base trains."""
     optimizer: int
     """`optimizer.pt`."""
     optimizer_exact: bool
@@ -143,7 +143,7 @@ class PeakTensorDocument(TypedDict):
     category: Category
     name: str
     made_by: str
-    """The operation of the trace; empty where formulas made it."""
+    """The operation of the trace; empty for formulas."""
     dtype: str
     shape: list[int | str]
     copies: int
@@ -153,7 +153,7 @@ class PeakTensorDocument(TypedDict):
 
 
 class RankRangeDocument(TypedDict):
-    """Ranks that hold the same, by their numbers."""
+    """Ranks with the same numbers, by their indices."""
 
     first: int
     last: int

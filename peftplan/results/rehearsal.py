@@ -20,7 +20,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Blocks that one line of the program, or of a library where it has none, made."""
+    """Blocks that one line of the program, or of a library if there is none, allocated."""
 
     file: str
     line: int

@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
     runs_by_releasing_cache: bool = False
     """Whether the job needs more than is usable, and runs only because the allocator releases cached memory before it fails."""
     scope: str | None = None
-    """`text` where the job's images are not counted."""
+    """`text` if the job's images are not counted."""
     reason: str | None = None
     """Why the job does not run, with the line of the library that raises."""
     upper_bound: bool = False

@@ -28,7 +28,7 @@ class AdviceDocument(TypedDict):
     tensor_bytes: int
     """Bytes of the tensors at the new peak."""
     verdict: str | None
-    """The verdict with these options; `null` where it was not computed."""
+    """The verdict with these options; `null` if it was not computed."""
     peak_allocated: int | None
     headroom_bytes: int | None
 
@@ -43,7 +43,7 @@ class VerdictDocument(TypedDict):
     usable_source: str
     verdict: VerdictName
     scope: NotRequired[str]
-    """`text` where the job's images are not counted."""
+    """`text` if the job's images are not counted."""
     reason: str | None
     """Why the job does not run."""
     needed_bytes: int
@@ -52,7 +52,7 @@ class VerdictDocument(TypedDict):
     needed_is_upper_bound: NotRequired[bool]
     """Whether keys of a file, which no option says, make the job need less."""
     vllm_bytes: NotRequired[int]
-    """What vLLM takes of the card, where it generates for the trainer."""
+    """The memory of vLLM, if it generates on the training GPU."""
     context_bytes: int
     context_assumed: bool
     """Whether the context is that of another card."""
@@ -73,6 +73,6 @@ class CardDocument(VerdictDocument):
     """The first entry makes the job fit, if any does; the others follow by what they save."""
     advice_engine: str | None
     smallest_card: str | None
-    """The smallest card that takes the job, where no change helps."""
+    """The smallest card that can run the job, if no change helps."""
     weights_alone: int | None
-    """Bytes of the base's weights, where these alone are more than the card has."""
+    """Bytes of the base's weights, if these alone exceed the card."""

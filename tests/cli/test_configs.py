@@ -53,7 +53,7 @@ def test_a_narrow_table_keeps_its_notes_and_counts_launch_files(tmp_path: Path) 
     assert "a.yml:" not in wide
     assert "unsupported: rl" in wide
     alone = run("configs", str(tmp_path / "c.yml"), columns=80).out
-    assert "c.yml: a launch file, which names no model" in alone
+    assert "c.yml: a launch file without a model" in alone
 
 
 def test_a_path_that_is_not_there() -> None:

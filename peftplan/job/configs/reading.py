@@ -87,7 +87,7 @@ class Reading:
         if known is None:
             near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
-            self.unsupported[key] = Unsupported(value, f"no key of {self.tool.tool} {self.tool.version}{suggested}")
+            self.unsupported[key] = Unsupported(value, f"not a key of {self.tool.tool} {self.tool.version}{suggested}")
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None:

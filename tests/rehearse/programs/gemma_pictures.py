@@ -1,4 +1,4 @@
-"""transformers' Trainer on pictures: LoRA on Gemma 3 4B, 2 conversations with a picture of 896 x 896."""
+"""transformers' Trainer on images: LoRA on Gemma 3 4B, 2 conversations with an image of 896 x 896."""
 # gpu: a100-80gb
 # needs: pillow torchvision
 

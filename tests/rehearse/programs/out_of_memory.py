@@ -1,4 +1,4 @@
-"""A job that a 24 GB card does not hold: full fine-tuning of Llama-3.2-3B by transformers' Trainer."""
+"""A job that does not fit a 24 GB card: full fine-tuning of Llama-3.2-3B by transformers' Trainer."""
 # gpu: rtx-4090
 # exit: 1
 # estimate: llama-3.2-3b --trainer transformers --method full --no-gradient-checkpointing --batch-size 4 --seq-len 1024

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on pictures: LoRA on Qwen2.5-VL-3B, 2 conversations with a picture of 448 x 448."""
+"""TRL's SFTTrainer on images: LoRA on Qwen2.5-VL-3B, 2 conversations with an image of 448 x 448."""
 # gpu: a100-80gb
 # needs: pillow torchvision
 

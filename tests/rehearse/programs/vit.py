@@ -1,4 +1,4 @@
-"""transformers' Trainer: ViT base for image classification, full fine-tuning, 32 pictures, two workers that load."""
+"""transformers' Trainer: ViT base for image classification, full fine-tuning, 32 images, two loader workers."""
 # gpu: t4
 # estimate: vit-base-patch16-224-in21k --task-type IMAGE_CLS --num-labels 10 --batch-size 32 --method full
 # estimate: --trainer transformers --dtype fp32 --autocast fp16 --no-gradient-checkpointing
