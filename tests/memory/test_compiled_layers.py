@@ -102,6 +102,13 @@ def test_all_of_qwen_trains_with_fake_quantized_activations_and_embedding(
     assert peaks.reserved == pytest.approx(reserved, rel=0.001)
 
 
+def test_the_gradient_of_a_rounded_table_is_new_beside_the_one_behind_it() -> None:
+    """Few tokens, and nothing accumulated: backward peaks at its end, where inductor's kernel reads the gradient of the rounded
+    table (151,936 x 1,024 in bf16) and writes the table's; the step has the second alone, beside kilobytes."""
+    peaks = peaks_of((1, 64, 1), "qwen3-0.6b", {**QAT, "kernels": "unsloth-qat-int8-int4", "optim": "adamw_8bit"})
+    assert peaks.by_phase["backward"] - peaks.by_phase["step"] == pytest.approx(151_936 * 1_024 * 2, abs=2**18)
+
+
 @pytest.mark.parametrize("changed", [{"kernels": "unsloth-compiled"}, {"autocast": "bf16"}, {"dtype": "fp32"}])
 def test_full_fine_tuning_has_a_record_of_one_scheme(changed: dict[str, Any]) -> None:
     assert estimate("gemma-3-270m", **{**QAT, **changed}).peaks is None
