@@ -205,7 +205,7 @@ def _result(
         steps=steps,
         ranks=ranks,
         oom=ooms[0] if ooms else None,
-        gpus=() if card is None or not (ranks or ooms) else (_verdict(card, ranks, out_of_memory=bool(ooms), steps=steps),),
+        gpus=() if card is None or not (ranks or ooms) else (_verdict(card, ranks, ooms, steps=steps),),
         replaced=(),
         notes=(*_signalled(code, reports, ended), *_notes(ranks, steps, settings), *_alone(reports, request.cards, settings)),
         seconds=0.0,
@@ -237,10 +237,14 @@ def _out_of_memory(report: Mapping[str, Any]) -> OutOfMemory:
     return OutOfMemory(rank=report["rank"], alive=tuple(Alive(**row) for row in failed.pop("alive")), **failed)
 
 
-def _verdict(card: Gpu, ranks: Iterable[Rank], *, out_of_memory: bool, steps: int) -> Verdict:
-    """The rules of `planning.verdicts`, on what ran. A program that never stepped decides nothing but that it does not fit."""
+def _verdict(card: Gpu, ranks: Iterable[Rank], ooms: Sequence[OutOfMemory], *, steps: int) -> Verdict:
+    """The rules of `planning.verdicts`, on what ran, and on what it requested in vain.
+
+    A program that never stepped decides nothing but that it does not fit.
+    """
     usable, room = usable_and_room(card)
-    reserved = max((rank.peak_reserved for rank in ranks), default=0)
+    out_of_memory = bool(ooms)
+    reserved = max((rank.peak_reserved for rank in ranks), default=0) + max((oom.requested_bytes for oom in ooms), default=0)
     released = any(rank.cache_released for rank in ranks)
     enough = room - reserved >= TIGHT * usable and not released
     word = "does_not_fit" if out_of_memory else "unknown" if not steps else "fits" if enough else "tight"

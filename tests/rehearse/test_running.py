@@ -160,6 +160,9 @@ def test_out_of_memory_says_who_asked_and_what_was_alive(tmp_path: Path) -> None
     oom = result.to_dict()["oom"]
     assert (result.exit_code, result.ended, result.gpus[0].verdict) == (1, "out_of_memory", "does_not_fit")
     assert (oom["rank"], oom["phase"], oom["step"], oom["requested_bytes"]) == (0, "step", 1, 2**38)
+    verdict = result.gpus[0]
+    assert verdict.needed_bytes > 2**38 > verdict.usable_bytes
+    assert verdict.lower_bound
     assert (oom["file"], oom["line"]) == (str(tmp_path / "program.py"), 1 + LOOP.splitlines().index(f"        {oom['code']}"))
     assert oom["code"] == 'torch.zeros(1 << 36, device="cuda")'
     assert {row["category"] for row in oom["alive"]} >= {"weights", "optimizer_states"}
