@@ -26,6 +26,7 @@ COMPARED: Mapping[type[ast.cmpop], Callable[..., bool]] = {
     ast.In: lambda item, items: item in items, ast.NotIn: lambda item, items: item not in items,
 }  # fmt: skip
 CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list}
+DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
 
@@ -151,7 +152,7 @@ class Expressions:
                 return COMPARED[type(node.ops[0])](left, right)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             operand = self.value(node.operand)
-            return not operand if plain(operand) else node
+            return not operand if plain(operand) and not _is_flag_of_torch(operand) else node
         return node
 
     def _attribute(self, node: ast.Attribute) -> object:
@@ -219,7 +220,7 @@ class Expressions:
         if ast.unparse(test).rpartition(".")[2] in [f"{name}()" for name in BF16]:
             return True
         value = self.value(test)
-        return bool(value) if plain(value) else None
+        return bool(value) if plain(value) and not _is_flag_of_torch(value) else None
 
 
 def dotted(node: ast.expr) -> str:
@@ -240,6 +241,11 @@ def _known(value: object, node: ast.expr) -> object:
 def _root(text: str) -> str:
     """The name that an expression begins with."""
     return re.split(r"\W", text, maxsplit=1)[0]
+
+
+def _is_flag_of_torch(value: object) -> bool:
+    """Whether a value is a name of torch other than that of a dtype: `torch.version.hip` may be true or not."""
+    return isinstance(value, str) and value.startswith("<torch.") and DTYPE.fullmatch(value) is None
 
 
 def _is_number(value: object) -> bool:

@@ -64,7 +64,7 @@ def bound_elsewhere(nodes: list[ast.AST]) -> set[str]:
         if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and _is_namespace(node.value):
             names.add(node.slice.value if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str) else None)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exec":
-            names.add(None)
+            names |= {None} if len(node.args) < 2 or _is_namespace(node.args[-1]) else set()  # into the last of its dictionaries
         elif (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)

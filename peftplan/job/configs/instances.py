@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 MOST_VALUES = 1_000
 """The most values that a name stands for, those inside counted."""
+OF_TORCH = re.compile(r"<torch(\.\w+)+>")
+"""A name of torch, such as that of a dtype."""
 UNKNOWN = object()
 """What several values have in common that are not equal."""
 
@@ -61,7 +64,7 @@ def plain(value: object) -> bool:
         return all(map(plain, value))
     if isinstance(value, dict):
         return all(map(plain, value.values()))
-    return not isinstance(value, str) or not value.startswith("<") or value.startswith("<torch.")
+    return not isinstance(value, str) or not value.startswith("<") or OF_TORCH.fullmatch(value) is not None
 
 
 def size(value: object) -> int:
