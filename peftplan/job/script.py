@@ -103,11 +103,12 @@ class Script(BaseModel):
 
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
         """Whether sdpa gets a mask although the batch has none. Without a cache, some releases take its positions for those
-        of packed sequences (`_preprocess_mask_arguments`); later ones check. Trainers other than `plain` have collators that add
-        a mask."""
+        of packed sequences (`_preprocess_mask_arguments`); later ones check. Checkpointing turns the cache off before masks are
+        made (utils/generic.py, `check_model_inputs`). Trainers other than `plain` have collators that add a mask."""
         version = self.transformers
         ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
-        bare = not setup.by.collates and not setup.padding and not setup.use_cache
+        without_cache = not setup.use_cache or (setup.gradient_checkpointing and model_type not in CACHES_IN_CHECKPOINTS)
+        bare = not setup.by.collates and not setup.padding and without_cache
         return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
 
     @classmethod
@@ -126,6 +127,8 @@ class Script(BaseModel):
         return self.model_copy(update=readable) if readable else self
 
 
+CACHES_IN_CHECKPOINTS = ("gpt_bigcode",)
+"""Model types that make their mask with a cache under checkpointing too (transformers 4.55 to 4.57, each run)."""
 POSITIONS_IN_MASKS = frozenset(
     {
         "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "doge", "dots1", "ernie4_5",
