@@ -200,7 +200,7 @@ class NoRankFormulaError(NeedsTraceError):
 
 
 class MissingExtraError(PeftplanError):
-    """Something that needs an optional extra which is not installed."""
+    """Something that needs an optional extra that is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
         self.extra = extra

@@ -49,7 +49,7 @@ class Expected(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """Why memory ran out. `message` is None where there is none with figures, `alive` empty where there is no snapshot."""
+    """Why memory ran out. `message` is None if there is none with numbers; `alive` is empty without a snapshot."""
 
     message: Message | None
     causes: tuple[Cause, ...]

@@ -59,7 +59,7 @@ class Comparison(NamedTuple):
     rows: tuple[Compared, ...]
     engine: str = "analytic"
     over: str | None = None
-    """How several GPUs share each job, whose numbers are then those of the GPU that needs most."""
+    """How several GPUs share each job; its numbers are then those of the GPU that needs most."""
 
     def to_dict(self) -> CompareDocument:
         """The JSON, bytes as integers."""

@@ -41,9 +41,9 @@ class Exported(NamedTuple):
     estimate: Estimate | None
     """What the file says, read back and estimated; None for a launch file, which trains nothing."""
     changed: Mapping[str, tuple[object, object]]
-    """Option that nobody set and that the tool does otherwise → its value in the job, and in the tool."""
+    """Option that was not set and that the tool sets differently → its value in the job, and in the tool."""
     left_out: tuple[str, ...]
-    """Options that were set, move no byte, and have no key in the tool."""
+    """Options that were set, change no byte, and have no key in the tool."""
 
     def __str__(self) -> str:
         return self.text
@@ -60,7 +60,7 @@ class Exported(NamedTuple):
             yield f"not in the file, and without effect on memory: {', '.join(self.left_out)}"
 
     def write(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the text to a file. Raises InputError for one that is there, unless `force`, and where it cannot be written."""
+        """Write the text to a file. Raises InputError if the file exists, unless `force`, or if it cannot be written."""
         check_output(path, force=force)
         with files.replacing(Path(path), field="output") as file:
             file.write(self.text.encode())

@@ -63,8 +63,8 @@ class Plan(NamedTuple):
     """A job with its largest size. `size` is 0 where nothing fits; the numbers are then those of the smallest size.
 
     `changes`: options that differ from the job as typed, besides the size. `fits_again`: the largest size beyond that fits,
-    where reserved bytes are not monotone. `asked_from`: every size from here on was asked one by one (`planning.largest`).
-    `bounded`: the search ended before the card was full.
+    where reserved bytes are not monotone. `asked_from`: every size from here to the answer was checked individually
+    (`planning.largest`). `bounded`: the search ended before the card was full.
     """
 
     size: int
@@ -132,7 +132,7 @@ class Plan(NamedTuple):
         return self.batch_size * self.seq_len
 
     def to_dict(self, size: str) -> PlanDocument:
-        """One entry of `plans`: the size that was asked for is 0 where nothing fits, and the model None."""
+        """One entry of `plans`; if nothing fits, the searched size is 0 and the model None."""
         left_out = ("size", "model", "assumptions", "warnings", "origin", *(() if size == "model" else ("next_larger",)))
         facts = {name: value for name, value in self._asdict().items() if name not in left_out}
         facts["binding"] = None if self.binding is None else self.binding._asdict()
@@ -160,7 +160,7 @@ class Fit(NamedTuple):
     nearest: tuple[Plan, ...]
     engine: str = "analytic"
     other_card: OtherCard | None = None
-    """Where no plan fits: the smallest card that takes the one that comes nearest, at the smallest size."""
+    """If no plan fits: the smallest card that can run the nearest plan, at the smallest size."""
 
     @property
     def fits(self) -> bool:

@@ -67,7 +67,7 @@ class Loaded:
 class Serving:
     """What a fine-tuned model takes on disk, in a merge and while it is served.
 
-    A part is None, or `merges` empty, where there is no such thing or it is not known; `refused` says why, by the part's name.
+    A part is None, or `merges` empty, if it does not exist or is not known; `refused` says why, by the part's name.
     """
 
     model: ModelDocument

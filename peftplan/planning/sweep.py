@@ -55,7 +55,7 @@ class Sweep:
     A column is an option or one of `NUMBERS`; bytes are integers, None is what is not known. `peak_allocated`, `peak_reserved`
     and what follows from them are those of points that were replayed. `decided_by`: `requested`, where the bytes that tensors
     request already exceed the card; `bound`, where a bound on what the allocator reserves leaves enough
-    (`planning.decided`); `replay`. Where the verdict is None, it would take more replays. `tally` is filled once all rows were
+    (`planning.decided`); `replay`. If the verdict is None, more replays would decide it. `tally` is filled once all rows were
     read.
     """
 

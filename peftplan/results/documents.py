@@ -235,7 +235,7 @@ class EstimateDocument(TypedDict):
     """What it returns second."""
     memory: MemoryDocument
     assumptions: dict[str, object]
-    """Every value that the numbers rest on, defaults included."""
+    """Every value that the numbers depend on, defaults included."""
     warnings: list[str]
     not_modelled: list[str]
     """What the numbers leave out."""

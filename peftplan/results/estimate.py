@@ -62,7 +62,7 @@ class Peaks:
     assumed: Mapping[str, object] = field(default_factory=dict)
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
     devices: tuple[Peaks, ...] = field(default=(), repr=False)
-    """Of each GPU of a `device_map`, where a trace has them: the others are those of the GPU that needs most."""
+    """The peaks of each GPU of a `device_map`, if a trace has them; the other fields are those of the GPU that needs most."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -86,12 +86,12 @@ class Peaks:
         return self.reserved
 
     def may_run_within(self, capacity_bytes: int) -> bool:
-        """Whether the GPU's pace decides if the job runs where the allocator can take so many bytes."""
+        """Whether it depends on the GPU's timing if the job runs with this many bytes for the allocator."""
         return False
 
     @property
     def at_least(self) -> int:
-        """Bytes below which the overall peak is not: known without a replay."""
+        """A lower bound of the overall peak, known without a replay."""
         return self.allocated
 
 
@@ -111,9 +111,9 @@ class Origin(Protocol):
 class Estimate:
     """What a run needs: exact counts, a ledger of lines, what was assumed, what is not modelled, a verdict per card.
 
-    Sizes are whole bytes, counts whole numbers of elements. `peaks` are those of a steady training step, None where a part of the
-    job has no formula (`not_modelled` says which); `ledger` holds the lines of the overall peak, `static` what lasts from step to
-    step with the gradients; `assumptions` every value that the numbers rest on, defaults included.
+    Sizes are whole bytes, counts whole numbers of elements. `peaks` are those of a steady training step, None where a part of
+    the job has no formula (`not_modelled` says which); `ledger` has the lines of the overall peak, `static` the persistent
+    bytes and the gradients, `assumptions` every value that the numbers depend on, defaults included.
     """
 
     engine: str
@@ -141,7 +141,7 @@ class Estimate:
 
     @property
     def bound(self) -> str | None:
-        """`at_least` or `at_most` where keys of the file raise or lower the peak, and no option says them."""
+        """`at_least` or `at_most` if unsupported keys of the file raise or lower the peak."""
         if self.peaks is None:
             return None
         return self.config["bound"] if self.config else "at_least" if self.peaks.incomplete else None
@@ -175,12 +175,12 @@ class Estimate:
 
     @cached_property
     def advice(self) -> dict[str, Advised]:
-        """What `peftplan.advice` finds for this job, kept, since the JSON holds it."""
+        """What `peftplan.advice` finds for this job; stored because the JSON contains it."""
         return {} if self.origin is None else self.origin.advice(self)
 
     @property
     def resizes(self) -> bool:
-        """Whether `at` gives the job at other sizes."""
+        """Whether `at` supports this job."""
         return self.engine == "analytic" and self.origin is not None and self.peaks is not None
 
     @overload
@@ -218,7 +218,7 @@ class Estimate:
 
     @property
     def ledger(self) -> Ledger:
-        """What is alive at the overall peak, or, without one, what lasts from step to step."""
+        """What is alive at the overall peak, or, without a peak, the persistent bytes."""
         return self.peaks.ledgers[self.peaks.phase] if self.peaks else self.static
 
     @property
@@ -244,7 +244,7 @@ class Estimate:
 
     @property
     def persistent_bytes(self) -> int:
-        """Device bytes of what lasts from one step to the next, plus the gradients."""
+        """Device bytes that last from one step to the next, plus the gradients."""
         return self.static.bytes()
 
     @property

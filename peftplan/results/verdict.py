@@ -12,21 +12,21 @@ TIGHT = 0.05
 class Verdict(NamedTuple):
     """Whether a job fits a card: `fits`, `tight`, `does_not_fit`, `does_not_run` or `unknown` (`planning.verdicts` defines them).
 
-    `needed_bytes` are what torch's allocator reserves without a limit, with the card's own kernels, and the CUDA context. Where
-    there is no peak they are what lasts from step to step, and `lower_bound` is true. `headroom_bytes` are usable - needed.
+    `needed_bytes` are what torch's allocator reserves without a limit, with the card's own kernels, and the CUDA context. If
+    there is no peak, they are the persistent bytes, and `lower_bound` is true. `headroom_bytes` are usable - needed.
     """
 
     gpu: str
     usable_bytes: int
     why: str
-    """Why so many bytes are usable."""
+    """Where the number of usable bytes comes from."""
     verdict: str
     needed_bytes: int
     context_bytes: int
     """The CUDA context inside `needed_bytes`."""
     context_source: str
     context_assumed: bool = False
-    """Whether the context is that of another card, since none is known of this one."""
+    """Whether the context is that of another card, because this card's is not known."""
     lower_bound: bool = False
     runs_by_releasing_cache: bool = False
     """Whether the job needs more than is usable, and runs only because the allocator releases cached memory before it fails."""
@@ -35,13 +35,13 @@ class Verdict(NamedTuple):
     reason: str | None = None
     """Why the job does not run, with the line of the library that raises."""
     upper_bound: bool = False
-    """Whether a file has keys that need less than `needed_bytes`, and that no option says."""
+    """Whether unsupported keys of a file make the job need less than `needed_bytes`."""
     vllm_bytes: int = 0
     """What vLLM takes inside `needed_bytes`, where it generates on the training GPU."""
 
     @property
     def headroom_bytes(self) -> int:
-        """What the job leaves of the usable bytes; negative where it needs more."""
+        """Usable bytes that the job leaves; negative if it needs more."""
         return self.usable_bytes - self.needed_bytes
 
     @property
