@@ -975,6 +975,8 @@ def test_peft_s_examples_set_use_reentrant_too_late() -> None:
     """
     plan = read_text(f"{PEFTS_EXAMPLE.replace('--use_reentrant False', '--use_reentrant True')}\n", file="run.sh")
     assert plan.options["use_reentrant"] is False
+    assert "transformers 5.24" in plan.assumed["use_reentrant"]
+    assert "use_reentrant" not in read_text(f"{PEFTS_EXAMPLE}\n", file="run.sh").assumed
     transformers = pytest.importorskip("transformers")
     arguments = transformers.TrainingArguments("unused", gradient_checkpointing=True, use_cpu=True, report_to="none")
     if hasattr(arguments, "activation_checkpointing_kwargs"):
