@@ -50,8 +50,8 @@ def commands_page() -> str:
     return "\n".join(
         [
             f"{WRITTEN}\n\n# Commands\n",
-            "Exit codes: 0 where a command did its work, 1 where a check failed (`--require-fit`, `peftplan check`), 2 where the",
-            "input is wrong. The line on stderr then names the option, the value and what is accepted.\n",
+            "Exit codes: 0 if the command succeeded, 1 if a check failed (`--require-fit`, `peftplan check`), 2 if the input is",
+            "invalid. The line on stderr then names the option, the value and what is accepted.\n",
             "| command | what it answers |\n| --- | --- |",
             *rows,
             "",
@@ -107,13 +107,13 @@ def python_page() -> str:
     parts = [
         WRITTEN,
         "# Python",
-        "`import peftplan` imports neither torch nor anything else that is heavy. Numbers are whole bytes, tokens and elements.",
+        "`import peftplan` imports no heavy library, and not torch. Numbers are whole bytes, tokens and elements.",
         "## Functions",
         *(part for name, value in functions.items() for part in function(f"peftplan.{name}", value, level=3)),
         "## Results",
         *(part for name, value in others.items() for part in class_(name, value)),
         "## Errors",
-        "Bad input raises one of these, each with a message of one line. All are a `PeftplanError`.",
+        "Bad input raises one of these, each with a message of one line. All of them are subclasses of `PeftplanError`.",
         *(part for name, value in errors.items() for part in (f"### peftplan.{name}", *docstring(value))),
     ]
     return "\n\n".join(parts) + "\n"

@@ -11,11 +11,11 @@ from peftplan.report.schema import json_schema
 INTRO = """\
 # JSON
 
-`--format json` prints one JSON value; `sweep` prints JSON Lines, one value a row. Bytes, counts and tokens are whole numbers, and
-what is not known is `null`. `schema_version` stays 1 as long as fields are only added, so let a program ignore fields that it
-does not know.
+`--format json` prints one JSON value; `sweep` prints JSON Lines, one value per row. Bytes, counts and tokens are integers, and an
+unknown value is `null`. `schema_version` stays 1 as long as fields are only added, so programs should ignore fields that they do
+not know.
 
-`peftplan schema NAME` prints the JSON Schema (draft 2020-12) of each; the tests validate what the commands print against it."""
+`peftplan schema NAME` prints the JSON Schema (draft 2020-12) of each value; the tests validate the commands against it."""
 
 
 def json_page() -> str:

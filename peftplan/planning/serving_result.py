@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftplan.planning.serving_verdict import ServingVerdict
     from peftplan.results.documents import Assumptions, MethodDocument, ModelDocument
 
-LEFT_OUT = ("activations of the prompt", "filters of sampling beside top-k", "blocks that a serving engine allocates ahead")
+LEFT_OUT = ("activations of the prompt", "sampling filters other than top-k", "blocks that a serving engine allocates ahead")
 """What no number here includes."""
 OF_A_CARD = ("temporaries of decoding a token", "CUDA context and workspaces")
 """What only the verdict on a card includes."""

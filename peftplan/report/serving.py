@@ -106,9 +106,7 @@ def _merging(result: Serving) -> Section:
     columns = ("base", "adapter", "temporaries", "sum")
     rows = [_merge_row(merge) for merge in result.merges]
     largest = max((merge.need for merge in result.merges), key=lambda need: need.num_bytes, default=None)
-    below = (
-        f"temporaries: of {family(largest.module)}, which needs the most" if largest is not None and largest.num_bytes else None
-    )
+    below = f"temporaries: of {family(largest.module)}, which needs most" if largest is not None and largest.num_bytes else None
     host = next((merge.need.host_bytes for merge in result.merges if merge.need.host_bytes), 0)
     if host:
         below = f"{below}; as stored, {format_bytes(host)} more on the CPU"
