@@ -54,9 +54,40 @@ DEBERTA = {
 }  # fmt: skip
 
 
-def test_all_rows_of_a_table_are_no_slice() -> None:
-    """Reserved bytes as traced: backward takes no copy of the gradient of DeBERTa's positions (reserved -2.38 % with one)."""
-    job: dict[str, Any] = {"method": "full", "optim": "paged_ademamix_8bit", "task_type": "SEQ_CLS", "num_labels": 3}
-    counted = estimate(DEBERTA, seq_len=256, gradient_checkpointing=False, attn_implementation="eager", **job).peaks
+ROBERTA = {
+    "architectures": ["RobertaForMaskedLM"], "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    "classifier_dropout": None, "hidden_size": 1152, "intermediate_size": 2112, "max_position_embeddings": 514, "pad_token_id": 1,
+    "model_type": "roberta", "num_attention_heads": 18, "num_hidden_layers": 2, "type_vocab_size": 1, "vocab_size": 50265,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "traced"),
+    [
+        # DeBERTa's table of positions is taken whole: no copy of its gradient (-2.38 % with one).
+        (
+            DEBERTA,
+            {"method": "full", "optim": "paged_ademamix_8bit", "seq_len": 256, "attn_implementation": "eager"},
+            880_803_840,
+        ),
+        # The order in which BERT's layer and LoKr free what has one size decides which block is taken next (-2.88 %).
+        (
+            ROBERTA,
+            {"method": "lokr", "trainer": "plain", "dtype": "fp16", "autocast": "fp16", "gradient_accumulation_steps": 4}
+            | {"attn_implementation": "flash_attention_2", "seq_len": 300, "batch_size": 3},
+            291_504_128,
+        ),
+    ],
+    ids=["deberta", "roberta"],
+)
+def test_reserved_bytes_are_those_of_the_trace(config: dict[str, Any], options: dict[str, Any], traced: int) -> None:
+    job: dict[str, Any] = {
+        "task_type": "SEQ_CLS",
+        "num_labels": 3,
+        "gradient_checkpointing": False,
+        "gpu": "a100-40gb",
+        **options,
+    }
+    counted = estimate(config, **job).peaks
     assert counted is not None
-    assert counted.reserved == 880_803_840
+    assert counted.reserved == traced

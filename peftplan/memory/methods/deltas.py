@@ -37,7 +37,7 @@ def _added(
     f.module = part.name
     out = _applied(f, _dropped(f, delta(f, part), is_view=is_view) if drops else delta(f, part), x)
     total = ops.add(f, result, out)
-    del result, out
+    del out, result  # as `result = result + …` frees them
     return f.to(total, dtype)
 
 
@@ -113,7 +113,7 @@ def _factor(f: Tape, part: Part, name: str) -> Operand:
 
 def _kron_backward(f: Tape, node: Node, saved: tuple[Operand, Operand], g: Tensor) -> Gradients:
     one, two = saved
-    by_one, by_two = (f.new(g.dims, g.dtype, "mul") for _ in "12")
+    by_two, by_one = (f.new(g.dims, g.dtype, "mul") for _ in "12")  # `MulBackward0` begins with `other`
     grad_one = f.new(one.dims, g.dtype, "sum")
     del by_one
     grad_two = f.column_sum((one.dims[0], one.dims[1], *two.dims), two.dims, g.dtype)

@@ -86,7 +86,8 @@ def embeddings(model: Model, name: str) -> Tensor:
     x = ops.add(f, x, positions)
     x = model.layernorm(f"{name}.LayerNorm", x)
     f.module = f"{name}.dropout"
-    return ops.dropout(f, x, model.arch.dropout.embedding)
+    x = ops.dropout(f, x, model.arch.dropout.embedding)  # frees the norm before the embeddings
+    return x
 
 
 def encoder_layer(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -96,7 +97,9 @@ def encoder_layer(model: Model, block: Block, name: str, number: int, x: Tensor,
     inner = model.linear(f"{name}.intermediate.dense", attention_output, number)
     f.module = f"{name}.intermediate.intermediate_act_fn"
     inner = activation(f, inner, block.mlp.activation)
-    return output(model, f"{name}.output", number, inner, attention_output)
+    x = output(model, f"{name}.output", number, inner, attention_output)
+    del inner  # a local of `feed_forward_chunk`
+    return x
 
 
 def attention(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
