@@ -151,10 +151,8 @@ class Player:
         """Play these moments up to the end of a backward. Returns the loss if it is among them."""
         loss, arrived = None, None
         for kind, storage, _, module in moments:
-            if storage.op == ENDED:
-                if kind == "free":
-                    break
-                continue
+            if storage.op == ENDED and kind == "alloc":  # frees that follow each other are in the order of the layers
+                break
             if storage.op == ARRIVED:
                 arrived = self._named[str(storage.name)] if kind == "alloc" else arrived
             elif kind == "alloc" and storage.id in self._arriving:
