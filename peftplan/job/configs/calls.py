@@ -148,10 +148,11 @@ class Calls(Objects):
     def visit_Lambda(self, node: ast.Lambda) -> None:
         """A function without a name, called some time later."""
         before = self._values_of(self._named(node))
-        for name in before if self.at_the_end is not None and not self.function else ():
-            if self.at_the_end.get(name) != self.names[name]:
-                self.names.pop(name)
-        self.visit_ListComp(node)
+        if self.at_the_end is not None and not self.function:
+            for name in before:
+                if self.at_the_end.get(name) != self.names[name]:
+                    self.names.pop(name)
+        super().visit_Lambda(node)
         self._restore(before, before)
 
     def visit_Call(self, node: ast.Call) -> None:

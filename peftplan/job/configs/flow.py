@@ -177,16 +177,23 @@ class Flow(ast.NodeVisitor, Expressions):
         for name in self._bound(node.pattern):
             self.names.pop(name, None)
 
-    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp | ast.Lambda) -> None:
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
         """An expression with names of its own, unknown in it."""
+        self._apart(node)
+
+    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        """Likewise."""
+        self._apart(node)
+
+    def _apart(self, node: ast.expr) -> None:
         names = self._bound(node)
         before = self._values_of(names)
         for name in names:
             self.names.pop(name, None)
         self.generic_visit(node)
         self._restore(names, before)
-
-    visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_Lambda = visit_ListComp
 
     def _bound(self, node: ast.AST) -> frozenset[str]:
         """The names that a part of a program binds, and the attributes (`.name`)."""
