@@ -552,7 +552,7 @@ def with_trainer(job: argparse.Namespace) -> None:
 def with_loop(job: argparse.Namespace) -> None:
     """A loop by hand: the model is on its device before the adapter is made."""
     model = load(job)
-    if job.method == "qlora":
+    if job.method == "qlora" or job.quant is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     else:
         model = model.cuda()
