@@ -46,6 +46,11 @@ def test_what_fits_comes_before_what_is_tight(monkeypatch: pytest.MonkeyPatch) -
     assert [change.verdict for change in everything.changes[:2]] == ["fits", "tight"]
 
 
+def test_where_nothing_suffices_what_saves_most_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"less": (SAME, 12), "most": (OTHER, 18), "least": (SAME, 9)}
+    assert names(Trying(changes, room=30).advise(monkeypatch)) == ["most", "less", "least"]
+
+
 def test_combinations_go_by_price_and_then_by_what_they_leave() -> None:
     before = {"forward": 50, "backward": 100}
     prices = {"a": (SAME, 12), "b": (SAME, 9), "c": (SAME, 11), "d": (CLOSE, 19)}
