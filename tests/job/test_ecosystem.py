@@ -399,7 +399,7 @@ def test_how_trl_loads_a_model() -> None:
     expected = peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, max_length=512, bf16=False), dtype="fp32",
                                  attn_implementation="eager")  # fmt: skip
     assert same(peftplan.estimate(CONFIG, training_args=args), expected)
-    in_fp32 = "SFTTrainer loads a model given by name in fp32"
+    in_fp32 = "SFTTrainer loads a model passed by name in fp32"
     assert in_fp32 in str(peftplan.estimate(CONFIG, trainer="trl").assumptions["notes"])
     assert "notes" not in expected.assumptions
 

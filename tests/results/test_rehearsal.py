@@ -41,7 +41,7 @@ CARD = find_cards("24GiB")[0]
 
 
 def rehearsal(rank: Rank = RANK, *, oom: OutOfMemory | None = None, ended: str = "steps", code: int = 0) -> Rehearsal:
-    verdict = _verdict(CARD, [rank], out_of_memory=oom is not None, steps=3)
+    verdict = _verdict(CARD, [rank], [] if oom is None else [oom], steps=3)
     return Rehearsal(("python", "train.py"), ended, code, 3, (rank,), oom, (verdict,), ("network: there was none",), (), 1.0)
 
 
