@@ -494,6 +494,10 @@ SAME_BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**shallow("phi-1-5", 9), "vocab_size": 4000},
         {"method": "lora", **PLAIN, **CHECKPOINTED, "every_n_layers": 3, "offload_checkpoints": True, "batch_size": 2},
     ),
+    "BERT's MLP lets go of its activation, then the layer of its attention; LoKr of its product, then the base's": (
+        {**shallow("roberta-base", 2), "hidden_size": 1152, "num_attention_heads": 18, "intermediate_size": 1152},
+        {"method": "lokr", **PLAIN, **EAGER, **KEPT, "task_type": "SEQ_CLS", "num_labels": 3, "batch_size": 3},
+    ),
 }
 
 

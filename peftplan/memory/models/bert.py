@@ -86,8 +86,9 @@ def embeddings(model: Model, name: str) -> Tensor:
     x = ops.add(f, x, positions)
     x = model.layernorm(f"{name}.LayerNorm", x)
     f.module = f"{name}.dropout"
-    x = ops.dropout(f, x, model.arch.dropout.embedding)  # frees the norm before the embeddings
-    return x
+    out = ops.dropout(f, x, model.arch.dropout.embedding)
+    del x  # frees the norm before the embeddings
+    return out
 
 
 def encoder_layer(model: Model, block: Block, name: str, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
