@@ -55,9 +55,10 @@ DEBERTA = {
 
 
 ROBERTA = {
-    "architectures": ["RobertaForMaskedLM"], "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
-    "classifier_dropout": None, "hidden_size": 1152, "intermediate_size": 2112, "max_position_embeddings": 514, "pad_token_id": 1,
-    "model_type": "roberta", "num_attention_heads": 18, "num_hidden_layers": 2, "type_vocab_size": 1, "vocab_size": 50265,
+    "architectures": ["RobertaForMaskedLM"], "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "classifier_dropout": None,
+    "attention_probs_dropout_prob": 0.1, "hidden_size": 1152, "intermediate_size": 2112, "max_position_embeddings": 514,
+    "pad_token_id": 1, "model_type": "roberta", "num_attention_heads": 18, "num_hidden_layers": 2, "type_vocab_size": 1,
+    "vocab_size": 50265,
 }  # fmt: skip
 
 
