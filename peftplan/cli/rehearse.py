@@ -124,7 +124,7 @@ def command(
     )
     _say_limits(checked)
     signal.signal(signal.SIGTERM, _told_to_end)
-    result = run(checked, stdout=sys.stderr.fileno() if fmt == "json" else None)
+    result = run(checked, stdout=None if fmt == "table" else sys.stderr.fileno())
     if timeline is not None and result.recording is not None:
         write(result, timeline)
     fits = not require_fit or (bool(result.gpus) and all(verdict.verdict == "fits" for verdict in result.gpus))

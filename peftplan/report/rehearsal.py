@@ -127,7 +127,7 @@ def _short(file: str | None) -> str:
 
 
 def facts(result: Rehearsal) -> list[dict[str, object]]:
-    """One record per rank and device, for CSV and Markdown."""
+    """One record per rank and device, for CSV and Markdown; what a rank has not is null."""
     return [
         {
             "rank": rank.rank,
@@ -135,8 +135,8 @@ def facts(result: Rehearsal) -> list[dict[str, object]]:
             "peak_allocated": rank.peak_allocated,
             "peak_reserved": rank.peak_reserved,
             "device_total": rank.device_total,
-            **{f"host_{kind}": size for kind, size in rank.host.items()},
-            **{f"peak_{phase}": size for phase, size in rank.peak_by_phase.items()},
+            **{f"host_{kind}": rank.host.get(kind) for kind in ("pinned", "pageable")},
+            **{f"peak_{phase}": rank.peak_by_phase.get(phase) for phase in ("load", "forward", "backward", "step")},
         }
         for rank in result.ranks
     ]

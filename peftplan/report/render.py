@@ -164,15 +164,21 @@ def oom(result: Diagnosis, *, fmt: str) -> None:
 
 
 def rehearsal(result: Rehearsal, *, fmt: str) -> None:
-    """What a rehearsal showed. JSON is one line, the last of stdout."""
+    """What a rehearsal showed. JSON is one line, the last of stdout; CSV and Markdown have a row per rank, so perhaps none."""
+    from peftplan.report import markdown
     from peftplan.report import rehearsal as report
     from peftplan.report.screen import Screen, glyphs, show, width
 
     if fmt == "json":
         print(json.dumps(result.to_dict(), allow_nan=False), flush=True)
-    elif fmt in ("csv", "markdown"):
+    elif fmt == "csv" and result.ranks:
         tabular.write_csv(report.facts(result), sys.stdout)
-    else:
+    elif fmt == "markdown" and result.ranks:
+        facts = report.facts(result)
+        print(
+            markdown.table(tuple(facts[0]), [["" if value is None else str(value) for value in fact.values()] for fact in facts])
+        )
+    elif fmt == "table":
         show(report.rows(result, Screen(width(), glyphs())))
 
 

@@ -15,6 +15,7 @@ from peftplan.accuracy.jsonl import append
 from peftplan.measure.rehearsed import record_of
 from peftplan.planning.verdicts import find_cards
 from peftplan.rehearse.program import _verdict
+from peftplan.report import render
 from peftplan.report.rehearsal import facts, rows
 from peftplan.report.screen import ASCII, UNICODE, Screen
 from peftplan.results.rehearsal import Alive, OutOfMemory, Rank, Rehearsal, Step
@@ -68,6 +69,19 @@ def test_json_has_the_words_of_the_other_engines() -> None:
     assert stated["ranks"][0]["peak_by_phase"] == PHASES
     assert stated["gpus"][0]["verdict"] == "fits"
     assert facts(rehearsal())[0]["peak_backward"] == 4 * GIB
+
+
+@pytest.mark.parametrize("fmt", ["csv", "markdown"])
+def test_ranks_of_which_one_never_stepped_are_rows_of_one_table(fmt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(RANK, rank=1, peak_by_phase={"load": 2 * GIB}, host={})
+    render.rehearsal(replace(rehearsal(), ranks=(RANK, other)), fmt=fmt)
+    separator, lines = (",", 3) if fmt == "csv" else (" | ", 4)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines
+    assert len({line.count(separator) for line in printed}) == 1
+    assert printed[0].strip("| ").split(separator)[-1] == "peak_step"
+    render.rehearsal(replace(rehearsal(), ranks=()), fmt=fmt)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
