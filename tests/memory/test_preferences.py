@@ -37,6 +37,12 @@ def test_a_pair_is_two_rows() -> None:
     assert lines("backward", method="lora", trainer="trl-kto")["input_ids"] == 8 * 2 * S
 
 
+def test_labels_of_mismatched_pairs_pass_beside_those_of_the_rows() -> None:
+    """KTO's reference reads mismatched pairs first, whose labels are gone when `_compute_kl_logps` returns; `_compute_loss` holds
+    those of its rows (trl, kto_trainer.py). The peak has 2 rows of either."""
+    assert lines("forward", method="lora", trainer="trl-kto")["masked_fill"] == 8 * (2 + 2) * S
+
+
 def test_only_completions_are_scored() -> None:
     """Hidden states and labels of 4 x 100 tokens, once for the policy and once for the reference; else of every label."""
     for options, scored in (({"max_completion_length": C}, 4 * C), ({}, 4 * (S - 1))):
