@@ -111,7 +111,7 @@ def test_config_classes_with_a_pad_token_are_transformers() -> None:
 def test_options_of_tokens_are_said_to_be_unused_by_a_model_of_pictures() -> None:
     model = "vit-base-patch16-224"
     text = notes(model, seq_len=77, padding=True)
-    assert "seq_len is not used: ViTForImageClassification reads pictures" in text
+    assert "seq_len is not used: ViTForImageClassification reads images" in text
     assert "padding is not used" in text
     assert "not used" not in notes(model, batch_size=4)
     assert "not used" not in "; ".join(estimate(model).at(batch_size=4).assumptions.get("notes", ()))
@@ -130,4 +130,4 @@ def test_a_trace_without_pictures_says_so() -> None:
     from tests.trace.family_configs import FAMILIES
 
     by_name = {name: notes(FAMILIES[name].config, engine="trace", method="full", seq_len=24) for name in ("qwen2_vl", "llava")}
-    assert ["the traced batch is text alone" in by_name[name] for name in ("qwen2_vl", "llava")] == [True, False]
+    assert ["the traced batch is text only" in by_name[name] for name in ("qwen2_vl", "llava")] == [True, False]
