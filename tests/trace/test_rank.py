@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -122,7 +123,8 @@ def test_deepspeed_meets_the_gradients_of_layers_that_do_not_run(
     strategy: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A log of eight layers, made from three and four, is what eight layers do under DeepSpeed's engine, on each of three
-    ranks: allocated and reserved bytes, and every event in order. The second job fills buckets within layers."""
+    ranks: reserved bytes and every event, but gradients of a single number, which autograd holds until the played
+    backward ends. The second job fills buckets within layers."""
     pytest.importorskip("deepspeed")
     from peftplan.trace.ranks.zero import Zero
 
@@ -133,13 +135,16 @@ def test_deepspeed_meets_the_gradients_of_layers_that_do_not_run(
     ran = peftplan.estimate(config, **job).peaks
     assert played is not None
     assert ran is not None
-    assert (played.by_phase, played.reserved) == (ran.by_phase, ran.reserved)
-    logs = [
-        [(kind, s.nbytes, s.stream, phase) for kind, s, phase, _ in of_one.recording.traced.log if s.nbytes > SCALARS]
-        for of_one in (played, ran)
-        if of_one.recording is not None
-    ]
-    assert logs[0] == logs[1]
+    assert all(abs(played.by_phase[phase] - ran.by_phase[phase]) <= SCALARS for phase in PHASES)
+    assert played.reserved == ran.reserved
+    assert _events(played.recording) == _events(ran.recording)
+
+
+def _events(recording: Any) -> list[tuple[Any, ...]]:
+    """The events of a log, with frees that follow each other sorted by size."""
+    events = [(kind, phase, s.stream, s.nbytes) for kind, s, phase, _ in recording.traced.log if s.nbytes > SCALARS]
+    runs = (list(run) for _, run in groupby(events, key=lambda event: event[:2]))
+    return [event for run in runs for event in (sorted(run) if run[0][0] == "free" else run)]
 
 
 @pytest.mark.parametrize("unused", [False, True])
