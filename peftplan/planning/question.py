@@ -1,6 +1,6 @@
 """A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -12,9 +12,8 @@ from peftplan.job.prepare import prepared
 from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
-from peftplan.ledger import Ledger
-from peftplan.parameters import Parameters
-from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, of_ranks, outside
+from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
+from peftplan.planning.over_gpus import over_gpus, refused_dtypes
 from peftplan.planning.verdicts import capability, card_notes, kernels_on, placed_on, verdict, vllm_of
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from peftplan.job.configs.plan import Bound
     from peftplan.results.advice import Advised
     from peftplan.results.config_documents import ConfigDocument
-    from peftplan.results.distributed import OverGpus, RankGroup
     from peftplan.results.documents import Assumptions
     from peftplan.results.grid import Grid
     from peftplan.results.host import Host
@@ -264,7 +262,7 @@ def _estimated(
     if peaks is not None:
         assumed |= cast("Assumptions", {"compute_capability": of_first, **peaks.assumed})
     short = None if setup.host_memory is None else question.host(assumed.get("offloaded_bytes", 0)).why_short
-    refused = refused_size or short or _refused_dtypes(job, built)
+    refused = refused_size or short or refused_dtypes(job, built)
     warned = f"batch_size: {refused}" if refused_size else refused
     if (config := question.config) is not None:
         config = config.copy()
@@ -298,48 +296,6 @@ def _estimated(
         chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,
-        distributed=_over_gpus(job, static, peaks, of_first),
+        distributed=over_gpus(job, static, peaks, of_first),
         config=config,
-    )
-
-
-def _refused_dtypes(job: Job, built: Parameters) -> str | None:
-    """Why DeepSpeed refuses the dtypes of what trains; None where it does not."""
-    if job.distributed is None:
-        return None
-    from peftplan.distributed.zero import refused_dtypes
-
-    return refused_dtypes(built, job.distributed, quantized=job.quant is not None)
-
-
-def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator[RankGroup]":
-    """The GPUs of a `device_map`, with their peaks where there are any."""
-    from peftplan.analytic.engine import analytic_peaks
-    from peftplan.results.distributed import RankGroup
-
-    for number, of_device in enumerate(on_each_device(inventory(job))):
-        if peaks is None or peaks.devices:
-            own = peaks and peaks.devices[number]
-        else:
-            own = analytic_peaks(of_device, compute_capability=compute_capability)
-        yield RankGroup((number,), of_device.static.bytes(), own)
-
-
-def _over_gpus(job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str) -> "OverGpus | None":
-    """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are."""
-    if job.distributed is None:
-        return None
-    from peftplan.results.distributed import OverGpus, RankGroup
-
-    if job.distributed.strategy == "device-map":
-        groups = tuple(_groups(job, peaks, compute_capability))
-    else:
-        groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
-    return OverGpus(
-        job.distributed,
-        job.setup.batch_size,
-        job.setup.gradient_accumulation_steps,
-        groups,
-        static.bytes(place="host"),
-        of_ranks(job.distributed),
     )
