@@ -1,4 +1,4 @@
-"""The stored baseline: what each engine stated of every record when somebody last looked, in data/runs/baseline.json."""
+"""The stored baseline: what each engine last stated for every record, in data/runs/baseline.json."""
 
 from __future__ import annotations
 

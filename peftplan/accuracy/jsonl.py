@@ -1,4 +1,4 @@
-"""Run records in JSON Lines: a reader that refuses what it does not know, and an append that loses nothing.
+"""Run records in JSON Lines: a reader that refuses unknown fields, and an append that loses nothing.
 
 Each line carries `digest`, the sha256 of its canonical JSON without it: a line that was edited by hand no longer matches.
 """

@@ -1,4 +1,4 @@
-"""The stand-in for `cudaMalloc` and `cuMemCreate`: a capacity, addresses, and a record of every segment taken or given back.
+"""The stand-in for `cudaMalloc` and `cuMemCreate`: a capacity, addresses, and a record of every segment taken or returned.
 
 Addresses are this model's own, on multiples of 2 MiB, and never reused. They only decide between free blocks of exactly the same
 size in different segments. The one whose segment was made first goes first, wherever it lies: every range lies above the one

@@ -1,4 +1,4 @@
-"""A run as integers: what is allocated and freed, in order, made once for all sizes and replayed at any.
+"""A run as integers: what is allocated and freed, in order, built once for all sizes and replayed at any.
 
 A program holds the events of loading and of some steps. An event names its size by a place in a table, so that a job at another
 batch size is another table. `replay` feeds it to a model of torch's caching allocator, with default options or in segments that

@@ -1,4 +1,4 @@
-"""What a trainer holds while its policy writes completions with transformers: a prompt's forward, then the KV cache.
+"""What a trainer keeps while its policy generates completions with transformers: a prompt's forward, then the KV cache.
 
 b completions that are written at once, s tokens of a prompt, t tokens of the full cache, v vocabulary.
 

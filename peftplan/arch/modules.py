@@ -1,4 +1,4 @@
-"""What an architecture consists of: module families, blocks, and the frozen `Architecture` that holds them.
+"""What an architecture consists of: module families, blocks, and the frozen `Architecture` that contains them.
 
 A *family* is one module, or one per layer: `model.layers.{}.self_attn.q_proj` for layers 0 … 79. Only `inspect`, patterns and
 tests expand names; everything else counts a family once and multiplies by its number of copies.

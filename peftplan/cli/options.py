@@ -1,4 +1,4 @@
-"""The options of the commands: how they are made, and what was typed. Values stay text; the library checks them."""
+"""The options of the commands: how they are created, and what was typed. Values stay strings; the library checks them."""
 
 from __future__ import annotations
 

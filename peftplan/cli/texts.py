@@ -1,4 +1,4 @@
-"""The options of a job by group, under the ecosystem's names: what `--help` says of each, and what it is given."""
+"""The options of a job by group, under the ecosystem's names: the help of each, and its value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one step of decoding holds for a moment, beside base, adapters and cache: a layer, then logits and scores.
+"""The temporaries of one decoding step, beside base, adapters and cache: a layer, then logits and scores.
 
 b sequences, V vocabulary, h hidden_size, i width of the MLP of one token, e bytes of a number in the dtype of the base.
 

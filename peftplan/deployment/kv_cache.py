@@ -1,4 +1,4 @@
-"""The KV cache as transformers' `DynamicCache` holds it while it decodes: two tensors per layer, of the kind of its attention.
+"""The KV cache as transformers' `DynamicCache` stores it while it decodes: two tensors per layer, of the kind of its attention.
 
 b batch_size, T context (tokens in the cache, virtual ones included), a key/value heads, d head_dim, dv value_head_dim, w window.
 

@@ -1,4 +1,4 @@
-"""Bytes that a loaded base and its adapters hold: on the GPU each tensor is rounded up to 512, on the CPU it takes its own bytes.
+"""Bytes of a loaded base and its adapters: on the GPU each tensor is rounded up to 512, on the CPU it takes its own bytes.
 
 Source: as `parameters.py`; peft `tuners/*/layer.py` for the buffers. Nothing is prepared for training.
 """

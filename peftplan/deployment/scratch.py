@@ -1,4 +1,4 @@
-"""A ledger of temporaries: tensors are made and dropped in the order of a library's code, and the highest total is kept.
+"""A ledger of temporaries: tensors are allocated and freed in the order of a library's code, and the highest total is kept.
 
 On the GPU each tensor takes its bytes rounded up to 512, and an operation reads operands of another dtype as they are. On the CPU
 a tensor takes its own bytes, and an operation on mixed dtypes first makes copies in the common one, of its operands and, if in

@@ -1,4 +1,4 @@
-"""Copied layers: what they allocate and free, and where they stand in the log.
+"""Copied layers: what they allocate and free, and their place in the log.
 
 The tape runs two layers of each kind (`stack`). Every other layer is a copy: it does what the last layer of its kind did
 between two boundaries. For four equal layers, of which 0 and 3 are run, the log reads

@@ -1,4 +1,4 @@
-"""The tensors that one rank holds between steps: the shards of a job's parameters, and what a strategy adds to them.
+"""The tensors that one rank stores between steps: the shards of a job's parameters, and what a strategy adds to them.
 
 W ranks of a shard group, N parameters, T of them trained. The rank with the most bytes is counted: rank 0, whose shards are full.
 """

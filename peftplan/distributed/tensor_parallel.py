@@ -1,4 +1,4 @@
-"""Tensor parallelism as transformers does it: which part of each matrix a rank holds.
+"""Tensor parallelism as transformers does it: which part of each matrix a rank stores.
 
 Source: transformers, `base_model_tp_plan` of each model's config and `_tp_plan` of its class; distributed/mixin.py
 (`init_parallel_plans`), distributed/tensor_parallel.py (`ColwiseParallel`, `RowwiseParallel`, `EmbeddingParallel`); peft,

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: its flat groups and their partitions, its buckets, and what a rank holds of them between steps.
+"""DeepSpeed's ZeRO: its flat groups and their partitions, its buckets, and what a rank stores of them between steps.
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, config.py; transformers, trainer.py and
 integrations/deepspeed.py. W ranks, N parameters, T of them trained.

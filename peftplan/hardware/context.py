@@ -1,4 +1,4 @@
-"""What a process holds on a card outside torch's allocator (the CUDA context), and torch's cuBLAS workspace inside it.
+"""What a process uses on a card outside torch's allocator (the CUDA context), and torch's cuBLAS workspace inside it.
 
 A context differs by card, driver, CUDA and by the kernels that were loaded, and no formula gives it. What is stated of a
 card comes from public measurements of exactly this card, else it is None with the reason. A verdict needs a figure, so where

@@ -1,4 +1,4 @@
-"""Sizes of losses that never hold all logits: how many tokens they score, and how many at once.
+"""Sizes of losses that never materialize all logits: how many tokens they score, and how many at once.
 
 Formulas of batch and sequence, which may be integers or arrays. n tokens, h hidden size, v vocabulary.
 Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_entropy.py`; unsloth_zoo 2026.10.9

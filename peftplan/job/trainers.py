@@ -1,4 +1,4 @@
-"""Each trainer's facts. Code asks for a fact; only this file and `trl_trainers.py` say names."""
+"""Each trainer's facts. Other code reads a fact; only this file and `trl_trainers.py` use names."""
 
 from __future__ import annotations
 

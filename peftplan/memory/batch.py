@@ -1,4 +1,5 @@
-"""What a step's batch holds on the device: the tensors that a model's forward takes, of the shapes that the trace engine gives.
+"""The tensors of a step's batch on the device: those that a model's forward takes, of the shapes that the trace engine
+gives.
 
 Source: the data collators of transformers; pictures and sound of the sizes that the config states.
 """

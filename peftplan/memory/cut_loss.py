@@ -1,4 +1,4 @@
-"""Cut cross entropy, whose kernels project, score and differentiate block by block: no logits are ever held.
+"""Cut cross entropy, whose kernels project, score and differentiate block by block: the logits are never materialized.
 
 n scored labels, t hidden states, h hidden size, v vocabulary. Source: the fork of Apple's cut-cross-entropy that axolotl names
 (github.com/axolotl-ai-cloud/ml-cross-entropy at 5f0c7a7), `transformers/utils.py` (`apply_lce`), `cce.py`, `cce_lse_forward.py`,

@@ -1,4 +1,4 @@
-"""DoRA's layers while they are made beside a base on the device: the norm of W + ΔW, the first value of the magnitude.
+"""DoRA's layers while they are created beside a base on the device: the norm of W + ΔW, the first value of the magnitude.
 
 Source: peft, tuners/lora/dora.py (`DoraLinearLayer.update_layer`, `get_weight_norm`), utils/integrations.py
 (`dequantize_bnb_weight`); bitsandbytes, nn/modules.py (`Params4bit.__deepcopy__`), functional.py (`dequantize_4bit`,

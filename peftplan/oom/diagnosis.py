@@ -36,7 +36,7 @@ WITHOUT_FIGURES = "it says that memory ran out, and no figure; accepted: all of 
 class Expected(NamedTuple):
     """What the estimate of the job says beside what the run reached, in bytes.
 
-    `reached` is what was allocated and what was asked for in vain. `explained_by_seq_len`: the tokens per sequence from which on
+    `reached` is what was allocated plus the request that failed. `explained_by_seq_len`: the tokens per sequence from which on
     the estimate is as large, where the run reached more than it.
     """
 

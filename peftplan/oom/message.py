@@ -1,6 +1,6 @@
 """torch's out-of-memory message and the traceback above it, as facts.
 
-Source: c10/cuda/CUDACachingAllocator.cpp. In old releases the figures stand in parentheses (`GPU 0; 23.69 GiB total capacity; …
+Source: c10/cuda/CUDACachingAllocator.cpp. In old releases the numbers are in parentheses (`GPU 0; 23.69 GiB total capacity; …
 already allocated; … free; … reserved in total by PyTorch`). Since 2.1 they stand in sentences, with what the process holds
 besides (`Including non-PyTorch memory, this process has …` or `Process 42 has …`, a number as the driver sees it). Figures have
 two digits after the point, so sizes are known to half of the last one.

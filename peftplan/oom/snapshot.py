@@ -1,4 +1,4 @@
-"""What a memory snapshot says was alive, by the line of the program that made it, and the request that failed."""
+"""What was alive in a memory snapshot, by the line of the program that allocated it, and the request that failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs without torch's figures: one line says that the driver, a library of CUDA or the host ran out of memory."""
+"""Logs without torch's figures: one line says that the driver, a CUDA library or the host ran out of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry points of this package: states of one parameter, and what an optimizer holds once."""
+"""The entry points of this package: states of one parameter, and what an optimizer stores once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a result rests on in words: every value assumed, notes on what surprises, and what no number holds."""
+"""What a result depends on, in words: every assumed value, notes on surprises, and what the numbers leave out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What training leaves: an adapter's file or a merged model's, and what merging takes. The sums lie in `peftplan.deployment`."""
+"""The results of training: an adapter's file or a merged model's, and what merging needs. The sums are in
+`peftplan.deployment`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`fit`: the largest size of a job that a card takes, as typed and by other methods, ranked as plans.
+"""`fit`: the largest size of a job that fits a card, as typed and with other methods, ranked as plans.
 
 Composition only: every number is that of `planning.estimate`, and `planning.largest` searches. A plan is a job, whatever it runs
 on, so plans over several cards are plans with other options.

@@ -1,4 +1,4 @@
-"""The largest model of a family, or of a list, that a card takes."""
+"""The largest model of a family, or of a list, that fits a card."""
 
 from __future__ import annotations
 

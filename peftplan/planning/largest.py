@@ -37,7 +37,7 @@ class Probe(NamedTuple):
     """What a job needs at one size, in bytes, and whether that does.
 
     `room`: what a card has for torch's allocator if the verdict is to be good enough. `accepted` may hold for more reserved bytes
-    than that, where the allocator gets by once it gives cached memory back.
+    than that, if the allocator gets by once it releases cached memory.
     """
 
     accepted: bool

@@ -1,4 +1,4 @@
-"""What peftplan knows, as lists of records: `models`, `gpus` and `methods` list what the commands of these names list."""
+"""What peftplan knows, as lists of records: `models`, `gpus` and `methods` return what the commands of the same names list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job and its cards, as data: what an estimate is made from, and made again from at other sizes or with changes."""
+"""A job and its cards, as data: the inputs of an estimate, from which it is repeated at other sizes or with changes."""
 
 from collections.abc import Callable, Mapping
 from operator import itemgetter
@@ -117,7 +117,7 @@ class Question(NamedTuple):
 
 class Counted(NamedTuple):
     """What an engine says with one card's kernels. `runs_within`: whether the job runs where the allocator can take so many
-    bytes: it gives cached memory back before it fails.
+    bytes: it releases cached memory before it fails.
     """
 
     peaks: Peaks | None = None

@@ -1,4 +1,4 @@
-"""`serving`: what a fine-tuned model takes after training. Composition only; the sums lie in `peftplan.serving`."""
+"""`serving`: what a fine-tuned model needs after training. Composition only; the sums are in `peftplan.deployment`."""
 
 from __future__ import annotations
 

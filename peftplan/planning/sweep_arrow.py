@@ -1,4 +1,4 @@
-"""The rows of a sweep as Arrow takes them: one schema for all of them, whatever the first ones leave open."""
+"""The rows of a sweep for Arrow: one schema for all of them, whatever the first rows leave open."""
 
 from __future__ import annotations
 

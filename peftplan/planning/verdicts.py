@@ -189,7 +189,7 @@ def verdict(
     *Needed* are the bytes that the allocator reserves without a limit, however late the GPU is, and the CUDA context, assumed
     where it is not known.
     `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the job runs where the
-    allocator may take no more than is usable: it gives cached memory back before it fails. `does_not_fit`: it fails there.
+    allocator may take no more than is usable: it releases cached memory before it fails. `does_not_fit`: it fails there.
     `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large, or an
     upper one that is, or a run that depends on the GPU's pace. `bound`: what the peak is where a file has keys that no option
     says: `at_least`, `at_most` or `unknown`.

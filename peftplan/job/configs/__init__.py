@@ -1,1 +1,1 @@
-"""Files of other training tools, read into a `ConfigPlan`: model, options, launch, and what became of every key."""
+"""Files of other training tools, read into a `ConfigPlan`: model, options, launch, and how every key is treated."""

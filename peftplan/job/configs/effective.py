@@ -1,4 +1,4 @@
-"""What holds for each key of a file: its value there, else the tool's default. Rules ask here."""
+"""The value of each key of a file: the one in the file, else the tool's default. Rules read it here."""
 
 from __future__ import annotations
 

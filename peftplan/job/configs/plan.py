@@ -1,4 +1,4 @@
-"""What a tool's file says: the model, our options, the launch, and what became of every key. Plain data."""
+"""What a tool's file says: the model, our options, the launch, and how every key is treated. Plain data."""
 
 from __future__ import annotations
 

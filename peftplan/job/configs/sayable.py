@@ -1,4 +1,4 @@
-"""A job as the options that decide its bytes, so that two of them can be compared: the one asked for and the one a file says."""
+"""A job as the options that decide its bytes, so that two of them can be compared: the one requested and the one in a file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Launch files of other tools as options: accelerate's YAML and DeepSpeed's JSON.
 
-Every field stands in one of three tables: what it sets here, that no byte of a GPU depends on it, or it is refused by its name.
+Every field is in one of three tables: what it sets here, that no byte of a GPU depends on it, or it is refused by its name.
 """
 
 from __future__ import annotations

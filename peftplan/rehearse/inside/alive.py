@@ -1,4 +1,4 @@
-"""What is alive on a device, from torch's own memory history: by the line of the program that made it, and by category.
+"""What is alive on a device, from torch's own memory history: by the line of the program that allocated it, and by category.
 
 Weights, gradients and optimizer states are told by their addresses; other blocks by the phase that made them: what a forward made
 and backward still needs are activations, all else is temporary.
