@@ -5,6 +5,7 @@ Sources: transformers, models/{bloom,mpt}/modeling_*.py; torch, derivatives.yaml
 
 from __future__ import annotations
 
+from peftplan.errors import RefusedError
 from peftplan.memory.activations import activation
 from peftplan.memory.attention_layout import batched, gathered, product
 from peftplan.memory.calls import inputs, into_cache
@@ -17,6 +18,7 @@ from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
+from peftplan.versions import named
 
 
 def bloom(model: Model) -> Tensor:
@@ -59,7 +61,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     q = batched(c.model, q)
     if not c.model.joins:
         k, v = batched(c.model, k), batched(c.model, v)
-    scores = baddbmm(f, q, k, (b, a.num_attention_heads, s, k.dims[2]))
+    scores = baddbmm(f, c.tables[0], q, k, (b, a.num_attention_heads, s, k.dims[2]))
     weights = scores if c.mask is None else ops.add(f, scores, c.mask)
     probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)
     probabilities = ops.dropout(f, probabilities, c.model.arch.dropout.attention)
@@ -72,10 +74,15 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     return ops.add(c.at("self_attention"), residual, out)
 
 
-def baddbmm(f: Tape, q: Tensor, k: Tensor, dims: Dims) -> Tensor:
-    """`alibi.baddbmm(q, k)`: keeps both factors. Autocast runs it in its dtype."""
+def baddbmm(f: Tape, alibi: Tensor, q: Tensor, k: Tensor, dims: Dims) -> Tensor:
+    """`alibi.baddbmm(q, k)`: keeps both factors. Autocast runs it in its dtype; without it torch takes three tensors of one."""
     if f.autocast:
         q, k = f.cast_all(f.autocast, q, k)
+    elif alibi.dtype != q.dtype:
+        raise RefusedError(
+            f"{named('torch')} refuses it: RuntimeError: Input dtypes must be the same, got: ALiBi's bias in {alibi.dtype}, "
+            f"queries and keys in {q.dtype}; accepted: autocast"
+        )
     node = f.record(_baddbmm_backward, (q, k), q if k.node else None, k if q.node else None, q.dims, k.dims)
     return f.new(dims, q.dtype, "baddbmm", node)
 
