@@ -98,7 +98,11 @@ def test_both_engines_agree(config: dict[str, Any], options: dict[str, Any]) -> 
         (TIED, {"trainer": "trl", "target_modules": ["q_proj"], "trainable_token_indices": [1]}, "no attribute 'bias'"),
         (shallow("bloom-560m"), {"attn_implementation": "flash_attention_2"}, "no flash_attention_2"),
         # IA3's vectors make queries and keys fp32, and the bias of distances stays bf16
-        (BLOOM, {"method": "ia3", "trainer": "trl", "quant": "int8", "dtype": "bf16", "autocast": "none", **EAGER}, "must be the same"),
+        (
+            BLOOM,
+            {"method": "ia3", "trainer": "trl", "quant": "int8", "dtype": "bf16", "autocast": "none", **EAGER},
+            "must be the same",
+        ),
         # int8's layers leave a trained bias in the fp16 of their input
         (QWEN2, {"trainer": "trl", "quant": "int8", "bias": "all", "dtype": "fp16", "autocast": "fp16"}, "unscale fp16"),
         (GPT2, {"trainer": "transformers", "quant": "int8", "bias": "all", "dtype": "fp32", "autocast": "fp16"}, "unscale fp16"),
