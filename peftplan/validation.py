@@ -53,9 +53,10 @@ def paths(value: object, *, field: str) -> list[str | os.PathLike[str]]:
     if isinstance(value, (str, os.PathLike)):
         return [value]
     several = list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [value]
-    if not all(isinstance(path, (str, os.PathLike)) for path in several):
+    named = [path for path in several if isinstance(path, (str, os.PathLike))]
+    if len(named) < len(several):
         raise BoundError(field, value, "a path or a list of paths")
-    return several
+    return named
 
 
 def text(value: object, *, field: str) -> str:

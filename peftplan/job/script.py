@@ -107,7 +107,8 @@ class Script(BaseModel):
         made (utils/generic.py, `check_model_inputs`). Trainers other than `plain` have collators that add a mask."""
         version = self.transformers
         ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
-        without_cache = not setup.use_cache or (setup.gradient_checkpointing and model_type not in CACHES_IN_CHECKPOINTS)
+        checkpointing = bool(setup.gradient_checkpointing)
+        without_cache = not setup.use_cache or (checkpointing and model_type not in CACHES_IN_CHECKPOINTS)
         bare = not setup.by.collates and not setup.padding and without_cache
         return ran and bare and setup.attn_implementation == "sdpa" and model_type in POSITIONS_IN_MASKS
 
