@@ -189,9 +189,10 @@ def _complete_batches(run: Run) -> None:
 def _compute_loss(run: Run, micro_batch: int) -> torch.Tensor:
     """`Trainer.compute_loss`: the model's own loss. `SFTTrainer.compute_loss`: the loss from per-token log-probabilities; entropy
     and accuracy are summed while they live. Left out: `.item()` and the sums over processes; `num_items_in_batch`, a scalar.
+    A model that is `played` returns the loss: its log holds all of that.
     """
     outputs = _prepared_forward(run, micro_batch)
-    if not run.setup.by.sums_tokens or run.setup.loss != "trl-chunked":
+    if not run.setup.by.sums_tokens or run.setup.loss != "trl-chunked" or "log_probs" not in outputs:
         return _loss(outputs)
     per_token_loss = -outputs["log_probs"]
     num_tokens = outputs["label_mask"].sum()

@@ -115,6 +115,7 @@ def test_depth_is_extended(strategy: str, method: str, monkeypatch: pytest.Monke
     ("strategy", "more"),
     [
         ("zero2", {"method": "lora", "seq_len": 2048}),
+        ("zero2", {"method": "full", "trainer": "trl"}),
         ("zero2", {"method": "full", "reduce_bucket_size": 20_000_000, "overlap_comm": True}),
         ("zero1", {"method": "full", "gradient_accumulation_steps": 2}),
         ("zero2", {"method": "qlora", "seq_len": 512}),
