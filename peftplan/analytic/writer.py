@@ -203,10 +203,10 @@ class Writer:
         self._latest.clear()
 
     def _begin(self, phase: str, *, counts: bool) -> None:
-        if counts:
-            self.begin(phase)
         if phase == "backward":  # the forward has returned
             self._write(events.END_OUTPUTS)
+        if counts:
+            self.begin(phase)
 
     def _by_layer(self, timeline: Timeline, kinds: int, at: int) -> int:
         """Allocate layer by layer what an optimizer makes for all parameters of a stack. Returns the index of the next event."""
