@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from peftplan.rehearse.inside import rows, standins, uploads, workers
+from peftplan.rehearse.inside import rows, standins, stopping, uploads, workers
 from peftplan.rehearse.inside.after_import import AfterImport
 from peftplan.rehearse.settings import read
 
@@ -37,6 +37,7 @@ def begin() -> None:
         standins.start(into("stand-ins.txt"))
     if not settings.network:
         uploads.start(into("notes.txt"))
+    stopping.start(into("notes.txt"))
     workers.start(settings)
     rows.start(settings.data, settings.seq_len, into("stand-ins.txt"), into("notes.txt"))
     sys.meta_path.insert(0, AfterImport({"torch": torch_is_there}))
