@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from peftplan.rehearse.inside.after_import import AfterImport
@@ -24,12 +24,9 @@ def start(say: Callable[[str], None]) -> None:
 
 def _go_on(module: Any, *, say: Callable[[str], None], of: tuple[str, str]) -> None:
     name, method = of
-    callback = getattr(module, name)
-    said: list[str] = []
+    once = cache(say)
 
     def not_compared(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not said:
-            said.append(name)
-            say(f"{name} does not end the run: metrics read as zero, which never improves")
+        once(f"{name} does not end the run: metrics read as zero, which never improves")
 
-    setattr(callback, method, not_compared)
+    setattr(getattr(module, name), method, not_compared)
