@@ -70,7 +70,8 @@ class Expressions:
     def name_of(self, function: ast.expr) -> str:
         """The name of what is called, as its library or the program defines it."""
         name = dotted(function)
-        return self.aliases.get(name) or name
+        first, dot, rest = name.partition(".")
+        return self.aliases.get(name) or (self.aliases.get(first) or first) + dot + rest
 
     def fresh(self, node: ast.expr) -> object:
         """The value of an expression, and in `by_default` the options behind it alone."""

@@ -51,7 +51,7 @@ class Flow(ast.NodeVisitor, Expressions):
         """Names of other modules."""
         for alias in node.names:
             self.names.pop(alias.asname or alias.name.partition(".")[0], None)
-            if alias.asname and isinstance(node, ast.ImportFrom):
+            if alias.asname:
                 self._rename(alias.asname, alias.name)
 
     visit_ImportFrom = visit_Import
@@ -89,9 +89,10 @@ class Flow(ast.NodeVisitor, Expressions):
 
     def visit_BoolOp(self, node: ast.BoolOp) -> None:
         """`a and b`: what stands behind a part that decides is not taken."""
-        first, *others = node.values
-        rest = [others[0] if len(others) == 1 else ast.BoolOp(node.op, others)] if others else []
-        goes_on, ends = (rest, []) if isinstance(node.op, ast.And) else ([], rest)
+        first, *others, rest = node.values
+        for each in reversed(others):
+            rest = ast.BoolOp(node.op, [each, rest])
+        goes_on, ends = ([rest], []) if isinstance(node.op, ast.And) else ([], [rest])
         self._choice(node, first, goes_on, ends)
 
     def _choice(self, node: ast.AST, test: ast.expr, body: Sequence[ast.AST], orelse: Sequence[ast.AST]) -> None:
@@ -201,7 +202,7 @@ class Flow(ast.NodeVisitor, Expressions):
             names, todo = own_names(node), [*ast.iter_child_nodes(node)]
             while todo:
                 each = todo.pop()
-                if isinstance(each, ast.stmt):
+                if isinstance(each, (ast.stmt, ast.BoolOp, ast.IfExp)):
                     names |= self._bound(each)
                 else:
                     names |= own_names(each)

@@ -15,7 +15,9 @@ from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
 """A notebook's line that sets one of them."""
 MOST_PARTS = 20_000
-"""Statements and calls of the longest program that is read, in about two seconds."""
+"""Statements, calls and deep expressions of the longest program that is read."""
+DEEP = 10
+"""Levels from which on an expression inside others counts too: its text is taken anew at each level."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -47,9 +49,10 @@ def of_script(text: str, *, file: str) -> Document:
 
 def _read(statements: list[ast.stmt], environment: Values, file: str) -> Calls:
     """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
-    parts = sum(isinstance(each, (ast.stmt, ast.Call)) for each in ast.walk(ast.Module(statements, [])))
+    parts = _parts(statements)
     if parts > MOST_PARTS:
-        raise BrokenFileError(file, None, f"{parts:,} statements and calls; accepted: a program of at most {MOST_PARTS:,}")
+        what = "statements, calls and deep expressions"
+        raise BrokenFileError(file, None, f"{parts:,} {what}; accepted: a program of at most {MOST_PARTS:,}")
     reader = Calls(statements, environment)
     reader.read()
     for _ in range(2):
@@ -58,6 +61,17 @@ def _read(statements: list[ast.stmt], environment: Values, file: str) -> Calls:
         if reader.same_as(earlier):
             break
     return reader
+
+
+def _parts(statements: list[ast.stmt]) -> int:
+    """The statements, calls and deep expressions."""
+    parts = 0
+    todo: list[tuple[ast.AST, int]] = [(each, 0) for each in statements]
+    while todo:
+        node, depth = todo.pop()
+        parts += isinstance(node, (ast.stmt, ast.Call)) or (depth >= DEEP and isinstance(node, ast.expr))
+        todo += [(each, 0 if isinstance(each, ast.stmt) else depth + 1) for each in ast.iter_child_nodes(node)]
+    return parts
 
 
 def _document(reader: Calls, file: str) -> Document:

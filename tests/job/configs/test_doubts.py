@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from peftplan.errors import PeftplanError
+from peftplan.job.configs import flow
+from peftplan.job.configs.bindings import own_names
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.programs import MOST_PARTS, of_script
 from peftplan.job.configs.read import read_text
@@ -134,7 +138,46 @@ def test_settings_in_a_handler_are_unknown() -> None:
     assert "args.max_length" in read(ARGS, LORA, program).unsupported
 
 
-def test_a_program_of_too_many_parts_is_refused_at_once() -> None:
-    program = "rows = []\n" + "rows.append(1)\n" * (MOST_PARTS // 2)
-    with pytest.raises(PeftplanError, match="20,001 statements and calls; accepted: a program of at most 20,000"):
+@pytest.mark.parametrize(
+    "loads",
+    [
+        "from transformers import AutoModelForCausalLM as Auto\nmodel = Auto",
+        "import transformers as hf\nmodel = hf.AutoModelForCausalLM",
+    ],
+)
+def test_a_model_loaded_under_another_name_of_its_class(loads: str) -> None:
+    plan = read_text(f"{loads}.from_pretrained('gpt2')\n{ARGS}{LORA}{TRAINER}", file="run.py")
+    assert (plan.model, plan.options["dtype"], plan.unsupported) == ("gpt2", "bf16", {})
+
+
+@pytest.mark.parametrize("loads", ["load('gpt2')", "LlamaForCausalLM.from_pretrained('a/b', load_in_8bit=True)"])
+@pytest.mark.parametrize("trains", [ARGS + LORA + TRAINER, "Trainer(model=model, args=TrainingArguments('x'))"])
+def test_a_model_whose_loading_is_not_read_is_unknown(loads: str, trains: str) -> None:
+    plan = read_text(f"model = {loads}\n{trains}", file="run.py")
+    assert {"trainer.0", "trainer.model"} & plan.unsupported.keys()
+
+
+@pytest.mark.parametrize(
+    ("program", "parts"),
+    [
+        ("rows = []\n" + "rows.append(1)\n" * (MOST_PARTS // 2), "20,001"),
+        (("x = " + "a[" * 80 + "1" + "]" * 80 + "\n") * (MOST_PARTS // 80), "36,250"),
+    ],
+)
+def test_a_program_of_too_many_parts_is_refused_at_once(program: str, parts: str) -> None:
+    what = "statements, calls and deep expressions"
+    with pytest.raises(PeftplanError, match=f"{parts} {what}; accepted: a program of at most 20,000"):
         of_script(program, file="run.py")
+
+
+def test_each_part_of_a_condition_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[ast.AST] = []
+
+    def counted(node: ast.AST) -> set[str]:
+        walked.append(node)
+        return own_names(node)
+
+    monkeypatch.setattr(flow, "own_names", counted)
+    for condition in (" and ".join(["a"] * 100), "a if b else " * 50 + "c"):
+        of_script(f"x = {condition}\nLoraConfig()", file="run.py")
+    assert len(walked) < 5_000  # 26,865 where each was walked for all parts before it
