@@ -32,7 +32,8 @@ table = torch.zeros([tokens, experts], device="cuda").scatter(1, chosen, 1).long
 counts = torch.bincount(chosen.view(-1), minlength=experts).tolist()
 one = [int(number) for number in torch.nn.functional.one_hot(scores.argmax(-1), experts).sum(0)]
 labels = torch.tensor([[1, -100, 3]]).cuda()
-print("SEEN", json.dumps([rows, loops, table, counts, one, int((labels != -100).sum())]))
+filled = torch.zeros(tokens, experts, device="cuda").normal_()
+print("SEEN", json.dumps([rows, loops, table, counts, one, int((labels != -100).sum()), len(filled[filled > 0])]))
 """
 
 
@@ -62,5 +63,5 @@ def test_an_expert_gets_its_share_of_tokens(routing: str, of_two: list[int], of_
         result = rehearse([sys.executable, str(path)], steps=0, routing=routing, stdout=file.fileno())
     seen: list[Any] = json.loads(output.read_text(encoding="utf-8").partition("SEEN")[2])
     every = [*of_two, *[0] * (8 - len(of_two))]
-    assert seen == [of_two, every, every, every, [*of_one, *[0] * (8 - len(of_one))], 2]
+    assert seen == [of_two, every, every, every, [*of_one, *[0] * (8 - len(of_one))], 2, 8192]
     assert any(text.startswith("experts of a mixture") for text in result.replaced)

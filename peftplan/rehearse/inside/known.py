@@ -107,10 +107,16 @@ def _followed(operation: Callable[..., Any], *, counted: bool, is_view: bool) ->
         if not is_known:
             return result
         if is_view or _small(result) or (operation.__name__ == "__getitem__" and _selects(args[1])):
-            _attach(result, operation, args, kwargs)
+            _attach(result, operation, _with_table(operation, args), kwargs)
         return result
 
     return followed
+
+
+def _with_table(operation: Callable[..., Any], args: Any) -> Any:
+    """The arguments; of `scatter` into a new table its zeros, which nobody follows otherwise, since anything may fill it."""
+    into_table = operation.__name__ == "scatter" and hasattr(args[0], "is_table")
+    return (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:]) if into_table else args
 
 
 def _selects(index: Any) -> bool:
@@ -243,13 +249,11 @@ def _numbers(value: Any) -> Any:
 def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
     def creating(*args: Any, **kwargs: Any) -> Any:
         result = operation(*map(_numbers, args), **kwargs)
-        if (
-            result.device.type == "cuda"
-            and (not result.is_floating_point() or (operation.__name__ == "zeros" and _is_table(result)))
-            and result.numel() <= MOST
-            and not hasattr(result, "known")
-        ):
-            _attach(result, operation, args, {**kwargs, "device": "cpu"})
+        if result.device.type == "cuda" and result.numel() <= MOST and not hasattr(result, "known"):
+            if not result.is_floating_point():
+                _attach(result, operation, args, {**kwargs, "device": "cpu"})
+            elif operation.__name__ == "zeros" and _is_table(result):
+                result.is_table = True
         return result
 
     return creating
