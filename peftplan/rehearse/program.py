@@ -238,13 +238,15 @@ def _out_of_memory(report: Mapping[str, Any]) -> OutOfMemory:
 
 
 def _verdict(card: Gpu, ranks: Iterable[Rank], ooms: Sequence[OutOfMemory], *, steps: int) -> Verdict:
-    """The rules of `planning.verdicts`, on what ran, and on what it requested in vain.
+    """The rules of `planning.verdicts`, on what ran, and on what it requested in vain of a device.
 
     A program that never stepped decides nothing but that it does not fit.
     """
     usable, room = usable_and_room(card)
     out_of_memory = bool(ooms)
-    reserved = max((rank.peak_reserved for rank in ranks), default=0) + max((oom.requested_bytes for oom in ooms), default=0)
+    in_vain = {(oom.rank, oom.device): oom.requested_bytes for oom in ooms}
+    reserved = max((rank.peak_reserved + in_vain.get((rank.rank, rank.device), 0) for rank in ranks), default=0)
+    reserved = max(reserved, *in_vain.values(), 0)
     released = any(rank.cache_released for rank in ranks)
     enough = room - reserved >= TIGHT * usable and not released
     word = "does_not_fit" if out_of_memory else "unknown" if not steps else "fits" if enough else "tight"

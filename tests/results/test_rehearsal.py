@@ -97,6 +97,13 @@ def test_verdicts(rank: Rank, oom: OutOfMemory | None, word: str) -> None:
     assert rehearsal(rank, oom=oom).gpus[0].verdict == word
 
 
+def test_what_was_requested_in_vain_counts_on_its_own_device() -> None:
+    """The first GPU reserved 20 GiB; the second had 5 and was asked for 22."""
+    ranks = (replace(RANK, peak_reserved=20 * GIB), replace(RANK, device=1))
+    verdict = _verdict(CARD, ranks, [replace(OOM, device=1, requested_bytes=22 * GIB)], steps=3)
+    assert verdict.needed_bytes == 27 * GIB + verdict.context_bytes
+
+
 @pytest.mark.parametrize("screen", [Screen(80, UNICODE), Screen(100, ASCII)])
 def test_the_answer_comes_first_and_fits_the_screen(screen: Screen) -> None:
     lines = ["".join(part.text for part in row) for row in rows(rehearsal(), screen)]
