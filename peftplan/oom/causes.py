@@ -258,10 +258,15 @@ def _fragmentation(message: Message) -> Cause | None:
 
 
 def _too_large(message: Message) -> Cause:
-    so_far = "" if message.allocated is None else f": {format_bytes(message.allocated)} are allocated already"
+    requested = format_bytes(message.requested)
+    if message.allocated is None:
+        evidence = f"{requested} are requested and not free; the message does not say how much of the card this process uses"
+    else:
+        so_far = format_bytes(message.allocated)
+        evidence = f"the job needs more than the card has: {so_far} are allocated already, and another {requested} are requested"
     return Cause(
         "too_large",
-        f"the job needs more than the card has{so_far}, and another {format_bytes(message.requested)} are requested",
+        evidence,
         ("run `peftplan fit MODEL --gpu CARD` with the options of the job: it says which size fits, and which other plans do",),
     )
 

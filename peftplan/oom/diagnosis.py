@@ -30,7 +30,7 @@ LONGEST = 2**20
 
 
 ACCEPTED = "a file, torch's message in quotes, or - for standard input"
-WITHOUT_FIGURES = "it says that memory ran out, and no figure; accepted: all of torch's message (Tried to allocate …)"
+WITHOUT_FIGURES = "it says that memory ran out, but gives no figures; accepted: all of torch's message (Tried to allocate …)"
 
 
 class Expected(NamedTuple):
