@@ -212,7 +212,7 @@ def test_what_is_neither_file_nor_message_says_how_to_pass_one(source: str) -> N
     "source", ["RuntimeError: CUDA out of memory.", "CUDA out of memory", "torch.OutOfMemoryError: HIP out of memory. "]
 )
 def test_a_message_without_figures_is_no_name_of_a_file(source: str, tmp_path: Path) -> None:
-    says = "is not valid; it says that memory ran out, but gives no figures; accepted: all of torch's message (Tried to allocate …)"
+    says = "is not valid; it says that memory ran out, but gives no figures; accepted: all of torch's message (Tried to allocate"
     file = tmp_path / "train.log"
     file.write_text(f"step 3\n{source}\n")
     for argument in (source, str(file)):
