@@ -118,7 +118,8 @@ class Trainer(NamedTuple):
     narrow_under_zero3: bool = False
     """Whether under ZeRO-3 an adapter stays in the dtype of a base in 16 bits (trl, `autocast_adapter_dtype` in each
     constructor). Those constructors also ask for reentrant checkpoints, in a field that Trainer has read by then
-    (transformers, training_args.py: `gradient_checkpointing_kwargs` is an alias of `activation_checkpointing_kwargs`)."""
+    (transformers, training_args.py: `gradient_checkpointing_kwargs` is an alias of `activation_checkpointing_kwargs`), unless
+    the config states it: both fields are then one dict."""
     sums_tokens: bool = False
     """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
     rows: int = 1
