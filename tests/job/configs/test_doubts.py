@@ -158,6 +158,21 @@ def test_a_model_whose_loading_is_not_read_is_unknown(loads: str, trains: str) -
 
 
 @pytest.mark.parametrize(
+    "adapts", ["get_peft_model(model, IA3Config())", "PeftModel.from_pretrained(model, 'adapter', is_trainable=True)"]
+)
+@pytest.mark.parametrize(
+    "trains",
+    [ARGS + "SFTTrainer(model, args=args)", "Trainer(model=model, args=TrainingArguments('x'))"],
+    ids=["trl", "transformers"],
+)
+def test_an_adapter_that_is_not_read_is_no_full_fine_tuning(adapts: str, trains: str) -> None:
+    plan = read_text(f"{MODEL}model = {adapts}\n{trains}", file="run.py")
+    assert [plan.unsupported[key].option for key in plan.unsupported] == ["method"]
+    merged = read_text(f"{MODEL}model = get_peft_model(model, LoraConfig(r=8))\n{trains}\n{adapts}", file="run.py")
+    assert (merged.options["method"], merged.unsupported) == ("lora", {})
+
+
+@pytest.mark.parametrize(
     ("program", "parts"),
     [
         ("rows = []\n" + "rows.append(1)\n" * (MOST_PARTS // 2), "20,001"),
