@@ -29,6 +29,8 @@ CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str":
 DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
+CAPABLE = re.compile(r"torch\.cuda\.get_device_capability\((0|device)?\)(\[0\] >= 8| >= \(8, 0\))")
+"""The same question, asked of the compute capability."""
 
 
 class Expressions:
@@ -218,7 +220,8 @@ class Expressions:
 
     def _truth(self, test: ast.expr) -> bool | None:
         """Whether a condition holds; None where only the program knows."""
-        if ast.unparse(test).rpartition(".")[2] in [f"{name}()" for name in BF16]:
+        text = ast.unparse(test)
+        if text.rpartition(".")[2] in [f"{name}()" for name in BF16] or CAPABLE.fullmatch(text):
             return True
         value = self.value(test)
         return bool(value) if plain(value) and not _is_flag_of_torch(value) else None

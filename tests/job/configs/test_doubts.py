@@ -172,6 +172,12 @@ def test_an_adapter_that_is_not_read_is_no_full_fine_tuning(adapts: str, trains:
     assert (merged.options["method"], merged.unsupported) == ("lora", {})
 
 
+@pytest.mark.parametrize("asks", ["is_bf16_supported()", "get_device_capability()[0] >= 8", "get_device_capability() >= (8, 0)"])
+def test_a_program_that_asks_for_bf16_gets_it(asks: str) -> None:
+    program = f"if torch.cuda.{asks}:\n    length = 64\nelse:\n    length = 32\nargs = SFTConfig(max_length=length)\n"
+    assert read(program, LORA).options["seq_len"] == 64
+
+
 @pytest.mark.parametrize(
     ("program", "parts"),
     [
