@@ -69,7 +69,7 @@ def limits(distributed: Distributed, hidden_size: int) -> Limits:
 def by_tensor(distributed: Distributed, *, quantized: bool) -> bool:
     """Whether a rank makes and divides one tensor after the other, as `from_pretrained` does under ZeRO-3 unless it quantizes.
 
-    A quantized model is made on the meta device, outside `deepspeed.zero.Init`, whatever `zero3_init` says (transformers 5.24,
+    A quantized model is made on the meta device, outside `deepspeed.zero.Init`, whatever `zero3_init` says (transformers,
     modeling_utils.py:3820, `get_init_context`).
     """
     return not quantized and distributed.zero3_init is not False

@@ -129,7 +129,7 @@ class Script(BaseModel):
 
 
 CACHES_IN_CHECKPOINTS = ("gpt_bigcode",)
-"""Model types that make their mask with a cache under checkpointing too (transformers 4.55 to 4.57, each run)."""
+"""Model types that make their mask with a cache under checkpointing too (each release from 4.55 to 4.57 was run)."""
 POSITIONS_IN_MASKS = frozenset(
     {
         "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "doge", "dots1", "ernie4_5",

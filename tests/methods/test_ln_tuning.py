@@ -35,5 +35,5 @@ def test_equal_to_peft(model: str, task: str | None, options: dict[str, Any]) ->
 
 
 def test_containers_are_left_to_peft() -> None:
-    with pytest.raises(NeedsPeftError, match="hold other modules"):
+    with pytest.raises(NeedsPeftError, match="contain other modules"):
         ours("llama", "ln-tuning", target_modules=["self_attn"])

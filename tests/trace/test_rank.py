@@ -128,12 +128,16 @@ def test_deepspeed_meets_the_gradients_of_layers_that_do_not_run(
     ranks: reserved bytes and every event, but gradients of a single number, which autograd holds until the played
     backward ends. The second job fills buckets within layers."""
     pytest.importorskip("deepspeed")
-    from peftplan.trace.ranks.zero import Zero
+    from peftplan.trace.ranks import zero
 
+    depths: list[tuple[int, ...]] = []
+    plays = zero.plays
+    monkeypatch.setattr(zero, "plays", lambda traced: depths.append(traced.depths) or plays(traced))
     config = {**SMALL, "tie_word_embeddings": strategy == "zero1"}
     job: dict[str, Any] = {"gpus": 3, "strategy": strategy, "seq_len": 64, **more, "engine": "trace", "record": True}
     played = peftplan.estimate(config, **job).peaks
-    monkeypatch.setattr(Zero, "model_alone", lambda rank, setup: None)
+    assert set(depths) == {(3, 4)}
+    monkeypatch.setattr(zero.Zero, "model_alone", lambda rank, setup: None)
     ran = peftplan.estimate(config, **job).peaks
     assert played is not None
     assert ran is not None
