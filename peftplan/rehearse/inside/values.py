@@ -69,7 +69,8 @@ def start(also: Callable[[], None]) -> None:
 def _unguarded(module: Any, *, own: set[int]) -> None:
     """Compiled code runs again though ours have taken the place of torch's own functions since: no guard is on these."""
     builder = module.GuardBuilder
-    by_identity = "id_match_unchecked" if hasattr(builder, "id_match_unchecked") else "ID_MATCH"  # older releases have the second alone
+    # older releases have the second alone
+    by_identity = "id_match_unchecked" if hasattr(builder, "id_match_unchecked") else "ID_MATCH"
     for name in (by_identity, "CLOSURE_MATCH"):
         guarded = getattr(builder, name)
 
