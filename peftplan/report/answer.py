@@ -48,17 +48,52 @@ def answer(result: Estimate, screen: Screen) -> list[Row]:
     return [*rows, *_cut([row for row in (*notes, *assumed) if row], max(MOST_LINES - len(rows), 1))]
 
 
+def answers(results: Sequence[Estimate], screen: Screen) -> list[Row]:
+    """One job on different numbers of GPUs, in at most 25 lines: all verdicts, the peaks, then what helps and was assumed."""
+    if len(results) == 1:
+        return answer(results[0], screen)
+    first = results[0]
+    verdicts, peaks = [*_titled(first, screen), *_read(first, screen)], _counts(first, screen)
+    for result in results:
+        verdicts += [*_shared(result, screen), *_on_cards(result, screen)]
+        number = 1 if result.distributed is None else result.distributed.strategy.world_size
+        peaks += wrapped(f"{number} GPU{'s' * (number > 1)}: {_peak_in_words(result, screen)}", screen.columns)
+    helps = [row for result in results for row in changes(result, screen) if row]
+    notes = [*dict.fromkeys(row for result in results for row in _notes(result, screen) if row)]
+    parts = [part for part in (verdicts, peaks, helps, notes, _assumptions(first, screen)) if part]
+    if sum(map(len, parts)) + len(parts) - 1 <= MOST_LINES:
+        return [row for part in parts for row in (BLANK, *part)][1:]
+    rows = [row for part in parts for row in part]
+    room = max(MOST_LINES - len(verdicts), 1)
+    return [*verdicts, *_cut(rows[len(verdicts) :], room)]
+
+
 def head(result: Estimate, screen: Screen) -> list[Row]:
     """The job, and the verdict on each card."""
-    rows = wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
-    if result.distributed is not None:
-        rows += wrapped(result.distributed.words, screen.columns)
-    if result.config:
-        from peftplan.report import configs
+    shared = [] if result.distributed is None else _shared(result, screen)
+    return [*_titled(result, screen), *shared, *_read(result, screen), *_on_cards(result, screen)]
 
-        rows += wrapped(configs.summary(result.config), screen.columns)
-    for warning in result.warnings:
-        rows += wrapped(f"warning: {warning}", screen.columns, colour="yellow")
+
+def _titled(result: Estimate, screen: Screen) -> list[Row]:
+    return wrapped(screen.glyphs.dot.join(_title(result)), screen.columns, colour="bold")
+
+
+def _shared(result: Estimate, screen: Screen) -> list[Row]:
+    """How the job is divided among its GPUs."""
+    return wrapped("one GPU" if result.distributed is None else result.distributed.words, screen.columns)
+
+
+def _read(result: Estimate, screen: Screen) -> list[Row]:
+    """The files that the job was read from."""
+    if not result.config:
+        return []
+    from peftplan.report import configs
+
+    return wrapped(configs.summary(result.config), screen.columns)
+
+
+def _on_cards(result: Estimate, screen: Screen) -> list[Row]:
+    rows = [row for text in result.warnings for row in wrapped(f"warning: {text}", screen.columns, colour="yellow")]
     return rows + [row for verdict in result.gpus for row in _verdict(verdict, result, screen)]
 
 
@@ -132,14 +167,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     peaks, dot = result.peaks, screen.glyphs.dot
     first = next((v for v in result.gpus if not v.lower_bound), None) if peaks else None
     parts = segments(result, first)
-    if peaks:
-        unit, name = unit_of(peaks.allocated)
-        others = [f"{phase} {nbytes / unit:,.2f}" for phase, nbytes in peaks.by_phase.items() if phase != peaks.phase]
-        bound = {"at_least": "at least ", "at_most": "at most "}.get(result.bound or "", "")
-        title = f"peak {bound}{peaks.allocated / unit:,.2f} {name} in {peaks.phase}; {dot.join(others)}"
-    else:
-        title = f"no peak: {result.not_modelled[0]}; the counted part takes {format_bytes(result.ledger.bytes())}"
-    rows = wrapped(title, screen.columns)
+    rows = wrapped(_peak_in_words(result, screen), screen.columns)
     rows.append(bar(parts, first.usable_bytes if first else None, screen.glyphs))
     of = f"{format_bytes(first.needed_bytes)} of {card_name(first.gpu)}'s {format_bytes(first.usable_bytes)}: " if first else ""
     rows += flowing(legend(parts, screen.glyphs), screen.columns, between=dot, before=of)
@@ -147,6 +175,16 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
         managed = format_bytes(result.managed_bytes)
         rows += wrapped(f"and {managed} of paged optimizer states in CUDA managed memory", screen.columns)
     return rows
+
+
+def _peak_in_words(result: Estimate, screen: Screen) -> str:
+    peaks = result.peaks
+    if not peaks:
+        return f"no peak: {result.not_modelled[0]}; the counted part takes {format_bytes(result.ledger.bytes())}"
+    unit, name = unit_of(peaks.allocated)
+    others = [f"{phase} {nbytes / unit:,.2f}" for phase, nbytes in peaks.by_phase.items() if phase != peaks.phase]
+    bound = {"at_least": "at least ", "at_most": "at most "}.get(result.bound or "", "")
+    return f"peak {bound}{peaks.allocated / unit:,.2f} {name} in {peaks.phase}; {screen.glyphs.dot.join(others)}"
 
 
 def changes(result: Estimate, screen: Screen) -> list[Row]:

@@ -48,12 +48,18 @@ def estimate(result: Estimate, *, fmt: str, verbose: bool, explain_peak: bool = 
 
 
 def estimates(results: Sequence[Estimate], *, fmt: str, verbose: bool, explain_peak: bool = False) -> None:
-    """Estimates of one job on different numbers of GPUs: in JSON a list, for people one after the other."""
+    """Estimates of one job on different numbers of GPUs: in JSON a list, for people one answer, or tables one after the other."""
     if fmt == "json" and len(results) > 1:
         from peftplan.report import peak
 
         largest = [{"largest": peak.facts(result)} if explain_peak else {} for result in results]
         as_json([result.to_dict() | more for result, more in zip(results, largest, strict=True)])
+        return
+    if fmt == "table" and not (verbose or explain_peak):
+        from peftplan.report import answer, screen
+
+        of_stdout = screen.Screen(screen.width(), screen.glyphs())
+        screen.show(answer.answers(results, of_stdout))
         return
     for number, result in enumerate(results):
         if number:

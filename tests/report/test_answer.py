@@ -38,6 +38,8 @@ JOBS = (
     "llama-7b --method ia3 --batch-size 8 --trainer trl-dpo --attn-implementation flash_attention_2 "
     "--gpu 2xrtx-a4000,2xrtx-4080-laptop,2xv100-pcie-32gb,2xrtx-a5500-laptop",
     f"t5-small --method prompt-tuning --num-virtual-tokens 16 --gpu {FOUR}",
+    "llama-3.1-8b --r 16 --gpu rtx-4090 --gpu 8xh100 --gpu t4 --gpu 24GB",
+    "llama-3.1-8b --method full --gpu 2xl4,4xt4,8xa100-80gb,rtx-4090",
 )
 
 
@@ -56,6 +58,17 @@ def test_an_answer_has_at_most_25_lines(job: str, columns: int | None) -> None:
     assert columns is None or max(map(len, lines)) <= columns
     assert [line for line in lines if line != line.rstrip()] == []
     assert "\x1b" not in done.out
+
+
+def test_numbers_of_gpus_have_one_answer() -> None:
+    """All verdicts stand first, each below how its GPUs share the job; then a peak for each number."""
+    lines = run("estimate", *JOBS[-2].split(), columns=100).out.splitlines()
+    assert lines[1:3] == ["one GPU", "✓ RTX 4090: 3.0 GiB left"]
+    assert lines[5].startswith("DDP over 8 GPUs")
+    assert lines[6].startswith("✓ H100 80GB")
+    assert [line.partition(":")[0] for line in lines if ": peak " in line] == ["1 GPU", "8 GPUs"]
+    everything = run("estimate", *JOBS[-2].split(), "-v", columns=100).out
+    assert everything.count("llama-3.1-8b · lora r=16 · analytic") == 2
 
 
 @pytest.mark.parametrize("columns", [80, 100])
