@@ -82,7 +82,8 @@ def test_traced_methods_are_compared() -> None:
 
 
 def test_a_sweep_says_what_traces_instead() -> None:
-    pytest.importorskip("numpy")
+    for module in ("numpy", "transformers", "torch"):
+        pytest.importorskip(module)
     done = run("sweep", "gpt2", "--engine", "trace")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("peftplan: --engine: 'trace' is not valid; accepted: analytic; `peftplan estimate --engine trace`")

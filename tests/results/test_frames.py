@@ -62,7 +62,8 @@ def test_a_column_that_begins_without_values_is_taken_too(library: str) -> None:
 
 
 def test_a_grid_has_the_rows_of_a_sweep() -> None:
-    pytest.importorskip("numpy")
+    for module in ("numpy", "pandas"):
+        pytest.importorskip(module)
     cards = ["l4", "rtx-4090"]
     grid = peftplan.estimate("llama-3.2-1b", gpu=cards).at(batch_size=[[1], [16]], seq_len=[512, 1024])
     rows = peftplan.sweep("llama-3.2-1b", batch_size=[1, 16], seq_len=[512, 1024], gpu=cards).records()
