@@ -1,5 +1,4 @@
-"""The tensors of a step's batch on the device: those that a model's forward takes, of the shapes that the trace engine
-gives.
+"""The tensors of a step's batch on the device: what a model's forward takes, in the shapes of the trace engine.
 
 Source: the data collators of transformers; pictures and sound of the sizes that the config states.
 """

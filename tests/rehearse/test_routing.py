@@ -1,4 +1,4 @@
-"""Experts of a mixture: as many tokens for each, or all tokens for the same few."""
+"""MoE routing: as many tokens for every expert, or all tokens to the same few."""
 
 from __future__ import annotations
 
@@ -64,4 +64,4 @@ def test_an_expert_gets_its_share_of_tokens(routing: str, of_two: list[int], of_
     seen: list[Any] = json.loads(output.read_text(encoding="utf-8").partition("SEEN")[2])
     every = [*of_two, *[0] * (8 - len(of_two))]
     assert seen == [of_two, every, every, every, [*of_one, *[0] * (8 - len(of_one))], 2, 8192]
-    assert any(text.startswith("experts of a mixture") for text in result.replaced)
+    assert any(text.startswith("MoE routing") for text in result.replaced)

@@ -1,4 +1,4 @@
-"""Assignments of a program: what its names, attributes and items hold from there on, and the environment that it sets."""
+"""Assignments of a program: the values of its names, attributes and items, and the environment that it sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftplan.job.configs.flow import Flow
 from peftplan.job.configs.instances import Instance, plain
 
 SETTINGS = "UNSLOTH_"
-"""Start of the names of environment variables that decide how a package trains."""
+"""Prefix of the environment variables that decide how a package trains."""
 
 
 class Assignments(Flow):
@@ -19,9 +19,9 @@ class Assignments(Flow):
     def __init__(self) -> None:
         super().__init__()
         self.environment: Values = {}
-        """Variables of packages that the program sets, by their names."""
+        """Environment variables that the program sets, by name."""
         self.elsewhere: set[str] = set()
-        """Names that a function binds outside itself."""
+        """Global names that a function binds."""
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         """`rank *= 2`."""

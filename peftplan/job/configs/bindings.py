@@ -1,4 +1,4 @@
-"""Which names a part of a program binds, and what several ways through it agree on."""
+"""Which names a part of a program binds, and what several paths through it agree on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ast
 from peftplan.job.configs.instances import UNKNOWN, one_of
 
 MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse")
-"""Methods after which a list or a dictionary holds something else."""
+"""Methods that change a list or a dictionary."""
 
 
 def own_names(node: ast.AST) -> set[str]:
@@ -40,7 +40,7 @@ def roots(node: ast.expr) -> set[str]:
 
 
 def common(ends: list[dict[str, tuple[object, frozenset[str]]]]) -> dict[str, tuple[object, frozenset[str]]]:
-    """What all ends agree on."""
+    """What the ends of all paths agree on."""
     first, *others = ends
     common = {}
     for name, (_, options) in first.items():
@@ -52,7 +52,7 @@ def common(ends: list[dict[str, tuple[object, frozenset[str]]]]) -> dict[str, tu
 
 
 def leaves(last: ast.AST) -> bool:
-    """Whether a way ends here and does not go on below."""
+    """Whether a path leaves the program or function here."""
     if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
         return ast.unparse(last.value.func) in ("exit", "quit", "sys.exit", "os._exit")
     return isinstance(last, (ast.Raise, ast.Return))

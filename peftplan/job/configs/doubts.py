@@ -1,4 +1,4 @@
-"""Which of several calls makes what a program trains with, where only the program knows: what all of them say counts."""
+"""Calls that may or may not run, depending on values that only the program knows: what all alternatives agree on counts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     import ast
 
 ADAPTER = "LoraConfig"
-CHOSEN = "only the program knows whether it makes this call: that it does"
-FIRST = "the first of several calls of which only the program knows which one counts"
+CHOSEN = "only the program knows whether it makes this call; it is assumed to"
+FIRST = "only the program knows which of several calls it makes; the first is assumed"
 NOTHING = object()
 
 
 class Doubts:
-    """What a reading does not know of its calls."""
+    """What is uncertain about the calls of a program."""
 
     def __init__(self) -> None:
         self.undecided: set[ast.Call] = set()
-        """Calls in ways of which only the program knows if it takes them."""
+        """Calls in branches that the program may not take."""
         self.alternatives: dict[ast.Call, list[frozenset[ast.Call]]] = {}
-        """Call → the calls one of which made an argument of it, where several may have."""
+        """Call → sets of calls; one call of each set made an argument."""
         self.optional: dict[ast.Call, set[ast.Call]] = {}
-        """Call → those that made an argument of it which may be None instead."""
+        """Call → calls that made an argument, which may be None instead."""
         self.unknown: dict[ast.Call, set[str]] = {}
-        """Call → its arguments of which only the program knows what made them."""
+        """Call → arguments of unknown origin."""
 
     def note(self, node: ast.Call, key: str | None, value: object) -> None:
-        """Note what made an argument."""
+        """Record what made an argument."""
         if isinstance(value, Instance) and value.made_by:
             if len(value.made_by) > 1:
                 self.alternatives.setdefault(node, []).append(value.made_by)
@@ -45,9 +45,9 @@ class Doubts:
     def settle(
         self, calls: list[Call], nodes: Mapping[int, ast.Call], used_by: Mapping[ast.Call, Collection[ast.Call]]
     ) -> list[Call]:
-        """The calls in their order; of several that may make what the only trainer is called with, one with what all of them say.
+        """The calls in order. Alternatives for an argument of the only trainer are merged into one call with what they agree on.
 
-        `nodes`: identity of a call → its place. `used_by`: call → those that made what it is called with.
+        `nodes`: identity of a call → its syntax node. `used_by`: call → the calls that made its arguments.
         """
         trainers = [call for call in calls if trains(call["call"])]
         if len(trainers) > 1 and nodes[id(trainers[0])] in self.undecided:
@@ -75,7 +75,7 @@ class Doubts:
 
 
 def _may_be(key: str, of: str, name: str) -> bool:
-    """Whether a call may make an argument of the trainer, or of `get_peft_model`, of which nothing is known."""
+    """Whether a call may have made an argument of unknown origin, of the trainer or of `get_peft_model`."""
     last = name.rpartition(".")[2]
     if key == "peft_config" or (key == "1" and not trains(of)):
         return last == ADAPTER
@@ -84,7 +84,7 @@ def _may_be(key: str, of: str, name: str) -> bool:
 
 
 def _kind(call: Call) -> str:
-    """What calls have in common one of which stands in place of the other."""
+    """The kind of a call. Calls of one kind are alternatives."""
     last = call["call"].rpartition(".")[2]
     return last if last == ADAPTER or not last.endswith(("Config", "Arguments")) else "settings"
 
@@ -94,7 +94,7 @@ def _of(call: Call) -> object:
 
 
 def _united(calls: list[Call], several: list[Call]) -> list[Call]:
-    """The calls, but of several of one kind the first alone, in which unknown stands wherever another says something else."""
+    """The calls, with alternatives of one kind merged into the first; what they differ in is unknown."""
     for kind in {_kind(call) for call in several}:
         first, *others = (call for call in several if _kind(call) == kind)
         for other in others:
@@ -104,7 +104,7 @@ def _united(calls: list[Call], several: list[Call]) -> list[Call]:
 
 
 def _weaken(call: Call, other: Call) -> None:
-    """Let a call say what another says too."""
+    """Mark what a call and an alternative differ in as unknown."""
     if call["call"].rpartition(".")[2] != other["call"].rpartition(".")[2]:
         call["kwargs"]["**"] = _either(call["call"], other["call"])
     call["args"] = [_either(*pair) for pair in zip_longest(call["args"], other["args"], fillvalue=NOTHING)]
@@ -116,6 +116,6 @@ def _weaken(call: Call, other: Call) -> None:
 
 
 def _either(value: object, other: object) -> object:
-    """A value, or unknown where another one may stand there."""
+    """A value, or unknown if the other differs."""
     texts = ["its default" if each is NOTHING else str(each).strip("<>")[:40] for each in (value, other)]
     return value if value == other else f"<either {' or '.join(texts)}>"

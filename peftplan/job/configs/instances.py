@@ -1,4 +1,4 @@
-"""What a program's names hold: plain values, objects that a call made, and what is known of one of several."""
+"""Values of a program's names: plain values, objects that a call made, and what several possible values have in common."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 MOST_VALUES = 1_000
-"""The most values that a name stands for, those inside counted."""
+"""Most values in the value of a name, nested ones included."""
 OF_TORCH = re.compile(r"<torch(\.\w+)+>")
 """A name of torch, such as that of a dtype."""
 UNKNOWN = object()
-"""What several values have in common that are not equal."""
+"""What unequal values have in common."""
 
 
 class Instance(dict[str, object]):
-    """The fields of an object as far as they are known: of a class of the program; of a library's, those written to it."""
+    """The known fields of an object: all of the program's own class, and those written to a library's object."""
 
     def __init__(
         self, *fields: object, made_by: Iterable[ast.Call] = (), is_copy: bool = False, may_be_none: bool = False
     ) -> None:
         super().__init__(*fields)
         self.made_by = frozenset(made_by)
-        """The calls one of which made an object of a library."""
+        """The calls of which one made this object of a library."""
         self.is_copy = is_copy
-        """Whether it is a copy, so that what is written to it says nothing of the object that the call made."""
+        """Whether it is a copy: writing to it does not change the object that the call made."""
         self.may_be_none = may_be_none
-        """Whether the program may have none instead."""
+        """Whether it may be None instead."""
 
     def __eq__(self, other: object) -> bool:
-        """Two objects of a library are one where one call made both."""
+        """Objects of a library are equal if the same calls made them."""
         return isinstance(other, Instance) and self.made_by == other.made_by and super().__eq__(other)
 
     __hash__ = None
 
     def with_fields(self, fields: Mapping[str, object]) -> Instance:
-        """The same object with more of its fields."""
+        """The same object with more known fields."""
         return Instance({**self, **fields}, made_by=self.made_by, is_copy=self.is_copy, may_be_none=self.may_be_none)
 
 
 def one_of(values: Sequence[object]) -> object:
-    """What is known of one of several values: the value where all are equal, or an object that one of several calls made."""
+    """What is known if one of several values applies: the value if all are equal, or an object that one of several calls made."""
     first, *others = values
     if all(each == first for each in others):
         return first
@@ -57,7 +57,7 @@ def one_of(values: Sequence[object]) -> object:
 
 
 def plain(value: object) -> bool:
-    """Whether nothing in a value is left to the program."""
+    """Whether a value is known in full."""
     if isinstance(value, Instance):
         return False
     if isinstance(value, (list, tuple)):
@@ -68,7 +68,7 @@ def plain(value: object) -> bool:
 
 
 def size(value: object) -> int:
-    """The values inside a value, counted up to a few more than MOST_VALUES."""
+    """How many values a value contains, counted up to a few more than MOST_VALUES."""
     count, todo = 0, [value]
     while todo and count <= MOST_VALUES:
         each = todo.pop()

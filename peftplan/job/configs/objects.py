@@ -1,4 +1,4 @@
-"""Objects of a program: what made those of a library, and what is written to their fields after that."""
+"""Objects of a program: which call made a library's object, and what the program writes to its fields afterwards."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.order import trains
 
 OF_SETTINGS = ("Config", "Arguments")
-"""Ends of the names of calls that make settings."""
+"""Endings of the names of calls that make settings."""
 CHANGING = ("update", "setattr")
 """Beginnings of the names of methods and functions that change settings; `set_` is another."""
 COPIES = ("copy.copy", "copy.deepcopy", "deepcopy", "replace", "dataclasses.replace")
 """Functions that make another object of one, `replace` with other fields."""
 UNSEEN = "<keyword arguments>"
-"""What stands at `**` where more fields are set than the text tells."""
+"""The value at `**` if the text does not show all fields that are set."""
 
 
 class Objects(Assignments):
-    """Notes what is written to settings of a trainer or an adapter, up to the first trainer."""
+    """Records what is written to the settings of a trainer or an adapter before the first trainer is made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.nodes: dict[int, ast.Call] = {}
-        """Identity of a call → its place in the text."""
+        """Identity of a call → its syntax node."""
         self.fields: dict[str, Values] = {}
         """Class of the program → its fields' defaults."""
 
@@ -43,7 +43,7 @@ class Objects(Assignments):
             self._give(written_to, target.attr, value if known else f"<{target.attr}>")
 
     def _give(self, owner: Instance, field: str, value: object) -> None:
-        """Let the calls that made settings set a field."""
+        """Set a field in the calls that made the settings."""
         if not self.taken or not owner.made_by or any(trains(call["call"]) for call in self.calls):
             return
         for call in self.calls:
@@ -51,7 +51,7 @@ class Objects(Assignments):
                 call["kwargs"][field] = value
 
     def _note_unseen(self, changed: ast.expr) -> None:
-        """Settings of which the text does not tell what is set; of an object of the program, no field is known."""
+        """Settings that change in a way that the text does not show. No field of the program's own object is known any more."""
         value = self.value_of_object(changed)
         if value is None:
             return
@@ -81,7 +81,7 @@ class Objects(Assignments):
         return value if isinstance(value, Instance) else None
 
     def _changed_by(self, function: ast.FunctionDef | ast.AsyncFunctionDef, argument: ast.expr, parameter: str | None) -> None:
-        """What a function of the program writes to the fields or items of something that it is called with."""
+        """What a function of the program writes to the fields or items of its argument."""
         value = self.names.get(argument.id) if isinstance(argument, ast.Name) else None
         if isinstance(value, Instance) and value.made_by:
             for field in fields_written_by(function, parameter) if parameter else ():

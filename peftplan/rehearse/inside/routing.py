@@ -7,6 +7,7 @@ are made up here. What a loop over the experts does with them, such as counting 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,16 +15,16 @@ import torch
 from peftplan.rehearse.inside.known import MOST_EXPERTS, scripted
 from peftplan.rehearse.settings import BALANCED, WORST
 
+NOTES = {
+    BALANCED: "MoE routing: every expert gets the same number of tokens; --routing worst sends all tokens to the same experts",
+    WORST: "MoE routing: all tokens go to the same experts",
+}
+"""What the report says of each routing."""
+
 
 def start(routing: str, say: Callable[[str], None]) -> None:
     """Give `topk` and `argmax` of a few scores places. `say` is told once that experts were chosen by them."""
-    reported: list[str] = []
-
-    def once() -> None:
-        if not reported:
-            reported.append(routing)
-            say(NOTES[routing])
-
+    once = partial(cache(say), NOTES[routing])
     places: dict[str, Callable[[Any], torch.Tensor]] = {"topk": lambda result: result.indices, "argmax": lambda result: result}
     for owner in (torch.Tensor, torch):
         for name, places_of in places.items():
@@ -31,12 +32,6 @@ def start(routing: str, say: Callable[[str], None]) -> None:
             setattr(owner, name, scripted(choose, _chosen(choose, routing, places_of)))
     one_hot = torch.nn.functional.one_hot
     torch.nn.functional.one_hot = scripted(one_hot, _one_hot(one_hot, once))
-
-
-NOTES = {
-    BALANCED: "experts of a mixture: each gets the same number of tokens; --routing worst sends all to the same",
-    WORST: "experts of a mixture: every token goes to the same ones",
-}
 
 
 def _chosen(choose: Callable[..., Any], routing: str, places_of: Callable[[Any], torch.Tensor]) -> Callable[..., Any]:
