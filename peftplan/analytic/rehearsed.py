@@ -9,7 +9,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.job.automodel import builds
 from peftplan.memory.models import FORWARDS
-from peftplan.memory.zero3 import LEAVES
+from peftplan.memory.zero3_modules import LEAVES
 from peftplan.optim import OF_AUTOMODEL
 
 if TYPE_CHECKING:

@@ -1,46 +1,23 @@
-"""ZeRO-3 on the tape: hooks around each module, buckets of gradients, and the step over flat masters.
+"""ZeRO-3 on the tape: buckets of gradients, and the step over flat masters. Modules gather their parameters (`zero3_modules`).
 
-Source: DeepSpeed 0.19.8, runtime/zero/parameter_offload.py (hooks), stage3.py (gradients, step); methods have its names. Each
-module's output and input carry a node, so that backward fetches a module before its gradient is computed, and releases it after.
+Source: DeepSpeed 0.19.8, runtime/zero/stage3.py; methods have its names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
-from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, limits, persistence, trained_groups
-from peftplan.distributed.zero3 import REDUCE, Coordinator, Module, Sharded
+from peftplan.distributed.zero import trained_groups
+from peftplan.distributed.zero3 import REDUCE, Module, Sharded
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
-from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
-from peftplan.memory.units import layer as unit_of_layer
-from peftplan.memory.zero_stage import Stage
+from peftplan.memory.zero3_modules import Gathering
 from peftplan.parameters import Parameter as Family
-from peftplan.parameters import Parameters
-from peftplan.tape.hooks import hooked
-from peftplan.tape.tape import X
-from peftplan.tape.tensors import Parameter, Tensor
-from peftplan.units import ceil_div
+from peftplan.tape.tensors import Parameter
 
-LAYER = "model.layers.{}"
-LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), f"{LAYER}.mlp")
-"""Model type → the block of experts that is a module without hooks inside: all of it is gathered at once, and its gradients stay
-until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
 NORM_PART = 250_000_000
 """Elements that an offloaded gradient's norm reads at once (stage3.py, `_constant_buffered_norm2`)."""
-
-
-def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
-    """Every tensor of a model, in the order of `named_parameters()`."""
-    world, most = distributed.world_size, persistence(distributed, hidden_size)
-    sharded: dict[Key, Sharded] = {}
-    for p, layer in tensors(in_module_order(parameters)):
-        stored = next(a for a in p.allocations if a.name == "weight")
-        numel, dtype = (stored.numel, stored.dtype) if p.quantized else (p.numel, p.dtype)
-        sharded[p.name, layer] = Sharded(len(sharded), p.name, numel, ceil_div(numel, world), dtype, p.trainable, numel <= most)
-    return sharded
 
 
 def switched_off(policy: Model, running: Running) -> Model:
@@ -57,222 +34,18 @@ def switched_off(policy: Model, running: Running) -> Model:
     return off
 
 
-class Zero3(Stage):
+class Zero3(Gathering):
     """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was."""
 
-    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, before: Zero3 | None = None) -> None:
-        super().__init__(model, distributed, dtype=dtype)
-        hidden_size = model.arch.hidden_size or 0
-        self.sharded = sharded_of(model.parameters, distributed, hidden_size)
+    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None) -> None:
+        super().__init__(model, distributed, dtype=dtype, before=before)
         self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
-        self.world_size = distributed.world_size
-        own = list(self.sharded.values())
-        self.coordinator = Coordinator(
-            self.f,
-            [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order] if before else None,
-            limits(distributed, hidden_size),
-            world_size=self.world_size,
-            overlaps=self.overlaps,
-            offloads=distributed.offload_params == "cpu",
-            inside=self._inside,
-        )
         self.stream = REDUCE if self.overlaps else 0
         self.bucketed: list[Sharded] = []
-        self.running: dict[str, Module] = {}
-        """Modules that backward has entered and not left, the last one entered last."""
-        self.recomputed: dict[str, list[Sharded]] = {}
-        """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
-        self.due: dict[str, bool] = {}
-        """Module → whether its last call will have a backward."""
-        self.readers: set[str] = before.readers if before else set()
-        """Modules that have run: of these it is known which parameters of other ones they read."""
-        self.persisting = before is not None
-        """Whether the step begins with the parameters that the one before has gathered at its end."""
-        self.of_leaf = self._leaves(LEAVES.get(model.arch.model_type))
-        """Block of experts without hooks inside → its parameters."""
-        self.in_leaf = False
-        """Whether such a block runs."""
         self.of_leaves = {p for inside in self.of_leaf.values() for p in inside}
+        """The parameters of all leaf blocks."""
         self.waiting: dict[Sharded, Parameter] = {}
-        """Those of them that have their gradient, which waits for the end of the block's backward."""
-        self.layers = {unit_of_layer(number): LAYER.format(number) for block in model.arch.blocks for number in block.layers}
-        """Unit → its module, of layers."""
-        self.of_module: dict[str, list[Sharded]] = {}
-        """Module → its parameters, with those of modules inside."""
-        self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
-        self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
-        """A module whose parameters the model's forward reads itself, for the loss."""
-        self.reference: Zero3 | None = None
-        """Those of a second model in an engine of its own."""
-        self.f.modules, self.f.linear_in_python = self, True
-
-    @property
-    def order(self) -> Sequence[Module]:
-        """The order in which modules ran."""
-        return self.coordinator.recorded or self.coordinator.order
-
-    # -- modules -----------------------------------------------------------------------------------------------------------------
-
-    def call(
-        self,
-        name: str,
-        layer: int | None,
-        parameters: tuple[Parameter, ...],
-        x: X,
-        function: Callable[[X], Tensor],
-        *,
-        by_name: bool,
-    ) -> Tensor:
-        """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
-        if self.in_leaf or name == self.model.arch.input_embedding:  # which is a unit of its own
-            return function(x)
-        if (inside := self.of_leaf.get(name.format(layer))) is not None:
-            return self._call_leaf(Module(name.format(layer), tuple(inside), leaf=True), x, function)
-        module = self._module(name, layer, parameters)
-        reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
-        self.pre_forward(module, unknown=reads and module.name not in self.readers)
-        self.readers.add(module.name)
-        if isinstance(x, Tensor):
-            x = self._called_on(x, module, seen=not by_name)  # type: ignore[assignment]
-        out = function(x)
-        self.coordinator.release(module)
-        return hooked(self.f, out, self.pre_backward, module)
-
-    def _call_leaf(self, module: Module, x: X, function: Callable[[X], Tensor]) -> Tensor:
-        """A block of experts."""
-        assert isinstance(x, Tensor)
-        self.pre_forward(module)
-        x = hooked(self.f, self._called_on(x, module), self._reduce_leaf, module)  # type: ignore[assignment]
-        self.in_leaf = True
-        try:
-            out = function(x)
-        finally:  # a recomputation may end within
-            self.in_leaf = False
-        self.coordinator.release(module)
-        return hooked(self.f, out, self.pre_backward, module)
-
-    def _reduce_leaf(self, module: Module) -> None:
-        """`reduce_leaf_module_grads`: the gradients of a block that has run backward, in the optimizer's order."""
-        for p in (p for group in self.of_groups for p in group if p in module.parameters):
-            self._reduce(p, self.waiting.pop(p))
-
-    def _leaves(self, name: str | None) -> dict[str, list[Sharded]]:
-        """The blocks called `name` of layers that have experts, and their parameters."""
-        leaves: dict[str, list[Sharded]] = {}
-        if name is not None:
-            mixtures = {number for block in self.model.arch.blocks if block.mlp.num_experts for number in block.layers}
-            for (family, number), p in self.sharded.items():
-                if number in mixtures and family.startswith(f"{name}."):
-                    leaves.setdefault(name.format(number), []).append(p)
-        return leaves
-
-    def _inside(self, module: Module) -> Iterable[Sharded]:
-        """The parameters of a module and of all modules inside it."""
-        if module.name == ROOT or module.name in self.wrapped:
-            return self.sharded.values()
-        if module.name not in self.of_module:
-            stem = self.layers.get(module.name, module.name)
-            within = [p for (family, number), p in self.sharded.items() if family.format(number).startswith(f"{stem}.")]
-            self.of_module[module.name] = within or [*module.parameters]
-        return self.of_module[module.name]
-
-    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
-        """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
-        if not self.in_leaf and not self.f.recomputes:
-            self.coordinator.gather_alone(self.sharded[self._key(parameter)])
-
-    def whole(self, parameter: Parameter) -> Tensor | None:
-        """The gathered tensor of a parameter."""
-        return self.sharded[self._key(parameter)].whole
-
-    def _module(self, name: str, layer: int | None, parameters: Iterable[Parameter]) -> Module:
-        return Module(name.format(layer), tuple(dict.fromkeys(self.sharded[self._key(p)] for p in parameters)))
-
-    def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
-        """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
-        self.coordinator.fetch(module, unknown=unknown)
-        if self.f.recomputes and self.running:
-            frozen = [p for p in module.parameters if not p.trainable]
-            last = next(reversed(self.running))
-            self.recomputed.setdefault(last, []).extend(frozen)
-            for p in frozen:
-                p.active.add(last)
-
-    def pre_backward(self, module: Module) -> None:
-        """`pre_sub_module_backward_function`."""
-        self.running[module.name] = module
-        self.coordinator.fetch(module)
-
-    def post_backward(self, module: Module) -> None:
-        """`post_sub_module_backward_function`, unless another forward without gradients has called the module since."""
-        if not self.due[module.name]:
-            return
-        self.running.pop(module.name, None)
-        self.coordinator.release(module, dict.fromkeys(self.recomputed.pop(module.name, ())))
-
-    def enter(self, name: str) -> None:
-        """Before a part that takes what needs no gradient runs."""
-        if name in (NORM, TAIL):
-            return
-        if name == ROOT:
-            self.f.modules = self
-            self._gather_persistent()
-            self.coordinator.reset_step()
-        for module in self._parts(name):
-            self.pre_forward(module, unknown=name == ROOT and bool(module.parameters) and name not in self.readers)
-        self.readers.add(name)
-
-    def enter_with(self, name: str, x: Tensor) -> Tensor:
-        """Before a layer runs on `x`."""
-        if name in (NORM, TAIL):
-            return x
-        (module,) = self._parts(name)
-        self.pre_forward(module)
-        return self._called_on(x, module)
-
-    def _called_on(self, x: Tensor, module: Module, *, seen: bool = True) -> Tensor:
-        """What a module is called on, with the hook after its backward (`ds_grads_remaining`). `seen`: the hook sees it."""
-        x_hooked = hooked(self.f, x, self.post_backward, module) if seen else x
-        self.due[module.name] = x_hooked is not x
-        return x_hooked
-
-    def leave(self, name: str, x: Tensor) -> Tensor:
-        """After a part gave `x`."""
-        if name in (NORM, TAIL):
-            return x
-        for module in reversed(self._parts(name)):
-            self.coordinator.release(module)
-            x = hooked(self.f, x, self.pre_backward, module)
-        return x
-
-    def _parts(self, name: str) -> list[Module]:
-        """The modules that a part consists of, the outermost first."""
-        embedding = self.model.arch.input_embedding
-        assert embedding is not None
-        if name == EMBEDDING:
-            return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
-        if name == BACKBONE:  # OPT's head calls `model.decoder` itself
-            return [Module(embedding.rpartition(".")[0], ())]
-        if name == ROOT:
-            read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
-            return [*(Module(outer, ()) for outer in self.wrapped), self._module(ROOT, None, read)]
-        return [Module(name, ())]
-
-    def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Backward begins at whichever output the caller computes its loss from. The first one has its hooks."""
-        loss, *others = outputs
-        for module in reversed(self._parts(ROOT)):
-            others = [hooked(self.f, x, self.pre_backward, module) for x in others]
-        return [loss, *others]
-
-    def _gather_persistent(self) -> None:
-        """What the step before gathered at its end (`_post_step`), or left gathered of a second model."""
-        if self.reference is not None:
-            self.reference._gather_persistent()
-        for p in self.sharded.values() if self.persisting else ():
-            if p.persists:
-                self.coordinator.gather_alone(p)
-        self.persisting = False
+        """Parameters of leaf blocks whose gradients wait for the end of the block's backward."""
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
@@ -332,6 +105,11 @@ class Zero3(Stage):
                 p.active.discard(module.name)
                 if not p.persists:
                     self.coordinator.free(p)
+
+    def _reduce_leaf(self, module: Module) -> None:
+        """`reduce_leaf_module_grads`: the gradients of a block that has run backward, in the optimizer's order."""
+        for p in (p for group in self.of_groups for p in group if p in module.parameters):
+            self._reduce(p, self.waiting.pop(p))
 
     # -- step --------------------------------------------------------------------------------------------------------------------
 
