@@ -39,7 +39,7 @@ SHARED: dict[str, Any] = {
 SFT, RLHF = "swift sft", "swift rlhf"
 PROGRAMS = {
     SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
-    RLHF: "import sys; from swift import rlhf_main; from tools.rehearsed_program import written_elsewhere\n"
+    RLHF: "import sys; from swift import rlhf_main; from tools.programs.ms_swift import written_elsewhere\n"
     "written_elsewhere({max_completion_length}); rlhf_main(sys.argv[1:])",
 }
 """Command → its program; fields in braces are arguments."""

@@ -1,0 +1,203 @@
+"""What the programs have in common: the options, the model, the adapter, the arguments, the rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BitsAndBytesConfig,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS = 256
+FLAGS = argparse.BooleanOptionalAction
+CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+AUTOMATIC_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""What transformers and accelerate compute of the model's hidden size."""
+PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
+"""Ends of names of classes that want one label per sample."""
+OTHER_TRAINERS = (
+    "trl-dpo",
+    "trl-kto",
+    "trl-reward",
+    "trl-orpo",
+    "trl-cpo",
+    "trl-tpo",
+    "trl-grpo",
+    "trl-rloo",
+    "trl-gkd",
+    "trl-gold",
+    "trl-distillation",
+)
+LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
+SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
+AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo", "axolotl-reward")
+V1 = "llamafactory-v1"
+TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)
+
+
+def options() -> argparse.Namespace:
+    """The options that a job may have, under the names of `peftplan estimate`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora"))
+    parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
+    parser.add_argument("--target-modules", default="all-linear")
+    parser.add_argument("--quant", choices=("int8",))
+    parser.add_argument("--use-dora", action=FLAGS, default=False)
+    parser.add_argument("--use-rslora", action=FLAGS, default=False)
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument("--device-map", choices=("none", "auto", "cuda"))
+    parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
+    parser.add_argument("--trainer", default="transformers", choices=TRAINERS)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--gradient-checkpointing", action=FLAGS)
+    parser.add_argument("--use-reentrant", action=FLAGS)
+    parser.add_argument("--optim")
+    parser.add_argument("--attn-implementation")
+    parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy"), default="full")
+    parser.add_argument("--kernels", choices=("axolotl",))
+    parser.add_argument("--max-completion-length", type=int)
+    parser.add_argument("--teacher-model")
+    parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
+    parser.add_argument("--beta", type=float)
+    parser.add_argument("--loss-type")
+    parser.add_argument("--num-generations", type=int)
+    parser.add_argument("--steps-per-generation", type=int)
+    parser.add_argument("--use-vllm", action=FLAGS, default=False)
+    parser.add_argument("--vllm-mode", choices=("server", "colocate"))
+    parser.add_argument("--padding", action=FLAGS, default=False)
+    parser.add_argument("--strategy", choices=("ddp", "fsdp1", "fsdp2", "zero0", "zero1", "zero2", "zero3"))
+    parser.add_argument("--overlap-comm", action=FLAGS, default=True)
+    for name in AUTOMATIC_SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
+    parser.add_argument("--zero3-init", action=FLAGS)
+    parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
+    parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--local_rank", type=int)
+    return parser.parse_args()
+
+
+def checkpoints(job: argparse.Namespace) -> bool:
+    """Whether layers are recomputed: both trainers do so unless told otherwise."""
+    return job.trainer != "plain" if job.gradient_checkpointing is None else job.gradient_checkpointing
+
+
+def class_of(job: argparse.Namespace, config: Any) -> Any:
+    """The class that a task wants, else the one that the model's config names."""
+    return CLASSIFIERS[job.task_type] if job.task_type else getattr(transformers, config.architectures[0])
+
+
+def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any:
+    """The model, as it is passed to a trainer."""
+    quantization = None
+    if job.method == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[job.dtype],
+        )
+    if job.quant == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
+    if job.trainer.endswith("-reward"):
+        attention["num_labels"] = 1
+    device_map = job.device_map or ("auto" if job.trainer in AXOLOTL else "none")
+    if device_map != "none":
+        attention["device_map"] = device_map
+    return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
+
+
+def adapter(job: argparse.Namespace) -> LoraConfig | None:
+    """peft's config of the method, None for full fine-tuning."""
+    if job.method == "full":
+        return None
+    modules = job.target_modules if job.target_modules == "all-linear" else job.target_modules.split(",")
+    others = {"lora_dropout": job.lora_dropout, "use_dora": job.use_dora, "use_rslora": job.use_rslora}
+    return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
+
+
+def task_of(job: argparse.Namespace) -> str | None:
+    """peft's task: that of the job, else the one that the model's class has."""
+    config = AutoConfig.from_pretrained(job.model)
+    if job.trainer.endswith("-reward"):
+        return "SEQ_CLS"
+    if config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return job.task_type or ("CAUSAL_LM" if config.architectures[0].endswith(("ForCausalLM", "LMHeadModel")) else None)
+
+
+def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """TrainingArguments' fields for several GPUs."""
+    strategy = job.strategy or "ddp"
+    if strategy.startswith("fsdp"):
+        layers = {"transformer_layer_cls_to_wrap": list(model._no_split_modules)}
+        offload = " offload" if job.offload_params == "cpu" else ""
+        return {"fsdp": f"full_shard auto_wrap{offload}", "fsdp_config": {"version": int(strategy[-1]), **layers}}
+    if strategy.startswith("zero"):
+        return {"deepspeed": deepspeed(job, int(strategy[-1]))}
+    return {}
+
+
+def deepspeed(job: argparse.Namespace, stage: int) -> dict[str, Any]:
+    """DeepSpeed's config, with what transformers resolves left to it."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": job.overlap_comm}
+    if stage == 3:
+        zero |= dict.fromkeys(AUTOMATIC_SIZES, "auto")
+    for what, place in (("offload_param", job.offload_params), ("offload_optimizer", job.offload_optimizer)):
+        if place != "none":
+            zero[what] = {"device": place, "pin_memory": True}
+    automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys(automatic, "auto"),
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """TrainingArguments' fields that both trainers take."""
+    autocast = job.autocast or "bf16"
+    reentrant = {} if job.use_reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": job.use_reentrant}}
+    return {
+        "output_dir": "out",
+        "per_device_train_batch_size": job.batch_size,
+        "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        "gradient_checkpointing": checkpoints(job),
+        **reentrant,
+        "optim": job.optim or "adamw_torch_fused",
+        "bf16": autocast == "bf16",
+        "fp16": autocast == "fp16",
+        "max_steps": 20,
+        "report_to": "none",
+        **(sharding(job, model) if job.strategy or "WORLD_SIZE" in os.environ else {}),
+    }
+
+
+def rows(job: argparse.Namespace, model: Any) -> Any:
+    """Rows of as many tokens as the job says, or of one picture."""
+    if hasattr(model.config, "image_size"):
+        size, channels = model.config.image_size, model.config.num_channels
+        return [{"pixel_values": torch.zeros(channels, size, size), "labels": 0}] * ROWS
+    tokens = [(7 * place) % model.config.get_text_config().vocab_size for place in range(job.seq_len)]
+    labels = 0 if type(model).__name__.endswith(PER_SAMPLE) else tokens
+    return Dataset.from_dict({"input_ids": [tokens] * ROWS, "labels": [labels] * ROWS})
