@@ -83,6 +83,11 @@ td.bytes { text-align: right; font-variant-numeric: tabular-nums; white-space: n
 td span { display: inline-block; width: .9em; height: .9em; margin-right: .5em; vertical-align: -.1em; }
 #groups { flex: 1 1 24em; overflow-wrap: anywhere; }
 caption { text-align: left; font-weight: bold; }
+@media (max-width: 600px) {
+  svg { overflow: visible; margin-top: 1.5em; }
+  svg text { font-size: 26px; paint-order: stroke; stroke: var(--back); stroke-width: 5px; }
+  svg .grid + text { text-anchor: start; transform: translate(10px, -7px); }
+}
 </style>
 </head>
 <body>
