@@ -16,10 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
-from peftplan.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, freeze_adapter, stand_ins, wrapped_task
+from peftplan.libraries.count import COPIES, LORAFA_LR, PREFIXES, _config_object, freeze_adapter, wrapped_task
 from peftplan.libraries.meta import build_config, build_model, model_class, quiet_transformers
 from peftplan.libraries.quantized import QUANT_TENSORS, TORCH_DTYPES
 from peftplan.libraries.quantizing import quantize
+from peftplan.libraries.stand_ins import stand_ins
 from peftplan.libraries.walk import kind_of, ties_of
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig, quantized_modules

@@ -17,7 +17,8 @@ import torch
 
 from peftplan.datafiles import DATA, load
 from peftplan.errors import MissingExtraError, RefusedError, UnknownNameError
-from peftplan.libraries.count import STAND_INS, count_with_peft
+from peftplan.libraries.count import count_with_peft
+from peftplan.libraries.stand_ins import STAND_INS
 from tests.methods import tiny, witness
 
 

@@ -24,7 +24,8 @@ from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
 from peftplan.errors import PeftplanError
 from peftplan.job.sources import load, load_config
-from peftplan.libraries.count import count_with_peft, stand_ins
+from peftplan.libraries.count import count_with_peft
+from peftplan.libraries.stand_ins import stand_ins
 from peftplan.methods import METHODS, adapt, configure, from_peft_config
 from peftplan.methods.adaptation import Adaptation, NeedsPeftError
 from peftplan.methods.experts import CONVERSIONS, RENAMED, ROUTER

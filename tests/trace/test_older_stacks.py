@@ -33,14 +33,14 @@ def test_only_what_is_there_is_replaced() -> None:
 def test_the_versions_here_have_all_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that renames what a trace replaces would be traced as it is on the CPU: it has to be seen here."""
     pytest.importorskip("peft")
-    from peftplan.libraries import count, replacing
+    from peftplan.libraries import replacing, stand_ins
     from tests.trace.engine_case import llama, lora, traced
 
     is_present: dict[str, bool] = {}
     is_there = replacing._is_there
     monkeypatch.setattr(replacing, "_is_there", lambda target: is_present.setdefault(target, is_there(target)))
     traced(llama(layers=1), lora(), seq_len=8, quant="nf4")
-    is_present |= {target: is_there(target) for stand_ins in count.STAND_INS.values() for target in stand_ins}
+    is_present |= {target: is_there(target) for targets in stand_ins.STAND_INS.values() for target in targets}
     assert {"transformers.masking_utils.fast_all", "peft.tuners.boft.layer.Linear.forward"} <= is_present.keys()
     assert [target for target, there in is_present.items() if not there] == []
 
