@@ -2,43 +2,28 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.analytic import steady
 from peftplan.analytic.checks import check
 from peftplan.analytic.loading import loading_of
-from peftplan.analytic.running import (
-    OF_MODULES,
-    autocast_of,
-    empties_first,
-    limits_of,
-    loss_sizes,
-    program_of,
-    reference_of,
-    running_of,
-    segments_grow,
-)
+from peftplan.analytic.running import empties_first, limits_of, loss_sizes, segments_grow
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
-from peftplan.arch.modules import NO_DROPOUT, Architecture
+from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.job.inventory import of_any_device
-from peftplan.job.loss_sizes import CUT, LossSizes
+from peftplan.job.loss_sizes import LossSizes
 from peftplan.job.setup import Setup
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.batch import of_pictures_or_sound
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Loader
-from peftplan.memory.methods import adapter_of
-from peftplan.memory.model import Model
-from peftplan.memory.step import steady_step
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
 from peftplan.parameters import Parameters
-from peftplan.tape.tape import Tape
 from peftplan.units import pinned
 
 if TYPE_CHECKING:
@@ -162,8 +147,6 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
 COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
 """The jobs compiled last. Each is valid for all sizes with the same `shape_facts`."""
 COMPILED_KEPT = 256
-_RUN: "dict[tuple[object, ...], tuple[Model, Model | None]]" = {}
-"""The last step over a `device_map`, by its `step_key`: all GPUs see the same one."""
 
 
 def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = False) -> "Compiled":
@@ -199,62 +182,6 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     return compiled_job
 
 
-def _run(
-    inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool
-) -> "tuple[Model, Model | None]":
-    """As `_steady`, which runs once for all GPUs of a `device_map`. `step_key`: what decides the step."""
-    if inventory.holding is None or inventory.holding.device is None:
-        return _steady(inventory, compute_capability=compute_capability, late=late)
-    if step_key not in _RUN:
-        _RUN.clear()
-        _RUN[step_key] = _steady(inventory, compute_capability=compute_capability, late=late)
-    return _RUN[step_key]
-
-
-def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
-    """The model after its steady step, and after the first one where that differs."""
-    job, parameters, _, _ = inventory
-    setup, computing, on_rank = job.setup, parameters.all, job.architecture
-    if job.distributed is not None:
-        from peftplan.analytic import ranks
-
-        setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
-        on_rank = ranks.architecture_of(job)
-    if setup.by.disables_dropout and on_rank.model_type in OF_MODULES:
-        on_rank = replace(on_rank, dropout=NO_DROPOUT)
-    trained_again = _trained_again(job, parameters)
-    new_model = partial(
-        Model,
-        arch=on_rank,
-        parameters=parameters._replace(
-            all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)
-        ),
-        adaptation=job.adaptation,
-        running=running_of(job._replace(setup=setup), compute_capability),
-        quant=job.quant,
-        adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
-    )
-    kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
-    model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
-    program = program_of(job)._replace(left_alone=trained_again)
-    first = None
-    if job.distributed is not None:
-        first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
-        program = ranks.divided(inventory, model, program, first, late=late)
-    elif model.running.recorded is not None or setup.loss == CUT:
-        first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
-        first.running = first.running._replace(tunes=True)
-        steady_step(first, program)
-    elif setup.optimizer_in_backward:
-        from peftplan.memory.stepped import SteppedInBackward
-
-        model.units = SteppedInBackward(model.tape)
-    alone = job.distributed is None
-    reference = reference_of(job, model) if alone else ranks.reference_on_rank(job, model, first)
-    steady_step(model, program, reference=reference)
-    return model, first
-
-
 def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
     job, _, static, holding = inventory
     setup, architecture = job.setup, job.architecture
@@ -262,7 +189,7 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
         from peftplan.analytic import ranks
 
         setup = ranks.setup_on_rank(job)
-    model, first = _run(inventory, step_key, compute_capability=compute_capability, late=late)
+    model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
     of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
     on_tape = "gradients" if holding is None else holding.on_tape
@@ -316,13 +243,6 @@ def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_ca
     workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
     workspaces = tuple((at, line) for at, line in workspaces if line != normed)
     return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
-
-
-def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
-    """Names of LoRA-FA's frozen A matrices if the script makes adapters require gradients again."""
-    if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
-        return frozenset()
-    return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

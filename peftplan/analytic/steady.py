@@ -1,0 +1,84 @@
+"""A steady step on the tape: the model that a job describes, after the code of its step has run."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from peftplan.analytic.running import OF_MODULES, autocast_of, program_of, reference_of, running_of
+from peftplan.arch.modules import NO_DROPOUT
+from peftplan.job.loss_sizes import CUT
+from peftplan.memory.methods import adapter_of
+from peftplan.memory.model import Model
+from peftplan.memory.step import steady_step
+from peftplan.parameters import Parameters
+from peftplan.tape.tape import Tape
+
+if TYPE_CHECKING:
+    from peftplan.job.inventory import Inventory
+    from peftplan.job.job import Job
+
+_RUN: "dict[tuple[object, ...], tuple[Model, Model | None]]" = {}
+"""The last step over a `device_map`, by its `step_key`: all GPUs see the same one."""
+
+
+def run(
+    inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool
+) -> "tuple[Model, Model | None]":
+    """As `_steady`, which runs once for all GPUs of a `device_map`. `step_key`: what decides the step."""
+    if inventory.holding is None or inventory.holding.device is None:
+        return _steady(inventory, compute_capability=compute_capability, late=late)
+    if step_key not in _RUN:
+        _RUN.clear()
+        _RUN[step_key] = _steady(inventory, compute_capability=compute_capability, late=late)
+    return _RUN[step_key]
+
+
+def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
+    """The model after its steady step, and after the first one where that differs."""
+    job, parameters, _, _ = inventory
+    setup, computing, on_rank = job.setup, parameters.all, job.architecture
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        setup, computing = ranks.setup_on_rank(job), ranks.parameters_on_rank(inventory).all
+        on_rank = ranks.architecture_of(job)
+    if setup.by.disables_dropout and on_rank.model_type in OF_MODULES:
+        on_rank = replace(on_rank, dropout=NO_DROPOUT)
+    trained_again = _trained_again(job, parameters)
+    new_model = partial(
+        Model,
+        arch=on_rank,
+        parameters=parameters._replace(
+            all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)
+        ),
+        adaptation=job.adaptation,
+        running=running_of(job._replace(setup=setup), compute_capability),
+        quant=job.quant,
+        adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
+    )
+    kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
+    model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
+    program = program_of(job)._replace(left_alone=trained_again)
+    first = None
+    if job.distributed is not None:
+        first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
+        program = ranks.divided(inventory, model, program, first, late=late)
+    elif model.running.recorded is not None or setup.loss == CUT:
+        first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
+        first.running = first.running._replace(tunes=True)
+        steady_step(first, program)
+    elif setup.optimizer_in_backward:
+        from peftplan.memory.stepped import SteppedInBackward
+
+        model.units = SteppedInBackward(model.tape)
+    alone = job.distributed is None
+    reference = reference_of(job, model) if alone else ranks.reference_on_rank(job, model, first)
+    steady_step(model, program, reference=reference)
+    return model, first
+
+
+def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
+    """Names of LoRA-FA's frozen A matrices if the script makes adapters require gradients again."""
+    if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
+        return frozenset()
+    return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
