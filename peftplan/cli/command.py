@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from peftplan.errors import BoundError, InputError, PeftplanError, UnknownOptionError
-from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, our_value, refuse, twice
+from peftplan.cli.spellings import Translation, as_typed
+from peftplan.errors import BoundError, PeftplanError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -170,7 +169,7 @@ class Command(click.Command):
         """Parse what was typed, once it is in our words. Raises RefusedError for two words that set one option."""
         if not ctx.resilient_parsing:  # completion reads what is not finished
             typed: dict[str, str] = ctx.meta.setdefault(TYPED, {})
-            args = list(_Translation(self.get_params(ctx), typed).of(args))
+            args = list(Translation(self.get_params(ctx), typed).of(args))
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -222,107 +221,6 @@ def _argument_names(param: click.Parameter) -> tuple[str, ...]:
     if not isinstance(param, click.Argument):
         return ()
     return (str(param.name), *(("file",) if param.human_readable_name == "FILE" else ()))
-
-
-def as_typed(error: PeftplanError, fields: Mapping[str, str], spellings: Mapping[str, str]) -> str:
-    """The line of an error. `fields`: what its field is called, `spellings`: what others that it mentions are called."""
-    if isinstance(error, UnknownOptionError):
-        dashed = {word: f"--{word.replace('_', '-')}" for word in MEANINGS} | dict(spellings)
-        error.near = [dashed.get(name, f"--set {name}") for name in error.near]
-    if isinstance(error, InputError):
-        error.named(fields.get(error.field, error.field))
-    if isinstance(error, UnknownOptionError):
-        return str(error)
-    field, colon, rest = str(error).partition(": ")
-    text = f"{fields.get(field, field)}{colon}{rest}"
-    return _FIELD.sub(lambda match: spellings.get(match[0], match[0]), text)
-
-
-_FIELD = re.compile(r"(?<!--set )(?<![\w'\"./`-])[a-z]+(?:_[a-z]+)+(?![\w'\"./(`:-])")
-"""A name of the library in a sentence: two words or more, not quoted, no part of a path."""
-
-
-class _Translation:
-    """The words of a command line as click's parser of one command knows them; `typed` is filled with what set each option."""
-
-    def __init__(self, params: Iterable[click.Parameter], typed: dict[str, str]) -> None:
-        options = [param for param in params if isinstance(param, click.Option)]
-        self.by_spelling = {text: option for option in options for text in (*option.opts, *option.secondary_opts)}
-        self.by_name = {str(option.name): option for option in options}
-        self.typed = typed
-
-    def of(self, args: Iterable[str]) -> Iterator[str]:
-        """Each word of the command line, options in our spelling."""
-        rest = list(args)
-        while rest:
-            word = rest.pop(0)
-            if word == "--":
-                yield from (word, *rest)
-                return
-            yield from self._option(word, rest) if word.startswith("--") else (word,)
-
-    def _option(self, word: str, rest: list[str]) -> Iterator[str]:
-        typed, equals, value = word.partition("=")
-        spelling = "--" + typed[2:].replace("_", "-")
-        name = typed[2:].replace("-", "_")
-        attached = value if equals else None
-        if (option := self.by_spelling.get(spelling)) is not None:
-            yield from self._ours(option, spelling, typed, attached, rest)
-        elif name in NOT_COUNTED:
-            refuse(name, typed, (_next(rest, (*ON, *OFF)) or "true") if attached is None else attached)
-        elif name in MEANINGS and (option := self.by_name.get(MEANINGS[name].option)) is not None:
-            yield from self._theirs(option, name, typed, attached, rest)
-        else:
-            yield word  # click says that there is no such option
-
-    def _ours(self, option: click.Option, spelling: str, typed: str, attached: str | None, rest: list[str]) -> Iterator[str]:
-        if option.is_flag:
-            attached = attached or _next(rest, ("true", "false", "True", "False"))
-            on = (attached or "true").lower() in ON
-            if on or option.secondary_opts:
-                self._set_by(option, typed)
-                yield spelling if on else _other(option, spelling)
-            return
-        self._set_by(option, typed)
-        yield spelling if attached is None else f"{spelling}={attached}"
-        if attached is None and rest:
-            yield rest.pop(0)
-
-    def _theirs(self, option: click.Option, name: str, typed: str, attached: str | None, rest: list[str]) -> Iterator[str]:
-        meaning = MEANINGS[name]
-        if attached is None and meaning.switch:
-            attached = _next(rest, (*meaning.values, *ON, *OFF)) or "true"
-        elif attached is None:
-            if not rest:
-                raise click.BadOptionUsage(typed, f"Option '{typed}' requires an argument.")
-            attached = rest.pop(0)
-        value = our_value(name, typed, attached)
-        if value is None:
-            return
-        self._set_by(option, typed)
-        if option.is_flag:
-            yield option.opts[0] if value is True else _other(option, option.opts[0])
-        else:
-            yield f"{option.opts[0]}={value}"
-
-    def _set_by(self, option: click.Option, typed: str) -> None:
-        name = str(option.name)
-        if option.multiple or (option.is_flag and self.typed.get(name) == typed):
-            self.typed[name] = typed
-            return
-        if name in self.typed:
-            raise twice(self.typed[name], typed)
-        self.typed[name] = typed
-
-
-def _next(rest: list[str], values: Iterable[str]) -> str | None:
-    """The next word where it is one of the values, taken out of the rest."""
-    return rest.pop(0) if rest and rest[0].lower() in values else None
-
-
-def _other(option: click.Option, spelling: str) -> str:
-    """The other half of a switch."""
-    return option.secondary_opts[0] if spelling in option.opts else option.opts[0]
 
 
 def will_exit(code: int) -> int:
