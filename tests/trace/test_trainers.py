@@ -21,7 +21,7 @@ import transformers
 from peftplan.errors import RefusedError
 from peftplan.job.setup import parse_setup, resolved
 from peftplan.planning.estimate import estimate
-from peftplan.trace.cuda import losses
+from peftplan.trace.cuda import chunked, losses
 from peftplan.trace.model import cast_by_trl
 from peftplan.trace.steps import Run, take_steps
 from tests.memory.engines import shallow
@@ -89,7 +89,7 @@ def storages_of_ours(model: Any) -> Storages:
     watcher = MagicMock()
     watcher.began = []
     with (
-        patch.object(losses, "accumulate", lambda into, a, b: None),
+        patch.object(chunked, "accumulate", lambda into, a, b: None),
         patch("torch.nn.utils.clip_grad_norm_"),
         Storages() as seen,
     ):

@@ -22,7 +22,7 @@
 | `isinf` | a composite, of which a mode sees nothing | `COMPOSITE` |
 | sums of gradients | never in place into a tensor subclass (autograd `input_buffer.cpp`) | `tracker`, where torch would |
 | `tensor[mask]` | its size is data: fake tensors refuse | `scored.Rows`, `flash.Picked` |
-| TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `losses.ChunkedLogProbs` |
+| TRL's chunked loss | without Triton each tile is copied to fp32, and so are factors of products | `chunked.ChunkedLogProbs` |
 | `save_on_cpu` | its copies on the host would count as the device's | `hosted.SavedOnHost` |
 | flash-attn, Liger, Unsloth | kernels of packages that need CUDA | `flash`, `losses`, `unsloth` |
 

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.trace.cuda.cut import CutCrossEntropy
-from peftplan.trace.cuda.losses import LigerCrossEntropy, liger_rows
+from peftplan.trace.cuda.liger import LigerCrossEntropy, liger_rows
 from peftplan.trace.cuda.unsloth import FusedLinear, chunk_rows
 from tests.trace.engine_case import HIDDEN, llama, lora, traced
 from tests.trace.storages import Storages
