@@ -9,7 +9,7 @@ import pytest
 
 import peftplan
 from peftplan.job.configs.read import read_config, read_text, read_values
-from tests.job.configs.test_reading import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
 ZERO3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"}}
 

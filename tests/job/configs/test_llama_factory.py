@@ -1,0 +1,104 @@
+"""What files of LLaMA-Factory mean, and what it and axolotl raise."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+import peftplan
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, read
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("lora", "bf16")])
+def test_llamafactory_v1_trains_a_whole_model_in_fp32(method: Any, dtype: str) -> None:
+    """v1/core/model_engine.py:195, where there is no peft_config; by a file and by options alike."""
+    by_file = peftplan.estimate(config=read(LLAMAFACTORY_V1), method=method)
+    by_hand = peftplan.estimate(
+        "qwen3-0.6b", trainer="llamafactory-v1", method=method, strategy="fsdp2", gpus=8, batch_size=2, seq_len=2048
+    )
+    assert by_file.assumptions["dtype"] == by_hand.assumptions["dtype"] == dtype
+    assert by_file.peaks == by_hand.peaks
+
+
+def test_kernels_of_llamafactory_v1_need_to_be_named() -> None:
+    assert read(LLAMAFACTORY_V1).unsupported == {}
+    named = read({**LLAMAFACTORY_V1, "kernel_config": {"name": "auto", "include_kernels": "auto"}})
+    assert named.unsupported.keys() == {"kernel_config.include_kernels"}
+
+
+def test_scaling_of_llamafactory_changes_no_memory() -> None:
+    plan = read({**LLAMAFACTORY, "lora_alpha": 32, "use_rslora": True})
+    assert plan.unsupported == read(LLAMAFACTORY).unsupported
+
+
+WITH_KERNELS = {key: value for key, value in AXOLOTL.items() if not key.endswith("_kernel")}
+LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_path": "Qwen/Qwen2-1.5B-Instruct"}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "raised"),
+    [
+        ({**AXOLOTL, "flash_attn_rms_norm": True}, "flash_attn_rms_norm", "DeprecationWarning"),
+        ({**AXOLOTL, "max_packed_sequence_len": 2048}, "max_packed_sequence_len", "DeprecationWarning"),
+        ({**WITH_KERNELS, "base_model": "EleutherAI/gpt-j-6b"}, "lora_qkv_kernel", "AssertionError"),
+        ({**WITH_KERNELS, "base_model": "microsoft/Phi-3.5-mini-instruct"}, "lora_qkv_kernel", "AssertionError"),
+        ({**AXOLOTL, "base_model": "tiiuae/falcon-7b", "attn_implementation": "xformers"}, "attn_implementation", "KeyError"),
+        ({**AXOLOTL, "early_stopping_patience": 3, "save_steps": 10}, "early_stopping_patience", "ValueError"),
+        ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "relora": True}, "relora", "RuntimeError"),
+        ({**AXOLOTL, "warmup_steps": 0.1}, "warmup_steps", "ValidationError"),
+        ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
+        ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
+        ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
+    ],
+)
+def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
+    """ReLoRA was rehearsed: the first step ends, and the second one raises."""
+    row = read(values).unsupported[key]
+    assert re.search(rf" raises {raised}: .* \([\w/]+\.py:\d+\)$", row.why)
+    assert row.effect == "unknown"
+
+
+def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> None:
+    plan = read({**LLAMA_FACTORY_FULL, "use_apollo": True, "optim": "adamw_torch"})
+    assert plan.unsupported["use_apollo"].why == "APOLLO by its own optimizer"
+
+
+@pytest.mark.parametrize(
+    ("where", "kernels"),
+    [
+        ({}, ("axolotl",)),
+        ({"fsdp_version": 2}, ("axolotl",)),
+        ({"fsdp_version": 2, "fsdp_config": {"fsdp_version": 2}}, ("axolotl",)),
+        ({"fsdp_version": 1}, None),
+    ],
+)
+def test_axolotl_leaves_its_kernels_off_under_fsdp1(where: dict[str, Any], kernels: tuple[str, ...] | None) -> None:
+    """utils/schemas/config.py:2062 of axolotl 0.19, where several GPUs are found."""
+    shards = {"fsdp_config": {"reshard_after_forward": True}, **where} if where else {}
+    assert read({**WITH_KERNELS, **shards}).options.get("kernels") == kernels
+
+
+def test_llamafactory_v1_quantizes_as_its_plugin_does() -> None:
+    """v1/plugins/model_plugins/quantization.py:98 and peft.py:175: what the file leaves out."""
+    adapter = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all"}
+    plan = read({**LLAMAFACTORY_V1, "peft_config": adapter, "quant_config": {"name": "bnb", "quantization_bit": 4}})
+    assert not plan.unsupported
+    stored = {"quant": "nf4", "double_quant": True, "compute_dtype": "fp16", "quant_storage": "fp16"}
+    assert plan.options.items() >= {**stored, "method": "lora", "r": 16, "lora_dropout": 0.05}.items()
+
+
+def test_llamafactory_v1_has_defaults_behind_its_plugins_names() -> None:
+    """v1/plugins/model_plugins/peft.py:160, `config.get("target_modules", "all")`, and quantization.py: 4 bits for bnb alone."""
+    plan = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora"}, "quant_config": {"name": "bnb"}})
+    assert plan.options.items() >= {"target_modules": "all-linear", "quant": "nf4", "double_quant": True}.items()
+    automatic = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora"}, "quant_config": {"name": "auto"}})
+    assert "quant" not in automatic.options
+    adapter = {"peft_config": {"name": "lora"}}
+    single = read(
+        {**LLAMAFACTORY_V1, **adapter, "quant_config": {"name": "bnb", "quantization_bit": 4, "double_quantization": False}}
+    )
+    assert single.options["double_quant"] is False
+    adapted = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora", "target_modules": "q_proj"}})
+    assert adapted.options["target_modules"] == "q_proj"

@@ -1,0 +1,159 @@
+"""What files of NeMo Automodel mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftplan.job.configs.plan import ConfigPlan
+from tests.job.configs.files import read
+
+
+def test_nemo_builds_some_models_itself() -> None:
+    """Classes in its registry are modules of its own, unless `force_hf`. Dense Llama, Qwen2 and Qwen3 have formulas as it builds
+    them, and others as transformers does."""
+    config = {
+        "model": {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"},
+        "step_scheduler": {"local_batch_size": 1},
+    }
+    for name, force_hf, expected, trainer in (
+        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", None, ["model"], "automodel"),
+        ("meta-llama/Llama-3.2-1B", None, [], "automodel"),
+        ("meta-llama/Llama-3.2-1B", True, [], "automodel-hf"),
+        ("mistralai/Mistral-7B-v0.1", None, [], "automodel"),
+    ):
+        model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
+        plan = read({**config, "model": model})
+        assert (list(plan.unsupported), plan.options["trainer"]) == (expected, trainer)
+
+
+NEMO_MODEL = {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"}
+NEMO_LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig"}
+
+
+def of_nemo(distributed: dict[str, object], **more: object) -> ConfigPlan:
+    values = {
+        "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+        "model": NEMO_MODEL,
+        "step_scheduler": {"local_batch_size": 4, "global_batch_size": 64},
+        "distributed": distributed,
+    }
+    return read({**values, **more})
+
+
+def test_nemo_divides_the_global_batch() -> None:
+    """`grad_acc_steps = global_batch_size // (local_batch_size * dp_size)` (components/training/step_scheduler.py)."""
+    plan = of_nemo({"strategy": "fsdp2", "dp_size": "none", "tp_size": 1})
+    assert plan.unsupported == {}
+    assert plan.assumed["gpus"] == "the launcher decides; 8 are assumed"
+    assert [plan.options[name] for name in ("trainer", "strategy", "gpus")] == ["automodel", "fsdp2", 8]
+    assert plan.options["gradient_accumulation_steps"] == 64 // (4 * 8)
+    assert of_nemo({"strategy": "fsdp2", "dp_size": 2}).options["gradient_accumulation_steps"] == 64 // (4 * 2)
+    divided = of_nemo({"strategy": "fsdp2", "dp_size": "none", "tp_size": 4})
+    assert (divided.options["tp_size"], divided.options["gradient_accumulation_steps"]) == (4, 64 // (4 * 8 // 4))
+    assert of_nemo({"strategy": "fsdp2", "dp_size": 2, "tp_size": 4}).options["gpus"] == 2 * 4
+    assert "tp_size" not in plan.options
+
+
+def test_nemo_started_by_skypilot() -> None:
+    sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
+    plan = of_nemo(
+        {"strategy": "fsdp2", "dp_size": "none"}, skypilot=sky, recipe={"_target_": "nemo_automodel.recipes.llm.train_ft.X"}
+    )
+    assert plan.unsupported == {}
+    assert (plan.options["gpus"], plan.options["nodes"]) == (4, 2)
+    assert plan.options["gradient_accumulation_steps"] == 64 // (4 * 4 * 2)
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [
+        {"strategy": "megatron_fsdp"},
+        {"strategy": "fsdp2", "cp_size": 2},
+        {"strategy": "fsdp2", "activation_checkpointing": "selective"},
+        {"strategy": "fsdp2", "offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}},
+    ],
+)
+def test_what_nemo_shards_otherwise_is_not_supported(distributed: dict[str, object]) -> None:
+    assert len(of_nemo(distributed).unsupported) == 1
+
+
+def test_nemo_packs_quantized_weights_as_floats() -> None:
+    """components/quantization/qlora.py (`create_bnb_config`): bfloat16 unless the file says otherwise."""
+    plans = [
+        of_nemo({"strategy": "fsdp2", "dp_size": "none"}, peft=NEMO_LORA, quantization={"load_in_4bit": True, **storage})
+        for storage in ({}, {"bnb_4bit_quant_storage": "uint8"})
+    ]
+    assert [plan.options["quant_storage"] for plan in plans] == ["bf16", "uint8"]
+
+
+@pytest.mark.parametrize(
+    ("peft", "targets", "excluded"),
+    [
+        ({}, r"(?:.*\.)?.*_proj", None),
+        ({"match_all_linear": True}, "every-linear", None),
+        ({"exclude_modules": ["*.out_proj"]}, "every-linear", r"(?:.*\.)?.*\.out_proj"),
+        ({"target_modules": ["c_attn"]}, ("c_attn",), None),
+    ],
+)
+def test_nemo_names_its_targets(peft: dict[str, object], targets: object, excluded: str | None) -> None:
+    """components/_peft/module_matcher.py (`ModuleMatcher`): all linear layers include the output layer."""
+    options = of_nemo({"strategy": "fsdp2"}, peft=NEMO_LORA | peft).options
+    assert (options["target_modules"], options.get("exclude_modules")) == (targets, excluded)
+
+
+def test_nemo_shards_with_fsdp2_unless_one_gpu_runs() -> None:
+    """recipes/_dist_utils.py: `_target_` is taken out; components/distributed/model_parallelizer.py
+    (`_parallelize_unsharded_fsdp2`): nothing is sharded over one rank."""
+    older = {"_target_": "nemo_automodel.components.distributed.fsdp2.FSDP2Manager", "dp_size": "none"}
+    assert [of_nemo(older).options[name] for name in ("strategy", "gpus")] == ["fsdp2", 8]
+    alone = of_nemo({**older, "dp_size": 1})
+    assert ("strategy" in alone.options, alone.unsupported) == (False, {})
+
+
+def test_nemo_packs_documents_into_rows() -> None:
+    """A mask tells documents apart, or FlashAttention's metadata; how the tool's own modules do it has no formula."""
+    packed = {"packed_sequence": {"packed_sequence_size": 1024}}
+    plans = [
+        of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"force_hf": True, **attention}, **packed)
+        for attention in ({}, {"attn_implementation": "flash_attention_2"})
+    ]
+    assert [(plan.options["seq_len"], plan.options.get("padding"), plan.unsupported) for plan in plans] == [
+        (1024, True, {}),
+        (1024, None, {}),
+    ]
+    assert of_nemo({"strategy": "fsdp2"}, **packed).unsupported.keys() == {"packed_sequence.packed_sequence_size"}
+
+
+def test_losses_and_optimizers_of_nemo() -> None:
+    """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py)."""
+    loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
+    adam = {"_target_": "torch.optim.Adam", "weight_decay": 0}
+    sharded = {"strategy": "fsdp2"}
+    assert of_nemo(sharded, loss_fn={"_target_": loss}, optimizer=adam).unsupported == {}
+    peft = {
+        "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+        "dim": 8,
+        "target_modules": "*_proj",
+        "use_triton": True,
+    }
+    assert of_nemo(sharded, peft=peft).unsupported == {}
+    assert "256 MiB" in of_nemo(sharded, peft=peft).assumed["use_triton"]
+    assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).options["optim"] == "adam"
+    flash = of_nemo(sharded, optimizer={"_target_": "flashoptim.FlashAdamW", "master_weight_bits": 32})
+    assert (flash.options["optim"], flash.options["optim_args"]) == ("flash_adamw", "master_weight_bits=32")
+    of_te = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
+    assert (of_te.options["loss"], of_te.unsupported) == ("te-parallel", {})
+    fused = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"})
+    assert (fused.options["loss"], fused.unsupported) == ("cut-apart", {})
+    compiled = {"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy", "impl": "torch_compile"}
+    assert of_nemo(sharded, loss_fn=compiled).unsupported.keys() == {"loss_fn.impl"}
+    assert of_nemo(sharded | {"defer_fsdp_grad_sync": False}).options["sync_each_batch"] is True
+    alone = of_nemo(sharded | {"defer_fsdp_grad_sync": False}, step_scheduler={"global_batch_size": 8, "local_batch_size": 1})
+    assert "sync_each_batch" not in alone.options
+    assert alone.read["distributed.defer_fsdp_grad_sync"].why == "a step has one micro batch"
+
+
+def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
+    assert of_nemo({"strategy": "fsdp2"}).assumed["dtype"] == "the checkpoint decides too; bfloat16 is assumed"
+    t5 = of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"pretrained_model_name_or_path": "google-t5/t5-small"})
+    assert t5.options["dtype"] == "fp32"

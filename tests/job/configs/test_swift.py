@@ -1,0 +1,163 @@
+"""What files of ms-swift mean."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.plan import bound
+from peftplan.job.configs.read import read_text
+from peftplan.planning.configs import of_plan
+from tests.job.configs.files import SWIFT, read
+from tools.config_page import Case, refused_by
+
+
+def test_keys_of_swifts_rollouts_are_known() -> None:
+    """They stand in rlhf_trainers/args_mixin.py."""
+    rollout = {"use_vllm": True, "vllm_mode": "colocate", "vllm_server_port": 8000, "sleep_level": 1, "reward_funcs": "accuracy"}
+    plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "rlhf_type": "grpo", **rollout}, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    expected = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.9, "vllm_enable_sleep_mode": True}
+    assert expected.items() <= plan.options.items()
+
+
+MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
+
+
+@pytest.mark.parametrize("values", [{}, {"target_modules": "all-linear"}, {"experts_impl": "grouped_mm"}])
+def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None:
+    """It lists names of linear layers; its dropout is 0.05. 48 layers of q, k, v and o at rank 8, as peft counts them."""
+    plan = read({**SWIFT, "model": MOE, **values}, kind="command", program="swift sft")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert result.trainable_parameters == 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512)) == 6_684_672
+    assert result.bound is None
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "where"),
+    [
+        ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
+        ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115"),
+        ({"init_weights": "lora-ga"}, "init_weights", "train/tuner.py:218"),
+    ],
+)
+def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, where: str) -> None:
+    """AttributeError and KeyError of ms-swift 4.6.0 were rehearsed; LoRA-GA ends in `from peft.tuners import BoneModel`."""
+    plan = read({**SWIFT, **values}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == {key}
+    case = Case("run.sh", plan, of_plan(plan))
+    assert case.entry.total_parameters is not None
+    assert where in (refused_by(case) or "")
+
+
+@pytest.mark.parametrize("values", [{"galore_optim_per_parameter": True}, {"galore_quantization": True}])
+def test_swift_makes_no_galore(values: dict[str, object]) -> None:
+    """transformers' Trainer calls `create_optimizer`; ms-swift's GaLore hangs on `create_optimizer_and_scheduler`."""
+    plain = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full"}
+    plan, of_adamw = (
+        read({**plain, **more}, kind="command", program="swift sft") for more in ({"use_galore": True, **values}, {})
+    )
+    assert not plan.unsupported
+    assert "GaLore" in plan.assumed["optim"]
+    assert plan.options == of_adamw.options
+
+
+def test_lisa_lowers_the_peak_of_full_fine_tuning() -> None:
+    """Two of four layers trained at a time hold 15.6 GB where all hold 17.5 (rehearsed)."""
+    values = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full", "lisa_activated_layers": 2}
+    plan = read(values, kind="command", program="swift sft")
+    assert bound(plan.unsupported) == "at_most"
+
+
+def test_files_of_swift_that_sample_or_run_megatron_are_told_apart() -> None:
+    """Arguments of `swift sample`, and of Megatron under Ray (megatron/arguments/megatron_args.py)."""
+    assert read({**SWIFT, "sampler_engine": "vllm", "num_return_sequences": 4}).kind == "other"
+    plan = read({**SWIFT, "rlhf_type": "grpo", "micro_batch_size": 2, "global_batch_size": 16, "lr": 1e-6})
+    assert Case("run.yaml", plan, of_plan(plan)).kind == "Megatron"
+
+
+def test_other_experts_are_not_known() -> None:
+    plan = read({**SWIFT, "model": MOE, "experts_impl": "eager"}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == {"experts_impl"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "nodes"), [("list(range(0, 4))", 4, None), (16, 8, 2), ("list(range(8, 12))", 4, None)]
+)
+def test_ray_starts_the_ranks_that_the_file_says(ranks: object, gpus: int, nodes: int | None) -> None:
+    groups = {"nproc_per_node": 8 if ranks == 16 else 4, "default": {"device": "GPU", "ranks": ranks, "workers": ["default"]}}
+    plan = read({**SWIFT, "deepspeed": "zero3", "use_ray": True, "device_groups": groups})
+    assert not plan.unsupported
+    assert (plan.options["gpus"], plan.options.get("nodes")) == (gpus, nodes)
+
+
+@pytest.mark.parametrize("ranks", ["sorted({0, 1})", 6, "list(range(4, 4))"])
+def test_ranks_of_ray_that_are_not_known_or_fill_no_nodes_are_said(ranks: object) -> None:
+    groups = {"nproc_per_node": 4, "default": {"device": "GPU", "ranks": ranks, "workers": ["default"]}}
+    assert read({**SWIFT, "deepspeed": "zero3", "device_groups": groups}).unsupported.keys() == {"device_groups"}
+
+
+@pytest.mark.parametrize(("model", "unsupported"), [(SWIFT["model"], set()), ("meta-llama/Llama-3.2-1B", {"new_special_tokens"})])
+def test_new_tokens_fit_where_the_embedding_has_rows_to_spare(model: str, unsupported: set[str]) -> None:
+    """Qwen's tokenizers use at most 151,669 of 151,936 rows; Llama's use all of theirs."""
+    plan = read({**SWIFT, "model": model, "new_special_tokens": "tokens.txt"}, kind="command", program="swift sft")
+    assert plan.unsupported.keys() == unsupported
+    assert ("new_special_tokens" in plan.assumed) is (not unsupported)
+
+
+def test_a_placeholder_that_the_reader_fills_in_is_assumed() -> None:
+    values = {**SWIFT, "task_type": "seq_cls", "num_labels": "<num-labels>"}
+    plan = read(values, kind="command", program="swift sft")
+    assert not plan.unsupported
+    assert (plan.options["num_labels"], plan.assumed["num_labels"]) == (2, "the file has a placeholder; 2 is assumed")
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ({}, {"trainer": "swift-dpo"}),
+        ({"rlhf_type": "dpo", "beta": 0.2, "loss_type": "ipo"}, {"trainer": "swift-dpo", "beta": 0.2, "loss_type": "ipo"}),
+        ({"rlhf_type": "orpo"}, {"trainer": "swift-orpo"}),
+        ({"rlhf_type": "grpo", "max_length": 1000}, {"trainer": "swift-grpo", "seq_len": 1512, "max_completion_length": 512}),
+        ({"rlhf_type": "grpo", "max_completion_length": 4000}, {"seq_len": 6048, "max_completion_length": 4000}),
+        ({"rlhf_type": "grpo", "max_length": None}, {"seq_len": 2048 + 512, "max_completion_length": 512}),
+    ],
+)
+def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, object]) -> None:
+    """`swift rlhf` trains by DPO unless told otherwise. GRPO's max_length is that of a prompt."""
+    plan = read({**SWIFT, **values}, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    assert options.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rlhf_type": "kto"}, "rlhf_type"),
+        ({"rlhf_type": "dpo", "packing": True}, "packing"),
+        ({"packing": True}, "packing"),
+        ({"padding_free": True}, "padding_free"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
+        ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        # rehearsed: 7.28 GB, and 7.20 GB where completions alone have labels
+        ({"rlhf_type": "grpo", "loss_scale": "all"}, "loss_scale"),
+        ({"rlhf_type": "grpo", "num_generations": 1, "loss_type": "fipo"}, "loss_type"),
+        ({"rlhf_type": "dpo", "loss_type": "sigmoid bco_pair sft"}, "loss_type"),
+    ],
+)
+def test_of_swifts_trainers_some_are_not_read(values: dict[str, object], key: str) -> None:
+    assert read({**SWIFT, **values}, kind="command", program="swift rlhf").unsupported.keys() == {key}
+
+
+def test_gspo_is_grpo_with_ratios_of_sequences() -> None:
+    script = "--model_name_or_path Qwen/Qwen3-0.6B --num_generations 8 --beta 0.0 --importance_sampling_level sequence"
+    plan = read_text(f"accelerate launch --num_processes 2 examples/scripts/gspo.py {script}\n", file="run.sh")
+    assert (plan.options["trainer"], plan.options["beta"], dict(plan.unsupported)) == ("trl-grpo", 0.0, {})
+
+
+def test_long_lora_of_swift_raises() -> None:
+    """`fa2_forward() got an unexpected keyword argument 'past_key_values'`, of its own code in Llama of transformers 5.19."""
+    plan = read({"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "tuner_type": "longlora", "attn_impl": "flash_attn"})
+    assert " raises TypeError" in plan.unsupported["tuner_type"].why

@@ -1,0 +1,70 @@
+"""What files of torchtune mean."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.job.kernels import named_kernels
+from tests.job.configs.files import TORCHTUNE, read
+
+
+def test_an_optimizer_of_a_package_is_not_supported() -> None:
+    """Its states are not known; the rest of the file is read, and the parameters are counted."""
+    plan = read({**TORCHTUNE, "optimizer": {"_component_": "dion.Muon"}})
+    assert plan.unsupported["optimizer._component_"].option == "optim"
+    assert peftplan.estimate(config=plan).trainable_parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "component", "kernels", "unsupported"),
+    [
+        (256, "Int8DynActInt4WeightQATQuantizer", ("torchao.fake_quant",), set()),
+        (128, "Int8DynActInt4WeightQATQuantizer", ("torchao.fake_quant",), {"quantizer.groupsize"}),
+        (256, "Int4WeightOnlyQATQuantizer", None, {"quantizer._component_"}),
+    ],
+)
+def test_quantizers_of_torchtune(group: int, component: str, kernels: tuple[str, ...] | None, unsupported: set[str]) -> None:
+    quantizer = {"_component_": f"torchtune.training.quantization.{component}", "groupsize": group}
+    plan = read({**TORCHTUNE, "quantizer": quantizer})
+    assert plan.unsupported.keys() == unsupported
+    assert (named_kernels(plan.options.get("kernels")) or None) == kernels
+
+
+def test_torchtune_reads_pairs_for_a_loss_of_preferences() -> None:
+    """Others of its losses of pairs, and full fine-tuning with a second model, have no peak."""
+    pairs = {**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}
+    plan = read(pairs)
+    assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-dpo", "full", {})
+    other = read({**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.RSOLoss"}})
+    assert other.unsupported["loss._component_"].effect == "unknown"
+
+
+def test_torchtune_reads_a_teacher() -> None:
+    """A divergence in eight chunks of logits, with the cross entropy in as many; another divergence has no peak."""
+    losses = {"loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"}}
+    chunks = {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}
+    of_teacher = {
+        "teacher_model": {"_component_": "torchtune.models.qwen2.qwen2_1_5b"},
+        "teacher_checkpointer": {"checkpoint_dir": "/data/Qwen2-1.5B-Instruct"},
+    }
+    plan = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": chunks})
+    assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-kd", "torchtune-kl", {})
+    assert plan.options["teacher_model"] == "Qwen2-1.5B-Instruct"
+    other = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLLoss"}})
+    assert other.unsupported["kd_loss._component_"].effect == "unknown"
+
+
+def test_torchtune_over_the_processes_of_its_header() -> None:
+    values = {
+        "model": {"_component_": "torchtune.models.llama3_2.llama3_2_1b"},
+        "checkpointer": {"checkpoint_dir": "/tmp/Llama-3.2-1B-Instruct/"},
+        "optimizer": {"_component_": "torch.optim.AdamW", "fused": True},
+        "optimizer_in_bwd": True,
+    }
+    plan = read(values, nproc_per_node=4)
+    assert (plan.options["strategy"], plan.options["gpus"]) == ("fsdp2", 4)
+    assert plan.options["optimizer_in_backward"] is True
+    ends = {**values, "custom_sharded_layers": ["tok_embeddings", "output"], "fsdp_cpu_offload": True}
+    assert read(ends, nproc_per_node=4).options["custom_sharded_layers"] == ("tok_embeddings", "output")
+    assert "offload_params" not in read(ends).options

@@ -1,0 +1,180 @@
+"""What commands, files and scripts of TRL's trainers mean, and those of other tools that run them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_text
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, read
+
+TRL_SCRIPT = """
+import torch
+from trl import SFTConfig, SFTTrainer
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.bfloat16, quantization_config=quantization)
+tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B")
+args = SFTConfig(output_dir="a", max_length=512, per_device_train_batch_size=4, packing=False)
+lora = LoraConfig(r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+SFTTrainer(model=model, args=args, peft_config=lora, train_dataset=load_dataset("a")).train()
+"""
+
+
+def test_trl_script() -> None:
+    """TRL's SFTTrainer in a Python script, read from its calls."""
+    plan = read_text(TRL_SCRIPT, file="train.py")
+    assert (plan.tool, plan.model, plan.unsupported) == ("trl-script", "Qwen/Qwen2.5-0.5B", {})
+    expected = {
+        "trainer": "trl",
+        "method": "lora",
+        "r": 32,
+        "target_modules": ("q_proj", "v_proj"),
+        "quant": "nf4",
+        "seq_len": 512,
+    }
+    expected |= {"compute_dtype": "bf16", "dtype": "bf16", "batch_size": 4}
+    assert {name: plan.options.get(name) for name in expected} == expected
+    # BitsAndBytesConfig's own defaults: FP4, computing in fp32
+    bare = read_text(
+        TRL_SCRIPT.replace(', bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16', ""), file="train.py"
+    )
+    assert (bare.options["quant"], bare.options["compute_dtype"]) == ("fp4", "fp32")
+    full = read_text(TRL_SCRIPT.replace("lora = LoraConfig(", "other = dict(").replace("peft_config=lora, ", ""), file="train.py")
+    assert full.options["method"] == "full"
+
+
+MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
+
+
+@pytest.mark.parametrize(
+    ("program", "values", "expected"),
+    [
+        ("trl dpo", {}, {"trainer": "trl-dpo", "seq_len": 1024}),
+        ("trl dpo", {"beta": 0.3, "precompute_ref_log_probs": True}, {"beta": 0.3, "precompute_ref_log_probs": True}),
+        ("trl kto", {"loss_type": "apo_zero_unpaired"}, {"trainer": "trl-kto", "loss_type": "apo_zero_unpaired"}),
+        ("trl reward", {"max_length": 2048}, {"trainer": "trl-reward", "seq_len": 2048}),
+        ("trl grpo", {}, {"trainer": "trl-grpo", "max_completion_length": 512, "seq_len": 512 + 512}),
+        ("trl grpo", {"max_completion_length": 1024, "max_prompt_length": 256}, {"max_completion_length": 1024, "seq_len": 1280}),
+        ("trl grpo", {"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "vllm_mode": "server"}),
+        ("python examples/scripts/orpo.py", {"beta": 0.1}, {"trainer": "trl-orpo", "beta": 0.1}),
+        ("python trl/scripts/rloo.py", {"beta": 0.1}, {"trainer": "trl-rloo", "beta": 0.1}),
+        (
+            "python examples/scripts/prm.py",
+            {},
+            {"trainer": "transformers", "task_type": "TOKEN_CLS", "num_labels": 2, "dtype": "bf16", "seq_len": 1024},
+        ),
+    ],
+)
+def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str, Any], expected: dict[str, Any]) -> None:
+    plan = read({**MODEL, **values}, kind="command", program=program)
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {**AXOLOTL, "rl": "dpo", "precompute_ref_log_probs": True},
+            {"trainer": "axolotl-dpo", "precompute_ref_log_probs": True},
+        ),
+        ({**AXOLOTL, "rl": "ipo"}, {"trainer": "axolotl-dpo"}),
+        ({**AXOLOTL, "rl": "kto", "rl_beta": 0.5}, {"trainer": "axolotl-kto"}),
+        ({**AXOLOTL, "rl": "orpo", "orpo_alpha": 0.1}, {"trainer": "axolotl-orpo"}),
+        ({**AXOLOTL, "rl": "simpo"}, {"trainer": "axolotl-cpo", "loss_type": "simpo"}),
+        ({**AXOLOTL, "reward_model": True, "num_labels": 1}, {"trainer": "axolotl-reward", "num_labels": 1}),
+        ({**AXOLOTL, "process_reward_model": True}, {"trainer": "axolotl", "task_type": "TOKEN_CLS", "num_labels": 2}),
+        ({**LLAMAFACTORY, "stage": "dpo"}, {"trainer": "llamafactory-dpo", "loss_type": "sigmoid"}),
+        ({**LLAMAFACTORY, "stage": "dpo", "pref_loss": "orpo"}, {"trainer": "llamafactory-dpo", "loss_type": "orpo"}),
+        ({**LLAMAFACTORY, "stage": "kto"}, {"trainer": "llamafactory-kto", "loss_type": None}),
+    ],
+)
+def test_preferences_in_axolotl_and_llama_factory(values: dict[str, Any], expected: dict[str, Any]) -> None:
+    plan = read(values)
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "effect"),
+    [
+        ({**AXOLOTL, "rl": "grpo"}, "rl", "unknown"),
+        ({**AXOLOTL, "rl": "dpo", "dpo_use_liger_kernel": True}, "dpo_use_liger_kernel", "lowers"),
+        ({**AXOLOTL, "rl": "dpo", "dpo_loss_type": ["sigmoid", "sft"]}, "dpo_loss_type", "raises"),
+        ({**LLAMAFACTORY, "stage": "ppo"}, "stage", "unknown"),
+    ],
+)
+def test_what_preferences_of_other_tools_do_beside(values: dict[str, Any], key: str, effect: str) -> None:
+    assert read(values).unsupported[key].effect == effect
+
+
+def test_defaults_for_vllm_count_where_it_generates() -> None:
+    plan = read({**MODEL, "per_device_train_batch_size": 8}, kind="command", program="trl grpo")
+    assert peftplan.estimate(config=plan).warnings == ()
+    assert peftplan.estimate(config=plan, use_vllm=True).assumptions["vllm_gpu_memory_utilization"] == 0.3
+
+
+def test_options_of_another_trainer_are_left_out() -> None:
+    """The default of vLLM's share, 0.3, is none of supervised fine-tuning; a server's address moves no byte."""
+    plan = read(MODEL, kind="command", program="trl sft")
+    assert "vllm_gpu_memory_utilization" not in plan.options
+    grpo = read({**MODEL, "vllm_server_host": "10.0.0.1", "reward_funcs": "accuracy_reward"}, kind="command", program="trl grpo")
+    assert {"vllm_server_host", "reward_funcs"} <= grpo.ignored.keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("gkd", {"trainer": "trl-gkd", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "seq_len": 1024}),
+        ("gold", {"trainer": "trl-gold", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "seq_len": 1024}),
+        (
+            "distillation",
+            {"trainer": "trl-distillation", "teacher_model": "Qwen/Qwen2-1.5B-Instruct", "max_completion_length": 512},
+        ),
+        ("tpo", {"trainer": "trl-tpo", "teacher_model": None}),
+    ],
+)
+def test_scripts_with_a_teacher_and_tpo(script: str, expected: dict[str, Any]) -> None:
+    teacher = {} if script == "tpo" else {"teacher_model_name_or_path": "Qwen/Qwen2-1.5B-Instruct"}
+    plan = read({**MODEL, **teacher}, kind="command", program=f"python examples/scripts/{script}.py")
+    assert plan.unsupported == {}
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("key", ["zero_stage", "random_ltd"])
+def test_programs_of_deepspeed_examples_are_not_read_as_trl(key: str) -> None:
+    """DeepSpeed-Chat's `main.py` and `run_clm_no_trainer.py` have loops of their own; their command lines look like TRL's."""
+    values = {"model_name_or_path": "facebook/opt-1.3b", "gradient_accumulation_steps": 8, key: True}
+    assert read(values, kind="command", program="deepspeed").tool == "other"
+
+
+@pytest.mark.parametrize("script", ["bco", "ppo/ppo_tldr", "xpo", "nash_md"])
+def test_scripts_of_trainers_that_trl_has_no_more(script: str) -> None:
+    """`import trl.experimental.bco` of trl 1.16 raises; the files of the four scripts are those of 1.9."""
+    values = {**MODEL, "reward_model_path": "a/b"}
+    why = read(values, kind="command", program=f"python examples/scripts/{script}.py").unsupported["trainer"].why
+    assert f"raises ModuleNotFoundError: it no longer has trl.experimental.{script.partition('/')[0]}, " in why
+
+
+@pytest.mark.parametrize("script", ["gold", "gkd"])
+def test_a_script_of_another_trainer_is_not_read_as_sft(script: str) -> None:
+    plan = read(MODEL, kind="command", program=f"python examples/scripts/{script}.py")
+    assert plan.unsupported["trainer"].effect == "unknown"
+
+
+def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
+    """Two packed rows of 1,024 tokens; max_seq_length is the old name of max_length."""
+    packed = {**MODEL, "packing": True, "per_device_train_batch_size": 2, "attn_implementation": "flash_attention_2"}
+    for lengths, seq_len in (({}, 2048), ({"max_length": 512}, 1024), ({"max_seq_length": 4096}, 8192)):
+        plan = read({**packed, **lengths}, kind="command", program="trl sft")
+        assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, seq_len)
+        assert not plan.unsupported
+    for other in ({"attn_implementation": "sdpa"}, {"attn_implementation": "flex_attention"}, {"packing_strategy": "ffd"}):
+        assert read({**packed, **other}, kind="command", program="trl sft").unsupported.keys() == {"packing"}
+
+
+def test_a_server_of_trl_trains_nothing() -> None:
+    plan = read({"model": "Qwen/Qwen2.5-7B", "tensor-parallel-size": 2}, kind="command", program="trl vllm-serve")
+    assert plan.kind == "other"
