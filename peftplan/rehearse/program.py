@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.verdicts import capability, kernels_on, stated, usable_and_room
 from peftplan.rehearse import figures, keeper, scratch
 from peftplan.rehearse.card import library
+from peftplan.rehearse.folders import scratch_folder
 from peftplan.rehearse.recorded import Recorded
 from peftplan.rehearse.request import Request
 from peftplan.rehearse.settings import VARIABLE, Settings
@@ -50,10 +50,9 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
     `stdout`: a file descriptor for the program's output, else ours. Raises RefusedError where nothing can be started.
     """
     preload = library()
-    with tempfile.TemporaryDirectory(prefix="peftplan-rehearsal-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         settings = Settings(
-            name,
+            str(folder),
             request.steps,
             rank,
             request.world_size,
@@ -66,7 +65,7 @@ def rehearse(request: Request, *, rank: int = 0, stdout: int | None = None) -> R
             routing=request.routing,
         )
         environment = _environment(settings, request, preload)
-        layer = [sys.executable, "-m", "peftplan.rehearse.scratch", name, str(request.max_host // MIB)]
+        layer = [sys.executable, "-m", "peftplan.rehearse.scratch", str(folder), str(request.max_host // MIB)]
         layer += ["1" if request.network else "0", "1" if request.keep_writes else "0"]
         code, timed_out, seconds = _run([*layer, *request.command], environment, timeout=request.timeout, stdout=stdout)
         if code == scratch.FAILED and not list(folder.glob("started")):
@@ -244,9 +243,8 @@ def _verdict(card: Gpu, ranks: Iterable[Rank], ooms: Sequence[OutOfMemory], *, s
     """
     usable, room = usable_and_room(card)
     out_of_memory = bool(ooms)
-    in_vain = {(oom.rank, oom.device): oom.requested_bytes for oom in ooms}
-    reserved = max((rank.peak_reserved + in_vain.get((rank.rank, rank.device), 0) for rank in ranks), default=0)
-    reserved = max(reserved, *in_vain.values(), 0)
+    in_vain = [oom.reserved_bytes + oom.requested_bytes for oom in ooms]
+    reserved = max([*(rank.peak_reserved for rank in ranks), *in_vain], default=0)
     released = any(rank.cache_released for rank in ranks)
     enough = room - reserved >= TIGHT * usable and not released
     word = "does_not_fit" if out_of_memory else "unknown" if not steps else "fits" if enough else "tight"

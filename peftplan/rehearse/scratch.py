@@ -20,6 +20,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 from peftplan.rehearse import keeper
+from peftplan.rehearse.folders import LOCK, hold
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -149,6 +150,7 @@ def main(arguments: list[str]) -> None:
     """Enter the layer, then run the command there until all of it has ended."""
     name, mib, network, writes, *command = arguments
     folder = Path(name)
+    hold(folder / LOCK)
     try:
         written = enter(folder, mib=int(mib), network=network == "1", writes=writes == "1")
     except OSError:

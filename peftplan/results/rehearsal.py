@@ -32,13 +32,17 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class OutOfMemory:
-    """The allocation that failed. `file` and `line`: the innermost frame outside installed packages and the standard library."""
+    """The allocation that failed. `file` and `line`: the innermost frame outside installed packages and the standard library.
+
+    `reserved_bytes`: what torch's allocator still held then, after it had given back all that it could.
+    """
 
     rank: int
     device: int
     phase: str
     step: int
     requested_bytes: int
+    reserved_bytes: int
     file: str | None
     line: int | None
     code: str | None

@@ -22,6 +22,21 @@ def test_a_tensor_without_memory_counts_for_nothing() -> None:
     assert host.host_bytes()["pageable"] - before == real.nbytes
 
 
+def test_buckets_are_communication_and_what_the_model_makes_inside_ddp_is_not() -> None:
+    pytest.importorskip("torch")
+    from peftplan.rehearse.inside import alive
+
+    reducer, model = (
+        {"filename": f"/venv/site-packages/torch/nn/{file}", "line": 1, "name": "forward"}
+        for file in ("parallel/distributed.py", "modules/linear.py")
+    )
+    compiled = {"filename": "??", "line": 0, "name": "torch::autograd::Engine"}
+    marks = [(0, 1, "forward")]
+    of_reducer, of_model = (alive.Block(512, 512, 1, frames) for frames in ((compiled, reducer), (model, reducer)))
+    assert alive.category(of_reducer, alive.Persistent(), marks) == "communication"
+    assert alive.category(of_model, alive.Persistent(), marks) == "activations"
+
+
 LIBRARY = "/venv/site-packages/torch/nn/modules/module.py"
 
 

@@ -43,6 +43,12 @@ print("SEEN", json.dumps({
     "mask": [all(mask.cpu().tolist()), all(mask.tolist()), any(torch.isnan(x[0, 0]).tolist())],
 }))
 """
+NAMES = """
+import json, pickle, torch
+from torch.nn.functional import one_hot
+renamed = [torch.mean, torch.Tensor.sum, torch.tensor, torch.isnan, torch.topk, one_hot, torch.Tensor.item]
+print("SEEN", json.dumps([[each.__name__, pickle.loads(pickle.dumps(each)) is each] for each in renamed]))
+"""
 GENERATING = """
 import json, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -196,6 +202,12 @@ def test_what_is_saved_to_an_object_has_no_holes(tmp_path: Path, monkeypatch: py
     """torch moves on in a file, and cannot in what only takes bytes."""
     monkeypatch.chdir(tmp_path)
     assert seen(TO_OBJECTS, "rtx-4090", tmp_path) == 2 * [[1 << 20, 1 << 20, [7, 8]]]
+
+
+def test_functions_of_torch_keep_their_names(tmp_path: Path) -> None:
+    """Lightning asks for the name of a reduction, and pickling for that of any function."""
+    names = ("mean", "sum", "tensor", "isnan", "topk", "one_hot", "item")
+    assert seen(NAMES, "rtx-4090", tmp_path) == [[name, True] for name in names]
 
 
 def test_generated_text_has_the_length_that_was_asked_for(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from tools.rehearsals import (
 )
 
 PUBLISHED, SUITE = (path.read_text(encoding="utf-8").splitlines() for path in (referees.PUBLISHED, rehearsed_suite.SUITE))
+SAME = ("ended", "steps", "peak_allocated", "peak_reserved", "verdict", "oom")
+"""What a program shows again wherever the same releases are installed."""
 OPEN = {
     "accelerate_loop": (0.0014, 0.0),
     "axolotl": (0.09, 0.23),
@@ -58,6 +60,9 @@ def test_a_program_runs_unmodified(program: Program) -> None:
     if program.missing:
         pytest.skip(f"needs {', '.join(program.missing)}")
     row = run(program)
+    kept = next(each for each in json.loads(DATA.read_text(encoding="utf-8")) if each["program"] == program.path.stem)
+    if row["versions"] == kept["versions"]:
+        assert {name: row[name] for name in SAME} == {name: kept[name] for name in SAME}
     assert row["exit_code"] == program.exit_code
     assert row["ended"] == ("out_of_memory" if program.exit_code else "steps")
     if not program.exit_code:
@@ -129,7 +134,7 @@ def test_another_tools_benchmark_records_it_again(record: dict[str, Any]) -> Non
 @pytest.mark.parametrize("line", SUITE, ids=lambda line: rehearsed_suite.title(json.loads(line)))
 @pytest.mark.rehearse
 def test_a_run_of_the_suite_holds_what_the_trace_says(line: str) -> None:
-    """Bars: 0.1 % of allocated and 0.5 % of reserved bytes."""
+    """Bars: 0.1 % of allocated and 0.5 % of reserved bytes. With the same releases, each figure is the one that was kept."""
     torch = pytest.importorskip("torch")
     if torch.version.cuda is None:
         pytest.skip("needs the CUDA build of torch")
@@ -141,6 +146,8 @@ def test_a_run_of_the_suite_holds_what_the_trace_says(line: str) -> None:
     assert record.outcome == row["outcome"]
     figures = dict(measured_figures(record))
     if record.outcome == "ok":
+        if dict(record.circumstances.versions).items() >= row["versions"].items():
+            assert {name: figures[name] for name in row["rehearsed"]} == row["rehearsed"]
         assert row["traced"]["allocated"] == pytest.approx(figures["allocated"], rel=0.001)
         assert row["traced"]["reserved"] == pytest.approx(figures["reserved"], rel=0.005)
 

@@ -37,6 +37,43 @@ print("SEEN", json.dumps([rows, loops, table, counts, one, int((labels != -100).
 """
 
 
+SETTING = """
+import torch
+scores = torch.randn(64, 8, device="cuda").softmax(-1)
+"""
+COUNTED = {
+    "where": "[torch.where(scores.topk(2).indices == expert) for expert in range(8)]",
+    "bincount": "torch.bincount(scores.topk(2).indices.view(-1), minlength=8)",
+    "masked": "scores[scores.topk(1).indices.squeeze(1) == 1]",
+    "table": "torch.zeros(64, 8, device='cuda').scatter(1, scores.topk(2).indices, 1)",
+    "one_hot": "torch.nn.functional.one_hot(scores.argmax(-1), 8)",
+}
+NOT_COUNTED = {
+    "accuracy": "(scores.argmax(-1) == torch.ones(64, dtype=torch.int64).cuda()).sum().item()",
+    "of the five highest": "scores.topk(5).indices.t().eq(torch.ones(64, dtype=torch.int64).cuda())[:3].float().sum().item()",
+    "proposals": "scores[scores.topk(2, dim=-1).indices[0]]",
+    "labels that count": "scores.argmax(-1)[torch.ones(64, dtype=torch.int64).cuda() != -100]",
+}
+
+
+@pytest.mark.rehearse
+def test_made_up_places_are_said_where_a_length_follows_from_them(tmp_path: Path) -> None:
+    """Not where a program compares what scores highest with labels, or picks it."""
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is None:
+        pytest.skip("needs the CUDA build of torch")
+
+    def says(lines: str) -> bool:
+        path = tmp_path / "program.py"
+        path.write_text(SETTING + lines, encoding="utf-8")
+        result = rehearse([sys.executable, str(path)], steps=0)
+        assert result.exit_code == 0
+        return any(text.startswith("MoE routing") for text in result.replaced)
+
+    assert [name for name, line in COUNTED.items() if not says(line)] == []
+    assert not says("\n".join(NOT_COUNTED.values()))
+
+
 @pytest.mark.parametrize("experts", [8, 60])
 def test_places_are_in_turn_or_the_first(experts: int) -> None:
     torch = pytest.importorskip("torch")

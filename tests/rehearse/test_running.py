@@ -175,6 +175,20 @@ def test_a_first_tensor_that_is_too_large_is_out_of_memory(tmp_path: Path) -> No
     assert (result.oom.requested_bytes, result.oom.line, result.oom.alive) == (2**38, 2, ())
 
 
+EMPTIED = """
+import torch
+torch.empty(20 << 30, dtype=torch.uint8, device="cuda")
+torch.empty(24 << 30, dtype=torch.uint8, device="cuda")
+"""
+
+
+def test_memory_that_was_given_back_is_not_needed_beside_what_was_requested_in_vain(tmp_path: Path) -> None:
+    """24 GiB, not 44."""
+    result, _ = run(EMPTIED, tmp_path)
+    verdict = result.gpus[0]
+    assert (verdict.needed_bytes, verdict.lower_bound) == ((24 << 30) + verdict.context_bytes, True)
+
+
 INVERTED = """
 import torch
 labels = torch.zeros(8, 64, dtype=torch.int64).cuda()

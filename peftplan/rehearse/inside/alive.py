@@ -30,6 +30,8 @@ LIBRARIES = tuple(
 )
 SHARDING = ("torch/distributed/fsdp/", "torch/distributed/_composable/", "deepspeed/runtime/zero/")
 """Files of what shards weights, gradients and states over ranks."""
+BUCKETS = "torch/nn/parallel/distributed.py"
+"""The file that lets DDP's reducer make its buckets; the model's own lines are called from there too."""
 
 
 class Block(NamedTuple):
@@ -203,6 +205,9 @@ def category(block: Block, persistent: Persistent, marks: list[tuple[int, int, s
 
 def _of_sharding(block: Block) -> str | None:
     """Whether a block was made by what gathers weights from other ranks, or sends to them."""
+    innermost = next((frame["filename"] for frame in block.frames if str(frame["filename"]).endswith(".py")), "")
+    if BUCKETS in innermost:
+        return "communication"
     frames = [frame for frame in block.frames if any(part in frame["filename"] for part in SHARDING)]
     if not frames:
         return None

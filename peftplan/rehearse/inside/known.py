@@ -19,6 +19,8 @@ VIEWS = ("expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "unbind"
 """Operations that make no copy on the host either, whatever the length."""
 MOST_EXPERTS = 1024
 """Scores of a row among which a router chooses; a vocabulary has more."""
+ROUTED: list[Callable[[], None]] = []
+"""Called where the length of a result follows from experts that were made up for the tokens: from a tensor that is `routed`."""
 COUNT = "EMULATED_INT"
 """What the card answers where a kernel counts."""
 COMPARED = ("eq", "ne", "lt", "gt", "le", "ge")
@@ -100,6 +102,7 @@ def _followed(operation: Callable[..., Any], *, counted: bool, is_view: bool) ->
         if (counted or _finds_places(operation, args, kwargs)) and (is_known or any(_is_mask(arg) for arg in _flat(args))):
             masked = any(_is_mask(arg) for arg in _flat(args))
             trained = masked and torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+            _tell_of_routing(operation, args)
             with _answering(_count(operation, args, kwargs), backward=trained):
                 result = operation(*args, **kwargs)
         else:
@@ -113,10 +116,21 @@ def _followed(operation: Callable[..., Any], *, counted: bool, is_view: bool) ->
     return followed
 
 
+def _tell_of_routing(operation: Callable[..., Any], args: Any) -> None:
+    """Of an index, the length follows from a mask alone: places give as many as they are."""
+    indexed = operation.__name__ == "__getitem__"
+    deciding = filter(_is_mask, _flat(args[1:])) if indexed else _flat(args)
+    if any(hasattr(arg, "routed") for arg in deciding):
+        for tell in ROUTED:
+            tell()
+
+
 def _with_table(operation: Callable[..., Any], args: Any) -> Any:
     """The arguments; of `scatter` into a new table its zeros, which nobody follows otherwise, since anything may fill it."""
-    into_table = operation.__name__ == "scatter" and hasattr(args[0], "is_table")
-    return (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:]) if into_table else args
+    if operation.__name__ != "scatter" or not hasattr(args[0], "is_table"):
+        return args
+    _tell_of_routing(operation, args)
+    return (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:])
 
 
 def _selects(index: Any) -> bool:
@@ -190,9 +204,12 @@ def _attach(result: Any, operation: Callable[..., Any], args: Any, kwargs: Any) 
     except NOT_ON_HOST:
         return
     pairs = zip(result, known, strict=False) if isinstance(result, (tuple, list)) else ((result, known),)
+    routed = any(hasattr(arg, "routed") for arg in _flat(args))
     for ours, theirs in pairs:
         if isinstance(ours, torch.Tensor) and ours.device.type == "cuda" and ours.shape == theirs.shape:
             ours.known = theirs  # type: ignore[attr-defined]
+            if routed:
+                ours.routed = True  # type: ignore[attr-defined]
 
 
 class _UnknownError(Exception):

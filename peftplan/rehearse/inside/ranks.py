@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 from peftplan.rehearse.inside.after_import import AfterImport
@@ -26,7 +27,8 @@ def start(say: Callable[[str], None]) -> None:
 
     _watch_ddp(parallel.distributed)
     _watch_dp(parallel, say)
-    sys.meta_path.insert(0, AfterImport({"torch.distributed.checkpoint.utils": _plan_alone}))
+    sharded = {"torch.distributed.checkpoint.utils": _plan_alone, "torch.distributed.fsdp._optim_utils": _save_for_others}
+    sys.meta_path.insert(0, AfterImport(sharded))
 
 
 def _plan_alone(module: Any) -> None:
@@ -39,9 +41,35 @@ def _plan_alone(module: Any) -> None:
     module._DistWrapper.__init__ = alone
 
 
+def _save_for_others(module: Any) -> None:
+    """FSDP1 also saves the states of parameters that lie on other ranks alone: they are taken to have what this rank's own have.
+
+    Source: torch 2.13, torch/distributed/fsdp/_optim_utils.py (`_optim_state_dict`).
+    """
+    map_keys, gather = module._map_param_key_to_optim_keys, module._allgather_state_info
+
+    @wraps(map_keys)
+    def all_keys(states: Any, group: Any, params: Any, names: Any, managed: Mapping[str, Any], merge_keys: bool = False) -> Any:
+        keys, own = map_keys(states, group, params, names, managed, merge_keys)
+        known = {name for key in keys for name in key.unflat_param_names}
+        trained = (name for name, of in managed.items() if merge_keys and of.param_requires_grad[of.param_indices[name]])
+        return sorted([*keys, *(module._OptimStateKey((name,), True) for name in trained if name not in known)]), own
+
+    @wraps(gather)
+    def of_every_rank(fsdp_state: Any, input_states: Any) -> Any:
+        gathered = gather(fsdp_state, input_states)
+        some = next((state for state in gathered[fsdp_state.rank].values() if state.tensors), None)
+        others = {name: state if state.tensors or some is None else some for name, state in gathered[fsdp_state.rank].items()}
+        gathered[fsdp_state.rank - 1] = others
+        return gathered
+
+    module._map_param_key_to_optim_keys, module._allgather_state_info = all_keys, of_every_rank
+
+
 def _replace_process_groups(dist: Any) -> None:
     init = dist.init_process_group
 
+    @wraps(init)
     def init_fake(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -122,6 +150,7 @@ def _watch_ddp(module: Any) -> None:
     """DistributedDataParallel waits for reduced buckets, which the fake backend does not return: a hook gives them back."""
     init = module.DistributedDataParallel.__init__
 
+    @wraps(init)
     def with_hook(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.register_comm_hook(None, lambda state, bucket: _as_it_is(bucket))  # torch refuses other annotations than its own

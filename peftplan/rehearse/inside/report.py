@@ -57,7 +57,7 @@ def facts(settings: Settings, steps_taken: int) -> dict[str, Any]:
     """What is known of this process at any time."""
     return {
         "rank": settings.rank,
-        "world_size": settings.world_size,
+        "world_size": max([settings.world_size, *ranks.groups]),  # a library may be the launcher, as Lightning is
         "process_group": bool(ranks.groups),
         "process": os.getpid(),
         "steps_taken": steps_taken,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from peftplan.rehearse.inside import known
 from peftplan.rehearse.inside.known import MOST_EXPERTS, scripted
 from peftplan.rehearse.settings import BALANCED, WORST
 
@@ -23,8 +24,13 @@ NOTES = {
 
 
 def start(routing: str, say: Callable[[str], None]) -> None:
-    """Give `topk` and `argmax` of a few scores places. `say` is told once that experts were chosen by them."""
+    """Give `topk` and `argmax` of a few scores places. `say` is told once that experts were chosen by them.
+
+    Not each of them chooses experts: `argmax` also finds a class. It does so where a length follows from the places of `topk`, or
+    a mask of experts from either.
+    """
     once = partial(cache(say), NOTES[routing])
+    known.ROUTED.append(once)
     places: dict[str, Callable[[Any], torch.Tensor]] = {"topk": lambda result: result.indices, "argmax": lambda result: result}
     for owner in (torch.Tensor, torch):
         for name, places_of in places.items():
@@ -41,6 +47,8 @@ def _chosen(choose: Callable[..., Any], routing: str, places_of: Callable[[Any],
             places, rows = places_of(result), scores.shape[:-1]
             if places.shape[: len(rows)] == rows:  # the highest of each row
                 places.known = _places(places.shape, rows.numel(), scores.shape[-1], routing)  # type: ignore[attr-defined]
+                if choose.__name__ == "topk":
+                    places.routed = True  # type: ignore[attr-defined]
         return result
 
     return chosen
@@ -62,12 +70,12 @@ def _one_hot(one_hot: Callable[..., Any], once: Callable[[], None]) -> Callable[
     """The mask of experts, of any size: what follows from it is small again."""
 
     def masked(tensor: torch.Tensor, num_classes: int = -1) -> Any:
-        known = getattr(tensor, "known", None)
-        if known is None:
+        places = known.of(tensor)
+        if places is None:
             return one_hot(tensor, num_classes)
-        classes = num_classes if num_classes > 0 else int(known.max()) + 1
+        classes = num_classes if num_classes > 0 else int(places.max()) + 1
         result = one_hot(tensor, classes)
-        result.known = (known.unsqueeze(-1) == torch.arange(classes)).to(torch.int8)
+        result.known = (places.unsqueeze(-1) == torch.arange(classes)).to(torch.int8)
         once()
         return result
 

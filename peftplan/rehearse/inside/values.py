@@ -60,10 +60,20 @@ def start(also: Callable[[], None]) -> None:
     known.start()
     # not by identity: a method of a class is another object each time
     watched = [(owner, name, own) for (owner, name), own in before.items() if callable(own) and getattr(owner, name) != own]
+    for owner, name, _ in watched:
+        _name(getattr(owner, name), owner, name)
     compiles = {"torch._dynamo.convert_frame": ("_compile",), "torch._dynamo.trace_rules": TABLES}
     actions = {module: partial(_with_own, names=names, watched=watched) for module, names in compiles.items()}
     actions["torch._dynamo.guards"] = partial(_unguarded, own={id(own) for _, _, own in watched})
     sys.meta_path.insert(0, AfterImport(actions))
+
+
+def _name(ours: Any, owner: Any, name: str) -> None:
+    """Programs ask for the name of a function of torch, as Lightning does of a reduction, and pickle it by its name."""
+    is_class = isinstance(owner, type)
+    ours.__name__ = name
+    ours.__qualname__ = f"{owner.__qualname__}.{name}" if is_class else name
+    ours.__module__ = owner.__module__ if is_class else owner.__name__
 
 
 def _unguarded(module: Any, *, own: set[int]) -> None:

@@ -169,6 +169,7 @@ class Watch:
                 "phase": self.phase,
                 "step": self.step,
                 "requested_bytes": requested,
+                "reserved_bytes": torch._C._cuda_memoryStats(device)["reserved_bytes"]["all"]["current"],
                 **asking_line(frame),
                 "alive": alive.now(device, self.persistent, self.marks),
             }
