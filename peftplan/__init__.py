@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from peftplan.planning.serving import serving
     from peftplan.planning.serving_result import Serving
     from peftplan.planning.sweep import Sweep, sweep
+    from peftplan.rehearse import rehearse
     from peftplan.results.estimate import Estimate
 
     __version__: str
@@ -90,6 +91,7 @@ __all__ = [
     "models",
     "practices",
     "read_config",
+    "rehearse",
     "serving",
     "sweep",
 ]
@@ -100,8 +102,8 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("peftplan")
-    if name == "methods":
-        return import_module("peftplan.methods")  # a package that can be called (`methods.Package`)
+    if name in ("methods", "rehearse"):
+        return import_module(f"peftplan.{name}")  # packages that can be called
     if name not in _HOMES:
         raise AttributeError(f"module 'peftplan' has no attribute {name!r}")
     value = getattr(import_module(f"peftplan.{_HOMES[name]}"), name)

@@ -14,6 +14,8 @@ import click
 
 import peftplan
 from peftplan.cli import COMMANDS, LazyGroup, cli
+from peftplan.rehearse import rehearse
+from peftplan.results.rehearsal import OutOfMemory, Rank, Rehearsal
 from tools.reference_json import json_page
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
@@ -99,11 +101,12 @@ def prose(text: str) -> str:
 def python_page() -> str:
     """Every public name, and the classes of the results."""
     public = {name: getattr(peftplan, name) for name in peftplan.__all__ if not name.startswith("__")}
-    public["methods"] = peftplan.list_methods  # `peftplan.methods` is a package that can be called
+    public |= {"methods": peftplan.list_methods, "rehearse": rehearse}  # packages that can be called
     functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
     errors = {name: value for name, value in public.items() if inspect.isclass(value) and issubclass(value, Exception)}
     classes = results(functions.values()) | {name: value for name, value in public.items() if inspect.isclass(value)}
     others = {name: value for name, value in classes.items() if name not in errors}
+    others |= {value.__name__: value for value in (Rehearsal, Rank, OutOfMemory)}
     parts = [
         WRITTEN,
         "# Python",

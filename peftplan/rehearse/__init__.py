@@ -25,7 +25,7 @@ def rehearse(
     max_host: str | None = None,
     keep_writes: bool = False,
     network: bool = False,
-    snapshot: Path | None = None,
+    snapshot: Path | str | None = None,
     record: bool = False,
     data: str | None = None,
     seq_len: int | None = None,

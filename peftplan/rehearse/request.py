@@ -70,7 +70,7 @@ def read(
     max_host: str | None = None,
     keep_writes: bool = False,
     network: bool = False,
-    snapshot: Path | None = None,
+    snapshot: Path | str | None = None,
     record: bool = False,
     data: str | None = None,
     seq_len: int | None = None,
@@ -91,6 +91,7 @@ def read(
         raise InputError("world_size", world_size, f"accepted: a number of ranks from 1 to {MOST_RANKS:,}")
     if seq_len is not None and (data is None or seq_len < 1):
         raise InputError("seq_len", seq_len, "accepted: tokens of a row, above 0, with --data synthetic")
+    snapshot = None if snapshot is None else Path(snapshot)
     if snapshot is not None and not snapshot.parent.is_dir():
         raise InputError("snapshot", str(snapshot), "accepted: a file in an existing folder")
     if routing not in ROUTINGS:
