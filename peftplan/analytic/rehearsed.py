@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.tensor_parallel import PLANS, ranks_of
+from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
+from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3_modules import LEAVES
@@ -45,7 +45,7 @@ UNDER_DEEPSPEED = (
     ),
 )
 """The same under DeepSpeed."""
-DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"), ("qwen3", "full"))
+DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"), ("qwen3", "full"), ("phi3", "full"))
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""
@@ -141,11 +141,12 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _knows_division(job: Job, distributed: Distributed) -> bool:
-    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own."""
+    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own or of one
+    for which it has a plan of its own."""
     architecture, config = job.architecture, job.config
     tables = (architecture.input_embedding, architecture.output_embedding)
     return (
-        builds(job)
+        (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
         and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
         and not architecture.ties
         and not (architecture.vocab_size or 0) % ranks_of(distributed)

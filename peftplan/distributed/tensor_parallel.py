@@ -16,9 +16,9 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 
-Style = Literal["colwise", "colwise_gather_output", "rowwise", "rowwise_split_input", "embedding_rowwise"]
+Style = Literal["colwise", "colwise_gather_output", "rowwise", "rowwise_split_input", "rowwise_whole_input", "embedding_rowwise"]
 """`colwise` divides the outputs of a layer over the ranks, `rowwise` its inputs. `gather_output`: every rank gets all outputs;
-`split_input`: every rank has all inputs and takes its part."""
+`split_input`: every rank has all inputs and takes its part; `whole_input`: the product itself takes it."""
 Plan = Mapping[str, Style]
 """Module of a layer → style."""
 
@@ -61,7 +61,12 @@ ATTENTION_ALONE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
 
 
 BY_AUTOMODEL: dict[str, Plan] = {
-    "phi3": {"self_attn.qkv_proj": "rowwise_split_input", "self_attn.o_proj": "colwise_gather_output", **FUSED},
+    "phi3": {
+        "self_attn.qkv_proj": "rowwise_split_input",
+        "self_attn.o_proj": "colwise_gather_output",
+        "mlp.gate_up_proj": "colwise",
+        "mlp.down_proj": "rowwise_whole_input",
+    },
 }
 """Where NeMo Automodel divides otherwise (components/distributed/optimized_tp_plans.py). With any model logits stay divided."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, Style, plans_of, ranks_of, style_of
+from peftplan.memory import divided_mlp
 from peftplan.memory.model import Model
+from peftplan.memory.rank_parts import gather, gathered
 from peftplan.memory.sharded import tied
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter as Family
@@ -61,6 +63,8 @@ class TensorParallel(OneGpu):
         if style.startswith("colwise"):
             out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
             return self.gathered(out) if style == "colwise_gather_output" else out
+        if style == "rowwise_whole_input":
+            return self._summed(self._by_whole_input(x, parameters[0], function))  # type: ignore[arg-type]
         part = self._part(x) if style == "rowwise_split_input" else x  # `tp_forward` holds it until it returns
         return self._summed(function(part))  # type: ignore[arg-type]
 
@@ -124,8 +128,7 @@ class TensorParallel(OneGpu):
 
     def gathered(self, x: Tensor) -> Tensor:
         """The parts of all ranks."""
-        node = self._record(_part_backward, x, x.dims)
-        return gather(self.f, x, self.ranks, node)
+        return gathered(self.f, x, self.ranks)
 
     def _part(self, x: Tensor) -> Tensor:
         """The rank's part of the last dim."""
@@ -133,6 +136,11 @@ class TensorParallel(OneGpu):
         *rows, width = x.dims
         assert isinstance(width, int)
         return self.f.new((*rows, width // self.ranks), x.dtype, "part of the ranks' input", node)
+
+    def _by_whole_input(self, x: Tensor, weight: Parameter, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with self.f.no_grad():
+            product = function(self._part(x))
+        return divided_mlp.down(self.f, x, weight, product)
 
     def _record(self, backward: Backward, x: Tensor, *saved: object) -> Node | None:
         node = self.f.record(backward, (x,), *saved)
@@ -147,24 +155,12 @@ def whole_logits(f: Tape, logits: Tensor) -> Tensor:
     return f.modules.gathered(f.to(logits, "fp32")) if isinstance(f.modules, TensorParallel) else logits
 
 
-def gather(f: Tape, x: Tensor, ranks: int, node: Node | None = None) -> Tensor:
-    """The parts of all ranks side by side, after they were one below the other."""
-    *rows, width = x.dims
-    assert isinstance(width, int)
-    _below = f.new((ranks, *x.dims), x.dtype, "all_gather")
-    return f.new((*rows, ranks * width), x.dtype, "cat", node)
-
-
 def _copied_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "all_reduce")
 
 
 def _handed_on(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
-
-
-def _part_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "part of a gradient")
 
 
 def _gather_backward(f: Tape, node: Node, saved: tuple[int], g: Tensor) -> Tensor:

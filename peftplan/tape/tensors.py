@@ -68,9 +68,10 @@ class Log(Protocol):
 
 
 class Storage:
-    """One allocation, freed when the last reference to it goes."""
+    """One allocation, freed when the last reference to it goes. `base`: another one that lives as long."""
 
-    __slots__ = ("number", "tape")
+    __slots__ = ("base", "number", "tape")
+    base: Storage | None
 
     def __init__(self, tape: Log, number: int) -> None:
         self.tape = tape

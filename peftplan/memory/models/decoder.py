@@ -12,7 +12,7 @@ from peftplan.arch.modules import Attention
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
-from peftplan.memory import fused_layers, lora_kernels, lora_mlp
+from peftplan.memory import divided_mlp, fused_layers, lora_kernels, lora_mlp
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
@@ -315,6 +315,9 @@ def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
 def fused_mlp(c: Call, x: Tensor) -> Tensor:
     """`Phi3MLP.forward`: gate and up are halves of one projection."""
     x = c.linear("mlp.gate_up_proj", x)
+    width = 2 * c.block.mlp.intermediate_size
+    if x.dims[-1] != width:
+        return c.linear("mlp.down_proj", divided_mlp.gated(c.at("mlp"), x, width))
     half = (*x.dims[:-1], c.block.mlp.intermediate_size)
     gate, x = split(c.at("mlp"), x, (half, half))
     x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
