@@ -218,8 +218,8 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
-        and not _classifies(job),
-        f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job)),
+        and not (_classifies(job) or _translates(job)),
+        f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job) or _translates(job)),
     }
 
 
@@ -246,6 +246,12 @@ def _classifies(job: Job) -> bool:
     known = job.distributed.strategy in ZERO and job.architecture.model_type in CLASSIFIERS_UNDER_DEEPSPEED
     methods = ("full",) if job.distributed.strategy == "zero3" else ("full", "lora")
     return known and job.architecture.task_type == "SEQ_CLS" and job.method is not None and job.method.name in methods
+
+
+def _translates(job: Job) -> bool:
+    """Whether the model is an encoder-decoder that NeMo Automodel trains in full under FSDP2."""
+    fits = job.setup.by.layout is AUTOMODEL and job.distributed is not None and job.distributed.strategy == "fsdp2"
+    return fits and job.architecture.model_type == "t5" and job.method_name == "full"
 
 
 def _is_decoder(job: Job) -> bool:

@@ -235,6 +235,11 @@ class Architecture:
         """Names of the parameters that share another's storage and are not counted."""
         return frozenset(alias for alias, _ in self.ties)
 
+    @cached_property
+    def encoder_layers(self) -> int:
+        """The number of an encoder's layers."""
+        return sum(len(block.layers) for block in self.blocks if block.stack == "encoder")
+
     def owned_params(self, module: Module) -> tuple[tuple[str, Shape], ...]:
         """Direct parameters of a module, except those tied to another module's."""
         return tuple((p, shape) for p, shape in module.params if f"{module.name}.{p}" not in self.tied_names)

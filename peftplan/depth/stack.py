@@ -46,8 +46,8 @@ class Runner(Protocol):
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """What a layer, or its checkpoint, is called with: the hidden states on the layer's GPU."""
 
-    def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
-        """Call a layer on the hidden states and what else it takes."""
+    def call_layer(self, stack: str, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+        """Call a layer of a stack on the hidden states and what else it takes."""
 
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
@@ -136,6 +136,7 @@ def run_stack(
     if model.last_apart or (checkpointed and model.keeps_last):
         kinds = (*kinds[:-1], max(kinds) + 1)
     flags = model.reached(name, len(kinds)) if checkpointed else (False,) * len(kinds)
+    of_units = name
     name = f"{name}/{model.micro_batch}" if model.micro_batch else name
     name += model.pass_name
     mixed = len(set(flags)) > 1
@@ -145,7 +146,7 @@ def run_stack(
     copies = {f"{name} {n}": {f"{name} {place}": layers for place, layers in by_place.items()} for n, by_place in extra.items()}
 
     def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
-        return model.call_layer(layer, call, x, *of_layer, *every)
+        return model.call_layer(of_units, layer, call, x, *of_layer, *every)
 
     stack = Stack(name, copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)

@@ -10,7 +10,7 @@ from peftplan.optim import OF_AUTOMODEL, parse_optim
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3")
+REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3", "t5")
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""

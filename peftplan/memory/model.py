@@ -162,21 +162,22 @@ class Model(Weights):
         """The hidden states on the layer's GPU."""
         return self.units.arrive(layer, x)
 
-    def call_layer(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+    def call_layer(self, stack: str, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer between what its unit does before and after it."""
         try:
             if not self.units.every_layer:
                 return call(layer, x, *others)
-            out = call(layer, self.units.enter_with(units.layer(layer), x), *others)
+            unit = units.layer(layer + (self.arch.encoder_layers if stack == "decoder" else 0))
+            out = call(layer, self.units.enter_with(unit, x), *others)
             hidden, *more = out if isinstance(out, tuple) else (out,)
-            hidden = self.units.leave(units.layer(layer), hidden)
+            hidden = self.units.leave(unit, hidden)
             return (hidden, *more) if more else hidden
         finally:
             self.layer_locals.clear()
 
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
-        before = sum(len(block.layers) for block in self.arch.blocks if block.stack == "encoder") if stack == "decoder" else 0
+        before = self.arch.encoder_layers if stack == "decoder" else 0
         return checkpointed_layers(layers, before=before, every=self.running.every_n_layers)
 
     def checkpoint(self, function: Callable[..., Outputs], *args: object, stays: bool = False) -> Outputs:

@@ -27,7 +27,8 @@ def t5_lm(model: Model, x: Tensor) -> Output:
     if any(alias == "lm_head.weight" for alias, _ in model.arch.ties):
         model.call_locals.append(x)
         x = ops.scale(f, x)
-    return language_loss(model, logits_of(model, x))
+    logits = logits_of(model, x)
+    return (Tensor(None, (), "fp32"), logits) if model.running.without_loss else language_loss(model, logits)
 
 
 def end_classification(model: Model, x: Tensor) -> Output:

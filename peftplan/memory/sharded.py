@@ -6,6 +6,7 @@ Each layer is a unit, and the root has what is left; the tool decides about embe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
@@ -63,7 +64,8 @@ def units_of(
     reshards = distributed.reshard_after_forward is not False
     groups = grouped(model.arch, full, shards, distributed, layout)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None
-    last = [name for name in groups if name != TAIL][-1:] if keeps_last else []
+    ends_of_stacks = {layer(model.arch.encoder_layers - 1), next(name for name in reversed(groups) if name != TAIL)}
+    last = ends_of_stacks if keeps_last else set()
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
@@ -121,7 +123,7 @@ def grouped(
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
-    layers = sorted({number for p in full.all if p.owner == "base" for number in p.layers or ()})
+    layers = sorted({number for p in full.all if p.owner == "base" for number in numbers(p, arch)})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
@@ -146,14 +148,29 @@ def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout
 
 
 def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:
-    if p.layers is not None:
-        yield from map(layer, sorted(p.layers))
+    if of_layers := numbers(p, arch):
+        yield from map(layer, of_layers)
     elif arch.input_embedding and p.name.startswith(f"{arch.input_embedding}."):
         yield TAIL if is_tied else EMBEDDING
     elif p.name.startswith(f"{arch.output_embedding}.") or p.name.rpartition(".")[0] == norm:
         yield TAIL
     else:
         yield ROOT
+
+
+OF_FIRST_LAYER = re.compile(r"(?:.*\.)?(?:encoder|decoder)\.block\.0\.")
+"""T5's tables of relative positions, which the first layer of each stack has alone."""
+
+
+def numbers(p: Parameter, arch: Architecture) -> list[int]:
+    """The layers that have a parameter; those of a decoder are counted behind the encoder's."""
+    of_stack = p.layers if p.layers is not None else (0,) if OF_FIRST_LAYER.match(p.name) else ()
+    return [layer_number(p.name, number, arch) for number in sorted(of_stack)]
+
+
+def layer_number(name: str, number: int, arch: Architecture) -> int:
+    """A layer's number among those of both stacks."""
+    return number + (arch.encoder_layers if "decoder" in name.partition("{}")[0].split(".") else 0)
 
 
 def final_norm(arch: Architecture, full: Parameters) -> str | None:
@@ -214,7 +231,8 @@ def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, ap
 
 def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
     """The parameters of a unit that the tape has used."""
-    return [p for (name, number), p in model.used_by_layer() if name in names and (number is None or layer(number) == unit)]
+    used = ((name, number, p) for (name, number), p in model.used_by_layer() if name in names)
+    return [p for name, number, p in used if number is None or layer(layer_number(name, number, model.arch)) == unit]
 
 
 def flat_units(
