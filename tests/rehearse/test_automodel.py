@@ -29,8 +29,8 @@ LARGEST_OF_PHASE = 0.15
 TAIL_OF_PHASE = {"t5-small": 0.21}
 """The same of such a tail in the step, 0.28 of 137 MB."""
 SHARED_SEGMENTS = {"t5-large": 0.16}
-"""Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's temporaries,
-one parameter after the other, leave gaps; here those of each family lie side by side."""
+"""Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's
+temporaries, one parameter after the other, leave gaps; here those of each family lie side by side."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
