@@ -44,7 +44,7 @@ OPENED_BY_TRITON = [
 ]
 """Functions that triton looks up when it runs, and that no library imports."""
 OLDEST = (2, 8)
-"""The oldest torch that rehearses. Tried: 2.8, 2.10 to 2.15, and 2.4, which fails: its memory history tells less."""
+"""The oldest torch that rehearses. Tried: 2.8 to 2.15, and 2.4, which fails: its memory history tells less."""
 OPENED = ("libnvidia-ml.so.1", "libcuda.so.1")
 """Libraries that programs open by these names."""
 
