@@ -93,7 +93,7 @@ def test_an_adapter_is_whole_until_all_is_sharded() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "tp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp"])
 def test_depth_is_extended(strategy: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight layers from three and four are eight layers that ran."""
     from peftplan.trace import engine

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _lazy_init
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.overrides import TorchFunctionMode
@@ -58,6 +59,8 @@ class Fsdp1(Fsdp2):
     """A rank that holds a part of the flat parameter of each unit."""
 
     _wrapped: Any
+    _names: dict[nn.Module, str]
+    """Wrapped module → its name."""
 
     def prepared(self, built: Built, setup: Setup) -> Setup:
         """The setup of the step: accelerate leaves autocast on."""
@@ -65,12 +68,24 @@ class Fsdp1(Fsdp2):
 
     @contextmanager
     def started(self, tracker: Tracker) -> Iterator[None]:
-        """As FSDP2, and let torch ask where fake tensors lie."""
+        """As FSDP2, and let torch ask where fake tensors lie. What units allocate before the first forward is theirs."""
+        initialize = FlatParamHandle.init_flat_param_attributes
+
+        def of_unit(handle: FlatParamHandle) -> None:
+            name = self._names.get(handle._fully_sharded_module, "")
+            tracker._stack.append(name)
+            initialize(handle)
+            tracker._stack.pop()
+            if not name:
+                tracker.register(handle.flat_param._full_param_padded, "gathered_weights", "flat_param")
+
         with (
             super().started(tracker),
             Addresses(),
             patch(f"{FSDP}._flat_param._same_storage", _at_one_place),
             patch(f"{FSDP}._flat_param._data_ptr_allocated", _is_allocated),
+            patch(f"{FSDP}._flat_param._get_dtype_size", lambda dtype: dtype.itemsize),  # it asks a tensor on the host, once
+            patch.object(FlatParamHandle, initialize.__name__, of_unit),
         ):
             yield
 
@@ -96,6 +111,7 @@ class Fsdp1(Fsdp2):
                 sync_module_states=True,
                 device_id=torch.device("cpu"),
             )
+        self._names = {unit.module: name for name, unit in self._units()}
         units = [(name, unit, unit._flat_param) for name, unit in self._units() if unit._has_params]
         for _, unit, flat in units:
             if setup.autocast != "none" and flat.requires_grad:
