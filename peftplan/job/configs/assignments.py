@@ -94,3 +94,19 @@ class Assignments(Flow):
         elif not absent or name not in known:
             self._forget(mapping.id)
             self._keep(mapping.id, {**known, name: self._inside(value)})
+
+    def _mutate(self, changed: ast.expr, method: str, node: ast.Call) -> None:
+        """`names.append("q_proj")`: a list of the program that holds other values from here on."""
+        before = self.names.get(changed.id) if isinstance(changed, ast.Name) else None
+        values = [self._inside(each) for each in node.args]
+        if not isinstance(before, list) or not self.taken or node.keywords or not plain(values):
+            self._changed(changed)
+            return
+        after = [*before]
+        try:
+            getattr(after, method)(*values)
+        except (TypeError, ValueError, IndexError, AttributeError):
+            self._changed(changed)
+            return
+        for name in [name for name, value in self.names.items() if value is before]:
+            self._keep(name, after, self.origins.get(name, ()))

@@ -22,8 +22,9 @@ from peftplan.job.configs.functions import (
     unmentioned,
 )
 from peftplan.job.configs.instances import Instance, plain
-from peftplan.job.configs.objects import COPIES, Objects
+from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains
+from peftplan.job.configs.weights import Weights
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
 """Ends of the names of calls that matter."""
@@ -37,7 +38,7 @@ TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none",
 """Texts that a function of the program may take for something else, as the type of an option."""
 
 
-class Calls(Objects):
+class Calls(Weights):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
@@ -80,6 +81,7 @@ class Calls(Objects):
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
+            self.frozen_before = earlier.frozen
 
     def read(self) -> None:
         """Read all statements; of one that nests too deep, what was read so far."""
@@ -163,10 +165,11 @@ class Calls(Objects):
         if last == "setdefault" and len(node.args) > 1 and isinstance(node.func, ast.Attribute):
             self._set(node.func.value, *node.args[:2], absent=True)
         elif last in MUTATORS and isinstance(node.func, ast.Attribute) and self.value_of_object(node.func.value) is None:
-            self._changed(node.func.value)
+            self._mutate(node.func.value, last, node)
         if last == "add_argument":
             self._argument(node)
         self._note_changes(name, node)
+        self._note_weights(name, node)
         if (
             last in ("parse_args", "parse_known_args")
             and node.args
@@ -205,7 +208,17 @@ class Calls(Objects):
     def _end(self) -> tuple[object, ...]:
         """What the next reading begins with. All readings share `values_of`, whose sets only grow."""
         values = sum(map(len, self.values_of.values()))
-        return (self.called_with, self.ran, self.names, self.attributes, self.owners, self.arguments, self.fields, values)
+        return (
+            self.called_with,
+            self.ran,
+            self.names,
+            self.attributes,
+            self.owners,
+            self.arguments,
+            self.fields,
+            values,
+            self.frozen,
+        )
 
     def _named(self, node: ast.AST) -> frozenset[str]:
         """All names in a part of the program."""
@@ -244,7 +257,10 @@ class Calls(Objects):
             return self._instance(name, node)
         if name in COPIES and node.args and (of := self.value_of_object(node.args[0])) is not None:
             return Instance(of, made_by=of.made_by, is_copy=True, may_be_none=of.may_be_none)
-        return Instance(made_by=[node]) if name.endswith(WANTED) else super()._call(node)
+        if name.endswith(WANTED):
+            return Instance(made_by=[node])
+        of = self.itself(node)
+        return super()._call(node) if of is None else of
 
     def _instance(self, name: str, node: ast.Call) -> Instance:
         """An object of a class of the program: fields that it is made with, and defaults of the others."""

@@ -208,15 +208,18 @@ class Expressions:
         return node
 
     def _either(self, node: ast.BoolOp) -> object:
-        """`a or b`, `a and b`: the first that decides; a part that only the program knows makes the whole unknown."""
+        """`a or b`, `a and b`: the first that decides; unknown behind a part that only the program knows, but for an object."""
         value: object = node
+        unknown = False
         for each in node.values:
-            value = self.value(each)
+            value, is_last = self.value(each), each is node.values[-1]
+            if isinstance(value, Instance) and value.made_by and unknown and is_last:
+                return Instance(value, made_by=value.made_by, is_copy=value.is_copy, may_be_none=True)
             if not plain(value):
-                return value if each is node.values[-1] else node
-            if bool(value) is isinstance(node.op, ast.Or):
+                unknown = unknown or not is_last
+            elif not unknown and bool(value) is isinstance(node.op, ast.Or):
                 return value
-        return value
+        return node if unknown else value
 
     def _truth(self, test: ast.expr) -> bool | None:
         """Whether a condition holds; None where only the program knows."""

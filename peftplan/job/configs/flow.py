@@ -13,6 +13,9 @@ from peftplan.job.configs.instances import MOST_VALUES, Instance, plain, size
 SUPPRESSING = ("suppress", "raises", "assertRaises", "assertRaisesRegex")
 """Ends of the names of contexts that end where an exception is raised, and the program goes on."""
 
+LIBRARIES = ("accelerate", "datasets", "peft", "torch", "transformers", "trl", "typing", "unsloth")
+"""Packages whose `import *` brings no names that a program uses for its own values."""
+
 
 class Flow(ast.NodeVisitor, Expressions):
     """Visits statements in the order of the text, and keeps for each name what it holds on every way there."""
@@ -48,7 +51,10 @@ class Flow(ast.NodeVisitor, Expressions):
         self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import | ast.ImportFrom) -> None:
-        """Names of other modules."""
+        """Names of other modules; with `*` any name may be one of theirs."""
+        of_program = isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] not in LIBRARIES
+        if of_program and node.names[0].name == "*":
+            self.names = {"__name__": self.names["__name__"]}
         for alias in node.names:
             self.names.pop(alias.asname or alias.name.partition(".")[0], None)
             if alias.asname:

@@ -81,4 +81,6 @@ def _document(reader: Calls, file: str) -> Document:
     if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
     settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
-    return Document({"calls": calls + reader.lengths + settings}, kind="calls")
+    freezes = reader.freezes(reader.passed | reader.unmentioned)
+    weights = [Call(call="requires_grad", args=[], kwargs={})] if freezes else []
+    return Document({"calls": calls + reader.lengths + settings + weights}, kind="calls")

@@ -11,6 +11,7 @@ from peftplan.errors import nearest, quoted
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, number_in, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known, Row, Rule
+from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named
@@ -202,6 +203,9 @@ class Reading:
         for option, stated_value in rule.get("set", {}).items():
             value = self.effective.meant(stated_value)
             if value is None:
+                continue
+            if self.document.kind == "calls" and isinstance(stated_value, Mapping) and "key" in stated_value and not plain(value):
+                self.unsupported[stated_value["key"]] = Unsupported(value, "its value is a placeholder", option=option)
                 continue
             self._set({option: value})
             if not any(self.values.get(key) is not None for key in when):

@@ -207,7 +207,7 @@ def tool_of_text(text: str) -> str:
         "try:\n    import flash\n    r = 1\nexcept ImportError:\n    r = 2",
         "r = 1\nfor each in many:\n    r = r * 2",
         "r = 1\nr, *others = load()",
-        "r = [1]\nr.append(2)",
+        "r = [1]\nr.append(two())",
         "r = 1\ndef other():\n    global r\n    r = 2\nother()",
         "r = 0x" + "f" * 100_000,
         "r = 'ab'\n" + "r = f'{r}{r}'\n" * 60,
