@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import PurePath
 from typing import NamedTuple, TypedDict
 
@@ -191,10 +192,15 @@ def _shipped(tool: str, text: str) -> Values | None:
     path = PurePath(text)
     if not path.parent.name:
         return files[path.stem]["values"] if path.stem in files else None
-    sources = {name: PurePath(FILE.findall(file["source"])[0]) for name, file in files.items()}
-    places = {(source.parent.name, source.stem): name for name, source in sources.items()}
-    name = places.get((path.parent.name, path.stem))
-    return None if name is None else files[name]["values"]
+    shared = {name: _shared_end(PurePath(FILE.findall(file["source"])[0]).parts, path.parts) for name, file in files.items()}
+    name = max(shared, key=lambda name: shared[name], default=None)
+    return None if name is None or shared[name] < 2 else files[name]["values"]
+
+
+def _shared_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many last parts two paths have in common, their suffixes aside."""
+    ends = zip(reversed([*one[:-1], PurePath(one[-1]).stem]), reversed([*other[:-1], PurePath(other[-1]).stem]), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
 
 
 def _deepspeed(source: object) -> Mapping[str, object]:

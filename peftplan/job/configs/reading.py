@@ -34,7 +34,7 @@ TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
 DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
 """Kind of a call of which something is assumed → the option that hangs on it."""
-OPEN = re.compile(r"\$|<[A-Za-z_]|\{\{")
+OPEN = re.compile(r"\$[\w{(]|<[A-Za-z_]|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
 
 
@@ -96,7 +96,7 @@ class Reading:
         elif (
             _open(value)
             and word(value) not in map(word, known.row.get("values", ()))
-            and not {"rule", "launch"} & known.row.keys()
+            and not {"rule", "launch", "unsupported"} & known.row.keys()
             and known.row.get("to") != "target_modules"
         ):
             self._left_open(key, value, known.row)

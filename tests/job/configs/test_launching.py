@@ -33,6 +33,29 @@ def test_names_that_a_tool_ships() -> None:
     assert options({**AXOLOTL, "deepspeed": "deepspeed_configs/zero3_bf16.json"})["strategy"] == "zero3"
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "path", "sets"),
+    [
+        (AXOLOTL, "deepspeed", "deepspeed_configs/zero1.json", {"strategy": "zero1"}),
+        (AXOLOTL, "deepspeed", "deepspeed_configs/zero2.json", {"strategy": "zero2", "offload_optimizer": "cpu"}),
+        (
+            AXOLOTL,
+            "deepspeed",
+            "./deepspeed_configs/zero3_bf16_cpuoffload_all.json",
+            {"strategy": "zero3", "offload_params": "cpu"},
+        ),
+        (LLAMAFACTORY, "deepspeed", "examples/deepspeed/ds_z2_config.json", {"strategy": "zero2"}),
+        (LLAMAFACTORY, "deepspeed", "ds_z2_offload_config.json", {"strategy": "zero2", "offload_optimizer": "cpu"}),
+        (TRL, "accelerate_config", "examples/accelerate_configs/deepspeed_zero1.yaml", {"strategy": "zero1", "gpus": 8}),
+        (TRL, "accelerate_config", "recipes/accelerate_configs/ddp.yaml", {"gpus": 8}),
+        (TRL, "accelerate_config", "tests/distributed/data/accelerate_configs/ddp.yaml", {"gpus": 2}),
+        (TRL, "accelerate_config", "recipes/accelerate_configs/fsdp.yaml", {"strategy": "fsdp1", "gpus": 8}),
+    ],
+)
+def test_launch_files_of_the_tools_repositories(values: dict[str, object], key: str, path: str, sets: dict[str, object]) -> None:
+    assert options({**values, key: path}).items() >= sets.items()
+
+
 def test_fsdp_of_axolotl() -> None:
     config = {"offload_params": False, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "reshard_after_forward": True}
     read = options({**AXOLOTL, "fsdp_version": 2, "fsdp_config": config})
