@@ -72,8 +72,8 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
         f"quantized weights under {distributed.called}": (flat or divided or by_map or distributed.strategy == "zero3")
         and job.quant is not None,
-        f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast != "bf16",
-        f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != "bf16",
+        f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast not in ("bf16", "fp16"),
+        f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != job.setup.autocast,
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),
         "its deepspeed_optimizer": by_deepspeed and bool(distributed.deepspeed_optimizer),
         "a loop without Trainer": by_deepspeed and not job.setup.by.prepares_model,

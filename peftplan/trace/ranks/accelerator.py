@@ -106,6 +106,9 @@ def _cards(tracker: Tracker) -> Any:
         def default_stream(self, device_index: Any = None) -> Any:
             return torch.cpu._default_cpu_stream
 
+        def is_fp16_supported(self) -> bool:
+            return True
+
         def current_device(self) -> int:
             return 0
 

@@ -198,7 +198,7 @@ class Zero(OneOfSeveral):
         zero = {name: sizes[name] if value == "auto" else value for name, value in values.items() if value is not None}
         return {
             "zero_optimization": {"stage": int(self.distributed.strategy[-1]), **zero},
-            "bf16": {"enabled": True},
+            setup.dtype: {"enabled": True},
             "gradient_clipping": 1.0,
             "train_micro_batch_size_per_gpu": setup.batch_size,
             "gradient_accumulation_steps": setup.gradient_accumulation_steps,
