@@ -13,7 +13,8 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define SELDOM static __attribute__((noinline, cold))
+#define APART static __attribute__((noinline))
+#define OFTEN __attribute__((hot))
 #define RARE(x) __builtin_expect(!!(x), 0)
 
 #define MIB ((int64_t)1 << 20)
@@ -30,6 +31,7 @@
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
 #define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
+#define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
 #define LINE 64  /* bytes of a line of the processor's cache: a block is one */
 #define CHUNK 1024  /* blocks that are asked of this machine at a time */
 #define RANGE (((int64_t)1 << 46) / LARGE_SEGMENT * LARGE_SEGMENT)  /* addresses of a segment that grows; a second one in a pool is refused */
@@ -52,7 +54,7 @@ struct __attribute__((aligned(LINE))) Block {
     int64_t address, size;
     Block *before, *after;  /* in the segment */
     Block *smaller, *larger;  /* in a ring; of a live block `smaller` is the one below it in the stack of its storage */
-    unsigned state, pool;
+    uint16_t state, pool, first, bin;  /* first: the first bin of its pool; bin: where it is cached, or the bit of the unmapped ranges */
 };
 
 typedef struct Chunk Chunk;
@@ -85,7 +87,7 @@ typedef struct {
     /* the allocator */
     Block bins[POOLS * BINS], unmapped[POOLS];
     Block none, taken;  /* always live: what is before the first of a segment and behind the last; what stays for good */
-    uint64_t filled[POOLS * BINS / 64];  /* bins that may hold a block */
+    uint64_t filled[POOLS * BINS / 64 + 1];  /* bins that hold a block */
     Chunk *chunks, *spare_chunks;  /* those in use; those of an earlier run */
     Block *unused;  /* the first of a chain */
     int64_t allocated, reserved, peak, most_reserved, above, below, capacity;
@@ -118,22 +120,18 @@ INLINE unsigned bin_of(int64_t size)
 /* This block, or if it is the head of its bin the smallest in the bins above it and below `end`. */
 INLINE Block *from_bin(Run *run, Block *block, unsigned bin, unsigned end)
 {
-    while (block == &run->bins[bin]) { /* none */
-        unsigned word = ++bin / 64;
-        if (bin == end)
+    if (block != &run->bins[bin])
+        return block;
+    if (++bin == end)
+        return NULL;
+    unsigned word = bin / 64;
+    uint64_t filled = run->filled[word] & ~(uint64_t)0 << bin % 64;
+    while (filled == 0) {
+        if (++word == end / 64)
             return NULL;
-        uint64_t filled = run->filled[word] & ~(uint64_t)0 << bin % 64;
-        while (filled == 0) {
-            if (++word == end / 64)
-                return NULL;
-            filled = run->filled[word];
-        }
-        bin = 64 * word + (unsigned)__builtin_ctzll(filled);
-        block = run->bins[bin].larger;
-        if (block == &run->bins[bin])
-            run->filled[word] &= ~((uint64_t)1 << bin % 64);
+        filled = run->filled[word];
     }
-    return block;
+    return run->bins[64 * word + (unsigned)__builtin_ctzll(filled)].larger;
 }
 
 static int64_t size_grown(const Block *block)
@@ -145,7 +143,7 @@ static int64_t size_grown(const Block *block)
 static Block *least_grown(Run *run, Block *block, unsigned end)
 {
     while (block->after->state == UNMAPPED) {
-        Block *larger = from_bin(run, block->larger, block->pool * BINS + bin_of(block->size), end);
+        Block *larger = from_bin(run, block->larger, block->bin, end);
         if (larger == NULL || size_grown(larger) >= size_grown(block))
             break;
         block = larger;
@@ -169,7 +167,7 @@ INLINE int comes_before(const Block *one, const Block *other)
     return one->size < other->size || (one->size == other->size && one->address < other->address);
 }
 
-static __attribute__((noinline)) Block *next_larger(Block *head, const Block *block)
+APART Block *next_larger(Block *head, const Block *block)
 {
     Block *larger = head->larger, *smaller = head->smaller;
     if (block->address - larger->address > smaller->address - block->address) { /* likely nearer to the end */
@@ -193,19 +191,21 @@ INLINE void put_before(Block *block, Block *larger)
 
 INLINE void put_in(Run *run, Block *block)
 {
-    const unsigned bin = block->pool * BINS + bin_of(block->size);
+    const unsigned bin = block->first + bin_of(block->size);
     Block *head = &run->bins[bin], *larger = head->larger;
     if (RARE(comes_before(larger, block)))
         larger = next_larger(head, block);
     put_before(block, larger);
+    block->bin = (uint16_t)bin;
     run->filled[bin / 64] |= (uint64_t)1 << bin % 64;
 }
 
-INLINE void take_out(Block *block)
+INLINE void take_out(Run *run, Block *block)
 {
     Block *smaller = block->smaller, *larger = block->larger;
     smaller->larger = larger;
     larger->smaller = smaller;
+    run->filled[block->bin / 64] &= ~((uint64_t)(smaller == larger) << block->bin % 64); /* both are the head: it was alone */
 }
 
 /* -- blocks -------------------------------------------------------------------------------------------------------------------- */
@@ -216,7 +216,7 @@ INLINE void drop_block(Run *run, Block *block)
     run->unused = block;
 }
 
-SELDOM int more_blocks(Run *run)
+APART int more_blocks(Run *run)
 {
     Chunk *chunk = run->spare_chunks;
     if (chunk != NULL) {
@@ -243,7 +243,8 @@ INLINE Block *new_block(Run *run, int64_t address, int64_t size, unsigned pool)
     block->size = size;
     block->before = block->after = &run->none;
     block->state = LIVE;
-    block->pool = pool;
+    block->pool = (uint16_t)pool;
+    block->first = (uint16_t)(BINS * pool);
     return block;
 }
 
@@ -260,7 +261,7 @@ INLINE void merge(Run *run, Block *block, Block *neighbour)
 {
     if (neighbour->state != block->state)
         return;
-    take_out(neighbour);
+    take_out(run, neighbour);
     if (neighbour == block->before) {
         block->address = neighbour->address;
         link_blocks(block, neighbour->before, block->after);
@@ -324,6 +325,7 @@ static void put_in_unmapped(Run *run, Block *block)
     while (larger != head && larger->address < block->address)
         larger = larger->larger;
     put_before(block, larger);
+    block->bin = UNMAPPED_BIN;
 }
 
 /* Put a new block between two others. */
@@ -348,7 +350,7 @@ static void unmap(Run *run, Block *block)
     const int64_t first = whole(start, page), last = end / page * page;
     if (first >= last)
         return;
-    take_out(block);
+    take_out(run, block);
     if (first > start)
         splice(run, start, first - start, block->before, block, CACHED, block->pool);
     if (end > last)
@@ -371,7 +373,7 @@ static int map(Run *run, Block *range, int64_t size)
     const int64_t length = whole(size, page_of(range->pool)), rest = range->size - length;
     if (!has(run, length))
         return 0;
-    take_out(range);
+    take_out(run, range);
     range->state = CACHED;
     if (rest > 0) {
         range->size = length;
@@ -424,13 +426,13 @@ static Block *grow_segment(Run *run, int64_t size, unsigned pool)
             return NULL;
         block = after;
     }
-    take_out(block);
+    take_out(run, block);
     return block;
 }
 
 /* -- the allocator's calls ------------------------------------------------------------------------------------------------------- */
 
-SELDOM void release_cached(Run *run)
+APART void release_cached(Run *run)
 {
     for (Block *head = run->bins; head < run->bins + POOLS * BINS; head++) {
         for (Block *block = head->larger, *larger; block != head; block = larger) {
@@ -439,7 +441,7 @@ SELDOM void release_cached(Run *run)
                 unmap(run, block);
             } else if (block->before == &run->none && block->after == &run->none) {
                 run->reserved -= block->size;
-                take_out(block);
+                take_out(run, block);
                 drop_block(run, block);
             }
         }
@@ -447,7 +449,7 @@ SELDOM void release_cached(Run *run)
 }
 
 /* What no cached block serves: memory of the device, if need be after all that is cached went back to it. */
-SELDOM Block *miss(Run *run, int64_t size, unsigned pool)
+APART Block *miss(Run *run, int64_t size, unsigned pool)
 {
     for (int again = 0; again < 2 && !run->failed; again++) {
         Block *block = run->grows ? grow_segment(run, size, pool) : new_segment(run, size, pool);
@@ -462,7 +464,7 @@ SELDOM Block *miss(Run *run, int64_t size, unsigned pool)
 }
 
 /* A live block; NULL where the run failed. */
-static Block *allocate(Run *run, int64_t index)
+INLINE Block *allocate_here(Run *run, int64_t index)
 {
     const Request *request = &run->requests[index];
     const int64_t size = request->size;
@@ -476,7 +478,7 @@ static Block *allocate(Run *run, int64_t index)
     }
     Block *block = best_fit(run, request);
     if (block != NULL)
-        take_out(block);
+        take_out(run, block);
     else if ((block = miss(run, size, pool)) == NULL)
         return NULL;
     const int64_t rest = block->size - size;
@@ -498,6 +500,11 @@ static Block *allocate(Run *run, int64_t index)
     return block;
 }
 
+APART Block *allocate(Run *run, int64_t index)
+{
+    return allocate_here(run, index);
+}
+
 /* Allocate for good: the neighbours know that it lives, and nobody else asks for it. */
 static void take(Run *run, int64_t index)
 {
@@ -511,7 +518,7 @@ static void take(Run *run, int64_t index)
     drop_block(run, block);
 }
 
-static void release(Run *run, Block *block)
+INLINE void release_here(Run *run, Block *block)
 {
     run->had_events = 1;
     if (RARE(block->size == 0)) {
@@ -523,6 +530,11 @@ static void release(Run *run, Block *block)
     merge(run, block, block->before);
     merge(run, block, block->after);
     put_in(run, block);
+}
+
+APART void release(Run *run, Block *block)
+{
+    release_here(run, block);
 }
 
 /* -- the program ---------------------------------------------------------------------------------------------------------------- */
@@ -576,7 +588,7 @@ static void move_blocks(Stack *from, Stack *to)
 }
 
 /* A storage that is made again may stand for others of its size. */
-SELDOM void make_spare(Run *run, int64_t storage, int64_t size)
+APART void make_spare(Run *run, int64_t storage, int64_t size)
 {
     Stack *stack = &run->live[storage];
     size_t at = 0;
@@ -694,18 +706,31 @@ static const Event *repeat(Run *run, const Event *first, int32_t kinds, const Ev
     return behind;
 }
 
-static void run_events(Run *run, const Event *event, const Event *stop)
+/* Nearly all events are tensors of one layer, which come and go here without a call. */
+static OFTEN void run_events(Run *run, const Event *event, const Event *stop)
 {
+    Block *block;
     while (event < stop && !run->failed) {
         const int32_t a = event->a, b = event->b, c = event->c;
         const Event *at = event++;
         switch (at->what) {
         case OWN:
             run->own[a].top = NULL;
-            allocate_onto(run, &run->own[a], b, c);
+            if (RARE(c != 1)) {
+                allocate_onto(run, &run->own[a], b, c);
+            } else if ((block = allocate_here(run, b)) != NULL) {
+                block->smaller = NULL;
+                run->own[a].top = block;
+            }
             break;
         case END_OWN:
-            release_all(run, &run->own[a]);
+            block = run->own[a].top;
+            if (RARE(block == NULL || block->smaller != NULL)) {
+                release_all(run, &run->own[a]);
+            } else {
+                run->own[a].top = NULL;
+                release_here(run, block);
+            }
             break;
         case MAKE:
             run->pool = 2 * (unsigned)at->d;
