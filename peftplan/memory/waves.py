@@ -1,8 +1,9 @@
 """The level of a timeline at its peaks, without adding up every event: deep models repeat what few layers do.
 
 Events are cut into *waves*: all that is made until something is freed, and all that is freed until something is made. A level is
-highest where a wave turns. Waves are cut into *stretches* before each occurrence of one wave: the rarest that comes `OFTEN`
-times, about once a layer. There are few different waves and few different stretches, and each is added up once.
+highest where a wave turns. Waves are cut into *stretches* before each occurrence of one wave that comes at least `OFTEN` times,
+about once a layer: that which leaves least to add up. There are few different waves and few different stretches, and each is
+added up once.
 
     events     +a +b -a +c -b -c | +a +b -a +c -b -c        two layers
     waves      (+a +b, -a) (+c, -b -c) | the same again     two different ones
@@ -45,8 +46,8 @@ class Waves(NamedTuple):
         for stretch in self.stretches:
             level = top = where = 0
             for number, wave in enumerate(stretch):
-                if level + ups[wave] > top:
-                    top, where = level + ups[wave], number
+                if (reached := level + ups[wave]) > top:
+                    top, where = reached, number
                 level += nets[wave]
             tops.append((top, where))
             rises.append(level)
@@ -83,12 +84,18 @@ def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tu
     parts = []
     for phase, first, end in ((None, 0, begins), *windows):
         numbers = [waves.setdefault(wave, len(waves)) for wave in _cut(move_of[first:end], counts)]
-        rare = min(((n, wave) for wave, n in Counter(numbers).items() if n >= OFTEN), default=(0, None))[1]
-        cuts = [at for at, wave in enumerate(numbers) if wave == rare and at]
-        pieces = [tuple(numbers[a:b]) for a, b in zip([0, *cuts], [*cuts, len(numbers)], strict=True)]
+        often = {n: wave for wave, n in Counter(numbers).items() if n >= OFTEN}  # those that come as often cut alike
+        ways = [_pieces(numbers, wave) for wave in (None, *often.values())]
+        pieces = min(ways, key=lambda pieces: len(pieces) + sum(map(len, set(pieces))))
         parts.append(Window(phase, first, tuple(stretches.setdefault(piece, len(stretches)) for piece in pieces)))
     of_number = tuple(waves)
     return Waves(of_number, tuple(stretches), tuple(parts), tuple(_num_events(of_number, stretch) for stretch in stretches))
+
+
+def _pieces(numbers: Sequence[int], border: int | None) -> list[tuple[int, ...]]:
+    """What is between the occurrences of a wave, each at the beginning of its piece."""
+    cuts = [at for at, wave in enumerate(numbers) if wave == border and at]
+    return [tuple(numbers[a:b]) for a, b in zip([0, *cuts], [*cuts, len(numbers)], strict=True)]
 
 
 def _cut(move_of: Sequence[int], counts: Sequence[int]) -> Iterator[Wave]:
