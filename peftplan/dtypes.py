@@ -45,6 +45,8 @@ def parse_dtype(value: object, *, field: str = "dtype", accepted: tuple[str, ...
 
     Raises UnknownNameError where the dtype is unknown or not among `accepted`.
     """
+    if isinstance(value, str) and value in accepted:
+        return value
     is_dtype = type(value).__module__.partition(".")[0] in ("torch", "numpy")
     name = str(value).removeprefix("torch.").lower() if isinstance(value, str) or is_dtype else ""
     short = ALIASES.get(name, name)

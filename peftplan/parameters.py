@@ -162,10 +162,23 @@ def buffers(
     return (*own, *added)
 
 
-def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> dict[str, frozenset[int]]:
+_CONVERTED: dict[tuple[int, QuantConfig], tuple[Architecture, dict[str, frozenset[int]]]] = {}
+"""What formats store of the architectures that were asked for last; each is kept, so that no other one has its id."""
+CONVERTED_KEPT = 64
+
+
+def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> Mapping[str, frozenset[int]]:
     """module name template → the layers of it that the format stores ({0} for a module without layers)."""
     if quant is None:
         return {}
+    if (kept := _CONVERTED.get((id(arch), quant))) is None:
+        if len(_CONVERTED) >= CONVERTED_KEPT:
+            _CONVERTED.clear()
+        kept = _CONVERTED[id(arch), quant] = arch, _converted(arch, quant)
+    return kept[1]
+
+
+def _converted(arch: Architecture, quant: QuantConfig) -> dict[str, frozenset[int]]:
     # Only a user's own skip list can tell layers apart, and the last parameter where it lies inside the last layer (OPT without
     # affine norms); in every other family the first layer speaks for all.
     layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)

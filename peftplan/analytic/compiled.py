@@ -1,8 +1,9 @@
 """Compile a job: run its step once on a tape with symbolic sizes, and cache it for all sizes that run the same operations."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic import steady
@@ -77,6 +78,8 @@ class Compiled(NamedTuple):
     """Whether they are given back before each backward of the first step."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
+    like: "Compiled | None" = None
+    """The step on an earlier GPU of a `device_map` that needs as much at all sizes."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
@@ -128,20 +131,30 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     nothing ahead, so that the second one is the first of its kind.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
-    job, setup = inventory.job, inventory.job.setup
+    job = inventory.job
     last = last_step(inventory, compute_capability, late=late)
-    before: list[Step] = []
-    for tokens in job.script.earlier_seq_lens or ((setup.seq_len,) if setup.keep_gradients else ()):
-        there = setup.keep_gradients and bool(before)  # the first step starts without gradients
-        earlier = job._replace(setup=setup.model_copy(update={"seq_len": tokens, "keep_gradients": there}))
-        of_step = compiled(inventory._replace(job=earlier), compute_capability=compute_capability, late=late)
-        before.append((of_step, of_step.sizes(setup.batch_size, tokens)))
+    before = [last_step(earlier, compute_capability, late=late) for earlier in _earlier(inventory)]
     of_last, sizes_of_last = last
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
     full = job.method is not None and job.method.name == "full"
     alone = (full or of_pictures_or_sound(job.architecture)) and not before  # as the trace does
     again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp", "zero3"))
     return (*before, *again, last) if before else (first, *again, last)
+
+
+def by_processors(inventory: "Inventory", compute_capability: str) -> bool:
+    """Whether the card's multiprocessors decide a kernel or a buffer of a step; if not, its compute capability alone does."""
+    steps = (compiled(step, compute_capability=compute_capability) for step in (inventory, *_earlier(inventory)))
+    return any(step.by_processors for step in steps)
+
+
+def _earlier(inventory: "Inventory") -> "Iterator[Inventory]":
+    """The steps before the reported one that a script names, each with its own sequence length."""
+    job, setup = inventory.job, inventory.job.setup
+    for number, tokens in enumerate(job.script.earlier_seq_lens or ((setup.seq_len,) if setup.keep_gradients else ())):
+        there = setup.keep_gradients and number > 0  # the first step starts without gradients
+        earlier = setup.model_copy(update={"seq_len": tokens, "keep_gradients": there})
+        yield inventory._replace(job=job._replace(setup=earlier))
 
 
 COMPILED: "OrderedDict[tuple[object, ...], Compiled]" = OrderedDict()
@@ -154,32 +167,53 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
 
     Raises NeedsTraceError or NoEngineError if a part of the job has no formula.
     """
-    job, setup = inventory.job, inventory.job.setup
-    virtual_tokens = getattr(job.config, "num_virtual_tokens", None) or 0
-    loss = loss_sizes(job)
-    facts = shape_facts(setup.rows, setup.seq_len + virtual_tokens, job.architecture, loss, limits_of(job, compute_capability))
-    described = (job.method and job.method.name, repr(job.config), repr(job.quant), compute_capability)
-    step_key = (
-        id(job.architecture),
-        *described,
-        job.script,
-        *facts,
-        job.distributed,
-        late,
-        *(getattr(setup, name) for name in Setup.model_fields if name not in ("batch_size", "seq_len")),
-    )
+    job = inventory.job
+    step_key = late, *_step_key(job, compute_capability)
     of_rank = inventory.holding and (inventory.holding.device, inventory.holding.rank)
     for key in ((of_rank, step_key), (of_rank, step_key, job.multiprocessors)):  # of every card of this capability, or of one
-        if key in COMPILED:
+        if (kept := COMPILED.get(key)) is not None:
             COMPILED.move_to_end(key)
-            return COMPILED[key]
+            return kept
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
     compiled_job = _compile(inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late)
-    COMPILED[key if compiled_job.by_processors else key[:2]] = compiled_job
+    key = key if compiled_job.by_processors else key[:2]
+    if of_rank and of_rank[0]:
+        earlier = (COMPILED.get(((device, None), *key[1:])) for device in range(of_rank[0]))
+        if like := next((other for other in earlier if _needs_as(compiled_job, other)), None):
+            compiled_job = compiled_job._replace(like=like)
+    COMPILED[key] = compiled_job
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
+
+
+def _needs_as(step: Compiled, other: Compiled | None) -> bool:
+    """Whether a step needs as much as another one at all sizes."""
+    if other is None or other.like is not None or other.standing_bytes != step.standing_bytes:
+        return False
+    a, b = step.timeline, other.timeline
+    return (a.waves, a.moves, a.sizes, a.derived, step.on_host) == (b.waves, b.moves, b.sizes, b.derived, other.on_host)
+
+
+_OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in ("batch_size", "seq_len")))
+_KEYED: "list[tuple[Job, str, tuple[object, ...]]]" = []
+"""The job whose key was built last, and the key: one estimate asks for its steps several times, and for those of each rank."""
+
+
+def _step_key(job: "Job", compute_capability: str) -> tuple[object, ...]:
+    """What decides which operations a job runs, for the kernels of a compute capability."""
+    for of_job, of_kernels, key in _KEYED:
+        if of_job is job and of_kernels == compute_capability:
+            return key
+    setup, loss = job.setup, loss_sizes(job)
+    length = setup.seq_len + (getattr(job.config, "num_virtual_tokens", None) or 0)
+    facts = shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability))
+    config = job.config and repr(vars(job.config))
+    described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
+    key = (id(job.architecture), *described, job.script, *facts, job.distributed, *_OF_SETUP(setup))
+    _KEYED[:] = [(job, compute_capability, key)]
+    return key
 
 
 def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":

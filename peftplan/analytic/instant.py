@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import OPTIONS, Replayed
-from peftplan.analytic.compiled import last_step, steps_of
+from peftplan.analytic.compiled import by_processors, last_step, steps_of
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
@@ -81,7 +81,7 @@ class InstantPeaks(Peaks):
     @property
     def by_processors(self) -> bool:
         """Whether the card's multiprocessors decide a kernel or a buffer; if not, its compute capability alone does."""
-        return any(compiled.by_processors for compiled, _ in steps_of(self.inventory, self.compute_capability))
+        return by_processors(self.inventory, self.compute_capability)
 
     @cached_property
     def _replayed(self) -> Replayed:
