@@ -6,6 +6,7 @@ Source: transformers, integrations/accelerate.py (`get_balanced_memory`, `infer_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
@@ -25,21 +26,16 @@ class Block(NamedTuple):
 
 def blocks_of(parameters: Parameters) -> list[Block]:
     """The base's blocks in the order of its modules."""
-    outside: dict[str, list[Parameter]] = {}
-    by_layer: dict[int, list[Parameter]] = {}
-    order: list[str | int] = []
+    members: dict[str | int, list[Parameter]] = {}
+    loaded: dict[str | int, int] = {}
     for p in parameters.all:
         if p.owner != "base":
             continue
+        nbytes = _loaded(p)
         for key in sorted(p.layers) if p.layers is not None else (p.name.rpartition(".")[0],):
-            members = by_layer.setdefault(key, []) if isinstance(key, int) else outside.setdefault(key, [])
-            members.append(p)
-            if len(members) == 1:
-                order.append(key)
-    members_of = ((key, by_layer[key] if isinstance(key, int) else outside[key]) for key in order)
-    return [
-        Block(key if isinstance(key, int) else None, tuple(members), sum(map(_loaded, members))) for key, members in members_of
-    ]
+            members.setdefault(key, []).append(p)
+            loaded[key] = loaded.get(key, 0) + nbytes
+    return [Block(key if isinstance(key, int) else None, tuple(of_key), loaded[key]) for key, of_key in members.items()]
 
 
 def _loaded(p: Parameter) -> int:
@@ -71,12 +67,21 @@ class Places(NamedTuple):
 
     def held_on(self, parameters: Iterable[Parameter], device: int) -> Iterator[Parameter]:
         """What one GPU holds: each family with the copies that are there. An adapter is where its module is."""
+        layers = frozenset(layer for layer, place in self.layers.items() if place == device)
+        modules = tuple(f"{module}." for module, place in self.modules.items() if place == device)
         for p in parameters:
             if p.layers is None:
-                if any(p.name.startswith(f"{module}.") for module, place in self.modules.items() if place == device):
+                if p.name.startswith(modules):
                     yield p
-            elif here := frozenset(layer for layer in p.layers if self.layers[layer] == device):
+            elif here := p.layers & layers:
                 yield p._replace(layers=here, copies=p.copies // len(p.layers) * len(here))
+
+
+class Share(NamedTuple):
+    """What one GPU holds. `like`: the first GPU that holds as many layers of each family, whichever these are."""
+
+    parameters: Parameters
+    like: int
 
 
 def places_of(parameters: Parameters, devices: int) -> Places:
@@ -91,9 +96,10 @@ def places_of(parameters: Parameters, devices: int) -> Places:
     return Places(devices, layers, modules)
 
 
-def largest(parameters: Parameters, devices: int) -> Parameters:
+@lru_cache(maxsize=64)
+def largest(parameters: Parameters, devices: int) -> Share:
     """What the GPU with the most bytes holds: weights, and gradients and two states of what trains."""
-    return max((on_device(parameters, devices, device) for device in range(devices)), key=_bytes)
+    return max(on_devices(parameters, devices), key=lambda share: _bytes(share.parameters))
 
 
 def _bytes(parameters: Parameters) -> int:
@@ -103,6 +109,14 @@ def _bytes(parameters: Parameters) -> int:
     )
 
 
-def on_device(parameters: Parameters, devices: int, device: int) -> Parameters:
-    """What one GPU holds."""
-    return parameters._replace(all=tuple(places_of(parameters, devices).held_on(parameters.all, device)))
+@lru_cache(maxsize=64)
+def on_devices(parameters: Parameters, devices: int) -> tuple[Share, ...]:
+    """What each GPU holds."""
+    places = places_of(parameters, devices)
+    firsts: dict[tuple[Parameter, ...], int] = {}
+    shares = []
+    for device in range(devices):
+        here = tuple(places.held_on(parameters.all, device))
+        like = firsts.setdefault(tuple(p._replace(layers=None) for p in here), device)
+        shares.append(Share(parameters._replace(all=here), like))
+    return tuple(shares)

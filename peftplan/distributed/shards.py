@@ -6,6 +6,7 @@ W ranks of a shard group, N parameters, T of them trained. The rank with the mos
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def holding(
         return Holding(parameters, buckets(parameters, distributed))
     if strategy == "tp":
         return Holding(shards_of(parameters, architecture, distributed))
-    return Holding(largest(parameters, distributed.world_size))
+    return Holding(largest(parameters, distributed.world_size).parameters)
 
 
 def _place(offload: str | None) -> Place:
@@ -261,11 +262,12 @@ def _of_zero_0(parameters: Parameters, distributed: Distributed, *, autocast: st
     return Holding(cast, lines, parameters._replace(all=masters))
 
 
-def _zero3_groups(parameters: Parameters, distributed: Distributed) -> Iterator[tuple[str, int]]:
+@lru_cache(maxsize=64)
+def _zero3_groups(parameters: Parameters, distributed: Distributed) -> tuple[tuple[str, int], ...]:
     """A name of each sub group, and the elements of a rank's parts of it."""
-    numel = {p.name: p.numel for p in parameters.all}
-    for group in trained_groups(parameters, distributed):
-        yield group[0][0], sum(ceil_div(numel[name], distributed.world_size) for name, _ in group)
+    parts = {p.name: ceil_div(p.numel, distributed.world_size) for p in parameters.all}
+    groups = trained_groups(parameters, distributed)
+    return tuple((group[0][0], sum(parts[name] for name, _ in group)) for group in groups)
 
 
 def _masters(first: str, flat: int, place: Place) -> Parameter:

@@ -68,20 +68,27 @@ def on_each_device(of_any: Inventory) -> list[Inventory]:
     """A job that is seen by none of its GPUs in particular, as each of them sees it, or, under ZeRO-1 and ZeRO-2, each rank that
     may need the most.
     """
-    from peftplan.distributed.device_map import on_device
+    from peftplan.distributed.device_map import largest, on_devices
     from peftplan.distributed.shards import Holding
 
     job, built = of_any.job, of_any.parameters
     assert job.distributed is not None
+    assert of_any.holding is not None
     if job.distributed.strategy != "device-map":
         from peftplan.distributed.zero import unlike_ranks
 
-        assert of_any.holding is not None
         ranks = unlike_ranks(built, job.distributed)
         return [of_any._replace(holding=of_any.holding._replace(rank=rank, ranks=ranks)) for rank in ranks]
+    assert of_any.holding.device is None, "the largest GPU's ledger is that of any"
     devices = job.distributed.world_size
-    holdings = (Holding(on_device(built, devices, device), device=device) for device in range(devices))
-    return [Inventory(job, built, _lasting(job, built, holding), holding) for holding in holdings]
+    ledgers = {largest(built, devices).like: of_any.static}
+    inventories = []
+    for device, share in enumerate(on_devices(built, devices)):
+        holding = Holding(share.parameters, device=device)
+        if share.like not in ledgers:
+            ledgers[share.like] = _lasting(job, built, holding)
+        inventories.append(Inventory(job, built, ledgers[share.like], holding))
+    return inventories
 
 
 def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:

@@ -1,6 +1,6 @@
 """A job over several GPUs: what DeepSpeed refuses of it, and what its ranks hold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from peftplan.job.inventory import inventory, on_each_device
@@ -11,6 +11,7 @@ from peftplan.planning.assumed import of_ranks
 from peftplan.results.estimate import Peaks
 
 if TYPE_CHECKING:
+    from peftplan.analytic.instant import InstantPeaks
     from peftplan.results.distributed import OverGpus, RankGroup
 
 
@@ -23,14 +24,22 @@ def refused_dtypes(job: Job, built: Parameters) -> str | None:
     return zero.refused_dtypes(built, job.distributed, quantized=job.quant is not None)
 
 
-def over_gpus(job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str) -> "OverGpus | None":
-    """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are."""
+def over_gpus(
+    job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str, each: "Sequence[InstantPeaks]"
+) -> "OverGpus | None":
+    """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are.
+
+    `each`: the peaks of each GPU of a `device_map`, where they are known already.
+    """
     if job.distributed is None:
         return None
     from peftplan.results.distributed import OverGpus, RankGroup
 
     if job.distributed.strategy == "device-map":
-        groups = tuple(_groups(job, peaks, compute_capability))
+        ledgers = {id(own.inventory.static): own.inventory.static for own in each}  # GPUs that hold as much have one
+        persistent = {ledger: lines.bytes() for ledger, lines in ledgers.items()}
+        known = (RankGroup((number,), persistent[id(own.inventory.static)], own) for number, own in enumerate(each))
+        groups = tuple(known if each else _groups(job, peaks, compute_capability))
     else:
         groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
     return OverGpus(

@@ -19,6 +19,7 @@ from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
+    from peftplan.analytic.instant import InstantPeaks
     from peftplan.arrays import Sizes
     from peftplan.hardware.gpus import Gpu
     from peftplan.job.configs.plan import Bound
@@ -132,7 +133,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     from peftplan.analytic.engine import analytic_peaks
 
     job = question.inventory.job
-    question, by_kernels = _of_fullest(question)
+    question, by_kernels, each = _of_fullest(question)
 
     def peaks_on(card: "Gpu | None") -> Counted | str:
         if (why := without_loss(job.model, job.architecture)) is not None:
@@ -146,7 +147,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
         except NeedsTraceError as missing:
             return f"{missing}{_hint(missing, job)}"
 
-    return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
+    return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit, each=each)
 
 
 def _hint(missing: NeedsTraceError, job: Job) -> str:
@@ -158,23 +159,24 @@ def _hint(missing: NeedsTraceError, job: Job) -> str:
     return missing.hint
 
 
-def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted]]":
-    """Of unlike GPUs the question about the one that needs most, where peaks say which it is, and these peaks by the kernels of
-    the first card.
+def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted], tuple[InstantPeaks, ...]]":
+    """Of unlike GPUs the question about the one that needs most, where peaks say which it is, these peaks by the kernels of the
+    first card, and the peaks of each.
     """
-    from peftplan.analytic.engine import analytic_peaks
+    from peftplan.analytic.engine import fullest, peaks_of_each
     from peftplan.job.inventory import of_any_device
 
     if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
-        return question, {}
+        return question, {}, ()
     card = question.first_card
     of, _ = here = kernels_on(card)
     try:
-        peaks = analytic_peaks(placed_on(question.inventory, card), compute_capability=of)
+        each = peaks_of_each(placed_on(question.inventory, card), compute_capability=of)
     except NeedsTraceError:
-        return question, {}
+        return question, {}, ()
+    peaks = fullest(each)
     by_kernels: dict[object, Counted] = {here if peaks.by_processors else of: Counted(peaks, peaks.runs_within)}
-    return question._replace(inventory=peaks.inventory), by_kernels
+    return question._replace(inventory=peaks.inventory), by_kernels, each
 
 
 def traced(question: "Question", *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
@@ -238,11 +240,16 @@ def _trace(
 
 
 def _estimated(
-    question: "Question", peaks_on: "Callable[[Gpu | None], Counted | str]", *, engine: Engine, skip_unfit: bool = False
+    question: "Question",
+    peaks_on: "Callable[[Gpu | None], Counted | str]",
+    *,
+    engine: Engine,
+    skip_unfit: bool = False,
+    each: "tuple[InstantPeaks, ...]" = (),
 ) -> Estimate:
     """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
 
-    `peaks_on`: a card → the peaks, or what part of the job has none.
+    `peaks_on`: a card → the peaks, or what part of the job has none. `each`: the peaks of unlike GPUs, where they are known.
     """
     (job, built, static, _), cards = question.inventory, question.cards
     of_first = capability(question.first_card)
@@ -296,6 +303,6 @@ def _estimated(
         chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,
-        distributed=over_gpus(job, static, peaks, of_first),
+        distributed=over_gpus(job, static, peaks, of_first, each),
         config=config,
     )

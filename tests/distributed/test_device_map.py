@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.distributed.device_map import blocks_of, on_device, placed
+from peftplan.distributed.device_map import blocks_of, on_devices, placed
 from peftplan.job.inventory import inventory
 from peftplan.job.lines import weight_lines
 from peftplan.job.prepare import prepare
@@ -25,7 +25,7 @@ def test_a_rehearsed_program() -> None:
     tails of blocks beside the weights, within 0.01 %.
     """
     built = inventory(prepare("llama-3.2-3b", method="lora", r=16)).parameters
-    weights = [weight_lines(on_device(built, 2, device)).bytes() for device in (0, 1)]
+    weights = [weight_lines(share.parameters).bytes() for share in on_devices(built, 2)]
     assert weights == pytest.approx([3_860_353_024, 2_662_730_752], rel=1e-4)
 
 
