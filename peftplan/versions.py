@@ -54,6 +54,7 @@ SHORTER_ALLOC_CONF = Change("torch", (2, 9), "`PYTORCH_ALLOC_CONF` replaces `PYT
 ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (docs/rehearse.md)")
 TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")
 LAYERS_CHECKPOINT = Change("transformers", (4, 52), "`GradientCheckpointingLayer`: checkpointed calls lie in FSDP's units")
+FORWARD_CHECKPOINTED = Change("transformers", (5, 23), "checkpoints cover a layer's `forward`, no longer the hooks around it")
 LOGITS_STAY_16_BIT = Change("transformers", (4, 46), "the model's own forward has no `logits = logits.float()`")
 BATCHES_COLLECTED = Change("transformers", (4, 46), "`Trainer.get_batch_samples` collects the batches of a whole step")
 LABELS_PADDED = Change("transformers", (4, 49), "`ForCausalLMLoss` pads labels instead of `logits[..., :-1, :].contiguous()`")

@@ -64,6 +64,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
         reentrant=setup.use_reentrant,
+        checkpoints_forward=job.script.checkpoints_forward,
         every_n_layers=setup.every_n_layers or 1,
         own_modules=setup.by.own_modules,
         own_decoders=builds(job),

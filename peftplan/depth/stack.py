@@ -9,6 +9,7 @@ Of six equal layers two run; `copies` puts the others where the mark of the last
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from peftplan.depth.copies import Stack
@@ -46,8 +47,15 @@ class Runner(Protocol):
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """What a layer, or its checkpoint, is called with: the hidden states on the layer's GPU."""
 
+    @property
+    def hooks_outside(self) -> bool:
+        """Whether a checkpoint lies between the hooks of a layer, which then run once."""
+
     def call_layer(self, stack: str, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer of a stack on the hidden states and what else it takes."""
+
+    def call_forward(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+        """The same without its hooks."""
 
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
@@ -148,6 +156,12 @@ def run_stack(
     def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
         return model.call_layer(of_units, layer, call, x, *of_layer, *every)
 
+    def forward(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
+        return model.call_forward(layer, call, x, *of_layer, *every)
+
+    def recomputed(of_layer: tuple[object, ...], stays: bool, layer: int, x: Tensor, *every: object) -> Outputs:
+        return model.checkpoint(forward, layer, of_layer, x, *every, stays=stays)
+
     stack = Stack(name, copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
@@ -159,7 +173,9 @@ def run_stack(
         if flags[layer] and model.hosted and not stays and not model.micro_batch:
             count = 1 + sum(map(len, extra.get(number, {}).values()))
             model.on_host += [(y.dims, y.dtype, count) for y in (x, *beside) if type(y) is Tensor]
-        if flags[layer]:
+        if flags[layer] and model.hooks_outside:
+            result = model.call_layer(of_units, layer, partial(recomputed, of_layer, stays), arrived, *beside)
+        elif flags[layer]:
             result = model.checkpoint(run, layer, of_layer, arrived, *beside, stays=stays)
         else:
             result = run(layer, of_layer, arrived, *beside)

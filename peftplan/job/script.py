@@ -90,6 +90,11 @@ class Script(BaseModel):
         return versions.LAYERS_CHECKPOINT.after(self.transformers)
 
     @property
+    def checkpoints_forward(self) -> bool:
+        """Whether a checkpoint covers a layer's forward alone, or the hooks around it too."""
+        return not versions.FORWARD_CHECKPOINTED.after(self.transformers)
+
+    @property
     def loads_in_threads(self) -> bool:
         """Whether threads copy weights to the card while others are quantized there (`core_model_loading.py`; later releases ask
         for `has_on_the_fly_quantization`)."""

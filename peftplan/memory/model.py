@@ -175,6 +175,18 @@ class Model(Weights):
         finally:
             self.layer_locals.clear()
 
+    def call_forward(self, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
+        """Call a layer's forward, without what its unit does."""
+        try:
+            return call(layer, x, *others)
+        finally:
+            self.layer_locals.clear()
+
+    @property
+    def hooks_outside(self) -> bool:
+        """Whether a reentrant checkpoint lies between the hooks of a layer."""
+        return self.running.reentrant and self.running.checkpoints_forward and self.units.every_layer
+
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
         before = self.arch.encoder_layers if stack == "decoder" else 0

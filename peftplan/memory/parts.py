@@ -69,6 +69,8 @@ class Running(NamedTuple):
     """How many of each sequence's last tokens the head reads; None for all."""
     reentrant: bool = False
     """Whether checkpointing is reentrant."""
+    checkpoints_forward: bool = True
+    """Whether it covers the forward of a layer, and not the hooks around it."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
     own_modules: bool = False
