@@ -76,6 +76,7 @@ DIVIDED = {
     "aya-23-8b": 2,
 }
 """Models of other kinds that have a plan of tensor parallelism, and how many of their layers run."""
+OF_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 JobName = tuple[str, str, int, dict[str, Any]]
 """Strategy, method, ranks, and what else is set."""
 
@@ -154,6 +155,44 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
     yield from zero3_jobs()
     yield from classifying_jobs()
     yield from stage_0_jobs()
+    yield from reentrant_jobs()
+
+
+OLDER = "5.22"
+"""The last transformers whose checkpoints cover the hooks around a layer too."""
+
+
+def reentrant_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs whose checkpoints are reentrant: as transformers makes them, and as it did before 5.23; TRL's, which asks for them."""
+    few = {"stage3_max_live_parameters": 300_000_000, "stage3_max_reuse_distance": 100_000_000}
+    cpu = {"device": "cpu"}
+    deep = {"num_hidden_layers": 16, "tie_word_embeddings": True}
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("lora", {"zero": AUTO}),
+        ("lora", {"zero": AUTO | few}),
+        ("full", {"zero": AUTO | few}),
+        ("full", {"zero": AUTO}),
+        ("qlora", {"zero": AUTO}),
+        ("lora", {"batch_size": 4, "seq_len": 1024, "config": deep, "zero": AUTO | few}),
+        ("lora", {"accumulation": 3, "zero": AUTO | few}),
+        ("lora", {"zero": AUTO | {"offload_param": cpu, "offload_optimizer": cpu}}),
+        ("qlora", {"model": "qwen2.5-7b", "layers": 2, "batch_size": 2, "seq_len": 1024, "zero": AUTO}),
+        ("lora", {"model": "mixtral-8x7b-v0.1", "layers": 2, "seq_len": 256, "target_modules": OF_ATTENTION, "zero": AUTO}),
+        ("lora", {"model": "gemma-2-2b", "layers": 2, "seq_len": 256, "zero": AUTO}),
+        ("lora", {"model": "gpt2", "layers": 12, "seq_len": 256, "zero": AUTO}),
+    )
+    for method, more in variants:
+        yield job("zero3", method, 8, use_reentrant=True, **more)
+    for method, zero in (("lora", AUTO), ("lora", AUTO | few), ("full", AUTO | few), ("qlora", AUTO | few)):
+        yield job("zero3", method, 8, transformers=OLDER, use_reentrant=True, zero=zero)
+    yield job("zero2", "lora", 8, use_reentrant=True, zero={"overlap_comm": True})
+    yield job("zero1", "full", 8, use_reentrant=True)
+    yield job("ddp", "lora", 4, use_reentrant=True)
+    for method in METHODS:
+        yield job("fsdp2", method, 8, use_reentrant=True)
+    for method in ("lora", "qlora"):
+        row = published("smollm2-135m", method, strategy="zero3", trainer="trl", seq_len=1024, use_reentrant=False)
+        yield {**row, "name": f"{row['name']} use_reentrant=False"}
 
 
 def stage_0_jobs() -> Iterator[dict[str, Any]]:
@@ -225,7 +264,7 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     for model, method in product(OTHER_ZERO3, METHODS):
         yield job("zero3", method, 4, model=model, layers=CUT[model], seq_len=256, zero=AUTO)
     for model, method in product(("mixtral-8x7b-v0.1", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b"), METHODS):
-        targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]} if method == "lora" else {}
+        targets = {"target_modules": OF_ATTENTION} if method == "lora" else {}
         yield job("zero3", method, 4, model=model, layers=2, seq_len=256, **targets, zero=AUTO)
     for strategy, method in product(("zero3", "zero2"), METHODS):
         yield job(strategy, method, 4, autocast="fp16", zero=AUTO if strategy == "zero3" else None)
@@ -278,11 +317,14 @@ def job(
     *,
     fsdp: dict[str, Any] | None = None,
     zero: dict[str, Any] | None = None,
+    transformers: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """One job by its name: what decides it."""
+    """One job by its name: what decides it. `transformers`: an older release that runs it."""
     circumstances = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
     name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in circumstances.items())])
+    release = {} if transformers is None else {"transformers": transformers}
+    name = " ".join([name, *(f"{package} {version}" for package, version in release.items())])
     program = {"method": method, **settings}
     if strategy in ("fsdp1", "fsdp2"):
         config = {"version": int(strategy[-1]), **(fsdp or {})}
@@ -303,7 +345,7 @@ def job(
         program["arguments"] = {"ddp_find_unused_parameters": False}
     if strategy.startswith("zero"):
         program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {}, settings.get("autocast", "bf16"))}
-    return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}}
+    return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}, **release}
 
 
 def deepspeed(stage: int, zero: dict[str, Any], autocast: str = "bf16") -> dict[str, Any]:

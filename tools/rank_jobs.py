@@ -72,13 +72,15 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
+        **({"script": peftplan.Script(transformers=row["transformers"])} if "transformers" in row else {}),
         **program.get("ddp", {}),
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
     if program["method"] == "qlora":
         tied = {"tie_word_embeddings": True}
         storage = {"bfloat16": "bf16"}.get(program.get("quant_storage", "bfloat16"), "uint8")
-        return {"model": LLAMA | tied, **ours, "quant_storage": storage, "kbit_prepare": False}
+        model = cut(program["model"], program["layers"]) if "model" in program else LLAMA | tied
+        return {"model": model, **ours, "quant_storage": storage, "kbit_prepare": False}
     if "model" in program:
         return {"model": cut(program["model"], program["layers"]), **ours}
     return {"model": llama(program), **ours}
@@ -97,6 +99,8 @@ def run(names: list[str], *, most: int | None) -> int:
     count = 0
     for each in jobs():
         if each["name"] in recorded or (names and not any(name in each["name"] for name in names)):
+            continue
+        if not version("transformers").startswith(each.get("transformers", "")):
             continue
         if most is not None and count == most:
             break

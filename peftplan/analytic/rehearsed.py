@@ -69,7 +69,7 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "device-map":
         return _listed(_unknown_to_device_map(job))
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
-        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and distributed.strategy != "fsdp1",
+        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and not _rehearsed_reentrant(job),
         **_unrehearsed(job),
     }
     return _listed(unknown)
@@ -85,7 +85,7 @@ def _unknown_to_tp(job: Job, distributed: Distributed) -> dict[str, bool]:
     architecture = job.architecture
     tables = (architecture.input_embedding, architecture.output_embedding)
     return {
-        "tp_size": ranks_of(distributed) != distributed.world_size,
+        "tp_size": ranks_of(distributed) * (distributed.pp_size or 1) != distributed.world_size,
         "ep_size": distributed.ep_size not in (None, 1),
         "pp_size": distributed.pp_size not in (None, 1),
         f"a vocabulary of {architecture.vocab_size:,}": bool((architecture.vocab_size or 0) % ranks_of(distributed)),
@@ -229,6 +229,18 @@ def _rehearsed_trainer(job: Job) -> bool:
     by, strategy = job.setup.by, job.distributed.strategy
     apart = strategy == "fsdp2" or (strategy == "zero3" and by.weighs_tokens)
     return by.prepares_model or (by.layout is not ACCELERATE and apart)
+
+
+def _rehearsed_reentrant(job: Job) -> bool:
+    """Whether reentrant checkpoints were rehearsed with this strategy: under FSDP2 those between the hooks of a layer, under
+    ZeRO-3 of experts that do not train."""
+    assert job.distributed is not None
+    strategy = job.distributed.strategy
+    if strategy == "fsdp2":
+        return job.script.checkpoints_forward and job.setup.by.layout is ACCELERATE
+    if strategy == "zero3":
+        return job.method_name != "full" or job.architecture.model_type not in LEAVES
+    return strategy != "zero0"
 
 
 def _layer_classes(job: Job) -> tuple[str, ...]:

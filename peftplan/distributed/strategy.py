@@ -117,8 +117,12 @@ class Distributed(BaseModel):
         """The number of ranks that read their own batches."""
         if self.strategy == "device-map":
             return 1
-        divided = self.tp_size or (self.world_size if self.strategy == "tp" else 1)
-        return self.world_size // (divided * (self.cp_size or 1) * (self.pp_size or 1))
+        return self.world_size // (self.divided * (self.cp_size or 1) * (self.pp_size or 1))
+
+    @property
+    def divided(self) -> int:
+        """The number of ranks that share a matrix: under tensor parallelism all of a pipeline's stage unless `tp_size` is set."""
+        return self.tp_size or (self.world_size // (self.pp_size or 1) if self.strategy == "tp" else 1)
 
     @property
     def facts(self) -> Facts:

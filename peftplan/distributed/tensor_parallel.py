@@ -7,7 +7,7 @@ tuners/lora/model.py (`add_lora_tp_hooks_dtensor`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -52,12 +52,18 @@ PLANS: dict[str, Plan] = {
 }
 """Model type → plan of its layers. Norms of heads (`replicated_with_grad_allreduce`) stay whole."""
 UNPLANNED = (
-    *("stablelm", "gpt2", "gpt_bigcode", "opt", "bloom", "mpt", "falcon"),
-    *("bert", "roberta", "xlm-roberta", "bart", "whisper"),
+    *("stablelm", "gpt2", "gpt_bigcode", "gpt_neo", "opt", "bloom", "mpt", "falcon", "mamba", "falcon_mamba", "rwkv", "zamba2"),
+    *("bert", "roberta", "xlm-roberta", "distilbert", "deberta-v2", "modernbert", "bart", "whisper", "t5", "mt5"),
+    *("vit", "clip", "dinov2"),
 )
 """Model types whose config and class state no plan."""
-ATTENTION_ALONE = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2")
-"""Model types without a plan here whose attention transformers divides by heads (`base_model_tp_plan` of their configs)."""
+ATTENTION_ALONE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v32", "glm", "glm4_moe", "glm_moe_dsa", "nemotron"),
+    *("gemma3", "gemma3n", "gemma4", "gemma4_unified", "internlm3", "llama4", "qwen2_vl", "qwen2_5_vl", "qwen3_next"),
+    *("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+)
+"""Model types without a plan here whose attention transformers divides by heads (`base_model_tp_plan` of their configs, or of
+that of the text model in them)."""
 
 
 BY_AUTOMODEL: dict[str, Plan] = {
@@ -74,7 +80,7 @@ BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 def ranks_of(distributed: Distributed) -> int:
     """The number of ranks that share a matrix."""
-    return distributed.tp_size or (distributed.world_size if distributed.strategy == "tp" else 1)
+    return distributed.divided
 
 
 def plans_of(distributed: Distributed) -> dict[str, Plan]:
@@ -115,15 +121,29 @@ def _heads(a: Attention, ranks: int) -> Attention:
 
 def shards_of(parameters: Parameters, architecture: Architecture, distributed: Distributed) -> Parameters:
     """The part of each parameter that the first rank holds, ⌈n/W⌉ of the divided dim."""
-    ranks = ranks_of(distributed)
-    if ranks == 1:
+    ranks, stages = ranks_of(distributed), distributed.pp_size or 1
+    if ranks == stages == 1:
         return parameters
+    if stages > 1:
+        parameters = parameters._replace(all=tuple(_first_stage(parameters.all, architecture, stages)))
     dims = ((p, divided_dim(p, architecture, plans_of(distributed))) for p in parameters.all)
     return parameters._replace(all=tuple(_shard(p, dim, ranks) for p, dim in dims))
 
 
+def _first_stage(parameters: Sequence[Parameter], architecture: Architecture, stages: int) -> Iterator[Parameter]:
+    """The parameters of a pipeline's first stage: the first layers, ⌈n/stages⌉ of them, and all outside layers but the head
+    (transformers, distributed/pipeline_parallel.py, `layer_range_for_rank`)."""
+    last = ceil_div(1 + max((max(p.layers) for p in parameters if p.layers), default=0), stages)
+    head = architecture.output_embedding
+    for p in parameters:
+        if p.layers is None and (head is None or not p.name.startswith(f"{head}.")):
+            yield p
+        elif p.layers is not None and (kept := frozenset(layer for layer in p.layers if layer < last)):
+            yield p._replace(layers=kept, copies=p.copies * len(kept) // len(p.layers))
+
+
 def _shard(p: Parameter, dim: int | None, ranks: int) -> Parameter:
-    if dim is None:
+    if dim is None or ranks == 1:
         return p
     shape = (*p.shape[:dim], ceil_div(p.shape[dim], ranks), *p.shape[dim + 1 :])
     allocations = tuple(a._replace(dims=shape) if a.dims == p.shape else a for a in p.allocations)

@@ -135,12 +135,14 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
-        from peftplan.job.shared_work import changed_by_trainer, check_distributed, loaded_by_rank
+        from peftplan.job.shared_work import asked_checkpoints, changed_by_trainer, check_distributed, loaded_by_rank
 
         setup = loaded_by_rank(setup, chosen=set_here.get("device_map"))
         if quant is None and set_here.get("adapter_dtype") is None:
             setup = changed_by_trainer(setup, distributed)
-        check_distributed(distributed, setup, architecture, quant)
+        if kind is None or kind.peft_type:
+            setup = asked_checkpoints(setup, distributed, request.script)
+        check_distributed(distributed, setup, architecture, quant, model_config)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task
 

@@ -42,12 +42,15 @@ class Script(BaseModel):
     the first step, for example to evaluate the base. peft then makes all of an active adapter require gradients
     (tuners/tuners_utils.py, `enable_adapters`), including LoRA-FA's A. Its inputs are saved again, and its gradients exist
     although the optimizer does not use them."""
+    checkpoints_hooks: bool = False
+    """Whether checkpoints cover the hooks around a layer too, as with `versions.FORWARD_CHECKPOINTED` they no longer do: tools
+    that refuse newer releases. Decides how ranks gather under reentrant checkpoints."""
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one as in `versions.READ_IN`. Decides `rotary_by_product`, `shifts_logits`,
-    `collects_batches`, `logits_in_fp32`, `loads_in_threads` and `masks_unpadded`, as Llama's code had it (both losses: of classes
-    called …ForCausalLM)."""
+    `collects_batches`, `logits_in_fp32`, `loads_in_threads`, `checkpoints_forward` and `masks_unpadded`, as Llama's code had it
+    (both losses: of classes called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
     """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`."""
@@ -92,7 +95,7 @@ class Script(BaseModel):
     @property
     def checkpoints_forward(self) -> bool:
         """Whether a checkpoint covers a layer's forward alone, or the hooks around it too."""
-        return not versions.FORWARD_CHECKPOINTED.after(self.transformers)
+        return not self.checkpoints_hooks and not versions.FORWARD_CHECKPOINTED.after(self.transformers)
 
     @property
     def loads_in_threads(self) -> bool:

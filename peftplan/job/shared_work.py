@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
+from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
-from peftplan.versions import named
+from peftplan.versions import FSDP2_TAIL_APART, named
 
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
+ONE_TABLE = ("t5", "mt5", "bart")
+"""Model types whose encoder and decoder have each a module around one table of tokens."""
+HOW_TO_CHECKPOINT = {"use_reentrant", "every_n_layers", "offload_checkpoints"}
+"""What `activation_checkpointing_kwargs` states."""
 MIXED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that step over lists of tensors (`foreach`, `fused`), which may not be of several kinds."""
 
@@ -30,7 +35,13 @@ def loaded_by_rank(setup: Setup, *, chosen: object) -> Setup:
     return setup.model_copy(update={"device_map": "none"})
 
 
-def check_distributed(distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> None:
+def check_distributed(
+    distributed: Distributed,
+    setup: Setup,
+    architecture: Architecture,
+    quant: QuantConfig | None,
+    model_config: Mapping[str, object],
+) -> None:
     """Raise RefusedError or InputError for what torch, accelerate, transformers or bitsandbytes refuse under a strategy."""
     strategy = distributed.strategy
     if strategy == "fsdp1" and quant is not None and (quant.name == "int8" or quant.quant_storage not in FLOATS):
@@ -43,6 +54,12 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
             "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "
             "the shape [1], AdamW's step counts have none); accepted: --optim adamw_torch, or --autocast bf16"
         )
+    if strategy == "fsdp2" and architecture.model_type in ONE_TABLE and not FSDP2_TAIL_APART.after(distributed.accelerate):
+        raise RefusedError(
+            f"strategy: {named('accelerate')} makes a unit of the table that encoder and decoder share, and torch refuses the "
+            "model around it: ValueError: its parameter is shared with a parameter already managed by another FSDP group; "
+            "accepted: ddp, zero2 or zero3"
+        )
     if strategy == "device-map" and distributed.nodes > 1:
         raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
     if strategy == "tp":
@@ -51,8 +68,8 @@ def check_distributed(distributed: Distributed, setup: Setup, architecture: Arch
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )
-    all_ranks = strategy == "tp" and distributed.ep_size in (None, 1)
-    _check_heads(distributed.tp_size or (distributed.world_size if all_ranks else 1), architecture)
+    for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
+    _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
 
 
 def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:
@@ -60,6 +77,13 @@ def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:
     (`Trainer.narrow_under_zero3`)."""
     narrow = distributed.strategy == "zero3" and setup.by.narrow_under_zero3
     return setup.model_copy(update={"adapter_dtype": setup.dtype}) if narrow else setup
+
+
+def asked_checkpoints(setup: Setup, distributed: Distributed, script: Script) -> Setup:
+    """The setup of an adapter with the checkpoints that its trainer asks for (`Trainer.reentrant_under_zero3`)."""
+    asks = distributed.strategy == "zero3" and setup.by.reentrant_under_zero3 and setup.gradient_checkpointing
+    heard = not script.checkpoints_forward or not setup.model_fields_set.isdisjoint(HOW_TO_CHECKPOINT)
+    return setup.model_copy(update={"use_reentrant": True}) if asks and heard else setup
 
 
 def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:
@@ -94,16 +118,27 @@ def _colwise(architecture: Architecture) -> list[str]:
     return sorted({module.leaf for module in architecture.modules if style_of(architecture, module.name) == "colwise"})
 
 
-def _check_heads(tp_size: int, architecture: Architecture) -> None:
+def _check_heads(tp_size: int, architecture: Architecture, model_config: Mapping[str, object]) -> None:
     """Raise InputError if attention heads cannot be divided: a rank views its part of a projection as whole heads."""
-    by_heads = divides_heads(architecture) or architecture.model_type in ATTENTION_ALONE
-    for block in architecture.blocks if tp_size > 1 and by_heads else ():
+    if tp_size == 1 or not (divides_heads(architecture) or architecture.model_type in ATTENTION_ALONE):
+        return
+    for heads, pairs in _heads(architecture, model_config):
+        if heads % tp_size:
+            raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {heads} attention heads")
+        if pairs % tp_size:
+            raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {pairs} heads of keys and values")
+
+
+def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> Iterator[tuple[int, int]]:
+    """Heads of queries, and of keys and values: of each attention; of a model without blocks here as its config states them."""
+    for block in architecture.blocks:
         for attention in block.attentions:
-            heads, pairs = attention.num_attention_heads, attention.num_key_value_heads
-            if heads % tp_size:
-                raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {heads} attention heads")
-            if pairs % tp_size:
-                raise InputError("tp_size", tp_size, f"accepted: a divisor of the model's {pairs} heads of keys and values")
+            yield attention.num_attention_heads, attention.num_key_value_heads
+    text = model_config.get("text_config")
+    stated = text if isinstance(text, Mapping) else model_config
+    heads, pairs = stated.get("num_attention_heads"), stated.get("num_key_value_heads")
+    if not architecture.blocks and isinstance(heads, int):
+        yield heads, pairs if isinstance(pairs, int) else heads
 
 
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:

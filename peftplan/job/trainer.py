@@ -117,9 +117,11 @@ class Trainer(NamedTuple):
     """The losses that it can compute; None: any."""
     narrow_under_zero3: bool = False
     """Whether under ZeRO-3 an adapter stays in the dtype of a base in 16 bits (trl, `autocast_adapter_dtype` in each
-    constructor). Those constructors also ask for reentrant checkpoints, in a field that Trainer has read by then
-    (transformers, training_args.py: `gradient_checkpointing_kwargs` is an alias of `activation_checkpointing_kwargs`), unless
-    the config states it: both fields are then one dict."""
+    constructor)."""
+    reentrant_under_zero3: bool = False
+    """Whether it asks for reentrant checkpoints of an adapted model under ZeRO-3 (trl, sft_trainer.py:895). It writes into
+    `gradient_checkpointing_kwargs`, which Trainer reads if that is one dict with `activation_checkpointing_kwargs`: where the
+    config states one of them, and in releases that have one field (`versions.FORWARD_CHECKPOINTED`)."""
     sums_tokens: bool = False
     """Whether it makes the chunked loss itself, from the log-probabilities of the tokens that the forward returns."""
     rows: int = 1

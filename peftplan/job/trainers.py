@@ -32,6 +32,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
     expandable_segments=False,
+    reentrant_under_zero3=False,
     defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
     casts=(),
     scoring="softmax",

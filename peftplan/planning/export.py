@@ -16,12 +16,14 @@ from peftplan.job.configs.facts import Write, facts
 from peftplan.job.configs.plan import ConfigPlan, ExportTool, Read
 from peftplan.job.configs.read import read_text
 from peftplan.job.configs.texts import Parts, text_of
+from peftplan.job.configs.with_file import checkpoints_hooks
 from peftplan.job.configs.writing import Written, written
 from peftplan.job.inventory import inventory
 from peftplan.job.job import Job
 from peftplan.job.launch import accelerate, deepspeed
 from peftplan.job.launch.writing import accelerate_file, deepspeed_file, stated
 from peftplan.job.prepare import prepare
+from peftplan.job.script import Script
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.question import Question, analytic
 from peftplan.results.estimate import Estimate
@@ -103,8 +105,11 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     run, environment = _run(exporting, tool.write, name), _environment(exporting.distributed)
     values, comments = _completed(parts, tool.write)
     plan = read_text(text_of(Parts((run,), values, comments), tool, environment=environment), file=name)
-    same = isinstance(job, Estimate) and not parts.changed and question.config is None
-    result = job if isinstance(job, Estimate) and same else _estimated(plan, question)
+    script = question.inventory.job.request.script
+    hooks = checkpoints_hooks(plan.tool, plan.options)
+    same = isinstance(job, Estimate) and not parts.changed and question.config is None and not hooks
+    script = script.model_copy(update={"checkpoints_hooks": True}) if hooks else script
+    result = job if isinstance(job, Estimate) and same else _estimated(plan, question, script)
     exported = Exported(to, "", result, parts.changed, parts.left_out)
     header = [
         *_header(result, f"{to} {tool.version}"),
@@ -117,9 +122,9 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     return exported._replace(text=text_of(Parts(header, values, comments), tool, environment=environment))
 
 
-def _estimated(plan: ConfigPlan, question: Question) -> Estimate:
-    """What the file says, on the cards and with the libraries of the question."""
-    job = prepare(plan.model, script=question.inventory.job.request.script, **plan.options)
+def _estimated(plan: ConfigPlan, question: Question, script: Script) -> Estimate:
+    """What the file says, on the cards of the question."""
+    job = prepare(plan.model, script=script, **plan.options)
     return analytic(Question(inventory(job), question.cards, question.search, plan.to_dict()))
 
 

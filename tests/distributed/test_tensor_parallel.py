@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.distributed.tensor_parallel import PLANS, UNPLANNED
+from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, PLANS, UNPLANNED
 from peftplan.errors import PeftplanError
 from tools.rank_grid import LLAMA, cut
 
@@ -18,11 +18,11 @@ REPLICATED = "replicated_with_grad_allreduce"
 def _stated(model_type: str) -> dict[str, str]:
     """transformers' plan of a model: of its config, and of its class with the head."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     config = CONFIG_MAPPING[model_type]
-    of_class = MODEL_FOR_CAUSAL_LM_MAPPING[config]._tp_plan or {}
-    return {**(config.base_model_tp_plan or {}), **of_class}
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING if config in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
+    return {**(config.base_model_tp_plan or {}), **(classes[config]._tp_plan or {})}
 
 
 @pytest.mark.parametrize("model_type", PLANS)
@@ -40,6 +40,49 @@ def test_plans_are_those_of_transformers(model_type: str) -> None:
 def test_models_without_a_plan(model_type: str) -> None:
     pytest.importorskip("transformers")
     assert not _stated(model_type)
+
+
+@pytest.mark.parametrize("model_type", ATTENTION_ALONE)
+def test_heads_that_transformers_divides(model_type: str) -> None:
+    """Of a model with pictures too, whose text has a config of its own."""
+    pytest.importorskip("transformers")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]
+    plan = CONFIG_MAPPING[model_type].sub_configs.get("text_config", config).base_model_tp_plan or {}
+    divided = {style for name, style in plan.items() if name.endswith(("self_attn.k_proj", "self_attn.kv_b_proj"))}
+    assert divided == {"colwise"}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "accepted"),
+    [
+        ("glm-4-9b", 4, "2 heads of keys and values"),
+        ("glm-4.5-air", 16, "8 heads of keys and values"),
+        ("qwen3-next-80b-a3b-instruct", 4, "2 heads of keys and values"),
+        ("qwen2.5-vl-7b-instruct", 8, "28 attention heads"),
+    ],
+)
+def test_heads_of_models_without_formula(model: str, gpus: int, accepted: str) -> None:
+    """A rank has whole heads; those of Qwen3-VL's plan stay whole, which divides experts alone."""
+    with pytest.raises(peftplan.InputError, match=f"accepted: a divisor of the model's {accepted}"):
+        peftplan.estimate(model, method="full", gpus=gpus, strategy="tp")
+    assert peftplan.estimate(model, method="full", gpus=2, strategy="tp").static.bytes() > 0
+    assert peftplan.estimate("qwen3-vl-8b-instruct", method="full", gpus=32, strategy="tp").static.bytes() > 0
+
+
+def test_a_stage_of_a_pipeline() -> None:
+    """Ranks share the matrices of a stage: 16 GPUs in two stages need heads for eight. The first stage holds the table of tokens
+    and half of the layers (transformers, distributed/pipeline_parallel.py, `layer_range_for_rank`)."""
+    result = peftplan.estimate("llama-3.1-8b", method="full", gpus=16, strategy="tp", pp_size=2)
+    assert result.distributed is not None
+    assert (result.peaks, result.distributed.strategy.divided, result.distributed.strategy.replicas) == (None, 8, 1)
+    table, norms = 128_256 * 4096, 4096
+    layer = 2 * (4096 + 1024) * 4096 + 3 * 4096 * 14336
+    weights = 2 * ((table + 16 * layer) // 8 + norms + 16 * 2 * norms)
+    assert result.static.bytes(["weights"]) == weights
+    with pytest.raises(peftplan.InputError, match="8 heads of keys and values"):
+        peftplan.estimate("llama-3.1-8b", method="full", gpus=16, strategy="tp")
 
 
 LOOP: dict[int, tuple[int, int, int, int, int]] = {

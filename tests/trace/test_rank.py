@@ -74,14 +74,15 @@ def test_a_rehearsed_rank(name: str) -> None:
 
 
 def test_kept_traces() -> None:
-    """Every job that a trace follows has one: allocated bytes within 0.1 %, reserved bytes within 0.15 %."""
+    """Every job that a trace follows has one: allocated bytes within 0.1 %, reserved bytes within 0.15 %. Of jobs with reentrant
+    checkpoints those of FSDP1 were traced."""
     kept = kept_traces()
     for name, traced in kept.items():
         shares = compared_trace(ROWS[name], traced)
         assert max(abs(shares[phase]) for phase in PHASES) <= 1e-3, (name, shares)
         assert abs(shares["reserved"]) <= 1.5e-3, (name, shares)
-    by_liger = {name for name in ROWS if 'kernels="liger"' in name}
-    followed = {name for name, row in ROWS.items() if is_followed(prepare(**options(row)))} - by_liger
+    untraced = {name for name in ROWS if 'kernels="liger"' in name or ("reentrant" in name and not name.startswith("fsdp1"))}
+    followed = {name for name, row in ROWS.items() if is_followed(prepare(**options(row)))} - untraced
     assert kept.keys() == followed
 
 

@@ -187,6 +187,7 @@ class ToolFile(TypedDict, total=False):
     strategy: str
     batches: list[str]
     device_map: list[str]
+    transformers: list[str]
 
 
 class Known(NamedTuple):
@@ -227,6 +228,8 @@ class Facts:
     """How it loads a model on one GPU, where its keys do not say it."""
     prefixes: tuple[str, ...] = ()
     """What stands before the keys of other tools that it takes too."""
+    transformers: str | None = None
+    """The newest release that it runs with, where it refuses newer ones."""
 
     def known(self, key: str) -> Known | None:
         """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
@@ -335,4 +338,5 @@ def facts(tool: Tool) -> Facts:
         tuple(raw.get("batches", ())),
         next(iter(raw.get("device_map", ())), None),
         tuple(filter(None, prefixed)),
+        next(iter(raw.get("transformers", ())), None),
     )

@@ -10,11 +10,13 @@ import peftplan.methods as methods
 from peftplan.arch import catalogue
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
-from peftplan.job.configs.plan import ConfigPlan, Effect, Unsupported, bound
+from peftplan.job.configs.facts import facts
+from peftplan.job.configs.plan import ConfigPlan, Effect, Tool, Unsupported, bound
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
+from peftplan.versions import FORWARD_CHECKPOINTED
 
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
@@ -41,6 +43,8 @@ class WithFile(NamedTuple):
     model: object
     options: dict[str, object]
     config: ConfigDocument
+    checkpoints_hooks: bool = False
+    """Whether reentrant checkpoints on several GPUs cover hooks too: the tool refuses releases that no longer do that."""
 
 
 def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, objects: bool, strict: bool) -> WithFile:
@@ -70,7 +74,15 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
     else:
         options = _with_method(options, chosen_options)
-    return WithFile(plan.model if model is None else model, {**options, **chosen_options}, plan.to_dict(chosen_options))
+    options |= chosen_options
+    hooks = checkpoints_hooks(plan.tool, options)
+    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), hooks)
+
+
+def checkpoints_hooks(tool: Tool, options: Mapping[str, object]) -> bool:
+    """Whether reentrant checkpoints on several GPUs cover the hooks around layers (`Script.checkpoints_hooks`)."""
+    shared = bool(options.get("use_reentrant")) and not OPTIONS.isdisjoint(options)
+    return shared and FORWARD_CHECKPOINTED.after(facts(tool).transformers)
 
 
 def _with_method(options: dict[str, object], chosen: Mapping[str, object]) -> dict[str, object]:

@@ -19,7 +19,7 @@ def test_peft_s_examples_have_words_of_their_own() -> None:
     plan = read_text(f"{PEFTS_EXAMPLE}\n", file="run.sh")
     assert not plan.unsupported
     stored = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16", "quant_storage": "uint8", "dtype": "fp32"}
-    shape = {"batch_size": 1, "seq_len": 8 * 2048, "attn_implementation": "flash_attention_2", "use_reentrant": False}
+    shape = {"batch_size": 1, "seq_len": 8 * 2048, "attn_implementation": "flash_attention_2"}
     assert plan.options.items() >= {**stored, **shape, "trainer": "trl", "method": "lora", "r": 8, "gpus": 8}.items()
     assert "eight rows" in plan.assumed["vocabulary"]
     packed = read_text(f"{PEFTS_EXAMPLE} --bnb_4bit_quant_storage_dtype bfloat16\n", file="run.sh")
@@ -39,7 +39,7 @@ def test_peft_s_examples_set_use_reentrant_too_late() -> None:
     which alone its Trainer reads (trainer.py:1507), and which leave checkpoints that are not reentrant (modeling_utils.py:3158).
     """
     plan = read_text(f"{PEFTS_EXAMPLE.replace('--use_reentrant False', '--use_reentrant True')}\n", file="run.sh")
-    assert plan.options["use_reentrant"] is False
+    assert "use_reentrant" not in plan.options
     assert "transformers 5.24" in plan.assumed["use_reentrant"]
     assert "use_reentrant" not in read_text(f"{PEFTS_EXAMPLE}\n", file="run.sh").assumed
     transformers = pytest.importorskip("transformers")
