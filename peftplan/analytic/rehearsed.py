@@ -233,13 +233,14 @@ def _rehearsed_trainer(job: Job) -> bool:
 
 def _rehearsed_reentrant(job: Job) -> bool:
     """Whether reentrant checkpoints were rehearsed with this strategy: under FSDP2 those between the hooks of a layer, under
-    ZeRO-3 of experts that do not train."""
+    ZeRO-3 in a step of one forward, of experts that do not train."""
     assert job.distributed is not None
     strategy = job.distributed.strategy
     if strategy == "fsdp2":
         return job.script.checkpoints_forward and job.setup.by.layout is ACCELERATE
     if strategy == "zero3":
-        return job.method_name != "full" or job.architecture.model_type not in LEAVES
+        trains_experts = job.method_name == "full" and job.architecture.model_type in LEAVES
+        return not trains_experts and not job.setup.by.of_preferences
     return strategy != "zero0"
 
 

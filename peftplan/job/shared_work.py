@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
@@ -54,7 +55,8 @@ def check_distributed(
             "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "
             "the shape [1], AdamW's step counts have none); accepted: --optim adamw_torch, or --autocast bf16"
         )
-    if strategy == "fsdp2" and architecture.model_type in ONE_TABLE and not FSDP2_TAIL_APART.after(distributed.accelerate):
+    tail_apart = setup.by.layout is ACCELERATE and not FSDP2_TAIL_APART.after(distributed.accelerate)
+    if strategy == "fsdp2" and architecture.model_type in ONE_TABLE and tail_apart:
         raise RefusedError(
             f"strategy: {named('accelerate')} makes a unit of the table that encoder and decoder share, and torch refuses the "
             "model around it: ValueError: its parameter is shared with a parameter already managed by another FSDP group; "

@@ -10,11 +10,12 @@ import peftplan
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import refused_dtypes, trained_groups
 from peftplan.distributed.zero3 import Coordinator, Limits, Module, Sharded
+from peftplan.job.configs.with_file import checkpoints_hooks
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
 from peftplan.results.estimate import Estimate
 from peftplan.tape.tape import Tape
-from tools import rank_jobs
+from tools import rank_grid, rank_jobs
 from tools.rank_grid import AUTO
 
 TRAINED, NORMS = 1_235_814_400, 33 * 2048
@@ -295,6 +296,43 @@ def test_rehearsed_jobs_are_not_refused() -> None:
     for job in jobs:
         assert job.distributed is not None
         assert refused_dtypes(inventory(job).parameters, job.distributed, quantized=job.quant is not None) is None
+
+
+OLDER = peftplan.Script(transformers=rank_grid.OLDER)
+
+
+@pytest.mark.parametrize(
+    ("options", "reentrant"),
+    [
+        ({}, False),
+        ({"script": OLDER}, True),
+        ({"use_reentrant": False}, True),
+        ({"every_n_layers": 2}, True),
+        ({"use_reentrant": False, "trainer": "transformers"}, False),
+        ({"use_reentrant": False, "trainer": "trl-tpo"}, False),
+        ({"use_reentrant": False, "method": "full"}, False),
+        ({"use_reentrant": False, "strategy": "zero2"}, False),
+        ({"use_reentrant": False, "gradient_checkpointing": False}, False),
+    ],
+)
+def test_trl_asks_for_reentrant_checkpoints(options: dict[str, Any], reentrant: bool) -> None:
+    """trl, sft_trainer.py:895, into a dict that Trainer reads if the config made it, or if there is one field."""
+    job = prepare("llama-3.2-1b", **{"method": "lora", "trainer": "trl", "gpus": 8, "strategy": "zero3", **options})
+    assert job.setup.use_reentrant is reentrant
+
+
+def test_a_tool_runs_the_transformers_that_it_accepts() -> None:
+    """LLaMA-Factory checkpoints reentrantly and refuses newer releases: what backward gathers stays until its end."""
+    options = {"use_reentrant": True, "gpus": 8, "strategy": "zero3"}
+    assert [checkpoints_hooks(tool, options) for tool in ("axolotl", "llamafactory", "swift", "trl")] == [True, True, True, False]
+    assert not checkpoints_hooks("llamafactory", {"use_reentrant": True})
+    job: dict[str, Any] = {"method": "lora", **options, "seq_len": 256}
+    by_tool, older, newer = (
+        peftplan.estimate("llama-3.1-8b", **job, script=script).peaks.by_phase  # type: ignore[union-attr]
+        for script in (peftplan.Script(checkpoints_hooks=True), OLDER, peftplan.Script())
+    )
+    assert by_tool == older
+    assert by_tool["backward"] > newer["backward"] + 10**9
 
 
 def test_weights_on_the_host_pass_through_the_device() -> None:

@@ -15,6 +15,7 @@ from peftplan.errors import InputError, PeftplanError
 from peftplan.job.configs.read import read_text
 from peftplan.job.configs.sayable import fields_of
 from peftplan.job.launch import accelerate, deepspeed
+from peftplan.job.script import Script
 from peftplan.planning.export import TOOLS, export
 from peftplan.results.estimate import Estimate
 from tests.job.configs.drawn import PLANS, Trip, trips
@@ -44,6 +45,10 @@ def fields(estimate: Estimate) -> dict[str, object]:
     return fields_of(estimate.origin.inventory.job)  # type: ignore[union-attr]
 
 
+def script(estimate: Estimate) -> Script:
+    return estimate.origin.inventory.job.request.script  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("tool", TRAINERS)
 def test_round_trip(tool: str) -> None:
     exports = [trip for trip in trips(tool) if isinstance(trip, Trip)]
@@ -65,7 +70,7 @@ def test_round_trip(tool: str) -> None:
         # and the same bytes: those of the job, or of what the tool makes of it
         read_back = numbers(again)
         assert read_back == numbers(exported.estimate), where
-        if not exported.changed:
+        if not exported.changed and script(exported.estimate) == script(estimate):  # the tool may run older libraries
             assert read_back == numbers(estimate), where
         if number >= TWICE:
             continue
