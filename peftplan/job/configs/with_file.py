@@ -74,6 +74,9 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
     else:
         options = _with_method(options, chosen_options)
+    launch = {name: str(value) for name, value in chosen_options.items() if name in OPTIONS}
+    if launch not in ({}, {"gpus": "1"}) and options.get("device_map") == facts(plan.tool).device_map:
+        options.pop("device_map", None)  # the tool's on one GPU
     options |= chosen_options
     hooks = checkpoints_hooks(plan.tool, options)
     return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,3 +208,13 @@ def test_stage_0_of_deepspeed_is_a_strategy() -> None:
 def test_a_sum_of_three_numbers_in_a_script() -> None:
     script = "export N=2\nswift sft --model Qwen/Qwen2.5-7B --gradient_accumulation_steps $(expr 32 / 4 / $N)"
     assert read_text(script, file="a.sh").options["gradient_accumulation_steps"] == 4
+
+
+@pytest.mark.parametrize("several", [{"gpus": 8}, {"gpu": "8xh100-80gb"}, {"gpus": 8, "strategy": "zero3"}])
+def test_several_gpus_for_a_file_of_one(several: dict[str, Any], tmp_path: Path) -> None:
+    """LLaMA-Factory puts the model on its GPU where it runs alone, and each rank loads none on a device map."""
+    file = tmp_path / "lora.yaml"
+    config = "model_name_or_path: meta-llama/Llama-3.2-1B\nstage: sft\nfinetuning_type: lora\ntemplate: llama3\n"
+    file.write_text(config, encoding="utf-8")
+    jobs = [peftplan.estimate(config=file, **options).origin.inventory.job for options in (several, {"gpus": 1})]  # type: ignore[union-attr]
+    assert [job.setup.device_map for job in jobs] == ["none", "cuda"]
