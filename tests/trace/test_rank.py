@@ -10,6 +10,7 @@ import torch.distributed
 
 import peftplan
 from peftplan.job.prepare import prepare
+from peftplan.job.sources import load_config
 from peftplan.trace.followed import RANKS, is_followed
 from tools.rank_grid import LLAMA, cut
 from tools.rank_jobs import PHASES, compared_trace, kept_traces, options, rows
@@ -240,12 +241,14 @@ def test_layers_that_accelerate_does_not_find() -> None:
     """accelerate 1.15 looks for every class of `_no_split_modules`; this model has no text encoder of SigLIP. torch refuses
     T5, whose table belongs to two units."""
     job: dict[str, Any] = {"method": "lora", "gpus": 4, "strategy": "fsdp2", "seq_len": 512, "engine": "trace"}
+    gemma = load_config("gemma-3-4b-pt")
+    gemma |= {part: {**gemma[part], "num_hidden_layers": 2} for part in ("text_config", "vision_config")}
     with pytest.raises(peftplan.RefusedError, match=r"accelerate .* refuses it: .*Could not find the transformer layer class"):
-        peftplan.estimate("gemma-3-4b-pt", **job)
+        peftplan.estimate(gemma, **job)
     with pytest.raises(peftplan.RefusedError, match="is shared with a parameter already managed by another FSDP group"):
-        peftplan.estimate("flan-t5-small", **job)
+        peftplan.estimate(cut("flan-t5-small", 2), **job)
     classes = {"transformer_cls_names_to_wrap": "Gemma3DecoderLayer,SiglipEncoderLayer"}
-    assert peftplan.estimate("gemma-3-4b-pt", **job, **classes).peaks is not None
+    assert peftplan.estimate(gemma, **job, **classes).peaks is not None
 
 
 def test_what_lasts_is_that_of_the_gpu_that_needs_most() -> None:
