@@ -37,23 +37,23 @@ def test_an_unsupported_key_says_why_whatever_its_text(pattern: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("said", "autocast"),
+    ("settings", "autocast"),
     [({}, "bf16"), ({"bf16": False}, "none"), ({"bf16": False, "fp16": True}, "fp16"), ({"fp16": True}, "fp16")],
 )
-def test_trl_without_mixed_precision(said: dict[str, bool], autocast: str) -> None:
+def test_trl_without_mixed_precision(settings: dict[str, bool], autocast: str) -> None:
     """TRL computes in bf16 unless a file says no (trl 1.16, trainer/base_config.py:108)."""
     values = {key: value for key, value in TRL.items() if key not in ("bf16", "fp16")}
-    assert read_values({**values, **said}, file="a.yaml").options["autocast"] == autocast
-    arguments = ", ".join(f"{key}={value}" for key, value in said.items())
+    assert read_values({**values, **settings}, file="a.yaml").options["autocast"] == autocast
+    arguments = ", ".join(f"{key}={value}" for key, value in settings.items())
     program = f"model = AutoModelForCausalLM.from_pretrained('gpt2')\nSFTTrainer(model, args=SFTConfig({arguments}))\n"
     assert read_text(program, file="run.py").options["autocast"] == autocast
 
 
 @pytest.mark.parametrize(
-    ("said", "checkpoints", "autocast"),
+    ("settings", "checkpoints", "autocast"),
     [("", False, "none"), (", bf16=True, gradient_checkpointing=True", True, "bf16"), (", fp16=True", False, "fp16")],
 )
-def test_training_arguments_keep_their_own_defaults_in_sft_trainer(said: str, checkpoints: bool, autocast: str) -> None:
-    program = f"model = AutoModelForCausalLM.from_pretrained('gpt2')\nSFTTrainer(model, args=TrainingArguments('x'{said}))\n"
+def test_training_arguments_keep_their_own_defaults_in_sft_trainer(settings: str, checkpoints: bool, autocast: str) -> None:
+    program = f"model = AutoModelForCausalLM.from_pretrained('gpt2')\nSFTTrainer(model, args=TrainingArguments('x'{settings}))\n"
     read = read_text(program, file="run.py").options
     assert (read["gradient_checkpointing"], read["autocast"]) == (checkpoints, autocast)
