@@ -151,3 +151,13 @@ def test_both_replays_of_random_jobs_are_the_same() -> None:
 def test_an_event_that_names_nothing_is_refused(event: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="names what is not in its tables"):
         replay(BY_HAND._replace(events=array("q", event).tobytes()), SIZES)
+
+
+@pytest.mark.skipif(not program.COMPILED, reason="no compiled replay was built")
+def test_a_program_that_was_read_before_is_checked_against_other_tables() -> None:
+    before = replay(BY_HAND, SIZES)
+    with pytest.raises(ValueError, match="names what is not in its tables"):
+        replay(BY_HAND, SIZES[:1])
+    with pytest.raises(ValueError, match="names what is not in its tables"):
+        replay(BY_HAND._replace(storages=1), SIZES)
+    assert replay(BY_HAND, SIZES) == before
