@@ -331,7 +331,11 @@ def test_ctrl_c_and_sigterm_end_all_of_it(number: signal.Signals, code: int, tmp
     command = [sys.executable, "-m", "peftplan", "rehearse", "--keep-writes", "--network", "--", sys.executable, str(path)]
     temporary = tmp_path / "temporary"
     temporary.mkdir()
-    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell runs in the background ignores it
+    )
     for _ in range(1200):
         if started.exists() and started.read_text(encoding="ascii"):
             break
