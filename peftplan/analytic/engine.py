@@ -24,10 +24,10 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
     """
     if of_any_device(inventory):
         return fullest(peaks_of_each(inventory, compute_capability=compute_capability))
-    return _peaks(inventory, compute_capability, {})
+    return peaks_of_one(inventory, compute_capability, {})
 
 
-def _peaks(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
+def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
     """The peaks of one GPU. `known`: those of steps that need as much."""
     compiled_job = compiled(inventory, compute_capability=compute_capability)
     of = compiled_job.like or compiled_job
@@ -50,7 +50,7 @@ def _moments(compiled_job: Compiled, setup: Setup) -> Moments:
 def peaks_of_each(of_any: Inventory, *, compute_capability: str) -> tuple[InstantPeaks, ...]:
     """Those of each GPU of a `device_map`, and under ZeRO-1 and ZeRO-2 of each rank that may need most."""
     known: Known = {}
-    return tuple(_peaks(of_one, compute_capability, known) for of_one in on_each_device(of_any))
+    return tuple(peaks_of_one(of_one, compute_capability, known) for of_one in on_each_device(of_any))
 
 
 def fullest(each: Iterable[InstantPeaks]) -> InstantPeaks:

@@ -30,13 +30,13 @@ def test_each_card_gets_the_peaks_of_its_multiprocessors() -> None:
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_peaks_that_tell_the_fullest_gpu_are_not_computed_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inventories: list[Inventory] = []
-    peaks_of = engine.analytic_peaks
+    peaks_of = engine.peaks_of_one
 
-    def counting(inventory: Inventory, *, compute_capability: str) -> Any:
+    def counting(inventory: Inventory, compute_capability: str, known: engine.Known) -> Any:
         inventories.append(inventory)
-        return peaks_of(inventory, compute_capability=compute_capability)
+        return peaks_of(inventory, compute_capability, known)
 
-    monkeypatch.setattr(engine, "analytic_peaks", counting)
+    monkeypatch.setattr(engine, "peaks_of_one", counting)
     peftplan.estimate("llama-3.2-1b", method=method, gpu=FEW, **UNLIKE)
     holdings = [id(inventory.holding) for inventory in inventories]
     assert len(holdings) == len(set(holdings)) > 2
