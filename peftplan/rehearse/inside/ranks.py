@@ -44,7 +44,7 @@ def _plan_alone(module: Any) -> None:
 def _save_for_others(module: Any) -> None:
     """FSDP1 also saves the states of parameters that lie on other ranks alone: they are taken to have what this rank's own have.
 
-    Source: torch 2.13, torch/distributed/fsdp/_optim_utils.py (`_optim_state_dict`).
+    Source: torch, torch/distributed/fsdp/_optim_utils.py (`_optim_state_dict`).
     """
     map_keys, gather = module._map_param_key_to_optim_keys, module._allgather_state_info
 
