@@ -38,8 +38,9 @@ SLOW: Mapping[str, float] = json.loads(SLOW_FILE.read_text(encoding="utf-8"))
 """Function → seconds of processor time that one of its cases takes on average."""
 SECONDS = 0.05
 """A quick function takes less. The summary allows four times as much before it names one: the first test pays for imports."""
-SELDOM = 20
-"""How many times as long the garbage collector leaves old objects alone: those of torch, of the libraries, and of all tests."""
+SELDOM = 50
+"""How many times as long the garbage collector leaves old objects alone: those of torch, of the libraries, and of all tests. One
+scan takes a second or two. With 20, scans were a twentieth of all processor time; 100 would add 0.7 GB to a process."""
 PROPERTY = "processor seconds"
 START = pytest.StashKey[float]()
 SHARED: dict[tuple[str, str], float] = {}
