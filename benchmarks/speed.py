@@ -74,7 +74,7 @@ def wall(arguments: tuple[str, ...]) -> float:
     return time.perf_counter() - start
 
 
-def milliseconds(call: Callable[[int], object], *, repeat: int) -> str:
+def milliseconds(call: Callable[..., object], *, repeat: int) -> str:
     """Processor milliseconds of a call, which is told its number: the median, and the best."""
     call(0)
     times = []
@@ -156,7 +156,8 @@ def main() -> None:
         carded = milliseconds(lambda number, on_card=on_card: on_card.at(batch_size=1 + number % 8).gpus, repeat=50)
         print(f"| `at` another batch with a card: llama-2-70b, qlora{what} | {carded} | ≤ {AT_BAR_MS} ms |")
     print(f"| 1,000,000 points: llama-2-70b, qlora | {grid('llama-2-70b', 'qlora', repeat=5):.2f} s | ≤ {GRID_BAR_S} s |")
-    traced, imported = (statistics.median(seconds() for _ in range(3)) for seconds in (lambda: wall(TRACE), after_imports))
+    traced = statistics.median(wall(TRACE) for _ in range(3))
+    imported = statistics.median(after_imports() for _ in range(3))
     host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(f"| trace of llama-2-70b, qlora, after imports | {imported:.1f} s | ≤ {TRACE_BAR_S} s |")
     print(f"| the same, cold | {traced:.1f} s | ≤ {TRACE_COLD_BAR_S} s |")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast, overload
 
-from peftplan.errors import InputError
+from peftplan.errors import InputError, OptionError
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import CATEGORIES, OF_SEVERAL_GPUS, Category, Ledger, Line
 from peftplan.results.verdict import Verdict
@@ -209,9 +209,11 @@ class Estimate:
         Whole numbers give an `Estimate`. Where one is a list or an array, all are broadcast against each other, as numpy does it,
         and the answer is a `results.grid.Grid`: the bytes that tensors request at every point, and for the cards of this
         estimate verdicts. At most `replays` points are replayed (None: all) where bytes do not tell the verdict; where it is
-        still open, the verdict is None. Analytic estimates only. Raises InputError for sizes that are no whole numbers of at
-        least 1.
+        still open, the verdict is None. Analytic estimates with a peak only. Raises InputError for others, and for sizes that
+        are no whole numbers of at least 1.
         """
+        if self.engine == "analytic" and self.peaks is None:
+            raise OptionError("engine", self.engine, f"analytic states no peak for this job: {self.not_modelled[0]}")
         if self.origin is None or not self.resizes:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
         return self.origin.at({"batch_size": batch_size, "seq_len": seq_len, **sizes}, replays=replays)

@@ -71,6 +71,12 @@ def test_bad_sizes_are_one_line(sizes: dict[str, list[int]]) -> None:
         peftplan.estimate("gpt2").at(**sizes)
 
 
+def test_a_job_without_a_peak_says_what_has_no_formula() -> None:
+    job = peftplan.estimate("t5-small", method="ia3", strategy="fsdp1", gpus=2)
+    with pytest.raises(InputError, match=r"^engine: analytic states no peak for this job: a step with FSDP1 .*no formula"):
+        job.at(batch_size=2)
+
+
 def test_arrays_whose_shapes_do_not_agree_are_named() -> None:
     with pytest.raises(RefusedError, match=r"batch_size has 2, seq_len has 3"):
         peftplan.estimate("gpt2").at(batch_size=[1, 2], seq_len=[128, 256, 512])
