@@ -6,8 +6,8 @@ import ast
 
 from peftplan.job.configs.instances import UNKNOWN, one_of
 
-MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse")
-"""Methods that change a list or a dictionary."""
+MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse", "add", "discard")
+"""Methods that change a list, a dictionary or a set."""
 
 
 def own_names(node: ast.AST) -> set[str]:

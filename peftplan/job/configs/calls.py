@@ -81,7 +81,7 @@ class Calls(Weights):
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
-            self.frozen_before = earlier.frozen
+            self.frozen_before, self.adapting_before = earlier.frozen, earlier.adapting
 
     def read(self) -> None:
         """Read all statements; of one that nests too deep, what was read so far."""

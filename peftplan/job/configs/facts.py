@@ -188,6 +188,7 @@ class ToolFile(TypedDict, total=False):
     batches: list[str]
     device_map: list[str]
     transformers: list[str]
+    launched_precision: list[str]
 
 
 class Known(NamedTuple):
@@ -230,6 +231,8 @@ class Facts:
     """What stands before the keys of other tools that it takes too."""
     transformers: str | None = None
     """The newest release that it runs with, where it refuses newer ones."""
+    launched_precision: bool = False
+    """Whether accelerate's launch decides the mixed precision where the tool has none."""
 
     def known(self, key: str) -> Known | None:
         """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
@@ -339,4 +342,5 @@ def facts(tool: Tool) -> Facts:
         next(iter(raw.get("device_map", ())), None),
         tuple(filter(None, prefixed)),
         next(iter(raw.get("transformers", ())), None),
+        "launched_precision" in raw,
     )

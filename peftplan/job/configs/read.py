@@ -92,10 +92,13 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
     for other in others:
         if other.tool not in LAUNCHERS:
             raise RefusedError(f"config: {other.files[0]} is a file of {other.tool}; accepted after the first: launch files")
+        firm = {k: v for k, v in first.options.items() if k not in first.assumed}
+        if other.tool == "accelerate" and facts(first.tool).launched_precision and firm.get("autocast") == "none":
+            del firm["autocast"]
         first = replace(
             first,
             files=first.files + other.files,
-            options={**first.options, **other.options, **{k: v for k, v in first.options.items() if k not in first.assumed}},
+            options={**first.options, **other.options, **firm},
             launch={**first.launch, **other.launch},
             assumed={**other.assumed, **{k: why for k, why in first.assumed.items() if k not in other.options}},
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},

@@ -283,6 +283,8 @@ class Reading:
         if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
             launch.options["gpus"] = number_in(launch.options, "gpus") * number_in(self.options, "tp_size")
         self._accumulate(launch.options)
+        if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
+            self._set({"autocast": launch.options["autocast"]})
         by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared

@@ -14,6 +14,8 @@ CASTS = {
     "half": "<torch.float16>", "bfloat16": "<torch.bfloat16>", "float": "<torch.float32>", "double": "<torch.float64>",
 }  # fmt: skip
 """Methods of a module that cast its weights → the dtype."""
+DTYPES = {f"<torch.{name}>": dtype for name, dtype in CASTS.items()} | {dtype: dtype for dtype in CASTS.values()}
+"""Names of a dtype → the one that the tables know."""
 ITSELF = ("to", "type", "cuda", "cpu", "train", "eval", "requires_grad_", *CASTS)
 """Methods of a module that return the module."""
 PLACED = ("device_map", "quantization_config", "load_in_4bit", "load_in_8bit")
@@ -31,6 +33,8 @@ class Weights(Objects):
         """Likewise, as an earlier reading found."""
         self.adapting: set[str] = set()
         """Functions that make an adapter."""
+        self.adapting_before: set[str] = set()
+        """Likewise, as an earlier reading found."""
         self.done: set[str] = set()
         """Functions that have run a trainer: later changes do not count."""
 
@@ -73,6 +77,8 @@ class Weights(Objects):
                 self.done.add(self._here())
         elif last in self.frozen_before:
             self._set_frozen(frozen=self.frozen_before[last])
+            if last in self.adapting_before:
+                self.adapting.add(self._here())
         if (dtype := self._cast_to(last, node)) is not None:
             self._note_cast(node, dtype)
 
@@ -80,8 +86,11 @@ class Weights(Objects):
         """The dtype to which a method casts a module; None for other methods."""
         if method in CASTS and not node.args:
             return CASTS[method]
+        if method not in ("to", "type"):
+            return None
         values = [self.value(each) for each in (*node.args, *(each.value for each in node.keywords))]
-        return next((value for value in values if value in CASTS.values()), None) if method in ("to", "type") else None  # type: ignore[return-value]
+        known = next((DTYPES[value] for value in values if isinstance(value, str) and value in DTYPES), None)
+        return "<dtype>" if known is None and any(each.arg == "dtype" for each in node.keywords) else known
 
     def _note_cast(self, node: ast.Call, dtype: str) -> None:
         """A cast of a model that the program loaded in other words: its dtype from then on."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from peftplan.job.configs.read import read_text, read_values
+from peftplan.job.configs.read import read_config, read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
 pytestmark = pytest.mark.quick
@@ -57,3 +59,40 @@ def test_training_arguments_keep_their_own_defaults_in_sft_trainer(settings: str
     program = f"model = AutoModelForCausalLM.from_pretrained('gpt2')\nSFTTrainer(model, args=TrainingArguments('x'{settings}))\n"
     read = read_text(program, file="run.py").options
     assert (read["gradient_checkpointing"], read["autocast"]) == (checkpoints, autocast)
+
+
+@pytest.mark.parametrize(("precision", "autocast"), [("bf16", "bf16"), ("fp16", "fp16"), ("no", "none")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "Trainer(model, TrainingArguments('x'))",
+        "SFTTrainer(model, TrainingArguments('x'))",
+        "SFTTrainer(model, SFTConfig(bf16=False))",
+    ],
+)
+def test_a_launch_file_decides_the_precision_of_a_program_without_one(
+    tmp_path: Path, settings: str, precision: str, autocast: str
+) -> None:
+    """transformers 5.24, training_args.py:1614."""
+    (program := tmp_path / "run.py").write_text(f"model = AutoModelForCausalLM.from_pretrained('gpt2')\n{settings}\n")
+    (launch := tmp_path / "launch.yaml").write_text(
+        f"distributed_type: MULTI_GPU\nmixed_precision: {precision}\nnum_processes: 2\nnum_machines: 1\n"
+    )
+    assert read_config([program, launch]).options["autocast"] == autocast
+
+
+def test_a_named_launch_file_decides_the_precision_of_trl_without_one() -> None:
+    values = {**TRL, "bf16": False, "accelerate_config": "zero2"}
+    assert read_values(values, file="a.yaml").options["autocast"] == "bf16"
+
+
+@pytest.mark.parametrize("arguments", ["TrainingArguments('x')", "SFTConfig(gradient_checkpointing=False)"])
+@pytest.mark.parametrize(("argument", "checkpoints"), [("", True), (", use_gradient_checkpointing=False", False)])
+def test_peft_checkpoints_a_quantized_base_whatever_the_trainer_says(arguments: str, argument: str, checkpoints: bool) -> None:
+    """prepare_model_for_kbit_training enables checkpoints (peft 0.21.2, utils/other.py); no trainer disables them."""
+    program = (
+        "model = AutoModelForCausalLM.from_pretrained('gpt2', quantization_config=BitsAndBytesConfig(load_in_4bit=True))\n"
+        f"model = prepare_model_for_kbit_training(model{argument})\n"
+        f"SFTTrainer(model, {arguments}, peft_config=LoraConfig(r=8)).train()\n"
+    )
+    assert read_text(program, file="run.py").options["gradient_checkpointing"] is checkpoints

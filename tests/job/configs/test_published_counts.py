@@ -26,6 +26,8 @@ DIFFER = {
     "gpt-oss-(20B)-GRPO.ipynb": OWN_EXPERTS,
     "500K_Context_Fine_tuning.ipynb": OWN_EXPERTS,
     "2048_Game.ipynb": OWN_EXPERTS,
+    "2048_Game_BF16.ipynb": OWN_EXPERTS,
+    "GRPO_BF16.ipynb": OWN_EXPERTS,
 }
 """Ends of the names of notebooks whose count is another one, and why."""
 PRINTED = {r["path"]: r for r in records("unsloth") if (r.get("measured") or {}).get("trainable")}

@@ -30,6 +30,10 @@ def read(*parts: str) -> ConfigPlan:
         MODEL + "model.model.embed_tokens.requires_grad_(False)\n" + TRAIN,
         MODEL + ADAPT + "for p in model.parameters():\n    p.requires_grad = True\n" + TRAIN,
         MODEL + ADAPT + FREEZE + TRAIN,
+        MODEL
+        + "def adapt(base):\n    return get_peft_model(base, LoraConfig(r=8))\nmodel = adapt(model)\n"
+        + "for p in model.parameters():\n    p.requires_grad = True\n"
+        + TRAIN,
         "def freeze(model):\n    for p in model.parameters():\n        p.requires_grad = False\n"
         + MODEL
         + "freeze(model)\n"
@@ -75,6 +79,7 @@ def test_what_an_adapter_freezes_anyway(program: str) -> None:
         (MODEL + "model = model.to('cuda').bfloat16()\n", "bf16"),
         (MODEL + "model = model.cuda()\nmodel = model.float()\n", "fp32"),
         (MODEL + "model.to(dtype=torch.float16)\n", "fp16"),
+        (MODEL + "model.to('cuda', torch.half)\n", "fp16"),
         (MODEL.replace("')", "', torch_dtype=torch.float32)") + "model = model.to(torch.float16)\n", "fp16"),
     ],
 )
@@ -91,6 +96,7 @@ def test_a_model_that_is_cast_on_the_host(load: str, dtype: str) -> None:
         MODEL + "if flag():\n    model.half()\n",
         MODEL + "for _ in range(n()):\n    model.half()\n",
         MODEL + ADAPT + "model.half()\n",
+        MODEL + "model.to(dtype=dtype_of(model))\n",
     ],
 )
 def test_a_cast_whose_bytes_are_not_known(load: str) -> None:
@@ -108,6 +114,7 @@ def test_a_cast_whose_bytes_are_not_known(load: str) -> None:
         ("for name in more():\n    names.append('k_proj')\n", None),
         ("if flag():\n    names.append('k_proj')\n", None),
         ("names.remove('k_proj')\n", None),
+        ("names = {'q_proj'}\nnames.add('k_proj')\n", None),
         ("from settings import *\n", None),
         ("from .settings import *\n", None),
         ("from transformers import *\n", ("q_proj",)),
