@@ -998,7 +998,8 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
         PyBytes_AsStringAndSize(sizes_object, &sizes, &sizes_bytes) < 0)
         return NULL;
     const size_t length = (size_t)events_bytes / sizeof(int64_t);
-    if (length % WIDTH || storages < 0 || handles < 0 || phases < 0 || storages >= INT32_MAX) {
+    if (length % WIDTH || storages < 0 || handles < 0 || phases < 0 || storages >= INT32_MAX || handles >= INT32_MAX ||
+        phases >= INT32_MAX) {
         PyErr_SetString(PyExc_ValueError, "no program");
         return NULL;
     }
