@@ -208,18 +208,20 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
-    writes = setup.by.generates and job.distributed.strategy == "zero3"
+    writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
     return {
         "use_vllm": writes and bool(setup.use_vllm),
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
         "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
+        "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
+        "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
         f"method {method}": method not in (("full",) if setup.by.weighs_tokens or writes else SHOWN_METHODS)
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
-        and not (_classifies(job) or _translates(job)),
-        f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job) or _translates(job)),
+        and not (_classifies(job) or translates),
+        f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job) or translates),
     }
 
 

@@ -84,3 +84,17 @@ def test_what_the_recipe_alone_does(settings: dict[str, str], message: str) -> N
 def test_each_model_type_was_rehearsed() -> None:
     types = {cut(row["model"], row["layers"])["model_type"] for row in ROWS}
     assert types == set(REHEARSED_QUANTIZED)
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoints", "unknown"),
+    [("t5-small", False, None), ("t5-small", True, "gradient_checkpointing"), ("flan-t5-base", False, "an untied head")],
+)
+def test_what_of_t5_was_not_rehearsed(model: str, checkpoints: bool, unknown: str | None) -> None:
+    """Rehearsed, checkpoints of T5-large end in torch's CheckpointError: 60 tensors saved, 56 when a layer is computed again.
+    Flan-T5 base (two layers of its encoder), whose head is its own, held 2.7 % less than was counted.
+    """
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
+    result = peftplan.estimate(model, **job, gradient_checkpointing=checkpoints)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or result.not_modelled[0] == f"a step with FSDP2 over 8 GPUs and {unknown} (no formula yet)"
