@@ -28,6 +28,8 @@ SOURCE = re.compile(r" \([^()]*\)")
 """Where a reason was read, which stands in parentheses; `-v` shows it."""
 DERIVED = ("model", "model_class", "matched_modules", "quantized_parameters")
 """What is printed with the assumptions, and assumes nothing."""
+OF_TRAINABLE = ("method", "target_modules", "r")
+"""Options without which nobody knows how many parameters train."""
 OF_CARD, OF_QUANT = ("compute_capability",), ("kbit_prepare",)
 """What goes without saying where a card is named, and where nothing is quantized."""
 BY_WEIGHT = (
@@ -158,8 +160,16 @@ def _gib(verdict: Verdict) -> tuple[str, str, str]:
 
 
 def _counts(result: Estimate, screen: Screen) -> list[Row]:
+    return wrapped(counts(result), screen.columns)
+
+
+def counts(result: Estimate) -> str:
+    """How many parameters train, unless a key that is not supported decides it."""
     trainable, total = result.trainable_parameters, result.total_parameters
-    return wrapped(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.4%})", screen.columns)
+    keys = result.config["unsupported"] if result.config else {}
+    if deciding := [key for key, row in keys.items() if row["option"] in OF_TRAINABLE]:
+        return f"trainable parameters unknown: unsupported keys ({', '.join(deciding)})"
+    return f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.4%})"
 
 
 def peak(result: Estimate, screen: Screen) -> list[Row]:

@@ -46,8 +46,7 @@ def estimate(result: Estimate) -> Iterator[Html]:
     title, *verdicts = answer.head(result, WHOLE_LINES)
     yield markup.paragraph("".join(part.text for part in title), strong=True)
     yield from map(markup.row, verdicts)
-    trainable, total = result.trainable_parameters, result.total_parameters
-    yield markup.paragraph(f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.4%})")
+    yield markup.paragraph(answer.counts(result))
     card = next((card for card in result.gpus if not card.lower_bound), None) if result.peaks else None
     yield markup.row(answer.peak(result, WHOLE_LINES)[0])
     yield from _bar(segments(result, card), card)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,23 @@ def test_no_stays_beside_what_is_off() -> None:
     lines = run(*job.split(), columns=80).out.splitlines()
     assert [line for line in lines if line.endswith(" no")] == []
     assert any("no gradient_checkpointing, padding" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "unknown"),
+    [
+        ("for p in model.parameters():\n    p.requires_grad = False\n", "weights.call"),
+        ("model = get_peft_model(model, LoraConfig(target_modules=names_of(model)))\n", "lora.target_modules"),
+        ("", None),
+    ],
+)
+def test_a_count_that_an_unsupported_key_decides_is_unknown(tmp_path: Path, lines: str, unknown: str | None) -> None:
+    (program := tmp_path / "run.py").write_text(
+        f"model = AutoModelForCausalLM.from_pretrained('gpt2')\n{lines}SFTTrainer(model, SFTConfig())\n"
+    )
+    shown = run("estimate", "--config", str(program)).out
+    assert ("trainable 124,439,808 of 124,439,808 parameters" in shown) == (unknown is None)
+    assert (f"trainable parameters unknown: unsupported keys ({unknown})" in shown) == (unknown is not None)
 
 
 def test_an_incomplete_peak_is_said() -> None:
