@@ -75,7 +75,14 @@ class Question(NamedTuple):
 
     def _with(self, options: Mapping[str, object]) -> Inventory:
         """The job with other options."""
-        return inventory(prepared(self.inventory.job.request.changed(**options))) if options else self.inventory
+        return inventory(prepared(self.inventory.job.request.changed(**options))) if options else self._of_any
+
+    @property
+    def _of_any(self) -> Inventory:
+        """The job as none of its GPUs in particular: at other sizes another one may need the most."""
+        holding = self.inventory.holding
+        of_one = holding is not None and (holding.device is not None or holding.rank is not None)
+        return inventory(self.inventory.job) if of_one else self.inventory
 
     def _resized(self, batch_size: object, seq_len: object, *, sets_length: bool) -> "Question":
         job = self.inventory.job
@@ -84,7 +91,7 @@ class Question(NamedTuple):
         check_length(setup.seq_len, job.architecture.max_positions)
         check_logits_to_keep(setup.logits_to_keep, setup.seq_len)
         resized = job._replace(setup=setup, request=job.request.changed(**sizes))
-        return self._replace(inventory=self.inventory._replace(job=resized))
+        return self._replace(inventory=self._of_any._replace(job=resized))
 
     def advice(self, estimate: Estimate) -> "dict[str, Advised]":
         """What to change for each card that the job does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_other_sizes_are_made_ready_for_each_value() -> None:
 def test_bad_sizes_are_one_line(sizes: dict[str, list[int]]) -> None:
     with pytest.raises(InputError):
         peftplan.estimate("gpt2").at(**sizes)
+
+
+def test_at_other_sizes_another_rank_may_need_the_most() -> None:
+    """Those of ZeRO-2 hold unlike gradients when backward is at its peak."""
+    job: dict[str, Any] = {"method": "full", "gpus": 8, "strategy": "zero2", "gpu": "h100"}
+    long = peftplan.estimate("llama-3.2-1b", **job, batch_size=32, seq_len=4096)
+    short = peftplan.estimate("llama-3.2-1b", **job, batch_size=1, seq_len=128)
+    assert long.at(batch_size=1, seq_len=128).to_dict() == short.to_dict()
+    grid = long.at(batch_size=[1, 32], seq_len=[128, 4096])
+    assert grid.peak_requested_bytes.tolist() == [short.peaks.at_least, long.peaks.at_least]  # type: ignore[union-attr]
 
 
 def test_a_job_without_a_peak_says_what_has_no_formula() -> None:
