@@ -17,6 +17,8 @@ pytestmark = pytest.mark.quick
     [
         (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True}, ("bf16", "bf16")),
         (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True, "bf16": False, "fp16": True}, ("fp16", "bf16")),
+        (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True, "bf16": None, "fp16": True}, ("fp16", "bf16")),
+        (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True, "bf16": "auto", "fp16": True}, ("fp16", "bf16")),
         (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True, "bf16": False}, ("fp32", "bf16")),
         (LLAMAFACTORY, {"quantization_bit": 4}, ("bf16", "bf16")),
         (LLAMAFACTORY, {"quantization_bit": 4, "bf16": False, "fp16": True}, ("fp16", "fp16")),
@@ -30,6 +32,16 @@ def test_the_dtype_in_which_four_bits_are_computed(
 ) -> None:
     read = read_values({**values, **changed}, file="a.yml").options
     assert (read["compute_dtype"], read.get("quant_storage")) == dtypes
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [("auto", "fp16"), (None, "fp16"), (True, "bf16"), (False, "fp16")])
+@pytest.mark.parametrize("fp16_first", [True, False])
+def test_axolotl_trains_in_one_of_two_dtypes(bf16: object, dtype: str, fp16_first: bool) -> None:
+    """axolotl 0.19.0, utils/config/__init__.py (`resolve_dtype`), whatever the order of the keys."""
+    base = {key: value for key, value in AXOLOTL.items() if key not in ("bf16", "fp16")}
+    values = {**base, "fp16": True, "bf16": bf16} if fp16_first else {**base, "bf16": bf16, "fp16": True}
+    read = read_values(values, file="a.yml").options
+    assert (read["autocast"], read["dtype"]) == (dtype, dtype)
 
 
 @pytest.mark.parametrize("pattern", [["^lm_head.weight$"], ["<extra>"]])
