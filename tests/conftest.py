@@ -111,6 +111,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Nothing is freed any more, so pytest's five last scans and the end of the process need not look for it: seconds each."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark every test that needs no torch, before `-m` selects. Rehearsals take long: they run where `-m` names them."""
     for item in items if "rehearse" not in config.option.markexpr else ():
