@@ -3,6 +3,7 @@
 A log is cut into runs of events that belong to one layer or to none. Where runs of all layers follow each other, up (forward,
 load, optimizer) or down (backward), they form a chain, and every chain gets the same number of copies of its second layer. What a
 copy frees is found by its distance: its own layer's or its neighbour's. A log of one layer more proves or refutes the rule.
+Where a rank gathers weights several layers ahead (`reach`), more layers stand before the one that is copied, and behind it.
 
 Where only every n-th layer is alike (`every_n_layers` of checkpointing), n layers are one unit, which is copied as a layer else;
 the last unit may have fewer.
@@ -17,9 +18,6 @@ from functools import cached_property
 from peftplan.depth.layers import Layers
 from peftplan.depth.log import AUTOGRAD, Moment, Storage
 from peftplan.errors import PeftplanError
-
-TEMPLATE = 1
-"""The unit that is copied. The first one may differ (its input is an embedding), and so may the last."""
 
 Began = list[tuple[int, str]]
 Place = tuple[int, int, int]
@@ -52,18 +50,23 @@ class Chain:
 @dataclass(frozen=True)
 class Sample:
     """The log of a model with `layers` layers in the module list `stack`, and where its phases begin; every `period`-th layer
-    is alike."""
+    is alike.
+
+    `reach`: the unit that is copied, which may free what a unit so far from it has made. The units before it may differ (the
+    first one's input is an embedding), and so may as many last ones.
+    """
 
     log: tuple[Moment, ...]
     began: Began
     layers: int
     stack: str
     period: int = 1
+    reach: int = 1
 
     @classmethod
-    def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str, period: int = 1) -> Sample:
+    def of(cls, log: Sequence[Moment], began: Began, *, layers: int, stack: str, period: int = 1, reach: int = 1) -> Sample:
         """A log with its frees in canonical order."""
-        return cls(in_order(log, began, stack=stack), began, layers, stack, period)
+        return cls(in_order(log, began, stack=stack), began, layers, stack, period, reach)
 
     @property
     def units(self) -> int:
@@ -91,11 +94,11 @@ def grown(small: Sample, large: Sample, *, layers: int) -> Sample:
 
 
 def _written(sample: Sample, parts: Sequence[Run | Chain], growth: Sequence[Growth], *, added: int) -> Sample:
-    writer = _Writer(parts, sample.named, growth, added=added)
+    writer = _Writer(parts, sample.named, growth, added=added, template=sample.reach)
     for part in parts:
         writer.write(part)
     layers = sample.layers + added * sample.period
-    return Sample(tuple(writer.log), writer.phases(sample.began), layers, sample.stack, sample.period)
+    return replace(sample, log=tuple(writer.log), began=writer.phases(sample.began), layers=layers)
 
 
 def _outside(parts: Sequence[Run | Chain]) -> list[Storage]:
@@ -191,10 +194,13 @@ def _chains(runs: list[Run], units: int) -> Iterator[Run | Chain]:
 class _Writer:
     """Builds the longer log, part by part."""
 
-    def __init__(self, parts: Sequence[Run | Chain], layer_of: Layers, growth: Sequence[Growth], *, added: int) -> None:
+    def __init__(
+        self, parts: Sequence[Run | Chain], layer_of: Layers, growth: Sequence[Growth], *, added: int, template: int
+    ) -> None:
         self.log: list[Moment] = []
         self._named = layer_of
         self._added = added
+        self._template = template
         self._growth = iter(growth)
         self._places: dict[int, Place] = {}
         self._storages: dict[Place | int, Storage] = {}
@@ -215,9 +221,9 @@ class _Writer:
             self._append(part, shift=None)
             return
         self._starts.setdefault(part.runs[0].window, len(self.log))
-        below = [run for run in part.runs if int(run.layer or 0) <= TEMPLATE]
-        above = [run for run in part.runs if int(run.layer or 0) > TEMPLATE]
-        template = next(run for run in part.runs if run.layer == TEMPLATE)
+        below = [run for run in part.runs if int(run.layer or 0) <= self._template]
+        above = [run for run in part.runs if int(run.layer or 0) > self._template]
+        template = next(run for run in part.runs if run.layer == self._template)
         copies = [(template, shift) for shift in range(1, self._added + 1)]
         upwards = [(run, 0) for run in below], copies, [(run, self._added) for run in above]
         downwards = [(run, self._added) for run in above], copies[::-1], [(run, 0) for run in below]
@@ -241,11 +247,11 @@ class _Writer:
     def _moved(self, place: Place, layer: int | None, shift: int | None) -> Place:
         chain, made_in, ordinal = place
         if layer is None or shift is None:
-            return chain, made_in + (self._added if made_in > TEMPLATE else 0), ordinal
-        if abs(made_in - layer) > 1:
+            return chain, made_in + (self._added if made_in > self._template else 0), ordinal
+        if abs(made_in - layer) > self._template:
             raise NotRepeatingError(f"layer {layer} frees what layer {made_in} made")
         target = made_in + shift
-        source = target if target <= TEMPLATE else max(TEMPLATE, target - self._added)
+        source = target if target <= self._template else max(self._template, target - self._added)
         return chain, target, self._counterpart(chain, made_in, source, ordinal)
 
     def _counterpart(self, chain: int, layer: int, other: int, ordinal: int) -> int:
@@ -260,10 +266,23 @@ class _Writer:
     def _ordinal_in(self, chain: int, layer: int, other: int, ordinal: int) -> int:
         ours, theirs = self._allocated[chain, layer], self._allocated[chain, other]
         from_end = len(theirs) - len(ours) + ordinal
-        for position in (ordinal, from_end):
+        if len(ours) == len(theirs) and _alike(ours[ordinal], theirs[ordinal]):
+            return ordinal
+        for position in (ordinal, from_end, *self._of_kind(ours, theirs, ordinal)):
             if 0 <= position < len(theirs) and _kin(ours[ordinal], theirs[position], self._named):
                 return position
         raise NotRepeatingError(f"layer {other} has no counterpart of {ours[ordinal].op} in {ours[ordinal].module}")
+
+    def _of_kind(self, ours: Sequence[Storage], theirs: Sequence[Storage], ordinal: int) -> Iterator[int]:
+        """The place of the same tensor among those of its kind in the other layer, counted from the first and from the last."""
+        one = ours[ordinal]
+        before = sum(_kin(one, other, self._named) for other in ours[:ordinal])
+        behind = sum(_kin(one, other, self._named) for other in ours[ordinal + 1 :])
+        kind = [position for position, other in enumerate(theirs) if _kin(one, other, self._named)]
+        if len(kind) == before + behind + 1:
+            yield kind[before]
+        elif len(kind) > behind:
+            yield kind[-1 - behind]
 
     def _copied(self, storage: Storage, key: Place | int) -> Storage:
         if isinstance(key, int):
@@ -297,7 +316,11 @@ class _Writer:
 
 def _kin(one: Storage, other: Storage, layer_of: Layers) -> bool:
     names = [layer_of.renamed(s.name or s.module, 0) for s in (one, other)]
-    return (one.op, one.shape, one.dtype, names[0]) == (other.op, other.shape, other.dtype, names[1])
+    return _alike(one, other) and names[0] == names[1]
+
+
+def _alike(one: Storage, other: Storage) -> bool:
+    return (one.op, one.shape, one.dtype) == (other.op, other.shape, other.dtype)
 
 
 def same(one: Sequence[Moment], other: Sequence[Moment]) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SAMPLE_LAYERS = (3, 4)
-"""Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule."""
+"""Layers of the two traces, or periods of them: first, middle and last; and one more, which checks the rule. Where a layer
+reaches further than the next one, as many more as it does on either side of the middle."""
 LAYERS_FIELDS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth",
 )  # fmt: skip
@@ -24,7 +25,8 @@ _INDEX = re.compile(r"(?:^|[.\[(|,\\{' ])\d")
 class Stack:
     """A module list of like layers; `section` and `field` are where the config says how many they are.
 
-    Layers that are `period` apart run alike.
+    Layers that are `period` apart run alike. `elements`: of the parameters of a layer. `reach`: the most layers between what one
+    makes and the one that frees it.
     """
 
     name: str
@@ -32,16 +34,18 @@ class Stack:
     section: str | None
     field: str
     period: int = 1
+    elements: int = 0
+    reach: int = 1
 
     @property
     def samples(self) -> tuple[int, ...]:
         """The depths at which it is traced."""
-        return samples(self.layers, self.period)
+        return samples(self.layers, self.period, self.reach)
 
 
-def samples(layers: int, period: int) -> tuple[int, ...]:
+def samples(layers: int, period: int, reach: int = 1) -> tuple[int, ...]:
     """The depths at which a stack is traced: so many whole periods, and what its own depth has beyond them."""
-    return tuple(number * period + layers % period for number in SAMPLE_LAYERS)
+    return tuple((number + 2 * (reach - 1)) * period + layers % period for number in SAMPLE_LAYERS)
 
 
 def places(config: Mapping[str, object]) -> Iterator[tuple[str | None, str, int]]:

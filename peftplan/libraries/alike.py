@@ -55,7 +55,8 @@ def _stack(
         return None
     first = _likeness(lists[outer[0]][0])
     alike = all(_likeness(layer) == first for layer in lists[outer[0]])
-    return Stack(outer[0], layers, section, field) if alike else None
+    elements = sum(parameter.numel() for parameter in lists[outer[0]][0].parameters())
+    return Stack(outer[0], layers, section, field, elements=elements) if alike else None
 
 
 def _model(config: Mapping[str, Any], task_type: str | None) -> nn.Module:

@@ -120,10 +120,18 @@ def traces(
         alone = None if model is None else _by_stacks(partial(run, rank=model), config, stacks, tell)
         for rank in ranks:
             one = rank_of(distributed, rank)
-            one.model = alone
+            one.model, one.stacks = alone, one.extended(stacks, config, setup)
             with one.world():
-                traced = _by_stacks(partial(run, rank=one), config, stacks if one.extended else (), tell)
-                yield one.apart(_completed(traced, one))
+                yield one.apart(_of_rank(partial(run, rank=one), config, one, tell))
+
+
+def _of_rank(run: Callable[..., Traced], config: Mapping[str, Any], rank: OneGpu, tell: Tell) -> Traced:
+    """The trace of a rank, in full where it finds that its log does not repeat."""
+    try:
+        return _completed(_by_stacks(run, config, rank.stacks, tell), rank)
+    except NotRepeatingError:
+        rank.stacks = ()
+        return _completed(run(config, tell=tell), rank)
 
 
 def _completed(traced: Traced, rank: OneGpu) -> Traced:
@@ -153,7 +161,7 @@ def _by_stacks(run: Callable[..., Traced], config: Mapping[str, Any], stacks: tu
 def _deepened(small: Traced, large: Traced, *, stack: Stack) -> Traced:
     """The trace of the full depth, from two traces that differ by one period. Everything is linear in the number of periods."""
     samples = [
-        Sample.of(sample.log, list(sample.began), layers=depth, stack=stack.name, period=stack.period)
+        Sample.of(sample.log, list(sample.began), layers=depth, stack=stack.name, period=stack.period, reach=stack.reach)
         for sample, depth in zip((small, large), stack.samples, strict=True)
     ]
     deep = grown(*samples, layers=stack.layers)
@@ -249,7 +257,6 @@ def _run(
         facts={**step_inputs.facts, **losses.facts(setup.loss)},
         replaced=kernel_packages(built.base),
         host_bytes=host.most,
-        emptied_at=tuple(tracker.emptied),
         device_of=getattr(tracker, "device_of", {}),
         prepared=quant is not None and bool(setup.kbit_prepare),
     )

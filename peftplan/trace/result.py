@@ -13,6 +13,9 @@ from peftplan.ledger import Category
 from peftplan.trace.events.peaks import Alive, Peak, Window
 from peftplan.trace.load import PASSES
 
+EMPTIED = "cache emptied"
+"""The operation of a note in the log: what runs empties the allocator's cache."""
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -36,8 +39,6 @@ class Traced:
     """Packages whose kernels the model would use if they were installed; its torch code was traced instead."""
     host_bytes: int = 0
     """The most pinned host memory that holds what is offloaded until backward."""
-    emptied_at: tuple[int, ...] = ()
-    """Where in the log the cache is emptied while the model is loaded."""
     device_of: Mapping[int, int] = field(default_factory=dict)
     """Number of a storage → its GPU, in the log of several."""
     devices: tuple[Traced, ...] = ()
@@ -64,9 +65,7 @@ class Traced:
         return replay(self.emptied(self.events))
 
     def emptied(self, events: Sequence[Event]) -> Sequence[Event]:
-        """The events, with the cache emptied once the base is prepared, before adapters are created; and where DeepSpeed does."""
-        for at in reversed(self.emptied_at):
-            events = [*events[:at], Event("empty_cache", phase="load"), *events[at:]]
+        """The events, with the cache emptied once the base is prepared, before adapters are created."""
         if not self.prepared:
             return events
         loaded = [i for i, event in enumerate(events) if event.phase == "load"]
@@ -95,6 +94,8 @@ class Traced:
 def _event(moment: Moment, phase: str) -> Event:
     """A line of the log as an event of the allocator. The event that allocates a storage names it."""
     kind, storage, _, module = moment
+    if storage.op == EMPTIED:
+        return Event("empty_cache", phase=phase)
     if kind == "free":
         return Event("free", storage.id, phase=phase, module=module)
     return Event(

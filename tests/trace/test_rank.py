@@ -16,6 +16,7 @@ from tools.rank_grid import LLAMA, cut
 from tools.rank_jobs import PHASES, compared_trace, kept_traces, options, rows
 from tools.rank_traces import traced as traced_again
 
+LINEAR = torch.nn.functional.linear
 ROWS = {row["name"]: row for row in rows() if row["strategy"] in RANKS}
 SMALL = {**LLAMA, "hidden_size": 1024, "intermediate_size": 8192, "head_dim": 32, "vocab_size": 1000, "num_hidden_layers": 8}
 """Eight layers of 55 MB, so that the weights are sent in two flat tensors."""
@@ -72,6 +73,7 @@ def test_a_rehearsed_rank(name: str) -> None:
     assert traced["peak_reserved"] == row["peak_reserved"]
     assert traced == kept_traces()[name]
     assert not torch.distributed.is_initialized()
+    assert torch.nn.functional.linear is LINEAR
 
 
 def test_kept_traces() -> None:
@@ -147,6 +149,41 @@ def test_deepspeed_meets_the_gradients_of_layers_that_do_not_run(
     assert all(abs(played.by_phase[phase] - ran.by_phase[phase]) <= SCALARS for phase in PHASES)
     assert played.reserved == ran.reserved
     assert _events(played.recording) == _events(ran.recording)
+
+
+NEAR = {"stage3_prefetch_bucket_size": 2**20, "stage3_max_live_parameters": 2 * 10**7, "stage3_max_reuse_distance": 2 * 10**7}
+"""What is gathered ahead and kept is less than a layer."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "depths", "more"),
+    [
+        (8, (3, 4), {"method": "lora"}),
+        (8, (3, 4), {"method": "full", "trainer": "trl"}),
+        (8, (3, 4), {"method": "full", "reduce_bucket_size": 40_000_000, "overlap_comm": True}),
+        (8, (3, 4), {"method": "lora", "zero3_init": False, "gradient_checkpointing": False}),
+        (12, (5, 6), {"method": "lora", "stage3_max_live_parameters": 4 * 10**7}),
+    ],
+)
+def test_layers_of_zero3_are_extended(
+    layers: int, depths: tuple[int, ...], more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of so many layers is what they do when they run: reserved bytes and every event. Two layers apart where DeepSpeed
+    keeps weights of more than one."""
+    pytest.importorskip("deepspeed")
+    from peftplan.trace.ranks import zero
+
+    config = {**SMALL, "num_hidden_layers": layers}
+    job: dict[str, Any] = {"gpus": 3, "strategy": "zero3", "seq_len": 64, **NEAR, **more, "engine": "trace", "record": True}
+    extended = peftplan.estimate(config, **job).peaks
+    assert extended is not None
+    assert extended.recording is not None
+    assert extended.recording.traced.depths == depths
+    monkeypatch.setattr(zero.Zero, "extended", lambda *about: ())
+    ran = peftplan.estimate(config, **job).peaks
+    assert ran is not None
+    assert (extended.by_phase, extended.reserved) == (ran.by_phase, ran.reserved)
+    assert _events(extended.recording) == _events(ran.recording)
 
 
 def _events(recording: Any) -> list[tuple[Any, ...]]:

@@ -73,8 +73,6 @@ class Tracker(Lifetimes, TorchDispatchMode):
         """The module that ran last, which names the place where a trace fails."""
         self.device = 0
         """The GPU of the operation that ran last, where one process has several."""
-        self.emptied: list[int] = []
-        """Where in the log the allocator's cache is emptied while the model is loaded."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -16,6 +16,7 @@ from accelerate import dispatch_model  # type: ignore[import-untyped]
 from transformers.integrations.accelerate import _get_device_map
 
 from peftplan.depth.log import Storage
+from peftplan.depth.shallow import Stack
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
@@ -80,12 +81,15 @@ class DeviceMap(OneGpu):
     """All GPUs of one process."""
 
     tracker = DeviceTracker
-    extended = False
 
     def __init__(self, distributed: Distributed) -> None:
         self.devices = distributed.world_size
         self._placed: Mapping[str, int] = {}
         """Names of modules → their GPU."""
+
+    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+        """None: layers are on different GPUs."""
+        return ()
 
     def divided(self, base: Any) -> None:
         """Place the modules, and attach the hooks that move what they are called with."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftplan.depth.log import Moment
+from peftplan.depth.shallow import Stack
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
@@ -27,10 +28,14 @@ class OneGpu:
     rank = 0
     alone = True
     """Whether there is no other rank."""
-    extended = True
-    """Whether the log of a deep model is made from those of shallow ones."""
+    stacks: tuple[Stack, ...] = ()
+    """The stacks whose log is made from those of shallow models."""
     model: Traced | None = None
     """The trace of `model_alone`."""
+
+    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+        """The stacks, of those whose layers are alike, whose log is made from those of shallow models."""
+        return stacks
 
     def model_alone(self, setup: Setup) -> OneGpu | None:
         """What is traced first, whose log stands for the model on each rank; None where the model itself runs."""

@@ -10,9 +10,9 @@ A GPU is as fast as the host: what `record_stream` marks is free at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +20,14 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from peftplan.depth.log import Storage
-from peftplan.distributed.zero import UNDECAYED, automatic, by_tensor
+from peftplan.depth.expand import NotRepeatingError
+from peftplan.depth.log import Moment, Storage
+from peftplan.depth.shallow import Stack
+from peftplan.distributed.zero import SUB_GROUP, UNDECAYED, automatic, by_tensor, limits, reduce_bucket
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
+from peftplan.libraries.meta import build_config
 from peftplan.optim import parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
@@ -36,7 +39,7 @@ from peftplan.trace.ranks.fsdp1 import Addresses
 from peftplan.trace.ranks.group import OneOfSeveral, process_group
 from peftplan.trace.ranks.one_gpu import OneGpu
 from peftplan.trace.ranks.played import ModelAlone, Player, plays
-from peftplan.trace.ranks.tp import PartTracker
+from peftplan.trace.ranks.zero3 import ENGINE, OwnedTracker, added, noted, owned, with_sent
 from peftplan.units import ceil_div
 
 VALUE = torch.ops.aten._local_scalar_dense.default
@@ -48,7 +51,7 @@ CONFIGURED = (
 """Fields of `zero_optimization`."""
 
 
-class ZeroTracker(PartTracker):  # type: ignore[no-untyped-call]
+class ZeroTracker(OwnedTracker):  # type: ignore[no-untyped-call]
     """A tracker that knows what DeepSpeed reads of tensors: norms, and bytes that say whether a gradient is infinite."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,9 +66,10 @@ class Zero(OneOfSeveral):
     """One rank of DeepSpeed's ZeRO. Ranks differ in the gradients that they keep."""
 
     tracker = ZeroTracker
-    extended = False
     _engine: Any = field(default=None, init=False)
     _optimizer: Any = field(default=None, init=False)
+    _bucket: int = field(default=0, init=False)
+    """Elements of the bucket of ZeRO-3, where its fillings are noted."""
 
     @property
     def more_steps(self) -> int:
@@ -80,6 +84,17 @@ class Zero(OneOfSeveral):
         """The setup of the step: DeepSpeed casts the weights, and runs without autocast."""
         return setup.model_copy(update={"autocast": "none"})
 
+    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+        """The stack of ZeRO-3 if it is far deeper than what is gathered ahead or kept; buckets are filled as by default."""
+        distributed, fills = self.distributed, setup.gradient_accumulation_steps == 1
+        usual = distributed.contiguous_gradients is not False and distributed.reduce_scatter is not False
+        if distributed.strategy != "zero3" or len(stacks) != 1 or not (usual and fills):
+            return ()
+        reached = limits(distributed, _hidden_size(build_config(config, name="model")))
+        ahead = reached.prefetch_bucket + max(reached.max_live, reached.max_reuse)
+        deep = replace(stacks[0], reach=ceil_div(ahead, stacks[0].elements))
+        return (deep,) if deep.layers > sum(deep.samples) else ()
+
     def model_alone(self, setup: Setup) -> OneGpu | None:
         """The model of ZeRO-1 and ZeRO-2. With reentrant checkpoints gradients arrive in a backward of each layer's own."""
         whole = self.distributed.strategy != "zero3"
@@ -91,9 +106,11 @@ class Zero(OneOfSeveral):
         if find_spec("deepspeed") is None:
             by = f"DeepSpeed's own engine under {self.distributed.facts.called}"
             raise RefusedError(f"engine: trace runs {by}: pip install deepspeed; accepted: analytic")
+        assert isinstance(tracker, ZeroTracker)
         here = {"RANK": self.rank, "LOCAL_RANK": 0, "WORLD_SIZE": self.distributed.world_size}
         named = {name: str(value) for name, value in here.items()}
-        with patch.dict(os.environ, named), on_fake_cards(tracker), Addresses():
+        notes = noted(tracker) if self.stacks else nullcontext()
+        with patch.dict(os.environ, named), on_fake_cards(tracker), Addresses(), owned(tracker), notes:
             yield
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
@@ -101,6 +118,8 @@ class Zero(OneOfSeveral):
         import deepspeed  # type: ignore[import-not-found]
 
         model = built.model
+        assert isinstance(tracker, ZeroTracker)
+        tracker.names.update((id(parameter), name) for name, parameter in model.named_parameters())
         if quant is not None:
             load(built, tracker, setup, quant)
 
@@ -112,6 +131,10 @@ class Zero(OneOfSeveral):
 
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [[p for name, p in named if bool(UNDECAYED.search(name)) is undecayed] for undecayed in (False, True)]
+        if self.stacks:
+            self._bucket = reduce_bucket(self.distributed, _hidden_size(built.hf_config))
+            if max(p.numel() for group in groups for p in group) > self._bucket:
+                raise NotRepeatingError("a gradient that is larger than the bucket is kept until the next one arrives")
         self._optimizer = torch_optimizer(setup, [{"params": group} for group in groups])
         config = self._config(built, setup)
         model.to = moved
@@ -133,6 +156,19 @@ class Zero(OneOfSeveral):
                 tracker.begin("step")
 
         base.register_step_pre_hook(stepping)
+
+    def complete(
+        self, log: Sequence[Moment], began: Sequence[tuple[int, str]]
+    ) -> tuple[Sequence[Moment], Sequence[tuple[int, str]]]:
+        """The log of the whole depth with the buckets that are sent. Raises NotRepeatingError where the optimizer takes the
+        layers in several groups.
+        """
+        if not self.stacks:
+            return log, began
+        steps = sum(phase == "step" for _, phase in began)
+        if added(log) > steps * (self.distributed.sub_group_size or SUB_GROUP):
+            raise NotRepeatingError("several groups of the optimizer")
+        return with_sent(log, began, bucket=self._bucket, world_size=self.distributed.world_size)
 
     def _load_by_tensor(self, built: Built, tracker: Tracker, setup: Setup, config: dict[str, Any]) -> None:
         """Divide each tensor as it is made, as `from_pretrained` does under `deepspeed.zero.Init`; gather those of a module to
@@ -193,7 +229,7 @@ class Zero(OneOfSeveral):
 
     def _config(self, built: Built, setup: Setup) -> dict[str, Any]:
         """DeepSpeed's config, with what accelerate fills in."""
-        sizes = automatic(built.hf_config.get_text_config(decoder=True).hidden_size)
+        sizes = automatic(_hidden_size(built.hf_config))
         values = {name: getattr(self.distributed, name) for name in CONFIGURED}
         zero = {name: sizes[name] if value == "auto" else value for name, value in values.items() if value is not None}
         return {
@@ -214,6 +250,7 @@ class Zero(OneOfSeveral):
 
     def stepping(self, built: Built, tracker: Tracker, setup: Setup) -> EngineSteps:
         """What stands for the optimizer in the loop."""
+        assert isinstance(tracker, ZeroTracker)
         return EngineSteps(self._engine, tracker, parse_optim(str(setup.optim)).step_implementation == "foreach")
 
     def batches(self, built: Built) -> Callable[[bool], None]:
@@ -221,12 +258,17 @@ class Zero(OneOfSeveral):
         return lambda last: self._engine.set_gradient_accumulation_boundary(is_boundary=last)
 
 
+def _hidden_size(hf_config: Any) -> int:
+    size: int = hf_config.get_text_config(decoder=True).hidden_size
+    return size
+
+
 @dataclass
 class EngineSteps:
     """DeepSpeed's engine in the place of an optimizer: it runs backward, clips and frees gradients itself."""
 
     engine: Any
-    tracker: Tracker
+    tracker: ZeroTracker
     host_steps: bool
     """Whether the `step` counters lie on the CPU."""
 
@@ -234,10 +276,12 @@ class EngineSteps:
         """The engine's own backward, and its step behind the last one (accelerate, `DeepSpeedEngineWrapper.backward`), while the
         caller still has the loss. What a rank keeps of the gradients is named.
         """
+        self.tracker.of = ENGINE
         self.engine.backward(loss, scale_wrt_gas=False)
         self._name_gradients()
         if self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
+        self.tracker.of = ""
 
     def _name_gradients(self) -> None:
         for group, gradients in getattr(self.engine.optimizer, "averaged_gradients", {}).items():
