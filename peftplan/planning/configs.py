@@ -126,7 +126,9 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
     """The entry of a plan."""
     row = ConfigEntry(plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported))
     if plan.kind != "training":
-        return row._replace(error="not a training config" if plan.kind == "other" else "a launch file, without a model")
+        own = [f"{key.value}: {key.why}" for key in plan.unsupported.values()]
+        other = own[0] if own and plan.tool == "other" else "not a training config"
+        return row._replace(error=other if plan.kind == "other" else "a launch file, without a model")
     if plan.model is None:
         return row._replace(error="no model is named")
     if not online and not at_hand(plan.model):

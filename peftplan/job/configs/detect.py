@@ -26,7 +26,7 @@ def tool_of(document: Document, *, file: str) -> Tool:
     matching = [
         tool
         for tool in KNOWN
-        if any(_matches(case, document.kind, program, keys, document.values) for case in facts(tool).detect)
+        if any(_matches(case, document.kind, program, keys, document.values, tool) for case in facts(tool).detect)
     ]
     if len(matching) > 1:
         raise RefusedError(f"{file}: keys of {' and '.join(matching)} in one file; name its tool with --tool")
@@ -38,7 +38,7 @@ def runs(program: str, names: Iterable[str]) -> bool:
     return any(name[1:] in program if name.startswith("~") else program.startswith(name) for name in names)
 
 
-def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], values: Mapping[str, object]) -> bool:
+def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], values: Mapping[str, object], tool: Tool) -> bool:
     """Whether a case holds: its `kind`, `program` and `not_program`, `all` of its keys, `any` of others, `none` of the rest."""
 
     def there(key: str) -> bool:
@@ -54,4 +54,5 @@ def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], va
         and all(map(there, case.get("all", ())))
         and (not case.get("any") or any(map(there, case["any"])))
         and not any(map(there, case.get("none", ())))
+        and ("scripts" not in case or runs(program, case["scripts"]) or all(map(facts(tool).known, keys)))
     )

@@ -57,6 +57,8 @@ class Document(NamedTuple):
     environment: Mapping[str, str] = {}
     comments: str = ""
     """The text of a recipe's header."""
+    settings: str = ""
+    """The file from which a command takes its settings."""
 
     @property
     def calls(self) -> list[Call]:

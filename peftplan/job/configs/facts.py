@@ -134,6 +134,8 @@ class Case(TypedDict, total=False):
     kind: str
     program: list[str]
     not_program: list[str]
+    scripts: list[str]
+    """Scripts of the tool. A command that runs another one is the tool's if the tool has each of its keys."""
     all: list[str]
     any: list[str]
     none: list[str]
@@ -313,7 +315,9 @@ def facts(tool: Tool) -> Facts:
     raw = load(f"{FOLDER}/{tool}.json", ToolFile)
     includes = raw.get("includes", {})
     prefixed = includes if isinstance(includes, dict) else {"": includes}
-    rows: dict[str, Row] = {}
+    commanded = any(case.get("kind") == "command" for case in raw.get("detect", ()))
+    launcher = load(f"{FOLDER}/launchers.json", ToolFile) if commanded else ToolFile()
+    rows: dict[str, Row] = dict(launcher.get("keys", {}))
     schema: dict[str, tuple[object, str]] = {}
     for prefix, other in _included(prefixed):
         rows |= {prefix + key: row for key, row in other.rows.items()}

@@ -12,12 +12,15 @@ from peftplan.errors import RefusedError
 from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read_yaml
 from peftplan.job.configs.facts import facts
-from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
 from peftplan.job.configs.reading import plan_of
 from peftplan.validation import paths as listed_paths
 
 NOTEBOOK_BYTES = 32 * 2**20
 """The largest notebook that is read. Its outputs may hold images."""
+MODEL_KEYS = frozenset({"model", "model_name_or_path", "base_model", "model_id_or_path"})
+"""Options of commands that name a model."""
+OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
 def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, tool: str | None = None) -> ConfigPlan:
@@ -56,8 +59,11 @@ def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
 
 def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
     tool = tool or tool_of(document, file=file)
+    if document.settings and not MODEL_KEYS & document.values.keys():
+        raise RefusedError(f"{file}: its command takes its settings from {document.settings}; name that file")
     if tool == "other":
-        return ConfigPlan("other", "", (file,), None, {}, kind="other")
+        own = {"program": Unsupported(document.program, OWN_PROGRAM)} if document.kind == "command" else {}
+        return ConfigPlan("other", "", (file,), None, {}, unsupported=own, kind="other")
     return plan_of(document, facts(tool), file=file)
 
 

@@ -7,15 +7,29 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 
+from peftplan.job.configs.detect import tool_of
 from peftplan.job.configs.documents import BrokenFileError, Document, as_number
 
 PROGRAMS = (
-    ("swift", 1), ("megatron", 1), ("trl", 1), ("llamafactory-cli", 1), ("axolotl", 1), ("tune", 2),
+    ("swift", 1), ("megatron", 1), ("trl", 1), ("llamafactory-cli", 1), ("axolotl", 1), ("tune", 1),
     ("accelerate", 1), ("torchrun", 0), ("deepspeed", 0), ("python", 0), ("python3", 0),
 )  # fmt: skip
 """Programs that begin a training command, and how many words after them are part of its name."""
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}|\$([A-Za-z_]\w*)")
+LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "python", "python3")
+"""Programs that run a script: words before it are theirs, words behind it are the script's."""
+WRAPPERS = (
+    "nohup", "exec", "env", "time", "nice", "sudo", "srun", "mpirun", "numactl", "stdbuf", "uv", "poetry", "pipenv", "conda",
+    "apptainer", "singularity", "docker", "bash", "sh",
+)  # fmt: skip
+"""Programs that run the command which stands behind their own words."""
+SETTINGS = (".yaml", ".yml")
+ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
+ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
+COMMENT = re.compile(r"\s#[^'\"\\]*$")
+MOST_LINES = 100
+"""The most lines of a quoted text or an array."""
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*)")
 ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
 SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
 """Numbers with operators of one precedence between them, so that they are taken from the left."""
@@ -24,11 +38,11 @@ MOST_COMMANDS = 200
 
 
 def of_shell(text: str, *, file: str) -> Document:
-    """The first training command of a script. Raises BrokenFileError if there is none."""
+    """The first command of a script that a tool reads, else its first one. Raises BrokenFileError if there is none."""
     commands = list(commands_of(text, file=file))
     if not commands:
         raise BrokenFileError(file, None, "accepted: a script with a training command, such as swift sft, trl sft or torchrun")
-    return commands[0]
+    return next((command for command in commands if tool_of(command, file=file) != "other"), commands[0])
 
 
 def commands_of(text: str, *, file: str) -> Iterator[Document]:
@@ -36,6 +50,10 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
     variables: dict[str, str] = {}
     count = 0
     for number, line in _lines(text):
+        if (array := ARRAY.fullmatch(line)) is not None:
+            before = variables.get(array[1], "") if array[2] else ""
+            variables[array[1]] = f"{before} {_filled(array[3], variables)}"
+            continue
         try:
             words = shlex.split(_filled(line, variables), comments=True)
         except ValueError as error:
@@ -52,28 +70,43 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
         if not words:
             variables |= environment
             continue
-        if (name := _program(words)) is not None and count < MOST_COMMANDS:
+        if (words := _unwrapped(words)) and count < MOST_COMMANDS:
             count += 1
-            program, rest = name
-            if values := _arguments(rest):
-                yield Document(values, {}, "command", program, {**variables, **environment})
+            program, settings, values = _command(words)
+            if values or settings:
+                yield Document(values, {}, "command", program, {**variables, **environment}, settings=settings)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with those that they continue on, and the number of the first; comments between them are left out."""
-    parts: list[str] = []
-    start = 1
-    for number, line in enumerate(text.splitlines(), 1):
-        if parts and line.lstrip().startswith("#"):
-            continue
-        if not parts:
-            start = number
-        parts.append(line.rstrip().removesuffix("\\"))
-        if not line.rstrip().endswith("\\"):
-            yield start, " ".join(parts)
-            parts = []
-    if parts:
-        yield start, " ".join(parts)
+    """Commands, each with the number of its first line: lines with those that they continue on, without comments."""
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("#")]
+    index = 0
+    while index < len(lines):
+        number, end = lines[index][0], index
+        parts = [lines[index][1]]
+        while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts):
+            end += 1
+            parts.append(COMMENT.sub("", lines[end][1]))
+        if _goes_on(parts) and not parts[0].rstrip().endswith("\\"):  # no quote or bracket closes what this line opens
+            end, parts = index, parts[:1]
+        yield number, " ".join(part.rstrip().removesuffix("\\") for part in parts)
+        index = end + 1
+
+
+def _goes_on(parts: list[str]) -> bool:
+    """Whether a command goes on in the next line: behind a backslash, in a quoted text, or in an array."""
+    if parts[-1].rstrip().endswith("\\"):
+        return True
+    text = " ".join(part.rstrip().removesuffix("\\") for part in parts)
+    if re.match(r"\s*\w+\+?=\(", text) and not text.rstrip().endswith(")"):
+        return True
+    if not re.match(r"\s*(?:export )?\w+=", text):
+        return False
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return True
+    return False
 
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:
@@ -95,21 +128,58 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
             result = OPERATIONS[sign](result, int(number))
         return str(result)
 
-    return ARITHMETIC.sub(total, VARIABLE.sub(value, text))
+    with_arrays = ELEMENTS.sub(lambda match: variables.get(match[1], match[0]), text)
+    return ARITHMETIC.sub(total, VARIABLE.sub(value, with_arrays))
 
 
-def _program(words: list[str]) -> tuple[str, list[str]] | None:
-    """The training program that a command runs, with its script, and its arguments."""
-    first = words[0].rpartition("/")[2]
-    for name, more in PROGRAMS:
-        if first == name:
-            script = next(([word] for word in words[1 + more :] if word.endswith(".py")), [])
-            return " ".join([name, *words[1 : 1 + more], *script]), words[1 + more :]
-    return None
+def _unwrapped(words: list[str]) -> list[str]:
+    """A command from its training program on, without what runs it, such as `srun`; empty if it runs none."""
+    names = [name for name, _ in PROGRAMS]
+    for index, each in enumerate(words):
+        if each.rpartition("/")[2] in names:
+            return [each.rpartition("/")[2], *words[index + 1 :]]
+        if " " in each and words[0] in WRAPPERS:  # of `bash -c`
+            return _unwrapped(_words(each))
+        if words[0] not in WRAPPERS:
+            break
+    return []
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError:
+        return []
+
+
+def _command(words: list[str]) -> tuple[str, str, dict[str, object]]:
+    """The program of a command, with its script; the file from which it takes settings; and its arguments."""
+    name = words[0]
+    start = 1 + dict(PROGRAMS)[name]
+    if name == "tune" and "--config" in words[:-1]:  # tune run [options of torchrun] RECIPE --config FILE [key=value …]
+        at = words.index("--config")
+        return " ".join([*words[:2], words[at - 1]]), words[at + 1], _arguments(words[2 : at - 1]) | _arguments(words[at + 2 :])
+    own: list[str] = []
+    if name not in LAUNCHERS:
+        program, rest = " ".join(words[:start]), words[start:]
+    else:
+        script = next((index for index, word in enumerate(words) if word.endswith(".py") or words[index - 1] == "-m"), None)
+        if name.startswith("python") and script is not None and words[script].startswith("torch.distributed"):
+            further = (index for index, word in enumerate(words) if index > script and word.endswith(".py"))
+            words, script = words[:1] + words[script + 1 :], next((index - script for index in further), None)
+        if script is None:
+            program, rest = " ".join(words[:start]), words[start:]
+        else:
+            program, rest = " ".join([*words[:start], words[script]]), words[script + 1 :]
+            own = [word for word in words[start:script] if word != "-m"]
+    behind = next((word for word in rest[:1] if word.endswith(SETTINGS)), "")
+    values = _arguments(rest)
+    settings = behind or str(values.get("config", ""))
+    return program, settings, {**_arguments(own), **values}
 
 
 def _arguments(words: list[str]) -> dict[str, object]:
-    """`--key value…`, `--key=value`, `--switch` and `key=value` → values; a word before them is the script."""
+    """`--key value…`, `--key=value`, `--switch` and `key=value` → values."""
     values: dict[str, list[str]] = {}
     key: str | None = None
     for word in words:

@@ -1,0 +1,87 @@
+"""Shell scripts: which command of a script trains, what belongs to its launcher, and where its settings stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import peftplan
+from peftplan.errors import RefusedError
+from peftplan.job.configs.plan import ConfigPlan
+
+LLAMA_FACTORY = """
+    --stage sft --do_train --model_name_or_path Qwen/Qwen3-8B --dataset mine --template qwen3 --finetuning_type lora
+    --lora_rank 16 --lora_target q_proj,v_proj --cutoff_len 4096 --per_device_train_batch_size 2 --bf16 --output_dir out
+"""
+ARGUMENTS = " ".join(LLAMA_FACTORY.split())
+
+
+def read(tmp_path: Path, script: str) -> ConfigPlan:
+    file = tmp_path / "train.sh"
+    file.write_text(script, encoding="utf-8")
+    return peftplan.read_config(file)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llamafactory-cli train",
+        "python src/train_bash.py",
+        "deepspeed --include localhost:0 --master_port 9901 src/train.py",
+        "srun --ntasks 1 torchrun --nproc_per_node 1 --nnodes=1 --node_rank=0 --master_addr=127.0.0.1 src/train.py",
+    ],
+)
+def test_commands_of_llama_factory(tmp_path: Path, command: str) -> None:
+    plan = read(tmp_path, f"#!/bin/bash\nset -x\nexport WANDB_MODE=offline\n{command} {ARGUMENTS}\n")
+    expected = {"method": "lora", "r": 16, "seq_len": 4096, "batch_size": 2, "target_modules": "q_proj,v_proj"}
+    assert (plan.tool, plan.model, plan.unsupported) == ("llamafactory", "Qwen/Qwen3-8B", {})
+    assert {name: plan.options.get(name) for name in expected} == expected
+
+
+def test_words_before_the_script_are_the_launcher_s(tmp_path: Path) -> None:
+    plan = read(tmp_path, f"torchrun --nproc-per-node 4 --nnodes 2 --master_port 29500 src/train.py {ARGUMENTS}")
+    assert (plan.options["gpus"], plan.options["nodes"]) == (4, 2)
+    assert plan.ignored["master_port"].at.startswith("torch, distributed/run.py:")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"ARGS=(\n {LLAMA_FACTORY} # mine\n)\nARGS+=(--lora_alpha 32)\ntorchrun --nproc_per_node 2 src/train.py \"${{ARGS[@]}}\"",
+        f'args="\n{LLAMA_FACTORY}"\ntorchrun --nproc_per_node 2 src/train.py ${{args}}',
+        # a comment does not go on in the next line, whatever its end
+        f"# torchrun src/train.py \\\n  # --lora_rank 8 \\\ntorchrun --nproc_per_node ${{1:-2}} src/train.py \\\n  {ARGUMENTS}",
+        f"python prepare.py --rows 100\nbash -c 'torchrun --nproc_per_node 2 src/train.py {ARGUMENTS}'",
+    ],
+)  # fmt: skip
+def test_variables_arrays_and_comments(tmp_path: Path, script: str) -> None:
+    plan = read(tmp_path, script)
+    assert (plan.model, plan.options["r"], plan.options["gpus"]) == ("Qwen/Qwen3-8B", 16, 2)
+    assert plan.unsupported == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("llamafactory-cli train examples/train_lora/mine.yaml", "examples/train_lora/mine.yaml"),
+        ("accelerate launch -m axolotl.cli.train mine.yml", "mine.yml"),
+        ("accelerate launch --config_file zero3.yaml --num_processes 8 scripts/run_sft.py mine.yaml", "mine.yaml"),
+        ("trl sft --config mine.yaml", "mine.yaml"),
+        ("tune run --nproc_per_node 2 lora_finetune_distributed --config llama3_1/8B_lora batch_size=4", "llama3_1/8B_lora"),
+    ],
+)
+def test_a_command_that_takes_its_settings_from_a_file_names_it(tmp_path: Path, command: str, file: str) -> None:
+    with pytest.raises(RefusedError, match=rf"takes its settings from {file}; name that file"):
+        read(tmp_path, command)
+
+
+def test_a_program_with_options_of_its_own_is_no_tool_s(tmp_path: Path) -> None:
+    """Its defaults are not TRL's, though it shares keys with it; TRL's own scripts, and keys of TRL alone, are TRL's."""
+    own = read(tmp_path, "python qlora.py --model_name_or_path huggyllama/llama-7b --bits 4 --source_max_len 16")
+    assert (own.tool, own.kind, own.unsupported["program"].value) == ("other", "other", "python qlora.py")
+    with pytest.raises(RefusedError, match=r"runs python qlora.py, a program with options of its own; name the program itself"):
+        peftplan.estimate(config=own)
+    arguments = "--model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --lora_r 8"
+    assert read(tmp_path, f"accelerate launch train.py {arguments}").tool == "trl"
+    assert read(tmp_path, f"python trl/scripts/sft.py {arguments} --mine 1").unsupported.keys() == {"mine"}
