@@ -37,6 +37,10 @@ ALIASES: dict[str, str] = {
 
 MODEL_DTYPES = ("bf16", "fp16", "fp32")
 """The dtypes that a model can be loaded and trained in (`--dtype`)."""
+OF_CHECKPOINT = "auto"
+"""Likewise: the dtype in which the checkpoint is stored."""
+AS_LOADED = "unstated"
+"""What `from_pretrained` gives a model where a program states no dtype: it depends on the release of transformers."""
 SIXTEEN_BITS = ("bf16", "fp16")
 
 

@@ -15,6 +15,8 @@ from peftplan.errors import InputError, UnknownNameError, nearest
 INDEX = "models/index.json"
 ALIASES = "model_aliases.json"
 """Further names of the built-in models, with the source of each; read only for a name that the index does not hold."""
+DTYPES = "checkpoint_dtypes.json"
+"""Patterns of names of built-in models → the dtype of their weights and its source, where a config names no dtype."""
 
 
 class Aliases(TypedDict):
@@ -111,6 +113,18 @@ def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
 def find(name: str) -> ModelEntry | None:
     """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None if there is none."""
     return _by_key().get(_key(name)) or _by_alias().get(_key(name))
+
+
+class Dtypes(TypedDict):
+    """What is read of the file of dtypes: pattern → dtype and source."""
+
+    dtypes: dict[str, list[str]]
+
+
+def stored_dtype(entry: ModelEntry) -> str | None:
+    """The dtype of a built-in model's weights where its config names none; None where it is not known."""
+    rows = load_data(DTYPES, Dtypes)["dtypes"]
+    return next((dtype for pattern, (dtype, _) in rows.items() if fnmatchcase(entry.name, pattern)), None)
 
 
 def unknown(name: str) -> UnknownModelError:

@@ -53,7 +53,7 @@ MODEL: dict[str, str] = {
     "--trust-remote-code/--no-trust-remote-code": "accepted for compatibility; remote code is never run",
 }
 STORAGE: dict[str, str] = {
-    "--dtype": "dtype of the base model; default: bf16",
+    "--dtype": "dtype of the base model, auto: its checkpoint's; default: bf16",
     "--device-map": "how from_pretrained places the model on one GPU; default: the trainer's (auto for TRL with a model name)",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "dtype of autocast; default: the trainer's",
@@ -170,7 +170,8 @@ METAVARS: dict[str, str] = {
     ),
     **dict.fromkeys(("--target-modules", "--exclude-modules", "--target-parameters", "--modules-to-save"), "NAMES"),
     **dict.fromkeys(("--quant-skip-modules", "--optim-target-modules", "--kernels"), "NAMES"),
-    **dict.fromkeys(("--dtype", "--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
+    "--dtype": "[bf16|fp16|fp32|auto]",
+    **dict.fromkeys(("--adapter-dtype", "--compute-dtype", "--serving-dtype"), "[bf16|fp16|fp32]"),
     "--peft-config": "FILE",
     "--host-memory": "SIZE",
     "--lora-dropout": "FLOAT",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import peftplan.methods as methods
 from peftplan import versions
 from peftplan.distributed.names import OPTIONS
+from peftplan.dtypes import AS_LOADED, OF_CHECKPOINT
 from peftplan.errors import InputError, RefusedError
 from peftplan.job import sources as architectures
 from peftplan.job.adapting import adapted, ignored_fields, method_of
@@ -85,6 +86,9 @@ def prepared(request: Request) -> Job:
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     set_here = _stored(model_config, set_here) | set_here
+    loaded_dtype = _loaded_dtype(model, model_config, set_here, request.script)
+    set_here |= loaded_dtype
+    chosen -= loaded_dtype.keys()
     setup = parse_setup({**_task_of(adapter), **_method_setup(kind, set_here), **_trainer_setup(kind, set_here), **set_here})
     try:
         architecture = architectures.load(
@@ -174,6 +178,18 @@ def prepared(request: Request) -> Job:
         chosen,
         distributed,
     )
+
+
+def _loaded_dtype(
+    model: object, model_config: Mapping[str, object], set_here: Mapping[str, object], script: Script
+) -> dict[str, str]:
+    """The dtype in which `from_pretrained` loads a model for which none is named; bf16 where its checkpoint's is not known."""
+    dtype = set_here.get("dtype")
+    if dtype == AS_LOADED and versions.DTYPE_OF_CHECKPOINT.after(script.transformers):
+        return {"dtype": "fp32"}
+    if dtype not in (OF_CHECKPOINT, AS_LOADED):
+        return {}
+    return {"dtype": architectures.checkpoint_dtype(model, model_config) or "bf16"}
 
 
 def _traps(

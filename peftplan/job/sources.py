@@ -19,6 +19,7 @@ from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS, read_config
+from peftplan.dtypes import ALIASES, MODEL_DTYPES, SIXTEEN_BITS
 from peftplan.errors import InputError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.files import is_file
 
@@ -118,6 +119,24 @@ def load_config(model: object) -> dict[str, object]:
     if isinstance(model, str) and (entry := catalogue.find(model)):
         return dict(entry.facts()["config"])
     return _config(model)[0]
+
+
+def checkpoint_dtype(model: object, config: Mapping[str, object]) -> str | None:
+    """The dtype that transformers gives a model with `dtype="auto"`: its config's, else that of its weights; None if unknown.
+
+    An instruct model may be stored in other bits than the base of the same shapes: Gemma 2 2B is in fp32, its instruct model in
+    bf16. Without a config of its own its dtype is known only where the base has 16 bits too.
+    """
+    of_text = config.get("text_config")
+    inner: Mapping[str, object] = of_text if isinstance(of_text, Mapping) else {}
+    stated = [each.get(name) for each in (config, inner) for name in ("dtype", "torch_dtype")]
+    dtype = next((ALIASES.get(str(each).removeprefix("torch.")) for each in stated if each is not None), None)
+    entry = catalogue.find(model) if isinstance(model, str) else None
+    if entry is not None and isinstance(model, str):
+        dtype = dtype or catalogue.stored_dtype(entry)
+        if dtype not in SIXTEEN_BITS and entry.is_sibling(model):
+            return None
+    return dtype if dtype in MODEL_DTYPES else None
 
 
 @lru_cache(maxsize=BUILT_INS_KEPT)

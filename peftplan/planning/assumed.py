@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, cast
 
 from peftplan import parameters
 from peftplan.arch.modules import Architecture
+from peftplan.dtypes import AS_LOADED, OF_CHECKPOINT
 from peftplan.job.job import Job
 from peftplan.job.script import EXAMPLES
+from peftplan.job.sources import checkpoint_dtype, load_config
 from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
-from peftplan.versions import LOADING_IN_THREADS, QUANTIZING_IN_TURN
+from peftplan.versions import DTYPE_OF_CHECKPOINT, LOADING_IN_THREADS, QUANTIZING_IN_TURN
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -119,11 +121,20 @@ def assumptions(job: Job, *, quantized: int) -> Assumptions:
         *adaptation.notes,
         *task_notes(job.model, architecture, setup),
         *head_notes(architecture, job.adapter),
+        *_dtype_notes(job),
     ]
     if quant is not None:
         assumed["quantized_parameters"] = quantized
         notes += unquantized(architecture, quant, cast=bool(setup.kbit_prepare) and quant.name in parameters.PREPARED)
     return cast("Assumptions", assumed | ({"notes": notes} if notes else {}))
+
+
+def _dtype_notes(job: Job) -> Iterator[str]:
+    """A note that the weights are counted in a dtype that nobody knows."""
+    dtype = job.request.all_options().get("dtype")
+    of_checkpoint = dtype == OF_CHECKPOINT or (dtype == AS_LOADED and not DTYPE_OF_CHECKPOINT.after(job.script.transformers))
+    if of_checkpoint and checkpoint_dtype(job.model, load_config(job.model)) is None:
+        yield f"the model is loaded in its checkpoint's dtype, which is not known here; {job.setup.dtype} is counted (--dtype)"
 
 
 def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -> list[str]:

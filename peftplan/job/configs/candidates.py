@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
+from peftplan.dtypes import OF_CHECKPOINT
 from peftplan.job.configs.documents import Values
 from peftplan.job.configs.facts import Facts, Meant, Rule
 from peftplan.job.configs.reading import Reading
@@ -62,7 +63,8 @@ def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values
 
 
 def _equal(setting: object, value: object) -> bool:
-    return (tuple(setting) if isinstance(setting, list) else setting) == value
+    """Whether a rule sets a value, or may: which dtype a checkpoint has, the job of the keys shows."""
+    return (tuple(setting) if isinstance(setting, list) else setting) == value or setting == OF_CHECKPOINT
 
 
 def _by_default(rule: Rule, reading: Reading) -> Values:

@@ -10,6 +10,7 @@ from peftplan.arch import catalogue
 from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
 from peftplan.job.configs.facts import Accepted, Facts, Product, Setting
+from peftplan.job.sources import checkpoint_dtype
 from peftplan.methods.experts import CONVERSIONS
 
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
@@ -44,6 +45,8 @@ class Effective:
             return not self.document.program if accepted == "unset" else runs(self.document.program, map(str, accepted))
         if key == "file":
             return any(self._equal(self.file, each) for each in accepted)
+        if key == "checkpoint":
+            return isinstance(accepted, list) and self._stored_dtype() in accepted
         if key == "vocabulary":
             return self._has_vocabulary(accepted)
         if key == "architecture":
@@ -83,11 +86,20 @@ class Effective:
         rows = self._of_model("vocab_size")
         return (isinstance(rows, int) and rows % int(text.rpartition(" ")[2]) == 0) is text.startswith("multiple")
 
+    def _stored_dtype(self) -> str | None:
+        """The dtype that the config of the file's model states; None where it is not built in."""
+        dtype = self._of_model("dtype")
+        return None if dtype is None else checkpoint_dtype(self._model(), {"dtype": dtype})
+
     def _of_model(self, field: str) -> object:
         """A field of the config of the model that the file names; None where it is not built in."""
-        keys = [key for key, row in self.tool.rows.items() if row.get("to") == "model" and key in self.values]
-        entry = catalogue.find(str(self.values[keys[0]])) if keys else None
+        entry = catalogue.find(self._model())
         return None if entry is None else entry.facts()["config"].get(field)
+
+    def _model(self) -> str:
+        """The model that the file names; empty where it names none."""
+        keys = [key for key, row in self.tool.rows.items() if row.get("to") == "model" and key in self.values]
+        return str(self.values[keys[0]]) if keys else ""
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:

@@ -97,7 +97,8 @@ class Rule(TypedDict, total=False):
     for which the tool's defaults count, `said` or `unsaid`: by the file, `fraction`: a number that is not whole, or
     `{"below": number}`, `{"at_least": number, "times": key}`: its product with another key's, or
     `{"multiple_of": key, "times": key}`. `file` and `program` are what is read;
-    `architecture` is the model's `model_type`, `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
+    `architecture` is the model's `model_type`, `checkpoint` the dtype in its config, `vocabulary` its own,
+    `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
     are its own: `["fused"]` where peft takes names of projections for parameters of experts."""
     set: Mapping[str, Setting]
     """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,

@@ -147,7 +147,7 @@ def test_settings_in_a_handler_are_unknown() -> None:
 )
 def test_a_model_loaded_under_another_name_of_its_class(loads: str) -> None:
     plan = read_text(f"{loads}.from_pretrained('gpt2')\n{ARGS}{LORA}{TRAINER}", file="run.py")
-    assert (plan.model, plan.options["dtype"], plan.unsupported) == ("gpt2", "bf16", {})
+    assert (plan.model, plan.options["dtype"], plan.unsupported) == ("gpt2", "unstated", {})
 
 
 @pytest.mark.parametrize("loads", ["load('gpt2')", "LlamaForCausalLM.from_pretrained('a/b', load_in_8bit=True)"])

@@ -179,7 +179,7 @@ def test_example_scripts_of_transformers(tmp_path: Path) -> None:
     classified = peftplan.estimate(config=plan)
     classifier = (768 * 768 + 768) + (3 * 768 + 3)  # pre_classifier and classifier of DistilBertForSequenceClassification
     assert classified.trainable_parameters == 66_362_880 + classifier  # DistilBertModel, and 66,955,779 by transformers on meta
-    assert (plan.options["batch_size"], plan.options["seq_len"], plan.options["dtype"]) == (64, 128, "fp32")
+    assert (plan.options["batch_size"], plan.options["seq_len"], classified.assumptions["dtype"]) == (64, 128, "fp32")
     path.write_text("python examples/pytorch/language-modeling/run_clm.py --model_name_or_path gpt2 --fp16 --block_size 512\n")
     plan = peftplan.read_config(path)
     assert (plan.tool, plan.options["seq_len"], plan.options["autocast"]) == ("transformers-examples", 512, "fp16")

@@ -47,7 +47,7 @@ from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIF
         (
             {**LLAMAFACTORY, "finetuning_type": "full", "pure_bf16": True, "bf16": False},
             "llamafactory",
-            {"method": "full", "dtype": "bf16", "autocast": "none"},
+            {"method": "full", "dtype": "auto", "autocast": "none"},
         ),
         (
             {**LLAMAFACTORY, "quantization_bit": 4},

@@ -63,7 +63,7 @@ MODEL = {"model_name_or_path": "Qwen/Qwen2.5-0.5B"}
         (
             "python examples/scripts/prm.py",
             {},
-            {"trainer": "transformers", "task_type": "TOKEN_CLS", "num_labels": 2, "dtype": "bf16", "seq_len": 1024},
+            {"trainer": "transformers", "task_type": "TOKEN_CLS", "num_labels": 2, "dtype": "unstated", "seq_len": 1024},
         ),
     ],
 )
