@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
+from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
@@ -15,11 +16,11 @@ from peftplan.memory.models import FORWARDS
 from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.storage import without_peak
 from peftplan.storage.config import FOUR_BIT
+from peftplan.units import GIB
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
-    from peftplan.job.setup import Setup
 
 SHARE_LIGER = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which Liger's kernels were rehearsed."""
@@ -76,7 +77,7 @@ def kernels_without_formula(job: Job) -> str | None:
     """Why a step with the job's kernels has no formula; None where it has one."""
     setup, architecture = job.setup, job.architecture
     if setup.packs_completions:
-        if (why := _grpo_without_formula(setup)) is not None:
+        if (why := _grpo_without_formula(job)) is not None:
             return f"Unsloth's GRPO {why}"
     elif setup.kernels and setup.by.of_preferences:
         return f"kernels with {setup.by.called}"
@@ -84,6 +85,8 @@ def kernels_without_formula(job: Job) -> str | None:
         return None
     if job.distributed is not None and not _rehearsed_kernels(setup.kernels, job.distributed):
         return f"kernels with {job.distributed.called}"
+    if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
+        return "an embedding in host memory without layers that torch compiles"
     if kernels_of(setup.kernels).layers is not None:
         not_recorded = f"layers of {architecture.name} that torch compiles: not recorded with these options"
         return not_recorded if recorded(job) is None else None
@@ -113,10 +116,26 @@ def _rehearsed_kernels(names: tuple[str, ...], distributed: Distributed) -> bool
     return distributed.strategy in SHARE_LIGER and all(name.startswith("liger.") for name in names)
 
 
-def _grpo_without_formula(setup: Setup) -> str | None:
+def _many_scores(job: Job) -> bool:
+    """Whether the prompts' scores in 16 bits and in fp32 take over 1 GiB (unsloth_zoo, temporary_patches/gpt_oss.py:
+    `_EAGER_ATTENTION_CHECK_BYTES`)."""
+    setup, attention = job.setup, job.architecture.blocks[0].attentions[0]
+    scores = setup.generation_rows * attention.num_attention_heads * setup.prompt_len * setup.seq_len
+    return scores * (ITEMSIZE[setup.dtype] + ITEMSIZE["fp32"]) > GIB
+
+
+def _grpo_without_formula(job: Job) -> str | None:
     """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM generates the completions, two or more are packed
     (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`), and no forward before scores them (`compute_efficient`)."""
+    setup = job.setup
     kernels = kernels_of(setup.kernels or ())
+    if kernels.layers is not None:  # recorded are rows too long for a window, which it does not pack
+        missing = {
+            "with layers that torch compiles beside vLLM": setup.use_vllm,
+            "with a reference": len(setup.forwards) > 1,
+            "of prompts with scores that Unsloth makes in parts, by the card's free memory": _many_scores(job),
+        }
+        return next((what for what, is_so in missing.items() if is_so), None)
     packed = kernels.padding_free is not None
     missing = {
         "with layers of the model's own": kernels.decoder is None,

@@ -83,12 +83,12 @@ class Compiled(NamedTuple):
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
         """`shape_facts` of this job at these sizes, numbers or arrays."""
-        length = seq_len + self.virtual_tokens
+        length = self.loss.row(seq_len) + self.virtual_tokens
         return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
 
     def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
-        by_name = sizes(batch_size * self.rows, seq_len, virtual_tokens=self.virtual_tokens, loss=self.loss)
+        by_name = sizes(batch_size * self.rows, self.loss.row(seq_len), virtual_tokens=self.virtual_tokens, loss=self.loss)
         return self.timeline.with_derived(by_name)
 
     def assumed(self, by_name: Mapping[str, int]) -> dict[str, int]:
@@ -207,7 +207,7 @@ def _step_key(job: "Job", compute_capability: str) -> tuple[object, ...]:
         if of_job is job and of_kernels == compute_capability:
             return key
     setup, loss = job.setup, loss_sizes(job)
-    length = setup.seq_len + (getattr(job.config, "num_virtual_tokens", None) or 0)
+    length = loss.row(setup.seq_len) + (getattr(job.config, "num_virtual_tokens", None) or 0)
     facts = shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability))
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)

@@ -11,7 +11,7 @@ allocator keeps what it outgrows.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from peftplan.analytic.compiled import Compiled
@@ -90,6 +90,29 @@ def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
     return autocast if autocast and tensor.part == "values" else tensor.dtype
 
 
+def _prompt_in_unsloth(model: Model, cache: Iterable[CacheTensor]) -> Tensor:
+    """The prompt's forward of layers that torch compiles for training: then their attention is eager, over the whole cache, which
+    a layer allocates when it first runs. The last layer's scores are alive beside the caches of all.
+
+    Left out: in generation, hidden states stay in 16 bits.
+    Source: unsloth_zoo 2026.10.9, temporary_patches/gpt_oss.py (`inplace_eager_attention_forward`, `_eager_attention_rows`).
+    """
+    from peftplan.memory.models.compiled import compiled_layers
+
+    f, dtype, a = model.tape, model.running.dtype, model.arch.blocks[0].attentions[0]
+    hidden = compiled_layers(model)
+    f.module = "model.layers"
+    positions = max(tensor.shape[-2] for tensor in cache)
+    caches = [f.many(("b", *tensor.shape[1:]), dtype, f"KV cache, {tensor.part}", tensor.layers) for tensor in cache]
+    of_tokens = [f.new(("b", "s", model.arch.hidden_size or 0), dtype, name) for name in ("embedded", "residual", "normed")]
+    query = f.new(("b", "s", a.num_attention_heads, a.head_dim), dtype, "query")
+    repeated = [f.new(("b", a.num_attention_heads, positions, a.head_dim), dtype, "repeat_kv") for _ in ("keys", "values")]
+    scores = f.new(("b", a.num_attention_heads, "s", positions + 1), dtype, "combined_logits")
+    wide = [f.new(scores.dims, "fp32", name) for name in ("to", "softmax")]
+    del caches, of_tokens, query, repeated, scores, wide
+    return hidden
+
+
 def _written(inventory: Inventory, compute_capability: str) -> Generation:
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
@@ -99,16 +122,17 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
     )
     adapter = adapter_of(job.method and job.method.peft_type)
     autocast = setup.autocast if setup.by.writes_under_autocast and setup.autocast != "none" else None
-    running = running._replace(autocast=autocast)
+    running = running._replace(autocast=autocast, holds_hidden_states=False)
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
+    cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype)
     f.mark("forward")
     gathered = _gathered(f, inventory)
     with f.no_grad():
         for name in ("input_ids", "attention_mask"):
             model.batch[name] = f.new(("b", "s"), "int64", name)
-        hidden = forward_of(arch.model_type)(model)
+        hidden = forward_of(arch.model_type)(model) if running.recorded is None else _prompt_in_unsloth(model, cache)
         assert arch.output_embedding is not None
         logits = model.linear(arch.output_embedding, sliced(f, hidden, ("b", 1, hidden.dims[-1])))
         f.module = ""
@@ -117,7 +141,6 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
         f.end_autocast()
         f.mark("backward")
         model.kept.clear()
-        cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype)
         grown = [_casts(f, parameters, autocast)] if autocast else []
         for tensor in cache:
             name = f"KV cache, {tensor.part} of {tensor.kind} attention"

@@ -8,7 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
-from peftplan.job.compiled_layers import recorded
+from peftplan.job.compiled_layers import BLOCK_OF_FLEX, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
@@ -37,6 +37,7 @@ OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
+    tokens = loss.row(setup.seq_len)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     return Running(
         autocast=autocast_of(setup),
@@ -56,12 +57,12 @@ def running_of(job: Job, compute_capability: str) -> Running:
         peft_type=None if job.method is None else job.method.peft_type,
         peft_task=as_told(job.architecture, job.adapter).task_type,
         config=_dropping(job),
-        seq_len=setup.seq_len,
+        seq_len=tokens,
         batch_size=setup.rows,
         dtype=setup.dtype,
         loss=setup.loss,
         holds_hidden_states=setup.packs_completions,  # unsloth, models/rl.py:2089
-        loss_facts=loss.facts(setup.rows, loss.length(setup.seq_len + loss.virtual_tokens)),
+        loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
         reentrant=setup.use_reentrant,
         checkpoints_forward=job.script.checkpoints_forward,
@@ -71,9 +72,9 @@ def running_of(job: Job, compute_capability: str) -> Running:
         hooks_inputs=setup.by.hooks_inputs,
         kernels=kernels_of(setup.kernels or ()),
         chip=chip,
-        fuses_first=setup.rows * (setup.seq_len + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
+        fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
-        hosted=bool(setup.offload_checkpoints) and setup.rows * setup.seq_len > (tokens_kept(job) or 0),
+        hosted=bool(setup.offload_checkpoints) and setup.rows * tokens > (tokens_kept(job) or 0),
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION,
@@ -120,6 +121,7 @@ def loss_sizes(job: Job) -> LossSizes:
         kept=_scored(job.setup),
         completion=job.setup.max_completion_length,
         by_rows=job.setup.by.scoring == "rows",
+        multiple=BLOCK_OF_FLEX if job.setup.packs_completions and kernels_of(job.setup.kernels or ()).layers is not None else 1,
     )
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "freeze_a", "freeze_adapter")
 """Options of LoRA with which no step was recorded."""
 BLOCK_OF_FLEX = 128
-"""Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py)."""
+"""Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py), prompts and completions
+each (unsloth, models/rl.py:3510)."""
 
 
 class Events(NamedTuple):
@@ -49,6 +50,8 @@ class Recorded(NamedTuple):
     `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is.
     `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in NF4, the modules left out.
     `first`: what the first layer does (forward, training, output), whose input is in 16 bits where results are in fp32.
+    `generates`: the rows are prompts with completions that the policy wrote, with a mask of them (unsloth_zoo,
+    `grpo_accumulated_loss`).
     """
 
     model: str
@@ -65,11 +68,17 @@ class Recorded(NamedTuple):
     by_function: bool = False
     in_16_bits: tuple[str, ...] | None = None
     first: tuple[str, str, int] | None = None
+    generates: bool = False
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
         """How the base is stored: the format, whether its scales are quantized too, and the modules left out."""
         return None if self.in_16_bits is None else ("nf4", True, set(self.in_16_bits))
+
+    @property
+    def of(self) -> tuple[object, ...]:
+        """What a job must have for the record to hold."""
+        return (self.model, self.scheme, self.r, set(self.modules), self.stored, self.generates)
 
     def of_layer(self, number: int) -> Events:
         """What a layer does, by its place."""
@@ -98,7 +107,9 @@ def recorded(job: "Job") -> "Recorded | None":
     elif job.method.name != "full" or setup.autocast != "none":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
-    wanted = (job.architecture.name, layers.scheme, getattr(config, "r", None) if modules else None, modules, quant)
+    rank = getattr(config, "r", None) if modules else None
+    wanted = (job.architecture.name, layers.scheme, rank, modules, quant, setup.by.generates)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
-    row = next((row for row in rows if (row.model, row.scheme, row.r, set(row.modules), row.stored) == wanted), None)
-    return None if row is not None and row.first is not None and setup.seq_len % BLOCK_OF_FLEX else row
+    row = next((row for row in rows if row.of == wanted), None)
+    padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0)
+    return None if row is not None and row.first is not None and not padded else row

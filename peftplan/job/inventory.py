@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
 from peftplan.job.job import Job
+from peftplan.job.kernels import kernels_of
 from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
-from peftplan.parameters import Parameters
+from peftplan.parameters import Parameter, Parameters
 
 if TYPE_CHECKING:
     from peftplan.distributed.shards import Holding
@@ -45,12 +46,18 @@ def inventory(job: Job) -> Inventory:
         on_host=setup.by.adapter_on_host(quantized=quant is not None),
     )
     built = built._replace(buffers=buffers)
+    if kernels_of(setup.kernels or ()).embedding is not None:
+        built = built._replace(all=tuple(_on_host(p) if p.in_embedding and p.owner == "base" else p for p in built.all))
     own = None
     if job.distributed is not None:
         from peftplan.distributed.shards import holding
 
         own = holding(built, job.distributed, architecture, autocast=str(setup.autocast), quantized=quant is not None)
     return Inventory(job, built, _lasting(job, built, own), own)
+
+
+def _on_host(p: Parameter) -> Parameter:
+    return p._replace(allocations=tuple(a._replace(place="host") for a in p.allocations))
 
 
 UNLIKE = ("device-map", "zero1", "zero2")

@@ -107,6 +107,12 @@ class Checkpoint(NamedTuple):
     least_bytes: int
 
 
+class HostEmbedding(NamedTuple):
+    """An input embedding that is moved to host memory once the model is loaded. Its rows are looked up there."""
+
+    source: str
+
+
 class FakeQuantized(NamedTuple):
     """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row."""
 
@@ -116,9 +122,8 @@ class FakeQuantized(NamedTuple):
 
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
-Kernel: TypeAlias = (
-    CompiledLayers | FakeQuantized | Norm | Rotary | Gated | Lora | Decoder | PaddingFree | Checkpoint | LayerNorms
-)
+Part: TypeAlias = CompiledLayers | FakeQuantized | HostEmbedding | Decoder | PaddingFree | Checkpoint
+Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
 UNSLOTH_CHECKPOINT = Checkpoint(
     "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
@@ -151,6 +156,7 @@ KERNELS: dict[str, Kernel] = {
         "unsloth 2026.10.9, models/_block_compile.py, models/_utils.py (`_prepare_model_for_qat`)", scheme=INT8_INT4
     ),
     "unsloth-qat-int8-int4.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-offload.embedding": HostEmbedding("unsloth 2026.10.9, models/vision.py (`_install_offload_embedding_hooks`)"),
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
@@ -182,6 +188,7 @@ class Kernels(NamedTuple):
     lora_qkv: Lora | None = None
     lora_o: Lora | None = None
     fake_quant: FakeQuantized | None = None
+    embedding: HostEmbedding | None = None
 
     @property
     def sets_up_allocator(self) -> bool:

@@ -99,6 +99,18 @@ class LossSizes(NamedTuple):
     completion: int | None = None
     by_rows: bool = False
     """Whether it is made of one row after another."""
+    multiple: int = 1
+    """What prompts, and completions, are each padded to a multiple of in training."""
+
+    def row(self, seq_len: Size) -> Size:
+        """Tokens of a row in training, of prompts and completions of `seq_len` tokens."""
+        if self.completion is None or self.multiple == 1:
+            return seq_len
+        prompt = -(-(seq_len - self.completion) // self.multiple) * self.multiple
+        return prompt + self._padded(self.completion)
+
+    def _padded(self, tokens: int) -> int:
+        return ceil_div(tokens, self.multiple) * self.multiple
 
     def length(self, seq_len: Size) -> Size:
         """Hidden states per row that reach the loss. `seq_len` includes virtual tokens."""
@@ -179,7 +191,7 @@ class LossSizes(NamedTuple):
     def _scored(self, b: Size, length: Size) -> Size:
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         labels = length - max(self.virtual_tokens * self.prompted, 1)
-        return b * (labels if self.completion is None else smaller(labels, self.completion))
+        return b * (labels if self.completion is None else smaller(labels, self._padded(self.completion)))
 
 
 CHUNK_FACTS = 3

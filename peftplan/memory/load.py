@@ -56,6 +56,7 @@ def load_into(
     arrives: bool = False,
     asks_for_room: bool = False,
     warms_up: bool = True,
+    packed: bool = False,
     workspace: int | None = None,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
@@ -63,6 +64,7 @@ def load_into(
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
     `asks_for_room`: `device_map="auto"` puts a tensor of 8 bytes on each GPU first; the warm-up leaves out what the allocator
     kept of it (accelerate, `get_max_memory`).
+    `packed`: quantized weights arrive as they are stored.
     `warms_up`: whether a model loaded to its device comes behind a warm-up block.
     `workspace`: bytes of cuBLAS, which the first norm of DoRA's layers takes for good; None where they are made on the host.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
@@ -86,8 +88,11 @@ def load_into(
     absmax = {id(p): _absmax_bytes(p) if doubled else 0 for p in base if p.quantized}
     widened = {id(p) for p in base if not p.quantized and _loaded(p, dtype_of(p.name)) < _bytes(p)}
     narrow: dict[tuple[str, int | None], list[Handle]] = {}
+    leaving: list[Handle] = []
     for p, layer in first:
-        if p.quantized:
+        if _on_host(p):
+            leaving.append(memory.allocate(arriving[id(p)]))
+        elif p.quantized and not packed:
             _quantize_into(memory, sizes_of[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
         elif id(p) in widened:
             narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
@@ -101,6 +106,8 @@ def load_into(
             memory.release(narrow[p.name, layer].pop(0))
     if prepared or not warms_up:  # newer releases of peft; a reader of its own behind each file
         memory.empty_cache()
+    for tensor in leaving:
+        memory.release(tensor)
     uncast: list[tuple[Parameter, Handle]] = []
     cast = {id(p) for p in parameters.all if _is_cast(p, adapters_pass_in)}
     of_dora = {} if workspace is None else norms(parameters, quant, dtype=dtype, passing=adapters_pass_in)
@@ -193,18 +200,21 @@ def load_passing(
     dtype: str,
     dtype_of: Callable[[str], str],
     doubled: bool,
+    packed: bool = False,
     adapters_pass_in: tuple[str, ...] = (),
 ) -> tuple[Line, ...]:
     """What the peak of loading holds beyond the tensors that last: one line, or none where the end is the peak.
 
     `dtype` is what quantized weights are loaded in, `dtype_of` a name what others are; `doubled`: double quantization, whose fp32
-    absmax passes twice; `adapters_pass_in`: see `load_into`.
+    absmax passes twice; `packed`, `adapters_pass_in`: see `load_into`.
     """
     base = [p for p in parameters.all if p.owner == "base"]
     loaded = {id(p): _loaded(p, dtype_of(p.name)) for p in base}
     once = sum(round512(a.nbytes) for a in parameters.shared)
     end = once + sum(_bytes(p) * p.copies for p in parameters.all) + buffers.bytes()
-    peak = max(once + _quantizing(base, loaded, dtype=dtype, doubled=doubled), _preparing(base, loaded, buffers, once))
+    peak = _preparing(base, loaded, buffers, once)
+    if not packed:
+        peak = max(peak, once + _quantizing(base, loaded, dtype=dtype, doubled=doubled))
     if adapters_pass_in:
         peak = max(peak, end + _casting(parameters, adapters_pass_in))
     return (Line("weights while loading", "temporaries", "uint8", (peak - end,), 1, SOURCE),) if peak > end else ()
@@ -257,7 +267,13 @@ def _bytes(p: Parameter) -> int:
 
 def _loaded(p: Parameter, dtype: str) -> int:
     """Bytes of one tensor after loading and quantizing, before kbit preparation casts it."""
-    return _bytes(p) if p.quantized else min(_bytes(p), round512(ITEMSIZE[dtype] * p.numel))
+    narrow = round512(ITEMSIZE[dtype] * p.numel)
+    return _bytes(p) if p.quantized else narrow if _on_host(p) else min(_bytes(p), narrow)
+
+
+def _on_host(p: Parameter) -> bool:
+    """Whether a weight is moved to host memory once all are loaded."""
+    return p.owner == "base" and all(a.place == "host" for a in p.allocations)
 
 
 def _before(p: Parameter, last: Key, key: Key) -> int:

@@ -50,8 +50,8 @@ def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
 def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     """`grpo_accumulated_loss`: the log-probabilities of the completions' tokens.
 
-    Their hidden states are copied from a packed row, and read where they lie in a row of one completion. Left out: numbers of
-    tokens after these. Raises NeedsTraceError for a head that trains or has a bias.
+    Their hidden states are copied from a packed row or from padded ones, and read where they lie in a row of one completion. Left
+    out: numbers of tokens after these. Raises NeedsTraceError for a head that trains or has a bias.
 
     Source: unsloth_zoo 2026.10.9 `rl_replacements.py` (`grpo_accumulated_loss`, sequence packing), `fused_losses/fused_linear.py`
     (`_logprobs_impl` with `want_u`, `_lp_backward`).
@@ -63,7 +63,10 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     if head.bias is not None or weight.node is not None:
         raise NeedsTraceError(f"Unsloth's GRPO of {model.arch.model_type} with a head that trains or has a bias")
     mask = f.new(x.dims[:-1], "bool", "completions")
-    if model.running.kernels.padding_free is None:
+    if model.running.recorded is not None:  # rows of several completions
+        chosen = sliced(f, sliced(f, x, ("n", x.dims[-1])), ("n", x.dims[-1]))
+        chosen = ops.copied(f, chosen, "reshape") if model.running.batch_size > 1 else chosen
+    elif model.running.kernels.padding_free is None:
         chosen = sliced(f, sliced(f, x, x.dims), ("n", x.dims[-1]))
     else:
         row = sliced(f, x, x.dims)
@@ -154,6 +157,8 @@ def _chunked(
         if copies:
             chunk = _chosen(f, rows, hidden, dtype)
             targets = f.new((rows,), "int64", "index_select")
+        elif hidden.dtype != dtype:
+            chunk = f.new((rows, width), dtype, "to")
         f.products.append((len(f.log), "cuBLAS"))
         statistics = f.new((STATISTICS, splits, rows), "fp32", "part") if splits > FEW_SPLITS else None
         del statistics

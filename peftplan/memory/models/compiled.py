@@ -97,7 +97,10 @@ def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     f.module = name
     assert model.running.recorded is not None
     normed = fused_layers.rms_norm(f, NORM, x, weight, dtype="fp32" if model.running.recorded.wide_norm else None)
-    return normed if model.running.recorded.first is None else f.to(normed, model.running.dtype)
+    if model.running.recorded.first is None:
+        return normed
+    narrow = f.to(normed, model.running.dtype)
+    return normed if model.running.holds_hidden_states else narrow  # GRPO reads the last of the hidden states (models/rl.py:2089)
 
 
 def _layer(c: Call, x: Tensor) -> Tensor:
