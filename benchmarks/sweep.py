@@ -2,8 +2,9 @@
 
     python benchmarks/sweep.py [--points 1000000] [--sample 500]
 
-First the bytes that tensors request at batch × sequence × rank, as arrays; then `peftplan sweep` of the same grid to a CSV file,
-in a process of its own, with a card; then a sample of its rows against direct estimates: requested bytes everywhere, verdicts
+First the bytes that tensors request at batch × sequence × rank, as arrays; then those at world size × batch × sequence under each
+strategy that shards or replicates, each in a process of its own; then `peftplan sweep` of the first grid to a CSV file, in a
+process of its own, with a card; then a sample of its rows against direct estimates: requested bytes everywhere, verdicts
 where they are stated. Times are the processor's, so that other programs on the machine count less.
 """
 
@@ -29,7 +30,9 @@ from peftplan.planning.sweep_points import counted
 MODEL, METHOD, CARD = "llama-3.1-8b", "qlora", "a100-80gb"
 LENGTHS = 1000
 RANKS = 100
-ARRAYS_BAR_S, ROWS_BAR_S, MEMORY_BAR_GIB = 1.0, 20.0, 1.0
+STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+WORLDS = tuple(2**n for n in range(1, 11))
+ARRAYS_BAR_S, WORLDS_BAR_S, ROWS_BAR_S, MEMORY_BAR_GIB = 1.0, 2.0, 20.0, 1.0
 
 
 def arrays(points: int) -> float:
@@ -41,6 +44,24 @@ def arrays(points: int) -> float:
     sized = Sized(lambda rank: counted(MODEL, method=METHOD, r=rank), range(1, RANKS + 1), compute_capability="8.0")
     sized.requested(grid)
     return time.process_time() - start
+
+
+def over_worlds(points: int, strategy: str) -> float:
+    """Processor seconds for the requested bytes of so many points of a process's first job, LoRA, without its imports."""
+    axes = (np.arange(1, points // (LENGTHS * len(WORLDS)) + 1), np.arange(8, 8 * LENGTHS + 8, 8))
+    grid = Points(*(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")))
+    start = time.process_time()
+    for world in WORLDS:
+        options = {"method": "lora", "gpus": world, "strategy": strategy}
+        sized = Sized(lambda rank, options=options: counted(MODEL, **options), (), compute_capability="8.0")
+        sized.requested(grid)
+    return time.process_time() - start
+
+
+def apart(points: int, strategy: str) -> float:
+    """The same in a process of its own."""
+    command = [sys.executable, __file__, "--points", str(points), "--strategy", strategy]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def rows(points: int, output: Path) -> tuple[float, float, str]:
@@ -86,9 +107,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=10**6)
     parser.add_argument("--sample", type=int, default=500)
+    parser.add_argument("--strategy", choices=STRATEGIES, help="print the seconds of the points of one strategy alone")
     arguments = parser.parse_args()
+    if arguments.strategy:
+        print(over_worlds(arguments.points, arguments.strategy))
+        return 0
     print("| what | measured | bar |\n| --- | --- | --- |")
     print(f"| requested bytes of {arguments.points:,} points | {arrays(arguments.points):.2f} s | ≤ {ARRAYS_BAR_S} s |")
+    for strategy in STRATEGIES:
+        seconds = apart(arguments.points, strategy)
+        print(f"| those of {arguments.points:,} points over 2 to 1,024 GPUs, {strategy} | {seconds:.2f} s | ≤ {WORLDS_BAR_S} s |")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "grid.csv"
         seconds, gib, summary = rows(arguments.points, output)

@@ -50,7 +50,8 @@ both a room and a function."""
 COMPUTES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 ARRAYS = (
     *("arrays.py", "analytic/moments.py", "results/grid.py"),
-    *("analytic/ranked.py", "analytic/sized.py", "planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
+    *("analytic/ranked.py", "analytic/sized.py", "analytic/worlds.py"),
+    *("planning/decided.py", "planning/sweep_points.py", "planning/at_sizes.py"),
 )
 """The files that evaluate many sizes at once, with numpy; nothing imports them earlier. `arrays` only names its types."""
 TERMINAL = {"click": ("cli",), "rich": ("report",), "matplotlib": ("report",)}

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
 
+    OfRank = tuple[int | None, int | None] | None
+
 
 class Compiled(NamedTuple):
     """A job without its sizes: the tensors that last from step to step, the peak of loading, and the timeline of a step."""
@@ -168,16 +170,13 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     Raises NeedsTraceError or NoEngineError if a part of the job has no formula.
     """
     job = inventory.job
-    step_key = late, *_step_key(job, compute_capability)
-    of_rank = inventory.holding and (inventory.holding.device, inventory.holding.rank)
-    for key in ((of_rank, step_key), (of_rank, step_key, job.multiprocessors)):  # of every card of this capability, or of one
-        if (kept := COMPILED.get(key)) is not None:
-            COMPILED.move_to_end(key)
-            return kept
+    of_rank, step_key, keys = _keys(inventory, compute_capability, late=late)
+    if (kept := _kept(keys)) is not None:
+        return kept
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
-    compiled_job = _compile(inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late)
-    key = key if compiled_job.by_processors else key[:2]
+    compiled_job = compile_job(inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late)
+    key = keys[compiled_job.by_processors]
     if of_rank and of_rank[0]:
         earlier = (COMPILED.get(((device, None), *key[1:])) for device in range(of_rank[0]))
         if like := next((other for other in earlier if _needs_as(compiled_job, other)), None):
@@ -186,6 +185,30 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
+
+
+def is_compiled(inventory: "Inventory", compute_capability: str) -> bool:
+    """Whether the job is cached."""
+    _, _, keys = _keys(inventory, compute_capability, late=False)
+    return _kept(keys) is not None
+
+
+Key = tuple[object, ...]
+
+
+def _keys(inventory: "Inventory", compute_capability: str, *, late: bool) -> "tuple[OfRank, Key, tuple[Key, Key]]":
+    """Which GPU sees the job, what decides its operations, and its places in the cache: of every such card, of one alone."""
+    step_key = late, *key_of_step(inventory.job, compute_capability)
+    of_rank = inventory.holding and (inventory.holding.device, inventory.holding.rank)
+    return of_rank, step_key, ((of_rank, step_key), (of_rank, step_key, inventory.job.multiprocessors))
+
+
+def _kept(keys: tuple[Key, Key]) -> "Compiled | None":
+    for key in keys:
+        if (kept := COMPILED.get(key)) is not None:
+            COMPILED.move_to_end(key)
+            return kept
+    return None
 
 
 def _needs_as(step: Compiled, other: Compiled | None) -> bool:
@@ -201,7 +224,7 @@ _KEYED: "list[tuple[Job, str, tuple[object, ...]]]" = []
 """The job whose key was built last, and the key: one estimate asks for its steps several times, and for those of each rank."""
 
 
-def _step_key(job: "Job", compute_capability: str) -> tuple[object, ...]:
+def key_of_step(job: "Job", compute_capability: str) -> tuple[object, ...]:
     """What decides which operations a job runs, for the kernels of a compute capability."""
     for of_job, of_kernels, key in _KEYED:
         if of_job is job and of_kernels == compute_capability:
@@ -216,7 +239,7 @@ def _step_key(job: "Job", compute_capability: str) -> tuple[object, ...]:
     return key
 
 
-def _compile(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
+def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
     job, _, static, holding = inventory
     setup, architecture = job.setup, job.architecture
     if job.distributed is not None:

@@ -6,6 +6,7 @@ Needs numpy (extra `sweep`). Exact while float64 represents every integer, up to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from peftplan.arrays import Floats, Ints
 from peftplan.dtypes import ITEMSIZE
@@ -64,6 +65,25 @@ class Moments:
                 rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
             self.by_phase[phase] = _extreme(_undominated(rows)).astype(np.float64)
 
+    def at(self, constants: Mapping[str, int]) -> Moments:
+        """The same moments with some of the named sizes as numbers."""
+        index: dict[Size, int] = {}
+        column, units = [], []
+        for nbytes, dims in self.sizes:
+            numbers = prod([constants[str(dim)] for dim in dims if dim in constants])
+            size, times = _of_bytes((nbytes or ALLOCATION_ROUNDING) * numbers, tuple(dim for dim in dims if dim not in constants))
+            column.append(index.setdefault(size, len(index)))
+            units.append(times)
+        merged = np.zeros((len(self.sizes), len(index)), dtype=np.int64)
+        merged[np.arange(len(column)), column] = units
+        moments = Moments.__new__(Moments)
+        moments.sizes = tuple(index)
+        moments.by_phase = {
+            phase: _extreme(_undominated(np.unique(rows.astype(np.int64) @ merged, axis=0))).astype(np.float64)
+            for phase, rows in self.by_phase.items()
+        }
+        return moments
+
     def peaks(self, dims_by_name: Mapping[str, Ints], standing: int) -> dict[str, Ints]:
         """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
 
@@ -71,9 +91,10 @@ class Moments:
         """
         length = len(next(iter(dims_by_name.values())))
         by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
+        used = {str(dim) for _, dims in self.sizes for dim in dims}
         for start in range(0, length, CHUNK):
-            part = {name: values[start : start + CHUNK].astype(np.float64) for name, values in dims_by_name.items()}
-            points = len(next(iter(part.values())))
+            points = min(CHUNK, length - start)
+            part = {name: dims_by_name[name][start : start + CHUNK].astype(np.float64) for name in used}
             blocks = np.empty((len(self.sizes), points))
             for row, (number, dims) in enumerate(self.sizes):
                 numel: float | Floats = 1.0
@@ -90,10 +111,12 @@ class Moments:
 
 def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
     """The column of a tensor and what one tensor adds to it. A tensor that always fills whole units is counted in units."""
-    number = ITEMSIZE[dtype]
-    for dim in dims:
-        number *= dim if isinstance(dim, int) else 1
-    symbols = tuple(sorted(dim for dim in dims if not isinstance(dim, int)))
+    number = ITEMSIZE[dtype] * prod(dim for dim in dims if isinstance(dim, int))
+    return _of_bytes(number, tuple(sorted(dim for dim in dims if not isinstance(dim, int))))
+
+
+def _of_bytes(number: int, symbols: tuple[Dim, ...]) -> tuple[Size, int]:
+    """The same for a tensor of so many bytes times the named sizes."""
     if number % ALLOCATION_ROUNDING and symbols:
         return (number, symbols), 1
     return (0, symbols), -(-number // ALLOCATION_ROUNDING)

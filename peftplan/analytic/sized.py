@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.analytic.compiled import Compiled, compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
+from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.inventory import Inventory, of_any_device, on_each_device
@@ -59,7 +60,7 @@ class Sized:
             )
         self.of_each = self._of_each() if of_any_device(self.first) else ()
         """The GPUs that need unlike amounts."""
-        self._ranked: dict[tuple[int, int | None], tuple[Ranked, Moments]] = {}
+        self._ranked: dict[tuple[int, int | None], tuple[Ranked | OverRanks, Moments]] = {}
         self._on_lines: dict[int, bool] = {}
 
     def _of_each(self) -> tuple[Sized, ...]:
@@ -68,7 +69,12 @@ class Sized:
         def on(device: int) -> Sized:
             return Sized(lambda rank: each(rank)[device], self.ranks, compute_capability=self.compute_capability)
 
-        return tuple(map(on, range(len(each(self.ranks[0] if self.ranks else None)))))
+        of_first = [of_job.holding for of_job in each(self.ranks[0] if self.ranks else None)]
+        places = {
+            n if holding is None or len(self.ranks) > 1 else (holding.device, holding.rank): n
+            for n, holding in enumerate(of_first)
+        }
+        return tuple(map(on, places.values()))
 
     def requested(self, points: Points) -> dict[str, Ints]:
         """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are most."""
@@ -112,16 +118,16 @@ class Sized:
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked, Moments]]:
+    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks, Moments]]:
         """The groups of `_alike` in parts of at most `POINTS_AT_ONCE` points."""
         for where, ranked, moments in self._alike(points):
             for start in range(0, len(where), POINTS_AT_ONCE):
                 yield where[start : start + POINTS_AT_ONCE], ranked, moments
 
-    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked, Moments]]:
+    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks, Moments]]:
         """Groups of points that run the same operations: their indices, the job there, and its moments."""
-        first = self._compiled(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
-        facts = first.facts(points.batch_size, points.seq_len)
+        first = self._resized(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
+        facts = self._ranked_alone(first).compiled.facts(points.batch_size, points.seq_len)
         codes = np.zeros(len(points), dtype=np.int64)
         for bit, fact in enumerate(facts):
             codes += np.broadcast_to(fact, len(points)).astype(np.int64) << bit
@@ -138,10 +144,10 @@ class Sized:
     def _rank_at(self, points: Points, at: int) -> int | None:
         return None if points.rank is None else int(points.rank[at])
 
-    def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> tuple[Ranked, Moments] | None:
+    def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> tuple[Ranked | OverRanks, Moments] | None:
         """The job at all ranks; None if a dim is not linear in the rank."""
-        if not self.ranks:
-            return self._on_one_rank(code, batch_size, seq_len, None)
+        if len(set(self.ranks)) < 2:
+            return self._on_one_rank(code, batch_size, seq_len, self.ranks[0] if self.ranks else None)
         if code not in self._on_lines:
             ranked = of_all_ranks(lambda rank: self._compiled(batch_size, seq_len, rank), self.ranks)
             self._on_lines[code] = ranked is not None
@@ -149,11 +155,19 @@ class Sized:
                 self._ranked[code, None] = ranked, Moments(ranked.timeline)
         return self._ranked.get((code, None))
 
-    def _on_one_rank(self, code: int, batch_size: int, seq_len: int, rank: int | None) -> tuple[Ranked, Moments]:
+    def _on_one_rank(self, code: int, batch_size: int, seq_len: int, rank: int | None) -> tuple[Ranked | OverRanks, Moments]:
         if (code, rank) not in self._ranked:
-            ranked = of_one_rank(self._compiled(batch_size, seq_len, rank))
-            self._ranked[code, rank] = ranked, Moments(ranked.timeline)
+            ranked = self._ranked_alone(self._resized(batch_size, seq_len, rank))
+            moments = ranked.moments() if isinstance(ranked, OverRanks) else Moments(ranked.timeline)
+            self._ranked[code, rank] = ranked, moments
         return self._ranked[code, rank]
+
+    def _ranked_alone(self, of_job: Inventory) -> Ranked | OverRanks:
+        """A job at its own rank."""
+        of_ranks = of_job.job.distributed is not None and of_job.job.distributed.strategy in SHARED
+        if of_ranks and not is_compiled(of_job, self.compute_capability):
+            return over_ranks(of_job, self.compute_capability)
+        return of_one_rank(compiled(of_job, compute_capability=self.compute_capability))
 
 
 def _of_fullest(each: Sequence[dict[str, Ints]]) -> dict[str, Ints]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
+from peftplan.arrays import larger, smaller
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero3 import Limits
@@ -160,7 +161,12 @@ class Slot(NamedTuple):
     def of_rank(self, rank: int) -> int:
         """Elements that belong to a rank."""
         first, last = rank * self.partition, (rank + 1) * self.partition
-        return max(0, min(self.start + self.numel, last) - max(self.start, first))
+        return larger(smaller(last, self.start + self.numel) - larger(first, self.start), 0)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The first and the last rank that have a part of the tensor."""
+        return self.start // self.partition, (self.start + self.numel - 1) // self.partition
 
 
 def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot]:

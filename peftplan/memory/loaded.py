@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Generic, Protocol, TypeVar
 
+from peftplan.arrays import larger
 from peftplan.units import round512
 
 Handle = TypeVar("Handle")
@@ -51,7 +52,7 @@ class Level:
         """Count a tensor; what frees it is its size."""
         nbytes = round512(nbytes)
         self.now += nbytes
-        self.peak = max(self.peak, self.now)
+        self.peak = larger(self.peak, self.now)
         return nbytes
 
     def keep(self, sizes: tuple[int, ...], /) -> None:

@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from peftplan.arrays import larger, smaller
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, Slot, slots_of
+from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.model import Model
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
 from peftplan.tape.tensors import Parameter, Tensor
+from peftplan.units import ALLOCATION_ROUNDING, round512
 
 REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
@@ -29,6 +32,13 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
 
     Neighbours of one rank are a piece, and a single piece is not copied.
     """
+    reduced = [*reduced]
+    numel = sum(slot.numel for slot in reduced)
+    if scatters and 0 < numel <= bucket_size:  # all pieces are one copy, in whatever order
+        low, high = reduced[0].ends
+        for first, last in (slot.ends for slot in reduced):
+            low, high = smaller(low, first), larger(high, last)
+        return [numel] if high > low else []
     parts = (part for slot in reduced if scatters for part in slot.parts)
     pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
     copies = []
@@ -96,8 +106,8 @@ class Zero(Stage):
             self._new((numel,), self.dtype, "flattened bucket", stream)
         if self.offloads:
             self.copy_to_host(stream)
-        elif self.of_rank is None and any(slot.of_rank(self.rank) for slot in reduced):
-            reaching = sum(slot.numel for slot in self.slots.values() if slot.of_rank(self.rank))
+        elif self.of_rank is None and sum(slot.of_rank(self.rank) for slot in reduced) > 0:
+            reaching = sum(slot.numel * (slot.of_rank(self.rank) > 0) for slot in self.slots.values())
             self.of_rank = self._new((reaching,), self.dtype, "gradients of the rank's partition", stream, "gradients")
         if self.large is not None and not (self.partitions_gradients or reduced[0].of_rank(self.rank)):
             self.others.append(self.large)
@@ -133,11 +143,22 @@ class Zero(Stage):
         """`scaled_global_norm`: the norm of each gradient of the rank, cast to fp64; then the first group is flattened."""
         if self.offloads:
             return
-        for slot in self.slots.values():
-            if numel := slot.of_rank(self.rank):
-                self._norm(numel, 0)
+        self._norms([slot.of_rank(self.rank) for slot in self.slots.values()])
         self.norms.clear()
         self._flatten(0)
+
+    def _norms(self, numels: list[int]) -> None:
+        """The norm of each gradient, of a rank that stays open at once: as much as all of them need at their highest."""
+        if type(self.rank) is int:
+            for numel in filter(None, numels):
+                self._norm(numel, 0)
+            return
+        highest = there = 0
+        for numel in numels:
+            some = numel > 0
+            highest = larger(highest, some * (there + round512(ITEMSIZE["fp64"] * numel) + ALLOCATION_ROUNDING))
+            there += some * ALLOCATION_ROUNDING
+        self._new((highest,), "uint8", "norms at their highest", 0, "temporaries")
 
     def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
         """What the optimizer steps over, group by group; nothing where it is on the host."""
@@ -150,12 +171,12 @@ class Zero(Stage):
 
     def _flatten(self, group: int) -> None:
         """The gradients of a group in one tensor, cast to fp32. The last group's free those of the rank's partition."""
-        of_group = [slot for slot in self.slots.values() if slot.group == group and slot.of_rank(self.rank)]
+        parts = sum(slot.of_rank(self.rank) > 0 for slot in self.slots.values() if slot.group == group)
         numel = self.masters[group].numel
         flat = None
-        if len(of_group) > 1:
-            flat = self._new((numel,), self.dtype, "flat gradients", 0, "gradients")
+        if type(self.rank) is not int or parts > 1:
+            flat = self._new((numel * (parts > 1),), self.dtype, "flat gradients", 0, "gradients")
         self.flat = self._new((numel,), "fp32", "fp32 gradients", 0, "gradients")
         del flat
-        if not any(slot.group > group and slot.of_rank(self.rank) for slot in self.slots.values()):
+        if not sum(slot.of_rank(self.rank) for slot in self.slots.values() if slot.group > group):
             self.averaged.clear()

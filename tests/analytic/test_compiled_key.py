@@ -55,7 +55,7 @@ def compile_again(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         compiled.append(of.job)
         return SimpleNamespace(by_processors=by_processors)
 
-    monkeypatch.setattr(room, "_compile", compile_job)
+    monkeypatch.setattr(room, "compile_job", compile_job)
 
     of_base = inventory(JOB)
 

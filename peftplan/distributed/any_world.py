@@ -1,0 +1,171 @@
+"""A rank of a world whose size stays open: whole numbers that remember how they follow from the world size and the rank.
+
+A step is recorded for one rank of one world. Where the code goes by such a number, which of two is larger or whether it is zero,
+the answer is kept: the record holds for every other rank and world size that give the same answers, each number computed anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+from pydantic import PrivateAttr
+
+from peftplan.distributed.strategy import Distributed
+
+Op = Callable[[Any, Any], Any]
+
+
+class Worlds:
+    """Numbers computed from a world size and a rank, in order, and what the code went by."""
+
+    def __init__(self, world: int, rank: int = 0) -> None:
+        self._values: list[int] = [world, rank]
+        self._steps: list[tuple[Op | None, int, int]] = []
+        """Of every further number: an operation and the places of its operands, or a whole number."""
+        self._places: dict[tuple[Op | None, int, int], int] = {}
+        self._answers: dict[int, int] = {}
+        """A number's place → its value, where the code went by it."""
+        self._closed = False
+        self._last: tuple[tuple[int, int], list[int] | None] = (world, rank), self._values
+        self.world, self.rank = cast(int, Number(self, 0)), cast(int, Number(self, 1))
+
+    def at(self, world: int, rank: int) -> list[int] | None:
+        """Every number for a rank of a world, by place; None where the step is another one. The record ends here."""
+        self._closed = True
+        if self._last[0] != (world, rank):
+            self._last = (world, rank), self._evaluated(world, rank)
+        return self._last[1]
+
+    def _evaluated(self, world: int, rank: int) -> list[int] | None:
+        values = [world, rank]
+        add = values.append
+        try:
+            for op, a, b in self._steps:
+                add(a if op is None else op(values[a], values[b]))
+        except ZeroDivisionError:  # behind an answer that differs
+            return None
+        return values if all(values[place] == value for place, value in self._answers.items()) else None
+
+    def answer(self, place: int) -> int:
+        """The value of a number that the code goes by."""
+        if self._closed and place not in self._answers:
+            raise AssertionError("a number that differs between worlds is read as one of all")
+        return self._answers.setdefault(place, self._values[place])
+
+    def value(self, place: int) -> int:
+        """The value at the world size of the record, to show."""
+        return self._values[place]
+
+    def computed(self, op: Op, a: object, b: object) -> Any:
+        """The result of an operation: another number, but a float where an operand is one."""
+        if isinstance(a, float) or isinstance(b, float):
+            return op(float(a), float(b))  # type: ignore[arg-type]
+        left, right = self._place(a), self._place(b)
+        if left is None or right is None:
+            return NotImplemented
+        return Number(self, self._step(op, left, right, int(op(self._values[left], self._values[right]))))
+
+    def _place(self, number: object) -> int | None:
+        if type(number) is Number:
+            assert number.worlds is self, "numbers of two records meet"
+            return number.place
+        return self._step(None, number, 0, number) if type(number) in (int, bool) else None  # type: ignore[arg-type]
+
+    def _step(self, op: Op | None, a: int, b: int, value: int) -> int:
+        place = self._places.setdefault((op, a, b), len(self._values))
+        if place == len(self._values):
+            assert not self._closed, "a number of a record that has ended is computed with"
+            self._steps.append((op, a, b))
+            self._values.append(value)
+        return place
+
+
+def _forwards(op: Op) -> Any:
+    return lambda self, other: self.worlds.computed(op, self, other)
+
+
+def _backwards(op: Op) -> Any:
+    return lambda self, other: self.worlds.computed(op, other, self)
+
+
+class Number:
+    """A whole number, for code that computes with whole numbers. What it does not define goes by its value (`Worlds.answer`)."""
+
+    __slots__ = ("place", "worlds")
+
+    def __init__(self, worlds: Worlds, place: int) -> None:
+        self.worlds, self.place = worlds, place
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[int]:  # type: ignore[override]
+        return int
+
+    __add__, __radd__ = _forwards(operator.add), _backwards(operator.add)
+    __sub__, __rsub__ = _forwards(operator.sub), _backwards(operator.sub)
+    __mul__, __rmul__ = _forwards(operator.mul), _backwards(operator.mul)
+    __floordiv__, __rfloordiv__ = _forwards(operator.floordiv), _backwards(operator.floordiv)
+    __mod__, __rmod__ = _forwards(operator.mod), _backwards(operator.mod)
+    __lt__, __le__, __gt__, __ge__ = (_forwards(op) for op in (operator.lt, operator.le, operator.gt, operator.ge))
+
+    def __eq__(self, other: object) -> Any:
+        if type(other) is Number and other.worlds is not self.worlds:  # a table that outlives the record
+            return False
+        return self.worlds.computed(operator.eq, self, other)
+
+    def __ne__(self, other: object) -> Any:
+        return (self == other) == 0
+
+    def __hash__(self) -> int:
+        return hash((id(self.worlds), self.place))  # not that of its value: no table takes it for the whole number
+
+    def __neg__(self) -> Any:
+        return 0 - self
+
+    def __bool__(self) -> bool:
+        return not self.worlds.answer((self == 0).place)
+
+    def __index__(self) -> int:
+        return self.worlds.answer(self.place)
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(int(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(int(self), name)
+
+    def __str__(self) -> str:
+        return str(self.worlds.value(self.place))
+
+    __repr__ = __str__
+
+    def __format__(self, spec: str) -> str:
+        return format(self.worlds.value(self.place), spec)
+
+
+def place_of(number: object) -> int | None:
+    """The place of such a number in its record; None for a number that is the same in all worlds."""
+    return number.place if type(number) is Number else None
+
+
+class AnyWorld(Distributed):
+    """A strategy whose world size is such a number. Unequal to that of any other record."""
+
+    _worlds: Worlds = PrivateAttr()
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self._worlds.world
+
+
+def over_any_world(distributed: Distributed, worlds: Worlds) -> AnyWorld:
+    """A strategy over the world size of a record."""
+    anywhere = AnyWorld.model_construct(**dict(distributed))
+    anywhere._worlds = worlds
+    return anywhere
