@@ -32,7 +32,11 @@ class Assignments(Flow):
         else:
             loaded = ast.parse(ast.unparse(target), mode="eval").body
         value = self.fresh(ast.BinOp(loaded, node.op, node.value))
+        before = self.names.get(target.id) if isinstance(target, ast.Name) else None
+        same = [name for name, other in self.names.items() if other is before] if isinstance(before, list) else []
         self.visit(node.target)
+        for name in same:  # `+=` changes the list itself, whatever it is called
+            self._keep(name, value if self.taken else f"<{name}>", self.by_default)
         self._bind(node.target, value, self.by_default)
 
     def visit_NamedExpr(self, node: ast.NamedExpr) -> None:

@@ -15,6 +15,7 @@ from peftplan.job.configs.functions import (
     default_values,
     fields_written_by,
     functions_of,
+    grown_outside,
     of_field,
     overwritten_in,
     parameters,
@@ -23,7 +24,7 @@ from peftplan.job.configs.functions import (
 )
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.objects import COPIES
-from peftplan.job.configs.order import trains
+from peftplan.job.configs.order import trains, used_through
 from peftplan.job.configs.weights import Weights
 
 WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
@@ -54,6 +55,8 @@ class Calls(Weights):
         """Calls in functions that nothing calls."""
         self.used_by: dict[ast.Call, set[ast.Call]] = {}
         """Call → those that made what it is called with: of a trainer its model, its arguments and its adapter."""
+        self.trained: set[ast.Call] = set()
+        """Calls that made the models that trainers train."""
         self.doubts = Doubts()
         self.lengths: list[Call] = []
         """Calls that cut texts: of a tokenizer, whatever its name."""
@@ -81,7 +84,8 @@ class Calls(Weights):
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
-            self.frozen_before, self.adapting_before = earlier.frozen, earlier.adapting
+            self.frozen_before, self.adapting_before, self.parts_before = earlier.frozen, earlier.adapting, earlier.parts
+            self.trained_before = earlier.trained | used_through(earlier.trained, earlier.used_by)
 
     def read(self) -> None:
         """Read all statements; of one that nests too deep, what was read so far."""
@@ -156,6 +160,9 @@ class Calls(Weights):
                     self.names.pop(name)
         super().visit_Lambda(node)
         self._restore(before, before)
+        for each in ast.walk(node.body):
+            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in MUTATORS:
+                self._changed(each.func.value)
 
     def visit_Call(self, node: ast.Call) -> None:
         """A call, if its name is one of those that matter; what it is called with stands before it."""
@@ -218,6 +225,7 @@ class Calls(Weights):
             self.fields,
             values,
             self.frozen,
+            self.parts,
         )
 
     def _named(self, node: ast.AST) -> frozenset[str]:
@@ -238,6 +246,8 @@ class Calls(Weights):
             if not trains(name) or key in OF_TRAINING:
                 self.used_by.setdefault(node, set()).update(value.made_by if isinstance(value, Instance) else ())
                 self.doubts.note(node, key, value)
+            if trains(name) and key in ("0", "model") and isinstance(value, Instance):
+                self.trained.update(value.made_by)
             if key is None:
                 arguments |= (
                     value if isinstance(value, dict) and not isinstance(value, Instance) else {"**": "<keyword arguments>"}
@@ -295,6 +305,8 @@ class Calls(Weights):
         self.ran[function] = self.ran.get(function, False) or self.taken
         if not self.taken:
             return
+        for outside in grown_outside(called, MUTATORS):
+            self._forget(outside)
         positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
         named = positional[1:] if positional[:1] in (["self"], ["cls"]) else positional
         for argument, parameter in [

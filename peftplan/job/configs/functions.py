@@ -102,6 +102,15 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return [one.arg for one in (*each.posonlyargs, *each.args, *each.kwonlyargs, *rest)]
 
 
+def grown_outside(node: ast.FunctionDef | ast.AsyncFunctionDef, methods: Collection[str]) -> set[str]:
+    """Names of lists and dictionaries that are not the function's own and that it changes, by one of these methods or an item."""
+    own = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)}
+    called = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
+    changed = [each.value for each in called if isinstance(each, ast.Attribute) and each.attr in methods]
+    changed += [each.value for each in ast.walk(node) if isinstance(each, ast.Subscript) and not isinstance(each.ctx, ast.Load)]
+    return {each.id for each in changed if isinstance(each, ast.Name)} - own - {*parameters(node)}
+
+
 def default_values(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, ast.expr]:
     """Parameter → the expression that stands for it where a call leaves it out."""
     positional = [*node.args.posonlyargs, *node.args.args]

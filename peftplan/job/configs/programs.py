@@ -75,12 +75,14 @@ def _parts(statements: list[ast.stmt]) -> int:
 
 
 def _document(reader: Calls, file: str) -> Document:
-    counting, others = in_order(reader.calls, reader.untaken, reader.unused)
+    counting, rest = in_order(reader.calls, reader.untaken, reader.unused)
     calls = reader.doubts.settle(of_training_first(counting, reader.nodes, reader.used_by), reader.nodes, reader.used_by)
-    calls += [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in others]
+    calls += [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in rest]
     if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
     settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
-    freezes = reader.freezes(reader.passed | reader.unmentioned)
+    others = reader.passed | reader.unmentioned
+    freezes = reader.freezes(others)
     weights = [Call(call="requires_grad", args=[], kwargs={})] if freezes else []
+    weights += [Call(call="parts", args=[], kwargs={})] if reader.changes_parts(others) else []
     return Document({"calls": calls + reader.lengths + settings + weights}, kind="calls")

@@ -1,4 +1,4 @@
-"""What a program does to the weights of a model after loading it: which ones it freezes, and to what dtype it casts them."""
+"""What a program does to the weights of a model after loading it: which ones it freezes, casts or replaces."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ PLACED = ("device_map", "quantization_config", "load_in_4bit", "load_in_8bit")
 """Arguments that load a model on the device or quantize it, so that a cast has a peak of its own."""
 
 
+MEMBERS = ("parameters", "named_parameters", "modules", "named_modules", "children", "named_children")
+"""Methods of a module that go through its parts."""
+
+
 class Weights(Objects):
-    """Records whether weights are frozen other than by an adapter, and casts of a model that was loaded."""
+    """Records whether weights are frozen other than by an adapter, and casts of a model that was loaded, or of its parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,20 +41,89 @@ class Weights(Objects):
         """Likewise, as an earlier reading found."""
         self.done: set[str] = set()
         """Functions that have run a trainer: later changes do not count."""
+        self.parts: set[str] = set()
+        """Functions that cast or replace parts of a model."""
+        self.parts_before: set[str] = set()
+        """Likewise, as an earlier reading found."""
+        self.trained_before: set[ast.Call] = set()
+        """Calls that made the models of trainers, as an earlier reading found."""
+        self.members: dict[str, Instance | None] = {}
+        """Name of a loop over the parts of a model → the model."""
 
     def freezes(self, called_elsewhere: Collection[str]) -> bool:
         """Whether the program freezes weights of what it trains itself. `called_elsewhere`: functions that others may call."""
         return any(frozen for name, frozen in self.frozen.items() if name in ("", "__init__") or name in called_elsewhere)
 
-    def visit_Assign(self, node: ast.Assign) -> None:
-        """`parameter.requires_grad = False`."""
-        super().visit_Assign(node)
-        if any(isinstance(target, ast.Attribute) and target.attr == "requires_grad" for target in node.targets):
-            self._note_frozen(self.value(node.value))
+    def changes_parts(self, called_elsewhere: Collection[str]) -> bool:
+        """Likewise, whether it casts or replaces parts of a model."""
+        return not self.parts.isdisjoint({"", "__init__", *called_elsewhere})
 
-    def _note_frozen(self, value: object) -> None:
-        """Weights are frozen; or they are unfrozen, which changes something where an adapter has frozen the others."""
-        if value is not True or self._here() in self.adapting:
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """`parameter.requires_grad = False`, `parameter.data = parameter.data.float()`, `model.lm_head = Head()`."""
+        super().visit_Assign(node)
+        for target in (each for each in node.targets if isinstance(each, ast.Attribute)):
+            if target.attr == "requires_grad":
+                self._note_frozen(self.value(node.value), target)
+            elif (target.attr == "data" and self._casts(node.value)) or self._replaces(target, node.value):
+                self._note_part()
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        """`parameter.requires_grad ^= True`."""
+        super().visit_AugAssign(node)
+        if isinstance(node.target, ast.Attribute) and node.target.attr == "requires_grad":
+            self._note_frozen(None, node.target)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        """`model.lm_head.float()`: a cast whose result nobody takes is one in place, of a module."""
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Call) and self._casts(node.value) and self.itself(node.value) is None:
+            self._note_part()
+
+    def visit_For(self, node: ast.For | ast.AsyncFor) -> None:
+        """`for parameter in model.parameters()`."""
+        through = node.iter
+        while isinstance(through, ast.Call) and not (isinstance(through.func, ast.Attribute) and through.func.attr in MEMBERS):
+            through = through.args[0] if through.args else through.func
+        outer = self.members
+        if isinstance(through, ast.Call):
+            names = [each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)]
+            self.members = {**outer, **dict.fromkeys(names, self._model_of(through))}
+        super().visit_For(node)
+        self.members = outer
+
+    def _model_of(self, part: ast.expr) -> Instance | None:
+        """The model whose part an expression is."""
+        while isinstance(part, (ast.Attribute, ast.Subscript, ast.Call)):
+            part = part.func if isinstance(part, ast.Call) else part.value
+        if isinstance(part, ast.Name) and part.id in self.members:
+            return self.members[part.id]
+        return self.value_of_object(part)
+
+    def _casts(self, value: ast.expr) -> bool:
+        """Whether an expression is a cast to a dtype."""
+        return (
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Attribute)
+            and self._cast_to(value.func.attr, value) is not None
+        )
+
+    def _replaces(self, target: ast.Attribute, value: ast.expr) -> bool:
+        """Whether an assignment puts another module in the place of a model's."""
+        of = self._model_of(target) if isinstance(value, ast.Call) and "config" not in ast.unparse(target) else None
+        return of is not None and any("Model" in self.name_of(each.func) for each in of.made_by)
+
+    def _note_part(self) -> None:
+        if self.taken and self._here() not in self.done:
+            self.parts.add(self._here())
+
+    def _note_frozen(self, value: object, part: ast.expr) -> None:
+        """Weights are frozen; or they are unfrozen, which changes something where an adapter has frozen the others.
+
+        Those of another model than a trainer's, such as a reference, do not train anyway.
+        """
+        of = self._model_of(part)
+        beside = of is not None and not of.is_copy and self.trained_before and self.trained_before.isdisjoint(of.made_by)
+        if not beside and (value is not True or self._here() in self.adapting):
             self._set_frozen(frozen=True)
 
     def _set_frozen(self, *, frozen: bool) -> None:
@@ -65,9 +138,9 @@ class Weights(Objects):
         last = name.rpartition(".")[2]
         if last == "requires_grad_":
             values = [*node.args, *(each.value for each in node.keywords)]
-            self._note_frozen(self.value(values[0]) if values else True)
+            self._note_frozen(self.value(values[0]) if values else True, node.func)
         elif last == "setattr" and len(node.args) == 3 and self.value(node.args[1]) == "requires_grad":
-            self._note_frozen(self.value(node.args[2]))
+            self._note_frozen(self.value(node.args[2]), node.args[0])
         elif last == "get_peft_model" or (trains(name) and any(each.arg == "peft_config" for each in node.keywords)):
             self._set_frozen(frozen=False)
             self.adapting.add(self._here())
@@ -79,6 +152,8 @@ class Weights(Objects):
             self._set_frozen(frozen=self.frozen_before[last])
             if last in self.adapting_before:
                 self.adapting.add(self._here())
+        if last in self.parts_before:
+            self._note_part()
         if (dtype := self._cast_to(last, node)) is not None:
             self._note_cast(node, dtype)
 

@@ -242,8 +242,8 @@ def test_unsloth_loads_phi_with_its_projections_apart() -> None:
     assert (result.model["name"], result.trainable_parameters) == ("phi-3-medium-4k-instruct", 65_536_000)
     assert result.peaks is not None
     in_fp16 = UNSLOTH.format(settings="", arguments="").replace('Llama-3.2-1B"', 'Phi-3-medium-4k-instruct", dtype=torch.float16')
-    without_kernels = peftplan.estimate(config=read_text(in_fp16, file="a.py"))
-    assert (without_kernels.peaks, without_kernels.trainable_parameters) == (None, 65_536_000)
+    half = peftplan.estimate(config=read_text(in_fp16, file="a.py"))
+    assert (half.peaks is not None, half.trainable_parameters) == (True, 65_536_000)
     fused = peftplan.estimate("phi-3-medium-4k-instruct", method="lora", r=16, target_modules=["qkv_proj", "gate_up_proj"])
     assert fused.trainable_parameters != result.trainable_parameters
 

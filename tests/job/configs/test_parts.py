@@ -1,0 +1,125 @@
+"""What programs do to weights between loading and training: casts of parts, other heads, frozen references, lists."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_text
+from tests.job.configs.files import AXOLOTL, read
+
+MODEL = 'model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype=torch.bfloat16)\n'
+TRAINS = "Trainer(model=model, args=TrainingArguments('o', bf16=True), train_dataset=data).train()\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "model.lm_head.float()",
+        "model.model.embed_tokens.to(torch.float32)",
+        "model.lm_head = CastOutputToFloat(model.lm_head)",
+        "for p in model.parameters():\n    p.data = p.data.to(torch.float32)",
+        "for name, module in model.named_modules():\n    if 'norm' in name:\n        module.to(torch.float32)",
+        "def upcast(model):\n    for p in model.parameters():\n        p.data = p.data.float()\nupcast(model)",
+    ],
+)
+def test_a_cast_of_a_part_is_not_silent(changes: str) -> None:
+    plan = read_text(f"{MODEL}{changes}\n{TRAINS}", file="run.py")
+    assert plan.unsupported.keys() == {"parts.call"}
+    assert peftplan.estimate(config=plan).peaks is None
+    assert peftplan.estimate(config=plan, dtype="fp32").peaks is not None
+    assert not read_text(f"{MODEL}{TRAINS}{changes}\n", file="run.py").unsupported or "def " in changes  # after training
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "model.config.use_cache = False",
+        "model.generation_config = GenerationConfig(temperature=None)",
+        "logits = outputs.logits.float()",
+        "batch = {k: v.to(torch.float32) for k, v in batch.items()}",
+        "model.to('cuda')",
+        "tokenizer.pad_token = str(tokenizer.eos_token)",
+    ],
+)
+def test_what_casts_no_part(kept: str) -> None:
+    assert read_text(f"{MODEL}{kept}\n{TRAINS}", file="run.py").unsupported == {}
+
+
+def test_an_inverted_switch_freezes() -> None:
+    flips = "for p in model.parameters():\n    p.requires_grad ^= True\n"
+    assert read_text(MODEL + flips + TRAINS, file="run.py").unsupported.keys() == {"weights.call"}
+
+
+REFERENCE = MODEL + MODEL.replace("model", "ref_model", 1)
+PREFERS = "DPOTrainer(model=model, ref_model=ref_model, args=DPOConfig('o'), train_dataset=data).train()\n"
+
+
+@pytest.mark.parametrize(
+    "freezes",
+    [
+        "ref_model.requires_grad_(False)",
+        "for p in ref_model.parameters():\n    p.requires_grad = False",
+        "for name, p in list(ref_model.named_parameters()):\n    p.requires_grad_(False)",
+    ],
+)
+def test_a_frozen_reference_trains_no_less(freezes: str) -> None:
+    plan = read_text(f"{REFERENCE}{freezes}\n{PREFERS}", file="run.py")
+    assert (plan.options["trainer"], plan.options["method"], plan.unsupported) == ("trl-dpo", "full", {})
+    itself = read_text(f"{REFERENCE}{freezes.replace('ref_model', 'model')}\n{PREFERS}", file="run.py")
+    assert itself.unsupported.keys() == {"weights.call"}
+
+
+@pytest.mark.parametrize(
+    ("fills", "targets"),
+    [
+        ("names = ['q_proj']\nother = names\nother += ['v_proj']", ("q_proj", "v_proj")),
+        ("names = ['q_proj']\nadd = lambda name: names.append(name)\nadd('v_proj')", None),
+        ("def add(name):\n    names.append(name)\nnames = ['q_proj']\nadd('v_proj')", None),
+        ("names = ['q_proj']\ndef add(name):\n    names.append(name)\nadd('v_proj')", None),
+    ],
+)
+def test_lists_that_grow_under_another_name(fills: str, targets: tuple[str, ...] | None) -> None:
+    adapts = "model = get_peft_model(model, LoraConfig(r=8, target_modules=names))\n"
+    plan = read_text(f"{fills}\n{MODEL}{adapts}{TRAINS}", file="run.py")
+    assert plan.options.get("target_modules") == targets
+    assert plan.unsupported.keys() == (set() if targets else {"lora.target_modules"})
+
+
+def test_a_program_of_trainer_leaves_the_length_to_the_data() -> None:
+    """TRL's SFTTrainer cuts texts at 1,024 tokens, transformers' Trainer nowhere; RoBERTa has 512 positions."""
+    program = (
+        "model = AutoModelForSequenceClassification.from_pretrained('roberta-base')\nTrainer(model, TrainingArguments('o'))\n"
+    )
+    plan = read_text(program, file="run.py")
+    assert "seq_len" not in plan.options
+    assert "the data decide" in plan.assumed["seq_len"]
+    assert peftplan.estimate(config=plan).assumptions["seq_len"] == 512
+    cut = read_text(f"tokenizer(text, truncation=True, max_length=128)\n{program}", file="run.py")
+    assert (cut.options["seq_len"], "seq_len" in cut.assumed) == (128, False)
+
+
+def test_axolotl_s_precisions() -> None:
+    """Trainer's `bf16` is `bf16 or bfloat16` (core/builders/base.py:276); `bf16: auto` is one (utils/config/__init__.py:166)."""
+    rows = {
+        (False, "bfloat16"): ("bf16", "bf16"),
+        ("auto", "bfloat16"): ("bf16", "bf16"),
+        ("full", "bfloat16"): ("bf16", "none"),
+        (False, "float16"): ("fp16", "none"),
+        ("auto", "float16"): ("bf16", "bf16"),
+    }
+    for (bf16, word), expected in rows.items():
+        options = read({**AXOLOTL, "bf16": bf16, word: True}).options
+        assert (options["dtype"], options["autocast"]) == expected, (bf16, word)
+    unsaid = read({**{key: value for key, value in AXOLOTL.items() if key != "bf16"}, "float16": True}).options
+    assert (unsaid["dtype"], unsaid["autocast"]) == ("bf16", "bf16")
+
+
+def test_unsloth_in_fp16() -> None:
+    """Its mixed precision follows the model's dtype (models/rl.py:2676), and so do NF4's products (models/llama.py:4019)."""
+    loads = "model, tokenizer = FastLanguageModel.from_pretrained('unsloth/Qwen2.5-0.5B', dtype=torch.float16{})\n"
+    adapts = "model = FastLanguageModel.get_peft_model(model, r=16)\nSFTTrainer(model=model, args=SFTConfig('o')).train()\n"
+    options = read_text(loads.format("") + adapts, file="run.py").options
+    assert (options["dtype"], options["autocast"], options["compute_dtype"]) == ("fp16", "fp16", "fp16")
+    options = read_text(loads.format(", load_in_4bit=False") + adapts, file="run.py").options
+    assert (options["dtype"], options["autocast"], options.get("compute_dtype")) == ("fp16", "fp16", None)
