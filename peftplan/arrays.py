@@ -46,7 +46,8 @@ def larger(a: Size, b: Size | int) -> Size:
 
 def numel_at(dims: Sequence[int | str], sizes: Mapping[str, Size]) -> Size:
     """How many elements a tensor of these dims has, of which one or more are named."""
-    first, *others = (sizes[dim] for dim in dims if not isinstance(dim, int))
+    named = (dim for dim in dims if not isinstance(dim, int))
+    first, *others = (dim.at(sizes) if isinstance(dim, Derived) else sizes[dim] for dim in named)
     for other in others:
         first = first * other
     return first * prod(dim for dim in dims if isinstance(dim, int))

@@ -61,6 +61,12 @@ LABELS_PADDED = Change("transformers", (4, 49), "`ForCausalLMLoss` pads labels i
 PACKED_POSITIONS = Change("transformers", (4, 54), "`_preprocess_mask_arguments` reads positions as those of packed sequences")
 PACKED_POSITIONS_CHECKED = Change("transformers", (5, 0), "`_preprocess_mask_arguments` looks whether positions are packed")
 DTYPE_OF_CHECKPOINT = Change("transformers", (5, 0), "`from_pretrained` takes `auto` for no dtype; before, torch's default")
+EXPERTS_FUSED = Change(
+    "transformers", (5, 0), "`MixtralExperts` holds two 3-D parameters; before, it was a list of `MixtralBlockSparseTop2MLP`"
+)
+QUANTIZED_ON_CARD = Change(
+    "transformers", (5, 0), "no `_load_state_dict_into_meta_model` that moves a quantized weight to the host"
+)
 LOADING_IN_THREADS = Change("transformers", (5, 0), "`core_model_loading.py` copies weights in threads")
 QUANTIZING_IN_TURN = Change("transformers", (5, 4), "`core_model_loading.py` asks for `has_on_the_fly_quantization`")
 TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ties weights; before, loading did")

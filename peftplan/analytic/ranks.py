@@ -188,7 +188,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if distributed.strategy == "fsdp1":
         accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
         stays = whole_sizes(parameters, holding.each or holding.parameters)
-        return flat_units(model, buffers, accumulates=accumulates, whole=of_one_gpu if job.quant else None, stays=stays)
+        on_host = distributed.cpu_ram_efficient_loading and job.script.quantizes_to_host
+        whole = of_one_gpu if job.quant and not on_host else None
+        return flat_units(model, buffers, accumulates=accumulates, whole=whole, stays=stays)
     whole = of_one_gpu if job.quant is not None and not job.quant.by_torchao else None
     if distributed.strategy == "zero3":
         table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)

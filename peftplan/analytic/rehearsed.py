@@ -47,6 +47,9 @@ UNDER_DEEPSPEED = (
 """The same under DeepSpeed."""
 DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"), ("qwen3", "full"), ("phi3", "full"))
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
+APART = f"experts as before {versions.EXPERTS_FUSED.named}"
+REENTRANT = "reentrant checkpoints"
+"""Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
@@ -69,7 +72,7 @@ def without_formula(job: Job) -> str | None:
     if distributed.strategy == "device-map":
         return _listed(_unknown_to_device_map(job))
     unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
-        "use_reentrant": job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and not _rehearsed_reentrant(job),
+        REENTRANT: job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and not _rehearsed_reentrant(job),
         **_unrehearsed(job),
     }
     return _listed(unknown)
@@ -88,6 +91,7 @@ def _unknown_to_tp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": ranks_of(distributed) * (distributed.pp_size or 1) != distributed.world_size,
         "ep_size": distributed.ep_size not in (None, 1),
         "pp_size": distributed.pp_size not in (None, 1),
+        APART: _has_experts_apart(job),
         f"a vocabulary of {architecture.vocab_size:,}": bool((architecture.vocab_size or 0) % ranks_of(distributed)),
         "target_modules": any(module.name in tables for module in job.adaptation.matched),
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
@@ -109,7 +113,7 @@ def _unknown_to_dense(job: Job, model_types: tuple[str, ...], optimizers: tuple[
         f"method {method}": method not in ("full", "lora") or bool(getattr(job.config, "use_dora", False)),
         f"quant {job.quant and job.quant.name}": job.quant is not None,
         "loss": setup.loss != "full",
-        "use_reentrant": bool(setup.use_reentrant and setup.gradient_checkpointing),
+        REENTRANT: bool(setup.use_reentrant and setup.gradient_checkpointing),
         "keep_gradients": bool(setup.keep_gradients),
         f"optim {setup.optim}": setup.optim not in optimizers,
     }
@@ -186,12 +190,17 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     return unknown | {
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
         "reduce_scatter": distributed.reduce_scatter is False,
+        APART: _has_experts_apart(job),
         "offload_params": distributed.offload_params == "nvme",
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
         "bias": getattr(job.config, "bias", "none") != "none",
         "target_modules": any(module.name in tables for module in job.adaptation.matched)
         or any(leaf is not None and tensor.name.startswith(leaf) for tensor in job.adaptation.added),
     }
+
+
+def _has_experts_apart(job: Job) -> bool:
+    return any(block.mlp.apart for block in job.architecture.blocks)
 
 
 def _in_fp16(job: Job, distributed: Distributed) -> bool:

@@ -127,7 +127,10 @@ class Router(NamedTuple):
 
 
 class Mlp(NamedTuple):
-    """The feed-forward part of a block: plain (two matrices), gated (three), or a mixture of gated experts."""
+    """The feed-forward part of a block: plain (two matrices), gated (three), or a mixture of gated experts.
+
+    `apart`: each expert is linear layers of its own; they run one after the other.
+    """
 
     variant: Literal["plain", "gated", "moe"]
     intermediate_size: int
@@ -137,6 +140,7 @@ class Mlp(NamedTuple):
     num_experts_per_tok: int = 0
     shared_intermediate_size: int = 0
     router: Router = Router()
+    apart: bool = False
 
 
 class Block(NamedTuple):

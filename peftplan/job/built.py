@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
-from peftplan.arch.modules import Architecture, Block, Buffer, Mlp
+from peftplan.arch.modules import Architecture, Block, Buffer, Mlp, Module, linear
 from peftplan.arch.readers import read_config
 from peftplan.job.kernels import INT8_INT4
 from peftplan.optim import parse_optim
@@ -68,6 +68,29 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *
         return architecture
     a = architecture
     return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
+
+
+def with_experts_apart(architecture: Architecture) -> Architecture:
+    """Mixtral with the modules that it had before transformers 5: a linear router, and three linear layers for each expert.
+
+    Source: transformers before `versions.EXPERTS_FUSED`, models/mixtral/modeling_mixtral.py (`MixtralBlockSparseTop2MLP`,
+    `MixtralSparseMoeBlock`).
+    """
+    if architecture.model_type != "mixtral":
+        return architecture
+    modules: list[Module] = []
+    for module in architecture.modules:
+        block = module.name.rpartition(".")[0].removesuffix("mlp") + "block_sparse_moe"
+        if module.kind == "Router":
+            modules.append(module._replace(name=f"{block}.gate", kind="Linear"))
+        elif module.kind == "Experts":
+            e, h, i = module.shape("down_proj")
+            sides = {"w1": (h, i), "w2": (i, h), "w3": (h, i)}
+            modules += [linear(f"{block}.experts.{k}.{w}", *sides[w], layers=module.layers) for k in range(e) for w in sides]
+        else:
+            modules.append(module)
+    blocks = tuple(block._replace(mlp=block.mlp._replace(apart=True)) for block in architecture.blocks)
+    return replace(architecture, modules=tuple(modules), blocks=blocks)
 
 
 def config_unsloth_loads(config: dict[str, object]) -> dict[str, object]:

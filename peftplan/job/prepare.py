@@ -108,6 +108,10 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_torchtune_builds
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
+    if request.script.experts_apart:
+        from peftplan.job.built import with_experts_apart
+
+        architecture = with_experts_apart(architecture)
     kernels = kernels_of(setup.kernels or ())
     if setup.by_unsloth:
         from peftplan.job.built import as_unsloth_loads

@@ -49,8 +49,8 @@ class Script(BaseModel):
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one as in `versions.READ_IN`. Decides `rotary_by_product`, `shifts_logits`,
-    `collects_batches`, `logits_in_fp32`, `loads_in_threads`, `checkpoints_forward` and `masks_unpadded`, as Llama's code had it
-    (both losses: of classes called …ForCausalLM)."""
+    `collects_batches`, `logits_in_fp32`, `loads_in_threads`, `checkpoints_forward`, `experts_apart` and `masks_unpadded`, as
+    Llama's code had it (both losses: of classes called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
     """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`."""
@@ -96,6 +96,16 @@ class Script(BaseModel):
     def checkpoints_forward(self) -> bool:
         """Whether a checkpoint covers a layer's forward alone, or the hooks around it too."""
         return not self.checkpoints_hooks and not versions.FORWARD_CHECKPOINTED.after(self.transformers)
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether each expert of Mixtral is three linear layers, run one after the other, or part of two fused parameters."""
+        return versions.EXPERTS_FUSED.after(self.transformers)
+
+    @property
+    def quantizes_to_host(self) -> bool:
+        """Whether a rank whose loading is efficient moves each weight to the host once it is quantized, under FSDP."""
+        return versions.QUANTIZED_ON_CARD.after(self.transformers)
 
     @property
     def loads_in_threads(self) -> bool:

@@ -55,6 +55,8 @@ class FlatUnits(NamedTuple):
         model = None if self.of_one_gpu is None else Whole(memory, self.stays)
         if self.of_one_gpu is not None and model is not None:
             self.of_one_gpu(model)
+        elif self.stays:
+            memory.keep(tuple(nbytes for sizes, count in self.stays.items() for nbytes in sizes * count))
         for flat in self.flats:
             tensors = [memory.allocate(nbytes) if model is None else model.taken(nbytes) for nbytes in flat.tensors]
             send(memory, flat_tensors(("", nbytes) for nbytes in flat.tensors))

@@ -72,7 +72,7 @@ def fused_expert_targets(
     """
     parameters = tuple(config.target_parameters or ())
     base = CONVERSIONS.get(arch.model_type)
-    if base is None:
+    if base is None or any(block.mlp.apart for block in arch.blocks):
         return ResolvedTargets(target_modules, parameters)
     if target_modules == PEFT_DEFAULT:
         if parameters:

@@ -11,6 +11,7 @@ from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
+from peftplan.versions import EXPERTS_FUSED
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -46,6 +47,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
+    if any(block.mlp.apart for block in job.architecture.blocks):
+        raise RefusedError(f"engine: trace runs fused experts, not those before {EXPERTS_FUSED.named}; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, tensor parallelism and device_map"
         raise RefusedError(f"engine: trace follows {followed}, not {unknown}; accepted: analytic")

@@ -36,43 +36,43 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     return {"method": row["method"], "autocast": autocast, "gpus": row["world"], "strategy": "fsdp1", **adapter, **stored}
 
 
-FUSED = ("pk00061", "pk00063")
-"""QLoRA of Mixtral: transformers 4.48 quantized its experts one by one; today's class has fused ones, which stay in 16 bits."""
+THEN = Script.on(torch="2.4.1", transformers="4.48.1")
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in ROWS if row["id"] not in FUSED], ids=[row["id"] for row in ROWS if row["id"] not in FUSED]
-)
+@pytest.mark.parametrize("row", ROWS, ids=[row["id"] for row in ROWS])
 def test_what_lasts_on_a_rank(row: dict[str, Any]) -> None:
     """Within 0.05 %: with the batch, three int64 tensors of all tokens."""
-    result = peftplan.estimate(MODELS[row["model"]], **options(row))
+    result = peftplan.estimate(MODELS[row["model"]], **options(row), script=THEN)
     batch = 3 * 8 * row["batch"] * row["seq"]
     assert result.persistent_bytes + WORKSPACES + batch == pytest.approx(row["steady_bytes"], rel=5e-4)
 
 
-MIXTURES = [row["id"] for row in ROWS if "Mixtral" in row["model"]]
-"""transformers 4.48 ran experts one after the other, which today's classes do not."""
 TAILS = {"pk00065": 1.1e-3}
 """QLoRA of Llama 2 70B: 48 MB, the tails of blocks where today's order of quantizing puts the absmax of 80 layers."""
-THEN = Script.on(torch="2.4.1", transformers="4.48.1")
+ROUTED = 6e-4
+"""Mixtral: 6 to 36 MB, since the tokens of a batch are not spread evenly over the experts. If they all went to two, the peak of
+four layers would be 5.5 % higher (rehearsed with `--routing worst`)."""
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["id"] not in MIXTURES], ids=lambda row: row["id"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["id"])
 def test_the_peak_on_a_rank(row: dict[str, Any]) -> None:
-    """Within 0.01 %. Full fine-tuning peaks in the step, where foreach AdamW holds one more copy of the shards. Adapters peak in
-    the backward of the first layer, when the inputs of all layers and the gradients of the inputs are still there.
+    """Within 0.01 %, Mixtral within 0.06 %. Full fine-tuning peaks in the step, where foreach AdamW holds one more copy of the
+    shards. Adapters peak in the backward of the first layer, when the inputs of all layers and the gradients of the inputs are
+    still there.
     """
     setup = {
         "attn_implementation": "flash_attention_2",
         "optim": "adamw_torch",
         "backward_prefetch": "pre",
         "use_reentrant": True,
+        "cpu_ram_efficient_loading": True,
     }
     adapter = {} if row["method"] == "full" else {"lora_dropout": 0.1}
     sizes = {"batch_size": row["batch"], "seq_len": row["seq"]}
     result = peftplan.estimate(MODELS[row["model"]], **options(row), **setup, **adapter, **sizes, script=THEN)
     assert result.peaks is not None
-    assert result.peaks.allocated == pytest.approx(row["value_bytes"], rel=TAILS.get(row["id"], 1e-4))
+    spread = ROUTED if "Mixtral" in row["model"] else 1e-4
+    assert result.peaks.allocated == pytest.approx(row["value_bytes"], rel=TAILS.get(row["id"], spread))
 
 
 REHEARSED = (
@@ -96,4 +96,38 @@ def test_the_same_libraries_rehearsed(layers: int, vocab: int, reentrant: bool, 
     peaks = peftplan.estimate(config, **options(row), **setup, **sizes, script=THEN).peaks
     assert peaks is not None
     assert [peaks.by_phase[phase] for phase in PHASES] == pytest.approx(phases, rel=1e-3)
+    assert peaks.reserved == pytest.approx(reserved, rel=1e-3)
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+MIXTURES = (
+    ("lora", 2, 32_000, (2_190_467_072, 4_983_014_912, 4_425_106_944, 882_683_904), 7_656_701_952),
+    ("lora", 4, 512, (2_921_234_432, 2_723_971_072, 4_000_909_312, 1_488_146_432), 4_273_995_776),
+    ("qlora", 4, 512, (759_157_760, 975_057_920, 2_280_307_712, 420_832_256), 2_661_285_888),
+)
+"""The same of a small Mixtral, whose tokens are spread evenly over the experts. Of QLoRA the rank quantized each weight on the
+card and moved it to the host, as it does where accelerate has started it with efficient loading."""
+
+
+@pytest.mark.parametrize(("method", "layers", "vocab", "phases", "reserved"), MIXTURES)
+def test_a_mixture_rehearsed(method: str, layers: int, vocab: int, phases: tuple[int, ...], reserved: int) -> None:
+    """Within 0.11 %."""
+    row = {"method": method, "amp": "bf16" if method == "qlora" else "no", "world": 2}
+    setup = {"attn_implementation": "flash_attention_2", "optim": "adamw_torch", "backward_prefetch": "pre"}
+    sizes = {"batch_size": 2, "seq_len": 4096, "lora_dropout": 0.1, "use_reentrant": True, "cpu_ram_efficient_loading": True}
+    config = {**MIXTRAL, "num_hidden_layers": layers, "vocab_size": vocab}
+    peaks = peftplan.estimate(config, **options(row), **setup, **sizes, script=THEN).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in PHASES] == pytest.approx(phases, rel=1.1e-3)
     assert peaks.reserved == pytest.approx(reserved, rel=1e-3)

@@ -15,6 +15,7 @@ from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix, update, updated
 from peftplan.memory.models.decoder import decoder, gated_mlp
+from peftplan.memory.models.expert_loop import looped_block
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
@@ -76,6 +77,8 @@ def granite_route(c: Call, x: Tensor, name: str) -> Routed:
 def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) -> Tensor:
     """`MixtralSparseMoeBlock.forward`."""
     check(c)
+    if c.block.mlp.apart:
+        return looped_block(c, x)
     _logits, weights, indices = route(c, x, router)
     return run_experts(c, x, indices, weights, name)
 
