@@ -27,8 +27,18 @@ from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains, used_through
 from peftplan.job.configs.weights import Weights
 
-WANTED = ("Config", "Trainer", "from_pretrained", "get_peft_model", "Arguments", "prepare_model_for_kbit_training")
+WANTED = (
+    "Config",
+    "Trainer",
+    "from_pretrained",
+    "get_peft_model",
+    "Arguments",
+    "prepare_model_for_kbit_training",
+    "prepare_model_for_int8_training",
+)
 """Ends of the names of calls that matter."""
+OF_MODELS = ("gradient_checkpointing_enable", "resize_token_embeddings")
+"""Methods of a model that matter, whatever its name."""
 OF_TRAINING = ("0", "1", "model", "args", "peft_config")
 """Arguments of a trainer: the model that it trains, its settings and its adapter."""
 DEFAULT = ("<default>", set[str]())
@@ -202,7 +212,7 @@ class Calls(Weights):
                 self.doubts.undecided.add(node)
             if self.function[1:].partition(".")[0] in self.unmentioned:
                 self.unused.append(call)
-        elif last == "gradient_checkpointing_enable":
+        elif last in OF_MODELS:
             self._call_list().append(call := self._called(last, node))
             self.nodes[id(call)] = node
         elif self.taken and {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:

@@ -83,6 +83,12 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     elif (name := launch.get("accelerate_config")) is not None:
         _named(result, tool, "accelerate_config", name, accelerate.options)
     _processes(result, launch, environment)  # they win over those of a launch file
+    if (precision := word(launch.get("mixed_precision"))) in ("bf16", "fp16"):
+        result.options["autocast"] = precision
+    elif precision not in ("none", "no", "false"):
+        result.unsupported["mixed_precision"] = Unsupported(
+            launch["mixed_precision"], "no dtype of autocast here", "unknown", "autocast"
+        )
     own = launch.get("deepspeed.config_file", _values(launch, "deepspeed"))
     if isinstance(own, Mapping):
         _from(result, "deepspeed", lambda: _deepspeed(own))

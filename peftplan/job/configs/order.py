@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING
 
+from peftplan.arch import catalogue
 from peftplan.job.configs.documents import Call, Values
 
 if TYPE_CHECKING:
@@ -12,6 +16,10 @@ if TYPE_CHECKING:
 
 UNTAKEN = "untaken "
 """What stands before the name of a call in a way that the program does not take."""
+
+
+HEAD = re.compile("For[A-Z]|LMHead|Model")
+"""Where the name of a model's class goes on with that of its head."""
 
 
 def trains(name: str) -> bool:
@@ -75,7 +83,7 @@ def arguments(
     calls = list(calls)
     trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
     for call in calls:
-        kind = kinds.get(call["call"])
+        kind = kinds.get(call["call"]) or _of_class(call["call"], kinds)
         if kind is None or kind in values or (kind in trained_last and call["call"] not in last):
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
@@ -88,9 +96,30 @@ def arguments(
     return values, defaults, doubts
 
 
+def loads_model(name: str) -> bool:
+    """Whether a call of this name loads a model: `AutoModelForCausalLM.from_pretrained`, `LlamaForCausalLM.from_pretrained`."""
+    return name.endswith("from_pretrained") and re.search("Model|For[A-Z]", name) is not None
+
+
+def _of_class(name: str, kinds: Mapping[str, str]) -> str | None:
+    """The kind of a call of a model's own class, which a table names by a pattern: `LlamaForCausalLM.from_pretrained`.
+
+    Classes of other packages may end alike: `AutoPeftModelForCausalLM`, `AutoLigerKernelForCausalLM`.
+    """
+    if not loads_model(name) or HEAD.split(name.removeprefix("transformers."))[0] not in _families():
+        return None
+    return next((kind for pattern, kind in kinds.items() if "*" in pattern and fnmatchcase(name, pattern)), None)
+
+
+@cache
+def _families() -> frozenset[str]:
+    """The beginnings of the class names of built-in models: `Llama`."""
+    return frozenset(HEAD.split(entry.model_class)[0] for entry in catalogue.models())
+
+
 def _kind(call: Call) -> str:
     """What calls have in common of which one takes the place of the other."""
     name = call["call"]
     if name.endswith("from_pretrained"):
-        return "from_pretrained" if "Model" in name else name
+        return "from_pretrained" if loads_model(name) else name
     return name.rpartition(".")[2]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from peftplan.job.configs.documents import Values
 from peftplan.job.configs.instances import Instance
 from peftplan.job.configs.objects import Objects
-from peftplan.job.configs.order import trains
+from peftplan.job.configs.order import loads_model, trains
 
 CASTS = {
     "half": "<torch.float16>", "bfloat16": "<torch.bfloat16>", "float": "<torch.float32>", "double": "<torch.float64>",
@@ -110,7 +110,7 @@ class Weights(Objects):
     def _replaces(self, target: ast.Attribute, value: ast.expr) -> bool:
         """Whether an assignment puts another module in the place of a model's."""
         of = self._model_of(target) if isinstance(value, ast.Call) and "config" not in ast.unparse(target) else None
-        return of is not None and any("Model" in self.name_of(each.func) for each in of.made_by)
+        return of is not None and any(loads_model(self.name_of(each.func)) for each in of.made_by)
 
     def _note_part(self) -> None:
         if self.taken and self._here() not in self.done:
@@ -173,7 +173,7 @@ class Weights(Objects):
         if of is None or not self.taken or any(trains(call["call"]) for call in self.calls):
             return
         for call in self.calls:
-            if self.nodes[id(call)] not in of.made_by or "model" not in call["call"].lower():
+            if self.nodes[id(call)] not in of.made_by or not (loads_model(call["call"]) or "model" in call["call"].lower()):
                 continue
             arguments: Values = call["kwargs"]
             if arguments.get("dtype", arguments.get("torch_dtype")) == dtype and call["call"].endswith("from_pretrained"):

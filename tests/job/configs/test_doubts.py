@@ -150,7 +150,7 @@ def test_a_model_loaded_under_another_name_of_its_class(loads: str) -> None:
     assert (plan.model, plan.options["dtype"], plan.unsupported) == ("gpt2", "unstated", {})
 
 
-@pytest.mark.parametrize("loads", ["load('gpt2')", "LlamaForCausalLM.from_pretrained('a/b', load_in_8bit=True)"])
+@pytest.mark.parametrize("loads", ["load('gpt2')", "AutoLigerKernelForCausalLM.from_pretrained('a/b', load_in_8bit=True)"])
 @pytest.mark.parametrize("trains", [ARGS + LORA + TRAINER, "Trainer(model=model, args=TrainingArguments('x'))"])
 def test_a_model_whose_loading_is_not_read_is_unknown(loads: str, trains: str) -> None:
     plan = read_text(f"model = {loads}\n{trains}", file="run.py")

@@ -123,3 +123,53 @@ def test_unsloth_in_fp16() -> None:
     assert (options["dtype"], options["autocast"], options["compute_dtype"]) == ("fp16", "fp16", "fp16")
     options = read_text(loads.format(", load_in_4bit=False") + adapts, file="run.py").options
     assert (options["dtype"], options["autocast"], options.get("compute_dtype")) == ("fp16", "fp16", None)
+
+
+@pytest.mark.parametrize(
+    ("loads", "task"),
+    [
+        ("BertForSequenceClassification.from_pretrained('bert-base-uncased')", "SEQ_CLS"),
+        ("transformers.BertForTokenClassification.from_pretrained('bert-base-uncased')", "TOKEN_CLS"),
+        ("LlamaForCausalLM.from_pretrained('huggyllama/llama-7b', torch_dtype=torch.float16)", None),
+        ("GPT2LMHeadModel.from_pretrained('gpt2')", None),
+        ("T5ForConditionalGeneration.from_pretrained('t5-small')", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_a_model_s_own_class(loads: str, task: str | None) -> None:
+    plan = read_text(f"model = {loads}\n{TRAINS}", file="run.py")
+    assert (plan.tool, plan.unsupported, plan.options.get("task_type")) == ("transformers-script", {}, task)
+    assert peftplan.estimate(config=plan).peaks is not None
+    assert ("labels" in plan.assumed) is (task == "SEQ_2_SEQ_LM")
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoLigerKernelForCausalLM", "AutoPeftModelForCausalLM", "ORTModelForCausalLM", "TFBertForCausalLM"]
+)
+def test_a_class_of_another_package_is_not_read(name: str) -> None:
+    assert read_text(f"model = {name}.from_pretrained('gpt2')\n{TRAINS}", file="run.py").unsupported.keys() == {"trainer.model"}
+
+
+def test_halves_of_a_model_s_own_class() -> None:
+    halved = read_text(f"model = LlamaForCausalLM.from_pretrained('llama-7b').half()\n{TRAINS}", file="run.py")
+    assert halved.options["dtype"] == "fp16"
+
+
+def test_preparing_under_peft_s_old_name() -> None:
+    """peft before 0.10: it upcasts norms and checkpoints layers; it was not read."""
+    loads = "model = AutoModelForCausalLM.from_pretrained('huggyllama/llama-7b', load_in_8bit=True, torch_dtype=torch.float16)\n"
+    adapts = "model = get_peft_model(model, LoraConfig(r=8))\n"
+    plan = read_text(f"{loads}model = prepare_model_for_int8_training(model)\n{adapts}{TRAINS}", file="run.py")
+    assert (plan.options["kbit_prepare"], plan.options["gradient_checkpointing"], plan.unsupported) == (True, True, {})
+
+
+def test_rows_that_a_program_adds_are_said() -> None:
+    plan = read_text(f"{MODEL}model.resize_token_embeddings(len(tokenizer))\n{TRAINS}", file="run.py")
+    assert "are not counted" in plan.assumed["vocabulary"]
+
+
+def test_accelerate_s_mixed_precision_on_the_command_line() -> None:
+    command = "accelerate launch --mixed_precision {} trl/scripts/sft.py --model_name_or_path gpt2 --bf16 {}\n"
+    for word, bf16, autocast in (("fp16", "false", "fp16"), ("bf16", "true", "bf16"), ("no", "false", "none")):
+        plan = read_text(command.format(word, bf16), file="a.sh")
+        assert (plan.unsupported, plan.options["autocast"]) == ({}, autocast)
+    assert read_text(command.format("fp8", "true"), file="a.sh").unsupported.keys() == {"mixed_precision"}
