@@ -6,6 +6,7 @@ import ast
 import contextlib
 
 from peftplan.job.configs.bindings import MUTATORS
+from peftplan.job.configs.classes import Classes
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
@@ -13,10 +14,9 @@ from peftplan.job.configs.functions import (
     Functions,
     bound_elsewhere,
     default_values,
-    fields_written_by,
     functions_of,
     grown_outside,
-    of_field,
+    names_quantized_layers,
     overwritten_in,
     parameters,
     passed,
@@ -25,7 +25,6 @@ from peftplan.job.configs.functions import (
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains, used_through
-from peftplan.job.configs.weights import Weights
 
 WANTED = (
     "Config",
@@ -49,7 +48,7 @@ TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none",
 """Texts that a function of the program may take for something else, as the type of an option."""
 
 
-class Calls(Weights):
+class Calls(Classes):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
@@ -95,6 +94,7 @@ class Calls(Weights):
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
             self.frozen_before, self.adapting_before, self.parts_before = earlier.frozen, earlier.adapting, earlier.parts
+            self.overrides = earlier.overrides
             self.trained_before = earlier.trained | used_through(earlier.trained, earlier.used_by)
 
     def read(self) -> None:
@@ -103,30 +103,6 @@ class Calls(Weights):
             with contextlib.suppress(RecursionError):
                 self.visit(statement)
         self.end = self._end()
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """The fields of a class, as attributes of whatever is made of it."""
-        fields = Instance()
-        for base in node.bases:
-            fields |= self.fields.get(ast.unparse(base), {})
-        for statement in node.body:
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                field, default = statement.targets[0], statement.value
-            elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-                field, default = statement.target, statement.value
-            else:
-                self.visit(statement)
-                continue
-            self.visit(default)
-            if isinstance(field, ast.Name):
-                fields[field.id] = self._inside(of_field(default))
-                self._field(field.id, fields[field.id], f"class {node.name}")
-        for method in node.body:
-            if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__"):
-                any_field = None in fields_written_by(method, "self")
-                fields |= {field: f"<{field}>" for field in fields if any_field or f".{field}" in self._bound(method)}
-        self.fields[node.name] = fields
-        self.names.pop(node.name, None)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         """A function: its parameters are what its calls give them, else their defaults; its names end with it."""
@@ -206,6 +182,8 @@ class Calls(Weights):
                 self._field(field, value, name)
         if name.endswith(WANTED) and name not in self.fields:
             call = self._called(name, node)
+            if own := sorted(self.overrides.get(ast.unparse(node.func), ())):
+                call["kwargs"]["overrides"] = own
             self._call_list().append(call)
             self.nodes[id(call)] = node
             if self.undecided:
@@ -279,6 +257,8 @@ class Calls(Weights):
             return Instance(of, made_by=of.made_by, is_copy=True, may_be_none=of.may_be_none)
         if name.endswith(WANTED):
             return Instance(made_by=[node])
+        if (called := self.functions.get(name)) is not None and names_quantized_layers(called):
+            return "all-linear"
         of = self.itself(node)
         return super()._call(node) if of is None else of
 

@@ -6,6 +6,8 @@ import ast
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+"""bitsandbytes' classes."""
 Functions = dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
 """Functions of a program by their names; None where a name is that of several."""
 
@@ -109,6 +111,20 @@ def grown_outside(node: ast.FunctionDef | ast.AsyncFunctionDef, methods: Collect
     changed = [each.value for each in called if isinstance(each, ast.Attribute) and each.attr in methods]
     changed += [each.value for each in ast.walk(node) if isinstance(each, ast.Subscript) and not isinstance(each.ctx, ast.Load)]
     return {each.id for each in changed if isinstance(each, ast.Name)} - own - {*parameters(node)}
+
+
+def names_quantized_layers(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function lists the last names of all 4- or 8-bit linear layers but `lm_head`, as QLoRA's own script does.
+
+    One that mentions other names may leave out more.
+    """
+    called = {each.func.attr for each in ast.walk(node) if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute)}
+    classes = {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    words = {
+        each.value for part in body for each in ast.walk(part) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+    }
+    return {"named_modules", "split"} <= called and not classes.isdisjoint(QUANTIZED_LAYERS) and words == {".", "lm_head"}
 
 
 def default_values(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, ast.expr]:

@@ -173,3 +173,47 @@ def test_accelerate_s_mixed_precision_on_the_command_line() -> None:
         plan = read_text(command.format(word, bf16), file="a.sh")
         assert (plan.unsupported, plan.options["autocast"]) == ({}, autocast)
     assert read_text(command.format("fp8", "true"), file="a.sh").unsupported.keys() == {"mixed_precision"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "unsupported"),
+    [
+        ("def log(self, logs): print(logs)", set()),
+        ("def compute_loss(self, model, inputs): return model(**inputs).loss", {"trainer.overrides"}),
+        ("pass", set()),
+    ],
+)
+def test_a_trainer_of_the_program(methods: str, unsupported: set[str]) -> None:
+    """A class derived from Trainer; the file was none of a known tool."""
+    own = f"class Base(Trainer):\n    {methods}\nclass Mine(Base):\n    def evaluate(self): pass\n"
+    plan = read_text(own + MODEL + TRAINS.replace("Trainer(", "Mine(", 1), file="run.py")
+    assert (plan.tool, plan.options["trainer"]) == ("transformers-script", "transformers")
+    assert plan.unsupported.keys() == unsupported
+    assert (peftplan.estimate(config=plan).peaks is None) is bool(unsupported)
+
+
+FINDS = """
+def find_all_linear_names(model):
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            parts = name.split(".")
+            names.add(parts[0] if len(parts) == 1 else parts[-1])
+    if "lm_head" in names:
+        names.remove("lm_head")
+    return list(names)
+"""
+
+
+def test_a_function_that_lists_all_quantized_layers() -> None:
+    """As in QLoRA's own script. One that skips further names is not read."""
+    adapts = "model = get_peft_model(model, LoraConfig(r=8, target_modules=find_all_linear_names(model)))\n"
+    assert read_text(FINDS + MODEL + adapts + TRAINS, file="run.py").options["target_modules"] == "all-linear"
+    skips = FINDS.replace("        if isinstance", "        if 'vision' in name:\n            continue\n        if isinstance")
+    assert read_text(skips + MODEL + adapts + TRAINS, file="run.py").unsupported.keys() == {"lora.target_modules"}
+
+
+def test_trl_s_auto_on_4_bits_is_an_error_of_trl() -> None:
+    values = {"model_name_or_path": "gpt2", "dtype": "auto", "use_peft": True, "load_in_4bit": True}
+    assert "raises AttributeError" in read(values).unsupported["dtype"].why
+    assert read({**values, "dtype": "bfloat16"}).unsupported == {}
