@@ -120,7 +120,7 @@ def traces(
         alone = None if model is None else _by_stacks(partial(run, rank=model), config, stacks, tell)
         for rank in ranks:
             one = rank_of(distributed, rank)
-            one.model, one.stacks = alone, one.extended(stacks, config, setup)
+            one.model, one.stacks = alone, one.extended(stacks, config, setup, quant)
             with one.world():
                 yield one.apart(_of_rank(partial(run, rank=one), config, one, tell))
 

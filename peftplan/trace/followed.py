@@ -73,8 +73,10 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        f"quantized weights under {distributed.called}": (flat or divided or by_map or distributed.strategy == "zero3")
-        and job.quant is not None,
+        f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
+        f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
+        and job.quant is not None
+        and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
         f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast not in ("bf16", "fp16"),
         f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != job.setup.autocast,
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),

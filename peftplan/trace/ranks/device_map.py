@@ -87,7 +87,9 @@ class DeviceMap(OneGpu):
         self._placed: Mapping[str, int] = {}
         """Names of modules → their GPU."""
 
-    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+    def extended(
+        self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup, quant: QuantConfig | None
+    ) -> tuple[Stack, ...]:
         """None: layers are on different GPUs."""
         return ()
 

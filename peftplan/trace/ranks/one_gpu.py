@@ -33,7 +33,9 @@ class OneGpu:
     model: Traced | None = None
     """The trace of `model_alone`."""
 
-    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+    def extended(
+        self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup, quant: QuantConfig | None
+    ) -> tuple[Stack, ...]:
         """The stacks, of those whose layers are alike, whose log is made from those of shallow models."""
         return stacks
 

@@ -42,6 +42,8 @@ from peftplan.trace.ranks.played import ModelAlone, Player, plays
 from peftplan.trace.ranks.zero3 import ENGINE, OwnedTracker, added, noted, owned, with_sent
 from peftplan.units import ceil_div
 
+VALUES_PER_BYTE = 2
+"""Of a weight in 4 bits."""
 VALUE = torch.ops.aten._local_scalar_dense.default
 CONFIGURED = (
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients", "reduce_bucket_size"),
@@ -84,7 +86,9 @@ class Zero(OneOfSeveral):
         """The setup of the step: DeepSpeed casts the weights, and runs without autocast."""
         return setup.model_copy(update={"autocast": "none"})
 
-    def extended(self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup) -> tuple[Stack, ...]:
+    def extended(
+        self, stacks: tuple[Stack, ...], config: Mapping[str, Any], setup: Setup, quant: QuantConfig | None
+    ) -> tuple[Stack, ...]:
         """The stack of ZeRO-3 if it is far deeper than what is gathered ahead or kept; buckets are filled as by default."""
         distributed, fills = self.distributed, setup.gradient_accumulation_steps == 1
         usual = distributed.contiguous_gradients is not False and distributed.reduce_scatter is not False
@@ -92,7 +96,8 @@ class Zero(OneOfSeveral):
             return ()
         reached = limits(distributed, _hidden_size(build_config(config, name="model")))
         ahead = reached.prefetch_bucket + max(reached.max_live, reached.max_reuse)
-        deep = replace(stacks[0], reach=ceil_div(ahead, stacks[0].elements))
+        packed = 1 if quant is None else VALUES_PER_BYTE * ITEMSIZE[quant.quant_storage]
+        deep = replace(stacks[0], reach=ceil_div(ahead, stacks[0].elements // packed))
         return (deep,) if deep.layers > sum(deep.samples) else ()
 
     def model_alone(self, setup: Setup) -> OneGpu | None:
