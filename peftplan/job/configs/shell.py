@@ -27,6 +27,8 @@ SETTINGS = (".yaml", ".yml")
 ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
 ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 COMMENT = re.compile(r"\s#[^'\"\\]*$")
+PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)\#.*|.""", re.DOTALL)
+"""Quoted texts, escaped characters, a comment, which begins at the start of a word, and all other characters."""
 MOST_LINES = 100
 """The most lines of a quoted text or an array."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*)")
@@ -55,7 +57,7 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
             variables[array[1]] = f"{before} {_filled(array[3], variables)}"
             continue
         try:
-            words = shlex.split(_filled(line, variables), comments=True)
+            words = _words(_filled(line, variables))
         except ValueError as error:
             if any(line.lstrip().startswith(name) for name, _ in PROGRAMS):
                 raise BrokenFileError(file, number, f"not a shell command: {error}") from None
@@ -103,7 +105,7 @@ def _goes_on(parts: list[str]) -> bool:
     if not re.match(r"\s*(?:export )?\w+=", text):
         return False
     try:
-        shlex.split(text, comments=True)
+        _words(text)
     except ValueError:
         return True
     return False
@@ -139,17 +141,18 @@ def _unwrapped(words: list[str]) -> list[str]:
         if each.rpartition("/")[2] in names:
             return [each.rpartition("/")[2], *words[index + 1 :]]
         if " " in each and words[0] in WRAPPERS:  # of `bash -c`
-            return _unwrapped(_words(each))
+            try:
+                return _unwrapped(_words(each))
+            except ValueError:
+                return []
         if words[0] not in WRAPPERS:
             break
     return []
 
 
 def _words(text: str) -> list[str]:
-    try:
-        return shlex.split(text, comments=True)
-    except ValueError:
-        return []
+    """The words of a command; `#` in a word, as in `swift/self-cognition#500`, is part of it. Raises ValueError."""
+    return shlex.split(PIECES.sub(lambda match: "" if match[0].startswith("#") and len(match[0]) > 1 else match[0], text))
 
 
 def _command(words: list[str]) -> tuple[str, str, dict[str, object]]:

@@ -85,3 +85,13 @@ def test_a_program_with_options_of_its_own_is_no_tool_s(tmp_path: Path) -> None:
     arguments = "--model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --lora_r 8"
     assert read(tmp_path, f"accelerate launch train.py {arguments}").tool == "trl"
     assert read(tmp_path, f"python trl/scripts/sft.py {arguments} --mine 1").unsupported.keys() == {"mine"}
+
+
+def test_a_number_sign_in_a_word_begins_no_comment(tmp_path: Path) -> None:
+    """As in bash, and as the rows of data sets are written for ms-swift."""
+    data = "AI-ModelScope/alpaca-gpt4-data-zh#500 'swift/self-cognition#500'"
+    plan = read(tmp_path, f"swift sft --model Qwen/Qwen3-8B --dataset {data} --tuner_type full --max_length 512 # mine")
+    assert (
+        plan.read["dataset"].value if "dataset" in plan.read else plan.ignored["dataset"].value == data.replace("'", "").split()
+    )
+    assert (plan.options["method"], plan.options["seq_len"]) == ("full", 512)
