@@ -249,6 +249,7 @@ COMPILED = tuple(name.partition(".")[0] for name, kernel in KERNELS.items() if i
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
 OF_PACKAGE = {
+    "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma3_text", "cohere2"),
 }

@@ -20,7 +20,8 @@ def kept_on_card(model: Model) -> None:
     if decoder is not None or running.own_decoders:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-        rows, dtype = (model.seq, "fp32") if decoder is None else (running.rotary_rows, running.dtype)
+        in_fp32 = decoder is None or model.arch.model_type == "gemma"  # unsloth, models/gemma.py (`_set_cos_sin_cache`)
+        rows, dtype = model.seq if decoder is None else running.rotary_rows, "fp32" if in_fp32 else running.dtype
         model.lasting = [f.new((rows, width), dtype, name) for name in ("cos", "sin")]
     if lora is not None and lora.global_buffer and model.quant is not None and not getattr(running.config, "lora_dropout", 0):
         largest = max(p.numel for p in model.parameters.all if p.quantized)

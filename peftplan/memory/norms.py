@@ -24,12 +24,17 @@ def rms_cast_last(model: Model, name: str, x: Tensor, layer: int | None) -> Tens
 
 
 def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`GemmaRMSNorm`: `(1 + weight)`, computed after the normalized x, multiplies in fp32."""
-    f = model.tape
+    """`GemmaRMSNorm`: `(1 + weight)`, computed after the normalized x, multiplies in fp32. A kernel in its place writes the
+    gradient into a tensor of its own (unsloth, kernels/rms_layernorm.py: `ctx.reuse_grad and not ctx.GEMMA`)."""
+    f, kernel = model.tape, model.running.kernels.rms_norm
     f.module = name
-    normed = rms_normed(f, f.to(x, "fp32"))
     weight = model.part(name, layer).weight
     assert weight is not None
+    if kernel is not None:
+        from peftplan.memory.fused_layers import rms_norm
+
+        return rms_norm(f, kernel._replace(reuses_gradient=False), x, weight)
+    normed = rms_normed(f, f.to(x, "fp32"))
     normed = ops.mul(f, normed, ops.shift(f, f.to(weight, "fp32")))
     narrow: Tensor = f.to(normed, x.dtype)
     return narrow

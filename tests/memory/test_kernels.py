@@ -10,7 +10,7 @@ from peftplan import estimate
 from peftplan.analytic import compiled as room
 from peftplan.job.kernels import KERNELS
 from peftplan.memory.model import Model
-from tests.memory.engines import LLAMA, activation_bytes, kept_per_layer
+from tests.memory.engines import LLAMA, activation_bytes, kept_per_layer, shallow
 
 B, S, H, I, R, HEADS, KV, D = 4, 256, 256, 768, 8, 8, 4, 32  # noqa: E741
 N = B * S
@@ -142,6 +142,16 @@ def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], al
     assert peaks is not None
     assert peaks.allocated == pytest.approx(allocated, rel=2e-4)
     assert peaks.reserved == pytest.approx(reserved, rel=1e-4)
+
+
+def test_gemma_as_unsloth_ran() -> None:
+    """Two layers of Gemma 7B with one row of 4,096 tokens: norms write the gradient into a tensor of their own, and rotary tables
+    are in fp32. The whole model is CodeGemma's notebook."""
+    job = {**UNSLOTH, **QLORA, "kernels": "unsloth", "r": 16, "batch_size": 1, "seq_len": 4096, "gradient_accumulation_steps": 4}
+    peaks = estimate(shallow("gemma-7b", 2), **{**job, "optim": "adamw_8bit"}).peaks
+    assert peaks is not None
+    by_phase = {"forward": 2_860_657_664, "backward": 3_234_706_944, "step": 2_129_914_880}
+    assert {phase: peaks.by_phase[phase] for phase in by_phase} == pytest.approx(by_phase, rel=4e-5)
 
 
 GRPO = {**UNSLOTH, **QLORA, "kernels": "unsloth", "trainer": "trl-grpo", "use_vllm": True, "gradient_accumulation_steps": 1}

@@ -296,6 +296,19 @@ def test_torch_compiles_the_layers_of_fastmodel(settings: str, arguments: str, u
         assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
 
 
+def test_functiongemma_is_compiled() -> None:
+    """models/loader.py:1861 hands Gemma 3 to FastModel too: nb/FunctionGemma_(270M).ipynb, with rank 128."""
+    modules = '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]'
+    source = UNSLOTH.format(settings="", arguments=", max_steps=500").replace("Llama-3.2-1B", "functiongemma-270m-it")
+    source = source.replace("max_seq_length=2048,", "max_seq_length=2048, load_in_4bit=False,")
+    plan = read_text(source.replace("r=16", f"r=128, target_modules={modules}"), file="a.py")
+    assert not plan.unsupported
+    assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (30_375_936, None)
+    assert result.peaks is not None
+
+
 def test_granite_4_is_compiled_and_adapted_in_attention_alone() -> None:
     """models/loader.py:1861 hands it to FastModel, whose filters know no name of its MLP: 5,963,776 trainable parameters in a
     rehearsal of the same call; Unsloth 2025.10.11 printed 13,303,808."""
