@@ -53,6 +53,20 @@ def test_the_record_says_what_a_step_held(sizes: tuple[int, int, int], by_phase:
     assert peaks.reserved == pytest.approx(reserved, rel=0.0015)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "by_phase", "reserved"),
+    [
+        ((4, 2048, 2), (974_209_536, 986_885_632, 613_079_040), 1_262_485_504),
+        ((3, 2008, 2), (947_317_760, 882_390_528, 607_393_792), 1_157_627_904),
+    ],
+)
+def test_rank_16_has_a_record_of_its_own(sizes: tuple[int, int, int], by_phase: tuple[int, ...], reserved: int) -> None:
+    """Rehearsed as above, with FastLanguageModel; the record is of these rows."""
+    peaks = peaks_of(sizes, options={**GEMMA, "r": 16})
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0005)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.025)
+
+
 @pytest.mark.parametrize(("sizes", "by_phase", "reserved"), OF_GRANITE)
 def test_granite_has_a_record_too(sizes: tuple[int, int, int], by_phase: tuple[int, ...], reserved: int) -> None:
     """Its multiplied embedding, fp32 result of the last norm, and flash attention whose backward rounds tokens up to 128."""
