@@ -12,8 +12,8 @@ from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
-MAGIC = re.compile(rf"%(?:set_)?env\s+({SETTINGS}\w+)[=\s]\s*(\S+)")
-"""A notebook's line that sets one of them."""
+MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
+"""A notebook's line that sets one of them. As in IPython, the value is the rest of the line, with what looks like a comment."""
 MOST_PARTS = 20_000
 """Statements, calls and deep expressions of the longest program that is read."""
 DEEP = 10

@@ -368,3 +368,11 @@ def test_what_is_written_to_a_configuration_before_training_counts(written: str,
 def test_what_the_text_does_not_tell_is_unknown(program: str) -> None:
     call = of_script(f"{program}\nLoraConfig(r=r)\n", file="run.py").calls[-1]
     assert call["kwargs"] == {"r": "<r>"}
+
+
+def test_environment_that_a_notebook_sets_by_magics() -> None:
+    """IPython takes the rest of the line for the value, with what looks like a comment."""
+    source = "%env UNSLOTH_RETURN_LOGITS = 1 # for CPT\n%env UNSLOTH_COMPILE_DISABLE=1\n%set_env UNSLOTH_A 2\nLoraConfig(r=8)"
+    calls = of_notebook(json.dumps({"cells": [{"cell_type": "code", "source": [source]}]}), file="run.ipynb").calls
+    environment = next(call["kwargs"] for call in calls if call["call"] == "os.environ")
+    assert environment == {"UNSLOTH_RETURN_LOGITS": "1 # for CPT", "UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_A": "2"}

@@ -8,7 +8,7 @@ import pytest
 
 import peftplan
 from peftplan.job.configs.read import read_text
-from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, read
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, TRL, read
 
 TRL_SCRIPT = """
 import torch
@@ -178,3 +178,21 @@ def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
 def test_a_server_of_trl_trains_nothing() -> None:
     plan = read({"model": "Qwen/Qwen2.5-7B", "tensor-parallel-size": 2}, kind="command", program="trl vllm-serve")
     assert plan.kind == "other"
+
+
+def test_a_recipe_of_pairs_whose_trainer_the_user_names() -> None:
+    """A YAML with `beta` may be DPO's, ORPO's, CPO's or KTO's: its script says which one; the flag stands in for it."""
+    recipe = {**TRL, "beta": 0.05}
+    plan = read(recipe)
+    assert plan.unsupported["trainer"].why.endswith("name it, such as --trainer trl-dpo")
+    assert peftplan.estimate(config=plan).peaks is None
+    by_flag = peftplan.estimate(config=plan, trainer="trl-dpo")
+    by_script = peftplan.estimate(config=read(recipe, kind="command", program="trl dpo"))
+    assert by_flag.bound is None
+    assert by_flag.peaks == by_script.peaks
+
+
+def test_the_handbook_s_old_name_of_flash_attention() -> None:
+    recipe = {**TRL, "use_flash_attention_2": True}
+    assert read(recipe).options["attn_implementation"] == "flash_attention_2"
+    assert read(recipe).unsupported == {}
