@@ -26,13 +26,13 @@ from peftplan.trace.collector import old_objects_let_be
 from peftplan.trace.cuda import losses
 from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.ctc import ctc_on_cuda
-from peftplan.trace.cuda.differences import CudaLike, as_on_cuda, kernel_temporaries
+from peftplan.trace.cuda.differences import as_on_cuda, kernel_temporaries
 from peftplan.trace.cuda.dispatcher import attention_on, dispatched_as_on_cuda
 from peftplan.trace.cuda.experts import experts_on
 from peftplan.trace.cuda.flash import flash_attn_installed
 from peftplan.trace.cuda.hosted import counted_host
 from peftplan.trace.cuda.kernels import kernel_packages
-from peftplan.trace.cuda.selected import selecting
+from peftplan.trace.cuda.selected import Selected
 from peftplan.trace.cuda.tuner_layers import adapter_from_host, on_fake_tensors
 from peftplan.trace.events.peaks import peaks, windows
 from peftplan.trace.events.tracker import Tracker
@@ -212,11 +212,14 @@ def _run(
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)
     tracker.on_begin = lambda: tell(tracker.phase, (len(tracker.began) - 1) / phases_begun(setup, steps))
     mode = DenseMode(allow_non_fake_inputs=True)
+    selected = None if step_inputs.selected is None else Selected(step_inputs.selected)
+    tracker.known = mode.known if selected is None else partial(selected.known, mode.known)
+    tracker.below = 1 if selected is None else 2
     to_fake(built.model, mode, rank.device_of(built, on))
     with (
         rank.started(tracker),
         _as_on_card(mode, capability, device=on.type),
-        selecting(step_inputs.selected),
+        nullcontext() if selected is None else selected,
         tracker,
         fused_on(None if script.dequantizes_4bit else Chip(*capability, card.number)),
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
@@ -267,7 +270,6 @@ def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iter
     """Fake tensors, with torch, transformers and flash-attn behaving as on a card."""
     with (
         mode,
-        CudaLike(),
         attention_on(capability),
         dispatched_as_on_cuda() if device == "cpu" else nullcontext(),
         as_on_cuda(device),

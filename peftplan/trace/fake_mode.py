@@ -1,9 +1,9 @@
-"""A `FakeTensorMode` whose remembered outputs cost less. Computing torch's own key took half the time of a trace.
+"""A `FakeTensorMode` that knows most outputs by itself. To ask torch for each took more than half of a trace.
 
-`FakeTensorMode` caches the outputs of operations by their inputs, with a key of seventeen fields per tensor. Fewer fields
-distinguish dense tensors without symbolic sizes. An output that is remembered is made at once, before torch asks what else the
-operation might be, which was a fifth of what then was left. A view is remembered by its place within what it is a view of, and
-a slice is computed: DeepSpeed takes thousands of a flat tensor, each at another place. All other tensors are left to torch.
+Of plain tensors (dense, of known size, no constant) on a fake CPU an output depends on shapes, strides and dtypes alone.
+`meta_kernels` computes it once, and it is remembered. A view is remembered by its place within what it is a view of, and a slice
+is computed: DeepSpeed takes thousands of a flat tensor, each at another place. `Tracker` asks for what is `known` before it calls
+torch's dispatcher. All else is left to torch, whose cache gets a key with fewer fields than its own seventeen per tensor.
 """
 
 from __future__ import annotations
@@ -15,18 +15,31 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from peftplan.trace.meta_kernels import META, NotComputedError, Output, again, computed, device_of, has_kernel, outputs
+
 VALUES = frozenset({int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 """Types of arguments that enter the key with their type: 1 equals 1.0, but their products have different dtypes."""
 TAKES_OPERATION = "func" in signature(FakeTensorMode._output_from_cache_entry).parameters
 """Whether torch passes the operation to what makes a remembered output; later releases do not."""
+VIEW = torch.ops.aten.view.default
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 SLICE = torch.ops.aten.slice.Tensor
-VIEWS = frozenset(
-    (torch.ops.aten.view.default, torch.ops.aten.detach.default, torch.ops.aten.t.default, torch.ops.prims.view_of.default)
-)
+VIEWS = frozenset((VIEW, SLICE, torch.ops.aten.detach.default, torch.ops.aten.t.default, torch.ops.prims.view_of.default))
 """Operations whose results lie within their first argument, wherever that begins."""
 Placed = tuple[tuple[int, ...], tuple[int, ...], int]
 """Shape, strides, and elements before the first one."""
+
+_placed: dict[Any, Placed] = {}
+"""Operation of `VIEWS`, shape, strides and arguments → where the result lies."""
+_remembered: dict[Any, tuple[torch.device, type | None, tuple[Output | None, ...]]] = {}
+"""Operation and arguments → device, kind of sequence, and outputs; None for one that was not asked for."""
+
+
+def forget() -> None:
+    """Forget every output."""
+    _placed.clear()
+    _remembered.clear()
+    FakeTensorMode.cache_clear()
 
 
 class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -36,8 +49,6 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         super().__init__(**options)
         self._attributes: dict[torch.device, dict[str, Any]] = {}
         """Device → what torch's constructor sets on a fake tensor."""
-        self._placed: dict[Any, Placed] = {}
-        """Operation of `VIEWS`, shape, strides and arguments → where the result lies."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -45,18 +56,14 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        """The remembered output, or what torch makes of the operation.
-
-        torch remembers no `_unsafe_view`, which below autograd is a view like any other.
-        """
+        """The output that is known, or what torch makes of the operation."""
         kwargs = kwargs or {}
-        func = torch.ops.aten.view.default if func is UNSAFE_VIEW else func
-        if (func in VIEWS or func is SLICE) and not kwargs and self._is_plain(args[0]):
-            return self._view(func, types, args)
-        return self._remembered(func, types, args, kwargs)
+        out = self.known(func, args, kwargs)
+        return self.by_torch(func, types, args, kwargs) if out is NotImplemented else out
 
-    def _remembered(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The output of an operation with these arguments."""
+    def by_torch(self, func: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What torch makes of the operation, or remembers. Below autograd an `_unsafe_view` is a view like any other."""
+        func = VIEW if func is UNSAFE_VIEW else func
         key: Any = None if self.cache_crosscheck_enabled or not self.cache_enabled else self._dense_key(func, args, kwargs)
         entry: Any = key and FakeTensorMode.cache.get(key)
         if hasattr(entry, "output_infos"):
@@ -65,32 +72,84 @@ class DenseMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             return self._output_from_cache_entry(state, entry, key, *((func, args) if TAKES_OPERATION else (args,)))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _is_plain(self, x: Any) -> bool:
-        """Whether a view of this tensor has no more facts than where it lies."""
-        checked = self.cache_crosscheck_enabled or not self.cache_enabled
-        if checked or type(x) is not FakeTensor or x.fake_mode is not self or self.shape_env is not None:
-            return False
-        odd = x.constant is not None or x.layout is not torch.strided or x.is_quantized or x.is_conj() or x.is_neg()
-        return not (odd or x.is_inference() or torch.is_inference_mode_enabled())
+    def known(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output of an operation on plain tensors, or NotImplemented."""
+        if self.shape_env is not None or torch.is_inference_mode_enabled():
+            return NotImplemented
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            try:
+                func = VIEW if func is UNSAFE_VIEW else func
+                if func in VIEWS and not kwargs and type(args[0]) is FakeTensor and self._is_plain(args[0]):
+                    return self._view(func, args)
+                return self._known(func, args, kwargs)
+            except NotComputedError:
+                return NotImplemented
 
-    def _view(self, func: Any, types: Any, args: Sequence[Any]) -> Any:
+    def _known(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors: list[Any] = []
+        key = [func, torch.get_default_dtype(), *kwargs]
+        if not (self._describe(key, tensors, args) and self._describe(key, tensors, kwargs.values())):
+            return NotImplemented
+        entry = _remembered.get(described := tuple(key))
+        if entry is not None:
+            on, kind, remembered = entry
+            results = [None if output is None else again(output, tensors) for output in remembered]
+        elif has_kernel(func) and any(type(x) is FakeTensor for x in tensors):  # torch computes on values if all are real
+            on = device_of(tensors[0])
+            out = computed(func, args, kwargs, on)
+            kind = type(out) if isinstance(out, list | tuple) else None
+            results = [out] if kind is None else out
+            _remembered[described] = on, kind, outputs(results, tensors)
+        else:
+            return NotImplemented
+        faked = [None if x is None else self._faked(x, on) for x in results]
+        return faked[0] if kind is None else kind(faked)
+
+    def _is_plain(self, x: Any) -> bool:
+        """Whether a fake tensor has no more facts than dtype, device and where it lies."""
+        if x.fake_mode is not self or x.constant is not None or x.layout is not torch.strided:
+            return False
+        return not (x.is_quantized or x.is_conj() or x.is_neg() or x.is_inference())
+
+    def _describe(self, key: list[Any], tensors: list[Any], arguments: Iterable[Any]) -> bool:
+        """Append these arguments to the key, and list their tensors. Returns False if one is not plain."""
+        for argument in arguments:
+            kind = type(argument)
+            if kind is FakeTensor:
+                if argument.fake_device.type != "cpu" or not self._is_plain(argument):
+                    return False
+                key += (argument.dtype, argument.shape, argument.stride(), argument.fake_device)
+                tensors.append(argument)
+            elif kind in VALUES:
+                key += (kind, argument)
+            elif kind is torch.Tensor and argument.dtype == torch.int64 and argument.layout is torch.strided:
+                key += (kind, argument.shape, argument.stride(), argument.device)
+                tensors.append(argument)
+            elif kind is list or kind is tuple:
+                key += (kind, len(argument))
+                if not self._describe(key, tensors, argument):
+                    return False
+            else:
+                return False
+        return True
+
+    def _view(self, func: Any, args: Sequence[Any]) -> Any:
         """A view of a plain tensor: a slice, or one that is remembered by its place within the tensor."""
         x: Any = args[0]
         if func is SLICE:
             return self._at(x, _slice(x, *args[1:]))
         key = (func, x.shape, x.stride(), *(tuple(a) if isinstance(a, list) else a for a in args[1:]))
-        if (placed := self._placed.get(key)) is not None:
-            return self._at(x, placed)
-        out = self._remembered(func, types, args, {})
-        self._placed[key] = tuple(out.shape), out.stride(), out.storage_offset() - x.storage_offset()
-        return out
+        placed = _placed.get(key)
+        if placed is None:
+            out = computed(func, args, {}, x.fake_device)
+            placed = _placed[key] = tuple(out.shape), out.stride(), out.storage_offset() - x.storage_offset()
+        return self._at(x, placed)
 
     def _at(self, x: FakeTensor, placed: Placed) -> FakeTensor:
         shape, stride, skipped = placed
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-            tensor = torch.empty(0, dtype=x.dtype, device="meta")
-            tensor.set_(x.untyped_storage(), x.storage_offset() + skipped, shape, stride)
-            return self._faked(tensor, x.fake_device)
+        tensor = torch.empty(0, dtype=x.dtype, device=META)
+        tensor.set_(x.untyped_storage(), x.storage_offset() + skipped, shape, stride)
+        return self._faked(tensor, x.fake_device)
 
     def _cache_key(self, state: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """`_dense_key`, or torch's own."""

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | attention | CPU has its own flash kernel, and math for masks and dropout | `dispatcher`, by `attention.sdpa`: CUDA's kernels |
 | the math kernel | dropout as below, but inside C++; under a mode the mask is added out of place | `math_attention` |
-| dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `_dropout` |
+| dropout | CPU multiplies by a mask of the input's dtype; CUDA's `native_dropout` keeps a boolean one | `dispatcher` |
 | softmax(fp16, dtype=fp32) | CUDA's kernel reads fp16, writes fp32; CPU copies to fp32 first (ATen SoftMax.cpp) | `dispatcher` |
 | softmax backward | CUDA's kernel makes `grad * output` first (SoftMax.cu: `softmax_backward_cuda_out`) | `KERNEL_TEMPORARIES` |
 | `_safe_softmax` | on CUDA a composite, which compares the scores with minus infinity (SoftMax.cpp) | `KERNEL_TEMPORARIES` |
@@ -40,8 +40,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.autograd.graph import _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from peftplan.hardware.processors import Processors
 from peftplan.libraries.replacing import replaced
@@ -50,7 +48,6 @@ from peftplan.tape.column_sums import BUFFERS
 from peftplan.tape.sorted_indices import sorted_rows
 from peftplan.trace.cuda.hosted import SavedOnHost
 
-F = torch.nn.functional
 _ATEN = torch.ops.aten
 
 
@@ -77,44 +74,6 @@ def kernel_temporaries(card: Processors) -> dict[Any, Callable[..., Sequence[tor
     sums = dict.fromkeys((_ATEN.sum.dim_IntList, _ATEN.mean.dim), lambda x, dims, *_, **__: _of_column_sum(x, dims or (), card))
     norms = {_ATEN.linalg_vector_norm.default: lambda x, _ord=2, dims=None, *_, **__: _of_column_sum(x, dims or (), card)}
     return {**KERNEL_TEMPORARIES, **sums, **norms}
-
-
-class CudaLike(TorchFunctionMode):
-    """Runs the CUDA version of functions that differ."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the call, or pass it on."""
-        kwargs = kwargs or {}
-        rule = RULES.get(func)
-        return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)
-
-    def dropout(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`native_dropout`, which CUDA takes for training (ATen Dropout.cpp: `is_fused_kernel_acceptable`)."""
-        x, p, train, inplace = _dropout_arguments(*args, **kwargs)
-        if inplace or not train or not 0 < p < 1:
-            return func(*args, **kwargs)
-        return torch.ops.aten.native_dropout(x, p, True)[0]
-
-    def backward(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """`torch.autograd.backward` of one scalar with this mode on: a mode's own handler runs without it, but recomputation
-        needs it."""
-        roots = (args[0],) if isinstance(args[0], torch.Tensor) else tuple(args[0])
-        grad_tensors = kwargs.get("grad_tensors", args[1] if len(args) > 1 else None)
-        grads = grad_tensors or tuple(torch.ones_like(root) for root in roots)
-        with self:
-            return _engine_run_backward(roots, tuple(grads), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def _dropout_arguments(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False, **train: bool) -> Any:
-    return input, p, train.get("train", training), inplace
-
-
-RULES: dict[Any, Callable[[CudaLike, Any, Any, Any], Any]] = {
-    torch.Tensor.backward: CudaLike.backward,
-    torch.autograd.backward: CudaLike.backward,
-    F.dropout: CudaLike.dropout,
-    torch.dropout: CudaLike.dropout,
-}
 
 
 KERNEL_TEMPORARIES: dict[Any, Callable[..., Sequence[torch.Tensor]]] = {

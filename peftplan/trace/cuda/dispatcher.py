@@ -12,6 +12,7 @@ again, so a list of Python functions cannot stand for it. While a trace runs, th
 | none (`cat`, `cross_entropy_loss`, `quantile` …) | nothing | the CPU's rule is skipped |
 
 `softmax` and `log_softmax` of fp16 with an fp32 result are one kernel on CUDA, a copy and a kernel on the CPU (SoftMax.cpp).
+`dropout` is one kernel, which keeps a boolean mask; on the CPU it multiplies by a mask of the input's dtype (Dropout.cpp).
 
 Source: torch, aten/src/ATen/autocast_mode.h (`AT_FORALL_*`, `cached_cast`, `set_opt_dtype`, `promote_type`).
 Left out: the kept cast of a trainable leaf that goes into an operation for which the CPU has no rule (`einsum`, `mv` …).
@@ -62,8 +63,8 @@ WITH_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm
 
 @contextmanager
 def dispatched_as_on_cuda() -> Iterator[None]:
-    """Let autocast of CPU tensors do what CUDA's does, and softmax of fp16 be one kernel."""
-    with _registered({name: (rule, "AutocastCPU") for name, rule in _rules()}), _registered(ONE_KERNEL):
+    """Let autocast of CPU tensors do what CUDA's does, and softmax of fp16 and dropout be one kernel each."""
+    with _registered({name: (rule, "AutocastCPU") for name, rule in _rules()}), _registered(OTHER_KERNELS):
         yield
 
 
@@ -188,7 +189,16 @@ def _softmax(kernel: Callable[..., torch.Tensor], x: torch.Tensor, dim: int, dty
     return kernel(x if dtype is None else x.to(dtype), dim, False)
 
 
-ONE_KERNEL: dict[str, tuple[Rule, str]] = {
+def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """`dropout(Tensor input, float p, bool train)`, for training `native_dropout` (Dropout.cpp: `is_fused_kernel_acceptable`)."""
+    if p == 0 or not train:
+        return x
+    kept: torch.Tensor = torch.ops.aten.native_dropout(x, p, True)[0] if p < 1 else x * torch.zeros((), dtype=x.dtype)
+    return kept
+
+
+OTHER_KERNELS: dict[str, tuple[Rule, str]] = {
+    "dropout": (_dropout, COMPOSITE),
     "softmax.int": (partial(_softmax, torch.ops.aten._softmax.default), COMPOSITE),
     "log_softmax.int": (partial(_softmax, torch.ops.aten._log_softmax.default), COMPOSITE),
 }

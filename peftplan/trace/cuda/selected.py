@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-
-
-def selecting(rows: int | None) -> AbstractContextManager[Any]:
-    """`Selected`; None: an operation that depends on values is left to raise, as fake tensors do."""
-    return nullcontext() if rows is None else Selected(rows)
+REPLACED = frozenset((aten.index.Tensor, aten.nonzero.default, aten.unique_consecutive.default))
+"""Operations that depend on values. Without `Selected` they are left to raise, as fake tensors do."""
 
 
 class Selected(TorchDispatchMode):
@@ -30,6 +27,10 @@ class Selected(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Skip dynamo: nothing here is compiled."""
         return False
+
+    def known(self, below: Callable[[Any, Any, Any], Any], func: Any, args: Any, kwargs: Any) -> Any:
+        """What the mode below knows of an operation that is passed on; NotImplemented for others."""
+        return NotImplemented if func in REPLACED else below(func, args, kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace masks by positions, and pass everything else on."""

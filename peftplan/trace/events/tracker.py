@@ -66,6 +66,10 @@ class Tracker(Lifetimes, TorchDispatchMode):
         self._scalar = scalar
         self._temporaries = temporaries
         self._after = after
+        self.known: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: NotImplemented
+        """The output of an operation as the modes below this one know it, or NotImplemented: torch's dispatcher asks them."""
+        self.below = 0
+        """How many modes those are."""
         self._stack: list[str] = []
         self._module_of_node: dict[int, str] = {}
         self._summed: tuple[Ref, Ref] | None = None
@@ -95,7 +99,8 @@ class Tracker(Lifetimes, TorchDispatchMode):
                 return COMPOSITE[func](*args)
         self._enter_op()
         func = in_place(func)
-        out = statistics(func, func(*args, **(kwargs or {})))
+        out = self.known(func, args, kwargs or {}) if torch._C._len_torch_dispatch_stack() == self.below else NotImplemented
+        out = statistics(func, func(*args, **(kwargs or {})) if out is NotImplemented else out)
         if isinstance(out, torch.Tensor):
             self._see(out, func, args[0] if args else None)
             if func in MAKE_ONES or func in KEEP_ONES:

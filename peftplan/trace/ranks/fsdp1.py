@@ -7,7 +7,7 @@ Trainer lets it (`sync_module_states`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, M
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _lazy_init
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.overrides import TorchFunctionMode
 
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
@@ -34,15 +33,15 @@ WRAPPED = "_fsdp_wrapped_module."
 """What a unit adds to the names of what it holds."""
 
 
-class Addresses(TorchFunctionMode):
-    """Gives a fake tensor the address of its storage object: torch's FSDP asks whether tensors lie at one place."""
+def _address(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        address: int = tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
+    return address
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer for `data_ptr`; pass on any other call."""
-        if func is not torch.Tensor.data_ptr:
-            return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
-            return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].itemsize
+
+def addressed() -> AbstractContextManager[Any]:
+    """Give a fake tensor the address of its storage object: torch's FSDP and DeepSpeed ask whether tensors lie at one place."""
+    return patch.object(torch.Tensor, "data_ptr", _address)
 
 
 def _at_one_place(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -81,7 +80,7 @@ class Fsdp1(Fsdp2):
 
         with (
             super().started(tracker),
-            Addresses(),
+            addressed(),
             patch(f"{FSDP}._flat_param._same_storage", _at_one_place),
             patch(f"{FSDP}._flat_param._data_ptr_allocated", _is_allocated),
             patch(f"{FSDP}._flat_param._get_dtype_size", lambda dtype: dtype.itemsize),  # it asks a tensor on the host, once

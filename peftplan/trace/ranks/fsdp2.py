@@ -25,7 +25,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMi
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.overrides import TorchFunctionMode
 
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
@@ -115,24 +114,26 @@ def shapes_unseen(tracker: Tracker) -> Iterator[None]:
         yield
 
 
-class Offloading(TorchFunctionMode):
-    """Makes the copies between device and host, which fake tensors do not tell apart."""
+@contextmanager
+def offloading(tracker: Tracker) -> Iterator[None]:
+    """Make the copies between device and host, which fake tensors do not tell apart, where torch's FSDP does: with `cpu()`, or
+    with `to()` and `non_blocking`.
+    """
+    to = torch.Tensor.to
 
-    def __init__(self, tracker: Tracker) -> None:
-        super().__init__()
-        self.tracker = tracker
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Copy where torch's FSDP does it, with `cpu()`, or with `to()` and `non_blocking`."""
-        copies = func is torch.Tensor.cpu or (func is torch.Tensor.to and "non_blocking" in (kwargs or {}))
-        if not copies:
-            return func(*args, **(kwargs or {}))
-        if not self.tracker.sees(args[0]):
-            return args[0].clone()
-        with self.tracker.paused():
-            copy = args[0].clone()
-        self.tracker.on_host(copy)
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if not tracker.sees(tensor):
+            return tensor.clone()
+        with tracker.paused():
+            copy = tensor.clone()
+        tracker.on_host(copy)
         return copy
+
+    def moved(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return copied(tensor) if "non_blocking" in kwargs else to(tensor, *args, **kwargs)
+
+    with patch.object(torch.Tensor, "cpu", copied), patch.object(torch.Tensor, "to", moved):
+        yield
 
 
 @dataclass
@@ -177,7 +178,7 @@ class Fsdp2(OneOfSeveral):
             patch.object(torch.UntypedStorage, "resize_", resized),
             shapes_unseen(tracker),
             patch.object(DefaultAllocMixin, "allocate", named),
-            Offloading(tracker) if offloads else nullcontext(),
+            offloading(tracker) if offloads else nullcontext(),
         ):
             self._mesh = init_device_mesh("cpu", self._dims(), mesh_dim_names=("replicate", "shard")[-len(self._dims()) :])
             yield

@@ -35,7 +35,7 @@ from peftplan.trace.load import load
 from peftplan.trace.model import Built
 from peftplan.trace.optimizers import torch_optimizer
 from peftplan.trace.ranks.accelerator import on_fake_cards
-from peftplan.trace.ranks.fsdp1 import Addresses
+from peftplan.trace.ranks.fsdp1 import addressed
 from peftplan.trace.ranks.group import OneOfSeveral, process_group
 from peftplan.trace.ranks.one_gpu import OneGpu
 from peftplan.trace.ranks.played import ModelAlone, Player, plays
@@ -115,7 +115,7 @@ class Zero(OneOfSeveral):
         here = {"RANK": self.rank, "LOCAL_RANK": 0, "WORLD_SIZE": self.distributed.world_size}
         named = {name: str(value) for name, value in here.items()}
         notes = noted(tracker) if self.stacks else nullcontext()
-        with patch.dict(os.environ, named), on_fake_cards(tracker), Addresses(), owned(tracker), notes:
+        with patch.dict(os.environ, named), on_fake_cards(tracker), addressed(), owned(tracker), notes:
             yield
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
-from peftplan.trace.cuda.differences import KERNEL_TEMPORARIES, CudaLike
+from peftplan.trace.cuda.differences import KERNEL_TEMPORARIES
 from peftplan.trace.cuda.dispatcher import dispatched_as_on_cuda
 from peftplan.trace.events.tracker import Tracker
 
@@ -56,8 +56,7 @@ def test_backward_of_indexing_writes_into_its_zeros(pick: Callable[[torch.Tensor
 def test_autocast_casts_the_log_probabilities_of_a_cross_entropy_not_its_logits(dtype: torch.dtype) -> None:
     """As CUDA's own dispatcher does, seen with a CUDA build of torch 2.12: 16-bit log probabilities, and a copy in fp32."""
     tracker = Tracker(is_logits=lambda t: False, scalar=lambda t: 0, temporaries={}, after=lambda *args: None)
-    cuda = CudaLike()
-    with FakeTensorMode(), cuda, dispatched_as_on_cuda(), tracker, torch.autocast("cpu", dtype=dtype):
+    with FakeTensorMode(), dispatched_as_on_cuda(), tracker, torch.autocast("cpu", dtype=dtype):
         logits = torch.empty(ROWS, WIDTH, dtype=dtype, requires_grad=True)
         torch.nn.functional.cross_entropy(logits, torch.empty(ROWS, dtype=torch.int64))
     sizes = [m.storage.nbytes for m in tracker.log if m.kind == "alloc"][1:]
