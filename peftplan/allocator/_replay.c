@@ -80,6 +80,18 @@ typedef struct {
     int32_t storage;
 } Spare;
 
+typedef struct {
+    int64_t address, size;
+} Place;
+
+/* Copied layers that free all that they allocate, as they were run last, and the blocks that were there before. */
+typedef struct {
+    const Event *first, *behind;  /* NULL: none */
+    int64_t allocated, peak;  /* before them, and the most while they ran */
+    Place *places;
+    size_t num_places, room_places;
+} Layers;
+
 /* The cached blocks of a bin are a ring, sorted by size and then address, that begins and ends at the bin's head; so are the unmapped ranges of a
    pool, by address. Of each stream the bins of the pool of small blocks come first, then those of large ones. */
 typedef struct {
@@ -105,6 +117,9 @@ typedef struct {
     Stack *live, *own, outputs;
     Spare *spare;
     size_t num_spare, room_spare;
+    Layers layers, before;  /* those about to run, and those that ran last */
+    int32_t *open, looked_at;  /* of storages, the last layers that allocate them and have not freed them yet */
+    int64_t misses;
 } Run;
 
 /* -- pools of cached blocks ------------------------------------------------------------------------------------------------------ */
@@ -451,6 +466,7 @@ APART void release_cached(Run *run)
 /* What no cached block serves: memory of the device, if need be after all that is cached went back to it. */
 APART Block *miss(Run *run, int64_t size, unsigned pool)
 {
+    run->misses++;
     for (int again = 0; again < 2 && !run->failed; again++) {
         Block *block = run->grows ? grow_segment(run, size, pool) : new_segment(run, size, pool);
         if (block != NULL)
@@ -679,7 +695,134 @@ static void end_step(Run *run)
     run->num_spare = 0;
 }
 
+/* -- layers that ran before -----------------------------------------------------------------------------------------------------------------
+
+   The backward of a micro batch often begins with the very blocks with which that of the micro batch before began. What it allocates then finds
+   the same places, and it has the same peak. Behind it, those blocks are there that were there before, and those of the tensors that it freed. */
+
+/* Whether layers free all that they allocate, and of what was there before one tensor a turn of some storages. */
+static int free_their_own(Run *run, const Event *event, const Event *behind)
+{
+    const int32_t now = ++run->looked_at;
+    int32_t still = 0;
+    for (; event < behind; event++) {
+        switch (event->what) {
+        case LAYER:
+            if (still)
+                return 0;
+            break;
+        case OWN:
+        case FREE:
+            if (event->c != 1 || run->open[event->a] == now)
+                return 0;
+            run->open[event->a] = now;
+            still += event->what == OWN;
+            break;
+        case END_OWN:
+            if (run->open[event->a] != now)
+                return 0;
+            run->open[event->a] = 0;
+            still--;
+            break;
+        default:
+            return 0;
+        }
+    }
+    return !still;
+}
+
+static int note_place(Run *run, Layers *layers, int64_t address, int64_t size)
+{
+    if (layers->num_places == layers->room_places) {
+        Place *moved = realloc(layers->places, (2 * layers->room_places + 1024) * sizeof(Place));
+        if (moved == NULL) {
+            run->failed = HOST_FULL;
+            return 0;
+        }
+        layers->places = moved;
+        layers->room_places = 2 * layers->room_places + 1024;
+    }
+    layers->places[layers->num_places++] = (Place){address, size};
+    return 1;
+}
+
+/* Note which blocks are there before layers run: the cached ones, the unmapped ranges, and the tensors that the layers will free. */
+static int note_places(Run *run, Layers *layers)
+{
+    int32_t turns = 0;
+    layers->num_places = 0;
+    for (unsigned word = 0; word < POOLS * BINS / 64; word++) {
+        for (uint64_t filled = run->filled[word]; filled; filled &= filled - 1) {
+            const Block *head = &run->bins[64 * word + (unsigned)__builtin_ctzll(filled)];
+            for (const Block *block = head->larger; block != head; block = block->larger)
+                if (!note_place(run, layers, block->address, block->size))
+                    return 0;
+        }
+    }
+    for (const Block *head = run->unmapped; head < run->unmapped + (run->grows ? POOLS : 0); head++)
+        for (const Block *block = head->larger; block != head; block = block->larger)
+            if (!note_place(run, layers, block->address, block->size))
+                return 0;
+    for (const Event *event = layers->first; event < layers->behind; event++) {
+        const Block *block = event->what == FREE ? run->live[event->a].top : NULL;
+        if (event->what == LAYER)
+            turns = event->a;
+        for (int32_t turn = 0; event->what == FREE && turn < turns; turn++, block = block->smaller)
+            if (block == NULL || !note_place(run, layers, block->address, block->size))
+                return 0;
+    }
+    return 1;
+}
+
+/* Whether layers do what those did that ran last, with other storages, and begin with the same blocks. */
+static int run_again(const Run *run)
+{
+    const Layers *one = &run->before, *other = &run->layers;
+    const Event *a = one->first, *b = other->first;
+    if (a == NULL || one->behind - a != other->behind - b || one->num_places != other->num_places ||
+        memcmp(one->places, other->places, one->num_places * sizeof(Place)) != 0)
+        return 0;
+    const int32_t apart = b[1].a - a[1].a; /* as storages are numbered in the order in which tensors are made */
+    for (; a < one->behind; a++, b++) {
+        if (a->what != b->what || b->a - a->a != (a->what == LAYER ? 0 : apart) || (a->what == LAYER && a->b != b->b) ||
+            (a->what == OWN && run->sizes[a->b] != run->sizes[b->b]))
+            return 0;
+    }
+    return 1;
+}
+
+/* Leave behind what layers leave behind that run again. */
+static void leave_behind(Run *run)
+{
+    const int64_t peak = run->before.peak - run->before.allocated + run->allocated;
+    int32_t turns = 0;
+    run->had_events = 1;
+    if (peak > run->peak)
+        run->peak = peak;
+    for (const Event *event = run->layers.first; event < run->layers.behind; event++) {
+        if (event->what == LAYER)
+            turns = event->a;
+        else if (event->what == OWN)
+            run->own[event->a].top = NULL;
+        else if (event->what == FREE)
+            free_some(run, event->a, event->b, turns);
+    }
+}
+
 static void run_events(Run *run, const Event *event, const Event *stop);
+
+/* Every turn of layers: those of each kind, while there are any. */
+static void take_turns(Run *run, const Event *first, const Event *behind, int32_t most)
+{
+    for (int32_t turn = 0; turn < most; turn++) {
+        for (const Event *layer = first; layer < behind && !run->failed; layer += 1 + layer->b) {
+            if (turn < layer->a) {
+                run_events(run, layer + 1, layer + 1 + layer->b);
+                end_layer(run);
+            }
+        }
+    }
+}
 
 /* The layers of each kind in turn; the event behind them. */
 static const Event *repeat(Run *run, const Event *first, int32_t kinds, const Event *stop)
@@ -695,13 +838,24 @@ static const Event *repeat(Run *run, const Event *first, int32_t kinds, const Ev
             most = behind->a;
         behind += 1 + behind->b;
     }
-    for (int32_t turn = 0; turn < most; turn++) {
-        for (const Event *layer = first; layer < behind && !run->failed; layer += 1 + layer->b) {
-            if (turn < layer->a) {
-                run_events(run, layer + 1, layer + 1 + layer->b);
-                end_layer(run);
-            }
-        }
+    run->layers.first = first;
+    run->layers.behind = behind;
+    if (!free_their_own(run, first, behind) || !note_places(run, &run->layers)) {
+        take_turns(run, first, behind, most);
+    } else if (run_again(run)) {
+        leave_behind(run);
+    } else {
+        const int64_t peak = run->peak, misses = run->misses;
+        run->layers.allocated = run->peak = run->allocated;
+        take_turns(run, first, behind, most);
+        run->layers.peak = run->peak;
+        if (peak > run->peak)
+            run->peak = peak;
+        const Layers latest = run->layers;
+        run->layers = run->before;
+        run->before = latest;
+        if (run->misses != misses)
+            run->before.first = NULL;
     }
     return behind;
 }
@@ -864,11 +1018,12 @@ static int prepare(Run *run)
     run->handles = filled(run->num_handles, sizeof(Block *), 0);
     run->places = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
     run->handed = filled(n, sizeof(int32_t), 0);
+    run->open = filled(n, sizeof(int32_t), 0);
     run->requests = filled(run->num_sizes, sizeof(Request), 0);
     run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
     run->live = filled(n, sizeof(Stack), 0);
     run->own = filled(n, sizeof(Stack), 0);
-    if (!(run->handles && run->places && run->handed && run->requests && run->peaks && run->live && run->own))
+    if (!(run->handles && run->places && run->handed && run->open && run->requests && run->peaks && run->live && run->own))
         return 0;
     for (size_t at = 0; at < run->num_sizes; at++) {
         int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
@@ -939,7 +1094,8 @@ static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t l
 
 static void clear(Run *run)
 {
-    void *all[] = {run->handles, run->places, run->handed, run->requests, run->peaks, run->live, run->own, run->spare};
+    void *all[] = {run->handles, run->places, run->handed, run->requests, run->peaks, run->live, run->own, run->spare,
+                   run->open, run->layers.places, run->before.places};
     for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
         free(all[at]);
     while (run->spare_chunks != NULL) {
