@@ -196,3 +196,18 @@ def test_the_handbook_s_old_name_of_flash_attention() -> None:
     recipe = {**TRL, "use_flash_attention_2": True}
     assert read(recipe).options["attn_implementation"] == "flash_attention_2"
     assert read(recipe).unsupported == {}
+
+
+def test_a_quantization_config_that_no_model_is_loaded_with() -> None:
+    """A program that leaves it out of from_pretrained trains in 16 or 32 bits: its peak is none of a base in 4 bits."""
+    program = """
+model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B"{})
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+trainer = SFTTrainer(model=model, args=SFTConfig(output_dir="out"), peft_config=LoraConfig(r=8))
+"""
+    handed = read_text(program.format(", quantization_config=quantization"), file="train.py")
+    assert (handed.options["quant"], handed.unsupported) == ("nf4", {})
+    left_out = read_text(program.format(""), file="train.py")
+    assert left_out.unsupported.keys() == {"quant.load_in_4bit"}
+    assert peftplan.estimate(config=left_out).peaks is None
+    assert peftplan.estimate(config=left_out, quant="none").bound is None
