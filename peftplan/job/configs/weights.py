@@ -73,6 +73,12 @@ class Weights(Objects):
         if isinstance(node.target, ast.Attribute) and node.target.attr == "requires_grad":
             self._note_frozen(None, node.target)
 
+    def visit_Delete(self, node: ast.Delete) -> None:
+        """`del model.model.layers[12:]`."""
+        self.generic_visit(node)
+        if any(not isinstance(target, ast.Name) and self._is_of_model(target) for target in node.targets):
+            self._note_part()
+
     def visit_Expr(self, node: ast.Expr) -> None:
         """`model.lm_head.float()`: a cast whose result nobody takes is one in place, of a module."""
         self.generic_visit(node)
@@ -109,7 +115,11 @@ class Weights(Objects):
 
     def _replaces(self, target: ast.Attribute, value: ast.expr) -> bool:
         """Whether an assignment puts another module in the place of a model's."""
-        of = self._model_of(target) if isinstance(value, ast.Call) and "config" not in ast.unparse(target) else None
+        is_new = isinstance(value, (ast.Call, ast.Subscript, ast.ListComp))
+        return is_new and "config" not in ast.unparse(target) and self._is_of_model(target)
+
+    def _is_of_model(self, part: ast.expr) -> bool:
+        of = self._model_of(part)
         return of is not None and any(loads_model(self.name_of(each.func)) for each in of.made_by)
 
     def _note_part(self) -> None:
@@ -152,7 +162,8 @@ class Weights(Objects):
             self._set_frozen(frozen=self.frozen_before[last])
             if last in self.adapting_before:
                 self.adapting.add(self._here())
-        if last in self.parts_before:
+        compiles = last == "compile" and self._is_of_model(node.args[0] if node.args else node.func)
+        if last in self.parts_before or compiles or last.startswith("apply_liger_kernel"):
             self._note_part()
         if (dtype := self._cast_to(last, node)) is not None:
             self._note_cast(node, dtype)

@@ -20,6 +20,11 @@ TRAINS = "Trainer(model=model, args=TrainingArguments('o', bf16=True), train_dat
         "model.lm_head = CastOutputToFloat(model.lm_head)",
         "for p in model.parameters():\n    p.data = p.data.to(torch.float32)",
         "for name, module in model.named_modules():\n    if 'norm' in name:\n        module.to(torch.float32)",
+        "model.model.layers = model.model.layers[:12]",
+        "del model.model.layers[12:]",
+        "model = torch.compile(model)",
+        "model.compile()",
+        "apply_liger_kernel_to_qwen2()",
         "def upcast(model):\n    for p in model.parameters():\n        p.data = p.data.float()\nupcast(model)",
     ],
 )
