@@ -329,6 +329,8 @@ def job(
     if strategy in ("fsdp1", "fsdp2"):
         config = {"version": int(strategy[-1]), **(fsdp or {})}
         arguments: dict[str, Any] = {"fsdp": "full_shard"}
+        if strategy == "fsdp1":
+            config.pop("dp_shard_size", None)  # torch shards within a node
         if config.pop("offload_params", None):
             config["cpu_offload"] = True
         if config.pop("sync_each_batch", None):
@@ -408,6 +410,8 @@ def fsdp1_jobs() -> Iterator[JobName]:
     flat_on_host: dict[str, Any] = {"use_orig_params": False, "offload_params": "cpu", "cpu_ram_efficient_loading": True}
     yield "fsdp1", "qlora", 4, {"use_reentrant": True, "accumulation": 3, "batch_size": 2, "fsdp": flat_on_host}
     yield "fsdp1", "qlora", 4, {}
+    for method in METHODS:
+        yield "fsdp1", method, 8, {"fsdp": {"dp_shard_size": 4}}
 
 
 def device_map_jobs() -> Iterator[JobName]:

@@ -107,7 +107,7 @@ def run(names: list[str], *, most: int | None) -> int:
         count += 1
         result = rehearse(
             command(each),
-            gpu=f"{each['world']}x{CARD}",
+            gpu=f"{each['fsdp'].get('dp_shard_size', each['world'])}x{CARD}",
             world_size=1 if each["strategy"] == "device-map" else each["world"],
             rank=each.setdefault("rank", largest_rank(each)),
             steps=4 if each["strategy"] == "zero0" else 3,  # DeepSpeed's optimizer takes one as it is made
@@ -137,7 +137,11 @@ def command(row: dict[str, Any]) -> tuple[str, ...]:
     if "model" not in row:
         program = row["program"]
         model = {"model": program_words([program["model"]])[0]} if "model" in program else {"config": llama(program)}
-        return (sys.executable, str(PROGRAM), json.dumps(program | model))
+        told = (str(PROGRAM), json.dumps(program | model))
+        if row["strategy"] == "fsdp1" and (cards := row["fsdp"].get("dp_shard_size")):
+            nodes = ("--nnodes", str(row["world"] // cards), "--nproc-per-node", str(cards))  # torch shards within a node
+            return ("env", "FSDP_SHARDING_STRATEGY=HYBRID_SHARD", "torchrun", *nodes, *told)
+        return (sys.executable, *told)
     words = [word for name, value in row["program"].items() for word in spelled(name, value)]
     where = ["--strategy", row["strategy"], "--gpus", str(row["world"])]
     return (sys.executable, str(BUILT_IN), *program_words([row["model"], *words, *where]))

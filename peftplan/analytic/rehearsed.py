@@ -125,7 +125,6 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
     of_fsdp2 = {
-        "dp_shard_size": distributed.dp_shard_size not in (None, distributed.world_size),
         "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
         "reduce_dtype": distributed.reduce_dtype not in (None, autocast),

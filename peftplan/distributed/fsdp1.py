@@ -7,6 +7,9 @@ for each tensor, inside its layer's; here it is gathered and reduced with its la
     backward    unit: gather, and the one before it ahead (BACKWARD_PRE) | layer | gradients into one flat tensor, free them, free
                 the flat parameter, make the shard of the gradient, free the flat gradient
 
+Of a hybrid group (HYBRID_SHARD) a rank sums the shards of gradients with the other groups in place, and casts them afterwards on
+the stream of the sum.
+
 What another stream still reads is marked with `record_stream`: the allocator gives it out again when the GPU has read it.
 """
 
@@ -20,7 +23,7 @@ from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
-PRE_UNSHARD, UNSHARD, POST_BACKWARD = 1, 2, 3
+PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = 1, 2, 3, 4
 """Streams besides the default one, 0."""
 IN_FLIGHT = 2
 """Freed units that the GPU may not have passed when the next one is gathered (`_FreeEventQueue`, under `limit_all_gathers`)."""
@@ -225,7 +228,8 @@ class Fsdp1(Fsdp2):
             whole[number] = self._new((flat.numel,), dtype, f"{flat.name} gradient, cast", POST_BACKWARD)
         output = self._new(shard, dtype, "reduce-scatter output", POST_BACKWARD)
         if dtype != first.master:
-            output = self._new(shard, first.master, "reduce-scatter output, cast", POST_BACKWARD)
+            stream = ALL_REDUCE if self.replicates else POST_BACKWARD
+            output = self._new(shard, first.master, "reduce-scatter output, cast", stream)
         whole[number] = output  # the flat gradient is freed
         if self.offloads:
             self._saved = [*self._saved, output]
