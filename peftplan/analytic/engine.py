@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.analytic.compiled import Compiled, last_step
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.job.inventory import Inventory, of_any_device, on_each_device
-from peftplan.job.setup import Setup
 
 Moments = tuple[Mapping[str, tuple[int, int]], Mapping[str, int]]
 """Phase → (bytes at its peak, how many events lead to it); and what is assumed besides the setup."""
@@ -29,10 +28,11 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
 
 def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
     """The peaks of one GPU. `known`: those of steps that need as much."""
-    compiled_job = compiled(inventory, compute_capability=compute_capability)
+    compiled_job, dims = last_step(inventory, compute_capability)
     of = compiled_job.like or compiled_job
     if id(of) not in known:
-        known[id(of)] = of, _moments(compiled_job, inventory.job.setup)
+        peaks = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)
+        known[id(of)] = of, (peaks, compiled_job.assumed(dims))
     moments, assumed = known[id(of)][1]
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
     generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
@@ -40,11 +40,6 @@ def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) ->
         requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
     ends = {phase: at for phase, (_, at) in moments.items()}
     return InstantPeaks(inventory, compute_capability, requested, ends, assumed)
-
-
-def _moments(compiled_job: Compiled, setup: Setup) -> Moments:
-    dims = compiled_job.sizes(setup.batch_size, setup.seq_len)
-    return compiled_job.timeline.peaks(dims, compiled_job.standing_bytes), compiled_job.assumed(dims)
 
 
 def peaks_of_each(of_any: Inventory, *, compute_capability: str) -> tuple[InstantPeaks, ...]:

@@ -39,8 +39,15 @@ class Waves(NamedTuple):
 
     def peaks(self, moves: Sequence[int], standing: int) -> dict[str, tuple[int, int]]:
         """Phase → (highest level, how many events lead to it). `moves`: by how much each changes the level, in bytes."""
-        ups = [sum(map(moves.__getitem__, up)) for up, _ in self.waves]
-        nets = [up + sum(map(moves.__getitem__, down)) for up, (_, down) in zip(ups, self.waves, strict=True)]
+        ups, nets = [], []
+        for up, down in self.waves:  # most are one or two moves long
+            level = 0
+            for move in up:
+                level += moves[move]
+            ups.append(level)
+            for move in down:
+                level += moves[move]
+            nets.append(level)
         tops: list[tuple[int, int]] = []  # of each stretch: above its beginning, and the wave where it is
         rises: list[int] = []
         for stretch in self.stretches:
@@ -73,7 +80,7 @@ class Waves(NamedTuple):
 
 
 def _num_events(waves: Sequence[Wave], numbers: Iterable[int]) -> int:
-    return sum(len(up) + len(down) for up, down in map(waves.__getitem__, numbers))
+    return sum([len(up) + len(down) for up, down in map(waves.__getitem__, numbers)])
 
 
 def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tuple[str, int, int]]) -> Waves:
