@@ -27,6 +27,7 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
     for key in tool.write.get("shipped", ()):
         yield from ({key: name, **processes} for name in load(SHIPPED, Shipped).get(tool.tool, {}))
     by_label = {row["launch"]: key for key, row in reversed(list(tool.rows.items())) if "launch" in row and "*" not in key}
+    by_label |= {label: label for label in by_label if tool.rows.get(label, {}).get("launch") == label}  # not a launcher's word
     if distributed.strategy.startswith("fsdp") and "fsdp_config" in by_label:
         version, config = by_label.get("fsdp_version"), by_label["fsdp_config"]
         fields = fsdp_fields(distributed, prefix="fsdp_" if version else "")
