@@ -156,8 +156,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
 
 def by_processors(inventory: "Inventory", compute_capability: str) -> bool:
     """Whether the card's multiprocessors decide a kernel or a buffer of a step; if not, its compute capability alone does."""
-    steps = (compiled(step, compute_capability=compute_capability) for step in (inventory, *_earlier(inventory)))
-    return any(step.by_processors for step in steps)
+    steps = (last_step(of, compute_capability) for of in (inventory, *_earlier(inventory)))
+    return any(step.by_processors for step, _ in steps)
 
 
 def _earlier(inventory: "Inventory") -> "Iterator[Inventory]":
