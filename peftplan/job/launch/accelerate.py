@@ -127,9 +127,8 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
 
 UNSHARDED = {
     **dict.fromkeys(("no_shard", "3"), "FSDP1 without shards is not counted; accepted: MULTI_GPU, which is equivalent"),
-    **dict.fromkeys(
-        ("hybrid_shard", "4", "hybrid_shard_zero2", "5"), "FSDP1's groups are not counted; accepted: FSDP2 with dp_shard_size"
-    ),
+    **dict.fromkeys(("hybrid_shard", "4"), "its groups are the GPUs of a node; accepted: FULL_SHARD, with dp_shard_size"),
+    **dict.fromkeys(("hybrid_shard_zero2", "5"), "gathered weights that stay are not counted; accepted: FULL_SHARD"),
 }
 """Sharding strategies of FSDP1 that are not counted."""
 
