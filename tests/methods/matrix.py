@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import peft.optimizers
@@ -205,6 +207,25 @@ def trained(case: Case) -> tuple[set[str], int]:
     return names, adaptation.num_trainable
 
 
+@lru_cache(maxsize=1)
+def _at_real_size(name: str, model_class: str) -> Any:
+    """transformers' own built-in model, on the meta device."""
+    with without_values():
+        return meta.build(load_config(name), model_class)
+
+
+def _unless_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else initialize(tensor, *args, **kwargs)
+
+
+INITIALIZERS = {name: _unless_meta(value) for name, value in vars(torch.nn.init).items() if name[0] != "_" and name[-1] == "_"}
+
+
+def without_values() -> AbstractContextManager[Any]:
+    """Let torch's initializers leave tensors on the meta device as they are, without values. They took a seventh of the time."""
+    return patch.multiple(torch.nn.init, **INITIALIZERS)
+
+
 def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[int, int] | Exception]:
     """Our (trainable, total) and peft's, on the built-in model itself; an error where a side refuses."""
     name = MODELS[case.model_type]
@@ -215,8 +236,8 @@ def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[
         return adaptation.num_trainable, arch.num_parameters + adaptation.num_added
 
     def pefts() -> tuple[int, int]:
-        with torch.device("meta"):
-            adapted = peft.get_peft_model(meta.build(load_config(name), arch.model_class), _peft_config(arch, case))
+        with torch.device("meta"), without_values():
+            adapted = peft.get_peft_model(copied(_at_real_size(name, arch.model_class), {}), _peft_config(arch, case))
         counts: tuple[int, int] = adapted.get_nb_trainable_parameters()
         return counts
 
@@ -277,7 +298,7 @@ def _device(case: Case) -> str:
 
 def _adapted(base: Any, config: Any, case: Case) -> Any:
     """`get_peft_model` on copies: peft wraps the model and resolves the config in place."""
-    with stand_ins(config.peft_type.value), torch.device(_device(case)):
+    with stand_ins(config.peft_type.value), torch.device(_device(case)), without_values():
         adapted = peft.get_peft_model(copied(base, {}), copy.deepcopy(config))
     if case.method == "lora-fa":
         peft.optimizers.create_lorafa_optimizer(adapted, r=config.r, lora_alpha=config.lora_alpha, lr=1e-4)
