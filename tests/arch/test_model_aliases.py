@@ -28,7 +28,9 @@ def test_each_checkpoint_of_the_same_shapes_has_its_source() -> None:
     assert set(DATA["siblings"].values()) <= set(DATA["sources"])
 
 
-@pytest.mark.parametrize("name", ["ibm-granite/granite-3.0-8b-instruct", "granite-3.0-2b-instruct", "NousResearch/Hermes-2-Pro-Llama-3-8B"])
+@pytest.mark.parametrize(
+    "name", ["ibm-granite/granite-3.0-8b-instruct", "granite-3.0-2b-instruct", "NousResearch/Hermes-2-Pro-Llama-3-8B"]
+)
 def test_a_checkpoint_with_another_vocabulary_is_no_alias(name: str) -> None:
     """Granite 3.0's instruct models have 49,155 tokens, their base models 49,152; Hermes 2 Pro has 32 more than Llama 3."""
     assert catalogue.find(name) is None
