@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from pydantic import PrivateAttr
 
 from peftplan.distributed.strategy import Distributed
 
-Op = Callable[[Any, Any], Any]
+Op = Callable[[int, int], int]
 
 
 class Worlds:
@@ -58,7 +58,7 @@ class Worlds:
         """The value at the world size of the record, to show."""
         return self._values[place]
 
-    def computed(self, op: Op, a: object, b: object) -> Any:
+    def computed(self, op: Op, a: object, b: object) -> object:
         """The result of an operation: another number, but a float where an operand is one."""
         if isinstance(a, float) or isinstance(b, float):
             return op(float(a), float(b))  # type: ignore[arg-type]
@@ -82,11 +82,11 @@ class Worlds:
         return place
 
 
-def _forwards(op: Op) -> Any:
+def _forwards(op: Op) -> Callable[[Number, object], object]:
     return lambda self, other: self.worlds.computed(op, self, other)
 
 
-def _backwards(op: Op) -> Any:
+def _backwards(op: Op) -> Callable[[Number, object], object]:
     return lambda self, other: self.worlds.computed(op, other, self)
 
 
@@ -109,22 +109,22 @@ class Number:
     __mod__, __rmod__ = _forwards(operator.mod), _backwards(operator.mod)
     __lt__, __le__, __gt__, __ge__ = (_forwards(op) for op in (operator.lt, operator.le, operator.gt, operator.ge))
 
-    def __eq__(self, other: object) -> Any:
+    def __eq__(self, other: object) -> bool:
         if type(other) is Number and other.worlds is not self.worlds:  # a table that outlives the record
             return False
-        return self.worlds.computed(operator.eq, self, other)
+        return cast(bool, self.worlds.computed(operator.eq, self, other))
 
-    def __ne__(self, other: object) -> Any:
+    def __ne__(self, other: object) -> bool:
         return (self == other) == 0
 
     def __hash__(self) -> int:
         return hash((id(self.worlds), self.place))  # not that of its value: no table takes it for the whole number
 
-    def __neg__(self) -> Any:
-        return 0 - self
+    def __neg__(self) -> object:
+        return self.worlds.computed(operator.sub, 0, self)
 
     def __bool__(self) -> bool:
-        return not self.worlds.answer((self == 0).place)
+        return not self.worlds.answer(cast(Number, self == 0).place)
 
     def __index__(self) -> int:
         return self.worlds.answer(self.place)
@@ -134,7 +134,7 @@ class Number:
     def __float__(self) -> float:
         return float(int(self))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(int(self), name)
