@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from peftplan.depth.expand import NotRepeatingError
+from peftplan.depth.layers import Layers
 from peftplan.depth.log import Moment, Storage
 from peftplan.depth.shallow import Stack
 from peftplan.distributed.zero import SUB_GROUP, UNDECAYED, automatic, by_tensor, limits, reduce_bucket
@@ -39,7 +40,7 @@ from peftplan.trace.ranks.fsdp1 import addressed
 from peftplan.trace.ranks.group import OneOfSeveral, process_group
 from peftplan.trace.ranks.one_gpu import OneGpu
 from peftplan.trace.ranks.played import ModelAlone, Player, plays
-from peftplan.trace.ranks.zero3 import ENGINE, OwnedTracker, added, noted, owned, with_sent
+from peftplan.trace.ranks.zero3 import ENGINE, OwnedTracker, noted, owned, with_sent
 from peftplan.units import ceil_div
 
 VALUES_PER_BYTE = 2
@@ -138,8 +139,7 @@ class Zero(OneOfSeveral):
         groups = [[p for name, p in named if bool(UNDECAYED.search(name)) is undecayed] for undecayed in (False, True)]
         if self.stacks:
             self._bucket = reduce_bucket(self.distributed, _hidden_size(built.hf_config))
-            if max(p.numel() for group in groups for p in group) > self._bucket:
-                raise NotRepeatingError("a gradient that is larger than the bucket is kept until the next one arrives")
+            self._check_repeats(named)
         self._optimizer = torch_optimizer(setup, [{"params": group} for group in groups])
         config = self._config(built, setup)
         model.to = moved
@@ -162,17 +162,25 @@ class Zero(OneOfSeveral):
 
         base.register_step_pre_hook(stepping)
 
+    def _check_repeats(self, trained: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """Raise NotRepeatingError if a gradient has no place in a bucket, or if the optimizer of the whole model takes what
+        trains in several groups (deepspeed, runtime/zero/stage3.py, `_create_fp16_sub_groups`).
+        """
+        if max(p.numel() for _, p in trained) > self._bucket:
+            raise NotRepeatingError("a gradient that is larger than the bucket is kept until the next one arrives")
+        (stack,) = self.stacks
+        times = {None: 1, 0: stack.layers}  # the first layer stands for all
+        number = Layers(stack.name).number
+        parts = (times.get(number(name), 0) * ceil_div(p.numel(), self.distributed.world_size) for name, p in trained)
+        if sum(parts) > (self.distributed.sub_group_size or SUB_GROUP):
+            raise NotRepeatingError("several groups of the optimizer")
+
     def complete(
         self, log: Sequence[Moment], began: Sequence[tuple[int, str]]
     ) -> tuple[Sequence[Moment], Sequence[tuple[int, str]]]:
-        """The log of the whole depth with the buckets that are sent. Raises NotRepeatingError where the optimizer takes the
-        layers in several groups.
-        """
+        """The log of the whole depth with the buckets that are sent."""
         if not self.stacks:
             return log, began
-        steps = sum(phase == "step" for _, phase in began)
-        if added(log) > steps * (self.distributed.sub_group_size or SUB_GROUP):
-            raise NotRepeatingError("several groups of the optimizer")
         return with_sent(log, began, bucket=self._bucket, world_size=self.distributed.world_size)
 
     def _load_by_tensor(self, built: Built, tracker: Tracker, setup: Setup, config: dict[str, Any]) -> None:

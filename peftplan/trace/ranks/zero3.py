@@ -10,7 +10,7 @@ runtime/comm/coalesced_collectives.py (`reduce_scatter_coalesced`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -204,11 +204,6 @@ class _Sent:
             at.storage, id=-self.number, nbytes=nbytes, shape=(numel,), dtype=self.dtype, op="reduce_scatter",
             category="communication", freed_segment=at.storage.segment,
         )  # fmt: skip
-
-
-def added(log: Iterable[Moment]) -> int:
-    """Elements of all gradients that are added to buckets."""
-    return sum(_numel(storage) for kind, storage, *_ in log if kind == "alloc" and storage.op == ADDED)
 
 
 def _numel(gradient: Storage) -> int:
