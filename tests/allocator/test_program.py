@@ -119,7 +119,6 @@ def test_a_log_gives_as_a_program_what_it_gives_event_by_event(expandable: bool)
             assert runs_within(*of_log(log), capacity, expandable=expandable) == runs
 
 
-@pytest.mark.skipif(not program.GROWS, reason="no compiled replay was built")
 def layer(draw: random.Random, first: int, num_sizes: int) -> list[tuple[int, ...]]:
     """Tensors of one layer, numbered from `first`, that come and go; not always do all of them go."""
     events: list[tuple[int, ...]] = []
@@ -183,6 +182,7 @@ def interpreted_within(written: Program, sizes: list[int], capacity: int, *, exp
     return True
 
 
+@pytest.mark.skipif(not program.GROWS, reason="no compiled replay was built")
 def test_segments_that_grow_are_replayed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a 70B model takes 0.4 s."""
     monkeypatch.setattr(program, "interpret", None)
