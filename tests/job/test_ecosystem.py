@@ -139,6 +139,16 @@ def test_training_arguments_are_a_setup() -> None:
     assert estimate.assumptions["trainer"] == "transformers"
 
 
+@pytest.mark.parametrize(("config", "strategy"), [({}, "fsdp2"), ({"version": 2}, "fsdp2"), ({"version": 1}, "fsdp1")])
+def test_fsdp_without_a_version_is_that_of_transformers(config: dict[str, int], strategy: str) -> None:
+    """transformers 5, training_args.py: `int(self.fsdp_config.get("version", 2))`."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(**COMMON, fsdp="full_shard", fsdp_config=dict(config))
+    document = peftplan.estimate(CONFIG, training_args=args, method="lora", gpus=4).to_dict()
+    assert document["distributed"]["strategy"] == strategy
+
+
 def test_training_arguments_say_what_they_leave_off() -> None:
     # Their own defaults, unlike our preset: no checkpointing, no mixed precision, a batch of 8 on each device.
     transformers = pytest.importorskip("transformers")
