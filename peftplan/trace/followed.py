@@ -11,7 +11,7 @@ from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
-from peftplan.versions import EXPERTS_FUSED
+from peftplan.versions import EXPERTS_FUSED, FORWARD_CHECKPOINTED
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -76,6 +76,9 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
         f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
         and job.quant is not None
+        and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
+        f"checkpoints of transformers before {FORWARD_CHECKPOINTED.named.split()[1]}": distributed.strategy in ("fsdp2", "zero3")
+        and not job.script.checkpoints_forward
         and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
         f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast not in ("bf16", "fp16"),
         f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != job.setup.autocast,

@@ -10,6 +10,7 @@ import torch.distributed
 
 import peftplan
 from peftplan.job.prepare import prepare
+from peftplan.job.script import Script
 from peftplan.job.sources import load_config
 from peftplan.trace.followed import RANKS, is_followed
 from tools.rank_grid import LLAMA, cut
@@ -237,6 +238,10 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"strategy": "fsdp1", "dp_shard_size": 2}, "not its dp_shard_size"),
         ({"strategy": "fsdp1", "quant": "nf4", "quant_storage": "bf16"}, "not quantized weights under FSDP1"),
         ({"strategy": "zero3", "quant": "nf4", "use_reentrant": True}, "not reentrant checkpoints over quantized weights"),
+        (
+            {"strategy": "zero3", "script": Script.on(transformers="5.22"), "use_reentrant": True},
+            "not checkpoints of transformers before 5.23",
+        ),
         ({"strategy": "zero3", "quant": "int8"}, "not its shards in int8"),
         ({"strategy": "zero3", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "tp", "quant": "nf4", "target_modules": "q_proj"}, "not quantized weights under tensor parallelism"),
