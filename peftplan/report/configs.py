@@ -106,8 +106,10 @@ def summary(config: ConfigDocument) -> str:
     options = sorted({text.removeprefix(PROGRAM) for text in assumed.values() if text.startswith(PROGRAM)})
     more = f" and {len(options) - MOST_KEYS} more" if len(options) > MOST_KEYS else ""
     taken = f"; the program's defaults of {', '.join(options[:MOST_KEYS])}{more}" if options else ""
-    return f"{files} ({config['tool']} {config['version']}): {counts}{taken}" + (
-        "" if by_name.startswith(PROGRAM) else f"; {by_name}"
+    return (
+        f"{files} ({config['tool']} {config['version']}): {counts}{taken}"
+        + ("" if by_name.startswith(PROGRAM) else f"; {by_name}")
+        + "".join(f"; {text}" for what, text in assumed.items() if what == "command" or what.startswith("$"))
     )
 
 

@@ -33,6 +33,13 @@ def tool_of(document: Document, *, file: str) -> Tool:
     return matching[0] if matching else "other"
 
 
+def trains(document: Document, tool: Tool) -> bool:
+    """Whether a command is one of a tool, and none of those that infer, export or evaluate."""
+    rules = facts(tool).rules if tool != "other" else ()
+    others = (rule.get("when", {}).get("program", ()) for rule in rules if rule.get("kind") == "other")
+    return tool != "other" and not any(runs(document.program, map(str, names)) for names in others if isinstance(names, list))
+
+
 def runs(program: str, names: Iterable[str]) -> bool:
     """Whether a command line begins with one of the names, or contains one that is written with `~`."""
     return any(name[1:] in program if name.startswith("~") else program.startswith(name) for name in names)
@@ -47,6 +54,9 @@ def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], va
             return any(each.startswith(name[:-1]) for each in keys)
         return (name in keys or name in values) and (not value or value in str(keys.get(name)))
 
+    def own() -> bool:
+        return any(map(there, case.get("own", ()))) or program.rpartition("/")[2].rpartition(" ")[2] in case.get("names", ())
+
     return (
         case.get("kind", "values") == kind
         and runs(program, case.get("program", [""]))
@@ -54,5 +64,5 @@ def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], va
         and all(map(there, case.get("all", ())))
         and (not case.get("any") or any(map(there, case["any"])))
         and not any(map(there, case.get("none", ())))
-        and ("scripts" not in case or runs(program, case["scripts"]) or all(map(facts(tool).known, keys)))
+        and ("scripts" not in case or runs(program, case["scripts"]) or (own() and all(map(facts(tool).known, keys))))
     )

@@ -59,6 +59,10 @@ class Document(NamedTuple):
     """The text of a recipe's header."""
     settings: str = ""
     """The file from which a command takes its settings."""
+    line: int | None = None
+    """The line of a command."""
+    assumed: Mapping[str, str] = {}
+    """What is assumed of a script that has branches or several commands."""
 
     @property
     def calls(self) -> list[Call]:

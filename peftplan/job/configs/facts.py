@@ -136,7 +136,12 @@ class Case(TypedDict, total=False):
     program: list[str]
     not_program: list[str]
     scripts: list[str]
-    """Scripts of the tool. A command that runs another one is the tool's if the tool has each of its keys."""
+    """Scripts of the tool. A command that runs another one is the tool's if the tool has each of its keys, and one of them is
+    in `own`, or the script has a name of `names`."""
+    own: list[str]
+    """Keys that no other tool has."""
+    names: list[str]
+    """Names of the tool's scripts, without a folder."""
     all: list[str]
     any: list[str]
     none: list[str]

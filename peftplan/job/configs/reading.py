@@ -62,7 +62,7 @@ class Reading:
         self.tool, self.file, self.document = tool, file, document
         self.by_default: dict[str, list[str]] = {}
         """Arguments of a program's calls that hold defaults of its command line → its options."""
-        self.assumed: dict[str, str] = {}
+        self.assumed: dict[str, str] = dict(document.assumed)
         values = document.values
         if document.kind == "calls":
             from peftplan.job.configs.order import arguments

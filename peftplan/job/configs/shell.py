@@ -7,7 +7,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 
-from peftplan.job.configs.detect import tool_of
+from peftplan.errors import RefusedError
+from peftplan.job.configs.branches import PIECES, Variables, parts_of
+from peftplan.job.configs.detect import tool_of, trains
 from peftplan.job.configs.documents import BrokenFileError, Document, as_number
 
 PROGRAMS = (
@@ -27,8 +29,6 @@ SETTINGS = (".yaml", ".yml")
 ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
 ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 COMMENT = re.compile(r"\s#[^'\"\\]*$")
-PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)\#.*|.""", re.DOTALL)
-"""Quoted texts, escaped characters, a comment, which begins at the start of a word, and all other characters."""
 MOST_LINES = 100
 """The most lines of a quoted text or an array."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*)")
@@ -40,43 +40,68 @@ MOST_COMMANDS = 200
 
 
 def of_shell(text: str, *, file: str) -> Document:
-    """The first command of a script that a tool reads, else its first one. Raises BrokenFileError if there is none."""
+    """The first training command of a script, else its first command that a tool reads, else its first one.
+
+    Further training commands are in its `assumed`. Raises BrokenFileError if the script has no command.
+    """
     commands = list(commands_of(text, file=file))
     if not commands:
         raise BrokenFileError(file, None, "accepted: a script with a training command, such as swift sft, trl sft or torchrun")
-    return next((command for command in commands if tool_of(command, file=file) != "other"), commands[0])
+    training: list[Document] = []
+    of_tools: list[Document] = []
+    for command in commands:
+        try:
+            tool = tool_of(command, file=file)
+        except RefusedError:  # two tools match: a question only where the command is the one that is read
+            if not training:
+                raise
+            training.append(command)
+            continue
+        of_tools += [command] if tool != "other" else []
+        training += [command] if trains(command, tool) else []
+    if not training:
+        return next(iter(of_tools), commands[0])
+    first, *others = training
+    if not others:
+        return first
+    lines = f"line{'s' if len(others) > 1 else ''} {', '.join(str(command.line) for command in others)}"
+    further = f"the file has {len(training)} training commands; the first, in line {first.line}, is read, not that of {lines}"
+    return first._replace(assumed={**first.assumed, "command": further})
 
 
 def commands_of(text: str, *, file: str) -> Iterator[Document]:
     """Every training command of a script, with the variables that were set before it."""
-    variables: dict[str, str] = {}
+    variables = Variables()
     count = 0
     for number, line in _lines(text):
         if (array := ARRAY.fullmatch(line)) is not None:
-            before = variables.get(array[1], "") if array[2] else ""
-            variables[array[1]] = f"{before} {_filled(array[3], variables)}"
+            before = variables.values.get(array[1], "") if array[2] else ""
+            variables.values[array[1]] = f"{before} {_filled(array[3], variables.values)}"
             continue
-        try:
-            words = _words(_filled(line, variables))
-        except ValueError as error:
-            if any(line.lstrip().startswith(name) for name, _ in PROGRAMS):
-                raise BrokenFileError(file, number, f"not a shell command: {error}") from None
-            continue
-        environment: dict[str, str] = {}
-        while words and (match := ASSIGNMENT.fullmatch(words[0])):
-            environment[match[1]] = match[2]
-            words.pop(0)
-        if words[:1] == ["export"]:
-            variables |= {match[1]: match[2] for word in words[1:] if (match := ASSIGNMENT.fullmatch(word))}
-            continue
-        if not words:
-            variables |= environment
-            continue
-        if (words := _unwrapped(words)) and count < MOST_COMMANDS:
-            count += 1
-            program, settings, values = _command(words)
-            if values or settings:
-                yield Document(values, {}, "command", program, {**variables, **environment}, settings=settings)
+        for part, behind in parts_of(line):
+            command = variables.enter(part)
+            try:
+                words = _words(_filled(command, variables.values))
+            except ValueError as error:
+                if any(command.lstrip().startswith(name) for name, _ in PROGRAMS):
+                    raise BrokenFileError(file, number, f"not a shell command: {error}") from None
+                words = []
+            environment: dict[str, str] = {}
+            while words and (match := ASSIGNMENT.fullmatch(words[0])):
+                environment[match[1]] = match[2]
+                words.pop(0)
+            if words[:1] == ["export"]:
+                variables.values |= {match[1]: match[2] for word in words[1:] if (match := ASSIGNMENT.fullmatch(word))}
+            elif not words:
+                variables.values |= environment
+            elif (words := _unwrapped(words)) and count < MOST_COMMANDS:
+                count += 1
+                program, settings, values = _command(words)
+                if values or settings:
+                    settled = {**variables.values, **environment}
+                    doubts = variables.doubts()
+                    yield Document(values, {}, "command", program, settled, settings=settings, line=number, assumed=doubts)
+            variables.leave(part, behind)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

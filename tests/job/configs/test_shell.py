@@ -9,12 +9,14 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import ConfigPlan
+from peftplan.report.configs import summary
 
 LLAMA_FACTORY = """
     --stage sft --do_train --model_name_or_path Qwen/Qwen3-8B --dataset mine --template qwen3 --finetuning_type lora
     --lora_rank 16 --lora_target q_proj,v_proj --cutoff_len 4096 --per_device_train_batch_size 2 --bf16 --output_dir out
 """
 ARGUMENTS = " ".join(LLAMA_FACTORY.split())
+SWIFT = "swift sft --model Qwen/Qwen2.5-7B-Instruct --tuner_type lora --dataset mine"
 
 
 def read(tmp_path: Path, script: str) -> ConfigPlan:
@@ -95,3 +97,86 @@ def test_a_number_sign_in_a_word_begins_no_comment(tmp_path: Path) -> None:
         plan.read["dataset"].value if "dataset" in plan.read else plan.ignored["dataset"].value == data.replace("'", "").split()
     )
     assert (plan.options["method"], plan.options["seq_len"]) == ("full", 512)
+
+
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [
+        (f"{SWIFT} --max_length 1024\n{SWIFT} --max_length 8192\n", "line 1, is read, not that of line 2"),
+        (f"if $A; then\n{SWIFT} --max_length 1024\nelse\n{SWIFT} --max_length 8192\nfi", "line 2, is read, not that of line 4"),
+        (
+            f"{SWIFT} --max_length 1024 &\n{SWIFT} \\\n --max_length 1 &\n{SWIFT} --max_length 2",
+            "is read, not that of lines 2, 4",
+        ),
+    ],
+)
+def test_further_training_commands_are_said(tmp_path: Path, script: str, lines: str) -> None:
+    plan = read(tmp_path, script)
+    assert plan.options["seq_len"] == 1024
+    assert lines in plan.assumed["command"]
+    estimate = peftplan.estimate(config=plan, gpu="l4")
+    assert estimate.config is not None
+    assert lines in summary(estimate.config)
+
+
+def test_a_command_that_exports_or_infers_is_no_training_command(tmp_path: Path) -> None:
+    script = f"swift export --model a/b --adapters c\n{SWIFT} --max_length 1024\nswift infer --model a/b --max_length 2"
+    plan = read(tmp_path, script)
+    assert (plan.kind, plan.options["seq_len"]) == ("training", 1024)
+    assert "command" not in plan.assumed
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "cd x && {}", "cd x; {}", "export A=1 && {}", "(cd x && {})", "if $A; then {}; fi", "run() {{ {}; }}", "[ -d x ] || {}",
+        "export L=1024 && {}", "X=$(cd y; pwd) && {}", "X=\"a; b\"; {} 2>&1 | tee log; echo 'a && b'",
+        'D="$(cd "$(dirname "$0")" && pwd)"; {}', "X=`a; b`; {} &", "for ((i=0;i<3;i++)); do {}; done",
+    ],
+)  # fmt: skip
+def test_commands_in_one_line(tmp_path: Path, script: str) -> None:
+    plan = read(tmp_path, script.format(f"{SWIFT} --max_length 1024"))
+    assert (plan.tool, plan.options["seq_len"], plan.unsupported) == ("swift", 1024, {})
+    assert "command" not in plan.assumed
+
+
+@pytest.mark.parametrize(
+    ("script", "length"),
+    [
+        ("if $A; then\nL=1024\nelse\nL=4096\nfi", None),
+        ("if $A; then L=1024; elif $B; then L=1024; else L=4096; fi", None),
+        ("L=1024; if $A; then L=4096; fi", None),
+        ("L=1024\n[ $A = 1 ] && L=4096", None),
+        ("[[ $A ]] && L=1024 || L=4096", None),
+        ("case $A in\n  a|b) L=1024 ;;\n  *) L=4096 ;;\nesac", None),
+        ("L=1024\ncase $A in a) L=4096;; esac", None),
+        ("L=1024\nfor L in 1024 4096; do true; done", None),
+        ("if $A; then L=1024; else L=1024; fi", 1024),
+        ("L=1\nif $A; then L=1024; else L=1024; fi", 1024),
+        ("L=1\ncase $A in a) L=1024;; *) L=1024;; esac", 1024),
+        ('if [ -z "$L" ]; then L=1024; fi', 1024),
+        ("L=1; if $A; then M=1; fi; L=1024", 1024),
+    ],
+)
+def test_a_variable_that_branches_set_differently_is_open(tmp_path: Path, script: str, length: int | None) -> None:
+    plan = read(tmp_path, f"{script}\n{SWIFT} --max_length $L")
+    assert plan.options.get("seq_len") == length
+    assert plan.unsupported.keys() == (set() if length else {"max_length"})
+
+
+def test_options_that_a_branch_sets_are_said(tmp_path: Path) -> None:
+    script = f'ARGS=(--max_length 1024)\nif $A; then\n  ARGS+=(--packing true)\nfi\n{SWIFT} "${{ARGS[@]}}"'
+    plan = read(tmp_path, script)
+    assert plan.assumed["$ARGS"] == "$ARGS depends on a branch of the script; '--max_length 1024 --packing true' is read"
+    ranks = read(tmp_path, f"if $A; then\nexport NPROC_PER_NODE=2\nelse\nexport NPROC_PER_NODE=4\nfi\n{SWIFT}")
+    assert (ranks.options["gpus"], ranks.assumed["$NPROC_PER_NODE"].rpartition("; ")[2]) == (4, "'4' is read")
+
+
+def test_an_unknown_script_is_no_tool_s_whatever_its_options(tmp_path: Path) -> None:
+    """Options that every program has over transformers say nothing of TRL or ms-swift; names and options of their own do."""
+    arguments = "--model_name_or_path Qwen/Qwen2.5-7B --per_device_train_batch_size 4"
+    assert read(tmp_path, f"python train.py {arguments}").tool == "other"
+    assert read(tmp_path, "python train.py --model Qwen/Qwen2.5-7B --max_length 512").tool == "other"
+    assert read(tmp_path, f"accelerate launch --num_processes 2 dpo.py {arguments}").tool == "trl"
+    assert read(tmp_path, f"python my_dpo.py {arguments}").tool == "other"
+    assert read(tmp_path, "python train.py --model Qwen/Qwen2.5-7B --tuner_type lora").tool == "swift"
