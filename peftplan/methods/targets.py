@@ -125,7 +125,7 @@ def match(
         if layers is not None and any(elsewhere):
             accepted = f"no target in these layers; accepted: {_layers(arch)}"
             raise InputError("layers_to_transform", layers.layers_to_transform, accepted)
-        raise InputError("target_modules", targets, _nothing_matched(arch, targets))
+        raise InputError("target_modules", targets, _nothing_matched(arch, targets, config))
     return tuple(matched)
 
 
@@ -296,8 +296,10 @@ def _flat(targets: tuple[str, ...] | str | None) -> tuple[str, ...]:
     return () if targets is None else ("0",) if isinstance(targets, str) else targets
 
 
-def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str) -> str:
+def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str, config: TargetedConfig) -> str:
     names = (targets,) if isinstance(targets, str) else targets
+    if names and set(names) <= set(config.modules_to_save or ()):
+        return "modules_to_save names it too, and a module that is trained as a copy has no adapter; accepted: one of the two"
     return f"no module of {arch.model_type} matches; {near_names(names, leaves(arch))}"
 
 

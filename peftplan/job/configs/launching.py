@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import NamedTuple, TypedDict
 
 from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
-from peftplan.errors import PeftplanError
+from peftplan.errors import OptionError, PeftplanError
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Unsupported
 from peftplan.job.launch import accelerate, deepspeed
@@ -22,6 +23,10 @@ from peftplan.job.launch.content import content
 
 SHIPPED = "configs/launch.json"
 """Launch files that tools ship."""
+
+
+OUTSIDE = "outside the config's folder and the working directory, so not opened; add it with another --config"
+"""Why a file that a config names is not read."""
 
 
 class LaunchFile(TypedDict):
@@ -75,13 +80,14 @@ class Launched(NamedTuple):
     assumed: dict[str, str]
 
 
-def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str]) -> Launched:
-    """What a launch says. `launch`: labels of the facts, dotted where they were nested."""
+def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str], *, file: str) -> Launched:
+    """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it."""
     result = Launched({}, {}, {})
+    of_accelerate = partial(_accelerate, file=file)
     if (config := _values(launch, "accelerate")) is not None:
-        _from(result, "accelerate", lambda: accelerate.options(config))
+        _from(result, "accelerate", lambda: of_accelerate(config))
     elif (name := launch.get("accelerate_config")) is not None:
-        _named(result, tool, "accelerate_config", name, accelerate.options)
+        _named(result, tool, "accelerate_config", name, of_accelerate, file)
     _processes(result, launch, environment)  # they win over those of a launch file
     if (precision := word(launch.get("mixed_precision"))) in ("bf16", "fp16"):
         result.options["autocast"] = precision
@@ -93,7 +99,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     if isinstance(own, Mapping):
         _from(result, "deepspeed", lambda: _deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
-        _named(result, tool, "deepspeed", own, _deepspeed)
+        _named(result, tool, "deepspeed", own, _deepspeed, file)
     _fsdp(result, tool, launch)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
     if own_strategy in STRATEGIES:
@@ -176,20 +182,44 @@ def _from(result: Launched, key: str, options: Callable[[], Mapping[str, object]
         result.unsupported[key] = Unsupported("the launch file", str(error), "unknown")
 
 
-def _named(result: Launched, tool: str, key: str, name: object, read: Callable[[object], Mapping[str, object]]) -> None:
-    """A launch file by its name: one that the tool ships, else a file that is there."""
+def _named(
+    result: Launched, tool: str, key: str, name: object, read: Callable[[object], Mapping[str, object]], file: str
+) -> None:
+    """A launch file by its name: one that the tool ships, else a file that is there, in the tree of the config."""
     text = str(name[0] if isinstance(name, list) else name)
     if text.startswith("{"):
         _from(result, key, lambda: read(read_json(text, file=key).values))
         return
     if (shipped := _shipped(tool, text)) is not None:
         _from(result, key, lambda: read(shipped))
+    elif not _in_tree(text, file):
+        result.unsupported[key] = Unsupported(name, OUTSIDE, "unknown")
     elif os.path.isfile(text):
         _from(result, key, lambda: read(text))
     else:
         result.unsupported[key] = Unsupported(
             name, "the launch file is not among the files; add it with another --config", "unknown"
         )
+
+
+def _in_tree(path: str, file: str) -> bool:
+    """Whether a path that a config names lies beneath the working directory or the config's folder, links resolved."""
+    try:
+        above = Path(os.path.realpath(path)).parents
+    except ValueError:  # no path at all, such as one with a null byte
+        return False
+    roots = {Path(os.path.realpath(os.curdir)), Path(os.path.realpath(file)).parent}
+    return any(root != root.parent and root in above for root in roots)
+
+
+def _accelerate(source: object, *, file: str) -> Mapping[str, object]:
+    """What accelerate's file says; DeepSpeed's file that it names is opened in the tree of the config only."""
+    config = content(source, field="accelerate")
+    plugin = config.get("deepspeed_config")
+    own = plugin.get("deepspeed_config_file") if isinstance(plugin, Mapping) else None
+    if isinstance(own, str) and not _in_tree(own, file):
+        raise OptionError(f"deepspeed_config_file: {own}", own, OUTSIDE)
+    return accelerate.options(config)
 
 
 def _shipped(tool: str, text: str) -> Values | None:

@@ -88,7 +88,9 @@ class Reading:
         if known is None:
             near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
-            self.unsupported[key] = Unsupported(value, f"not a key of {self.tool.tool} {self.tool.version}{suggested}")
+            self.unsupported[key or "an empty key"] = Unsupported(
+                value, f"not a key of {self.tool.tool} {self.tool.version}{suggested}"
+            )
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None:
@@ -274,7 +276,7 @@ class Reading:
                 self.assumed["gpus"] = "as the command in its comments launches it"
         if self.tool.strategy and any(key.startswith("distributed.") for key in self.launch):
             self.launch.setdefault("distributed.strategy", self.tool.strategy)
-        launch = launched(self.tool.tool, self.launch, self.document.environment)
+        launch = launched(self.tool.tool, self.launch, self.document.environment, file=self.file)
         if self.tool.strategy and number_in(launch.options, "gpus") > 1:
             launch.options.setdefault("strategy", self.tool.strategy)
         self.unsupported |= launch.unsupported

@@ -266,6 +266,10 @@ class _Writing:
         theirs = now.fields.get(field)
         if self.job.method is not None and field in self.job.method.defaults.keys() - self.stated:
             field, value, theirs = "method", self.job.method_name, None  # the name implies it
+        if field == "by_torchao" and self.job.quant is not None:
+            field, name = "quant", self.job.quant.name
+            by_torchao, by_bitsandbytes = f"{name} of torchao", f"{name} of bitsandbytes"
+            value, theirs = (by_torchao, by_bitsandbytes) if value else (by_bitsandbytes, by_torchao)
         if field == "kernels":
             value, theirs = (packages_of(each) if isinstance(each, (tuple, list)) else each for each in (value or (), theirs))
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"

@@ -27,6 +27,55 @@ def test_a_launch_file_behind_a_training_file(tmp_path: Path) -> None:
     assert plan.assumed["gpus"] == "the launcher decides; 8 are assumed"
 
 
+def test_a_launch_file_outside_the_tree_of_its_config_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree: the config's folder and the working directory, links resolved; a second `--config` may lie anywhere."""
+    (tmp_path / "z3.json").write_text(json.dumps(ZERO3))
+    (folder := tmp_path / "repository" / "examples").mkdir(parents=True)
+    (folder.parent / "z3.json").write_text(json.dumps(ZERO3))
+    (folder / "link.json").symlink_to(tmp_path / "z3.json")
+    (config := folder / "a.yml").write_text("")
+    monkeypatch.chdir(folder)
+    for outside in ("../../z3.json", "../z3.json", str(tmp_path / "z3.json"), "link.json", "/etc/passwd", "z3\0.json"):
+        config.write_text(json.dumps({**LLAMAFACTORY, "deepspeed": outside}))
+        plan = peftplan.read_config(config)
+        assert plan.unsupported["deepspeed"].why.endswith("so not opened; add it with another --config"), outside
+        assert "strategy" not in plan.options
+    assert peftplan.read_config([config, tmp_path / "z3.json"]).options["strategy"] == "zero3"
+    monkeypatch.chdir(folder.parent)  # a repository's root, from which its examples are run
+    for inside in ("z3.json", "examples/../z3.json", str(folder.parent / "z3.json")):
+        config.write_text(json.dumps({**LLAMAFACTORY, "deepspeed": inside}))
+        assert peftplan.read_config(config).options["strategy"] == "zero3", inside
+    monkeypatch.chdir("/")  # every file lies beneath the root, which makes it no tree
+    config.write_text(json.dumps({**LLAMAFACTORY, "deepspeed": str(tmp_path / "z3.json")}))
+    assert "strategy" not in peftplan.read_config(config).options
+
+
+def test_accelerates_file_names_no_file_outside_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "z3.json").write_text(json.dumps(ZERO3))
+    (folder := tmp_path / "mine").mkdir()
+    monkeypatch.chdir(folder)
+    launch = {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"deepspeed_config_file": "../z3.json"}}
+    (folder / "launch.json").write_text(json.dumps(launch))
+    (folder / "a.yml").write_text(json.dumps(LLAMAFACTORY))
+    refused = peftplan.read_config([folder / "a.yml", folder / "launch.json"]).unsupported["accelerate: accelerate"].why
+    assert refused.startswith("deepspeed_config_file: ../z3.json: outside the config's folder")
+    monkeypatch.chdir(tmp_path)
+    launch["deepspeed_config"] = {"deepspeed_config_file": "z3.json"}
+    (folder / "launch.json").write_text(json.dumps(launch))
+    assert peftplan.read_config([folder / "a.yml", folder / "launch.json"]).options["strategy"] == "zero3"
+
+
+def test_an_empty_key_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "a.yml").write_text(json.dumps({**LLAMAFACTORY, "": 3}))
+    assert list(peftplan.read_config(path).unsupported) == ["an empty key"]
+
+
+def test_a_module_is_not_both_target_and_saved() -> None:
+    values = {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}
+    with pytest.raises(peftplan.InputError, match="target_modules: 'q_proj' is not valid; modules_to_save names it too"):
+        peftplan.estimate("llama-3.1-8b", **values)  # type: ignore[arg-type]
+
+
 def test_names_that_a_tool_ships() -> None:
     assert options({**SWIFT, "deepspeed": "zero2"}, NPROC_PER_NODE="4")["strategy"] == "zero2"
     assert options({**SWIFT, "deepspeed": "zero2"}, NPROC_PER_NODE="4")["gpus"] == 4

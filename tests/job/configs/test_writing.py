@@ -164,6 +164,12 @@ def check_schema(tool: str, text: str) -> None:
             {"method": "full", "dtype": "bf16", "autocast": "bf16"},
             "autocast: a config of llamafactory",
         ),
+        (
+            "torchtune",
+            "llama-3.1-8b",
+            {"method": "qlora"},
+            "quant: a config of torchtune 0.6.1 has no setting for 'nf4 of bitsandbytes'; accepted: nf4 of torchao",
+        ),
         ("deepspeed", "llama-3.1-8b", {}, "strategy: DeepSpeed's file says a stage of ZeRO, not one GPU"),
         (
             "accelerate",
