@@ -779,7 +779,7 @@ static int run_again(const Run *run)
 {
     const Layers *one = &run->before, *other = &run->layers;
     const Event *a = one->first, *b = other->first;
-    if (a == NULL || one->behind - a != other->behind - b || one->num_places != other->num_places ||
+    if (a == NULL || one->behind - a < 2 || one->behind - a != other->behind - b || one->num_places != other->num_places ||
         memcmp(one->places, other->places, one->num_places * sizeof(Place)) != 0)
         return 0;
     const int32_t apart = b[1].a - a[1].a; /* as storages are numbered in the order in which tensors are made */

@@ -20,6 +20,7 @@ from peftplan.memory.timeline import Kind, Timeline
 SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies whose ranks run the same operations in worlds of many sizes."""
 RECORDS_KEPT = 32
+"""Of each job, and jobs."""
 _RECORDS: OrderedDict[tuple[object, ...], tuple[Record, ...]] = OrderedDict()
 
 
@@ -80,7 +81,7 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
             return OverRanks(record, values)
     with _uncollected():
         record = _record(of_job, Worlds(world, rank or 0), key, compute_capability)
-    _RECORDS[key] = (*records, record)
+    _RECORDS[key] = (*records, record)[-RECORDS_KEPT:]
     if len(_RECORDS) > RECORDS_KEPT:
         _RECORDS.popitem(last=False)
     values = record.worlds.at(world, rank or 0)

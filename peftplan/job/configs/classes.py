@@ -9,27 +9,10 @@ from peftplan.job.configs.instances import Instance
 from peftplan.job.configs.order import trains
 from peftplan.job.configs.weights import Weights
 
-WITHOUT_EFFECT = {
-    *(
-        "log",
-        "evaluate",
-        "evaluation_loop",
-        "prediction_step",
-        "prediction_loop",
-        "predict",
-        "save_model",
-        "_save",
-        "_save_checkpoint",
-    ),
-    *(
-        "push_to_hub",
-        "create_scheduler",
-        "get_eval_dataloader",
-        "get_test_dataloader",
-        "compute_metrics",
-        "_maybe_log_save_evaluate",
-    ),
-}
+_NAMES = """
+    log evaluate evaluation_loop prediction_step prediction_loop predict save_model _save _save_checkpoint push_to_hub
+    create_scheduler get_eval_dataloader get_test_dataloader compute_metrics _maybe_log_save_evaluate"""
+WITHOUT_EFFECT = frozenset(_NAMES.split())
 """Methods of a trainer that take no part in a step."""
 
 
