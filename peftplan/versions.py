@@ -64,6 +64,11 @@ DTYPE_OF_CHECKPOINT = Change("transformers", (5, 0), "`from_pretrained` takes `a
 EXPERTS_FUSED = Change(
     "transformers", (5, 0), "`MixtralExperts` holds two 3-D parameters; before, it was a list of `MixtralBlockSparseTop2MLP`"
 )
+STRATEGY_BY_RESHARD = Change(
+    "transformers",
+    (5, 4),
+    "`_process_fsdp_args` passes FSDP1's strategy as `reshard_after_forward`, no longer `sharding_strategy`",
+)
 QUANTIZED_ON_CARD = Change(
     "transformers", (5, 0), "no `_load_state_dict_into_meta_model` that moves a quantized weight to the host"
 )

@@ -159,6 +159,7 @@ def _sharding(args: object) -> dict[str, object]:
         fields = {**_mapping(args, "fsdp_config"), **accelerate.of_words(fsdp)}
         if fsdp is True:  # transformers 5 moved the words to `fsdp_config`, whose version is 2 by default
             fields = {"version": 2, **fields}
+            fields.pop("sharding_strategy", None)  # of accelerate's own file
         options |= accelerate.fsdp_options(fields)
     if parallel := getattr(args, "parallelism_config", None):
         options |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})

@@ -15,7 +15,7 @@ from peftplan.job import sources as architectures
 from peftplan.job.adapting import adapted, ignored_fields, method_of
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
-from peftplan.job.launch import FILES, launch_options
+from peftplan.job.launch import FILES, OF_FSDP_1, launch_options
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
@@ -78,7 +78,7 @@ def prepared(request: Request) -> Job:
         method, peft_config = (None, as_loaded.adapter) if as_loaded.adapter else (as_loaded.method(), None)
     options = request.all_options()
     chosen = frozenset(name for name, value in options.items() if value is not None)
-    launched, options = _launched(options)
+    launched, options, launch_notes = _launched(options, request.script)
     setup_options, method_options = _separate(options)
     distributed = _distributed(launched)
     kind, config, adapter = method_of(method, peft_config, method_options)
@@ -100,6 +100,7 @@ def prepared(request: Request) -> Job:
                 f"trainer: {setup.by.called} trains {CALLED[setup.by.task]}, and this model has none ({error.accepted})"
             ) from None
         raise
+    architecture = replace(architecture, notes=(*architecture.notes, *launch_notes)) if launch_notes else architecture
     if loaded is not None:
         architecture = replace(architecture, source=loaded.architecture.source)
     if distributed is not None and distributed.strategy == "fsdp2":
@@ -205,12 +206,19 @@ def _traps(
     return tuple(traps(distributed, setup, quant, adaptation))
 
 
-def _launched(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """(options of the strategy, all others), both with what launch files say."""
+def _launched(options: Mapping[str, object], script: Script) -> tuple[dict[str, object], dict[str, object], tuple[str, ...]]:
+    """(options of the strategy, all others), both with what launch files say, and notes on what these ask in vain."""
     from_files, _ = launch_options(options)
     options = {name: value for name, value in options.items() if name not in FILES}
     options |= {name: value for name, value in from_files.items() if options.get(name) is None}
-    return {k: v for k, v in options.items() if k in OPTIONS}, {k: v for k, v in options.items() if k not in OPTIONS}
+    launched = {k: v for k, v in options.items() if k in OPTIONS}
+    notes: tuple[str, ...] = ()
+    if any(name in options for name in OF_FSDP_1):
+        from peftplan.job.launch.accelerate import of_fsdp_1
+
+        stated = {name: options.pop(name) for name in OF_FSDP_1 if name in options}
+        launched, notes = of_fsdp_1(launched, stated, by_word=versions.STRATEGY_BY_RESHARD.after(script.transformers))
+    return launched, {k: v for k, v in options.items() if k not in OPTIONS}, notes
 
 
 def _distributed(launched: Mapping[str, object]) -> Distributed | None:

@@ -81,6 +81,17 @@ def test_accelerate_config(tmp_path: Path) -> None:
     assert job.setup.autocast == "bf16"
 
 
+@pytest.mark.parametrize(("field", "runs"), [("reshard_after_forward", True), ("sharding_strategy", False)])
+def test_the_strategy_of_fsdp_1_in_accelerate_s_file(field: str, runs: bool) -> None:
+    """accelerate, commands/launch.py: `--fsdp_sharding_strategy` is FULL_SHARD by default, and it wins in the plugin."""
+    fsdp = {"fsdp_version": 1, f"fsdp_{field}": "SHARD_GRAD_OP"}
+    config = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": fsdp}
+    job = prepare("gpt2", method="full", accelerate_config=config)
+    assert job.distributed is not None
+    assert job.distributed.reshard_after_forward is runs
+    assert any("FULL_SHARD" in note for note in job.architecture.notes) is runs
+
+
 def test_deepspeed_config(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(ZERO3), encoding="utf-8")

@@ -149,6 +149,22 @@ def test_fsdp_without_a_version_is_that_of_transformers(config: dict[str, int], 
     assert document["distributed"]["strategy"] == strategy
 
 
+@pytest.mark.parametrize("word", ["shard_grad_op", "hybrid_shard"])
+def test_fsdp_1_of_transformers_5_is_full_shard(word: str) -> None:
+    """accelerate's own plugin: what transformers passes as reshard_after_forward is not the strategy."""
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(**COMMON, fsdp=word, fsdp_config={"version": 1, "sync_module_states": False})
+    plugin = accelerate.FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    assert (plugin.sharding_strategy.name, plugin.reshard_after_forward.name) == ("FULL_SHARD", word.upper())
+
+    whole = transformers.TrainingArguments(**COMMON, fsdp="full_shard", fsdp_config={"version": 1})
+    by_word, usual = (peftplan.estimate(CONFIG, training_args=each, method="lora", gpus=4) for each in (args, whole))
+    assert by_word.peaks is not None
+    assert by_word.peaks == usual.peaks
+    assert f"FSDP1 runs FULL_SHARD, not {word.upper()}" in by_word.assumptions["notes"][0]
+
+
 def test_training_arguments_say_what_they_leave_off() -> None:
     # Their own defaults, unlike our preset: no checkpointing, no mixed precision, a batch of 8 on each device.
     transformers = pytest.importorskip("transformers")

@@ -14,6 +14,10 @@ FILES = {"accelerate_config": "accelerate", "deepspeed": "deepspeed"}
 """Option that names a launch file → the module of this package whose `options` reads it."""
 
 
+OF_FSDP_1 = ("fsdp_word", "fsdp_unread")
+"""What files and TrainingArguments ask of FSDP1 (`accelerate.of_fsdp_1`); no options of their own."""
+
+
 def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
     """What launch files say as options, and which files were read. Raises InputError for an option that says otherwise."""
     from_files: dict[str, object] = {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftplan.errors import InputError, OptionError, UnknownNameError
-from peftplan.job.launch import deepspeed
+from peftplan.job.launch import OF_FSDP_1, deepspeed
 from peftplan.job.launch.content import asks, block, content, switch, whole
+from peftplan.versions import named
 
 ACCELERATE = "accelerate_config"
 Options = dict[str, object]
@@ -48,6 +49,8 @@ FSDP_FIELDS = {
     "activation_checkpointing_offload": "offload_checkpoints",
 }
 """Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
+WORD, UNREAD = OF_FSDP_1
+"""FSDP1's strategy that a word of TrainingArguments asks for, and one that `reshard_after_forward` does (`of_fsdp_1`)."""
 ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
 """What FSDP2 ignores."""
 WORDS: dict[str, dict[str, object]] = {
@@ -106,6 +109,11 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
     if version not in ("1", "2"):
         raise InputError(f"{ACCELERATE}: fsdp_version", version, "accepted: 1, 2")
     sharding: Options = {"strategy": f"fsdp{version}"}
+    if version == "1":
+        stated = {WORD: plain.pop("word", None), UNREAD: plain.pop("reshard_after_forward", None)}
+        sharding |= {name: str(value) for name, value in stated.items() if value is not None}
+    elif (word := plain.pop("word", None)) is not None:
+        plain["sharding_strategy"] = word
     for name, value in plain.items():
         if name == "limit_all_gathers" and version == "1" and not asks(value):
             why = "without it the host may free and gather any number of units ahead of the GPU, which is not counted"
@@ -144,8 +152,33 @@ def of_words(value: object) -> Options:
         elif word == "offload":
             options["offload_params"] = True
         else:
-            options["sharding_strategy"] = word
+            options[WORD] = word
     return options
+
+
+def of_fsdp_1(sharding: Options, stated: Options, *, by_word: bool) -> tuple[Options, tuple[str, ...]]:
+    """The options with the strategy that accelerate runs under FSDP1, and a note where another is asked for in vain.
+
+    accelerate, utils/dataclasses.py: `sharding_strategy` is FULL_SHARD unless the caller, or `fsdp_sharding_strategy` of its own
+    file, says otherwise; `reshard_after_forward` would count without one. `by_word`: transformers of a release that passes
+    words as `sharding_strategy`.
+    """
+    if sharding.get("strategy") != "fsdp1" or sharding.get("reshard_after_forward") is not None:
+        return sharding, ()
+    if by_word and WORD in stated:
+        return sharding | fsdp_options({"version": 1, "sharding_strategy": stated[WORD]}), ()
+    others = [str(value).upper() for value in stated.values() if str(value).lower() not in FULL]
+    if not others:
+        return sharding, ()
+    note = (
+        f"FSDP1 runs FULL_SHARD, not {others[0]}: {named('accelerate')} reads the strategy of FSDP1 from "
+        "fsdp_sharding_strategy in its own file, not from reshard_after_forward, as which transformers passes it"
+    )
+    return {**sharding, "reshard_after_forward": True}, (note,)
+
+
+FULL = ("full_shard", "true", "1")
+"""What asks for no other strategy than the default."""
 
 
 def parallel_options(fields: Mapping[str, object]) -> Options:

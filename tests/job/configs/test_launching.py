@@ -166,6 +166,17 @@ def test_fsdp_of_training_arguments() -> None:
     assert options({**trl, "fsdp": True, "fsdp_config": {"cpu_offload": True}})["offload_params"] == "cpu"
 
 
+def test_the_release_of_transformers_decides_what_words_mean_under_fsdp_1() -> None:
+    """`_process_fsdp_args`: before 5.4 a word is accelerate's `sharding_strategy`, since then its `reshard_after_forward`."""
+    fsdp = {"fsdp": "shard_grad_op", "fsdp_config": {"version": 1}}
+    plan = read_values({"model_name_or_path": "gpt2", "per_device_train_batch_size": 1, **fsdp}, file="a.yml", tool="trl")
+    reshards = {
+        release: peftplan.estimate(config=plan, script=peftplan.Script(transformers=release)).assumptions["reshard_after_forward"]
+        for release in (None, "5.4", "5.3", "4.55")
+    }
+    assert reshards == {None: True, "5.4": True, "5.3": False, "4.55": False}
+
+
 def test_fsdp_config_as_the_name_of_a_file(tmp_path: Path) -> None:
     """transformers' `TrainingArguments` take "either a dict or the location of a json file"."""
     trl = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "per_device_train_batch_size": 1, "fsdp": True}
