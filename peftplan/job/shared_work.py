@@ -62,6 +62,7 @@ def check_distributed(
             "model around it: ValueError: its parameter is shared with a parameter already managed by another FSDP group; "
             "accepted: ddp, zero2 or zero3"
         )
+    _check_wrapped(distributed, setup, architecture)
     if strategy == "device-map" and distributed.nodes > 1:
         raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
     if strategy == "tp":
@@ -72,6 +73,32 @@ def check_distributed(
         )
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
+
+
+NOT_IN_MODEL = {
+    "gemma3": ("SiglipTextEmbeddings", None, "Gemma3DecoderLayer,SiglipEncoderLayer"),
+    "gemma4": ("Gemma4AudioLayer", "audio_tower", "Gemma4TextDecoderLayer,Gemma4VisionEncoderLayer"),
+    "llava": ("CLIPTextEmbeddings", None, "LlamaDecoderLayer,CLIPEncoderLayer"),
+    "paligemma": ("SiglipTextEmbeddings", None, "GemmaDecoderLayer,SiglipEncoderLayer"),
+}
+"""Model type → a class in the `_no_split_modules` that transformers collects of its parts, what of a model has it (None: nothing
+has), and classes of layers as they are usual."""
+
+
+def _check_wrapped(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
+    """Raise RefusedError for a model of which accelerate's default wrap policy does not find all classes
+    (`set_auto_wrap_policy`)."""
+    default = distributed.wrap_policy in (None, "transformer") and distributed.transformer_cls_names_to_wrap is None
+    if distributed.strategy not in ("fsdp1", "fsdp2") or not default or setup.by.layout is not ACCELERATE:
+        return
+    missing, part, layers = NOT_IN_MODEL.get(architecture.model_type, (None, None, ""))
+    if missing is None or (part is not None and any(part in module.name.split(".") for module in architecture.modules)):
+        return
+    raise RefusedError(
+        f"strategy: {named('accelerate')} refuses it: ValueError: Could not find the transformer layer class {missing} in the "
+        f"model (transformers names it as one not to split); accepted: --transformer-cls-names-to-wrap {layers} or the classes "
+        "of this model's layers, or zero3"
+    )
 
 
 def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:

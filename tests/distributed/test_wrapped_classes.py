@@ -1,0 +1,49 @@
+"""Models of which accelerate's default wrap policy does not find all classes, against accelerate and transformers themselves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+import peftplan
+from peftplan.arch import catalogue
+from peftplan.errors import RefusedError
+
+MODELS = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b", "paligemma-3b-pt-224")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerate_refuses_classes_that_a_model_lacks(name: str) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    fsdp = pytest.importorskip("accelerate.utils.fsdp_utils")
+    wrap = pytest.importorskip("torch.distributed.fsdp.wrap")
+    with pytest.raises(RefusedError) as refusal:
+        peftplan.estimate(name, method="lora", gpus=8, strategy="fsdp2")
+    entry = catalogue.find(name)
+    assert entry is not None
+    config = transformers.AutoConfig.for_model(**entry.facts()["config"])
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+
+    def policy(classes: list[str] | None) -> object:
+        plugin = SimpleNamespace(auto_wrap_policy=wrap.transformer_auto_wrap_policy, transformer_cls_names_to_wrap=classes)
+        return fsdp.fsdp2_prepare_auto_wrap_policy(plugin, model)
+
+    with pytest.raises(ValueError, match="Could not find the transformer layer class"):
+        policy(None)
+    text = str(refusal.value)
+    missing, accepted = (
+        text.partition("layer class ")[2].split()[0],
+        text.partition("--transformer-cls-names-to-wrap ")[2].split()[0],
+    )
+    assert missing in model._no_split_modules
+    assert missing not in {type(module).__name__ for module in model.modules()}
+    assert policy(accepted.split(","))
+    stated = peftplan.estimate(name, method="lora", gpus=8, strategy="fsdp2", transformer_cls_names_to_wrap=accepted)
+    assert "add --engine trace" in stated.not_modelled[0]
+
+
+def test_a_model_with_all_classes_is_not_refused() -> None:
+    """Gemma 4 E4B has the audio tower whose class Gemma 4 31B lacks."""
+    assert peftplan.estimate("gemma-4-e4b-it", method="lora", gpus=8, strategy="fsdp2").peaks is None
