@@ -27,6 +27,8 @@ SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8
 """Options of every job."""
 PROJECTIONS = "*_proj"
 STEPS = 5
+FOLDER = "(folder)"
+"""What stands for the checkpoint in what a row says of the recipe."""
 CARD = "8xa100-80gb"
 """On newer cards the recipe prefers the attention of cuDNN, which the emulated card does not run."""
 
@@ -104,7 +106,14 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "optimizer": optimizer,
         **({} if job["method"] == "full" else {"peft": peft}),
     }
-    return sections | {name: sections.get(name, {}) | settings for name, settings in row.get("recipe", {}).items()}
+    return sections | {name: _merged(sections.get(name), settings) for name, settings in row.get("recipe", {}).items()}
+
+
+def _merged(section: Any, settings: Any) -> Any:
+    """A section with what a row says of it; `null` takes a key out, and a name in place of a section stands by itself."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in ((section or {}) | settings).items() if value is not None}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +121,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         file = Path(output) / "recipe.yaml"
-        file.write_text(yaml.safe_dump(config(row, folder, output)), encoding="utf-8")
+        file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
         ranks = options(row)["gpus"]
         return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
@@ -141,7 +150,9 @@ def recipe() -> None:
     from nemo_automodel.components.distributed import tp_replicas
 
     tp_replicas.dist = Agreeing(tp_replicas.dist)
-    runpy.run_module("nemo_automodel.recipes.llm.train_ft", run_name="__main__", alter_sys=True)
+    settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
+    module = "benchmark" if settings["recipe"].startswith("Benchmarking") else "train_ft"
+    runpy.run_module(f"nemo_automodel.recipes.llm.{module}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

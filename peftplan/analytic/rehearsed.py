@@ -45,8 +45,10 @@ UNDER_DEEPSPEED = (
     ),
 )
 """The same under DeepSpeed."""
-DIVIDED_BY_AUTOMODEL = (("llama", "lora"), ("llama", "full"), ("qwen3", "full"), ("phi3", "full"))
-"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
+DIVIDED_BY_AUTOMODEL = (
+    *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
+)
+"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2, not over all ranks."""
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 REENTRANT = "reentrant checkpoints"
 """Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
@@ -151,6 +153,7 @@ def _knows_division(job: Job, distributed: Distributed) -> bool:
     return (
         (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
         and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
+        and distributed.world_size > ranks_of(distributed)
         and not architecture.ties
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
         and not getattr(config, "lora_dropout", 0)

@@ -10,7 +10,10 @@ from peftplan.optim import OF_AUTOMODEL, parse_optim
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-REHEARSED = ("mistral", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "llama", "qwen2", "qwen3", "t5")
+REHEARSED = (
+    *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
+    *("llama", "qwen2", "qwen3", "t5"),
+)
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
@@ -25,8 +28,12 @@ def builds(job: Job) -> bool:
 
 
 def _knows_cut(job: Job) -> bool:
-    """Whether the loss was rehearsed that reads the head behind the model: of one that trains and is a unit of FSDP2."""
-    return job.distributed is not None and job.method_name == "full" and not job.architecture.ties
+    """Whether the loss was rehearsed that reads the head behind the model: over several GPUs, of a head that has no adapter, and,
+    where it trains, with gradients that each micro batch reduces."""
+    if job.distributed is None or any(module.name == job.architecture.output_embedding for module in job.adaptation.matched):
+        return False
+    defers = (job.setup.gradient_accumulation_steps or 1) > 1 and not job.distributed.sync_each_batch
+    return job.is_full_or_lora and not (job.method_name == "full" and defers)
 
 
 def without_formula(job: Job) -> str | None:
@@ -36,7 +43,6 @@ def without_formula(job: Job) -> str | None:
         f"model type {architecture.model_type}": architecture.model_type
         not in (REHEARSED if job.quant is None else REHEARSED_QUANTIZED),
         f"method {job.method_name}": not job.is_full_or_lora,
-        "eager attention": setup.attn_implementation == "eager" and builds(job),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job),

@@ -98,3 +98,22 @@ def test_what_of_t5_was_not_rehearsed(model: str, checkpoints: bool, unknown: st
     result = peftplan.estimate(model, **job, gradient_checkpointing=checkpoints)
     assert (result.peaks is None) is (unknown is not None)
     assert unknown is None or result.not_modelled[0] == f"a step with FSDP2 over 8 GPUs and {unknown} (no formula yet)"
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({"gradient_accumulation_steps": 2}, "loss cut-apart"),
+        ({"gradient_accumulation_steps": 2, "sync_each_batch": True}, None),
+        ({"method": "lora", "r": 8, "target_modules": "every-linear"}, "loss cut-apart"),
+        ({"loss": "full", "tp_size": 8}, "a step with FSDP2 over 8 GPUs and tp_size"),
+    ],
+)
+def test_what_of_the_fused_loss_and_of_shared_matrices_was_not_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
+    """Rehearsed, two micro batches of Qwen2.5 7B (two layers) held 8.9 % more than was counted where their gradients wait for
+    the last one, and three layers of Llama 3.1 8B over 8 GPUs that share each matrix reserved 4.1 % less.
+    """
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "loss": "cut-apart"}
+    result = peftplan.estimate("llama-3.1-8b", **job | options, seq_len=512)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]

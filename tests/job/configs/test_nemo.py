@@ -157,3 +157,54 @@ def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
     assert of_nemo({"strategy": "fsdp2"}).assumed["dtype"] == "the checkpoint decides too; bfloat16 is assumed"
     t5 = of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"pretrained_model_name_or_path": "google-t5/t5-small"})
     assert t5.options["dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "unsupported"),
+    [
+        ({"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "bfloat16"}, ("bf16", "fp32"), []),
+        ({"param_dtype": "torch.bfloat16", "reduce_dtype": "torch.bfloat16"}, ("bf16", "bf16"), []),
+        ({"param_dtype": "bfloat16", "reduce_dtype": "float32", "output_dtype": "float32"}, ("bf16", "fp32"), ["output_dtype"]),
+        ({"param_dtype": "bfloat16"}, ("bf16", None), ["_target_"]),
+    ],
+)
+def test_dtypes_of_nemo_units(fields: dict[str, str], options: tuple[str, str], unsupported: list[str]) -> None:
+    """Fields of torch's MixedPrecisionPolicy; those that the file leaves out are torch's, not the tool's (its config.py:306)."""
+    policy = {"_target_": "torch.distributed.fsdp.MixedPrecisionPolicy", **fields}
+    plan = of_nemo({"strategy": "fsdp2", "mp_policy": policy})
+    assert (plan.options.get("param_dtype"), plan.options.get("reduce_dtype")) == options
+    assert [key.rpartition(".")[2] for key in plan.unsupported] == unsupported
+
+
+@pytest.mark.parametrize(
+    ("dataset", "seq_len"),
+    [
+        ({"seq_len": 1024}, 1024),
+        ({"seq_length": 4096, "padding": "max_length"}, 4096),
+        ({"seq_length": 4096, "padding": "do_not_pad"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_rows_of_nemo_are(dataset: dict[str, object], seq_len: int | None) -> None:
+    """components/datasets/llm/formatting_utils.py pads to `seq_length` with `max_length` alone; `seq_len` is a row's length."""
+    plan = of_nemo({"strategy": "fsdp2"}, dataset=dataset)
+    assert (plan.options.get("seq_len"), "seq_len" in plan.assumed) == (seq_len, seq_len is None)
+
+
+def test_backends_of_experts_change_nothing_in_dense_models_of_nemo() -> None:
+    """components/models/{llama,qwen2,qwen3}/model.py read `attn`, `rms_norm`, `rope` and `rope_fusion` alone."""
+    backend = {"experts": "gmm", "dispatcher": "deepep", "enable_hf_state_dict_adapter": True, "attn": "sdpa"}
+    of = {
+        name: of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"pretrained_model_name_or_path": name, "backend": backend})
+        for name in ("Qwen/Qwen2.5-7B", "mistralai/Mistral-7B-v0.1")
+    }
+    assert [len(plan.unsupported) for plan in of.values()] == [0, 3]
+
+
+def test_what_of_nemo_changes_memory_without_a_formula() -> None:
+    """What its LoRA keeps without its autograd function; a data set whose rows have position ids (rehearsed: a mask of them)."""
+    peft = {**NEMO_LORA, "dim": 8, "target_modules": "*_proj"}
+    of = [of_nemo({"strategy": "fsdp2"}, peft=peft | {"use_memory_efficient_lora": value}).unsupported for value in (True, False)]
+    assert [[row.effect for row in unsupported.values()] for unsupported in of] == [[], ["raises"]]
+    mock = {"_target_": "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", "seq_len": 64}
+    assert of_nemo({"strategy": "fsdp2"}, dataset=mock).unsupported.keys() == {"dataset._target_"}
