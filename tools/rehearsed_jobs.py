@@ -195,7 +195,9 @@ def page(results: list[tuple[str, dict[str, Any], dict[str, float] | None]], *, 
 
 
 def _spelled(row: dict[str, Any]) -> str:
-    options = (f"{name}: {', '.join(values)}" for name, values in row.get("options", {}).items())
+    options = (
+        f"{name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in row.get("options", {}).items()
+    )
     return "; ".join((str(row["job"]), *options))
 
 

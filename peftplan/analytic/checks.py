@@ -37,7 +37,7 @@ def check(job: Job) -> None:
             raise NoRankFormulaError(f"a step with {job.distributed.called}{why}")
     elif job.setup.by.weighs_tokens:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
-    if job.reference == "copy" and job.setup.by.scoring is not None and not job.setup.by.generates:
+    if job.reference == "copy" and job.setup.by.scoring not in (None, "rows") and not job.setup.by.generates:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")

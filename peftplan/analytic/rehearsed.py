@@ -253,7 +253,7 @@ def _rehearsed_reentrant(job: Job) -> bool:
         return job.script.checkpoints_forward and job.setup.by.layout is ACCELERATE
     if strategy == "zero3":
         trains_experts = job.method_name == "full" and job.architecture.model_type in LEAVES
-        return not trains_experts and not job.setup.by.of_preferences
+        return not trains_experts and (job.setup.by.reentrant or not job.setup.by.of_preferences)
     return strategy != "zero0"
 
 

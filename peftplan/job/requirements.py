@@ -62,7 +62,7 @@ def accepted_batch(setup: Setup, replicas: int) -> int:
     num_generations").
     """
     size = setup.batch_size
-    if any(forward.batch for forward in setup.forwards):
+    if any(forward.batch for forward in setup.forwards) and not setup.by.others_in_data:
         return max(size, 2)
     together = setup.num_generations or setup.by.num_generations or 1
     unit = together // gcd(together, setup.generation_rows // size * replicas)

@@ -34,7 +34,11 @@ TrainerName = Literal[
     "llamafactory-dpo",
     "llamafactory-kto",
     "swift-dpo",
+    "swift-dpo-packed",
+    "swift-kto",
+    "swift-reward",
     "swift-orpo",
+    "swift-cpo",
     "swift-grpo",
     "llamafactory-v1",
 ]
@@ -164,6 +168,11 @@ class Trainer(NamedTuple):
     """Values of `loss_type` that leave out the forwards of extra rows (`Forward.batch`)."""
     without_reference: tuple[str, ...] = ()
     """Values of `loss_type` that need no reference model."""
+    others_in_data: bool = False
+    """Whether the data hold the rows of other completions (`Forward.batch`); else they are made of the batch, which has two or
+    more."""
+    reentrant: bool = False
+    """Whether it makes reentrant checkpoints under DeepSpeed, and was rehearsed so (ms-swift 4.6.0, trainers/mixin.py:949)."""
     disables_dropout: bool = False
     """Whether no adapter drops activations, and no module of the model: its `disable_dropout`, which is on by default."""
     under_ddp: tuple[Reference, ...] = ()

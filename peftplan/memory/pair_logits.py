@@ -180,21 +180,21 @@ def _by_rows(f: Tape, logits: Tensor, count: int) -> Tensor:
         gathered = f.record(_gathered_backward, (logits,), logits.dims, logits.detach())
         chosen = f.new((rows, of_row[0]), "fp32", "gather", gathered)
     unbound = f.record(_unbound_backward, (logits,), logits.dims)
-    numbers = []
+    numbers, every = [], None
     for number in range(count):
         row = Tensor(logits.storage, tuple(of_row), logits.dtype, unbound, number)
-        numbers.append(_softmax_of_row(f, row) if chosen is None else _logsumexp(f, row))
+        if chosen is None:
+            every = ops.keeps_output(f, row, "log_softmax")  # the loop's variable: that of the row before lives until then
+            gathered = f.record(_gathered_backward, (every,), every.dims, every.detach())
+            numbers.append(f.new(row.dims[:1], row.dtype, "gather", gathered))
+        else:
+            numbers.append(_logsumexp(f, row))
         del row
     stacked = f.new((rows, of_row[0]), logits.dtype, "stack", f.record(_stacked_backward, tuple(numbers), of_row[0], count))
     numbers.clear()
     if chosen is None:
         return stacked
     return f.new(stacked.dims, "fp32", "sub", f.record(_difference_backward, (chosen, stacked)))
-
-
-def _softmax_of_row(f: Tape, row: Tensor) -> Tensor:
-    every = ops.keeps_output(f, row, "log_softmax")
-    return f.new(row.dims[:1], row.dtype, "gather", f.record(_gathered_backward, (every,), every.dims, every.detach()))
 
 
 def _logsumexp(f: Tape, row: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ OTHER_TRAINERS = (
     "trl-distillation",
 )
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
-SWIFT = ("swift-dpo", "swift-orpo", "swift-grpo")
+SWIFT = ("swift-dpo", "swift-dpo-packed", "swift-kto", "swift-reward", "swift-orpo", "swift-cpo", "swift-grpo")
 AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo", "axolotl-reward")
 V1 = "llamafactory-v1"
 TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)

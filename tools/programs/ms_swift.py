@@ -9,6 +9,8 @@ from typing import Any
 
 from .job import ROWS, arguments, deepspeed
 
+PAIRED = ("dpo", "orpo", "cpo", "reward")
+"""Trainers of chosen and rejected completions."""
 OF_TEMPLATE = 148
 """Tokens of Qwen's chat template around a prompt, a token for each byte."""
 
@@ -17,14 +19,19 @@ def with_swift(job: argparse.Namespace) -> None:
     """ms-swift's trainers of preferences, by its own command line, and GRPO on completions that were written elsewhere."""
     from swift import rlhf_main
 
-    completion = job.max_completion_length or job.seq_len - OF_TEMPLATE - 1
-    name = job.trainer.partition("-")[2]
-    prompt = {"role": "user", "content": "a" * (job.seq_len - completion - OF_TEMPLATE)}
-    answer = {"role": "assistant", "content": "g" * job.seq_len}  # cut where the row is full
-    row = {"messages": [prompt]} if name == "grpo" else {"messages": [prompt, answer], "rejected_response": "p" * job.seq_len}
-    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS, encoding="utf-8")
+    _, name, *packed = job.trainer.split("-")
+    length = job.seq_len // 2 if packed else job.seq_len  # of a pair, whose row is both
+    completion = job.max_completion_length or length - OF_TEMPLATE - 1
+    prompt = {"role": "user", "content": "a" * (length - completion - OF_TEMPLATE)}
+    answer = {"role": "assistant", "content": "g" * length}  # cut where the row is full
+    row: dict[str, Any] = {"messages": [prompt] if name == "grpo" else [prompt, answer]}
+    rows = [row | {"rejected_response": "p" * length}] * ROWS if name in PAIRED else [row] * ROWS
+    if name == "kto":  # other completions of a batch are scored, which have to be others
+        answers = ({"role": "assistant", "content": letter * length} for letter in "ghijklmn" * (ROWS // 8))
+        rows = [{"messages": [prompt, answer], "label": number % 2 == 0} for number, answer in enumerate(answers)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     settings: dict[str, Any] = {
-        "rlhf_type": name,
+        "rlhf_type": {"reward": "rm"}.get(name, name),
         "model": job.model,
         "use_hf": True,
         "tuner_type": "full" if job.method == "full" else "lora",
@@ -34,6 +41,7 @@ def with_swift(job: argparse.Namespace) -> None:
         "torch_dtype": "bfloat16",
         **{key: value for key, value in arguments(job, None).items() if key not in ("bf16", "fp16", "fsdp", "deepspeed")},
     }
+    settings |= {key: value for key in ("beta", "loss_type") if (value := getattr(job, key)) is not None}
     if job.method == "qlora":
         settings |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     if (job.strategy or "").startswith("zero"):
@@ -42,8 +50,30 @@ def with_swift(job: argparse.Namespace) -> None:
         written_elsewhere(completion)
         settings |= {"reward_funcs": "format", "num_generations": job.num_generations, "max_completion_length": completion}
     else:
-        settings |= {"max_length": job.seq_len, "truncation_strategy": "right"}
+        settings |= {"max_length": length, "truncation_strategy": "right"}
+    if packed:
+        flash_attention()
+        known_lengths(length)
+        settings |= {"padding_free": True, "attn_impl": "flash_attn", "loss_scale": "all", "use_logits_to_keep": False}
     rlhf_main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
+
+
+def flash_attention() -> None:
+    """flash-attn's kernels without values, which do not run on the card: the package itself has to be there."""
+    from transformers import modeling_flash_attention_utils as utils
+
+    from peftplan.trace.cuda import flash
+
+    kernels = (flash.flash_attn_func, flash.flash_attn_varlen_func, None, flash.pad_input, flash.unpad_input)
+    utils._lazy_imports = lambda *_args, **_kwargs: kernels
+
+
+def known_lengths(length: int) -> None:
+    """Where the two completions of a row begin and end: the card cannot say it, as it counts nothing."""
+    import torch
+    from swift.trainers import SwiftMixin
+
+    SwiftMixin.get_cu_seqlens = lambda *_: torch.tensor([0, length, 2 * length], dtype=torch.int32).cuda()
 
 
 def written_elsewhere(tokens: int) -> None:

@@ -60,7 +60,7 @@ class Meant(TypedDict, total=False):
 
     all: bool
     key: str
-    product: list[str]
+    product: list[str | int]
     sum: list[str | int]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
     globs: str
@@ -101,7 +101,7 @@ class Rule(TypedDict, total=False):
     `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
     are its own: `["fused"]` where peft takes names of projections for parameters of experts."""
     set: Mapping[str, Setting]
-    """Option → a value, `{"key": name}`, `{"product": [names]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,
+    """Option → a value, `{"key": name}`, `{"product": [names or numbers]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,
     `{"globs": key}` or `{"pattern": expression, "of": key}`, whose NAMES are those that the key lists (`reading`)."""
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""

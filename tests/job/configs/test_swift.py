@@ -134,10 +134,10 @@ def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, o
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"rlhf_type": "kto"}, "rlhf_type"),
-        ({"rlhf_type": "dpo", "packing": True}, "packing"),
-        ({"packing": True}, "packing"),
-        ({"padding_free": True}, "padding_free"),
+        ({"rlhf_type": "ppo"}, "rlhf_type"),
+        ({"rlhf_type": "kto", "packing": True}, "packing"),
+        ({"rlhf_type": "grpo", "padding_free": True}, "padding_free"),
+        ({"rlhf_type": "simpo", "cpo_alpha": 0}, "cpo_alpha"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
@@ -161,3 +161,59 @@ def test_long_lora_of_swift_raises() -> None:
     """`fa2_forward() got an unexpected keyword argument 'past_key_values'`, of its own code in Llama of transformers 5.19."""
     plan = read({"model": "LLM-Research/Meta-Llama-3.1-8B-Instruct", "tuner_type": "longlora", "attn_impl": "flash_attn"})
     assert " raises TypeError" in plan.unsupported["tuner_type"].why
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rlhf_type": "kto"}, {"trainer": "swift-kto"}),
+        ({"rlhf_type": "cpo", "loss_type": "hinge"}, {"trainer": "swift-cpo", "loss_type": "hinge"}),
+        ({"rlhf_type": "simpo", "beta": 2.5}, {"trainer": "swift-cpo", "loss_type": "simpo", "beta": 2.5}),
+        ({"rlhf_type": "rm"}, {"trainer": "swift-reward", "task_type": "SEQ_CLS", "num_labels": 1}),
+        ({"rlhf_type": "dpo"}, {"trainer": "swift-dpo", "batch_size": 4, "seq_len": 1000}),
+        ({"rlhf_type": "dpo", "padding_free": True}, {"trainer": "swift-dpo-packed", "batch_size": 1, "seq_len": 2 * 4 * 1000}),
+        ({"rlhf_type": "dpo", "packing": True}, {"trainer": "swift-dpo-packed", "batch_size": 1, "seq_len": 1000}),
+    ],
+)
+def test_trainers_of_preferences(values: dict[str, object], expected: dict[str, object]) -> None:
+    """arguments/rlhf_args.py: `_init_simpo`, `_init_rm`; padding-free rows hold both completions of each pair."""
+    sizes = {"max_length": 1000, "per_device_train_batch_size": 4, "attn_impl": "flash_attn"}
+    plan = read({**SWIFT, **sizes, **values}, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    assert expected.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "reentrant"),
+    [
+        ({}, {}, True),
+        ({}, {"NPROC_PER_NODE": "2"}, None),
+        ({"deepspeed": "zero2"}, {"NPROC_PER_NODE": "2"}, True),
+        ({"gradient_checkpointing_kwargs": '{"use_reentrant": false}'}, {}, False),
+        ({"gradient_checkpointing": False}, {}, None),
+    ],
+)
+def test_checkpoints_are_reentrant_but_under_ddp(
+    values: dict[str, object], environment: dict[str, str], reentrant: bool | None
+) -> None:
+    """trainers/mixin.py:949: `is_dist() and not is_deepspeed_enabled and not is_fsdp_enabled` makes them not reentrant."""
+    plan = read({**SWIFT, **values}, kind="command", program="swift sft", **environment)
+    assert plan.options.get("use_reentrant") is reentrant
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("facebook/opt-125m", "fp16"), ("EleutherAI/pythia-160m", "fp16"), ("bert-base-cased", "bf16")]
+)
+def test_the_dtype_that_the_config_of_a_model_names(model: str, dtype: str) -> None:
+    """model/utils.py:247: the dtype in config.json, else bf16; the configs of OPT and Pythia name float16, BERT's none."""
+    plan = read({"model": model, "tuner_type": "lora"}, kind="command", program="swift sft")
+    assert (plan.options["dtype"], plan.options["autocast"]) == (dtype, dtype)
+
+
+def test_completions_that_are_used_again_cost_no_more() -> None:
+    """`old_policy()`: they are scored once more without gradients before the step."""
+    plain = {**SWIFT, "rlhf_type": "grpo", "use_vllm": True, "vllm_mode": "server"}
+    again = {**plain, "num_iterations": 2, "early_stop_interval": 5}
+    plan, of_plain = (read(values, kind="command", program="swift rlhf") for values in (again, plain))
+    assert not plan.unsupported
+    assert plan.options == of_plain.options
