@@ -119,12 +119,20 @@ class Dtypes(TypedDict):
     """What is read of the file of dtypes: pattern → dtype and source."""
 
     dtypes: dict[str, list[str]]
+    in_config: list[str]
+    """Those whose own config.json names the dtype, though the config that is built in does not."""
 
 
 def stored_dtype(entry: ModelEntry) -> str | None:
     """The dtype of a built-in model's weights where its config names none; None where it is not known."""
     rows = load_data(DTYPES, Dtypes)["dtypes"]
     return next((dtype for pattern, (dtype, _) in rows.items() if fnmatchcase(entry.name, pattern)), None)
+
+
+def config_dtype(entry: ModelEntry) -> object:
+    """The dtype that a built-in model's config.json names; None where it names none."""
+    in_config = any(fnmatchcase(entry.name, pattern) for pattern in load_data(DTYPES, Dtypes)["in_config"])
+    return entry.facts()["config"].get("dtype") or (stored_dtype(entry) if in_config else None)
 
 
 def unknown(name: str) -> UnknownModelError:

@@ -35,6 +35,8 @@ class Effective:
         if value is None:
             if key in self._inside:
                 return self._inside[key]
+            if (name := key.removeprefix("environment.")) in self.document.environment:
+                return self.document.environment[name]
             known = self.tool.known(key)
             value = self.defaults.get(key, known.default if known else None)
         return value
@@ -88,7 +90,8 @@ class Effective:
 
     def _stored_dtype(self) -> str | None:
         """The dtype that the config of the file's model states; None where it is not built in."""
-        dtype = self._of_model("dtype")
+        entry = catalogue.find(self._model())
+        dtype = None if entry is None else catalogue.config_dtype(entry)
         return None if dtype is None else checkpoint_dtype(self._model(), {"dtype": dtype})
 
     def _of_model(self, field: str) -> object:

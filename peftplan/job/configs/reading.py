@@ -209,6 +209,8 @@ class Reading:
             if self.document.kind == "calls" and isinstance(stated_value, Mapping) and "key" in stated_value and not plain(value):
                 self.unsupported[stated_value["key"]] = Unsupported(value, "its value is a placeholder", option=option)
                 continue
+            if option in WHOLE and isinstance(value, tuple) and isinstance(stated_value, Mapping):
+                value = self._typed(stated_value.get("key", option), option, value)
             self._set({option: value})
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)

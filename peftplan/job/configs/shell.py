@@ -60,12 +60,17 @@ def of_shell(text: str, *, file: str) -> Document:
         of_tools += [command] if tool != "other" else []
         training += [command] if trains(command, tool) else []
     if not training:
-        return next(iter(of_tools), commands[0])
-    first, *others = training
+        first = next(iter(of_tools), commands[0])
+        return _with_others(first, [command for command in commands if command is not first], "commands")
+    return _with_others(training[0], training[1:], "training commands")
+
+
+def _with_others(first: Document, others: list[Document], called: str) -> Document:
+    """The command that is read, with the lines of others in its `assumed`."""
     if not others:
         return first
     lines = f"line{'s' if len(others) > 1 else ''} {', '.join(str(command.line) for command in others)}"
-    further = f"the file has {len(training)} training commands; the first, in line {first.line}, is read, not that of {lines}"
+    further = f"the file has {len(others) + 1} {called}; the first, in line {first.line}, is read, not that of {lines}"
     return first._replace(assumed={**first.assumed, "command": further})
 
 
@@ -160,7 +165,8 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _unwrapped(words: list[str]) -> list[str]:
-    """A command from its training program on, without what runs it, such as `srun`; empty if it runs none."""
+    """A command from its training program on, without what runs it, such as `srun`, or answers it, such as `yes |`; empty if it
+    runs none."""
     names = [name for name, _ in PROGRAMS]
     for index, each in enumerate(words):
         if each.rpartition("/")[2] in names:
@@ -172,7 +178,7 @@ def _unwrapped(words: list[str]) -> list[str]:
                 return []
         if words[0] not in WRAPPERS:
             break
-    return []
+    return _unwrapped(words[words.index("|") + 1 :]) if "|" in words else []
 
 
 def _words(text: str) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import peftplan
-from peftplan.errors import RefusedError
+from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_config
 from peftplan.report.configs import summary
 
 LLAMA_FACTORY = """
@@ -180,3 +181,21 @@ def test_an_unknown_script_is_no_tool_s_whatever_its_options(tmp_path: Path) -> 
     assert read(tmp_path, f"accelerate launch --num_processes 2 dpo.py {arguments}").tool == "trl"
     assert read(tmp_path, f"python my_dpo.py {arguments}").tool == "other"
     assert read(tmp_path, "python train.py --model Qwen/Qwen2.5-7B --tuner_type lora").tool == "swift"
+
+
+def test_a_command_that_is_answered_by_another(tmp_path: Path) -> None:
+    (tmp_path / "a.sh").write_text("yes | swift sft --model Qwen/Qwen3-0.6B --max_length 512 | tee log.txt\n")
+    assert read_config(tmp_path / "a.sh").options["seq_len"] == 512
+
+
+def test_further_commands_of_a_named_tool_are_said(tmp_path: Path) -> None:
+    """No tool knows these scripts; `--tool` does."""
+    (tmp_path / "a.sh").write_text("python a.py --model_name_or_path gpt2\n\npython b.py --model_name_or_path gpt2\n")
+    plan = read_config(tmp_path / "a.sh", tool="trl")
+    assert plan.assumed["command"] == "the file has 2 commands; the first, in line 1, is read, not that of line 3"
+
+
+def test_a_list_where_a_rule_takes_a_number_is_refused_in_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("model_name_or_path: gpt2\nuse_peft: true\nlora_r: [8, 16]\n")
+    with pytest.raises(PeftplanError, match=r"a\.yml:3: lora_r: .* accepted: a whole number of at least 1"):
+        read_config(tmp_path / "a.yml")

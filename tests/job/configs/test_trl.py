@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.job.configs.read import read_text
+from peftplan.job.configs.read import read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, TRL, read
 
 TRL_SCRIPT = """
@@ -211,3 +211,53 @@ trainer = SFTTrainer(model=model, args=SFTConfig(output_dir="out"), peft_config=
     assert left_out.unsupported.keys() == {"quant.load_in_4bit"}
     assert peftplan.estimate(config=left_out).peaks is None
     assert peftplan.estimate(config=left_out, quant="none").bound is None
+
+
+@pytest.mark.parametrize(
+    ("file", "trainer"),
+    [
+        ("recipes/zephyr-7b-beta/dpo/config_full.yaml", "trl-dpo"),
+        ("config_dpo.yaml", "trl-dpo"),
+        ("recipes/llama3/orpo/config.yaml", "trl-orpo"),
+        ("recipes/llama3/online_dpo/config.yaml", None),
+        ("recipes/llama3/simpo/config.yaml", None),
+    ],
+)
+def test_a_recipe_of_pairs_in_the_folder_of_its_trainer(file: str, trainer: str | None) -> None:
+    plan = read_values({**TRL, "beta": 0.05}, file=file)
+    assert ("trainer" in plan.unsupported) is (trainer is None)
+    if trainer is not None:
+        assert plan.options["trainer"] == trainer
+        assert "folder or name" in plan.assumed["trainer"]
+
+
+@pytest.mark.parametrize("use_vllm", [True, False])
+def test_tools_of_grpo_answer_within_the_completion(use_vllm: bool) -> None:
+    """trl, grpo_trainer.py:2132: "Truncate so that … does not exceed max_completion_length"; vLLM has the cache of the turns."""
+    source = f"""
+from trl import GRPOConfig, GRPOTrainer
+trainer = GRPOTrainer(
+    model="Qwen/Qwen3-0.6B",
+    reward_funcs=score,
+    tools=[search],
+    args=GRPOConfig(use_vllm={use_vllm}, generation_batch_size=64, max_tool_calling_iterations=3),
+)
+"""
+    plan = read_text(source, file="a.py")
+    assert set(plan.unsupported) == (set() if use_vllm else {"trainer.tools", "args.generation_batch_size"})
+
+
+def test_a_trainer_quantizes_the_model_that_it_loads_by_name() -> None:
+    """trl, sft_trainer.py:690; a model that is loaded already keeps its weights (704)."""
+    source = """
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+model = {model}
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+SFTTrainer(model=model, args=SFTConfig(), peft_config=LoraConfig(), quantization_config=quantization)
+"""
+    by_name = read_text(source.format(model='"Qwen/Qwen3-0.6B"'), file="a.py")
+    assert not by_name.unsupported
+    assert by_name.options["quant"] == "nf4"
+    loaded = read_text(source.format(model='AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")'), file="a.py")
+    assert "trainer.quantization_config" in loaded.unsupported
