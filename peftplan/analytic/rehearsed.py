@@ -227,7 +227,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
-        f"method {method}": method not in (("full",) if setup.by.weighs_tokens or writes else SHOWN_METHODS)
+        f"method {method}": method not in (("full",) if setup.by.weighs_tokens else ("full", "lora") if writes else SHOWN_METHODS)
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
@@ -246,14 +246,16 @@ def _rehearsed_trainer(job: Job) -> bool:
 
 def _rehearsed_reentrant(job: Job) -> bool:
     """Whether reentrant checkpoints were rehearsed with this strategy: under FSDP2 those between the hooks of a layer, under
-    ZeRO-3 in a step of one forward, of experts that do not train."""
+    ZeRO-3 in a step of one forward, of experts that do not train, and of an adapter whose trainer generates."""
     assert job.distributed is not None
     strategy = job.distributed.strategy
     if strategy == "fsdp2":
         return job.script.checkpoints_forward and job.setup.by.layout is ACCELERATE
     if strategy == "zero3":
         trains_experts = job.method_name == "full" and job.architecture.model_type in LEAVES
-        return not trains_experts and (job.setup.by.reentrant or not job.setup.by.of_preferences)
+        writes_with_adapter = job.setup.by.generates and job.method_name == "lora"
+        rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
+        return not trains_experts and rehearsed
     return strategy != "zero0"
 
 

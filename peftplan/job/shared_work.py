@@ -109,9 +109,13 @@ def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:
 
 
 def asked_checkpoints(setup: Setup, distributed: Distributed, script: Script) -> Setup:
-    """The setup of an adapter with the checkpoints that its trainer asks for (`Trainer.reentrant_under_zero3`)."""
+    """The setup of an adapter with the checkpoints that its trainer asks for (`Trainer.reentrant_under_zero3`).
+
+    A trainer that generates turns checkpoints off and on again, with its arguments (trl, models/utils.py,
+    `unwrap_model_for_generation`).
+    """
     asks = distributed.strategy == "zero3" and setup.by.reentrant_under_zero3 and setup.gradient_checkpointing
-    heard = not script.checkpoints_forward or not setup.model_fields_set.isdisjoint(HOW_TO_CHECKPOINT)
+    heard = setup.by.generates or not script.checkpoints_forward or not setup.model_fields_set.isdisjoint(HOW_TO_CHECKPOINT)
     return setup.model_copy(update={"use_reentrant": True}) if asks and heard else setup
 
 

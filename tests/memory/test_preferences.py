@@ -249,12 +249,15 @@ def test_full_fine_tuning_under_ddp_and_zero2(trainer: str, strategy: str) -> No
 
 def test_all_weights_are_whole_while_a_policy_writes_under_zero3() -> None:
     """`unwrap_model_for_generation` gathers them (trl, models/utils.py): beside the shards 2 bytes of each parameter at least.
-    With LoRA, with vLLM or beside a reference it was not rehearsed."""
+    With QLoRA, with vLLM or beside a reference it was not rehearsed. TRL turns checkpoints of an adapter on again as reentrant
+    ones, which it asks for under ZeRO-3; rehearsed without them, backward would be 3 % lower (tests/rehearse)."""
     job: dict[str, Any] = {"trainer": "trl-grpo", "seq_len": S, "batch_size": 8, "gpus": 4, "strategy": "zero3"}
     result = estimate(MODEL, method="full", **job)
     assert result.peaks is not None
     assert result.peaks.by_phase["generate"] > result.static.bytes() + 2 * result.total_parameters
-    for others in ({"method": "lora"}, {"method": "full", "use_vllm": True}, {"method": "full", "beta": 0.1}):
+    adapter = estimate(MODEL, method="lora", **job)
+    assert (adapter.peaks is not None, adapter.assumptions["use_reentrant"]) == (True, True)
+    for others in ({"method": "qlora"}, {"method": "full", "use_vllm": True}, {"method": "full", "beta": 0.1}):
         assert estimate(MODEL, **job, **others).peaks is None
 
 
