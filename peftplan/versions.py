@@ -69,6 +69,15 @@ STRATEGY_BY_RESHARD = Change(
     (5, 4),
     "`_process_fsdp_args` passes FSDP1's strategy as `reshard_after_forward`, no longer `sharding_strategy`",
 )
+FIRST_COMPARED = Change("transformers", (4, 28), "the oldest release with which a published run was compared (`data/runs`)")
+MIXTURE_ADDED = {
+    "mixtral": Change("transformers", (4, 36), "models/mixtral"),
+    "qwen2_moe": Change("transformers", (4, 40), "models/qwen2_moe"),
+    "qwen3_moe": Change("transformers", (4, 51), "models/qwen3_moe"),
+    "deepseek_v3": Change("transformers", (4, 51), "models/deepseek_v3"),
+    "deepseek_v2": Change("transformers", (4, 54), "models/deepseek_v2"),
+}
+"""Model type of a mixture whose experts were linear layers → the release that brought it."""
 QUANTIZED_ON_CARD = Change(
     "transformers", (5, 0), "no `_load_state_dict_into_meta_model` that moves a quantized weight to the host"
 )

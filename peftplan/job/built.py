@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.modules import Architecture, Block, Buffer, Mlp, Module, linear
 from peftplan.arch.readers import read_config
+from peftplan.errors import InputError
 from peftplan.job.kernels import INT8_INT4
 from peftplan.optim import parse_optim
+from peftplan.versions import EXPERTS_FUSED, MIXTURE_ADDED
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -70,27 +73,58 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *
     return replace(_apart(a, config, "mistral"), name=a.name, source=a.source, notes=a.notes, asides=a.asides)
 
 
-def with_experts_apart(architecture: Architecture) -> Architecture:
-    """Mixtral with the modules that it had before transformers 5: a linear router, and three linear layers for each expert.
+ORDER = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of an expert as its class makes them."""
+NOT_APART = frozenset(
+    {
+        *("dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4v_moe", "hunyuan_v1_moe", "jamba", "longcat_flash", "minimax"),
+        *("olmoe", "phimoe", "qwen3_next", "qwen3_omni_moe"),
+    }
+)
+"""Other model types whose experts were a list of modules in the last release before, models/*/modeling_*.py."""
+WITH_PARAMETER = ("deepseek_v2", "deepseek_v3")
+"""Model types of mixtures whose router has a parameter, as today, and no linear layer."""
+
+
+def with_experts_apart(architecture: Architecture, release: str | None) -> Architecture:
+    """The architecture with the modules that it had before transformers 5: three linear layers for each expert, and a linear
+    router but in DeepSeek. Others are as today. Raises InputError for a `release` of transformers that had no such model.
 
     Source: transformers before `versions.EXPERTS_FUSED`, models/mixtral/modeling_mixtral.py (`MixtralBlockSparseTop2MLP`,
-    `MixtralSparseMoeBlock`).
+    `MixtralSparseMoeBlock`), models/{qwen2_moe,qwen3_moe,deepseek_v2,deepseek_v3}/modeling_*.py (`…MoeMLP`, `…MoE`).
     """
-    if architecture.model_type != "mixtral":
+    if architecture.model_type in NOT_APART:
+        note = f"experts are counted as fused parameters, as today; before {EXPERTS_FUSED.named} they were linear layers"
+        return replace(architecture, notes=(*architecture.notes, note))
+    if (added := MIXTURE_ADDED.get(architecture.model_type)) is None:
         return architecture
+    if added.after(release):
+        raise InputError("transformers", release, f"{architecture.model_type} came with {added.named}; accepted: that or newer")
+    of_mixtral = architecture.model_type == "mixtral"
+    linear_router = architecture.model_type not in WITH_PARAMETER
+    up, down = (("w1", "w3"), "w2") if of_mixtral else (("gate_proj", "up_proj"), "down_proj")
     modules: list[Module] = []
-    for module in architecture.modules:
-        block = module.name.rpartition(".")[0].removesuffix("mlp") + "block_sparse_moe"
-        if module.kind == "Router":
+    for module in _router_first(architecture.modules) if linear_router else architecture.modules:
+        block = module.name.rpartition(".")[0].removesuffix("mlp") + ("block_sparse_moe" if of_mixtral else "mlp")
+        if module.kind == "Router" and linear_router:
             modules.append(module._replace(name=f"{block}.gate", kind="Linear"))
         elif module.kind == "Experts":
             e, h, i = module.shape("down_proj")
-            sides = {"w1": (h, i), "w2": (i, h), "w3": (h, i)}
+            sides = dict(sorted({**dict.fromkeys(up, (h, i)), down: (i, h)}.items(), key=lambda side: ORDER.index(side[0])))
             modules += [linear(f"{block}.experts.{k}.{w}", *sides[w], layers=module.layers) for k in range(e) for w in sides]
         else:
             modules.append(module)
     blocks = tuple(block._replace(mlp=block.mlp._replace(apart=True)) for block in architecture.blocks)
     return replace(architecture, modules=tuple(modules), blocks=blocks)
+
+
+def _router_first(modules: Sequence[Module]) -> list[Module]:
+    """The modules with the router of each block before its experts."""
+    ordered = list(modules)
+    for at, (module, following) in enumerate(pairwise(modules)):
+        if (module.kind, following.kind) == ("Experts", "Router"):
+            ordered[at : at + 2] = following, module
+    return ordered
 
 
 def config_unsloth_loads(config: dict[str, object]) -> dict[str, object]:

@@ -112,7 +112,7 @@ def prepared(request: Request) -> Job:
     if request.script.experts_apart:
         from peftplan.job.built import with_experts_apart
 
-        architecture = with_experts_apart(architecture)
+        architecture = with_experts_apart(architecture, request.script.transformers)
     kernels = kernels_of(setup.kernels or ())
     if setup.by_unsloth:
         from peftplan.job.built import as_unsloth_loads

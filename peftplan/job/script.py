@@ -99,7 +99,7 @@ class Script(BaseModel):
 
     @property
     def experts_apart(self) -> bool:
-        """Whether each expert of Mixtral is three linear layers, run one after the other, or part of two fused parameters."""
+        """Whether each expert of a mixture is three linear layers, run one after the other, or part of two fused parameters."""
         return versions.EXPERTS_FUSED.after(self.transformers)
 
     @property
@@ -136,6 +136,8 @@ class Script(BaseModel):
         for package, version in typed.items():
             if version is not None and not re.match(VERSION, version):
                 raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
+        if versions.FIRST_COMPARED.after(oldest := typed.get("transformers")):
+            raise InputError("transformers", oldest, "no older release than 4.28 was compared; accepted: 4.28 or newer")
         return NO_SCRIPT.ran_on(typed)
 
     def ran_on(self, packages: Mapping[str, str | None]) -> Script:

@@ -16,7 +16,7 @@ from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.modules import CONVERTED_KINDS
-from peftplan.versions import DTYPE_OF_CHECKPOINT, LOADING_IN_THREADS, QUANTIZING_IN_TURN
+from peftplan.versions import DTYPE_OF_CHECKPOINT, EXPERTS_FUSED, LOADING_IN_THREADS, MIXTURE_ADDED, QUANTIZING_IN_TURN
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -33,6 +33,8 @@ LEFT_OUT = {
     "the layers whose class is derived from nn.Linear": ("LinearSubclass",),
 }
 """Kinds of modules that hold most of a model's weights and that a format may not quantize, in words."""
+
+BEFORE = f"; not so before {EXPERTS_FUSED.named} (--transformers 4.57)"
 
 NO_PICTURES = "the traced batch is text only: with images the vision tower runs too, and the peak is higher"
 
@@ -148,5 +150,6 @@ def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -
         count = sum(m.copies * prod(shape) for m in left for _, shape in m.params)
         share = count / architecture.num_parameters
         if share >= NOTED:
-            notes.append(f"{quant.name} leaves {what} ({count:,} parameters, {share:.0%} of the model) unquantized{then}")
+            before = BEFORE if architecture.model_type in MIXTURE_ADDED else ""
+            notes.append(f"{quant.name} leaves {what} ({count:,} parameters, {share:.0%} of the model) unquantized{then}{before}")
     return notes

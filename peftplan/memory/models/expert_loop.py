@@ -8,6 +8,7 @@ n·k / e. Sources: transformers then, models/mixtral/modeling_mixtral.py (`Mixtr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from peftplan.arrays import Derived, Size, numel_at
 from peftplan.ledger import Dim
@@ -18,7 +19,18 @@ from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
-NAME = "block_sparse_moe"
+
+class Names(NamedTuple):
+    """Names in a layer: the block, and the linear layers of its experts."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+MIXTRAL = Names("block_sparse_moe", "w1", "w3", "w2")
+QWEN = Names("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 class RowsOfOne(Derived):
@@ -44,42 +56,48 @@ class RowsOfOne(Derived):
         return rows
 
 
-def looped_block(c: Call, x: Tensor) -> Tensor:
-    """`MixtralSparseMoeBlock.forward`, where `index_add_` keeps what each expert adds."""
+def looped_block(c: Call, x: Tensor, *, names: Names, normed: bool) -> Tensor:
+    """`MixtralSparseMoeBlock.forward`, where `index_add_` keeps what each expert adds. `normed`: weights are divided by their
+    sum."""
+    rows = ops.reshaped(c.tape, x, (f"b·{c.model.seq}", x.dims[-1]))
+    return ops.reshaped(c.tape, looped(c, rows, names=names, normed=normed), x.dims)
+
+
+def looped(c: Call, x: Tensor, *, names: Names, normed: bool) -> Tensor:
+    """What the experts add to the rows of all tokens."""
     f, mlp, dtype = c.tape, c.block.mlp, x.dtype
     e, k = mlp.num_experts, mlp.num_experts_per_tok
-    batch, seq, h = x.dims
-    n = f"b·{c.model.seq}"
-    x = ops.reshaped(f, x, (n, h))
-    _logits = c.linear(f"{NAME}.gate", x)
-    c.at(NAME)
+    n, h = x.dims
+    _logits = c.linear(f"{names.block}.gate", x)
+    c.at(names.block)
     weights = ops.softmax(f, _logits, "fp32")
     weights, chosen = top_k(f, weights, k)
-    weights = divided_in_place(f, weights, row_sum(f, weights))
+    if normed:
+        weights = divided_in_place(f, weights, row_sum(f, weights))
     weights = f.to(weights, dtype)
     out = f.new((n, h), dtype, "zeros")
     _mask = f.new((n, k, e), "int64", "one_hot")
     del chosen
     rows = RowsOfOne((n,), k, e)
     for number in range(e):
-        c.at(NAME)
+        c.at(names.block)
         places = f.new((rows, 2), "int64", "nonzero")
         state = _rows_of(f, x, places, (rows, h))
-        added = expert(c, state, f"{NAME}.experts.{number}")
-        c.at(NAME)
+        added = expert(c, state, f"{names.block}.experts.{number}", names)
+        c.at(names.block)
         its_weights = taken(f, weights, places, (rows, 1))
         added = weighted(f, added, its_weights)
         del its_weights
         out = _added(f, out, f.to(added, dtype), places)
-    return ops.reshaped(f, out, (batch, seq, h))
+    return out
 
 
-def expert(c: Call, x: Tensor, name: str) -> Tensor:
+def expert(c: Call, x: Tensor, name: str, names: Names) -> Tensor:
     """`MixtralBlockSparseTop2MLP.forward`."""
-    gate = activation(c.at(f"{name}.act_fn"), c.linear(f"{name}.w1", x), c.block.mlp.activation)
-    x = ops.mul(c.at(name), gate, c.linear(f"{name}.w3", x))
+    gate = activation(c.at(f"{name}.act_fn"), c.linear(f"{name}.{names.gate}", x), c.block.mlp.activation)
+    x = ops.mul(c.at(name), gate, c.linear(f"{name}.{names.up}", x))
     del gate
-    return c.linear(f"{name}.w2", x)
+    return c.linear(f"{name}.{names.down}", x)
 
 
 def _rows_of(f: Tape, x: Tensor, places: Tensor, dims: Dims) -> Tensor:

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from functools import partial
 
 from peftplan.arch.modules import Router
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix, update, updated
 from peftplan.memory.models.decoder import decoder, gated_mlp
-from peftplan.memory.models.expert_loop import looped_block
+from peftplan.memory.models.expert_loop import MIXTRAL, QWEN, looped, looped_block
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor
+from peftplan.versions import EXPERTS_FUSED
 
 Routed = tuple[Tensor, Tensor, Tensor]
 Route = Callable[[Call, Tensor, str], Routed]
@@ -78,7 +79,9 @@ def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) ->
     """`MixtralSparseMoeBlock.forward`."""
     check(c)
     if c.block.mlp.apart:
-        return looped_block(c, x)
+        of_qwen = route is qwen_route
+        normed = c.block.mlp.router.norm_topk_prob or not of_qwen
+        return looped_block(c, x, names=QWEN if of_qwen else MIXTRAL, normed=normed)
     _logits, weights, indices = route(c, x, router)
     return run_experts(c, x, indices, weights, name)
 
@@ -89,6 +92,8 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
     The gradient of that gate's input comes first. It has two dims, so it is not a view and the others are added to it in place.
     """
     check(c)
+    if c.block.mlp.apart:
+        return _looped_qwen2_block(c, x)
     rows = x.view((f"b·{c.model.seq}", x.dims[-1]))
     shared = gated_mlp(c, x, "mlp.shared_expert")
     _logits, weights, indices = qwen_route(c, x, "mlp.gate")
@@ -97,6 +102,17 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
     shared = ops.mul(c.at("mlp"), gate, shared)
     del gate
     return ops.add(c.tape, out, shared)
+
+
+def _looped_qwen2_block(c: Call, x: Tensor) -> Tensor:
+    """The same before `versions.EXPERTS_FUSED`: the shared expert runs behind the loop."""
+    rows = ops.reshaped(c.tape, x, (f"b·{c.model.seq}", x.dims[-1]))
+    out = looped(c, rows, names=QWEN, normed=c.block.mlp.router.norm_topk_prob)
+    shared = gated_mlp(c, rows, "mlp.shared_expert")
+    gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", rows), "sigmoid")
+    shared = ops.mul(c.at("mlp"), gate, shared)
+    del gate
+    return ops.reshaped(c.tape, ops.add(c.tape, out, shared), x.dims)
 
 
 def wide_logits(c: Call, x: Tensor, name: str) -> Tensor:
@@ -166,6 +182,8 @@ def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
     The experts read a view of their own, so their gradient waits for the factors of the experts' adapters.
     """
     check(c)
+    if c.block.mlp.apart:
+        raise NoEngineError(f"the experts of DeepSeek as before {EXPERTS_FUSED.named}")
     _logits, weights, indices = route(c, x, "mlp.gate")
     out = run_experts(c, ops.reshaped(c.tape, x), indices, weights)
     shared = gated_mlp(c, x, "mlp.shared_experts")
