@@ -12,7 +12,7 @@ from peftplan.datafiles import DATA
 
 
 def test_there_are_320_models_each_under_one_name() -> None:
-    assert len(catalogue.models()) == 331
+    assert len(catalogue.models()) == 394
     keys: dict[str, str] = {}
     for entry in catalogue.models():
         for name in (entry.name, entry.repo_id, *entry.aliases, *entry.siblings):
@@ -87,7 +87,9 @@ def test_names_follow_their_rule_and_can_be_file_names() -> None:
 
 def test_a_difference_to_the_published_count_is_explained() -> None:
     unverified = {entry.name for entry in catalogue.models() if not entry.verified}
-    assert unverified == {"opt-30b", "opt-66b", "minitron-8b-base"}
+    without = {"opt-30b", "opt-66b", "minitron-8b-base", "open-llama-3b", "all-minilm-l6-v2"}
+    without |= {"deberta-v2-xxlarge", "deberta-v3-small", "deberta-v3-xsmall"}
+    assert unverified == without
     for entry in catalogue.models():
         facts = entry.facts()
         if entry.verified and facts["published_params"] != entry.num_parameters:

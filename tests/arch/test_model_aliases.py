@@ -28,12 +28,18 @@ def test_each_checkpoint_of_the_same_shapes_has_its_source() -> None:
     assert set(DATA["siblings"].values()) <= set(DATA["sources"])
 
 
-@pytest.mark.parametrize(
-    "name", ["ibm-granite/granite-3.0-8b-instruct", "granite-3.0-2b-instruct", "NousResearch/Hermes-2-Pro-Llama-3-8B"]
-)
+@pytest.mark.parametrize("name", ["ibm-granite/granite-3.0-8b-instruct", "granite-3.0-2b-instruct"])
 def test_a_checkpoint_with_another_vocabulary_is_no_alias(name: str) -> None:
-    """Granite 3.0's instruct models have 49,155 tokens, their base models 49,152; Hermes 2 Pro has 32 more than Llama 3."""
+    """Granite 3.0's instruct models have 49,155 tokens, their base models 49,152."""
     assert catalogue.find(name) is None
+
+
+def test_hermes_2_pro_is_a_model_of_its_own() -> None:
+    """It has 32 tokens more than Llama 3: 32 x 4,096 more in the embedding and in the head."""
+    own, base = catalogue.find("NousResearch/Hermes-2-Pro-Llama-3-8B"), catalogue.find("llama-3-8b")
+    assert own is not None
+    assert base is not None
+    assert own.num_parameters - base.num_parameters == 2 * 32 * 4096
 
 
 def test_no_alias_hides_a_name_of_the_catalogue() -> None:

@@ -25,7 +25,7 @@ SHIPPED = "configs/launch.json"
 """Launch files that tools ship."""
 
 
-OUTSIDE = "outside the config's folder and the working directory, so not opened; add it with another --config"
+OUTSIDE = "outside the config's folder and the working directory, so not opened"
 """Why a file that a config names is not read."""
 
 
@@ -192,8 +192,8 @@ def _named(
         return
     if (shipped := _shipped(tool, text)) is not None:
         _from(result, key, lambda: read(shipped))
-    elif not _in_tree(text, file):
-        result.unsupported[key] = Unsupported(name, OUTSIDE, "unknown")
+    elif not in_tree(text, file):
+        result.unsupported[key] = Unsupported(name, f"{OUTSIDE}; add it with another --config", "unknown")
     elif os.path.isfile(text):
         _from(result, key, lambda: read(text))
     else:
@@ -202,7 +202,7 @@ def _named(
         )
 
 
-def _in_tree(path: str, file: str) -> bool:
+def in_tree(path: str, file: str) -> bool:
     """Whether a path that a config names lies beneath the working directory or the config's folder, links resolved."""
     try:
         above = Path(os.path.realpath(path)).parents
@@ -217,8 +217,8 @@ def _accelerate(source: object, *, file: str) -> Mapping[str, object]:
     config = content(source, field="accelerate")
     plugin = config.get("deepspeed_config")
     own = plugin.get("deepspeed_config_file") if isinstance(plugin, Mapping) else None
-    if isinstance(own, str) and not _in_tree(own, file):
-        raise OptionError(f"deepspeed_config_file: {own}", own, OUTSIDE)
+    if isinstance(own, str) and not in_tree(own, file):
+        raise OptionError(f"deepspeed_config_file: {own}", own, f"{OUTSIDE}; add it with another --config")
     return accelerate.options(config)
 
 

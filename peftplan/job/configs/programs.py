@@ -14,6 +14,8 @@ from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
 """A notebook's line that sets one of them. As in IPython, the value is the rest of the line, with what looks like a comment."""
+DATABRICKS = "# Databricks notebook source"
+"""The first line of a notebook that Databricks saves as a script."""
 MOST_PARTS = 20_000
 """Statements, calls and deep expressions of the longest program that is read."""
 DEEP = 10
@@ -31,20 +33,24 @@ def of_notebook(text: str, *, file: str) -> Document:
     settings = {name: value for source in sources for name, value in MAGIC.findall(source)}
     trees = []
     for source in sources:
-        lines = ["pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()]
         with contextlib.suppress(*UNREADABLE):
-            trees += ast.parse("\n".join(lines)).body
+            trees += ast.parse(_without_magics(source)).body
     return _document(_read(trees, settings, file), file)
 
 
 def of_script(text: str, *, file: str) -> Document:
     """The calls of a Python script."""
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(_without_magics(text) if text.startswith(DATABRICKS) else text)
     except UNREADABLE as error:
         raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     return _document(_read(tree.body, {}, file), file)._replace(comments=comments)
+
+
+def _without_magics(source: str) -> str:
+    """The text without lines for the shell and for IPython."""
+    return "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines())
 
 
 def _read(statements: list[ast.stmt], environment: Values, file: str) -> Calls:

@@ -14,7 +14,7 @@ from peftplan.job.configs.facts import Facts, Known, Row, Rule
 from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
-from peftplan.job.configs.models import named
+from peftplan.job.configs.models import named, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
 from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.setup import OF_PREFERENCES
@@ -32,6 +32,8 @@ CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
+OLD_OPTIMIZERS = ("adamw_hf",)
+"""Optimizers of transformers 4 that 5 does not have."""
 DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
 """Kind of a call of which something is assumed → the option that hangs on it."""
 OPEN = re.compile(r"\$[\w{(]|<[A-Za-z_]|\{\{")
@@ -135,7 +137,7 @@ class Reading:
         if ours is None:
             self.ignored[key] = Ignored(value, "it sets nothing", row.get("at", ""))
             return
-        if option == "optim" and ours is value and "." in str(value):
+        if option == "optim" and ours is value and ("." in str(value) or value in OLD_OPTIMIZERS):
             self.unsupported[key] = Unsupported(value, f"the states of {value} are not known here", option=option)
             return
         self._set({option: self._typed(key, option, ours)})
@@ -149,6 +151,10 @@ class Reading:
             self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=row.get("to"))
             return
         option = row["to"]
+        if row["open"] is None:
+            self.read[key] = Read(value, "", row.get("why", ""))
+            self.assumed[option] = "the program takes it from the data; the default is assumed"
+            return
         self._set({option: row["open"]})
         self.read[key] = Read(value, option, row.get("why", ""))
         self.assumed[option] = f"the file has a placeholder; {row['open']} is assumed"
@@ -314,11 +320,17 @@ class Reading:
             self.kind,  # type: ignore[arg-type]
         )
         if "teacher_model" in options:
-            options["teacher_model"], _ = named(str(options["teacher_model"]), self.tool)
+            options["teacher_model"], _ = named(str(options["teacher_model"]), self.tool, file=self.file)
         if not self.model:
             return plan
-        model, by_name = named(self.model, self.tool)
-        return replace(plan, model=model, assumed=self.assumed if by_name is None else {**self.assumed, "model": by_name})
+        model, by_name = named(self.model, self.tool, file=self.file)
+        of_weights, unsupported = None, self.unsupported
+        if not self.tool.in_16_bits:  # Unsloth's own rules say how repositories store their weights
+            options, of_weights, of_repository = weights_of(self.model, options)
+            unsupported = unsupported | of_repository
+        about = "; ".join(filter(None, (by_name, of_weights)))
+        assumed = {**self.assumed, "model": about} if about else self.assumed
+        return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)
 
 
 def _open(value: object) -> bool:
