@@ -219,7 +219,7 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 def segments_grow(setup: Setup) -> bool:
     """Whether the trainer's package, or that of the kernels, sets `expandable_segments`; Unsloth not where its vLLM sleeps."""
     sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
-    return setup.by.expandable_segments or (kernels_of(setup.kernels or ()).sets_up_allocator and not sleeps)
+    return setup.expandable_segments or (kernels_of(setup.kernels or ()).sets_up_allocator and not sleeps)
 
 
 def empties_first(setup: Setup) -> bool:

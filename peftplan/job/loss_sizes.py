@@ -133,7 +133,7 @@ class LossSizes(NamedTuple):
             return {"n": b * length, "n/128": -(-b * length // LOCKED_ROWS)}
         if self.loss == "torchtune-linear":
             return {"n": n, "chunk": n // CHUNKS, "longer": n // CHUNKS + 1}
-        if self.loss == "torchtune-kl":
+        if self.loss in ("torchtune-kl", "torchtune-chunked"):
             return {"n": b * length, "chunk": length // CHUNKS, "longer": length // CHUNKS + 1}
         tile = smaller(n, MAX_ROWS)
         by_itemsize = {
@@ -166,7 +166,7 @@ class LossSizes(NamedTuple):
             return (n > 0, n > TOKEN_TILE, n > 2 * TOKEN_TILE)
         if self.loss == "torchtune-linear":
             return (n >= CHUNKS, n % CHUNKS)
-        if self.loss == "torchtune-kl":
+        if self.loss in ("torchtune-kl", "torchtune-chunked"):
             return (length >= CHUNKS, length % CHUNKS)
         sizes: dict[str, Size] = self.named(b, length)
         half, wide = sizes[f"rows{HALF}"], sizes[f"rows{WIDE}"]

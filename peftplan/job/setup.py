@@ -140,6 +140,11 @@ class Setup(BaseModel):
         return self.batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
+    def expandable_segments(self) -> bool:
+        """Whether the trainer's package sets them; torchtune's releases up to 0.6.1, whose loss of chunks this is, do not."""
+        return self.by.expandable_segments and self.loss != "torchtune-chunked"
+
+    @property
     def rows(self) -> int:
         """Sequences of a forward: two for each example where it is a pair."""
         return self.batch_size * self.by.rows
@@ -147,6 +152,7 @@ class Setup(BaseModel):
 
 OWNERS = {
     "torchtune-linear": ("torchtune",),
+    "torchtune-chunked": ("torchtune",),
     "torchtune-kl": ("torchtune-kd",),
     "te-parallel": ("automodel", "automodel-hf"),
     "cut-apart": ("automodel", "automodel-hf"),

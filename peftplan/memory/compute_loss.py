@@ -23,6 +23,12 @@ TRIPLE = 3
 
 def loss_of_batch(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
     """The loss of one micro batch. `outputs`: those that the loop holds of the micro batch before; replaced."""
+    if model.running.loss == "torchtune-chunked":
+        from peftplan.memory.torchtune_loss import chunked_cross_entropy
+
+        loss = chunked_cross_entropy(model.tape, _forward(model)[1:])
+        model.kept.clear()
+        return loss
     if program.trainer.sums_rows:
         scoring = program.trainer.scoring
         if scoring is None:

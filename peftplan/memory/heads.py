@@ -114,8 +114,8 @@ def _head_of(model: Model) -> Head:
     loss = model.running.loss
     if loss == CUT_APART:
         return _imported(("cut_apart", "hidden_and_last"))
-    if loss == "torchtune-kl":
-        return _imported(("torchtune_kd", "chunks_of_logits"))
+    if loss in ("torchtune-kl", "torchtune-chunked"):
+        return _imported(("torchtune_loss", "chunks_of_logits"))
     if model.running.without_loss and loss == "trl-chunked":
         return _imported(("distillation", "hidden_states"))
     if model.running.without_loss and task == "CAUSAL_LM" and (model_type, task) not in OF_MODEL:

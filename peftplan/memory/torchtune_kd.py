@@ -7,25 +7,10 @@ recipes/knowledge_distillation_single_device.py (`_loss_step`).
 
 from __future__ import annotations
 
-from peftplan.job.loss_sizes import CHUNKS
-from peftplan.memory.model import Model
 from peftplan.memory.torchtune_loss import summed_cross_entropy
 from peftplan.tape import ops
-from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Strided, Tensor
-
-
-def chunks_of_logits(model: Model, x: Tensor) -> tuple[Tensor, ...]:
-    """`TransformerDecoder.chunked_output`. The first s % 8 chunks are longer by one token."""
-    head = model.arch.output_embedding
-    assert head is not None
-    rows, _, width = x.dims
-    longer = model.running.loss_facts[-1]
-    views = [sliced(model.tape, x, (rows, "longer" if number < longer else "chunk", width)) for number in range(CHUNKS)]
-    if model.running.batch_size > 1:
-        views = [Strided(view.storage, view.dims, view.dtype, view.node) for view in views]
-    return (Tensor(None, (), "fp32"), *(model.linear(head, view) for view in views))
+from peftplan.tape.tensors import Node, Tensor
 
 
 def loss_of_chunks(f: Tape, student: list[Tensor], teacher: list[Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
-"""torchtune's loss, which projects the scored tokens in chunks, and its plain cross entropy.
+"""torchtune's losses: one projects the scored tokens in chunks, an older one takes logits in chunks; and plain cross entropy.
 
 n scored tokens, h hidden size, v vocabulary. Source: torchtune at bd2a0fc7, modules/loss/cross_entropy_loss.py
-(`LinearCrossEntropyLoss`), recipes/lora_finetune_single_device.py (`_loss_step`).
+(`LinearCrossEntropyLoss`), modules/transformer.py (`chunked_output`), recipes/lora_finetune_single_device.py (`_loss_step`);
+torchtune 0.6.1, modules/loss/ce_chunked_output_loss.py (`CEWithChunkedOutputLoss`), which the recipes of 0.3 to 0.6.1 take.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Tensor
+from peftplan.tape.tensors import Dims, Node, Strided, Tensor
 
 
 def linear_cross_entropy(model: Model, x: Tensor) -> tuple[Tensor]:
@@ -71,6 +72,29 @@ def summed_cross_entropy(f: Tape, logits: Tensor) -> Tensor:
 
 def _nll_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor, Tensor], g: Tensor) -> Tensor:
     return f.new(saved[0], "fp32", "nll_loss_backward")
+
+
+def chunks_of_logits(model: Model, x: Tensor) -> tuple[Tensor, ...]:
+    """`TransformerDecoder.chunked_output`. The first s % 8 chunks are longer by one token."""
+    head = model.arch.output_embedding
+    assert head is not None
+    rows, _, width = x.dims
+    longer = model.running.loss_facts[-1]
+    views = [sliced(model.tape, x, (rows, "longer" if number < longer else "chunk", width)) for number in range(CHUNKS)]
+    if model.running.batch_size > 1:
+        views = [Strided(view.storage, view.dims, view.dtype, view.node) for view in views]
+    return (Tensor(None, (), "fp32"), *(model.linear(head, view) for view in views))
+
+
+def chunked_cross_entropy(f: Tape, chunks: list[Tensor]) -> Tensor:
+    """`CEWithChunkedOutputLoss.forward`, which widens one chunk after another, and the product with the number of tokens. The
+    recipe holds all chunks until the loss is made.
+    """
+    f.module = ""
+    total = f.new((), "fp32", "total loss")
+    for logits in chunks:
+        total = ops.add_(f, total, summed_cross_entropy(f, logits))
+    return ops.scale(f, ops.scale(f, total, "div"))
 
 
 def cross_entropy(model: Model, x: Tensor) -> tuple[Tensor]:

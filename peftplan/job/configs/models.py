@@ -59,12 +59,12 @@ def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
         return own, None
     if catalogue.find(text) is not None or (os.path.exists(text) and in_tree(text, file)):
         return text, None
-    whole = text.rstrip("/")
+    whole = text.rstrip("/").removesuffix("/original")
     of_weights = stored(whole)
     whole = of_weights.name if of_weights else RESHARDED.sub("", whole) if RESHARDED.search(whole) else whole
     last = whole.rpartition("/")[2]
     if last != text:
-        for name in (whole, last, f"{last}-hf", re.sub("-hf$", "", last)):
+        for name in (whole, last, f"{last}-hf", re.sub("-hf$", "", last), re.sub(r"(?<=\d)_(?=\d)", ".", last)):
             if (entry := catalogue.find(name)) is not None:
                 return name, f"{text} holds {entry.repo_id}, by its name"
     if os.path.exists(text):
@@ -75,27 +75,27 @@ def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
 def stored(text: str) -> Stored | None:
     """How a repository of this name stores its weights; None where the name does not say it."""
     for end, options, assumed, unsupported in STORED:
-        if (found := re.search(f"{end}$", text, re.I)) is not None:
-            return Stored(text[: found.start()], options, assumed, unsupported)
+        if (match := re.search(f"{end}$", text, re.I)) is not None:
+            return Stored(text[: match.start()], options, assumed, unsupported)
     return None
 
 
-def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, object], str | None, dict[str, Unsupported]]:
-    """The options of a file whose model is a repository of stored weights, what is assumed of these, and what cannot be said.
+def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, object], str | None, Unsupported | None]:
+    """The options of a file whose model is a repository of stored weights, what is assumed of these, and what is not supported.
 
     The repository's storage wins over the file's. Full fine-tuning of quantized weights is what transformers refuses.
     """
-    found = stored(text.rstrip("/"))
-    if found is None:
-        return dict(options), None, {}
-    why = found.unsupported
-    if found.options and options.get("method") == "full":
+    weights = stored(text.rstrip("/"))
+    if weights is None:
+        return dict(options), None, None
+    why = weights.unsupported
+    if weights.options and options.get("method") == "full":
         why = "the repository holds quantized weights, which a full fine-tuning does not train"
-    if found.options.get("quant") in ("gptq", "awq") and options.get("quant") in ("nf4", "fp4", "int8"):
+    if weights.options.get("quant") in ("gptq", "awq") and options.get("quant") in ("nf4", "fp4", "int8"):
         why = "the file asks bitsandbytes to quantize a repository that is quantized otherwise: transformers raises an error"
     effect: Effect = "raises" if why == LAYERS_IN_16_BITS else "unknown"
-    unsupported = {} if why is None else {"model": Unsupported(text, why, effect, "quant")}
-    if not found.options:
+    unsupported = None if why is None else Unsupported(text, why, effect, "quant")
+    if not weights.options:
         return dict(options), None, unsupported
     own = {name: value for name, value in options.items() if name not in ("quant", "double_quant", "quant_bits", "compute_dtype")}
-    return {**own, **found.options}, found.assumed, unsupported
+    return {**own, **weights.options}, weights.assumed, unsupported

@@ -327,7 +327,9 @@ class Reading:
         of_weights, unsupported = None, self.unsupported
         if not self.tool.in_16_bits:  # Unsloth's own rules say how repositories store their weights
             options, of_weights, of_repository = weights_of(self.model, options)
-            unsupported = unsupported | of_repository
+            key = next((key for key, row in self.read.items() if row.option == "model"), "model")
+            plan = replace(plan, read={name: row for name, row in self.read.items() if of_repository is None or name != key})
+            unsupported = unsupported | ({} if of_repository is None else {key: of_repository})
         about = "; ".join(filter(None, (by_name, of_weights)))
         assumed = {**self.assumed, "model": about} if about else self.assumed
         return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)

@@ -31,9 +31,9 @@ LLAMA_FACTORY = "model_name_or_path: NAME\nstage: sft\nfinetuning_type: lora\nte
     ],
 )
 def test_names(name: str, base: str, quant: str | None, bits: int | None) -> None:
-    found = stored(name)
-    assert found is not None
-    assert (found.name, found.options.get("quant"), found.options.get("quant_bits")) == (base, quant, bits)
+    weights = stored(name)
+    assert weights is not None
+    assert (weights.name, weights.options.get("quant"), weights.options.get("quant_bits")) == (base, quant, bits)
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-2-7b-hf", "gptq", "owner/gptq-experiments-7b", "Qwen/Qwen3-8B"])
@@ -49,8 +49,8 @@ def test_weights_in_4_bits_are_loaded_so_by_every_tool() -> None:
     )
     linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert linear == 6_979_321_856
-    weights = [each.ledger.by_category()["weights"] for each in (large, small)]
-    assert weights[0] - weights[1] == pytest.approx(linear * 1.5, rel=1e-3)
+    sizes = [each.ledger.by_category()["weights"] for each in (large, small)]
+    assert sizes[0] - sizes[1] == pytest.approx(linear * 1.5, rel=1e-3)
     assert small.trainable_parameters == large.trainable_parameters
     assert small.assumptions["kbit_prepare"] is False
 
@@ -72,7 +72,7 @@ def test_gptq_has_counts_and_no_peak() -> None:
     ],
 )
 def test_what_is_not_known_of_them(text: str, why: str) -> None:
-    assert why in read_text(text, file="a.yml").unsupported["model"].why
+    assert why in read_text(text, file="a.yml").unsupported["model_name_or_path"].why
 
 
 @pytest.mark.parametrize(

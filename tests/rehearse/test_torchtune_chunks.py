@@ -1,0 +1,58 @@
+"""Logits in chunks against the recipes of torchtune 0.6.1, rehearsed (`tools.rehearsed_recipes`, torchao 0.10, torch 2.13)."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_text
+from tests.cli.run import run
+from tools.rehearsed_jobs import compared, read
+
+ROWS = read(Path(__file__).with_name("torchtune_0_6_1.jsonl"))
+
+
+def test_formulas_hold_what_recipes_hold() -> None:
+    """Per cent. Full fine-tuning is 0.18 % lower: the final norm of 0.6.1 keeps its output in fp32 where its weight trains."""
+    drifts = [drift for _, _, drift in compared(ROWS, ("analytic",)) if drift is not None]
+    assert len(drifts) == len(ROWS)
+    of_lora = [drift for drift, row in zip(drifts, ROWS, strict=True) if "--method full" not in str(row["job"])]
+    assert max(abs(drift["allocated"]) for drift in of_lora) <= 0.01
+    assert max(abs(drift["allocated"]) for drift in drifts) <= 0.2
+    assert max(abs(drift["reserved"]) for drift in drifts) <= 1.0
+
+
+def test_an_adapter_on_several_gpus_has_no_peak() -> None:
+    """Rehearsed with llama-3.1-8b on two GPUs, its backward holds 9 % more than the formula of full fine-tuning says."""
+    options = "llama-3.1-8b --trainer torchtune --loss torchtune-chunked --method lora --strategy fsdp2 --gpus 2"
+    assert "no formula yet" in run("estimate", *shlex.split(options)).out
+
+
+CONFIG = """
+model: {_component_: torchtune.models.llama3_2.llama3_2_1b}
+checkpointer: {checkpoint_dir: /tmp/Llama-3.2-1B-Instruct/}
+loss: {_component_: torchtune.modules.loss.CEWithChunkedOutputLoss}
+batch_size: 1
+dtype: bf16
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "bound"),
+    [
+        (CONFIG, "at_least"),  # norms whose weights train keep more in 0.6.1, in each layer
+        (CONFIG + "enable_activation_checkpointing: true\n", None),
+        (CONFIG.replace("llama3_2_1b", "lora_llama3_2_1b, lora_attn_modules: [q_proj]"), None),
+        (
+            CONFIG.replace("OutputLoss}", "OutputLoss, num_output_chunks: 4}") + "enable_activation_checkpointing: true\n",
+            "unknown",
+        ),
+    ],
+)
+def test_recipes_that_name_it(changed: str, bound: str | None) -> None:
+    plan = read_text(changed, file="a.yaml")
+    assert plan.options["loss"] == "torchtune-chunked"
+    assert peftplan.estimate(config=plan).config["bound"] == bound  # type: ignore[index]
