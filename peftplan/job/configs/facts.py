@@ -186,6 +186,7 @@ class ToolFile(TypedDict, total=False):
     schema: dict[str, tuple[object, str]]
     rules: list[Rule]
     calls: dict[str, str]
+    positions: dict[str, list[str]]
     last: list[str]
     models: dict[str, str]
     lists: dict[str, list[str]]
@@ -219,6 +220,8 @@ class Facts:
     rules: tuple[Rule, ...]
     calls: Mapping[str, str]
     """Calls of a script → the name under which their arguments are keys."""
+    positions: Mapping[str, Sequence[str]]
+    """Last part of a call's name → the names of its first arguments, where the call may leave them out."""
     last: tuple[str, ...]
     """Those that stand in place of others under their name."""
     models: Mapping[str, str]
@@ -341,6 +344,7 @@ def facts(tool: Tool) -> Facts:
         schema,
         tuple(raw.get("rules", ())),
         raw.get("calls", {}),
+        raw.get("positions", {}),
         tuple(raw.get("last", ())),
         raw.get("models", {}),
         raw.get("lists", {}),

@@ -69,12 +69,13 @@ def of_training_first(
 
 
 def arguments(
-    calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str] = ()
+    calls: Iterable[Call], kinds: Mapping[str, str], last: Collection[str], positions: Mapping[str, Sequence[str]]
 ) -> tuple[Values, dict[str, list[str]], dict[str, str]]:
     """The arguments of the first call of each kind, `load.max_seq_length`; later ones count as calls after training.
 
     `kinds`: name of a call → what stands before its arguments. `last`: calls that stand in place of all others of their kind, as
-    the second training of a program does that needs more than the first. Behind the arguments, those that hold a default of the
+    the second training of a program does that needs more than the first. `positions`: last part of a call's name → the names of
+    its first arguments; others without a name are called by their place. Behind the arguments, those that hold a default of the
     program's command line or environment → its options; kind → what only the program knows of its call.
     """
     values: Values = {}
@@ -88,7 +89,8 @@ def arguments(
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
             continue
-        by_place = {str(index): value for index, value in enumerate(call["args"])}
+        names = positions.get(call["call"].rpartition(".")[2], ())
+        by_place = {names[index] if index < len(names) else str(index): value for index, value in enumerate(call["args"])}
         values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
         defaults |= {f"{kind}.{name}": options for name, options in call.get("defaults", {}).items()}
         if "doubt" in call:

@@ -69,7 +69,7 @@ class Reading:
         if document.kind == "calls":
             from peftplan.job.configs.order import arguments
 
-            values, self.by_default, doubts = arguments(document.calls, tool.calls, tool.last)
+            values, self.by_default, doubts = arguments(document.calls, tool.calls, tool.last, tool.positions)
             self.assumed |= {DOUBTED.get(kind, kind): doubt for kind, doubt in doubts.items()}
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}

@@ -102,6 +102,21 @@ def test_unsloth_trains_embeddings_that_are_named_as_targets_in_full() -> None:
     assert peftplan.estimate(config=plan).trainable_parameters == 603_979_776
 
 
+def test_arguments_without_a_name_are_those_of_the_signature() -> None:
+    """unsloth 2026.10.9, models/loader.py:1241 (`from_pretrained`), models/llama.py:4569 (`get_peft_model`)."""
+    source = """
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/llama-3-8b-bnb-4bit", 4096, None, False)
+model = FastLanguageModel.get_peft_model(model, 32, ["q_proj", "v_proj"], 64, 0.1)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2, max_steps=60)).train()
+"""
+    plan = read_text(source, file="a.py")
+    assert not plan.unsupported
+    stated = {name: plan.options[name] for name in ("method", "seq_len", "r", "target_modules", "lora_dropout")}
+    assert stated == {"method": "lora", "seq_len": 4096, "r": 32, "target_modules": ("q_proj", "v_proj"), "lora_dropout": 0.1}
+    further = read_text(source.replace("None, False", "None, False, True"), file="a.py")
+    assert set(further.unsupported) == {"load.4"}  # `token` in some classes, `load_in_8bit` in others
+
+
 def test_unsloth_takes_its_names_in_any_case() -> None:
     """unsloth 2026.10.9, models/loader_utils.py: the mapper's names are looked up in lower case."""
     plan = read_text(UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-4"), file="a.py")
