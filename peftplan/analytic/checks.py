@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
+from peftplan.arch.text_part import is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
-from peftplan.memory.models import FORWARDS
+from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.storage import without_peak
 from peftplan.storage.config import FOUR_BIT
@@ -44,18 +45,34 @@ def check(job: Job) -> None:
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     model_type = job.architecture.model_type
-    if model_type not in FORWARDS and kernels_of(job.setup.kernels or ()).layers is None:
+    if model_type not in FORWARDS | OF_TEXT_PARTS and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if job.method is None:
         raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     check_virtual_tokens(job)
+    if model_type in OF_TEXT_PARTS:
+        _check_text_part(job)
     _check_kernels(job)
     if job.method.module == "bottleneck":
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
+
+
+def _check_text_part(job: Job) -> None:
+    """Raise for what of a vision-language model does not run, or was not compared, where samples have no images."""
+    adaptation, architecture = job.adaptation, job.architecture
+    names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
+    if job.distributed is not None:
+        raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+    if job.script.transformers is not None:
+        raise NoEngineError(f"model type {architecture.model_type} of another transformers (no formula yet)")
+    if getattr(job.config, "num_virtual_tokens", None):
+        raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
+    if not all(is_in_text_part(architecture, name) for name in names):
+        raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 
 
 def _check_kernels(job: Job) -> None:

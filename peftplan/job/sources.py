@@ -19,6 +19,7 @@ from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS, read_config
+from peftplan.arch.text_part import with_text_part
 from peftplan.dtypes import ALIASES, MODEL_DTYPES, SIXTEEN_BITS
 from peftplan.errors import InputError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.files import is_file
@@ -147,7 +148,7 @@ def _built_in(name: str, sibling: str | None, task_type: str | None, num_labels:
     facts = entry.facts()
     table = _table(entry)
     if table is not None and num_labels is None and task_type in (None, table.task_type):
-        arch = table
+        arch = with_text_part(table, facts["config"])
     else:
         arch = _read(_with_labels(facts["config"], num_labels), name=name, task_type=task_type, trust_remote_code=False)
     source = f"built-in: {entry.repo_id}, {entry.exactness} ({facts['source']})"
@@ -253,7 +254,7 @@ def _read(config: Mapping[str, object], *, name: str, task_type: str | None, tru
 
     if config.get("auto_map") and not meta.is_native(model_type):
         raise _remote_code(name, model_type, trust_remote_code)
-    return meta.read_architecture(config, name=name, task_type=task_type)
+    return with_text_part(meta.read_architecture(config, name=name, task_type=task_type), config)
 
 
 def _remote_code(name: str, model_type: str, trust_remote_code: bool) -> RefusedError:

@@ -57,10 +57,20 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "gpt_oss": ("gpt_oss", "gpt_oss"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""
+OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
+    "qwen2_vl": ("vision_language", "qwen2_vl"),
+    "qwen2_5_vl": ("vision_language", "qwen2_vl"),
+    "qwen3_vl": ("vision_language", "qwen3_vl"),
+    "idefics3": ("vision_language", "idefics3"),
+    "smolvlm": ("vision_language", "idefics3"),
+    "mistral3": ("vision_language", "mistral3"),
+}
+"""The same of vision-language models, for samples without images."""
 
 
 def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool = False, compiled: bool = False) -> Forward:
-    """The forward of a model type in `FORWARDS`, of one that torchtune or NeMo Automodel builds, or one that torch compiles."""
+    """The forward of a model type in `FORWARDS` or `OF_TEXT_PARTS`, of one that torchtune or NeMo Automodel builds, or one that
+    torch compiles."""
     if compiled:
         from peftplan.memory.models.compiled import compiled_layers
 
@@ -73,6 +83,6 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
         from peftplan.memory.models.automodel import FORWARDS as OF_AUTOMODEL
 
         return OF_AUTOMODEL[model_type]
-    module, function = FORWARDS[model_type]
+    module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]
     forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
     return forward

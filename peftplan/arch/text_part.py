@@ -1,0 +1,41 @@
+"""The text part of vision-language models: the decoder that runs alone where a sample has no image.
+
+Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,idefics3,smolvlm,mistral3}/modeling_*.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from peftplan.arch.modules import Architecture
+from peftplan.arch.readers import READERS, read_config
+
+TEXT_PARTS: dict[str, str | None] = {
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "idefics3": None,
+    "smolvlm": None,
+    "mistral3": None,
+}
+"""Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
+
+
+def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture with the blocks of its text part, if these are those of a model that is read here."""
+    if architecture.model_type not in TEXT_PARTS or architecture.task_type != "CAUSAL_LM":
+        return architecture
+    stated = config.get("text_config")
+    text = stated if isinstance(stated, Mapping) else config
+    model_type = TEXT_PARTS[architecture.model_type] or text.get("model_type")
+    if model_type not in READERS:
+        return architecture
+    of_text = {**text, "model_type": model_type, "architectures": None}
+    return replace(architecture, blocks=read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM").blocks)
+
+
+def is_in_text_part(architecture: Architecture, module: str) -> bool:
+    """Whether a module runs without images."""
+    decoder = str(architecture.input_embedding).rpartition(".")[0]
+    return module.startswith(f"{decoder}.") or module == architecture.output_embedding

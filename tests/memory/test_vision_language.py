@@ -1,0 +1,62 @@
+"""Vision-language models of samples without images: the formulas of their text parts against the trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+import peftplan
+from peftplan.job.sources import load_config
+from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
+
+IN_TEXT = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+EAGER = {**TRAINER, "attn_implementation": "eager"}
+TRL = {"trainer": "trl", "padding": True}
+OTHERS = ("qwen2-vl-2b-instruct", "qwen3-vl-2b-instruct", "smolvlm-256m-instruct", "smolvlm2-2.2b-instruct")
+
+
+def shallow(model: str) -> dict[str, Any]:
+    """The config with two layers of text, and of vision where its config names them."""
+    config: dict[str, Any] = dict(load_config(model))
+    text: dict[str, Any] = dict(config.get("text_config") or {})
+    vision: dict[str, Any] = dict(config.get("vision_config") or {})
+    for part in (config, text, vision):
+        part |= {name: 2 for name in ("num_hidden_layers", "depth") if part.get(name) is not None}
+    if "deepstack_visual_indexes" in vision:
+        vision["deepstack_visual_indexes"] = [0]
+    return {**config, **({"text_config": text} if text else {}), **({"vision_config": vision} if vision else {})}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        *(("qwen2.5-vl-3b-instruct", options) for options in (TRAINER, PLAIN, OFF, EAGER, TRL)),
+        ("qwen2.5-vl-3b-instruct", {**TRAINER, "method": "qlora"}),
+        *((model, OFF) for model in (*OTHERS, "mistral-small-3.1-24b-instruct-2503")),
+        *((model, {**PLAIN, "padding": True}) for model in OTHERS),
+    ],
+)
+def test_the_text_part_peaks_where_the_trace_does(model: str, options: dict[str, Any]) -> None:
+    options = {"method": "lora", "target_modules": IN_TEXT, **options}
+    ours, traced = (phases(shallow(model), engine, **options) for engine in ("analytic", "trace"))
+    for phase in ("load", "forward", "backward", "step"):
+        assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
+
+
+def test_a_peak_of_text_alone_says_so() -> None:
+    result = peftplan.estimate("qwen2.5-vl-3b-instruct", method="lora", target_modules=IN_TEXT, gpu="rtx-4090")
+    assert result.engine == "analytic"
+    assert (result.gpus[0].verdict, result.gpus[0].scope) == ("fits", "text")
+
+
+@pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora", "target_modules": "all-linear"}])
+def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]) -> None:
+    result = peftplan.estimate("qwen2.5-vl-3b-instruct", **options)
+    assert result.peaks is None
+    assert "outside the text part" in result.not_modelled[0]
