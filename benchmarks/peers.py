@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:
-        records = [case.record for case in read_cases(args.files)]
+        records = [case.record for case in read_cases(args.files) if case.record.run.strategy is None]
     except PeftplanError as error:
         sys.exit(f"peers: {error}")
     with tempfile.TemporaryDirectory() as temporary:

@@ -27,13 +27,13 @@ class Change(NamedTuple):
     """A release in which a library changed what a step holds, and where its code shows it."""
 
     package: str
-    release: tuple[int, int]
+    release: tuple[int, ...]
     source: str
 
     @property
     def named(self) -> str:
         """The package and the release: `torch 2.9`."""
-        return f"{self.package} {self.release[0]}.{self.release[1]}"
+        return f"{self.package} {'.'.join(map(str, self.release))}"
 
     @property
     def before(self) -> str:
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
     def after(self, version: str | None) -> bool:
         """Whether the change is still to come in this version; None is today's."""
-        return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < self.release
+        return version is not None and tuple(map(int, re.findall(r"\d+", version)[: len(self.release)])) < self.release
 
 
 def named(package: str) -> str:
@@ -87,5 +87,20 @@ TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ti
 FSDP2_UPCASTS_WHAT_TRAINS = Change("accelerate", (1, 14), "`fsdp2_prepare_model` casts `param.data` of what trains to fp32")
 FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no `model.to(torch.float32)`")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
+INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")
+KV_GROUPED = Change("transformers", (4, 48), "`flash_attention_forward` gets grouped keys; before, `repeat_kv` ran before it")
+ROTARY_UNCACHED = {
+    "llama": Change("transformers", (4, 41), "`LlamaRotaryEmbedding` has no `_cos_cached`"),
+    "mistral": Change("transformers", (4, 42), "`MistralRotaryEmbedding` has no `cos_cached`"),
+    "qwen2": Change("transformers", (4, 45), "`Qwen2RotaryEmbedding` has no `cos_cached`"),
+    "mixtral": Change("transformers", (4, 48), "`MixtralRotaryEmbedding` has no `cos_cached`"),
+}
+"""Model type → the release whose layers no longer keep cosines and sines of all positions."""
+
+
+def behaviour(package: str, version: str | None) -> tuple[bool, ...]:
+    """Which changes of a package are still to come in a version: what tells two versions apart here."""
+    known = (change for value in globals().values() for change in (value.values() if isinstance(value, dict) else (value,)))
+    return tuple(change.after(version) for change in known if isinstance(change, Change) and change.package == package)

@@ -167,11 +167,25 @@ MARKS: dict[SetupSaid, str] = {
 }
 """What follows a source's name, so that its runs are summed up apart."""
 GROUPINGS: dict[str, Callable[[Record], str]] = {
+    "strategy": lambda record: (
+        f"{record.run.strategy}, {record.circumstances.num_gpus} GPUs, {record.run.method_name}" + MARKS[record.setup]
+    ),
     "source": lambda record: record.circumstances.source + MARKS[record.setup],
     "method": lambda record: record.run.method_name,
     "model": lambda record: record.run.model_name,
     "setup": lambda record: record.setup,
 }
+
+ON_ONE, ON_SEVERAL = ("source", "method", "model", "setup"), ("strategy", "source", "model")
+"""Groupings of runs on one GPU, and of ranks."""
+
+
+def apart(answers: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """The runs on one GPU, and those of a rank of several."""
+    sides: tuple[list[Answer], list[Answer]] = [], []
+    for answer in answers:
+        sides[answer.record.run.strategy is not None].append(answer)
+    return sides
 
 
 def summaries(answers: Sequence[Answer], by: str, figures: Sequence[Figure] = OVERALL) -> list[Summary]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from peftplan import versions
 from peftplan.accuracy.jsonl import read
 from peftplan.accuracy.records import Record
 from peftplan.datafiles import DATA
 from peftplan.errors import MissingExtraError, PeftplanError
-from peftplan.job.script import Script
+from peftplan.job.script import EXAMPLES, Script
 from peftplan.job.setup import Engine
 from peftplan.planning.estimate import estimate
 from peftplan.results.estimate import Estimate
@@ -95,8 +96,11 @@ def _script(record: Record) -> Script:
 
 
 def same_answer(record: Record) -> str:
-    """All that `ask` reads of a record: where it is the same, so is the answer."""
-    script = _script(record).model_dump(mode="json")
+    """All that `ask` reads of a record: where it is the same, so is the answer. Versions count by what they do."""
+    script = {
+        name: versions.behaviour(name, value) if name in EXAMPLES else value
+        for name, value in _script(record).model_dump(mode="json").items()
+    }
     read = (record.run.model_dump(mode="json"), script, record.circumstances.gpu_id, record.covers, record.peaks.context_bytes)
     return json.dumps(read, sort_keys=True)
 

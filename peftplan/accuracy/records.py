@@ -12,6 +12,7 @@ from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from peftplan.distributed.strategy import parse_distributed
 from peftplan.job.options import JobOptions
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import parse_setup
@@ -53,7 +54,9 @@ class Run(Part):
 
     `model`: a built-in name, a Hub id, or a whole config. `method` with `method_config` (its fields, under peft's names), or
     `peft_config` (a whole adapter config), or both, where the method adds to the config what its name implies. `options` are
-    fields of `job.setup.Setup`; those in `PINNED` must be there. `script`: what the program did besides.
+    fields of `job.setup.Setup`; those in `PINNED` must be there. `distributed`: fields of `distributed.strategy.Distributed`,
+    `strategy` and `gpus` among them, where several GPUs ran; all else is then that of a rank. `script`: what the program did
+    besides.
     """
 
     model: Text | dict[str, object]
@@ -61,6 +64,7 @@ class Run(Part):
     peft_config: dict[str, object] | None = None
     method_config: dict[str, object] = {}
     options: dict[str, object]
+    distributed: dict[str, object] = {}
     script: Script = NO_SCRIPT
 
     @field_validator("options")
@@ -71,6 +75,13 @@ class Run(Part):
         if missing:
             raise ValueError(f"a record states every option; missing: {', '.join(missing)}")
         return options
+
+    @field_validator("distributed")
+    @classmethod
+    def _distributed(cls, distributed: dict[str, object]) -> dict[str, object]:
+        if distributed and (parse_distributed(distributed) is None or "strategy" not in distributed):
+            raise ValueError("a record of several GPUs states gpus (2 or more) and strategy")
+        return distributed
 
     @model_validator(mode="after")
     def _method(self) -> Run:
@@ -88,10 +99,15 @@ class Run(Part):
         """The method as it is shown: its name, or the peft type of its config."""
         return self.method or str((self.peft_config or {}).get("peft_type", "")).lower()
 
+    @property
+    def strategy(self) -> str | None:
+        """What divides the job over several GPUs; None on one."""
+        return None if not self.distributed else str(self.distributed["strategy"])
+
     def arguments(self) -> JobOptions:
         """The keyword arguments of `peftplan.estimate` besides the model, the card and the engine."""
         named = {"method": self.method, "peft_config": self.peft_config, "script": self.script}
-        return cast("JobOptions", {"device_map": "none", **self.method_config, **self.options, **named})
+        return cast("JobOptions", {"device_map": "none", **self.method_config, **self.options, **self.distributed, **named})
 
 
 class Circumstances(Part):
@@ -103,6 +119,7 @@ class Circumstances(Part):
     compute_capability: str | None = None
     num_gpus: Annotated[int, Field(ge=1)] = 1
     rank: Annotated[int, Field(ge=0)] = 0
+    """The one whose peaks the record has."""
     driver: str | None = None
     cuda: str | None = None
     versions: dict[str, str] = {}
@@ -202,6 +219,14 @@ class Record(Part):
         overall = self.peaks.overall
         if self.outcome == "ok" and (overall.allocated, overall.reserved, self.peaks.device_bytes) == (None, None, None):
             raise ValueError("a run with outcome ok needs at least one overall peak")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Record:
+        strategy, where = parse_distributed(self.run.distributed), self.circumstances
+        if strategy is not None and (where.num_gpus != strategy.world_size or where.rank >= where.num_gpus):
+            ranks = f"circumstances state rank {where.rank} of {where.num_gpus}"
+            raise ValueError(f"run.distributed makes {strategy.world_size} ranks; {ranks}")
         return self
 
     @cached_property

@@ -22,6 +22,7 @@ from peftplan.versions import EXPERTS_FUSED, MIXTURE_ADDED
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+    from peftplan.job.script import Script
 
 BUILT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 """Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
@@ -86,6 +87,13 @@ WITH_PARAMETER = ("deepseek_v2", "deepseek_v3")
 """Model types of mixtures whose router has a parameter, as today, and no linear layer."""
 
 
+def as_of_release(architecture: Architecture, config: Mapping[str, object], script: Script) -> Architecture:
+    """The architecture as the transformers that ran builds it. Raises InputError for a release that had no such model."""
+    if script.experts_apart:
+        architecture = with_experts_apart(architecture, script.transformers)
+    return with_rotary_tables(architecture, config) if script.caches_rotary(architecture.model_type) else architecture
+
+
 def with_experts_apart(architecture: Architecture, release: str | None) -> Architecture:
     """The architecture with the modules that it had before transformers 5: three linear layers for each expert, and a linear
     router but in DeepSeek. Others are as today. Raises InputError for a `release` of transformers that had no such model.
@@ -125,6 +133,19 @@ def _router_first(modules: Sequence[Module]) -> list[Module]:
         if (module.kind, following.kind) == ("Experts", "Router"):
             ordered[at : at + 2] = following, module
     return ordered
+
+
+def with_rotary_tables(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture with what each layer's rotary embedding kept before `versions.ROTARY_UNCACHED`: cosines and sines of all
+    positions, in the dtype that the model was made in (`_set_cos_sin_cache`; Llama: `_cos_cached`, for old callers).
+    """
+    positions, width = config.get("max_position_embeddings"), architecture.blocks[0].attentions[0].head_dim
+    if not isinstance(positions, int):
+        return architecture
+    layers = tuple(layer for block in architecture.blocks for layer in block.layers)
+    name = "model.layers.{}.self_attn.rotary_emb"
+    tables = (Buffer(f"{name}.{table}_cached", "model", (positions, width), layers) for table in ("cos", "sin"))
+    return replace(architecture, buffers=(*architecture.buffers, *tables))
 
 
 def config_unsloth_loads(config: dict[str, object]) -> dict[str, object]:

@@ -109,10 +109,10 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_torchtune_builds
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
-    if request.script.experts_apart:
-        from peftplan.job.built import with_experts_apart
+    if request.script.transformers is not None:
+        from peftplan.job.built import as_of_release
 
-        architecture = with_experts_apart(architecture, request.script.transformers)
+        architecture = as_of_release(architecture, model_config, request.script)
     kernels = kernels_of(setup.kernels or ())
     if setup.by_unsloth:
         from peftplan.job.built import as_unsloth_loads

@@ -36,7 +36,8 @@ class Script(BaseModel):
     empties_cache: bool = False
     """Whether `torch.cuda.empty_cache()` runs after each step, before the gradients of that step are freed."""
     repeats_kv: bool = False
-    """Whether grouped keys and values are repeated before torch's sdpa sees them, as kernels without grouped queries need it."""
+    """Whether grouped keys and values are repeated before sdpa or flash-attn sees them, as kernels without grouped queries need
+    it."""
     enables_adapters_again: bool = False
     """Whether adapters are disabled and enabled (`with model.disable_adapter():`) after the optimizer is constructed and before
     the first step, for example to evaluate the base. peft then makes all of an active adapter require gradients
@@ -53,12 +54,17 @@ class Script(BaseModel):
     Llama's code had it (both losses: of classes called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
-    """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`."""
+    """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit` and `keeps_4bit_inputs`."""
 
     @property
     def dequantizes_4bit(self) -> bool:
         """Whether every product with a 4-bit weight dequantizes it, or some are fused (`storage.fused_products`)."""
         return versions.FUSED_4BIT.after(self.bitsandbytes)
+
+    @property
+    def keeps_4bit_inputs(self) -> bool:
+        """Whether a product with a 4-bit weight keeps its input until the graph is gone, checkpoint or not."""
+        return versions.INPUTS_DROPPED.after(self.bitsandbytes)
 
     @property
     def cublaslt_apart(self) -> bool:
@@ -114,6 +120,15 @@ class Script(BaseModel):
         ran = self.transformers
         return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
 
+    def caches_rotary(self, model_type: str) -> bool:
+        """Whether each layer keeps cosines and sines of all positions."""
+        return model_type in versions.ROTARY_UNCACHED and versions.ROTARY_UNCACHED[model_type].after(self.transformers)
+
+    def repeats_before(self, attention: str, model_type: str) -> bool:
+        """Whether keys and values are repeated before the kernel: by the program, or by the model's class before flash-attn."""
+        by_class = attention == "flash_attention_2" and model_type in REPEATED
+        return self.repeats_kv or (by_class and versions.KV_GROUPED.after(self.transformers))
+
     def collects_batches(self, setup: Setup) -> bool:
         """Whether the batches of all micro batches are on the device before a step, fetched while those of the step before are
         still there. Another loop frees a batch and then fetches the next."""
@@ -148,6 +163,8 @@ class Script(BaseModel):
         return self.model_copy(update=readable) if readable else self
 
 
+REPEATED = ("mistral", "mixtral", "qwen2")
+"""Model types whose `…FlashAttention2` repeated grouped keys and values; Llama's never did."""
 CACHES_IN_CHECKPOINTS = ("gpt_bigcode",)
 """Model types that make their mask with a cache under checkpointing too (each release from 4.55 to 4.57 was run)."""
 POSITIONS_IN_MASKS = frozenset(

@@ -72,7 +72,8 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc,name-defined]
 
 class _Matmul4Bit(torch.autograd.Function):
     """`MatMul4Bit`: dequantizes the whole weight in forward, unless the product is fused, and in backward; saves neither it nor
-    the input. It keeps the packed weight as `ctx.tensors`, which no checkpoint sees: under ZeRO-3 as it was gathered.
+    the input, which older releases kept. It keeps the packed weight as `ctx.tensors`, which no checkpoint sees: under ZeRO-3 as
+    it was gathered.
     """
 
     @staticmethod
@@ -80,7 +81,7 @@ class _Matmul4Bit(torch.autograd.Function):
         ctx.module = module
         ctx.dtype_bias = None if bias is None else bias.dtype
         if any(ctx.needs_input_grad[:2]):
-            ctx.tensors = (None, b.view(-1, 1))
+            ctx.tensors = (a if Card.keeps_inputs else None, b.view(-1, 1))
         if module.fuses(a):
             return a.new_empty(*a.shape[:-1], module.out_features)
         absmax = module.absmax(a, keep_both=True)

@@ -27,19 +27,22 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 class Card:
-    """The card that stand-ins run on: `chip` decides which 4-bit products are fused, None fuses none."""
+    """The card that stand-ins run on: `chip` decides which 4-bit products are fused, None fuses none. `keeps_inputs`: whether
+    products with 4-bit weights do (`versions.INPUTS_DROPPED`)."""
 
     chip: ClassVar[Chip | None] = None
+    keeps_inputs: ClassVar[bool] = False
 
 
 @contextmanager
-def fused_on(chip: Chip | None) -> Iterator[None]:
+def fused_on(chip: Chip | None, *, keeps_inputs: bool = False) -> Iterator[None]:
     """Let 4-bit layers multiply as on this card. (Not a context variable: autograd's threads would not see it.)"""
-    before, Card.chip = Card.chip, chip
+    before = Card.chip, Card.keeps_inputs
+    Card.chip, Card.keeps_inputs = chip, keeps_inputs
     try:
         yield
     finally:
-        Card.chip = before
+        Card.chip, Card.keeps_inputs = before
 
 
 def prepare(stand_in: Any, source: Any, quant: QuantConfig, *, dtype: str) -> None:

@@ -49,8 +49,14 @@ def run_of(job: Job) -> Run:
         peft_config=None if has_method else _plain(job.adapter),
         method_config=_plain(job.config.model_dump(mode="json", exclude_unset=True)) if has_method and job.config else {},
         options=_plain(full_options(job.setup.model_dump(mode="json"))),
+        distributed=_strategy(job),
         script=job.script,
     )
+
+
+def _strategy(job: Job) -> dict[str, object]:
+    ranks = job.distributed
+    return {} if ranks is None else {"strategy": ranks.strategy, **ranks.model_dump(mode="json", exclude_unset=True)}
 
 
 def kept_alive(job: Job) -> tuple[str, ...]:
@@ -66,7 +72,7 @@ def kept_alive(job: Job) -> tuple[str, ...]:
 
 def key(run: Run) -> str:
     """The key of a configuration: ten hexadecimal digits of its sha256."""
-    facts = run.model_dump(mode="json")
+    facts = run.model_dump(mode="json", exclude={"distributed"})  # the launcher's
     facts["options"] = {"device_map": "none", **facts["options"]}  # older records do not say it
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

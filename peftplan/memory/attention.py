@@ -61,7 +61,7 @@ def attend(
             q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
-    repeats = model.running.attention == "sdpa" and grouped and (model.running.repeats_kv or not gqa)
+    repeats = grouped and (model.running.repeats_kv or (model.running.attention == "sdpa" and not gqa))
     kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)
     if kernel == "math" or repeats:
         by_head_q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)

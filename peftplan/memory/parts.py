@@ -49,7 +49,9 @@ class Running(NamedTuple):
     masks_unpadded: bool = False
     """Whether sdpa gets a mask of each sequence although nothing is hidden."""
     repeats_kv: bool = False
-    """Whether the program repeats grouped keys and values before sdpa sees them."""
+    """Whether grouped keys and values are repeated before the kernel sees them."""
+    keeps_4bit_inputs: bool = False
+    """Whether a product with a 4-bit weight keeps its input."""
     rotary_by_product: bool = False
     """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
     shifts_logits: bool = False

@@ -92,6 +92,8 @@ def linear4bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     if node is not None:
         node.in_python = True
         node.context = None if f.modules is None else f.modules.whole(part.weight)  # `ctx.tensors`, a view of the packed weight
+        if running.keeps_4bit_inputs:
+            node.context = node.context, x
     casts = [f.new(t.dims, compute_dtype, "to") for t in (part.bias, weight) if t is not None and x.dtype != compute_dtype]
     with f.no_grad():  # an `autograd.Function`
         casts.append(f.cast(x, compute_dtype))

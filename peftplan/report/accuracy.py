@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 from xml.etree import ElementTree
 
 from peftplan.accuracy.check import Check, shown
-from peftplan.accuracy.drift import GROUPINGS, WITHIN, Answer, Summary, summaries, totals
+from peftplan.accuracy.drift import ON_ONE, ON_SEVERAL, WITHIN, Answer, Summary, apart, summaries, totals
 from peftplan.accuracy.engines import BY_PHASE, FIGURES, OVERALL
 from peftplan.accuracy.records import SetupSaid
 from peftplan.report import markdown
@@ -19,6 +20,11 @@ TITLES: dict[SetupSaid, str] = {
     "as labelled": "runs that state everything that ran, as labelled",
     "with an inferred stack": "runs that state everything that ran, with an inferred stack",
     "leaves something open": "runs that leave something open",
+}
+RANKS: dict[SetupSaid, str] = {
+    "as labelled": "state everything that ran, as labelled",
+    "with an inferred stack": "state everything that ran, with an inferred stack",
+    "leaves something open": "leave something open",
 }
 UPDATE = "If this is intended, `peftplan check --engine {engine} --update-baseline` stores what is stated now."
 
@@ -42,10 +48,24 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
 
 
 def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
-    """What was checked, in lines."""
+    """What was checked, in lines: runs on one GPU, then ranks of several."""
+    one, several = apart(answers)
+    lines = _counted("measured runs", engine, one) if one or not several else []
+    for setup, runs in TITLES.items():
+        lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in one if answer.record.setup == setup])
+    if several:
+        lines += _counted("measured ranks of several GPUs", engine, several)
+        states = Counter(answer.record.setup for answer in several)
+        lines.append(f"Of these ranks, {', '.join(f'{number} {RANKS[setup]}' for setup, number in sorted(states.items()))}.")
+        for setup, state in RANKS.items():
+            lines += _verdicts(f"Wrong verdicts, of ranks that {state}", [one for one in several if one.record.setup == setup])
+    return lines
+
+
+def _counted(runs: str, engine: str, answers: Sequence[Answer]) -> list[str]:
     sums = totals(answers)
     lines = [
-        f"{sums.records} measured runs, engine {engine}: {sums.with_peak} with a stated peak,"
+        f"{sums.records} {runs}, engine {engine}: {sums.with_peak} with a stated peak,"
         f" {sums.no_peak} with no peak stated, {sums.refused} refused.",
     ]
     if sums.counts_printed:
@@ -54,8 +74,6 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     if sums.out_of_memory:
         verdicts = ", ".join(f"{number} {verdict}" for verdict, number in sums.out_of_memory.items())
         lines.append(f"Verdicts on the cards where runs ran out of memory: {verdicts}.")
-    for setup, runs in TITLES.items():
-        lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in answers if answer.record.setup == setup])
     return lines
 
 
@@ -108,22 +126,37 @@ def as_markdown(checked: Check) -> list[str]:
 
 
 def tables(answers: Sequence[Answer]) -> list[str]:
-    """Markdown tables of drift by group and by phase; none where no peak is stated."""
+    """Markdown tables of drift by group and by phase, those of several GPUs last; none where no peak is stated."""
     parts = []
-    for by in GROUPINGS:
-        if rows := summaries(answers, by, OVERALL):
-            parts.append(markdown.table((by, *SUMMARY, *SHARES), summary_cells(rows)))
-    if rows := summaries(answers, "source", BY_PHASE):
-        parts.append(markdown.table(("by phase", *SUMMARY, *SHARES), summary_cells(rows)))
+    for of_side, groupings in zip(apart(answers), (ON_ONE, ON_SEVERAL), strict=True):
+        for by in groupings:
+            if rows := summaries(of_side, by, OVERALL):
+                head = by if groupings is ON_ONE else f"{by}, several GPUs"
+                parts.append(markdown.table((head, *SUMMARY, *SHARES), summary_cells(rows)))
+        if rows := summaries(of_side, "source", BY_PHASE):
+            parts.append(markdown.table(("by phase", *SUMMARY, *SHARES), summary_cells(rows)))
     return parts
 
 
 def facts(checked: Check) -> dict[str, object]:
     """The JSON of a check: versioned, bytes as integers, drift in percent."""
-    total = totals(checked.answers)
+    one, several = apart(checked.answers)
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": checked.engine,
+        **_totals_facts(one, ON_ONE),
+        "several_gpus": _totals_facts(several, ON_SEVERAL),
+        "rows": [_row_facts(answer) for answer in checked.answers],
+        "failures": [
+            {"kind": f.kind, "id": f.case.record.id, "file": shown(f.case.path), "line": f.case.line, "what": f.what}
+            for f in checked.failures
+        ],
+    }
+
+
+def _totals_facts(answers: Sequence[Answer], groupings: Iterable[str]) -> dict[str, object]:
+    total = totals(answers)
+    return {
         "records": total.records,
         "with_peak": total.with_peak,
         "no_peak_stated": total.no_peak,
@@ -131,12 +164,7 @@ def facts(checked: Check) -> dict[str, object]:
         "counts": {"printed": total.counts_printed, "equal": total.counts_equal},
         "out_of_memory": total.out_of_memory,
         "verdicts": {kind: {"wrong": wrong, "asked": judged} for kind, (wrong, judged) in total.verdicts.items()},
-        "summary": {by: [_summary_facts(row) for row in summaries(checked.answers, by, FIGURES)] for by in GROUPINGS},
-        "rows": [_row_facts(answer) for answer in checked.answers],
-        "failures": [
-            {"kind": f.kind, "id": f.case.record.id, "file": shown(f.case.path), "line": f.case.line, "what": f.what}
-            for f in checked.failures
-        ],
+        "summary": {by: [_summary_facts(row) for row in summaries(answers, by, FIGURES)] for by in groupings},
     }
 
 
@@ -163,6 +191,8 @@ def _row_facts(answer: Answer) -> dict[str, object]:
         "source": record.circumstances.source,
         "model": record.run.model_name,
         "method": record.run.method_name,
+        "strategy": record.run.strategy,
+        "num_gpus": record.circumstances.num_gpus,
         "exact": record.exact,
         "setup": record.setup,
         "refused": predicted.refused,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftplan.accuracy import baseline as stored
 from peftplan.accuracy import peers
-from peftplan.accuracy.drift import Answer
+from peftplan.accuracy.drift import Answer, apart
 from peftplan.accuracy.engines import NOT_EXPRESSIBLE, OVERALL, Case, read_cases
 from peftplan.accuracy.records import SETUPS, Record
 from peftplan.job.setup import Engine
@@ -37,11 +37,12 @@ def write(root: Path | None = None) -> None:
     page = (root or Path.cwd()) / PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     answers = {engine: stored_answers(engine) for engine in ENGINES}
+    plotted = {engine: apart(of_engine)[0] for engine, of_engine in answers.items()}
     folder = page.parent / PLOTS
-    series = {ENGINES[engine]: _drifts(of_engine) for engine, of_engine in answers.items() if _drifts(of_engine)}
+    series = {ENGINES[engine]: _drifts(of_engine) for engine, of_engine in plotted.items() if _drifts(of_engine)}
     if series:
         accuracy_plots.histogram(series, folder / "drift.svg")
-    for engine, of_engine in answers.items():
+    for engine, of_engine in plotted.items():
         if _drifts(of_engine):
             accuracy_plots.scatter(of_engine, folder / f"{engine}.svg", word=ENGINES[engine])
     page.write_text(text(answers), encoding="utf-8")
@@ -58,7 +59,7 @@ def text(answers: dict[Engine, list[Answer]]) -> str:
     """The whole page."""
     cases = read_cases([])
     others = [OTHERS, table(OTHERS_COLUMNS, OTHERS_ROWS)]
-    tools = _other_tools([case.record for case in cases], answers)
+    tools = _other_tools([case.record for case in cases if case.record.run.strategy is None], answers)
     parts = [INTRO, *_engines(answers), CAUSES, *_runs(cases), *tools, *others, DEFINITIONS]
     return "\n\n".join(parts) + "\n"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from rich.console import Console
 from rich.text import Text
 
 from peftplan.accuracy.check import Check
-from peftplan.accuracy.drift import GROUPINGS, WITHIN, Summary, summaries
+from peftplan.accuracy.drift import ON_ONE, ON_SEVERAL, WITHIN, Answer, Summary, apart, summaries
 from peftplan.accuracy.engines import FIGURES, OVERALL
 from peftplan.report import accuracy, terminal
 from peftplan.report.tabular import Column
@@ -23,16 +24,22 @@ def check(checked: Check) -> None:
     """Write a check to stdout."""
     out = terminal.console()
     terminal.show(out, map(Text, accuracy.headline(checked.engine, checked.answers)))
-    for by in GROUPINGS:
-        if rows := summaries(checked.answers, by, OVERALL if by != "setup" else FIGURES):
-            print()
-            if out.width >= ONE_TABLE:
-                terminal.rows([Column(by), *_columns()], accuracy.summary_cells(rows), above=None, below=None)
-            else:
-                terminal.show(out, _grouped(by, rows, worst_named=out.width >= WITH_WORST))
+    for of_side, groupings in zip(apart(checked.answers), (ON_ONE, ON_SEVERAL), strict=True):
+        _groups(out, of_side, groupings, several=groupings is ON_SEVERAL)
     print()
     refused = [f"refused: {times} × {why}" for times, why in accuracy.refused(checked.answers)]
     terminal.show(out, map(Text, [*refused, *accuracy.endings(checked)]))
+
+
+def _groups(out: Console, answers: Sequence[Answer], groupings: Iterable[str], *, several: bool) -> None:
+    for by in groupings:
+        if rows := summaries(answers, by, OVERALL if by != "setup" else FIGURES):
+            print()
+            head = f"{by}, several GPUs" if several else by
+            if out.width >= ONE_TABLE:
+                terminal.rows([Column(head), *_columns()], accuracy.summary_cells(rows), above=None, below=None)
+            else:
+                terminal.show(out, _grouped(head, rows, worst_named=out.width >= WITH_WORST))
 
 
 def _columns() -> list[Column]:

@@ -20,6 +20,8 @@ DEFINITIONS = """## What the words mean
 - **allocated** is `torch.cuda.max_memory_allocated()`, **reserved** `max_memory_reserved()`, **device** what the driver showed
   (NVML, nvidia-smi): reserved bytes, the CUDA context and all else. For `device` the measured context of the run is added where
   it was recorded, else the card's as published; where neither is known, nothing is stated.
+- A run of **several GPUs** is that of one rank, with the strategy in its record (`distributed`). Its tables come last, and no
+  table or count of runs on one GPU contains it.
 - **forward**, **backward**, **step** are the allocated peaks of that part of a steady optimizer step.
 - Where a record covers the whole process, loading counts in the stated peak; where it covers training or one steady step, it
   does not.
@@ -53,17 +55,19 @@ CAUSES = """## Known causes of drift
   taken as run with the 2.10 and 5.0.0 of the others, which [give what was measured](trace-drift.md).
 - Its four out-of-memory runs print what was allocated and the request that failed. Their sum equals the estimated peak
   (in the first step without the optimizer states, which did not exist yet) to the printed 0.01 GiB.
-- fms-acceleration, transformers 4.39, and the runs without versions: 512 MiB more, whatever the batch. There each layer's
-  `MistralRotaryEmbedding` kept cosines and sines of all 32,768 positions: 32 × 2 × 32,768 × 128 × 2 bytes
-  (modeling_mistral.py of 4.39.3, `_set_cos_sin_cache`; removed in 4.43.3). QLoRA with kbit preparation takes another 1.8 GiB per
-  16,384 tokens; the cause is not known.
-- fms-acceleration, transformers 4.43 to 4.48: LoRA, full fine-tuning and QLoRA without kbit preparation are within 0.05 %. The
-  loss of that time copied the fp32 logits without the last position, which both engines do for records that name such a version.
+- fms-acceleration: both engines do what the versions of a record did. Before transformers 4.42 each layer of Mistral kept cosines
+  and sines of all 32,768 positions (512 MiB; `MistralRotaryEmbedding`), before 4.48 its class repeated keys and values before
+  flash-attn, until 4.48 the loss copied the fp32 logits without the last position; bitsandbytes before 0.43.2 kept the input of
+  each 4-bit product (`MatMul4Bit`). Checkpoints were reentrant, the default then. LoRA, full fine-tuning and QLoRA without kbit
+  preparation are within 0.35 %, QLoRA with kbit preparation in fp16 within 0.03 %, with 4.39 and without versions 1.7 % low.
 - fms-acceleration, QLoRA with kbit preparation in bf16: TRL casts embeddings and head back to bf16 there
   (`peft_module_casting_to_bf16`), which neither engine does: + 2.9 to + 4.5 % with 4.48.1, and + 0.02 % where a trace does.
 - peft's benchmark: its records say that the outputs outlive the step, that the cache is emptied between steps, and which
   length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and OSF: the causes
-  are there."""
+  are there.
+- Several GPUs: fms-acceleration's 105 ranks of FSDP1 leave open that the code is not that of transformers 5, 33 of them their
+  versions; the 72 others are within 0.2 % (Mixtral, whose tokens are not spread evenly over the experts) and 0.01 % (all others).
+  fsdp_qlora and ms-swift leave open what decides reserved bytes (versions, kernels, lengths, the metric): 20 and 4 records."""
 
 CHOICES = """## Choices made from measured bytes
 

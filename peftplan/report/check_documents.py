@@ -58,6 +58,9 @@ class RunDocument(TypedDict):
     source: str
     model: str
     method: str
+    strategy: str | None
+    """What divides the run over several GPUs; all else is then of one rank."""
+    num_gpus: int
     exact: bool
     """Whether the record states everything that ran."""
     setup: SetupSaid
@@ -82,11 +85,9 @@ class FailureDocument(TypedDict):
     what: str
 
 
-class CheckDocument(TypedDict):
-    """An engine against measured runs."""
+class TotalsDocument(TypedDict):
+    """Counts and drift of many runs."""
 
-    schema_version: Literal[1]
-    engine: str
     records: int
     with_peak: int
     no_peak_stated: int
@@ -97,6 +98,15 @@ class CheckDocument(TypedDict):
     verdicts: dict[str, dict[Literal["wrong", "asked"], int]]
     """Kind of card → how many verdicts were wrong, of how many."""
     summary: dict[str, list[SummaryDocument]]
-    """Grouping (source, method, model …) → groups."""
+    """Grouping (source, method, model, strategy …) → groups."""
+
+
+class CheckDocument(TotalsDocument):
+    """An engine against measured runs. Counts and drift are those of runs on one GPU."""
+
+    schema_version: Literal[1]
+    engine: str
+    several_gpus: TotalsDocument
+    """The same of ranks of several GPUs."""
     rows: list[RunDocument]
     failures: list[FailureDocument]

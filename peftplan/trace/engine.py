@@ -46,6 +46,7 @@ from peftplan.trace.ranks import rank_of
 from peftplan.trace.ranks.one_gpu import OneGpu
 from peftplan.trace.reasons import reason
 from peftplan.trace.result import Traced
+from peftplan.trace.scripted import cache_rotary
 from peftplan.trace.steps import STEPS, Run, phases_begun, take_steps
 
 
@@ -198,6 +199,8 @@ def _run(
     """One trace of this model as it is."""
     tell("making the model", 0.0)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, divide=rank.divided)
+    if script.caches_rotary(built.hf_config.model_type):
+        cache_rotary(built.base, str(setup.dtype))
     step_inputs = inputs(built.base, setup)
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
     # gradients of the whole model, pictures and sound may find other places in the third step
@@ -221,7 +224,7 @@ def _run(
         _as_on_card(mode, capability, device=on.type),
         nullcontext() if selected is None else selected,
         tracker,
-        fused_on(None if script.dequantizes_4bit else Chip(*capability, card.number)),
+        fused_on(None if script.dequantizes_4bit else Chip(*capability, card.number), keeps_inputs=script.keeps_4bit_inputs),
         on_fake_tensors(from_host=adapter_from_host(setup, quant)),
         counted_host() as host,
     ):

@@ -5,24 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from peftplan.allocator.events import Event
 from peftplan.depth.log import category_of
+from peftplan.libraries.quantized import TORCH_DTYPES
 from peftplan.libraries.replacing import replaced
 from peftplan.trace.result import Traced
 
 
 @contextmanager
 def repeating_kv(repeats: bool) -> Iterator[None]:
-    """Make transformers' sdpa attention repeat keys and values itself, as without torch's grouped-query kernels."""
+    """Make transformers' sdpa attention repeat keys and values itself, as without torch's grouped-query kernels, and flash-attn's
+    too, as classes of their own did (`versions.KV_GROUPED`).
+    """
     if not repeats:
         yield
         return
-    with patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False):
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.sdpa_attention import repeat_kv
+    from transformers.modeling_utils import AttentionInterface
+
+    def repeated(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+        return flash_attention_forward(module, query, key, value, *args, **kwargs)
+
+    with (
+        patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *_: False),
+        patch.dict(AttentionInterface._global_mapping, {"flash_attention_2": repeated}),
+    ):
         yield
+
+
+def cache_rotary(model: torch.nn.Module, dtype: str) -> None:
+    """Give each layer the cosines and sines of all positions that it kept before `versions.ROTARY_UNCACHED`."""
+    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
+    for attention in attentions:
+        for name in ("cos_cached", "sin_cached"):
+            rows = attention.config.max_position_embeddings
+            table = torch.empty(rows, attention.head_dim, dtype=TORCH_DTYPES[dtype], device="meta")
+            attention.register_buffer(name, table, persistent=False)
 
 
 @contextmanager

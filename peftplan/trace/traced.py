@@ -75,7 +75,8 @@ def trace_peaks(
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs the error that is raised below
     try:
         masks = script.masks_unpadded(architecture.model_type, setup)
-        with quiet_transformers(), repeating_kv(script.repeats_kv), masking_unpadded(masks):
+        repeats = script.repeats_before(str(setup.attn_implementation), architecture.model_type)
+        with quiet_transformers(), repeating_kv(repeats), masking_unpadded(masks):
             of_ranks = list(
                 traces(
                     config,

@@ -91,6 +91,6 @@ def test_nothing_is_kept_twice() -> None:
             case.record.peaks.device_bytes,
             where.date,
         )
-        key = (*key, str(case.record.run))
+        key = (*key, str(case.record.run), str(case.record.steps))
         assert key not in seen, f"{case.record.id} is {seen.get(key)}"
         seen[key] = case.record.id

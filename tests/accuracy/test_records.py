@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import peftplan
 from peftplan.accuracy.engines import read_cases
 from peftplan.accuracy.jsonl import RecordFileError, append, digest, read, repair, to_line
 from peftplan.errors import PeftplanError
@@ -44,6 +45,16 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     append(path, [record()])
     append(path, [full, record(outcome="oom", peaks={})])
     assert read(path) == [record(), full, record(outcome="oom", peaks={})]
+
+
+def test_a_record_of_a_rank_is_asked_with_its_strategy() -> None:
+    """Of two ranks of FSDP2, each holds half of the weights of Llama 2 7B in bf16."""
+    run, where = PAYLOAD["run"], PAYLOAD["circumstances"]
+    ranks = {**run, "distributed": {"gpus": 2, "strategy": "fsdp2"}}
+    whole, half = record(), record(run=ranks, circumstances={**where, "num_gpus": 2})
+    assert (whole.run.strategy, half.run.strategy) == (None, "fsdp2")
+    weights = [peftplan.estimate(one.run.model, **one.run.arguments()).static.by_category()["weights"] for one in (whole, half)]
+    assert weights == [2 * 6_738_415_616, 6_738_415_616]
 
 
 def test_the_digest_is_sha256_of_the_canonical_json() -> None:
@@ -84,6 +95,16 @@ def test_the_digest_is_sha256_of_the_canonical_json() -> None:
             "missing: optim",
         ),
         (signed({**PAYLOAD, "run": {"model": "gpt2", "options": OPTIONS}}), "either method or peft_config"),
+        (signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 1}}}), "gpus (2 or more) and strategy"),
+        (signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2}}}), "gpus (2 or more) and strategy"),
+        (
+            signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "strategy": "ddp", "tp_size": 2}}}),
+            "DDP has no such parameter",
+        ),
+        (
+            signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "strategy": "ddp"}}}),
+            "run.distributed makes 2 ranks; circumstances state rank 0 of 1",
+        ),
         (GOOD.replace('"allocated":15', '"allocated":14'), "the digest does not match"),
         (json.dumps(PAYLOAD) + "\n", "the digest does not match"),
         (GOOD[:-1], "truncated"),

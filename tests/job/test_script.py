@@ -120,6 +120,50 @@ def test_the_trace_says_the_same(script: Script, changes: dict[str, Any]) -> Non
     assert estimated.reserved == pytest.approx(traced.reserved, rel=0.03)
 
 
+MISTRAL = WIDE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+THEN = Script.on(transformers="4.39.3", bitsandbytes="0.43.1")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_the_trace_says_the_same_of_libraries_of_2024(method: str, reentrant: bool) -> None:
+    """Rotary tables in each layer, keys and values repeated before flash-attn, inputs of 4-bit products kept."""
+    for module in ("torch", "transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(module)
+    job = {
+        "method": method,
+        "attn_implementation": "flash_attention_2",
+        "use_reentrant": reentrant,
+        "batch_size": 2,
+        "seq_len": 512,
+    }
+    config = MISTRAL | {"max_position_embeddings": 8192}
+    traced, estimated = (
+        peftplan.estimate(config, engine=engine, script=THEN, gpu="a100-80gb", **job).peaks for engine in ("trace", "analytic")
+    )
+    assert traced is not None
+    assert estimated is not None
+    assert estimated.by_phase == {phase: pytest.approx(nbytes, rel=0.002) for phase, nbytes in traced.by_phase.items()}
+    assert estimated.reserved == pytest.approx(traced.reserved, rel=0.01)
+
+
+def test_what_libraries_of_2024_kept() -> None:
+    """Of QLoRA with 4 layers of Mistral, 4 x 512 tokens. Tables: 2 x 8192 x 64 in bf16 in each layer. No checkpoint sees what
+    4-bit products keep: forward keeps their inputs in all layers. Norms are fp32, so q, k, v, gate and up each cast their own."""
+    config = MISTRAL | {"max_position_embeddings": 8192}
+    job = {"method": "qlora", "attn_implementation": "flash_attention_2", "batch_size": 4, "seq_len": 512}
+    now, tables, then = (
+        peftplan.estimate(config, script=Script.on(**versions), **job)
+        for versions in ({}, {"transformers": "4.39.3"}, {"transformers": "4.39.3", "bitsandbytes": "0.43.1"})
+    )
+    assert tables.persistent_bytes - now.persistent_bytes == 4 * 2 * 8192 * 64 * 2
+    assert then.persistent_bytes == tables.persistent_bytes
+    assert tables.peaks is not None
+    assert then.peaks is not None
+    kept = 4 * (4 * 512) * (6 * 1024 + 2816) * 2
+    assert then.peaks.requested["forward"] - tables.peaks.requested["forward"] == pytest.approx(kept, rel=0.01)
+
+
 def test_outputs_that_outlive_their_step_are_gone_before_backward() -> None:
     """The graph of a model in int8 keeps tensors until its outputs go, here more than the gradients of the logits take."""
     for module in ("torch", "transformers", "peft"):

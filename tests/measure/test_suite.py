@@ -138,6 +138,7 @@ def test_one_record_per_rank_appended_at_once(tmp_path: Path) -> None:
     records = read(output)
     assert sorted((r.circumstances.rank, r.circumstances.num_gpus) for r in records) == [(0, 2), (1, 2)]
     assert len({record.id for record in records}) == 2
+    assert {record.run.strategy for record in records} == {"ddp"}
 
 
 @pytest.mark.parametrize(

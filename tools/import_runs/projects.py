@@ -7,7 +7,7 @@ from collections.abc import Callable
 from peftplan.accuracy.records import Record
 from peftplan.units import GIB, MIB
 from tools.import_runs.fitcheck import fitcheck
-from tools.import_runs.rows import ATTENTION, DTYPES, NotExpressibleError, Row, lora, options, record
+from tools.import_runs.rows import ATTENTION, DTYPES, OF_JUNE_2024, NotExpressibleError, Row, lora, options, record
 from tools.import_runs.vramcalc import vramcalc
 
 
@@ -33,15 +33,17 @@ def fms(row: Row) -> Record:
         "autocast": "none" if row["amp"] == "no" else row["amp"],
         "optim": "adamw_torch",
         "attn_implementation": "flash_attention_2",
+        "use_reentrant": True,  # what `gradient_checkpointing_enable` takes before transformers 5
         "kbit_prepare": four_bit and extra["framework_config"] == "baseline-peft-bnb",
         **quant,
     }
     run = {"method": "full"} if row["method"] == "full" else lora(row, ATTENTION)
     smi = extra.get("nvidia_smi_peak_MiB_minus_first_sample")
     version = (row.get("versions") or {}).get("transformers", "of 2024")
+    script = {} if row.get("versions") else OF_JUNE_2024
     return record(
         row,
-        {"model": row["model"], **run, "options": options("transformers", row, **set_here)},
+        {"model": row["model"], **run, "options": options("transformers", row, **set_here), "script": script},
         covers="training",
         peaks={"overall": {"allocated": row["value_bytes"]}, "device_bytes": int(smi * MIB) if smi else None},
         steps=[{name: value for name, value in extra.items() if value is not None}],

@@ -23,6 +23,8 @@ GPU_IDS = {
     "Tesla V100 16GB": "v100-16gb",
     "NVIDIA L40S": "l40s",
     "NVIDIA RTX A6000": "rtx-a6000",
+    "RTX 3090 24GB": "rtx-3090",
+    "RTX 4090 24GB": "rtx-4090",
 }
 """Cards that the sources name beyond doubt."""
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -33,6 +35,9 @@ TOLERANCE = {
 """Percent, for runs that state everything that ran."""
 UNSTATED = {"torch": "2.4", "transformers": "4.40"}
 """The stack that rows are asked with which do not say theirs: one of 2024, as most are. Each leaves something open anyway."""
+
+OF_JUNE_2024 = {"bitsandbytes": "0.43.1"}
+"""The newest there was before July 2024: rows of fms-acceleration that do not say theirs are older."""
 
 
 class NotExpressibleError(Exception):
@@ -74,7 +79,7 @@ def circumstances(row: Row) -> Row:
     return {**fields, "gpu_id": GPU_IDS.get(row["gpu"]), "num_gpus": row["n_gpus"], "versions": versions, "cuda": cuda}
 
 
-def lora(row: Row, targets: list[str]) -> Row:
+def lora(row: Row, targets: object) -> Row:
     """The LoRA part of a run."""
     peft = row["peft"]
     fields = {"r": int(peft["r"]), "lora_alpha": int(peft["alpha"]), "lora_dropout": float(peft["dropout"])}
