@@ -61,7 +61,7 @@ CAUSES = """## Known causes of drift
   each 4-bit product (`MatMul4Bit`). Checkpoints were reentrant, the default then. LoRA, full fine-tuning and QLoRA without kbit
   preparation are within 0.35 %, QLoRA with kbit preparation in fp16 within 0.03 %, with 4.39 and without versions 1.7 % low.
 - fms-acceleration, QLoRA with kbit preparation in bf16: TRL casts embeddings and head back to bf16 there
-  (`peft_module_casting_to_bf16`), which neither engine does: + 2.9 to + 4.5 % with 4.48.1, and + 0.02 % where a trace does.
+  (`peft_module_casting_to_bf16`), which neither engine does: + 2.2 to + 4.5 %, and + 0.02 % where a trace does.
 - peft's benchmark: its records say that the outputs outlive the step, that the cache is emptied between steps, and which
   length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and OSF: the causes
   are there.
