@@ -24,8 +24,6 @@ DIFFER = {
     "Gemma4_(26B_A4B)-Vision.ipynb": "Unsloth 2026.4 adapted no embed_vision or input_proj",
     # 16 layers x 3 modules x (2,048 + 8,192) x r 16 = 7,864,320 of the MLP
     "Liquid_LFM2-Conversational.ipynb": "printed by Unsloth 2025.7, which adapted the MLP too; 2026.10 adapts attention alone",
-    # 2 x 65,536 x 2,048 trained whole, where r 128 x (65,536 + 2,048) was printed
-    "LFM2.5_(1.2B)-Text_Completion.ipynb": "names lm_head and embed_tokens: Unsloth 2025.12 adapted one",
     "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
     "-Fine-tuning.ipynb": OWN_EXPERTS,
@@ -100,3 +98,9 @@ def test_switches_choose_the_part_of_a_vision_model(vision: bool, printed: int) 
     ]
     read = read_values({"calls": calls}, file="a.ipynb", kind="calls")
     assert peftplan.estimate(config=read).trainable_parameters == printed
+
+
+def test_a_head_that_fastmodel_adapts_has_no_count_of_one_that_trains_whole() -> None:
+    """LFM2.5's notebooks print 97,517,568: LoRA on a table of 65,536 x 2,048, of which r 128 has 8,650,752 parameters."""
+    (record,) = (r for r in records("unsloth") if r["path"] == "nb/LFM2.5_(1.2B)-Text_Completion.ipynb")
+    assert plan(record).unsupported["lora.target_modules"].option == "target_modules"
