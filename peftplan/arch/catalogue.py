@@ -121,6 +121,8 @@ class Dtypes(TypedDict):
     dtypes: dict[str, list[str]]
     in_config: list[str]
     """Those whose own config.json names the dtype, though the config that is built in does not."""
+    other_runs: list[str]
+    """Patterns of repositories of a built-in model's shapes that come of another training run: their dtype is not known."""
 
 
 def stored_dtype(entry: ModelEntry) -> str | None:
@@ -133,6 +135,11 @@ def config_dtype(entry: ModelEntry) -> object:
     """The dtype that a built-in model's config.json names; None where it names none."""
     in_config = any(fnmatchcase(entry.name, pattern) for pattern in load_data(DTYPES, Dtypes)["in_config"])
     return entry.facts()["config"].get("dtype") or (stored_dtype(entry) if in_config else None)
+
+
+def is_other_run(name: str) -> bool:
+    """Whether a repository with the shapes of a built-in model holds the weights of another training run."""
+    return any(fnmatchcase(name.lower(), pattern.lower()) for pattern in load_data(DTYPES, Dtypes)["other_runs"])
 
 
 def unknown(name: str) -> UnknownModelError:

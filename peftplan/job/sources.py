@@ -126,7 +126,7 @@ def checkpoint_dtype(model: object, config: Mapping[str, object]) -> str | None:
     """The dtype that transformers gives a model with `dtype="auto"`: its config's, else that of its weights; None if unknown.
 
     An instruct model may be stored in other bits than the base of the same shapes: Gemma 2 2B is in fp32, its instruct model in
-    bf16. Without a config of its own its dtype is known only where the base has 16 bits too.
+    bf16. Without a config of its own its dtype is known only where the base has 16 bits too, and comes of the same run.
     """
     of_text = config.get("text_config")
     inner: Mapping[str, object] = of_text if isinstance(of_text, Mapping) else {}
@@ -135,7 +135,7 @@ def checkpoint_dtype(model: object, config: Mapping[str, object]) -> str | None:
     entry = catalogue.find(model) if isinstance(model, str) else None
     if entry is not None and isinstance(model, str):
         dtype = dtype or catalogue.stored_dtype(entry)
-        if dtype not in SIXTEEN_BITS and entry.is_sibling(model):
+        if entry.is_sibling(model) and (dtype not in SIXTEEN_BITS or catalogue.is_other_run(model)):
             return None
     return dtype if dtype in MODEL_DTYPES else None
 

@@ -97,6 +97,8 @@ def task_notes(model: object, architecture: Architecture, setup: Setup) -> Itera
     positions = rotary_positions(model, architecture)
     if positions is not None and setup.seq_len > positions and "seq_len" in setup.model_fields_set:
         yield f"seq_len {setup.seq_len:,} is beyond the config's max_position_embeddings, {positions:,}; all tokens are counted"
+    if architecture.task_type == "SEQ_2_SEQ_LM" and "num_mel_bins" not in sources.load_config(model):  # not of speech
+        yield f"targets are counted as long as the input: {setup.seq_len:,} tokens"
     if setup.by.loads_in_fp32 and "dtype" not in setup.model_fields_set:
         trainer = setup.by.called.partition(" of ")[0]
         yield f"{trainer} loads a model passed by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"

@@ -95,7 +95,7 @@ class Reading:
             )
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
-        elif value is None:
+        elif value is None and "none" not in known.row.get("values", ()):
             self.ignored[key] = Ignored(value, "empty: the tool's default applies", known.at)
         elif (
             _open(value)

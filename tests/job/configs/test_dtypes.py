@@ -108,3 +108,10 @@ def test_other_tools() -> None:
     assert read({**swift, "torch_dtype": "bfloat16"}).options["dtype"] == "bf16"
     assert read({"model_name_or_path": "gpt2", "dtype": "auto"}).options["dtype"] == "auto"  # TRL's default is float32
     assert read({"model_name_or_path": "gpt2", "per_device_train_batch_size": 1}).options["dtype"] == "fp32"
+
+
+def test_a_checkpoint_of_another_run_has_no_known_dtype() -> None:
+    """TinyLlama's base and its chat model have the same shapes, but are trained and saved apart."""
+    base, chat = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert checkpoint_dtype(base, load_config(base)) is None
+    assert checkpoint_dtype(chat, load_config(chat)) == "bf16"

@@ -261,3 +261,10 @@ SFTTrainer(model=model, args=SFTConfig(), peft_config=LoraConfig(), quantization
     assert by_name.options["quant"] == "nf4"
     loaded = read_text(source.format(model='AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")'), file="a.py")
     assert "trainer.quantization_config" in loaded.unsupported
+
+
+@pytest.mark.parametrize(("values", "dtype"), [({"dtype": None}, "bf16"), ({"torch_dtype": None}, "bf16"), ({}, "fp32")])
+def test_an_empty_dtype_is_that_of_the_checkpoint(values: dict[str, None], dtype: str) -> None:
+    """trl, scripts/sft.py:80 hands None to from_pretrained, whose default is the checkpoint's dtype; ModelConfig's is float32."""
+    recipe = {"model_name_or_path": "mistralai/Mistral-7B-v0.1", "per_device_train_batch_size": 1, **values}
+    assert peftplan.estimate(config=read(recipe)).assumptions["dtype"] == dtype
