@@ -13,6 +13,7 @@ pytest.importorskip("bitsandbytes")
 
 import peftplan
 from peftplan.job.sources import load_config
+from peftplan.libraries.cache import traced_cache
 from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
 
 IN_TEXT = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -60,3 +61,12 @@ def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]
     result = peftplan.estimate("qwen2.5-vl-3b-instruct", **options)
     assert result.peaks is None
     assert "outside the text part" in result.not_modelled[0]
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", *OTHERS, "mistral-small-3.1-24b-instruct-2503"])
+def test_the_cache_of_the_text_part_is_what_the_model_makes(model: str) -> None:
+    config = shallow(model)
+    cache = peftplan.serving(config, r=8, context=64).cache
+    made = traced_cache(config, task_type="CAUSAL_LM", batch_size=1, context=64, dtype="bf16")
+    assert cache is not None
+    assert sum(tensor.num_bytes for tensor in cache.tensors) == sum(tensor.num_bytes for tensor in made)
