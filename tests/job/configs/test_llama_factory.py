@@ -102,3 +102,21 @@ def test_llamafactory_v1_has_defaults_behind_its_plugins_names() -> None:
     assert single.options["double_quant"] is False
     adapted = read({**LLAMAFACTORY_V1, "peft_config": {"name": "lora", "target_modules": "q_proj"}})
     assert adapted.options["target_modules"] == "q_proj"
+
+
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        ("Qwen/Qwen3-VL-4B-Instruct", 16_515_072),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 14_966_784),
+        ("google/gemma-3-4b-it", 14_901_248),
+        ("llava-hf/llava-1.5-7b-hf", 19_988_480),
+        ("meta-llama/Llama-3.2-11B-Vision", 26_214_400),
+        ("Qwen/Qwen3-4B", 16_515_072),
+    ],
+)
+def test_all_means_the_language_model(model: str, trained: int) -> None:
+    """Counted of rank 8 from the names that `find_all_linear_modules` and `patch_target_modules` of llamafactory 0.9.5 gave for
+    these models on the meta device; Qwen3 4B has the layers of Qwen3-VL 4B."""
+    plan = read({**LLAMAFACTORY, "model_name_or_path": model, "lora_target": "all", "lora_rank": 8})
+    assert peftplan.estimate(config=plan).trainable_parameters == trained
