@@ -136,5 +136,5 @@ def test_a_trace_without_pictures_says_so() -> None:
 @pytest.mark.parametrize(("model", "notes"), [("t5-small", 1), ("whisper-small", 0), ("gpt2", 0)])
 def test_targets_of_encoder_decoders_are_as_long_as_the_input(model: str, notes: int) -> None:
     """Whisper's input is a spectrogram: `seq_len` is the length of its targets."""
-    said = estimate(model, method="lora").assumptions.get("notes", [])
-    assert sum(note.startswith("targets are counted") for note in said) == notes
+    written = estimate(model, method="lora").assumptions.get("notes", [])
+    assert sum(note.startswith("targets are counted") for note in written) == notes
