@@ -67,6 +67,6 @@ def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]
 def test_the_cache_of_the_text_part_is_what_the_model_makes(model: str) -> None:
     config = shallow(model)
     cache = peftplan.serving(config, r=8, context=64).cache
-    made = traced_cache(config, task_type="CAUSAL_LM", batch_size=1, context=64, dtype="bf16")
+    traced = traced_cache(config, task_type="CAUSAL_LM", batch_size=1, context=64, dtype="bf16")
     assert cache is not None
-    assert sum(tensor.num_bytes for tensor in cache.tensors) == sum(tensor.num_bytes for tensor in made)
+    assert sum(tensor.num_bytes for tensor in cache.tensors) == sum(tensor.num_bytes for tensor in traced)
