@@ -230,7 +230,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     return {
         "use_vllm": writes and bool(setup.use_vllm),
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
-        "trainer": not _rehearsed_trainer(job),
+        "trainer": not _rehearsed_trainer(job) or (setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"),
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),

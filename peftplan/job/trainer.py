@@ -199,6 +199,9 @@ class Trainer(NamedTuple):
     """What it accepts as `loss_type`."""
     many_losses: bool = False
     """Whether it adds up losses of several types."""
+    own_fsdp2: bool = False
+    """Whether it replaces accelerate's `fsdp2_prepare_model`: what trains stays in the dtype in which it was loaded, and each
+    matrix of an adapter is a unit of its own (axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py:409, :429)."""
     expandable_segments: bool = False
     """Whether its package or command line sets `PYTORCH_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py,
     axolotl/cli/main.py)."""

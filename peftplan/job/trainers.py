@@ -113,7 +113,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
     for trainer in (
         Trainer("transformers", "Trainer"),
         *OF_TRL,
-        Trainer("axolotl", "Trainer of axolotl 0.19", expandable_segments=True),
+        Trainer("axolotl", "Trainer of axolotl 0.19", own_fsdp2=True, expandable_segments=True),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",
             called="DPOTrainer of axolotl 0.19",

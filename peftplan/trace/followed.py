@@ -63,6 +63,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     sharded = in_parts and not divided and not by_map and not by_deepspeed
     unknown = {
         distributed.called: distributed.strategy not in RANKS,
+        f"FSDP2 as {job.setup.by.called} runs it": distributed.strategy == "fsdp2" and job.setup.by.own_fsdp2,
         "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
         "its ep_size": distributed.ep_size not in (None, 1),
         "its pp_size": distributed.pp_size not in (None, 1),

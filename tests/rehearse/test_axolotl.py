@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import RefusedError
+from peftplan.job.configs.read import read_values
 from tests.job.configs.published import plan as published
 from tests.job.configs.published import records
 from tools.rehearsed_axolotl import options, plan
@@ -43,3 +45,12 @@ def test_weights_drawn_anew_take_what_loaded_ones_take() -> None:
     drawn, loaded = (row for row in ROWS if "reinit_weights" in row["values"])
     assert [drawn[what] for what in FIGURES] == [loaded[what] for what in FIGURES]
     assert plan(drawn).ignored["reinit_weights"].at == "loaders/model.py:1071"
+
+
+def test_fsdp2_as_axolotl_runs_it_has_no_peak() -> None:
+    """It replaces accelerate's `fsdp2_prepare_model`: rehearsed, a full fine-tuning held 20 % less, and a LoRA 1.3 % more."""
+    values: dict[str, Any] = {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 512, "micro_batch_size": 1, "fsdp_version": 2}
+    plan = read_values({**values, "fsdp_config": {"reshard_after_forward": True}}, file="a.yml")
+    assert peftplan.estimate(config=plan).not_modelled[0].startswith("a step with FSDP2 over 8 GPUs and trainer")
+    with pytest.raises(RefusedError, match="not FSDP2 as Trainer of axolotl"):
+        peftplan.estimate(config=plan, engine="trace")

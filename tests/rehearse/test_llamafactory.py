@@ -14,11 +14,12 @@ from tools.rehearsed_llamafactory import options, plan
 
 EVERY = read(Path(__file__).with_name("llamafactory.jsonl"))
 ROWS = [row for row in EVERY if not plan(row).unsupported]
-LARGEST = {"allocated": 0.05, "reserved": 0.1}
-"""Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
+LARGEST = {"allocated": 0.05, "reserved": 1.2}
+"""Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them; reserved: 0.1 but of micro batches
+that accumulate."""
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[str(plan(row).options["optim"]) for row in ROWS])
+@pytest.mark.parametrize("row", ROWS, ids=[f"{plan(row).options['optim']}-{row['layers']}" for row in ROWS])
 def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
@@ -30,7 +31,7 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
 
 def test_badam_is_bounded_with_weights_in_16_bits() -> None:
     """One block of three trains, with states and a copy in fp32; the bound counts all of a full fine-tuning."""
-    (row,) = (row for row in EVERY if row not in ROWS)
+    (row,) = (row for row in EVERY if "use_badam" in row["values"])
     assert bound(plan(row).unsupported) == "at_most"
     embedding_and_head, layer = 2 * 128_256 * 4096, 218_112_000
     estimate = peftplan.estimate(**options(row))

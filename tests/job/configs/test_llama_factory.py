@@ -48,6 +48,7 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**AXOLOTL, "early_stopping_patience": 3, "save_steps": 10}, "early_stopping_patience", "ValueError"),
         ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "relora": True}, "relora", "RuntimeError"),
         ({**AXOLOTL, "warmup_steps": 0.1}, "warmup_steps", "ValidationError"),
+        ({**AXOLOTL, "flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp", "ValueError"),
         ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
@@ -120,3 +121,34 @@ def test_all_means_the_language_model(model: str, trained: int) -> None:
     these models on the meta device; Qwen3 4B has the layers of Qwen3-VL 4B."""
     plan = read({**LLAMAFACTORY, "model_name_or_path": model, "lora_target": "all", "lora_rank": 8})
     assert peftplan.estimate(config=plan).trainable_parameters == trained
+
+
+@pytest.mark.parametrize(("model", "replaced"), [("Qwen/Qwen3-8B", False), ("Qwen/Qwen3-30B-A3B", True), ("me/unknown", True)])
+def test_kernels_of_v1_that_run_on_cuda_replace_experts_alone(model: str, replaced: bool) -> None:
+    """One of five registers on CUDA, and looks for experts (v1/plugins/model_plugins/kernels/ops/mlp/cuda_fused_moe.py)."""
+    plan = read({**LLAMA_FACTORY_FULL, "model_name_or_path": model, "use_v1_kernels": True})
+    assert ("use_v1_kernels" in plan.unsupported) is replaced
+
+
+def test_settings_of_axolotl_that_leave_the_tensors_as_they_are() -> None:
+    """xformers 0.0.35 has no `swiglu_packedw`; LoftQ fills the tensors of LoRA; Hatchery loads a stub of the model."""
+    fused = read({**AXOLOTL, "adapter": None, "flash_attention": True, "flash_attn_fuse_mlp": True})
+    loft = read({**AXOLOTL, "peft": {"loftq_config": {"loftq_bits": 4}}})
+    assert (fused.unsupported, loft.unsupported) == ({}, {})
+    remote = read({**AXOLOTL, "plugins": ["axolotl.integrations.hatchery.HatcheryPlugin"], "hatchery": {"backend": "tinker"}})
+    assert remote.kind == "other"
+
+
+@pytest.mark.parametrize(
+    ("values", "known"),
+    [
+        ({"attn_implementation": "sdpa"}, False),
+        ({"attn_implementation": "sdpa", "sdpa_varlen": False}, True),
+        ({"attn_implementation": "sdpa", "base_model": "mistralai/Mistral-7B-v0.1"}, True),
+        ({"attn_implementation": "flash_attention_2"}, True),
+    ],
+)
+def test_packed_rows_under_sdpa_run_a_kernel_of_their_own(values: dict[str, Any], known: bool) -> None:
+    """`_apply_sdpa_varlen_patch` of axolotl 0.19: not of models with a sliding window."""
+    plan = read({**AXOLOTL, "sample_packing": True, **values})
+    assert ("sample_packing" not in plan.unsupported) is known
