@@ -67,6 +67,8 @@ def _check_text_part(job: Job) -> None:
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
     if job.distributed is not None:
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+    if not architecture.blocks:
+        raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:
         raise NoEngineError(f"model type {architecture.model_type} of another transformers (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):

@@ -56,6 +56,13 @@ def test_a_peak_of_text_alone_says_so() -> None:
     assert (result.gpus[0].verdict, result.gpus[0].scope) == ("fits", "text")
 
 
+def test_a_text_part_that_is_not_read_here_has_no_formula() -> None:
+    """Ministral 3's layers scale queries by their position (`ministral3`)."""
+    result = peftplan.estimate("ministral-3-3b-instruct-2512", method="lora", target_modules=IN_TEXT)
+    assert result.peaks is None
+    assert "text part" in result.not_modelled[0]
+
+
 @pytest.mark.parametrize("options", [{"method": "full"}, {"method": "lora", "target_modules": "all-linear"}])
 def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]) -> None:
     result = peftplan.estimate("qwen2.5-vl-3b-instruct", **options)
