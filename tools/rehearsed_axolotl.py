@@ -51,7 +51,8 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
-    return {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options}
+    ranks = {"gpus": row["gpus"]} if "gpus" in row else {}
+    return {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options, **ranks}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:

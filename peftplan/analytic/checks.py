@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
 
-SHARE_LIGER = ("ddp", "zero1", "zero2", "zero3")
-"""Strategies under which Liger's kernels were rehearsed."""
+SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3"), "axolotl": ("ddp", "zero1", "zero2")}
+"""Package → the strategies under which its kernels were rehearsed."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -109,7 +109,7 @@ def kernels_without_formula(job: Job) -> str | None:
     if kernels_of(setup.kernels).layers is not None:
         not_recorded = f"layers of {architecture.name} that torch compiles: not recorded with these options"
         return not_recorded if recorded(job) is None else None
-    if setup.attn_implementation == "eager":
+    if setup.attn_implementation == "eager" and not all(name.startswith("axolotl.") for name in setup.kernels):
         return "kernels with eager attention"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why
@@ -131,8 +131,8 @@ def kernels_without_formula(job: Job) -> str | None:
 
 
 def _rehearsed_kernels(names: tuple[str, ...], distributed: Distributed) -> bool:
-    """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl)."""
-    return distributed.strategy in SHARE_LIGER and all(name.startswith("liger.") for name in names)
+    """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
+    return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in names)
 
 
 def _many_scores(job: Job) -> bool:

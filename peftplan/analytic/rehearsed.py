@@ -8,6 +8,7 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds
+from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS
 from peftplan.memory.zero3_modules import LEAVES
 from peftplan.optim import OF_AUTOMODEL
@@ -139,7 +140,8 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
-        "loss": (job.setup.loss != "full" and job.setup.by.layout is ACCELERATE) or _unknown_chunks(job),
+        "loss": (job.setup.loss not in ("full", *(() if flat else (CUT,))) and job.setup.by.layout is ACCELERATE)
+        or _unknown_chunks(job),
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
@@ -188,7 +190,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
-        "loss": job.setup.loss not in ("full", "trl-chunked", "liger"),
+        "loss": job.setup.loss not in ("full", "trl-chunked", "liger", *((CUT,) if distributed.strategy in FLAT else ())),
     }
     if distributed.strategy == "zero0":
         return unknown | {"a quantized base": job.quant is not None}
@@ -227,14 +229,16 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
+    units_of_adapters = setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"
     return {
         "use_vllm": writes and bool(setup.use_vllm),
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
-        "trainer": not _rehearsed_trainer(job) or (setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"),
+        "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
-        f"method {method}": method not in (("full",) if setup.by.weighs_tokens else ("full", "lora") if writes else SHOWN_METHODS)
+        f"method {method}": method
+        not in (("full",) if setup.by.weighs_tokens or units_of_adapters else ("full", "lora") if writes else SHOWN_METHODS)
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)

@@ -48,13 +48,15 @@ class Holding(NamedTuple):
 
 
 def holding(
-    parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str, quantized: bool
+    parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str, upcasts: bool
 ) -> Holding:
-    """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`."""
+    """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`; `upcasts`: where there is one,
+    what trains is cast to fp32 under FSDP2.
+    """
     strategy = distributed.strategy
     if strategy == "fsdp2":
         part = shards_of(parameters, architecture, distributed)
-        return _of_fsdp2(part, distributed, autocast=autocast, quantized=quantized)
+        return _of_fsdp2(part, distributed, upcasts=upcasts and autocast != "none")
     if strategy == "fsdp1":
         return _of_fsdp1(parameters, distributed, autocast=autocast)
     if strategy == "zero0":
@@ -75,12 +77,11 @@ def _place(offload: str | None) -> Place:
 # -- FSDP2 ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, autocast: str, quantized: bool) -> Holding:
+def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, upcasts: bool) -> Holding:
     """`fully_shard`: each tensor in chunks of its first dim, ⌈rows/W⌉ rows on every rank, padded (torch,
     distributed/fsdp/_fully_shard/_fsdp_param.py, `_init_sharded_param`). accelerate first casts what trains to fp32, 4-bit
     models excepted.
     """
-    upcasts = autocast != "none" and not quantized
     place = _place(distributed.offload_params)
     shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), distributed.shards, place) for p in parameters.all]
     return Holding(parameters._replace(all=tuple(shards)))

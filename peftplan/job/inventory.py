@@ -52,7 +52,8 @@ def inventory(job: Job) -> Inventory:
     if job.distributed is not None:
         from peftplan.distributed.shards import holding
 
-        own = holding(built, job.distributed, architecture, autocast=str(setup.autocast), quantized=quant is not None)
+        upcasts = quant is None and not setup.by.own_fsdp2
+        own = holding(built, job.distributed, architecture, autocast=str(setup.autocast), upcasts=upcasts)
     return Inventory(job, built, _lasting(job, built, own), own)
 
 

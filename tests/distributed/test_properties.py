@@ -47,7 +47,7 @@ def test_flat_shards_sum_to_the_model_and_its_padding(strategy: Any, world: int)
     counted = inventory(prepare("llama-3.2-1b", method="full", dtype="fp32"))
     built, architecture = counted.parameters, counted.job.architecture
     tensors = sum(p.copies for p in built.all)
-    shards = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="none", quantized=False).parameters
+    shards = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="none", upcasts=True).parameters
     of_rank = sum(p.copies * sum(a.numel for a in p.allocations if a.name == "weight") for p in shards.all)
     assert 0 <= of_rank * world - built.num_total < tensors * (world + 4)
 
@@ -61,7 +61,7 @@ def test_flat_masters_sum_to_what_trains_and_its_padding(strategy: Any, method: 
         prepare("llama-3.2-1b", method=method, r=16) if method == "lora" else prepare("llama-3.2-1b", method=method)
     )
     built, architecture = counted.parameters, counted.job.architecture
-    rank = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="bf16", quantized=False)
+    rank = holding(built, Distributed(strategy=strategy, gpus=world), architecture, autocast="bf16", upcasts=True)
     trained = sum(p.copies * p.numel for p in built.all if p.trainable)
     assert rank.states_of is not None
     masters = sum(p.numel for p in rank.states_of.all)
@@ -78,7 +78,7 @@ def test_one_rank_under_zero_is_one_gpu_in_16_bits_and_its_masters(strategy: Any
     """
     counted = inventory(prepare("llama-3.2-1b", method=method))
     built, architecture = counted.parameters, counted.job.architecture
-    alone = holding(built, Distributed(strategy=strategy, gpus=1), architecture, autocast="bf16", quantized=False)
+    alone = holding(built, Distributed(strategy=strategy, gpus=1), architecture, autocast="bf16", upcasts=True)
     trained = sum(p.copies * p.numel for p in built.all if p.trainable)
     assert sum(p.copies * sum(a.nbytes for a in p.allocations) for p in alone.parameters.all) == 2 * built.num_total
     gradients, masters = (
@@ -93,7 +93,7 @@ def test_parts_of_tensor_parallelism_sum_to_the_model(world: int) -> None:
     """Norms are on every rank, all else is divided evenly."""
     counted = inventory(prepare("llama-3.2-1b", method="full"))
     built, architecture = counted.parameters, counted.job.architecture
-    part = holding(built, Distributed(strategy="tp", gpus=world), architecture, autocast="none", quantized=False).parameters
+    part = holding(built, Distributed(strategy="tp", gpus=world), architecture, autocast="none", upcasts=True).parameters
     norms = sum(p.copies * p.numel for p in built.all if "norm" in p.name)
     assert world * (sum(p.copies * p.numel for p in part.all) - norms) + norms == built.num_total
 
@@ -113,7 +113,7 @@ def test_shards_sum_to_the_model_and_its_padding(world: int) -> None:
     """FSDP2 pads each tensor's first dim: less than one row per rank and tensor."""
     counted = inventory(prepare("llama-3.2-1b", method="lora", r=16))
     built, architecture = counted.parameters, counted.job.architecture
-    shards = holding(built, Distributed(strategy="fsdp2", gpus=world), architecture, autocast="none", quantized=False)
+    shards = holding(built, Distributed(strategy="fsdp2", gpus=world), architecture, autocast="none", upcasts=True)
     for p, shard in zip(built.all, shards.parameters.all, strict=True):
         row = p.numel // p.shape[0]
         assert p.numel <= shard.numel * world < p.numel + world * row
@@ -128,7 +128,7 @@ def test_one_rank_is_one_gpu(strategy: Any) -> None:
         Distributed(strategy=strategy, gpus=1),
         counted.job.architecture,
         autocast="bf16",
-        quantized=False,
+        upcasts=True,
     )
     assert bytes_of(alone.parameters) == bytes_of(counted.parameters)
     optimizer = prepare("llama-3.2-1b").setup.optim

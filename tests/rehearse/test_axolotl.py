@@ -16,13 +16,13 @@ from tools.rehearsed_axolotl import options, plan
 from tools.rehearsed_jobs import read
 
 ROWS = read(Path(__file__).with_name("axolotl.jsonl"))
-EXACT = [row for row in ROWS if not plan(row).unsupported]
-LARGEST = {"allocated": 0.002, "reserved": 0.002}
-"""Per cent."""
+EXACT = [row for row in ROWS if not plan(row).unsupported and row["allocated"] > row["by_phase"]["load"]]
+LARGEST = {"allocated": 0.002, "reserved": 0.09}
+"""Per cent; reserved: 2 MB of ranks with buckets."""
 FIGURES = ("allocated", "reserved", "by_phase", "reserved_by_phase")
 
 
-@pytest.mark.parametrize("row", EXACT, ids=[row["values"]["base_model"] for row in EXACT])
+@pytest.mark.parametrize("row", EXACT, ids=[f"{row['values']['base_model']}-{row.get('gpus', 1)}" for row in EXACT])
 def test_formulas_hold_what_axolotl_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
@@ -47,10 +47,27 @@ def test_weights_drawn_anew_take_what_loaded_ones_take() -> None:
     assert plan(drawn).ignored["reinit_weights"].at == "loaders/model.py:1071"
 
 
-def test_fsdp2_as_axolotl_runs_it_has_no_peak() -> None:
-    """It replaces accelerate's `fsdp2_prepare_model`: rehearsed, a full fine-tuning held 20 % less, and a LoRA 1.3 % more."""
+@pytest.mark.parametrize("model", ["THUDM/GLM-4-9B-0414", "google/gemma-2-2b"])
+def test_lora_kernels_in_the_first_layers_of_more_models(model: str) -> None:
+    """Of so few layers loading is the peak: axolotl casts the embedding and the head to fp32, and back."""
+    (row,) = (row for row in ROWS if row["values"]["base_model"] == model)
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    drift = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward", "step")}
+    assert max(map(abs, drift.values())) < LARGEST["allocated"]
+
+
+def test_what_trains_keeps_its_dtype_under_fsdp2() -> None:
+    """axolotl replaces accelerate's `fsdp2_prepare_model`, which casts it to fp32; of adapters it makes more units."""
     values: dict[str, Any] = {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 512, "micro_batch_size": 1, "fsdp_version": 2}
-    plan = read_values({**values, "fsdp_config": {"reshard_after_forward": True}}, file="a.yml")
-    assert peftplan.estimate(config=plan).not_modelled[0].startswith("a step with FSDP2 over 8 GPUs and trainer")
+    values["fsdp_config"] = {"reshard_after_forward": True}
+    full = peftplan.estimate(config=read_values(values, file="a.yml"))
+    by_category = full.ledger.by_category()
+    weights = 2 * 494_032_768
+    assert by_category["weights"] == pytest.approx(weights / 8, rel=1e-3)
+    adapted = peftplan.estimate(
+        config=read_values({**values, "adapter": "lora", "lora_r": 8, "lora_mlp_kernel": False}, file="a.yml")
+    )
+    assert adapted.not_modelled[0].startswith("a step with FSDP2 over 8 GPUs and method lora")
     with pytest.raises(RefusedError, match="not FSDP2 as Trainer of axolotl"):
-        peftplan.estimate(config=plan, engine="trace")
+        peftplan.estimate(config=read_values(values, file="a.yml"), engine="trace")

@@ -202,10 +202,18 @@ def test_axolotl_weighs_tokens_by_entropy(values: dict[str, Any], loss: str | No
 
 @pytest.mark.parametrize(
     ("values", "loss"),
-    [({}, "cut-cross-entropy"), ({"cut_cross_entropy": False}, None), ({"rl": "dpo"}, None), ({"deepspeed": "zero2.json"}, None)],
+    [
+        ({}, "cut-cross-entropy"),
+        ({"cut_cross_entropy": False}, None),
+        ({"rl": "dpo"}, None),
+        ({"deepspeed": "deepspeed_configs/zero2.json"}, "cut-cross-entropy"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, "cut-cross-entropy"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, None),
+        ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, None),
+    ],
 )
 def test_axolotls_plugin_cuts_the_cross_entropy(values: dict[str, Any], loss: str | None) -> None:
-    """Under ZeRO, FSDP and trainers of preferences it stays a key that lowers the peak."""
+    """Under ZeRO-3, FSDP and trainers of preferences it stays a key that lowers the peak."""
     plan = read({**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], **values})
     assert plan.options.get("loss") == loss
     assert ("cut_cross_entropy" in plan.unsupported) is (loss is None and "cut_cross_entropy" not in values)
