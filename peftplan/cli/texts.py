@@ -7,7 +7,7 @@ from typing import get_args
 from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
-KINDS_IN_A_GROUP = 5
+KINDS_IN_A_GROUP = 6
 """A longer group would break inside a name at 80 columns."""
 
 
@@ -70,7 +70,7 @@ STORAGE: dict[str, str] = {
 TRAINING: dict[str, str] = {
     "--trainer": f"{by_tool(get_args(TrainerName))}; default: transformers",
     "--batch-size": "sequences per device and micro batch; default: the trainer's minimum, mostly 1",
-    "--seq-len": "tokens per sequence; default: 2048, or the model's maximum",
+    "--seq-len": "tokens; default: 2048 or the model's maximum",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
