@@ -152,7 +152,11 @@ MADE_UP: dict[str, dict[str, Any]] = {
     "granitemoe": {
         "model_type": "granitemoe", "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 24, "vocab_size": 49155,
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 32, "num_experts_per_tok": 8,
-    }
+    },
+    "ministral3": {
+        "model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 131072,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 """Configs of the types that no built-in model has."""
 

@@ -42,13 +42,13 @@ def mistral(c: Fields, task_type: str) -> Architecture:
     """Mistral: Llama with a sliding window in every layer and no biases."""
     n = read_dims(c, kv=8, shows_head_dim=True)
     window = c.optional_int("sliding_window", absent=4096)
-    return decoder_model(_plain(c, n, stem="Mistral", attention=n.attention._replace(window=window)), c, task_type)
+    return decoder_model(plain(c, n, stem="Mistral", attention=n.attention._replace(window=window)), c, task_type)
 
 
 def qwen2(c: Fields, task_type: str) -> Architecture:
     """Qwen1.5 … 2.5: biases on q, k and v; a window from layer `max_window_layers` on where `use_sliding_window` says so."""
     n = read_dims(c, kv=32)
-    backbone = _plain(c, n, stem="Qwen2", qkv_bias=True)
+    backbone = plain(c, n, stem="Qwen2", qkv_bias=True)
     return decoder_model(backbone._replace(blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
 
@@ -57,7 +57,7 @@ def qwen3(c: Fields, task_type: str) -> Architecture:
     n = read_dims(c, kv=32, head_dim=128)
     bias = c.bool("attention_bias", default=False)
     attention = n.attention._replace(qk_norm=True)
-    backbone = _plain(c, n, stem="Qwen3", qkv_bias=bias, o_bias=bias, norms=qk_norms(n), attention=attention)
+    backbone = plain(c, n, stem="Qwen3", qkv_bias=bias, o_bias=bias, norms=qk_norms(n), attention=attention)
     return decoder_model(backbone._replace(blocks=_qwen_windows(c, backbone.blocks[0])), c, task_type)
 
 
@@ -89,7 +89,7 @@ def olmo(c: Fields, task_type: str) -> Architecture:
         n,
         stem="Olmo",
         layer=(*attention_modules(n, qkv_bias=bias, o_bias=bias), *gated_mlp(n.h, n.i, n.layers)),
-        blocks=(_block(c, n, n.attention)._replace(norm="layernorm"),),
+        blocks=(uniform_block(c, n, n.attention)._replace(norm="layernorm"),),
     )
     without_norm = backbone._replace(modules=backbone.modules[:-1])
     return decoder_model(without_norm, c, task_type, tasks=NO_TOKEN_CLS)
@@ -110,7 +110,7 @@ def olmo2(c: Fields, task_type: str) -> Architecture:
             *gated_mlp(n.h, n.i, n.layers),
             *rmsnorms(n, "post_attention_layernorm", "post_feedforward_layernorm"),
         ),
-        blocks=(_block(c, n, n.attention._replace(qk_norm=True))._replace(norm_position="post"),),
+        blocks=(uniform_block(c, n, n.attention._replace(qk_norm=True))._replace(norm_position="post"),),
     )
     return decoder_model(backbone, c, task_type, tasks=NO_TOKEN_CLS)
 
@@ -129,7 +129,7 @@ def phi3(c: Fields, task_type: str) -> Architecture:
             *fused_mlp(n),
             *rmsnorms(n, "input_layernorm", "post_attention_layernorm"),
         ),
-        blocks=(_block(c, n, attention, fused_gate_up=True),),
+        blocks=(uniform_block(c, n, attention, fused_gate_up=True),),
         rotary_dim=partial_rotary_dim(c, n.d, default=1.0),
         dropout=Dropout(probability(c, "resid_pdrop"), probability(c, "attention_dropout"), classifier=classifier_dropout(c)),
     )
@@ -149,7 +149,7 @@ def glm4(c: Fields, task_type: str) -> Architecture:
             *fused_mlp(n),
             *rmsnorms(n, *norms),
         ),
-        blocks=(_block(c, n, n.attention, fused_gate_up=True)._replace(norm_position="sandwich"),),
+        blocks=(uniform_block(c, n, n.attention, fused_gate_up=True)._replace(norm_position="sandwich"),),
         rotary_dim=partial_rotary_dim(c, n.d, default=0.5),
     )
     return decoder_model(backbone, c, task_type)
@@ -157,10 +157,10 @@ def glm4(c: Fields, task_type: str) -> Architecture:
 
 def _with_both_biases(c: Fields, n: Dims, *, stem: str) -> Backbone:
     bias = c.bool("attention_bias", default=False)
-    return _plain(c, n, stem=stem, qkv_bias=bias, o_bias=bias, mlp_bias=c.bool("mlp_bias", default=False))
+    return plain(c, n, stem=stem, qkv_bias=bias, o_bias=bias, mlp_bias=c.bool("mlp_bias", default=False))
 
 
-def _plain(
+def plain(
     c: Fields,
     n: Dims,
     *,
@@ -182,11 +182,11 @@ def _plain(
             *gated_mlp(n.h, n.i, n.layers, bias=mlp_bias),
             *rmsnorms(n, "input_layernorm", "post_attention_layernorm"),
         ),
-        blocks=(_block(c, n, attention or n.attention),),
+        blocks=(uniform_block(c, n, attention or n.attention),),
     )
 
 
-def _block(c: Fields, n: Dims, attention: Attention, *, fused_gate_up: bool = False) -> Block:
+def uniform_block(c: Fields, n: Dims, attention: Attention, *, fused_gate_up: bool = False) -> Block:
     """All layers as one block: RMSNorms before attention and MLP."""
     mlp = Mlp("gated", n.i, c.str("hidden_act", default="silu"), fused_gate_up=fused_gate_up)
     return Block(stack="decoder", layers=n.layers, attentions=(attention,), mlp=mlp, norm="rmsnorm")

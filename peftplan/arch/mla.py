@@ -1,6 +1,7 @@
-"""DeepSeek-V2 and V3: multi-head latent attention; first dense layers, then layers with routed and shared experts.
+"""DeepSeek-V2 and V3, GLM-4.7-Flash: multi-head latent attention; first dense layers, then layers with routed and shared experts.
 
-Sources: transformers, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`; the layers
+Sources: transformers, `models/deepseek_v2/modeling_deepseek_v2.py`, `models/deepseek_v3/modeling_deepseek_v3.py`,
+`models/glm4_moe_lite/modeling_glm4_moe_lite.py`; the layers
 for multi-token prediction (`num_nextn_predict_layers`) are in the checkpoint but not in the model, and not here either.
 """
 
@@ -13,11 +14,12 @@ from peftplan.arch.fields import REQUIRED, Fields
 from peftplan.arch.heads import Backbone, decoder_model
 from peftplan.arch.modules import Architecture, Attention, Buffer, Module, linear, rmsnorm
 from peftplan.arch.moe import NORMS, experts, mixed_blocks, moe_mlp, router
+from peftplan.errors import InputError
 
 
 def deepseek_v2(c: Fields, task_type: str) -> Architecture:
     """DeepSeek-V2: `mlp_bias` on dense and shared experts; the router stays in fp32."""
-    ranks = _read_ranks(c)
+    ranks = _read_ranks(c, DEEPSEEK_RANKS)
     n = _read_dims(c, ranks)
     shape = _Experts(
         e=c.int("n_routed_experts", "num_experts", default=64),
@@ -34,26 +36,43 @@ def deepseek_v2(c: Fields, task_type: str) -> Architecture:
 
 def deepseek_v3(c: Fields, task_type: str) -> Architecture:
     """DeepSeek-V3, R1: as V2, with a score correction for each expert, a buffer in fp32."""
-    ranks = _read_ranks(c)
+    return decoder_model(_corrected(c, "DeepseekV3", dense=c.int("first_k_dense_replace", default=3, low=0)), c, task_type)
+
+
+def glm4_moe_lite(c: Fields, task_type: str) -> Architecture:
+    """GLM-4.7-Flash: DeepSeek-V3 whose `mlp_layer_types` say which layers are dense: by default the first."""
+    types = c.strs("mlp_layer_types", default=())
+    dense = types.count("dense") if types else 1
+    layers = c.int("num_hidden_layers")
+    accepted = ("dense",) * dense + ("sparse",) * (layers - dense)
+    if types not in ((), accepted):
+        raise InputError(f"{c.name}: mlp_layer_types", list(types), f"accepted: {layers} entries, dense ones before sparse ones")
+    backbone = _corrected(c, "Glm4MoeLite", dense=dense)
+    assert backbone.prompt is not None
+    backbone = backbone._replace(prompt=backbone.prompt._replace(head_dim=None))  # another name of `qk_rope_head_dim`
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"))
+
+
+def _corrected(c: Fields, stem: str, *, dense: int) -> Backbone:
+    """The backbone of DeepSeek-V3, with the defaults of the class `stem`."""
+    default = DEFAULTS[stem]
+    ranks = _read_ranks(c, default.ranks)
     c.int("head_dim", default=ranks.rope, low=ranks.rope, high=ranks.rope)
     n = _read_dims(c, ranks)
     shape = _Experts(
-        e=c.int("n_routed_experts", "num_local_experts", default=256),
-        i=c.int("moe_intermediate_size", default=2048),
+        e=c.int("n_routed_experts", "num_local_experts", default=default.experts),
+        i=c.int("moe_intermediate_size", default=default.width),
         shared=c.int("n_shared_experts", default=1),
-        top_k=c.int("num_experts_per_tok", default=8),
-        dense=c.int("first_k_dense_replace", default=3, low=0),
-        groups=_groups(c, default=(8, 4)),
+        top_k=c.int("num_experts_per_tok", default=default.top_k),
+        dense=dense,
+        groups=_groups(c, default=default.groups),
         normed=True,
         interleaved=c.bool("rope_interleave", default=True),
     )
-    backbone = _backbone(c, n, ranks, shape, stem="DeepseekV3")
+    backbone = _backbone(c, n, ranks, shape, stem=stem)
     sparse = n.layers[shape.dense :]
     bias = (Buffer("layers.{}.mlp.gate.e_score_correction_bias", "fp32", (shape.e,), sparse),) if sparse else ()
-    backbone = backbone._replace(
-        buffers=(*bias, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight")
-    )
-    return decoder_model(backbone, c, task_type)
+    return backbone._replace(buffers=(*bias, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight"))
 
 
 class _Ranks(NamedTuple):
@@ -64,6 +83,23 @@ class _Ranks(NamedTuple):
     nope: int
     rope: int
     v: int
+
+
+class _Defaults(NamedTuple):
+    """What a config class says where a config does not."""
+
+    ranks: _Ranks
+    experts: int
+    width: int
+    top_k: int
+    groups: tuple[int, int]
+
+
+DEEPSEEK_RANKS = _Ranks(q=1536, kv=512, nope=128, rope=64, v=128)
+DEFAULTS = {
+    "DeepseekV3": _Defaults(DEEPSEEK_RANKS, experts=256, width=2048, top_k=8, groups=(8, 4)),
+    "Glm4MoeLite": _Defaults(_Ranks(q=768, kv=512, nope=192, rope=64, v=256), experts=64, width=1536, top_k=4, groups=(1, 1)),
+}
 
 
 class _Experts(NamedTuple):
@@ -89,13 +125,13 @@ def _groups(c: Fields, *, default: tuple[object, object] = (REQUIRED, REQUIRED))
     return c.int("n_group", default=default[0]), c.int("topk_group", default=default[1])
 
 
-def _read_ranks(c: Fields) -> _Ranks:
+def _read_ranks(c: Fields, default: _Ranks) -> _Ranks:
     return _Ranks(
-        q=c.optional_int("q_lora_rank", absent=1536),
-        kv=c.int("kv_lora_rank", default=512),
-        nope=c.int("qk_nope_head_dim", default=128),
-        rope=c.int("qk_rope_head_dim", default=64),
-        v=c.int("v_head_dim", default=128),
+        q=c.optional_int("q_lora_rank", absent=default.q),
+        kv=c.int("kv_lora_rank", default=default.kv),
+        nope=c.int("qk_nope_head_dim", default=default.nope),
+        rope=c.int("qk_rope_head_dim", default=default.rope),
+        v=c.int("v_head_dim", default=default.v),
     )
 
 

@@ -88,6 +88,7 @@ class Attention(NamedTuple):
     `interleaved`: rotary pairs are adjacent numbers (MLA), not halves of a head.
     `alibi_length`: the number of positions for which MPT builds its bias.
     `cached_heads`: heads in the KV cache if keys are repeated before they are cached (Falcon); None for the key/value heads.
+    `scaled_queries`: rotated queries are multiplied by a factor of their position.
     """
 
     num_attention_heads: int
@@ -109,6 +110,7 @@ class Attention(NamedTuple):
     alibi_length: int | None = None
     interleaved: bool = False
     cached_heads: int | None = None
+    scaled_queries: bool = False
 
 
 class Router(NamedTuple):

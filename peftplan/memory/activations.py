@@ -73,8 +73,9 @@ def quick_gelu(f: Tape, x: Tensor) -> Tensor:
 
 
 def relu2(f: Tape, x: Tensor) -> Tensor:
-    """`square(relu(x))`; square is `pow(x, 2)`."""
-    return power(f, ops.keeps_output(f, x, "relu"))
+    """`square(relu(x))`; square is `pow(x, 2)`. A name holds what it squares."""
+    positive = ops.keeps_output(f, x, "relu")
+    return power(f, positive)
 
 
 def linear(f: Tape, x: Tensor) -> Tensor:

@@ -16,14 +16,22 @@ from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 Rotate = Callable[[Tape, Tensor, Tensor, Tensor], Tensor]
 
 
-def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x * cos + rotate_half(x) * sin`: saves cos and sin alone. Source: transformers, `apply_rotary_pos_emb`."""
+def rotary(f: Tape, x: Tensor, cos: Tensor, sin: Tensor, *, widens: bool = False) -> Tensor:
+    """`x * cos + rotate_half(x) * sin`: saves cos and sin alone. Source: transformers, `apply_rotary_pos_emb`.
+
+    `widens`: factors of wider tables are cast before they are multiplied (`x.float() * cos + rotate_half(x).float() * sin`).
+    """
     dtype = ops.promoted(x.dtype, cos.dtype)
+    widens = widens and x.dtype != dtype
     half = (*x.dims[:-1], _half(x.dims[-1]))
+    wide = f.new(x.dims, dtype, "to") if widens else None
     by_cos = f.new(x.dims, dtype, "mul")
+    del wide
     negated = f.new(half, x.dtype, "neg")
     turned = f.new(x.dims, x.dtype, "cat")
     del negated
+    if widens:
+        turned = f.new(x.dims, dtype, "to")
     by_sin = f.new(x.dims, dtype, "mul")
     del turned
     out = f.new(x.dims, dtype, "add", f.record(_rotary_backward, (x,), cos, sin, x.dtype))

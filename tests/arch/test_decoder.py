@@ -1,4 +1,4 @@
-"""Llama-like decoders (llama.py, gemma.py, cohere.py, stablelm.py): variants that the built-in models do not show."""
+"""Llama-like decoders (llama*.py, gemma.py, cohere.py, stablelm.py): variants that the built-in models do not show."""
 
 from __future__ import annotations
 
@@ -91,12 +91,23 @@ VARIANTS: dict[str, list[Config]] = {
         {"tie_word_embeddings": True},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}, **WIDE_HEADS},
     ],
+    "ministral3": [{}, {"sliding_window": 8, "head_dim": 8}, {"tie_word_embeddings": True}],
+    "seed_oss": [{}, {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 8}],
+    "hunyuan_v1_dense": [{"attention_bias": True, "head_dim": 8}, {"num_key_value_heads": None, "head_dim": 6}],
+    "exaone4": [
+        {"sliding_window_pattern": 2},
+        {"sliding_window": 8, "sliding_window_pattern": "LLG", "layer_types": SLIDING, "tie_word_embeddings": True},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "head_dim": 8},
+    ],
+    "arcee": [{"attention_bias": True, "mlp_bias": True}, {"head_dim": 8, "num_key_value_heads": None}],
+    "ernie4_5": [{}, {"use_bias": True, "tie_word_embeddings": False, "head_dim": 8}],
 }  # fmt: skip
 
 NO_TOKEN_CLS = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 BARE = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 TASKS = dict.fromkeys(VARIANTS, ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"))
-TASKS |= dict.fromkeys(("gemma3_text", "olmo", "olmo2"), NO_TOKEN_CLS) | dict.fromkeys(("cohere", "cohere2", "granite"), BARE)
+TASKS |= dict.fromkeys(("gemma3_text", "olmo", "olmo2", "hunyuan_v1_dense"), NO_TOKEN_CLS)
+TASKS |= dict.fromkeys(("cohere", "cohere2", "granite", "ernie4_5"), BARE)
 
 EVERY_VARIANT = [(m, v) for m, variants in VARIANTS.items() for v in variants]
 
@@ -129,7 +140,7 @@ def test_has_the_tasks_that_transformers_has(model_type: str) -> None:
     assert ("TOKEN_CLS" in TASKS[model_type]) == (model_type in auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
     for task_type in {"SEQ_CLS", "TOKEN_CLS"} - set(TASKS[model_type]):
         with pytest.raises(UnknownNameError, match="task_type"):
-            read(model_type, task_type)
+            read(model_type, task_type, **VARIANTS[model_type][0])
 
 
 @pytest.mark.parametrize(("model_type", "changes"), EVERY_VARIANT, ids=str)
@@ -165,7 +176,7 @@ def assert_attention_is_real(attention: Any, real: Any, *, window: int | None) -
     assert attention.head_dim == real.head_dim
     assert attention.causal == real.is_causal
     assert attention.num_attention_heads // attention.num_key_value_heads == real.num_key_value_groups
-    assert attention.qk_norm == (hasattr(real, "q_norm") or hasattr(real, "q_layernorm"))
+    assert attention.qk_norm == any(hasattr(real, name) for name in ("q_norm", "q_layernorm", "query_layernorm"))
     assert attention.softcap == (getattr(real, "attn_logit_softcapping", None) is not None)
     assert (attention.positions == "rotary") == bool(getattr(real, "use_rope", True))
     assert attention.fused_qkv == hasattr(real, "qkv_proj")
@@ -184,13 +195,17 @@ def test_blocks_are_the_real_layers(model_type: str, changes: Config) -> None:
         real = model.model.layers[layer]
         if model_type == "cohere2":  # positions in the sliding layers only: Cohere2Attention.forward
             real.self_attn.use_rope = real.self_attn.sliding_window is not None
+        if model_type == "exaone4":  # the same beside layers without a window: Exaone4Attention.forward
+            sliding, real.self_attn.use_rope = real.self_attn.is_sliding, True
+            if real.self_attn.sliding_window is not None and not sliding:
+                real.self_attn.sliding_window, real.self_attn.use_rope = None, False
         # Mistral, Phi-3 and StarCoder2 read one window from the config in forward; the others store it in the module.
         window = getattr(real.self_attn, "sliding_window", getattr(model.config, "sliding_window", None))
         assert_attention_is_real(block.attentions[0], real.self_attn, window=window)
         activation = getattr(real.mlp, "act_fn", None) or getattr(real.mlp, "activation_fn", None) or real.mlp.act
         assert type(activation) is type(_activation(block.mlp.activation))
         assert block.mlp.fused_gate_up == hasattr(real.mlp, "gate_up_proj")
-        assert (block.mlp.variant == "plain") == hasattr(real.mlp, "c_fc")
+        assert (block.mlp.variant == "plain") == (not hasattr(real.mlp, "gate_proj") and not block.mlp.fused_gate_up)
         assert block.norm == ("rmsnorm" if "RMS" in type(model.model.norm).__name__ else "layernorm")
         assert block.parallel == block.shared_norm == (getattr(real, "post_attention_layernorm", None) is None)
         norms = sum("Norm" in type(child).__name__ for child in real.children())

@@ -47,7 +47,9 @@ MODELS: dict[str, str] = {
     "gptj": "gpt-j-6b", "gpt_neox": "pythia-160m", "phi": "phi-2", "opt": "opt-350m", "bloom": "bloom-560m", "mpt": "mpt-7b",
     "falcon": "falcon-40b", "bert": "bert-base-cased", "roberta": "roberta-base", "xlm-roberta": "xlm-roberta-base",
     "distilbert": "distilbert-base-uncased", "deberta-v2": "deberta-v3-base", "modernbert": "modernbert-base", "t5": "flan-t5-xl",
-    "mt5": "mt5-base", "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
+    "mt5": "mt5-base", "seed_oss": "seed-oss-36b-instruct", "hunyuan_v1_dense": "hunyuan-0.5b-instruct",
+    "exaone4": "exaone-4.0-1.2b", "arcee": "afm-4.5b", "ernie4_5": "ernie-4.5-0.3b-pt", "glm4_moe_lite": "glm-4.7-flash",
+    "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
     # without a reader: read by transformers
     "mamba": "mamba-130m", "falcon_mamba": "falcon-mamba-7b", "olmoe": "olmoe-1b-7b-0924",
     "qwen3_next": "qwen3-next-80b-a3b-instruct", "glm4_moe": "glm-4.5-air",
@@ -89,6 +91,10 @@ NOT_BUILT_IN: dict[str, dict[str, Any]] = {
     "granitemoe": {
         "model_type": "granitemoe", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "vocab_size": 120, "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+    "ministral3": {
+        "model_type": "ministral3", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 120,
     },
 }  # fmt: skip
 """Configs of the types that have a reader and no built-in model."""

@@ -32,6 +32,12 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "olmo2": ("llama", "olmo2"),
     "phi3": ("llama", "phi3"),
     "glm4": ("llama", "glm4"),
+    "ministral3": ("llama", "llama"),
+    "seed_oss": ("llama", "seed_oss"),
+    "hunyuan_v1_dense": ("llama", "hunyuan"),
+    "exaone4": ("llama", "exaone4"),
+    "arcee": ("llama", "arcee"),
+    "ernie4_5": ("llama", "ernie4_5"),
     "starcoder2": ("llama", "starcoder2"),
     "gemma": ("gemma", "gemma"),
     "gemma2": ("gemma", "gemma2"),
@@ -54,6 +60,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "granitemoe": ("moe", "granitemoe"),
     "deepseek_v2": ("mla", "deepseek_v2"),
     "deepseek_v3": ("mla", "deepseek_v3"),
+    "glm4_moe_lite": ("mla", "deepseek_v3"),
     "gpt_oss": ("gpt_oss", "gpt_oss"),
 }
 """model type → module of this folder and its function: from token ids to the last hidden states."""

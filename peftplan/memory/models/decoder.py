@@ -179,6 +179,12 @@ def attention(c: Call, x: Tensor) -> Tensor:
         q, k = fused_layers.rotate(f, kernels.rope, q, k, in_place=kernels.padding_free is None)
     elif rotated:
         q, k, *_kept_alive = c.style.rotate(f, q, k, *c.tables)
+    if a.scaled_queries:
+        q = scaled_by_position(c, q)
+    if a.qk_norm and c.style.qk_norm == "rotated":
+        q = c.norm(f"self_attn.{c.style.qk_names[0]}", q)
+        k = c.norm(f"self_attn.{c.style.qk_names[1]}", k)
+    f = c.at("self_attn")
     k, v = c.cached(k, v, rotated=rotated)
     if kernels.padding_free is not None:
         v = ops.heads(f, v, v.dims, clones=True)
@@ -195,9 +201,17 @@ def attention(c: Call, x: Tensor) -> Tensor:
     return x
 
 
+def scaled_by_position(c: Call, q: Tensor) -> Tensor:
+    """Llama 4's `get_llama_4_attn_scale`, of every layer: a number for each position, in the queries' dtype."""
+    f, factor = c.tape, c.tape.new((1, 1, c.model.seq, 1), "fp32", "div")
+    for op in ("floor", "add", "log", "mul", "add"):
+        factor = f.new(factor.dims, "fp32", op)
+    return ops.mul(f, q, f.to(factor, q.dtype))
+
+
 def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v from a projection each; q and k viewed by heads and normed where the model does so: at once, or behind all."""
-    side = _normed if a.qk_norm and not norms_in_rotation(c, a) else _by_head
+    side = _normed if a.qk_norm and c.style.qk_norm != "rotated" and not norms_in_rotation(c, a) else _by_head
     kernel = c.model.running.kernels.lora_qkv
     if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
         q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps, c.lora_dropout)
@@ -286,9 +300,12 @@ def mlp(c: Call, x: Tensor) -> Tensor:
     """The MLP of the block's kind."""
     if c.block.mlp.variant == "moe" and c.style.mixture is not None:
         return c.style.mixture(c, x)
-    if c.block.mlp.variant == "plain":
-        return plain_mlp(c, x)
-    return fused_mlp(c, x) if c.block.mlp.fused_gate_up else gated_mlp(c, x)
+    of_variant = plain_mlp if c.block.mlp.variant == "plain" else fused_mlp if c.block.mlp.fused_gate_up else gated_mlp
+    x = of_variant(c, x)
+    if c.style.drops_inside:
+        c.at("mlp")
+        x = c.dropout(x)
+    return x
 
 
 PARTS = ("gate", "up", "down")
@@ -329,8 +346,4 @@ def plain_mlp(c: Call, x: Tensor) -> Tensor:
     first, second = c.style.plain
     x = c.linear(first, x)
     x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
-    x = c.linear(second, x)
-    if c.style.drops_inside:
-        c.at("mlp")
-        x = c.dropout(x)
-    return x
+    return c.linear(second, x)

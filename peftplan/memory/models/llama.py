@@ -1,6 +1,7 @@
 """Families of the Llama shape, by what they do differently.
 
-Sources: transformers, models/{llama,mistral,qwen2,qwen3,granite,olmo,olmo2,phi3,glm4,smollm3,starcoder2}/modeling_*.py.
+Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,phi3,glm4,smollm3,starcoder2,seed_oss,
+hunyuan_v1_dense,exaone4,arcee,ernie4_5}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ def cast_back(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return f.to(rotated[0], q.dtype), f.to(rotated[1], k.dtype)
 
 
+def in_turn_in_fp32(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """ERNIE 4.5: as GLM-4 with tables in fp32, of copies in fp32; cast back once both are there."""
+    cos = f.new(cos.dims, cos.dtype, "repeat_interleave")
+    sin = f.new(sin.dims, sin.dtype, "repeat_interleave")
+    rotated = rotary(f, q, cos, sin, widens=True), rotary(f, k, cos, sin, widens=True)
+    return f.to(rotated[0], q.dtype), f.to(rotated[1], k.dtype)
+
+
 llama = partial(decoder, style=Style())
 granite = partial(decoder, style=Style(multiplied=True))
 olmo = partial(decoder, style=Style(norm=bare_layer_norm, rotate=cast_back, wide_tables=True, views_last=True))
@@ -52,3 +61,11 @@ glm4 = partial(
     ),
 )
 starcoder2 = partial(decoder, style=Style(norm=layer_norm, drops_inside=True))
+seed_oss = partial(decoder, style=Style(drops_inside=True))
+hunyuan = partial(decoder, style=Style(qk_norm="rotated", qk_names=("query_layernorm", "key_layernorm")))
+exaone4 = partial(
+    decoder,
+    style=Style(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="moved", norms_last=True),
+)
+arcee = partial(decoder, style=Style(plain=("mlp.up_proj", "mlp.down_proj")))
+ernie4_5 = partial(decoder, style=Style(rotate=in_turn_in_fp32, wide_tables=True))

@@ -130,8 +130,9 @@ class Style(NamedTuple):
     """How a family differs from Llama: in its whole `layer`, its `attention`, its `mixture` of experts, or in parts of these.
 
     `norms` are those before and after attention, before and after the MLP. `qk_norm`: on the projection as it comes (`flat`), on
-    its heads (`head`), on heads moved before the sequence (`moved`), or on each head with a norm of its own (`each`).
-    `norms_last`: q is normed once k and v are projected. `views_last`: heads are viewed once all three are there.
+    its heads (`head`), on heads moved before the sequence (`moved`), on these once they are rotated (`rotated`), or on each head
+    with a norm of its own (`each`). `norms_last`: q is normed once k and v are projected. `views_last`: heads are viewed once all
+    three are there.
     `output` and `plain` are names: of attention's last projection, of the two matrices of an MLP without gate. `multiplied`: the
     embedding, and what a sublayer adds, are multiplied. `tables_by_window`: sliding layers have rotary tables of their own;
     `wide_tables`: in fp32, whatever the hidden states are. `hands_out_weights`: a layer's outputs, attention weights among them,
@@ -149,7 +150,7 @@ class Style(NamedTuple):
     layer: "Sublayer | None" = None
     attention: "Sublayer | None" = None
     mixture: "Sublayer | None" = None
-    qk_norm: Literal["flat", "head", "moved", "each"] = "head"
+    qk_norm: Literal["flat", "head", "moved", "rotated", "each"] = "head"
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     norms_last: bool = False
     views_last: bool = False

@@ -1,0 +1,56 @@
+"""Decoders of 2025 at the widths of published models, two layers deep: both engines, phase by phase, and what they reserve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+from peftplan.job.sources import load_config
+from tests.memory.engines import shallow
+from tools.engines import RESERVED, peaks
+
+MINISTRAL: dict[str, Any] = dict(load_config("ministral-3-3b-instruct-2512"))
+SLIDING = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "Ministral 3": {**MINISTRAL["text_config"], "num_hidden_layers": 2},
+    "Seed-OSS": {**shallow("seed-oss-36b-instruct", 2), "vocab_size": 9000},
+    "Hunyuan": shallow("hunyuan-0.5b-instruct", 2),
+    "EXAONE 4": shallow("exaone-4.0-1.2b", 2),
+    "EXAONE 4, every second layer without positions": {**shallow("exaone-4.0-1.2b", 2), **SLIDING},
+    "AFM": shallow("afm-4.5b", 2),
+    "ERNIE 4.5": shallow("ernie-4.5-0.3b-pt", 2),
+    "GLM-4.7-Flash": shallow("glm-4.7-flash", 2),
+}
+ON, OFF = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
+EAGER, FLASH = {"attn_implementation": "eager"}, {"attn_implementation": "flash_attention_2", "padding": False}
+SMALL, ODD = {"batch_size": 2, "seq_len": 256}, {"batch_size": 3, "seq_len": 250}
+JOBS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "lora", **OFF, **SMALL},
+    "LoRA, checkpoints, eager": {"method": "lora", **ON, **EAGER, **ODD, "trainer": "plain"},
+    "LoRA, flash": {"method": "lora", **OFF, **FLASH, **ODD},
+    "LoRA, autocast, eager": {"method": "lora", "dtype": "fp32", "autocast": "bf16", **OFF, **EAGER, **SMALL},
+    "QLoRA": {"method": "qlora", **ON, **SMALL, "trainer": "trl", "padding": True},
+    "QLoRA, eager": {"method": "qlora", **OFF, **EAGER, **ODD},
+    "full": {"method": "full", **ON, **SMALL},
+    "full, autocast": {"method": "full", "dtype": "fp32", "autocast": "bf16", **OFF, **ODD, "trainer": "plain"},
+    "full, flash": {"method": "full", **OFF, **FLASH, **SMALL},
+}
+TOLERANCE, TOLERANCE_RESERVED = 0.001, 0.005
+"""The lists of small integers that only the trace has; blocks that these move."""
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("model", MODELS)
+def test_both_engines_agree(model: str, job: str) -> None:
+    options = {"trainer": "transformers", **JOBS[job]}
+    ours, traced = (peaks(MODELS[model], options, engine) for engine in ("analytic", "trace"))
+    assert isinstance(ours, dict), ours
+    assert isinstance(traced, dict), traced
+    for phase, nbytes in traced.items():
+        assert ours[phase] == pytest.approx(nbytes, rel=TOLERANCE_RESERVED if phase == RESERVED else TOLERANCE), phase
