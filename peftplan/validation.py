@@ -82,6 +82,8 @@ def first_error(
     field = prefix + (".".join(str(part) for part in first["loc"][: None if nested else 1]) or "options")
     if first["type"] == "missing":
         return MissingError(field, missing)
+    if first["type"] == "extra_forbidden":
+        return InputError(field, first["input"], "there is no field of this name")
     if first["type"] == "literal_error":
         return UnknownNameError(field, first["input"], re.findall(r"'([^']*)'", context["expected"]))
     if (bound := BOUNDS.get(first["type"])) is not None:

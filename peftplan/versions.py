@@ -69,6 +69,10 @@ STRATEGY_BY_RESHARD = Change(
     (5, 4),
     "`_process_fsdp_args` passes FSDP1's strategy as `reshard_after_forward`, no longer `sharding_strategy`",
 )
+FSDP_BY_PLUGIN = Change(
+    "transformers", (5, 0), "`_process_fsdp_args` returns arguments of accelerate's plugin; before, FSDP1's variables"
+)
+FSDP_OF_VERSION_2 = Change("transformers", (5, 10), "`_process_fsdp_args`: `version` is 2 by default; before, 1")
 FIRST_COMPARED = Change("transformers", (4, 28), "the oldest release with which a published run was compared (`data/runs`)")
 MIXTURE_ADDED = {
     "mixtral": Change("transformers", (4, 36), "models/mixtral"),

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from peftplan.distributed.strategy import parse_distributed
+from peftplan.errors import InputError
 from peftplan.job.options import JobOptions
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import parse_setup
@@ -79,7 +80,7 @@ class Run(Part):
     @field_validator("distributed")
     @classmethod
     def _distributed(cls, distributed: dict[str, object]) -> dict[str, object]:
-        if distributed and (parse_distributed(distributed) is None or "strategy" not in distributed):
+        if distributed and (parse_distributed(distributed) is None or distributed.get("strategy") is None):
             raise ValueError("a record of several GPUs states gpus (2 or more) and strategy")
         return distributed
 
@@ -225,8 +226,8 @@ class Record(Part):
     def _ranks(self) -> Record:
         strategy, where = parse_distributed(self.run.distributed), self.circumstances
         if strategy is not None and (where.num_gpus != strategy.world_size or where.rank >= where.num_gpus):
-            ranks = f"circumstances state rank {where.rank} of {where.num_gpus}"
-            raise ValueError(f"run.distributed makes {strategy.world_size} ranks; {ranks}")
+            accepted = f"run.distributed makes {strategy.world_size} ranks; accepted: one of them"
+            raise InputError("circumstances", f"rank {where.rank} of {where.num_gpus}", accepted)
         return self
 
     @cached_property

@@ -161,9 +161,8 @@ def _refuse_alone(options: Mapping[str, object]) -> None:
     """Raise InputError for options that need several GPUs. `gpus=1` is one GPU."""
     names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
     if (name := next(names, None)) is not None:
-        raise InputError(
-            name, options[name], "it divides a job over several GPUs; accepted: with gpus of 2 or more, or a gpu such as 2xCARD"
-        )
+        why = "it divides a job over several GPUs, and one process under it is not counted"
+        raise InputError(name, options[name], f"{why}; accepted: with gpus of 2 or more, or a gpu such as 2xCARD")
 
 
 def _check_taken(distributed: Distributed, options: Mapping[str, object]) -> None:

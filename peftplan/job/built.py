@@ -96,14 +96,15 @@ def as_of_release(architecture: Architecture, config: Mapping[str, object], scri
 
 def with_experts_apart(architecture: Architecture, release: str | None) -> Architecture:
     """The architecture with the modules that it had before transformers 5: three linear layers for each expert, and a linear
-    router but in DeepSeek. Others are as today. Raises InputError for a `release` of transformers that had no such model.
+    router but in DeepSeek. Others are as today. Raises InputError for a `release` of transformers that had no such model, or
+    another kind of experts in it.
 
     Source: transformers before `versions.EXPERTS_FUSED`, models/mixtral/modeling_mixtral.py (`MixtralBlockSparseTop2MLP`,
     `MixtralSparseMoeBlock`), models/{qwen2_moe,qwen3_moe,deepseek_v2,deepseek_v3}/modeling_*.py (`…MoeMLP`, `…MoE`).
     """
     if architecture.model_type in NOT_APART:
-        note = f"experts are counted as fused parameters, as today; before {EXPERTS_FUSED.named} they were linear layers"
-        return replace(architecture, notes=(*architecture.notes, note))
+        why = f"the experts of {architecture.model_type} were linear layers then, which are not counted"
+        raise InputError("transformers", release, f"{why}; accepted: {EXPERTS_FUSED.named} or newer")
     if (added := MIXTURE_ADDED.get(architecture.model_type)) is None:
         return architecture
     if added.after(release):

@@ -157,10 +157,8 @@ def _sharding(args: object) -> dict[str, object]:
     options: dict[str, object] = {}
     if fsdp := getattr(args, "fsdp", None):
         fields = {**_mapping(args, "fsdp_config"), **accelerate.of_words(fsdp)}
-        if fsdp is True:  # transformers 5 moved the words to `fsdp_config`, whose version is 2 by default
-            fields = {"version": 2, **fields}
-            fields.pop("sharding_strategy", None)  # of accelerate's own file
-        options |= accelerate.fsdp_options(fields)
+        read = accelerate.passed_options if fsdp is True else accelerate.fsdp_options  # transformers 5 moved the words there
+        options |= read(fields)
     if parallel := getattr(args, "parallelism_config", None):
         options |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
     if deepspeed := getattr(args, "deepspeed", None):

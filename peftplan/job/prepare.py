@@ -15,7 +15,7 @@ from peftplan.job import sources as architectures
 from peftplan.job.adapting import adapted, ignored_fields, method_of
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
-from peftplan.job.launch import FILES, OF_FSDP_1, launch_options
+from peftplan.job.launch import FILES, OF_FSDP, launch_options
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
@@ -213,11 +213,11 @@ def _launched(options: Mapping[str, object], script: Script) -> tuple[dict[str, 
     options |= {name: value for name, value in from_files.items() if options.get(name) is None}
     launched = {k: v for k, v in options.items() if k in OPTIONS}
     notes: tuple[str, ...] = ()
-    if any(name in options for name in OF_FSDP_1):
-        from peftplan.job.launch.accelerate import of_fsdp_1
+    if any(name in options for name in OF_FSDP):
+        from peftplan.job.launch.accelerate import of_release
 
-        stated = {name: options.pop(name) for name in OF_FSDP_1 if name in options}
-        launched, notes = of_fsdp_1(launched, stated, by_word=versions.STRATEGY_BY_RESHARD.after(script.transformers))
+        stated = {name: options.pop(name) for name in OF_FSDP if name in options}
+        launched, notes = of_release(launched, stated, script.transformers)
     return launched, {k: v for k, v in options.items() if k not in OPTIONS}, notes
 
 

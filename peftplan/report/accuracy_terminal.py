@@ -49,6 +49,9 @@ def _columns() -> list[Column]:
 
 def _grouped(by: str, rows: Sequence[Summary], *, worst_named: bool) -> Iterable[Text]:
     """A heading, and per group its name and a line for each of its peaks."""
+    by, _, several = by.partition(", ")
+    if several:
+        yield Text(several, style="bold")
     shares = "".join(f"{f'≤ {limit} %':>7}" for limit in WITHIN)
     heading = f"{by:<12}{'rows':>5}{'median':>10}{'abs median':>12}{'worst':>10}{shares}{'wrong':>7}"
     yield Text(heading + ("  worst of" if worst_named else ""), style="bold")

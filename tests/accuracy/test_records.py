@@ -98,12 +98,20 @@ def test_the_digest_is_sha256_of_the_canonical_json() -> None:
         (signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 1}}}), "gpus (2 or more) and strategy"),
         (signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2}}}), "gpus (2 or more) and strategy"),
         (
+            signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "strategy": None}}}),
+            "gpus (2 or more) and strategy",
+        ),
+        (
+            signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "shards": 2}}}),
+            "shards: 2 is not valid; there is no field of this name",
+        ),
+        (
             signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "strategy": "ddp", "tp_size": 2}}}),
             "DDP has no such parameter",
         ),
         (
             signed({**PAYLOAD, "run": {**PAYLOAD["run"], "distributed": {"gpus": 2, "strategy": "ddp"}}}),
-            "run.distributed makes 2 ranks; circumstances state rank 0 of 1",
+            "circumstances: 'rank 0 of 1' is not valid; run.distributed makes 2 ranks; accepted: one of them",
         ),
         (GOOD.replace('"allocated":15', '"allocated":14'), "the digest does not match"),
         (json.dumps(PAYLOAD) + "\n", "the digest does not match"),

@@ -78,6 +78,15 @@ QWEN3 = {**SMALL, "model_type": "qwen3_moe", "head_dim": 64, "norm_topk_prob": T
 MASK = 2 * 1024 * 1024
 """The program's batch has no attention mask: that release of transformers then made one of a byte for each pair of positions of
 its two rows, in Qwen3-MoE, as for packed sequences. The collator that the formula assumes brings one of ones."""
+
+
+def test_another_mixture_whose_experts_were_linear_layers_is_refused() -> None:
+    """transformers 4.57.6, models/olmoe/modeling_olmoe.py:583: `nn.ModuleList([OlmoeMLP(config) …])`, which bitsandbytes
+    quantizes; as fused parameters, in fp32 after kbit preparation, they would be the most of the bytes."""
+    with pytest.raises(InputError, match=r"experts of olmoe were linear layers then, .* accepted: transformers 5\.0 or newer"):
+        peftplan.estimate("olmoe-1b-7b", method="qlora", script=THEN)
+
+
 REHEARSED = (
     (QWEN3, "lora", "q_proj,v_proj", (301_453_824, 1_053_396_480, 1_179_020_288, 369_583_616), 1_633_681_408, MASK),
     (QWEN2, "lora", None, (347_725_824, 1_119_007_744, 1_240_376_832, 441_543_680), 1_774_190_592, 0),

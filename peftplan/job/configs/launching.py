@@ -275,11 +275,12 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object]) -> None:
     version = launch.get("fsdp_version")
 
     def options() -> Values:
-        fields: Values = {"version": 1 if tool in FSDP_1 else 2}
+        fields: Values = {"version": 1} if tool in FSDP_1 else {}
         for name, value in content(config or {}, field="fsdp_config").items():
             fields["version" if name == "fsdp_version" else name] = value
         fields |= {} if version is None else {"version": version}
         fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
-        return accelerate.fsdp_options({name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)})
+        fields = {name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)}
+        return accelerate.fsdp_options(fields) if tool in FSDP_1 else accelerate.passed_options(fields)
 
     _from(result, "fsdp_config", options)

@@ -13,7 +13,7 @@ from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import ConfigPlan, Effect, Tool, Unsupported, bound
 from peftplan.job.kernels import kernels_of, named_kernels
-from peftplan.job.launch import OF_FSDP_1
+from peftplan.job.launch import OF_FSDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
@@ -145,7 +145,7 @@ def fitting(options: Mapping[str, object]) -> dict[str, object]:
         fields = methods.config_class(method).model_fields
     except (UnknownNameError, PeftplanError):
         return dict(options)
-    known = {"method", "peft_config", *Setup.model_fields, *OPTIONS, *OF_FSDP_1, *fields}
+    known = {"method", "peft_config", *Setup.model_fields, *OPTIONS, *OF_FSDP, *fields}
     accepted = {name: value for name, value in options.items() if name in known}
     stored = OF_A_STORED_BASE if method.name == "full" or accepted.get("quant") == "none" else ()
     return {name: value for name, value in accepted.items() if name not in stored}

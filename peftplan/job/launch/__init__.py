@@ -14,8 +14,8 @@ FILES = {"accelerate_config": "accelerate", "deepspeed": "deepspeed"}
 """Option that names a launch file → the module of this package whose `options` reads it."""
 
 
-OF_FSDP_1 = ("fsdp_word", "fsdp_unread")
-"""What files and TrainingArguments ask of FSDP1 (`accelerate.of_fsdp_1`); no options of their own."""
+OF_FSDP = ("fsdp_word", "fsdp_unread", "fsdp_passed", "fsdp_unstated")
+"""What files and TrainingArguments ask of FSDP (`accelerate.of_release`); no options of their own."""
 
 
 def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftplan.errors import InputError, OptionError, UnknownNameError
-from peftplan.job.launch import OF_FSDP_1, deepspeed
+from peftplan.job.launch import OF_FSDP, deepspeed
 from peftplan.job.launch.content import asks, block, content, switch, whole
-from peftplan.versions import named
+from peftplan.versions import FSDP_BY_PLUGIN, FSDP_OF_VERSION_2, STRATEGY_BY_RESHARD, named
 
 ACCELERATE = "accelerate_config"
 Options = dict[str, object]
@@ -49,8 +49,9 @@ FSDP_FIELDS = {
     "activation_checkpointing_offload": "offload_checkpoints",
 }
 """Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
-WORD, UNREAD = OF_FSDP_1
-"""FSDP1's strategy that a word of TrainingArguments asks for, and one that `reshard_after_forward` does (`of_fsdp_1`)."""
+WORD, UNREAD, PASSED, UNSTATED = OF_FSDP
+"""FSDP1's strategy that a word of TrainingArguments asks for, that `reshard_after_forward` of accelerate's file does, and that
+of `fsdp_config`; which fields of `fsdp_config` are left to transformers (`of_release`)."""
 ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
 """What FSDP2 ignores."""
 WORDS: dict[str, dict[str, object]] = {
@@ -112,7 +113,7 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
     if version == "1":
         stated = {WORD: plain.pop("word", None), UNREAD: plain.pop("reshard_after_forward", None)}
         sharding |= {name: str(value) for name, value in stated.items() if value is not None}
-    elif (word := plain.pop("word", None)) is not None:
+    elif (word := plain.pop("word", None)) is not None and "reshard_after_forward" not in plain:
         plain["sharding_strategy"] = word
     for name, value in plain.items():
         if name == "limit_all_gathers" and version == "1" and not asks(value):
@@ -156,16 +157,41 @@ def of_words(value: object) -> Options:
     return options
 
 
-def of_fsdp_1(sharding: Options, stated: Options, *, by_word: bool) -> tuple[Options, tuple[str, ...]]:
-    """The options with the strategy that accelerate runs under FSDP1, and a note where another is asked for in vain.
+def passed_options(fields: Mapping[str, object]) -> Options:
+    """What `fsdp_config` of TrainingArguments says, with the words of `fsdp`: FSDP2 by default. transformers does not read
+    `sharding_strategy`, of accelerate's own file."""
+    plain = {name.removeprefix("fsdp_"): value for name, value in fields.items() if value is not None}
+    plain.pop("sharding_strategy", None)
+    options = fsdp_options({"version": 2, **plain})
+    if (passed := options.pop(UNREAD, None)) is not None:
+        options[PASSED] = passed
+    unstated = " ".join(name for name in ("version", "reshard_after_forward") if name not in plain)
+    return options | ({UNSTATED: unstated} if unstated else {})
 
-    accelerate, utils/dataclasses.py: `sharding_strategy` is FULL_SHARD unless the caller, or `fsdp_sharding_strategy` of its own
-    file, says otherwise; `reshard_after_forward` would count without one. `by_word`: transformers of a release that passes
-    words as `sharding_strategy`.
+
+def of_release(sharding: Options, stated: Options, release: str | None) -> tuple[Options, tuple[str, ...]]:
+    """The options with what this release of transformers runs of them, and a note where a strategy is asked for in vain.
+
+    accelerate, utils/dataclasses.py: FSDP1's `sharding_strategy` is FULL_SHARD unless the caller, or `fsdp_sharding_strategy` of
+    its own file, says otherwise; `reshard_after_forward` would count without one. Raises InputError where transformers or
+    accelerate raises an error, and where the release runs another version of FSDP than is counted.
     """
+    unstated = str(stated.pop(UNSTATED, ""))
+    if unstated and sharding.get("strategy") == "fsdp2":
+        if FSDP_BY_PLUGIN.after(release) or ("version" in unstated and FSDP_OF_VERSION_2.after(release)):
+            why = f"transformers {release} runs FSDP1 there; accepted: 1"
+            raise InputError("fsdp_config: version", "not stated" if "version" in unstated else 2, why)
+        if "reshard_after_forward" in unstated and STRATEGY_BY_RESHARD.after(release):
+            return {**sharding, "reshard_after_forward": False}, ()
+    passed = stated.pop(PASSED, None)
+    if passed is not None and not FSDP_BY_PLUGIN.after(release):
+        if str(passed).lower() not in STRATEGIES:
+            why = f"with FSDP1 {named('accelerate')} takes the name of a strategy; accepted: {', '.join(STRATEGIES[:5])}"
+            raise InputError("fsdp_config: reshard_after_forward", passed, why)
+        stated = {**stated, UNREAD: passed}
     if sharding.get("strategy") != "fsdp1" or sharding.get("reshard_after_forward") is not None:
         return sharding, ()
-    if by_word and WORD in stated:
+    if STRATEGY_BY_RESHARD.after(release) and WORD in stated:
         return sharding | fsdp_options({"version": 1, "sharding_strategy": stated[WORD]}), ()
     others = [str(value).upper() for value in stated.values() if str(value).lower() not in FULL]
     if not others:
@@ -177,6 +203,8 @@ def of_fsdp_1(sharding: Options, stated: Options, *, by_word: bool) -> tuple[Opt
     return {**sharding, "reshard_after_forward": True}, (note,)
 
 
+STRATEGIES = ("full_shard", "shard_grad_op", "no_shard", "hybrid_shard", "hybrid_shard_zero2", *"12345")
+"""Names and numbers of FSDP1's strategies (accelerate, utils/constants.py: `FSDP_SHARDING_STRATEGY`)."""
 FULL = ("full_shard", "true", "1")
 """What asks for no other strategy than the default."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import InputError
 from peftplan.job.configs.read import read_config, read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
@@ -175,6 +176,41 @@ def test_the_release_of_transformers_decides_what_words_mean_under_fsdp_1() -> N
         for release in (None, "5.4", "5.3", "4.55")
     }
     assert reshards == {None: True, "5.4": True, "5.3": False, "4.55": False}
+
+
+def test_what_releases_of_transformers_leave_to_fsdp_1_and_2() -> None:
+    """`_process_fsdp_args`: FSDP1 by default before 5.10; before 5.4 FSDP2 keeps gathered weights, whatever `fsdp` says."""
+    trl = {"model_name_or_path": "gpt2", "per_device_train_batch_size": 1, "fsdp": "full_shard"}
+    plan = read_values({**trl, "fsdp_config": {"version": 2}}, file="a.yml", tool="trl")
+    reshards = {
+        release: peftplan.estimate(config=plan, script=peftplan.Script(transformers=release)).assumptions["reshard_after_forward"]
+        for release in (None, "5.4", "5.3")
+    }
+    assert reshards == {None: True, "5.4": True, "5.3": False}
+    unstated = read_values(trl, file="a.yml", tool="trl")
+    for config, release in ((unstated, "5.9"), (plan, "4.57")):
+        with pytest.raises(InputError, match=f"transformers {release} runs FSDP1 there; accepted: 1"):
+            peftplan.estimate(config=config, script=peftplan.Script(transformers=release))
+    assert peftplan.estimate(config=unstated, script=peftplan.Script(transformers="5.10")).distributed is not None
+
+
+@pytest.mark.parametrize(("word", "stated"), [("full_shard", False), ("shard_grad_op", True)])
+def test_fsdp_config_wins_over_words(word: str, stated: bool) -> None:
+    """`_apply_legacy_fsdp_to_config`: `fsdp_config.setdefault("reshard_after_forward", …)`."""
+    trl = {"model_name_or_path": "gpt2", "per_device_train_batch_size": 1, "fsdp": word}
+    config = {"reshard_after_forward": stated, "sharding_strategy": word}
+    assert options({**trl, "fsdp_config": config})["reshard_after_forward"] is stated
+
+
+def test_fsdp_1_takes_no_switch_for_a_strategy() -> None:
+    """accelerate, utils/dataclasses.py: `ShardingStrategy[self.reshard_after_forward.upper()]` raises KeyError: 'TRUE'."""
+    config = {"version": 1, "reshard_after_forward": True}
+    trl = {"model_name_or_path": "gpt2", "per_device_train_batch_size": 1, "fsdp": "full_shard", "fsdp_config": config}
+    plan = read_values(trl, file="a.yml", tool="trl")
+    with pytest.raises(InputError, match="fsdp_config: reshard_after_forward: 'True' is not valid; with FSDP1 accelerate"):
+        peftplan.estimate(config=plan)
+    unread = peftplan.estimate(config=plan, script=peftplan.Script(transformers="4.57"))
+    assert unread.assumptions["strategy"] == "fsdp1"
 
 
 def test_fsdp_config_as_the_name_of_a_file(tmp_path: Path) -> None:

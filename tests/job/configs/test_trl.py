@@ -221,6 +221,9 @@ trainer = SFTTrainer(model=model, args=SFTConfig(output_dir="out"), peft_config=
         ("recipes/llama3/orpo/config.yaml", "trl-orpo"),
         ("recipes/llama3/online_dpo/config.yaml", None),
         ("recipes/llama3/simpo/config.yaml", None),
+        ("recipes/dpo-and-kto/kto/config.yaml", None),
+        ("kto_after_dpo.yaml", None),
+        ("orpo_dpo.yaml", None),
     ],
 )
 def test_a_recipe_of_pairs_in_the_folder_of_its_trainer(file: str, trainer: str | None) -> None:
@@ -229,6 +232,11 @@ def test_a_recipe_of_pairs_in_the_folder_of_its_trainer(file: str, trainer: str 
     if trainer is not None:
         assert plan.options["trainer"] == trainer
         assert "folder or name" in plan.assumed["trainer"]
+
+
+@pytest.mark.parametrize("other", [{"num_generations": 8}, {"teacher_model_name_or_path": "Qwen/Qwen3-4B"}])
+def test_keys_of_another_trainer_win_over_a_folder_of_dpo(other: dict[str, object]) -> None:
+    assert read_values({**TRL, "beta": 0.05, **other}, file="runs/dpo/config.yaml").options.get("trainer") != "trl-dpo"
 
 
 @pytest.mark.parametrize("use_vllm", [True, False])
