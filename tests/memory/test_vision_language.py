@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 import peftplan
+from peftplan.arch.readers import READERS
 from peftplan.job.sources import load_config
 from peftplan.libraries.cache import traced_cache
 from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
@@ -41,6 +42,7 @@ def shallow(model: str) -> dict[str, Any]:
         ("qwen2.5-vl-3b-instruct", {**TRAINER, "method": "qlora"}),
         *((model, OFF) for model in (*OTHERS, "mistral-small-3.1-24b-instruct-2503")),
         *((model, {**PLAIN, "padding": True}) for model in OTHERS),
+        *(("ministral-3-3b-instruct-2512", options) for options in (TRAINER, PLAIN, OFF, {**TRAINER, "method": "qlora"})),
     ],
 )
 def test_the_text_part_peaks_where_the_trace_does(model: str, options: dict[str, Any]) -> None:
@@ -56,8 +58,8 @@ def test_a_peak_of_text_alone_says_so() -> None:
     assert (result.gpus[0].verdict, result.gpus[0].scope) == ("fits", "text")
 
 
-def test_a_text_part_that_is_not_read_here_has_no_formula() -> None:
-    """Ministral 3's layers scale queries by their position (`ministral3`)."""
+def test_a_text_part_that_is_not_read_here_has_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(READERS, "ministral3")
     result = peftplan.estimate("ministral-3-3b-instruct-2512", method="lora", target_modules=IN_TEXT)
     assert result.peaks is None
     assert "text part" in result.not_modelled[0]
