@@ -77,7 +77,7 @@ def prepared(request: Request) -> Job:
     if as_loaded is not None:
         method, peft_config = (None, as_loaded.adapter) if as_loaded.adapter else (as_loaded.method(), None)
     options = request.all_options()
-    chosen = frozenset(name for name, value in options.items() if value is not None)
+    chosen = frozenset(name for name, value in options.items() if value is not None and name not in OF_FSDP)
     launched, options, launch_notes = _launched(options, request.script)
     setup_options, method_options = _separate(options)
     distributed = _distributed(launched)

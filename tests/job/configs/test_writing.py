@@ -12,7 +12,7 @@ import pytest
 import peftplan
 from peftplan.datafiles import load
 from peftplan.errors import InputError, PeftplanError
-from peftplan.job.configs.read import read_text
+from peftplan.job.configs.read import read_text, read_values
 from peftplan.job.configs.sayable import fields_of
 from peftplan.job.launch import accelerate, deepspeed
 from peftplan.job.script import Script
@@ -269,6 +269,13 @@ def test_options_that_move_no_byte() -> None:
     assert "use_rslora: true\n" in exported.text
     assert exported.left_out == ()
     assert export(peftplan.estimate("llama-3.1-8b", use_rslora=True), to="trl").left_out == ("use_rslora",)
+
+
+def test_what_a_file_leaves_to_transformers_is_no_option() -> None:
+    """`fsdp` without a version: what is unstated waits for the release (`launch.accelerate.of_release`)."""
+    trl = {"model_name_or_path": "meta-llama/Llama-3.1-8B", "per_device_train_batch_size": 1, "fsdp": "full_shard"}
+    config = read_values(trl, file="a.yml", tool="trl")
+    assert export(peftplan.estimate(config=config, gpus=4), to="trl").left_out == ()
 
 
 def test_number_of_gpus_is_in_the_command_that_runs_it() -> None:
