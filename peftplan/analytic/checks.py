@@ -47,6 +47,8 @@ def check(job: Job) -> None:
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
+    if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
+        raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")
     if job.method is None:
         raise NeedsTraceError(f"activations of {_unread(job.adapter)}")
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):

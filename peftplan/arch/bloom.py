@@ -70,10 +70,11 @@ def bloom(c: Fields, task_type: str) -> Architecture:
 
 def mpt(c: Fields, task_type: str) -> Architecture:
     """MPT: no biases, not even in the norms. h d_model, v vocab_size, a heads, d head_dim."""
-    dropped = probability(_refuse_ignored(c), "attn_pdrop")
+    dropped = probability(of_attention := _refuse_ignored(c), "attn_pdrop")
     h, v, a = c.int("d_model", "hidden_size"), c.int("vocab_size"), c.int("n_heads", "num_attention_heads")
     i = MLP_RATIO * h
     attention = _alibi(c, h, a)._replace(alibi_length=c.int("max_seq_len", default=MPT_MAX_SEQ_LEN))
+    attention = attention._replace(clipped=bool(of_attention.raw.get("clip_qkv")))
     layers = c.layers("n_layers", "num_hidden_layers")
     backbone = Backbone(
         model_type=c.str("model_type"),

@@ -83,13 +83,13 @@ def smollm3(c: Fields, task_type: str) -> Architecture:
 def olmo(c: Fields, task_type: str) -> Architecture:
     """OLMo 1: Llama with LayerNorms that have no parameters. They appear only in the blocks."""
     n = read_dims(c)
-    bias = c.bool("attention_bias", default=False)
+    bias, attention = c.bool("attention_bias", default=False), n.attention._replace(clipped=c.raw.get("clip_qkv") is not None)
     backbone = decoder_backbone(
         c,
         n,
         stem="Olmo",
         layer=(*attention_modules(n, qkv_bias=bias, o_bias=bias), *gated_mlp(n.h, n.i, n.layers)),
-        blocks=(uniform_block(c, n, n.attention)._replace(norm="layernorm"),),
+        blocks=(uniform_block(c, n, attention)._replace(norm="layernorm"),),
     )
     without_norm = backbone._replace(modules=backbone.modules[:-1])
     return decoder_model(without_norm, c, task_type, tasks=NO_TOKEN_CLS)

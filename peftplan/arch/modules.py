@@ -83,7 +83,7 @@ class Attention(NamedTuple):
 
     `value_head_dim`: the head width of values if narrower than that of keys (MLA).
     `relative`: DeBERTa's kinds of position scores; `bucketed`: far positions share a bucket, by the logarithm of their distance.
-    `softcap`: whether scores pass through a scaled tanh.
+    `softcap`: whether scores pass through a scaled tanh; `clipped`: whether q, k and v are clamped.
     `rotary_dim`: how many numbers of a head are rotated; None for all.
     `interleaved`: rotary pairs are adjacent numbers (MLA), not halves of a head.
     `alibi_length`: the number of positions for which MPT builds its bias.
@@ -106,6 +106,7 @@ class Attention(NamedTuple):
     relative: tuple[str, ...] = ()
     bucketed: bool = False
     softcap: bool = False
+    clipped: bool = False
     rotary_dim: int | None = None
     alibi_length: int | None = None
     interleaved: bool = False

@@ -34,6 +34,11 @@ def test_a_checkpoint_with_another_vocabulary_is_no_alias(name: str) -> None:
     assert catalogue.find(name) is None
 
 
+def test_a_checkpoint_whose_q_k_and_v_are_clamped_is_no_alias() -> None:
+    """allenai/OLMo, configs/official-0724/OLMo-7B-0724.yaml: clip_qkv 8.0; the first OLMo 7B has none."""
+    assert catalogue.find("allenai/OLMo-7B-0724-hf") is None
+
+
 def test_hermes_2_pro_is_a_model_of_its_own() -> None:
     """It has 32 tokens more than Llama 3: 32 x 4,096 more in the embedding and in the head."""
     own, base = catalogue.find("NousResearch/Hermes-2-Pro-Llama-3-8B"), catalogue.find("llama-3-8b")

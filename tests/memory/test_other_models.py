@@ -51,3 +51,22 @@ def test_a_step_that_allocates_nothing_peaks_at_what_it_meets() -> None:
     assert peaks is not None
     categories = {line.category for line in peaks.ledgers["step"] if line.name != "tails of unsplit blocks"}
     assert categories >= {"weights", "adapter_weights", "gradients", "optimizer_states"}
+
+
+OLMO = {"model_type": "olmo", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+MPT = {"model_type": "mpt", "d_model": 64, "n_heads": 4, "n_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "clipped"),
+    [({**OLMO, "vocab_size": 96}, {"clip_qkv": 8.0}), ({**MPT, "vocab_size": 96}, {"attn_config": {"clip_qkv": 6.0}})],
+)
+def test_clamped_q_k_and_v_take_memory_that_no_formula_counts(config: dict[str, Any], clipped: dict[str, Any]) -> None:
+    """`OlmoAttention.forward` clamps in place, of which autograd keeps a copy; `MptAttention.forward` into another tensor."""
+    job: dict[str, Any] = {**PLAIN, "method": "full", "seq_len": 512, "gradient_checkpointing": False}
+    assert "clip_qkv" in estimate({**config, **clipped}, **job).not_modelled[0]
+    plain, clamped = (estimate(each, **job, engine="trace").peaks for each in (config, {**config, **clipped}))
+    assert plain is not None
+    assert clamped is not None
+    assert clamped.by_phase["forward"] > plain.by_phase["forward"]
+    assert estimate(config, **job).peaks is not None

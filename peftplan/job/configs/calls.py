@@ -6,7 +6,7 @@ import ast
 import contextlib
 
 from peftplan.job.configs.bindings import MUTATORS
-from peftplan.job.configs.classes import Classes
+from peftplan.job.configs.classes import EVERY, Classes
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
@@ -182,8 +182,9 @@ class Calls(Classes):
                 self._field(field, value, name)
         if name.endswith(WANTED) and name not in self.fields:
             call = self._called(name, node)
-            if own := sorted(self.overrides.get(ast.unparse(node.func), ())):
-                call["kwargs"]["overrides"] = own
+            of_every = self.overrides.get(EVERY, set()) if trains(name) else set()
+            if own := self.overrides.get(ast.unparse(node.func), set()) | of_every:
+                call["kwargs"]["overrides"] = sorted(own)
             self._call_list().append(call)
             self.nodes[id(call)] = node
             if self.undecided:

@@ -14,6 +14,10 @@ _NAMES = """
     create_scheduler get_eval_dataloader get_test_dataloader compute_metrics _maybe_log_save_evaluate"""
 WITHOUT_EFFECT = frozenset(_NAMES.split())
 """Methods of a trainer that take no part in a step."""
+OF_A_STEP = frozenset({"compute_loss", "training_step", "create_optimizer", "optimizer", "model"})
+"""Attributes of a trainer that decide what a step holds."""
+EVERY = ""
+"""What stands for all trainers of the program."""
 
 
 class Classes(Weights):
@@ -23,17 +27,18 @@ class Classes(Weights):
         super().__init__()
         self.overrides: dict[str, set[str]] = {}
         """Trainer of the program → its own methods that may change what a step holds."""
+        self.methods: dict[str, set[str]] = {}
+        """Another class of the program → its methods."""
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """The fields of a class, as attributes of whatever is made of it; a trainer's is its library's with other methods."""
         trainer = next((name for name in map(self.name_of, node.bases) if trains(name)), None)
         if trainer is not None:
             self._rename(node.name, trainer)
-            methods = {each.name for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
-            of_base = next((self.overrides[name] for name in map(ast.unparse, node.bases) if name in self.overrides), set())
-            self.overrides[node.name] = of_base | (methods - WITHOUT_EFFECT)
+            self.overrides[node.name] = self._methods_of(node) - WITHOUT_EFFECT
             self.generic_visit(node)
             return
+        self.methods[node.name] = self._methods_of(node)
         fields = Instance()
         for base in node.bases:
             fields |= self.fields.get(ast.unparse(base), {})
@@ -55,3 +60,20 @@ class Classes(Weights):
                 fields |= {field: f"<{field}>" for field in fields if any_field or f".{field}" in self._bound(method)}
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
+
+    def _methods_of(self, node: ast.ClassDef) -> set[str]:
+        """A class's methods, inherited ones of the program's own classes included: `def f`, or `f = g`."""
+        defined = {each.name for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        named = [each for each in node.body if isinstance(each, ast.Assign) and isinstance(each.value, (ast.Name, ast.Lambda))]
+        defined |= {target.id for each in named for target in each.targets if isinstance(target, ast.Name)}
+        bases = map(ast.unparse, node.bases)
+        return defined.union(*(self.overrides.get(base) or self.methods.get(base, set()) for base in bases))
+
+    def _note_written(self, target: ast.Attribute, value: object) -> None:
+        """What else a program puts in the place of a trainer's own: `trainer.compute_loss = f`, `Trainer.compute_loss = f`."""
+        super()._note_written(target, value)
+        of = self.value_of_object(target.value)
+        of_trainer = of is not None and any(trains(self.name_of(each.func)) for each in of.made_by)
+        counts = self.taken and target.attr in OF_A_STEP and self._here() not in self.done
+        if counts and (of_trainer or trains(self.name_of(target.value))):
+            self.overrides.setdefault(EVERY, set()).add(target.attr)

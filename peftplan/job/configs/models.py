@@ -32,6 +32,9 @@ quantizers/auto.py). 4 bits in groups of 128 are what GPTQConfig and AwqConfig w
 """
 RESHARDED = re.compile(r"(?:-(?:sharded|bf16|fp16|\d+GB))+", re.I)
 """End of the name of a copy that holds the same weights in other files."""
+APART = re.compile(r"unsloth/phi-|(?:thudm|zai-org)/glm-4-9b$|allenai/olmo-[17]b$", re.I)
+"""Repositories whose layers are not those of the built-in model of that name: Unsloth's Phi has separate projections like Llama
+(unsloth 2026.10.9, models/mapper.py); the others, of classes of their own, have q, k and v in one matrix."""
 
 
 class Stored(NamedTuple):
@@ -57,13 +60,14 @@ def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
         own = next((name for pattern, name in tool.models.items() if "*" in pattern and fnmatchcase(text, pattern)), None)
     if own is not None:
         return own, None
-    if catalogue.find(text) is not None or (os.path.exists(text) and in_tree(text, file)):
+    within = all(in_tree(path, file) for path in (text, os.path.join(text, "config.json")))
+    if catalogue.find(text) is not None or (os.path.exists(text) and within):
         return text, None
     whole = text.rstrip("/").removesuffix("/original")
     of_weights = stored(whole)
     whole = of_weights.name if of_weights else RESHARDED.sub("", whole) if RESHARDED.search(whole) else whole
     last = whole.rpartition("/")[2]
-    if last != text:
+    if last != text and not APART.match(whole):
         for name in (whole, last, f"{last}-hf", re.sub("-hf$", "", last), re.sub(r"(?<=\d)_(?=\d)", ".", last)):
             if (entry := catalogue.find(name)) is not None:
                 return name, f"{text} holds {entry.repo_id}, by its name"

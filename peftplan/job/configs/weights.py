@@ -162,7 +162,9 @@ class Weights(Objects):
             self._set_frozen(frozen=self.frozen_before[last])
             if last in self.adapting_before:
                 self.adapting.add(self._here())
-        compiles = last == "compile" and self._is_of_model(node.args[0] if node.args else node.func)
+        compiled = node.args[0] if node.args else node.func
+        loaded = isinstance(compiled, ast.Call) and loads_model(self.name_of(compiled.func))
+        compiles = last == "compile" and (loaded or self._is_of_model(compiled))
         if last in self.parts_before or compiles or last.startswith("apply_liger_kernel"):
             self._note_part()
         if (dtype := self._cast_to(last, node)) is not None:

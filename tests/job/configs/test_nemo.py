@@ -182,6 +182,7 @@ def test_dtypes_of_nemo_units(fields: dict[str, str], options: tuple[str, str], 
         ({"seq_len": 1024}, 1024),
         ({"seq_length": 4096, "padding": "max_length"}, 4096),
         ({"seq_length": 4096, "padding": "do_not_pad"}, None),
+        ({"padding": "max_length"}, None),
         ({}, None),
     ],
 )

@@ -185,6 +185,7 @@ def test_accelerate_s_mixed_precision_on_the_command_line() -> None:
     [
         ("def log(self, logs): print(logs)", set()),
         ("def compute_loss(self, model, inputs): return model(**inputs).loss", {"trainer.overrides"}),
+        ("compute_loss = own_loss", {"trainer.overrides"}),
         ("pass", set()),
     ],
 )
@@ -195,6 +196,37 @@ def test_a_trainer_of_the_program(methods: str, unsupported: set[str]) -> None:
     assert (plan.tool, plan.options["trainer"]) == ("transformers-script", "transformers")
     assert plan.unsupported.keys() == unsupported
     assert (peftplan.estimate(config=plan).peaks is None) is bool(unsupported)
+
+
+TRAINER = "trainer = Trainer(model=model, args=TrainingArguments('o', bf16=True), train_dataset=data)\n"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "trainer.compute_loss = own_loss",
+        "trainer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)",
+        "trainer.model = torch.compile(trainer.model)",
+        "Trainer.compute_loss = own_loss",
+    ],
+)
+def test_what_a_program_puts_in_the_place_of_a_trainer_s_own(changes: str) -> None:
+    """Before the training; afterwards it changes nothing that ran."""
+    plan = read_text(f"{MODEL}{TRAINER}{changes}\ntrainer.train()\n", file="run.py")
+    assert plan.unsupported.keys() == {"trainer.overrides"}
+    assert read_text(f"{MODEL}{TRAINER}trainer.train()\n{changes}\n", file="run.py").unsupported == {}
+
+
+@pytest.mark.parametrize(("method", "unsupported"), [("compute_loss", {"trainer.overrides"}), ("log", set())])
+def test_a_method_that_a_trainer_inherits_from_another_class(method: str, unsupported: set[str]) -> None:
+    own = f"class Mixin:\n    def {method}(self, *args): pass\nclass Mine(Mixin, Trainer):\n    pass\n"
+    plan = read_text(own + MODEL + TRAINS.replace("Trainer(", "Mine(", 1), file="run.py")
+    assert plan.unsupported.keys() == unsupported
+
+
+def test_a_model_that_is_compiled_as_it_is_loaded() -> None:
+    compiled = MODEL.replace("= ", "= torch.compile(", 1).replace(")\n", "))\n")
+    assert read_text(compiled + TRAINS, file="run.py").unsupported.keys() == {"parts.call"}
 
 
 FINDS = """

@@ -84,6 +84,17 @@ def test_copies_in_other_files(name: str) -> None:
     assert "by its name" in plan.assumed["model"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["unsloth/phi-4", "unsloth/phi-4-bnb-4bit", "unsloth/Phi-3-mini-4k-instruct-bnb-4bit", "THUDM/glm-4-9b", "allenai/OLMo-7B"],
+)
+def test_repositories_with_other_layers_are_not_the_model_of_their_name(name: str) -> None:
+    """Unsloth's notebook trains 65,536,000 parameters of unsloth/phi-4, where Microsoft's four matrices of a layer get fewer."""
+    plan = read_text(LLAMA_FACTORY.replace("NAME", name), file="a.yml")
+    assert plan.model == name
+    assert "holds" not in plan.assumed.get("model", "")
+
+
 def test_an_optimizer_that_transformers_5_does_not_have() -> None:
     """`OptimizerNames` of transformers 4.57 has adamw_hf, that of 5.24 has not: the file has counts and no peak."""
     plan = read_text(TRL.replace("NAME", "gpt2") + "optim: adamw_hf\n", file="a.yml")
@@ -124,7 +135,9 @@ def test_a_model_outside_the_config_s_tree_is_not_opened(tmp_path: Path, monkeyp
         (tmp_path / folder / "config.json").write_text(MODEL, encoding="utf-8")
     assert read_text(TRL.replace("NAME", "./own"), file="a.yml").model == "./own"
     assert read_text(TRL.replace("NAME", "../gpt2"), file="a.yml").model == "gpt2"
-    for outside in ("../other", str(tmp_path / "other")):
+    (tmp_path / "configs" / "linked").mkdir()
+    (tmp_path / "configs" / "linked" / "config.json").symlink_to(tmp_path / "other" / "config.json")
+    for outside in ("../other", str(tmp_path / "other"), "./linked"):
         with pytest.raises(FileError, match="outside the config's folder"):
             read_text(TRL.replace("NAME", outside), file="a.yml")
 
