@@ -16,13 +16,12 @@ ROWS = read(Path(__file__).with_name("torchtune_0_6_1.jsonl"))
 
 
 def test_formulas_hold_what_recipes_hold() -> None:
-    """Per cent. Full fine-tuning is 0.18 % lower: the final norm of 0.6.1 keeps its output in fp32 where its weight trains."""
-    drifts = [drift for _, _, drift in compared(ROWS, ("analytic",)) if drift is not None]
-    assert len(drifts) == len(ROWS)
-    of_lora = [drift for drift, row in zip(drifts, ROWS, strict=True) if "--method full" not in str(row["job"])]
-    assert max(abs(drift["allocated"]) for drift in of_lora) <= 0.01
-    assert max(abs(drift["allocated"]) for drift in drifts) <= 0.2
-    assert max(abs(drift["reserved"]) for drift in drifts) <= 1.0
+    """Per cent. Rows of 1,001 tokens leave blocks that the allocator does not split."""
+    rows = [(row, drift) for _, row, drift in compared(ROWS, ("analytic",)) if drift is not None]
+    assert len(rows) == len(ROWS)
+    for row, drift in rows:
+        assert abs(drift["allocated"]) <= (0.1 if "1001" in str(row["job"]) else 0.01)
+        assert abs(drift["reserved"]) <= 1.3
 
 
 def test_an_adapter_on_several_gpus_has_no_peak() -> None:
@@ -43,7 +42,7 @@ dtype: bf16
 @pytest.mark.parametrize(
     ("changed", "bound"),
     [
-        (CONFIG, "at_least"),  # norms whose weights train keep more in 0.6.1, in each layer
+        (CONFIG, None),
         (CONFIG + "enable_activation_checkpointing: true\n", None),
         (CONFIG.replace("llama3_2_1b", "lora_llama3_2_1b, lora_attn_modules: [q_proj]"), None),
         (

@@ -82,9 +82,14 @@ def _repeated(f: Tape, a: Attention, x: Tensor) -> Tensor:
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`RMSNorm.forward`: normed in fp32, cast back, times the weight."""
+    """`RMSNorm.forward`: normed in fp32, cast back, times the weight; up to release 0.6.1 cast back after the weight."""
     f, weight = model.tape, model.part(name, layer).own_weight
     f.module = name
+    if model.running.loss == "torchtune-chunked":
+        wide = f.to(x, "fp32")
+        product = ops.mul(f, rms_normed(f, wide), weight)
+        del wide
+        return f.to(product, x.dtype)
     return ops.mul(f, f.to(rms_normed(f, f.to(x, "fp32")), x.dtype), weight)
 
 
