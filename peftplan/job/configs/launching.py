@@ -280,7 +280,6 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object]) -> None:
             fields["version" if name == "fsdp_version" else name] = value
         fields |= {} if version is None else {"version": version}
         fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
-        fields = {name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)}
-        return accelerate.fsdp_options(fields) if tool in FSDP_1 else accelerate.passed_options(fields)
+        return accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)})
 
     _from(result, "fsdp_config", options)

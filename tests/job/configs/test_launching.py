@@ -211,6 +211,9 @@ def test_fsdp_1_takes_no_switch_for_a_strategy() -> None:
         peftplan.estimate(config=plan)
     unread = peftplan.estimate(config=plan, script=peftplan.Script(transformers="4.57"))
     assert unread.assumptions["strategy"] == "fsdp1"
+    axolotl = read_values({**AXOLOTL, "fsdp": ["full_shard"], "fsdp_config": {"fsdp_reshard_after_forward": True}}, file="a.yml")
+    with pytest.raises(InputError, match="with FSDP1 accelerate"):  # its `validate_config` makes that version 1
+        peftplan.estimate(config=axolotl)
 
 
 def test_fsdp_config_as_the_name_of_a_file(tmp_path: Path) -> None:
