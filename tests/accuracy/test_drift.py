@@ -478,3 +478,19 @@ def test_what_ran_twice_is_asked_once() -> None:
         result = check([Case(Path("x"), line, one) for line, one in enumerate(runs)], "analytic", baseline=stored.Baseline())
     assert len(calls) == 2
     assert [answer.record.id for answer in result.answers] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("width", ["80", "100", "140"])
+def test_a_check_of_ranks_in_a_narrow_terminal(
+    width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peftplan.report import accuracy_terminal
+
+    cases = read_cases([record_files()[-1].with_name("ms_swift_ranks.jsonl")])
+    monkeypatch.setenv("COLUMNS", width)
+    accuracy_terminal.check(check(cases, "analytic", baseline=stored.Baseline()))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= int(width)
+    at = lines.index("several GPUs")
+    assert lines[at + 1].startswith("strategy ")
+    assert set(lines[at + 2]) == {"─"}
