@@ -7,9 +7,11 @@ from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.load import dtypes_before, load_into, load_passing
-from peftplan.memory.loaded import Loader
+from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
+from peftplan.memory.recast import SOURCE as RECAST
+from peftplan.memory.recast import is_recast, load_recast, tables_of
 from peftplan.parameters import loaded_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def loading_of(
     )
     by_map = setup.device_map != "none"
     arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
-    load: Loader = partial(
+    load_whole = partial(
         load_into,
         parameters=parameters if holding is None or not arrives else holding.parameters,
         quant=job.quant,
@@ -64,6 +66,9 @@ def loading_of(
         packed=packed,
         workspace=None if normed is None else normed.bytes(),
     )
+    base = parameters._replace(all=tuple(p for p in parameters.all if p.owner == "base"))
+    load: Loader = load_whole
+    of_base: Loader = partial(load_whole, parameters=base, arrives=True)
     if normed is not None:
         from peftplan.analytic import ranks
 
@@ -97,6 +102,12 @@ def loading_of(
             load = partial(load_after_reference, load=load, reference=parameters)
         beyond = ranks.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
+    if is_recast(setup, job.quant, job.distributed, adapted=job.method is None or job.method.name != "full"):
+        load = partial(load_recast, load=load, of_base=of_base, tables=tables_of(parameters))
+        beyond_end = peak_of(load) - Ledger(loaded).bytes()
+        passing = (
+            (Line("embedding and head in fp32", "temporaries", "uint8", (beyond_end,), 1, RECAST),) if beyond_end > 0 else ()
+        )
     return Loading(load, passing)
 
 

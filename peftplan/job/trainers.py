@@ -17,6 +17,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     scoring="flat kernel",
     keeps_logits=("policy", "reference"),
     token_outputs=(),
+    recasts_tables=True,
     expandable_segments=True,
     package=None,
     arguments=None,
@@ -24,6 +25,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
 OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
     defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
     scoring="flat kernel",
+    recasts_tables=True,
     expandable_segments=True,
     package=None,
     arguments=None,
@@ -31,6 +33,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 # LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    recasts_tables=False,
     expandable_segments=False,
     reentrant_under_zero3=False,
     defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
@@ -113,7 +116,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
     for trainer in (
         Trainer("transformers", "Trainer"),
         *OF_TRL,
-        Trainer("axolotl", "Trainer of axolotl 0.19", own_fsdp2=True, expandable_segments=True),
+        Trainer("axolotl", "Trainer of axolotl 0.19", own_fsdp2=True, recasts_tables=True, expandable_segments=True),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",
             called="DPOTrainer of axolotl 0.19",
@@ -134,6 +137,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         OF_REWARDS._replace(
             name="axolotl-reward",
             called="RewardTrainer of axolotl 0.19",
+            recasts_tables=True,
             expandable_segments=True,
             loads_in_fp32=False,
             narrow_under_zero3=False,

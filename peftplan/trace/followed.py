@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
+from peftplan.memory.recast import is_recast
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import EXPERTS_FUSED, FORWARD_CHECKPOINTED
@@ -64,6 +65,9 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
     unknown = {
         distributed.called: distributed.strategy not in RANKS,
         f"FSDP2 as {job.setup.by.called} runs it": distributed.strategy == "fsdp2" and job.setup.by.own_fsdp2,
+        f"an adapter as {job.setup.by.called} loads it": is_recast(
+            job.setup, job.quant, distributed, adapted=job.method is None or job.method.name != "full"
+        ),
         "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
         "its ep_size": distributed.ep_size not in (None, 1),
         "its pp_size": distributed.pp_size not in (None, 1),

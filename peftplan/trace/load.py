@@ -26,6 +26,7 @@ from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.memory.dora_load import MAGNITUDE, OF_A_LAYER, Norm
 from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
+from peftplan.memory.recast import is_table
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
 from peftplan.trace.cuda.tuner_layers import HOST_BUFFERS, LASTING, adapter_from_host, offloaded
@@ -34,6 +35,8 @@ from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 
 PASSES = "adapter before it is cast"
+EMPTIED = "cache emptied"
+"""The operation of a note in the log: what runs empties the allocator's cache."""
 Part = tuple[str, Any, str, torch.nn.Parameter]
 """Full name, module, name within the module, parameter."""
 
@@ -57,12 +60,18 @@ class _Moved(NamedTuple):
         return SAVED_COPY in self.name
 
 
-def load(built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None, *, arrives: bool = False) -> None:
-    """Register every tensor that lasts, and the temporaries of loading. `arrives`: even a dense model is loaded on the device."""
+def load(
+    built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None, *, arrives: bool = False, recasts: bool = False
+) -> None:
+    """Register every tensor that lasts, and the temporaries of loading. `arrives`: even a dense model is loaded on the device.
+
+    `recasts`: embedding and head of a quantized model are cast to fp32, and back (`memory.recast`).
+    """
     if quant is None and setup.device_map == "none" and not arrives:
         _dense_model(built, tracker, setup)
     else:
-        _on_arrival(built, tracker, setup, quant, asks_for_room=setup.device_map == "auto", is_here=lambda tensor: True)
+        room = setup.device_map == "auto"
+        _on_arrival(built, tracker, setup, quant, asks_for_room=room, is_here=lambda tensor: True, recasts=recasts)
 
 
 def load_on_devices(built: Built, tracker: Tracker, setup: Setup, devices: int) -> None:
@@ -120,6 +129,7 @@ def _on_arrival(
     *,
     asks_for_room: bool,
     is_here: Callable[[torch.Tensor], bool],
+    recasts: bool = False,
 ) -> None:
     """Load each weight to the device by its name, and quantize it there. `is_here`: whether a tensor is on this device."""
     every = [part for part in _parts(built) if is_here(part[3])]
@@ -133,21 +143,32 @@ def _on_arrival(
     for name, module, leaf, parameter in parts:
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
-        elif name in built.upcast:
+        elif name in built.upcast or (recasts and is_table(name)):
             halves[name] = _dense(tracker, tuple(on_rank(parameter).shape), setup.dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in _on_device(built, setup, quant):
         if is_here(buffer):
             tracker.register(buffer, "buffers", name)
+    if recasts:
+        _widen(tracker, halves)
     for name, _, _, parameter in every:
         if name in halves:
             tracker.register(parameter, "weights", name)
             tracker.end(halves[name])
+    if recasts:
+        tracker.end(_dense(tracker, (0,), "uint8", name=EMPTIED, op=EMPTIED))
     passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
     added = [(name, parameter) for name, _, _, parameter in every if built.owners[name] == "adapter_weights"]
     moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
     _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing, _norms(built, setup, quant, passing))
+
+
+def _widen(tracker: Tracker, narrow: dict[str, Storage]) -> None:
+    """Cast tables of 16 bits to fp32, one after the other, in place of the narrow ones."""
+    for name, before in narrow.items():
+        narrow[name] = _dense(tracker, tuple(before.shape), "fp32", name=name, op="cast")
+        tracker.end(before)
 
 
 def _cast(tracker: Tracker, parts: list[_Moved], passing: tuple[str, ...], norms: Mapping[str, Norm]) -> None:

@@ -11,10 +11,7 @@ from peftplan.allocator.replay import Replay, replay
 from peftplan.depth.log import Moment, category_of
 from peftplan.ledger import Category
 from peftplan.trace.events.peaks import Alive, Peak, Window
-from peftplan.trace.load import PASSES
-
-EMPTIED = "cache emptied"
-"""The operation of a note in the log: what runs empties the allocator's cache."""
+from peftplan.trace.load import EMPTIED, PASSES
 
 
 @dataclass(frozen=True)

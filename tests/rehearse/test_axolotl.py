@@ -16,9 +16,9 @@ from tools.rehearsed_axolotl import options, plan
 from tools.rehearsed_jobs import read
 
 ROWS = read(Path(__file__).with_name("axolotl.jsonl"))
-EXACT = [row for row in ROWS if not plan(row).unsupported and row["allocated"] > row["by_phase"]["load"]]
-LARGEST = {"allocated": 0.002, "reserved": 0.09}
-"""Per cent; reserved: 2 MB of ranks with buckets."""
+EXACT = [row for row in ROWS if not plan(row).unsupported]
+LARGEST = {"allocated": 0.003, "reserved": 0.09}
+"""Per cent; allocated: norms that are cast to fp32 while others are; reserved: 2 MB of ranks with buckets."""
 FIGURES = ("allocated", "reserved", "by_phase", "reserved_by_phase")
 
 
@@ -47,14 +47,32 @@ def test_weights_drawn_anew_take_what_loaded_ones_take() -> None:
     assert plan(drawn).ignored["reinit_weights"].at == "loaders/model.py:1071"
 
 
-@pytest.mark.parametrize("model", ["THUDM/GLM-4-9B-0414", "google/gemma-2-2b"])
-def test_lora_kernels_in_the_first_layers_of_more_models(model: str) -> None:
-    """Of so few layers loading is the peak: axolotl casts the embedding and the head to fp32, and back."""
+@pytest.mark.parametrize("model", ["THUDM/GLM-4-9B-0414", "google/gemma-2-2b", "Qwen/Qwen2.5-7B"])
+def test_the_embedding_and_the_head_are_cast_to_fp32_and_back(model: str) -> None:
+    """Of so few layers, and of whole models on short rows, loading is the peak (loaders/model.py:446, :486)."""
     (row,) = (row for row in ROWS if row["values"]["base_model"] == model)
+    assert row["allocated"] == row["by_phase"]["load"]
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
-    drift = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward", "step")}
+    drift = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
     assert max(map(abs, drift.values())) < LARGEST["allocated"]
+
+
+def test_liger_leaves_norms_and_the_embedding_in_fp32() -> None:
+    """Of full fine-tuning without FlashAttention: cut cross entropy casts them back (loaders/model.py:482)."""
+    (row,) = (row for row in ROWS if row["values"].get("liger_rms_norm"))
+    assert plan(row).unsupported["attn_implementation"].effect == "raises"
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert peaks.allocated < 0.75 * row["allocated"]
+
+
+def test_both_engines_cast_them() -> None:
+    options: dict[str, Any] = {"trainer": "axolotl", "method": "qlora", "kbit_prepare": False, "batch_size": 1, "seq_len": 64}
+    ours, traced = (peftplan.estimate("smollm2-135m", engine=engine, **options).peaks for engine in ("analytic", "trace"))
+    assert ours is not None
+    assert traced is not None
+    assert (ours.by_phase["load"], ours.reserved) == (traced.by_phase["load"], traced.reserved)
 
 
 def test_what_trains_keeps_its_dtype_under_fsdp2() -> None:

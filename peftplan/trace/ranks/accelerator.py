@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 from peftplan.trace.events.tracker import Tracker
-from peftplan.trace.result import EMPTIED
+from peftplan.trace.load import EMPTIED
 
 ENDLESS = 2**50
 ASKING = ("partition_parameters", "partitioned_param_coordinator", "stage3", "utils")

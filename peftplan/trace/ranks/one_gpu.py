@@ -11,6 +11,7 @@ import torch
 from peftplan.depth.log import Moment
 from peftplan.depth.shallow import Stack
 from peftplan.job.setup import Setup
+from peftplan.memory.recast import is_recast
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.load import load
@@ -65,7 +66,7 @@ class OneGpu:
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
         """Load the model."""
-        load(built, tracker, setup, quant)
+        load(built, tracker, setup, quant, recasts=is_recast(setup, quant, None, adapted=True))
 
     def called(self, built: Built) -> torch.nn.Module:
         """What the loop calls as its model."""
