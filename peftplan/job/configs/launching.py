@@ -146,6 +146,8 @@ def _processes(result: Launched, launch: Mapping[str, object], environment: Mapp
             result.options[name] = number
         elif number is not None:
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
+        elif value and name not in result.options:
+            result.assumed[name] = f"the launcher's number is {value}; 1 is assumed"
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")
 

@@ -9,7 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.job.configs.plan import ConfigPlan
-from peftplan.job.configs.read import read_config
+from peftplan.job.configs.read import read_config, read_text
 from peftplan.report.configs import summary
 
 LLAMA_FACTORY = """
@@ -199,3 +199,11 @@ def test_a_list_where_a_rule_takes_a_number_is_refused_in_its_line(tmp_path: Pat
     (tmp_path / "a.yml").write_text("model_name_or_path: gpt2\nuse_peft: true\nlora_r: [8, 16]\n")
     with pytest.raises(PeftplanError, match=r"a\.yml:3: lora_r: .* accepted: a whole number of at least 1"):
         read_config(tmp_path / "a.yml")
+
+
+def test_a_number_of_processes_that_is_not_known_is_one_and_said() -> None:
+    command = "swift sft --model Qwen/Qwen3-0.6B --max_length 512"
+    assert read_text(f"NPROC_PER_NODE=$N {command}\n", file="a.sh").assumed["gpus"] == "the launcher's number is $N; 1 is assumed"
+    sharded = read_text(f"NPROC_PER_NODE=$N {command} --deepspeed zero2\n", file="a.sh")
+    assert sharded.assumed["gpus"] == "the launcher decides; 8 are assumed"
+    assert "gpus" not in read_text(f"{command}\n", file="a.sh").assumed
