@@ -141,17 +141,10 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "cp_size": distributed.cp_size not in (None, 1),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": (job.setup.loss not in ("full", *(() if flat else (CUT,))) and job.setup.by.layout is ACCELERATE)
-        or _unknown_chunks(job),
+        or job.setup.loss == "torchtune-chunked",
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
-
-
-def _unknown_chunks(job: Job) -> bool:
-    """Whether logits come in chunks where that was not rehearsed: torchtune 0.6.1 with an adapter or a tied head."""
-    from peftplan.memory.sharded import tied
-
-    return job.setup.loss == "torchtune-chunked" and (job.method_name != "full" or tied(job.architecture))
 
 
 def _knows_division(job: Job, distributed: Distributed) -> bool:

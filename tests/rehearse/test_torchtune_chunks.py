@@ -24,10 +24,13 @@ def test_formulas_hold_what_recipes_hold() -> None:
         assert abs(drift["reserved"]) <= 1.3
 
 
-def test_an_adapter_on_several_gpus_has_no_peak() -> None:
-    """Rehearsed with llama-3.1-8b on two GPUs, its backward holds 9 % more than the formula of full fine-tuning says."""
-    options = "llama-3.1-8b --trainer torchtune --loss torchtune-chunked --method lora --strategy fsdp2 --gpus 2"
-    assert "no formula yet" in run("estimate", *shlex.split(options)).out
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_has_no_peak_on_several_gpus(method: str) -> None:
+    """Rehearsed with llama-3.1-8b, LoRA on two GPUs holds 9 % more in backward than the formula said, full fine-tuning on four
+    1.3 %, and with checkpoints it reserves 9 % more: release 0.6.1 loads shards otherwise.
+    """
+    options = "llama-3.1-8b --trainer torchtune --loss torchtune-chunked --strategy fsdp2 --gpus 4 --gradient-checkpointing"
+    assert "no formula yet" in run("estimate", *shlex.split(options), "--method", method).out
 
 
 CONFIG = """

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ADAPTER = "LoraConfig"
 CHOSEN = "only the program knows whether it makes this call; it is assumed to"
 FIRST = "only the program knows which of several calls it makes; the first is assumed"
+SEVERAL = "the program trains several times; the first training is assumed"
 NOTHING = object()
 
 
@@ -50,8 +51,8 @@ class Doubts:
         `nodes`: identity of a call → its syntax node. `used_by`: call → the calls that made its arguments.
         """
         trainers = [call for call in calls if trains(call["call"])]
-        if len(trainers) > 1 and nodes[id(trainers[0])] in self.undecided:
-            trainers[0]["doubt"] = FIRST
+        if len(trainers) > 1:
+            trainers[0]["doubt"] = FIRST if nodes[id(trainers[0])] in self.undecided else SEVERAL
         if len(trainers) != 1:
             return calls
         by_node = {nodes[id(call)]: call for call in calls}

@@ -6,12 +6,14 @@ import ast
 
 import pytest
 
+import peftplan
 from peftplan.errors import PeftplanError
 from peftplan.job.configs import flow
 from peftplan.job.configs.bindings import own_names
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.programs import MOST_PARTS, of_script
 from peftplan.job.configs.read import read_text
+from peftplan.report.configs import summary
 
 pytestmark = pytest.mark.quick
 
@@ -202,3 +204,10 @@ def test_each_part_of_a_condition_is_walked_once(monkeypatch: pytest.MonkeyPatch
     for condition in (" and ".join(["a"] * 100), "a if b else " * 50 + "c"):
         of_script(f"x = {condition}\nLoraConfig()", file="run.py")
     assert len(walked) < 5_000  # 26,865 where each was walked for all parts before it
+
+
+def test_a_program_that_trains_twice_says_which_training_is_read() -> None:
+    twice = read(ARGS, LORA, "DPOTrainer('Qwen/Qwen2.5-7B', args=DPOConfig()).train()\n")
+    assert "several times" in twice.assumed["trainer"]
+    assert "several times" in summary(peftplan.estimate(config=twice).config)  # type: ignore[arg-type]
+    assert "trainer" not in read(ARGS, LORA).assumed
