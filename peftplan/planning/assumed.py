@@ -36,7 +36,7 @@ LEFT_OUT = {
 
 BEFORE = f"; not so before {EXPERTS_FUSED.named} (--transformers 4.57)"
 
-NO_PICTURES = "the traced batch is text only: with images the vision tower runs too, and the peak is higher"
+NO_PICTURES = "the batch is text only: with images the vision tower runs too, and the peak is higher"
 
 NOTED = 0.01
 """Less than this share of a model is not worth a note."""

@@ -229,7 +229,8 @@ class Calls(Classes):
     def _called(self, name: str, node: ast.Call) -> Call:
         arguments: Values = {}
         defaults: dict[str, list[str]] = {}
-        by_index = [(str(index), each) for index, each in enumerate(node.args)]
+        spread = next((index for index, each in enumerate(node.args) if isinstance(each, ast.Starred)), len(node.args))
+        by_index = [(str(index), each) for index, each in enumerate(node.args[:spread])]
         for key, expression in [*by_index, *((keyword.arg, keyword.value) for keyword in node.keywords)]:
             value = self.fresh(expression)
             if not trains(name) or key in OF_TRAINING:
@@ -246,6 +247,8 @@ class Calls(Classes):
             if options := self.by_default | self.chosen_by:
                 defaults[key] = sorted(options)
         by_place = [arguments.pop(key) for key, _ in by_index]
+        if spread < len(node.args):
+            arguments["*"] = "<arguments>"
         call: Call = {"call": name, "args": by_place, "kwargs": arguments}
         return {**call, "defaults": defaults} if defaults else call
 

@@ -164,7 +164,9 @@ class Effective:
         return tuple(dict.fromkeys(names)) or None
 
     def _listed(self, key: str, value: object) -> list[str]:
-        """The names that a key lists. Raises FileError where it lists something else."""
+        """The names that a key lists, also between commas in a text. Raises FileError where it lists something else."""
+        if isinstance(value, str):
+            return [name.strip() for name in value.split(",")]
         listed: list[object] = [] if value is None else value if isinstance(value, list) else [value]
         names = [name for name in listed if isinstance(name, str)]
         if len(names) < len(listed):

@@ -90,7 +90,8 @@ def arguments(
             values[f"later.{call['call']}#{times}"] = "call"
             continue
         names = positions.get(call["call"].rpartition(".")[2], ())
-        by_place = {names[index] if index < len(names) else str(index): value for index, value in enumerate(call["args"])}
+        free = [str(at) if name in call["kwargs"] else name for at, name in enumerate(names)]  # a name twice raises in Python
+        by_place = {free[at] if at < len(free) else str(at): value for at, value in enumerate(call["args"])}
         values[kind] = {"call": call["call"], **by_place, **call["kwargs"]}
         defaults |= {f"{kind}.{name}": options for name, options in call.get("defaults", {}).items()}
         if "doubt" in call:

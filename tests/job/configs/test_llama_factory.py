@@ -152,3 +152,22 @@ def test_packed_rows_under_sdpa_run_a_kernel_of_their_own(values: dict[str, Any]
     """`_apply_sdpa_varlen_patch` of axolotl 0.19: not of models with a sliding window."""
     plan = read({**AXOLOTL, "sample_packing": True, **values})
     assert ("sample_packing" not in plan.unsupported) is known
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "trained"),
+    [
+        ("google/gemma-3-4b-it", "q_proj,k_proj, v_proj,o_proj,gate_proj,up_proj,down_proj", 14_901_248),
+        (
+            "Qwen/Qwen2.5-VL-3B-Instruct",
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            14_966_784,
+        ),
+        ("google/gemma-3-4b-it", "q_proj,v_proj", 34 * 8 * (2560 + 2048 + 2560 + 1024)),
+        ("Qwen/Qwen3-4B", "q_proj,v_proj", 36 * 8 * (2560 + 4096 + 2560 + 1024)),
+    ],
+)
+def test_names_of_targets_are_those_of_the_language_model(model: str, names: str | list[str], trained: int) -> None:
+    """`patch_target_modules` of llamafactory 0.9.5: vision layers have projections of the same names."""
+    plan = read({**LLAMAFACTORY, "model_name_or_path": model, "lora_target": names, "lora_rank": 8})
+    assert peftplan.estimate(config=plan).trainable_parameters == trained

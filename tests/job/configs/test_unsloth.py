@@ -117,6 +117,21 @@ SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=2, max_steps=
     assert set(further.unsupported) == {"load.4"}  # `token` in some classes, `load_in_8bit` in others
 
 
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        ('from_pretrained("unsloth/llama-3-8b", *found)', "load.*"),
+        ("from_pretrained(*found)", "load.*"),
+        ('from_pretrained("unsloth/llama-3-8b", 4096, max_seq_length=2048)', "load.1"),
+    ],
+)
+def test_arguments_that_are_spread_or_twice_are_not_read(call: str, key: str) -> None:
+    source = UNSLOTH.format(settings="", arguments=", max_steps=60")
+    start = source.index("from_pretrained(")
+    plan = read_text(source[:start] + call + source[source.index(")", start) + 1 :], file="a.py")
+    assert key in plan.unsupported
+
+
 def test_unsloth_takes_its_names_in_any_case() -> None:
     """unsloth 2026.10.9, models/loader_utils.py: the mapper's names are looked up in lower case."""
     plan = read_text(UNSLOTH.format(settings="", arguments=", max_steps=60").replace("Llama-3.2-1B", "Phi-4"), file="a.py")
