@@ -55,6 +55,12 @@ CUT = {
     "starcoder2-3b": 3,
     "qwen1.5-moe-a2.7b": 2,
     "glm-4-9b-0414": 2,
+    "seed-oss-36b-instruct": 2,
+    "exaone-4.0-1.2b": 4,
+    "afm-4.5b": 3,
+    "ernie-4.5-0.3b-pt": 3,
+    "hunyuan-0.5b-instruct": 3,
+    "glm-4.7-flash": 3,
 }
 """Built-in models of other kinds than Llama, and how many of their layers run."""
 COLWISE = ["q_proj", "v_proj", "k_proj", "gate_proj", "up_proj"]
@@ -299,6 +305,7 @@ OTHER_ZERO3 = ("gemma-3-1b-pt", "pythia-1b", "bloom-1b1")
 MORE_UNDER_ZERO = (
     *("phi-3-mini-4k-instruct", "gemma-2-2b", "smollm3-3b", "granite-3.1-2b-base", "olmo-2-0425-1b", "glm-4-9b-0414"),
     *("stablelm-2-1-6b", "falcon-7b", "phi-2", "starcoder2-3b", "olmo-1b", "gpt-j-6b", "c4ai-command-r7b-12-2024", "aya-23-8b"),
+    *("seed-oss-36b-instruct", "exaone-4.0-1.2b", "afm-4.5b", "ernie-4.5-0.3b-pt", "hunyuan-0.5b-instruct"),
 )
 """Built-in models of still other kinds, whose few layers ran with LoRA under ZeRO-3 and fully trained under ZeRO-2."""
 FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qwen2.5-0.5b", "qwen3-0.6b")
