@@ -14,9 +14,10 @@ from tools.rehearsed_llamafactory import options, plan
 
 EVERY = read(Path(__file__).with_name("llamafactory.jsonl"))
 ROWS = [row for row in EVERY if not plan(row).unsupported]
-LARGEST = {"allocated": 0.05, "reserved": 1.2}
-"""Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them; reserved: 0.1 but of micro batches
-that accumulate."""
+LARGEST = {"allocated": 0.05, "reserved": 0.1}
+"""Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
+OPEN = {"Qwen/Qwen3-0.6B": 1.2}
+"""Model → per cent of reserved bytes: 68 MiB less are said, for a reason that is not known."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{plan(row).options['optim']}-{row['layers']}" for row in ROWS])
@@ -24,7 +25,8 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
-    assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
+    largest = LARGEST | ({"reserved": OPEN[model]} if (model := row["values"]["model_name_or_path"]) in OPEN else {})
+    assert {what: number for what, number in drift.items() if abs(number) > largest[what]} == {}
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
 
