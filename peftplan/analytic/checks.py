@@ -73,6 +73,8 @@ def _check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:
         raise NoEngineError(f"model type {architecture.model_type} of another transformers (no formula yet)")
+    if job.setup.by.of_preferences:
+        raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if not all(is_in_text_part(architecture, name) for name in names):

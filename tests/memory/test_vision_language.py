@@ -72,6 +72,12 @@ def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]
     assert "outside the text part" in result.not_modelled[0]
 
 
+def test_preferences_of_a_text_part_have_no_formula() -> None:
+    result = peftplan.estimate("qwen2.5-vl-3b-instruct", method="lora", target_modules=IN_TEXT, trainer="trl-dpo")
+    assert result.peaks is None
+    assert "qwen2_5_vl and DPOTrainer" in result.not_modelled[0]
+
+
 @pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", *OTHERS, "mistral-small-3.1-24b-instruct-2503"])
 def test_the_cache_of_the_text_part_is_what_the_model_makes(model: str) -> None:
     config = shallow(model)
