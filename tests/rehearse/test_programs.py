@@ -35,7 +35,6 @@ SAME = ("ended", "steps", "peak_allocated", "peak_reserved", "verdict", "oom")
 """What a program shows again wherever the same releases are installed."""
 OPEN = {
     "accelerate_loop": (0.0014, 0.0),
-    "axolotl": (0.09, 0.23),
     "grpo": (0.03, 1.0),
     "zero3_offload": (0.1, 0.13),
     "sft_packing": (0.06, 0.12),

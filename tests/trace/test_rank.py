@@ -273,10 +273,13 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         peftplan.estimate("llama-3.2-1b", method="lora", gpus=4, strategy="zero2", engine="trace")
 
 
+LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma3DecoderLayer", "SiglipEncoderLayer")}
+
+
 @pytest.mark.parametrize(
     ("model", "options", "hint"),
     [
-        ("gemma-3-4b-pt", {"strategy": "fsdp2"}, "no formula yet: add --engine trace"),
+        ("gemma-3-4b-pt", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
         ("llama-3.2-1b", {"strategy": "ddp", "static_graph": True}, "no formula yet: add --engine trace"),
         ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),

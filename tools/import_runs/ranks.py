@@ -176,6 +176,11 @@ def swift(row: Row) -> Record:
 
 
 TITAN = "torchtitan's own model code in pre-training; most rows checkpoint some operations, compile, or multiply in fp8"
+LICENCES = {
+    "rasbt/LLM-finetuning-scripts": "Apache-2.0 (see repo LICENSE)",
+    "foundation-model-stack/fms-acceleration": "Apache-2.0",
+}
+"""Licences of repositories whose rows do not repeat them."""
 NO_METRIC = "neither the metric nor the script's settings are stated"
 SOURCES: dict[str, tuple[str, Callable[[Row], Record]]] = {
     "fms-acceleration benchmark refs": ("fms_fsdp1", fms),
@@ -207,7 +212,7 @@ def main() -> None:
             line = to_line(to_record(row))
             files.setdefault(name, []).append(line)
         except NotExpressibleError as error:
-            refused[row["id"]] = not_expressible({"licence": "not stated", **row}, str(error))
+            refused[row["id"]] = not_expressible({"licence": LICENCES.get(str(row.get("repo")), "not stated"), **row}, str(error))
     for name, lines in files.items():
         (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{len(lines):4} {name}.jsonl")
