@@ -1,11 +1,12 @@
 """A sweep of a million points against its bars, and against estimates of its points one by one.
 
-    python benchmarks/sweep.py [--points 1000000] [--sample 500]
+    OMP_NUM_THREADS=1 python benchmarks/sweep.py [--points 1000000] [--sample 500]
 
 First the bytes that tensors request at batch × sequence × rank, as arrays; then those at world size × batch × sequence under each
 strategy that shards or replicates, each in a process of its own; then `peftplan sweep` of the first grid to a CSV file, in a
 process of its own, with a card; then a sample of its rows against direct estimates: requested bytes everywhere, verdicts
-where they are stated. Times are the processor's, so that other programs on the machine count less.
+where they are stated. Times are the processor's, so that other programs on the machine count less; with more threads,
+those of BLAS that wait would count too.
 """
 
 from __future__ import annotations

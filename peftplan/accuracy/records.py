@@ -120,7 +120,7 @@ class Circumstances(Part):
     compute_capability: str | None = None
     num_gpus: Annotated[int, Field(ge=1)] = 1
     rank: Annotated[int, Field(ge=0)] = 0
-    """The one whose peaks the record has."""
+    """The rank whose peaks the record has."""
     driver: str | None = None
     cuda: str | None = None
     versions: dict[str, str] = {}

@@ -72,7 +72,7 @@ def _check_text_part(job: Job) -> None:
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:
-        raise NoEngineError(f"model type {architecture.model_type} of another transformers (no formula yet)")
+        raise NoEngineError(f"model type {architecture.model_type} with another release of transformers (no formula yet)")
     if job.setup.by.of_preferences:
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):

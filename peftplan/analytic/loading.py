@@ -102,7 +102,7 @@ def loading_of(
             load = partial(load_after_reference, load=load, reference=parameters)
         beyond = ranks.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
-    if is_recast(setup, job.quant, job.distributed, adapted=job.method is None or job.method.name != "full"):
+    if is_recast(setup, job.quant, job.distributed, adapted=job.method_name != "full"):
         load = partial(load_recast, load=load, of_base=of_base, tables=tables_of(parameters))
         beyond_end = peak_of(load) - Ledger(loaded).bytes()
         passing = (

@@ -70,7 +70,7 @@ STORAGE: dict[str, str] = {
 TRAINING: dict[str, str] = {
     "--trainer": f"{by_tool(get_args(TrainerName))}; default: transformers",
     "--batch-size": "sequences per device and micro batch; default: the trainer's minimum, mostly 1",
-    "--seq-len": "tokens; default: 2048 or the model's maximum",
+    "--seq-len": "tokens per sequence; default: 2048, or the model's maximum",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
@@ -107,7 +107,7 @@ PREFERENCES: dict[str, str] = {
     "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM releases its memory while the policy trains",
 }
 GPUS: dict[str, str] = {
-    "--gpus": "GPUs per node, one process each; --gpu 8xCARD sets it too",
+    "--gpus": "GPUs per node; --gpu 8xCARD sets it too",
     "--nodes": "nodes of --gpus GPUs each; default: 1",
     "--strategy": "how the GPUs share the job; default: ddp",
     "--accelerate-config": "an accelerate config file (YAML)",

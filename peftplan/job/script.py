@@ -152,7 +152,8 @@ class Script(BaseModel):
             if version is not None and not re.match(VERSION, version):
                 raise InputError(package, version, f"accepted: a version such as {EXAMPLES[package]}")
         if versions.FIRST_COMPARED.after(oldest := typed.get("transformers")):
-            raise InputError("transformers", oldest, "no older release than 4.28 was compared; accepted: 4.28 or newer")
+            first = versions.FIRST_COMPARED.named
+            raise InputError("transformers", oldest, f"nothing older than {first} was compared; accepted: that or newer")
         return NO_SCRIPT.ran_on(typed)
 
     def ran_on(self, packages: Mapping[str, str | None]) -> Script:

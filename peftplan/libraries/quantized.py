@@ -28,7 +28,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 class Card:
     """The card that stand-ins run on: `chip` decides which 4-bit products are fused, None fuses none. `keeps_inputs`: whether
-    products with 4-bit weights do (`versions.INPUTS_DROPPED`)."""
+    products with 4-bit weights keep their inputs (`versions.INPUTS_DROPPED`)."""
 
     chip: ClassVar[Chip | None] = None
     keeps_inputs: ClassVar[bool] = False

@@ -12,10 +12,11 @@ from peftplan import files
 from peftplan.distributed.strategy import Distributed, parse_distributed
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.facts import Write, facts
+from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import ConfigPlan, ExportTool, Read
 from peftplan.job.configs.read import read_text
 from peftplan.job.configs.texts import Parts, text_of
+from peftplan.job.configs.tool_file import Write
 from peftplan.job.configs.with_file import checkpoints_hooks
 from peftplan.job.configs.writing import Written, written
 from peftplan.job.inventory import inventory

@@ -19,11 +19,12 @@ from peftplan.results.estimate import Estimate
 def members(family: str) -> list[tuple[str, int]]:
     """(name, parameters) of the built-in models whose name is the family's and a size, or that match a pattern; largest first.
 
-    Of models that differ by less than 1 % (a few added tokens), the one with the shortest name comes first.
+    Of models whose numbers of parameters have the same three leading digits (some have a few added tokens), the one with the
+    shortest name comes first.
     """
     pattern = family.lower() if any(character in family for character in "*?[") else f"{family.lower()}-[0-9]*"
     sized = [(entry.name, entry.num_parameters) for entry in models() if fnmatchcase(entry.name, pattern)]
-    return sorted(sized, key=lambda member: (-float(f"{member[1]:.1e}"), len(member[0]), -member[1]))
+    return sorted(sized, key=lambda member: (-float(f"{member[1]:.2e}"), len(member[0]), -member[1]))
 
 
 def candidates(model: object) -> list[object]:

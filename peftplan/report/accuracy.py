@@ -49,16 +49,16 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
 
 def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     """What was checked, in lines: runs on one GPU, then ranks of several."""
-    one, several = apart(answers)
-    lines = _counted("measured runs", engine, one) if one or not several else []
+    on_one, several = apart(answers)
+    lines = _counted("measured runs", engine, on_one) if on_one or not several else []
     for setup, runs in TITLES.items():
-        lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in one if answer.record.setup == setup])
+        lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in on_one if answer.record.setup == setup])
     if several:
         lines += _counted("measured ranks of several GPUs", engine, several)
         states = Counter(answer.record.setup for answer in several)
         lines.append(f"Of these ranks, {', '.join(f'{number} {RANKS[setup]}' for setup, number in sorted(states.items()))}.")
         for setup, state in RANKS.items():
-            lines += _verdicts(f"Wrong verdicts, of ranks that {state}", [one for one in several if one.record.setup == setup])
+            lines += _verdicts(f"Wrong verdicts, of ranks that {state}", [rank for rank in several if rank.record.setup == setup])
     return lines
 
 
@@ -140,11 +140,11 @@ def tables(answers: Sequence[Answer]) -> list[str]:
 
 def facts(checked: Check) -> dict[str, object]:
     """The JSON of a check: versioned, bytes as integers, drift in percent."""
-    one, several = apart(checked.answers)
+    on_one, several = apart(checked.answers)
     return {
         "schema_version": SCHEMA_VERSION,
         "engine": checked.engine,
-        **_totals_facts(one, ON_ONE),
+        **_totals_facts(on_one, ON_ONE),
         "several_gpus": _totals_facts(several, ON_SEVERAL),
         "rows": [_row_facts(answer) for answer in checked.answers],
         "failures": [

@@ -35,11 +35,13 @@ def _groups(out: Console, answers: Sequence[Answer], groupings: Iterable[str], *
     for by in groupings:
         if rows := summaries(answers, by, OVERALL if by != "setup" else FIGURES):
             print()
-            head = f"{by}, several GPUs" if several else by
             if out.width >= ONE_TABLE:
+                head = f"{by}, several GPUs" if several else by
                 terminal.rows([Column(head), *_columns()], accuracy.summary_cells(rows), above=None, below=None)
-            else:
-                terminal.show(out, _grouped(head, rows, worst_named=out.width >= WITH_WORST))
+                continue
+            if several:
+                terminal.show(out, [Text("several GPUs", style="bold")])
+            terminal.show(out, _grouped(by, rows, worst_named=out.width >= WITH_WORST))
 
 
 def _columns() -> list[Column]:
@@ -49,9 +51,6 @@ def _columns() -> list[Column]:
 
 def _grouped(by: str, rows: Sequence[Summary], *, worst_named: bool) -> Iterable[Text]:
     """A heading, and per group its name and a line for each of its peaks."""
-    by, _, several = by.partition(", ")
-    if several:
-        yield Text(several, style="bold")
     shares = "".join(f"{f'≤ {limit} %':>7}" for limit in WITHIN)
     heading = f"{by:<12}{'rows':>5}{'median':>10}{'abs median':>12}{'worst':>10}{shares}{'wrong':>7}"
     yield Text(heading + ("  worst of" if worst_named else ""), style="bold")

@@ -66,7 +66,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         distributed.called: distributed.strategy not in RANKS,
         f"FSDP2 as {job.setup.by.called} runs it": distributed.strategy == "fsdp2" and job.setup.by.own_fsdp2,
         f"an adapter as {job.setup.by.called} loads it": is_recast(
-            job.setup, job.quant, distributed, adapted=job.method is None or job.method.name != "full"
+            job.setup, job.quant, distributed, adapted=job.method_name != "full"
         ),
         "its tp_size": distributed.tp_size not in (None, distributed.world_size if divided else 1),
         "its ep_size": distributed.ep_size not in (None, 1),
@@ -82,7 +82,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
         and job.quant is not None
         and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
-        f"checkpoints of transformers before {FORWARD_CHECKPOINTED.named.split()[1]}": distributed.strategy in ("fsdp2", "zero3")
+        f"reentrant checkpoints before {FORWARD_CHECKPOINTED.named}": distributed.strategy in ("fsdp2", "zero3")
         and not job.script.checkpoints_forward
         and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
         f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast not in ("bf16", "fp16"),

@@ -238,7 +238,7 @@ def test_the_largest_member_of_a_family() -> None:
     assert pictures.verdict is None
     (some,) = family("llama", gpu="rtx-4090", methods="lora")  # 8B fits, 13B does not, 11B has pictures and no formula
     assert some.model == "llama-3-8b"
-    assert str(some.error).startswith("llama-3.2-11b-vision, llama-3.2-11b-vision-instruct: no formula for")
+    assert str(some.error).startswith("llama-3.2-11b-vision-instruct, llama-3.2-11b-vision: no formula for")
     assert fitting.member_cells([some])[0][1] == "at least llama-3-8b"
     for wrong in ({"gpu": "nosuch"}, {"gpu": "l4,t4"}, {"gpu": "l4", "dtype": "nosuch"}, {"gpu": "l4", "methods": ("nosuch",)}):
         with pytest.raises(InputError):

@@ -242,7 +242,7 @@ def test_flat_tensors_are_those_of_the_reducer(unused: bool, monkeypatch: pytest
         ({"strategy": "zero3", "quant": "nf4", "use_reentrant": True}, "not reentrant checkpoints over quantized weights"),
         (
             {"strategy": "zero3", "script": Script.on(transformers="5.22"), "use_reentrant": True},
-            "not checkpoints of transformers before 5.23",
+            "not reentrant checkpoints before transformers 5.23",
         ),
         ({"strategy": "zero3", "quant": "int8"}, "not its shards in int8"),
         ({"strategy": "zero3", "offload_params": "cpu"}, "not its offload_params"),

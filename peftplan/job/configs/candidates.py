@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 
 from peftplan.dtypes import OF_CHECKPOINT
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.facts import Facts, Meant, Rule
+from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.reading import Reading
+from peftplan.job.configs.tool_file import Meant, Rule
 
 OPEN_WORDS = ("auto", "*")
 """Their words for what the tool chooses itself."""

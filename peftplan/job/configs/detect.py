@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.job.configs.documents import Document, flat
-from peftplan.job.configs.facts import Case, facts
+from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import TOOLS, Tool
+from peftplan.job.configs.tool_file import Case
 
 KNOWN: tuple[Tool, ...] = tuple(tool for tool in TOOLS if tool != "other")
 

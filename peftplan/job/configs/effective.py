@@ -9,7 +9,8 @@ from math import prod
 from peftplan.arch import catalogue
 from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
-from peftplan.job.configs.facts import Accepted, Facts, Product, Setting
+from peftplan.job.configs.facts import Facts
+from peftplan.job.configs.tool_file import Accepted, Product, Setting
 from peftplan.job.sources import checkpoint_dtype
 from peftplan.methods.experts import CONVERSIONS
 

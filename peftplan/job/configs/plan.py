@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
+from peftplan.job.launch import OF_FSDP
+
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
 
@@ -88,7 +90,7 @@ class ConfigPlan:
             "version": self.version,
             "files": list(self.files),
             "model": self.model,
-            "options": dict(self.options),
+            "options": {name: value for name, value in self.options.items() if name not in OF_FSDP},
             "launch": dict(self.launch),
             "read": {key: row._asdict() for key, row in self.read.items()},
             "ignored": {key: row._asdict() for key, row in self.ignored.items()},

@@ -10,12 +10,13 @@ from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.errors import nearest, quoted
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, number_in, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
-from peftplan.job.configs.facts import Facts, Known, Row, Rule
+from peftplan.job.configs.facts import Facts, Known
 from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
+from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.setup import OF_PREFERENCES
 from peftplan.validation import listed
