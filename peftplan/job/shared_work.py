@@ -13,6 +13,7 @@ from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
+from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import FSDP2_TAIL_APART, named
 
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
@@ -174,15 +175,15 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
         yield heads, pairs if isinstance(pairs, int) else heads
 
 
+def packs_integers(quant: QuantConfig | None) -> bool:
+    """Whether packed 4-bit weights are stored as integers, which FSDP2 does not shard."""
+    return quant is not None and quant.name in FOUR_BIT and quant.quant_storage not in FLOATS
+
+
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
     """A warning for each choice that wastes memory without an error."""
     called = distributed.facts.called
-    if (
-        distributed.strategy == "fsdp2"
-        and quant is not None
-        and quant.name in ("nf4", "fp4")
-        and quant.quant_storage not in FLOATS
-    ):
+    if distributed.strategy == "fsdp2" and packs_integers(quant):
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):
         yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import add, sub
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.job.shared_work import packs_integers
 from peftplan.job.trainers import CHUNKED
 
 if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
 
 SEQUENCE_STEP = 128
@@ -22,6 +24,7 @@ PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
     "ddp": (({"strategy": "fsdp2"}, SAME), ({"strategy": "fsdp2", "offload_params": "cpu"}, CLOSE)),
     "fsdp2": (({"offload_params": "cpu"}, CLOSE),),
+    "fsdp1": (({"offload_params": "cpu"}, CLOSE),),
     "zero0": (({"strategy": "zero1"}, SAME), ({"strategy": "zero2"}, SAME), ({"strategy": "zero3"}, SAME)),
     "zero1": (({"strategy": "zero2"}, SAME), ({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
     "zero2": (({"strategy": "zero3"}, SAME), ({"offload_optimizer": "cpu"}, CLOSE)),
@@ -69,10 +72,7 @@ def single_changes(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[di
 def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
     if job.distributed is not None:
-        yield from STRATEGIES.get(job.distributed.strategy, ())
-    if job.distributed is not None and job.distributed.facts.splits_weights:
-        for place, times in enumerate((2, 4, 8)):
-            yield {"gpus": (job.distributed.gpus or 1) * times}, MORE_GPUS + place
+        yield from _of_ranks(job, job.distributed)
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
     if setup.keep_outputs:
@@ -84,6 +84,18 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
     if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full" and not setup.by.of_preferences:
         yield {"loss": "liger"}, SAME
         yield CHUNKED, CLOSE
+
+
+def _of_ranks(job: Job, strategy: Distributed) -> Iterator[tuple[dict[str, object], int]]:
+    """Another strategy, offload, more GPUs. FSDP2 shards packed weights only if they are stored as floats."""
+    storage: dict[str, object] = {"quant_storage": "bf16"} if packs_integers(job.quant) else {}
+    if storage and strategy.strategy == "fsdp2":
+        yield storage, SAME
+    for options, price in STRATEGIES.get(strategy.strategy, ()):
+        yield (options | storage if options.get("strategy", strategy.strategy) == "fsdp2" else options), price
+    if strategy.facts.splits_weights:
+        for place, times in enumerate((2, 4, 8)):
+            yield {"gpus": (strategy.gpus or 1) * times}, MORE_GPUS + place
 
 
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:

@@ -59,3 +59,12 @@ def test_ddp_fits_by_shards_on_the_host() -> None:
     assert [card.verdict for card in result.gpus] == ["does_not_fit"]
     fitting = [change.options for change in peftplan.advice(result)["rtx-4090"].changes if change.verdict == "fits"]
     assert {"strategy": "fsdp2", "offload_params": "cpu"} in fitting
+
+
+def test_packed_weights_are_sharded_where_they_are_stored_as_floats() -> None:
+    """FSDP2 keeps all packed weights on each rank if they are integers: the advice stores them in bf16."""
+    job = {"method": "qlora", "seq_len": 4096, "strategy": "fsdp2", "gpu": "8x12GiB", "kbit_prepare": False}
+    first = peftplan.advice(peftplan.estimate("llama-3.1-8b", **job))["12GiB"].changes[0]
+    assert first.options == {"quant_storage": "bf16"}
+    changed = peftplan.estimate("llama-3.1-8b", **job, quant_storage="bf16")
+    assert changed.gpus[0].verdict == first.verdict == "tight"
