@@ -160,8 +160,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
+        own = holding.states_of if job.distributed.strategy == "fsdp2" else None  # without the padding of short shards
         return program._replace(
-            shards=holding.parameters.all, syncs_each_batch=bool(job.distributed.sync_each_batch) or by.layout.syncs_each_batch
+            shards=(own or holding.parameters).all,
+            syncs_each_batch=bool(job.distributed.sync_each_batch) or by.layout.syncs_each_batch,
         )
     masters, dtype = holding.states_of.all if holding.states_of else (), str(job.setup.autocast)
     if job.distributed.strategy == "zero0":

@@ -15,7 +15,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.distributed.ddp import buckets
 from peftplan.distributed.device_map import largest
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.tensor_parallel import shards_of
+from peftplan.distributed.tensor_parallel import rows_of, shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation, Category, Line, Place
@@ -42,23 +42,29 @@ class Holding(NamedTuple):
     device: int | None = None
     """Of a `device_map`, the GPU that holds it; None: one of them."""
     rank: int | None = None
-    """Under ZeRO-1 and ZeRO-2, the rank whose gradients are kept; None: one of them."""
+    """Where ranks hold unlike parts, the one that holds these; None: the one that is counted for all, or one of them."""
     ranks: tuple[int, ...] = ()
     """Under ZeRO-1 and ZeRO-2, the ranks of which one needs the most memory (`zero.unlike_ranks`)."""
 
 
 def holding(
-    parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str, upcasts: bool
+    parameters: Parameters,
+    distributed: Distributed,
+    architecture: Architecture,
+    *,
+    autocast: str,
+    upcasts: bool,
+    rank: int = 0,
 ) -> Holding:
     """What a rank holds of these parameters. `autocast`: accelerate's `mixed_precision`; `upcasts`: where there is one,
-    what trains is cast to fp32 under FSDP2.
+    what trains is cast to fp32 under FSDP2. `rank`: the one that holds it; ranks of ZeRO hold as much.
     """
     strategy = distributed.strategy
     if strategy == "fsdp2":
-        part = shards_of(parameters, architecture, distributed)
-        return _of_fsdp2(part, distributed, upcasts=upcasts and autocast != "none")
+        part = shards_of(parameters, architecture, distributed, rank)
+        return _of_fsdp2(part, distributed, upcasts=upcasts and autocast != "none", rank=rank)
     if strategy == "fsdp1":
-        return _of_fsdp1(parameters, distributed, autocast=autocast)
+        return _of_fsdp1(parameters, distributed, autocast=autocast, rank=rank)
     if strategy == "zero0":
         return _of_zero_0(parameters, distributed, autocast=autocast)
     if strategy in ("zero1", "zero2", "zero3"):
@@ -66,7 +72,7 @@ def holding(
     if strategy == "ddp":
         return Holding(parameters, buckets(parameters, distributed))
     if strategy == "tp":
-        return Holding(shards_of(parameters, architecture, distributed))
+        return Holding(shards_of(parameters, architecture, distributed, rank))
     return Holding(largest(parameters, distributed.world_size).parameters)
 
 
@@ -77,14 +83,22 @@ def _place(offload: str | None) -> Place:
 # -- FSDP2 ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, upcasts: bool) -> Holding:
+def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, upcasts: bool, rank: int) -> Holding:
     """`fully_shard`: each tensor in chunks of its first dim, ⌈rows/W⌉ rows on every rank, padded (torch,
-    distributed/fsdp/_fully_shard/_fsdp_param.py, `_init_sharded_param`). accelerate first casts what trains to fp32, 4-bit
-    models excepted.
+    distributed/fsdp/_fully_shard/_fsdp_param.py, `_init_sharded_param`). The optimizer sees a rank's own rows without padding.
+    accelerate first casts what trains to fp32, 4-bit models excepted.
     """
     place = _place(distributed.offload_params)
     shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), distributed.shards, place) for p in parameters.all]
-    return Holding(parameters._replace(all=tuple(shards)))
+    padded = parameters._replace(all=tuple(shards))
+    position, _ = distributed.place(rank) if rank else (0, 0)
+    if position == 0:
+        return Holding(padded)
+    own = [
+        shard._replace(shape=(rows_of(p.shape[0], distributed.shards, position), *p.shape[1:])) if p.shape else shard
+        for p, shard in zip(parameters.all, shards, strict=True)
+    ]
+    return Holding(padded, states_of=parameters._replace(all=tuple(own)))
 
 
 def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Parameter:
@@ -127,11 +141,12 @@ def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:
 # -- FSDP1 ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str) -> Holding:
+def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str, rank: int) -> Holding:
     """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). Under peft's wrap policy what
     trains of an adapter is a unit of its own, each tensor.
     """
     place = _place(distributed.offload_params)
+    position, _ = distributed.place(rank) if rank else (0, 0)
     trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     parameters_of_rank: list[Parameter] = []
@@ -147,7 +162,7 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
         parameters_of_rank += flat
         if trained:
-            stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members)
+            stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
     return Holding(
         parameters._replace(all=tuple(parameters_of_rank)),
         states_of=parameters._replace(all=tuple(stepped)),
@@ -195,16 +210,18 @@ def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: P
             yield p._replace(shape=(0,), trainable=False, allocations=rest)
 
 
-def _views(flat: Parameter, members: list[Parameter]) -> Iterator[Parameter]:
-    """What the optimizer of rank 0 steps over: the parts of the tensors that lie in its shard (`use_orig_params`). Members of
+def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator[Parameter]:
+    """What a rank's optimizer steps over: the parts of the tensors that lie in its shard (`use_orig_params`). Members of
     different layers are not told apart.
     """
     if len({p.copies for p in members}) > 1:
         yield flat
         return
-    left = flat.numel
+    skipped, left = position * flat.numel if position else 0, flat.numel
     for p in members:
-        part = min(p.numel, left)
+        before = min(p.numel, skipped)
+        skipped -= before
+        part = min(p.numel - before, left)
         left -= part
         if part:
             (stored,) = flat.allocations

@@ -124,6 +124,15 @@ class Distributed(BaseModel):
         """The number of ranks that share a matrix: under tensor parallelism all of a pipeline's stage unless `tp_size` is set."""
         return self.tp_size or (self.world_size // (self.pp_size or 1) if self.strategy == "tp" else 1)
 
+    def place(self, rank: int) -> tuple[int, int]:
+        """A rank's place in its shard group, and among those that share a matrix, which are neighbours (accelerate,
+        parallelism_config.py, `_get_mesh`)."""
+        return rank // self.divided % self.shards, rank % self.divided
+
+    def stage(self, rank: int) -> int:
+        """The stage of a pipeline that a rank is of; ranks of one stage are neighbours (transformers, distributed/utils.py)."""
+        return rank * (self.pp_size or 1) // self.world_size
+
     @property
     def facts(self) -> Facts:
         """The facts about the strategy."""

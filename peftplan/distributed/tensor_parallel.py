@@ -119,33 +119,52 @@ def _heads(a: Attention, ranks: int) -> Attention:
     return a._replace(num_attention_heads=a.num_attention_heads // ranks, num_key_value_heads=a.num_key_value_heads // ranks)
 
 
-def shards_of(parameters: Parameters, architecture: Architecture, distributed: Distributed) -> Parameters:
-    """The part of each parameter that the first rank holds, ⌈n/W⌉ of the divided dim."""
+def shards_of(parameters: Parameters, architecture: Architecture, distributed: Distributed, rank: int = 0) -> Parameters:
+    """The part of each parameter that a rank holds: ⌈n/W⌉ of the divided dim, of which the last ranks may have less."""
     ranks, stages = ranks_of(distributed), distributed.pp_size or 1
+    _, position = distributed.place(rank) if rank else (0, 0)
     if ranks == stages == 1:
         return parameters
     if stages > 1:
-        parameters = parameters._replace(all=tuple(_first_stage(parameters.all, architecture, stages)))
+        parameters = parameters._replace(all=tuple(_of_stage(parameters.all, architecture, distributed.stage(rank), stages)))
     dims = ((p, divided_dim(p, architecture, plans_of(distributed))) for p in parameters.all)
-    return parameters._replace(all=tuple(_shard(p, dim, ranks) for p, dim in dims))
+    return parameters._replace(all=tuple(_shard(p, dim, ranks, position) for p, dim in dims))
 
 
-def _first_stage(parameters: Sequence[Parameter], architecture: Architecture, stages: int) -> Iterator[Parameter]:
-    """The parameters of a pipeline's first stage: the first layers, ⌈n/stages⌉ of them, and all outside layers but the head
-    (transformers, distributed/pipeline_parallel.py, `layer_range_for_rank`)."""
-    last = ceil_div(1 + max((max(p.layers) for p in parameters if p.layers), default=0), stages)
-    head = architecture.output_embedding
+def largest_stage(parameters: Sequence[Parameter], stages: int) -> int:
+    """The stage of a pipeline that holds most: the last one has the norm, the first one another layer if they do not divide."""
+    return 0 if _num_layers(parameters) % stages else stages - 1
+
+
+def _num_layers(parameters: Sequence[Parameter]) -> int:
+    return 1 + max((max(p.layers) for p in parameters if p.layers), default=0)
+
+
+def _of_stage(parameters: Sequence[Parameter], architecture: Architecture, stage: int, stages: int) -> Iterator[Parameter]:
+    """The parameters of a pipeline's stage: its layers, the embedding on the first one, all else on the last one, which has a
+    tied embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`)."""
+    each, more = divmod(_num_layers(parameters), stages)
+    first = stage * each + min(stage, more)
+    here = range(first, first + each + (stage < more))
+    tied = all(p.name != f"{architecture.output_embedding}.weight" for p in parameters)
     for p in parameters:
-        if p.layers is None and (head is None or not p.name.startswith(f"{head}.")):
+        if p.layers is not None:
+            if kept := p.layers.intersection(here):
+                yield p._replace(layers=kept, copies=p.copies * len(kept) // len(p.layers))
+        elif stage == (0 if p.in_embedding else stages - 1) or (tied and stage == stages - 1):
             yield p
-        elif p.layers is not None and (kept := frozenset(layer for layer in p.layers if layer < last)):
-            yield p._replace(layers=kept, copies=p.copies * len(kept) // len(p.layers))
 
 
-def _shard(p: Parameter, dim: int | None, ranks: int) -> Parameter:
+def rows_of(rows: int, ranks: int, position: int) -> int:
+    """Rows of the chunk of a dim at a position among these ranks, which may be none (`torch.chunk`)."""
+    chunk = ceil_div(rows, ranks)
+    return max(0, min(chunk, rows - position * chunk)) if position else chunk
+
+
+def _shard(p: Parameter, dim: int | None, ranks: int, position: int) -> Parameter:
     if dim is None or ranks == 1:
         return p
-    shape = (*p.shape[:dim], ceil_div(p.shape[dim], ranks), *p.shape[dim + 1 :])
+    shape = (*p.shape[:dim], rows_of(p.shape[dim], ranks, position), *p.shape[dim + 1 :])
     allocations = tuple(a._replace(dims=shape) if a.dims == p.shape else a for a in p.allocations)
     return p._replace(shape=shape, allocations=allocations)
 

@@ -48,12 +48,38 @@ def inventory(job: Job) -> Inventory:
     built = built._replace(buffers=buffers)
     if kernels_of(setup.kernels or ()).embedding is not None:
         built = built._replace(all=tuple(_on_host(p) if p.in_embedding and p.owner == "base" else p for p in built.all))
-    own = None
-    if job.distributed is not None:
-        from peftplan.distributed.shards import holding
+    own = _holding(job, built, _largest_rank(job, built))
+    return Inventory(job, built, _lasting(job, built, own), own)
 
-        upcasts = quant is None and not setup.by.own_fsdp2
-        own = holding(built, job.distributed, architecture, autocast=str(setup.autocast), upcasts=upcasts)
+
+def _largest_rank(job: Job, built: Parameters) -> int:
+    """The rank that is counted for all: the first one, but in a pipeline."""
+    if job.distributed is None or job.distributed.pp_size in (None, 1):
+        return 0
+    from peftplan.distributed.tensor_parallel import largest_stage
+
+    return job.distributed.world_size // job.distributed.pp_size * largest_stage(built.all, job.distributed.pp_size)
+
+
+def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
+    if job.distributed is None:
+        return None
+    from peftplan.distributed.shards import holding
+
+    setup = job.setup
+    upcasts = job.quant is None and not setup.by.own_fsdp2
+    own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
+    return own._replace(rank=rank) if rank else own
+
+
+def on_rank(of_largest: Inventory, rank: int) -> Inventory:
+    """A job of FSDP, ZeRO or tensor parallelism as one of its ranks sees it. `of_largest`: as it is seen by the largest."""
+    if of_any_device(of_largest._replace(holding=None)):  # of ZeRO, whose ranks hold as much
+        assert of_largest.holding is not None
+        return of_largest._replace(holding=of_largest.holding._replace(rank=rank))
+    job, built = of_largest.job, of_largest.parameters
+    own = _holding(job, built, rank)
+    assert own is not None
     return Inventory(job, built, _lasting(job, built, own), own)
 
 

@@ -1,11 +1,10 @@
 """A job over several GPUs: what DeepSpeed refuses of it, and what its ranks hold."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.job.inventory import inventory, on_each_device
+from peftplan.job.inventory import Inventory, inventory, on_each_device, on_rank
 from peftplan.job.job import Job
-from peftplan.ledger import Ledger
 from peftplan.parameters import Parameters
 from peftplan.planning.assumed import of_ranks
 from peftplan.results.estimate import Peaks
@@ -13,6 +12,9 @@ from peftplan.results.estimate import Peaks
 if TYPE_CHECKING:
     from peftplan.analytic.instant import InstantPeaks
     from peftplan.results.distributed import OverGpus, RankGroup
+
+MOST_UNLIKE = 16
+"""Up to so many unlike ranks each is counted on its own: less than 0.2 s of each of ZeRO-2 for 8B parameters."""
 
 
 def refused_dtypes(job: Job, built: Parameters) -> str | None:
@@ -25,41 +27,86 @@ def refused_dtypes(job: Job, built: Parameters) -> str | None:
 
 
 def over_gpus(
-    job: Job, static: Ledger, peaks: Peaks | None, compute_capability: str, each: "Sequence[InstantPeaks]"
+    of_largest: Inventory, peaks: Peaks | None, compute_capability: str, each: "Sequence[InstantPeaks]"
 ) -> "OverGpus | None":
-    """What the ranks hold. All are counted as the largest: rank 0 with its full shards, under ZeRO where most gradients are.
-
-    `each`: the peaks of each GPU of a `device_map`, where they are known already.
+    """What the ranks hold. `of_largest`: the job as the largest rank sees it, with its `peaks`. `each`: the peaks of unlike
+    GPUs, where they are known already.
     """
+    job = of_largest.job
     if job.distributed is None:
         return None
-    from peftplan.results.distributed import OverGpus, RankGroup
+    from peftplan.results.distributed import OverGpus
 
-    if job.distributed.strategy == "device-map":
-        ledgers = {id(own.inventory.static): own.inventory.static for own in each}  # GPUs that hold as much have one
-        persistent = {ledger: lines.bytes() for ledger, lines in ledgers.items()}
-        known = (RankGroup((number,), persistent[id(own.inventory.static)], own) for number, own in enumerate(each))
-        groups = tuple(known if each else _groups(job, peaks, compute_capability))
-    else:
-        groups = (RankGroup((0, job.distributed.world_size - 1), static.bytes(), peaks),)
     return OverGpus(
         job.distributed,
         job.setup.batch_size,
         job.setup.gradient_accumulation_steps,
-        groups,
-        static.bytes(place="host"),
+        of_largest.static.bytes(place="host"),
         of_ranks(job.distributed),
+        Shares(of_largest, peaks, compute_capability, tuple(each)),
     )
 
 
-def _groups(job: Job, peaks: Peaks | None, compute_capability: str) -> "Iterator[RankGroup]":
-    """The GPUs of a `device_map`, with their peaks where there are any."""
-    from peftplan.analytic.engine import analytic_peaks
-    from peftplan.results.distributed import RankGroup
+class Shares(NamedTuple):
+    """What `results.distributed.OverGpus` makes its groups of ranks from."""
 
-    for number, of_device in enumerate(on_each_device(inventory(job))):
-        if peaks is None or peaks.devices:
-            own = peaks and peaks.devices[number]
-        else:
-            own = analytic_peaks(of_device, compute_capability=compute_capability)
-        yield RankGroup((number,), of_device.static.bytes(), own)
+    of_largest: Inventory
+    peaks: Peaks | None
+    compute_capability: str
+    each: "tuple[InstantPeaks, ...]"
+
+    def groups(self) -> "tuple[RankGroup, ...]":
+        """The groups of ranks with equal bytes. Of more than `MOST_UNLIKE` unlike ranks those that can be the largest have
+        peaks, and of a trace the ranks that were traced."""
+        distributed = self.of_largest.job.distributed
+        assert distributed is not None
+        if distributed.strategy == "device-map":
+            return tuple(self._of_devices())
+        groups: dict[object, RankGroup] = {}
+        for group in self._of_shapes():
+            peaks = group.peaks
+            needs = group.persistent, peaks and (*peaks.by_phase.items(), peaks.reserved)
+            same = groups.get(needs)
+            groups[needs] = group if same is None else same._replace(ranks=tuple(sorted((*same.ranks, *group.ranks))))
+        return tuple(groups.values())
+
+    def _of_devices(self) -> "Iterator[RankGroup]":
+        """The GPUs of a `device_map`."""
+        from peftplan.analytic.engine import analytic_peaks
+        from peftplan.results.distributed import RankGroup
+
+        known = (self.peaks and self.peaks.devices) or self.each
+        for number, of_device in enumerate(on_each_device(inventory(self.of_largest.job))):
+            own: Peaks | None = known[number] if known else None
+            if own is None and self.peaks is not None:
+                own = analytic_peaks(of_device, compute_capability=self.compute_capability)
+            yield RankGroup((number,), of_device.static, own)
+
+    def _of_shapes(self) -> "Iterator[RankGroup]":
+        """The ranks whose tensors have equal shapes."""
+        from peftplan.analytic.instant import InstantPeaks
+        from peftplan.distributed.alike import alike
+        from peftplan.results.distributed import RankGroup
+
+        job, built, _, holding = self.of_largest
+        assert job.distributed is not None
+        assert holding is not None
+        shapes = alike(built, job.distributed, job.architecture, autocast=str(job.setup.autocast))
+        known = dict(self.peaks.of_ranks) if self.peaks else {}
+        if self.peaks is not None and not known:
+            known[holding.rank or 0] = self.peaks
+        counted = [ranks[0] for ranks in shapes] if len(shapes) <= MOST_UNLIKE else [*holding.ranks, shapes[-1][0]]
+        if job.distributed.divided > 1 or job.distributed.cpu_ram_efficient_loading:
+            counted = []  # short parts of a matrix, and ranks that receive what the first one reads, were not rehearsed
+        for first, *others in shapes:
+            of_rank = self.of_largest if first == (holding.rank or 0) else on_rank(self.of_largest, first)
+            peaks = next((known[rank] for rank in (first, *others) if rank in known), None)
+            if peaks is None and isinstance(self.peaks, InstantPeaks) and first in counted:
+                peaks = self._counted(self.peaks, first)
+            yield RankGroup((first, *others), of_rank.static, peaks)
+
+    def _counted(self, of_largest: "InstantPeaks", rank: int) -> Peaks:
+        from peftplan.analytic.engine import analytic_peaks
+
+        of_rank = on_rank(of_largest.inventory, rank)
+        return analytic_peaks(of_rank, compute_capability=of_largest.compute_capability)

@@ -310,6 +310,6 @@ def _estimated(
         chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,
-        distributed=over_gpus(job, static, peaks, of_first, each),
+        distributed=over_gpus(question.inventory, peaks, of_first, each),
         config=config,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from peftplan.distributed.names import ALWAYS
+from peftplan.ledger import Ledger
+from peftplan.results.lines import line_documents
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -15,8 +19,16 @@ class Peaks(Protocol):
     """What is read of a rank's peaks (`results.estimate.Peaks`), when it is asked for: they may be replayed then."""
 
     @property
+    def ledgers(self) -> Mapping[str, Ledger]:
+        """Phase → the tensors alive at its peak."""
+
+    @property
     def by_phase(self) -> Mapping[str, int]:
         """Phase → allocated bytes."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of the overall peak."""
 
     @property
     def allocated(self) -> int:
@@ -28,38 +40,72 @@ class Peaks(Protocol):
 
 
 class RankGroup(NamedTuple):
-    """Ranks that hold the same."""
+    """Ranks that need the same."""
 
     ranks: tuple[int, ...]
-    """The first and the last of them."""
-    persistent: int
-    """Device bytes that last from step to step, and the gradients."""
+    """All of them, in order."""
+    static: Ledger
+    """What lasts from step to step, and the gradients; of the first of them, where tensors of equal bytes have other names."""
     peaks: Peaks | None
+
+    @property
+    def persistent(self) -> int:
+        """Device bytes that last from step to step, and the gradients."""
+        return self.static.bytes()
+
+    @property
+    def words(self) -> str:
+        """The ranks as a person reads them: `0, 2-7`."""
+        return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in _ranges(self.ranks))
 
     def to_dict(self) -> dict[str, object]:
         """The group in the JSON."""
-        first, last = self.ranks[0], self.ranks[-1]
         peaks = self.peaks
+        shown = peaks.ledgers[peaks.phase] if peaks else self.static
         return {
-            "ranks": {"first": first, "last": last, "count": last - first + 1},
+            "ranks": {"first": self.ranks[0], "last": self.ranks[-1], "count": len(self.ranks), "words": self.words},
             "persistent": self.persistent,
             "peak_by_phase": peaks and dict(peaks.by_phase),
             "peak_allocated": peaks and peaks.allocated,
             "peak_reserved": peaks and peaks.reserved,
+            "lines": line_documents(shown, peaks.ledgers if peaks else {}),
         }
 
 
-class OverGpus(NamedTuple):
+def _ranges(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of neighbours."""
+    ranges: list[tuple[int, int]] = []
+    for rank in ranks:
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1] = ranges[-1][0], rank
+        else:
+            ranges.append((rank, rank))
+    return ranges
+
+
+class Shares(Protocol):
+    """What the groups of ranks are made from (`planning.over_gpus.Shares`), as data."""
+
+    def groups(self) -> tuple[RankGroup, ...]: ...
+
+
+@dataclass(frozen=True)
+class OverGpus:
     """How a job is divided, and what its ranks need."""
 
     strategy: Distributed
     batch_size: int
     """Sequences of a rank per micro batch."""
     accumulation: int
-    ranks: tuple[RankGroup, ...]
     host_bytes: int
     """Host memory of a rank that outlasts a step: what is offloaded."""
     not_counted: tuple[str, ...]
+    shares: Shares = field(repr=False, compare=False)
+
+    @cached_property
+    def ranks(self) -> tuple[RankGroup, ...]:
+        """The ranks, equal ones in a group, counted when they are first read."""
+        return self.shares.groups()
 
     @property
     def global_batch_size(self) -> int:

@@ -158,6 +158,8 @@ class RankRangeDocument(TypedDict):
     first: int
     last: int
     count: int
+    words: str
+    """All of them: `0, 2-7`."""
 
 
 class RankGroupDocument(TypedDict):
@@ -167,8 +169,11 @@ class RankGroupDocument(TypedDict):
     persistent: int
     """Device bytes that last from step to step, and the gradients."""
     peak_by_phase: dict[Phase, int] | None
+    """null: not counted. Of more than 16 unlike ranks, and in a trace, only those are that can be the largest."""
     peak_allocated: int | None
     peak_reserved: int | None
+    lines: list[LineDocument]
+    """As in `memory`, of the group's first rank; without a peak, what lasts from step to step."""
 
 
 class GroupsDocument(TypedDict):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast, overload
 from peftplan.errors import InputError, OptionError
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import CATEGORIES, OF_SEVERAL_GPUS, Category, Ledger, Line
+from peftplan.results.lines import line_documents
 from peftplan.results.verdict import Verdict
 from peftplan.units import format_bytes
 
@@ -63,6 +64,8 @@ class Peaks:
     """What the engine took for granted besides the setup: what else a sample holds, which kernels ran."""
     devices: tuple[Peaks, ...] = field(default=(), repr=False)
     """The peaks of each GPU of a `device_map`, if a trace has them; the other fields are those of the GPU that needs most."""
+    of_ranks: tuple[tuple[int, Peaks], ...] = field(default=(), repr=False)
+    """Each rank that was traced, with its peaks, where several were."""
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -256,24 +259,7 @@ class Estimate:
 
     def lines(self) -> list[LineDocument]:
         """One record per line of the ledger; `model.layers.*.mlp.up_proj.weight` stands for the weights of all its layers."""
-        by_phase: dict[tuple[object, ...], dict[str, int]] = {}
-        for phase, ledger in (self.peaks.ledgers if self.peaks else {}).items():
-            for line in ledger:
-                of_line = by_phase.setdefault(_identity(line), {})
-                of_line[phase] = of_line.get(phase, 0) + line.bytes()
-        facts = [
-            {
-                "category": line.category,
-                "name": line.name.replace("{}", "*"),
-                "bytes": line.bytes(),
-                "bytes_by_phase": by_phase.get(_identity(line), {}),
-                "place": line.place,
-                "formula": line.formula,
-                "source": line.source,
-            }
-            for line in self.ledger
-        ]
-        return cast("list[LineDocument]", facts)
+        return line_documents(self.ledger, self.peaks.ledgers if self.peaks else {})
 
     def to_dict(self) -> EstimateDocument:
         """The JSON contract, bytes as integers; null is what this engine does not count."""
@@ -330,8 +316,3 @@ class Estimate:
             "runtime_context": card.runtime_context if card else None,
             "device_total": card.device_total if card else None,
         }
-
-
-def _identity(line: Line) -> tuple[object, ...]:
-    """What makes a line of one phase the same as a line of another; its copies may differ."""
-    return (line.category, line.name, line.dtype, line.dims, line.source)

@@ -100,8 +100,12 @@ def trace_peaks(
     logs = [log for traced in of_ranks for log in traced.devices or (traced,)]
     each = [_replayed(log, script, setup, record=record) for log in logs]
     peaks, runs_within = max(each, key=lambda of_one: of_one[0].allocated)
-    by_map = any(traced.devices for traced in of_ranks)
-    return (replace(peaks, devices=tuple(of_device for of_device, _ in each)) if by_map else peaks), runs_within
+    if any(traced.devices for traced in of_ranks):
+        peaks = replace(peaks, devices=tuple(of_device for of_device, _ in each))
+    elif len(ranks) > 1:
+        without_log = (replace(own, recording=None) for own, _ in each)
+        peaks = replace(peaks, of_ranks=tuple(zip(ranks, without_log, strict=True)))
+    return peaks, runs_within
 
 
 def _replayed(traced: Traced, script: Script, setup: Setup, *, record: bool) -> tuple[Peaks, Callable[[int], bool]]:

@@ -72,8 +72,8 @@ def test_heads_of_models_without_formula(model: str, gpus: int, accepted: str) -
 
 
 def test_a_stage_of_a_pipeline() -> None:
-    """Ranks share the matrices of a stage: 16 GPUs in two stages need heads for eight. The first stage holds the table of tokens
-    and half of the layers (transformers, distributed/pipeline_parallel.py, `layer_range_for_rank`)."""
+    """Ranks share the matrices of a stage: 16 GPUs in two stages need heads for eight. The last stage holds the head,
+    the norm and half of the layers (transformers, distributed/pipeline_parallel.py, `layer_range_for_rank`)."""
     result = peftplan.estimate("llama-3.1-8b", method="full", gpus=16, strategy="tp", pp_size=2)
     assert result.distributed is not None
     assert (result.peaks, result.distributed.strategy.divided, result.distributed.strategy.replicas) == (None, 8, 1)

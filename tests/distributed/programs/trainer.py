@@ -65,12 +65,10 @@ if job["method"] != "full":
     targets = job.get("target_modules", "all-linear")
     model = get_peft_model(model, LoraConfig(r=job.get("r", 16), target_modules=targets, task_type="CAUSAL_LM"))
 if "deepspeed" in job.get("arguments", {}):  # ranks that are not there cannot be asked whether they agree
-    import deepspeed.runtime.zero.partition_parameters
-    import deepspeed.runtime.zero.stage3
-    import deepspeed.runtime.zero.utils
+    from importlib import import_module
 
-    for module in (deepspeed.runtime.zero.utils, deepspeed.runtime.zero.stage3, deepspeed.runtime.zero.partition_parameters):
-        module.assert_ints_same_as_other_ranks = lambda *ints: None
+    for name in ("utils", "stage3", "partition_parameters", "partitioned_param_coordinator"):
+        import_module(f"deepspeed.runtime.zero.{name}").assert_ints_same_as_other_ranks = lambda *ints: None
 if "parallel" in job:
     from accelerate.parallelism_config import ParallelismConfig
 

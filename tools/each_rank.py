@@ -1,0 +1,58 @@
+"""Rehearse, and where a trace plays any rank, trace further ranks of the jobs of tools/rank_grid.py: ranks that need less.
+
+    python -m tools.each_rank 'NAME@RANK' ...      needs the CUDA build of torch, the traces DeepSpeed
+
+Rows lie in tests/distributed/each_rank.jsonl; tests/distributed/test_each_rank.py compares them with the groups of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tools.rank_grid import jobs
+from tools.rank_jobs import CARD, LIBRARIES, ROOT, command
+from tools.rank_traces import traced
+
+ROWS = ROOT / "tests" / "distributed" / "each_rank.jsonl"
+ANY_RANK = ("zero1", "zero2")
+"""Strategies of which a trace plays any rank."""
+
+
+def rows(path: Path = ROWS) -> list[dict[str, Any]]:
+    """What was rehearsed."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(name: str, rank: int) -> None:
+    """Rehearse a rank of a job, trace it where that is possible, and append the row."""
+    from peftplan.rehearse import rehearse
+
+    of_grid = next(job for job in jobs() if job["name"] == name)
+    result = rehearse(
+        command(of_grid),
+        gpu=f"{of_grid['world']}x{CARD}",
+        world_size=of_grid["world"],
+        rank=rank,
+        steps=3,
+        timeout=600,
+        stdout=os.open(os.devnull, os.O_WRONLY),
+    )
+    rehearsed = result.largest_rank
+    assert rehearsed is not None, result.ended
+    assert result.ended == "steps", result.ended
+    row = {**of_grid, "rank": rank, "peak_by_phase": rehearsed.peak_by_phase, "peak_reserved": rehearsed.peak_reserved}
+    if of_grid["strategy"] in ANY_RANK:
+        row["traced"] = traced(row)
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "versions": {name: version(name) for name in LIBRARIES}}) + "\n")
+
+
+if __name__ == "__main__":
+    for words in sys.argv[1:]:
+        job_name, _, number = words.rpartition("@")
+        run(job_name, int(number))
