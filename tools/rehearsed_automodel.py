@@ -10,10 +10,13 @@ has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 
 from __future__ import annotations
 
+import importlib
+import os
 import runpy
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -125,6 +128,20 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", __name__, "--config", str(file)]
         ranks = options(row)["gpus"]
         return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+
+
+def fused_adam(*arguments: Any, **settings: Any) -> Any:
+    """Transformer Engine's own optimizer without its compiled part, whose kernels work in place: of the folder of its wheel."""
+    package = Path(os.environ["TRANSFORMER_ENGINE"])
+    for folder in ("", ".pytorch", ".pytorch.optimizers", ".pytorch.tensor"):
+        module = ModuleType(f"transformer_engine{folder}")
+        module.__path__ = [str(package.joinpath(*folder.split(".")))]
+        sys.modules[module.__name__] = module
+    for name in ("_torch", ".pytorch.constants", ".pytorch.quantized_tensor", ".pytorch.tensor.float8_tensor"):
+        compiled = ModuleType(f"transformer_engine{name}")
+        compiled.__dict__["__getattr__"] = lambda name: type(name, (), {"__new__": lambda cls, *_: None, "kFloat32": 0})
+        sys.modules[compiled.__name__] = compiled
+    return importlib.import_module("transformer_engine.pytorch.optimizers.fused_adam").FusedAdam(*arguments, **settings)
 
 
 class Agreeing:

@@ -137,19 +137,31 @@ def phi3(c: Fields, task_type: str) -> Architecture:
 
 
 def glm4(c: Fields, task_type: str) -> Architecture:
-    """GLM-4: gate and up in one matrix, norms before and after attention and MLP, half of a head rotated; o has no bias."""
+    """GLM-4 of 0414: GLM with norms behind attention and MLP too."""
     n = read_dims(c, kv=2, head_dim=128)
     norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+    block = uniform_block(c, n, n.attention, fused_gate_up=True)._replace(norm_position="sandwich")
+    return _glm(c, n, block, task_type, stem="Glm4", norms=norms)
+
+
+def glm(c: Fields, task_type: str) -> Architecture:
+    """GLM-4: gate and up in one matrix, half of a head rotated; o has no bias."""
+    n = read_dims(c, kv=2, head_dim=128)
+    block = uniform_block(c, n, n.attention, fused_gate_up=True)
+    return _glm(c, n, block, task_type, stem="Glm", norms=("input_layernorm", "post_attention_layernorm"))
+
+
+def _glm(c: Fields, n: Dims, block: Block, task_type: str, *, stem: str, norms: tuple[str, ...]) -> Architecture:
     backbone = decoder_backbone(
         c,
         n,
-        stem="Glm4",
+        stem=stem,
         layer=(
             *attention_modules(n, qkv_bias=c.bool("attention_bias", default=True)),
             *fused_mlp(n),
             *rmsnorms(n, *norms),
         ),
-        blocks=(uniform_block(c, n, n.attention, fused_gate_up=True)._replace(norm_position="sandwich"),),
+        blocks=(block,),
         rotary_dim=partial_rotary_dim(c, n.d, default=0.5),
     )
     return decoder_model(backbone, c, task_type)

@@ -30,6 +30,7 @@ READERS: dict[str, tuple[str, str, str]] = {
     "olmo2": ("llama", "olmo2", "CAUSAL_LM"),
     "granite": ("llama", "granite", "CAUSAL_LM"),
     "smollm3": ("llama", "smollm3", "CAUSAL_LM"),
+    "glm": ("llama", "glm", "CAUSAL_LM"),
     "glm4": ("llama", "glm4", "CAUSAL_LM"),
     "ministral3": ("llama_later", "ministral3", "CAUSAL_LM"),
     "seed_oss": ("llama_later", "seed_oss", "CAUSAL_LM"),

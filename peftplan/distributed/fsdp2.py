@@ -92,6 +92,7 @@ class Fsdp2(OneDevice):
         joined: Mapping[str, str],
     ) -> None:
         self.f, self.units, self.world_size = f, units, world_size
+        self.ranks = world_size
         self.reduce_dtype, self.offloads, self.replicates = reduce_dtype, offloads, replicates
         self.by_name = {unit.name: unit for unit in units if unit.members}
         self.joined = joined

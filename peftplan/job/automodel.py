@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
-    *("llama", "qwen2", "qwen3", "t5"),
+    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -36,18 +36,27 @@ def _knows_cut(job: Job) -> bool:
     return job.is_full_or_lora and not (job.method_name == "full" and defers)
 
 
+def _knows_muon(job: Job) -> bool:
+    """Whether dion's Muon was rehearsed: of matrices in bf16 that ranks share by rows alone."""
+    distributed = job.distributed
+    shared = distributed is not None and distributed.tp_size in (None, 1) and distributed.shards == distributed.world_size
+    return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
+
+
 def without_formula(job: Job) -> str | None:
     """Why a step of the recipe has no formula; None where it has one."""
     architecture, setup = job.architecture, job.setup
     unknown = {
         f"model type {architecture.model_type}": architecture.model_type
         not in (REHEARSED if job.quant is None else REHEARSED_QUANTIZED),
-        f"method {job.method_name}": not job.is_full_or_lora,
+        f"method {job.method_name}": not job.is_full_or_lora or (architecture.model_type == "gpt2" and job.method_name != "full"),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job),
         f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
-        f"optim {setup.optim}": parse_optim(str(setup.optim)).name not in REHEARSED_OPTIMIZERS,
+        f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
+        or (name == "dion_muon" and not _knows_muon(job))
+        or (name == "te_fused_adam" and builds(job)),  # with Transformer Engine they use its attention
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)

@@ -26,8 +26,10 @@ LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
 """The optimizers that peft's LoRA-FA optimizer replaces; any other runs as set."""
 
 
-def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool) -> None:
-    """Gradient clipping, then the step; `freezes_a`: that of LoRA-FA.
+def optimizer_step(
+    f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool, ranks: int = 1
+) -> None:
+    """Gradient clipping, then the step; `freezes_a`: that of LoRA-FA. `ranks`: how many hold shards of each parameter.
 
     Raises NeedsTraceError for optimizers whose temporaries have no formula, NoEngineError for those that no engine knows.
     """
@@ -41,6 +43,11 @@ def optimizer_step(f: Tape, optimizer: Optimizer, trained: list[Parameter], *, c
         _lorafa_step(f, trained)
         return
     if optimizer.step_implementation in IN_PLACE:
+        return
+    if optimizer.name == "dion_muon":
+        from peftplan.memory.dion_step import muon
+
+        muon(f, trained, ranks)
         return
     if (loop := LOOPS.get(optimizer.name)) is not None:
         loop(f, [*_two_layers(trained)])

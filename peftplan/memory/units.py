@@ -28,6 +28,9 @@ class Units(Protocol):
     """How many are run: one that finds no gradients, one that finds some, and one more that finds what the allocator kept of
     both, or that differs as the last."""
 
+    ranks: int
+    """How many hold shards of each parameter that the optimizer steps over."""
+
     def enter(self, name: str) -> None:
         """Before the part runs on what needs no gradient."""
 

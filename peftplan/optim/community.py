@@ -15,7 +15,7 @@ from typing import Literal
 
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation
-from peftplan.optim.optimizer import OptimArgs, Param, like, scalar
+from peftplan.optim.optimizer import OptimArgs, Param, like, scalar, truth
 from peftplan.units import ceil_div
 
 SCALED_TOGETHER = 32
@@ -92,6 +92,24 @@ def moonlight_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...
     if by_muon(param.name, param.shape):
         return (like(param, "momentum_buffer"),)
     return (like(param, "moment1"), like(param, "moment2"))
+
+
+def dion_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """dion's Muon: a momentum for matrices inside layers, AdamW's two moments and a step for all else."""
+    if by_muon(param.name, param.shape):
+        return (like(param, "momentum"),)
+    return (like(param, "momentum"), like(param, "variance"), scalar("step_dev"))
+
+
+def te_fused_adam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """FusedAdam: two moments in fp32, and with `master_weights` a master weight in fp32, of bf16 with `store_param_remainders`
+    the 16 bits that the weight lacks.
+    """
+    states = (like(param, "exp_avg", dtype="fp32"), like(param, "exp_avg_sq", dtype="fp32"))
+    if not truth(optim_args.get("master_weights", "False")):
+        return states
+    remainders = truth(optim_args.get("store_param_remainders", "False")) and param.dtype == "bf16"
+    return (*states, like(param, "master_param", dtype="int16" if remainders else "fp32"))
 
 
 def blocks(name: str) -> Literal["elements", "heads", "rows", "tensor"]:

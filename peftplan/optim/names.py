@@ -12,12 +12,14 @@ from peftplan.optim.adafactor import adafactor, adalomo, lomo
 from peftplan.optim.bnb import ademamix, bnb, code_tables, one_state, two_state
 from peftplan.optim.community import (
     adam_mini,
+    dion_muon,
     flash_adamw,
     grokadamw,
     moonlight_muon,
     schedule_free_adamw,
     schedule_free_sgd,
     stable_adamw,
+    te_fused_adam,
 )
 from peftplan.optim.low_rank import apollo_adamw, galore_adafactor, galore_adamw, galore_adamw_8bit, galore_adamw_8bit_layerwise
 from peftplan.optim.optimizer import (
@@ -46,6 +48,7 @@ APOLLO: Reads = {**GALORE, "proj": str, "scale_type": str}
 GROK: Reads = dict.fromkeys(("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), float)
 FREE: Reads = {"weight_lr_power": float, "r": float}
 FLASH: Reads = {"master_weight_bits": int}
+MASTERS: Reads = dict.fromkeys(("master_weights", "store_param_remainders"), truth)
 MINI: Reads = {"dim": int, "n_heads": int}
 STABLE: Reads = {"max_lr": float, "kahan_sum": str, "decouple_lr": str}
 
@@ -119,9 +122,13 @@ OPTIMIZERS: dict[str, Optimizer] = {row.name: row for row in _ROWS}
 
 OF_AUTOMODEL: dict[str, Optimizer] = {
     "adam": _torch("adam", "Adam", adamw, {}),
+    "dion_muon": Optimizer("dion_muon", "dion", "dion.Muon", "for-loop", dion_muon, made_with_states=True),
+    "te_fused_adam": Optimizer(
+        "te_fused_adam", "transformer-engine", "transformer_engine.pytorch.optimizers.FusedAdam", "kernel", te_fused_adam, MASTERS
+    ),
     "flash_adamw": Optimizer("flash_adamw", "flashoptim", "flashoptim.FlashAdamW", "kernel", flash_adamw, FLASH),
 }
-"""Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients."""
+"""Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients; Muon."""
 OF_LLAMA_FACTORY: dict[str, Optimizer] = {
     "adam_mini": Optimizer("adam_mini", "adam-mini", "adam_mini.Adam_mini", "for-loop", adam_mini, MINI),
     "moonlight_muon": Optimizer(

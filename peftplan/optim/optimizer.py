@@ -52,6 +52,8 @@ VERSIONS: dict[str, str] = {
     "torch-optimi": "0.3.3",
     "flashoptim": "0.1.4",
     "adam-mini": "1.1.1",
+    "dion": "0.1.0",
+    "transformer-engine": "2.20.2",
     "llamafactory": "0.9.5",
 }
 """The packages that optimizers come from, with the version whose source was read and run."""

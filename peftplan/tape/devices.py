@@ -11,6 +11,8 @@ from peftplan.tape.tensors import Backward, Dims, Node, Operand, Tensor
 class OneDevice:
     """Where all of a model is on one GPU: nothing is moved."""
 
+    ranks = 1
+
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states that a layer is called on."""
         return x

@@ -86,6 +86,7 @@ VARIANTS: dict[str, list[Config]] = {
         {"use_sliding_window": True, "sliding_window": 8, "no_rope_layers": [1, 0, 1]},
         {"use_sliding_window": True, "sliding_window": 8, "layer_types": SLIDING, "num_key_value_heads": None},
     ],
+    "glm": [{"attention_bias": False, "head_dim": 8}, {"tie_word_embeddings": True, "partial_rotary_factor": 0.3}],
     "glm4": [
         {"attention_bias": False, "head_dim": 8},
         {"tie_word_embeddings": True},

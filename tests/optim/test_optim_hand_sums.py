@@ -101,6 +101,26 @@ def test_low_rank_targets(optim, dtype, optim_args, device_bytes):
     assert nbytes(optim, shape=MATRIX, dtype=dtype, in_target=True, optim_args=optim_args, shared=True) == device_bytes
 
 
+def test_muon_of_dion_has_a_momentum_of_matrices_inside_layers():
+    """A second moment, and a step of 4 bytes on the device, of all else (dion 0.1.0, megabatch_base.py:198)."""
+    of = {name: nbytes("dion_muon", shape=MATRIX, name=name) for name in ("model.layers.{}.mlp.up_proj.weight", "lm_head.weight")}
+    assert [*of.values()] == [2 * 4_194_304, 4 * 4_194_304 + 4]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optim_args", "of_master"),
+    [
+        ("bf16", {}, 0),
+        ("bf16", {"master_weights": "True"}, 4),
+        ("bf16", {"master_weights": "True", "store_param_remainders": "True"}, 2),
+        ("fp32", {"master_weights": "True", "store_param_remainders": "True"}, 4),
+    ],
+)
+def test_fused_adam_of_transformer_engine_has_master_weights_or_what_these_have_beside_bf16(dtype, optim_args, of_master):
+    """transformer-engine 2.20.2, pytorch/optimizers/fused_adam.py (`_initialize_state`): two moments in fp32."""
+    assert nbytes("te_fused_adam", shape=(1000,), dtype=dtype, optim_args=optim_args) == (8 + of_master) * 1000
+
+
 @pytest.mark.parametrize(
     ("dtype", "optim_args", "of_master"), [("bf16", {}, 1), ("bf16", {"master_weight_bits": "32"}, 2), ("fp32", {}, 0)]
 )

@@ -29,6 +29,9 @@ LARGEST_OF_PHASE = 0.15
 SHARED_SEGMENTS = {"t5-large": 0.16}
 """Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's
 temporaries, one parameter after the other, leave gaps; here those of each family lie side by side."""
+INTERLEAVED = {"qwen2.5-1.5b dion_muon": 0.3}
+"""Per cent of all: dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit and 16 MiB of segments, here
+family by family."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
@@ -42,10 +45,11 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
         del drifts["reserved"]
     tail = TAIL.get(f"{row['model']} {row['options'].get('target_modules')}", 0.0)
     reserved = SHARED_SEGMENTS.get(row["model"], LARGEST["reserved"])
-    most = {"allocated": max(LARGEST["allocated"], tail), "reserved": reserved}
+    loose = INTERLEAVED.get(f"{row['model']} {row['options'].get('optim')}", 0.0)
+    most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
-    assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
+    assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
 
 
 def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:
@@ -98,6 +102,27 @@ def test_what_of_t5_was_not_rehearsed(model: str, checkpoints: bool, unknown: st
     result = peftplan.estimate(model, **job, gradient_checkpointing=checkpoints)
     assert (result.peaks is None) is (unknown is not None)
     assert unknown is None or result.not_modelled[0] == f"a step with FSDP2 over 8 GPUs and {unknown} (no formula yet)"
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [({}, None), ({"method": "lora"}, "dion_muon"), ({"dtype": "fp32"}, "dion_muon"), ({"optim": "te_fused_adam"}, "te_fused")],
+)
+def test_muon_steps_over_whole_matrices(options: dict[str, Any], unknown: str | None) -> None:
+    """8 ranks share 56 matrices of gate and up, and 28 of down: each makes 7 whole, and 4 of 32, which zeros fill up.
+
+    At the peak gate and up have five tensors of their size: the stack, what was received, the result, its parts, the updates.
+    down_proj has eight: the stack, what was received, the matrices, x and four products; and one product of its short side.
+    """
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "optim": "dion_muon"}
+    result = peftplan.estimate("qwen2.5-7b", **job | options, seq_len=512)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]
+    if result.peaks is not None:
+        h, i = 3584, 18_944
+        lines = result.peaks.ledgers["step"].lines
+        sent = sum(line.bytes() for line in lines if line.category == "temporaries" and not line.name.startswith("tails"))
+        assert sent == 2 * (5 * 7 * h * i + 8 * 4 * h * i + 4 * h * h + h // 8 * i)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _causal("gemma2", "Gemma2", GQA),
     "gemma3_text": _causal("gemma3_text", "Gemma3", GQA),
     "olmo2": _causal("olmo2", "Olmo2", GQA),
+    "glm": _causal("glm", "Glm", GQA),
     "glm4": _causal("glm4", "Glm4", GQA),
     "phi": _causal("phi", "Phi", PLAIN),
     "gpt2": Family({"model_type": "gpt2", **GPT2}, "GPT2LMHeadModel", "CAUSAL_LM", ["c_attn"]),

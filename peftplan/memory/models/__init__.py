@@ -31,6 +31,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "olmo": ("llama", "olmo"),
     "olmo2": ("llama", "olmo2"),
     "phi3": ("llama", "phi3"),
+    "glm": ("llama", "glm"),
     "glm4": ("llama", "glm4"),
     "ministral3": ("llama", "llama"),
     "seed_oss": ("llama", "seed_oss"),

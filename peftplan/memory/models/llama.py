@@ -1,6 +1,6 @@
 """Families of the Llama shape, by what they do differently.
 
-Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,phi3,glm4,smollm3,starcoder2,seed_oss,
+Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,phi3,glm,glm4,smollm3,starcoder2,seed_oss,
 hunyuan_v1_dense,exaone4,arcee,ernie4_5}/modeling_*.py.
 """
 
@@ -52,6 +52,7 @@ olmo2 = partial(
     ),
 )
 phi3 = partial(decoder, style=Style(rotate=partly_rotary_in_turn, by_head=True))
+glm = partial(decoder, style=Style(rotate=interleaved, by_head=True))
 glm4 = partial(
     decoder,
     style=Style(

@@ -20,6 +20,10 @@ def test_nemo_builds_some_models_itself() -> None:
         ("meta-llama/Llama-3.2-1B", None, [], "automodel"),
         ("meta-llama/Llama-3.2-1B", True, [], "automodel-hf"),
         ("mistralai/Mistral-7B-v0.1", None, [], "automodel"),
+        ("baidu/ERNIE-4.5-21B-A3B-PT", None, ["model"], "automodel"),
+        ("baidu/ERNIE-4.5-0.3B-PT", None, [], "automodel"),  # `Ernie4_5ForCausalLM` is not in the registry
+        ("zai-org/glm-4-9b-chat-hf", None, [], "automodel"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None, [], "automodel"),
     ):
         model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
         plan = read({**config, "model": model})
@@ -151,6 +155,47 @@ def test_losses_and_optimizers_of_nemo() -> None:
     alone = of_nemo(sharded | {"defer_fsdp_grad_sync": False}, step_scheduler={"global_batch_size": 8, "local_batch_size": 1})
     assert "sync_each_batch" not in alone.options
     assert alone.read["distributed.defer_fsdp_grad_sync"].why == "a step has one micro batch"
+
+
+@pytest.mark.parametrize(
+    ("fields", "unsupported"),
+    [
+        ({"scalar_opt": "adamw", "use_triton": False, "flatten": False, "nesterov": False, "mu": 0.95}, []),
+        ({"scalar_opt": "lion", "use_triton": True, "nesterov": True}, ["nesterov", "scalar_opt", "use_triton"]),
+    ],
+)
+def test_muon_of_nemo(fields: dict[str, object], unsupported: list[str]) -> None:
+    """nemo_automodel 0.7.0, components/optim/optimizer.py (`MuonConfig`)."""
+    plan = of_nemo({"strategy": "fsdp2"}, optimizer={"_target_": "dion.Muon", "lr": 5e-4, **fields})
+    assert plan.options["optim"] == "dion_muon"
+    assert sorted(key.rpartition(".")[2] for key in plan.unsupported) == unsupported
+
+
+@pytest.mark.parametrize(
+    ("fields", "optim_args", "unsupported"),
+    [
+        ({"master_weights": True, "store_param_remainders": True}, "master_weights=True,store_param_remainders=True", []),
+        ({"master_weights": True, "exp_avg_dtype": "torch.float32"}, "master_weights=True", []),
+        ({"exp_avg_dtype": "torch.uint8"}, None, ["optimizer.exp_avg_dtype"]),
+    ],
+)
+def test_fused_adam_of_nemo(fields: dict[str, object], optim_args: str | None, unsupported: list[str]) -> None:
+    """transformer-engine 2.20.2, pytorch/optimizers/fused_adam.py: defaults without master weights, moments in fp32."""
+    plan = of_nemo(
+        {"strategy": "fsdp2"}, optimizer={"_target_": "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam", **fields}
+    )
+    assert (plan.options["optim"], plan.options.get("optim_args"), [*plan.unsupported]) == (
+        "te_fused_adam",
+        optim_args,
+        unsupported,
+    )
+
+
+def test_rows_of_megatron_have_one_length() -> None:
+    """components/datasets/llm/megatron_dataset.py:360."""
+    dataset = {"_target_": "nemo_automodel.components.datasets.llm.megatron_dataset.MegatronPretraining", "seq_length": 1024}
+    plan = of_nemo({"strategy": "fsdp2"}, dataset=dataset)
+    assert (plan.options["seq_len"], plan.assumed["seq_len"]) == (1024, "each row has dataset.seq_length tokens")
 
 
 def test_nemo_says_which_dtype_of_the_checkpoint_it_takes() -> None:
