@@ -10,7 +10,9 @@ import pytest
 
 import peftplan
 from peftplan.cli import main
-from peftplan.errors import PeftplanError
+from peftplan.errors import InputError, PeftplanError
+from peftplan.job.job import Job
+from peftplan.job.launch.accelerate import passed_options
 from peftplan.job.prepare import prepare
 from peftplan.planning.advising import advice
 
@@ -90,6 +92,27 @@ def test_the_strategy_of_fsdp_1_in_accelerate_s_file(field: str, runs: bool) -> 
     assert job.distributed is not None
     assert job.distributed.reshard_after_forward is runs
     assert any("FULL_SHARD" in note for note in job.architecture.notes) is runs
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_the_strategy_of_fsdp_2_is_a_switch(passed: bool) -> None:
+    """accelerate, utils/dataclasses.py: under FSDP2 it reads no `sharding_strategy`, and `reshard_after_forward` must be a bool.
+    transformers, training_args.py, `_process_fsdp_args`: `str_to_bool` of the same field raises ValueError."""
+
+    def job(**fields: object) -> Job:
+        if passed:
+            return prepare("gpt2", method="full", gpus=4, **passed_options(fields))
+        fsdp = {"fsdp_version": 2, **{f"fsdp_{name}": value for name, value in fields.items()}}
+        config = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": fsdp}
+        return prepare("gpt2", method="full", accelerate_config=config)
+
+    with pytest.raises(InputError, match="reshard_after_forward: 'SHARD_GRAD_OP' is not valid; accepted: true, false"):
+        job(reshard_after_forward="SHARD_GRAD_OP")
+    ignored = job(sharding_strategy="SHARD_GRAD_OP")
+    assert ignored.distributed is not None
+    assert ignored.distributed.reshard_after_forward is not False
+    assert any("does not read sharding_strategy SHARD_GRAD_OP" in note for note in ignored.architecture.notes)
+    assert not any("sharding_strategy" in note for note in job(sharding_strategy="FULL_SHARD").architecture.notes)
 
 
 def test_deepspeed_config(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ FILES = {"accelerate_config": "accelerate", "deepspeed": "deepspeed"}
 """Option that names a launch file → the module of this package whose `options` reads it."""
 
 
-OF_FSDP = ("fsdp_word", "fsdp_unread", "fsdp_passed", "fsdp_unstated")
+OF_FSDP = ("fsdp_word", "fsdp_unread", "fsdp_passed", "fsdp_unstated", "fsdp_ignored")
 """What files and TrainingArguments ask of FSDP (`accelerate.of_release`); no options of their own."""
 
 

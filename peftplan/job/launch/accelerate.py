@@ -49,9 +49,9 @@ FSDP_FIELDS = {
     "activation_checkpointing_offload": "offload_checkpoints",
 }
 """Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
-WORD, UNREAD, PASSED, UNSTATED = OF_FSDP
+WORD, UNREAD, PASSED, UNSTATED, IGNORED = OF_FSDP
 """FSDP1's strategy that a word of TrainingArguments asks for, that `reshard_after_forward` of accelerate's file does, and that
-of `fsdp_config`; which fields of `fsdp_config` are left to transformers (`of_release`)."""
+of `fsdp_config`; which fields of `fsdp_config` are left to transformers; a `sharding_strategy` that nobody reads (`of_release`)."""
 ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
 """What FSDP2 ignores."""
 WORDS: dict[str, dict[str, object]] = {
@@ -113,8 +113,11 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
     if version == "1":
         stated = {WORD: plain.pop("word", None), UNREAD: plain.pop("reshard_after_forward", None)}
         sharding |= {name: str(value) for name, value in stated.items() if value is not None}
-    elif (word := plain.pop("word", None)) is not None and "reshard_after_forward" not in plain:
-        plain["sharding_strategy"] = word
+    else:
+        word = plain.pop("word", None)
+        sharding |= _ignored(plain.pop("sharding_strategy", None))
+        if word is not None and "reshard_after_forward" not in plain:
+            sharding["reshard_after_forward"] = _resharding("sharding_strategy", word)
     for name, value in plain.items():
         if name == "limit_all_gathers" and version == "1" and not asks(value):
             why = "without it the host may free and gather any number of units ahead of the GPU, which is not counted"
@@ -128,10 +131,24 @@ def fsdp_options(fields: Mapping[str, object]) -> Options:
             if option == "forward_prefetch" and asks(value):
                 raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, "forward_prefetch is not yet implemented in FSDP2")
             continue
-        if option == "reshard_after_forward" and str(value).lower() in UNSHARDED:
-            raise OptionError(f"{ACCELERATE}: fsdp_{name}", value, UNSHARDED[str(value).lower()])
+        if option == "reshard_after_forward":  # of FSDP2 a switch (utils/dataclasses.py: "please set to a `bool`")
+            field = f"{ACCELERATE}: fsdp_{name}"
+            sharding[option] = switch(value, field) if version == "2" else _resharding(name, value)
+            continue
         sharding[option] = _worded(option, value, f"{ACCELERATE}: fsdp_{name}")
     return {name: value for name, value in sharding.items() if not (name == "offload_checkpoints" and value is False)}
+
+
+def _resharding(name: str, strategy: object) -> object:
+    """Whether a strategy frees gathered weights after forward. Raises OptionError for one that is not counted."""
+    field = f"{ACCELERATE}: fsdp_{name}"
+    if (why := UNSHARDED.get(str(strategy).lower())) is not None:
+        raise OptionError(field, strategy, why)
+    return _worded("reshard_after_forward", strategy, field)
+
+
+def _ignored(strategy: object) -> Options:
+    return {} if strategy is None or str(strategy).lower() in FULL else {IGNORED: str(strategy).upper()}
 
 
 UNSHARDED = {
@@ -161,8 +178,8 @@ def passed_options(fields: Mapping[str, object]) -> Options:
     """What `fsdp_config` of TrainingArguments says, with the words of `fsdp`: FSDP2 by default. transformers does not read
     `sharding_strategy`, of accelerate's own file."""
     plain = {name.removeprefix("fsdp_"): value for name, value in fields.items() if value is not None}
-    plain.pop("sharding_strategy", None)
-    options = fsdp_options({"version": 2, **plain})
+    ignored = _ignored(plain.pop("sharding_strategy", None))
+    options = fsdp_options({"version": 2, **plain}) | ignored
     if (passed := options.pop(UNREAD, None)) is not None:
         options[PASSED] = passed
     unstated = " ".join(name for name in ("version", "reshard_after_forward") if name not in plain)
@@ -176,6 +193,15 @@ def of_release(sharding: Options, stated: Options, release: str | None) -> tuple
     its own file, says otherwise; `reshard_after_forward` would count without one. Raises InputError where transformers or
     accelerate raises an error, and where the release runs another version of FSDP than is counted.
     """
+    ignored = stated.pop(IGNORED, None)
+    sharding, notes = _of_release(sharding, stated, release)
+    if ignored is None:
+        return sharding, notes
+    read_by = "accelerate" if sharding.get("strategy") == "fsdp2" else "transformers"
+    return sharding, (*notes, f"{named(read_by)} does not read sharding_strategy {ignored}, but reshard_after_forward")
+
+
+def _of_release(sharding: Options, stated: Options, release: str | None) -> tuple[Options, tuple[str, ...]]:
     unstated = str(stated.pop(UNSTATED, ""))
     if unstated and sharding.get("strategy") == "fsdp2":
         if FSDP_BY_PLUGIN.after(release) or ("version" in unstated and FSDP_OF_VERSION_2.after(release)):
