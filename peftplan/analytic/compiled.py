@@ -81,6 +81,8 @@ class Compiled(NamedTuple):
     """Whether they are given back before each backward of the first step."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
+    idle: frozenset[str] = frozenset()
+    """Families without gradients, and so without optimizer states."""
     like: "Compiled | None" = None
     """The step on an earlier GPU of a `device_map` that needs as much at all sizes."""
 
@@ -187,7 +189,9 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
         return kept
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
-    compiled_job = compile_job(inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late)
+    compiled_job = _of_other_states(inventory, of_rank, step_key) or compile_job(
+        inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late
+    )
     key = keys[compiled_job.by_processors]
     if of_rank and of_rank[0]:
         earlier = (COMPILED.get(((device, None), *key[1:])) for device in range(of_rank[0]))
@@ -197,6 +201,21 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
     if len(COMPILED) > COMPILED_KEPT:
         COMPILED.popitem(last=False)
     return compiled_job
+
+
+def _of_other_states(inventory: "Inventory", of_rank: "OfRank", step_key: "Key") -> "Compiled | None":
+    """The step of a rank of FSDP1, where the largest rank's is cached: it differs in the states of its optimizer alone."""
+    distributed = inventory.job.distributed
+    if distributed is None or distributed.strategy != "fsdp1" or of_rank in (None, (None, None)):
+        return None
+    nobody = None, None
+    of_largest = _kept(((nobody, step_key), (nobody, step_key, inventory.job.multiprocessors)))
+    if of_largest is None or of_largest.early or of_largest.first is not None:
+        return None
+    lasting = [line for line in inventory.static if line.category == "optimizer_states" and line.place == "device"]
+    states = (line for line in lasting if line.name.rpartition(".")[0] not in of_largest.idle)
+    standing = Ledger((*(line for line in of_largest.standing if line.category != "optimizer_states"), *states))
+    return of_largest._replace(standing=standing, standing_bytes=standing.bytes(), programs={})
 
 
 def is_compiled(inventory: "Inventory", compute_capability: str) -> bool:
@@ -265,7 +284,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
-    if not early and (idle := model.units.idle(model.idle())):  # a parameter without a gradient has no state
+    idle = frozenset(() if early else model.units.idle(model.idle()))
+    if idle:  # a parameter without a gradient has no state
         states = (line for line in lasting if line.category == "optimizer_states")
         stateless = {line.name for line in states if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
@@ -304,6 +324,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_cache=setup.by.empties_cache,
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
+        idle=idle,
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
     )
     if first is None:

@@ -11,6 +11,7 @@ from peftplan.analytic.compiled import by_processors, last_step, steps_of
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
+from peftplan.job.inventory import further_ranks, on_rank
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
@@ -64,6 +65,8 @@ class InstantPeaks(Peaks):
         """Runs that may reserve more: the same with a late GPU, and those of other ranks."""
         if self._waits:
             yield self.run(late=True)
+            for rank in further_ranks(self.inventory):
+                yield self._run_of(on_rank(self.inventory, rank), late=True)
         if (holding := self.inventory.holding) is not None:
             for rank in dict.fromkeys(rank for rank in holding.ranks if rank != holding.rank):
                 yield self._run_of(self.inventory._replace(holding=holding._replace(rank=rank)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.shards import holding
@@ -14,13 +15,16 @@ OF_EACH = ("device-map", "zero1", "zero2")
 """Strategies under which each rank keeps other tensors."""
 
 
-def alike(parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str) -> list[list[int]]:
+@lru_cache(maxsize=64)
+def alike(
+    parameters: Parameters, distributed: Distributed, architecture: Architecture, *, autocast: str
+) -> tuple[tuple[int, ...], ...]:
     """The ranks in groups whose tensors have equal shapes and are loaded alike, in order of their first ranks."""
     shape_of, groups = _shapes(parameters, distributed, architecture, autocast), dict[Hashable, list[int]]()
     for rank in range(distributed.world_size):
         reads = distributed.cpu_ram_efficient_loading is True and rank == 0
         groups.setdefault((reads, shape_of(rank)), []).append(rank)
-    return [*groups.values()]
+    return tuple(map(tuple, groups.values()))
 
 
 def _shapes(

@@ -10,6 +10,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
+from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.distributed.shards import Holding
@@ -70,6 +71,21 @@ def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
     upcasts = job.quant is None and not setup.by.own_fsdp2
     own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
     return own._replace(rank=rank) if rank else own
+
+
+MOST_REPLAYED = 7
+"""Of so many further ranks of FSDP1 a verdict knows what they reserve: those of a node of eight GPUs."""
+
+
+def further_ranks(of_largest: Inventory) -> tuple[int, ...]:
+    """Ranks of FSDP1 whose optimizer sees parts of other tensors than that of the first one, in larger worlds evenly spread."""
+    from peftplan.distributed.alike import alike
+
+    job = of_largest.job
+    assert job.distributed is not None
+    groups = alike(of_largest.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
+    ranks = [first for first, *_ in groups[1:]]
+    return tuple(reversed(ranks[:: -max(1, ceil_div(len(ranks), MOST_REPLAYED))]))
 
 
 def on_rank(of_largest: Inventory, rank: int) -> Inventory:

@@ -84,8 +84,8 @@ class Peaks:
 
     @property
     def reserved_at_most(self) -> int | None:
-        """Reserved bytes if the GPU is as late as it may be, with blocks that FSDP1 has freed; under ZeRO-1 and ZeRO-2 those of
-        the rank that reserves most; otherwise as `reserved`."""
+        """Reserved bytes of the rank that reserves most under ZeRO-1, ZeRO-2 and FSDP1, under FSDP1 if the GPU is as late as it
+        may be with blocks that are freed; otherwise as `reserved`."""
         return self.reserved
 
     def may_run_within(self, capacity_bytes: int) -> bool:

@@ -51,7 +51,7 @@ FSDP_FIELDS = {
 """Field of `fsdp_config`, without its prefix `fsdp_` → our option."""
 WORD, UNREAD, PASSED, UNSTATED, IGNORED = OF_FSDP
 """FSDP1's strategy that a word of TrainingArguments asks for, that `reshard_after_forward` of accelerate's file does, and that
-of `fsdp_config`; which fields of `fsdp_config` are left to transformers; a `sharding_strategy` that nobody reads (`of_release`)."""
+of `fsdp_config`; what `fsdp_config` leaves to transformers; a `sharding_strategy` that nobody reads (`of_release`)."""
 ONLY_FSDP_1 = ("backward_prefetch", "forward_prefetch", "use_orig_params")
 """What FSDP2 ignores."""
 WORDS: dict[str, dict[str, object]] = {
