@@ -21,11 +21,16 @@ MOST_OF_A_COMMIT = 100
 MAX_REPO_ID = 96
 """The Hub's own limit (`validate_repo_id`, huggingface_hub/utils/_validators.py)."""
 
+UNREACHABLE = "cannot be reached"
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 
 
 class HubError(PeftplanError):
     """A config that cannot be fetched: a gated or missing repository, no config.json in it, no connection."""
+
+
+class UnreachableError(HubError):
+    """The Hub does not answer, or may not be asked: whether it has the repository is not known."""
 
 
 def is_repo_id(text: str) -> bool:
@@ -47,10 +52,11 @@ def cached_config(repo_id: str) -> Path | None:
 def fetch_config(repo_id: str) -> Path:
     """Fetch the config.json of `main` from the Hub into the local cache and return its path.
 
-    Raises HubError, one line, if it cannot be fetched; MissingExtraError without `huggingface_hub`.
+    Raises HubError, one line, if it cannot be fetched, UnreachableError without a connection; MissingExtraError without
+    `huggingface_hub`.
     """
     if _offline():
-        raise HubError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids asking the Hub")
+        raise UnreachableError(f"{repo_id}: not in the local Hugging Face cache, and HF_HUB_OFFLINE forbids asking the Hub")
     try:
         import huggingface_hub as hub
         from huggingface_hub import errors
@@ -66,7 +72,8 @@ def fetch_config(repo_id: str) -> Path:
         raise
     except Exception as error:
         # The HTTP client's own errors (requests or httpx, by version) share no base class with the Hub's.
-        raise HubError(f"{repo_id}: {_reason(error, errors)}") from None
+        reason = _reason(error, errors)
+        raise (UnreachableError if UNREACHABLE in reason else HubError)(f"{repo_id}: {reason}") from None
 
 
 def _reason(error: Exception, errors: ModuleType) -> str:
@@ -78,14 +85,14 @@ def _reason(error: Exception, errors: ModuleType) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such model at {site}, or it is private (if so, set HF_TOKEN)"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"not in the local Hugging Face cache, and {site} cannot be reached"
+        return f"not in the local Hugging Face cache, and {site} {UNREACHABLE}"
     if isinstance(error, errors.EntryNotFoundError):
         return f"the repository has no {CONFIG_NAME} (a GGUF, adapter or original-format repository?); name its base model"
     if status == 401:
         return f"{site} requires a valid token: check HF_TOKEN"
     if status is not None:
         return f"{site} answers with HTTP status {status}"
-    return f"{site} cannot be reached ({type(error).__name__})"
+    return f"{site} {UNREACHABLE} ({type(error).__name__})"
 
 
 def _offline() -> bool:

@@ -16,6 +16,7 @@ from peftplan.job.adapting import adapted, ignored_fields, method_of
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
 from peftplan.job.launch import FILES, OF_FSDP, launch_options
+from peftplan.job.repositories import PACKED
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.script import NO_SCRIPT, Script
@@ -85,7 +86,13 @@ def prepared(request: Request) -> Job:
     model = architectures.read(model)
     model_config = architectures.load_config(model)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
-    set_here = _stored(model_config, set_here) | set_here
+    stored = _stored(model_config, set_here)
+    if stored and kind is not None and kind.name == "full":
+        raise RefusedError(
+            f"model: its repository stores weights as {stored['quant']}, and transformers refuses to train these; "
+            "name the repository that stores 16 bits, or use a PEFT method"
+        )
+    set_here = stored | set_here
     loaded_dtype = _loaded_dtype(model, model_config, set_here, request.script)
     set_here |= loaded_dtype
     chosen -= loaded_dtype.keys()
@@ -237,9 +244,15 @@ def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[st
 
 
 def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) -> dict[str, object]:
-    """The bitsandbytes format of the checkpoint, if its config states one and none is set. transformers loads it in no other."""
+    """The format of the checkpoint, if its config states one and none is set. transformers loads it in no other."""
     stored = model_config.get("quantization_config")
-    if "quant" in set_here or not isinstance(stored, Mapping) or not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+    if "quant" in set_here or not isinstance(stored, Mapping):
+        return {}
+    method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+    if method in PACKED:
+        of_gptq = {"quant_bits": stored.get("bits", 4)} if method == "gptq" else {}
+        return {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
+    if not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
         return {}
     from peftplan.job import ecosystem
 

@@ -1,6 +1,7 @@
 """Where a model comes from: a built-in name, a path, a Hub id, a config object; each becomes an `Architecture`.
 
-A built-in name or id comes first (write `./gpt2` for a folder of that name), then an existing path, then the Hub. A model type
+A built-in name or id comes first (write `./gpt2` for a folder of that name), then an existing path, then the Hub; where that
+cannot be asked, the name of a repository may say which built-in model it holds (`repositories.py`). A model type
 with a reader is read by it; a built-in model without one has a weight table; any other is read by the installed transformers
 on the meta device (extra `trace`). No code from a model repository is ever executed.
 """
@@ -21,8 +22,9 @@ from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS, read_config
 from peftplan.arch.text_part import with_text_part
 from peftplan.dtypes import ALIASES, MODEL_DTYPES, SIXTEEN_BITS
-from peftplan.errors import InputError, RefusedError, UnknownNameError, UnreadableError
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.files import is_file
+from peftplan.job.repositories import ASSUMED, TAKEN, config_by_name
 
 BUILT_INS_KEPT = 512
 """Size of the cache of built-in models, larger than their number: each is read once per process and task."""
@@ -207,8 +209,14 @@ def _from_text(text: str) -> tuple[dict[str, object], str, str]:
     if not hub.is_repo_id(text):
         raise catalogue.unknown(text)
     cached = hub.cached_config(text)
+    try:
+        file = cached or hub.fetch_config(text)
+    except (hub.UnreachableError, MissingExtraError):
+        if (config := config_by_name(text)) is None:
+            raise
+        return config, text, "built-in, by the repository's name: the Hub was not asked"
     source = f"Hub {text}" + (", from the local cache" if cached else "")
-    return read_file(cached or hub.fetch_config(text), name=text), text, source
+    return read_file(file, name=text), text, source
 
 
 def _config_file(path: Path, text: str) -> Path:
@@ -239,10 +247,10 @@ def _notes(config: Mapping[str, object]) -> Iterator[str]:
     if isinstance(stored, Mapping):
         how = stored.get("quant_method") or "bitsandbytes"
         how = getattr(how, "value", how)  # an enum in the config of a loaded model
-        effect = (
-            "taken from it unless --quant says otherwise" if how == "bitsandbytes" else "counted as --quant says, not as stored"
-        )
+        effect = "taken from it unless --quant says otherwise" if how in TAKEN else "counted as --quant says, not as stored"
         yield f"the config states a quantized checkpoint ({how}): {effect}"
+    if isinstance(stored, Mapping) and (assumed := stored.get(ASSUMED)):
+        yield str(assumed)
 
 
 def _read(config: Mapping[str, object], *, name: str, task_type: str | None, trust_remote_code: bool) -> Architecture:

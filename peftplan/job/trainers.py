@@ -9,7 +9,7 @@ from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_PREF
 # axolotl 0.19 and the trl that it pins. axolotl puts kernels of its own in place of `selective_log_softmax` and
 # `entropy_from_logits` (loaders/patch_manager.py, monkeypatch/trainer/utils.py).
 IN_AXOLOTL = OF_PREFERENCES._replace(
-    defaults=TRL.defaults._replace(loss="full"),
+    defaults=TRL.defaults._replace(loss="full", kbit_prepare=False),
     loads_in_fp32=False,
     narrow_under_zero3=False,
     losses=("full",),
@@ -116,7 +116,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
     for trainer in (
         Trainer("transformers", "Trainer"),
         *OF_TRL,
-        Trainer("axolotl", "Trainer of axolotl 0.19", own_fsdp2=True, recasts_tables=True, expandable_segments=True),
+        Trainer(
+            "axolotl",
+            "Trainer of axolotl 0.19",
+            Defaults(kbit_prepare=False),
+            own_fsdp2=True,
+            recasts_tables=True,
+            expandable_segments=True,
+        ),
         IN_AXOLOTL._replace(
             name="axolotl-dpo",
             called="DPOTrainer of axolotl 0.19",
@@ -137,6 +144,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         OF_REWARDS._replace(
             name="axolotl-reward",
             called="RewardTrainer of axolotl 0.19",
+            defaults=OF_REWARDS.defaults._replace(kbit_prepare=False),
             recasts_tables=True,
             expandable_segments=True,
             loads_in_fp32=False,

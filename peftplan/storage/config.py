@@ -11,7 +11,7 @@ class Format(NamedTuple):
 
     `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
     which transformers keeps the format: below it the weights are dequantized while loading. `kernels` names those whose
-    temporaries no engine models (None: every engine does).
+    temporaries no engine models (None: every engine does). `raises` says why transformers does not load the format today.
     """
 
     library: str
@@ -25,6 +25,7 @@ class Format(NamedTuple):
     untrainable: str | None = None
     compute_capability: tuple[int, int] | None = None
     kernels: str | None = None
+    raises: str | None = None
 
 
 _BNB_4BIT = Format(
@@ -70,6 +71,7 @@ FORMATS: dict[str, Format] = {
         compute_dtypes=MODEL_DTYPES,
         skip_modules=False,
         kernels="hqq",
+        raises="transformers 5 raises NotImplementedError as it quantizes with hqq (quantizers/base.py, `get_quantize_ops`)",
     ),
 }
 """Every word of `--quant` besides `none`.
@@ -205,7 +207,7 @@ def without_peak(quant: QuantConfig) -> str | None:
     kernels = FORMATS[quant.name].kernels
     if kernels is None:
         return None
-    return (
-        f"a step with {quant.name} layers: no engine models what the kernels of {kernels} allocate. "
-        "Counts and stored bytes are exact; for a peak, measure one step on a GPU, or plan with nf4 or int8"
-    )
+    raises = FORMATS[quant.name].raises
+    why = raises or f"no engine models what the kernels of {kernels} allocate"
+    instead = "plan with nf4 or int8" if raises else "measure one step on a GPU, or plan with nf4 or int8"
+    return f"a step with {quant.name} layers: {why}. Counts and stored bytes are exact; for a peak, {instead}"

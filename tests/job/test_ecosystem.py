@@ -412,10 +412,11 @@ def test_a_checkpoint_of_bitsandbytes_is_loaded_as_stored() -> None:
         assert estimate.lines() == expected.lines()
         assert "quantized checkpoint (bitsandbytes)" in str(estimate.assumptions["notes"])
     assert peftplan.estimate(config, quant="none").lines() == peftplan.estimate(CONFIG).lines()
-    with pytest.raises(peftplan.errors.RefusedError, match="stored as nf4 cannot be trained in full"):
+    with pytest.raises(peftplan.errors.RefusedError, match="stores weights as nf4, and transformers refuses"):
         peftplan.estimate(config, method="full")
-    by_gptq = peftplan.estimate({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    assert "(gptq): counted as --quant says" in str(by_gptq.assumptions["notes"])
+    by_gptq = peftplan.estimate({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 32}})
+    assert "(gptq): taken from it" in str(by_gptq.assumptions["notes"])
+    assert by_gptq.lines() == peftplan.estimate(CONFIG, quant="gptq", quant_bits=8, quant_group_size=32).lines()
 
 
 def test_how_trl_loads_a_model() -> None:

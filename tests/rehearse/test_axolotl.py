@@ -67,8 +67,28 @@ def test_liger_leaves_norms_and_the_embedding_in_fp32() -> None:
     assert peaks.allocated < 0.75 * row["allocated"]
 
 
+def test_the_trainer_alone_casts_them() -> None:
+    """Without a config: `--trainer axolotl` leaves `prepare_model_for_kbit_training` out (loaders/model.py:1129, :1137)."""
+    (row,) = (row for row in ROWS if row["values"]["base_model"] == "Qwen/Qwen2.5-7B")
+    job: dict[str, Any] = {
+        "trainer": "axolotl",
+        "method": "qlora",
+        "r": 16,
+        "lora_dropout": 0.05,
+        "batch_size": 1,
+        "seq_len": 256,
+    }
+    kernels = plan(row).options["kernels"]
+    peaks = peftplan.estimate(
+        options(row)["model"], kernels=kernels, target_modules="all-linear", use_reentrant=False, **job
+    ).peaks
+    assert peaks is not None
+    assert abs(100 * (peaks.allocated / row["allocated"] - 1)) < LARGEST["allocated"]
+    assert abs(100 * (peaks.reserved / row["reserved"] - 1)) < LARGEST["reserved"]
+
+
 def test_both_engines_cast_them() -> None:
-    options: dict[str, Any] = {"trainer": "axolotl", "method": "qlora", "kbit_prepare": False, "batch_size": 1, "seq_len": 64}
+    options: dict[str, Any] = {"trainer": "axolotl", "method": "qlora", "batch_size": 1, "seq_len": 64}
     ours, traced = (peftplan.estimate("smollm2-135m", engine=engine, **options).peaks for engine in ("analytic", "trace"))
     assert ours is not None
     assert traced is not None

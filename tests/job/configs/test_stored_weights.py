@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import peftplan
+from peftplan.errors import PeftplanError
 from peftplan.job.configs.documents import FileError
-from peftplan.job.configs.models import stored
 from peftplan.job.configs.read import read_text
+from peftplan.job.repositories import stored
 
 TRL = "model_name_or_path: NAME\nuse_peft: true\nlora_r: 8\nper_device_train_batch_size: 1\nlearning_rate: 0.0001\n"
 LLAMA_FACTORY = "model_name_or_path: NAME\nstage: sft\nfinetuning_type: lora\ntemplate: llama3\nper_device_train_batch_size: 1\n"
@@ -153,3 +154,21 @@ def test_a_model_outside_the_config_s_tree_is_not_opened(tmp_path: Path, monkeyp
 )
 def test_a_script_of_an_unknown_name_is_llamafactory_s_by_its_own_options(command: str, tool: str) -> None:
     assert read_text(f"#!/bin/bash\n{command}\n", file="a.sh").tool == tool
+
+
+def test_the_name_of_a_repository_that_cannot_be_read_says_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MODEL, without a connection: the bytes of the model that it copies, with the storage that its name says."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    job: dict[str, object] = {"method": "lora", "seq_len": 512}
+    by_name = peftplan.estimate("unsloth/llama-3-8b-bnb-4bit", **job)
+    stated = peftplan.estimate("meta-llama/Meta-Llama-3-8B", quant="nf4", double_quant=True, compute_dtype="bf16", **job)
+    assert by_name.peaks is not None
+    assert stated.peaks is not None
+    assert (by_name.peaks.allocated, by_name.peaks.reserved) == (stated.peaks.allocated, stated.peaks.reserved)
+    assert "holds meta-llama/Meta-Llama-3-8B, by its name" in str(by_name.assumptions["notes"])
+    packed = peftplan.estimate("TheBloke/Llama-2-7B-GPTQ", method="lora").ledger.by_category()
+    assert packed["weights"] < 4 * 2**30
+    with pytest.raises(PeftplanError, match="HF_HUB_OFFLINE"):
+        peftplan.estimate("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", method="lora")
+    with pytest.raises(PeftplanError, match="name the repository that stores 16 bits"):
+        peftplan.estimate("unsloth/llama-3-8b-bnb-4bit", method="full")

@@ -40,10 +40,11 @@ def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None
         ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
         ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115"),
         ({"init_weights": "lora-ga"}, "init_weights", "train/tuner.py:218"),
+        ({"quant_method": "hqq", "quant_bits": 4}, "quant_method", "quantizers/base.py:290"),
     ],
 )
 def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, where: str) -> None:
-    """AttributeError and KeyError of ms-swift 4.6.0 were rehearsed; LoRA-GA ends in `from peft.tuners import BoneModel`."""
+    """All but LoRA-GA's were rehearsed with ms-swift 4.6.0 (hqq 0.2.8): that ends in `from peft.tuners import BoneModel`."""
     plan = read({**SWIFT, **values}, kind="command", program="swift sft")
     assert plan.unsupported.keys() == {key}
     case = Case("run.sh", plan, of_plan(plan))
