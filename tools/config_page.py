@@ -171,6 +171,7 @@ def page(read: Sequence[Case]) -> str:
     keys = Counter((key, *_why(case, key)) for case in known for key in case.entry.unsupported)
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
+    printed = [*notebook_peaks.rows({case.path: case.entry for case in read})]
     return f"""# The files people run
 
 <!-- written by tools/config_page.py -->
@@ -239,20 +240,15 @@ The tool or a library of it raises for {sum(refused_by(case) is not None for cas
 
 ## Reserved peaks that notebooks of Unsloth printed
 
-The table shows GiB, for configs with an exact peak. These numbers cannot confirm or refute an estimate: the release that printed
-them computed the logits differently from the release that is counted, and a batch was padded to its longest row, whose length the
-notebook does not say (the estimate assumes `seq_len`). If the rows had `seq_len` tokens, the logits of the whole batch would
-explain most of the difference. That is a calculation; the data and the lengths of its rows are not known. A logit takes 2 bytes
-for the loss, and 4 in the output, which accelerate converts to fp32 (`utils/operations.py`, `ConvertOutputsToFp32`). That makes
-2.94 of the 3.50 GiB missing for Llama 3.2 3B (2 × 2,048 tokens), and 1.74 of 2.63 for Qwen2.5-Coder 14B (2,048 tokens); loading
-left another 0.35 and 0.78.
+The table shows GiB, for configs with an exact peak. An estimate can be compared with a printed number if the config says all that
+decides it: rows are packed, and the card and the release compute as the ones that are counted.
+{sum(not cells[-1] for cells in printed) or "None"} of these {len(printed)} configs says all; {
+        sum(notebook_peaks.LENGTHS in cells[-1] for cells in printed)
+    } do not pack, so that a batch is as long as its longest row, where the estimate
+assumes `seq_len`. The last column names what else is open: the dtype, which Unsloth chooses by the card, and the loss of the
+release that ran. The release that is counted, 2026.10.9, fills buffers of a fixed size.
 
-{
-        table(
-            ("notebook", "release", "card", "printed", "counted", "drift", "its loss"),
-            notebook_peaks.rows({case.path: case.entry for case in read}),
-        )
-    }
+{table(("notebook", "release", "card", "printed", "counted", "drift", "not in the config"), printed)}
 
 ## Models that are not built in
 

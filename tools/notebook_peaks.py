@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from peftplan.planning.configs import ConfigEntry
 from peftplan.units import GIB
@@ -14,13 +15,17 @@ LOSSES = (
     ((2024,), "all logits of a batch (unsloth 2024.8, `models/llama.py:904`; 2024.11.6, `:966`)"),
 )
 """First release → how its loss takes the logits. The release that is counted, 2026.10.9, fills buffers of a fixed size."""
-OWN_EXPERTS = "adapters on attention alone, as releases of 2025 have them (3,981,312 parameters printed)"
 COPIES = ("nb/AMD-", "nb/Kaggle-", "nb/HuggingFace Course-")
 """Starts of the paths of notebooks with the same output as another one."""
+WITHOUT_BF16 = "T4"
+"""The end of the name of a card that computes no bf16."""
+FORCED_FP32 = ("gemma-3", "functiongemma", "gpt-oss")
+"""Parts of the names of models that Unsloth computes in fp32 there (models/loader.py, `FORCE_FLOAT32`)."""
+LENGTHS = "lengths of the rows"
 
 
 def rows(entries: Mapping[str, ConfigEntry]) -> Iterator[tuple[str, ...]]:
-    """Notebook, release, card, reserved bytes that it printed, those that are counted, drift, and the loss of the release."""
+    """Notebook, release, card, reserved bytes that it printed, those that are counted, drift, and what its config leaves open."""
     for record in records("unsloth"):
         measured = record.get("measured", {})
         entry = entries[record["path"]]
@@ -28,9 +33,25 @@ def rows(entries: Mapping[str, ConfigEntry]) -> Iterator[tuple[str, ...]]:
         if not printed or entry.peak_reserved is None or entry.bound is not None or record["path"].startswith(COPIES):
             continue
         counted = entry.peak_reserved / GIB
-        release = tuple(map(int, measured["unsloth"].split(".")))
-        loss = next(loss for first, loss in LOSSES if release >= first)
-        if "gpt-oss" in record["path"] and release < (2026,):
-            loss = OWN_EXPERTS
         drift = f"{100 * (counted / printed - 1):+.1f} %"
-        yield (record["path"][3:], measured["unsloth"], measured["gpu"], f"{printed:.2f}", f"{counted:.2f}", drift, loss)
+        left_open = "; ".join(_left_open(record, entry))
+        release = measured.get("unsloth", "–")
+        yield (record["path"][3:], release, measured["gpu"], f"{printed:.2f}", f"{counted:.2f}", drift, left_open)
+
+
+def _left_open(record: Mapping[str, Any], entry: ConfigEntry) -> Iterator[str]:
+    """What decides the printed bytes and does not stand in the config: the data, the card, and the release that ran."""
+    measured = record["measured"]
+    stated = [call["kwargs"] for call in record["values"]["calls"]]
+    if not any(call.get("packing") is True for call in stated):
+        yield LENGTHS  # a batch is as long as its longest row
+    if measured["gpu"].endswith(WITHOUT_BF16):
+        whole = any(call.get("full_finetuning") is True for call in stated)
+        forced = any(name in (entry.model or "").lower() for name in FORCED_FP32)
+        yield "weights in fp32" if whole else "computed in fp32" if forced else "fp16 in place of bf16"
+    trainable = measured.get("trainable")
+    if trainable not in (None, entry.trainable_parameters):
+        yield f"other adapters ({trainable:,} parameters printed)"
+    if "unsloth" in measured:
+        release = tuple(map(int, measured["unsloth"].split(".")))
+        yield next(loss for first, loss in LOSSES if release >= first)

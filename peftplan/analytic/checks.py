@@ -54,6 +54,8 @@ def check(job: Job) -> None:
     if job.adaptation.matched and job.method.peft_type not in (*ADAPTERS, "LN_TUNING"):
         raise NeedsTraceError(f"activations of method {job.method.name}")
     check_virtual_tokens(job)
+    if job.setup.by.embeds:
+        _check_embedding(job)
     if model_type in OF_TEXT_PARTS:
         _check_text_part(job)
     _check_kernels(job)
@@ -94,6 +96,18 @@ def _check_kernels(job: Job) -> None:
         why = automodel.without_formula(job)
     if why is not None:
         raise NoEngineError(f"{why} (no formula yet)")
+
+
+EMBEDDED = ("bert", "xlm-roberta", "roberta", "distilbert", "modernbert", "llama", "qwen3", "gemma3_text")
+"""Model types whose steps with embeddings of pairs were rehearsed, and RoBERTa, which runs XLM-RoBERTa's code."""
+
+
+def _check_embedding(job: Job) -> None:
+    """Raise NoEngineError for embeddings of pairs that no rehearsal was compared with."""
+    name, model_type = "" if job.method is None else job.method.name, job.architecture.model_type
+    if name not in ("full", "lora") or job.quant is not None or model_type not in EMBEDDED:
+        base = "" if job.quant is None else f" on a base in {job.quant.name}"
+        raise NoEngineError(f"{name}{base} of model type {model_type} with {job.setup.by.called} (no formula yet)")
 
 
 def kernels_without_formula(job: Job) -> str | None:

@@ -295,6 +295,8 @@ def _trainer_setup(method: methods.Method | None, setup_options: Mapping[str, ob
     trainer = TRAINERS[name]
     if trainer.num_labels is not None:
         return {"task_type": trainer.task, "num_labels": trainer.num_labels}
+    if trainer.embeds:
+        return {"task_type": trainer.task}
     whole = method is not None and method.name == "full"
     return {"dtype": "fp32"} if whole and trainer.full_in_fp32 else {}
 

@@ -19,7 +19,7 @@ from peftplan.optim import parse_optim
 BARE = "FEATURE_EXTRACTION"
 CAUSAL = "CAUSAL_LM"
 PICTURES = "IMAGE_CLS"
-CALLED = {CAUSAL: "causal language models", "SEQ_CLS": "classes that score a sequence"}
+CALLED = {CAUSAL: "causal language models", "SEQ_CLS": "classes that score a sequence", BARE: "models without a head"}
 """Tasks of trainers, in words."""
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """Options that a vision model ignores, since its tokens are patches."""
@@ -146,12 +146,12 @@ def _of_text(config: Mapping[str, object]) -> Mapping[str, object]:
     return inside if isinstance(inside, Mapping) and inside else config
 
 
-def without_loss(model: object, architecture: Architecture) -> str | None:
+def without_loss(model: object, architecture: Architecture, setup: Setup) -> str | None:
     """Why a bare model cannot train, so that it has counts but no peak; None for one that can.
 
     A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.
     """
-    if architecture.task_type != BARE or architecture.model_type not in READERS:
+    if architecture.task_type != BARE or architecture.model_type not in READERS or setup.by.embeds:
         return None
     return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
 

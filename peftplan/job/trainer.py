@@ -41,6 +41,8 @@ TrainerName = Literal[
     "swift-cpo",
     "swift-grpo",
     "llamafactory-v1",
+    "sentence-transformers",
+    "unsloth-sentence-transformers",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
@@ -149,6 +151,8 @@ class Trainer(NamedTuple):
     """Whether it compares the distributions of a teacher and of its student."""
     resizes_teacher: bool = False
     """Whether the teacher's embeddings and head get as many rows as the student's have; else their vocabularies are one."""
+    embeds: bool = False
+    """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
     skips_autocast: bool = False
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False
@@ -231,8 +235,8 @@ class Trainer(NamedTuple):
 
     @property
     def of_preferences(self) -> bool:
-        """Whether it trains on preferences or rewards: a step is more than a forward with its loss."""
-        return bool(self.options) or self.rows > 1
+        """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
+        return bool(self.options) or self.rows > 1 or self.embeds
 
     def adapter_on_host(self, *, quantized: bool) -> bool:
         """Whether buffers that peft makes on the host stay there."""

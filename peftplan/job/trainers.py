@@ -111,6 +111,18 @@ TORCHTUNE_RECIPE = Trainer(
     adapters_as_base=True,
     layout=TORCHTUNE,
 )
+# sentence-transformers 6.2 over transformers' Trainer, with MultipleNegativesRankingLoss of two columns.
+OF_SENTENCES = Trainer(
+    "sentence-transformers",
+    "SentenceTransformerTrainer of sentence-transformers 6.2",
+    Defaults(gradient_checkpointing=False),
+    loads_on_device=True,
+    losses=("full",),
+    embeds=True,
+    forwards=(*LOSS, *LOSS),
+    task="FEATURE_EXTRACTION",
+    arguments="SentenceTransformerTrainingArguments",
+)
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
@@ -287,6 +299,13 @@ TRAINERS: dict[TrainerName, Trainer] = {
             task="CAUSAL_LM",
             expandable_segments=True,
             layout=LLAMA_FACTORY_V1,
+        ),
+        OF_SENTENCES,
+        OF_SENTENCES._replace(
+            name="unsloth-sentence-transformers",
+            called="SentenceTransformerTrainer under Unsloth 2026.10.9",
+            expandable_segments=True,
+            arguments=None,
         ),
         Trainer(
             "qlora-paper",

@@ -29,12 +29,33 @@ def loss_of_batch(model: Model, program: Program, reference: Model | None, outpu
         loss = chunked_cross_entropy(model.tape, _forward(model)[1:])
         model.kept.clear()
         return loss
+    if program.trainer.embeds:
+        return _loss_of_embeddings(model, program)
     if program.trainer.sums_rows:
         scoring = program.trainer.scoring
         if scoring is None:
             return _preference_loss(model, program, reference)
         return _loss_of_logits(model, program, reference, scoring, outputs)
     return _loss_apart(model, program, reference) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+
+
+def _loss_of_embeddings(model: Model, program: Program) -> Tensor:
+    """`SentenceTransformerTrainer.compute_loss`, which holds the hidden states of every column until the loss is made."""
+    from peftplan.memory.embedded_pairs import ranking_loss
+
+    f = model.tape
+    alive: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    for number, _ in enumerate(program.forwards):
+        model.pass_name = f"/{number}"
+        _, hidden, embedding = _forward(model)
+        model.kept.clear()
+        f.module = ""
+        alive.append(hidden.detach())
+        wide = f.to(hidden.detach(), "fp32") if f.autocast else None  # accelerate's copy of the outputs
+        embeddings.append(embedding)
+        del hidden, embedding, wide
+    return ranking_loss(f, *embeddings)
 
 
 def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:

@@ -112,6 +112,8 @@ def head_of(model: Model) -> Head:
 def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
+    if task == "FEATURE_EXTRACTION":
+        return _imported(("embedded_pairs", "pooled"))
     if loss == CUT_APART:
         return _imported(("cut_apart", "hidden_and_last"))
     if loss in ("torchtune-kl", "torchtune-chunked"):

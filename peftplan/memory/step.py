@@ -87,6 +87,12 @@ def _fetch(model: Model, program: Program) -> None:
 def _batch(model: Model, program: Program) -> dict[str, Tensor]:
     """What the collator and the trainer put into a batch."""
     f, batch = model.tape, batch_of(model)
+    if program.trainer.embeds:
+        del batch["labels"]
+        names = ("input_ids", "attention_mask", *(("token_type_ids",) if model.arch.model_type == "bert" else ()))
+        for number, name in ((number, name) for number, _ in enumerate(program.forwards) for name in names):
+            batch[name if not number else f"{number}_{name}"] = f.new(("b", "s"), "int64", name)
+        return batch
     if program.trainer.always_masks and "attention_mask" not in batch:
         batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
     if program.trainer.weighs_tokens:

@@ -77,6 +77,8 @@ class Weights:
     def _new_part(self, name: str, layer: int | None) -> Part:
         params: dict[str, Parameter] = {}
         quantized = False
+        if self.arch.task_type == "FEATURE_EXTRACTION" and name not in self._families:
+            name = name.partition(".")[2]  # the bare model's names have no prefix
         for p, part in self._families.get(name, ()):
             if p.layers is not None and layer is not None and layer not in p.layers:
                 continue

@@ -143,7 +143,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     question, by_kernels, each = _of_fullest(question)
 
     def peaks_on(card: "Gpu | None") -> Counted | str:
-        if (why := without_loss(job.model, job.architecture)) is not None:
+        if (why := without_loss(job.model, job.architecture, job.setup)) is not None:
             return why
         try:
             of, _ = here = kernels_on(card)
@@ -173,7 +173,8 @@ def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted],
     from peftplan.analytic.engine import fullest, peaks_of_each
     from peftplan.job.inventory import of_any_device
 
-    if not of_any_device(question.inventory) or without_loss(question.inventory.job.model, question.inventory.job.architecture):
+    job = question.inventory.job
+    if not of_any_device(question.inventory) or without_loss(job.model, job.architecture, job.setup):
         return question, {}, ()
     card = question.first_card
     of, _ = here = kernels_on(card)
@@ -192,7 +193,7 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
 
     job = question.inventory.job
     check_followed(job)
-    if (why := without_loss(job.model, job.architecture)) is not None:
+    if (why := without_loss(job.model, job.architecture, job.setup)) is not None:
         raise RefusedError(why)
     traced_on: dict[object, Counted] = {}
 

@@ -38,6 +38,15 @@ WANTED = (
 """Ends of the names of calls that matter."""
 OF_MODELS = ("gradient_checkpointing_enable", "resize_token_embeddings")
 """Methods of a model that matter, whatever its name."""
+OF_EMBEDDINGS = (
+    *("AdaptiveLayerLoss", "AnglELoss", "BatchAllTripletLoss", "BatchHardSoftMarginTripletLoss", "BatchHardTripletLoss"),
+    *("BatchSemiHardTripletLoss", "CachedGISTEmbedLoss", "CachedMultipleNegativesRankingLoss", "CoSENTLoss", "ContrastiveLoss"),
+    *("CachedMultipleNegativesSymmetricRankingLoss", "ContrastiveTensionLoss", "ContrastiveTensionLossInBatchNegatives"),
+    *("CosineSimilarityLoss", "DenoisingAutoEncoderLoss", "DistillKLDivLoss", "GISTEmbedLoss", "MSELoss", "MarginMSELoss"),
+    *("Matryoshka2dLoss", "MatryoshkaLoss", "MegaBatchMarginLoss", "MultipleNegativesRankingLoss", "OnlineContrastiveLoss"),
+    *("MultipleNegativesSymmetricRankingLoss", "SoftmaxLoss", "TripletLoss"),
+)
+"""Losses of sentence-transformers (sentence_transformer/losses/__init__.py)."""
 OF_TRAINING = ("0", "1", "model", "args", "peft_config")
 """Arguments of a trainer: the model that it trains, its settings and its adapter."""
 DEFAULT = ("<default>", set[str]())
@@ -191,7 +200,7 @@ class Calls(Classes):
                 self.doubts.undecided.add(node)
             if self.function[1:].partition(".")[0] in self.unmentioned:
                 self.unused.append(call)
-        elif last in OF_MODELS:
+        elif last in OF_MODELS or last in OF_EMBEDDINGS:
             self._call_list().append(call := self._called(last, node))
             self.nodes[id(call)] = node
         elif self.taken and {"truncation", "max_length"} <= {keyword.arg for keyword in node.keywords}:

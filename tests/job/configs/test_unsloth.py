@@ -454,3 +454,40 @@ def test_unsloth_adapts_these_layers_of_gemma(model: str, arguments: str, suppor
     if trained is not None:
         counted = peftplan.estimate(str(plan.model), method="lora", r=16, target_modules=plan.options["target_modules"])
         assert counted.trainable_parameters == trained
+
+
+SENTENCES = """
+from unsloth import FastSentenceTransformer
+model = FastSentenceTransformer.from_pretrained(model_name="unsloth/all-MiniLM-L6-v2", max_seq_length=512, full_finetuning=False)
+model = FastSentenceTransformer.get_peft_model(model, r=64, target_modules=["value", "key", "dense", "query"], lora_alpha=128,
+    lora_dropout=0, use_gradient_checkpointing=False, task_type="FEATURE_EXTRACTION")
+loss = losses.MultipleNegativesRankingLoss(model)
+trainer = SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss, args=SentenceTransformerTrainingArguments(
+    num_train_epochs=2, per_device_train_batch_size=256, bf16=is_bf16_supported(), fp16=not is_bf16_supported()))
+trainer.train()
+"""
+
+
+def test_sentence_transformers_are_in_16_bits() -> None:
+    """nb/All_MiniLM_L6_v2.ipynb; `load_in_4bit=False`, `use_gradient_checkpointing=False` (models/sentence_transformer.py)."""
+    plan = read_text(SENTENCES, file="a.py")
+    assert not plan.unsupported
+    assert {"method": "lora", "trainer": "unsloth-sentence-transformers", "autocast": "bf16"}.items() <= plan.options.items()
+    assert "quant" not in plan.options
+    assert set(plan.assumed) == {"columns", "loss", "model"}
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "key"),
+    [
+        ("MultipleNegativesRankingLoss(model)", "CoSENTLoss(model)", "trainer.loss"),
+        ("num_train_epochs=2", "max_steps=100", "args.max_steps"),
+        ("num_train_epochs=2", "gradient_checkpointing=True", "args.gradient_checkpointing"),
+        ("use_gradient_checkpointing=False", "use_gradient_checkpointing=True", "lora.use_gradient_checkpointing"),
+        ("full_finetuning=False", "load_in_4bit=True", "load.load_in_4bit"),
+        ("full_finetuning=False", "full_finetuning=True", "load.full_finetuning"),
+        ("all-MiniLM-L6-v2", "Qwen3-Embedding-0.6B", "kernels"),
+    ],
+)
+def test_other_sentence_transformers_are_not_exact(written: str, instead: str, key: str) -> None:
+    assert key in read_text(SENTENCES.replace(written, instead), file="a.py").unsupported
