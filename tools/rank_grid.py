@@ -458,5 +458,13 @@ def cut(name: str, layers: int) -> dict[str, Any]:
     entry = find(name)
     assert entry is not None
     config = dict(entry.facts()["config"])
-    config[next(field for field in ("n_layer", "n_layers", "num_hidden_layers", "num_layers") if field in config)] = layers
+    if isinstance(text := config.get("text_config"), dict):  # the tower stays as it is
+        return config | {"text_config": shortened(text, layers)}
+    return shortened(config, layers)
+
+
+def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config of a decoder with its first layers alone."""
+    fields = ("n_layer", "n_layers", "num_hidden_layers", "num_layers")
+    config = config | {next((field for field in fields if field in config), "num_hidden_layers"): layers}
     return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})

@@ -11,8 +11,11 @@ has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 import runpy
+import struct
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,6 +102,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
             "_target_": f"{__name__}.rows",
             "length": job["seq_len"],
             "count": step * (STEPS + 1),
+            "tokenizer": None,
             **({"translated": True} if translates else {}),
         },
         "dataloader": {
@@ -123,11 +127,35 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the recipe held."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
+        if options(row)["model"]["model_type"] == "mistral3":
+            rename(Path(folder) / "model.safetensors")
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
         ranks = options(row)["gpus"]
         return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+
+
+PUBLISHED = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+"""How names of transformers' Mistral 3 begin → how they do in the published checkpoint, which is what the tool reads."""
+
+
+def rename(file: Path) -> None:
+    """Give the tensors of a checkpoint of holes their published names."""
+    with file.open("rb") as written:
+        (length,) = struct.unpack("<Q", written.read(8))
+        tensors = json.loads(written.read(length))
+    behind = file.stat().st_size - length - 8
+    prefix = re.compile("|".join(map(re.escape, PUBLISHED)))
+    header = json.dumps({prefix.sub(lambda start: PUBLISHED[start[0]], name, count=1): row for name, row in tensors.items()})
+    with file.open("wb") as renamed:
+        renamed.write(struct.pack("<Q", len(header)) + header.encode("ascii"))
+        renamed.truncate(len(header) + 8 + behind)
 
 
 def fused_adam(*arguments: Any, **settings: Any) -> Any:

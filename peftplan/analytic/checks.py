@@ -9,6 +9,7 @@ import peftplan.methods as methods
 from peftplan.arch.text_part import is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
+from peftplan.job.automodel import knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -69,7 +70,7 @@ def _check_text_part(job: Job) -> None:
     """Raise for what of a vision-language model does not run, or was not compared, where samples have no images."""
     adaptation, architecture = job.adaptation, job.architecture
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
-    if job.distributed is not None:
+    if job.distributed is not None and not (job.setup.by.own_lora and knows_tower(job)):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
@@ -79,7 +80,8 @@ def _check_text_part(job: Job) -> None:
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
-    if not all(is_in_text_part(architecture, name) for name in names):
+    head = f"{architecture.output_embedding}." if job.setup.by.own_lora else None
+    if not all(is_in_text_part(architecture, name) or (head is not None and name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 
 

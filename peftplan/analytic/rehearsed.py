@@ -9,7 +9,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds
 from peftplan.job.loss_sizes import CUT
-from peftplan.memory.models import FORWARDS
+from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.zero3_modules import LEAVES
 from peftplan.optim import OF_AUTOMODEL
 
@@ -290,7 +290,7 @@ def _translates(job: Job) -> bool:
 def _is_decoder(job: Job) -> bool:
     """Whether the model is a plain decoder whose steps were rehearsed: embedding, layers, final norm, head."""
     architecture = job.architecture
-    forward = FORWARDS.get(architecture.model_type)
+    forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type)
     decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED

@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     transformers reads mixtures of experts, whose checkpoints are laid out otherwise."""
     buffers_first: bool = False
     """Whether buffers are there before the weights, and a tied embedding comes before the layers."""
+    tower_in_root: bool = False
+    """Whether a frozen tower beside the text part belongs to the root, which gathers it whole."""
 
     def of_tool(self, distributed: "Distributed") -> "Distributed":
         """The strategy with the dtypes that the tool sets where the user sets none."""
@@ -54,8 +56,9 @@ AUTOMODEL = Layout(
     keeps_last=True,
     loads="shards",
     streams=True,
+    tower_in_root=True,
 )
-"""nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`,
+"""nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`, `frozen_multimodal_sharding`,
 `_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`),
 _transformers/model_init.py (`_stream_load_bnb_weights`)."""
 LLAMA_FACTORY_V1 = Layout(

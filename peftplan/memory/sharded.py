@@ -13,6 +13,7 @@ from math import prod
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
+from peftplan.arch.text_part import TEXT_PARTS, is_in_text_part
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.layout import Layout
@@ -123,7 +124,8 @@ def grouped(
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
-    layers = sorted({number for p in full.all if p.owner == "base" for number in numbers(p, arch)})
+    towers = {id(p) for p in full.all if layout.tower_in_root and _is_of_frozen_tower(p, arch)}
+    layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
@@ -131,9 +133,17 @@ def grouped(
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
+        if id(p) in towers:
+            groups[ROOT] += [pairs[id(p)]] * p.copies
+            continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
     return groups
+
+
+def _is_of_frozen_tower(p: Parameter, arch: Architecture) -> bool:
+    """Whether layers of a frozen tower beside the text part have this parameter."""
+    return arch.model_type in TEXT_PARTS and p.layers is not None and not p.trainable and not is_in_text_part(arch, p.name)
 
 
 def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> frozenset[str]:

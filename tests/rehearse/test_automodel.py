@@ -29,9 +29,9 @@ LARGEST_OF_PHASE = 0.15
 SHARED_SEGMENTS = {"t5-large": 0.16}
 """Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's
 temporaries, one parameter after the other, leave gaps; here those of each family lie side by side."""
-INTERLEAVED = {"qwen2.5-1.5b dion_muon": 0.3}
-"""Per cent of all: dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit and 16 MiB of segments;
-here they lie family by family."""
+LOOSE = {("qwen2.5-1.5b", 9, 2): 0.3, ("ministral-3-3b-instruct-2512", 2, 1): 0.25}
+"""Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit and
+16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
@@ -45,7 +45,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
         del drifts["reserved"]
     tail = TAIL.get(f"{row['model']} {row['options'].get('target_modules')}", 0.0)
     reserved = SHARED_SEGMENTS.get(row["model"], LARGEST["reserved"])
-    loose = INTERLEAVED.get(f"{row['model']} {row['options'].get('optim')}", 0.0)
+    loose = LOOSE.get((row["model"], row["layers"], row["options"].get("batch_size", 1)), 0.0)
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
@@ -87,7 +87,33 @@ def test_what_the_recipe_alone_does(settings: dict[str, str], message: str) -> N
 
 def test_each_model_type_was_rehearsed() -> None:
     types = {cut(row["model"], row["layers"])["model_type"] for row in ROWS}
-    assert types == set(REHEARSED_QUANTIZED)
+    assert types == {*REHEARSED_QUANTIZED, "mistral3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({}, None),
+        ({"method": "qlora"}, "mistral3"),
+        ({"gradient_checkpointing": True}, "mistral3"),
+        ({"trainer": "transformers"}, "mistral3"),
+        ({"model": "mistral-small-3.1-24b-instruct-2503"}, "mistral3"),
+    ],
+)
+def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str | None) -> None:
+    """Of Ministral 3 3B 8 ranks share 24 layers of the tower, each 4 x 1024 x 1024 of attention, 3 x 1024 x 4096 of the MLP and
+    two norms; torch gathers them, the projector and the tied embedding before the first layer runs.
+    """
+    frozen = r".*(vision_tower|multi_modal_projector).*"
+    job: dict[str, Any] = {"model": "ministral-3-3b-instruct-2512", "method": "lora", "trainer": "automodel", "strategy": "fsdp2"}
+    names = {"target_modules": "every-linear", "exclude_modules": frozen}
+    result = peftplan.estimate(**job | names | options, gpus=8, seq_len=512)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]
+    if result.peaks is not None:
+        gathered = [line for line in result.peaks.ledgers["forward"].lines if line.category == "gathered_weights"]
+        tower = sum(line.bytes() for line in gathered if "vision_tower.transformer.layers" in line.name)
+        assert tower == 2 * 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def test_nemo_builds_some_models_itself() -> None:
         ("baidu/ERNIE-4.5-0.3B-PT", None, [], "automodel"),  # `Ernie4_5ForCausalLM` is not in the registry
         ("zai-org/glm-4-9b-chat-hf", None, [], "automodel"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None, [], "automodel"),
+        ("mistralai/Ministral-3-3B-Instruct-2512", None, [], "automodel"),
     ):
         model = {**config["model"], "pretrained_model_name_or_path": name, "force_hf": force_hf}
         plan = read({**config, "model": model})
