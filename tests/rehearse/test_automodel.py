@@ -30,8 +30,8 @@ SHARED_SEGMENTS = {"t5-large": 0.16}
 """Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's
 temporaries, one parameter after the other, leave gaps; here those of each family lie side by side."""
 LOOSE = {("qwen2.5-1.5b", 9, 2): 0.3, ("ministral-3-3b-instruct-2512", 2, 1): 0.25}
-"""Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit and
-16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less."""
+"""Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
+and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
