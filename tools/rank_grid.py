@@ -226,6 +226,13 @@ def classifying_jobs() -> Iterator[dict[str, Any]]:
     for model, strategy in product(("bert-base-uncased", "roberta-base"), ("zero2", "zero3")):
         yield variant(model, "full", strategy, **CLASSIFYING)
     yield variant("roberta-base", "lora", "zero2", **CLASSIFYING, target_modules="query,value")
+    convolving = CLASSIFYING | {"seq_len": 256}
+    for strategy in ("zero0", "zero1", "zero2", "zero3"):
+        yield variant("deberta-v2-xxlarge", "full", strategy, **convolving, **WIDE)
+    yield variant("deberta-v2-xxlarge", "full", "zero2", **convolving | {"gradient_checkpointing": True, "batch_size": 2})
+    for method, strategy in (("full", "zero2"), ("full", "zero3"), ("lora", "zero1")):
+        targets = {"target_modules": "query_proj,value_proj"} if method == "lora" else {}
+        yield variant("deberta-v3-small", method, strategy, **CLASSIFYING, **targets)
     for strategy in ("zero1", "zero2", "zero3"):
         yield variant("gpt2", "full", strategy, **WIDE, gradient_checkpointing=False, batch_size=1, seq_len=1024)
 

@@ -54,7 +54,7 @@ DIVIDED_BY_AUTOMODEL = (
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 REENTRANT = "reentrant checkpoints"
 """Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
-CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta")
+CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta", "deberta-v2")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
 
@@ -291,7 +291,7 @@ def _is_decoder(job: Job) -> bool:
     """Whether the model is a plain decoder whose steps were rehearsed: embedding, layers, final norm, head."""
     architecture = job.architecture
     forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type)
-    decoders = architecture.blocks and all(block.stack == "decoder" for block in architecture.blocks)
+    decoders = architecture.blocks and all(block.stack == "decoder" and block.attentions for block in architecture.blocks)
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED
     return bool(forward and decoders and architecture.input_embedding and rehearsed)

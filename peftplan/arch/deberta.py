@@ -107,6 +107,7 @@ def _backbone(c: Fields) -> Backbone:
                 mlp=Mlp("plain", c.int("intermediate_size"), c.str("hidden_act", default="gelu")),
                 norm="layernorm",
                 norm_position="post",
+                convolution=c.str("conv_act", default="tanh"),
             ),
         ),
         hidden_size=h,

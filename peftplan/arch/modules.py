@@ -149,8 +149,9 @@ class Mlp(NamedTuple):
 class Block(NamedTuple):
     """Identical layers of one stack: the facts that activations depend on, besides the weights.
 
+    `attentions`: those of each layer; none where a convolution stands in their place.
     `parallel`: attention and MLP both read the layer's input, and their outputs are added.
-    `shared_norm`: both read it through one norm.
+    `shared_norm`: both read it through one norm. `convolution`: the activation of the one beside the first layer (DeBERTa v2).
     """
 
     stack: Literal["decoder", "encoder"]
@@ -161,6 +162,7 @@ class Block(NamedTuple):
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     parallel: bool = False
     shared_norm: bool = False
+    convolution: str = ""
 
 
 class Dropout(NamedTuple):

@@ -127,6 +127,7 @@ def run_stack(
     own: Callable[[int], tuple[object, ...]] | None = None,
     every: tuple[object, ...] | Callable[[], tuple[object, ...]] = (),
     outputs: list[Tensor] | None = None,
+    behind: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run the first and the last layer of each kind; `kinds[l]` is the kind of layer l.
 
@@ -134,7 +135,8 @@ def run_stack(
     passes). The layers between them become copies of the last of their kind (`depth.copies`). `sums`: the gradients of what all
     layers read (`shared`). `holds`: the caller keeps what every layer returns until the forward ends. `own`: further arguments of
     a layer, which it holds alone, by their names. `every`: further arguments of all layers, by position. `outputs`: holds what
-    layers return besides the hidden states until the next one returns.
+    layers return besides the hidden states until the next one returns. `behind`: what the model does
+    with a layer's output, outside its checkpoint.
     """
     f, x = model.tape, states.pop() if isinstance(states, list) else states
     del states
@@ -183,6 +185,8 @@ def run_stack(
         if outputs is not None and not isinstance(result, Tensor):
             outputs[:] = result[1:]
         del result, arrived, beside
+        if behind is not None:
+            x = behind(layer, x)
         if x.storage is not None:
             stack.passed.add(x.storage.number)
     return boundary(f, x, f"{name} end")

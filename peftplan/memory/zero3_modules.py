@@ -61,8 +61,8 @@ class Gathering(Stage):
         """Modules that backward has entered and not left, the last one entered last."""
         self.recomputed: dict[str, list[Sharded]] = {}
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
-        self.due: dict[str, bool] = {}
-        """Module → whether its last call will have a backward."""
+        self.remaining: dict[str, int] = {}
+        """Module → backwards until it is released (`ds_grads_remaining`): each call sets it to that of its own."""
         self.readers: set[str] = before.readers if before else set()
         """Modules that have run: of these it is known which parameters of other ones they read."""
         self.persisting = before is not None
@@ -177,8 +177,13 @@ class Gathering(Stage):
         self.coordinator.fetch(module)
 
     def post_backward(self, module: Module) -> None:
-        """`post_sub_module_backward_function`, unless another forward without gradients has called the module since."""
-        if not self.due[module.name]:
+        """`post_sub_module_backward_function`, unless another forward without gradients has called the module since.
+
+        Of a module that is called twice, as DeBERTa's projections of tokens and of positions are, the first backward releases it,
+        and the second leaves what it has fetched until all of backward has ended.
+        """
+        self.remaining[module.name] -= 1
+        if self.remaining[module.name]:
             return
         self.running.pop(module.name, None)
         self.coordinator.release(module, dict.fromkeys(self.recomputed.pop(module.name, ())))
@@ -206,7 +211,7 @@ class Gathering(Stage):
     def _called_on(self, x: Tensor, module: Module, *, seen: bool = True) -> Tensor:
         """What a module is called on, with the hook after its backward (`ds_grads_remaining`). `seen`: the hook sees it."""
         x_hooked = hooked(self.f, x, self.post_backward, module) if seen else x
-        self.due[module.name] = x_hooked is not x
+        self.remaining[module.name] = int(x_hooked is not x)
         return x_hooked
 
     def leave(self, name: str, x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""DeBERTa v2 and v3 (transformers, models/deberta_v2/modeling_deberta_v2.py): scores of content and of relative positions.
-
-Left out: v2's convolution after layer 0.
+"""DeBERTa v2 and v3 (transformers, models/deberta_v2/modeling_deberta_v2.py): scores of content and of relative positions, and
+v2's convolution of the embeddings, which joins what layer 0 returns.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from peftplan.arch.modules import Attention, Block
 from peftplan.depth.stack import run_stack, shared
@@ -11,6 +12,7 @@ from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
+from peftplan.memory.convolution import convolution
 from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import output
@@ -19,6 +21,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Tensor
 
 EMBEDDINGS = "deberta.embeddings"
+CONVOLUTION = "deberta.encoder.conv"
 LAYER = "deberta.encoder.layer.{}"
 
 
@@ -26,8 +29,6 @@ def deberta(model: Model) -> Tensor:
     """`DebertaV2Model.forward`, which holds the output of every layer until it returns."""
     model.can_cache = False
     f, block, s = model.tape, model.arch.blocks[0], model.seq
-    if model.has("deberta.encoder.conv.conv"):
-        raise NeedsTraceError("DeBERTa's convolution")
     if block.attentions[0].positions == "disentangled" and not block.attentions[0].relative:
         raise NeedsTraceError("DeBERTa's relative attention without pos_att_type")
     words = inputs(model)
@@ -42,6 +43,7 @@ def deberta(model: Model) -> Tensor:
     sums: set[int] = set()
     positions = position_embeddings(model, sums) if distances is not None else None
 
+    embedded = x if model.has(f"{CONVOLUTION}.conv") else None
     hidden_states: list[Tensor] = []
     returned = False
     checkpointed, kinds = model.running.checkpointing, kinds_of(model, "encoder")
@@ -57,11 +59,45 @@ def deberta(model: Model) -> Tensor:
     ):  # how long a layer's output lives is the next layer's matter: each is run
         kinds = tuple(range(len(kinds)))
     holds = model.running.hosted or not all(recomputed)
-    x = run_stack(model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,))
+    behind = None
+    if embedded is not None:
+        kinds, behind = (max(kinds) + 1, *kinds[1:]), partial(behind_layer, model, embedded, ones)
+    x = run_stack(
+        model, kinds, x, layer, name="layers", checkpointed=checkpointed, sums=sums, holds=holds, every=(mask,), behind=behind
+    )
     returned = True
+    del embedded, behind
     hidden_states.clear()  # which frames refer to
     del ones
     return x
+
+
+def behind_layer(model: Model, embedded: Tensor, mask: Tensor, number: int, x: Tensor) -> Tensor:
+    """What the encoder does with a layer's output: that of the first one meets the convolution."""
+    return x if number else convolved(model, embedded, x, mask)
+
+
+def convolved(model: Model, embedded: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
+    """`ConvLayer.forward`: of the embeddings; padding is filled with zeros, and multiplied away behind the norm."""
+    f, block = model.tape, model.arch.blocks[0]
+    b, s, h = embedded.dims
+    f.module = CONVOLUTION
+    moved = ops.copied(f, embedded, "clone", (b, h, s))
+    out = convolution(model, f"{CONVOLUTION}.conv", moved, (b, h, s))
+    del moved
+    f.module = CONVOLUTION
+    out = ops.copied(f, out, "clone", (b, s, h))
+    inverted = f.new((b, s), mask.dtype, "rsub")
+    rmask = f.new((b, s), "bool", "to")
+    del inverted
+    out = masked_fill_(f, out, rmask)
+    out = activation(f, ops.dropout(f, out, model.arch.dropout.hidden), block.convolution)
+    joined = ops.add(f, residual, out)
+    normed = model.layernorm(f"{CONVOLUTION}.LayerNorm", joined)
+    f.module = CONVOLUTION
+    normed = f.to(normed, joined.dtype)
+    factor = f.new((b, s, 1), normed.dtype, "to") if mask.dtype != normed.dtype else mask.view((b, s, 1))
+    return ops.mul(f, normed, factor)
 
 
 def embeddings(model: Model, words: Tensor, token_type_ids: Tensor, mask: Tensor) -> Tensor:
@@ -116,6 +152,8 @@ def position_embeddings(model: Model, sums: set[int]) -> Tensor:
     f = model.tape
     weight = model.part("deberta.encoder.rel_embeddings").weight
     assert weight is not None
+    if f.modules is not None:
+        f.modules.read("deberta.encoder", None, weight)
     table: Operand = weight
     if model.has("deberta.encoder.LayerNorm"):
         table = model.layernorm("deberta.encoder.LayerNorm", table)
@@ -158,6 +196,11 @@ def masked_fill(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
 
 def _masked_fill_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "masked_fill")
+
+
+def masked_fill_(f: Tape, x: Tensor, mask: Tensor) -> Tensor:
+    """`masked_fill_`: writes into x, and keeps the mask."""
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_masked_fill_backward, (x,), mask))
 
 
 def repeated(f: Tape, x: Tensor, dims: Dims) -> Tensor:
