@@ -71,6 +71,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_modules=setup.by.own_modules,
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
+        hooks_adapted=setup.by.hooks_adapted,
         kernels=kernels_of(setup.kernels or ()),
         chip=chip,
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),

@@ -251,7 +251,7 @@ WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3"),
-    "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4"),
+    "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more."""
 

@@ -215,6 +215,8 @@ class Trainer(NamedTuple):
     """Whether it builds the model of modules of its own, on the card."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients (`enable_input_require_grads`)."""
+    hooks_adapted: bool = False
+    """Whether those of a model with an adapter are without checkpointing too (axolotl 0.19.0, loaders/adapter.py:427)."""
     own_decoders: bool = False
     """Whether it builds models of some types of modules of its own, unless it is told not to (`memory.models.automodel`)."""
     own_lora: bool = False

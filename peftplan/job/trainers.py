@@ -18,6 +18,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     keeps_logits=("policy", "reference"),
     token_outputs=(),
     recasts_tables=True,
+    hooks_adapted=True,
     expandable_segments=True,
     package=None,
     arguments=None,
@@ -26,6 +27,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
     defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
     scoring="flat kernel",
     recasts_tables=True,
+    hooks_adapted=True,
     expandable_segments=True,
     package=None,
     arguments=None,
@@ -34,6 +36,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
     recasts_tables=False,
+    hooks_adapted=False,
     expandable_segments=False,
     reentrant_under_zero3=False,
     defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
@@ -134,6 +137,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             Defaults(kbit_prepare=False),
             own_fsdp2=True,
             recasts_tables=True,
+            hooks_adapted=True,
             expandable_segments=True,
         ),
         IN_AXOLOTL._replace(
@@ -158,6 +162,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             called="RewardTrainer of axolotl 0.19",
             defaults=OF_REWARDS.defaults._replace(kbit_prepare=False),
             recasts_tables=True,
+            hooks_adapted=True,
             expandable_segments=True,
             loads_in_fp32=False,
             narrow_under_zero3=False,

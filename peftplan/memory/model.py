@@ -226,6 +226,8 @@ class Model(Weights):
         """Under checkpointing transformers hooks the input layers of models that read `input_ids`, peft those of all that
         bitsandbytes did not quantize (transformers `_activation_checkpointing_enable`, peft
         `_prepare_model_for_gradient_checkpointing`)."""
+        if self.running.hooks_adapted and self.running.peft_type is not None:
+            return True
         if not self.running.hooks_inputs:
             return False
         hooked_by_peft = self.running.peft_type is not None and self.quant is None

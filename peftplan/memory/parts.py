@@ -81,6 +81,8 @@ class Running(NamedTuple):
     """Whether the trainer builds models of some types of modules of its own."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients."""
+    hooks_adapted: bool = False
+    """Whether those of a model with an adapter are without checkpointing too."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
     chip: "Chip | None" = None

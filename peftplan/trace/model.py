@@ -173,6 +173,8 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
     method = _config_object(peft_config, wrapped_task(base, task_type))
     autocast = setup.adapter_dtype == "fp32" or bool(setup.by.casts)  # TRL casts what trains afterwards, and no buffer
     before = {id(p) for p in base.parameters()}
+    if setup.by.hooks_adapted:
+        base.enable_input_require_grads()
     try:
         with stand_ins(method.peft_type.value), torch.device("meta"):
             model = peft.get_peft_model(base, method, autocast_adapter_dtype=autocast)

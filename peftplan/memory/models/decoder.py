@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.modules import Attention, Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
@@ -55,7 +55,7 @@ def decoder(model: Model, style: Style) -> Tensor:
 
 def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor | None]:
     """Window → mask, of each kind of attention that the model has."""
-    windows = {block.attentions[0].window for block in model.arch.blocks}
+    windows = {a.window for block in model.arch.blocks for a in block.attentions}
     if style.both_masks and len(windows) == 1:
         windows |= {0} if None in windows else {None}
     return {window: causal_mask(model, dtype, window) for window in sorted(windows, key=lambda window: window or 0)}
@@ -86,12 +86,12 @@ def run_layers(
         block = blocks[number]
         if holds:
             layer_inputs.append(x.detach())
-        call = Call(model, style, block, number, own_tables or tables(block.attentions[0].window), mask)
+        call = Call(model, style, block, number, own_tables or tables(window_of(block)), mask)
         out = (style.layer or serial)(call, x)
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
     def its_mask(number: int) -> tuple[Tensor | None, ...]:
-        window = blocks[number].attentions[0].window
+        window = window_of(blocks[number])
         return model.units.beside(number, masks_by_window.get(window), tables(window))
 
     kinds = kinds_of(model)
@@ -117,6 +117,11 @@ def run_layers(
     outputs.clear()
     layer_inputs.clear()  # which frames refer to
     return x
+
+
+def window_of(block: Block) -> int | None:
+    """The window of a layer's attention; None without one, or without attention."""
+    return block.attentions[0].window if block.attentions else None
 
 
 def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
@@ -193,8 +198,9 @@ def attention(c: Call, x: Tensor) -> Tensor:
     if kernels.padding_free is not None:
         x = cat(f, [x], x.dims)  # of the documents' results
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
-        return lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
-    x = c.linear(f"self_attn.{c.style.output}", x)
+        x = lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
+    else:
+        x = c.linear(f"self_attn.{c.style.output}", x)
     if c.style.drops_inside:
         c.at("self_attn")
         x = c.dropout(x)
@@ -302,13 +308,19 @@ def mlp(c: Call, x: Tensor) -> Tensor:
         return c.style.mixture(c, x)
     of_variant = plain_mlp if c.block.mlp.variant == "plain" else fused_mlp if c.block.mlp.fused_gate_up else gated_mlp
     x = of_variant(c, x)
-    if c.style.drops_inside:
+    if c.style.drops_inside and not _in_kernel(c):
         c.at("mlp")
         x = c.dropout(x)
     return x
 
 
 PARTS = ("gate", "up", "down")
+
+
+def _in_kernel(c: Call) -> bool:
+    """Whether one function takes the place of the MLP's forward, with its dropout."""
+    kernel = c.model.running.kernels.lora_mlp
+    return kernel is not None and c.adapted(kernel, [f"mlp.{part}_proj" for part in PARTS]) is not None
 
 
 def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
