@@ -60,12 +60,12 @@ def shape_facts(
 def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Size]:
     """Name → size for b sequences of s tokens, integers or arrays; k counts virtual tokens too.
 
-    `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more.
+    `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more, `s+2` two.
     """
     by_name = {"b": b, "s": s, "k": s + virtual_tokens}
     by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
     by_name |= {f"{name}/{BLOCK}": -(-by_name[name] // BLOCK) for name in ("s", "k")}
-    by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (1, -1)}
+    by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (2, 1, -1)}
     by_name |= {"b/2": b // 2, "b/3": b // 3}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", 32), ("b·s", FLASH_BLOCK)):

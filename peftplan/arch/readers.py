@@ -38,6 +38,7 @@ READERS: dict[str, tuple[str, str, str]] = {
     "exaone4": ("llama_later", "exaone4", "CAUSAL_LM"),
     "arcee": ("llama_later", "arcee", "CAUSAL_LM"),
     "ernie4_5": ("llama_later", "ernie4_5", "CAUSAL_LM"),
+    "lfm2": ("lfm2", "lfm2", "CAUSAL_LM"),
     "mixtral": ("moe", "mixtral", "CAUSAL_LM"),
     "qwen2_moe": ("moe", "qwen2_moe", "CAUSAL_LM"),
     "qwen3_moe": ("moe", "qwen3_moe", "CAUSAL_LM"),

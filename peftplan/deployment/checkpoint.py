@@ -143,7 +143,8 @@ class _Module(NamedTuple):
     def in_order(self) -> Iterator[StoredTensor]:
         yield from self.tensors.values()
         numbered = all(name.isdigit() for name in self.children)
-        for name in sorted(self.children, key=int) if numbered else self.children:
+        first = sorted(self.children, key=lambda name: name != "self_attn")  # a layer of LFM2 makes it where others make `conv`
+        for name in sorted(self.children, key=int) if numbered else first:
             yield from self.children[name].in_order()
 
 

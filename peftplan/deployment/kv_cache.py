@@ -50,7 +50,7 @@ def kv_cache(arch: Architecture, *, batch_size: int, context: int, encoder_conte
     if arch.task_type not in GENERATES:
         raise RefusedError(f"{arch.model_class} keeps no KV cache: it does not generate")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
-    if not blocks:
+    if not all(block.attentions for block in blocks) or not blocks:
         raise NeedsTraceError(f"the KV cache of model_type {arch.model_type!r} is not modelled")
     layers_of: dict[tuple[str, str, Shape], int] = {}
     for block in blocks:

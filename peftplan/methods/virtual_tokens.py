@@ -124,6 +124,8 @@ def check_prefix(arch: Architecture, config: PrefixTuningConfig, *, batch_size: 
         shape, size = [batch_size, p, 2 * dims.num_layers, heads, head], batch_size * p * 2 * dims.num_layers * dims.token_dim
         raise RefusedError(f"{named('peft')} refuses it: RuntimeError: shape '{shape}' is invalid for input of size {size}")
     blocks = [block for block in arch.blocks if block.stack == "decoder"]
+    if not all(block.attentions for block in blocks):
+        raise NeedsTraceError("a prefix of layers without attention")
     if any((a.cached_heads or a.num_key_value_heads, a.head_dim) != (heads, head) for a in (b.attentions[0] for b in blocks)):
         raise RefusedError(
             f"{named('transformers')} refuses it: RuntimeError: a prefix of {heads} heads of {head} beside other keys; "

@@ -89,6 +89,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": _causal("hunyuan_v1_dense", "HunYuanDenseV1", GQA),
     "exaone4": _causal("exaone4", "Exaone4", {**GQA, "sliding_window": 16, "sliding_window_pattern": 2}),
     "arcee": _causal("arcee", "Arcee", GQA),
+    "lfm2": _causal("lfm2", "Lfm2", {**GQA, "layer_types": ["conv", "full_attention"]}),
     "ernie4_5": _causal("ernie4_5", "Ernie4_5", GQA),
     "glm4_moe_lite": _causal("glm4_moe_lite", "Glm4MoeLite", {**PLAIN, **MLA}, ["q_a_proj", "o_proj"]),
     "mamba": _causal("mamba", "Mamba", {**SSM, "state_size": 4}, ["in_proj", "x_proj"], qlora_skip=("dt_proj", "lm_head")),

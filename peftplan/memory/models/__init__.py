@@ -40,6 +40,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "arcee": ("llama", "arcee"),
     "ernie4_5": ("llama", "ernie4_5"),
     "starcoder2": ("llama", "starcoder2"),
+    "lfm2": ("lfm2", "lfm2"),
     "gemma": ("gemma", "gemma"),
     "gemma2": ("gemma", "gemma2"),
     "gemma3_text": ("gemma", "gemma3"),
