@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.copied_load import SOURCE as COPIED
 from peftplan.memory.load import dtypes_before, load_into, load_passing
 from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
@@ -68,6 +69,14 @@ def loading_of(
     )
     base = parameters._replace(all=tuple(p for p in parameters.all if p.owner == "base"))
     load: Loader = load_whole
+    if job.method is not None and job.method.name == "llama-pro":
+        from peftplan.memory.copied_load import load_copied
+
+        on_device = parameters if holding is None or not arrives else holding.parameters
+        frozen = on_device._replace(all=tuple(p for p in on_device.all if not p.trainable))
+        load = partial(load_copied, load=partial(load_whole, parameters=frozen), parameters=on_device)
+        beyond_end = peak_of(load) - Ledger(loaded).bytes()
+        passing = (Line("projections made anew", "temporaries", "uint8", (beyond_end,), 1, COPIED),)
     of_base: Loader = partial(load_whole, parameters=base, arrives=True)
     if normed is not None:
         from peftplan.analytic import ranks

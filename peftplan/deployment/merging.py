@@ -29,7 +29,7 @@ class Need(NamedTuple):
 
 
 NON_LINEAR = ("houlsby", "pfeiffer")
-TRAINS_BASE = ("full", "bitfit")
+TRAINS_BASE = ("full", "bitfit", "partial", "llama-pro")
 NOTHING = Need("", (), 0)
 
 

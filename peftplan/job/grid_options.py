@@ -158,7 +158,9 @@ class GridOptions(OtherWords, total=False):
     n_frequency_pattern: Axis[Mapping[str, int]]
     num_attention_heads: Axis[int | None]
     num_cayley_neumann_terms: Axis[int]
+    num_groups: Axis[int | None]
     num_layers: Axis[int | None]
+    num_new_blocks: Axis[int]
     num_transformer_submodules: Axis[int | None]
     num_virtual_tokens: Axis[int]
     oft_block_size: Axis[int]
@@ -185,6 +187,9 @@ class GridOptions(OtherWords, total=False):
     tokenizer_kwargs: object
     tokenizer_name_or_path: object
     total_step: Axis[int | None]
+    trainable: Axis[str | Iterable[str] | None]
+    trainable_dtype: Axis[Literal["fp32"] | None]
+    trainable_layers: Axis[int]
     trainable_token_indices: Axis[Iterable[int] | Mapping[str, Iterable[int]] | None]
     use_cayley_neumann: Axis[bool]
     use_dora: Axis[bool]

@@ -37,7 +37,7 @@ def inventory(job: Job) -> Inventory:
         adapter_dtype=adapter_dtype,
         quant=quant,
         kbit_prepare=bool(setup.kbit_prepare),
-        trained_dtype=trained_dtype,
+        trained_dtype=adaptation.trained_dtype or trained_dtype,
     )
     buffers = parameters.buffers(
         architecture,

@@ -173,7 +173,9 @@ class MethodOptions(TypedDict, total=False):
     n_frequency_pattern: Mapping[str, int]
     num_attention_heads: int | None
     num_cayley_neumann_terms: int
+    num_groups: int | None
     num_layers: int | None
+    num_new_blocks: int
     num_transformer_submodules: int | None
     num_virtual_tokens: int
     oft_block_size: int
@@ -200,6 +202,9 @@ class MethodOptions(TypedDict, total=False):
     tokenizer_kwargs: object
     tokenizer_name_or_path: object
     total_step: int | None
+    trainable: str | Iterable[str] | None
+    trainable_dtype: Literal["fp32"] | None
+    trainable_layers: int
     trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None
     use_cayley_neumann: bool
     use_dora: bool

@@ -24,7 +24,7 @@ from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolve
 from peftplan.job.tasks import CALLED, check_task, without_vllm
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.job.words import named_as_typed
-from peftplan.methods.adaptation import Adaptation
+from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.endless import refuse_endless
 from peftplan.methods.saved import SAVED_HEADS
 from peftplan.methods.unmatched import unmatched_targets
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
     from peftplan.distributed.strategy import Distributed
 
-PARTIAL = methods.METHODS["full"]._replace(name="partial", summary="the parameters of the base that require gradients train")
-"""The method of a loaded model without an adapter, some of whose parameters are frozen."""
 NOT_ON_4_BIT = ("loha", "lokr")
 """Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft) and raises a RuntimeError."""
 
@@ -85,6 +83,8 @@ def prepared(request: Request) -> Job:
     kind, config, adapter = method_of(method, peft_config, method_options)
     model = architectures.read(model)
     model_config = architectures.load_config(model)
+    if kind is not None and kind.name == "llama-pro":
+        model, model_config = _with_new_layers(model, model_config, config)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     stored = _stored(model_config, set_here)
     if stored and kind is not None and kind.name == "full":
@@ -167,7 +167,7 @@ def prepared(request: Request) -> Job:
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
     adaptation = adapted(architecture, model, kind, config, adapter, setup)
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
-        kind, adaptation = PARTIAL, partial
+        kind, adaptation = methods.METHODS["partial"], partial
     differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()
     warnings = (
         *differing,
@@ -190,6 +190,18 @@ def prepared(request: Request) -> Job:
         chosen,
         distributed,
     )
+
+
+def _with_new_layers(
+    model: object, model_config: Mapping[str, object], config: MethodConfig | None
+) -> tuple[architectures.Source, dict[str, object]]:
+    """The model with the layers that LLaMA Pro adds, and its config."""
+    from peftplan.methods.partial import LlamaProConfig, with_new_layers
+
+    assert isinstance(config, LlamaProConfig)
+    grown = with_new_layers(model_config, config)
+    before = architectures.load(model)
+    return architectures.Source(grown, before.name, before.source), grown
 
 
 def _loaded_dtype(

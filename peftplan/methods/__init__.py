@@ -109,6 +109,14 @@ METHODS: dict[str, Method] = {
             "Ben-Zaken et al. 2021, arXiv 2106.10199",
         ),
         Method(
+            "partial", None, "partial", "PartialConfig", "partial", "only the named parameters of the base train",
+            "LLaMA-Factory's freeze; Spectrum, Hartford et al. 2024, arXiv 2406.06623",
+        ),
+        Method(
+            "llama-pro", None, "partial", "LlamaProConfig", "llama_pro", "copies of layers are added, which alone train",
+            "Wu et al. 2024, arXiv 2401.02415",
+        ),
+        Method(
             "fourierft", "FOURIERFT", "fourierft", "FourierFTConfig", "fourierft", "trained Fourier coefficients of the update",
             "Gao et al. 2024, arXiv 2405.03003",
         ),

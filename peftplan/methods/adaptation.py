@@ -94,6 +94,8 @@ class Adaptation(NamedTuple):
     notes: tuple[str, ...] = ()
     by_layer: bool = False
     """Whether only some layers of a family train. A model with fewer layers then does not represent it."""
+    trained_dtype: str | None = None
+    """What the base's own parameters that train are cast to; None: no cast."""
 
     @property
     def target_modules(self) -> tuple[str, ...] | str:

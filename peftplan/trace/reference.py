@@ -44,7 +44,10 @@ def apply_reference(base: nn.Module, adaptation: Adaptation, *, dtype: torch.dty
             name = f"{family.module}.{family.param}".lstrip(".")
             name = name if layer is None else name.replace("{}", str(layer))
             if name in names:
-                base.get_parameter(name).requires_grad_(True)
+                parameter = base.get_parameter(name)
+                parameter.requires_grad_(True)
+                if adaptation.trained_dtype == "fp32":
+                    parameter.data = parameter.data.float()
     modules = dict(base.named_modules())
     for tensor in adaptation.added:
         if tensor.name.endswith(FIRST_WEIGHT):

@@ -43,6 +43,17 @@ def test_badam_is_bounded_with_weights_in_16_bits() -> None:
     assert row["allocated"] < estimate.peaks.allocated
 
 
+def test_freeze_with_checkpoints_is_bounded() -> None:
+    """Of four layers the last two train: the tool does not checkpoint the others, whose inputs of 1,024 x 4,096 are counted."""
+    row, other = (row for row in EVERY if row["values"].get("finetuning_type") == "freeze" and plan(row).unsupported)
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert bound(plan(row).unsupported) == "at_most"
+    assert bound(plan(other).unsupported) == "unknown"
+    assert peaks.reserved == row["reserved"]
+    assert peaks.by_phase["backward"] - row["by_phase"]["backward"] == pytest.approx(2 * 2 * 1024 * 4096, abs=2**16)
+
+
 def test_moments_by_the_names_of_parameters() -> None:
     """Muon: matrices of layers have one tensor of states, all else two. Adam-mini: one moment of all, and one number a row, head
     of 128 x 1536 elements or norm, in blocks of at least 128 numbers."""

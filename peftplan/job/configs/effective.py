@@ -123,6 +123,13 @@ class Effective:
         if "pattern" in setting:
             listed = self._listed(setting["of"], self.of(setting["of"]))
             return setting["pattern"].replace("NAMES", "|".join(map(re.escape, listed)))
+        if "starts" in setting:
+            return tuple(_from_start(name) for name in self._listed(setting["starts"], self.of(setting["starts"])))
+        if "parts" in setting:
+            inside = self._listed(setting["parts"], self.of(setting["parts"]))
+            beside = self._listed(setting["beside"], self.of(setting["beside"]))
+            names = (r"\.{layers}\." + ("" if name == "all" else re.escape(name)) for name in inside)
+            return (*names, *map(re.escape, filter(None, beside)))
         if "globs" in setting:
             return _globs(self.of(setting["globs"]))
         if "in_16_bits" in setting:
@@ -173,6 +180,12 @@ class Effective:
         if len(names) < len(listed):
             raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
         return names
+
+
+def _from_start(pattern: str) -> str:
+    """axolotl's pattern of a name (`LayerNamePattern`, utils/freeze.py 0.19); of some rows the whole weight has a gradient."""
+    whole = re.sub(r"\[[0-9]*(?::[0-9]*)?\]$", "", pattern)
+    return "^(?:" + re.sub(r"\.(?!\+)", r"\.", whole) + ")"
 
 
 def _globs(value: object) -> object:

@@ -100,6 +100,8 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         _from(result, "deepspeed", lambda: _deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
         _named(result, tool, "deepspeed", own, _deepspeed, file)
+    if (names := launch.get("spectrum_config_path")) is not None:
+        _named(result, tool, "spectrum_config_path", names, _spectrum, file)
     _fsdp(result, tool, launch)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
     if own_strategy in STRATEGIES:
@@ -250,6 +252,14 @@ def _deepspeed(source: object) -> Mapping[str, object]:
         return deepspeed.options(source)
     on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
     return deepspeed.options({**source, "zero_optimization": on})
+
+
+def _spectrum(source: object) -> Mapping[str, object]:
+    """The patterns of Spectrum's file, which its users match from the start of a parameter's name (`re.match`)."""
+    listed = content(source, field="spectrum_config_path").get("unfrozen_parameters")
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise OptionError("spectrum_config_path", str(source)[:80], "accepted: a file with a list of unfrozen_parameters")
+    return {"trainable": tuple(f"^(?:{each})" for each in listed)}
 
 
 FSDP_1 = ("axolotl",)

@@ -58,6 +58,12 @@ class Meant(TypedDict, total=False):
     sum: list[str | int]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
     globs: str
+    starts: str
+    """Patterns of names from their start, in which a dot is a dot, and rows in brackets are left out (axolotl)."""
+    parts: str
+    """The key that lists modules inside the layers that train (LLaMA-Factory)."""
+    beside: str
+    """The key that lists parts of other names."""
     pattern: str
     of: str
     """Of a pattern: the key whose names stand for `NAMES` in it."""
