@@ -23,11 +23,18 @@ from typing import Any, NamedTuple
 CHECKPOINTS, LAYER = "unsloth_zoo/gradient_checkpointing.py", "gpt_oss/modeling_gpt_oss.py"
 BLOCKS = "_block_compile.py", LAYER
 """Where layers run: whole, or line by line of their own `forward`, of which torch compiles parts."""
+GRAPH, INDUCTOR = "call", "torchinductor"
+"""The function and the folder of what inductor writes."""
 DOCUMENTS = "_block_varlen_prepare"
 """Writes the lengths of a row's documents, and checks the mask, once a forward, in the first layer that asks."""
+WORKSPACE_BYTES = 8_519_680
+"""cuBLAS takes it within the first layer, on the A100 of the rehearsals."""
+FLUSHED_BYTES = 256 * 2**20
 FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
-MULTIPLES = 32, 128
-"""Inductor sums gradients of norms by 32 tokens; flash attention's backward allocates for tokens up to a multiple of 128."""
+BLOCK = 128
+MULTIPLES = 32, BLOCK
+"""Inductor sums gradients of norms by 32 tokens; flash attention's backward allocates for tokens up to a multiple of 128, of each
+row where rows stay apart (`r%128`)."""
 ALIGNED = 8
 """torch pads the last dim of a mask to the next multiple, of aligned ones too (`pad_last_dim`)."""
 MOST_PARTIAL = 4 * 2**20
@@ -39,7 +46,7 @@ FORWARD, RECOMPUTED, BACKWARD, OTHER = "forward", "recomputed", "backward", "oth
 
 class Event(NamedTuple):
     """An allocation of `size` bytes, or the end of the one with this number. `tunes`: while kernels are timed. `line`: of the
-    layer's own `forward`; 0 where it runs whole."""
+    layer's own `forward` or, where it runs whole, of its graph, the file that inductor wrote; 0 outside of both."""
 
     number: int
     size: int
@@ -47,6 +54,7 @@ class Event(NamedTuple):
     tunes: bool
     ends: bool = False
     line: int = 0
+    graph: str = ""
 
 
 def events_of(snapshot: Path) -> list[Event]:
@@ -56,12 +64,19 @@ def events_of(snapshot: Path) -> list[Event]:
     for number, entry in enumerate(pickle.loads(snapshot.read_bytes())["device_traces"][0]):
         if entry["action"] == "alloc":
             tunes = any(frame["name"] in (FLUSHED, CLONED) for frame in entry["frames"])
-            line = next((frame["line"] for frame in entry["frames"] if frame["filename"].endswith(LAYER)), 0)
-            allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes, line=line)
+            graph, line = _line(entry["frames"])
+            allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes, line=line, graph=graph)
             events.append(allocated[entry["addr"]])
         elif entry["action"] == "free_completed" and entry["addr"] in allocated:
             events.append(allocated.pop(entry["addr"])._replace(ends=True))
     return events
+
+
+def _line(frames: Sequence[dict[str, Any]]) -> tuple[str, int]:
+    """Where a layer runs: the line of its own `forward`, or that of its graph and the graph's file."""
+    own = next((frame["line"] for frame in frames if frame["filename"].endswith(LAYER)), 0)
+    of_graph = next((frame for frame in reversed(frames) if frame["name"] == GRAPH and INDUCTOR in frame["filename"]), None)
+    return ("", own) if own or of_graph is None else (of_graph["filename"], of_graph["line"])
 
 
 def _place(frames: Sequence[dict[str, Any]]) -> str:
@@ -129,16 +144,17 @@ def _runs(events: Sequence[Event]) -> Iterator[tuple[str, list[Event]]]:
 
 
 def _parts(forward: Sequence[Event], each: int) -> Iterator[list[Event]]:
-    """Layers of as many allocations each, or each up to where the next begins its `forward`."""
+    """Layers of as many allocations each, or each up to where the next begins its `forward` or its graph."""
     part: list[Event] = []
-    line = 0
+    line, graph = 0, ""
     for event in forward:
-        begins = event.line < line if line else sum(not e.ends and not e.tunes for e in part) == each
-        if not event.ends and not event.tunes and begins:
+        begins = event.line < line or event.graph != graph if line else sum(not e.ends and not e.tunes for e in part) == each
+        if not event.ends and not event.tunes and begins and part:
             yield part
             part = []
         part.append(event)
-        line = line if event.ends else event.line
+        if not event.ends and not event.tunes:
+            line, graph = event.line, event.graph
     yield part
 
 
@@ -153,12 +169,14 @@ class Batch(NamedTuple):
         """What stands behind a size → by how many tokens it is multiplied."""
         tokens = self.rows * self.length
         rounded = {f"t%{multiple}": -(-tokens // multiple) * multiple for multiple in MULTIPLES}
-        return {"t": tokens, **rounded, "q": tokens * (tokens // ALIGNED + 1) * ALIGNED}
+        by_row = {f"r%{BLOCK}": self.rows * -(-self.length // BLOCK) * BLOCK}
+        return {"t": tokens, **rounded, **by_row, "q": tokens * (tokens // ALIGNED + 1) * ALIGNED}
 
 
 def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batch, Batch]) -> str:
     """The events of tensors that the first part makes: `8t` bytes per token, `8t%128` per token up to a multiple of 128, `2q` per
-    pair of tokens, the second ones up to the next multiple of 8, a constant, `-n` the end of the n-th, `|` before backward."""
+    pair of tokens, the second ones up to the next multiple of 8, `8t^100` per token of 100 at least, a constant, `-n` the end of
+    the n-th, `|` before backward."""
     number: dict[int, int] = {}
     words: list[str] = []
     own, sizes = ([event.size for event in _own(part) if not event.ends] for part in (first, second))
@@ -171,7 +189,9 @@ def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batc
         if event.place == BACKWARD and "|" not in words:
             words.append("|")
         number[event.number] = len(number) + 1
-        words.append(pairs.get(len(number) - 1) or _size(event.size, seen[event.size], sizes, batches))
+        place = len(number) - 1
+        word = pairs.get(place) or (_at_least(event.size, sizes[place], batches) if len(own) == len(sizes) else None)
+        words.append(word or _size(event.size, seen[event.size], sizes, batches))
         seen[event.size] += 1
     return " ".join(words)
 
@@ -221,6 +241,13 @@ def _word(size: int, other: int, batches: tuple[Batch, Batch]) -> str | None:
     return str(size) if other == size else next((ratio for ratio in ratios if ratio), None)
 
 
+def _at_least(size: int, other: int, batches: tuple[Batch, Batch]) -> str | None:
+    """The first size as bytes per token, where the second is of more tokens than there are: a place that inductor shares."""
+    each, left = divmod(size, batches[0].tokens["t"])
+    shared = size > MOST_PARTIAL and left < MOST_PADDING and each * batches[1].tokens["t"] < other < size
+    return f"{each}t^{-(-other // each)}" if shared else None
+
+
 def _ratio(size: int, other: int, batches: tuple[Batch, Batch], unit: str) -> str | None:
     """Both sizes as bytes per token, with less than `MOST_PADDING` left over."""
     first, second = (batch.tokens[unit] for batch in batches)
@@ -229,41 +256,56 @@ def _ratio(size: int, other: int, batches: tuple[Batch, Batch], unit: str) -> st
     return f"{each}{unit}" if fits else None
 
 
-def tuned(part: Sequence[Event], most: int) -> list[int]:
-    """After how many of a part's own allocations kernels are timed, in the first step; of the first `most`."""
+def tuned(part: Sequence[Event], most: int, tokens: int) -> list[int | str]:
+    """After how many of a part's own allocations kernels are timed, in the first step; of the first `most`. `3:8t`: the third,
+    over a copy of 8 bytes per token, which a kernel that writes over its input gets."""
     own = 0
-    places: list[int] = []
+    places: dict[int, int] = {}
     for event in part:
-        own += not event.ends and not event.tunes
-        if event.tunes and not event.ends and own <= most and own not in places:
-            places.append(own)
-    return places
+        own += not event.ends and not event.tunes and event.size != WORKSPACE_BYTES
+        if event.tunes and not event.ends and own <= most:
+            copied = event.size if event.size != FLUSHED_BYTES and event.size > MOST_PARTIAL else 0
+            places[own] = max(places.get(own, 0), copied)
+    return [f"{own}:{copied // tokens}t" if copied else own for own, copied in places.items()]
 
 
 def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], batches: tuple[Batch, Batch]) -> dict[str, object]:
     """What all layers do, and the first one if it does something else. The gradient of the input outlives a layer's backward, but
     for that of the first one, which ends behind the output; the checkpoint frees the output last."""
     layers = list(zip(*(layers_of(of) for of in runs), strict=True))
-    (forward,) = {_forward_of(a, b, batches) for a, b in layers[1:]}
-    ((training, output),) = {_training_of(a, b, batches) for a, b in layers[1:]}
+    own = [(_forward_of(a, b, batches), *_training_of(a, b, batches)) for a, b in layers]
+    most = Counter(own[1:]).most_common(1)[0][0]
+    forward, training, output = most
     first = [next(part for place, part in runs[0] if place == name) for name in (FORWARD, RECOMPUTED)]
     allocated = len(training.partition("|")[0].split())
     record: dict[str, object] = {
         "forward": forward,
         "training": training,
         "output": output,
-        "tuned": [n for part, most in zip(first, (allocated, 10 * allocated), strict=True) for n in tuned(part, most)],
+        "tuned": [
+            n
+            for part, most in zip(first, (allocated, 10 * allocated), strict=True)
+            for n in tuned(part, most, batches[0].tokens["t"])
+        ],
     }
-    a, b = layers[0]
-    if (of_first := _forward_of(a, b, batches)) != forward:
-        record["first"] = [of_first, *_training_of(a, b, batches)]
+    kinds: dict[tuple[str, str, int], list[int]] = {}
+    for number, events in enumerate(own[1:], 1):
+        kinds.setdefault(events, []).append(number)
+    alike = next((events for events in kinds if events[0] == own[0][0]), None)
+    if alike is None:
+        record["first"] = own[0]
+    elif alike != most:
+        kinds[alike].insert(0, 0)
+    if others := [(numbers, *events) for events, numbers in kinds.items() if events != most]:
+        record["others"] = others
     return record
 
 
 def _forward_of(a: Layer, b: Layer, batches: tuple[Batch, Batch]) -> str:
     """A forward without a graph. The router's logits, which last until the loss, are taken to end with their layer."""
     words = text_of(a.forward, b.forward, batches)
-    routed = _own(a.forward)[-1].line > 0
+    last = _own(a.forward)[-1]
+    routed = last.line > 0 and not last.graph
     numbers = range(1, len(_allocated(words)))  # but for the result
     return " ".join([words, *(f"-{n}" for n in numbers if routed and f"-{n}" not in words.split())])
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
-from peftplan.arch.text_part import is_in_text_part
+from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.automodel import knows_tower
@@ -57,7 +57,7 @@ def check(job: Job) -> None:
     check_virtual_tokens(job)
     if job.setup.by.embeds:
         _check_embedding(job)
-    if model_type in OF_TEXT_PARTS:
+    if model_type in OF_TEXT_PARTS or has_towers(job.architecture):
         _check_text_part(job)
     _check_kernels(job)
     if job.method.module == "bottleneck":
@@ -80,8 +80,10 @@ def _check_text_part(job: Job) -> None:
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
-    head = f"{architecture.output_embedding}." if job.setup.by.own_lora else None
-    if not all(is_in_text_part(architecture, name) or (head is not None and name.startswith(head)) for name in names):
+    if kernels_of(job.setup.kernels or ()).layers is not None:
+        return
+    head = f"{architecture.output_embedding}."
+    if not all(is_in_text_part(architecture, name) and (job.setup.by.own_lora or not name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 
 

@@ -12,7 +12,7 @@ from peftplan.analytic.loading import loading_of
 from peftplan.analytic.running import empties_first, limits_of, loss_sizes, segments_grow
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
-from peftplan.arch.text_part import TEXT_PARTS
+from peftplan.arch.text_part import has_towers
 from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
@@ -102,7 +102,7 @@ class Compiled(NamedTuple):
             count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else by_name[dim] for dim in dims))
             for dims, dtype, count in self.on_host
         )
-        of_text = {"images_per_sample": 0} if self.architecture.model_type in TEXT_PARTS else {}
+        of_text = {"images_per_sample": 0} if has_towers(self.architecture) else {}
         return of_text | ({"offloaded_bytes": nbytes} if nbytes else {})
 
 

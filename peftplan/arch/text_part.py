@@ -18,8 +18,11 @@ TEXT_PARTS: dict[str, str | None] = {
     "idefics3": None,
     "smolvlm": None,
     "mistral3": None,
+    "gemma3": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
+OMITTED: dict[str, dict[str, object]] = {"gemma3": {"num_attention_heads": 8, "vocab_size": 262_208}}
+"""Defaults of a `text_config`'s class that published configs leave out (`Gemma3TextConfig`)."""
 
 
 def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
@@ -31,11 +34,21 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     model_type = TEXT_PARTS[architecture.model_type] or text.get("model_type")
     if model_type not in READERS:
         return architecture
-    of_text = {**text, "model_type": model_type, "architectures": None}
+    of_text = {**OMITTED.get(architecture.model_type, {}), **text, "model_type": model_type, "architectures": None}
     return replace(architecture, blocks=read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM").blocks)
 
 
+TOWERS = ("vision", "visual", "audio")
+"""Parts of the names of what reads pictures or sound."""
+
+
+def has_towers(architecture: Architecture) -> bool:
+    """Whether a causal language model reads pictures or sound too."""
+    names = (module.name.split(".") for module in architecture.modules)
+    return architecture.task_type == "CAUSAL_LM" and any(word in part for parts in names for part in parts[:2] for word in TOWERS)
+
+
 def is_in_text_part(architecture: Architecture, module: str) -> bool:
-    """Whether a module runs without images."""
+    """Whether a module, or a parameter by its name, runs without images."""
     decoder = str(architecture.input_embedding).rpartition(".")[0]
-    return module.startswith(f"{decoder}.") or module == architecture.output_embedding
+    return f"{module}.".startswith((f"{decoder}.", f"{architecture.output_embedding}."))

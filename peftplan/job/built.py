@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
-from peftplan.arch.modules import Architecture, Block, Buffer, Mlp, Module, linear
+from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, linear
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from peftplan.job.kernels import INT8_INT4
@@ -164,7 +164,8 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
         head = architecture.output_embedding
         untied = tuple(tie for tie in architecture.ties if tie[0].rpartition(".")[0] != head)
         architecture = replace(architecture, ties=untied)
-    blocks = architecture.blocks or _blocks_of_granite(architecture, config)
+    blocks = architecture.blocks or _blocks_of_granite(architecture, config) or _blocks_recorded(architecture, config)
+    blocks = tuple(block if block.attentions else block._replace(attentions=(WITHOUT_ATTENTION,)) for block in blocks)
     return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
 
 
@@ -179,6 +180,32 @@ def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object])
     positions: Literal["rotary", "none"] = "rotary" if config.get("position_embedding_type") == "rope" else "none"
     mlp = Mlp("gated", fields.int("shared_intermediate_size"), fields.str("hidden_act", default="silu"), fused_gate_up=True)
     return (Block("decoder", n.layers, (n.attention._replace(positions=positions),), mlp, "rmsnorm"),)
+
+
+WITHOUT_ATTENTION = Attention(1, 1, 1, positions="none")
+"""Of layers with a convolution in its place."""
+RECORDED = ("gemma4", "gemma4_unified", "qwen3_5")
+"""Model types whose layers records alone describe."""
+
+
+def _blocks_recorded(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:
+    """The layers of a text part that only records describe: a block for each type of layer, with its rotary tables' width."""
+    if architecture.model_type not in RECORDED:
+        return ()
+    text = config.get("text_config")
+    fields = Fields(text if isinstance(text, Mapping) else config, name=architecture.name)
+    n = read_dims(fields)
+    types = fields.strs("layer_types", default=("full_attention",) * len(n.layers))
+    wide = fields.optional_int("global_head_dim") or n.d
+    blocks = []
+    for kind in dict.fromkeys(types):
+        layers = tuple(layer for layer in n.layers if types[layer] == kind)
+        window = fields.int("sliding_window") if kind == "sliding_attention" else None
+        rotary: Literal["rotary", "none"] = "rotary" if kind.endswith("_attention") and kind != "linear_attention" else "none"
+        width = wide if kind == "full_attention" else n.d
+        attention = n.attention._replace(head_dim=width, window=window, positions=rotary)
+        blocks.append(Block("decoder", layers, (attention,), Mlp("gated", n.i, "silu"), "rmsnorm"))
+    return tuple(blocks)
 
 
 def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) -> Architecture:

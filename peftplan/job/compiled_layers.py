@@ -3,16 +3,20 @@
 torch's partitioner decides what such a layer keeps for backward, and inductor which buffers are used again; both depend on all
 widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules, or for one model of
 which all trains, with or without fake-quantized weights. It is a list of events: `8t` allocates 8 bytes per token, `8t%128` 8
-bytes per token of a batch up to a multiple of 128, `2q` 2 bytes per pair of tokens, the second ones up to the next multiple of 8,
-`640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward begins. What is left at the end are
-the gradients: that of the input, in bytes per token, and those of what trains. What is left of forward besides its result lasts
-until the layer's next forward: scales of fake quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how
-its partial sums grow with the batch, below 4 MiB.
+bytes per token of a batch up to a multiple of 128, `8r%128` of each row, `2q` 2 bytes per pair of tokens, the second ones up to
+the next multiple of 8, `8t^100` 8 bytes per token of 100 at least, `640` allocates 640 bytes, `-3` frees what was allocated
+third, and `|` stands where backward begins. What is left at the end are the gradients: that of the input, in bytes per token,
+and those of what trains. What is left of forward besides its result lasts until the layer's next forward: scales of fake
+quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how its partial sums grow with the batch, below 4
+MiB.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.arch.text_part import is_in_text_part
 from peftplan.datafiles import load, record
 from peftplan.job.kernels import kernels_of
 
@@ -45,20 +49,22 @@ class Events(NamedTuple):
 class Recorded(NamedTuple):
     """The events of a layer without a graph (`forward`), and with one, up to the end of its backward (`training`).
 
-    `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels.
-    `r`: the rank of adapters; None where all weights train. `modules`: what they adapt. `scheme`: that of the fake quantization.
-    `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is.
-    `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in NF4, the modules left out.
-    `first`: what the first layer does (forward, training, output), whose input is in 16 bits where results are in fp32.
-    `generates`: the rows are prompts with completions that the policy wrote, with a mask of them (unsloth_zoo,
-    `grpo_accumulated_loss`).
+    `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels;
+    `3:8t` over a copy of so many bytes. `r`: the rank of adapters; None where all weights train. `modules`: what they adapt.
+    `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm
+    is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in
+    NF4, the modules left out. `first`: what the first layer does (forward, training, output), whose input is in 16 bits where
+    results are in fp32. `generates`: the rows are prompts with completions that the policy wrote, with a mask of them
+    (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
+    that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
+    it is not all.
     """
 
     model: str
     forward: str
     training: str
     output: int
-    tuned: tuple[int, ...]
+    tuned: tuple[int | str, ...]
     source: str
     r: int | None = None
     modules: tuple[str, ...] = ()
@@ -69,6 +75,9 @@ class Recorded(NamedTuple):
     in_16_bits: tuple[str, ...] | None = None
     first: tuple[str, str, int] | None = None
     generates: bool = False
+    rows: bool = False
+    others: tuple[tuple[Collection[int], str, str, int], ...] = ()
+    adapted: Mapping[str, int] = MappingProxyType({})
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
@@ -78,11 +87,17 @@ class Recorded(NamedTuple):
     @property
     def of(self) -> tuple[object, ...]:
         """What a job must have for the record to hold."""
-        return (self.model, self.scheme, self.r, set(self.modules), self.stored, self.generates)
+        return (self.model, self.scheme, self.rows, self.r, set(self.modules), self.stored, self.generates)
 
     def of_layer(self, number: int) -> Events:
         """What a layer does, by its place."""
+        if (kind := self.kind(number)) > 0:
+            return Events(*self.others[kind - 1][1:])
         return Events(self.forward, self.training, self.output) if number or self.first is None else Events(*self.first)
+
+    def kind(self, number: int) -> int:
+        """Layers of one kind do the same."""
+        return next((kind for kind, (layers, *_) in enumerate(self.others, 1) if number in layers), 0)
 
 
 def recorded(job: "Job") -> "Recorded | None":
@@ -97,19 +112,24 @@ def recorded(job: "Job") -> "Recorded | None":
     if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding or setup.dtype != "bf16":
         return None
     modules: set[str] = set()
+    copies: dict[str, int] = {}
     if job.method.peft_type == "LORA":
-        num_layers = sum(len(block.layers) for block in job.architecture.blocks)
-        modules = {module.name.rpartition(".")[2] for module in job.adaptation.matched}
-        modules |= {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
-        some_alone = any(module.copies != num_layers for module in job.adaptation.matched)  # some layers are not adapted
-        if some_alone or not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
+        copies = {m.leaf: m.copies for m in job.adaptation.matched if is_in_text_part(job.architecture, m.name)}
+        modules = set(copies) | {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
+        if not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
             return None
     elif job.method.name != "full" or setup.autocast != "none":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    wanted = (job.architecture.name, layers.scheme, rank, modules, quant, setup.by.generates)
+    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, setup.by.generates)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
-    row = next((row for row in rows if row.of == wanted), None)
+    row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
     padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0)
     return None if row is not None and row.first is not None and not padded else row
+
+
+def _all_adapted(job: "Job", copies: Mapping[str, int], row: Recorded) -> bool:
+    """Whether as many layers are adapted as in the record."""
+    num_layers = sum(len(block.layers) for block in job.architecture.blocks)
+    return all(number == row.adapted.get(name, num_layers) for name, number in copies.items())

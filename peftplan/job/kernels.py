@@ -80,11 +80,13 @@ class Decoder(NamedTuple):
 class CompiledLayers(NamedTuple):
     """Layers that torch compiles whole, as `job.compiled_layers` has records of them.
 
-    `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it.
+    `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it. `rows`: the rows of a batch stay
+    apart, as a collator of the program's own makes them.
     """
 
     source: str
     scheme: str = ""
+    rows: bool = False
 
 
 class PaddingFree(NamedTuple):
@@ -148,6 +150,8 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.lora_o": UNSLOTH_LORA,
     "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)"),
     "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-rows.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)", rows=True),
+    "unsloth-rows.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-qat-int4.layers": CompiledLayers(
         "unsloth 2026.10.9, models/_block_compile.py, models/_utils.py (`_prepare_model_for_qat`)", scheme="int4"
     ),

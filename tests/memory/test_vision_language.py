@@ -60,7 +60,7 @@ def test_a_peak_of_text_alone_says_so() -> None:
 
 def test_a_text_part_that_is_not_read_here_has_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(READERS, "ministral3")
-    result = peftplan.estimate("ministral-3-3b-instruct-2512", method="lora", target_modules=IN_TEXT)
+    result = peftplan.estimate("ministral-3-14b-instruct-2512", method="lora", target_modules=IN_TEXT)
     assert result.peaks is None
     assert "text part" in result.not_modelled[0]
 

@@ -7,10 +7,13 @@ Left out: the indices of attention's blocks, below 0.3 MB for 8,192 tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
+from peftplan.arch.text_part import is_in_text_part
+from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
 from peftplan.job.compiled_layers import Recorded
@@ -31,13 +34,31 @@ TOKENS: dict[str, Dims] = {
     "": (),
     "t": ("b", "s"),
     **{f"t%{multiple}": (f"b·s%{multiple}",) for multiple in (32, FLASH_BLOCK)},
+    f"r%{FLASH_BLOCK}": ("b", f"s%{FLASH_BLOCK}"),
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
 }
 """What stands behind a size in the record → the dims that it is multiplied by."""
 MASK = "2q"
+UNTIMED: Mapping[int, Dims | None] = MappingProxyType({})
 SIZE = re.compile(r"(\d+)(.*)")
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
+
+
+class AtLeast(Derived):
+    """The tokens of a batch, but so many at least."""
+
+    fewest: int
+
+    def __new__(cls, fewest: int) -> AtLeast:
+        """Named by the number."""
+        named = super().__new__(cls, f"b·s^{fewest}")
+        named.fewest = fewest
+        return named
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        """The larger of both."""
+        return larger(sizes["b·s"], self.fewest)
 
 
 class LayerState(NamedTuple):
@@ -50,7 +71,7 @@ class LayerState(NamedTuple):
     tensors: Tensors
     num_before: int
     trained: list[Parameter]
-    tuned: Collection[int]
+    tuned: Mapping[int, Dims | None]
 
 
 def compiled_layers(model: Model) -> Tensor:
@@ -59,7 +80,7 @@ def compiled_layers(model: Model) -> Tensor:
     if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
         raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     assert model.running.recorded is not None
-    embedded = x = _inputs(model)
+    embedded = x = _beside_towers(model, _inputs(model))
     f.module = "model"
     if model.running.recorded.multiplied:
         x = ops.scale(f, x)
@@ -76,7 +97,9 @@ def compiled_layers(model: Model) -> Tensor:
     if MASK in model.running.recorded.training:  # attention gets a mask of the documents in place of their lengths
         f.module = "model"
         tables.append(f.new(("b·s", "b·s"), "bool", "mask"))
-    style = Style(layer=_layer, norm=_norm)
+    decoder = model.arch.input_embedding.rpartition(".")[0]  # type: ignore[union-attr]
+    of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == decoder]
+    style = Style(layer=_layer, norm=_norm, final_norm=next(name for name in of_stack if name.endswith("norm")))
     return run_layers(model, style, states, lambda _: tuple(tables), masks={})
 
 
@@ -90,6 +113,19 @@ def _inputs(model: Model) -> Tensor:
     f.module = model.arch.input_embedding
     table = fake_quantized.table(f, model.part(f.module), model.scales)
     return model.asking_gradient(ops.embedding(f, table, ("b", "s"), None))
+
+
+def _beside_towers(model: Model, x: Tensor) -> Tensor:
+    """The embeddings, among which the features of towers stand that train beside the text part: their weights have gradients."""
+    outside = [p for p in model.parameters.all if p.trainable and not is_in_text_part(model.arch, p.name)]
+    trained = [model.parameter(p, layer) for p in outside for layer in p.layers or (None,)]
+    if not trained:
+        return x
+    return Tensor(x.storage, x.dims, x.dtype, model.tape.record(_to_towers, (x, *trained), trained))
+
+
+def _to_towers(f: Tape, node: Node, saved: tuple[list[Parameter]], g: Tensor) -> Gradients:
+    return [g, *(f.new(p.dims, p.dtype, "gradient") for p in saved[0])]
 
 
 def _norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -113,22 +149,32 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     events = running.recorded.of_layer(c.number)
     forward, _, backward = events.training.partition("|")
     num_forward = len(_allocations(forward))
-    tuned = {n for n in running.recorded.tuned if running.tunes and (n > num_forward if c.number == last else c.number == 0)}
+    tuned = {
+        n: copied
+        for n, copied in map(_timed, running.recorded.tuned)
+        if running.tunes and (n > num_forward if c.number == last else c.number == 0)
+    }
     tensors: Tensors = {}
     if node is None:
         if tuned:  # Unsloth tries the layer with a graph first
             _run(f, forward.split(), tensors, tuned)
             tensors.clear()
         _run(f, events.forward.split(), tensors)
-        out = next(tensor for tensor in tensors.values() if tensor.dims == _dims(events.result))
+        out = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor.dims[-1] == _dims(events.result)[-1])
     else:
         _run(f, forward.split(), tensors)
         out = tensors.pop(events.output)
         freed = {-int(event) for event in events.training.split() if event.startswith("-")}
-        for number in tensors.keys() - freed:
-            del tensors[number]  # a scale, which takes the place of the one before
+        for number in tensors.keys() - freed if running.recorded.scheme else ():
+            del tensors[number]  # a scale, which takes the place of the one before; else the input's gradient will lie in it
         node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned)
     return Tensor(out.storage, x.dims, _dtype(out, x.dims), node)
+
+
+def _timed(tuned: int | str) -> tuple[int, Dims | None]:
+    """After which allocation kernels are timed, and the dims of a copy that one of them writes over."""
+    number, _, copied = str(tuned).partition(":")
+    return int(number), _dims(copied) if copied else None
 
 
 def _dtype(recorded: Tensor, dims: Dims) -> str:
@@ -138,7 +184,8 @@ def _dtype(recorded: Tensor, dims: Dims) -> str:
 
 def _parameters(c: Call) -> Iterator[Parameter]:
     for family in c.model.parameters.all:
-        if family.layers is not None and c.number in family.layers:
+        in_text = is_in_text_part(c.model.arch, family.name)
+        if family.layers is not None and c.number in family.layers and in_text:
             yield c.model.parameter(family, c.number)
 
 
@@ -146,7 +193,9 @@ def _allocations(events: str) -> list[str]:
     return [event for event in events.split() if not event.startswith("-")]
 
 
-def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int] = (), num_before: int = 0) -> None:
+def _run(
+    f: Tape, events: Iterable[str], tensors: Tensors, tuned: Mapping[int, Dims | None] = UNTIMED, num_before: int = 0
+) -> None:
     """Allocate and free. `num_before`: how many allocations came before."""
     number = num_before
     for event in events:
@@ -157,11 +206,14 @@ def _run(f: Tape, events: Iterable[str], tensors: Tensors, tuned: Collection[int
         tensors[number] = f.new(_dims(event), "uint8", "of the compiled layer")
         if number in tuned:
             flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
-            del flushed
+            copied = f.new(dims, "uint8", "written over") if (dims := tuned[number]) else None
+            del flushed, copied
 
 
 def _dims(event: str) -> Dims:
     size, unit = SIZE.fullmatch(event).groups()  # type: ignore[union-attr]
+    if unit.startswith("t^"):
+        return (AtLeast(int(unit[2:])), int(size))
     return (*TOKENS[unit], int(size))
 
 
@@ -171,7 +223,8 @@ def scales(recorded: Recorded) -> list[Dims]:
     freed = {-int(event) for event in forward if event.startswith("-")}
     allocated = [event for event in forward if not event.startswith("-")]
     left = [event for number, event in enumerate(allocated, 1) if number not in freed]
-    left.remove(recorded.of_layer(1).result)
+    result = recorded.of_layer(1).result
+    left.remove(next(event for event in left if event.partition("^")[0] == result))
     return [_dims(event) for event in left]
 
 

@@ -329,7 +329,7 @@ PADDING = "UNSLOTH_DISABLE_AUTO_PADDING_FREE"
         ("", ", max_steps=100", set()),
         ("", "", set()),
         ("", ", max_steps=1250", LONG),
-        ("", ", max_steps=100), data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer", {"kernels"}),
+        ("", ", max_steps=100), data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer", set()),
         ("import os\n" + PADDED, ", max_steps=100", {"kernels"}),
         ('import os\nos.environ["UNSLOTH_BLOCK_COMPILE"] = "0"', ", max_steps=100", {"kernels", PADDING}),
     ],
@@ -339,7 +339,8 @@ def test_torch_compiles_the_layers_of_fastmodel(settings: str, arguments: str, u
     plan = read_text(FAST_MODEL.format(settings=settings, arguments=arguments), file="a.py")
     assert set(plan.unsupported) == unsupported
     if "kernels" not in unsupported:
-        assert named_kernels(plan.options["kernels"]) == ("unsloth-compiled.layers", "unsloth-compiled.checkpoint")
+        package = "unsloth-rows" if "data_collator" in arguments else "unsloth-compiled"
+        assert named_kernels(plan.options["kernels"]) == (f"{package}.layers", f"{package}.checkpoint")
 
 
 def test_functiongemma_is_compiled() -> None:
