@@ -7,7 +7,8 @@ from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.copied_load import SOURCE as COPIED
-from peftplan.memory.load import dtypes_before, load_into, load_passing
+from peftplan.memory.load import SOURCE as LOAD
+from peftplan.memory.load import arrives_in, dtypes_before, load_into, load_passing
 from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
@@ -37,7 +38,8 @@ def loading_of(
     `normed`: the workspace that norms of DoRA's layers take then, if they are made on the device.
     """
     job, parameters, _, holding = inventory
-    dtype_of = partial(loaded_dtype, job.architecture, dtype=setup.dtype)
+    dtype = setup.dtype if job.distributed is not None else arrives_in(setup, full=job.method_name == "full")
+    dtype_of = partial(loaded_dtype, job.architecture, dtype=dtype)
     doubled = job.quant is not None and bool(job.quant.double_quant)
     # A repository in 4 bits (unsloth, models/mapper.py). Left out in SFT, where reserved bytes were rehearsed without it.
     packed = setup.packs_completions and kernels_of(setup.kernels or ()).layers is not None
@@ -56,7 +58,7 @@ def loading_of(
         load_into,
         parameters=parameters if holding is None or not arrives else holding.parameters,
         quant=job.quant,
-        dtype=setup.dtype,
+        dtype=dtype,
         dtype_of=dtype_of,
         prepared=job.quant is not None and bool(setup.kbit_prepare),
         adapters_pass_in=_passed_in(job),
@@ -111,6 +113,8 @@ def loading_of(
             load = partial(load_after_reference, load=load, reference=parameters)
         beyond = ranks.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
+    if dtype != setup.dtype:
+        passing = (Line("weights in 16 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, LOAD),)
     if is_recast(setup, job.quant, job.distributed, adapted=job.method_name != "full"):
         load = partial(load_recast, load=load, of_base=of_base, tables=tables_of(parameters))
         beyond_end = peak_of(load) - Ledger(loaded).bytes()

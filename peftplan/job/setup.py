@@ -156,7 +156,7 @@ OWNERS = {
     "torchtune-kl": ("torchtune-kd",),
     "te-parallel": ("automodel", "automodel-hf"),
     "cut-apart": ("automodel", "automodel-hf"),
-    "per-token": ("transformers",),
+    "per-token": ("llamafactory", "transformers"),
     "eaft": ("axolotl", "transformers"),
 }
 """Loss → the only trainers that compute it."""

@@ -23,6 +23,7 @@ TrainerName = Literal[
     "trl-gkd",
     "trl-gold",
     "trl-distillation",
+    "llamafactory",
     "axolotl",
     "axolotl-dpo",
     "axolotl-kto",
@@ -208,6 +209,8 @@ class Trainer(NamedTuple):
     matrix of an adapter is a unit of its own (axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py:409, :429)."""
     recasts_tables: bool = False
     """Whether it casts embedding and head to fp32, and back, while it loads a model to be adapted (`memory.recast`)."""
+    widens: bool = False
+    """Whether it loads a model that trains in full in 16 bits, and casts each weight to fp32 on the GPU."""
     expandable_segments: bool = False
     """Whether its package or command line sets `PYTORCH_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py,
     axolotl/cli/main.py)."""

@@ -131,6 +131,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
     for trainer in (
         Trainer("transformers", "Trainer"),
         *OF_TRL,
+        # llamafactory 0.9.5, train/sft/trainer.py, model/adapter.py:52 (`_setup_full_tuning`), hparams/parser.py:517.
+        Trainer(
+            "llamafactory",
+            "Seq2SeqTrainer of LLaMA-Factory 0.9.5",
+            Defaults(kbit_prepare=False, device_map="cuda"),
+            full_in_fp32=True,
+            widens=True,
+        ),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",

@@ -43,6 +43,14 @@ def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
     return (*narrow, "fp32") if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16" else narrow
 
 
+def arrives_in(setup: Setup, *, full: bool) -> str:
+    """The dtype in which weights reach one GPU: 16 bits where the trainer casts what trains there.
+
+    Source: llamafactory 0.9.5, model/loader.py:155 (the checkpoint's dtype), model/adapter.py:49 (one parameter after the other).
+    """
+    return "bf16" if full and setup.by.widens and setup.dtype == "fp32" and setup.device_map != "none" else setup.dtype
+
+
 def load_into(
     memory: Memory[Handle],
     parameters: Parameters,

@@ -25,7 +25,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
 from peftplan.memory.dora_load import MAGNITUDE, OF_A_LAYER, Norm
-from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, dtypes_before
+from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, arrives_in, dtypes_before
 from peftplan.memory.recast import is_table
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared
@@ -135,16 +135,18 @@ def _on_arrival(
     every = [part for part in _parts(built) if is_here(part[3])]
     parts = [part for part in every if built.owners[part[0]] == "weights"]
     halves: dict[str, Storage] = {}
+    tuned = any(isinstance(module, BaseTunerLayer) for module in built.model.modules())
+    dtype = arrives_in(setup, full=not tuned)
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
-    _warm_up(parts, tracker, setup, quant, asks_for_room=asks_for_room)
+    _warm_up(parts, tracker, dtype, quant, asks_for_room=asks_for_room)
     for a in shared(quant):
         tensor = tracker.passing(nbytes=a.nbytes, shape=a.dims, dtype=a.dtype, op="load", category="quant_state")
         tensor.name = a.name
     for name, module, leaf, parameter in parts:
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
-        elif name in built.upcast or (recasts and is_table(name)):
-            halves[name] = _dense(tracker, tuple(on_rank(parameter).shape), setup.dtype, name=name)
+        elif name in built.upcast or (recasts and is_table(name)) or dtype != setup.dtype:
+            halves[name] = _dense(tracker, tuple(on_rank(parameter).shape), dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in _on_device(built, setup, quant):
@@ -158,7 +160,7 @@ def _on_arrival(
             tracker.end(halves[name])
     if recasts:
         tracker.end(_dense(tracker, (0,), "uint8", name=EMPTIED, op=EMPTIED))
-    passing = dtypes_before(setup, quant) if any(isinstance(m, BaseTunerLayer) for m in built.model.modules()) else ()
+    passing = dtypes_before(setup, quant) if tuned else ()
     added = [(name, parameter) for name, _, _, parameter in every if built.owners[name] == "adapter_weights"]
     moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
     _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing, _norms(built, setup, quant, passing))
@@ -291,7 +293,7 @@ def _dense(tracker: Tracker, shape: tuple[int, ...], dtype: str, *, name: str, o
     return storage
 
 
-def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConfig | None, *, asks_for_room: bool) -> None:
+def _warm_up(parts: list[Part], tracker: Tracker, dtype: str, quant: QuantConfig | None, *, asks_for_room: bool) -> None:
     """One allocation of the bytes of all weights as they will be stored, freed at once. `device_map="auto"` puts a small tensor
     on the device first (accelerate, `get_max_memory`), and the segment that the allocator keeps of it is left out.
     """
@@ -301,7 +303,7 @@ def _warm_up(parts: list[Part], tracker: Tracker, setup: Setup, quant: QuantConf
     for _, module, leaf, parameter in parts:
         packed = leaf == "weight" and QUANT_TENSORS in module.__dict__
         numel = module.in_features * module.out_features if packed else on_rank(parameter).numel()
-        total += numel * (WARMUP_BYTES[quant.name] if packed and quant is not None else ITEMSIZE[setup.dtype])
+        total += numel * (WARMUP_BYTES[quant.name] if packed and quant is not None else ITEMSIZE[dtype])
     tracker.end(_dense(tracker, (max(0, int(total // ITEMSIZE["fp16"])),), "fp16", name="warm-up"))
 
 

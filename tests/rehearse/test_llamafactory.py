@@ -14,10 +14,8 @@ from tools.rehearsed_llamafactory import options, plan
 
 EVERY = read(Path(__file__).with_name("llamafactory.jsonl"))
 ROWS = [row for row in EVERY if not plan(row).unsupported]
-LARGEST = {"allocated": 0.05, "reserved": 0.1}
+LARGEST = {"allocated": 0.05, "reserved": 0.0}
 """Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
-OPEN = {"Qwen/Qwen3-0.6B": 1.2}
-"""Model → per cent of reserved bytes: 68 MiB less are said, for a reason that is not known."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{plan(row).options['optim']}-{row['layers']}" for row in ROWS])
@@ -25,10 +23,22 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
-    largest = LARGEST | ({"reserved": OPEN[model]} if (model := row["values"]["model_name_or_path"]) in OPEN else {})
-    assert {what: number for what, number in drift.items() if abs(number) > largest[what]} == {}
+    assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
+    assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < 0.001  # vectors are cast in another order
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
+
+
+def test_weights_are_cast_to_fp32_on_the_gpu() -> None:
+    """All weights in 16 bits, and the embedding, which is cast first, in fp32 too; in both engines. The step
+    reserves segments of the former: 68 MiB."""
+    (row,) = (row for row in ROWS if row["values"]["model_name_or_path"] == "Qwen/Qwen3-0.6B")
+    embedding, layer, norm = 151_936 * 1024, 1024 * (2048 + 2 * 1024 + 3 * 3072) + 2048 * 1024 + 2 * 1024 + 2 * 128, 1024
+    assert abs(row["by_phase"]["load"] - (2 * (embedding + 3 * layer + norm) + 4 * embedding)) < 2**20  # what is left of a block
+    ours, traced = (peftplan.estimate(**options(row), engine=engine).peaks for engine in ("analytic", "trace"))
+    assert ours is not None
+    assert traced is not None
+    assert (ours.by_phase["load"], ours.reserved) == (traced.by_phase["load"], traced.reserved)
 
 
 def test_badam_is_bounded_with_weights_in_16_bits() -> None:
