@@ -120,7 +120,7 @@ def kernels_without_formula(job: Job) -> str | None:
     if setup.packs_completions:
         if (why := _grpo_without_formula(job)) is not None:
             return f"Unsloth's GRPO {why}"
-    elif setup.kernels and setup.by.of_preferences:
+    elif setup.kernels and setup.by.of_preferences and not (setup.by.embeds and kernels_of(setup.kernels).layers is not None):
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None

@@ -57,7 +57,8 @@ class Recorded(NamedTuple):
     results are in fp32. `generates`: the rows are prompts with completions that the policy wrote, with a mask of them
     (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
     that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
-    it is not all.
+    it is not all. `of_pairs`: the rows are one column of pairs of texts, without checkpoints: a layer's input stays until its
+    backward is done.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Recorded(NamedTuple):
     rows: bool = False
     others: tuple[tuple[Collection[int], str, str, int], ...] = ()
     adapted: Mapping[str, int] = MappingProxyType({})
+    of_pairs: bool = False
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
@@ -87,7 +89,7 @@ class Recorded(NamedTuple):
     @property
     def of(self) -> tuple[object, ...]:
         """What a job must have for the record to hold."""
-        return (self.model, self.scheme, self.rows, self.r, set(self.modules), self.stored, self.generates)
+        return (self.model, self.scheme, self.rows, self.r, set(self.modules), self.stored, self.generates, self.of_pairs)
 
     def of_layer(self, number: int) -> Events:
         """What a layer does, by its place."""
@@ -109,12 +111,15 @@ def recorded(job: "Job") -> "Recorded | None":
     layers = kernels_of(setup.kernels or ()).layers
     if layers is None or job.method is None or any(getattr(config, name, None) for name in NOT_RECORDED):
         return None
-    if not (setup.gradient_checkpointing and setup.use_reentrant) or setup.padding or setup.dtype != "bf16":
+    checkpointed = setup.gradient_checkpointing and setup.use_reentrant
+    kept = setup.by.embeds and not setup.gradient_checkpointing
+    if not (kept if setup.by.embeds else checkpointed) or setup.padding or setup.dtype != "bf16":
         return None
     modules: set[str] = set()
     copies: dict[str, int] = {}
     if job.method.peft_type == "LORA":
-        copies = {m.leaf: m.copies for m in job.adaptation.matched if is_in_text_part(job.architecture, m.name)}
+        matched = job.adaptation.matched
+        copies = {m.leaf: m.copies for m in matched if setup.by.embeds or is_in_text_part(job.architecture, m.name)}
         modules = set(copies) | {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
         if not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
             return None
@@ -122,7 +127,7 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, setup.by.generates)
+    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, setup.by.generates, setup.by.embeds)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
     padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0)

@@ -17,6 +17,7 @@ OF_DECODER: dict[str, Any] = {
 }
 FULL: dict[str, Any] = {"method": "full", "dtype": "fp32"}
 OF_UNSLOTH = OF_BERT | {"r": 64, "trainer": "unsloth-sentence-transformers"}
+COMPILED = OF_DECODER | {"r": 32, "trainer": "unsloth-sentence-transformers", "kernels": "unsloth-compiled"}
 REHEARSED: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int, int], int]] = [
     ("bert-base-uncased", FULL, (32, 128), (5_071_841_792, 5_090_534_912, 1_815_292_928), 5_337_251_840),
     ("bert-base-uncased", FULL | {"gradient_accumulation_steps": 2}, (16, 128),
@@ -35,6 +36,7 @@ REHEARSED: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int, int]
     ("gemma-3-270m", OF_DECODER, (4, 256), (2_385_591_296, 2_381_079_552, 614_172_160), 2_411_724_800),
     ("all-MiniLM-L6-v2", OF_UNSLOTH, (32, 128), (1_041_144_832, 1_002_971_648, 105_321_984), 1_056_964_608),
     ("all-MiniLM-L6-v2", OF_UNSLOTH, (64, 96), (1_509_178_368, 1_451_868_672, 105_387_520), 1_518_338_048),
+    ("qwen3-embedding-0.6b", COMPILED, (8, 128), (4_163_704_320, 4_169_018_880, 1_531_804_160), 4_479_516_672),
 ]  # fmt: skip
 """Model; method; pairs and tokens; peaks of forward, backward and step in the third step, and reserved bytes of
 SentenceTransformerTrainer on an emulated A100: sentence-transformers 6.2.0, transformers 5.17.0, peft 0.21.2, torch 2.13.0,
@@ -52,7 +54,8 @@ def test_both_columns_are_kept_for_backward(
     assert peaks is not None
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.003)
     assert peaks.allocated == pytest.approx(max(by_phase), rel=0.0015)
-    assert peaks.reserved == pytest.approx(reserved, rel=0.0025 if not options.get("gradient_checkpointing") else 0.015)
+    within = 0.015 if options.get("gradient_checkpointing") else 0.004 if options.get("kernels") else 0.0025
+    assert peaks.reserved == pytest.approx(reserved, rel=within)
 
 
 def test_the_pooler_of_bert_is_adapted_too() -> None:
@@ -72,6 +75,20 @@ def test_what_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any],
     result = estimate(model, trainer="sentence-transformers", **options)
     assert result.peaks is None
     assert why in result.not_modelled[0]
+
+
+def test_layers_that_torch_compiles_as_unsloth_does() -> None:
+    """The record is of the last row and of 8 pairs of 192 tokens, which allocated 5,491,192,320 bytes in backward."""
+    peaks = estimate("qwen3-embedding-0.6b", **COMPILED, batch_size=8, seq_len=192).peaks
+    assert peaks is not None
+    assert (peaks.by_phase["backward"], peaks.reserved) == pytest.approx((5_491_192_320, 5_811_208_192), rel=0.004)
+    options = {**COMPILED, "batch_size": 256}
+    peaks = estimate("qwen3-embedding-0.6b", **options, seq_len=512).peaks
+    plain = estimate("qwen3-embedding-0.6b", **{**options, "kernels": None}, seq_len=512).peaks
+    assert peaks is not None
+    assert plain is not None
+    assert peaks.allocated < plain.allocated
+    assert estimate("qwen3-embedding-0.6b", **options, seq_len=512, gradient_checkpointing=True).peaks is None
 
 
 def test_it_trains_bare_models() -> None:

@@ -40,6 +40,7 @@ TOKENS: dict[str, Dims] = {
 """What stands behind a size in the record → the dims that it is multiplied by."""
 MASK = "2q"
 UNTIMED: Mapping[int, Dims | None] = MappingProxyType({})
+LAST_PASS = "/1"
 SIZE = re.compile(r"(\d+)(.*)")
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
@@ -65,6 +66,7 @@ class LayerState(NamedTuple):
     """What a layer's forward leaves for its backward: the events of backward, and the tensors that are alive.
 
     `num_before`: the allocations of forward. `trained`: what gets a gradient. `tuned`: after which allocations kernels are timed.
+    `kept`: the layer's input, where no checkpoint holds it.
     """
 
     events: list[str]
@@ -72,6 +74,7 @@ class LayerState(NamedTuple):
     num_before: int
     trained: list[Parameter]
     tuned: Mapping[int, Dims | None]
+    kept: Tensor | None
 
 
 def compiled_layers(model: Model) -> Tensor:
@@ -93,7 +96,8 @@ def compiled_layers(model: Model) -> Tensor:
     if model.arch.model_type == "gpt_oss":  # one for both kinds of attention, as wide as half a head
         widths = [widths[0] // 2]
     f.module = "model.rotary_emb"
-    tables = [f.new(("b", "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
+    rows = 1 if model.running.recorded.of_pairs else "b"
+    tables = [f.new((rows, "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
     if MASK in model.running.recorded.training:  # attention gets a mask of the documents in place of their lengths
         f.module = "model"
         tables.append(f.new(("b·s", "b·s"), "bool", "mask"))
@@ -154,6 +158,8 @@ def _layer(c: Call, x: Tensor) -> Tensor:
         for n, copied in map(_timed, running.recorded.tuned)
         if running.tunes and (n > num_forward if c.number == last else c.number == 0)
     }
+    if running.recorded.of_pairs:  # each kernel is timed once: in the first forward, and in the backward of the last
+        tuned = {n: copied for n, copied in tuned.items() if (n > num_forward) is (c.model.pass_name == LAST_PASS)}
     tensors: Tensors = {}
     if node is None:
         if tuned:  # Unsloth tries the layer with a graph first
@@ -167,7 +173,8 @@ def _layer(c: Call, x: Tensor) -> Tensor:
         freed = {-int(event) for event in events.training.split() if event.startswith("-")}
         for number in tensors.keys() - freed if running.recorded.scheme else ():
             del tensors[number]  # a scale, which takes the place of the one before; else the input's gradient will lie in it
-        node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned)
+        kept = x.detach() if running.recorded.of_pairs else None
+        node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned, kept)
     return Tensor(out.storage, x.dims, _dtype(out, x.dims), node)
 
 
@@ -230,7 +237,7 @@ def scales(recorded: Recorded) -> list[Dims]:
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     assert isinstance(node.context, LayerState)
-    events, tensors, num_before, trained, tuned = node.context
+    events, tensors, num_before, trained, tuned, _kept = node.context
     node.context = None
     _run(f, events, tensors, tuned, num_before)
     of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)

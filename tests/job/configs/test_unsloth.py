@@ -487,7 +487,7 @@ def test_sentence_transformers_are_in_16_bits() -> None:
         ("use_gradient_checkpointing=False", "use_gradient_checkpointing=True", "lora.use_gradient_checkpointing"),
         ("full_finetuning=False", "load_in_4bit=True", "load.load_in_4bit"),
         ("full_finetuning=False", "full_finetuning=True", "load.full_finetuning"),
-        ("all-MiniLM-L6-v2", "Qwen3-Embedding-0.6B", "kernels"),
+        ("all-MiniLM-L6-v2", "Qwen3-Embedding-4B", "kernels"),
     ],
 )
 def test_other_sentence_transformers_are_not_exact(written: str, instead: str, key: str) -> None:
