@@ -14,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tools.rank_grid import jobs
+from tools.rank_grid import job, jobs
 from tools.rank_jobs import CARD, LIBRARIES, ROOT, command
 from tools.rank_traces import traced
 
 ROWS = ROOT / "tests" / "distributed" / "each_rank.jsonl"
+SHARES_HEAD = job("zero1", "full", 16, model="pythia-1b", layers=16, seq_len=256, zero={"overlap_comm": True})
+"""Rank 14 keeps as many gradients as rank 1, and keeps them from the head's on, with which backward begins."""
 ANY_RANK = ("zero1", "zero2")
 """Strategies of which a trace plays any rank."""
 
@@ -32,7 +34,7 @@ def run(name: str, rank: int) -> None:
     """Rehearse a rank of a job, trace it where that is possible, and append the row."""
     from peftplan.rehearse import rehearse
 
-    of_grid = next(job for job in jobs() if job["name"] == name)
+    of_grid = next(each for each in (*jobs(), SHARES_HEAD) if each["name"] == name)
     result = rehearse(
         command(of_grid),
         gpu=f"{of_grid['world']}x{CARD}",

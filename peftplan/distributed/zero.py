@@ -188,18 +188,24 @@ def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot
     return slots
 
 
-def largest_rank(slots: Mapping[Key, Slot]) -> int:
-    """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares."""
+def largest_rank(slots: Mapping[Key, Slot], *, of: Slot | None = None) -> int:
+    """The rank into whose partitions the most elements reach: it keeps the gradients of all of a parameter that it shares. `of`:
+    of the ranks that share this tensor.
+    """
     reaching: dict[int, int] = {}
     for slot in slots.values():
         for rank, _ in slot.parts:
             reaching[rank] = reaching.get(rank, 0) + slot.numel
-    return max(sorted(reaching), key=lambda rank: reaching[rank], default=0)
+    ranks = sorted(reaching) if of is None else [rank for rank, _ in of.parts]
+    return max(ranks, key=lambda rank: reaching[rank], default=0)
 
 
 @lru_cache(maxsize=64)
 def unlike_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
-    """Three ranks of which one needs the most memory: the first and the last, whose parts of the embedding and of the head are
-    large single tensors, and the one with the most gradients, which may be one of these. The order of the buckets decides.
+    """Four ranks of which one needs the most memory, as far as the order of the buckets decides: the first and the last, whose
+    parts of the embedding and of the head are large single tensors; the one with the most gradients; and that of those that share
+    the last tensor, whose gradient comes first in backward.
     """
-    return (0, distributed.world_size - 1, largest_rank(slots_of(parameters, distributed)))
+    slots = slots_of(parameters, distributed)
+    last = next((slot for slot in reversed(slots.values()) if slot.group == 0), None)
+    return (0, distributed.world_size - 1, largest_rank(slots), largest_rank(slots, of=last))

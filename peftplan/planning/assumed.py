@@ -42,7 +42,10 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 NCCL = "buffers of NCCL, outside torch's allocator"
-RECORDED = "reserved bytes of units that FSDP1 has freed and a late GPU still reads (record_stream), or on other ranks, though verdicts count them"
+RECORDED = (
+    "reserved bytes of units that FSDP1 has freed and a late GPU still reads "
+    "(record_stream), or on other ranks, though verdicts count them"
+)
 OTHER_RANKS = "what another rank reserves beyond the one with the highest peak, though verdicts count it"
 BESIDE_PEAK = {"fsdp1": RECORDED, "zero1": OTHER_RANKS, "zero2": OTHER_RANKS}
 """Strategy → reserved bytes that verdicts count beside those of the peak."""
