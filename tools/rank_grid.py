@@ -299,6 +299,14 @@ def zero3_jobs() -> Iterator[dict[str, Any]]:
     for method in METHODS:
         yield job("ddp", method, 4, loss="liger", kernels="liger", model="smollm3-3b", layers=4)
     yield job("ddp", "full", 4, model="smollm3-3b", layers=4)
+    for strategy, method in (("fsdp2", "full"), ("fsdp1", "full"), ("fsdp1", "lora")):  # torch refuses LoRA's under FSDP2
+        yield job(strategy, method, 4, loss="liger")
+    for strategy, method in (("fsdp2", "full"), ("fsdp1", "lora")):
+        yield job(strategy, method, 4, loss="liger", kernels="liger")
+    yield job("fsdp2", "full", 4, loss="liger", config={"tie_word_embeddings": True}, seq_len=1024)
+    yield job("fsdp2", "lora", 4, kernels="liger")
+    for more in ({"accumulation": 2}, {"checkpointing": False}, {"accumulation": 2, "checkpointing": False}):
+        yield job("fsdp2", "full", 2, loss="liger", **more)
     for strategy, method in (("zero3", "lora"), ("zero2", "full")):
         zero = AUTO if strategy == "zero3" else None
         for model in MORE_UNDER_ZERO:

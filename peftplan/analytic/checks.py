@@ -23,8 +23,9 @@ from peftplan.units import GIB
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
+    from peftplan.job.setup import Setup
 
-SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3"), "axolotl": ("ddp", "zero1", "zero2")}
+SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"), "axolotl": ("ddp", "zero1", "zero2")}
 """Package → the strategies under which its kernels were rehearsed."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
@@ -124,7 +125,7 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None
-    if job.distributed is not None and not _rehearsed_kernels(setup.kernels, job.distributed):
+    if job.distributed is not None and not _rehearsed_kernels(setup, job.distributed):
         return f"kernels with {job.distributed.called}"
     if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
         return "an embedding in host memory without layers that torch compiles"
@@ -152,9 +153,11 @@ def kernels_without_formula(job: Job) -> str | None:
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
 
 
-def _rehearsed_kernels(names: tuple[str, ...], distributed: Distributed) -> bool:
+def _rehearsed_kernels(setup: Setup, distributed: Distributed) -> bool:
     """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
-    return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in names)
+    if distributed.strategy == "fsdp2" and setup.by.own_fsdp2:
+        return False
+    return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in setup.kernels or ())
 
 
 def _many_scores(job: Job) -> bool:

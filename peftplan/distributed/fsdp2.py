@@ -126,8 +126,15 @@ class Fsdp2(OneDevice):
         return hooked(self.f, x, self.post_backward, unit)
 
     def leave(self, name: str, x: Tensor) -> Tensor:
-        """After a unit's forward, whose output is `x`."""
-        unit = self.by_name.get(name)
+        """After a unit's forward, whose output is `x`. The root completes units of which a module never ran, such as a head
+        whose weight the loss reads (`_force_complete_incomplete_states`)."""
+        x = self._leave(self.by_name.get(name), x)
+        for unit in reversed(self.units) if name == self.units[0].name else ():
+            if unit.state == "forward":
+                x = self._leave(unit, x)
+        return x
+
+    def _leave(self, unit: Unit | None, x: Tensor) -> Tensor:
         if unit is None or self.f.replays:
             return x
         if unit.reshards:

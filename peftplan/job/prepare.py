@@ -219,9 +219,9 @@ def _loaded_dtype(
 def _traps(
     distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
 ) -> tuple[str, ...]:
-    from peftplan.job.shared_work import check_targets, traps
+    from peftplan.job.shared_work import check_adapter, traps
 
-    check_targets(distributed, architecture, adaptation)
+    check_adapter(distributed, setup, architecture, adaptation)
     return tuple(traps(distributed, setup, quant, adaptation))
 
 

@@ -135,9 +135,17 @@ def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:
         )
 
 
-def check_targets(distributed: Distributed, architecture: Architecture, adaptation: Adaptation) -> None:
+def check_adapter(distributed: Distributed, setup: Setup, architecture: Architecture, adaptation: Adaptation) -> None:
     """Raise RefusedError for a LoRA that peft makes too narrow beside a divided layer (peft, tuners/tuners_utils.py,
-    `_get_in_out_features`)."""
+    `_get_in_out_features`), and for Liger's loss where accelerate finds no final norm in the wrapped model
+    (`_find_final_norm`): the head is a unit of its own then, which no call of it gathers."""
+    apart = setup.by.layout is ACCELERATE and not setup.by.own_fsdp2 and not FSDP2_TAIL_APART.after(distributed.accelerate)
+    if distributed.strategy == "fsdp2" and adaptation.added and setup.loss == "liger" and apart:
+        raise RefusedError(
+            f"loss: liger reads the head's shard under FSDP2 with an adapter, since {named('accelerate')} makes a unit of the "
+            "head alone: RuntimeError: aten.mm.out got mixed torch.Tensor and DTensor (liger-kernel, "
+            "ops/fused_linear_cross_entropy.py:164); accepted: --loss full, or zero3"
+        )
     of_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
     for module in adaptation.matched if distributed.strategy == "tp" and of_lora else ():
         if (style := style_of(architecture, module.name)) not in (None, "colwise", "embedding_rowwise"):

@@ -47,3 +47,19 @@ def test_accelerate_refuses_classes_that_a_model_lacks(name: str) -> None:
 def test_a_model_with_all_classes_is_not_refused() -> None:
     """Gemma 4 E4B has the audio tower whose class Gemma 4 31B lacks."""
     assert peftplan.estimate("gemma-4-e4b-it", method="lora", gpus=8, strategy="fsdp2").peaks is None
+
+
+def test_the_head_of_an_adapted_model_is_a_unit_of_its_own_which_liger_does_not_call() -> None:
+    """The witnesses are accelerate's search for the final norm, and an older accelerate, which leaves both to the root."""
+    fsdp, peft = pytest.importorskip("accelerate.utils.fsdp_utils"), pytest.importorskip("peft")
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=128))
+        assert fsdp._find_final_norm(model) is not None
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert fsdp._find_final_norm(adapted) is None
+    job = {"method": "lora", "gpus": 8, "strategy": "fsdp2", "loss": "liger"}
+    with pytest.raises(RefusedError, match=r"mixed torch\.Tensor and DTensor"):
+        peftplan.estimate("llama-3.2-1b", **job)
+    assert peftplan.estimate("llama-3.2-1b", **job, accelerate="1.12").peaks is None
+    assert peftplan.estimate("llama-3.2-1b", **job | {"method": "full"}).peaks is not None

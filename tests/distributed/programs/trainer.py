@@ -86,8 +86,11 @@ arguments = TrainingArguments(
     report_to="none",
     save_strategy="no",
     logging_steps=100,
-    use_liger_kernel="loss" in job,
-    liger_kernel_config={"fused_linear_cross_entropy": True, **dict.fromkeys(("rope", "rms_norm", "swiglu"), "kernels" in job)},
+    use_liger_kernel="loss" in job or "kernels" in job,
+    liger_kernel_config={
+        "fused_linear_cross_entropy": "loss" in job,
+        **dict.fromkeys(("rope", "rms_norm", "swiglu"), "kernels" in job),
+    },
     **job.get("arguments", {}),
 )
 trainer = Trainer(model=model, args=arguments, train_dataset=Tokens())
