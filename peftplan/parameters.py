@@ -95,7 +95,9 @@ def build(
     converted = _converted_layers(arch, quant)
     _refuse_quantized_copies(adaptation, converted, quant)
     upcast = "fp32" if quant is not None and kbit_prepare and quant.name in PREPARED else None
-    trained = {(p.module, p.param): frozenset(p.layers or (0,)) for p in adaptation.trained}
+    trained: dict[tuple[str, str], frozenset[int]] = {}  # families of other shapes may share a name, such as `merger.mlp.{}`
+    for p in adaptation.trained:
+        trained[p.module, p.param] = trained.get((p.module, p.param), frozenset()) | frozenset(p.layers or (0,))
     parameters: list[Parameter] = []
     quantized = 0
     for module in arch.modules:

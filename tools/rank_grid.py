@@ -82,6 +82,9 @@ DIVIDED = {
     "aya-23-8b": 2,
 }
 """Models of other kinds that have a plan of tensor parallelism, and how many of their layers run."""
+TEXT_PARTS = ("qwen2.5-vl-3b-instruct", "qwen3-vl-2b-instruct")
+"""Vision-language models whose text part runs."""
+IN_TEXT = ".*language_model.*_proj"
 OF_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 JobName = tuple[str, str, int, dict[str, Any]]
 """Strategy, method, ranks, and what else is set."""
@@ -120,7 +123,7 @@ def jobs() -> Iterator[dict[str, Any]]:
     for world, method in product((2, 4, 8), ("lora", "qlora")):
         yield job("fsdp2", method, world, model="llama-3.1-8b", layers=32, seq_len=2048)
     yield from zero_jobs()
-    for strategy, method, world, more in (*sharded_jobs(), *device_map_jobs(), *tensor_parallel_jobs()):
+    for strategy, method, world, more in (*sharded_jobs(), *device_map_jobs(), *tensor_parallel_jobs(), *text_part_jobs()):
         yield job(strategy, method, world, **more)
 
 
@@ -447,6 +450,13 @@ def device_map_jobs() -> Iterator[JobName]:
         yield "device-map", method, 2, {"model": "mistral-7b-v0.3", "layers": 4, "checkpointing": False}
     yield "device-map", "lora", 2, {"model": "qwen2.5-7b", "layers": 4, "batch_size": 2, "accumulation": 2}
     yield "device-map", "lora", 4, {"model": "llama-3.1-8b", "layers": 6, "seq_len": 1024}
+
+
+def text_part_jobs() -> Iterator[JobName]:
+    """LoRA on the text part of vision-language models, whose batches have no images."""
+    for strategy, model in product(("zero2", "zero3", "ddp"), TEXT_PARTS):
+        zero = {"zero": AUTO} if strategy == "zero3" else {}
+        yield strategy, "lora", 4, {"model": model, "layers": 4, "target_modules": IN_TEXT, "seq_len": 256, **zero}
 
 
 def tensor_parallel_jobs() -> Iterator[JobName]:

@@ -37,6 +37,8 @@ SHARED: dict[str, Any] = {
 }
 """Arguments of every job."""
 SFT, RLHF = "swift sft", "swift rlhf"
+WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attention(); "
+"""Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
 PROGRAMS = {
     SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
     RLHF: "import sys; from swift import rlhf_main; from tools.programs.ms_swift import written_elsewhere\n"
@@ -75,7 +77,9 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         answer = {"role": "assistant", "content": "g" * 8 * length}
         messages = [{"role": "user", "content": "a" * length}] if program == RLHF else [{"role": "user", "content": "a"}, answer]
         Path(output, "rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
-        command = [sys.executable, "-c", PROGRAMS[program].format(**row["values"]), *arguments(row, folder, output)]
+        with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
+        code = with_flash + PROGRAMS[program].format(**row["values"])
+        command = [sys.executable, "-c", code, *arguments(row, folder, output)]
         return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 

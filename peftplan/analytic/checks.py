@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"), "axolotl": ("ddp", "zero1", "zero2")}
 """Package → the strategies under which its kernels were rehearsed."""
+SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
+"""Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
+TRAINERS_OF_TEXT_PARTS = ("trl-dpo",)
+"""Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl)."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -72,13 +76,14 @@ def _check_text_part(job: Job) -> None:
     adaptation, architecture = job.adaptation, job.architecture
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
     if job.distributed is not None and not (job.setup.by.own_lora and knows_tower(job)):
-        raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+        if job.distributed.strategy not in SHARED_TEXT_PARTS or job.quant is not None:
+            raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+    if job.setup.by.of_preferences and job.setup.by.name not in TRAINERS_OF_TEXT_PARTS:
+        raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:
         raise NoEngineError(f"model type {architecture.model_type} with another release of transformers (no formula yet)")
-    if job.setup.by.of_preferences:
-        raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if kernels_of(job.setup.kernels or ()).layers is not None:

@@ -1,6 +1,6 @@
 """The text part of vision-language models: the decoder that runs alone where a sample has no image.
 
-Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,idefics3,smolvlm,mistral3}/modeling_*.py.
+Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ TEXT_PARTS: dict[str, str | None] = {
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
     "idefics3": None,
     "smolvlm": None,
     "mistral3": None,

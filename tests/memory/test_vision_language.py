@@ -20,7 +20,13 @@ from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
 IN_TEXT = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 EAGER = {**TRAINER, "attn_implementation": "eager"}
 TRL = {"trainer": "trl", "padding": True}
-OTHERS = ("qwen2-vl-2b-instruct", "qwen3-vl-2b-instruct", "smolvlm-256m-instruct", "smolvlm2-2.2b-instruct")
+OTHERS = (
+    "qwen2-vl-2b-instruct",
+    "qwen3-vl-2b-instruct",
+    "qwen3-vl-30b-a3b-instruct",
+    "smolvlm-256m-instruct",
+    "smolvlm2-2.2b-instruct",
+)
 
 
 def shallow(model: str) -> dict[str, Any]:
@@ -72,10 +78,34 @@ def test_weights_that_images_alone_train_have_no_formula(options: dict[str, Any]
     assert "outside the text part" in result.not_modelled[0]
 
 
-def test_preferences_of_a_text_part_have_no_formula() -> None:
-    result = peftplan.estimate("qwen2.5-vl-3b-instruct", method="lora", target_modules=IN_TEXT, trainer="trl-dpo")
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({"trainer": "trl-kto"}, "qwen2_5_vl and KTOTrainer"),
+        ({"gpus": 4, "strategy": "fsdp2"}, "FSDP2 over 4 GPUs and model type qwen2_5_vl"),
+        ({"gpus": 4, "strategy": "zero2", "method": "qlora"}, "ZeRO-2 over 4 GPUs and model type qwen2_5_vl"),
+        ({"gpus": 4, "strategy": "zero3", "model": "smolvlm2-2.2b-instruct"}, "ZeRO-3 over 4 GPUs and model type smolvlm"),
+    ],
+)
+def test_what_was_not_rehearsed_on_a_text_part_has_no_formula(options: dict[str, Any], missing: str) -> None:
+    defaults = {"model": "qwen2.5-vl-3b-instruct", "method": "lora", "target_modules": IN_TEXT}
+    result = peftplan.estimate(**{**defaults, **options})
     assert result.peaks is None
-    assert "qwen2_5_vl and DPOTrainer" in result.not_modelled[0]
+    assert missing in result.not_modelled[0]
+
+
+def test_layers_of_one_name_and_two_shapes_train_alike() -> None:
+    """`merger.mlp.0` is 5120 x 5120, `merger.mlp.2` 3584 x 5120."""
+    result = peftplan.estimate("qwen2.5-vl-7b-instruct", method="full")
+    assert result.trainable_parameters == result.total_parameters == 8_292_166_656
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", "qwen3-vl-2b-instruct"])
+def test_the_text_part_under_ddp_peaks_where_the_trace_does(model: str) -> None:
+    options: dict[str, Any] = {"method": "lora", "target_modules": IN_TEXT, "gpus": 4, "strategy": "ddp"}
+    ours, traced = (phases(shallow(model), engine, **options) for engine in ("analytic", "trace"))
+    for phase in ("load", "forward", "backward", "step"):
+        assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", *OTHERS, "mistral-small-3.1-24b-instruct-2503"])

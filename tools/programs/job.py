@@ -129,7 +129,8 @@ def adapter(job: argparse.Namespace) -> LoraConfig | None:
     """peft's config of the method, None for full fine-tuning."""
     if job.method == "full":
         return None
-    modules = job.target_modules if job.target_modules == "all-linear" else job.target_modules.split(",")
+    named = job.target_modules != "all-linear" and "*" not in job.target_modules
+    modules = job.target_modules.split(",") if named else job.target_modules
     others = {"lora_dropout": job.lora_dropout, "use_dora": job.use_dora, "use_rslora": job.use_rslora}
     return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
 

@@ -51,10 +51,12 @@ def with_swift(job: argparse.Namespace) -> None:
         settings |= {"reward_funcs": "format", "num_generations": job.num_generations, "max_completion_length": completion}
     else:
         settings |= {"max_length": length, "truncation_strategy": "right"}
-    if packed:
+    if packed or job.attn_implementation == "flash_attention_2":
         flash_attention()
+        settings["attn_impl"] = "flash_attn"
+    if packed:
         known_lengths(length)
-        settings |= {"padding_free": True, "attn_impl": "flash_attn", "loss_scale": "all", "use_logits_to_keep": False}
+        settings |= {"padding_free": True, "loss_scale": "all", "use_logits_to_keep": False}
     rlhf_main([word for key, value in settings.items() for word in (f"--{key}", str(value))])
 
 

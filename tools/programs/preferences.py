@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from .job import AXOLOTL, DTYPES, ROWS, adapter, arguments, load, rows
 
@@ -29,11 +35,13 @@ def with_preferences(job: argparse.Namespace) -> None:
         "max_completion_length": job.max_completion_length if name in ("grpo", "rloo") else None,
         "max_length": None if name in ("grpo", "rloo") else job.seq_len,
     }
+    shape_config = AutoConfig.from_pretrained(job.model)
+    generative = AutoModelForImageTextToText if hasattr(shape_config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
+        shape = generative.from_config(shape_config)
     fields = {key: value for key, value in settings.items() if value is not None}
     config = config_class(**fields, **arguments(job, shape))
-    model = load(job, AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM)
+    model = load(job, AutoModelForSequenceClassification if name == "reward" else generative)
     peft = adapter(job)
     if job.trainer in AXOLOTL and name not in ("dpo", "kto") and peft is not None:  # HFRLTrainerBuilder.build
         model, peft = get_peft_model(model, peft), None

@@ -70,6 +70,7 @@ OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
     "qwen2_vl": ("vision_language", "qwen2_vl"),
     "qwen2_5_vl": ("vision_language", "qwen2_vl"),
     "qwen3_vl": ("vision_language", "qwen3_vl"),
+    "qwen3_vl_moe": ("vision_language", "qwen3_vl_moe"),
     "idefics3": ("vision_language", "idefics3"),
     "smolvlm": ("vision_language", "idefics3"),
     "mistral3": ("vision_language", "mistral3"),

@@ -1,6 +1,6 @@
 """Vision-language models of samples without images: their text part alone runs, as the text model's layers do.
 
-Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,idefics3,smolvlm,mistral3}/modeling_*.py.
+Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import partial
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import decoder, masks_of, run_layers
+from peftplan.memory.models.moe import qwen_route, routed_block
 from peftplan.memory.models.style import Style
 from peftplan.memory.units import ROTARY
 from peftplan.tape.tensors import Tensor
@@ -55,5 +56,10 @@ def _tables(model: Model, dtype: str, *, by_sections: bool) -> tuple[Tensor, Ten
 LANGUAGE = Style(stack="model.language_model.layers.{}", final_norm="model.language_model.norm")
 qwen2_vl = partial(with_grids, style=LANGUAGE, by_sections=True)
 qwen3_vl = partial(with_grids, style=LANGUAGE, by_sections=False)
+qwen3_vl_moe = partial(
+    with_grids,
+    style=LANGUAGE._replace(mixture=partial(routed_block, route=qwen_route, router="mlp.gate", name="mlp.experts")),
+    by_sections=False,
+)
 mistral3 = partial(decoder, style=LANGUAGE)
 idefics3 = partial(decoder, style=Style(stack="model.text_model.layers.{}", final_norm="model.text_model.norm"))

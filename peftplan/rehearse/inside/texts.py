@@ -18,6 +18,8 @@ CONTENT = (
 )
 RESERVED = ("<|reserved_special_token_0|>", "<|endoftext|>")
 """Special tokens without a role: what is in need of one takes the first, and Qwen's tokenizers add the second where it lacks."""
+OF_QWEN = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+"""Role → name of the tokens that mark pictures in Qwen's tokenizers, under which tools look for them."""
 SPECIAL = re.compile(r"(\w+)_token_(?:id|index)")
 """Fields of a config that hold the number of a special token."""
 
@@ -49,7 +51,8 @@ def tokenizer_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`tokenizer.json` and `tokenizer_config.json`: as many tokens as the model has, and its own special ids."""
     size = vocabulary_size(config)
     special = special_tokens(config)
-    special_names = {number: f"<{role}>" for role, number in special.items()}
+    called = OF_QWEN if str(config.get("model_type")).startswith("qwen") else {}
+    special_names = {number: called.get(role, f"<{role}>") for role, number in special.items()}
     names = dict(special_names)
     plain, *spare = (number for number in range(size - 1, max(-1, size - 9), -1) if number not in names)
     special_names |= dict(zip(spare, RESERVED, strict=False))

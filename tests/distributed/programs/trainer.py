@@ -5,7 +5,7 @@ import sys
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.initialization import no_init_weights
 
 job = json.loads(sys.argv[1])
@@ -26,9 +26,10 @@ class Tokens(Dataset):
 def cut(name, layers):
     """A built-in model's config with its first layers alone."""
     config = AutoConfig.from_pretrained(name)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
     return config
 
 
@@ -57,7 +58,8 @@ elif "tp" in job:
 else:
     with no_init_weights():
         config = cut(job["model"], job["layers"]) if "model" in job else AutoConfig.for_model(**job["config"])
-        model = AutoModelForCausalLM.from_config(config, dtype=half)
+        sees = hasattr(config, "vision_config")
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config, dtype=half)
     model.tie_weights()
 if job["method"] != "full":
     from peft import LoraConfig, get_peft_model

@@ -44,6 +44,8 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**AXOLOTL, "max_packed_sequence_len": 2048}, "max_packed_sequence_len", "DeprecationWarning"),
         ({**WITH_KERNELS, "base_model": "EleutherAI/gpt-j-6b"}, "lora_qkv_kernel", "AssertionError"),
         ({**WITH_KERNELS, "base_model": "microsoft/Phi-3.5-mini-instruct"}, "lora_qkv_kernel", "AssertionError"),
+        ({**WITH_KERNELS, "base_model": "Qwen/Qwen2-VL-7B-Instruct"}, "lora_qkv_kernel", "ValueError"),
+        ({**WITH_KERNELS, "base_model": "meta-llama/Llama-3.2-11B-Vision-Instruct"}, "lora_qkv_kernel", "AssertionError"),
         ({**AXOLOTL, "base_model": "tiiuae/falcon-7b", "attn_implementation": "xformers"}, "attn_implementation", "KeyError"),
         ({**AXOLOTL, "early_stopping_patience": 3, "save_steps": 10}, "early_stopping_patience", "ValueError"),
         ({**AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "relora": True}, "relora", "RuntimeError"),

@@ -35,6 +35,22 @@ def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None
 
 
 @pytest.mark.parametrize(
+    ("model", "trainable"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))),
+    ],
+)
+def test_swift_adapts_the_language_model_alone(model: str, trainable: int) -> None:
+    """`get_multimodal_target_regex`: `freeze_vit` and `freeze_aligner` are on (utils/transformers_utils.py:208)."""
+    plan = read({**SWIFT, "model": model, "freeze_aligner": True}, kind="command", program="swift sft")
+    assert not plan.unsupported
+    assert peftplan.estimate(config=plan).trainable_parameters == trainable
+    tower = read({**SWIFT, "model": model, "freeze_vit": False}, kind="command", program="swift sft")
+    assert tower.unsupported.keys() == {"freeze_vit"}
+
+
+@pytest.mark.parametrize(
     ("values", "key", "where"),
     [
         ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
