@@ -29,7 +29,7 @@ SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"), "axolot
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
-TRAINERS_OF_TEXT_PARTS = ("trl-dpo",)
+TRAINERS_OF_TEXT_PARTS = ("trl-dpo", "swift-dpo", "swift-grpo")
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl)."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
