@@ -75,9 +75,8 @@ def _check_text_part(job: Job) -> None:
     """Raise for what of a vision-language model does not run, or was not compared, where samples have no images."""
     adaptation, architecture = job.adaptation, job.architecture
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
-    if job.distributed is not None and not (job.setup.by.own_lora and knows_tower(job)):
-        if job.distributed.strategy not in SHARED_TEXT_PARTS or job.quant is not None:
-            raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+    if job.distributed is not None and not _knows_shared(job, job.distributed):
+        raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
     if job.setup.by.of_preferences and job.setup.by.name not in TRAINERS_OF_TEXT_PARTS:
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if not architecture.blocks:
@@ -91,6 +90,12 @@ def _check_text_part(job: Job) -> None:
     head = f"{architecture.output_embedding}."
     if not all(is_in_text_part(architecture, name) and (job.setup.by.own_lora or not name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
+
+
+def _knows_shared(job: Job, distributed: Distributed) -> bool:
+    """Whether a text part was rehearsed on a rank like this one."""
+    by_tool = job.setup.by.own_lora and knows_tower(job)
+    return by_tool or (distributed.strategy in SHARED_TEXT_PARTS and job.quant is None)
 
 
 def _check_kernels(job: Job) -> None:
