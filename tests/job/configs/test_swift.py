@@ -46,6 +46,8 @@ def test_swift_adapts_the_language_model_alone(model: str, trainable: int) -> No
     plan = read({**SWIFT, "model": model, "freeze_aligner": True}, kind="command", program="swift sft")
     assert not plan.unsupported
     assert peftplan.estimate(config=plan).trainable_parameters == trainable
+    full = read({**SWIFT, "model": model, "tuner_type": "full"}, kind="command", program="swift sft")
+    assert full.options["method"] == "partial"  # `_init_multimodal_full`
     tower = read({**SWIFT, "model": model, "freeze_vit": False}, kind="command", program="swift sft")
     assert tower.unsupported.keys() == {"freeze_vit"}
 
