@@ -22,8 +22,6 @@ DIFFER = {
     "Gemma4_(12B)_Vision.ipynb": "Unsloth adapted no embed_audio then: 143,360 fewer",
     # r 32 x (1,152 + 2,816 + 768 + 1,152) = 188,416
     "Gemma4_(26B_A4B)-Vision.ipynb": "Unsloth 2026.4 adapted no embed_vision or input_proj",
-    # 16 layers x 3 modules x (2,048 + 8,192) x r 16 = 7,864,320 of the MLP
-    "Liquid_LFM2-Conversational.ipynb": "printed by Unsloth 2025.7, which adapted the MLP too; 2026.10 adapts attention alone",
     "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
     "-Fine-tuning.ipynb": OWN_EXPERTS,
