@@ -276,3 +276,18 @@ def test_an_empty_dtype_is_that_of_the_checkpoint(values: dict[str, None], dtype
     """trl, scripts/sft.py:80 hands None to from_pretrained, whose default is the checkpoint's dtype; ModelConfig's is float32."""
     recipe = {"model_name_or_path": "mistralai/Mistral-7B-v0.1", "per_device_train_batch_size": 1, **values}
     assert peftplan.estimate(config=read(recipe)).assumptions["dtype"] == dtype
+
+
+def test_numbers_of_a_loss_and_of_a_reference_that_is_not_synchronized() -> None:
+    """trl 1.16: `tpo_l_gamma` is a scalar (experimental/tpo/tpo_trainer.py:688); without `sync_ref_model` no callback reads the
+    other two (trainer/dpo_trainer.py:992)."""
+    base: dict[str, object] = {"model_name_or_path": "Qwen/Qwen3-0.6B", "per_device_train_batch_size": 1}
+    numbers = {"ref_model_sync_steps": 512, "ref_model_mixup_alpha": 0.6}
+    dpo = read_values({**base, **numbers}, file="a.sh", tool="trl", kind="command", program="trl dpo")
+    assert not dpo.unsupported
+    assert numbers.keys() <= dpo.ignored.keys()
+    synchronized = {**base, **numbers, "sync_ref_model": True}
+    plan = read_values(synchronized, file="a.sh", tool="trl", kind="command", program="trl dpo")
+    assert plan.unsupported.keys() == {"sync_ref_model"}
+    of_tpo = {**base, "loss_type": "tpo-l", "tpo_l_gamma": 0.5}
+    assert not read_values(of_tpo, file="a.sh", tool="trl", kind="command", program="python examples/scripts/tpo.py").unsupported
