@@ -27,9 +27,9 @@ from peftplan.errors import PeftplanError
 from peftplan.hardware.gpus import gpus
 from peftplan.job.sources import load_config
 from peftplan.memory.models import FORWARDS
-from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit import Size, fit
+from tools.analytic_grid import DRAWN
 
 SIZES: tuple[Size, ...] = ("batch_size", "seq_len", "r")
 AS_TYPED = ("method", "seq_len", "gradient_checkpointing", "trainer", "loss")
@@ -78,7 +78,7 @@ def draw(seed: int, number: int) -> Triple:
     begin = time.process_time()
     while True:
         model, gpu, size = dice.choice(list(_models())), dice.choice(gpus()).id, dice.choice(SIZES)
-        options: dict[str, Any] = {"method": dice.choice((*METHODS, "lora", "qlora", "dora", "full"))}
+        options: dict[str, Any] = {"method": dice.choice((*DRAWN, "lora", "qlora", "dora", "full"))}
         options |= {"batch_size": dice.choice((1, 1, 2, 4, 8)), "seq_len": dice.choice((256, 512, 1024, 2048, 4096))}
         options |= {} if dice.random() < 0.7 else {"gradient_checkpointing": False}
         options.pop(size, None)

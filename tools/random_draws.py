@@ -21,9 +21,8 @@ from peftplan.job.prepare import prepare
 from peftplan.job.sources import load, load_config
 from peftplan.job.tasks import WITH_PAD_TOKEN
 from peftplan.memory.models import FORWARDS
-from peftplan.methods import METHODS
 from peftplan.optim.names import OPTIMIZERS
-from tools.analytic_grid import LAYER_FIELDS, MADE_UP, TASKS
+from tools.analytic_grid import DRAWN, LAYER_FIELDS, MADE_UP, TASKS
 
 Options = dict[str, Any]
 Choices = Sequence[tuple[float, Any]]
@@ -206,7 +205,7 @@ CARDS: Choices = ((5, {}), *((1, {"gpu": name}) for name in ("t4", "l4", "a100-4
 TRACED_OPTIMIZERS = sorted(name for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced)
 """Optimizers that step inside backward have no step that either engine knows, and are left out."""
 LORAS = ("lora", "qlora", "dora", "qdora", "rslora", "lora-fa", "lora+")
-METHOD_CHOICES: Choices = ((30, "lora"), (15, "qlora"), (10, "full"), (6, "dora"), *((2, name) for name in METHODS))
+METHOD_CHOICES: Choices = ((30, "lora"), (15, "qlora"), (10, "full"), (6, "dora"), *((2, name) for name in DRAWN))
 RANKS = (1, 4, 8, 16, 16, 32, 64, 128, 256)
 PROMPTS = ("prefix-tuning", "prompt-tuning", "p-tuning")
 

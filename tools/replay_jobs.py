@@ -20,8 +20,8 @@ from peftplan.analytic.reserved import Run
 from peftplan.arch import catalogue
 from peftplan.errors import PeftplanError
 from peftplan.job.script import Script
-from peftplan.methods import METHODS
 from peftplan.planning.estimate import estimate
+from tools.analytic_grid import DRAWN
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "trainer": ("transformers", "trl", "plain", "qlora-paper"),
@@ -58,7 +58,7 @@ def jobs(seed: int, *, largest: float) -> Iterator[tuple[str, dict[str, Any], Sc
     names = [entry.name for entry in catalogue.models() if entry.num_parameters <= largest]
     while True:
         options = {name: draw.choice(values) for name, values in OPTIONS.items()}
-        options |= {"method": draw.choice(list(METHODS)), "r": draw.choice((None, None, 4, 13, 64))}
+        options |= {"method": draw.choice(DRAWN), "r": draw.choice((None, None, 4, 13, 64))}
         yield draw.choice(names), {k: v for k, v in options.items() if v is not None}, draw.choice(SCRIPTS)
 
 

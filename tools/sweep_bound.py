@@ -20,10 +20,10 @@ import numpy as np
 
 from peftplan.analytic.sized import Points, Sized
 from peftplan.errors import PeftplanError
-from peftplan.methods import METHODS
 from peftplan.planning.decided import PROBES, SEGMENTS, _spread
 from peftplan.planning.sweep_points import counted
 from peftplan.units import GIB
+from tools.analytic_grid import DRAWN
 from tools.fit_triples import _models
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 def options_of(dice: random.Random) -> dict[str, Any]:
     """Options of a job, the common methods more often than others."""
-    options: dict[str, Any] = {"method": dice.choice((*METHODS, "lora", "lora", "qlora", "qlora", "dora", "full"))}
+    options: dict[str, Any] = {"method": dice.choice((*DRAWN, "lora", "lora", "qlora", "qlora", "dora", "full"))}
     options["gradient_checkpointing"] = dice.random() < 0.6
     if dice.random() < 0.3:
         options["optim"] = dice.choice(("adamw_torch", "adamw_8bit", "sgd", "adafactor", "paged_adamw_8bit", "galore_adamw"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ LAYERS = "{layers}"
 class PartialConfig(MethodConfig):
     """Which parameters train."""
 
-    trainable: Annotated[Names, Field(min_length=1)] = (rf"\.{LAYERS}\.",)
+    trainable: Names = (rf"\.{LAYERS}\.",)
     """Patterns searched in each parameter's name; `{layers}` stands for the layers of `trainable_layers`."""
     trainable_layers: int = Field(default=2, ge=-(2**16), le=2**16)
     """How many of the last layers `{layers}` means; a negative number counts from the first layer."""
@@ -34,6 +34,8 @@ class PartialConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _names_layers(self) -> PartialConfig:
+        if not all(self.trainable or ("",)):
+            raise ValueError("trainable names at least one pattern, none of them empty")
         if "trainable_layers" in self.model_fields_set and not any(LAYERS in pattern for pattern in self.trainable or ()):
             raise ValueError(f"trainable_layers belongs to patterns with {LAYERS}")
         return self
@@ -41,7 +43,7 @@ class PartialConfig(MethodConfig):
 
 def partial(arch: Architecture, config: PartialConfig) -> Adaptation:
     """The parameters that train. Raises InputError if no name has a pattern."""
-    patterns = [re.compile(text.replace(LAYERS, _numbers(arch, config.trainable_layers))) for text in config.trainable or ()]
+    patterns = [_pattern(text, _numbers(arch, config.trainable_layers)) for text in config.trainable or ()]
     trained, by_layer = [], False
     for family in trained_params(arch, arch.modules):
         name = f"{family.module}.{family.param}".lstrip(".")
@@ -54,6 +56,13 @@ def partial(arch: Architecture, config: PartialConfig) -> Adaptation:
     if not trained:
         raise InputError("trainable", ", ".join(config.trainable or ()), "no parameter of the model has such a name")
     return Adaptation(trained=tuple(trained), by_layer=by_layer, trained_dtype=config.trainable_dtype)
+
+
+def _pattern(text: str, layers: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text.replace(LAYERS, layers))
+    except re.error as error:
+        raise InputError("trainable", text, f"not a regular expression where {LAYERS} stands for layers: {error}") from None
 
 
 def _numbers(arch: Architecture, number: int) -> str:
@@ -90,7 +99,7 @@ def with_new_layers(model: Mapping[str, object], config: LlamaProConfig) -> dict
     Raises RefusedError for a number of layers that cannot be divided, as the tool does.
     """
     layers = model.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers % config.num_new_blocks or layers % config.groups:
+    if not isinstance(layers, int) or layers < 1 or layers % config.num_new_blocks or layers % config.groups:
         raise RefusedError(f"num_new_blocks: {config.num_new_blocks} does not divide the model's {layers} layers")
     types, every = model.get("layer_types"), layers // config.groups
     grown: dict[str, object] = {**model, "num_hidden_layers": layers + config.groups}
