@@ -19,11 +19,8 @@ TEXT_PARTS: dict[str, str | None] = {
     "idefics3": None,
     "smolvlm": None,
     "mistral3": None,
-    "gemma3": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
-OMITTED: dict[str, dict[str, object]] = {"gemma3": {"num_attention_heads": 8, "vocab_size": 262_208}}
-"""Defaults of a `text_config`'s class that published configs leave out (`Gemma3TextConfig`)."""
 
 
 def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
@@ -35,7 +32,7 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     model_type = TEXT_PARTS[architecture.model_type] or text.get("model_type")
     if model_type not in READERS:
         return architecture
-    of_text = {**OMITTED.get(architecture.model_type, {}), **text, "model_type": model_type, "architectures": None}
+    of_text = {**text, "model_type": model_type, "architectures": None}
     return replace(architecture, blocks=read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM").blocks)
 
 
