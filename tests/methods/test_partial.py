@@ -54,6 +54,16 @@ def test_axolotl_matches_from_the_start() -> None:
     assert names_of(tiny.ours("llama", "partial", trainable=plan.options["trainable"])) == expected
 
 
+def test_patterns_of_experts_under_their_old_name_match_nothing() -> None:
+    """axolotl's example: with its transformers 5.16 the embedding and the head alone train, 2 x 32,000 x 6,144 numbers."""
+    patterns = ["^lm_head.weight$", "^model.embed_tokens.weight$", "model.layers.4[4-9]+.block_sparse_moe.experts"]
+    values = {"base_model": "mistral-community/Mixtral-8x22B-v0.1", "unfrozen_parameters": patterns, "datasets": []}
+    plan = read_values(values, file="a.yml", tool="axolotl")
+    assert "called mlp in transformers 5" in plan.assumed["trainable"]
+    method = {name: plan.options[name] for name in ("method", "trainable")}
+    assert peftplan.estimate(plan.model, **method).trainable_parameters == 2 * 32_000 * 6144
+
+
 def test_spectrum_names_what_trains_in_a_file() -> None:
     """philschmid's file of Llama 3.1 8B: 2 tables, and matrices and norms of some layers, counted by hand from its lines."""
     path = "configs/spectrum/snr_results_meta-llama-Meta-Llama-3.1-8B_unfrozenparameters_30percent.yaml"
