@@ -66,6 +66,12 @@ class Case(NamedTuple):
         return has_peak and self.entry.peak_allocated is None and not self.entry.unsupported
 
     @property
+    def of_text(self) -> bool:
+        """Whether a peak without unsupported keys, by formula or by trace, is that of the text part alone."""
+        scope = _traced()[self.path]["scope"] if self.by_trace else self.entry.scope
+        return scope == "text" and (self.by_trace or self.entry.bound is None)
+
+    @property
     def kind(self) -> str:
         """What the file is: `training`, `launch`, `other`, or training by Megatron."""
         megatron = any(MEGATRON in entry.why for entry in self.plan.unsupported.values())
@@ -122,15 +128,18 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     known = [case for case in of if case.known]
     counted = [case for case in known if case.entry.total_parameters is not None]
     peaks = [case for case in counted if case.entry.peak_allocated is not None]
-    exact = [case for case in peaks if case.entry.bound is None]
+    bound = [case for case in peaks if case.entry.bound is not None]
+    exact = [case for case in peaks if case.entry.bound is None and not case.of_text]
+    of_text = [case for case in counted if case.of_text]
     by_tool = sum(refused_by(case) is not None for case in known)
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
     raising = [case for case in counted if refused_by(case) is not None]
-    traced = [case for case in counted if case.by_trace]
+    traced = [case for case in counted if case.by_trace and not case.of_text]
     shares = (_of(len(counted), len(known)), _of(len(exact), len(known)))
-    numbers = (len(traced), len(peaks) - len(exact), len(by_keys) - len(raising))
+    numbers = (len(traced), len(of_text), len(bound), len(by_keys) - len(raising))
     uncounted = len(known) - len(counted) - (by_tool - len(raising))
-    rest = (len(counted) - len(peaks) - len(by_keys) - len(traced), uncounted, by_tool)
+    without = len(counted) - len(peaks) - len(by_keys) - sum(case.by_trace for case in counted)
+    rest = (without, uncounted, by_tool)
     return (name, str(len(of)), str(len(known)), *shares, *map(str, numbers + rest))
 
 
@@ -184,8 +193,9 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 {kinds["other"]} do something else (inference, export, evaluation, data, tools that peftplan does not read).
 
 - *counted*: the number of parameters is known.
-- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak, for the text of a
-  vision-language model (`scope: "text"`).
+- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak.
+- *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
+  are counted, and what the model computes of text. Files whose samples have images need more.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
 - *no formula*: neither engine has a peak.
 - *refusal*: an error with its reason. *tool refuses*: the tool or one of its libraries raises an error for this config.
@@ -201,6 +211,7 @@ Shares are of the configs whose model is *built in*.
                 "counted",
                 "exact peak",
                 "by trace",
+                "text part",
                 "bound",
                 "null",
                 "no formula",
