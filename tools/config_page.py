@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peftplan.arch import catalogue
+from peftplan.arch.text_part import TEXT_PARTS
 from peftplan.datafiles import load
 from peftplan.errors import PeftplanError
 from peftplan.job.configs.plan import ConfigPlan
@@ -54,9 +55,10 @@ class Case(NamedTuple):
 
     @property
     def has_pictures(self) -> bool:
-        """Whether the model reads more than text (transformers' `vision_config`, `audio_config`)."""
+        """Whether the model reads more than text (transformers' `vision_config`, `audio_config`, or what its class sees)."""
         entry = catalogue.find(self.plan.model) if self.plan.model is not None else None
-        return entry is not None and any(entry.facts()["config"].get(key) for key in ("vision_config", "audio_config"))
+        config = entry.facts()["config"] if entry is not None else {}
+        return config.get("model_type") in TEXT_PARTS or any(config.get(key) for key in ("vision_config", "audio_config"))
 
     @property
     def by_trace(self) -> bool:
