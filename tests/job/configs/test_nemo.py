@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import peftplan
+from peftplan.arch import catalogue
 from peftplan.job.configs.plan import ConfigPlan
 from tests.job.configs.files import read
 
@@ -255,3 +257,18 @@ def test_what_of_nemo_changes_memory_without_a_formula() -> None:
     assert [[row.effect for row in unsupported.values()] for unsupported in of] == [[], ["raises"]]
     mock = {"_target_": "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", "seq_len": 64}
     assert of_nemo({"strategy": "fsdp2"}, dataset=mock).unsupported.keys() == {"dataset._target_"}
+
+
+def test_what_nemo_freezes_of_a_vision_language_model_does_not_train() -> None:
+    """The witness counts the parameters of transformers' Gemma 3 whose module NeMo's patterns find (model_utils.py:603)."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    frozen = {"freeze_vision_tower": True, "freeze_language_model": False}
+    plan = of_nemo({"strategy": "fsdp2"}, model={"pretrained_model_name_or_path": "google/gemma-3-4b-it"}, freeze_config=frozen)
+    entry = catalogue.find("gemma-3-4b-it")
+    assert entry is not None
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**entry.facts()["config"]))
+    trained = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name.lower())
+    assert plan.options["method"] == "partial"
+    counted = peftplan.estimate("gemma-3-4b-it", method="partial", trainable=plan.options["trainable"])
+    assert counted.trainable_parameters == trained
