@@ -45,6 +45,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     enough = _enough(trials, unchanged, singles, everything=everything)
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
+    fitting += _fewest_gpus(trials, unchanged, singles, fitting)
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
     changes = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
@@ -155,6 +156,15 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
     """The first change that fits, else the first that is tight; all of them if everything is searched."""
     rows = sorted((row for row in replayed if row.verdict in FITS), key=lambda row: FITS.index(str(row.verdict)))
     return rows if everything else rows[:1]
+
+
+def _fewest_gpus(trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
+    """The smallest number of the card over which the job fits as it is, unless it is among the `fitting`."""
+    if any("gpus" in row.options for row in fitting):
+        return []
+    numbers = [change for change in singles if change.options.keys() == {"gpus"} and change.left(before) <= trials.room]
+    rows = (_judged(trials, before, change) for change in sorted(numbers, key=lambda change: change.price))
+    return list(islice((row for row in rows if row is not None and row.verdict in FITS), 1))
 
 
 def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:

@@ -68,3 +68,11 @@ def test_packed_weights_are_sharded_where_they_are_stored_as_floats() -> None:
     assert first.options == {"quant_storage": "bf16"}
     changed = peftplan.estimate("llama-3.1-8b", **job, quant_storage="bf16")
     assert changed.gpus[0].verdict == first.verdict == "tight"
+
+
+def test_the_fewest_gpus_that_fit_are_named() -> None:
+    """Llama 3.1 8B trains in full on four L4; the advice for two stated only what sixteen would save."""
+    changes = peftplan.advice(peftplan.estimate("llama-3.1-8b", method="full", gpu="2xl4", strategy="device-map"))["l4"].changes
+    assert {"gpus": 4} in [change.options for change in changes if change.verdict == "fits"]
+    number = peftplan.estimate("llama-3.1-8b", method="full", gpu="4xl4", strategy="device-map")
+    assert number.gpus[0].verdict == "fits"
