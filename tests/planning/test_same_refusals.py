@@ -28,7 +28,7 @@ def test_a_format_has_a_peak_in_both_engines_or_in_none(quant: str) -> None:
         assert peftplan.estimate(LLAMA, quant=quant, seq_len=32, engine="trace").peaks.allocated
         return
     why = analytic.not_modelled[0]
-    assert why.startswith(f"a step with {quant} layers: no engine models")
+    assert why.startswith(f"a step with {quant} layers: ")
     assert "trace" not in why
     with pytest.raises(RefusedError) as refused:
         peftplan.estimate(LLAMA, quant=quant, seq_len=32, engine="trace")
