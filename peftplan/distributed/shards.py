@@ -14,6 +14,7 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.ddp import buckets
 from peftplan.distributed.device_map import largest
+from peftplan.distributed.order import tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import rows_of, shards_of
 from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
@@ -283,9 +284,9 @@ def _of_zero_0(parameters: Parameters, distributed: Distributed, *, autocast: st
 @lru_cache(maxsize=64)
 def _zero3_groups(parameters: Parameters, distributed: Distributed) -> tuple[tuple[str, int], ...]:
     """A name of each sub group, and the elements of a rank's parts of it."""
-    parts = {p.name: ceil_div(p.numel, distributed.world_size) for p in parameters.all}
+    parts = {(p.name, layer): ceil_div(p.numel, distributed.world_size) for p, layer in tensors(parameters.all)}
     groups = trained_groups(parameters, distributed)
-    return tuple((group[0][0], sum(parts[name] for name, _ in group)) for group in groups)
+    return tuple((group[0][0], sum(parts[key] for key in group)) for group in groups)
 
 
 def _masters(first: str, flat: int, place: Place) -> Parameter:

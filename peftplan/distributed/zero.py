@@ -112,7 +112,7 @@ def trained_groups(parameters: Parameters, distributed: Distributed) -> list[lis
     groups: list[list[Key]] = []
     for group in groups_of(parameters.all):
         names = {p.name for p in group}
-        of_group = [(p, layer) for p, layer in ordered if p.name in names]
+        of_group = [(p, layer) for p, layer in ordered if p.trainable and p.name in names]
         groups += [[(p.name, layer) for p, layer in part] for part in _sub_groups(of_group, distributed)]
     return groups
 
@@ -178,7 +178,7 @@ def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot
     slots: dict[Key, Slot] = {}
     for number, group in enumerate(groups_of(parameters.all)):
         names, start = {p.name for p in group}, 0
-        members = [(p, layer) for p, layer in ordered if p.name in names]
+        members = [(p, layer) for p, layer in ordered if p.trainable and p.name in names]
         if distributed.round_robin_gradients:
             members = [member for rank in range(world_size) for member in members[rank::world_size]]
         part = partition(group, world_size)

@@ -143,3 +143,24 @@ def test_the_shards_of_all_ranks_are_the_model(strategy: str) -> None:
     assert sum(len(group.ranks) * moments(group.static) for group in groups) == moments(one.static)
     if strategy == "fsdp2":
         assert all(more.persistent > less.persistent for more, less in pairwise(groups))
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("model", "settings", "trained"),
+    [
+        (
+            "llama-3.2-1b",
+            {"method": "partial", "trainable_layers": 2},
+            2 * (2 * 2048**2 + 2 * 512 * 2048 + 3 * 8192 * 2048 + 4096),
+        ),
+        ("qwen2.5-vl-7b-instruct", {"method": "full"}, 8_292_166_656),  # as its safetensors hold; two matrices share a name
+    ],
+)
+def test_masters_of_zero_are_those_of_the_tensors_that_train(strategy: str, model: str, settings: Any, trained: int) -> None:
+    """Four bytes for each number over all ranks, and padding: not those of frozen layers whose names are the same."""
+    result = peftplan.estimate(model, gpus=4, strategy=strategy, **settings)
+    assert result.distributed is not None
+    static = result.distributed.ranks[0].static
+    masters = sum(line.bytes() for line in static if line.source == "DeepSpeed: single_partition_of_fp32_groups")
+    assert masters * 4 == pytest.approx(4 * trained, rel=1e-5)
