@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.frames import as_html, dataframe
 from peftplan.ledger import Line
+from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.largest import Largest
 from peftplan.results.estimate import Estimate, Origin
 from peftplan.units import format_bytes
@@ -122,7 +123,7 @@ class Plan(NamedTuple):
             bounded=edge.bounded,
             model=result.model["name"],
             assumptions=result.assumptions,
-            warnings=result.warnings,
+            warnings=(*result.warnings, *([NO_PICTURES] if card.scope else [])),
             origin=result.origin,
         )
 

@@ -146,6 +146,7 @@ def test_an_assumed_context_and_warnings_are_said() -> None:
     lines = shown_lines(model="phi-4", gpu="h100-80gb", target_modules="q_proj,o_proj")
     assert "of CUDA context assumed" in lines[0]
     assert "q_proj' adapts nothing" in lines[1]
+    assert "text only" in shown_lines(model="Qwen/Qwen2-VL-2B-Instruct", gpu="l4", target_modules="q_proj")[1]
 
 
 def test_context_and_versions_are_those_of_the_estimate() -> None:

@@ -68,6 +68,7 @@ def of_comments(comments: str) -> dict[str, int]:
     return {IN_HEADERS[name.lower()]: int(number) for name, number in reversed(HEADER.findall(comments))}
 
 
+OVER_ITS_GPUS = "a process divides the model over its GPUs (device_map auto, model/utils.py:242)"
 RANKS, PER_NODE = "ray.default.ranks", "ray.nproc_per_node"
 """What ms-swift tells Ray: which ranks train, and how many of them a node has."""
 
@@ -88,7 +89,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         _from(result, "accelerate", lambda: of_accelerate(config))
     elif (name := launch.get("accelerate_config")) is not None:
         _named(result, tool, "accelerate_config", name, of_accelerate, file)
-    _processes(result, launch, environment)  # they win over those of a launch file
+    _processes(result, tool, launch, environment)  # they win over those of a launch file
     if (precision := word(launch.get("mixed_precision"))) in ("bf16", "fp16"):
         result.options["autocast"] = precision
     elif precision not in ("none", "no", "false"):
@@ -120,7 +121,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     return result
 
 
-def _processes(result: Launched, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:
+def _processes(result: Launched, tool: str, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if (ranks := launch.get(RANKS)) is not None:
         of_ray = _of_ray(str(ranks), str(launch.get(PER_NODE)))
@@ -150,6 +151,8 @@ def _processes(result: Launched, launch: Mapping[str, object], environment: Mapp
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
         elif value and name not in result.options:
             result.assumed[name] = f"the launcher's number is {value}; 1 is assumed"
+    if tool == "swift" and re.fullmatch("[0-9,]+", visible) and visible.count(",") >= int(str(result.options.get("gpus", 1))):
+        result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, OVER_ITS_GPUS, "unknown", "gpus")
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")
 

@@ -236,3 +236,12 @@ def test_completions_that_are_used_again_cost_no_more() -> None:
     plan, of_plain = (read(values, kind="command", program="swift rlhf") for values in (again, plain))
     assert not plan.unsupported
     assert plan.options == of_plain.options
+
+
+@pytest.mark.parametrize(("visible", "processes", "divided"), [("0,1", None, True), ("0,1,2,3", "2", True), ("0,1", "2", False)])
+def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, processes: str | None, divided: bool) -> None:
+    """`get_default_device_map` (model/utils.py:242) is `auto` where a process has two GPUs or more (`is_mp`, utils/env.py:71)."""
+    environment = {"CUDA_VISIBLE_DEVICES": visible, **({"NPROC_PER_NODE": processes} if processes else {})}
+    plan = read(SWIFT, kind="command", program="swift sft", **environment)
+    assert ("CUDA_VISIBLE_DEVICES" in plan.unsupported) is divided
+    assert (of_plan(plan).peak_allocated is None) is divided
