@@ -8,11 +8,13 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
+from peftplan.arch.text_part import has_towers
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
 from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
+from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.axes import Values
 from peftplan.planning.for_method import ONE_POINT, options_for
 from peftplan.planning.verdicts import by_kernels, capability, placed_on
@@ -150,7 +152,8 @@ class Block:
         self.replayed = 0
         first, _ = groups[0]
         self.first = None if isinstance(first, str) else first.first.job
-        self.warnings = self.first.warnings if self.first else ()
+        of_text = self.first is not None and has_towers(self.first.architecture)
+        self.warnings = (*(self.first.warnings if self.first else ()), *([NO_PICTURES] if of_text else []))
 
     def points(self) -> dict[str, Ints]:
         """The sizes of the points, as arrays."""

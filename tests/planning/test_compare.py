@@ -73,6 +73,12 @@ def test_a_method_named_twice_is_one_row_and_warnings_are_said() -> None:
         assert "adapts nothing" in done.out, fmt
 
 
+def test_text_only_is_said_of_a_vision_language_model() -> None:
+    (row,) = compare("Qwen/Qwen2-VL-2B-Instruct", methods=("lora",), gpu="l4", target_modules="q_proj").rows
+    assert row.verdict == "fits"
+    assert row.warnings[-1].startswith("the batch is text only")
+
+
 def test_a_method_that_does_not_run_says_so_in_words() -> None:
     result = compare("llama-3.2-1b", methods=("lora",), gpu="t4", attn_implementation="flash_attention_2")
     assert result.rows[0].reason

@@ -155,3 +155,10 @@ def test_pandas_takes_the_rows() -> None:
 def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], expected: str) -> None:
     with pytest.raises(error, match=expected):
         sweep("gpt2", **options).records()
+
+
+def test_text_only_is_said_of_a_vision_language_model() -> None:
+    for model, warned in (("Qwen/Qwen2-VL-2B-Instruct", True), ("llama-3.2-1b", False)):
+        result = sweep(model, target_modules="q_proj", seq_len=(64,), gpu="l4")
+        assert [row["verdict"] for row in result] == ["fits"]
+        assert any(warning.startswith("the batch is text only") for warning in result.warnings) is warned
