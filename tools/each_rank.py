@@ -21,6 +21,8 @@ from tools.rank_traces import traced
 ROWS = ROOT / "tests" / "distributed" / "each_rank.jsonl"
 SHARES_HEAD = job("zero1", "full", 16, model="pythia-1b", layers=16, seq_len=256, zero={"overlap_comm": True})
 """Rank 14 keeps as many gradients as rank 1, and keeps them from the head's on, with which backward begins."""
+RESERVES_MORE = job("zero1", "full", 16, model="llama-3.2-1b", layers=16, seq_len=1024, batch_size=4)
+"""Rank 13 allocates as much as rank 0, and reserves a fifth more."""
 ANY_RANK = ("zero1", "zero2")
 """Strategies of which a trace plays any rank."""
 
@@ -34,7 +36,7 @@ def run(name: str, rank: int) -> None:
     """Rehearse a rank of a job, trace it where that is possible, and append the row."""
     from peftplan.rehearse import rehearse
 
-    of_grid = next(each for each in (*jobs(), SHARES_HEAD) if each["name"] == name)
+    of_grid = next(each for each in (*jobs(), SHARES_HEAD, RESERVES_MORE) if each["name"] == name)
     result = rehearse(
         command(of_grid),
         gpu=f"{of_grid['world']}x{CARD}",

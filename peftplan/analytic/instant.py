@@ -67,8 +67,8 @@ class InstantPeaks(Peaks):
             yield self.run(late=True)
             for rank in further_ranks(self.inventory):
                 yield self._run_of(on_rank(self.inventory, rank), late=True)
-        if (holding := self.inventory.holding) is not None:
-            for rank in dict.fromkeys(rank for rank in holding.ranks if rank != holding.rank):
+        if (holding := self.inventory.holding) is not None and holding.ranks:
+            for rank in dict.fromkeys(rank for rank in (*holding.ranks, *further_ranks(self.inventory)) if rank != holding.rank):
                 yield self._run_of(self.inventory._replace(holding=holding._replace(rank=rank)))
 
     def runs_within(self, capacity_bytes: int) -> bool:

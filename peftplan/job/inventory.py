@@ -74,18 +74,25 @@ def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
 
 
 MOST_REPLAYED = 7
-"""Of so many further ranks of FSDP1 a verdict knows what they reserve: those of a node of eight GPUs."""
+"""Of so many further ranks of FSDP1 a verdict knows what they reserve: those of a node of eight GPUs; of ZeRO twice as many."""
 
 
 def further_ranks(of_largest: Inventory) -> tuple[int, ...]:
-    """Ranks of FSDP1 whose optimizer sees parts of other tensors than that of the first one, in larger worlds evenly spread."""
+    """Ranks that may reserve more than those that may allocate most, in larger worlds evenly spread: of FSDP1 those whose
+    optimizer sees parts of other tensors than that of the first one; of ZeRO-1 and ZeRO-2 all, where a 16-bit gradient has a segment alone.
+    """
+    from peftplan.allocator.config import MIN_LARGE_ALLOC
     from peftplan.distributed.alike import alike
 
     job = of_largest.job
     assert job.distributed is not None
+    of_fsdp_1 = job.distributed.strategy == "fsdp1"
+    if not of_fsdp_1 and all(2 * p.numel < MIN_LARGE_ALLOC for p in of_largest.parameters.all if p.trainable):
+        return ()
     groups = alike(of_largest.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
     ranks = [first for first, *_ in groups[1:]]
-    return tuple(reversed(ranks[:: -max(1, ceil_div(len(ranks), MOST_REPLAYED))]))
+    most = MOST_REPLAYED if of_fsdp_1 else 2 * MOST_REPLAYED + 1
+    return tuple(reversed(ranks[:: -max(1, ceil_div(len(ranks), most))]))
 
 
 def on_rank(of_largest: Inventory, rank: int) -> Inventory:

@@ -12,7 +12,7 @@ from peftplan.analytic.compiled import COMPILED
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.results.distributed import RankGroup
-from tools.each_rank import rows
+from tools.each_rank import RESERVES_MORE, rows
 from tools.rank_jobs import CARD, PHASES, options
 
 ROWS = rows()
@@ -44,8 +44,11 @@ TIED = 'fsdp1 full 4 config={"tie_word_embeddings": true}'
 """Ranks 2 and 3 reserve a tenth more than rank 0: their AdamW keeps states of parts of few large matrices."""
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["name"] == TIED], ids=lambda row: f"rank {row['rank']}")
-def test_a_verdict_counts_the_rank_of_fsdp_1_that_reserves_most(row: dict[str, Any]) -> None:
+MORE = [row for row in ROWS if row["name"] in (TIED, RESERVES_MORE["name"])]
+
+
+@pytest.mark.parametrize("row", MORE, ids=lambda row: f"{row['strategy']} rank {row['rank']}")
+def test_a_verdict_counts_the_rank_that_reserves_most(row: dict[str, Any]) -> None:
     result = peftplan.estimate(**options(row), gpu=CARD)
     peaks = result.peaks
     assert isinstance(peaks, InstantPeaks)
