@@ -79,7 +79,8 @@ MOST_REPLAYED = 7
 
 def further_ranks(of_largest: Inventory) -> tuple[int, ...]:
     """Ranks that may reserve more than those that may allocate most, in larger worlds evenly spread: of FSDP1 those whose
-    optimizer sees parts of other tensors than that of the first one; of ZeRO-1 and ZeRO-2 all, where a 16-bit gradient has a segment alone.
+    optimizer sees parts of other tensors than that of the first one; of ZeRO-1 and ZeRO-2 all, where a 16-bit gradient has a
+    segment alone.
     """
     from peftplan.allocator.config import MIN_LARGE_ALLOC
     from peftplan.distributed.alike import alike
