@@ -166,6 +166,11 @@ def prepared(request: Request) -> Job:
     refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
     adaptation = adapted(architecture, model, kind, config, adapter, setup)
+    if adaptation.trained_dtype is not None and setup.autocast == "none" and setup.dtype != adaptation.trained_dtype:
+        raise RefusedError(
+            f"trainable_dtype: without autocast torch multiplies no {setup.dtype} by {adaptation.trained_dtype}; "
+            "use --autocast bf16, or leave it out"
+        )
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
         kind, adaptation = methods.METHODS["partial"], partial
     differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()
@@ -329,6 +334,8 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
     check_trainable(quant)
     if quant is not None and method is not None and method.name == "full":
         raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
+    if quant is not None and method is not None and method.name == "partial" and setup.trainer != "plain":
+        raise RefusedError(f"quant: Trainer refuses a base stored as {quant.name} without an adapter; accepted: none")
     if quant is not None and method is not None and method.name in NOT_ON_4_BIT and quant.name in ("nf4", "fp4"):
         raise RefusedError(f"quant: peft's {method.name} fails on the packed weights of a 4-bit base; accepted: int8 or none")
     return quant

@@ -99,6 +99,8 @@ def with_new_layers(model: Mapping[str, object], config: LlamaProConfig) -> dict
     Raises RefusedError for a number of layers that cannot be divided, as the tool does.
     """
     layers = model.get("num_hidden_layers")
+    if layers is None:
+        raise RefusedError("method: llama-pro reads num_hidden_layers, which the model's config does not have")
     if not isinstance(layers, int) or layers < 1 or layers % config.num_new_blocks or layers % config.groups:
         raise RefusedError(f"num_new_blocks: {config.num_new_blocks} does not divide the model's {layers} layers")
     types, every = model.get("layer_types"), layers // config.groups

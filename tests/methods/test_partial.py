@@ -90,6 +90,20 @@ def test_layers_belong_to_patterns_that_name_them() -> None:
         tiny.ours("llama", "partial", trainable=["norm"], trainable_layers=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        # ValueError: You cannot perform fine-tuning on purely quantized models (transformers 5.24, trainer_utils.py:131)
+        ({"trainable": ["norm"], "quant": "nf4"}, "without an adapter"),
+        # RuntimeError: expected m1 and m2 to have the same dtype, which meta tensors do not raise
+        ({"trainable_dtype": "fp32", "autocast": "none"}, "without autocast"),
+    ],
+)
+def test_what_raises_is_refused(options: dict[str, object], why: str) -> None:
+    with pytest.raises(RefusedError, match=why):
+        peftplan.estimate("llama-3.2-1b", method="partial", **options)
+
+
 def test_llama_pro_adds_a_copy_behind_each_group() -> None:
     """Qwen2.5 7B with 4 new layers: 28 + 4, of which 7, 15, 23 and 31 train (swift, tuners/llamapro.py:86)."""
     estimate = peftplan.estimate("qwen2.5-7b", method="llama-pro", num_new_blocks=4)
