@@ -334,7 +334,7 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
     check_trainable(quant)
     if quant is not None and method is not None and method.name == "full":
         raise RefusedError(f"quant: a base stored as {quant.name} cannot be trained in full; use a PEFT method or --quant none")
-    if quant is not None and method is not None and method.name == "partial" and setup.trainer != "plain":
+    if quant is not None and method is not None and method.name == "partial" and setup.by.drops_outputs:
         raise RefusedError(f"quant: Trainer refuses a base stored as {quant.name} without an adapter; accepted: none")
     if quant is not None and method is not None and method.name in NOT_ON_4_BIT and quant.name in ("nf4", "fp4"):
         raise RefusedError(f"quant: peft's {method.name} fails on the packed weights of a 4-bit base; accepted: int8 or none")

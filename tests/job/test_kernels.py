@@ -88,7 +88,7 @@ def test_none_leaves_the_estimate_as_it_is() -> None:
         ({"kernels": "unsloth", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "axolotl", "use_dora": True}, "LoRA kernels with dropout or DoRA"),
         ({"kernels": "liger", "attn_implementation": "eager"}, "kernels with eager attention"),
-        ({"kernels": "liger", "gpus": 2, "strategy": "fsdp2"}, "kernels with FSDP2"),
+        ({"kernels": "axolotl", "gpus": 2, "strategy": "fsdp2"}, "kernels with FSDP2"),
         ({"kernels": "axolotl", "gpus": 2, "strategy": "zero3"}, "kernels with ZeRO-3"),
     ],
 )
