@@ -120,7 +120,7 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, 8, **more)
     for world, method in product((2, 4, 64), ("full", "lora", "qlora")):
         yield job("fsdp2", method, world)
-    for world, method in product((2, 4, 8), ("lora", "qlora")):
+    for world, method in product((2, 4, 8), ("lora", "qlora", "full")):
         yield job("fsdp2", method, world, model="llama-3.1-8b", layers=32, seq_len=2048)
     yield from zero_jobs()
     for strategy, method, world, more in (*sharded_jobs(), *device_map_jobs(), *tensor_parallel_jobs(), *text_part_jobs()):
