@@ -209,12 +209,9 @@ def compared_trace(row: dict[str, Any], traced: dict[str, Any]) -> dict[str, flo
     """Signed difference of each phase and of reserved bytes of a trace, as a share of the rehearsal's."""
     if "devices" in row:
         pairs = zip(traced["devices"], row["devices"], strict=True)
-        each = [compared_trace({**rehearsed, "strategy": None}, own) for own, rehearsed in pairs]
+        each = [compared_trace(rehearsed, own) for own, rehearsed in pairs]
         return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
-    by_phase = dict(traced["peak_by_phase"])
-    if row["strategy"] == "fsdp2":  # a rehearsal's forward begins with what the step leaves
-        by_phase["forward"] = max(by_phase["forward"], by_phase["step"])
-    shares = {phase: by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
+    shares = {phase: traced["peak_by_phase"][phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": traced["peak_reserved"] / row["peak_reserved"] - 1}
 
 

@@ -19,7 +19,7 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
     """Allocated bytes of each phase within 0.1 %, QLoRA's step of 8 ranks, where tails of blocks differ, within 0.15 %.
 
     The cells made their shards before the run began, so reserved bytes are compared within 1 %, and those of QLoRA not at all.
-    Under accelerate, LoRA and QLoRA of the same model are rows of `ROWS`, whose reserved bytes are equal.
+    Under accelerate, the same nine jobs are rows of `ROWS`, whose reserved bytes are equal.
     """
     method, world, loaded, *by_phase, reserved = cell
     options: dict[str, Any] = {} if method == "full" else {"r": 16}
