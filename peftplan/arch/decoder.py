@@ -40,12 +40,20 @@ class Dims(NamedTuple):
         return PromptDims(len(self.layers), self.h, self.a, num_key_value_heads=self.kv, head_dim=self.shown_head_dim)
 
 
-def read_dims(c: Fields, *, kv: int | None = None, head_dim: int | None = None, shows_head_dim: bool = False) -> Dims:
+def read_dims(
+    c: Fields,
+    *,
+    kv: int | None = None,
+    head_dim: int | None = None,
+    shows_head_dim: bool = False,
+    width: tuple[str, ...] = ("intermediate_size",),
+) -> Dims:
     """The dimensions of a config.
 
     `kv`: the class's default number of key/value heads; None for one per query head.
     `head_dim`: its default head width; None for hidden_size / num_attention_heads.
     `shows_head_dim`: the class stores that quotient as its `head_dim`.
+    `width`: names of the MLP's width, the first that is stated.
     """
     h, a = c.int("hidden_size"), c.int("num_attention_heads")
     kv = c.optional_int("num_key_value_heads", absent=kv) or a
@@ -54,7 +62,7 @@ def read_dims(c: Fields, *, kv: int | None = None, head_dim: int | None = None, 
     d = configured or c.divide("hidden_size", h, "num_attention_heads", a)
     return Dims(
         h=h,
-        i=c.int("intermediate_size"),
+        i=c.int(*width),
         v=c.int("vocab_size"),
         a=a,
         kv=kv,

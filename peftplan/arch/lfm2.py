@@ -19,8 +19,8 @@ LAYER_TYPES = ("conv", "full_attention")
 
 def lfm2(c: Fields, task_type: str) -> Architecture:
     """LFM2: an MLP whose width is two thirds of the stated one, rounded up; an RMSNorm on each head of q and k."""
-    n = read_dims(c, kv=8)
-    n = n._replace(i=_width(c, c.int("block_ff_dim", default=n.i)))
+    n = read_dims(c, kv=8, width=("block_ff_dim", "intermediate_size"))
+    n = n._replace(i=_width(c, n.i))
     conv, attending = _layers(c, n)
     block = Block("decoder", n.layers, (n.attention._replace(qk_norm=True),), Mlp("gated", n.i, "silu"), "rmsnorm")
     backbone = decoder_backbone(

@@ -12,21 +12,19 @@ KINDS_IN_A_GROUP = 6
 
 
 def by_tool(names: tuple[str, ...]) -> str:
-    """Names that share a beginning in groups: `trl-dpo|kto`, `automodel[-hf]`."""
+    """Names that share a beginning in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too."""
     tools: dict[str, list[str]] = {}
     for name in names:
-        tool, _, kind = name.partition("-")
+        tool, _, kind = (name, "", "") if name.endswith("sentence-transformers") else name.partition("-")
         tools.setdefault(tool, []).append(kind)
     texts = []
     for tool, kinds in tools.items():
         named = [kind for kind in kinds if kind]
-        if kinds == ["", *named] and len(named) == 1:
-            texts.append(f"{tool}[-{named[0]}]")
-            continue
-        texts += [tool] * ("" in kinds)
-        for first in range(0, len(named), KINDS_IN_A_GROUP):
-            texts.append(f"{tool}-{'|'.join(named[first : first + KINDS_IN_A_GROUP])}")
-    return ", ".join(texts)
+        groups = ["|".join(named[first : first + KINDS_IN_A_GROUP]) for first in range(0, len(named), KINDS_IN_A_GROUP)]
+        if "" in kinds:
+            texts.append(f"{tool}[-{groups.pop(0)}]" if groups else tool)
+        texts += [f"{tool}-{group}" for group in groups]
+    return ", ".join(texts).replace("sentence-transformers, unsloth-", "[unsloth-]")
 
 
 METHOD: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""Only the parameters that Spectrum's file names train: SFTTrainer on the emulated card (programs/sft_spectrum.py, trl 1.16).
+"""Only the parameters that Spectrum's file names train: SFTTrainer on the emulated card (sft_spectrum.py, trl 1.16).
 
 A row has the first layers of Llama 3.1 8B, two rows of so many tokens in two micro batches, and what was held.
 """

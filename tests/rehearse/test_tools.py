@@ -132,5 +132,5 @@ def test_v1_reads_the_file_of_deepspeed() -> None:
 
 
 def test_only_trainer_takes_a_loss_of_single_tokens() -> None:
-    with pytest.raises(RefusedError, match="cannot compute the per-token loss; add --trainer transformers"):
+    with pytest.raises(RefusedError, match="cannot compute the per-token loss; add --trainer llamafactory"):
         peftplan.estimate("smollm2-135m", trainer="trl", loss="per-token")
