@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 GIB = 2**30
 MIB = 2**20
 GB = 10**9
@@ -27,6 +29,17 @@ def pinned(num_bytes: int) -> int:
 def round512(num_bytes: int) -> int:
     """Bytes that the allocator counts for a request of `num_bytes` (`round_size`: up to a multiple of 512, 0 for 0)."""
     return ceil_div(num_bytes, ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING
+
+
+def in_ranges(numbers: Iterable[int], between: str = ",") -> str:
+    """Ascending numbers as ranges: `(0, 1, 2, 5)` → `0-2,5`."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = ranges[-1][0], number
+        else:
+            ranges.append((number, number))
+    return between.join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -208,8 +208,8 @@ def _of_other_states(inventory: "Inventory", of_rank: "OfRank", step_key: "Key")
     distributed = inventory.job.distributed
     if distributed is None or distributed.strategy != "fsdp1" or of_rank in (None, (None, None)):
         return None
-    nobody = None, None
-    of_largest = _kept(((nobody, step_key), (nobody, step_key, inventory.job.multiprocessors)))
+    counted_for_all = None, None
+    of_largest = _kept(((counted_for_all, step_key), (counted_for_all, step_key, inventory.job.multiprocessors)))
     if of_largest is None or of_largest.early or of_largest.first is not None:
         return None
     lasting = [line for line in inventory.static if line.category == "optimizer_states" and line.place == "device"]

@@ -11,6 +11,7 @@ from typing import TypedDict
 from peftplan.arch.modules import Architecture, Buffer, Module, PromptDims
 from peftplan.datafiles import DATA, record
 from peftplan.datafiles import load as load_data
+from peftplan.units import in_ranges
 
 SCALARS = (
     "model_type",
@@ -43,8 +44,11 @@ def to_table(arch: Architecture) -> dict[str, object]:
         **{key: list(getattr(arch, key)) for key in NAME_LISTS},
         "prompt": None if arch.prompt is None else {key: getattr(arch.prompt, key) for key in PROMPT},
         "ties": [list(tie) for tie in arch.ties],
-        "buffers": [[b.name, b.dtype, list(b.shape), _ranges(b.layers)] for b in arch.buffers],
-        "modules": [[m.name, m.kind, {p: list(shape) for p, shape in m.params}, _ranges(m.layers)] for m in arch.modules],
+        "buffers": [[b.name, b.dtype, list(b.shape), None if b.layers is None else in_ranges(b.layers)] for b in arch.buffers],
+        "modules": [
+            [m.name, m.kind, {p: list(shape) for p, shape in m.params}, None if m.layers is None else in_ranges(m.layers)]
+            for m in arch.modules
+        ],
     }
 
 
@@ -67,19 +71,6 @@ def load_table(name: str) -> Architecture | None:
     """The shipped weight table of a built-in model, or None if it has none."""
     file = f"weights/{name}.json"
     return from_table(load_data(file, Table)) if (DATA / file).is_file() else None
-
-
-def _ranges(layers: tuple[int, ...] | None) -> str | None:
-    """`(0, 1, 2, 5)` → `0-2,5`."""
-    if layers is None:
-        return None
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _indices(text: str | None) -> tuple[int, ...] | None:

@@ -12,11 +12,14 @@ KINDS_IN_A_GROUP = 6
 
 
 def by_tool(names: tuple[str, ...]) -> str:
-    """Names that share a beginning in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too."""
+    """Names that share a beginning or an end in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too,
+    `[unsloth-]sentence-transformers`."""
+    longer = {name: other for other in names if "-" in other for name in names if name.endswith(f"-{other}")}
     tools: dict[str, list[str]] = {}
     for name in names:
-        tool, _, kind = (name, "", "") if name.endswith("sentence-transformers") else name.partition("-")
-        tools.setdefault(tool, []).append(kind)
+        if name not in longer:
+            tool, _, kind = name.partition("-")
+            tools.setdefault(tool, []).append(kind)
     texts = []
     for tool, kinds in tools.items():
         named = [kind for kind in kinds if kind]
@@ -24,7 +27,8 @@ def by_tool(names: tuple[str, ...]) -> str:
         if "" in kinds:
             texts.append(f"{tool}[-{groups.pop(0)}]" if groups else tool)
         texts += [f"{tool}-{group}" for group in groups]
-    return ", ".join(texts).replace("sentence-transformers, unsloth-", "[unsloth-]")
+    before = {other: name.removesuffix(other) for name, other in longer.items()}
+    return ", ".join(f"[{before[text]}]{text}" if text in before else text for text in texts)
 
 
 METHOD: dict[str, str] = {

@@ -103,7 +103,7 @@ def task_notes(model: object, architecture: Architecture, setup: Setup) -> Itera
         trainer = setup.by.called.partition(" of ")[0]
         yield f"{trainer} loads a model passed by name in fp32 unless model_init_kwargs sets a dtype (--dtype fp32)"
     if setup.by.embeds:
-        yield "a row is a pair of texts of seq_len tokens each, and the loss MultipleNegativesRankingLoss: triplets need more"
+        yield "each row is a pair of texts of seq_len tokens each, with MultipleNegativesRankingLoss; triplets need more"
     if setup.use_vllm and not setup.vllm_share:
         yield "a vLLM server generates elsewhere: nothing of it is on this card"
     completion = setup.max_completion_length

@@ -42,7 +42,7 @@ class PartialConfig(MethodConfig):
 
 
 def partial(arch: Architecture, config: PartialConfig) -> Adaptation:
-    """The parameters that train. Raises InputError if no name has a pattern."""
+    """The parameters that train. Raises InputError if no name matches."""
     patterns = [_pattern(text, _numbers(arch, config.trainable_layers)) for text in config.trainable or ()]
     trained, by_layer = [], False
     for family in trained_params(arch, arch.modules):
@@ -54,7 +54,7 @@ def partial(arch: Architecture, config: PartialConfig) -> Adaptation:
             trained.append(family if family.layers is None else family._replace(layers=layers))
             by_layer |= family.layers is not None and layers != family.layers
     if not trained:
-        raise InputError("trainable", ", ".join(config.trainable or ()), "no parameter of the model has such a name")
+        raise InputError("trainable", ", ".join(config.trainable or ()), "no parameter's name matches it")
     return Adaptation(trained=tuple(trained), by_layer=by_layer, trained_dtype=config.trainable_dtype)
 
 
@@ -66,7 +66,7 @@ def _pattern(text: str, layers: str) -> re.Pattern[str]:
 
 
 def _numbers(arch: Architecture, number: int) -> str:
-    """The layers of a number, as alternatives of a regular expression."""
+    """The layers that `trainable_layers` means, as alternatives of a regular expression."""
     every = sorted({layer for module in arch.modules for layer in module.layers or ()})
     chosen = every[:-number] if number < 0 else every[max(0, len(every) - number) :]
     return f"(?:{'|'.join(map(str, chosen))})"

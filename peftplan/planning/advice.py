@@ -159,11 +159,11 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
 
 
 def _fewest_gpus(trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
-    """The smallest number of the card over which the job fits as it is, unless it is among the `fitting`."""
+    """The smallest number of GPUs over which the job fits as it is; none if `fitting` has a number already."""
     if any("gpus" in row.options for row in fitting):
         return []
-    numbers = [change for change in singles if change.options.keys() == {"gpus"} and change.left(before) <= trials.room]
-    rows = (_judged(trials, before, change) for change in sorted(numbers, key=lambda change: change.price))
+    more_gpus = [change for change in singles if change.options.keys() == {"gpus"} and change.left(before) <= trials.room]
+    rows = (_judged(trials, before, change) for change in sorted(more_gpus, key=lambda change: change.price))
     return list(islice((row for row in rows if row is not None and row.verdict in FITS), 1))
 
 

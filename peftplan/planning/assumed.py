@@ -42,11 +42,8 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 NCCL = "buffers of NCCL, outside torch's allocator"
-RECORDED = (
-    "reserved bytes of units that FSDP1 has freed and a late GPU still reads "
-    "(record_stream), or on other ranks, though verdicts count them"
-)
-OTHER_RANKS = "what another rank reserves beyond the one with the highest peak, though verdicts count it"
+RECORDED = "what other ranks of FSDP1, or a GPU that lags behind (record_stream), reserve in addition; verdicts count it"
+OTHER_RANKS = "what other ranks reserve beyond the one with the highest peak; verdicts count it"
 BESIDE_PEAK = {"fsdp1": RECORDED, "zero1": OTHER_RANKS, "zero2": OTHER_RANKS}
 """Strategy → reserved bytes that verdicts count beside those of the peak."""
 OUTSIDE = ("CUDA context",)

@@ -86,16 +86,16 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield CHUNKED, CLOSE
 
 
-def _of_ranks(job: Job, strategy: Distributed) -> Iterator[tuple[dict[str, object], int]]:
+def _of_ranks(job: Job, distributed: Distributed) -> Iterator[tuple[dict[str, object], int]]:
     """Another strategy, offload, more GPUs. FSDP2 shards packed weights only if they are stored as floats."""
     storage: dict[str, object] = {"quant_storage": "bf16"} if packs_integers(job.quant) else {}
-    if storage and strategy.strategy == "fsdp2":
+    if storage and distributed.strategy == "fsdp2":
         yield storage, SAME
-    for options, price in STRATEGIES.get(strategy.strategy, ()):
-        yield (options | storage if options.get("strategy", strategy.strategy) == "fsdp2" else options), price
-    if strategy.facts.splits_weights:
+    for options, price in STRATEGIES.get(distributed.strategy, ()):
+        yield (options | storage if options.get("strategy", distributed.strategy) == "fsdp2" else options), price
+    if distributed.facts.splits_weights:
         for place, times in enumerate((2, 4, 8)):
-            yield {"gpus": (strategy.gpus or 1) * times}, MORE_GPUS + place
+            yield {"gpus": (distributed.gpus or 1) * times}, MORE_GPUS + place
 
 
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from peftplan.distributed.names import ALWAYS
 from peftplan.ledger import Ledger
 from peftplan.results.lines import line_documents
+from peftplan.units import in_ranges
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -56,7 +57,7 @@ class RankGroup(NamedTuple):
     @property
     def words(self) -> str:
         """The ranks as a person reads them: `0, 2-7`."""
-        return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in _ranges(self.ranks))
+        return in_ranges(self.ranks, between=", ")
 
     def to_dict(self) -> dict[str, object]:
         """The group in the JSON."""
@@ -70,17 +71,6 @@ class RankGroup(NamedTuple):
             "peak_reserved": peaks and peaks.reserved,
             "lines": line_documents(shown, peaks.ledgers if peaks else {}),
         }
-
-
-def _ranges(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of neighbours."""
-    ranges: list[tuple[int, int]] = []
-    for rank in ranks:
-        if ranges and rank == ranges[-1][1] + 1:
-            ranges[-1] = ranges[-1][0], rank
-        else:
-            ranges.append((rank, rank))
-    return ranges
 
 
 class Shares(Protocol):

@@ -94,6 +94,6 @@ def test_layers_that_torch_compiles_as_unsloth_does() -> None:
 def test_it_trains_bare_models() -> None:
     assumptions = estimate("bert-base-uncased", trainer="sentence-transformers").assumptions
     assert assumptions["model_class"] == "BertModel"
-    assert any(note.startswith("a row is a pair of texts") for note in assumptions["notes"])
+    assert any(note.startswith("each row is a pair of texts") for note in assumptions["notes"])
     with pytest.raises(RefusedError, match="trains models without a head"):
         estimate("bert-base-uncased", trainer="sentence-transformers", task_type="SEQ_CLS")

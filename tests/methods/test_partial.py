@@ -84,7 +84,7 @@ def test_spectrum_names_what_trains_in_a_file() -> None:
 
 
 def test_layers_belong_to_patterns_that_name_them() -> None:
-    with pytest.raises(InputError, match="no parameter of the model"):
+    with pytest.raises(InputError, match="no parameter's name matches"):
         tiny.ours("llama", "partial", trainable=["vision"])
     with pytest.raises(InputError, match="trainable_layers belongs to patterns"):
         tiny.ours("llama", "partial", trainable=["norm"], trainable_layers=1)
