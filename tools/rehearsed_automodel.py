@@ -3,9 +3,9 @@
     python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
-`options` of the estimate, and what else sections of the recipe's config say (`recipe`). Rows are as long as `seq_len` says, and
-each token is scored. Where rows are packed, the emulated card, whose tensors hold no values, tells no documents apart: attention
-has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+`options` of the estimate, what else sections of the recipe's config say (`recipe`), and the `card` if not an A100. Rows are as
+long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose tensors hold no values, tells no
+documents apart: attention has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8
 """Options of every job."""
 PROJECTIONS = "*_proj"
 STEPS = 5
+OF_PICTURES = "FinetuneRecipeForVLM"
 FOLDER = "(folder)"
 """What stands for the checkpoint in what a row says of the recipe."""
 CARD = "8xa100-80gb"
@@ -61,6 +62,20 @@ class Rows:
 def rows(length: int, count: int, *, translated: bool = False) -> Rows:
     """A component of a config. `translated`: with what a decoder reads, as an encoder-decoder needs it."""
     return Rows(length, count, translated=translated)
+
+
+def pictureless(examples: list[dict[str, list[int]]], processor: Any) -> dict[str, Any]:
+    """A batch of the recipe of vision-language models whose conversations have no pictures; Gemma's processor says of each token
+    whether it is one of a picture."""
+    import torch
+
+    batch = {name: torch.tensor([row[name] for row in examples]) for name in examples[0]}
+    return batch | ({"token_type_ids": torch.zeros_like(batch["input_ids"])} if processor == "gemma3" else {})
+
+
+def named(name: str) -> str:
+    """What stands for a processor: its model type."""
+    return name
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +126,12 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
             "shuffle": False,
         },
         "optimizer": optimizer,
-        **({} if job["method"] == "full" else {"peft": peft}),
+        **({"peft": peft} if job["method"] == "lora" else {}),
     }
+    if row.get("recipe", {}).get("recipe") == OF_PICTURES:
+        sections["model"]["_target_"] = "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained"
+        sections["dataloader"]["collate_fn"] = {"_target_": f"{__name__}.pictureless"}
+        sections["processor"] = {"_target_": f"{__name__}.named", "name": job["model"]["model_type"]}
     return sections | {name: _merged(sections.get(name), settings) for name, settings in row.get("recipe", {}).items()}
 
 
@@ -127,32 +146,34 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the recipe held."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
-        if options(row)["model"]["model_type"] == "mistral3":
-            rename(Path(folder) / "model.safetensors")
+        if (names := PUBLISHED.get(options(row)["model"]["model_type"])) is not None:
+            rename(Path(folder) / "model.safetensors", names)
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
-        ranks = options(row)["gpus"]
-        return row | kept_of(rehearse(command, world_size=ranks, gpu=CARD, timeout=3000, stdout=sys.stderr.fileno()))
+        ranks, card = options(row)["gpus"], row.get("card", CARD)
+        return row | kept_of(rehearse(command, world_size=ranks, gpu=card, timeout=3000, stdout=sys.stderr.fileno()))
 
 
-PUBLISHED = {
+LLAVA = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
 }
-"""How names of transformers' Mistral 3 begin → how they do in the published checkpoint, which is what the tool reads."""
+QWEN_VL = {"model.language_model.": "model.", "model.visual.": "visual."}
+PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL}
+"""Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
 
 
-def rename(file: Path) -> None:
+def rename(file: Path, names: dict[str, str]) -> None:
     """Give the tensors of a checkpoint of holes their published names."""
     with file.open("rb") as written:
         (length,) = struct.unpack("<Q", written.read(8))
         tensors = json.loads(written.read(length))
     behind = file.stat().st_size - length - 8
-    prefix = re.compile("|".join(map(re.escape, PUBLISHED)))
-    header = json.dumps({prefix.sub(lambda start: PUBLISHED[start[0]], name, count=1): row for name, row in tensors.items()})
+    prefix = re.compile("|".join(map(re.escape, names)))
+    header = json.dumps({prefix.sub(lambda start: names[start[0]], name, count=1): row for name, row in tensors.items()})
     with file.open("wb") as renamed:
         renamed.write(struct.pack("<Q", len(header)) + header.encode("ascii"))
         renamed.truncate(len(header) + 8 + behind)
@@ -196,8 +217,9 @@ def recipe() -> None:
 
     tp_replicas.dist = Agreeing(tp_replicas.dist)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
-    module = "benchmark" if settings["recipe"].startswith("Benchmarking") else "train_ft"
-    runpy.run_module(f"nemo_automodel.recipes.llm.{module}", run_name="__main__", alter_sys=True)
+    module = "llm.benchmark" if settings["recipe"].startswith("Benchmarking") else "llm.train_ft"
+    module = "vlm.finetune" if settings["recipe"] == OF_PICTURES else module
+    runpy.run_module(f"nemo_automodel.recipes.{module}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,18 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
     from peftplan.job.setup import Setup
 
-SHARED = {"liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"), "axolotl": ("ddp", "zero1", "zero2")}
+SHARED = {
+    "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
+    "axolotl": ("ddp", "zero1", "zero2"),
+    "torchao-float8": ("fsdp2",),
+}
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
 TRAINERS_OF_TEXT_PARTS = ("trl-dpo", "swift-dpo", "swift-grpo")
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl)."""
+WITH_EAGER = ("axolotl.", "torchao-float8.")
+"""Packages whose kernels were rehearsed beside eager attention."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -142,7 +148,7 @@ def kernels_without_formula(job: Job) -> str | None:
     if kernels_of(setup.kernels).layers is not None:
         not_recorded = f"layers of {architecture.name} that torch compiles: not recorded with these options"
         return not_recorded if recorded(job) is None else None
-    if setup.attn_implementation == "eager" and not all(name.startswith("axolotl.") for name in setup.kernels):
+    if setup.attn_implementation == "eager" and not all(name.startswith(WITH_EAGER) for name in setup.kernels):
         return "kernels with eager attention"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
-from peftplan.job.automodel import builds
+from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.zero3_modules import LEAVES
@@ -224,6 +224,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
+    shown = (*SHOWN_METHODS, method) if setup.by.own_lora and knows_tower(job) else SHOWN_METHODS
     units_of_adapters = setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"
     return {
         "use_vllm": writes and bool(setup.use_vllm),
@@ -233,7 +234,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
         f"method {method}": method
-        not in (("full",) if setup.by.weighs_tokens or units_of_adapters else ("full", "lora") if writes else SHOWN_METHODS)
+        not in (("full",) if setup.by.weighs_tokens or units_of_adapters else ("full", "lora") if writes else shown)
         or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)

@@ -24,6 +24,8 @@ from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Parameter, Tensor
 
+FLOAT8 = "fp8_e4m3"
+"""The dtype in which the weights of layers are gathered that compute in 8 bits."""
 COPY_IN, REDUCE, ALL_REDUCE = 1, 2, 3
 """Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
 
@@ -163,9 +165,20 @@ class Fsdp2(OneDevice):
 
     def _narrowed(self, unit: Unit) -> list[Tensor]:
         """Shards of another dtype, cast in one piece."""
-        cast = [member for member in unit.members if member.casts]
+        narrow = [self._in_8_bits(member) for member in unit.members if member.dtype == FLOAT8]
+        cast = [member for member in unit.members if member.casts and member.dtype != FLOAT8]
         numel = sum(member.shard for member in cast)
-        return [self._new((numel,), cast[0].dtype, "cast of shards", COPY_IN)] if cast else []
+        return [*narrow, *([self._new((numel,), cast[0].dtype, "cast of shards", COPY_IN)] if cast else [])]
+
+    def _in_8_bits(self, member: Member) -> Tensor:
+        """A shard in 8 bits by a scale that was made after the step before (torchao, float8/fsdp_utils.py)."""
+        wide = self._new((member.shard,), "fp32", "shard in fp32", COPY_IN)
+        scaled = self._new((member.shard,), "fp32", "scaled shard", COPY_IN)
+        del wide
+        clamped = self._new((member.shard,), "fp32", "clamped shard", COPY_IN)
+        narrow = self._new((member.shard,), member.dtype, "shard in 8 bits", COPY_IN)
+        del scaled, clamped
+        return narrow
 
     def _moved(self, unit: Unit) -> list[Tensor]:
         """Shards from the host, each moved and then cast (`all_gather_inputs`)."""

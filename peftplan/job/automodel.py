@@ -36,12 +36,17 @@ def _knows_cut(job: Job) -> bool:
     return job.is_full_or_lora and not (job.method_name == "full" and defers)
 
 
+WITH_TOWERS = (("mistral3", "lora"),)
+"""Model types with a frozen tower beside their text part, and methods with which they were rehearsed."""
+
+
 def knows_tower(job: Job) -> bool:
-    """Whether a model with a frozen tower beside its text part was rehearsed: Ministral 3 with LoRA and without checkpoints, of
-    which two layers held 1.1 % more than was counted."""
-    scaled = all(a.scaled_queries for block in job.architecture.blocks for a in block.attentions)
-    rehearsed = (job.architecture.model_type, job.method_name, job.quant) == ("mistral3", "lora", None) and scaled
-    return rehearsed and not job.setup.gradient_checkpointing
+    """Whether a model with a frozen tower beside its text part was rehearsed: without checkpoints, with which two layers of
+    Ministral 3 held 1.1 % more than was counted."""
+    architecture = job.architecture
+    scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
+    rehearsed = (architecture.model_type, job.method_name) in WITH_TOWERS and (scaled or architecture.model_type != "mistral3")
+    return rehearsed and job.quant is None and not job.setup.gradient_checkpointing
 
 
 def _knows_muon(job: Job) -> bool:
@@ -58,7 +63,8 @@ def without_formula(job: Job) -> str | None:
         f"model type {architecture.model_type}": architecture.model_type
         not in (REHEARSED if job.quant is None else REHEARSED_QUANTIZED)
         and not knows_tower(job),
-        f"method {job.method_name}": not job.is_full_or_lora or (architecture.model_type == "gpt2" and job.method_name != "full"),
+        f"method {job.method_name}": not (job.is_full_or_lora or knows_tower(job))
+        or (architecture.model_type == "gpt2" and job.method_name != "full"),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job),

@@ -122,9 +122,15 @@ class FakeQuantized(NamedTuple):
     group: int
 
 
+class Float8(NamedTuple):
+    """Linear layers but the head that compute in 8 bits with one scale per tensor; FSDP2 gathers their weights in 8 bits."""
+
+    source: str
+
+
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
-Part: TypeAlias = CompiledLayers | FakeQuantized | HostEmbedding | Decoder | PaddingFree | Checkpoint
+Part: TypeAlias = CompiledLayers | FakeQuantized | Float8 | HostEmbedding | Decoder | PaddingFree | Checkpoint
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
 UNSLOTH_CHECKPOINT = Checkpoint(
@@ -168,6 +174,7 @@ KERNELS: dict[str, Kernel] = {
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
+    "torchao-float8.linear": Float8("torchao, float8/float8_linear.py (`Float8Linear`)"),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -175,6 +182,8 @@ PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))
 NONE = "none"
 OF_TORCHTUNE = ("torchao.fake_quant",)
 """Kernels of torchtune's recipes, and of no other trainer."""
+FLOAT8 = ("torchao-float8.linear",)
+"""Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
 class Kernels(NamedTuple):
@@ -192,6 +201,7 @@ class Kernels(NamedTuple):
     lora_qkv: Lora | None = None
     lora_o: Lora | None = None
     fake_quant: FakeQuantized | None = None
+    linear: Float8 | None = None
     embedding: HostEmbedding | None = None
 
     @property
@@ -256,8 +266,9 @@ OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
+    "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2"),
 }
-"""Package → the model types whose layers have formulas with its kernels, where they are more."""
+"""Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 
 
 def without_formula(names: Iterable[str] | None, model_type: str, task_type: str) -> str | None:

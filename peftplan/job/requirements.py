@@ -10,6 +10,7 @@ from math import gcd
 from typing import NamedTuple
 
 from peftplan.errors import RefusedError
+from peftplan.job.kernels import FLOAT8
 from peftplan.job.setup import Setup
 from peftplan.versions import named
 
@@ -41,14 +42,22 @@ REQUIREMENTS = (
         f"{named('torchao')} compiles its step",
         "--optim adamw_8bit",
     ),
+    Requirement(
+        "kernels",
+        FLOAT8,
+        (8, 9),
+        'nemo_automodel, components/quantization/fp8.py (`apply_fp8_to_model`): "FP8 is only supported on SM89 or later GPUs"',
+        "--kernels none",
+    ),
 )
 
 
 def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
     """Why a job does not run on a card with this compute capability, and what runs instead; None if nothing refuses it."""
     for needs in REQUIREMENTS:
-        value = getattr(setup, needs.option)
-        if value in needs.values and compute_capability < needs.compute_capability:
+        stated = getattr(setup, needs.option)
+        value = next((each for each in (stated if isinstance(stated, tuple) else (stated,)) if each in needs.values), None)
+        if value is not None and compute_capability < needs.compute_capability:
             oldest, has = (f"{major}.{minor}" for major, minor in (needs.compute_capability, compute_capability))
             return f"{value} needs compute capability {oldest}, the card has {has} ({needs.raises}); use {needs.instead}"
     return None

@@ -9,7 +9,7 @@ from functools import partial
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import checkpointed_layers
 from peftplan.ledger import Dim
-from peftplan.memory import fake_quantized, fused_layers, units
+from peftplan.memory import fake_quantized, float8, fused_layers, units
 from peftplan.memory.parts import Adapter, Part
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
@@ -87,6 +87,8 @@ class Model(Weights):
         fake = self.running.kernels.fake_quant
         if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
             return fake_quantized.linear(f, part, x, self.scales, group=fake.group)
+        if self.running.kernels.linear is not None and float8.computes(part.own_weight.dims, is_head=self._is_head(part)):
+            return float8.linear(f, part, x)
         if part.kind == "LinearSubclass" and part.quant is None:
             return products.falcon_linear(f, x, part.own_weight, part.bias)
         if part.quant is None:
@@ -94,6 +96,9 @@ class Model(Weights):
         from peftplan.memory.quantized import QUANTIZED
 
         return QUANTIZED[part.quant.layout](f, part, x, self.running)
+
+    def _is_head(self, part: Part) -> bool:
+        return part.name == self.arch.output_embedding
 
     def _is_fake_quantized(self, part: Part) -> bool:
         """Beside adapters the adapted layers; else those with a weight of their own: torchtune's tied head is no `nn.Linear`."""

@@ -23,6 +23,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
+from peftplan.memory import float8
 from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
@@ -77,7 +78,13 @@ def units_of(
             tuple(
                 member
                 for p, shard in members
-                for member in _members(p, shard, distributed.shards, dtype, apart=of_fsdp1 and trained_apart and p.trainable)
+                for member in _members(
+                    p,
+                    shard,
+                    distributed.shards,
+                    "fp8_e4m3" if _in_float8(model, p) else dtype,
+                    apart=of_fsdp1 and trained_apart and p.trainable,
+                )
             ),
             reshards=reshards and name not in (*kept, *last),
             parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
@@ -237,6 +244,15 @@ def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, ap
         loaded=weight.dtype if p.quantized else p.dtype,
         apart=apart,
     )
+
+
+def _in_float8(model: Model, p: Parameter) -> bool:
+    """Whether a parameter is gathered in 8 bits: the weight of a linear layer that computes in them."""
+    if model.running.kernels.linear is None or not p.name.endswith(".weight"):
+        return False
+    module = p.name.removesuffix(".weight")
+    is_linear = any(m.name == module and m.kind == "Linear" for m in model.arch.modules)
+    return is_linear and float8.computes(p.shape, is_head=module == model.arch.output_embedding)
 
 
 def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:

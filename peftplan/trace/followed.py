@@ -44,6 +44,8 @@ def check_followed(job: Job) -> None:
     by, distributed = job.setup.by, job.distributed
     if by.own_modules:
         raise RefusedError(f"engine: trace runs models of transformers, not those of {by.called}; accepted: analytic")
+    if by.own_lora and distributed is None:
+        raise RefusedError(f"engine: trace runs peft's LoRA and loads as transformers does, not {by.called}; accepted: analytic")
     if by.of_preferences:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:

@@ -115,9 +115,9 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
 
 def effect_of(kernels: object, *, quantized: bool) -> Effect:
     """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables, and
-    compiled layers may dequantize all experts at once."""
+    compiled layers may dequantize all experts at once, and layers in 8 bits make copies of what they read."""
     chosen = kernels_of(named_kernels(kernels))
-    unknown = chosen.padding_free is not None or (chosen.layers is not None and quantized)
+    unknown = chosen.padding_free is not None or chosen.linear is not None or (chosen.layers is not None and quantized)
     return "unknown" if unknown else "raises" if chosen.fake_quant is not None else "lowers"
 
 

@@ -131,6 +131,34 @@ def test_nemo_packs_documents_into_rows() -> None:
     assert of_nemo({"strategy": "fsdp2"}, **packed).unsupported.keys() == {"packed_sequence.packed_sequence_size"}
 
 
+IN_8_BITS = {
+    "enabled": True,
+    "recipe_name": "tensorwise",
+    "enable_fsdp_float8_all_gather": True,
+    "precompute_float8_dynamic_scale_for_fsdp": True,
+    "filter_fqns": ["lm_head"],
+    "emulate": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("fp8", "unsupported"),
+    [({}, []), ({"recipe_name": "rowwise"}, ["fp8.enabled"]), ({"filter_fqns": []}, ["fp8.enabled"])],
+)
+def test_layers_in_8_bits_are_not_compiled_under_fsdp2(fp8: dict[str, object], unsupported: list[str]) -> None:
+    """_transformers/infrastructure.py: `compile_model` is called for other wrappers alone. Where rows are packed the tool asserts
+    that flash-attn is installed, and sets it (kernel_patches.py, `_apply_preload_overrides`)."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "mistralai/Mistral-Nemo-Base-2407"}
+    more = {"compile": {"enabled": True}, "packed_sequence": {"packed_sequence_size": 4096}, "fp8": IN_8_BITS | fp8}
+    plan = of_nemo({"strategy": "fsdp2"}, model=model, **more)
+    assert list(plan.unsupported) == unsupported
+    assert plan.options.get("kernels") == (None if unsupported else "torchao-float8")
+    assert (plan.options["attn_implementation"], plan.options["padding"]) == ("flash_attention_2", False)
+    assert "flash-attn is installed" in plan.assumed["attn_implementation"]
+    ddp = of_nemo({"strategy": "ddp"}, model=model, **more)
+    assert {"compile.enabled", "fp8.enabled"} <= set(ddp.unsupported)
+
+
 def test_losses_and_optimizers_of_nemo() -> None:
     """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py)."""
     loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
