@@ -133,6 +133,7 @@ class GridOptions(OtherWords, total=False):
     encoder_hidden_size: Axis[int | None]
     encoder_num_layers: Axis[int]
     encoder_reparameterization_type: Axis[Literal["MLP", "LSTM"]]
+    ensure_weight_tying: Axis[bool]
     eps: object
     eva_config: object
     exclude_modules: Axis[str | Iterable[str] | None]

@@ -148,6 +148,7 @@ class MethodOptions(TypedDict, total=False):
     encoder_hidden_size: int | None
     encoder_num_layers: int
     encoder_reparameterization_type: Literal["MLP", "LSTM"]
+    ensure_weight_tying: bool
     eps: object
     eva_config: object
     exclude_modules: str | Iterable[str] | None

@@ -48,12 +48,13 @@ class Weights:
                 module = next((name for name in owners if p.name.startswith(f"{name}.")), module)
                 part = p.name[len(module) + 1 :]
             families.setdefault(module, []).append((p, part))
+        ties_copies = getattr(self.running.config, "ensure_weight_tying", False)
         for tied, original in self.arch.ties:
             module, _, leaf = tied.rpartition(".")
             module_name, _, _ = original.rpartition(".")
-            family = next(((p, leaf) for p, part in families.get(module_name, ()) if part == original.rpartition(".")[2]), None)
-            if family is not None:
-                families.setdefault(module, []).insert(0, family)  # before a trainable copy, which takes its place
+            of_original = [(p, leaf) for p, part in families.get(module_name, ()) if part == original.rpartition(".")[2]]
+            if of_original:  # before a trainable copy, which takes its place
+                families.setdefault(module, []).insert(0, of_original[-1 if ties_copies else 0])
         self._families = families
         own = {name.removesuffix(TOKEN_ADAPTER): name for name in families if name.endswith(TOKEN_ADAPTER)}
         ties = [tuple(name.removesuffix(".weight") for name in tie) for tie in self.arch.ties if tie[0].endswith(".weight")]

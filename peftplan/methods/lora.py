@@ -22,6 +22,7 @@ from peftplan.methods.saved import (
     refuse_targeted_rows,
     saved_copies,
     saved_modules,
+    tied_copies,
     token_deltas,
     token_originals,
 )
@@ -76,6 +77,8 @@ class LoraConfig(LayeredConfig):
     lora_bias: bool = False
     rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict)
     trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
+    ensure_weight_tying: bool = False
+    """Whether a head that is tied to an embedding reads the embedding's trainable copy."""
     target_parameters: Names = None
     init_lora_weights: Initialisation = True
     """Initialisation; it changes no size, but `mica` (arXiv 2604.01694) freezes every B."""
@@ -113,6 +116,8 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
     if not added:
         raise InputError("target_parameters", list(resolved.target_parameters), f"no parameter of {arch.model_type} matches")
     copies = saved_copies(arch, saved_modules(arch, config))
+    if config.ensure_weight_tying:
+        copies = tied_copies(arch, copies)
     refuse_targeted(matched, copies)
     deltas = token_deltas(arch, config.trainable_token_indices)
     refuse_targeted_rows(matched, deltas)

@@ -97,6 +97,19 @@ def saved_copies(arch: Architecture, names: Iterable[str]) -> tuple[AddedTensor,
     return tuple(copies)
 
 
+def tied_copies(arch: Architecture, copies: Iterable[AddedTensor]) -> tuple[AddedTensor, ...]:
+    """The copies that are left where a head that is tied to the embedding reads the embedding's copy (`ensure_weight_tying`).
+
+    Source: peft, tuners/lora/model.py (`_add_modules_to_save_to_tie`). Raises NeedsPeftError for a head that is saved
+    without its embedding.
+    """
+    copies = tuple(copies)
+    copied, ties = is_saved(copies), dict(arch.ties)
+    if any(alias in copied and owner not in copied for alias, owner in ties.items()):
+        raise NeedsPeftError("ensure_weight_tying of a head in modules_to_save without its embedding")
+    return tuple(copy for copy in copies if copy.name.replace(".modules_to_save", "") not in ties)
+
+
 def _refuse_nested(roots: list[tuple[str, frozenset[int] | None]]) -> None:
     for outer, layers in roots:
         for inner, inner_layers in roots:

@@ -8,6 +8,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.errors import RefusedError
+from peftplan.methods.adaptation import NeedsPeftError
 from peftplan.units import round512
 from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TRAINER, activation_bytes, phases
 
@@ -48,13 +49,19 @@ def test_each_phase_peaks_where_the_trace_does(method: str, options: dict[str, A
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
+@pytest.mark.parametrize("tying", [False, True])
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
-def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[str]) -> None:
-    """Which the head multiplies by, and which gets a gradient and states."""
+def test_the_trained_copy_of_a_tied_module_is_a_weight_of_its_own(modules: list[str], *, tying: bool) -> None:
+    """Which the head multiplies by, and which gets gradient and states; with `ensure_weight_tying` both read the embedding's."""
     for package in ("torch", "transformers", "peft"):
         pytest.importorskip(package)
     tied = {**LLAMA, "tie_word_embeddings": True, "vocab_size": 20_000}
-    analytic, traced = (phases(tied, engine, **SHORT, method="lora", modules_to_save=modules) for engine in ("analytic", "trace"))
+    job = {**SHORT, "method": "lora", "modules_to_save": modules, "ensure_weight_tying": tying}
+    if tying and modules == ["lm_head"]:
+        with pytest.raises(NeedsPeftError, match="without its embedding"):
+            phases(tied, "analytic", **job)
+        return
+    analytic, traced = (phases(tied, engine, **job) for engine in ("analytic", "trace"))
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 

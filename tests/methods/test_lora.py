@@ -43,6 +43,8 @@ CASES: list[tuple[str, str | None, dict[str, Any]]] = [
     ("qwen2", None, {"target_modules": ["q_proj", "embed_tokens"], "bias": "all", "modules_to_save": ["k_proj"]}),
     ("qwen2", None, {"target_modules": ["q_proj"], "modules_to_save": ["layers.0.mlp", "norm"]}),
     ("qwen2", None, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("qwen2", None, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    ("llama", None, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
     ("qwen2", None, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
     ("qwen2", None, {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": ["layers"]}),
     ("qwen2", None, {"target_modules": ["q_proj"], "layers_to_transform": []}),
