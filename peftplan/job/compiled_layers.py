@@ -23,8 +23,10 @@ from peftplan.job.kernels import kernels_of
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "modules_to_save", "freeze_a", "freeze_adapter")
+NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "freeze_a", "freeze_adapter")
 """Options of LoRA with which no step was recorded."""
+OUTSIDE = {"embed_tokens", "lm_head"}
+"""What may train beside recorded layers (`modules_to_save`)."""
 BLOCK_OF_FLEX = 128
 """Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py), prompts and completions
 each (unsloth, models/rl.py:3510)."""
@@ -110,6 +112,8 @@ def recorded(job: "Job") -> "Recorded | None":
     setup, config = job.setup, job.config
     layers = kernels_of(setup.kernels or ()).layers
     if layers is None or job.method is None or any(getattr(config, name, None) for name in NOT_RECORDED):
+        return None
+    if not OUTSIDE.issuperset(getattr(config, "modules_to_save", None) or ()):
         return None
     checkpointed = setup.gradient_checkpointing and setup.use_reentrant
     kept = setup.by.embeds and not setup.gradient_checkpointing

@@ -23,6 +23,10 @@ OF_TEXT = r".*language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 TRAINING = {**GEMMA, "kernels": "unsloth-rows", "gradient_accumulation_steps": 2}
 QWEN = {**TRAINING, "method": "qlora", "r": 16, "target_modules": OF_TEXT, "quant_skip_modules": "lm_head,model.visual"}
 MINISTRAL = {**TRAINING, "r": 32, "target_modules": OF_TEXT}
+GEMMA_4B = {
+    **TRAINING, "method": "qlora", "kernels": "unsloth-compiled", "r": 8, "target_modules": OF_TEXT,
+    "quant_skip_modules": ",".join(next(row["in_16_bits"] for row in ROWS if row["model"] == "gemma-3-4b-it")),
+}  # fmt: skip
 LFM = {**TRAINING, "r": 16, "target_modules": r".*(self_attn|feed_forward)\.(q_proj|k_proj|v_proj|out_proj|w1|w2|w3)"}
 
 
@@ -65,6 +69,15 @@ def test_four_layers_of_a_text_part(
     assert reserved <= peaks.reserved <= 1.038 * reserved
 
 
+def test_layers_of_which_a_repository_leaves_some_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 4B by FastModel, text alone in one row, with eight layers: the MLPs of six and the attention of one in 16 bits."""
+    peaks = estimate(with_layers("gemma-3-4b-it", 8, monkeypatch), **GEMMA_4B, batch_size=2, seq_len=2048).peaks
+    assert peaks is not None
+    by_phase = (4_053_993_472, 4_143_159_296, 3_390_423_552)
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0001)
+    assert peaks.reserved == pytest.approx(4_544_528_384, rel=0.006)
+
+
 def test_a_length_that_is_not_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearsed with 2 x 1,024 tokens and adapters in the tower, which hold 4 bytes a number and, without pictures, no gradient.
 
@@ -95,6 +108,21 @@ def test_layers_of_two_kinds(sizes: tuple[int, int], by_phase: tuple[int, ...], 
     assert "images_per_sample" not in peaks.assumed
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0003)
     assert peaks.reserved == pytest.approx(reserved, rel=off)
+
+
+def test_a_tied_embedding_that_trains_in_full_beside_layers() -> None:
+    """LFM2 1.2B whole, by FastLanguageModel, as the notebook of LFM2.5's text completion names its targets. The second row ran
+    behind two steps of the first, whose larger buffers in which hidden states come back from the host stay: 8.5 MB."""
+    job = {**LFM, "r": 128, "modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    first, second = (estimate("lfm2-1.2b", **job, batch_size=2, seq_len=length) for length in (2048, 1500))
+    assert first.trainable_parameters == 207_355_904
+    assert first.peaks is not None
+    assert second.peaks is not None
+    by_phase = [(5_474_549_760, 5_518_590_464, 4_735_761_408), (5_840_223_744, 5_383_160_320, 4_735_721_472)]
+    for result, rehearsed, rel in zip((first.peaks, second.peaks), by_phase, (0.001, 0.002), strict=True):
+        assert [result.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(rehearsed, rel=rel)
+    assert first.peaks.reserved == pytest.approx(5_802_819_584, rel=0.004)
+    assert second.peaks.reserved == pytest.approx(6_081_740_800, rel=0.021)
 
 
 def test_a_tower_that_trains_has_gradients_and_states() -> None:

@@ -107,9 +107,9 @@ class Effective:
 
     @staticmethod
     def _equal(value: object, accepted: object) -> bool:
-        """`~text` is contained in the value, or in one of its entries."""
+        """`~text` is contained in the value, or in one of its entries; of `~text & text` both are."""
         if isinstance(accepted, str) and accepted.startswith("~"):
-            return accepted[1:].lower() in str(value).lower()
+            return all(text in str(value).lower() for text in accepted[1:].lower().split(" & "))
         return word(value) == word(accepted)
 
     def meant(self, setting: Setting) -> object:

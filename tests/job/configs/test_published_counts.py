@@ -22,6 +22,7 @@ DIFFER = {
     "Gemma4_(12B)_Vision.ipynb": "Unsloth adapted no embed_audio then: 143,360 fewer",
     # r 32 x (1,152 + 2,816 + 768 + 1,152) = 188,416
     "Gemma4_(26B_A4B)-Vision.ipynb": "Unsloth 2026.4 adapted no embed_vision or input_proj",
+    "LFM2.5_(1.2B)-Text_Completion.ipynb": "printed by Unsloth 2025.12, which adapted convolutions and the embedding",
     "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",
     "-Fine-tuning.ipynb": OWN_EXPERTS,
@@ -98,7 +99,14 @@ def test_switches_choose_the_part_of_a_vision_model(vision: bool, printed: int) 
     assert peftplan.estimate(config=read).trainable_parameters == printed
 
 
-def test_a_head_that_fastmodel_adapts_has_no_count_of_one_that_trains_whole() -> None:
-    """LFM2.5's notebooks print 97,517,568: LoRA on a table of 65,536 x 2,048, of which r 128 has 8,650,752 parameters."""
+def test_a_head_that_fastmodel_trains_whole() -> None:
+    """LFM2.5's notebooks print 97,517,568, of a release that adapted convolutions, and the table too: 8,650,752 for r 128. What
+    release 2026.10.9 trains is rehearsed (tests/memory/test_compiled_text_parts.py)."""
     (record,) = (r for r in records("unsloth") if r["path"] == "nb/LFM2.5_(1.2B)-Text_Completion.ipynb")
-    assert plan(record).unsupported["lora.target_modules"].option == "target_modules"
+    read = plan(record)
+    assert not read.unsupported
+    result = peftplan.estimate(config=read)
+    assert result.trainable_parameters == 207_355_904
+    table, convolutions = 65_536 * 2_048, 10 * 128 * ((2_048 + 6_144) + (2_048 + 2_048))
+    assert result.trainable_parameters - table + convolutions + 128 * (65_536 + 2_048) == 97_517_568
+    assert result.peaks is not None

@@ -492,3 +492,16 @@ def test_sentence_transformers_are_in_16_bits() -> None:
 )
 def test_other_sentence_transformers_are_not_exact(written: str, instead: str, key: str) -> None:
     assert key in read_text(SENTENCES.replace(written, instead), file="a.py").unsupported
+
+
+def test_a_tied_head_and_its_embedding_train_as_one_table() -> None:
+    """unsloth 2026.10.9, models/_utils.py:11619. Rank 16 of Llama 3.2 1B has 11,272,192 parameters."""
+    text = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+    "up_proj", "down_proj", "embed_tokens", "lm_head"])
+trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60))
+trainer.train()
+"""
+    assert peftplan.estimate(config=read_text(text, file="a.py")).trainable_parameters == 11_272_192 + 128_256 * 2_048
