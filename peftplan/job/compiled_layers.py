@@ -12,6 +12,7 @@ MiB.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +28,8 @@ NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "freeze
 """Options of LoRA with which no step was recorded."""
 OUTSIDE = {"embed_tokens", "lm_head"}
 """What may train beside recorded layers (`modules_to_save`)."""
+MASK = "2q"
+"""Attention's mask in 16 bits, in a record."""
 BLOCK_OF_FLEX = 128
 """Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py), prompts and completions
 each (unsloth, models/rl.py:3510)."""
@@ -120,10 +123,12 @@ def recorded(job: "Job") -> "Recorded | None":
     if not (kept if setup.by.embeds else checkpointed) or setup.padding or setup.dtype != "bf16":
         return None
     modules: set[str] = set()
-    copies: dict[str, int] = {}
+    copies: Counter[str] = Counter()
     if job.method.peft_type == "LORA":
         matched = job.adaptation.matched
-        copies = {m.leaf: m.copies for m in matched if setup.by.embeds or is_in_text_part(job.architecture, m.name)}
+        for module in matched:
+            if setup.by.embeds or is_in_text_part(job.architecture, module.name):
+                copies[module.leaf] += module.copies
         modules = set(copies) | {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
         if not modules or (setup.autocast, setup.adapter_dtype) != ("bf16", "fp32"):
             return None
@@ -134,6 +139,8 @@ def recorded(job: "Job") -> "Recorded | None":
     wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, setup.by.generates, setup.by.embeds)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
+    if row is not None and row.rows and MASK in row.training and setup.batch_size > 1:
+        return None  # recorded of one row
     padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0)
     return None if row is not None and row.first is not None and not padded else row
 

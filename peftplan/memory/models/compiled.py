@@ -16,7 +16,7 @@ from peftplan.arch.text_part import is_in_text_part
 from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
-from peftplan.job.compiled_layers import Recorded
+from peftplan.job.compiled_layers import MASK, Recorded
 from peftplan.job.kernels import INT8_INT4, Norm
 from peftplan.memory import fake_quantized, fused_layers
 from peftplan.memory.calls import inputs
@@ -38,7 +38,6 @@ TOKENS: dict[str, Dims] = {
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
 }
 """What stands behind a size in the record → the dims that it is multiplied by."""
-MASK = "2q"
 UNTIMED: Mapping[int, Dims | None] = MappingProxyType({})
 LAST_PASS = "/1"
 SIZE = re.compile(r"(\d+)(.*)")
@@ -98,9 +97,9 @@ def compiled_layers(model: Model) -> Tensor:
     f.module = "model.rotary_emb"
     rows = 1 if model.running.recorded.of_pairs else "b"
     tables = [f.new((rows, "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
-    if MASK in model.running.recorded.training:  # attention gets a mask of the documents in place of their lengths
+    if MASK in model.running.recorded.training:  # each kind of attention gets a mask: of a row's documents, or of rows apart
         f.module = "model"
-        tables.append(f.new(("b·s", "b·s"), "bool", "mask"))
+        tables += [f.new(("b", "s", "s") if model.running.recorded.rows else ("b·s", "b·s"), "bool", "mask") for _ in attentions]
     decoder = model.arch.input_embedding.rpartition(".")[0]  # type: ignore[union-attr]
     of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == decoder]
     style = Style(layer=_layer, norm=_norm, final_norm=next(name for name in of_stack if name.endswith("norm")))
