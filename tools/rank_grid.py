@@ -489,7 +489,8 @@ def cut(name: str, layers: int) -> dict[str, Any]:
 
 
 def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The config of a decoder with its first layers alone."""
+    """The config of a decoder with its first layers alone, all of them where it has fewer."""
     fields = ("n_layer", "n_layers", "num_hidden_layers", "num_layers")
-    config = config | {next((field for field in fields if field in config), "num_hidden_layers"): layers}
+    field = next((field for field in fields if field in config), "num_hidden_layers")
+    config = config | {field: min(layers, config.get(field, layers))}
     return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})

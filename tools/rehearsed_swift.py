@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from peftplan.job.configs.plan import ConfigPlan
@@ -23,6 +24,8 @@ from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
 ROWS = 64
+OF_ROW = 2
+"""Tokens of a row beside its answer: GKD cuts none (rlhf_trainers/gkd_trainer.py, `_template_context`)."""
 SHARED: dict[str, Any] = {
     "use_hf": True,
     "dataset": "rows.jsonl",
@@ -39,6 +42,8 @@ SHARED: dict[str, Any] = {
 SFT, RLHF = "swift sft", "swift rlhf"
 WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attention(); "
 """Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
+OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
+WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere(); "
 PROGRAMS = {
     SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
     RLHF: "import sys; from swift import rlhf_main; from tools.programs.ms_swift import written_elsewhere\n"
@@ -59,27 +64,44 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
-    return {"model": cut(row["values"]["model"], row["layers"]), **plan(row).options}
+    values, layers = row["values"], row["layers"]
+    read = {"model": cut(values["model"], layers), **plan(row).options}
+    return read | ({"teacher_model": shallow(values["teacher_model"], layers)} if "teacher_model" in read else {})
 
 
-def arguments(row: dict[str, Any], folder: str, output: str) -> list[str]:
+@cache
+def shallow(name: str, layers: int) -> str:
+    """The path of a config of the first layers of a model."""
+    path = Path(mkdtemp(), "config.json")
+    path.write_text(json.dumps(cut(name, layers)), encoding="utf-8")
+    return str(path)
+
+
+def arguments(row: dict[str, Any], folder: str, teacher: str, output: str) -> list[str]:
     """The command line."""
     values = SHARED | row["values"] | {"model": folder, "dataset": f"{output}/rows.jsonl", "output_dir": output}
+    values |= {"teacher_model": teacher} if "teacher_model" in values else {}
     words = {key: value if isinstance(value, list) else [value] for key, value in values.items() if key not in OF_SERVER}
     return [word for key, listed in words.items() for word in (f"--{key}", *map(str, listed))]
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the tool held."""
-    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
-        standins.write_repository(Path(folder), {**cut(row["values"]["model"], row["layers"]), "dtype": "bfloat16"})
+    with TemporaryDirectory() as folder, TemporaryDirectory() as teacher, TemporaryDirectory() as output:
+        for name, part in (("model", folder), ("teacher_model", teacher)):
+            if name in row["values"]:
+                standins.write_repository(Path(part), {**cut(row["values"][name], row["layers"]), "dtype": "bfloat16"})
         length, program = row["values"]["max_length"], row.get("program", SFT)
-        answer = {"role": "assistant", "content": "g" * 8 * length}
-        messages = [{"role": "user", "content": "a" * length}] if program == RLHF else [{"role": "user", "content": "a"}, answer]
-        Path(output, "rows.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * ROWS, encoding="utf-8")
+        kind = row["values"].get("rlhf_type")
+        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
+        messages = [{"role": "user", "content": "a" * length}] if kind == "grpo" else [{"role": "user", "content": "a"}, answer]
+        line = {"messages": messages} | ({"rejected_response": "p" * 8 * length} if kind == "dpo" else {})
+        Path(output, "rows.jsonl").write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
-        code = with_flash + PROGRAMS[program].format(**row["values"])
-        command = [sys.executable, "-c", code, *arguments(row, folder, output)]
+        with_server = WITH_SERVER if row["values"].get("vllm_mode") == "server" else ""
+        of_gkd = OF_GKD if kind == "gkd" else ""
+        code = with_flash + with_server + of_gkd + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
+        command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]
         return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 

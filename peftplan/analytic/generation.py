@@ -1,4 +1,5 @@
-"""What a trainer keeps while its policy generates completions with transformers: a prompt's forward, then the KV cache.
+"""What a trainer keeps while its policy generates completions with transformers: a prompt's forward, then the KV cache; or while
+it sends its weights to vLLM, which generates them.
 
 b completions that are written at once, s tokens of a prompt, t tokens of the full cache, v vocabulary.
 
@@ -6,18 +7,22 @@ b completions that are written at once, s tokens of a prompt, t tokens of the fu
     decoding    the full cache, a layer's keys once more while they grow, logits and probabilities of a token
 
 Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
-wrap); transformers, generation/utils.py (`_sample`, without top-k and top-p). Left out: the cache grows token by token, and the
+wrap); ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py (`_move_full_model_to_vllm`); transformers, generation/utils.py (`_sample`,
+without top-k and top-p). Left out: the cache grows token by token, and the
 allocator keeps what it outgrows.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import NamedTuple
 
 from peftplan.analytic.compiled import Compiled
 from peftplan.analytic.running import running_of
 from peftplan.analytic.sizes import sizes
 from peftplan.deployment.kv_cache import CacheTensor, kv_cache
+from peftplan.distributed.order import in_module_order, tensors
+from peftplan.dtypes import ITEMSIZE
 from peftplan.job.inventory import Inventory
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Ledger
@@ -57,13 +62,14 @@ _GENERATIONS: OrderedDict[tuple[object, ...], tuple[Compiled, Generation]] = Ord
 
 
 def generation_of(inventory: Inventory, compiled: Compiled, *, compute_capability: str) -> Generation | None:
-    """The generation of a job; None where the policy writes nothing, or vLLM writes for it."""
+    """The generation of a job; None where the policy writes nothing, or vLLM writes for it and gets one weight after another."""
     setup = inventory.job.setup
-    if not setup.by.generates or setup.use_vllm:
+    if not setup.by.generates or (setup.use_vllm and not setup.by.sends_at_once):
         return None
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
     if key not in _GENERATIONS:
-        _GENERATIONS[key] = compiled, _written(inventory, compute_capability)
+        of_job = _sent(inventory) if setup.use_vllm else _written(inventory, compute_capability)
+        _GENERATIONS[key] = compiled, of_job
         if len(_GENERATIONS) > KEPT:
             _GENERATIONS.popitem(last=False)
     return _GENERATIONS[key][1]
@@ -113,6 +119,42 @@ def _prompt_in_unsloth(model: Model, cache: Iterable[CacheTensor]) -> Tensor:
     return hidden
 
 
+BUCKET = 512 * 2**20
+"""Bytes of weights that a server gets in one flat copy, unless one has more (`SWIFT_UPDATE_WEIGHTS_BUCKET_SIZE`)."""
+
+
+def _largest_bucket(parameters: Parameters) -> int:
+    """Bytes of the largest flat copy of weights (ms-swift, rlhf_trainers/utils.py, `_create_parameter_buckets`)."""
+    buckets = [0]
+    for p, _ in tensors(in_module_order(parameters)):
+        nbytes = p.numel * ITEMSIZE[p.dtype]
+        if buckets[-1] and buckets[-1] + nbytes > BUCKET:
+            buckets.append(0)
+        buckets[-1] += nbytes
+    return max(buckets)
+
+
+def _sent(inventory: Inventory) -> Generation:
+    """The base's weights, which vLLM gets before it writes: gathered under ZeRO-3, and on the first rank flat copies for a
+    server. Of an adapter, which is merged before, the product of its largest layer in fp32, twice, and in 16 bits.
+    """
+    job, parameters, *_ = inventory
+    f = Tape()
+    f.mark("forward")
+    gathered = _gathered(f, inventory)
+    merged = max((prod(m.shape("weight")) for m in job.adaptation.matched), default=0)
+    if merged:
+        deltas = [f.new((merged,), dtype, "product of an adapter") for dtype in ("fp32", "fp32", job.setup.dtype)]
+        del deltas
+    if job.setup.vllm_mode == "server":
+        base = parameters._replace(all=tuple(p for p in parameters.all if p.owner == "base"))
+        flat = f.new((_largest_bucket(base),), "uint8", "flat copy of weights")
+        del flat
+    f.mark("backward")
+    gathered.clear()
+    return _ending(timeline(f, {}, vocab=None), {})
+
+
 def _written(inventory: Inventory, compute_capability: str) -> Generation:
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
@@ -156,9 +198,13 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
         model.batch.clear()
     gathered.clear()
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
-    end = len(of_prompt.events)
     loss = LossSizes("full", 0, 0, 0, prompted=False)
-    dims = of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss))
+    return _ending(of_prompt, of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss)))
+
+
+def _ending(before_step: Timeline, dims: Mapping[str, int]) -> Generation:
+    """A timeline as one phase before the step."""
+    end = len(before_step.events)
     windows = ((GENERATE, 0, end), ("", end, end))
-    waves = waves_of(of_prompt.move_of, [count for _, count in of_prompt.moves], windows[:1])
-    return Generation(of_prompt._replace(windows=windows, waves=waves), dims)
+    waves = waves_of(before_step.move_of, [count for _, count in before_step.moves], windows[:1])
+    return Generation(before_step._replace(windows=windows, waves=waves), dims)

@@ -17,6 +17,7 @@ from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.setup import Setup
+from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.load import load_into
@@ -130,7 +131,8 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     assert job.distributed is not None
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
     earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
-    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier)
+    follows = not job.setup.by.gathers_when_called
+    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows)
     return reference
 
 
@@ -173,9 +175,11 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         assert holding.rank is not None, "each rank is compiled apart"
         model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank)
     else:
-        writes = job.setup.by.generates and not job.setup.use_vllm  # ends the order (trl, models/utils.py, `add_hooks`)
+        # ends the order (trl, models/utils.py, `add_hooks`), which the next step on rows of the data has again
+        writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
         of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
-        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before)
+        follows = not job.setup.by.gathers_when_called
+        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows)
     return program._replace(shards=masters, steps_in_backward=True)
 
 
@@ -204,7 +208,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             str(job.setup.autocast),
             whole,
             table if tied(job.architecture) else 0,
-            second_of(_cast(job, parameters)) if job.reference == "copy" else None,
+            second_of(job, parameters) if job.reference == "copy" else None,
         )
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None
@@ -239,9 +243,14 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     )
 
 
-def second_of(parameters: Parameters) -> Parameters:
-    """The parameters of a second model, which is loaded as the policy is and does not train."""
-    return parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all if p.owner == "base"))
+def second_of(job: Job, parameters: Parameters) -> Parameters:
+    """The parameters of a second model, which is loaded as the policy is and does not train. `parameters`: the policy's."""
+    if job.setup.by.teaches:
+        teacher = teacher_of(job)
+        assert teacher is not None
+        return teacher.parameters
+    cast = _cast(job, parameters)
+    return cast._replace(all=tuple(p._replace(trainable=False) for p in cast.all if p.owner == "base"))
 
 
 def tied_bytes(job: Job, parameters: Parameters) -> int:

@@ -227,7 +227,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     shown = (*SHOWN_METHODS, method) if setup.by.own_lora and knows_tower(job) else SHOWN_METHODS
     units_of_adapters = setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"
     return {
-        "use_vllm": writes and bool(setup.use_vllm),
+        "use_vllm": writes and bool(setup.use_vllm) and not setup.by.sends_at_once,
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
         "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),

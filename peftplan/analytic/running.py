@@ -121,8 +121,10 @@ def loss_sizes(job: Job) -> LossSizes:
         virtual_tokens=getattr(job.config, "num_virtual_tokens", None) or 0,
         prompted=before_embeddings,
         kept=_scored(job.setup),
-        completion=job.setup.max_completion_length,
-        by_rows=job.setup.by.scoring == "rows",
+        # rows of the data, whose tokens may all have labels, are larger than those that a student writes
+        completion=None if job.setup.by.compares_at_once else job.setup.max_completion_length,
+        by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
+        at_once=job.setup.by.compares_at_once,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and kernels_of(job.setup.kernels or ()).layers is not None else 1,
     )
 
@@ -200,7 +202,8 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 
         teacher = teacher_of(job)
         assert teacher is not None
-        caches = job.setup.loss == "full"  # GKDTrainer leaves `use_cache` to the teacher's config
+        # trl's GKDTrainer leaves `use_cache` to the teacher's config
+        caches = running.use_cache if job.setup.by.freezes_teacher else job.setup.loss == "full"
         parts = policy.tape, teacher.architecture, teacher.parameters, Adaptation(), running._replace(use_cache=caches)
         return Model(*parts, None, stacks=policy.stacks)
     base = (p for p in policy.parameters.all if p.owner == "base")

@@ -96,10 +96,11 @@ class Coordinator:
         overlaps: bool,
         offloads: bool,
         inside: Callable[[Module], Iterable[Sharded]] = lambda module: module.parameters,
+        follows: bool = True,
     ) -> None:
-        """`inside`: the parameters of a module and of all modules inside it."""
+        """`inside`: the parameters of a module and of all modules inside it. `follows`: an order that was recorded is used."""
         self.f, self.limits, self.world_size, self.offloads = f, limits, world_size, offloads
-        self.inside = inside
+        self.inside, self.follows = inside, follows
         self.stream = GATHER if overlaps else 0
         self.order: tuple[Module, ...] = ()
         self.recorded: list[Module] | None = None
@@ -126,7 +127,7 @@ class Coordinator:
     def reset_step(self) -> None:
         """A forward begins; if another one was recorded, its order is known."""
         self._land()
-        if self.recorded is not None:
+        if self.recorded is not None and self.follows:
             self._complete(self.recorded)
         elif not self.order:
             self.recorded = []

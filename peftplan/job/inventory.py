@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
+from peftplan.dtypes import ITEMSIZE
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
 from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
@@ -173,9 +174,23 @@ def _second_model(job: Job, on_rank: Parameters) -> Ledger:
 
     teacher = teacher_of(job)
     assert teacher is not None
+    shards = teacher.parameters
+    if job.distributed is not None:
+        from peftplan.distributed.shards import holding
+
+        autocast = str(job.setup.autocast)
+        shards = holding(shards, job.distributed, teacher.architecture, autocast=autocast, upcasts=False).parameters
     source = f"{job.setup.by.called}: teacher_model"
-    lines = (*weight_lines(teacher.parameters), *buffer_lines(teacher.parameters))
+    lines = (*weight_lines(shards), *buffer_lines(shards))
     return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
+
+
+def weights_in_vllm(inventory: Inventory) -> int:
+    """Bytes of the base's weights: those on this GPU, which Unsloth trains on too, or all of them, of which vLLM has its own."""
+    job, built, static, _ = inventory
+    if not job.setup.by.sends_at_once:
+        return static.bytes(("weights", "quant_state"))
+    return sum(p.numel * p.copies for p in built.all if p.owner == "base") * ITEMSIZE[job.setup.dtype]
 
 
 def reference_lines(built: Parameters) -> Ledger:

@@ -99,6 +99,8 @@ class LossSizes(NamedTuple):
     completion: int | None = None
     by_rows: bool = False
     """Whether it is made of one row after another."""
+    at_once: int | None = None
+    """Scored tokens of which distributions are compared at a time; None: of all."""
     multiple: int = 1
     """What prompts, and completions, are each padded to a multiple of in training."""
 
@@ -120,7 +122,8 @@ class LossSizes(NamedTuple):
         """Name → size for b rows of `length` hidden states, integers or arrays."""
         if self.loss in ALL_LOGITS:
             n = self._scored(b, length)
-            return {"n": n, "n/2": n // 2, "n/3": n // 3}
+            rest = {} if self.at_once is None else {"rest": _rest(n, self.at_once)}
+            return {"n": n, "n/2": n // 2, "n/3": n // 3, **rest}
         if self.loss == "liger":
             n, rows = self._liger(b, length)
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}
@@ -151,10 +154,12 @@ class LossSizes(NamedTuple):
 
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
         """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits; of a
-        loss of one row after another, how many rows.
+        loss of one row after another, how many rows; of distributions compared part by part, how many parts.
         """
         if self.loss in (*ALL_LOGITS, "liger"):
             without_logits: tuple[Fact, ...] = () if self.kept is None else (length > self.kept,)
+            if self.loss in ALL_LOGITS and self.at_once is not None:
+                return (-(-self._scored(b, length) // self.at_once),)
             if self.loss in ALL_LOGITS:
                 return (*without_logits, b) if self.by_rows else without_logits
             projected, rows = self._liger(b, length)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Teacher(NamedTuple):
-    """A model and its parameters. They require gradients, as `from_pretrained` leaves them: autocast keeps casts of such."""
+    """A model and its parameters. They require gradients, as `from_pretrained` leaves them, unless the trainer freezes them:
+    autocast keeps casts of those that do."""
 
     architecture: Architecture
     parameters: Parameters
@@ -33,7 +34,9 @@ def teacher_of(job: Job) -> Teacher | None:
         return None
     student = job.architecture.vocab_size
     rows = student if setup.by.resizes_teacher else None
-    teacher = _teacher(setup.teacher_model, rows, setup.dtype, setup.trust_remote_code, setup.by.own_modules)
+    in_16_bits = job.distributed is not None and job.distributed.strategy.startswith("zero") and setup.autocast != "none"
+    dtype = str(setup.autocast) if in_16_bits else setup.dtype  # DeepSpeed casts it
+    teacher = _teacher(setup.teacher_model, rows, dtype, setup.trust_remote_code, setup.by.own_modules, setup.by.freezes_teacher)
     if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
             f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
@@ -42,8 +45,8 @@ def teacher_of(job: Job) -> Teacher | None:
 
 
 @lru_cache(maxsize=8)
-def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool) -> Teacher:
-    """`rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it."""
+def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool, frozen: bool) -> Teacher:
+    """`rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it. `frozen`: none of it trains."""
     try:
         model = sources.read(name)
         if rows is not None:
@@ -58,4 +61,6 @@ def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool, o
     adaptation = full(architecture, FullConfig())
     built = parameters.build(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, quant=None, kbit_prepare=False)
     buffers = parameters.buffers(architecture, adaptation, dtype=dtype, adapter_dtype=dtype, on_host=False)
+    if frozen:
+        built = built._replace(all=tuple(p._replace(trainable=False) for p in built.all))
     return Teacher(architecture, built._replace(buffers=buffers))

@@ -41,6 +41,8 @@ TrainerName = Literal[
     "swift-orpo",
     "swift-cpo",
     "swift-grpo",
+    "swift-gkd",
+    "swift-gkd-of-data",
     "sentence-transformers",
     "unsloth-sentence-transformers",
     "qlora-paper",
@@ -152,12 +154,23 @@ class Trainer(NamedTuple):
     """Whether it compares the distributions of a teacher and of its student."""
     resizes_teacher: bool = False
     """Whether the teacher's embeddings and head get as many rows as the student's have; else their vocabularies are one."""
+    freezes_teacher: bool = False
+    """Whether no parameter of the teacher requires gradients, and it keeps no KV cache; else it is as `from_pretrained` leaves
+    it."""
+    compares_at_once: int | None = None
+    """Of scored tokens, how many distributions it compares at a time; None: those of all positions."""
     embeds: bool = False
     """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
     skips_autocast: bool = False
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False
     """Whether the model that writes completions is the one that accelerate wraps."""
+    sends_at_once: bool = False
+    """Whether before vLLM writes completions all weights are gathered at once where ranks share them, and a server gets them in
+    flat copies; else one by one."""
+    gathers_when_called: bool = False
+    """Whether under ZeRO-3 nothing is gathered ahead, whose bucket it sets to 0 (ms-swift, rlhf_trainers/arguments.py:117), nor
+    kept for a later use, as three rehearsed jobs showed."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     reference_lasts: bool = False

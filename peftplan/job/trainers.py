@@ -75,6 +75,20 @@ SWIFT_DPO = IN_SWIFT._replace(
 SWIFT_PAIRS = IN_SWIFT._replace(  # without a reference model
     rows=2, disables_dropout=True, under_zero2=("none",), under_zero3=("none",), options=frozenset({"beta"})
 )
+SWIFT_GKD = IN_SWIFT._replace(
+    name="swift-gkd",
+    called="GKDTrainer of ms-swift 4.6",
+    collects_batches=False,
+    teaches=True,
+    freezes_teacher=True,
+    compares_at_once=512,
+    forwards=(*LOSS, Forward("reference")),
+    completion=512,
+    sends_at_once=True,
+    under_ddp=("copy",),
+    under_zero3=("copy",),
+    options=GENERATING.options - {"beta", "num_generations"} | {"teacher_model"},
+)
 
 # recipes/llm/train_ft.py: a loop that computes the loss apart from the model, which it calls without labels.
 AUTOMODEL_RECIPE = Trainer(
@@ -248,8 +262,19 @@ TRAINERS: dict[TrainerName, Trainer] = {
             num_generations=8,
             under_ddp=("adapter_off", "copy"),
             under_zero2=("adapter_off", "copy"),
+            under_zero3=("copy",),
+            sends_at_once=True,
+            gathers_when_called=True,
             options=GENERATING.options | {"loss_type"},
             loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+        ),
+        SWIFT_GKD,
+        # What it learns is in the data (`lmbda` 0).
+        SWIFT_GKD._replace(
+            name="swift-gkd-of-data",
+            called="GKDTrainer of ms-swift 4.6 without completions of its own",
+            completion=None,
+            options=frozenset({"teacher_model"}),
         ),
         Trainer(
             "plain",

@@ -73,7 +73,7 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
 def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
-    if program.trainer.scoring is not None:
+    if program.trainer.scoring is not None and not program.trainer.teaches:
         from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
 
         of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
@@ -128,7 +128,7 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
     """`GKDTrainer.compute_loss`: the student's logits, those of the teacher without gradients, and the divergence of the two.
     `DistillationTrainer` makes it of hidden states.
     """
-    from peftplan.memory.distillation import divergence, divergence_in_tiles
+    from peftplan.memory.distillation import divergence, divergence_in_parts, divergence_in_tiles
 
     if model.running.loss == "torchtune-kl":
         from peftplan.memory.torchtune_kd import loss_of_chunks
@@ -142,10 +142,14 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, teacher)
         with nullcontext() if forward.trains else f.no_grad():
-            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, "softmax"))
+            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, program.trainer.scoring or "softmax"))
     f.module = ""
     assert teacher is not None
-    loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
+    if (at_once := program.trainer.compares_at_once) is not None:
+        (parts,) = model.running.loss_facts
+        loss = divergence_in_parts(f, *of_models, at_once=at_once, parts=int(parts))
+    else:
+        loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
     for runs in (model, teacher):
         runs.kept.clear()
     return loss

@@ -1,8 +1,9 @@
-"""Losses of distillation: the generalized Jensen-Shannon divergence of all logits of student and teacher, and divergences of
-tiles of logits.
+"""Losses of distillation: the generalized Jensen-Shannon divergence of all logits of student and teacher, or of those of scored
+tokens part by part, and divergences of tiles of logits.
 
-b rows, s tokens, v vocabulary, n scored tokens; every tensor in fp32. Source: trl `GKDTrainer.generalized_jsd_loss`, with a
-`beta` between 0 and 1; aten ReduceOps.cpp (`logsumexp_out_impl`), Loss.cpp (`kl_div`); autograd's `logsumexp_backward`;
+b rows, s tokens, v vocabulary, n scored tokens. Source: trl `GKDTrainer.generalized_jsd_loss`, with a `beta` between 0 and 1;
+ms-swift 4.6.0, rlhf_trainers/gkd_loss.py (`gkd_loss`, `jsd_loss`); aten ReduceOps.cpp (`logsumexp_out_impl`), Loss.cpp
+(`kl_div`); autograd's `logsumexp_backward`;
 `DistillationTrainer._compute_loss`, kernels/chunked_divergence.py, whose Triton kernels take nothing.
 """
 
@@ -43,15 +44,43 @@ def divergence(f: Tape, student: Tensor, teacher: Tensor) -> Tensor:
     return ops.scale(f, ops.summed(f, scored), "div")
 
 
+def divergence_in_parts(f: Tape, student: Tensor, teacher: Tensor, *, at_once: int, parts: int) -> Tensor:
+    """`gkd_loss` of scored tokens: their logits, and those divided by the temperature, live until it returns. `parts`: how many
+    there are of `at_once` tokens, the last one of the rest. The caller holds the logits of all positions.
+    """
+    labels = [f.new(student.dims[:2], "int64", "roll") for _ in range(2)]
+    masks = [f.new(student.dims[:2], "bool", "ne") for _ in range(2)]
+    scored = rows_of(f, student, masks[0])
+    of_teacher = rows_of(f, teacher, masks[1])
+    selected = rows_of(f, labels[1], masks[1])
+    divided = ops.scale(f, scored, "div")
+    divided_teacher = f.new(scored.dims, teacher.dtype, "div")
+    del selected
+    total = None
+    for number in range(parts):
+        dims: Dims = (at_once if number < parts - 1 else "rest", scored.dims[-1])
+        log_mine = ops.keeps_output(f, sliced(f, divided, dims), "log_softmax")
+        log_theirs = f.new(dims, teacher.dtype, "log_softmax")
+        mixture = _mixed(f, log_mine, dims)
+        of_rows = [ops.summed(f, _divergence_of_teacher(f, mixture), dims[:1])]
+        of_rows.append(ops.summed(f, _divergence_of_student(f, log_mine, mixture), dims[:1]))
+        part = ops.summed(f, ops.add(f, *(ops.scale(f, of_model) for of_model in of_rows)))
+        total = part if total is None else ops.add(f, total, part)
+    assert total is not None
+    del labels, masks, scored, of_teacher, divided, divided_teacher, log_mine, log_theirs, mixture
+    return ops.scale(f, total, "div")
+
+
 def _mixed(f: Tape, log_mine: Tensor, dims: Dims) -> Tensor:
     """`logsumexp(stack([log p + log(1 - beta), log q + log(beta)]))`."""
-    parts = [ops.shift(f, log_mine), f.new(dims, "fp32", "add")]
-    both = f.new((2, *dims), "fp32", "stack", f.record(_stacked_backward, (parts[0],)))
+    dtype = log_mine.dtype
+    parts = [ops.shift(f, log_mine), f.new(dims, dtype, "add")]
+    both = f.new((2, *dims), dtype, "stack", f.record(_stacked_backward, (parts[0],)))
     parts.clear()
-    maxima = f.new(dims, "fp32", "amax")
+    maxima = f.new(dims, dtype, "amax")
     node = f.record(_logsumexp_backward, (both,), both.detach())
-    exponentials = f.new((2, *dims), "fp32", "sub")
-    mixture = f.new(dims, "fp32", "logsumexp", node)
+    exponentials = f.new((2, *dims), dtype, "sub")
+    mixture = f.new(dims, dtype, "logsumexp", node)
     f.keep(node, mixture.detach())
     del exponentials, maxima
     return mixture
@@ -62,30 +91,30 @@ def _stacked_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def _logsumexp_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
-    parts = [f.new(saved[0].dims, "fp32", name) for name in ("sub", "exp", "mul")]
+    parts = [f.new(saved[0].dims, saved[0].dtype, name) for name in ("sub", "exp", "mul")]
     return parts[-1]
 
 
 def _divergence_of_teacher(f: Tape, mixture: Tensor) -> Tensor:
     """`exp(target) * (target - input)`, whose target needs no gradient."""
-    probabilities = f.new(mixture.dims, "fp32", "exp")
-    difference = f.new(mixture.dims, "fp32", "sub", f.record(_negated_backward, (mixture,)))
+    probabilities = f.new(mixture.dims, mixture.dtype, "exp")
+    difference = f.new(mixture.dims, mixture.dtype, "sub", f.record(_negated_backward, (mixture,)))
     return ops.mul(f, probabilities, difference)
 
 
 def _divergence_of_student(f: Tape, log_mine: Tensor, mixture: Tensor) -> Tensor:
     """The same with a target that needs one."""
     probabilities = ops.keeps_output(f, log_mine, "exp")
-    difference = f.new(mixture.dims, "fp32", "sub", f.record(_difference_backward, (log_mine, mixture)))
+    difference = f.new(mixture.dims, mixture.dtype, "sub", f.record(_difference_backward, (log_mine, mixture)))
     return ops.mul(f, probabilities, difference)
 
 
 def _negated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return f.new(g.dims, "fp32", "neg")
+    return f.new(g.dims, g.dtype, "neg")
 
 
 def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
-    return g, f.new(g.dims, "fp32", "neg")
+    return g, f.new(g.dims, g.dtype, "neg")
 
 
 STATISTICS = 9

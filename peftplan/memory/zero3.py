@@ -35,10 +35,14 @@ def switched_off(policy: Model, running: Running) -> Model:
 
 
 class Zero3(Gathering):
-    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was."""
+    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was.
+    `follows`: as in `Gathering`.
+    """
 
-    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None) -> None:
-        super().__init__(model, distributed, dtype=dtype, before=before)
+    def __init__(
+        self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None, follows: bool = True
+    ) -> None:
+        super().__init__(model, distributed, dtype=dtype, before=before, follows=follows)
         self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
         self.stream = REDUCE if self.overlaps else 0
         self.bucketed: list[Sharded] = []

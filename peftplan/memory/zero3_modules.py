@@ -40,9 +40,13 @@ def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: in
 
 
 class Gathering(Stage):
-    """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was."""
+    """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was.
+    `follows`: the order that was recorded is used.
+    """
 
-    def __init__(self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None) -> None:
+    def __init__(
+        self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None, follows: bool = True
+    ) -> None:
         super().__init__(model, distributed, dtype=dtype)
         hidden_size = model.arch.hidden_size or 0
         self.sharded = sharded_of(model.parameters, distributed, hidden_size)
@@ -50,12 +54,15 @@ class Gathering(Stage):
         own = list(self.sharded.values())
         self.coordinator = Coordinator(
             self.f,
-            [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order] if before else None,
+            [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order]
+            if before and follows
+            else None,
             limits(distributed, hidden_size),
             world_size=self.world_size,
             overlaps=self.overlaps,
             offloads=distributed.offload_params == "cpu",
             inside=self._inside,
+            follows=follows,
         )
         self.running: dict[str, Module] = {}
         """Modules that backward has entered and not left, the last one entered last."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.errors import NeedsTraceError, NoRankFormulaError, RefusedError
 from peftplan.job.adapting import config_of
-from peftplan.job.inventory import Inventory, inventory, on_each_device
+from peftplan.job.inventory import Inventory, inventory, on_each_device, weights_in_vllm
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepared
 from peftplan.job.requirements import pair, refused_batch, unmet
@@ -266,7 +266,7 @@ def _estimated(
     peaks = by_card[0].peaks
     setup = job.setup
     refused_size = refused_batch(setup, job.replicas)
-    vllm = vllm_of(setup, static.bytes(("weights", "quant_state")) if setup.use_vllm else 0)
+    vllm = vllm_of(setup, weights_in_vllm(question.inventory) if setup.use_vllm else 0)
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_card) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, setup, job.quant)

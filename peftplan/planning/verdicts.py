@@ -32,12 +32,14 @@ class Vllm(NamedTuple):
 
     `sleeps`: it gives that back while the policy trains (trl `VLLMGeneration`, `sleep(level=2)`), and then what lasts of the
     trainer is beside it, whose cache was emptied. Left out: the context and graphs that a sleeping engine keeps. `shared`: bytes
-    of its share that are the trainer's own, as Unsloth trains on vLLM's weights (unsloth_zoo `vllm_utils.py`).
+    of its share that are the trainer's own, as Unsloth trains on vLLM's weights (unsloth_zoo `vllm_utils.py`). `awake`: bytes of
+    its weights, which it holds while it gets those of the trainer, where that gathers all of them (ms-swift, `_fast_infer`).
     """
 
     share: float
     sleeps: bool
     shared: int = 0
+    awake: int = 0
 
     def taken(self, usable: int) -> int:
         """Bytes of a card that it takes while it generates, beside those of the trainer."""
@@ -48,7 +50,8 @@ def vllm_of(setup: Setup, weights: int = 0) -> Vllm | None:
     """vLLM as a job with so many bytes of base weights runs it on the training GPU; None where it does not."""
     if not setup.vllm_share:
         return None
-    return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode), weights if setup.packs_completions else 0)
+    shared, awake = setup.packs_completions, setup.by.sends_at_once
+    return Vllm(setup.vllm_share, bool(setup.vllm_enable_sleep_mode), weights * shared, weights * awake)
 
 
 def capability(card: "Gpu | None") -> str:
@@ -205,9 +208,12 @@ def verdict(
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved_at_most or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
-    if vllm is not None and vllm.sleeps and static_bytes + taken > reserved:
-        beside, reserved = taken, static_bytes
-        room -= beside
+    if vllm is not None and vllm.sleeps:
+        sent = 0 if peaks is None else peaks.by_phase.get("generate", 0)
+        generating = max((taken, static_bytes), (vllm.awake, sent), key=sum)
+        if sum(generating) > reserved:
+            beside, reserved = generating
+            room -= beside
     releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
         word = "does_not_run"

@@ -31,6 +31,20 @@ def test_all_logits_of_both_are_held_seventeen_times() -> None:
     assert of_logits == (2 * 512 + 15 * 511) * 2 * 49_152 * 4
 
 
+def test_swift_compares_512_scored_tokens_at_a_time() -> None:
+    """`gkd_loss` of ms-swift in fp32, by hand, for 2 x 511 scored tokens, which are 512 and 510: the logits of both models, those
+    of scored tokens of both as they are and divided (4). Of each part stay the student's log-probabilities, the mixture and its
+    two stacked parts, the teacher's probabilities, the student's, and the difference (7). At the peak the second part has its
+    teacher's log-probabilities and the last product beside them.
+    """
+    job = JOB | {"trainer": "swift-gkd-of-data", "dtype": "bf16"}
+    peaks = peftplan.estimate(**job, teacher_model="smollm2-360m", batch_size=2, seq_len=512).peaks
+    assert peaks is not None
+    of_tokens = (line for line in peaks.ledgers["forward"] if line.shape[-1:] == (49_152,) and line.dtype == "fp32")
+    scored = 2 * 511
+    assert sum(line.bytes() for line in of_tokens) == (2 * 1024 + 4 * scored + 7 * scored + 2 * 510) * 49_152 * 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -56,7 +70,7 @@ def test_an_unknown_teacher_is_named_as_typed() -> None:
 
 
 def test_other_trainers_have_no_teacher() -> None:
-    with pytest.raises(OptionError, match="accepted: trainer trl-gkd, trl-gold, trl-distillation"):
+    with pytest.raises(OptionError, match="accepted: trainer trl-gkd, trl-gold, trl-distillation, swift-gkd"):
         peftplan.estimate("smollm2-135m", trainer="trl-dpo", teacher_model="smollm2-360m")
 
 

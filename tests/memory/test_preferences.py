@@ -195,6 +195,27 @@ def test_vllm_takes_its_share_of_the_card() -> None:
     assert "generate" not in result.peaks.by_phase
 
 
+SENT = 152_064 * 3_584 * 2
+"""Bytes of the embedding of Qwen2.5 7B, the largest flat copy that a server gets: more than 512 MiB."""
+
+
+def test_swift_gathers_all_weights_before_vllm_writes() -> None:
+    """`_move_full_model_to_vllm`: 7,615,616,512 weights in bf16 on each rank, and a server's flat copies on the first one."""
+    job = {"model": "qwen2.5-7b", "trainer": "swift-grpo", "method": "full", "dtype": "bf16", "use_reentrant": True}
+    job |= {"gpus": 4, "strategy": "zero3", "gpu": "h200", "batch_size": 2, "seq_len": 640, "use_vllm": True}
+    asleep_while_training = {"vllm_enable_sleep_mode": True, "vllm_gpu_memory_utilization": 0.15}
+    of_server, asleep = (estimate(**job, **mode) for mode in ({"vllm_mode": "server"}, asleep_while_training))
+    assert of_server.peaks is not None
+    assert asleep.peaks is not None
+    assert of_server.peaks.by_phase["generate"] - asleep.peaks.by_phase["generate"] == SENT
+    gathered = (line for line in asleep.peaks.ledgers["generate"] if line.name.endswith(" gathered"))
+    assert sum(line.bytes() for line in gathered) == 2 * 7_615_616_512
+    # beside them vLLM holds weights of its own, or its share where that is more
+    card = asleep.gpus[0]
+    assert card.vllm_bytes == 2 * 7_615_616_512
+    assert card.needed_bytes == asleep.peaks.by_phase["generate"] + card.vllm_bytes + card.context_bytes
+
+
 def test_options_of_vllm_without_it_are_one_warning() -> None:
     unread = {"vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5}
     (warning,) = estimate(MODEL, gpus=4, **GRPO, **unread).warnings

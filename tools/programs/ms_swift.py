@@ -78,8 +78,43 @@ def known_lengths(length: int) -> None:
     SwiftMixin.get_cu_seqlens = lambda *_: torch.tensor([0, length, 2 * length], dtype=torch.int32).cuda()
 
 
+def numbers_by_kernel() -> None:
+    """The weight of GKD's divergence is filled in on the card: a copy of it would come back where a kernel counts."""
+    import torch
+
+    tensor = torch.tensor
+
+    def filled(data: Any, **settings: Any) -> Any:
+        fills = isinstance(data, float) and settings.get("device") is not None
+        return torch.full((), data, **settings) if fills else tensor(data, **settings)
+
+    torch.tensor = filled
+
+
+class Server:
+    """A server of vLLM, which does not run here: it takes what it is sent."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_args, **_kwargs: None
+
+
+def sent_elsewhere() -> None:
+    """The weights go to a server before it generates."""
+    from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
+
+    prepare = RolloutTrainerMixin._prepare_vllm
+
+    def prepared(trainer: Any) -> None:
+        prepare(trainer)
+        trainer.use_fast_infer = True
+        trainer.vllm_mode = trainer.args.vllm_mode = "server"
+        trainer.vllm_client = Server()
+
+    RolloutTrainerMixin._prepare_vllm = prepared
+
+
 def written_elsewhere(tokens: int) -> None:
-    """Completions as a server of vLLM answers them, which does not run here."""
+    """Completions as a server of vLLM answers them."""
     from swift.infer_engine.protocol import (
         ChatCompletionResponse,
         ChatCompletionResponseChoice,

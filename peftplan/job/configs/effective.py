@@ -70,6 +70,8 @@ class Effective:
         return any(self._equal(value, each) for each in accepted)
 
     def _has_product(self, key: str, accepted: Product) -> bool:
+        if "same_as" in accepted:
+            return word(self.of(key)) == word(self.of(accepted["same_as"])) not in NOTHING
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
         product = prod(self._numbers([key, accepted["times"]]) or [0])
@@ -136,6 +138,8 @@ class Effective:
             return tuple(self.tool.in_16_bits[word(self.of(setting["in_16_bits"]))])
         if "names" in setting:
             return self._names(setting["names"])
+        if "listed" in setting:
+            return ",".join(self._listed(setting["listed"], self.of(setting["listed"])))
         if "key" in setting:
             value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value

@@ -41,9 +41,10 @@ class Row(TypedDict, total=False):
 
 
 class Product(TypedDict, total=False):
-    """A condition on the product of a key with another one, `times`, or on the key itself: `below`."""
+    """A condition on the product of a key with another one, `times`, or on the key itself: `below`, `same_as` another one."""
 
     below: int
+    same_as: str
     times: str
     at_least: int
     multiple_of: str
@@ -54,6 +55,8 @@ class Meant(TypedDict, total=False):
 
     all: bool
     key: str
+    listed: str
+    """The key whose names come in one text, between commas."""
     product: list[str | int]
     sum: list[str | int]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
@@ -95,7 +98,7 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
     for which the tool's defaults count, `said` or `unsaid`: by the file, `fraction`: a number that is not whole, or
-    `{"below": number}`, `{"at_least": number, "times": key}`: its product with another key's, or
+    `{"below": number}`, `{"same_as": key}`, `{"at_least": number, "times": key}`: its product with another key's, or
     `{"multiple_of": key, "times": key}`. `file` and `program` are what is read;
     `architecture` is the model's `model_type`, `checkpoint` the dtype in its config, `vocabulary` its own,
     `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
