@@ -64,6 +64,9 @@ DTYPE_OF_CHECKPOINT = Change("transformers", (5, 0), "`from_pretrained` takes `a
 EXPERTS_FUSED = Change(
     "transformers", (5, 0), "`MixtralExperts` holds two 3-D parameters; before, it was a list of `MixtralBlockSparseTop2MLP`"
 )
+ROUTER_LOSS_BY_LAYER = Change(
+    "transformers", (5, 16), "`load_balancing_loss_func` sums layer by layer; before, it joined the logits of all layers"
+)
 STRATEGY_BY_RESHARD = Change(
     "transformers",
     (5, 4),

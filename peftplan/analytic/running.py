@@ -13,6 +13,7 @@ from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
+from peftplan.job.router_loss import check_router_loss
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
@@ -36,6 +37,7 @@ OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 
 def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
+    check_router_loss(job.setup, job.script)
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
     tokens = loss.row(setup.seq_len)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
@@ -65,6 +67,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         holds_hidden_states=setup.packs_completions,  # unsloth, models/rl.py:2089
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
+        router_loss=bool(setup.router_loss),
         reentrant=setup.use_reentrant,
         checkpoints_forward=job.script.checkpoints_forward,
         every_n_layers=setup.every_n_layers or 1,

@@ -40,23 +40,25 @@ def router(name: str, *, e: int, h: int, layers: tuple[int, ...]) -> Module:
 
 
 def moe_mlp(
-    c: Fields, width: int, e: int, top_k: int, *, shared: int = 0, groups: tuple[int, int] = (0, 0), normed: bool = False
+    c: Fields, width: int, e: int, top_k: int, *, shared: int = 0, groups: tuple[int, int] | None = None, normed: bool = False
 ) -> Mlp:
     """A mixture of e experts of `width`, `top_k` per token, beside a shared expert of width `shared` that processes every token.
 
-    `groups`: into how many the router sorts experts, and how many of them it chooses first. `normed`: the class's default for
-    weights that sum to one.
+    `groups`, of classes that have no loss of the experts' load: into how many the router sorts experts, and how many of them it
+    chooses first. `normed`: the class's default for weights that sum to one.
     """
     if top_k > e:
         accepted = f"accepted: a whole number from 1 to {e}, the number of experts"
         raise InputError(f"{c.name}: num_experts_per_tok", top_k, accepted)
     act = c.str("hidden_act", default="silu")
+    sorted_into, chosen = groups or (0, 0)
     router = Router(
         norm_topk_prob=c.bool("norm_topk_prob", default=normed),
-        groups=groups[0],
-        chosen=groups[1],
+        groups=sorted_into,
+        chosen=chosen,
         noise=c.number("router_jitter_noise", default=0.0, low=0.0, high=1.0) > 0,
-        loss=c.bool("output_router_logits", default=False),
+        hands_out=c.bool("output_router_logits", default=False),
+        coefficient=None if groups is not None else c.number("router_aux_loss_coef", default=0.001, low=0.0, high=1e6),
     )
     return Mlp("moe", width, act, True, num_experts=e, num_experts_per_tok=top_k, shared_intermediate_size=shared, router=router)
 

@@ -89,6 +89,7 @@ TRAINING: dict[str, str] = {
     "unsloth-qat-int4|int8-int4, axolotl, liger, torchao (QAT), torchao-float8, or parts of them",
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
+    "--router-loss/--no-router-loss": "add the loss of a mixture's expert load; default: as the trainer or the config says",
     "--padding/--no-padding": "padded batches, which need an attention mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",

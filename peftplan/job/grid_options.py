@@ -50,6 +50,7 @@ class GridOptions(OtherWords, total=False):
     kernels: Axis[str | Iterable[str] | None]
     loss: Axis[Loss]
     logits_to_keep: Axis[int | None]
+    router_loss: Axis[bool | None]
     max_completion_length: Axis[int | None]
     teacher_model: Axis[str | None]
     precompute_ref_log_probs: Axis[bool | None]

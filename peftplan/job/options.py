@@ -55,6 +55,7 @@ class SetupOptions(TypedDict, total=False):
     kernels: str | Iterable[str] | None
     loss: Loss
     logits_to_keep: int | None
+    router_loss: bool | None
     max_completion_length: int | None
     teacher_model: str | None
     precompute_ref_log_probs: bool | None

@@ -19,6 +19,7 @@ from peftplan.job.launch import FILES, OF_FSDP, launch_options
 from peftplan.job.repositories import PACKED
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
+from peftplan.job.router_loss import router_loss
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import CALLED, check_task, without_vllm
@@ -146,6 +147,7 @@ def prepared(request: Request) -> Job:
         use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )
+    setup = setup.model_copy(update={"router_loss": router_loss(setup, architecture)})
     if "batch_size" not in setup.model_fields_set:
         replicas = 1 if distributed is None else distributed.replicas
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})

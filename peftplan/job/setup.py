@@ -75,6 +75,7 @@ class Setup(BaseModel):
     kernels: KernelNames = None
     loss: Loss = "auto"
     logits_to_keep: Count | None = None
+    router_loss: bool | None = None
     padding: bool = False
     keep_outputs: bool | None = None
     keep_gradients: bool = False

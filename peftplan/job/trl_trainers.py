@@ -12,6 +12,7 @@ TRL = Trainer(
     "trl",
     f"SFTTrainer of {named('trl')}",
     Defaults(loss="trl-chunked", kbit_prepare=False, device_map="auto"),
+    balances_experts=True,
     always_masks=True,
     loads_in_fp32=True,
     turns_cache_off=True,
@@ -51,7 +52,11 @@ OF_PREFERENCES = TRL._replace(
 
 # Trainers of trl whose models keep all logits.
 WITH_ALL_LOGITS = TRL._replace(
-    defaults=TRL.defaults._replace(loss="full"), losses=("full",), sums_tokens=False, disables_dropout=True
+    defaults=TRL.defaults._replace(loss="full"),
+    balances_experts=False,
+    losses=("full",),
+    sums_tokens=False,
+    disables_dropout=True,
 )
 # Pairs without a reference model (`experimental/orpo`, `experimental/cpo`).
 OF_LOGITS = WITH_ALL_LOGITS._replace(

@@ -14,6 +14,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.program import Program
 from peftplan.memory.units import BACKBONE, ROOT
+from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
@@ -22,7 +23,16 @@ TRIPLE = 3
 
 
 def loss_of_batch(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
-    """The loss of one micro batch. `outputs`: those that the loop holds of the micro batch before; replaced."""
+    """The loss of one micro batch, with that of the experts' load. `outputs`: those that the loop holds of the micro batch
+    before; replaced."""
+    loss = _loss_of_batch(model, program, reference, outputs)
+    if model.load_loss is not None:
+        loss = ops.add(model.tape, loss, ops.scale(model.tape, model.load_loss))
+        model.load_loss = None
+    return loss
+
+
+def _loss_of_batch(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
     if model.running.loss == "torchtune-chunked":
         from peftplan.memory.torchtune_loss import chunked_cross_entropy
 
@@ -258,13 +268,22 @@ def _forward(model: Model) -> list[Tensor]:
         own_decoders=running.own_decoders,
         compiled=running.recorded is not None,
     )
+    if running.router_loss and model.tape.grad_enabled:  # a reference model is not asked for it
+        model.router_logits = []
     hidden = model.units.leave(BACKBONE, forward(model))
+    router_logits, model.router_logits = model.router_logits, None
     if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
         hidden = model.units.leave(ROOT, hidden)
         model.units.end_forward()
         outputs = [*head(model, hidden)]
     else:
         outputs = [*head(model, hidden), *model.outputs]
+        if router_logits:
+            from peftplan.memory.router_loss import balanced
+
+            model.load_loss = balanced(model, router_logits)
+            outputs += [] if running.loss == "trl-chunked" else router_logits
+            del router_logits
         of_model = 1 if model.running.without_loss else 0
         outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
         outputs = model.units.hand_out(outputs)

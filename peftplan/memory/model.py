@@ -57,6 +57,10 @@ class Model(Weights):
     """Dims and dtype of tensors that wait on the host while a micro batch runs, and how many there are."""
     micro_batch: int = 0
     """The number of the current micro batch: each has its own stacks."""
+    router_logits: list[Tensor] | None = None
+    """Those of each layer's router, while a forward hands them to the loss of their load."""
+    load_loss: Tensor | None = None
+    """That loss, until it is added to the model's own."""
     pass_name: str = ""
     """Tells the forwards of a step apart where it has several."""
     units: Units = ONE_GPU
@@ -161,7 +165,7 @@ class Model(Weights):
     @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
-        return self.units.every_layer
+        return self.units.every_layer or self.router_logits is not None  # the loss of their load reads each layer's
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""

@@ -69,6 +69,8 @@ class Running(NamedTuple):
     """Whether the model returns logits alone."""
     logits_to_keep: int | None = None
     """How many of each sequence's last tokens the head reads; None for all."""
+    router_loss: bool = False
+    """Whether the loss of a mixture's load is added to that of the model."""
     reentrant: bool = False
     """Whether checkpointing is reentrant."""
     checkpoints_forward: bool = True

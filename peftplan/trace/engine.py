@@ -208,6 +208,7 @@ def _run(
     again = large and rank.alone and not earlier and not setup.keep_gradients
     steps = max(STEPS, len(earlier) + 1) + rank.more_steps + again
     setup_of_step = rank.prepared(built, setup)
+    losses.ask_for_load_loss(built.base.config.get_text_config(), setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
     losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))

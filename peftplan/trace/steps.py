@@ -199,7 +199,7 @@ def _compute_loss(run: Run, micro_batch: int) -> torch.Tensor:
     loss: torch.Tensor = per_token_loss.sum() / num_tokens.clamp(min=1)
     outputs["entropy"].detach().sum() / num_tokens
     outputs["is_top1"].sum() / num_tokens
-    return loss
+    return loss + outputs["aux_loss"] if "aux_loss" in outputs else loss
 
 
 def _prepared_forward(run: Run, micro_batch: int) -> Any:

@@ -13,7 +13,7 @@ from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import masks_of, projected, run_layers
-from peftplan.memory.models.moe import check
+from peftplan.memory.models.moe import check, hand_out
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.tape import ops, products
@@ -113,6 +113,7 @@ def mixture(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     f = c.at("mlp.router")
     weight, _update = matrix(c.model, router, c.number)
     logits = products.linear(f, x, weight, c.model.part(router, c.number).bias)
+    hand_out(c, logits)
     best, indices = top_k(f, logits, c.block.mlp.num_experts_per_tok)
     scores = ops.softmax(f, best, best.dtype)
     del _update, logits, best

@@ -1,7 +1,7 @@
 """Mixtures of experts in decoders of the Llama shape: routers and the blocks around the experts.
 
-Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. Router losses
-are left out, as those classes compute them only where `output_router_logits` is set.
+Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. The loss of the
+routers' load is `memory.router_loss`.
 """
 
 from __future__ import annotations
@@ -75,6 +75,19 @@ def granite_route(c: Call, x: Tensor, name: str) -> Routed:
     return logits, weights, indices
 
 
+def routed(c: Call, route: Route, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Weights and indices of each token's experts; the outputs may hold the logits."""
+    logits, weights, indices = route(c, x, name)
+    hand_out(c, logits)
+    return weights, indices
+
+
+def hand_out(c: Call, logits: Tensor) -> None:
+    """Let the model's outputs hold a router's logits where they are asked for (`capture_outputs`)."""
+    if c.model.router_logits is not None:
+        c.model.router_logits.append(logits)
+
+
 def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) -> Tensor:
     """`MixtralSparseMoeBlock.forward`."""
     check(c)
@@ -82,7 +95,7 @@ def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) ->
         of_qwen = route is qwen_route
         normed = c.block.mlp.router.norm_topk_prob or not of_qwen
         return looped_block(c, x, names=QWEN if of_qwen else MIXTRAL, normed=normed)
-    _logits, weights, indices = route(c, x, router)
+    weights, indices = routed(c, route, x, router)
     return run_experts(c, x, indices, weights, name)
 
 
@@ -96,7 +109,7 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
         return _looped_qwen2_block(c, x)
     rows = x.view((f"b·{c.model.seq}", x.dims[-1]))
     shared = gated_mlp(c, x, "mlp.shared_expert")
-    _logits, weights, indices = qwen_route(c, x, "mlp.gate")
+    weights, indices = routed(c, qwen_route, x, "mlp.gate")
     out = run_experts(c, x, indices, weights)
     gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", rows), "sigmoid")
     shared = ops.mul(c.at("mlp"), gate, shared)
@@ -194,8 +207,8 @@ def check(c: Call) -> None:
     """Raise NeedsTraceError for router options that few configs set."""
     if c.block.mlp.router.noise:
         raise NeedsTraceError("router jitter noise")
-    if c.block.mlp.router.loss:
-        raise NeedsTraceError("the auxiliary loss of routers")
+    if c.block.mlp.router.hands_out and c.block.mlp.router.coefficient is None:
+        raise NeedsTraceError("routers' logits among the outputs of a class that has no loss of their load")
 
 
 mixtral = partial(decoder, style=Style(mixture=partial(routed_block, route=mixtral_route, router="mlp.gate", name="mlp.experts")))

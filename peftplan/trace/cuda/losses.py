@@ -22,6 +22,7 @@ import torch
 
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.loss_sizes import CUT, check_halves, check_liger
+from peftplan.job.setup import Setup
 from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.chunked import TOKEN_TILE, VOCAB_TILE, ChunkedLogProbs
 from peftplan.trace.cuda.cut import CutCrossEntropy
@@ -45,6 +46,15 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
     if loss != "liger" and hasattr(head, "base_layer"):
         raise RefusedError(f"target_modules: {loss} reads lm_head.weight itself, so that an adapter on it would not train")
     model.forward = FORWARDS[loss](model, prompt, capability)
+
+
+def ask_for_load_loss(config: Any, setup: Setup) -> None:
+    """Have a mixture's config say whether its class makes the loss of the load of experts: as the option does, or the trainer."""
+    adds = setup.router_loss
+    if adds is None and setup.by.balances_experts and not setup.by_unsloth:
+        adds = bool(getattr(config, "router_aux_loss_coef", None))
+    if adds is not None and hasattr(config, "output_router_logits"):
+        config.output_router_logits = adds
 
 
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -115,7 +125,8 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
 
     def forward(*args: Any, labels: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         kwargs["use_cache"] = False
-        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        outputs = model.base_model(*args, **kwargs)
+        hidden = outputs.last_hidden_state[:, :-1]
         scored = scored_tokens(labels, prompt)
         labels = labels[:, 1:]
         head = model.get_output_embeddings()
@@ -129,9 +140,21 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
         log_probs, entropy, is_top1 = (Scattered.apply(part, mask) for part in per_label)  # type: ignore[no-untyped-call]
         del per_label
         loss = -log_probs.sum() / mask.sum().clamp(min=1)
-        return {"loss": loss, "log_probs": log_probs, "entropy": entropy, "is_top1": is_top1, "label_mask": mask}
+        result = {"loss": loss, "log_probs": log_probs, "entropy": entropy, "is_top1": is_top1, "label_mask": mask}
+        if getattr(outputs, "router_logits", None):
+            result["aux_loss"] = load_loss(model.config.get_text_config(), outputs.router_logits, kwargs.get("attention_mask"))
+        return result
 
     return forward
+
+
+def load_loss(config: Any, router_logits: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """The loss of the load of a mixture's experts, by the function that all classes copy."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    loss = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    assert isinstance(loss, torch.Tensor)
+    return loss
 
 
 def liger(model: Any, prompt: int, capability: Capability) -> Forward:
