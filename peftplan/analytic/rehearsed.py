@@ -10,6 +10,7 @@ from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
+from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
 from peftplan.optim import OF_AUTOMODEL
 
@@ -224,8 +225,6 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     assert job.distributed is not None
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
-    shown = (*SHOWN_METHODS, method) if setup.by.own_lora and knows_tower(job) else SHOWN_METHODS
-    units_of_adapters = setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2"
     return {
         "use_vllm": writes and bool(setup.use_vllm) and not setup.by.sends_at_once,
         f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
@@ -233,14 +232,26 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
-        f"method {method}": method
-        not in (("full",) if setup.by.weighs_tokens or units_of_adapters else ("full", "lora") if writes else shown)
-        or bool(getattr(job.config, "use_dora", False)),
+        f"method {method}": method not in _methods(job) or bool(getattr(job.config, "use_dora", False)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
         and not (_classifies(job) or translates),
         f"model type {job.architecture.model_type}": not (_is_decoder(job) or _classifies(job) or translates),
     }
+
+
+def _methods(job: Job) -> tuple[str, ...]:
+    """The methods that were rehearsed with this trainer."""
+    assert job.distributed is not None
+    by, strategy = job.setup.by, job.distributed.strategy
+    if by.weighs_tokens:
+        return ("full", "partial") if strategy == "fsdp2" and tied(job.architecture) else ("full",)
+    if by.own_fsdp2 and strategy == "fsdp2":
+        return ("full",)
+    if by.generates and strategy == "zero3":
+        return ("full", "lora")
+    with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
+    return (*SHOWN_METHODS, *with_tower)
 
 
 def _rehearsed_trainer(job: Job) -> bool:

@@ -47,9 +47,11 @@ class Job(NamedTuple):
 
     @property
     def script(self) -> Script:
-        """Facts about the program around the step. A trainer that keeps the reference's logits keeps them beyond it."""
-        script = self.request.script
-        return script.model_copy(update={"outputs_outlive_step": True}) if self.setup.by.reference_lasts else script
+        """Facts about the program around the step. A trainer that keeps the reference's logits keeps them beyond it,
+        and one whose loop keeps the loss its graph."""
+        by, sharded = self.setup.by, self.distributed is not None and self.distributed.strategy == "fsdp2"
+        lasts = by.reference_lasts or (by.weighs_tokens and sharded)
+        return self.request.script.model_copy(update={"outputs_outlive_step": True}) if lasts else self.request.script
 
     def on_card(self, multiprocessors: int | None) -> "Job":
         """The job on a card with so many multiprocessors, by which kernels are chosen and size their buffers."""

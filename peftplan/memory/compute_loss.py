@@ -46,7 +46,12 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         if scoring is None:
             return _preference_loss(model, program, reference)
         return _loss_of_logits(model, program, reference, scoring, outputs)
-    return _loss_apart(model, program, reference) if program.trainer.drops_outputs else _plain_loss(model, outputs, program)
+    if not program.trainer.drops_outputs:
+        return _plain_loss(model, outputs, program)
+    loss = _loss_apart(model, program, reference)
+    if program.trainer.weighs_tokens and model.tape.leaves:  # the loop's variable holds the graph, and with it these
+        outputs[:] = [loss]
+    return loss
 
 
 def _loss_of_embeddings(model: Model, program: Program) -> Tensor:

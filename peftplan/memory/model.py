@@ -319,5 +319,8 @@ def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:
     """`requires_grad_` makes it a leaf, which keeps its `.grad`: of a slice of several sequences a copy (`accumulate_grad.h`)."""
     whole = g.dims if g.storage is None else f.dims[g.storage.number]
     sliced = f.several and len(whole) == len(g.dims) and whole != g.dims
-    node.context = (node.context, f.new(g.dims, g.dtype, "clone") if sliced else g)
+    kept = f.new(g.dims, g.dtype, "clone") if sliced else g
+    if kept.storage is not None:
+        f.category[kept.storage.number] = "activations"  # lives as long as the leaf
+    node.context = (node.context, kept)
     return ()

@@ -27,7 +27,7 @@ from peftplan.memory import float8
 from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer
+from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer, number_of
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
@@ -87,7 +87,7 @@ def units_of(
                 )
             ),
             reshards=reshards and name not in (*kept, *last),
-            parameters=partial(_parameters_of, model, name, {p.name for p, _ in members}),
+            parameters=partial(_parameters_of, model, name, dict.fromkeys(p.name for p, _ in members)),
         )
         for name, members in groups.items()
     ]
@@ -187,7 +187,12 @@ def numbers(p: Parameter, arch: Architecture) -> list[int]:
 
 def layer_number(name: str, number: int, arch: Architecture) -> int:
     """A layer's number among those of both stacks."""
-    return number + (arch.encoder_layers if "decoder" in name.partition("{}")[0].split(".") else 0)
+    return number + _before(name, arch)
+
+
+def _before(name: str, arch: Architecture) -> int:
+    """The layers of the stack before that of a parameter."""
+    return arch.encoder_layers if "decoder" in name.partition("{}")[0].split(".") else 0
 
 
 def final_norm(arch: Architecture, full: Parameters) -> str | None:
@@ -255,10 +260,12 @@ def _in_float8(model: Model, p: Parameter) -> bool:
     return is_linear and float8.computes(p.shape, is_head=module == model.arch.output_embedding)
 
 
-def _parameters_of(model: Model, unit: str, names: set[str]) -> Iterable[TapeParameter]:
+def _parameters_of(model: Model, unit: str, names: Iterable[str]) -> Iterable[TapeParameter]:
     """The parameters of a unit that the tape has used."""
-    used = ((name, number, p) for (name, number), p in model.used_by_layer() if name in names)
-    return [p for name, number, p in used if number is None or layer(layer_number(name, number, model.arch)) == unit]
+    layer = number_of(unit)
+    of_unit = (model.used_in(name, None if layer is None else layer - _before(name, model.arch)) for name in names)
+    shared = (model.used_in(name, None) for name in names if layer is not None)
+    return [p for p in (*of_unit, *shared) if p is not None]
 
 
 def flat_units(

@@ -19,6 +19,12 @@ def layer(number: int) -> str:
     return f"layer {number}"
 
 
+def number_of(unit: str) -> int | None:
+    """The number of a layer's unit; None of any other."""
+    number = unit.removeprefix("layer ")
+    return int(number) if number.isdigit() else None
+
+
 class Units(Protocol):
     """Called around each part."""
 

@@ -102,6 +102,10 @@ class Weights:
         """The tensors of a family of parameters that the step has used so far."""
         return [p for (family, _), p in self._parameters.items() if family == name]
 
+    def used_in(self, name: str, layer: int | None) -> Parameter | None:
+        """The tensor of a family in a layer, where the step has used it; None: of a family outside of the layers."""
+        return self._parameters.get((name, layer))
+
     def used_by_layer(self) -> Iterator[tuple[tuple[str, int | None], Parameter]]:
         """The tensors that the step has used so far, by family and layer."""
         yield from self._parameters.items()

@@ -15,7 +15,6 @@ from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
-from peftplan.planning.verdicts import scope_of
 from peftplan.results.estimate import SCHEMA_VERSION, Estimate
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
         peak_phase=peaks.phase if peaks else None,
         by_category=by_category if peaks else None,
         adapter_bytes=adapter_bytes,
-        warnings=(*result.warnings, *((NO_PICTURES,) if peaks and scope_of(peaks) else ())),
+        warnings=(*result.warnings, *((NO_PICTURES,) if peaks and peaks.scope else ())),
         error=None if peaks else without_formula(result),
     )
     return [

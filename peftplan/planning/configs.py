@@ -16,7 +16,7 @@ from peftplan.job.configs.plan import ConfigPlan, Tool
 from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.estimate import estimate
-from peftplan.planning.verdicts import counted_cards, find_cards, scope_of
+from peftplan.planning.verdicts import counted_cards, find_cards
 from peftplan.results.verdict_documents import VerdictName
 from peftplan.validation import paths as listed_paths
 
@@ -147,7 +147,7 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         verdict=result.gpus[0].verdict if result.gpus else None,  # type: ignore[arg-type]
         error=None if peaks else result.not_modelled[0],
         bound=read["bound"],
-        scope=scope_of(peaks) if peaks else None,
+        scope=peaks.scope if peaks else None,
         unsupported=tuple(read["unsupported"]),
     )
 

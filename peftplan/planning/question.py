@@ -270,7 +270,7 @@ def _estimated(
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_card) else 0
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, setup, job.quant)
-    if peaks is not None and peaks.assumed.get("images_per_sample") == 0:
+    if peaks is not None and peaks.scope:
         notes.append(NO_PICTURES)
     if notes:
         assumed["notes"] = [*assumed.get("notes", ()), *notes]

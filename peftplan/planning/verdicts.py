@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 MAX_CONTEXT_MIB = 2**20
 """No context comes near one TiB: a larger value is a typing error."""
 
-TEXT = "text"
-"""The scope of a verdict on a traced model whose images are not counted."""
-
 
 class Vllm(NamedTuple):
     """vLLM on the training GPU: the part of the card that it takes, beside torch's allocator of the trainer.
@@ -232,14 +229,9 @@ def verdict(
         lower_bound=lower_bound,
         upper_bound=bound == "at_most" and not lower_bound,
         runs_by_releasing_cache=releases_cache and word == "tight",
-        scope=None if peaks is None else scope_of(peaks),
+        scope=None if peaks is None else peaks.scope,
         reason=refused,
     )
-
-
-def scope_of(peaks: Peaks) -> str | None:
-    """`text` where images are not counted; None where all of a sample is."""
-    return TEXT if peaks.assumed.get("images_per_sample") == 0 else None
 
 
 def usable_and_room(card: "Gpu") -> tuple[int, int]:

@@ -73,6 +73,8 @@ class MemoryDocument(TypedDict):
     """Comparable with `torch.cuda.max_memory_allocated()`."""
     peak_reserved: int | None
     """Comparable with `torch.cuda.max_memory_reserved()`."""
+    scope: NotRequired[str]
+    """`text` if the peaks count no images."""
     reserved_source: str | None
     """How the reserved bytes were computed."""
     incomplete: list[str]

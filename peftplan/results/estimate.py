@@ -67,6 +67,11 @@ class Peaks:
     of_ranks: tuple[tuple[int, Peaks], ...] = field(default=(), repr=False)
     """Each rank that was traced, with its peaks, where several were."""
 
+    @property
+    def scope(self) -> str | None:
+        """`text` where images are not counted; None where all of a sample is."""
+        return "text" if self.assumed.get("images_per_sample") == 0 else None
+
     @cached_property
     def by_phase(self) -> dict[str, int]:
         """Phase → allocated bytes at its peak, in the order of `ALL_PHASES`."""
@@ -311,6 +316,7 @@ class Estimate:
             "peak_phase": peaks.phase if peaks else None,
             "peak_allocated": peaks.allocated if peaks else None,
             "peak_reserved": peaks.reserved if peaks else None,
+            **({"scope": peaks.scope} if peaks and peaks.scope else {}),
             "reserved_source": peaks.reserved_source if peaks else None,
             "incomplete": list(peaks.incomplete) if peaks else [],
             "runtime_context": card.runtime_context if card else None,

@@ -50,7 +50,8 @@ def options() -> argparse.Namespace:
     """The options that a job may have, under the names of `peftplan estimate`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora"))
+    parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora", "partial"))
+    parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--lora-dropout", type=float, default=0.0)

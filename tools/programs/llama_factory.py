@@ -65,7 +65,10 @@ def with_llama_factory_v1(job: argparse.Namespace) -> None:
     if job.strategy != "fsdp2":
         Path("deepspeed.json").write_text(json.dumps(deepspeed(job, int(job.strategy[-1]))), encoding="utf-8")
         sharded = {"name": "deepspeed", "config_file": "deepspeed.json"}
-    if job.method != "full":
+    fields: dict[str, Any] = dict(field.split("=", 1) for field in job.set)
+    if job.method == "partial":
+        settings["peft_config"] = {"name": "freeze", "freeze_trainable_layers": int(fields["trainable_layers"])}
+    elif job.method != "full":
         targets = "all" if job.target_modules == "all-linear" else job.target_modules.split(",")
         fields = {"r": job.r, "lora_dropout": job.lora_dropout, "target_modules": targets}
         settings["peft_config"] = {"name": "lora", **fields}
