@@ -14,7 +14,7 @@ from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.ledger import Allocation, Place
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
-from peftplan.storage import QuantConfig, dense, quantized_modules, shared, stored
+from peftplan.storage import STACKS, QuantConfig, dense, quantized_modules, shared, stored
 
 PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 """Formats for which `prepare_model_for_kbit_training` casts what stayed in 16 bits to fp32; gptq and hqq are left as they are
@@ -24,6 +24,9 @@ CASTS_BIAS = ("nf4", "fp4")
 """Formats whose layers leave their bias in the compute dtype after the first forward (`Linear4bit.forward`, bitsandbytes,
 nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, which `memory.quantized.linear8bit`
 knows and these counts do not: 2 B per element between fp32 and 16 bits."""
+
+OF_EXPERTS = {*STACKS, "ExpertsApart"}
+"""Kinds of modules whose weights have three dimensions, and their biases two."""
 
 KEPT_BY_TRL = "lora_magnitude_vector"
 """What TRL leaves in fp32 when it casts trainable parameters on a quantized base to bf16 (trl, `SFTTrainer.__init__`)."""
@@ -107,9 +110,9 @@ def build(
             trains = trained.get((module.name, param), frozenset())
             for is_converted, is_trained, layers in _split(module, weight_layers, trains):
                 copies = len(layers)
-                is_quantized = is_converted and len(shape) > (2 if module.kind == "ExpertsApart" else 1)
+                is_quantized = is_converted and len(shape) > (2 if module.kind in OF_EXPERTS else 1)
                 held_dense = (trained_dtype if is_trained else None) or prepared
-                if is_converted and quant is not None and quant.name in CASTS_BIAS:
+                if is_converted and quant is not None and quant.name in CASTS_BIAS and module.kind not in STACKS:
                     held_dense = str(quant.compute_dtype)
                 if is_quantized and is_trained:
                     raise RefusedError(

@@ -96,6 +96,9 @@ FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no 
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
 INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")
+LATENT_CACHED = Change(
+    "transformers", (5, 15), "`DeepseekV3Attention` caches latent keys and values, and expands four dimensions"
+)
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")
 KV_GROUPED = Change("transformers", (4, 48), "`flash_attention_forward` gets grouped keys; before, `repeat_kv` ran before it")
 ROTARY_UNCACHED = {

@@ -16,9 +16,10 @@ from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.methods.adaptation import NeedsPeftError
-from peftplan.storage import without_peak
+from peftplan.storage import is_skipped, without_peak
 from peftplan.storage.config import FOUR_BIT
 from peftplan.units import GIB
+from peftplan.versions import LATENT_CACHED
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -37,6 +38,8 @@ TRAINERS_OF_TEXT_PARTS = ("trl-dpo", "swift-dpo", "swift-grpo")
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl)."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
+LATENT = "kv_b_proj"
+"""What expands the latent keys and values of DeepSeek and GLM."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -56,6 +59,10 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
+    if (refused := refused_product(job)) is not None:
+        raise NoEngineError(refused)
+    if job.quant is not None and job.quant.experts:
+        _check_stacks(job)
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
@@ -75,6 +82,32 @@ def check(job: Job) -> None:
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
+
+
+def refused_product(job: Job) -> str | None:
+    """Why bitsandbytes raises in the first forward; None where it runs (backends/cuda/ops.py, `_int8_linear_matmul_impl`)."""
+    if job.quant is None or job.quant.name != "int8" or LATENT_CACHED.after(job.script.transformers):
+        return None
+    skipped = job.quant.skip_modules or ()
+    if not any(module.name.endswith(LATENT) and not is_skipped(module.name, skipped) for module in job.architecture.modules):
+        return None
+    return (
+        f"a step with int8 layers: bitsandbytes raises ValueError for {LATENT}, whose input has four dimensions since "
+        f"{LATENT_CACHED.named} (add quant_skip_modules kv_b_proj,lm_head)"
+    )
+
+
+def _check_stacks(job: Job) -> None:
+    """Raise NoEngineError for stacks of experts in 8 bits whose non-reentrant checkpoints end within them.
+
+    torch stops recomputing at the last tensor that backward needs. Where that is one of the experts', the hook that empties the
+    cache of restored weights does not run, and all layers stay (axolotl 0.19.0, monkeypatch/moe_quant.py:77).
+    """
+    setup, quant = job.setup, job.quant
+    if quant is not None and quant.name == "int8" and setup.gradient_checkpointing and not setup.use_reentrant:
+        raise NoEngineError(
+            "stacks of experts in int8 with non-reentrant checkpoints, which leave them restored (no formula yet)"
+        )
 
 
 def _check_text_part(job: Job) -> None:

@@ -14,6 +14,8 @@ from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
 from peftplan.memory.recast import SOURCE as RECAST
 from peftplan.memory.recast import is_recast, load_recast, tables_of
+from peftplan.memory.stacked_load import SOURCE as STACKED
+from peftplan.memory.stacked_load import gathered
 from peftplan.parameters import loaded_dtype
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def loading_of(
         packed=packed,
         adapters_pass_in=_passed_in(job),
     )
+    stacks = gathered(parameters, job.quant, job.architecture.model_type)
     by_map = setup.device_map != "none"
     arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
     load_whole = partial(
@@ -64,7 +67,8 @@ def loading_of(
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
         arrives=arrives,
-        warms_up=not setup.by.layout.streams or any(block.mlp.variant == "moe" for block in job.architecture.blocks),
+        stacks=stacks,
+        warms_up=not stacks and (not setup.by.layout.streams or any(b.mlp.variant == "moe" for b in job.architecture.blocks)),
         asks_for_room=setup.device_map == "auto" or (holding is not None and holding.device is not None),
         packed=packed,
         workspace=None if normed is None else normed.bytes(),
@@ -79,6 +83,9 @@ def loading_of(
         load = partial(load_copied, load=partial(load_whole, parameters=frozen), parameters=on_device)
         beyond_end = peak_of(load) - Ledger(loaded).bytes()
         passing = (Line("projections made anew", "temporaries", "uint8", (beyond_end,), 1, COPIED),)
+    if stacks:
+        beyond_end = peak_of(load) - Ledger(loaded).bytes()
+        passing = (Line("experts while loading", "temporaries", "uint8", (beyond_end,), 1, STACKED),) if beyond_end > 0 else ()
     of_base: Loader = partial(load_whole, parameters=base, arrives=True)
     if normed is not None:
         from peftplan.analytic import ranks

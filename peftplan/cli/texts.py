@@ -64,6 +64,7 @@ STORAGE: dict[str, str] = {
     "--quant-group-size": "group size of gptq, awq and hqq",
     "--quant-blocksize": "block size of nf4 and fp4",
     "--quant-skip-modules": "modules left unquantized, comma-separated (replaces the default list)",
+    "--quant-experts/--no-quant-experts": "store fused experts as nf4, fp4 or int8 too (axolotl: quantize_moe_experts)",
     "--quant-storage": "storage dtype of packed nf4 and fp4 weights; FSDP shards only floats",
     "--double-quant/--no-double-quant": "double quantization of nf4 and fp4",
     "--compute-dtype": "compute dtype of 4-bit layers",

@@ -31,6 +31,7 @@ class GridOptions(OtherWords, total=False):
     quant_group_size: Axis[int | None]
     quant_blocksize: Axis[int | None]
     quant_skip_modules: Axis[str | Iterable[str] | None]
+    quant_experts: Axis[bool | None]
     quant_storage: Axis[str | None]
     compute_dtype: object
     dtype: object

@@ -36,6 +36,7 @@ class SetupOptions(TypedDict, total=False):
     quant_group_size: int | None
     quant_blocksize: int | None
     quant_skip_modules: str | Iterable[str] | None
+    quant_experts: bool | None
     quant_storage: str | None
     compute_dtype: object
     dtype: object

@@ -331,6 +331,7 @@ def _quant(setup: Setup, method: methods.Method | None) -> QuantConfig | None:
         compute_dtype=setup.compute_dtype or (setup.dtype if setup.quant in ("nf4", "fp4") else None),
         quant_storage=setup.quant_storage,
         skip_modules=setup.quant_skip_modules,
+        experts=bool(setup.quant_experts),
     )
     if quant is not None and quant.name == "nf4" and setup.by.own_modules:
         quant = quant._replace(by_torchao=True, double_quant=True)

@@ -54,6 +54,7 @@ class Setup(BaseModel):
     quant_group_size: int | None = None
     quant_blocksize: int | None = None
     quant_skip_modules: Names | None = None
+    quant_experts: bool | None = None
     quant_storage: str | None = None
     compute_dtype: Annotated[str | None, _dtype("compute_dtype")] = None
     dtype: ModelDtype = "bf16"

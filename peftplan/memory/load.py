@@ -20,6 +20,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Handle, Memory
+from peftplan.memory.stacked_load import Stacks, as_stored, initialize, load_stack
 from peftplan.parameters import SAVED_COPY, Parameter, Parameters
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
@@ -28,6 +29,7 @@ from peftplan.versions import named
 
 SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
+NO_STACKS: Stacks = {}
 SMALL_SEGMENT = 2 * 2**20
 """What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
 WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
@@ -65,6 +67,7 @@ def load_into(
     asks_for_room: bool = False,
     warms_up: bool = True,
     packed: bool = False,
+    stacks: Stacks = NO_STACKS,
     workspace: int | None = None,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
@@ -72,7 +75,7 @@ def load_into(
     `arrives`: a dense base is loaded to its device as a quantized one is, by name and behind a warm-up block.
     `asks_for_room`: `device_map="auto"` puts a tensor of 8 bytes on each GPU first; the warm-up leaves out what the allocator
     kept of it (accelerate, `get_max_memory`).
-    `packed`: quantized weights arrive as they are stored.
+    `packed`: quantized weights arrive as they are stored. `stacks`: see `stacked_load`.
     `warms_up`: whether a model loaded to its device comes behind a warm-up block.
     `workspace`: bytes of cuBLAS, which the first norm of DoRA's layers takes for good; None where they are made on the host.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
@@ -80,6 +83,8 @@ def load_into(
     `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
     """
     first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
+    if stacks:
+        first = sorted(first, key=lambda tensor: _key(as_stored(tensor[0], stacks), tensor[1]))
     base = [p for p in parameters.all if p.owner == "base"]
     if asks_for_room:
         memory.release(memory.allocate(8))
@@ -90,6 +95,7 @@ def load_into(
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)
+    copied = quant is not None and quant.name == "int8"  # by way of the host (bitsandbytes, `Int8Params._quantize`)
     families = {id(p): p for p, _ in (*first, *second, *last)}
     sizes_of = {key: tuple(a.nbytes for a in p.allocations if a.place == "device") for key, p in families.items()}
     arriving = {id(p): ITEMSIZE[dtype if p.quantized else dtype_of(p.name)] * p.numel for p in base}
@@ -101,13 +107,21 @@ def load_into(
         if _on_host(p):
             leaving.append(memory.allocate(arriving[id(p)]))
         elif p.quantized and not packed:
-            _quantize_into(memory, sizes_of[id(p)], dense=arriving[id(p)], absmax=absmax[id(p)])
+            is_stack = p.name in stacks
+            dense = load_stack(memory, p, len(stacks[p.name]), dtype) if is_stack else memory.allocate(arriving[id(p)])
+            halves = [memory.allocate(ITEMSIZE["fp16"] * p.numel)] if copied else []
+            _quantize_into(memory, sizes_of[id(p)], [dense, *halves], absmax=absmax[id(p)])
+            if is_stack:
+                memory.empty_cache()
         elif id(p) in widened:
             narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
         else:
             memory.keep(sizes_of[id(p)])
     for p, _ in second:
         memory.keep(sizes_of[id(p)])
+    for p in base:
+        if p.name in stacks:
+            initialize(memory, p, dtype=dtype, absmax=absmax[id(p)])
     for p, layer in tensors(base):
         if (p.name, layer) in narrow:
             memory.keep(sizes_of[id(p)])
@@ -184,9 +198,8 @@ def _warm_up(base: Iterable[Parameter], quant: QuantConfig | None, *, dtype: str
     return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
-def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], *, dense: int, absmax: int) -> None:
-    """A dense weight is loaded and quantized. Double quantization first makes its fp32 absmax, then subtracts the mean."""
-    temporaries = [memory.allocate(dense)]
+def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], temporaries: list[Handle], *, absmax: int) -> None:
+    """A dense weight is quantized. Double quantization first makes its fp32 absmax, then subtracts the mean."""
     temporaries += [memory.allocate(absmax)] if absmax else []
     memory.keep(sizes[:1])
     temporaries += [memory.allocate(absmax)] if absmax else []
@@ -252,6 +265,8 @@ def _quantizing(base: list[Parameter], loaded: dict[int, int], *, dtype: str, do
             continue
         level = sum(_before(other, place, key) * loaded[id(other)] for place, other in places)
         temporary_bytes = round512(ITEMSIZE[dtype] * p.numel)
+        if any(a.name == "SCB" for a in p.allocations):
+            temporary_bytes += round512(ITEMSIZE["fp16"] * p.numel)
         absmax = next((a for a in p.allocations if a.name == "absmax"), None)
         if doubled and absmax is not None:
             temporary_bytes += 2 * round512(ITEMSIZE["fp32"] * prod(absmax.dims))

@@ -114,10 +114,9 @@ def _absmax(f: Tape, part: Part, *, keep_both: bool, of: Callable[[int], Dim] = 
     assert part.weight is not None
     if not part.quant.double_quant:
         return []
-    n_out, n_in = part.weight.dims
-    assert isinstance(n_out, int)
-    assert isinstance(n_in, int)
-    blocks = (of(ceil_div(n_out * n_in, BLOCKSIZE)),)
+    dims = [dim for dim in part.weight.dims if isinstance(dim, int)]
+    assert len(dims) == len(part.weight.dims)
+    blocks = (of(ceil_div(prod(dims), BLOCKSIZE)),)
     return [f.new(blocks, "fp32", "absmax") for _ in range(1 + keep_both)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from math import prod
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import InputError
@@ -15,11 +16,12 @@ from peftplan.ledger import Allocation, Category
 from peftplan.storage import bnb
 from peftplan.storage.config import FORMATS, TORCHAO_NF4, Format, QuantConfig, check_trainable, parse_quant, without_peak
 from peftplan.storage.dense import dense
-from peftplan.storage.modules import is_skipped, keys_to_not_convert, quantized_modules, skip_list
+from peftplan.storage.modules import STACKS, is_skipped, keys_to_not_convert, quantized_modules, skip_list
 from peftplan.units import round512
 
 __all__ = [
     "FORMATS",
+    "STACKS",
     "Format",
     "QuantConfig",
     "category",
@@ -69,8 +71,8 @@ def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kin
 
     `shape` is the parameter's shape in the unquantized model, `dtype` the dtype that the model is loaded in, `kind`
     the module's torch class: Conv1D stores (in, out), and is transposed before it is quantized; the linear layers of
-    `ExpertsApart` are stored one by one, and counted together. Raises InputError for a shape that the format does not
-    store, RefusedError for sizes that the library refuses.
+    `ExpertsApart` are stored one by one, and counted together; a stack of experts is one weight of all their rows. Raises
+    InputError for a shape that the format does not store, RefusedError for sizes that the library refuses.
     """
     if quant is None:
         return dense(dtype=dtype, shape=shape)
@@ -78,6 +80,9 @@ def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kin
         experts, *of_one = shape
         each = stored(quant, shape=tuple(of_one), dtype=dtype)
         return tuple(a._replace(dims=(experts, _rounded(a))) for a in each)
+    if quant.experts and len(shape) > len(("out", "in")):
+        *rows, columns = shape
+        shape = prod(rows), columns
     ranks = _RANKS.get(quant.name, (2,))
     if len(shape) not in ranks:
         accepted = " or ".join(map(str, ranks))

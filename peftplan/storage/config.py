@@ -109,6 +109,8 @@ class QuantConfig(NamedTuple):
     quant_storage: str = "uint8"
     skip_modules: tuple[str, ...] | None = None
     pre_quantized: bool = False
+    experts: bool = False
+    """Whether bitsandbytes stores stacks of experts too, each as one weight (`replace_parameter_4bit`)."""
     by_torchao: bool = False
     """Whether torchao stores it, and not the library of the format."""
 
@@ -136,6 +138,7 @@ def parse_quant(
     compute_dtype: object = None,
     quant_storage: object = None,
     skip_modules: tuple[str, ...] | None = None,
+    experts: bool = False,
     pre_quantized: bool = False,
 ) -> QuantConfig | None:
     """The storage of `--quant name`, or None for `none`. An option that is None gets the library's default.
@@ -144,6 +147,7 @@ def parse_quant(
     """
     if name == "none":
         fields: dict[str, object] = {"double_quant": double_quant or None, "quant_bits": bits, "quant_group_size": group_size}
+        fields |= {"quant_experts": experts or None}
         fields |= {"quant_blocksize": blocksize, "compute_dtype": compute_dtype, "quant_skip_modules": skip_modules}
         without = next((field for field, value in fields.items() if value is not None), None)
         if without is not None:
@@ -156,6 +160,8 @@ def parse_quant(
         raise OptionError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 do")
     if skip_modules is not None and not known.skip_modules:
         raise InputError("quant_skip_modules", skip_modules, f"{name} has no list of modules to skip")
+    if experts and known.library != "bitsandbytes":
+        raise InputError("quant_experts", True, "bitsandbytes alone stores stacks of experts, as nf4, fp4 or int8")
     return QuantConfig(
         name=name,
         bits=_pick("quant_bits", bits, known.bits, name=name),
@@ -165,6 +171,7 @@ def parse_quant(
         compute_dtype=_compute_dtype(compute_dtype, known.compute_dtypes, name=name),
         quant_storage=_quant_storage(quant_storage, known.quant_storages, name=name),
         skip_modules=skip_modules,
+        experts=experts,
         pre_quantized=pre_quantized or known.library == "gptqmodel",
     )
 

@@ -25,6 +25,9 @@ transformers: integrations/bitsandbytes.py, finegrained_fp8.py, mxfp4.py, awq.py
 hqq/models/base.py 0.2.8. Left out: the grouped linear layer of deepseek_v4 in fp8; the experts of llama4 in an nf4,
 fp4 or int8 checkpoint, which become linear layers."""
 
+STACKS = frozenset({"Experts", "ExpertsTransposed"})
+"""Fused experts, which `quant_experts` converts whatever is skipped (axolotl 0.19.0, monkeypatch/moe_quant.py:109)."""
+
 GPTQ_BLOCKS = (
     "transformer.h",
     "model.decoder.layers",
@@ -61,6 +64,7 @@ def quantized_modules(
     if quant is None:
         return set()
     kinds = dict(modules)
+    stacks = {name for name, kind in kinds.items() if quant.experts and kind in STACKS}
     candidates = {name for name, kind in kinds.items() if kind in CONVERTED_KINDS[quant.name]}
     if quant.name == "gptq":
         block = _gptq_block(kinds)
@@ -74,7 +78,7 @@ def quantized_modules(
         default=keys_to_not_convert(ties=ties, output_embedding=output_embedding, last_parameter=last_parameter),
         keep_in_fp32=keep_in_fp32,
     )
-    return {name for name in candidates if not is_skipped(name, skip)}
+    return stacks | {name for name in candidates if not is_skipped(name, skip)}
 
 
 def keys_to_not_convert(*, ties: Mapping[str, str], output_embedding: str | None, last_parameter: str) -> set[str]:

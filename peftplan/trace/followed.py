@@ -52,6 +52,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if any(block.mlp.apart for block in job.architecture.blocks):
         raise RefusedError(f"engine: trace runs fused experts, not those before {EXPERTS_FUSED.named}; accepted: analytic")
+    if job.quant is not None and job.quant.experts:
+        raise RefusedError("engine: trace leaves stacks of experts in 16 bits; accepted: analytic")
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, tensor parallelism and device_map"
         raise RefusedError(f"engine: trace follows {followed}, not {unknown}; accepted: analytic")

@@ -308,10 +308,13 @@ def _warm_up(parts: list[Part], tracker: Tracker, dtype: str, quant: QuantConfig
 
 
 def _quantized(tracker: Tracker, name: str, module: Any, *, dtype: str) -> None:
-    """A dense weight arrives and is quantized. With double quantization, fp32 absmax and absmax less its mean are temporary."""
+    """A dense weight arrives and is quantized. With double quantization, fp32 absmax and absmax less its mean are temporary;
+    with int8 a copy in fp16."""
     prefix = name.removesuffix(".weight")
     beside = module.__dict__[QUANT_TENSORS]
     temporaries = [_dense(tracker, (module.out_features, module.in_features), dtype, name=name)]
+    if "SCB" in beside:  # by way of the host
+        temporaries.append(_dense(tracker, (module.out_features, module.in_features), "fp16", name=name))
     nested = "offset" in beside
     if nested:
         temporaries.append(_dense(tracker, tuple(beside["absmax"].shape), "fp32", name=name))

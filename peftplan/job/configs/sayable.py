@@ -17,7 +17,16 @@ BYTELESS: dict[str, object] = {"lora_alpha": 8, "use_rslora": False, "init_lora_
 """Fields of a method that scale or initialize its tensors → peft's defaults. A file has them where the tool has a key."""
 BY_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields that only choose modules: two jobs are equal in them if the same modules are adapted."""
-OF_STORAGE = ("quant", "double_quant", "quant_bits", "quant_group_size", "quant_blocksize", "quant_skip_modules", "quant_storage")
+OF_STORAGE = (
+    "quant",
+    "double_quant",
+    "quant_bits",
+    "quant_group_size",
+    "quant_blocksize",
+    "quant_skip_modules",
+    "quant_experts",
+    "quant_storage",
+)
 WITHOUT_EFFECT = (*OF_STORAGE, "compute_dtype", "trust_remote_code", "task_type")
 """Fields of a setup that `fields_of` takes from elsewhere, or that change nothing."""
 ROLES = frozenset(Distributed.model_fields)
@@ -52,7 +61,7 @@ def fields_of(job: Job) -> Values:
     }
     if job.quant is not None:
         renamed = {"bits": "quant_bits", "group_size": "quant_group_size", "blocksize": "quant_blocksize"}
-        renamed["skip_modules"] = "quant_skip_modules"
+        renamed |= {"skip_modules": "quant_skip_modules", "experts": "quant_experts"}
         stored = {renamed.get(name, name): value for name, value in job.quant._asdict().items() if name != "name"}
         fields |= stored
     fields |= job.setup.model_dump(exclude={*WITHOUT_EFFECT, "dtype", "seq_len"})

@@ -31,6 +31,7 @@ OF_A_STORED_BASE = (
     "quant_group_size",
     "quant_blocksize",
     "quant_skip_modules",
+    "quant_experts",
     "quant_storage",
     "compute_dtype",
     "kbit_prepare",

@@ -10,9 +10,11 @@ from __future__ import annotations
 from math import sqrt
 from typing import TypeAlias
 
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
+from peftplan.memory.parts import Part
+from peftplan.memory.quantized import dequantized
 from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
@@ -28,7 +30,8 @@ class Stacked:
 
     def __init__(self, model: Model, name: str, layer: int, *, transposed: bool) -> None:
         self.tape = model.tape
-        self.params: dict[str, Parameter] = dict(model.part(name, layer).params)
+        self.part = model.part(name, layer)
+        self.params: dict[str, Parameter] = dict(self.part.params)
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] = {}
         self._scales = False
@@ -44,6 +47,8 @@ class Stacked:
         matching = [name for name, w in self.params.items() if len(w.dims) == STACKED_DIMS and _sides(w, transposed) == sides]
         if len(matching) != 1:
             raise NeedsTraceError("LoRA on a parameter that is not a stack of experts")
+        if self.part.quant is not None:
+            raise NoEngineError("LoRA on a stack of experts that bitsandbytes stores")
         weight = self.params[matching[0]]
         self._factors[matching[0]] = factors(self.tape, weight, a, b, transposed=transposed)
         del weight
@@ -61,12 +66,17 @@ class Stacked:
         return dims
 
     def __getitem__(self, name: str) -> Operand:
-        """A parameter as the forward reads it."""
-        if name not in self._factors:
+        """A parameter as the forward reads it; one that is made stays cached until the experts' forward ends."""
+        stored = self.part.quant is not None and len(self.params[name].dims) == STACKED_DIMS
+        if not stored and name not in self._factors:
             return self.params[name]
         if name not in self._weights:
-            self._weights[name] = self._folded(name)
+            self._weights[name] = self._restored(name) if stored else self._folded(name)
         return self._weights[name]
+
+    def _restored(self, name: str) -> Tensor:
+        """`Bnb4bitParametrization`, `Bnb8bitParametrization`: all experts in the dtype that they were loaded in, or fp32."""
+        return dequantized(self.tape, Part(self.part.name, self.part.kind, {"weight": self.params[name]}, self.part.quant))
 
 
 def _weight(model: Model, name: str, layer: int) -> Parameter:

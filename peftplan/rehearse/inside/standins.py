@@ -130,7 +130,17 @@ def write_checkpoint(folder: Path) -> int:
 def _saved(model: Any) -> Iterator[tuple[str, Any]]:
     """Names and tensors of a checkpoint: each parameter once, and persistent buffers."""
     parameters = dict(model.named_parameters())
-    yield from parameters.items()
     others = model.state_dict(keep_vars=True)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    yield from ((name, tensor) for name, tensor in others.items() if name not in tied)
+    saved = {**parameters, **{name: tensor for name, tensor in others.items() if name not in tied}}
+    yield from _one_by_one(model, saved).items()
+
+
+def _one_by_one(model: Any, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Stacks of experts as `save_pretrained` writes them, where transformers stacks what it loads."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return saved
+    tensors: Mapping[str, Any] = revert_weight_conversion(model, dict(saved))
+    return tensors
