@@ -142,6 +142,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "transformer_cls_names_to_wrap": classes is not None and classes != _layer_classes(job),
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1),
+        "bias": flat and getattr(job.config, "bias", "none") != "none",
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": (job.setup.loss not in ("full", *liger, *(() if flat else (CUT,))) and job.setup.by.layout is ACCELERATE)
         or job.setup.loss == "torchtune-chunked",

@@ -143,8 +143,8 @@ def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:
 
 
 def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str, rank: int) -> Holding:
-    """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). Under peft's wrap policy what
-    trains of an adapter is a unit of its own, each tensor.
+    """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). All of it has a gradient, and
+    accelerate's fp32, if any of it trains. Under peft's wrap policy a module whose weight trains is a unit of its own.
     """
     place = _place(distributed.offload_params)
     position, _ = distributed.place(rank) if rank else (0, 0)
@@ -153,14 +153,18 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
     parameters_of_rank: list[Parameter] = []
     each: list[Parameter] = []
     stepped: list[Parameter] = []
+    alone = {p.name for p in parameters.all if trained_apart and p.trainable and _is_wrapped(p)}
+    beside = {(unit_of(p), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
     for p in parameters.all:
-        dtype = "fp32" if p.trainable and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
+        trained = p.trainable or (not p.quantized and (unit_of(p), p.layers) in beside)
+        dtype = "fp32" if trained and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
         p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
         each.append(_part(p, distributed.shards, place))
-        alone = trained_apart and p.trainable
-        flats.setdefault((p.name if alone else unit_of(p), p.dtype if not p.quantized else _packed(p), p.trainable), []).append(p)
+        unit = p.name if p.name in alone else unit_of(p)
+        flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
     for (unit, dtype, trained), members in flats.items():
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
+        flat[0] = flat[0]._replace(trainable=trained)
         parameters_of_rank += flat
         if trained:
             stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
@@ -169,6 +173,12 @@ def _of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str
         states_of=parameters._replace(all=tuple(stepped)),
         each=parameters._replace(all=tuple(each)),
     )
+
+
+def _is_wrapped(p: Parameter) -> bool:
+    """Whether peft's policy wraps the module of what trains: it asks for a weight that does (peft, utils/other.py,
+    `fsdp_auto_wrap_policy`). A bias beside a frozen weight stays in its layer's unit."""
+    return p.owner == "adapter" or not p.name.endswith(".bias")
 
 
 def _part(p: Parameter, shards: int, place: Place) -> Parameter:
@@ -224,7 +234,7 @@ def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator
         skipped -= before
         part = min(p.numel - before, left)
         left -= part
-        if part:
+        if part and p.trainable:
             (stored,) = flat.allocations
             yield p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
 

@@ -189,3 +189,18 @@ def test_peaks_fall_with_ranks_and_phases_keep_their_order() -> None:
     peaks = [estimated("fsdp2", world, method="full").peaks for world in (2, 4, 8)]
     assert all(each is not None for each in peaks)
     assert all(a.allocated > b.allocated for a, b in pairwise(peaks) if a is not None and b is not None)
+
+
+def test_a_flat_parameter_of_fsdp1_has_a_gradient_if_part_of_it_trains() -> None:
+    """The trace runs torch's FSDP1 on the model's own modules; rank 0's quarter of a layer is its frozen attention."""
+    job: dict[str, Any] = {"method": "partial", "trainable": [r"mlp\."], "strategy": "fsdp1", "gpus": 4, "seq_len": 128}
+    traced = peftplan.estimate("smollm2-135m", engine="trace", **job).peaks
+    persistent = peftplan.estimate("smollm2-135m", **job).static
+    assert traced is not None
+    for category in ("weights", "gradients", "optimizer_states"):
+        assert persistent.bytes((category,)) == traced.ledgers["step"].bytes((category,))
+
+
+def test_fsdp1_has_no_peak_with_biases_that_train_beside_frozen_weights() -> None:
+    result = peftplan.estimate("qwen2.5-0.5b", method="lora", bias="all", strategy="fsdp1", gpus=4)
+    assert result.not_modelled[0] == "a step with FSDP1 over 4 GPUs and bias (no formula yet: add --engine trace)"
