@@ -40,6 +40,8 @@ WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
 LATENT = "kv_b_proj"
 """What expands the latent keys and values of DeepSeek and GLM."""
+PROJECTOR = ".multi_modal_projector"
+"""A part of a model that gets no gradient where samples have no images."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -126,8 +128,9 @@ def _check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if kernels_of(job.setup.kernels or ()).layers is not None:
         return
-    head = f"{architecture.output_embedding}."
-    if not all(is_in_text_part(architecture, name) and (job.setup.by.own_lora or not name.startswith(head)) for name in names):
+    head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
+    names = tuple(name for name in names if not (by_tool and PROJECTOR in name))  # it gets no gradient without images
+    if not all(is_in_text_part(architecture, name) and (by_tool or not name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 
 

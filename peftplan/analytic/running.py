@@ -187,7 +187,7 @@ def program_of(job: Job) -> Program:
         collects=job.script.collects_batches(setup),
         keep_gradients=setup.keep_gradients,
         forwards=setup.forwards,
-        frees_outputs=job.script.outputs_end_with_backward,
+        frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,
         scales=setup.autocast == "fp16",
     )
 

@@ -71,7 +71,8 @@ def adapted(
     """What the method adds to the model; as peft counts it where it has no formula. Raises MissingExtraError without peft."""
     try:
         if method is not None and config is not None:
-            return methods.adapt(as_told(architecture, adapter), method, config)
+            by_peft = not (setup.by.own_lora and method.peft_type == "LORA")
+            return methods.adapt(as_told(architecture, adapter), method, config, by_peft=by_peft)
     except NeedsPeftError:
         if not adapter:
             raise

@@ -36,7 +36,10 @@ def _knows_cut(job: Job) -> bool:
     return job.is_full_or_lora and not (job.method_name == "full" and defers)
 
 
-WITH_TOWERS = (("mistral3", "lora"),)
+WITH_TOWERS = (
+    ("mistral3", "lora"),
+    ("qwen2_5_vl", "partial"),
+)
 """Model types with a frozen tower beside their text part, and methods with which they were rehearsed."""
 
 

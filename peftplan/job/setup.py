@@ -156,8 +156,8 @@ OWNERS = {
     "torchtune-linear": ("torchtune",),
     "torchtune-chunked": ("torchtune",),
     "torchtune-kl": ("torchtune-kd",),
-    "te-parallel": ("automodel", "automodel-hf"),
-    "cut-apart": ("automodel", "automodel-hf"),
+    "te-parallel": ("automodel", "automodel-hf", "automodel-vlm"),
+    "cut-apart": ("automodel", "automodel-hf", "automodel-vlm"),
     "per-token": ("llamafactory", "transformers"),
     "eaft": ("axolotl", "transformers"),
 }

@@ -28,6 +28,7 @@ TrainerName = Literal[
     "llamafactory-v1",
     "automodel",
     "automodel-hf",
+    "automodel-vlm",
     "axolotl",
     "axolotl-dpo",
     "axolotl-kto",
@@ -101,6 +102,8 @@ class Trainer(NamedTuple):
     defaults: Defaults = Defaults()
     drops_outputs: bool = True
     """Whether the loss is computed in a function of its own, which drops the model's outputs before backward."""
+    holds_outputs: bool = False
+    """Whether the loop holds the outputs until backward has ended, where it computes the loss apart."""
     prepares_model: bool = True
     """Whether accelerate prepares the model: autocast returns fp32 copies of 16-bit outputs, and the loss of fp16 is scaled."""
     clips_gradients: bool = True

@@ -320,6 +320,10 @@ TRAINERS: dict[TrainerName, Trainer] = {
         AUTOMODEL_RECIPE._replace(
             name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False
         ),
+        # recipes/vlm/finetune.py (`_forward_backward_step`): the other recipe deletes the outputs before backward.
+        AUTOMODEL_RECIPE._replace(
+            name="automodel-vlm", called=f"{AUTOMODEL_RECIPE.called} for vision-language models", holds_outputs=True
+        ),
         # llamafactory 0.9.5, v1/core/base_trainer.py, v1/core/model_engine.py, v1/trainers/sft_trainer.py; its launcher
         # (v1/launcher.py) sets expandable segments where it starts several processes.
         Trainer(

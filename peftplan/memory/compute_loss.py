@@ -48,7 +48,7 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         return _loss_of_logits(model, program, reference, scoring, outputs)
     if not program.trainer.drops_outputs:
         return _plain_loss(model, outputs, program)
-    loss = _loss_apart(model, program, reference)
+    loss = _loss_apart(model, program, reference, outputs)
     if program.trainer.weighs_tokens and model.tape.leaves:  # the loop's variable holds the graph, and with it these
         outputs[:] = [loss]
     return loss
@@ -85,7 +85,7 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
     return loss
 
 
-def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tensor:
+def _loss_apart(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
     if program.trainer.scoring is not None and not program.trainer.teaches:
@@ -97,22 +97,24 @@ def _loss_apart(model: Model, program: Program, reference: Model | None) -> Tens
     if program.trainer.teaches:
         return _distilled(model, program, reference)
     if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss in OF_FUNCTION:
-        return _loss_by_loop(model, program)
-    loss, *outputs = _prepared(model, program)
+        return _loss_by_loop(model, program, outputs)
+    loss, *others = _prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
 
-        loss = loss_of_trl(f, *outputs)
+        loss = loss_of_trl(f, *others)
     model.kept.clear()
     return loss
 
 
-def _loss_by_loop(model: Model, program: Program) -> Tensor:
+def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tensor:
     """The cross entropy that the loop makes of the logits when the model has returned."""
     from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
 
     f = model.tape
     _, logits, *last = _forward(model)
+    if program.trainer.holds_outputs:
+        outputs[:] = [logits]
     f.module = ""
     if program.trainer.weighs_tokens:
         loss = weighted_tokens(f, logits)
@@ -135,7 +137,8 @@ def _loss_by_loop(model: Model, program: Program) -> Tensor:
         from peftplan.memory.tensor_parallel import whole_logits
 
         loss = cross_entropy(f, whole_logits(f, logits))
-    model.kept.clear()
+    if not program.trainer.holds_outputs:
+        model.kept.clear()
     return loss
 
 

@@ -213,10 +213,11 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
     return method, _validated(cls, known)
 
 
-def adapt(arch: "Architecture", method: Method, config: "MethodConfig") -> "Adaptation":
-    """What the method adds to the architecture, and what it trains."""
+def adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_peft: bool = True) -> "Adaptation":
+    """What the method adds to the architecture, and what it trains. `by_peft`: False for LoRA of another library, which adapts
+    Mamba's modules too."""
     function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
-    adaptation: Adaptation = function(arch, config)
+    adaptation: Adaptation = function(arch, config) if by_peft else function(arch, config, by_peft=False)
     return adaptation
 
 

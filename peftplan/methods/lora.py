@@ -94,8 +94,9 @@ class LoraConfig(LayeredConfig):
     )  # fmt: skip
 
 
-def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
-    """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers."""
+def lora(arch: Architecture, config: LoraConfig, *, by_peft: bool = True) -> Adaptation:
+    """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers. `by_peft`: False
+    for a library that adapts modules that peft refuses."""
     _refuse(arch, config)
     requested = ALL_LINEAR if config.target_modules is None else config.target_modules
     if requested == PEFT_DEFAULT and config.target_parameters and not has_default(arch, peft_type="LORA"):
@@ -105,7 +106,8 @@ def lora(arch: Architecture, config: LoraConfig) -> Adaptation:
         raise InputError("target_modules", list(config.target_modules or ()), "peft refuses it; name modules or parameters")
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()
     matched = match(arch, config, targets, may_be_none=bool(resolved.target_parameters)) if targets else ()
-    refuse_mamba(arch, matched)
+    if by_peft:
+        refuse_mamba(arch, matched)
     rank_pattern = {**config.rank_pattern, **resolved.rank_pattern}
 
     added: list[AddedTensor] = []
