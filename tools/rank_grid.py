@@ -82,8 +82,8 @@ DIVIDED = {
     "aya-23-8b": 2,
 }
 """Models of other kinds that have a plan of tensor parallelism, and how many of their layers run."""
-TEXT_PARTS = ("qwen2.5-vl-3b-instruct", "qwen3-vl-2b-instruct")
-"""Vision-language models whose text part runs."""
+TEXT_PARTS = {"qwen2.5-vl-3b-instruct": 4, "qwen3-vl-2b-instruct": 4, "gemma-3-4b-it": 7}
+"""Vision-language models whose text part runs, and how many of its layers."""
 IN_TEXT = ".*language_model.*_proj"
 OF_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 JobName = tuple[str, str, int, dict[str, Any]]
@@ -456,7 +456,7 @@ def text_part_jobs() -> Iterator[JobName]:
     """LoRA on the text part of vision-language models, whose batches have no images."""
     for strategy, model in product(("zero2", "zero3", "ddp"), TEXT_PARTS):
         zero = {"zero": AUTO} if strategy == "zero3" else {}
-        yield strategy, "lora", 4, {"model": model, "layers": 4, "target_modules": IN_TEXT, "seq_len": 256, **zero}
+        yield strategy, "lora", 4, {"model": model, "layers": TEXT_PARTS[model], "target_modules": IN_TEXT, "seq_len": 256, **zero}
 
 
 def tensor_parallel_jobs() -> Iterator[JobName]:

@@ -45,7 +45,7 @@ UNDER_DEEPSPEED = (
         "qwen3_moe",
         "qwen2_moe",
     ),
-    *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
 )
 """The same under DeepSpeed."""
 DIVIDED_BY_AUTOMODEL = (

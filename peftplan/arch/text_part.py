@@ -1,6 +1,6 @@
 """The text part of vision-language models: the decoder that runs alone where a sample has no image.
 
-Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3}/modeling_*.py.
+Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3,gemma3,llava}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ TEXT_PARTS: dict[str, str | None] = {
     "idefics3": None,
     "smolvlm": None,
     "mistral3": None,
+    "gemma3": "gemma3_text",
+    "llava": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
+DEFAULTS: dict[str, dict[str, object]] = {
+    "gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8},
+    "llama": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+"""What a published `text_config` leaves to its class (transformers, models/<type>/configuration_<type>.py)."""
+
+CACHE_TURNED_OFF = ("idefics3", "smolvlm")
+"""Types whose own config has the `use_cache` that Trainer turns off; in others it leaves that of `text_config`, which is on."""
 
 
 def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
@@ -32,8 +42,13 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     model_type = TEXT_PARTS[architecture.model_type] or text.get("model_type")
     if model_type not in READERS:
         return architecture
-    of_text = {**text, "model_type": model_type, "architectures": None}
+    of_text = {**DEFAULTS.get(str(model_type), {}), **text, "model_type": model_type, "architectures": None}
     return replace(architecture, blocks=read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM").blocks)
+
+
+def keeps_its_cache(architecture: Architecture) -> bool:
+    """Whether `use_cache` of the trainer does not reach the text part, which makes a cache where its layers are not checkpoints."""
+    return architecture.model_type in TEXT_PARTS.keys() - set(CACHE_TURNED_OFF)
 
 
 TOWERS = ("vision", "visual", "audio")

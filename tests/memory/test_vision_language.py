@@ -16,6 +16,7 @@ from peftplan.arch.readers import READERS
 from peftplan.job import sources
 from peftplan.job.sources import load_config
 from peftplan.libraries.cache import traced_cache
+from peftplan.trace import pictures
 from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
 
 IN_TEXT = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -27,7 +28,16 @@ OTHERS = (
     "qwen3-vl-30b-a3b-instruct",
     "smolvlm-256m-instruct",
     "smolvlm2-2.2b-instruct",
+    "gemma-3-4b-it",
+    "llava-1.5-7b",
 )
+
+
+@pytest.fixture(autouse=True)
+def _text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of models that it gives images, without them."""
+    for model_type in ("gemma3", "llava"):
+        monkeypatch.delitem(pictures.BESIDE_TEXT, model_type)
 
 
 def shallow(model: str) -> dict[str, Any]:
@@ -46,7 +56,9 @@ def shallow(model: str) -> dict[str, Any]:
     ("model", "options"),
     [
         *(("qwen2.5-vl-3b-instruct", options) for options in (TRAINER, PLAIN, OFF, EAGER, TRL)),
-        ("qwen2.5-vl-3b-instruct", {**TRAINER, "method": "qlora"}),
+        *((model, {**TRAINER, "method": "qlora"}) for model in ("qwen2.5-vl-3b-instruct", "gemma-3-4b-it")),
+        *(("gemma-3-4b-it", options) for options in (TRAINER, EAGER, TRL)),
+        *((model, {**OFF, "attn_implementation": "eager", "seq_len": 1024}) for model in ("qwen3-vl-2b-instruct", "gemma-3-4b-it")),
         *((model, OFF) for model in (*OTHERS, "mistral-small-3.1-24b-instruct-2503")),
         *((model, {**PLAIN, "padding": True}) for model in OTHERS),
         *(("ministral-3-3b-instruct-2512", options) for options in (TRAINER, PLAIN, OFF, {**TRAINER, "method": "qlora"})),

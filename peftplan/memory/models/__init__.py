@@ -74,6 +74,8 @@ OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
     "idefics3": ("vision_language", "idefics3"),
     "smolvlm": ("vision_language", "idefics3"),
     "mistral3": ("vision_language", "mistral3"),
+    "gemma3": ("vision_language", "gemma3"),
+    "llava": ("vision_language", "mistral3"),
 }
 """The same of vision-language models, for samples without images."""
 

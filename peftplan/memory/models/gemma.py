@@ -15,15 +15,13 @@ SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_laye
 
 gemma = partial(decoder, style=Style(norm=rms_plus_one))
 gemma2 = partial(decoder, style=Style(norm=rms_plus_one, norms=SANDWICH, both_masks=True))
-gemma3 = partial(
-    decoder,
-    style=Style(
-        norm=rms_plus_one,
-        norms=SANDWICH,
-        qk_norm="moved",
-        norms_last=True,
-        tables_by_window=True,
-        softcaps=False,
-        both_masks=True,
-    ),
+GEMMA3 = Style(
+    norm=rms_plus_one,
+    norms=SANDWICH,
+    qk_norm="moved",
+    norms_last=True,
+    tables_by_window=True,
+    softcaps=False,
+    both_masks=True,
 )
+gemma3 = partial(decoder, style=GEMMA3)

@@ -9,6 +9,7 @@ from functools import partial
 
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
+from peftplan.memory.models import gemma
 from peftplan.memory.models.decoder import decoder, masks_of, run_layers
 from peftplan.memory.models.moe import qwen_route, routed_block
 from peftplan.memory.models.style import Style
@@ -62,4 +63,5 @@ qwen3_vl_moe = partial(
     by_sections=False,
 )
 mistral3 = partial(decoder, style=LANGUAGE)
+gemma3 = partial(decoder, style=gemma.GEMMA3._replace(both_masks=False, stack=LANGUAGE.stack, final_norm=LANGUAGE.final_norm))
 idefics3 = partial(decoder, style=Style(stack="model.text_model.layers.{}", final_norm="model.text_model.norm"))
