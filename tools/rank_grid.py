@@ -456,7 +456,12 @@ def text_part_jobs() -> Iterator[JobName]:
     """LoRA on the text part of vision-language models, whose batches have no images."""
     for strategy, model in product(("zero2", "zero3", "ddp"), TEXT_PARTS):
         zero = {"zero": AUTO} if strategy == "zero3" else {}
-        yield strategy, "lora", 4, {"model": model, "layers": TEXT_PARTS[model], "target_modules": IN_TEXT, "seq_len": 256, **zero}
+        yield (
+            strategy,
+            "lora",
+            4,
+            {"model": model, "layers": TEXT_PARTS[model], "target_modules": IN_TEXT, "seq_len": 256, **zero},
+        )
 
 
 def tensor_parallel_jobs() -> Iterator[JobName]:

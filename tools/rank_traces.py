@@ -22,7 +22,8 @@ def traced(row: dict[str, Any]) -> dict[str, Any] | None:
     """The peaks of a job by trace, on the rank that was rehearsed; None if no trace follows it."""
     rank = row.get("rank", 0)
     try:
-        with patch("peftplan.planning.question.traced_ranks", lambda inventory: (rank,)):
+        without_images = patch.dict("peftplan.trace.pictures.BESIDE_TEXT", clear=True)  # as the program's batches are
+        with without_images, patch("peftplan.planning.question.traced_ranks", lambda inventory: (rank,)):
             peaks = peftplan.estimate(**options(row), gpu=CARD, engine="trace").peaks
     except peftplan.RefusedError as error:
         print(row["name"], error, file=sys.stderr, flush=True)

@@ -47,7 +47,9 @@ def running_of(job: Job, compute_capability: str) -> Running:
         checkpointing=bool(setup.gradient_checkpointing),
         attention=str(setup.attn_implementation),
         padding=setup.padding,
-        use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture)) and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
+        use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))
+        and not setup.by.turns_cache_off
+        and setup.loss != "trl-chunked",
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),

@@ -47,7 +47,7 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
 
 
 def keeps_its_cache(architecture: Architecture) -> bool:
-    """Whether `use_cache` of the trainer does not reach the text part, which makes a cache where its layers are not checkpoints."""
+    """Whether the trainer's `use_cache` does not reach the text part, which then makes a cache where no layer is a checkpoint."""
     return architecture.model_type in TEXT_PARTS.keys() - set(CACHE_TURNED_OFF)
 
 

@@ -58,7 +58,10 @@ def shallow(model: str) -> dict[str, Any]:
         *(("qwen2.5-vl-3b-instruct", options) for options in (TRAINER, PLAIN, OFF, EAGER, TRL)),
         *((model, {**TRAINER, "method": "qlora"}) for model in ("qwen2.5-vl-3b-instruct", "gemma-3-4b-it")),
         *(("gemma-3-4b-it", options) for options in (TRAINER, EAGER, TRL)),
-        *((model, {**OFF, "attn_implementation": "eager", "seq_len": 1024}) for model in ("qwen3-vl-2b-instruct", "gemma-3-4b-it")),
+        *(
+            (model, {**OFF, "attn_implementation": "eager", "seq_len": 1024})
+            for model in ("qwen3-vl-2b-instruct", "gemma-3-4b-it")
+        ),
         *((model, OFF) for model in (*OTHERS, "mistral-small-3.1-24b-instruct-2503")),
         *((model, {**PLAIN, "padding": True}) for model in OTHERS),
         *(("ministral-3-3b-instruct-2512", options) for options in (TRAINER, PLAIN, OFF, {**TRAINER, "method": "qlora"})),
@@ -114,7 +117,7 @@ def test_layers_of_one_name_and_two_shapes_train_alike() -> None:
     assert result.trainable_parameters == result.total_parameters == 8_292_166_656
 
 
-@pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", "qwen3-vl-2b-instruct"])
+@pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", "qwen3-vl-2b-instruct", "gemma-3-4b-it"])
 def test_the_text_part_under_ddp_peaks_where_the_trace_does(model: str) -> None:
     options: dict[str, Any] = {"method": "lora", "target_modules": IN_TEXT, "gpus": 4, "strategy": "ddp"}
     ours, traced = (phases(shallow(model), engine, **options) for engine in ("analytic", "trace"))
