@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import peftplan
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
+from peftplan.analytic.of_ranks import OfRanks
+from peftplan.job.inventory import on_rank
 from tools.rank_grid import AUTO, LLAMA, cut, jobs
 from tools.rehearsed_jobs import program_words
 
@@ -158,15 +160,12 @@ def largest_rank(row: dict[str, Any]) -> int:
     if row["strategy"] not in ("zero1", "zero2") or row["program"]["method"] == "qlora":
         return 0
     peaks = peftplan.estimate(**options(row)).peaks
-    return peaks.inventory.holding.rank or 0 if isinstance(peaks, InstantPeaks) and peaks.inventory.holding else 0
+    return peaks.largest_ranks[0] if isinstance(peaks, OfRanks) else 0
 
 
-def on_rehearsed_rank(peaks: InstantPeaks, rank: int) -> InstantPeaks:
-    """The peaks of another rank than the one that needs most."""
-    holding = peaks.inventory.holding
-    assert holding is not None
-    of_rank = peaks.inventory._replace(holding=holding._replace(rank=rank))
-    return analytic_peaks(of_rank, compute_capability=peaks.compute_capability)
+def on_rehearsed_rank(peaks: OfRanks, rank: int) -> InstantPeaks:
+    """The peaks of one rank, whether it needs most or not."""
+    return peaks.of(rank) or analytic_peaks(on_rank(peaks.inventory, rank), compute_capability=peaks.compute_capability)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -186,10 +185,10 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     peaks = result.peaks
     if peaks is None:
         return None
-    if row["strategy"] in ("zero1", "zero2") and isinstance(peaks, InstantPeaks):
-        peaks = on_rehearsed_rank(peaks, row["rank"])
     if "devices" in row:
         return _of_devices(result, row)
+    if isinstance(peaks, OfRanks):
+        peaks = on_rehearsed_rank(peaks, row.get("rank", 0))
     shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
     return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
 

@@ -23,7 +23,7 @@ def traced(row: dict[str, Any]) -> dict[str, Any] | None:
     rank = row.get("rank", 0)
     try:
         without_images = patch.dict("peftplan.trace.pictures.BESIDE_TEXT", clear=True)  # as the program's batches are
-        with without_images, patch("peftplan.planning.question.traced_ranks", lambda inventory: (rank,)):
+        with without_images, patch("peftplan.planning.question.traced_ranks", lambda *_: (rank,)):
             peaks = peftplan.estimate(**options(row), gpu=CARD, engine="trace").peaks
     except peftplan.RefusedError as error:
         print(row["name"], error, file=sys.stderr, flush=True)

@@ -83,6 +83,8 @@ class Compiled(NamedTuple):
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
     idle: frozenset[str] = frozenset()
     """Families without gradients, and so without optimizer states."""
+    reduced: "tuple[tuple[str, int | None], ...]" = ()
+    """Tensors, by name and layer, in the order in which ZeRO-1 and ZeRO-2 reduce their gradients."""
     like: "Compiled | None" = None
     """The step on an earlier GPU of a `device_map` that needs as much at all sizes."""
 
@@ -325,6 +327,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
         idle=idle,
+        reduced=() if job.distributed is None else ranks.reduced(model),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
     )
     if first is None:

@@ -2,52 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from peftplan.analytic.compiled import Compiled, last_step
-from peftplan.analytic.generation import generation_of
-from peftplan.analytic.instant import InstantPeaks
-from peftplan.job.inventory import Inventory, of_any_device, on_each_device
-
-Moments = tuple[Mapping[str, tuple[int, int]], Mapping[str, int]]
-"""Phase → (bytes at its peak, how many events lead to it); and what is assumed besides the setup."""
-Known = dict[int, tuple[Compiled, Moments]]
-"""The moments of compiled steps at one job's sizes, by the step's id."""
+from peftplan.analytic.compiled import last_step
+from peftplan.analytic.instant import InstantPeaks, Known, peaks_of_one
+from peftplan.analytic.of_ranks import OfRanks, unlike
+from peftplan.job.inventory import Inventory, of_any_device, on_each_device, on_rank
 
 
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
     """The peaks of a steady step, in bytes. `compute_capability` such as `8.0` decides which kernels run.
 
-    Of a `device_map`, and of unlike ranks, those of the GPU that needs most. Raises NeedsTraceError if only the trace engine
-    knows the job, NoEngineError if neither does.
+    Over several GPUs those of the one where they are largest, but of a job that is seen by one of its GPUs its own. Raises
+    NeedsTraceError if only the trace engine knows the job, NoEngineError if neither does.
     """
+    holding = inventory.holding
     if of_any_device(inventory):
-        return fullest(peaks_of_each(inventory, compute_capability=compute_capability))
-    return peaks_of_one(inventory, compute_capability, {})
+        each = peaks_of_each(inventory, compute_capability)
+        of_devices = each if inventory.job.distributed and inventory.job.distributed.strategy == "device-map" else ()
+        return OfRanks(max(each, key=lambda peaks: max(peaks.requested.values())), of_devices)
+    own = peaks_of_one(inventory, compute_capability, {})
+    return own if holding is None or holding.device is not None or holding.rank is not None else OfRanks(own)
 
 
-def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
-    """The peaks of one GPU. `known`: those of steps that need as much."""
-    compiled_job, dims = last_step(inventory, compute_capability)
-    of = compiled_job.like or compiled_job
-    if id(of) not in known:
-        peaks = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)
-        known[id(of)] = of, (peaks, compiled_job.assumed(dims))
-    moments, assumed = known[id(of)][1]
-    requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
-    generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
-    if generation is not None:
-        requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
-    ends = {phase: at for phase, (_, at) in moments.items()}
-    return InstantPeaks(inventory, compute_capability, requested, ends, assumed)
-
-
-def peaks_of_each(of_any: Inventory, *, compute_capability: str) -> tuple[InstantPeaks, ...]:
-    """Those of each GPU of a `device_map`, and under ZeRO-1 and ZeRO-2 of each rank that may need most."""
+def peaks_of_each(of_any: Inventory, compute_capability: str) -> tuple[InstantPeaks, ...]:
+    """Those of each GPU of a `device_map`, and under ZeRO-1 and ZeRO-2 of each rank of which one requests most."""
     known: Known = {}
-    return tuple(peaks_of_one(of_one, compute_capability, known) for of_one in on_each_device(of_any))
-
-
-def fullest(each: Iterable[InstantPeaks]) -> InstantPeaks:
-    """Those of the GPU that needs most."""
-    return max(each, key=lambda peaks: max(peaks.requested.values()))
+    if of_any.job.distributed is not None and of_any.job.distributed.strategy == "device-map":
+        return tuple(peaks_of_one(of_device, compute_capability, known) for of_device in on_each_device(of_any))
+    compiled, _ = last_step(on_rank(of_any, 0), compute_capability)
+    ranks = unlike(of_any, compiled.reduced)
+    assert ranks is not None
+    return tuple(peaks_of_one(on_rank(of_any, rank), compute_capability, known) for rank in ranks.largest)

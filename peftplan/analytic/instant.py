@@ -7,20 +7,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import OPTIONS, Replayed
-from peftplan.analytic.compiled import by_processors, last_step, steps_of
+from peftplan.analytic.compiled import Compiled, by_processors, last_step, steps_of
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
-from peftplan.job.inventory import further_ranks, on_rank
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
 if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
 
+Moments = tuple[Mapping[str, tuple[int, int]], Mapping[str, int]]
+"""Phase → (bytes at its peak, how many events lead to it); and what is assumed besides the setup."""
+Known = dict[int, tuple[Compiled, Moments]]
+"""The moments of compiled steps at one job's sizes, by the step's id."""
+
 
 class InstantPeaks(Peaks):
-    """Peaks of a job, as data: the job and the sums of its tensors. The replay runs when a property first needs it."""
+    """Peaks of one GPU, as data: its job and the sums of its tensors. The replay runs when a property first needs it."""
 
     def __init__(
         self,
@@ -28,7 +32,7 @@ class InstantPeaks(Peaks):
         compute_capability: str,
         requested: Mapping[str, int],
         ends: Mapping[str, int],
-        assumed: Mapping[str, int],
+        assumed: Mapping[str, object],
     ) -> None:
         self.__dict__.update(
             inventory=inventory,
@@ -47,39 +51,21 @@ class InstantPeaks(Peaks):
     """Phase of a step → the number of events before its peak."""
 
     @property
-    def _waits(self) -> bool:
-        """Whether freed blocks wait for the GPU: FSDP1 calls `record_stream`."""
-        distributed = self.inventory.job.distributed
-        return distributed is not None and distributed.strategy == "fsdp1"
+    def largest(self) -> InstantPeaks:
+        """Those of the GPU where the allocator counts most."""
+        return self
 
     def run(self, *, late: bool = False) -> Run:
         """The steps that are replayed. `late`: the GPU is as late as it may be."""
-        return self._run_of(self.inventory, late=late)
-
-    def _run_of(self, inventory: Inventory, *, late: bool = False) -> Run:
-        steps = steps_of(inventory, self.compute_capability, late=late)
-        generation = generation_of(inventory, steps[-1][0], compute_capability=self.compute_capability)
-        return Run(steps, inventory.job.script, generation)
-
-    def _other_runs(self) -> Iterator[Run]:
-        """Runs that may reserve more: the same with a late GPU, and those of other ranks."""
-        if self._waits:
-            yield self.run(late=True)
-            for rank in further_ranks(self.inventory):
-                yield self._run_of(on_rank(self.inventory, rank), late=True)
-        if (holding := self.inventory.holding) is not None and holding.ranks:
-            for rank in dict.fromkeys(rank for rank in (*holding.ranks, *further_ranks(self.inventory)) if rank != holding.rank):
-                yield self._run_of(self.inventory._replace(holding=holding._replace(rank=rank)))
+        steps = steps_of(self.inventory, self.compute_capability, late=late)
+        generation = generation_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
+        return Run(steps, self.inventory.job.script, generation)
 
     def runs_within(self, capacity_bytes: int) -> bool:
         """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
         releases its cache before it fails.
         """
-        return all(run.fits(capacity_bytes) for run in self._other_runs()) and (self._waits or self.run().fits(capacity_bytes))
-
-    def may_run_within(self, capacity_bytes: int) -> bool:
-        """Whether the job runs there if the GPU is never late, and is not known to run otherwise."""
-        return self._waits and self.at_least <= capacity_bytes and self.run().fits(capacity_bytes)
+        return self.run().fits(capacity_bytes)
 
     @property
     def by_processors(self) -> bool:
@@ -100,9 +86,9 @@ class InstantPeaks(Peaks):
     def reserved(self) -> int:
         return self._replayed.reserved
 
-    @cached_property
+    @property
     def reserved_at_most(self) -> int:
-        return max([self.reserved, *(run.peaks().reserved for run in self._other_runs())])
+        return self.reserved
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
@@ -112,6 +98,22 @@ class InstantPeaks(Peaks):
     @cached_property
     def ledgers(self) -> Mapping[str, Ledger]:
         return _Ledgers(self)
+
+
+def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
+    """The peaks of one GPU. `known`: those of steps that need as much."""
+    compiled_job, dims = last_step(inventory, compute_capability)
+    of = compiled_job.like or compiled_job
+    if id(of) not in known:
+        peaks = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)
+        known[id(of)] = of, (peaks, compiled_job.assumed(dims))
+    moments, assumed = known[id(of)][1]
+    requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
+    generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
+    if generation is not None:
+        requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
+    ends = {phase: at for phase, (_, at) in moments.items()}
+    return InstantPeaks(inventory, compute_capability, requested, ends, assumed)
 
 
 class _Ledgers(Mapping[str, Ledger]):

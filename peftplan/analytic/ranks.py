@@ -15,7 +15,7 @@ from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
-from peftplan.distributed.zero import groups_of, partition
+from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line
@@ -181,6 +181,11 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         follows = not job.setup.by.gathers_when_called
         model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows)
     return program._replace(shards=masters, steps_in_backward=True)
+
+
+def reduced(model: Model) -> tuple[Key, ...]:
+    """The tensors in the order in which ZeRO-1 and ZeRO-2 reduce their gradients; none elsewhere."""
+    return tuple(model.units.order) if isinstance(model.units, Zero) else ()
 
 
 def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:

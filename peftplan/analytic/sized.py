@@ -10,11 +10,12 @@ from peftplan.analytic.compiled import Compiled, compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments
+from peftplan.analytic.of_ranks import unlike
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
-from peftplan.job.inventory import Inventory, of_any_device, on_each_device
+from peftplan.job.inventory import Inventory, of_any_device, on_each_device, on_rank
 from peftplan.job.setup import MOST
 
 try:
@@ -64,17 +65,19 @@ class Sized:
         self._on_lines: dict[int, bool] = {}
 
     def _of_each(self) -> tuple[Sized, ...]:
-        each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank)))
+        distributed = self.first.job.distributed
+        assert distributed is not None
+        if distributed.strategy == "device-map":
+            each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank)))
+            return tuple(self._seen(lambda rank, gpu: each(rank)[gpu], gpu) for gpu in range(distributed.world_size))
+        reduced = self._ranked_alone(on_rank(self.first, 0)).compiled.reduced
+        compared = (unlike(self.at_rank(rank), reduced) for rank in self.ranks or (None,))
+        largest = sorted({gpu for ranks in compared if ranks is not None for gpu in ranks.largest})
+        return tuple(self._seen(lambda rank, gpu: on_rank(self.at_rank(rank), gpu), gpu) for gpu in largest)
 
-        def on(device: int) -> Sized:
-            return Sized(lambda rank: each(rank)[device], self.ranks, compute_capability=self.compute_capability)
-
-        of_first = [of_job.holding for of_job in each(self.ranks[0] if self.ranks else None)]
-        places = {
-            n if holding is None or len(self.ranks) > 1 else (holding.device, holding.rank): n
-            for n, holding in enumerate(of_first)
-        }
-        return tuple(map(on, places.values()))
+    def _seen(self, at_rank: Callable[[int | None, int], Inventory], gpu: int) -> Sized:
+        """The job as one of its GPUs sees it."""
+        return Sized(lambda rank: at_rank(rank, gpu), self.ranks, compute_capability=self.compute_capability)
 
     def requested(self, points: Points) -> dict[str, Ints]:
         """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are most."""

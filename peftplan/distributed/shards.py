@@ -44,8 +44,6 @@ class Holding(NamedTuple):
     """Of a `device_map`, the GPU that holds it; None: one of them."""
     rank: int | None = None
     """Where ranks hold unlike parts, the one that holds these; None: the one that is counted for all, or one of them."""
-    ranks: tuple[int, ...] = ()
-    """Under ZeRO-1 and ZeRO-2, the ranks of which one needs the most memory (`zero.unlike_ranks`)."""
 
 
 def holding(

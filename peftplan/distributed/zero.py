@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 from peftplan.arrays import larger, smaller
@@ -200,12 +199,11 @@ def largest_rank(slots: Mapping[Key, Slot], *, of: Slot | None = None) -> int:
     return max(ranks, key=lambda rank: reaching[rank], default=0)
 
 
-@lru_cache(maxsize=64)
-def unlike_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
-    """Four ranks of which one needs the most memory, as far as the order of the buckets decides: the first and the last, whose
-    parts of the embedding and of the head are large single tensors; the one with the most gradients; and that of those that share
-    the last tensor, whose gradient comes first in backward.
+def likely_ranks(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
+    """Ranks of which one needs about the most, where the order of the buckets is not known (`zero_ranks` knows it): the first and
+    the last, the one with the most gradients, and that of those that share the last tensor, whose gradient comes first.
     """
     slots = slots_of(parameters, distributed)
     last = next((slot for slot in reversed(slots.values()) if slot.group == 0), None)
-    return (0, distributed.world_size - 1, largest_rank(slots), largest_rank(slots, of=last))
+    ranks = (0, distributed.world_size - 1, largest_rank(slots), largest_rank(slots, of=last))
+    return tuple(dict.fromkeys(ranks))

@@ -124,21 +124,12 @@ def of_any_device(inventory: Inventory) -> bool:
 
 
 def on_each_device(of_any: Inventory) -> list[Inventory]:
-    """A job that is seen by none of its GPUs in particular, as each of them sees it, or, under ZeRO-1 and ZeRO-2, each rank that
-    may need the most.
-    """
+    """A job over a `device_map` that is seen by none of its GPUs in particular, as each of them sees it."""
     from peftplan.distributed.device_map import largest, on_devices
     from peftplan.distributed.shards import Holding
 
     job, built = of_any.job, of_any.parameters
     assert job.distributed is not None
-    assert of_any.holding is not None
-    if job.distributed.strategy != "device-map":
-        from peftplan.distributed.zero import unlike_ranks
-
-        ranks = unlike_ranks(built, job.distributed)
-        return [of_any._replace(holding=of_any.holding._replace(rank=rank, ranks=ranks)) for rank in ranks]
-    assert of_any.holding.device is None, "the largest GPU's ledger is that of any"
     devices = job.distributed.world_size
     ledgers = {largest(built, devices).like: of_any.static}
     inventories = []

@@ -61,6 +61,8 @@ class Zero(Stage):
         self.partitions_gradients = distributed.strategy == "zero2"
         self.scatters = distributed.reduce_scatter is not False
         self.rank = rank
+        self.order: dict[Key, None] = {}
+        """The tensors in the order in which their gradients are reduced."""
         self.bucketed: list[Key] = []
         self.buffers: list[Tensor] = []
         self.of_rank: Tensor | None = None
@@ -95,6 +97,7 @@ class Zero(Stage):
         if numel > self.bucket_size:
             self.large = self._new((numel,), self.dtype, "clone of a gradient", 0, "gradients") if self.offloads else p.grad
         p.grad = None
+        self.order[key] = None
         self.bucketed.append(key)
         self.num_bucketed += numel
 

@@ -19,7 +19,6 @@ from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:
-    from peftplan.analytic.instant import InstantPeaks
     from peftplan.arrays import Sizes
     from peftplan.hardware.gpus import Gpu
     from peftplan.job.configs.plan import Bound
@@ -140,7 +139,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
     from peftplan.analytic.engine import analytic_peaks
 
     job = question.inventory.job
-    question, by_kernels, each = _of_fullest(question)
+    by_kernels: dict[object, Counted] = {}
 
     def peaks_on(card: "Gpu | None") -> Counted | str:
         if (why := without_loss(job.model, job.architecture, job.setup)) is not None:
@@ -154,7 +153,7 @@ def analytic(question: "Question", *, skip_unfit: bool = False) -> Estimate:
         except NeedsTraceError as missing:
             return f"{missing}{_hint(missing, job)}"
 
-    return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit, each=each)
+    return _estimated(question, peaks_on, engine="analytic", skip_unfit=skip_unfit)
 
 
 def _hint(missing: NeedsTraceError, job: Job) -> str:
@@ -164,27 +163,6 @@ def _hint(missing: NeedsTraceError, job: Job) -> str:
 
         return NeedsTraceError.hint if is_followed(job) else missing.hint
     return missing.hint
-
-
-def _of_fullest(question: "Question") -> "tuple[Question, dict[object, Counted], tuple[InstantPeaks, ...]]":
-    """Of unlike GPUs the question about the one that needs most, where peaks say which it is, these peaks by the kernels of the
-    first card, and the peaks of each.
-    """
-    from peftplan.analytic.engine import fullest, peaks_of_each
-    from peftplan.job.inventory import of_any_device
-
-    job = question.inventory.job
-    if not of_any_device(question.inventory) or without_loss(job.model, job.architecture, job.setup):
-        return question, {}, ()
-    card = question.first_card
-    of, _ = here = kernels_on(card)
-    try:
-        each = peaks_of_each(placed_on(question.inventory, card), compute_capability=of)
-    except NeedsTraceError:
-        return question, {}, ()
-    peaks = fullest(each)
-    by_kernels: dict[object, Counted] = {here if peaks.by_processors else of: Counted(peaks, peaks.runs_within)}
-    return question._replace(inventory=peaks.inventory), by_kernels, each
 
 
 def traced(question: "Question", *, record: bool, progress: Callable[[str, float], None] | None) -> Estimate:
@@ -200,10 +178,10 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     def peaks_on(card: "Gpu | None") -> Counted:
         key = kernels_on(card)
         if key not in traced_on:
-            of_card = placed_on(question.inventory, card).job
+            of_card = placed_on(question.inventory, card)
             recorded = record and card == question.first_card
-            ranks = traced_ranks(question.inventory)
-            traced_on[key] = _trace(of_card, capability(card), ranks=ranks, record=recorded, progress=progress)
+            ranks = traced_ranks(of_card, capability(card))
+            traced_on[key] = _trace(of_card.job, capability(card), ranks=ranks, record=recorded, progress=progress)
         return traced_on[key]
 
     if not question.open and (peaks := peaks_on(question.first_card).peaks) is not None and peaks.devices:
@@ -212,14 +190,21 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     return _estimated(question, peaks_on, engine="trace")
 
 
-def traced_ranks(of_any: "Inventory") -> tuple[int, ...]:
-    """The ranks that are traced: under ZeRO-1 and ZeRO-2 those of which one needs the most."""
+def traced_ranks(of_any: "Inventory", compute_capability: str) -> tuple[int, ...]:
+    """The ranks that are traced: under ZeRO-1 and ZeRO-2 those that allocate and reserve most by formula."""
     distributed = of_any.job.distributed
     if distributed is None or distributed.strategy not in ("zero1", "zero2"):
         return (0,)
-    from peftplan.distributed.zero import unlike_ranks
+    from peftplan.analytic.engine import analytic_peaks
+    from peftplan.analytic.of_ranks import OfRanks
+    from peftplan.distributed.zero import likely_ranks
 
-    return tuple(dict.fromkeys(unlike_ranks(of_any.parameters, distributed)))
+    try:
+        peaks = analytic_peaks(of_any, compute_capability=compute_capability)
+    except NeedsTraceError:
+        return likely_ranks(of_any.parameters, distributed)
+    assert isinstance(peaks, OfRanks)
+    return peaks.largest_ranks
 
 
 def _trace(
@@ -253,11 +238,10 @@ def _estimated(
     *,
     engine: Engine,
     skip_unfit: bool = False,
-    each: "tuple[InstantPeaks, ...]" = (),
 ) -> Estimate:
     """The result: peaks and lines are those of the first card, the verdict on each card is from its own.
 
-    `peaks_on`: a card → the peaks, or what part of the job has none. `each`: the peaks of unlike GPUs, where they are known.
+    `peaks_on`: a card → the peaks, or what part of the job has none.
     """
     (job, built, static, _), cards = question.inventory, question.cards
     of_first = capability(question.first_card)
@@ -291,7 +275,7 @@ def _estimated(
         },
         parameters=built,
         adaptation=job.adaptation,
-        static=static,
+        lasting=static,
         assumptions=assumed,
         not_modelled=(f"{counted[0]}", *NOT_COUNTED) if peaks is None else outside(job, map(capability, cards or (None,))),
         gpus=tuple(
@@ -311,6 +295,6 @@ def _estimated(
         chosen=job.chosen - (question.config["defaults"].keys() if question.config else set()),
         asides=job.architecture.asides,
         origin=question,
-        distributed=over_gpus(question.inventory, peaks, of_first, each),
+        distributed=over_gpus(question.inventory, peaks),
         config=config,
     )

@@ -88,10 +88,15 @@ class Peaks:
         return self.by_phase[self.phase]
 
     @property
+    def static(self) -> Ledger | None:
+        """What lasts on the rank whose peaks these are, and its gradients, where that depends on the rank; None elsewhere."""
+        return None
+
+    @property
     def reserved_at_most(self) -> int | None:
-        """Reserved bytes of the rank that reserves most under ZeRO-1, ZeRO-2 and FSDP1, under FSDP1 if the GPU is as late as it
-        may be with blocks that are freed; otherwise as `reserved`."""
-        return self.reserved
+        """Reserved bytes of the GPU that reserves most, under FSDP1 if it is as late as it may be with blocks that are freed."""
+        each = (self, *self.devices, *(of_rank for _, of_rank in self.of_ranks))
+        return max((own.reserved for own in each if own.reserved is not None), default=None)
 
     def may_run_within(self, capacity_bytes: int) -> bool:
         """Whether it depends on the GPU's timing if the job runs with this many bytes for the allocator."""
@@ -129,7 +134,8 @@ class Estimate:
     method: MethodDocument
     parameters: Parameters
     adaptation: Adaptation
-    static: Ledger
+    lasting: Ledger
+    """`static` before the peaks say which rank is the largest."""
     assumptions: Assumptions
     not_modelled: tuple[str, ...]
     gpus: tuple[Verdict, ...] = ()
@@ -225,6 +231,12 @@ class Estimate:
         if self.origin is None or not self.resizes:
             raise InputError("engine", self.engine, "accepted: analytic, whose lines keep their sizes as names")
         return self.origin.at({"batch_size": batch_size, "seq_len": seq_len, **sizes}, replays=replays)
+
+    @property
+    def static(self) -> Ledger:
+        """The persistent bytes and the gradients; of several ranks those of the one with the largest peak."""
+        of_largest = None if self.peaks is None else self.peaks.static
+        return self.lasting if of_largest is None else of_largest
 
     @property
     def ledger(self) -> Ledger:

@@ -56,7 +56,7 @@ def trace_peaks(
 
     `compute_capability` of the card, such as `8.9`, decides kernels and workspaces; with `multiprocessors` it decides which
     products with 4-bit weights are fused and the size of some buffers. `distributed`: the strategy, of whose `ranks` the
-    one with the largest peak is returned.
+    one with the largest peak is returned; the run ends where that of all of them does.
     `record` keeps the event log (tens of MB for a large model); `progress` is told what runs and how much is done.
     Raises MissingExtraError without torch, RefusedError for what cannot be traced.
     """
@@ -99,13 +99,13 @@ def trace_peaks(
         raise RefusedError(f"engine: the trace of {architecture.model_class} failed: {type(error).__name__}: {reason}") from error
     logs = [log for traced in of_ranks for log in traced.devices or (traced,)]
     each = [_replayed(log, script, setup, record=record) for log in logs]
-    peaks, runs_within = max(each, key=lambda of_one: of_one[0].allocated)
+    peaks, _ = max(each, key=lambda of_one: of_one[0].allocated)
     if any(traced.devices for traced in of_ranks):
         peaks = replace(peaks, devices=tuple(of_device for of_device, _ in each))
-    elif len(ranks) > 1:
+    elif ranks != (0,):
         without_log = (replace(own, recording=None) for own, _ in each)
         peaks = replace(peaks, of_ranks=tuple(zip(ranks, without_log, strict=True)))
-    return peaks, runs_within
+    return peaks, lambda capacity_bytes: all(runs_within(capacity_bytes) for _, runs_within in each)
 
 
 def _replayed(traced: Traced, script: Script, setup: Setup, *, record: bool) -> tuple[Peaks, Callable[[int], bool]]:

@@ -1,0 +1,159 @@
+"""The peaks of a job over several GPUs: those of the one where they are largest.
+
+Which one requests the most is known at once. What the allocator counts beyond that, the tails of blocks, differs between GPUs by
+up to 0.5 %: so each of them is replayed when a peak is first read, up to `MOST_UNLIKE` unlike ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from peftplan.analytic.compiled import last_step
+from peftplan.analytic.instant import InstantPeaks, peaks_of_one
+from peftplan.analytic.reserved import Run
+from peftplan.job.inventory import further_ranks, on_rank
+from peftplan.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peftplan.distributed.zero_ranks import Unlike
+    from peftplan.job.inventory import Inventory
+
+MOST_UNLIKE = 16
+"""Up to so many unlike ranks each is counted on its own: less than 0.2 s of each of ZeRO-2 for 8B parameters."""
+
+
+class OfRanks(InstantPeaks):
+    """Peaks of all GPUs of a job, as data. `requested` are those of the GPU that requests most, whose `inventory` this is; all
+    others those of `largest`.
+    """
+
+    def __init__(self, most_requested: InstantPeaks, devices: Sequence[InstantPeaks] = ()) -> None:
+        own = most_requested
+        super().__init__(own.inventory, own.compute_capability, own.requested, own.ends, own.assumed)
+        rank = own.inventory.holding and own.inventory.holding.rank
+        self.__dict__.update(_of_devices=tuple(devices), _of_rank={rank or 0: own})
+
+    _of_devices: tuple[InstantPeaks, ...]
+    """Those of each GPU of a `device_map`."""
+    _of_rank: dict[int, InstantPeaks]
+
+    @cached_property
+    def each(self) -> tuple[InstantPeaks, ...]:
+        """Those of every GPU that is counted: of alike ranks those of the first."""
+        return self._of_devices or tuple(map(self._on, self._counted))
+
+    def of(self, rank: int) -> InstantPeaks | None:
+        """Those of one rank; None where it is not counted."""
+        return self._on(rank) if self._first(rank) in self._counted else None
+
+    def _on(self, rank: int) -> InstantPeaks:
+        rank = self._first(rank)
+        if rank not in self._of_rank:
+            self._of_rank[rank] = peaks_of_one(on_rank(self.inventory, rank), self.compute_capability, {})
+        return self._of_rank[rank]
+
+    def _first(self, rank: int) -> int:
+        """The first rank of ZeRO-1 and ZeRO-2 whose step allocates the same."""
+        return rank if self._unlike is None else self._unlike.like[rank]
+
+    @cached_property
+    def _unlike(self) -> Unlike | None:
+        return unlike(self.inventory, last_step(self.inventory, self.compute_capability)[0].reduced)
+
+    @cached_property
+    def _counted(self) -> tuple[int, ...]:
+        """The ranks that are counted. Not those with short parts of a matrix, and those that receive what the first one reads:
+        they were not rehearsed. Of more than `MOST_UNLIKE` unlike ones those of which one requests most, and the last.
+        """
+        from peftplan.distributed.alike import alike
+
+        job, (own, *_) = self.inventory.job, self._of_rank
+        assert job.distributed is not None
+        if job.distributed.divided > 1 or job.distributed.cpu_ram_efficient_loading:
+            return (own,)
+        shapes = alike(self.inventory.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
+        ranks = [first for first, *_ in shapes]
+        if len(shapes) > MOST_UNLIKE:
+            ranks = [*(() if self._unlike is None else self._unlike.largest), ranks[-1]]
+        return tuple(dict.fromkeys(map(self._first, (own, *ranks))))
+
+    @cached_property
+    def _judged(self) -> tuple[InstantPeaks, ...]:
+        """Those of every GPU that a verdict counts: under ZeRO-1 and ZeRO-2 of further ones that may reserve most."""
+        further = () if self._unlike is None else map(self._on, further_ranks(self.inventory))
+        return tuple({id(own): own for own in (*self.each, *further)}.values())
+
+    @property
+    def _waits(self) -> bool:
+        """Whether freed blocks wait for the GPU: FSDP1 calls `record_stream`."""
+        distributed = self.inventory.job.distributed
+        return distributed is not None and distributed.strategy == "fsdp1"
+
+    def _late(self) -> Iterator[Run]:
+        """The runs of FSDP1 with a GPU as late as it may be, which may reserve more."""
+        for rank in (0, *further_ranks(self.inventory)):
+            yield self._on(rank).run(late=True)
+
+    def runs_within(self, capacity_bytes: int) -> bool:
+        runs = self._late() if self._waits else (own.run() for own in self._judged)
+        return all(run.fits(capacity_bytes) for run in runs)
+
+    def may_run_within(self, capacity_bytes: int) -> bool:
+        """Whether the job runs there if the GPU is never late, and is not known to run otherwise."""
+        return self._waits and self.at_least <= capacity_bytes and self.largest.run().fits(capacity_bytes)
+
+    @cached_property
+    def largest(self) -> InstantPeaks:
+        each = self.each
+        return each[0] if len(each) == 1 else max(each, key=lambda own: own.allocated)
+
+    @property
+    def ranks_compared(self) -> tuple[int, ...]:
+        """Under ZeRO-1 and ZeRO-2 the ranks of which one requests most."""
+        return () if self._unlike is None else self._unlike.largest
+
+    @property
+    def largest_ranks(self) -> tuple[int, ...]:
+        """The rank that allocates most, and that which reserves most."""
+        both = self.largest, max(self._judged, key=lambda own: own.reserved)
+        return tuple(dict.fromkeys(own.inventory.holding.rank or 0 for own in both if own.inventory.holding is not None))
+
+    @property
+    def by_phase(self) -> dict[str, int]:
+        return self.largest.by_phase
+
+    @property
+    def reserved(self) -> int:
+        return self.largest.reserved
+
+    @cached_property
+    def reserved_at_most(self) -> int:
+        late = (run.peaks().reserved for run in (self._late() if self._waits else ()))
+        return max([*(own.reserved for own in self._judged), *late])
+
+    @property
+    def ledgers(self) -> Mapping[str, Ledger]:
+        return self.largest.ledgers
+
+    @property
+    def static(self) -> Ledger:
+        return self.largest.inventory.static
+
+
+def unlike(of_any: Inventory, reduced: tuple[tuple[str, int | None], ...]) -> Unlike | None:
+    """The ranks of a job of ZeRO-1 or ZeRO-2, compared; None of other jobs. `reduced`: its tensors in the order in which backward
+    reduces their gradients.
+    """
+    job = of_any.job
+    if job.distributed is None or job.distributed.strategy not in ("zero1", "zero2"):
+        return None
+    from peftplan.distributed.zero import reduce_bucket
+    from peftplan.distributed.zero_ranks import unlike_ranks
+
+    bucket_size = reduce_bucket(job.distributed, job.architecture.hidden_size or 0)
+    dtype = str(job.setup.autocast)
+    return unlike_ranks(of_any.parameters, job.distributed, reduced, bucket_size=bucket_size, dtype=dtype)
