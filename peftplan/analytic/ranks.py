@@ -12,7 +12,7 @@ from peftplan.analytic.running import reference_of
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
-from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.layout import ACCELERATE, AXOLOTL
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
@@ -154,7 +154,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
         shards, in_checkpoints = holding.each or holding.parameters, job.script.checkpoints_units
         part = shards_of(parameters, job.architecture, job.distributed)
-        model.units = units_of(model, part, shards, job.distributed, by.layout, dtype=dtype, checkpoints_units=in_checkpoints)
+        layout = AXOLOTL if by.own_fsdp2 and job.distributed.strategy == "fsdp2" else by.layout
+        model.units = units_of(model, part, shards, job.distributed, layout, dtype=dtype, checkpoints_units=in_checkpoints)
         if ranks_of(job.distributed) > 1:
             model.units.one_by_one = job.setup.optim == "adamw_torch"
             TensorParallel(model, job.distributed, parameters.all)

@@ -12,7 +12,8 @@ from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
-from peftplan.optim import OF_AUTOMODEL
+from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL
+from peftplan.optim.community import by_muon
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -228,7 +229,8 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
     return {
         "use_vllm": writes and bool(setup.use_vllm) and not setup.by.sends_at_once,
-        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL),
+        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL)
+        and not (setup.optim in OF_AXOLOTL and _knows_muon(job)),
         "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
@@ -253,6 +255,17 @@ def _methods(job: Job) -> tuple[str, ...]:
         return ("full", "lora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
     return (*SHOWN_METHODS, *with_tower)
+
+
+def _knows_muon(job: Job) -> bool:
+    """Whether axolotl's Muon was rehearsed: of matrices in bf16, whose rows all ranks of FSDP2 share; it asserts that all get as
+    many."""
+    distributed = job.distributed
+    if distributed is None or distributed.strategy != "fsdp2" or distributed.shards != distributed.world_size:
+        return False
+    shapes = [shape for m in job.architecture.modules for name, shape in m.params if by_muon(f"{m.name}.{name}", shape)]
+    divided = all(rows % distributed.shards == 0 for rows, _ in shapes)
+    return divided and job.setup.by.own_fsdp2 and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
 def _rehearsed_trainer(job: Job) -> bool:

@@ -61,6 +61,8 @@ AUTOMODEL = Layout(
 """nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`, `frozen_multimodal_sharding`,
 `_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`),
 _transformers/model_init.py (`_stream_load_bnb_weights`)."""
+AXOLOTL = Layout(ends="root", frees_root=True)
+"""axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py (`fsdp2_prepare_model`), in place of accelerate's, as which it loads."""
 LLAMA_FACTORY_V1 = Layout(
     ends="embedding",
     frees_root=True,

@@ -24,17 +24,41 @@ ITERATIONS_IN = "bf16"
 PRODUCTS = 4
 """What else of the size of x lives when torch's compiled code (2.13, `TORCH_LOGS=output_code`) computes the last product: the
 kernel behind it reads those of earlier iterations too."""
+BUFFERS = 3
+"""Copies of all parameters of a group that AdamW's compiled code makes (axolotl, contribs/mit/dion/scalar_opts.py; rehearsed)."""
+WITH_STATE = 3
+"""A weight, its gradient and its momentum."""
 MOST_TASKS = 3
 """How many shapes are under way at once (`max_concurrent_tasks`)."""
 
 
 def muon(f: Tape, trained: list[Parameter], ranks: int) -> None:
     """One step over matrices of which each rank holds `1 / ranks` of the rows."""
+    _run([_update(f, shape, count, ranks) for shape, count in _matrices(trained).items()])
+
+
+def muon_in_batches(f: Tape, trained: list[Parameter], ranks: int) -> None:
+    """The same in axolotl 0.19.0 (`contribs/mit/muon/dist_muon.py`): as many matrices of a shape at once as there are ranks, each
+    of which orthogonalizes one. Momenta in bf16 are what is sent; a batch of fewer is filled up.
+    """
+    batches = [(shape, min(count - at, ranks)) for shape, count in _matrices(trained).items() for at in range(0, count, ranks)]
+    tasks = [_update_batch(f, shape, ranks, missing=ranks - count) for shape, count in batches]
+    others = [p for p in trained if not by_muon(p.name, p.shape)]
+    tables = [p for p in others if len(p.shape) > 1]
+    _run([*tasks, *(_by_adamw(f, group) for group in ([p for p in others if p not in tables], tables) if group)])
+
+
+def _matrices(trained: list[Parameter]) -> dict[tuple[int, ...], int]:
+    """How many matrices have the same shape."""
     counts: dict[tuple[int, ...], int] = {}
     for p in trained:
         if by_muon(p.name, p.shape):
             counts[p.shape] = counts.get(p.shape, 0) + p.copies
-    waiting = [_update(f, shape, count, ranks) for shape, count in counts.items()]
+    return counts
+
+
+def _run(waiting: list[Generator[None]]) -> None:
+    """The tasks, of which so many are under way at once."""
     running: list[Generator[None]] = []
     while waiting or running:
         started = [waiting.pop(0)] if waiting and len(running) < MOST_TASKS else []
@@ -59,6 +83,25 @@ def _update(f: Tape, shape: tuple[int, ...], count: int, ranks: int) -> Generato
     yield
     updates = f.new((ranks, own, *shape), ITERATIONS_IN, "stack")
     del updates, whole
+
+
+def _update_batch(f: Tape, shape: tuple[int, ...], ranks: int, *, missing: int) -> Generator[None]:
+    """One matrix of each rank. `missing`: how many stand-ins fill the batch up, each a weight, a gradient and a momentum."""
+    _stand_ins = f.many(shape, ITERATIONS_IN, "empty_like", WITH_STATE * missing) if missing else None
+    shards = f.many(shape, ITERATIONS_IN, "empty_like", ranks)
+    yield
+    whole = f.new((1, shape[0] * ranks, shape[1]), ITERATIONS_IN, "cat")
+    whole = _orthogonal(f, whole)
+    shards = f.many(shape, ITERATIONS_IN, "contiguous", ranks) if shape[0] * ranks > shape[1] else whole
+    yield
+    del shards, whole
+
+
+def _by_adamw(f: Tape, group: list[Parameter]) -> Generator[None]:
+    """`adamw_update_foreach`, compiled: its buffers go when all of a group is updated."""
+    _buffers = [f.many(p.shape, p.dtype, "adamw", BUFFERS * p.copies) for p in group]
+    del _buffers
+    yield
 
 
 def _orthogonal(f: Tape, matrices: Tensor) -> Tensor:

@@ -49,6 +49,13 @@ def optimizer_step(
 
         muon(f, trained, ranks)
         return
+    if optimizer.name == "axolotl_muon":
+        if ranks == 1:
+            raise NoEngineError("axolotl's Muon of whole matrices")
+        from peftplan.memory.dion_step import muon_in_batches
+
+        muon_in_batches(f, trained, ranks)
+        return
     if (loop := LOOPS.get(optimizer.name)) is not None:
         loop(f, [*_two_layers(trained)])
         f.module = ""

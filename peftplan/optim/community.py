@@ -4,7 +4,7 @@ Counted: every tensor in `optimizer.state[p]` (grokadamw: in the parameter group
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py`; torch-optimi 0.3.3 `stableadamw.py`; grokadamw 0.1.2
 `grokadamw.py`; flashoptim 0.1.4 `optimizers.py` (`_MaybeQuantizedTensor`, `quantize`); adam-mini 1.1.1 `adam_mini.py`;
 llamafactory 0.9.5 `third_party/muon/muon.py`, `train/trainer_utils.py` (`_create_muon_optimizer`,
-`_create_adam_mini_optimizer`); transformers `trainer_optimizer.py`.
+`_create_adam_mini_optimizer`); axolotl 0.19.0 `contribs/mit/muon/dist_muon.py`; transformers `trainer_optimizer.py`.
 Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries of the step.
 """
 
@@ -99,6 +99,13 @@ def dion_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if by_muon(param.name, param.shape):
         return (like(param, "momentum"),)
     return (like(param, "momentum"), like(param, "variance"), scalar("step_dev"))
+
+
+def axolotl_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """axolotl's Muon of sharded matrices: as dion's, with its step on the host."""
+    if by_muon(param.name, param.shape):
+        return (like(param, "momentum"),)
+    return (like(param, "momentum"), like(param, "variance"))
 
 
 def te_fused_adam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:

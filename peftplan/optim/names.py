@@ -12,6 +12,7 @@ from peftplan.optim.adafactor import adafactor, adalomo, lomo
 from peftplan.optim.bnb import ademamix, bnb, code_tables, one_state, two_state
 from peftplan.optim.community import (
     adam_mini,
+    axolotl_muon,
     dion_muon,
     flash_adamw,
     grokadamw,
@@ -136,7 +137,11 @@ OF_LLAMA_FACTORY: dict[str, Optimizer] = {
     ),
 }
 """Those that LLaMA-Factory hands to Trainer."""
-BESIDE = OF_AUTOMODEL | OF_LLAMA_FACTORY
+OF_AXOLOTL: dict[str, Optimizer] = {
+    "axolotl_muon": Optimizer("axolotl_muon", "axolotl", "axolotl.contribs.mit.muon.DistMuon", "for-loop", axolotl_muon),
+}
+"""Those that axolotl makes for shards of FSDP2."""
+BESIDE = OF_AUTOMODEL | OF_LLAMA_FACTORY | OF_AXOLOTL
 """Optimizers that a tool makes by their class."""
 
 REFUSED: dict[str, str] = {

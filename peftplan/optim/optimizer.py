@@ -55,6 +55,7 @@ VERSIONS: dict[str, str] = {
     "dion": "0.1.0",
     "transformer-engine": "2.20.2",
     "llamafactory": "0.9.5",
+    "axolotl": "0.19.0",
 }
 """The packages that optimizers come from, with the version whose source was read and run."""
 

@@ -107,6 +107,12 @@ def test_muon_of_dion_has_a_momentum_of_matrices_inside_layers():
     assert [*of.values()] == [2 * 4_194_304, 4 * 4_194_304 + 4]
 
 
+def test_muon_of_axolotl_counts_steps_on_the_host():
+    """axolotl 0.19.0, contribs/mit/muon/dist_muon.py (`_get_or_initialize_state`): zeros like a parameter, one or two."""
+    names = ("model.layers.{}.mlp.up_proj.weight", "model.embed_tokens.weight")
+    assert [nbytes("axolotl_muon", shape=MATRIX, name=name) for name in names] == [2 * 4_194_304, 4 * 4_194_304]
+
+
 @pytest.mark.parametrize(
     ("dtype", "optim_args", "of_master"),
     [

@@ -42,7 +42,7 @@ def test_a_pattern_that_no_name_of_an_adapted_model_has_leaves_nothing_to_train(
 
 
 def test_weights_drawn_anew_take_what_loaded_ones_take() -> None:
-    drawn, loaded = (row for row in ROWS if "reinit_weights" in row["values"])
+    drawn, loaded = (row for row in ROWS if "reinit_weights" in row["values"] and "gpus" not in row)
     assert [drawn[what] for what in FIGURES] == [loaded[what] for what in FIGURES]
     assert plan(drawn).ignored["reinit_weights"].at == "loaders/model.py:1071"
 
@@ -50,7 +50,7 @@ def test_weights_drawn_anew_take_what_loaded_ones_take() -> None:
 @pytest.mark.parametrize("model", ["THUDM/GLM-4-9B-0414", "google/gemma-2-2b", "Qwen/Qwen2.5-7B"])
 def test_the_embedding_and_the_head_are_cast_to_fp32_and_back(model: str) -> None:
     """Of so few layers, and of whole models on short rows, loading is the peak (loaders/model.py:446, :486)."""
-    (row,) = (row for row in ROWS if row["values"]["base_model"] == model)
+    (row,) = (row for row in ROWS if row["values"]["base_model"] == model and "adapter" in row["values"])
     assert row["allocated"] == row["by_phase"]["load"]
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
@@ -69,7 +69,7 @@ def test_liger_leaves_norms_and_the_embedding_in_fp32() -> None:
 
 def test_the_trainer_alone_casts_them() -> None:
     """Without a config: `--trainer axolotl` leaves `prepare_model_for_kbit_training` out (loaders/model.py:1129, :1137)."""
-    (row,) = (row for row in ROWS if row["values"]["base_model"] == "Qwen/Qwen2.5-7B")
+    (row,) = (row for row in ROWS if row["values"]["base_model"] == "Qwen/Qwen2.5-7B" and "adapter" in row["values"])
     job: dict[str, Any] = {
         "trainer": "axolotl",
         "method": "qlora",
@@ -122,3 +122,22 @@ def test_embeddings_of_adapted_models_require_gradients(row: dict[str, Any]) -> 
     drift = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
     assert max(abs(drift[phase]) for phase in ("load", "forward", "step")) < LARGEST["allocated"]
     assert abs(drift["backward"]) < 0.14
+
+
+def test_the_root_gathers_the_last_layer_when_backward_begins() -> None:
+    """axolotl's `fsdp2_prepare_model` makes no unit of the head, as accelerate's does. DistMuon sends matrices to their ranks."""
+    rows = [row for row in ROWS if row["values"].get("fsdp_config", {}).get("fsdp_version") == 2]
+    assert [row["values"]["optimizer"] for row in rows][:2] == ["adamw_torch_fused", "muon"]
+    for row in rows:
+        peaks = peftplan.estimate(**options(row)).peaks
+        assert peaks is not None
+        assert peaks.reserved == row["reserved"]
+        assert peaks.by_phase == {phase: pytest.approx(nbytes, rel=1e-4) for phase, nbytes in row["by_phase"].items()}
+
+
+def test_muon_of_one_process_has_counts_alone() -> None:
+    values = {"base_model": "Qwen/Qwen2.5-0.5B", "optimizer": "muon", "sequence_len": 512, "bf16": "auto"}
+    plan_of_one = read_values(values, file="a.yml", tool="axolotl")
+    estimate = peftplan.estimate("Qwen/Qwen2.5-0.5B", **plan_of_one.options)
+    assert estimate.peaks is None
+    assert any("axolotl's Muon of whole matrices" in reason for reason in estimate.not_modelled)
