@@ -93,9 +93,12 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
                 standins.write_repository(Path(part), {**cut(row["values"][name], row["layers"]), "dtype": "bfloat16"})
         length, program = row["values"]["max_length"], row.get("program", SFT)
         kind = row["values"].get("rlhf_type")
-        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
+        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else length)}
         messages = [{"role": "user", "content": "a" * length}] if kind == "grpo" else [{"role": "user", "content": "a"}, answer]
-        line = {"messages": messages} | ({"rejected_response": "p" * 8 * length} if kind == "dpo" else {})
+        beside: dict[str, Any] = {"rejected_response": "p" * 8 * length} if kind == "dpo" else {}
+        if row["values"].get("task_type") == "seq_cls":
+            messages, beside = [{"role": "user", "content": "a" * 8 * length}], {"label": 0}
+        line = {"messages": messages} | beside
         Path(output, "rows.jsonl").write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
         with_server = WITH_SERVER if row["values"].get("vllm_mode") == "server" else ""

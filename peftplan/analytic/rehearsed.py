@@ -8,7 +8,7 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_tower
-from peftplan.job.loss_sizes import CUT
+from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
@@ -188,7 +188,8 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
-        "loss": job.setup.loss not in ("full", "trl-chunked", "liger", *((CUT,) if distributed.strategy in FLAT else ())),
+        "loss": job.setup.loss
+        not in ("full", "trl-chunked", "liger", *((CUT,) if distributed.strategy in FLAT else (SHARED, SHARED_CHUNKS))),
     }
     if distributed.strategy == "zero0":
         return unknown | {"a quantized base": job.quant is not None}

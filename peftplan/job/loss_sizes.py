@@ -77,8 +77,12 @@ def check_halves(*dtypes: str) -> None:
         raise RefusedError(f"loss: {CUT} asserts hidden states and a head in 16 bits; use --dtype bf16")
 
 
-OF_FUNCTION = ("per-token", "eaft")
+SHARED, SHARED_CHUNKS = "shared-rows", "shared-rows-chunked"
+"""Cross entropies of a rank's tokens of rows that several ranks share (ms-swift, trainers/utils.py, `per_token_loss_func_sp`)."""
+OF_FUNCTION = ("per-token", "eaft", SHARED, SHARED_CHUNKS)
 """Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
+SHARED_ROWS = 2048
+"""Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
 ALL_LOGITS = ("full", "te-parallel", *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
@@ -123,6 +127,8 @@ class LossSizes(NamedTuple):
         if self.loss in ALL_LOGITS:
             n = self._scored(b, length)
             rest = {} if self.at_once is None else {"rest": _rest(n, self.at_once)}
+            if self.loss == SHARED_CHUNKS:
+                rest["rows"] = smaller(b * length, SHARED_ROWS)
             return {"n": n, "n/2": n // 2, "n/3": n // 3, **rest}
         if self.loss == "liger":
             n, rows = self._liger(b, length)

@@ -159,6 +159,8 @@ OWNERS = {
     "te-parallel": ("automodel", "automodel-hf", "automodel-vlm"),
     "cut-apart": ("automodel", "automodel-hf", "automodel-vlm"),
     "per-token": ("llamafactory", "transformers"),
+    "shared-rows": ("transformers",),
+    "shared-rows-chunked": ("transformers",),
     "eaft": ("axolotl", "transformers"),
 }
 """Loss → the only trainers that compute it."""

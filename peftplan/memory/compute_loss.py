@@ -7,7 +7,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION
+from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION, SHARED, SHARED_CHUNKS
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -120,6 +120,12 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tens
         loss = weighted_tokens(f, logits)
     elif model.running.loss == "per-token":
         loss = cross_entropy(f, f.to(logits, "fp32"))  # the caller holds the copy
+    elif model.running.loss in (SHARED, SHARED_CHUNKS):
+        from peftplan.memory.shared_rows import chunked, of_tokens
+
+        wide = f.to(logits, "fp32") if f.autocast else logits
+        del logits
+        loss = (chunked if model.running.loss == SHARED_CHUNKS else of_tokens)(f, wide)
     elif model.running.loss == "eaft":
         from peftplan.memory.entropy_loss import weighted_by_entropy
 

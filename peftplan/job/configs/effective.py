@@ -74,7 +74,11 @@ class Effective:
             return word(self.of(key)) == word(self.of(accepted["same_as"])) not in NOTHING
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
-        product = prod(self._numbers([key, accepted["times"]]) or [0])
+        if key == "key_value_heads":
+            (ranks,) = self._numbers([accepted["multiple_of"]]) or [0]
+            heads = self._of_model("num_key_value_heads")
+            return isinstance(heads, int) and ranks > 0 and heads % ranks == 0
+        product = prod(self._numbers([key, *filter(None, [accepted.get("times")])]) or [0])
         if "at_least" in accepted:
             return product >= accepted["at_least"]
         (unit,) = self._numbers([accepted["multiple_of"]]) or [0]
@@ -144,8 +148,8 @@ class Effective:
             value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value
         if "product" in setting:
-            factors = self._numbers(setting["product"])
-            return None if factors is None else prod(factors)
+            factors, parts = self._numbers(setting["product"]), self._numbers([setting.get("by", 1)])
+            return None if factors is None or not parts else -(-prod(factors) // max(*parts, 1))
         numbers = self._numbers(setting["sum"])
         return None if numbers is None else sum(numbers)
 

@@ -58,6 +58,8 @@ class Meant(TypedDict, total=False):
     listed: str
     """The key whose names come in one text, between commas."""
     product: list[str | int]
+    by: str
+    """Of a product: the key by which it is divided, rounded up."""
     sum: list[str | int]
     names: Mapping[str, list[str] | Mapping[str, str | None]]
     globs: str
@@ -99,8 +101,8 @@ class Rule(TypedDict, total=False):
     """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
     for which the tool's defaults count, `said` or `unsaid`: by the file, `fraction`: a number that is not whole, or
     `{"below": number}`, `{"same_as": key}`, `{"at_least": number, "times": key}`: its product with another key's, or
-    `{"multiple_of": key, "times": key}`. `file` and `program` are what is read;
-    `architecture` is the model's `model_type`, `checkpoint` the dtype in its config, `vocabulary` its own,
+    `{"multiple_of": key, "times": key}`, or of `key_value_heads`, the model's, `{"multiple_of": key}`. `file` and `program` are
+    what is read; `architecture` is the model's `model_type`, `checkpoint` the dtype in its config, `vocabulary` its own,
     `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
     are its own: `["fused"]` where peft takes names of projections for parameters of experts."""
     set: Mapping[str, Setting]

@@ -21,6 +21,32 @@ def test_keys_of_swifts_rollouts_are_known() -> None:
     assert expected.items() <= plan.options.items()
 
 
+def test_ranks_share_a_row_by_their_heads() -> None:
+    """Qwen2.5 0.5B has two heads of keys: two ranks share a row of 4 x 1,024 tokens by Ulysses, four would need a ring."""
+    values = {**SWIFT, "model": "Qwen/Qwen2.5-0.5B", "padding_free": True, "attn_impl": "flash_attn", "max_length": 1024}
+    values |= {"per_device_train_batch_size": 4}
+    plans = [read({**values, "sequence_parallel_size": ranks}, kind="command", program="swift sft") for ranks in (1, 2, 4)]
+    assert [sorted(plan.unsupported) for plan in plans] == [[], [], ["sequence_parallel_size"]]
+    assert [plan.options["seq_len"] for plan in plans[:2]] == [4096, 2048]
+    assert [plan.options.get("loss") for plan in plans[:2]] == [None, "shared-rows"]
+    with_prompts = read({**values, "sequence_parallel_size": 2, "rlhf_type": "grpo"}, kind="command", program="swift rlhf")
+    assert "sequence_parallel_size" in with_prompts.unsupported
+
+
+def test_a_distillation_is_read_with_its_teacher() -> None:
+    gkd = {**SWIFT, "model": "Qwen/Qwen2.5-7B", "tuner_type": "full", "rlhf_type": "gkd", "deepspeed": "zero3"}
+    gkd |= {"teacher_model": "Qwen/Qwen2.5-14B-Instruct", "teacher_deepspeed": "zero3_offload"}
+    plan = read(gkd, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    assert (plan.options["trainer"], plan.options["teacher_model"]) == ("swift-gkd", "Qwen/Qwen2.5-14B-Instruct")
+    from_data = read({**gkd, "lmbda": 0}, kind="command", program="swift rlhf")
+    assert from_data.options["trainer"] == "swift-gkd-of-data"
+    own = read({**gkd, "teacher_model": "Qwen/Qwen2.5-7B", "tuner_type": "lora"}, kind="command", program="swift rlhf")
+    assert own.unsupported.keys() == {"teacher_model"}
+    without = read({**gkd, "teacher_model": None}, kind="command", program="swift rlhf")
+    assert without.unsupported.keys() == {"rlhf_type"}
+
+
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
