@@ -264,19 +264,26 @@ def _separate(options: Mapping[str, object]) -> tuple[dict[str, object], dict[st
 
 
 def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) -> dict[str, object]:
-    """The format of the checkpoint, if its config states one and none is set. transformers loads it in no other."""
+    """The format of the checkpoint, if its config states one. transformers loads it in no other, so none may be asked for."""
     stored = model_config.get("quantization_config")
-    if "quant" in set_here or not isinstance(stored, Mapping):
+    if not isinstance(stored, Mapping):
         return {}
     method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
     if method in PACKED:
         of_gptq = {"quant_bits": stored.get("bits", 4)} if method == "gptq" else {}
-        return {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
-    if not (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
-        return {}
-    from peftplan.job import ecosystem
+        found = {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
+    elif stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        from peftplan.job import ecosystem
 
-    return {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
+        found = {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
+    else:
+        return {}
+    if set_here.get("quant", found["quant"]) != found["quant"]:
+        raise RefusedError(
+            f"quant: {set_here['quant']} is not how this repository stores its weights ({found['quant']}), and transformers "
+            "loads them as they are stored; leave it out, or name the repository that stores 16 bits"
+        )
+    return found
 
 
 def _task_of(adapter: Mapping[str, object]) -> dict[str, str]:

@@ -411,7 +411,9 @@ def test_a_checkpoint_of_bitsandbytes_is_loaded_as_stored() -> None:
         estimate, expected = peftplan.estimate(config, method=method), peftplan.estimate(CONFIG, method="qlora")
         assert estimate.lines() == expected.lines()
         assert "quantized checkpoint (bitsandbytes)" in str(estimate.assumptions["notes"])
-    assert peftplan.estimate(config, quant="none").lines() == peftplan.estimate(CONFIG).lines()
+    for other in ("none", "int8"):
+        with pytest.raises(peftplan.errors.RefusedError, match=f"quant: {other} is not how this repository stores its weights"):
+            peftplan.estimate(config, quant=other)
     with pytest.raises(peftplan.errors.RefusedError, match="stores weights as nf4, and transformers refuses"):
         peftplan.estimate(config, method="full")
     by_gptq = peftplan.estimate({**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 32}})
