@@ -190,11 +190,9 @@ RECORDED = ("gemma4", "gemma4_unified", "qwen3_5")
 
 def _blocks_recorded(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:
     """The layers of a text part that only records describe: a block for each type of layer, with its rotary tables' width."""
-    text = config.get("text_config")
-    if architecture.model_type == "gemma3" and isinstance(text, Mapping):
-        return _apart(architecture, {"num_attention_heads": 8, "vocab_size": 262_208, **text}, "gemma3_text").blocks
     if architecture.model_type not in RECORDED:
         return ()
+    text = config.get("text_config")
     fields = Fields(text if isinstance(text, Mapping) else config, name=architecture.name)
     n = read_dims(fields)
     types = fields.strs("layer_types", default=("full_attention",) * len(n.layers))
