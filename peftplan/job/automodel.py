@@ -39,6 +39,7 @@ def _knows_cut(job: Job) -> bool:
 WITH_TOWERS = (
     ("mistral3", "lora"),
     ("qwen2_5_vl", "partial"),
+    ("gemma3", "partial"),
 )
 """Model types with a frozen tower beside their text part, and methods with which they were rehearsed."""
 
