@@ -35,6 +35,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 # LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    balances_experts=False,
     recasts_tables=False,
     hooks_adapted=False,
     expandable_segments=False,

@@ -167,6 +167,7 @@ OF_TRL = (
     GENERATING._replace(
         name="trl-distillation",
         called=f"DistillationTrainer of {named('trl')}",
+        balances_experts=False,
         teaches=True,
         skips_autocast=True,
         writes_under_autocast=True,

@@ -13,6 +13,7 @@ from peftplan import RefusedError, estimate
 from peftplan.job.configs.read import read_values
 from peftplan.job.prepare import prepare
 from peftplan.job.script import Script
+from peftplan.job.trainers import TRAINERS
 from tests.memory.engines import PLAIN, TRAINER, phases
 from tests.memory.test_mixtures import GPT_OSS, GRANITE, MIXTRAL, QWEN2, QWEN3, V3
 
@@ -87,6 +88,14 @@ def test_trainers_ask_for_it_as_rehearsed(config: dict[str, Any], options: dict[
     assert peaks.reserved == pytest.approx(reserved, rel=0.004)
 
 
+def test_pairs_have_it_too_as_rehearsed() -> None:
+    """DPOTrainer: of the policy alone. Without it -0.37 %."""
+    sizes = {"batch_size": 2, "seq_len": 512, "max_completion_length": 256, "device_map": "none"}
+    peaks = estimate(SMALL_QWEN3, trainer="trl-dpo", **LORA, **sizes).peaks
+    assert peaks is not None
+    assert (peaks.allocated, peaks.reserved) == (pytest.approx(533_400_576, rel=1e-3), 568_328_192)
+
+
 def test_who_asks_for_it() -> None:
     def adds(config: dict[str, Any], **options: Any) -> bool | None:
         return prepare(config, **options).setup.router_loss
@@ -101,6 +110,12 @@ def test_who_asks_for_it() -> None:
         adds(V3, trainer="trl", router_loss=True)
     with pytest.raises(RefusedError, match="'GraniteMoeConfig' object has no attribute 'num_experts'"):
         adds(GRANITE, trainer="trl")
+
+
+def test_trainers_that_ask_for_it_whatever_the_config_says() -> None:
+    """trl 1.16 and, in axolotl 0.19, 1.9: `aux_loss_enabled` of each constructor. LLaMA-Factory and ms-swift write their own."""
+    of_trl = {"trl", "trl-dpo", "trl-kto", "trl-grpo", "trl-rloo"}
+    assert {name for name, trainer in TRAINERS.items() if trainer.balances_experts} == of_trl | {"axolotl-dpo", "axolotl-kto"}
 
 
 def test_older_releases_join_the_logits_of_all_layers() -> None:
