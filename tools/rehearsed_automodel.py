@@ -3,9 +3,10 @@
     python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
-`options` of the estimate, what else sections of the recipe's config say (`recipe`), and the `card` if not an A100. Rows are as
-long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose tensors hold no values, tells no
-documents apart: attention has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+`options` of the estimate, what else sections of the config say (`recipe`), the `card` if not an A100, and the `rank` that is
+played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
+tensors hold no values, tells no documents apart: attention has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of
+torch.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
 def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
     """The job as the recipe takes it."""
     job = options(row)
-    batch = job.get("batch_size", 1)
-    readers = job["gpus"] // (job.get("tp_size", 1) * job.get("cp_size", 1))
+    batch = job.get("batch_size", 1) * job.get("pp_microbatches", 1)
+    readers = job["gpus"] // (job.get("tp_size", 1) * job.get("cp_size", 1) * job.get("pp_size", 1))
     step = batch * readers * job.get("gradient_accumulation_steps", 1)
     translates = "num_decoder_layers" in job["model"]
     tool, attention = "nemo_automodel.components", job.get("attn_implementation")
@@ -109,7 +110,8 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "distributed": {
             "strategy": SHARED["strategy"],
             "activation_checkpointing": job.get("gradient_checkpointing", False),
-            **{name: job[name] for name in ("tp_size", "cp_size") if name in job},
+            **{name: job[name] for name in ("tp_size", "cp_size", "pp_size") if name in job},
+            **({"pipeline": _pipeline(job)} if "pp_size" in job else {}),
         },
         "loss_fn": {"_target_": f"{tool}.loss.masked_ce.MaskedCrossEntropy"},
         "checkpoint": {"enabled": False, "checkpoint_dir": output},
@@ -135,6 +137,13 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
     return sections | {name: _merged(sections.get(name), settings) for name, settings in row.get("recipe", {}).items()}
 
 
+def _pipeline(job: dict[str, Any]) -> dict[str, Any]:
+    """How stages run micro batches."""
+    layers = {"layers_per_stage": job["pp_layers_per_stage"]} if "pp_layers_per_stage" in job else {}
+    size = job.get("batch_size", 1)
+    return {"pp_schedule": job.get("pp_schedule", "1f1b"), "pp_microbatch_size": size, "scale_grads_in_schedule": False} | layers
+
+
 def _merged(section: Any, settings: Any) -> Any:
     """A section with what a row says of it; `null` takes a key out, and a name in place of a section stands by itself."""
     if not isinstance(settings, dict):
@@ -151,8 +160,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
-        ranks, card = options(row)["gpus"], row.get("card", CARD)
-        return row | kept_of(rehearse(command, world_size=ranks, gpu=card, timeout=3000, stdout=sys.stderr.fileno()))
+        ranks, card, rank = options(row)["gpus"], row.get("card", CARD), row.get("rank", 0)
+        return row | kept_of(rehearse(command, world_size=ranks, rank=rank, gpu=card, timeout=3000, stdout=sys.stderr.fileno()))
 
 
 LLAVA = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftplan.analytic.compiled import last_step
 from peftplan.analytic.instant import InstantPeaks, Known, peaks_of_one
 from peftplan.analytic.of_ranks import OfRanks, unlike
-from peftplan.job.inventory import Inventory, of_any_device, on_each_device, on_rank
+from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_each_device, on_rank
 
 
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
@@ -24,11 +24,15 @@ def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantP
 
 
 def peaks_of_each(of_any: Inventory, compute_capability: str) -> tuple[InstantPeaks, ...]:
-    """Those of each GPU of a `device_map`, and under ZeRO-1 and ZeRO-2 of each rank of which one requests most."""
+    """Those of each GPU of a `device_map`, of the first rank of each row of a pipeline, and under ZeRO-1 and ZeRO-2 of each rank
+    of which one requests most."""
     known: Known = {}
     if of_any.job.distributed is not None and of_any.job.distributed.strategy == "device-map":
         return tuple(peaks_of_one(of_device, compute_capability, known) for of_device in on_each_device(of_any))
+    if in_stages(of_any.job):
+        ranks = first_ranks(of_any.job)
+        return tuple(peaks_of_one(on_rank(of_any, rank), compute_capability, known) for rank in ranks)
     compiled, _ = last_step(on_rank(of_any, 0), compute_capability)
-    ranks = unlike(of_any, compiled.reduced)
-    assert ranks is not None
-    return tuple(peaks_of_one(on_rank(of_any, rank), compute_capability, known) for rank in ranks.largest)
+    compared = unlike(of_any, compiled.reduced)
+    assert compared is not None
+    return tuple(peaks_of_one(on_rank(of_any, rank), compute_capability, known) for rank in compared.largest)

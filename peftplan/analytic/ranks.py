@@ -13,6 +13,7 @@ from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE, AXOLOTL
+from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
 from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
@@ -90,7 +91,7 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
         return parameters
     if job.distributed.strategy in ZERO:
         return _cast(job, parameters)
-    part = shards_of(parameters, job.architecture, job.distributed)
+    part = shards_of(parameters, job.architecture, job.distributed.model_copy(update={"pp_size": None}))
     return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
@@ -150,6 +151,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         model.units = Devices(model, places_of(parameters, job.distributed.world_size))
     if job.distributed is None or holding is None or job.distributed.strategy not in SHARDING:
         return program
+    if (job.distributed.pp_size or 1) > 1:
+        return _pipelined(inventory, model, program)
     if job.distributed.strategy in FSDP:
         dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
         shards, in_checkpoints = holding.each or holding.parameters, job.script.checkpoints_units
@@ -189,6 +192,32 @@ def reduced(model: Model) -> tuple[Key, ...]:
     return tuple(model.units.order) if isinstance(model.units, Zero) else ()
 
 
+def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
+    """The program of the stages that a rank of a pipeline has."""
+    from peftplan.memory.pipeline import OfRank, Staged
+
+    job, parameters, _, holding = inventory
+    assert job.distributed is not None
+    assert holding is not None
+    rank, layers = holding.rank or 0, num_layers(parameters.all)
+    stages = stages_of(job.distributed, layers, rank)
+    models, dtype = [], computing_dtype(job.distributed, str(job.setup.autocast))
+    for number, stage in enumerate(stages):
+        arch, of_stage = as_model(model.parameters, model.arch, stage)
+        _, shards = as_model(holding.parameters, model.arch, stage)
+        running = model.running._replace(use_cache=False)  # a stage's forward hands its layers a cache under a name they ignore
+        own = Model(model.tape, arch, of_stage, model.adaptation, running, model.quant, model.adapter, stacks=model.stacks)
+        units = units_of(own, of_stage, shards, job.distributed, job.setup.by.layout, dtype=dtype, kind=Staged)
+        assert isinstance(units, Staged)
+        units.number, own.units = number, units
+        models.append(own)
+    of_rank = OfRank(stages, tuple(models), actions_of(job.distributed, stages, rank), job.distributed.chunks)
+    stepped = holding.states_of or holding.parameters
+    of_rank.steps_over = tuple(tuple(on_stages(stepped.all, model.arch, (stage,))) for stage in stages)
+    model.units = of_rank
+    return program._replace(shards=stepped.all, schedule=of_rank)
+
+
 def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:
     """How a rank loads the model. `of_one_gpu`: how one GPU loads what is not divided."""
     job, parameters, _, holding = inventory
@@ -225,6 +254,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     layout = job.setup.by.layout
+    if (distributed.pp_size or 1) > 1:
+        of_rank = stages_of(distributed, num_layers(parameters.all), holding.rank or 0)
+        parameters = parameters._replace(all=tuple(on_stages(parameters.all, job.architecture, of_rank)))
     if layout.loads == "model":
         # from_pretrained(dtype="auto", device_map=the device), and `.to(torch.float32)` behind it
         whole = partial(

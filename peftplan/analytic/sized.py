@@ -15,7 +15,7 @@ from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
-from peftplan.job.inventory import Inventory, of_any_device, on_each_device, on_rank
+from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_each_device, on_rank
 from peftplan.job.setup import MOST
 
 try:
@@ -70,6 +70,9 @@ class Sized:
         if distributed.strategy == "device-map":
             each = lru_cache(maxsize=JOBS_KEPT)(lambda rank: on_each_device(self.at_rank(rank)))
             return tuple(self._seen(lambda rank, gpu: each(rank)[gpu], gpu) for gpu in range(distributed.world_size))
+        if in_stages(self.first.job):
+            firsts = first_ranks(self.first.job)
+            return tuple(self._seen(lambda rank, gpu: on_rank(self.at_rank(rank), gpu), gpu) for gpu in firsts)
         reduced = self._ranked_alone(on_rank(self.first, 0)).compiled.reduced
         compared = (unlike(self.at_rank(rank), reduced) for rank in self.ranks or (None,))
         largest = sorted({gpu for ranks in compared if ranks is not None for gpu in ranks.largest})
@@ -167,7 +170,7 @@ class Sized:
 
     def _ranked_alone(self, of_job: Inventory) -> Ranked | OverRanks:
         """A job at its own rank."""
-        of_ranks = of_job.job.distributed is not None and of_job.job.distributed.strategy in SHARED
+        of_ranks = of_job.job.distributed is not None and of_job.job.distributed.strategy in SHARED and not in_stages(of_job.job)
         if of_ranks and not is_compiled(of_job, self.compute_capability):
             return over_ranks(of_job, self.compute_capability)
         return of_one_rank(compiled(of_job, compute_capability=self.compute_capability))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
 KINDS_IN_A_GROUP = 6
@@ -150,7 +150,11 @@ GPUS: dict[str, str] = {
     "--tp-size": "ranks per tensor-parallel group",
     "--cp-size": "ranks that share one sequence (context parallelism)",
     "--ep-size": "ranks that share the experts",
-    "--pp-size": "stages of a pipeline",
+    "--pp-size": "ranks in a row, each with its stages of a pipeline",
+    "--pp-schedule": "the order of a pipeline's forwards and backwards; by default 1f1b",
+    "--pp-microbatches": "micro batches of one run of the schedule, each of --batch-size; by default as many as ranks in a row",
+    "--pp-layers-per-stage": "layers of a stage, where it is not one stage for each rank, or two of interleaved1f1b",
+    "--pp-round-stages": "where stages are no multiple of --pp-size, what their number is rounded to",
 }
 SHORT_HELP = (
     *("--gpus", "--strategy"),
@@ -186,7 +190,7 @@ METAVARS: dict[str, str] = {
     "--quant-storage": "[uint8|bf16|fp16|fp32]",
     **dict.fromkeys(("--gpus", "--nodes", "--dp-shard-size", "--min-num-params", "--allgather-bucket-size"), "INT"),
     **dict.fromkeys(("--sub-group-size", "--stage3-max-live-parameters", "--stage3-max-reuse-distance"), "INT"),
-    **dict.fromkeys(("--tp-size", "--cp-size", "--ep-size", "--pp-size"), "INT"),
+    **dict.fromkeys(("--tp-size", "--cp-size", "--ep-size", "--pp-size", "--pp-microbatches", "--pp-layers-per-stage"), "INT"),
     **dict.fromkeys(("--reduce-bucket-size", "--stage3-prefetch-bucket-size"), "INT|auto"),
     "--stage3-param-persistence-threshold": "INT|auto",
     **dict.fromkeys(("--param-dtype", "--reduce-dtype"), "[bf16|fp16|fp32]"),
@@ -195,6 +199,8 @@ METAVARS: dict[str, str] = {
     "--accelerate": "VERSION",
     "--strategy": _choices(StrategyName),
     "--reshard-after-forward": "[true|false|INT]",
+    "--pp-schedule": _choices(Schedule),
+    "--pp-round-stages": "[up|down]",
     "--wrap-policy": _choices(WrapPolicy),
     "--backward-prefetch": _choices(Prefetch),
     "--transformer-cls-names-to-wrap": "NAMES",

@@ -43,7 +43,8 @@ def _shapes(
     plans, parts, shards = plans_of(distributed), distributed.divided, distributed.shards
     dims = ((p, divided_dim(p, architecture, plans)) for p in parameters.all) if parts > 1 else ()
     divided = {p.shape[dim] for p, dim in dims if dim is not None}
-    whole = shards_of(parameters, architecture, distributed).all if distributed.strategy == "fsdp2" else ()
+    of_all = distributed.model_copy(update={"pp_size": None})
+    whole = shards_of(parameters, architecture, of_all).all if distributed.strategy == "fsdp2" else ()
     rows = {p.shape[0] for p in whole if p.trainable and p.shape}
 
     def shape_of(rank: int) -> Hashable:

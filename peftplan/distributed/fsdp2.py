@@ -140,11 +140,15 @@ class Fsdp2(OneDevice):
         if unit is None or self.f.replays:
             return x
         if unit.reshards:
-            unit.unsharded = []
+            self._free(unit)
         unit.indices.append(len(self._order))
         self._order.append(unit)
         unit.state = "idle"
         return hooked(self.f, x, self.pre_backward, unit)
+
+    def _free(self, unit: Unit) -> None:
+        """Free what is gathered of a unit."""
+        unit.unsharded = []
 
     def end_forward(self) -> None:
         """The root's forward has returned."""

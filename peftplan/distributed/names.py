@@ -6,6 +6,7 @@ StrategyName = Literal["ddp", "fsdp2", "fsdp1", "zero0", "zero1", "zero2", "zero
 Place = Literal["none", "cpu", "nvme"]
 WrapPolicy = Literal["transformer", "size", "none"]
 Prefetch = Literal["pre", "post", "none"]
+Schedule = Literal["1f1b", "interleaved1f1b"]
 DEFAULT: StrategyName = "ddp"
 """What Trainer under torchrun or accelerate does on several GPUs if no strategy is set."""
 MOST_RANKS = 2**17
@@ -13,6 +14,7 @@ MOST_RANKS = 2**17
 
 SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_policy", "transformer_cls_names_to_wrap")
 OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
+OF_PIPELINE = ("pp_schedule", "pp_microbatches", "pp_layers_per_stage", "pp_round_stages")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
     *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer"),
@@ -39,7 +41,7 @@ STRATEGIES: dict[StrategyName, Facts] = {
         "DDP",
         ("bucket_cap_mb", "gradient_as_bucket_view", "find_unused_parameters", "static_graph", "sync_each_batch"),
     ),
-    "fsdp2": Facts("FSDP2", (*OF_FSDP, "tp_size", "custom_sharded_layers"), splits_weights=True),
+    "fsdp2": Facts("FSDP2", (*OF_FSDP, "tp_size", "custom_sharded_layers", "pp_size", *OF_PIPELINE), splits_weights=True),
     "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
     "zero0": Facts("DeepSpeed without ZeRO", ("deepspeed_optimizer",)),
     "zero1": Facts("ZeRO-1", OF_ZERO),

@@ -16,10 +16,12 @@ from peftplan.distributed.names import (
     ALWAYS,
     DEFAULT,
     MOST_RANKS,
+    OF_PIPELINE,
     STRATEGIES,
     Facts,
     Place,
     Prefetch,
+    Schedule,
     StrategyName,
     WrapPolicy,
 )
@@ -100,6 +102,12 @@ class Distributed(BaseModel):
     cp_size: Ranks | None = None
     ep_size: Ranks | None = None
     pp_size: Ranks | None = None
+    pp_schedule: Schedule | None = None
+    pp_microbatches: Ranks | None = None
+    """Micro batches of one run of the schedule, each of `batch_size` sequences."""
+    pp_layers_per_stage: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    pp_round_stages: Literal["up", "down"] | None = None
+    """Where the stages are no multiple of `pp_size`, what their number is rounded to."""
 
     @property
     def world_size(self) -> int:
@@ -109,7 +117,7 @@ class Distributed(BaseModel):
     @property
     def shards(self) -> int:
         """The number of ranks that share one copy of the sharded tensors."""
-        divided = self.tp_size or 1 if self.strategy == "fsdp2" else 1
+        divided = (self.tp_size or 1) * (self.pp_size or 1) if self.strategy == "fsdp2" else 1
         return self.dp_shard_size or self.world_size // divided
 
     @property
@@ -118,6 +126,11 @@ class Distributed(BaseModel):
         if self.strategy == "device-map":
             return 1
         return self.world_size // (self.divided * (self.cp_size or 1) * (self.pp_size or 1))
+
+    @property
+    def chunks(self) -> int:
+        """Micro batches of one run of a pipeline's schedule: as few as NeMo Automodel accepts unless they are set."""
+        return self.pp_microbatches or (self.pp_size or 1 if self.strategy == "fsdp2" else 1)
 
     @property
     def divided(self) -> int:
@@ -194,6 +207,9 @@ def _check_divisible(distributed: Distributed) -> None:
         size = getattr(distributed, name)
         if size is not None and world % size:
             raise InputError(name, size, f"accepted: a divisor of the {world} GPUs")
+    of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
+    if of_stages and distributed.pp_size in (None, 1):
+        raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")
     if type(distributed.reshard_after_forward) is int and distributed.shards % distributed.reshard_after_forward:
         raise InputError(
             "reshard_after_forward",

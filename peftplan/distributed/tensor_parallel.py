@@ -7,11 +7,12 @@ tuners/lora/model.py (`add_lora_tp_hooks_dtensor`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from peftplan.arch.modules import Architecture, Attention
+from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
@@ -126,33 +127,15 @@ def shards_of(parameters: Parameters, architecture: Architecture, distributed: D
     if ranks == stages == 1:
         return parameters
     if stages > 1:
-        parameters = parameters._replace(all=tuple(_of_stage(parameters.all, architecture, distributed.stage(rank), stages)))
+        of_rank = stages_of(distributed, num_layers(parameters.all), rank)
+        parameters = parameters._replace(all=tuple(on_stages(parameters.all, architecture, of_rank)))
     dims = ((p, divided_dim(p, architecture, plans_of(distributed))) for p in parameters.all)
     return parameters._replace(all=tuple(_shard(p, dim, ranks, position) for p, dim in dims))
 
 
 def largest_stage(parameters: Sequence[Parameter], stages: int) -> int:
     """The stage of a pipeline that holds most: the last one has the norm, the first one another layer if they do not divide."""
-    return 0 if _num_layers(parameters) % stages else stages - 1
-
-
-def _num_layers(parameters: Sequence[Parameter]) -> int:
-    return 1 + max((max(p.layers) for p in parameters if p.layers), default=0)
-
-
-def _of_stage(parameters: Sequence[Parameter], architecture: Architecture, stage: int, stages: int) -> Iterator[Parameter]:
-    """The parameters of a pipeline's stage: its layers, the embedding on the first one, all else on the last one, which has a
-    tied embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`)."""
-    each, more = divmod(_num_layers(parameters), stages)
-    first = stage * each + min(stage, more)
-    here = range(first, first + each + (stage < more))
-    tied = all(p.name != f"{architecture.output_embedding}.weight" for p in parameters)
-    for p in parameters:
-        if p.layers is not None:
-            if kept := p.layers.intersection(here):
-                yield p._replace(layers=kept, copies=p.copies * len(kept) // len(p.layers))
-        elif stage == (0 if p.in_embedding else stages - 1) or (tied and stage == stages - 1):
-            yield p
+    return 0 if num_layers(parameters) % stages else stages - 1
 
 
 def rows_of(rows: int, ranks: int, position: int) -> int:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, TypeVar
 
-from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.options import OtherWords
 from peftplan.job.script import Script
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
@@ -114,6 +114,10 @@ class GridOptions(OtherWords, total=False):
     cp_size: Axis[int | None]
     ep_size: Axis[int | None]
     pp_size: Axis[int | None]
+    pp_schedule: Axis[Schedule | None]
+    pp_microbatches: Axis[int | None]
+    pp_layers_per_stage: Axis[int | None]
+    pp_round_stages: Axis[Literal["up", "down"] | None]
     alpha: object
     alpha_pattern: object
     beta1: object

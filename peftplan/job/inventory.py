@@ -51,6 +51,8 @@ def inventory(job: Job) -> Inventory:
     if kernels_of(setup.kernels or ()).embedding is not None:
         built = built._replace(all=tuple(_on_host(p) if p.in_embedding and p.owner == "base" else p for p in built.all))
     own = _holding(job, built, _largest_rank(job, built))
+    if own is not None and in_stages(job):
+        own = own._replace(rank=None)
     return Inventory(job, built, _lasting(job, built, own), own)
 
 
@@ -89,6 +91,8 @@ def further_ranks(of_largest: Inventory) -> tuple[int, ...]:
     job = of_largest.job
     assert job.distributed is not None
     of_fsdp_1 = job.distributed.strategy == "fsdp1"
+    if in_stages(job):
+        return ()
     if not of_fsdp_1 and all(2 * p.numel < MIN_LARGE_ALLOC for p in of_largest.parameters.all if p.trainable):
         return ()
     groups = alike(of_largest.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
@@ -99,12 +103,13 @@ def further_ranks(of_largest: Inventory) -> tuple[int, ...]:
 
 def on_rank(of_largest: Inventory, rank: int) -> Inventory:
     """A job of FSDP, ZeRO or tensor parallelism as one of its ranks sees it. `of_largest`: as it is seen by the largest."""
-    if of_any_device(of_largest._replace(holding=None)):  # of ZeRO, whose ranks hold as much
+    if of_any_device(of_largest._replace(holding=None)) and not in_stages(of_largest.job):  # of ZeRO, whose ranks hold as much
         assert of_largest.holding is not None
         return of_largest._replace(holding=of_largest.holding._replace(rank=rank))
     job, built = of_largest.job, of_largest.parameters
     own = _holding(job, built, rank)
     assert own is not None
+    own = own._replace(rank=rank) if in_stages(job) else own
     return Inventory(job, built, _lasting(job, built, own), own)
 
 
@@ -116,11 +121,22 @@ UNLIKE = ("device-map", "zero1", "zero2")
 """Strategies whose GPUs need unlike amounts of memory."""
 
 
+def in_stages(job: Job) -> bool:
+    """Whether the ranks of a job are stages of a pipeline under FSDP2."""
+    return job.distributed is not None and job.distributed.strategy == "fsdp2" and (job.distributed.pp_size or 1) > 1
+
+
 def of_any_device(inventory: Inventory) -> bool:
     """Whether a job whose GPUs need unlike amounts is seen by none of them in particular."""
     distributed, holding = inventory.job.distributed, inventory.holding
-    unlike = distributed is not None and distributed.strategy in UNLIKE
+    unlike = distributed is not None and (distributed.strategy in UNLIKE or in_stages(inventory.job))
     return unlike and (holding is None or (holding.device is None and holding.rank is None))
+
+
+def first_ranks(job: Job) -> range:
+    """The first rank of each row of a pipeline's ranks."""
+    assert job.distributed is not None
+    return range(0, job.distributed.world_size, job.distributed.world_size // (job.distributed.pp_size or 1))
 
 
 def on_each_device(of_any: Inventory) -> list[Inventory]:

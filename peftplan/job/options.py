@@ -11,7 +11,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from peftplan.distributed.names import Place, Prefetch, StrategyName, WrapPolicy
+from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.script import Script
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
@@ -124,6 +124,10 @@ class StrategyOptions(TypedDict, total=False):
     cp_size: int | None
     ep_size: int | None
     pp_size: int | None
+    pp_schedule: Schedule | None
+    pp_microbatches: int | None
+    pp_layers_per_stage: int | None
+    pp_round_stages: Literal["up", "down"] | None
 
 
 class MethodOptions(TypedDict, total=False):

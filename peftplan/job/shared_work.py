@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peftplan.arch.modules import Architecture
-from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
+from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
@@ -72,6 +73,8 @@ def check_distributed(
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )
+    if strategy == "fsdp2" and (distributed.pp_size or 1) > 1:
+        _check_pipeline(distributed, setup, architecture)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
 
@@ -118,6 +121,17 @@ def asked_checkpoints(setup: Setup, distributed: Distributed, script: Script) ->
     asks = distributed.strategy == "zero3" and setup.by.reentrant_under_zero3 and setup.gradient_checkpointing
     heard = setup.by.generates or not script.checkpoints_forward or not setup.model_fields_set.isdisjoint(HOW_TO_CHECKPOINT)
     return setup.model_copy(update={"use_reentrant": True}) if asks and heard else setup
+
+
+def _check_pipeline(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
+    """Raise InputError for stages that the model does not have, and RefusedError for a head that is the embedding."""
+    if layers := sum(len(block.layers) for block in architecture.blocks):
+        check_schedule(distributed, layers)
+    if setup.by.layout is AUTOMODEL and architecture.ties:
+        raise RefusedError(
+            "pp_size: nemo_automodel refuses it: ValueError: Pipeline parallelism does not support tie_word_embeddings=True "
+            "(components/distributed/pipelining/hf_utils.py:755), and this model's head is its embedding; accepted: 1"
+        )
 
 
 def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:

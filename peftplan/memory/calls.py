@@ -11,6 +11,8 @@ from peftplan.tape.tensors import Tensor
 
 def inputs(model: Model) -> Tensor:
     """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
+    if model.received is not None:
+        return model.received
     assert model.arch.input_embedding is not None
     if not model.virtual_tokens:
         model.units.enter(EMBEDDING)

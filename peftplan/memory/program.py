@@ -1,10 +1,13 @@
 """The loop around the model, as facts of the setup."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.trainer import LOSS, Forward, Trainer
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
+
+if TYPE_CHECKING:
+    from peftplan.memory.pipeline import OfRank
 
 
 class Program(NamedTuple):
@@ -29,5 +32,7 @@ class Program(NamedTuple):
     """Whether gradients are reduced in every micro batch, not in the last alone."""
     forwards: tuple[Forward, ...] = LOSS
     """The forwards of a micro batch."""
+    schedule: "OfRank | None" = None
+    """The stages of a pipeline, and the order in which they run micro batches."""
     steps_in_backward: bool = False
     """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""

@@ -59,6 +59,7 @@ def units_of(
     *,
     dtype: str | None,
     checkpoints_units: bool = False,
+    kind: type[Fsdp2] = Fsdp2,
 ) -> Fsdp2:
     """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them. `checkpoints_units`: a
     checkpointed call runs a layer as FSDP1 wraps it.
@@ -91,13 +92,13 @@ def units_of(
         )
         for name, members in groups.items()
     ]
-    units_in_step = (Fsdp1 if of_fsdp1 else Fsdp2)(
+    units_in_step = (Fsdp1 if of_fsdp1 else kind)(
         model.tape,
         units,
         world_size=distributed.shards,
         reduce_dtype=distributed.reduce_dtype,
         offloads=distributed.offload_params == "cpu",
-        replicates=distributed.shards * ranks_of(distributed) != distributed.world_size,
+        replicates=distributed.shards * ranks_of(distributed) * (distributed.pp_size or 1) != distributed.world_size,
         joined={
             **({EMBEDDING: TAIL} if tied(model.arch) else {}),
             **({NORM: TAIL} if layout.ends == "units" and final_norm(model.arch, full) else {}),

@@ -23,7 +23,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     """One steady optimizer step. `reference`: the model that the policy is compared with, where a forward runs it."""
     f = model.tape
     kernels = model.running.kernels
-    if kernels.decoder is not None or kernels.checkpoint is not None or model.running.own_decoders:
+    if program.schedule is not None:
+        program.schedule.begin()
+    elif kernels.decoder is not None or kernels.checkpoint is not None or model.running.own_decoders:
         from peftplan.memory.lasting import kept_on_card
 
         kept_on_card(model)
@@ -37,6 +39,10 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         model.micro_batch = number
         if number and not program.collects:
             _fetch(model, program)
+        if program.schedule is not None:
+            program.schedule.run(f, model.batch, outputs)
+            loss_in_step = None
+            continue
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
         loss = loss_of_batch(model, program, reference, outputs)
@@ -78,6 +84,8 @@ def _fetch(model: Model, program: Program) -> None:
     f, others = model.tape, program.accumulation - 1
     model.batch.clear()
     model.batch.update(_batch(model, program))
+    if program.schedule is not None:
+        f.counts.update(dict.fromkeys((x.storage.number for x in model.batch.values() if x.storage), program.schedule.chunks))
     if program.collects:
         if others:
             model.other_batches = [f.many(x.dims, x.dtype, name, others) for name, x in model.batch.items()]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.job.inventory import Inventory, inventory, on_each_device, on_rank
+from peftplan.job.inventory import Inventory, in_stages, inventory, on_each_device, on_rank
 from peftplan.job.job import Job
 from peftplan.parameters import Parameters
 from peftplan.planning.assumed import of_ranks
@@ -83,7 +83,8 @@ class Shares(NamedTuple):
         peaks = self.peaks
         traced = dict(peaks.of_ranks or [(holding.rank or 0, peaks)]) if peaks else {}
         for ranks in shapes:
-            of_rank = self.of_any if (holding.rank or 0) in ranks else on_rank(self.of_any, ranks[0])
+            is_own = (holding.rank or 0) in ranks and not in_stages(job)
+            of_rank = self.of_any if is_own else on_rank(self.of_any, ranks[0])
             if isinstance(peaks, OfRanks):
                 yield RankGroup(ranks, of_rank.static, peaks.of(ranks[0]))
             else:

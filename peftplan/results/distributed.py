@@ -100,7 +100,7 @@ class OverGpus:
     @property
     def global_batch_size(self) -> int:
         """Sequences of an optimizer step over all ranks."""
-        return self.batch_size * self.accumulation * self.strategy.replicas
+        return self.batch_size * self.strategy.chunks * self.accumulation * self.strategy.replicas
 
     @property
     def words(self) -> str:

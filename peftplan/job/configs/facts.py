@@ -52,6 +52,8 @@ class Facts:
     """What the tool does on several GPUs, where its files do not say it."""
     batches: tuple[str, ...] = ()
     """Keys of the rows of a step on all ranks and of a micro batch on one, where the tool divides them to accumulate."""
+    micro_batch: str | None = None
+    """The key of the rows of a pipeline's micro batch, which divides that of a rank."""
     device_map: str | None = None
     """How it loads a model on one GPU, where its keys do not say it."""
     prefixes: tuple[str, ...] = ()
@@ -169,6 +171,7 @@ def facts(tool: Tool) -> Facts:
         raw.get("builders"),
         raw.get("strategy"),
         tuple(raw.get("batches", ())),
+        raw.get("micro_batch"),
         next(iter(raw.get("device_map", ())), None),
         tuple(filter(None, prefixed)),
         next(iter(raw.get("transformers", ())), None),

@@ -269,11 +269,32 @@ class Reading:
         numbers = [str(self.effective.of(key)) for key in self.tool.batches]
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
             global_batch, micro_batch = map(int, numbers)
-            ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // number_in(self.options, "tp_size"), 1)
+            sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
+            ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // sharing, 1)
             micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
             if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
                 of_sync = [key for key, row in self.read.items() if row.option == "sync_each_batch"]
                 self.read |= {key: Read(self.read[key].value, "", "a step has one micro batch") for key in of_sync}
+
+    def _divide_batch(self) -> None:
+        """The micro batches that a pipeline makes of a rank's rows, and what of its keys is not known."""
+        if self.tool.micro_batch is None:
+            return
+        staged = number_in(self.options, "pp_size") > 1
+        section = self.tool.micro_batch.rpartition(".")[0]
+        for key in [key for key in self.read if key.startswith(f"{section}.") and key != self.tool.micro_batch]:
+            if not staged:
+                for option in self.read[key].option.split(", "):
+                    self.options.pop(option, None)
+                self.read[key] = Read(self.read[key].value, "", "with stages of a pipeline")
+            elif not self.read[key].option and not self.read[key].why.startswith("stages send"):
+                self.unsupported[key] = Unsupported(self.read.pop(key).value, "its effect has not been examined")
+        if staged:
+            rows, text = number_in(self.options, "batch_size"), str(self.values.get(self.tool.micro_batch))
+            size = max(int(text), 1) if text.isdecimal() else 1
+            self.options |= {"batch_size": size, "pp_microbatches": max(rows // size, 1)}
+            if self.tool.micro_batch in self.read:
+                self.read[self.tool.micro_batch] = Read(size, "batch_size, pp_microbatches", "rows of a micro batch")
 
     def plan(self) -> ConfigPlan:
         """What was read; options that the method does not have are left out."""
@@ -292,8 +313,10 @@ class Reading:
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
         if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
-            launch.options["gpus"] = number_in(launch.options, "gpus") * number_in(self.options, "tp_size")
+            sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
+            launch.options["gpus"] = number_in(launch.options, "gpus") * sharing
         self._accumulate(launch.options)
+        self._divide_batch()
         if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
             self._set({"autocast": launch.options["autocast"]})
         by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}

@@ -200,6 +200,7 @@ class ToolFile(TypedDict, total=False):
     builders: dict[str, Builder]
     strategy: str
     batches: list[str]
+    micro_batch: str
     device_map: list[str]
     transformers: list[str]
     launched_precision: list[str]

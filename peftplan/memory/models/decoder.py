@@ -56,6 +56,8 @@ def decoder(model: Model, style: Style) -> Tensor:
 def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor | None]:
     """Window → mask, of each kind of attention that the model has."""
     windows = {a.window for block in model.arch.blocks for a in block.attentions}
+    if model.given_mask is not None:
+        return dict.fromkeys(windows, model.given_mask)
     if style.both_masks and len(windows) == 1:
         windows |= {0} if None in windows else {None}
     return {window: causal_mask(model, dtype, window) for window in sorted(windows, key=lambda window: window or 0)}
@@ -112,7 +114,7 @@ def run_layers(
         holds=holds,
     )
     holds = False  # `layer` runs again in backward, when nothing more is held
-    if style.final_norm is not None:
+    if style.final_norm is not None and model.has(style.final_norm):
         x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
     layer_inputs.clear()  # which frames refer to

@@ -27,8 +27,12 @@ def start(say: Callable[[str], None]) -> None:
 
     _watch_ddp(parallel.distributed)
     _watch_dp(parallel, say)
-    sharded = {"torch.distributed.checkpoint.utils": _plan_alone, "torch.distributed.fsdp._optim_utils": _save_for_others}
-    sys.meta_path.insert(0, AfterImport(sharded))
+    with_others = {
+        "torch.distributed.checkpoint.utils": _plan_alone,
+        "torch.distributed.fsdp._optim_utils": _save_for_others,
+        "torch.distributed.pipelining.schedules": _vote_alone,
+    }
+    sys.meta_path.insert(0, AfterImport(with_others))
 
 
 def _plan_alone(module: Any) -> None:
@@ -39,6 +43,26 @@ def _plan_alone(module: Any) -> None:
         init(self, group, False, coordinator_rank)
 
     module._DistWrapper.__init__ = alone
+
+
+def _vote_alone(module: Any) -> None:
+    """Stages of a pipeline vote on whether the shapes between them are known: the other ranks vote as this one does.
+
+    Source: torch, torch/distributed/pipelining/schedules.py (`_warmup_p2p`), stage.py (`_warmup_forward_vote`).
+    """
+    warm_up = module._PipelineSchedule._warmup_p2p
+
+    @wraps(warm_up)
+    def vote(self: Any, stages: Any, has_backward: bool, p2p_done: bool) -> None:
+        from torch.distributed.pipelining._utils import InferenceMode
+
+        if any(InferenceMode.needs_dynamic(stage._user_meta, has_backward) for stage in stages):
+            warm_up(self, stages, has_backward, p2p_done)
+            return
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    module._PipelineSchedule._warmup_p2p = vote
 
 
 def _save_for_others(module: Any) -> None:

@@ -1,0 +1,105 @@
+"""Formulas of a pipeline's stages against NeMo Automodel's own recipe, rehearsed rank by rank (`tools.rehearsed_automodel`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.distributed.pipeline import actions_of, stages_of
+from peftplan.distributed.strategy import Distributed
+from peftplan.errors import InputError, RefusedError
+from tools.rehearsed_automodel import options
+
+ROWS = [json.loads(line) for line in Path(__file__).with_name("pipeline.jsonl").read_text(encoding="utf-8").splitlines()]
+LARGEST = {"allocated": 0.01, "reserved": 0.1}
+"""Per cent."""
+LARGEST_OF_PHASE = 0.15
+"""Per cent of forward and of backward. A rehearsal counts what a schedule makes before the first forward, its buffers and what it
+gathers, to the phase before: to loading, and to the step."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']} rank {row['rank']}" for row in ROWS])
+def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
+    result = peftplan.estimate(**options(row), gpu="a100-80gb")
+    assert result.distributed is not None
+    (peaks,) = (group.peaks for group in result.distributed.ranks if row["rank"] in group.ranks)
+    assert peaks is not None
+    assert peaks.reserved is not None
+    stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
+    drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items()}
+    assert all(abs(drift) <= LARGEST[what] for what, drift in drifts.items()), drifts
+    by_phase = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")}
+    assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
+
+
+def test_memory_is_that_of_the_stage_with_the_largest_peak() -> None:
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 4, "pp_size": 2, "seq_len": 512}
+    result = peftplan.estimate("llama-3.1-8b", **job)
+    assert result.distributed is not None
+    assert result.peaks is not None
+    peaks = {group.words: group.peaks and group.peaks.allocated for group in result.distributed.ranks}
+    assert list(peaks) == ["0-1", "2-3"]
+    assert result.peaks.allocated == max(peak for peak in peaks.values() if peak)
+    assert result.distributed.global_batch_size == 1 * 2 * 2  # 2 micro batches, read by 2 rows of ranks
+
+
+def test_a_stage_keeps_the_micro_batches_that_1f1b_lets_in() -> None:
+    """Stage 1 of 4 runs three forwards before its first backward."""
+    distributed = Distributed(strategy="fsdp2", gpus=4, pp_size=4, pp_microbatches=5)
+    actions = actions_of(distributed, stages_of(distributed, 8, 1), 1)
+    words = [f"{action.what[0]}{action.micro_batch}" for action in actions]
+    assert words == ["f0", "f1", "f2", "b0", "f3", "b1", "f4", "b2", "b3", "b4", "r0"]
+
+
+def test_stages_take_turns() -> None:
+    """torch's `ScheduleInterleaved1F1B`, 2 ranks with 2 stages each and 4 micro batches: rank 0 runs four forwards ahead, and
+    gathers both stages first."""
+    distributed = Distributed(strategy="fsdp2", gpus=2, pp_size=2, pp_microbatches=4, pp_schedule="interleaved1f1b")
+    stages = stages_of(distributed, 8, 0)
+    assert [(stage.number, stage.layers) for stage in stages] == [(0, range(2)), (2, range(4, 6))]
+    words = [f"{action.what[0]}{action.stage}{action.micro_batch}" for action in actions_of(distributed, stages, 0)]
+    assert words[:9] == ["u00", "u10", "f00", "f01", "f10", "f11", "f02", "b10", "f03"]
+    assert words[-4:] == ["b02", "b03", "r00", "r00"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pp_microbatches": 1}, "pp_microbatches: expected at least as many as the 2 stages"),
+        ({"pp_schedule": "interleaved1f1b", "pp_microbatches": 5}, "a multiple of 2 with interleaved1f1b"),
+        ({"pp_layers_per_stage": 3}, "pp_layers_per_stage"),
+        ({"pp_size": None, "pp_microbatches": 4}, "with a pp_size of 2 or more"),
+    ],
+)
+def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) -> None:
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 4, "pp_size": 2}
+    with pytest.raises(InputError, match=message.partition(":")[2].strip().removeprefix("expected ") or message):
+        peftplan.estimate("llama-3.1-8b", **job | options)
+
+
+def test_a_tied_head_is_refused() -> None:
+    with pytest.raises(RefusedError, match="tie_word_embeddings"):
+        peftplan.estimate("llama-3.2-1b", method="full", trainer="automodel", strategy="fsdp2", gpus=4, pp_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({}, None),
+        ({"pp_schedule": "1f1b"}, "pp_size"),
+        ({"model": "mistral-7b-v0.1"}, "pp_size"),
+        ({"tp_size": 2}, "pp_size"),
+        ({"gpus": 2}, "pp_size"),
+        ({"trainer": "transformers"}, "pp_size"),
+        ({"sync_each_batch": True, "gradient_accumulation_steps": 2}, "pp_size"),
+    ],
+)
+def test_what_of_a_pipeline_was_not_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
+    job: dict[str, Any] = {"model": "llama-3.1-8b", "method": "lora", "trainer": "automodel", "strategy": "fsdp2", "gpus": 4}
+    result = peftplan.estimate(**job | {"pp_size": 2, "pp_schedule": "interleaved1f1b", "seq_len": 512} | options)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]
