@@ -113,7 +113,7 @@ def test_more_of_it_takes_no_less(fields: dict[str, int]) -> None:
     assert serving(**{"r": 2, **fields}).total > less.total
 
 
-@pytest.mark.parametrize("model", ["gemma-3-4b-it", "llava-1.5-7b", "llama-3.2-11b-vision"])
+@pytest.mark.parametrize("model", ["paligemma-3b-pt-224", "llama-3.2-11b-vision-instruct", "llama-3.2-11b-vision"])
 def test_without_the_extra_a_model_of_pictures_says_that_its_cache_is_missing(model: str) -> None:
     with patch.dict(sys.modules, dict.fromkeys(("torch", "transformers", "peft"))):
         result = peftplan.serving(model, r=8, context=4096)
