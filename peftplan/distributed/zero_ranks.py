@@ -24,7 +24,10 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, Slot, slots_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.parameters import Parameters
-from peftplan.units import ALLOCATION_ROUNDING, round512
+from peftplan.units import ALLOCATION_ROUNDING, ceil_div, round512
+
+MOST_COMPARED = 16
+"""Ranks that are compared: up to so many ranks of a job, all of them."""
 
 
 class OwnBytes(NamedTuple):
@@ -41,6 +44,11 @@ class OwnBytes(NamedTuple):
             self._after(reduction) >= nbytes for reduction, nbytes in other.backward
         )
 
+    @property
+    def highest(self) -> int:
+        """The most bytes at any moment."""
+        return max(*self.moments, *(nbytes for _, nbytes in self.backward), 0)
+
     def _after(self, reduction: int) -> int:
         return next((nbytes for at, nbytes in reversed(self.backward) if at <= reduction), 0)
 
@@ -49,7 +57,8 @@ class Unlike(NamedTuple):
     """The ranks of a job, compared."""
 
     largest: tuple[int, ...]
-    """Those of which one needs the most, at every batch size and sequence length; equal ones once."""
+    """Those of which one needs the most, at every batch size and sequence length, equal ones once; of more than `MOST_COMPARED`
+    those that hold most of their own, and others evenly spread."""
     like: tuple[int, ...]
     """Rank → the first rank whose step allocates the same."""
 
@@ -86,7 +95,19 @@ def unlike_ranks(
         like.append(firsts.setdefault(sequence, rank))
         if like[rank] == rank and not any(other.covers(own) for other in front.values()):
             front = {**{other: theirs for other, theirs in front.items() if not own.covers(theirs)}, rank: own}
-    return Unlike(tuple(front), tuple(like))
+    return Unlike(_fewer(front), tuple(like))
+
+
+def _fewer(front: Mapping[int, OwnBytes]) -> tuple[int, ...]:
+    """At most `MOST_COMPARED` of these ranks. Of small buckets each can have its moment: with the optimizer on the host that when
+    its parts are copied, under ZeRO-1 gradients that it alone does not keep.
+    """
+    ranks = sorted(front)
+    if len(ranks) <= MOST_COMPARED:
+        return tuple(ranks)
+    most = sorted(ranks, key=lambda rank: front[rank].highest, reverse=True)[: MOST_COMPARED // 2]
+    spread = ranks[:: -ceil_div(len(ranks), MOST_COMPARED // 2 - 1)]
+    return tuple(sorted({*most, *spread, ranks[0]}))
 
 
 def _buckets(slots: Mapping[Key, Slot], reduced: Iterable[Key], bucket_size: int) -> dict[Key, tuple[int, int]]:
