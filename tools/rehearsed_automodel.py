@@ -44,8 +44,8 @@ CARD = "8xa100-80gb"
 class Rows:
     """Rows of one length, with the fields that the tool's own data sets have."""
 
-    def __init__(self, length: int, count: int, *, translated: bool = False) -> None:
-        self.length, self.count, self.translated = length, count, translated
+    def __init__(self, length: int, count: int, *, translated: bool = False, masked: bool = True) -> None:
+        self.length, self.count, self.translated, self.masked = length, count, translated, masked
 
     def __len__(self) -> int:
         """How many there are."""
@@ -56,13 +56,14 @@ class Rows:
         if number >= self.count:
             raise IndexError(number)
         tokens = [(7 * number + place) % 90 + 5 for place in range(self.length)]
-        fields = {"input_ids": tokens, "labels": [*tokens], "attention_mask": [1] * self.length}
+        fields = {"input_ids": tokens, "labels": [*tokens]} | ({"attention_mask": [1] * self.length} if self.masked else {})
         return fields | ({"decoder_input_ids": [*tokens]} if self.translated else {})
 
 
-def rows(length: int, count: int, *, translated: bool = False) -> Rows:
-    """A component of a config. `translated`: with what a decoder reads, as an encoder-decoder needs it."""
-    return Rows(length, count, translated=translated)
+def rows(length: int, count: int, *, translated: bool = False, masked: bool = True) -> Rows:
+    """A component of a config. `translated`: with what a decoder reads, as an encoder-decoder needs it. `masked`: with a mask, of
+    which a stage of a pipeline asks the card whether it hides tokens; the emulated card says that it does."""
+    return Rows(length, count, translated=translated, masked=masked)
 
 
 def pictureless(examples: list[dict[str, list[int]]], processor: Any) -> dict[str, Any]:

@@ -60,6 +60,11 @@ def _knows_muon(job: Job) -> bool:
     return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
+def _in_stages(job: Job) -> bool:
+    """Whether stages of a pipeline run the model, each of which makes a mask of padded rows for itself."""
+    return job.distributed is not None and (job.distributed.pp_size or 1) > 1
+
+
 def without_formula(job: Job) -> str | None:
     """Why a step of the recipe has no formula; None where it has one."""
     architecture, setup = job.architecture, job.setup
@@ -71,7 +76,7 @@ def without_formula(job: Job) -> str | None:
         or (architecture.model_type == "gpt2" and job.method_name != "full"),
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
-        "padding": setup.padding and builds(job),
+        "padding": setup.padding and builds(job) and not _in_stages(job),
         f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))

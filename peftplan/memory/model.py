@@ -36,8 +36,6 @@ class Model(Weights):
     """The tensors of the step's other micro batches, where they are on the device too."""
     received: Tensor | None = None
     """What a stage of a pipeline receives in place of embeddings."""
-    given_mask: Tensor | None = None
-    """The mask that such a stage is called with."""
     mask: Tensor | None = None
     """The attention mask, extended by virtual tokens."""
     layer_locals: list[Tensor] = field(default_factory=list)

@@ -230,7 +230,6 @@ class OfRank(OneGpu):
         stage, model = self.stages[action.stage], self.models[action.stage]
         f = model.tape
         model.micro_batch, model.pass_name = action.micro_batch, f"/{action.stage}"
-        model.given_mask = f.new(("b", 1, model.seq, model.seq), "bool", "to")  # FSDP moves what a stage is called with
         received = self.received[action.stage]
         if received is None:
             model.units.enter(ROOT)
@@ -242,7 +241,7 @@ class OfRank(OneGpu):
             model.arch.model_type, own_modules=False, own_decoders=model.running.own_decoders, compiled=False
         )
         x = forward(model)
-        model.received = model.given_mask = None
+        model.received = None
         if stage.last:
             x = logits_of(model, x)
         x = model.units.leave(ROOT, x)

@@ -12,6 +12,7 @@ import peftplan
 from peftplan.distributed.pipeline import actions_of, stages_of
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import InputError, RefusedError
+from tools.rank_grid import cut
 from tools.rehearsed_automodel import options
 
 ROWS = [json.loads(line) for line in Path(__file__).with_name("pipeline.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -45,6 +46,17 @@ def test_memory_is_that_of_the_stage_with_the_largest_peak() -> None:
     assert list(peaks) == ["0-1", "2-3"]
     assert result.peaks.allocated == max(peak for peak in peaks.values() if peak)
     assert result.distributed.global_batch_size == 1 * 2 * 2  # 2 micro batches, read by 2 rows of ranks
+
+
+def test_a_stage_makes_a_mask_of_padded_rows() -> None:
+    """Of the micro batch that waits while the next one is embedded, 4 layers keep a mask in bf16, of 512 x 512 tokens."""
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 4, "pp_size": 2, "seq_len": 512}
+    result = peftplan.estimate(cut("llama-3.1-8b", 8), **job, padding=True)
+    assert result.distributed is not None
+    (first, _) = (group.peaks for group in result.distributed.ranks)
+    assert first is not None
+    masks = [line for line in first.ledgers["forward"].lines if line.name.endswith("self_attn mask")]
+    assert sum(line.bytes() for line in masks) == 4 * 2 * 512 * 512
 
 
 def test_a_stage_keeps_the_micro_batches_that_1f1b_lets_in() -> None:

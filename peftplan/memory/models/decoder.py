@@ -56,8 +56,6 @@ def decoder(model: Model, style: Style) -> Tensor:
 def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor | None]:
     """Window → mask, of each kind of attention that the model has."""
     windows = {a.window for block in model.arch.blocks for a in block.attentions}
-    if model.given_mask is not None:
-        return dict.fromkeys(windows, model.given_mask)
     if style.both_masks and len(windows) == 1:
         windows |= {0} if None in windows else {None}
     return {window: causal_mask(model, dtype, window) for window in sorted(windows, key=lambda window: window or 0)}
