@@ -69,13 +69,22 @@ def test_four_layers_of_a_text_part(
     assert reserved <= peaks.reserved <= 1.038 * reserved
 
 
-def test_layers_of_which_a_repository_leaves_some_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3 4B by FastModel, text alone in one row, with eight layers: the MLPs of six and the attention of one in 16 bits."""
-    peaks = estimate(with_layers("gemma-3-4b-it", 8, monkeypatch), **GEMMA_4B, batch_size=2, seq_len=2048).peaks
+@pytest.mark.parametrize(
+    ("layers", "by_phase", "reserved"),
+    [
+        (8, (4_053_993_472, 4_143_159_296, 3_390_423_552), 4_544_528_384),
+        (34, (5_436_055_552, 5_525_221_376, 4_772_485_632), 5_874_122_752),
+    ],
+)
+def test_layers_of_which_a_repository_leaves_some_in_16_bits(
+    layers: int, by_phase: tuple[int, ...], reserved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 4B by FastModel, text alone in one row: the MLPs of six layers and the attention of one are in 16 bits. The record
+    is of eight layers; all 34 are the notebook's job."""
+    peaks = estimate(with_layers("gemma-3-4b-it", layers, monkeypatch), **GEMMA_4B, batch_size=2, seq_len=2048).peaks
     assert peaks is not None
-    by_phase = (4_053_993_472, 4_143_159_296, 3_390_423_552)
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0001)
-    assert peaks.reserved == pytest.approx(4_544_528_384, rel=0.006)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.012)
 
 
 def test_a_length_that_is_not_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
