@@ -207,6 +207,9 @@ def _check_divisible(distributed: Distributed) -> None:
         size = getattr(distributed, name)
         if size is not None and world % size:
             raise InputError(name, size, f"accepted: a divisor of the {world} GPUs")
+    sharing = (distributed.tp_size or 1) * (distributed.pp_size or 1)
+    if world % sharing:
+        raise InputError("pp_size", distributed.pp_size, f"accepted: with tp_size a divisor of the {world} GPUs; it is {sharing}")
     of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")

@@ -10,6 +10,7 @@ from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
 from peftplan.errors import InputError, RefusedError
+from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
@@ -124,10 +125,11 @@ def asked_checkpoints(setup: Setup, distributed: Distributed, script: Script) ->
 
 
 def _check_pipeline(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
-    """Raise InputError for stages that the model does not have, and RefusedError for a head that is the embedding."""
+    """Raise InputError for stages that the model does not have, and RefusedError for a head that is the embedding of a model that
+    NeMo Automodel builds; it may know another way with other models."""
     if layers := sum(len(block.layers) for block in architecture.blocks):
         check_schedule(distributed, layers)
-    if setup.by.layout is AUTOMODEL and architecture.ties:
+    if setup.by.layout is AUTOMODEL and architecture.model_type in BUILT and architecture.ties:
         raise RefusedError(
             "pp_size: nemo_automodel refuses it: ValueError: Pipeline parallelism does not support tie_word_embeddings=True "
             "(components/distributed/pipelining/hf_utils.py:755), and this model's head is its embedding; accepted: 1"

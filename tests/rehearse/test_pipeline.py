@@ -85,6 +85,7 @@ def test_stages_take_turns() -> None:
         ({"pp_schedule": "interleaved1f1b", "pp_microbatches": 5}, "a multiple of 2 with interleaved1f1b"),
         ({"pp_layers_per_stage": 3}, "pp_layers_per_stage"),
         ({"pp_size": None, "pp_microbatches": 4}, "with a pp_size of 2 or more"),
+        ({"tp_size": 4}, "with tp_size a divisor of the 4 GPUs"),
     ],
 )
 def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) -> None:

@@ -312,9 +312,12 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
+        sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
         if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
-            sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
             launch.options["gpus"] = number_in(launch.options, "gpus") * sharing
+        elif "gpus" in launch.assumed and number_in(launch.options, "gpus") % sharing:
+            launch.options["gpus"] = sharing
+            self.assumed["gpus"] = f"the launcher decides; {sharing} are assumed, as tp_size and pp_size need them"
         self._accumulate(launch.options)
         self._divide_batch()
         if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
