@@ -16,7 +16,7 @@ from tools.rehearsed_jobs import read
 
 ROWS = read(Path(__file__).with_name("stacks.jsonl"))
 LARGEST = {"allocated": 0.06, "reserved": 1.2}
-"""Per cent; reserved: Llama 3.1 8B in int8, all others 0.05."""
+"""Per cent; reserved: Llama in int8, all others 0.2."""
 GLM: dict[str, Any] = {"base_model": "zai-org/GLM-4.7-Flash", "adapter": "lora", "load_in_8bit": True, "lora_r": 8}
 GLM |= {"lora_target_modules": ["o_proj"], "gradient_checkpointing": True, "attn_implementation": "flash_attention_2"}
 
