@@ -209,7 +209,7 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
         own = Model(model.tape, arch, of_stage, model.adaptation, running, model.quant, model.adapter, stacks=model.stacks)
         units = units_of(own, of_stage, shards, job.distributed, job.setup.by.layout, dtype=dtype, kind=Staged)
         assert isinstance(units, Staged)
-        units.number, own.units = number, units
+        units.number, own.units, own.ends = number, units, stage.last
         models.append(own)
     of_rank = OfRank(stages, tuple(models), actions_of(job.distributed, stages, rank), job.distributed.chunks)
     stepped = holding.states_of or holding.parameters

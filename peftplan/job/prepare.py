@@ -271,19 +271,19 @@ def _stored(model_config: Mapping[str, object], set_here: Mapping[str, object]) 
     method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
     if method in PACKED:
         of_gptq = {"quant_bits": stored.get("bits", 4)} if method == "gptq" else {}
-        found = {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
+        as_stored = {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
     elif stored.get("load_in_4bit") or stored.get("load_in_8bit"):
         from peftplan.job import ecosystem
 
-        found = {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
+        as_stored = {name: value for name, value in ecosystem.quant_options(stored).items() if value is not None}
     else:
         return {}
-    if set_here.get("quant", found["quant"]) != found["quant"]:
+    if set_here.get("quant", as_stored["quant"]) != as_stored["quant"]:
         raise RefusedError(
-            f"quant: {set_here['quant']} is not how this repository stores its weights ({found['quant']}), and transformers "
+            f"quant: {set_here['quant']} is not how this repository stores its weights ({as_stored['quant']}), and transformers "
             "loads them as they are stored; leave it out, or name the repository that stores 16 bits"
         )
-    return found
+    return as_stored
 
 
 def _task_of(adapter: Mapping[str, object]) -> dict[str, str]:

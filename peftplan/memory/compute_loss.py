@@ -49,7 +49,7 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
     if not program.trainer.drops_outputs:
         return _plain_loss(model, outputs, program)
     loss = _loss_apart(model, program, reference, outputs)
-    if program.trainer.weighs_tokens and model.tape.leaves:  # the loop's variable holds the graph, and with it these
+    if model.tape.keeps_graph and model.tape.leaves:
         outputs[:] = [loss]
     return loss
 

@@ -34,6 +34,8 @@ class Model(Weights):
     """The micro batch, by the names of the forward's arguments."""
     other_batches: list[Tensor] = field(default_factory=list)
     """The tensors of the step's other micro batches, where they are on the device too."""
+    ends: bool = True
+    """Whether the final norm is its own: not in a stage of a pipeline before the last."""
     received: Tensor | None = None
     """What a stage of a pipeline receives in place of embeddings."""
     mask: Tensor | None = None
@@ -322,7 +324,7 @@ def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:
     whole = g.dims if g.storage is None else f.dims[g.storage.number]
     sliced = f.several and len(whole) == len(g.dims) and whole != g.dims
     kept = f.new(g.dims, g.dtype, "clone") if sliced else g
-    if kept.storage is not None:
-        f.category[kept.storage.number] = "activations"  # lives as long as the leaf
+    if kept.storage is not None and f.keeps_graph:
+        f.category[kept.storage.number] = "activations"  # lives beyond the step, as the leaf does
     node.context = (node.context, kept)
     return ()

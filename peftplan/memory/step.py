@@ -22,6 +22,7 @@ micro batches: nothing; Gemma 2 9B: 0.04 % of the reserved bytes)."""
 def steady_step(model: Model, program: Program, reference: Model | None = None) -> None:
     """One steady optimizer step. `reference`: the model that the policy is compared with, where a forward runs it."""
     f = model.tape
+    f.keeps_graph = program.trainer.weighs_tokens
     kernels = model.running.kernels
     if program.schedule is not None:
         program.schedule.begin()

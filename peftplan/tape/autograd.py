@@ -60,6 +60,8 @@ class Autograd(Allocations):
         """Positions in the log of matrix products that write into an existing tensor, and the library that computes them."""
         self.leaves: set[tuple[int, Dims]] = set()
         """Storages of leaf tensors that require a gradient: embeddings under `enable_input_require_grads`."""
+        self.keeps_graph = False
+        """Whether the loop holds the loss, and with it the graph, until the next one is made."""
         self.lasting: set[int] = set()
         """Storages that the backward of a layer allocates and that live until the backward of all layers is done."""
         self._sequence = 0

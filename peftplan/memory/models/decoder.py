@@ -112,7 +112,7 @@ def run_layers(
         holds=holds,
     )
     holds = False  # `layer` runs again in backward, when nothing more is held
-    if style.final_norm is not None and model.has(style.final_norm):
+    if style.final_norm is not None and model.ends:
         x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
     layer_inputs.clear()  # which frames refer to
