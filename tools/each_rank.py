@@ -23,8 +23,13 @@ SHARES_HEAD = job("zero1", "full", 16, model="pythia-1b", layers=16, seq_len=256
 """Rank 14 keeps as many gradients as rank 1, and keeps them from the head's on, with which backward begins."""
 RESERVES_MORE = job("zero1", "full", 16, model="llama-3.2-1b", layers=16, seq_len=1024, batch_size=4)
 """Rank 13 allocates as much as rank 0, and reserves a fifth more."""
-OF_NEITHER_END = job("zero2", "full", 8, model="llama-3.2-1b", layers=16, seq_len=128, accumulation=2)
-"""Rank 6 keeps the most gradients of those that share neither the embedding nor the last tensor, and allocates the most."""
+BETWEEN = (
+    job("zero2", "full", 8, model="llama-3.2-1b", layers=16, seq_len=128, accumulation=2),
+    job(
+        "zero2", "full", 6, model="qwen2.5-0.5b", layers=24, seq_len=64, accumulation=2, zero={"reduce_bucket_size": 200_000_000}
+    ),
+)
+"""Ranks 6 and 2 allocate most: they keep more gradients than the last ranks, and keep them earlier than the first ones."""
 ANY_RANK = ("zero1", "zero2")
 """Strategies of which a trace plays any rank."""
 
@@ -38,7 +43,7 @@ def run(name: str, rank: int) -> None:
     """Rehearse a rank of a job, trace it where that is possible, and append the row."""
     from peftplan.rehearse import rehearse
 
-    of_grid = next(each for each in (*jobs(), SHARES_HEAD, RESERVES_MORE, OF_NEITHER_END) if each["name"] == name)
+    of_grid = next(each for each in (*jobs(), SHARES_HEAD, RESERVES_MORE, *BETWEEN) if each["name"] == name)
     result = rehearse(
         command(of_grid),
         gpu=f"{of_grid['world']}x{CARD}",
