@@ -59,6 +59,9 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
+    merges = job.setup.by.sends_at_once and bool(job.setup.use_vllm) and bool(job.method and job.method.peft_type)
+    if merges and (job.quant is not None or has_towers(job.architecture)):
+        raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
     if (refused := refused_product(job)) is not None:

@@ -9,12 +9,13 @@ import pytest
 
 from peftplan.job.trainers import TRAINERS
 from tools.rehearsed_jobs import compared, page, read
+from tools.rehearsed_swift import plan
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("preferences.jsonl"))
 MEDIAN = {"allocated": 0.1, "reserved": 0.1}
-LARGEST = {"allocated": 1.0, "reserved": 3.0}
-"""Per cent."""
+LARGEST = {"allocated": 1.6, "reserved": 3.0}
+"""Per cent. More than 1 is 28 MB of a small model whose adapter ms-swift merges for vLLM, and which then needs less."""
 TITLE = "preferences and rewards"
 
 Results = list[tuple[str, dict[str, object], dict[str, float] | None]]
@@ -35,6 +36,7 @@ def test_formulas_hold_what_trl_holds(what: str, results: Results) -> None:
 
 def test_each_trainer_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
+    jobs += [f"--trainer {plan(row).options.get('trainer')} " for row in read(Path(__file__).with_name("swift.jsonl"))]
     trainers = [trainer.name for trainer in TRAINERS.values() if trainer.of_preferences and not trainer.embeds]
     assert [name for name in trainers if not any(f"--trainer {name} " in job for job in jobs)] == []
 

@@ -48,6 +48,8 @@ def with_swift(job: argparse.Namespace) -> None:
         settings["deepspeed"] = json.dumps(deepspeed(job, int(job.strategy[-1])))
     if name == "grpo":
         written_elsewhere(completion)
+        if job.use_vllm and job.vllm_mode == "server":
+            sent_elsewhere()
         settings |= {"reward_funcs": "format", "num_generations": job.num_generations, "max_completion_length": completion}
     else:
         settings |= {"max_length": length, "truncation_strategy": "right"}
