@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import NamedTuple
 
-from peftplan.analytic.compiled import Compiled
+from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.running import running_of
 from peftplan.analytic.sizes import sizes
 from peftplan.deployment.kv_cache import CacheTensor, kv_cache

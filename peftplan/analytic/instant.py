@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftplan.allocator.program import OPTIONS, Replayed
-from peftplan.analytic.compiled import Compiled, by_processors, last_step, steps_of
+from peftplan.analytic.compile_job import Compiled
+from peftplan.analytic.compiled import by_processors, last_step, steps_of
 from peftplan.analytic.generation import generation_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
-from peftplan.analytic.compiled import Compiled
+from peftplan.analytic.compile_job import Compiled
 from peftplan.arrays import Ints
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError

@@ -14,9 +14,9 @@ from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.layout import ACCELERATE, AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
-from peftplan.distributed.shards import cast_on_rank
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
+from peftplan.distributed.zero_shards import cast_on_rank
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line

@@ -8,7 +8,7 @@ kind; here each of them repeats the events of the last one.
 from typing import NamedTuple
 
 from peftplan.allocator.program import Program, Replayed, replay
-from peftplan.analytic.compiled import Compiled, Steps, Written
+from peftplan.analytic.compile_job import Compiled, Steps, Written
 from peftplan.analytic.generation import Generation
 from peftplan.analytic.writer import Writer, is_gradient, makes_gradients
 from peftplan.job.script import NO_SCRIPT, Script

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from peftplan.analytic.compiled import Compiled, compiled, is_compiled
+from peftplan.analytic.compile_job import Compiled
+from peftplan.analytic.compiled import compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import Moments

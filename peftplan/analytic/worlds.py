@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from peftplan.analytic.checks import check
-from peftplan.analytic.compiled import Compiled, compile_job, key_of_step
+from peftplan.analytic.compile_job import Compiled, compile_job
+from peftplan.analytic.compiled import key_of_step
 from peftplan.analytic.moments import Moments
 from peftplan.arrays import Ints
 from peftplan.distributed.any_world import Worlds, over_any_world, place_of

@@ -14,7 +14,7 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
-    from peftplan.distributed.shards import Holding
+    from peftplan.distributed.holding import Holding
 
 
 class Inventory(NamedTuple):
@@ -142,7 +142,7 @@ def first_ranks(job: Job) -> range:
 def on_each_device(of_any: Inventory) -> list[Inventory]:
     """A job over a `device_map` that is seen by none of its GPUs in particular, as each of them sees it."""
     from peftplan.distributed.device_map import largest, on_devices
-    from peftplan.distributed.shards import Holding
+    from peftplan.distributed.holding import Holding
 
     job, built = of_any.job, of_any.parameters
     assert job.distributed is not None

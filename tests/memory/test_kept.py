@@ -22,7 +22,8 @@ pytest.importorskip("bitsandbytes")  # imported within a trace, its constants wo
 import torch
 
 from peftplan import estimate
-from peftplan.analytic.compiled import Compiled, compiled
+from peftplan.analytic.compile_job import Compiled
+from peftplan.analytic.compiled import compiled
 from peftplan.depth.log import Storage, category_of
 from peftplan.dtypes import parse_dtype
 from peftplan.job.inventory import Inventory

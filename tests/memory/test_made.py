@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from peftplan.analytic.compiled import Compiled
+from peftplan.analytic.compile_job import Compiled
 from peftplan.job.job import Job
 from peftplan.trace import engine
 from peftplan.trace.traced import traced_config

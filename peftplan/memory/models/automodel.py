@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import added, attention, decoder, mlp
+from peftplan.memory.models.decoder import added, attention, decoder
+from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape.rotary import rotary
 from peftplan.tape.tape import Tape

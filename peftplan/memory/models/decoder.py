@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from peftplan.arch.modules import Attention, Block
+from peftplan.arch.modules import Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
-from peftplan.memory import divided_mlp, fused_layers, lora_kernels, lora_mlp
-from peftplan.memory.activations import activation
+from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
 from peftplan.memory.masks import causal_mask
 from peftplan.memory.model import Model
+from peftplan.memory.models.mlps import mlp
+from peftplan.memory.models.projections import norms_in_rotation, parts_of, projected
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.units import NORM, ROTARY
 from peftplan.tape import ops
-from peftplan.tape.shaping import cat, sliced, split
+from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tensors import Outputs, Tensor
 
 
@@ -213,149 +214,3 @@ def scaled_by_position(c: Call, q: Tensor) -> Tensor:
     for op in ("floor", "add", "log", "mul", "add"):
         factor = f.new(factor.dims, "fp32", op)
     return ops.mul(f, q, f.to(factor, q.dtype))
-
-
-def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v from a projection each; q and k viewed by heads and normed where the model does so: at once, or behind all."""
-    side = _normed if a.qk_norm and c.style.qk_norm != "rotated" and not norms_in_rotation(c, a) else _by_head
-    kernel = c.model.running.kernels.lora_qkv
-    if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
-        q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps, c.lora_dropout)
-        q = side(c, a, 0, q)
-        k = side(c, a, 1, k)
-        return q, k, v.view(_head_dims(a, 1, v))
-    at_once = not (c.style.views_last or (a.qk_norm and c.style.norms_last))
-    first = side if at_once else _as_projected
-    if c.style.views_last and c.style.qk_norm == "flat" and side is _normed:
-        first, side = _normed_flat, _by_head
-    q = first(c, a, 0, c.linear("self_attn.q_proj", x))
-    k = first(c, a, 1, c.linear("self_attn.k_proj", x))
-    v = c.linear("self_attn.v_proj", x)
-    if not at_once:
-        q = side(c, a, 0, q)
-        k = side(c, a, 1, k)
-    return q, k, v.view(_head_dims(a, 1, v))
-
-
-def norms_in_rotation(c: Call, a: Attention) -> bool:
-    """Whether one kernel norms the heads of queries and keys and turns them."""
-    kernel = c.model.running.kernels.rope
-    return kernel is not None and kernel.norms and a.qk_norm and c.style.qk_norm == "head"
-
-
-def _head_dims(a: Attention, side: int, x: Tensor) -> tuple[str | int, ...]:
-    b, s, _ = x.dims
-    return (b, (a.num_attention_heads, a.num_key_value_heads)[side], s, a.head_dim)
-
-
-def _by_head(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    return ops.heads(c.tape, x, _head_dims(a, side, x), clones=_clones(c, a), at_once=not c.style.views_last)
-
-
-def _as_projected(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    return x
-
-
-def _normed_flat(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    return c.norm(f"self_attn.{c.style.qk_names[side]}", x)
-
-
-def _clones(c: Call, a: Attention) -> bool:
-    """Whether the gradient of a projection comes back head by head: from rotary embedding as transformers writes it."""
-    kernels = c.model.running.kernels
-    separate = kernels.padding_free is not None and not norms_in_rotation(c, a)
-    return a.positions == "rotary" and (kernels.rope is None or separate)
-
-
-def _normed(c: Call, a: Attention, side: int, x: Tensor) -> Tensor:
-    name = f"self_attn.{c.style.qk_names[side]}"
-    dims = _head_dims(a, side, x)
-    if c.style.qk_norm == "flat":
-        return _by_head(c, a, side, _normed_flat(c, a, side, x))
-    if c.style.qk_norm == "moved":
-        return c.norm(name, _by_head(c, a, side, x))
-    if c.style.qk_norm == "each":
-        return _normed_each(c, name, _by_head(c, a, side, x))
-    b, heads, s, d = dims
-    x = ops.heads(c.tape, x, (b, s, heads, d), clones=_clones(c, a) and heads != 1)
-    return c.norm(name, x).view(dims)
-
-
-def _normed_each(c: Call, name: str, x: Tensor) -> Tensor:
-    """`StableLmLayerNormPerHead`: split by heads, normed head by head, and joined."""
-    b, heads, s, d = x.dims
-    assert isinstance(heads, int)
-    parts = split(c.at(name), x, [(b, 1, s, d)] * heads)
-    normed = [c.norm(f"{name}.norms.{number}", part) for number, part in enumerate(parts)]
-    return cat(c.at(name), normed, x.dims)
-
-
-def parts_of(c: Call, a: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as slices of one projection, which the forward keeps until it returns (`Phi3Attention.forward`)."""
-    f = c.tape
-    b, s, _ = qkv.dims
-    q, k, v = (
-        sliced(f, qkv, (b, s, heads * a.head_dim))
-        for heads in (a.num_attention_heads, a.num_key_value_heads, a.num_key_value_heads)
-    )
-    q, k, v = (ops.reshaped(f, part) for part in (q, k, v))  # once all are there, so that in backward they come before all slices
-    return _by_head(c, a, 0, q), _by_head(c, a, 1, k), v.view(_head_dims(a, 1, v))
-
-
-def mlp(c: Call, x: Tensor) -> Tensor:
-    """The MLP of the block's kind."""
-    if c.block.mlp.variant == "moe" and c.style.mixture is not None:
-        return c.style.mixture(c, x)
-    of_variant = plain_mlp if c.block.mlp.variant == "plain" else fused_mlp if c.block.mlp.fused_gate_up else gated_mlp
-    x = of_variant(c, x)
-    if c.style.drops_inside and not _in_kernel(c):
-        c.at("mlp")
-        x = c.dropout(x)
-    return x
-
-
-PARTS = ("gate", "up", "down")
-
-
-def _in_kernel(c: Call) -> bool:
-    """Whether one function takes the place of the MLP's forward, with its dropout."""
-    kernel = c.model.running.kernels.lora_mlp
-    return kernel is not None and c.adapted(kernel, [f"mlp.{part}_proj" for part in PARTS]) is not None
-
-
-def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
-    """`LlamaMLP.forward`."""
-    kernels = c.model.running.kernels
-    if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
-        return lora_mlp.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
-    gate = c.linear(f"{name}.gate_proj", x)
-    if kernels.glu is not None:
-        up = c.linear(f"{name}.up_proj", x)
-        x = fused_layers.gated(c.at(name), kernels.glu, gate, up)
-        del gate, up
-        return c.linear(f"{name}.down_proj", x)
-    gate = c.module(f"{name}.act_fn", gate, lambda c, x: activation(c.at(f"{name}.act_fn"), x, c.block.mlp.activation))
-    up = c.linear(f"{name}.up_proj", x)
-    x = ops.mul(c.at(name), gate, up)
-    del gate, up
-    return c.linear(f"{name}.down_proj", x)
-
-
-def fused_mlp(c: Call, x: Tensor) -> Tensor:
-    """`Phi3MLP.forward`: gate and up are halves of one projection."""
-    x = c.linear("mlp.gate_up_proj", x)
-    width = 2 * c.block.mlp.intermediate_size
-    if x.dims[-1] != width:
-        return c.linear("mlp.down_proj", divided_mlp.gated(c.at("mlp"), x, width))
-    half = (*x.dims[:-1], c.block.mlp.intermediate_size)
-    gate, x = split(c.at("mlp"), x, (half, half))
-    x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
-    return c.linear("mlp.down_proj", x)
-
-
-def plain_mlp(c: Call, x: Tensor) -> Tensor:
-    """An MLP without gate."""
-    first, second = c.style.plain
-    x = c.linear(first, x)
-    x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
-    return c.linear(second, x)

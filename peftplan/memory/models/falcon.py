@@ -12,7 +12,8 @@ from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import batched, for_all, gathered
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import mlp, rotary_tables, run_layers
+from peftplan.memory.models.decoder import rotary_tables, run_layers
+from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style, rotate_all
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops, products

@@ -10,7 +10,8 @@ from functools import partial
 from peftplan.arch.modules import Attention
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import masks_of, mlp, run_layers
+from peftplan.memory.models.decoder import masks_of, run_layers
+from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops

@@ -12,8 +12,9 @@ from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import masks_of, projected, run_layers
+from peftplan.memory.models.decoder import masks_of, run_layers
 from peftplan.memory.models.moe import check, hand_out
+from peftplan.memory.models.projections import projected
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import minus, rms_cast_last
 from peftplan.tape import ops, products

@@ -14,8 +14,9 @@ from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix, update, updated
-from peftplan.memory.models.decoder import decoder, gated_mlp
+from peftplan.memory.models.decoder import decoder
 from peftplan.memory.models.expert_loop import MIXTRAL, QWEN, looped, looped_block
+from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape

@@ -12,7 +12,8 @@ from functools import partial
 from peftplan.memory.attention_layout import viewed
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import attention, decoder, masks_of, mlp, run_layers
+from peftplan.memory.models.decoder import attention, decoder, masks_of, run_layers
+from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm, written_layer_norm
 from peftplan.tape import ops

@@ -16,7 +16,8 @@ from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import gathered, product, repeat_kv
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import mlp, run_layers
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Norm, Style
 from peftplan.memory.norms import rms_plus_one
 from peftplan.tape import ops

@@ -1,0 +1,205 @@
+"""Compile a job: run its step once on a tape with symbolic sizes."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan.analytic import steady
+from peftplan.analytic.loading import loading_of
+from peftplan.analytic.running import empties_first, limits_of, loss_sizes, segments_grow
+from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
+from peftplan.arch.modules import Architecture
+from peftplan.arch.text_part import has_towers
+from peftplan.arrays import Fact, Size
+from peftplan.dtypes import ITEMSIZE
+from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
+from peftplan.job.loss_sizes import LossSizes
+from peftplan.ledger import Dim, Ledger, Line
+from peftplan.memory.dora_load import norms
+from peftplan.memory.loaded import Loader
+from peftplan.memory.timeline import Timeline, timeline
+from peftplan.optim import parse_optim
+from peftplan.parameters import Parameters
+from peftplan.units import pinned
+
+if TYPE_CHECKING:
+    from peftplan.allocator import program as events
+    from peftplan.job.inventory import Inventory
+    from peftplan.job.job import Job
+
+    OfRank = tuple[int | None, int | None] | None
+
+
+class Compiled(NamedTuple):
+    """A job without its sizes: the tensors that last from step to step, the peak of loading, and the timeline of a step."""
+
+    architecture: Architecture
+    timeline: Timeline
+    standing: Ledger
+    loading: Ledger
+    load: Loader
+    """Loads the model tensor by tensor."""
+    standing_bytes: int
+    loading_bytes: int
+    programs: "dict[tuple[int, ...], Written]"
+    """Cache of `analytic.reserved`: the programs of the runs that end with this step."""
+    virtual_tokens: int
+    loss: LossSizes
+    rows: int = 1
+    """Sequences of a forward for each example of the batch size."""
+    early: tuple[Line, ...] = ()
+    """Optimizer states that the constructor allocates before the first step."""
+    built: tuple[Line, ...] = ()
+    """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
+    buckets: tuple[int, ...] = ()
+    """Bytes of each of DDP's buckets: one of all gradients in the first step, which the second forward divides."""
+    first_run: Loader | None = None
+    """What the first forward alone makes and frees."""
+    load_if_full: Loader | None = None
+    """How a card that is too small for `load` is loaded, if there is another way."""
+    workspaces: tuple[tuple[int, Line], ...] = ()
+    """Each workspace, with the index of the event before which it is allocated."""
+    on_host: tuple[tuple[tuple[Dim, ...], str, int], ...] = ()
+    """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
+    first: "Compiled | None" = None
+    """The first step, where it allocates otherwise than all later ones."""
+    expandable: bool = False
+    """Whether the allocator's segments grow."""
+    limits: Limits = NO_LIMITS
+    """Numbers of tokens above which the step allocates otherwise."""
+    empties_cache: bool = False
+    """Whether cached segments are given back after each backward."""
+    empties_before: bool = False
+    """Whether they are given back before each backward."""
+    empties_first: bool = False
+    """Whether they are given back before each backward of the first step."""
+    by_processors: bool = False
+    """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
+    idle: frozenset[str] = frozenset()
+    """Families without gradients, and so without optimizer states."""
+    reduced: "tuple[tuple[str, int | None], ...]" = ()
+    """Tensors, by name and layer, in the order in which ZeRO-1 and ZeRO-2 reduce their gradients."""
+    like: "Compiled | None" = None
+    """The step on an earlier GPU of a `device_map` that needs as much at all sizes."""
+
+    def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
+        """`shape_facts` of this job at these sizes, numbers or arrays."""
+        length = self.loss.row(seq_len) + self.virtual_tokens
+        return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
+
+    def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
+        """Name → size for a batch size and a sequence length, numbers or arrays."""
+        by_name = sizes(batch_size * self.rows, self.loss.row(seq_len), virtual_tokens=self.virtual_tokens, loss=self.loss)
+        return self.timeline.with_derived(by_name)
+
+    def assumed(self, by_name: Mapping[str, int]) -> dict[str, int]:
+        """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
+        nbytes = sum(
+            count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else by_name[dim] for dim in dims))
+            for dims, dtype, count in self.on_host
+        )
+        of_text = {"images_per_sample": 0} if has_towers(self.architecture) else {}
+        return of_text | ({"offloaded_bytes": nbytes} if nbytes else {})
+
+
+class Written(NamedTuple):
+    """A program, the last sizes of its table, and its steps. The cache's key holds their ids, so they must stay alive."""
+
+    program: "events.Program"
+    sizes: list[int]
+    steps: "list[Compiled]"
+    generation: object = None
+
+
+Step = tuple[Compiled, dict[str, int]]
+"""A step of a run, with its sizes."""
+Steps = tuple[Step, ...]
+"""The steps of a run. The last one is reported."""
+
+
+def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Compiled":
+    job, _, static, holding = inventory
+    setup, architecture = job.setup, job.architecture
+    if job.distributed is not None:
+        from peftplan.analytic import ranks
+
+        setup = ranks.setup_on_rank(job)
+    model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
+    seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
+    of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
+    on_tape = "gradients" if holding is None else holding.on_tape
+    lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
+    optimizer = parse_optim(str(setup.optim))
+    early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
+    idle = frozenset(() if early else model.units.idle(model.idle()))
+    if idle:  # a parameter without a gradient has no state
+        states = (line for line in lasting if line.category == "optimizer_states")
+        stateless = {line.name for line in states if line.name.rpartition(".")[0] in idle}
+        lasting = tuple(line for line in lasting if line.name not in stateless)
+    buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
+    beside = holding.beside if holding is not None and model.units.every_layer else ()
+    loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
+    workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
+    standing = Ledger(lasting + tuple(line for _, line in workspaces))
+    normed = _taken_by_norms(job, inventory.parameters, workspaces)
+    workspaces = tuple((at, line) for at, line in workspaces if line != normed)
+    load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
+    loading = Ledger(loaded + passing)
+    if early:  # the optimizer is constructed after loading
+        loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
+    compiled_job = Compiled(
+        architecture,
+        of_step,
+        standing=standing,
+        loading=loading,
+        load=load,
+        standing_bytes=standing.bytes(),
+        loading_bytes=loading.bytes(),
+        programs={},
+        early=early,
+        built=(*(line for line in loaded if line in beside), *(() if job.distributed is None else ranks.stepped_first(load))),
+        buckets=() if job.distributed is None else ranks.buckets_of(inventory),
+        first_run=None if job.distributed is None else ranks.first_run(load),
+        load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
+        workspaces=workspaces,
+        virtual_tokens=model.virtual_tokens,
+        loss=loss_sizes(job),
+        rows=setup.by.rows,
+        on_host=tuple(model.on_host),
+        expandable=segments_grow(setup),
+        limits=limits_of(job, compute_capability),
+        empties_cache=setup.by.empties_cache,
+        empties_before=setup.by.empties_before,
+        empties_first=empties_first(setup),
+        idle=idle,
+        reduced=() if job.distributed is None else ranks.reduced(model),
+        by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
+    )
+    if first is None:
+        return compiled_job
+    of_first = timeline(first.tape, first.stacks, vocab=architecture.vocab_size)
+    workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
+    workspaces = tuple((at, line) for at, line in workspaces if line != normed)
+    return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
+
+
+def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
+    """One workspace per thread that multiplies matrices, allocated at its first product. `apart`: one more for cuBLASLt."""
+    nbytes = {"cuBLAS": cublas_workspace_bytes(compute_capability).bytes, "cuBLASLt": CUBLASLT_WORKSPACE_BYTES}
+    first_use: dict[tuple[str, str], int] = {}
+    for (library, thread), at in products.items():
+        whose = (library if apart else "cuBLAS", thread)
+        first_use[whose] = min(at, first_use.get(whose, at))
+    return tuple(
+        (at, Line(f"{library} workspace, {thread} thread", "workspaces", "uint8", (int(size),), 1, library))
+        for (library, thread), at in sorted(first_use.items(), reverse=True)
+        if (size := nbytes[library]) is not None
+    )
+
+
+def _taken_by_norms(job: "Job", parameters: Parameters, workspaces: tuple[tuple[int, Line], ...]) -> Line | None:
+    """The workspace that DoRA's layers take while they are made beside a base on the device."""
+    there = job.quant is not None or (job.setup.adapter_on_device and job.distributed is None)
+    if not (there and norms(parameters, job.quant, dtype=job.setup.dtype, passing=())):
+        return None
+    return next((line for _, line in workspaces if line.name == "cuBLAS workspace, forward thread"), None)

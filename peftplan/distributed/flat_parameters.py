@@ -1,0 +1,115 @@
+"""FSDP1's flat parameters: one per unit and dtype, of which a rank holds 1/W (torch, distributed/fsdp/_flat_param.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+
+from peftplan.distributed.holding import Holding, place_of
+from peftplan.distributed.strategy import Distributed
+from peftplan.dtypes import SIXTEEN_BITS
+from peftplan.ledger import Allocation, Place
+from peftplan.parameters import Parameter, Parameters
+from peftplan.storage import dense
+from peftplan.units import ceil_div
+
+
+def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str, rank: int) -> Holding:
+    """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). All of it has a gradient, and
+    accelerate's fp32, if any of it trains. Under peft's wrap policy a module whose weight trains is a unit of its own.
+    """
+    place = place_of(distributed.offload_params)
+    position, _ = distributed.place(rank) if rank else (0, 0)
+    trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
+    flats: dict[tuple[str, str, bool], list[Parameter]] = {}
+    parameters_of_rank: list[Parameter] = []
+    each: list[Parameter] = []
+    stepped: list[Parameter] = []
+    alone = {p.name for p in parameters.all if trained_apart and p.trainable and _is_wrapped(p)}
+    beside = {(unit_of(p), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
+    for p in parameters.all:
+        trained = p.trainable or (not p.quantized and (unit_of(p), p.layers) in beside)
+        dtype = "fp32" if trained and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
+        p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
+        each.append(_part(p, distributed.shards, place))
+        unit = p.name if p.name in alone else unit_of(p)
+        flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
+    for (unit, dtype, trained), members in flats.items():
+        flat = [*_flat(unit, dtype, members, distributed.shards, place)]
+        flat[0] = flat[0]._replace(trainable=trained)
+        parameters_of_rank += flat
+        if trained:
+            stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
+    return Holding(
+        parameters._replace(all=tuple(parameters_of_rank)),
+        states_of=parameters._replace(all=tuple(stepped)),
+        each=parameters._replace(all=tuple(each)),
+    )
+
+
+def _is_wrapped(p: Parameter) -> bool:
+    """Whether peft's policy wraps the module of what trains: it asks for a weight that does (peft, utils/other.py,
+    `fsdp_auto_wrap_policy`). A bias beside a frozen weight stays in its layer's unit."""
+    return p.owner == "adapter" or not p.name.endswith(".bias")
+
+
+def _part(p: Parameter, shards: int, place: Place) -> Parameter:
+    """1/W of a tensor, as if it alone were flat."""
+    return p._replace(
+        allocations=tuple(
+            a._replace(dims=(ceil_div(prod(a.dims), shards),), place=place) if a.name == "weight" else a for a in p.allocations
+        )
+    )
+
+
+def unit_of(p: Parameter) -> str:
+    """The unit that a parameter belongs to: its layer, or the root."""
+    head, layered, _ = p.name.partition("{}")
+    return head + layered if layered else "root"
+
+
+def _packed(p: Parameter) -> str:
+    return next(a.dtype for a in p.allocations if a.name == "weight")
+
+
+def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place) -> Iterable[Parameter]:
+    """The shard of the flat parameter, and those members that stay whole."""
+    copies = max(p.copies for p in members)
+    numel = sum(_elements(p) * p.copies for p in members) // copies
+    shape = (ceil_div(numel, shards),)
+    first = members[0]
+    flat = Allocation("weight", dtype, shape, place)
+    yield first._replace(
+        name=f"{first.name if len(members) == 1 else unit + '.flat_param'}",
+        shape=shape,
+        copies=copies,
+        dtype=first.dtype if first.quantized else dtype,
+        allocations=(flat,),
+        quantized=False,
+    )
+    for p in members:
+        rest = tuple(a for a in p.allocations if a.name != "weight")
+        if rest and p.quantized:
+            yield p._replace(shape=(0,), trainable=False, allocations=rest)
+
+
+def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator[Parameter]:
+    """What a rank's optimizer steps over: the parts of the tensors that lie in its shard (`use_orig_params`). Members of
+    different layers are not told apart.
+    """
+    if len({p.copies for p in members}) > 1:
+        yield flat
+        return
+    skipped, left = position * flat.numel if position else 0, flat.numel
+    for p in members:
+        before = min(p.numel, skipped)
+        skipped -= before
+        part = min(p.numel - before, left)
+        left -= part
+        if part and p.trainable:
+            (stored,) = flat.allocations
+            yield p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
+
+
+def _elements(p: Parameter) -> int:
+    return sum(prod(a.dims) for a in p.allocations if a.name == "weight") if p.quantized else p.numel

@@ -1,0 +1,160 @@
+"""Trainers of other tools, which the table of trainers varies."""
+
+from __future__ import annotations
+
+from peftplan.distributed.layout import AUTOMODEL, TORCHTUNE
+from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer
+from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_PREFERENCES, TRL
+
+# axolotl 0.19 and the trl that it pins. axolotl puts kernels of its own in place of `selective_log_softmax` and
+# `entropy_from_logits` (loaders/patch_manager.py, monkeypatch/trainer/utils.py).
+IN_AXOLOTL = OF_PREFERENCES._replace(
+    defaults=TRL.defaults._replace(loss="full", kbit_prepare=False),
+    loads_in_fp32=False,
+    narrow_under_zero3=False,
+    losses=("full",),
+    sums_tokens=False,
+    scoring="flat kernel",
+    keeps_logits=("policy", "reference"),
+    token_outputs=(),
+    recasts_tables=True,
+    hooks_adapted=True,
+    expandable_segments=True,
+    package=None,
+    arguments=None,
+)
+
+
+OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
+    defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
+    scoring="flat kernel",
+    recasts_tables=True,
+    hooks_adapted=True,
+    expandable_segments=True,
+    package=None,
+    arguments=None,
+)
+
+
+# LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
+# `get_batch_logps`), whose adapters stay as they are.
+IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
+    balances_experts=False,
+    recasts_tables=False,
+    hooks_adapted=False,
+    expandable_segments=False,
+    reentrant_under_zero3=False,
+    defaults=IN_AXOLOTL.defaults._replace(device_map="cuda"),
+    casts=(),
+    scoring="softmax",
+    keeps_logits=("policy",),
+    options=frozenset({"max_completion_length", "beta", "loss_type"}),
+)
+
+
+# ms-swift 4.6.0 and the newest trl that it accepts (rlhf_trainers/dpo_trainer.py, grpo_trainer.py, orpo_trainer.py): its
+# own Trainer, and `selective_log_softmax` of all logits.
+IN_SWIFT = Trainer(
+    "transformers",
+    "ms-swift 4.6",
+    Defaults(device_map="cuda"),
+    losses=("full",),
+    task="CAUSAL_LM",
+    scoring="rows",
+    token_outputs=(),
+    reentrant=True,
+)
+
+
+SWIFT_DPO = IN_SWIFT._replace(
+    name="swift-dpo",
+    called="DPOTrainer of ms-swift 4.6",
+    rows=2,
+    forwards=(*LOSS, Forward("reference")),
+    sums_rows=True,
+    completions_alone=True,
+    disables_dropout=True,
+    under_ddp=("adapter_off",),
+    under_zero2=("adapter_off", "copy"),
+    under_zero3=("adapter_off", "copy"),
+    options=frozenset({"max_completion_length", "beta", "loss_type"}),
+    loss_types=DPO_LOSSES,
+    many_losses=True,
+)
+
+
+SWIFT_PAIRS = IN_SWIFT._replace(  # without a reference model
+    rows=2, disables_dropout=True, under_zero2=("none",), under_zero3=("none",), options=frozenset({"beta"})
+)
+
+
+SWIFT_GKD = IN_SWIFT._replace(
+    name="swift-gkd",
+    called="GKDTrainer of ms-swift 4.6",
+    collects_batches=False,
+    teaches=True,
+    freezes_teacher=True,
+    compares_at_once=512,
+    forwards=(*LOSS, Forward("reference")),
+    completion=512,
+    sends_at_once=True,
+    under_ddp=("copy",),
+    under_zero3=("copy",),
+    options=GENERATING.options - {"beta", "num_generations"} | {"teacher_model"},
+)
+
+
+# recipes/llm/train_ft.py: a loop that computes the loss apart from the model, which it calls without labels.
+AUTOMODEL_RECIPE = Trainer(
+    "automodel",
+    "NeMo Automodel's recipe",
+    Defaults("none", gradient_checkpointing=False, optim="adamw_torch", use_cache=None, kbit_prepare=False),
+    prepares_model=False,
+    clips_gradients=False,
+    makes_optimizer=False,
+    collects_batches=False,
+    always_masks=True,
+    loads_on_device=True,
+    losses=("full", "te-parallel", "cut-apart"),
+    loss_apart=True,
+    hooks_inputs=False,
+    own_decoders=True,
+    own_lora=True,
+    adapters_as_base=True,
+    layout=AUTOMODEL,
+)
+
+
+# torchtune at bd2a0fc7. Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
+TORCHTUNE_RECIPE = Trainer(
+    "torchtune",
+    "torchtune's recipe",
+    Defaults("none", gradient_checkpointing=False, loss="torchtune-linear", kbit_prepare=False),
+    prepares_model=False,
+    clips_gradients=False,
+    makes_optimizer=False,
+    collects_batches=False,
+    loads_on_device=True,
+    turns_cache_off=True,
+    losses=("torchtune-linear", "torchtune-chunked", "full"),
+    task="CAUSAL_LM",
+    expandable_segments=True,
+    own_modules=True,
+    hooks_inputs=False,
+    adapters_as_base=True,
+    layout=TORCHTUNE,
+)
+
+
+# sentence-transformers 6.2 over transformers' Trainer, with MultipleNegativesRankingLoss of two columns.
+OF_SENTENCES = Trainer(
+    "sentence-transformers",
+    "SentenceTransformerTrainer of sentence-transformers 6.2",
+    Defaults(gradient_checkpointing=False),
+    loads_on_device=True,
+    losses=("full",),
+    embeds=True,
+    forwards=(*LOSS, *LOSS),
+    task="FEATURE_EXTRACTION",
+    arguments="SentenceTransformerTrainingArguments",
+)

@@ -1,0 +1,69 @@
+"""MLPs of a decoder: gated, with the gate and up projections fused, or plain."""
+
+from __future__ import annotations
+
+from peftplan.memory import divided_mlp, fused_layers, lora_mlp
+from peftplan.memory.activations import activation
+from peftplan.memory.models.style import Call
+from peftplan.tape import ops
+from peftplan.tape.shaping import split
+from peftplan.tape.tensors import Tensor
+
+
+def mlp(c: Call, x: Tensor) -> Tensor:
+    """The MLP of the block's kind."""
+    if c.block.mlp.variant == "moe" and c.style.mixture is not None:
+        return c.style.mixture(c, x)
+    of_variant = plain_mlp if c.block.mlp.variant == "plain" else fused_mlp if c.block.mlp.fused_gate_up else gated_mlp
+    x = of_variant(c, x)
+    if c.style.drops_inside and not _in_kernel(c):
+        c.at("mlp")
+        x = c.dropout(x)
+    return x
+
+
+PARTS = ("gate", "up", "down")
+
+
+def _in_kernel(c: Call) -> bool:
+    """Whether one function takes the place of the MLP's forward, with its dropout."""
+    kernel = c.model.running.kernels.lora_mlp
+    return kernel is not None and c.adapted(kernel, [f"mlp.{part}_proj" for part in PARTS]) is not None
+
+
+def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
+    """`LlamaMLP.forward`."""
+    kernels = c.model.running.kernels
+    if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
+        return lora_mlp.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
+    gate = c.linear(f"{name}.gate_proj", x)
+    if kernels.glu is not None:
+        up = c.linear(f"{name}.up_proj", x)
+        x = fused_layers.gated(c.at(name), kernels.glu, gate, up)
+        del gate, up
+        return c.linear(f"{name}.down_proj", x)
+    gate = c.module(f"{name}.act_fn", gate, lambda c, x: activation(c.at(f"{name}.act_fn"), x, c.block.mlp.activation))
+    up = c.linear(f"{name}.up_proj", x)
+    x = ops.mul(c.at(name), gate, up)
+    del gate, up
+    return c.linear(f"{name}.down_proj", x)
+
+
+def fused_mlp(c: Call, x: Tensor) -> Tensor:
+    """`Phi3MLP.forward`: gate and up are halves of one projection."""
+    x = c.linear("mlp.gate_up_proj", x)
+    width = 2 * c.block.mlp.intermediate_size
+    if x.dims[-1] != width:
+        return c.linear("mlp.down_proj", divided_mlp.gated(c.at("mlp"), x, width))
+    half = (*x.dims[:-1], c.block.mlp.intermediate_size)
+    gate, x = split(c.at("mlp"), x, (half, half))
+    x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
+    return c.linear("mlp.down_proj", x)
+
+
+def plain_mlp(c: Call, x: Tensor) -> Tensor:
+    """An MLP without gate."""
+    first, second = c.style.plain
+    x = c.linear(first, x)
+    x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
+    return c.linear(second, x)
