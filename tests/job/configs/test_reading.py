@@ -119,7 +119,8 @@ def test_the_file_and_its_options_ask_the_same() -> None:
     by_hand = peftplan.estimate(
         "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", quant_storage="bf16",
             kbit_prepare=False, target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16",
-            autocast="bf16", gradient_checkpointing=True, attn_implementation="flash_attention_2", trainer="axolotl",
+            autocast="bf16", gradient_checkpointing=True, use_reentrant=True,
+            attn_implementation="flash_attention_2", trainer="axolotl",
         )  # fmt: skip
     assert by_file.peaks == by_hand.peaks
     assert by_file.trainable_parameters == by_hand.trainable_parameters
