@@ -59,6 +59,7 @@ IN_SWIFT = Trainer(
     "ms-swift 4.6",
     Defaults(device_map="cuda"),
     losses=("full",),
+    turns_cache_off=True,
     task="CAUSAL_LM",
     scoring="rows",
     token_outputs=(),

@@ -30,11 +30,13 @@ TRAINERS: dict[TrainerName, Trainer] = {
             Defaults(kbit_prepare=False, device_map="cuda"),
             full_in_fp32=True,
             widens=True,
+            turns_cache_off=True,
         ),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",
             Defaults(kbit_prepare=False),
+            turns_cache_off=True,
             own_fsdp2=True,
             recasts_tables=True,
             hooks_adapted=True,

@@ -47,6 +47,39 @@ def test_a_distillation_is_read_with_its_teacher() -> None:
     assert without.unsupported.keys() == {"rlhf_type"}
 
 
+GRPO = {**SWIFT, "model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full", "rlhf_type": "grpo", "deepspeed": "zero3"}
+SERVED = {"use_vllm": True, "vllm_mode": "server"}
+
+
+@pytest.mark.parametrize(
+    ("values", "effect"),
+    [
+        ({"teacher_model": "Qwen/Qwen2.5-14B-Instruct"}, "raises"),
+        ({**SERVED, "move_model_batches": 8}, "lowers"),
+        ({**SERVED, "enable_flattened_weight_sync": False}, "lowers"),
+        ({"ds3_gather_for_generation": False}, "lowers"),
+    ],
+    ids=lambda values: next(reversed(values), "") if isinstance(values, dict) else "",
+)
+def test_what_changes_the_weights_beside_generation_has_no_exact_peak(values: dict[str, object], effect: str) -> None:
+    """A teacher of GRPO lies on the GPU too; other parts of the weights are gathered or copied."""
+    plan = read({**GRPO, **values}, kind="command", program="swift rlhf")
+    (key,) = plan.unsupported
+    assert (key, plan.unsupported[key].effect) == (next(reversed(values)), effect)
+
+
+def test_flat_copies_and_chunks_of_another_size_have_no_peak() -> None:
+    """Both sizes are told to ms-swift in its environment alone."""
+    sized = [("SWIFT_UPDATE_WEIGHTS_BUCKET_SIZE", 4096, GRPO | SERVED, "swift rlhf", "vllm_mode")]
+    shared = {**SWIFT, "model": "Qwen/Qwen2.5-0.5B", "packing": True, "attn_impl": "flash_attn", "sequence_parallel_size": 2}
+    sized += [("CELOSS_PARALLEL_SIZE", size, shared, "swift sft", "sequence_parallel_size") for size in (1024, 4096)]
+    for name, size, values, program, key in sized:
+        assert read(values, kind="command", program=program).unsupported == {}
+        assert read(values, kind="command", program=program, **{name: size}).unsupported.keys() == {key}
+    chunked = read(shared, kind="command", program="swift sft", CELOSS_PARALLEL_SIZE=2048)
+    assert (chunked.options["loss"], chunked.unsupported) == ("shared-rows-chunked", {})
+
+
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
