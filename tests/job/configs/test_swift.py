@@ -25,12 +25,19 @@ def test_ranks_share_a_row_by_their_heads() -> None:
     """Qwen2.5 0.5B has two heads of keys: two ranks share a row of 4 x 1,024 tokens by Ulysses, four would need a ring."""
     values = {**SWIFT, "model": "Qwen/Qwen2.5-0.5B", "padding_free": True, "attn_impl": "flash_attn", "max_length": 1024}
     values |= {"per_device_train_batch_size": 4}
-    plans = [read({**values, "sequence_parallel_size": ranks}, kind="command", program="swift sft") for ranks in (1, 2, 4)]
+    of_ranks = [({**values, "sequence_parallel_size": ranks}, str(max(2, ranks))) for ranks in (1, 2, 4)]
+    plans = [read(each, kind="command", program="swift sft", NPROC_PER_NODE=processes) for each, processes in of_ranks]
     assert [sorted(plan.unsupported) for plan in plans] == [[], [], ["sequence_parallel_size"]]
     assert [plan.options["seq_len"] for plan in plans[:2]] == [4096, 2048]
     assert [plan.options.get("loss") for plan in plans[:2]] == [None, "shared-rows"]
-    with_prompts = read({**values, "sequence_parallel_size": 2, "rlhf_type": "grpo"}, kind="command", program="swift rlhf")
+    shared = {**values, "sequence_parallel_size": 2}
+    with_prompts = read({**shared, "rlhf_type": "grpo"}, kind="command", program="swift rlhf", NPROC_PER_NODE="2")
     assert "sequence_parallel_size" in with_prompts.unsupported
+    for processes in ("1", "3"):  # no mesh of two has so many (sequence_parallel.py, `_init_device_mesh`)
+        of_others = read(shared, kind="command", program="swift sft", NPROC_PER_NODE=processes)
+        assert "sequence_parallel_size" in of_others.unsupported
+    pictures = {**shared, "model": "Qwen/Qwen2.5-VL-7B-Instruct"}
+    assert "sequence_parallel_size" in read(pictures, kind="command", program="swift sft", NPROC_PER_NODE="2").unsupported
 
 
 def test_a_distillation_is_read_with_its_teacher() -> None:
@@ -74,9 +81,10 @@ def test_flat_copies_and_chunks_of_another_size_have_no_peak() -> None:
     shared = {**SWIFT, "model": "Qwen/Qwen2.5-0.5B", "packing": True, "attn_impl": "flash_attn", "sequence_parallel_size": 2}
     sized += [("CELOSS_PARALLEL_SIZE", size, shared, "swift sft", "sequence_parallel_size") for size in (1024, 4096)]
     for name, size, values, program, key in sized:
-        assert read(values, kind="command", program=program).unsupported == {}
-        assert read(values, kind="command", program=program, **{name: size}).unsupported.keys() == {key}
-    chunked = read(shared, kind="command", program="swift sft", CELOSS_PARALLEL_SIZE=2048)
+        launch = {"kind": "command", "program": program, "NPROC_PER_NODE": 2}
+        assert read(values, **launch).unsupported == {}
+        assert read(values, **launch, **{name: size}).unsupported.keys() == {key}
+    chunked = read(shared, kind="command", program="swift sft", NPROC_PER_NODE=2, CELOSS_PARALLEL_SIZE=2048)
     assert (chunked.options["loss"], chunked.unsupported) == ("shared-rows-chunked", {})
 
 
