@@ -41,6 +41,23 @@ def test_both_engines_agree(config: dict[str, Any], method: str, options: dict[s
     assert instant == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        (MIXTRAL, "num_local_experts"),
+        (QWEN2, "num_experts"),
+        (GRANITE, "num_local_experts"),
+        ({**GPT_OSS, "num_experts_per_tok": 4}, "num_local_experts"),
+    ],
+)
+def test_logits_live_while_the_experts_run(config: dict[str, Any], experts: str) -> None:
+    """`_, weights, indices = self.gate(x)` holds them (2 × 512 × 96 × 2 B) in transformers' blocks, as the trace runs them."""
+    config = {**config, experts: 96, "vocab_size": 256}
+    options = {**TRAINER, "method": "full", "batch_size": 2, "seq_len": 512}
+    instant, traced = (phases(config, engine, **options) for engine in ("analytic", "trace"))
+    assert instant["forward"] == pytest.approx(traced["forward"], abs=8192)
+
+
 SMALL_QWEN3 = {
     "model_type": "qwen3_moe",
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -130,6 +147,8 @@ def test_older_releases_join_the_logits_of_all_layers() -> None:
         ("axolotl", {"base_model": "mistralai/Mixtral-8x7B-v0.1", "model_config": {"output_router_logits": True}}, True),
         ("swift", {"model": "Qwen/Qwen3-30B-A3B", "router_aux_loss_coef": 0.001}, True),
         ("swift", {"model": "Qwen/Qwen3-30B-A3B"}, None),
+        ("swift", {"model": "Qwen/Qwen3-30B-A3B", "router_aux_loss_coef": 0.001, "rlhf_type": "dpo"}, True),
+        ("swift", {"model": "Qwen/Qwen3-30B-A3B", "router_aux_loss_coef": 0.001, "rlhf_type": "grpo"}, None),
         ("trl", {"model_name_or_path": "Qwen/Qwen3-30B-A3B", "router_aux_loss_coef": 0.0}, False),
         ("trl", {"model_name_or_path": "Qwen/Qwen3-30B-A3B", "router_aux_loss_coef": 0.01}, None),
     ],

@@ -117,7 +117,7 @@ def mixture(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     hand_out(c, logits)
     best, indices = top_k(f, logits, c.block.mlp.num_experts_per_tok)
     scores = ops.softmax(f, best, best.dtype)
-    del _update, logits, best
+    del _update, best  # the logits stay: the `_` of `GptOssMLP.forward`
     f = c.at("mlp.experts")
     params = Stacked(c.model, f"{c.style.stack}.mlp.experts", c.number, transposed=True)
     return experts(f, x, indices, scores, params, gated, kernel=c.model.running.flash, transposed=True), scores

@@ -76,11 +76,11 @@ def granite_route(c: Call, x: Tensor, name: str) -> Routed:
     return logits, weights, indices
 
 
-def routed(c: Call, route: Route, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Weights and indices of each token's experts; the outputs may hold the logits."""
+def routed(c: Call, route: Route, x: Tensor, name: str) -> Routed:
+    """The router's logits, which the block's `_` holds while the experts run, and weights and indices of each token's experts."""
     logits, weights, indices = route(c, x, name)
     hand_out(c, logits)
-    return weights, indices
+    return logits, weights, indices
 
 
 def hand_out(c: Call, logits: Tensor) -> None:
@@ -96,7 +96,7 @@ def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) ->
         of_qwen = route is qwen_route
         normed = c.block.mlp.router.norm_topk_prob or not of_qwen
         return looped_block(c, x, names=QWEN if of_qwen else MIXTRAL, normed=normed)
-    weights, indices = routed(c, route, x, router)
+    _logits, weights, indices = routed(c, route, x, router)
     return run_experts(c, x, indices, weights, name)
 
 
@@ -110,7 +110,7 @@ def qwen2_block(c: Call, x: Tensor) -> Tensor:
         return _looped_qwen2_block(c, x)
     rows = x.view((f"b·{c.model.seq}", x.dims[-1]))
     shared = gated_mlp(c, x, "mlp.shared_expert")
-    weights, indices = routed(c, qwen_route, x, "mlp.gate")
+    _logits, weights, indices = routed(c, qwen_route, x, "mlp.gate")
     out = run_experts(c, x, indices, weights)
     gate = ops.keeps_output(c.tape, c.linear("mlp.shared_expert_gate", rows), "sigmoid")
     shared = ops.mul(c.at("mlp"), gate, shared)

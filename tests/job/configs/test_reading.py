@@ -26,6 +26,7 @@ from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIF
         ),
         # packing: one row of micro_batch_size × sequence_len
         ({**AXOLOTL, "sample_packing": True}, "axolotl", {"batch_size": 1, "seq_len": 8192}),
+        ({**AXOLOTL, "base_model": "google/gemma-4-E2B-it"}, "axolotl", {"use_reentrant": False}),
         # the sequence, the batch, the optimizer and checkpointing that axolotl's schema has by default
         (
             {"base_model": "gpt2", "adapter": None, "datasets": []},
