@@ -163,8 +163,8 @@ def _of(part: int, whole: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage."""
-    return f"{part / whole:.0%}".replace("%", " %") if whole else "-"
+    """A percentage; 100 of all alone."""
+    return f"{min(round(100 * part / whole), 100 if part == whole else 99)} %" if whole else "-"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

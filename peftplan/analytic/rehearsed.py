@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 SHOWN_METHODS = ("full", "lora", "qlora")
 """Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md)."""
 SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+TRACED_METHODS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning")
+"""Those that were traced under FSDP2 and ZeRO 1 to 3, without a quantized base (tests/distributed/traced_methods.jsonl)."""
+TRACED_OPTIMIZERS = ("sgd", "rmsprop")
+"""The same."""
+IN_8_BITS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+OVER_PARTITIONS = {
+    "zero2": IN_8_BITS,
+    "zero3": (*IN_8_BITS, "paged_adamw_32bit", "lion_32bit", "lion_8bit", "ademamix", "adamw_torch_8bit"),
+}
+"""Strategy → the optimizers of other packages that were rehearsed over DeepSpeed's partitions
+(tests/rehearse/optimizers.jsonl)."""
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
 ZERO = ("zero0", *FLAT, "zero3")
@@ -249,13 +260,12 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     writes, translates = setup.by.generates and job.distributed.strategy == "zero3", _translates(job)
     return {
         "use_vllm": writes and bool(setup.use_vllm) and not setup.by.sends_at_once,
-        f"optim {setup.optim}": setup.optim not in (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL)
-        and not (setup.optim in OF_AXOLOTL and _knows_muon(job)),
+        f"optim {setup.optim}": setup.optim not in _optimizers(job),
         "trainer": not _rehearsed_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
-        f"method {method}": method not in _methods(job) or bool(getattr(job.config, "use_dora", False)),
+        f"method {method}": method not in _methods(job) or (getattr(job.config, "use_dora", False) and not _as_traced(job)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
         and not (_classifies(job) or translates),
@@ -274,7 +284,30 @@ def _methods(job: Job) -> tuple[str, ...]:
     if by.generates and strategy == "zero3":
         return ("full", "lora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
-    return (*SHOWN_METHODS, *with_tower)
+    return (*SHOWN_METHODS, *with_tower, *(TRACED_METHODS if _as_traced(job) else ()))
+
+
+def _optimizers(job: Job) -> tuple[str, ...]:
+    """The optimizers whose steps were rehearsed or traced with such a job."""
+    assert job.distributed is not None
+    known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *(OF_AXOLOTL if _knows_muon(job) else ()))
+    if not _as_traced(job):
+        return known
+    return (*known, *TRACED_OPTIMIZERS, *OVER_PARTITIONS.get(job.distributed.strategy, ()))
+
+
+def _as_traced(job: Job) -> bool:
+    """Whether a job is as those were traced that have other methods and optimizers: a dense model in bf16 that Trainer or
+    SFTTrainer trains on the card."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    offloads = (distributed.offload_params, distributed.offload_optimizer)
+    by_trainer = setup.trainer in ("transformers", "trl")
+    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+    plain = job.quant is None and not setup.kernels and setup.autocast == "bf16" and dense
+    return (
+        by_trainer and plain and distributed.strategy in ("fsdp2", *FLAT, "zero3") and not any(offloads) and setup.dtype == "bf16"
+    )
 
 
 def _knows_muon(job: Job) -> bool:

@@ -14,6 +14,7 @@ from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
+from peftplan.optim import parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import FSDP2_TAIL_APART, named
@@ -57,6 +58,11 @@ def check_distributed(
         raise RefusedError(
             "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "
             "the shape [1], AdamW's step counts have none); accepted: --optim adamw_torch, or --autocast bf16"
+        )
+    if strategy == "fsdp2" and parse_optim(str(setup.optim)).package == "bitsandbytes":
+        raise RefusedError(
+            f"optim: {setup.optim} fails in the first step of FSDP2: what trains is a DTensor, for which the operators of "
+            "bitsandbytes have no sharding strategy (NotImplementedError); accepted: --optim adamw_torch_8bit, or zero2 and zero3"
         )
     tail_apart = setup.by.layout is ACCELERATE and not FSDP2_TAIL_APART.after(distributed.accelerate)
     if strategy == "fsdp2" and architecture.model_type in ONE_TABLE and tail_apart:
@@ -214,7 +220,7 @@ def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ada
     rows = min((tensor.shape[0] for tensor in adaptation.added if tensor.trainable and len(tensor.shape) > 1), default=None)
     if distributed.strategy == "fsdp2" and rows is not None and rows < distributed.shards:
         yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
-    if distributed.facts.splits_weights and str(setup.optim).startswith("paged_"):
+    if distributed.strategy == "fsdp1" and str(setup.optim).startswith("paged_"):
         yield f"optim: {setup.optim} has not been tested under {called}; its states are counted as if they followed the shards"
     if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
         yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

@@ -1,0 +1,69 @@
+"""Trace methods and optimizers over several GPUs, and keep the peaks: `python -m tools.traced_methods`.
+
+A job that the file has is not run again. Each is four layers of a built-in model. Needs deepspeed, whose own engine runs under
+ZeRO.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peftplan
+from peftplan.arch import catalogue
+
+KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
+LAYERS = 4
+METHODS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning")
+OPTIMIZERS = ("sgd", "rmsprop")
+STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
+
+
+def jobs() -> Iterator[dict[str, Any]]:
+    """Every method with AdamW, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
+    for number, strategy in enumerate(STRATEGIES):
+        sizes = {"strategy": strategy, "gpus": 4, "batch_size": 2, "seq_len": 256}
+        for method in METHODS:
+            yield {"model": "qwen2.5-0.5b", **sizes, "method": method}
+        for optim in OPTIMIZERS:
+            for method in ("full", "lora"):
+                yield {"model": "llama-3.2-1b", **sizes, "method": method, "optim": optim}
+        model = ("qwen3-0.6b", "opt-125m", "pythia-160m", "gemma-3-270m")[number]
+        checkpoints = {"gradient_checkpointing": number % 2 == 0, "gradient_accumulation_steps": 2}
+        yield {"model": model, **sizes, "gpus": 8, "method": "loha", "optim": "sgd", **checkpoints}
+        if strategy != "fsdp2":  # SFTTrainer's loss has no formula there
+            yield {"model": "smollm2-135m", **sizes, "gpus": 2, "method": "dora", "r": 64, "optim": "rmsprop", "trainer": "trl"}
+
+
+def shallow(name: str) -> dict[str, Any]:
+    """A built-in model's config with its first layers alone."""
+    entry = catalogue.find(name)
+    assert entry is not None
+    config = dict(entry.facts()["config"])
+    config |= {key: LAYERS for key in ("num_hidden_layers", "n_layer") if key in config}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:LAYERS]
+    return config
+
+
+def peaks(job: dict[str, Any], engine: str) -> dict[str, Any] | None:
+    """Bytes of each phase, and those reserved; None where the engine has none."""
+    options = {name: value for name, value in job.items() if name != "model"}
+    result = peftplan.estimate(shallow(job["model"]), engine=engine, **options).peaks  # type: ignore[arg-type]
+    return None if result is None else {"by_phase": dict(result.by_phase), "reserved": result.reserved}
+
+
+def kept() -> list[dict[str, Any]]:
+    """The rows of the file, if there is one."""
+    return [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()] if KEPT.exists() else []
+
+
+if __name__ == "__main__":
+    known = [{name: value for name, value in row.items() if name != "traced"} for row in kept()]
+    with KEPT.open("a", encoding="utf-8") as file:
+        for job in jobs():
+            if job not in known:
+                file.write(json.dumps({**job, "traced": peaks(job, "trace")}) + "\n")
+                file.flush()
