@@ -91,14 +91,17 @@ def read(path: Path) -> Program:
 
 
 def estimated(program: Program, engine: str = "analytic") -> dict[str, int] | None:
-    """The peaks that an engine states for the same job, None where it cannot say it."""
+    """The peaks that an engine states for the same job, of several ranks for the first, which was rehearsed; None where it cannot
+    say it."""
     if not program.estimate:
         return None
     options = [option.format(file=program.path) for option in program.estimate]
     output = StringIO()
     with redirect_stdout(output), redirect_stderr(StringIO()), suppress(SystemExit):
         peftplan_main(["estimate", *options, "--gpu", program.gpu, "--engine", engine, "--format", "json"])
-    memory = json.loads(output.getvalue() or "{}").get("memory")
+    document = json.loads(output.getvalue() or "{}")
+    groups = (document.get("distributed") or {}).get("ranks", ())
+    memory = next((group for group in groups if group["ranks"]["first"] == 0 and group["peak_allocated"]), document.get("memory"))
     if memory is None or memory["peak_allocated"] is None:
         return None
     return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"]}

@@ -302,7 +302,7 @@ def _as_traced(job: Job) -> bool:
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     offloads = (distributed.offload_params, distributed.offload_optimizer)
-    by_trainer = setup.trainer in ("transformers", "trl")
+    by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
     plain = job.quant is None and not setup.kernels and setup.autocast == "bf16" and dense
     return (

@@ -230,6 +230,9 @@ class Trainer(NamedTuple):
     """Whether it casts embedding and head to fp32, and back, while it loads a model to be adapted (`memory.recast`)."""
     widens: bool = False
     """Whether it loads a model that trains in full in 16 bits, and casts each weight to fp32 on the GPU."""
+    traced_on_ranks: bool = False
+    """Whether it was traced over several GPUs with methods and optimizers besides LoRA and AdamW
+    (tests/distributed/traced_methods.jsonl)."""
     expandable_segments: bool = False
     """Whether its package or command line sets `PYTORCH_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py,
     axolotl/cli/main.py)."""

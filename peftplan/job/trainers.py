@@ -21,7 +21,7 @@ from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_REWA
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
-        Trainer("transformers", "Trainer"),
+        Trainer("transformers", "Trainer", traced_on_ranks=True),
         *OF_TRL,
         # llamafactory 0.9.5, train/sft/trainer.py, model/adapter.py:52 (`_setup_full_tuning`), hparams/parser.py:517.
         Trainer(

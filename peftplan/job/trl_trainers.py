@@ -23,6 +23,7 @@ TRL = Trainer(
     sums_tokens=True,
     task="CAUSAL_LM",
     package="trl",
+    traced_on_ranks=True,
     arguments="SFTConfig",
 )
 # The reference model scores what was generated before the step, when nothing of it is alive (`_generate_and_score_completions`).
