@@ -12,6 +12,7 @@ from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import ConfigPlan, Effect, Tool, Unsupported, bound
+from peftplan.job.configs.sayable import OF_STORAGE
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.launch import OF_FSDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
@@ -24,18 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
 
-OF_A_STORED_BASE = (
-    "quant",
-    "double_quant",
-    "quant_bits",
-    "quant_group_size",
-    "quant_blocksize",
-    "quant_skip_modules",
-    "quant_experts",
-    "quant_storage",
-    "compute_dtype",
-    "kbit_prepare",
-)
+OF_A_STORED_BASE = (*OF_STORAGE, "compute_dtype", "kbit_prepare")
 """Options without effect where nothing is quantized."""
 
 
