@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
 
-    OfRank = tuple[int | None, int | None] | None
-
 
 class Compiled(NamedTuple):
     """A job without its sizes: the tensors that last from step to step, the peak of loading, and the timeline of a step."""

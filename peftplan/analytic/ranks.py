@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.rehearsed import FLAT, FSDP, SHARDING, ZERO
 from peftplan.analytic.running import reference_of
+from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag

@@ -119,8 +119,8 @@ class Router(NamedTuple):
 
     `norm_topk_prob`: the weights of the chosen experts are normalized to sum to one.
     `groups`, `chosen`: experts are in so many groups (0: none), of which some are chosen first.
-    `noise`: the input gets noise in training. `hands_out`: the config asks for its logits, and with them for the loss of the
-    experts' load. `coefficient`: of that loss; None: the class has none.
+    `noise`: the input gets noise in training. `hands_out`: the config asks for its logits, and with them for the
+    load-balancing loss. `coefficient`: of that loss; None: the class has none.
     """
 
     norm_topk_prob: bool = False

@@ -44,7 +44,7 @@ def moe_mlp(
 ) -> Mlp:
     """A mixture of e experts of `width`, `top_k` per token, beside a shared expert of width `shared` that processes every token.
 
-    `groups`, of classes that have no loss of the experts' load: into how many the router sorts experts, and how many of them it
+    `groups`, of classes that have no load-balancing loss: into how many the router sorts experts, and how many of them it
     chooses first. `normed`: the class's default for weights that sum to one.
     """
     if top_k > e:

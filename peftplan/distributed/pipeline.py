@@ -72,7 +72,7 @@ def _count(distributed: Distributed, layers: int) -> int:
         count += -count % ranks if distributed.pp_round_stages == "up" else -(count % ranks)
     if count % ranks or (count > ranks) is not interleaved:
         wanted = f"a multiple of {ranks}, and more than one for each rank" if interleaved else str(ranks)
-        why = f"{layers} layers are {count} stages then; accepted: a number that makes {wanted}"
+        why = f"it divides {layers} layers into {count} stage{'s' * (count > 1)}; accepted: a number that makes {wanted}"
         raise InputError("pp_layers_per_stage", each, why)
     return count
 
@@ -111,7 +111,7 @@ def check_schedule(distributed: Distributed, layers: int) -> None:
     """Raise InputError for stages or micro batches that the schedule does not take."""
     ranks = distributed.pp_size or 1
     if distributed.chunks < ranks:  # nemo_automodel, recipes/llm/train_ft.py:675
-        raise InputError("pp_microbatches", distributed.chunks, f"accepted: at least as many as the {ranks} stages of ranks")
+        raise InputError("pp_microbatches", distributed.chunks, f"accepted: {ranks} or more, one for each rank of the pipeline")
     rounds = distributed.chunks // ranks
     if distributed.pp_schedule == INTERLEAVED and distributed.chunks % rounds:
         raise InputError("pp_microbatches", distributed.chunks, f"accepted: a multiple of {rounds} with interleaved1f1b")

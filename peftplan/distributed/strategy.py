@@ -107,7 +107,7 @@ class Distributed(BaseModel):
     """Micro batches of one run of the schedule, each of `batch_size` sequences."""
     pp_layers_per_stage: Annotated[int, Field(ge=1, le=MOST)] | None = None
     pp_round_stages: Literal["up", "down"] | None = None
-    """Where the stages are no multiple of `pp_size`, what their number is rounded to."""
+    """How the number of stages is rounded to a multiple of `pp_size`."""
 
     @property
     def world_size(self) -> int:
@@ -209,7 +209,8 @@ def _check_divisible(distributed: Distributed) -> None:
             raise InputError(name, size, f"accepted: a divisor of the {world} GPUs")
     sharing = (distributed.tp_size or 1) * (distributed.pp_size or 1)
     if world % sharing:
-        raise InputError("pp_size", distributed.pp_size, f"accepted: with tp_size a divisor of the {world} GPUs; it is {sharing}")
+        accepted = f"accepted: a size whose product with tp_size, {sharing} here, divides the {world} GPUs"
+        raise InputError("pp_size", distributed.pp_size, accepted)
     of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")

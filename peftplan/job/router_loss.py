@@ -1,4 +1,4 @@
-"""Whether a step adds the loss of the load of a mixture's experts to the model's own."""
+"""Whether a step adds the load-balancing loss of a mixture to the model's own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def router_loss(setup: Setup, architecture: Architecture) -> bool | None:
     if architecture.blocks and not routers:
         return None
     if setup.router_loss and architecture.blocks and not having:
-        raise RefusedError(f"router_loss: {architecture.model_class} has no loss of the load of experts")
+        raise RefusedError(f"router_loss: {architecture.model_class} has no load-balancing loss")
     if setup.router_loss is not None or not having:
         adds = setup.router_loss
     elif setup.by.balances_experts and not setup.by_unsloth:
@@ -43,6 +43,6 @@ def router_loss(setup: Setup, architecture: Architecture) -> bool | None:
 def check_router_loss(setup: Setup, script: Script) -> None:
     """Raise NoEngineError where the formulas do not know that loss."""
     if setup.router_loss and setup.loss not in LOSSES:
-        raise NoEngineError(f"the loss of experts' load beside the {setup.loss} loss")
+        raise NoEngineError(f"the load-balancing loss beside the {setup.loss} loss")
     if setup.router_loss and ROUTER_LOSS_BY_LAYER.after(script.transformers):
-        raise NoEngineError(f"the loss of experts' load before {ROUTER_LOSS_BY_LAYER.named}")
+        raise NoEngineError(f"the load-balancing loss before {ROUTER_LOSS_BY_LAYER.named}")

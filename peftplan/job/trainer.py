@@ -114,7 +114,7 @@ class Trainer(NamedTuple):
     collects_batches: bool = True
     """Whether the batches of a step's micro batches are all on the device before it begins (`Trainer.get_batch_samples`)."""
     balances_experts: bool = False
-    """Whether it asks a mixture for the loss of its experts' load, whatever `output_router_logits` says, unless its coefficient
+    """Whether it asks a mixture for its load-balancing loss, whatever `output_router_logits` says, unless its coefficient
     is 0 (trl, `aux_loss_enabled` in each constructor)."""
     always_masks: bool = False
     """Whether every batch has an attention mask, of ones where nothing is padded."""

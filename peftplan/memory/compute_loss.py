@@ -23,7 +23,7 @@ TRIPLE = 3
 
 
 def loss_of_batch(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
-    """The loss of one micro batch, with that of the experts' load. `outputs`: those that the loop holds of the micro batch
+    """The loss of one micro batch, with the load-balancing loss. `outputs`: those that the loop holds of the micro batch
     before; replaced."""
     loss = _loss_of_batch(model, program, reference, outputs)
     if model.load_loss is not None:

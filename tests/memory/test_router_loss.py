@@ -1,4 +1,4 @@
-"""The loss of the load of a mixture's experts: against the trace of the real function, and against programs that were rehearsed.
+"""The load-balancing loss of a mixture: against the trace of the real function, and against programs that were rehearsed.
 
 The rows held these bytes on the emulated card (`tools.rehearsed_jobs`, transformers 5.24, trl 1.16): allocated, reserved.
 """
@@ -123,7 +123,7 @@ def test_who_asks_for_it() -> None:
     assert adds(QWEN3, trainer="transformers") is False
     assert adds({**QWEN3, "output_router_logits": True}, trainer="transformers") is True
     assert adds(V3, trainer="trl") is None
-    with pytest.raises(RefusedError, match="DeepseekV3ForCausalLM has no loss of the load of experts"):
+    with pytest.raises(RefusedError, match="DeepseekV3ForCausalLM has no load-balancing loss"):
         adds(V3, trainer="trl", router_loss=True)
     with pytest.raises(RefusedError, match="'GraniteMoeConfig' object has no attribute 'num_experts'"):
         adds(GRANITE, trainer="trl")

@@ -81,11 +81,11 @@ def test_stages_take_turns() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pp_microbatches": 1}, "pp_microbatches: expected at least as many as the 2 stages"),
+        ({"pp_microbatches": 1}, "pp_microbatches: expected 2 or more, one for each rank"),
         ({"pp_schedule": "interleaved1f1b", "pp_microbatches": 5}, "a multiple of 2 with interleaved1f1b"),
         ({"pp_layers_per_stage": 3}, "pp_layers_per_stage"),
         ({"pp_size": None, "pp_microbatches": 4}, "with a pp_size of 2 or more"),
-        ({"tp_size": 4}, "with tp_size a divisor of the 4 GPUs"),
+        ({"tp_size": 4}, "a size whose product with tp_size, . here, divides the 4 GPUs"),
     ],
 )
 def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) -> None:

@@ -49,7 +49,7 @@ def install(model: Any, *, loss: str, prompt: int, capability: Capability) -> No
 
 
 def ask_for_load_loss(config: Any, setup: Setup) -> None:
-    """Have a mixture's config say whether its class makes the loss of the load of experts: as the option does, or the trainer."""
+    """Have a mixture's config say whether its class makes the load-balancing loss: as the option does, or the trainer."""
     adds = setup.router_loss
     if adds is None and setup.by.balances_experts and not setup.by_unsloth:
         adds = bool(getattr(config, "router_aux_loss_coef", None))
@@ -149,7 +149,7 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
 
 
 def load_loss(config: Any, router_logits: Any, mask: torch.Tensor | None) -> torch.Tensor:
-    """The loss of the load of a mixture's experts, by the function that all classes copy."""
+    """The load-balancing loss of a mixture, by the function that all classes copy."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     loss = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask)
