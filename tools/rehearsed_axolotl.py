@@ -3,7 +3,8 @@
     python -m tools.rehearsed_axolotl FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
-are tokens already, as many as `sequence_len` says. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
+are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool
+counts. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
 torch.
 """
 
@@ -51,8 +52,21 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
-    ranks = {"gpus": row["gpus"]} if "gpus" in row else {}
-    return {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options, **ranks}
+    job = {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options}
+    if "words" in row:
+        job["seq_len"] = row["prompt_tokens"] + job["max_completion_length"]
+    return job | ({"gpus": row["gpus"]} if "gpus" in row else {})
+
+
+def prompt_tokens(folder: str, values: dict[str, Any], words: int) -> int:
+    """Tokens of a prompt of so many words, by the tokenizer and the chat template that axolotl takes."""
+    from axolotl.utils.chat_templates import get_chat_template
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = get_chat_template(values["chat_template"])
+    message = {"role": "user", "content": "word " * words}
+    return len(tokenizer.apply_chat_template([message], chat_template=template, add_generation_prompt=True)["input_ids"])
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -61,9 +75,14 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(values["base_model"], row["layers"]), "dtype": "bfloat16"})
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
-        text = json.dumps({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens})
+        content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        if "words" in row:
+            content = {"input": "word " * row["words"], "output": "pass " * 8}
+            row = row | {"prompt_tokens": prompt_tokens(folder, values, row["words"])}
+        text = json.dumps(content)
         Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
-        datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl"}]
+        of_rows = {"type": "ebft_opencode.transform"} if "words" in row else {}
+        datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl", **of_rows}]
         prepared = {"datasets": datasets, "dataset_prepared_path": f"{output}/data"}
         places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
         file = Path(output, "config.yml")

@@ -57,6 +57,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.reference == "copy" and job.setup.by.scoring not in (None, "rows") and not job.setup.by.generates:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
+    if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
+        raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
     if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.by.sends_at_once and bool(job.setup.use_vllm) and bool(job.method and job.method.peft_type)

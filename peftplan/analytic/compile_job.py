@@ -106,7 +106,7 @@ class Written(NamedTuple):
     program: "events.Program"
     sizes: list[int]
     steps: "list[Compiled]"
-    generation: object = None
+    generations: tuple[object, ...] = ()
 
 
 Step = tuple[Compiled, dict[str, int]]

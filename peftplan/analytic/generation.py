@@ -37,6 +37,8 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 GENERATE = "generate"
+MOST_READ = 2048
+"""Tokens of a completion with its prompt above which they are cut (axolotl 0.19.0, core/trainers/ebft/trainer.py:217)."""
 KEPT = 8
 """The last generations, each with the job that it is of."""
 
@@ -58,21 +60,31 @@ class Generation(NamedTuple):
         return Ledger(self.timeline.lines(self.peak[1], self.sizes))
 
 
-_GENERATIONS: OrderedDict[tuple[object, ...], tuple[Compiled, Generation]] = OrderedDict()
+_GENERATIONS: OrderedDict[tuple[object, ...], tuple[Compiled, tuple[Generation, ...]]] = OrderedDict()
 
 
-def generation_of(inventory: Inventory, compiled: Compiled, *, compute_capability: str) -> Generation | None:
-    """The generation of a job; None where the policy writes nothing, or vLLM writes for it and gets one weight after another."""
+def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capability: str) -> tuple[Generation, ...]:
+    """What comes before a job's step: its generation, and what reads it; none where the policy writes nothing, or vLLM writes for
+    it and gets one weight after another."""
     setup = inventory.job.setup
-    if not setup.by.generates or (setup.use_vllm and not setup.by.sends_at_once):
-        return None
+    if not setup.by.generates:
+        return ()
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
     if key not in _GENERATIONS:
-        of_job = _sent(inventory) if setup.use_vllm else _written(inventory, compute_capability)
-        _GENERATIONS[key] = compiled, of_job
+        before = [] if setup.use_vllm else [_written(inventory, compute_capability)]
+        if setup.use_vllm and setup.by.sends_at_once:
+            before.append(_sent(inventory))
+        if setup.by.reads_features:
+            before.append(_features(inventory, compute_capability))
+        _GENERATIONS[key] = compiled, tuple(before)
         if len(_GENERATIONS) > KEPT:
             _GENERATIONS.popitem(last=False)
     return _GENERATIONS[key][1]
+
+
+def largest_of(generations: Iterable[Generation]) -> Generation | None:
+    """The one that takes most; None where there is none."""
+    return max(generations, key=lambda generation: generation.peak[0], default=None)
 
 
 def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:
@@ -200,6 +212,49 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
     loss = LossSizes("full", 0, 0, 0, prompted=False)
     return _ending(of_prompt, of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss)))
+
+
+FEATURES = 3
+"""Layers whose hidden states a reward compares, by default at a quarter, half and three quarters of the depth."""
+
+
+def _features(inventory: Inventory, compute_capability: str) -> Generation:
+    """The base without its adapter reads all completions: the hidden states of every layer and the logits of every token are
+    alive while those of the layers that the reward compares are put together, twice.
+
+    Left out: the same of the data's own completions, one for each prompt.
+    Source: axolotl 0.19.0, core/trainers/ebft/rewards.py (`extract_hidden_states`), trainer.py:288; it keeps no KV cache.
+    """
+    job, parameters, *_ = inventory
+    setup, arch = job.setup, job.architecture
+    rows, tokens, hidden_size = setup.generation_rows, min(setup.seq_len, MOST_READ), arch.hidden_size or 0
+    layers = sum(len(block.layers) for block in arch.blocks)
+    running = running_of(job, compute_capability)._replace(
+        peft_type=None, config=None, checkpointing=False, use_cache=False, autocast=None
+    )
+    running = running._replace(loss="full", loss_facts=(), batch_size=rows, seq_len=tokens)
+    frozen = parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all if p.owner == "base"))
+    model = Model(Tape(), arch, frozen, job.adaptation, running, job.quant)
+    f = model.tape
+    f.mark("forward")
+    with f.no_grad():
+        for name in ("input_ids", "attention_mask"):
+            model.batch[name] = f.new(("b", "s"), "int64", name)
+        written = f.many(("b", "s"), "int64", "prompts and completions, apart and together", 4)
+        states = f.many(("b", "s", hidden_size), setup.dtype, "hidden states of layers", layers - 1)
+        last = forward_of(arch.model_type)(model)
+        embedded = f.new(("b", "s", hidden_size), setup.dtype, "embedding")
+        assert arch.output_embedding is not None
+        logits = model.linear(arch.output_embedding, last)
+        f.module = ""
+        compared = [f.new(("b", "s", FEATURES * hidden_size), setup.dtype, "cat") for _ in range(2)]
+        del written, states, last, embedded, logits, compared
+    f.mark("backward")
+    model.kept.clear()
+    model.batch.clear()
+    read = timeline(f, model.stacks, vocab=arch.vocab_size)
+    loss = LossSizes("full", 0, 0, 0, prompted=False)
+    return _ending(read, read.with_derived(sizes(rows, tokens, virtual_tokens=0, loss=loss)))
 
 
 def _ending(before_step: Timeline, dims: Mapping[str, int]) -> Generation:

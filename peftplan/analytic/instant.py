@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from peftplan.allocator.program import OPTIONS, Replayed
 from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.compiled import by_processors, last_step, steps_of
-from peftplan.analytic.generation import generation_of
+from peftplan.analytic.generation import generations_of, largest_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
 from peftplan.ledger import Ledger
@@ -59,8 +59,8 @@ class InstantPeaks(Peaks):
     def run(self, *, late: bool = False) -> Run:
         """The steps that are replayed. `late`: the GPU is as late as it may be."""
         steps = steps_of(self.inventory, self.compute_capability, late=late)
-        generation = generation_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
-        return Run(steps, self.inventory.job.script, generation)
+        generations = generations_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
+        return Run(steps, self.inventory.job.script, generations)
 
     def runs_within(self, capacity_bytes: int) -> bool:
         """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
@@ -110,7 +110,7 @@ def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) ->
         known[id(of)] = of, (peaks, compiled_job.assumed(dims))
     moments, assumed = known[id(of)][1]
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
-    generation = generation_of(inventory, compiled_job, compute_capability=compute_capability)
+    generation = largest_of(generations_of(inventory, compiled_job, compute_capability=compute_capability))
     if generation is not None:
         requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
     ends = {phase: at for phase, (_, at) in moments.items()}
@@ -134,7 +134,8 @@ class _Ledgers(Mapping[str, Ledger]):
         if phase == "load":
             return compiled.loading
         if phase == "generate":
-            generation = generation_of(self._peaks.inventory, compiled, compute_capability=self._peaks.compute_capability)
+            generations = generations_of(self._peaks.inventory, compiled, compute_capability=self._peaks.compute_capability)
+            generation = largest_of(generations)
             assert generation is not None
             return compiled.standing + generation.lines
         return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], dims))

@@ -23,8 +23,8 @@ class Run(NamedTuple):
 
     steps: Steps
     script: Script = NO_SCRIPT
-    generation: Generation | None = None
-    """What the policy writes before each step."""
+    generations: tuple[Generation, ...] = ()
+    """What the policy writes before each step, and what reads it."""
 
     def fits(self, capacity_bytes: int) -> bool:
         """Whether it runs if the allocator may reserve at most `capacity_bytes`. It releases cached segments before it fails."""
@@ -50,18 +50,18 @@ class Run(NamedTuple):
         """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
         reported = sum(step is self.steps[-1] for step in self.steps[1:])
-        key = (when_full, id(self.generation), reported, *(id(of_step) for of_step, _ in self.steps))
+        key = (when_full, *map(id, self.generations), reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
-            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], reported, self.script, load, self.generation)
+            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], reported, self.script, load, self.generations)
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
-        generated = [] if self.generation is None else self.generation.timeline.requested(self.generation.sizes)
+        generated = [n for each in self.generations for n in each.timeline.requested(each.sizes)]
         return written.program, generated + [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
-def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generation: Generation | None) -> Written:
-    generated = 0 if generation is None else len(generation.timeline.kinds)
+def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generations: tuple[Generation, ...]) -> Written:
+    generated = sum(len(each.timeline.kinds) for each in generations)
     compiled = steps[-1]
     num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)
     writer = Writer(script, num_kinds, empties=compiled.empties_cache)
@@ -80,9 +80,11 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     keeps_gradients = any(makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
     kinds = generated
     for number, of_step in enumerate(steps, start=1):
-        if generation is not None:
-            writer.step(generation.timeline, 0, {}, phases=number > len(steps) - reported)
+        of_generation = 0
+        for each in generations:
+            writer.step(each.timeline, of_generation, {}, phases=number > len(steps) - reported)
             writer.end()
+            of_generation += len(each.timeline.kinds)
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
         writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)
@@ -93,7 +95,7 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.release(undivided)
             writer.keep(compiled.buckets)
         kinds += len(of_step.timeline.kinds)
-    return Written(writer.program(), list(writer.sizes), steps, generation)
+    return Written(writer.program(), list(writer.sizes), steps, generations)
 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:

@@ -36,6 +36,25 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 )
 
 
+# GRPO of the trl that axolotl pins, whose reward compares what layers hold of completions and of the data (axolotl 0.19.0,
+# core/trainers/ebft/trainer.py). Adapted models alone: without an adapter it compares with a copy of the model.
+EBFT_IN_AXOLOTL = IN_AXOLOTL._replace(
+    name="axolotl-ebft",
+    called="EBFTTrainer of axolotl 0.19",
+    collects_batches=False,
+    sums_rows=False,
+    keeps_logits=(),
+    completions_alone=True,
+    disables_dropout=False,
+    completion=512,
+    beta=0.0,
+    num_generations=8,
+    reads_features=True,
+    options=GENERATING.options | {"loss_type"},
+    loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+)
+
+
 # LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(

@@ -35,6 +35,7 @@ TrainerName = Literal[
     "axolotl-orpo",
     "axolotl-cpo",
     "axolotl-reward",
+    "axolotl-ebft",
     "swift-dpo",
     "swift-dpo-packed",
     "swift-kto",
@@ -177,6 +178,9 @@ class Trainer(NamedTuple):
     gathers_when_called: bool = False
     """Whether under ZeRO-3 nothing is gathered ahead, whose bucket it sets to 0 (ms-swift, rlhf_trainers/arguments.py:117), nor
     kept for a later use, as three rehearsed jobs showed."""
+    reads_features: bool = False
+    """Whether the base, without its adapter, reads all completions of a step at once, before the step: with the hidden states of
+    every layer, and the logits of every token (axolotl 0.19.0, core/trainers/ebft/rewards.py:20, trainer.py:288)."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     reference_lasts: bool = False

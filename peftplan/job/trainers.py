@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
 from peftplan.job.tool_trainers import (
     AUTOMODEL_RECIPE,
+    EBFT_IN_AXOLOTL,
     IN_AXOLOTL,
     IN_LLAMA_FACTORY,
     IN_SWIFT,
@@ -73,6 +74,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             package=None,
             arguments=None,
         ),
+        EBFT_IN_AXOLOTL,
         OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
         OF_LOGITS_IN_AXOLOTL._replace(
             name="axolotl-cpo",

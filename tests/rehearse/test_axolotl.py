@@ -141,3 +141,30 @@ def test_muon_of_one_process_has_counts_alone() -> None:
     estimate = peftplan.estimate("Qwen/Qwen2.5-0.5B", **plan_of_one.options)
     assert estimate.peaks is None
     assert any("axolotl's Muon of whole matrices" in reason for reason in estimate.not_modelled)
+
+
+EBFT = read(Path(__file__).with_name("axolotl_ebft.jsonl"))
+
+
+@pytest.mark.parametrize("row", EBFT, ids=[str(row["layers"]) for row in EBFT])
+def test_a_reward_reads_all_completions_before_the_step(row: dict[str, Any]) -> None:
+    """`features`: what is held between a step and the next forward, where the tokenizer makes `read` tokens of a prompt and
+    what was written for it (its stand-in halves completions); the vocabulary was one row larger."""
+    job = options(row)
+    short = {"seq_len": row["read"], "max_completion_length": row["read"] - row["prompt_tokens"]}
+    peaks, reading = peftplan.estimate(**job).peaks, peftplan.estimate(**job | short).peaks
+    assert peaks is not None
+    assert reading is not None
+    stated = {**{phase: peaks.by_phase[phase] for phase in row["by_phase"]}, "features": reading.by_phase["generate"]}
+    in_tool = {**row["by_phase"], "features": row["features"]}
+    drift = {phase: 100 * (stated[phase] / nbytes - 1) for phase, nbytes in in_tool.items()}
+    assert max(map(abs, drift.values())) < 0.01
+    of_peak = reading if row["features"] == max(in_tool.values()) else peaks
+    assert of_peak.reserved == row["reserved"]
+
+
+def test_a_reward_of_other_jobs_has_counts_alone() -> None:
+    for other in ({"method": "full"}, {"method": "qlora"}, {"method": "lora", "gpus": 2}):
+        estimate = peftplan.estimate("llama-3.2-1b", trainer="axolotl-ebft", **other)
+        assert estimate.peaks is None
+        assert "EBFTTrainer of axolotl 0.19" in estimate.not_modelled[0]

@@ -11,6 +11,7 @@ from peftplan.job.configs.detect import runs
 from peftplan.job.configs.documents import Document, FileError, Values, word
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.tool_file import Accepted, Product, Setting
+from peftplan.job.repositories import copied_model
 from peftplan.job.sources import checkpoint_dtype
 from peftplan.methods.experts import CONVERSIONS
 
@@ -102,8 +103,9 @@ class Effective:
         return None if dtype is None else checkpoint_dtype(self._model(), {"dtype": dtype})
 
     def _of_model(self, field: str) -> object:
-        """A field of the config of the model that the file names; None where it is not built in."""
-        entry = catalogue.find(self._model())
+        """A field of the config of the model that the file names, or of which it names a copy; None where it is not built in."""
+        name = self._model()
+        entry = catalogue.find(name) or catalogue.find(copied_model(name) or "")
         return None if entry is None else entry.facts()["config"].get(field)
 
     def _model(self) -> str:

@@ -202,6 +202,40 @@ def test_axolotl_weighs_tokens_by_entropy(values: dict[str, Any], loss: str | No
     assert (plan.options.get("loss"), "use_eaft" in plan.unsupported) == (loss, loss is None)
 
 
+EBFT: dict[str, Any] = {
+    **AXOLOTL,
+    "adapter": "lora",
+    "rl": "ebft",
+    "ebft": {"feature_layers": [0.25, 0.5, 0.75], "embed_method": "last_token", "use_whitening": False, "ce_coef": 0.0},
+    "trl": {"num_generations": 4, "max_completion_length": 128, "use_vllm": False, "loss_type": "grpo"},
+}
+
+
+def test_axolotls_ebft_on_prompts_is_a_trainer_that_reads_features() -> None:
+    plan = read(EBFT)
+    assert plan.unsupported == {}
+    assert (plan.options["trainer"], plan.options["max_completion_length"]) == ("axolotl-ebft", 128)
+    assert any("cuts no prompts" in words for words in plan.assumed.values())
+    for other in ({"embed_method": "concat"}, {"use_whitening": True}, {"mode": "strided"}, {"feature_layers": [0.5]}):
+        assert "rl" in read({**EBFT, "ebft": {**EBFT["ebft"], **other}}).unsupported
+    assert "rl" in read({**EBFT, "adapter": None}).unsupported
+
+
+MIRROR = {"base_model": "alpindale/Llama-3.2-11B-Vision-Instruct"}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "place"),
+    [
+        ({"base_model": "MiniMaxAI/MiniMax-M2", "use_scattermoe": True}, "use_scattermoe", "quantizer_finegrained_fp8.py:195"),
+        ({**MIRROR, "lora_mlp_kernel": None}, "lora_qkv_kernel", "monkeypatch/lora_kernels.py:306"),
+    ],
+)
+def test_axolotl_raises_for_a_model_and_a_copy_of_it(values: dict[str, Any], key: str, place: str) -> None:
+    """Rehearsed: the one with its repository in fp8, the other under its own name."""
+    assert place in read({**AXOLOTL, "adapter": "lora", **values}).unsupported[key].why
+
+
 @pytest.mark.parametrize(
     ("values", "loss"),
     [
