@@ -2,8 +2,9 @@
 
     python -m tools.rehearsed_llamafactory FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values` of the config, and how many `layers` of the model run. Rows are as long as `cutoff_len`
-says. Needs llamafactory 0.9.5, the package of the optimizer that a config names, and the CUDA build of torch.
+FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
+are as long as `cutoff_len` says. Needs llamafactory 0.9.5, the package of the optimizer that a config names, and the CUDA build
+of torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from peftplan.datafiles import load
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
@@ -44,6 +46,11 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
     return read_values(SHARED | row["values"], file="a.yaml", tool="llamafactory")
 
 
+def _launch_file(path: str) -> dict[str, Any]:
+    """What the file of DeepSpeed holds that the tool ships under this path."""
+    return dict(load("configs/launch.json", dict)["llamafactory"][Path(path).stem]["values"])
+
+
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
     return {"model": cut(row["values"]["model_name_or_path"], row["layers"]), **plan(row).options}
@@ -58,10 +65,13 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         Path(output, "rows.json").write_text(json.dumps([text] * ROWS), encoding="utf-8")
         Path(output, "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
         places = {"model_name_or_path": folder, "dataset_dir": output, "output_dir": f"{output}/saved"}
+        if "deepspeed" in values:
+            places["deepspeed"] = f"{output}/deepspeed.json"
+            Path(places["deepspeed"]).write_text(json.dumps(_launch_file(values["deepspeed"])), encoding="utf-8")
         file = Path(output, "config.yaml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         command = [sys.executable, "-c", PROGRAM, str(file)]
-        return row | kept_of(rehearse(command, gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 
 if __name__ == "__main__":

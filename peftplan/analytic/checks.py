@@ -53,7 +53,7 @@ def check(job: Job) -> None:
 
         if (why := rehearsed.without_formula(job)) is not None:
             raise NoRankFormulaError(f"a step with {job.distributed.called}{why}")
-    elif job.setup.by.weighs_tokens:
+    elif job.setup.by.weighs_tokens or job.setup.by.anchors:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.reference == "copy" and job.setup.by.scoring not in (None, "rows") and not job.setup.by.generates:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")

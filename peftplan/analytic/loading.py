@@ -117,7 +117,7 @@ def loading_of(
         if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
             from peftplan.memory.reference_load import load_after_reference
 
-            load = partial(load_after_reference, load=load, reference=parameters)
+            load = partial(load_after_reference, load=load, reference=ranks.cast_parameters(job, parameters))
         beyond = ranks.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     if dtype != setup.dtype:

@@ -90,12 +90,12 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
     if job.distributed.strategy not in SHARDING:
         return parameters
     if job.distributed.strategy in ZERO:
-        return _cast(job, parameters)
+        return cast_parameters(job, parameters)
     part = shards_of(parameters, job.architecture, job.distributed.model_copy(update={"pp_size": None}))
     return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)))
 
 
-def _cast(job: Job, parameters: Parameters) -> Parameters:
+def cast_parameters(job: Job, parameters: Parameters) -> Parameters:
     """The parameters as DeepSpeed leaves them."""
     assert job.distributed is not None
     return parameters._replace(all=cast_on_rank(parameters, job.distributed, autocast=str(job.setup.autocast)))
@@ -237,7 +237,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
         return PartLoading(
             parameters,
-            _cast(job, parameters),
+            cast_parameters(job, parameters),
             distributed,
             job.architecture.hidden_size or 0,
             str(job.setup.autocast),
@@ -248,9 +248,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None
         states = (line for line in inventory.static if line.category == "optimizer_states" and line not in holding.beside)
-        return WholeLoading(_cast(job, parameters), masters, tuple(states) if masters else ())
+        return WholeLoading(cast_parameters(job, parameters), masters, tuple(states) if masters else ())
     if distributed.strategy in FLAT:
-        cast, world = _cast(job, parameters), distributed.world_size
+        cast, world = cast_parameters(job, parameters), distributed.world_size
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     layout = job.setup.by.layout
@@ -287,7 +287,7 @@ def second_of(job: Job, parameters: Parameters) -> Parameters:
         teacher = teacher_of(job)
         assert teacher is not None
         return teacher.parameters
-    cast = _cast(job, parameters)
+    cast = cast_parameters(job, parameters)
     return cast._replace(all=tuple(p._replace(trainable=False) for p in cast.all if p.owner == "base"))
 
 

@@ -215,6 +215,8 @@ def reference_of(job: Job, policy: Model) -> Model | None:
     base = (p for p in policy.parameters.all if p.owner == "base")
     if job.reference == "adapter_off":
         base = (p._replace(trainable=False) for p in base)
+    if job.setup.by.anchors:  # called without labels, and with a KV cache (model/model_utils/kv_cache.py:31)
+        running = running._replace(without_loss=True, use_cache=True)
     outputs = policy.running.token_outputs if job.reference == "adapter_off" else ()  # trl `add_fused_lm_head(self.ref_model)`
     return Model(
         policy.tape,

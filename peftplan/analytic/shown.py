@@ -114,7 +114,7 @@ def is_shown_reentrant(job: Job) -> bool:
         writes_with_adapter = job.setup.by.generates and job.method_name == "lora"
         rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
         return not trains_experts and rehearsed
-    return strategy != "zero0"
+    return strategy != "zero0" or job.setup.by.anchors
 
 
 def layer_classes(job: Job) -> tuple[str, ...]:

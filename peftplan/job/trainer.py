@@ -23,6 +23,7 @@ TrainerName = Literal[
     "trl-gold",
     "trl-distillation",
     "llamafactory",
+    "llamafactory-asft",
     "llamafactory-dpo",
     "llamafactory-kto",
     "llamafactory-v1",
@@ -159,6 +160,8 @@ class Trainer(NamedTuple):
     """Whether it makes the cross entropy of each token once more, of the logits, and drops the model's own with the outputs."""
     teaches: bool = False
     """Whether it compares the distributions of a teacher and of its student."""
+    anchors: bool = False
+    """Whether its loss compares all logits with those of a reference model, beside one that the model makes and it drops."""
     resizes_teacher: bool = False
     """Whether the teacher's embeddings and head get as many rows as the student's have; else their vocabularies are one."""
     freezes_teacher: bool = False

@@ -33,6 +33,15 @@ TRAINERS: dict[TrainerName, Trainer] = {
             widens=True,
             turns_cache_off=True,
         ),
+        # train/sft/trainer.py:151; accelerate moves it under DeepSpeed, where it was rehearsed.
+        Trainer(
+            "llamafactory-asft",
+            "LLaMA-Factory 0.9.5 with ASFT",
+            losses=("full",),
+            task="CAUSAL_LM",
+            anchors=True,
+            forwards=(Forward("reference"), *LOSS),
+        ),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",

@@ -96,6 +96,8 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
         return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
+    if program.trainer.anchors:
+        return _anchored(model, program, reference)
     if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss in OF_FUNCTION:
         return _loss_by_loop(model, program, outputs)
     loss, *others = _prepared(model, program)
@@ -175,6 +177,21 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
     else:
         loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
     for runs in (model, teacher):
+        runs.kept.clear()
+    return loss
+
+
+def _anchored(model: Model, program: Program, reference: Model | None) -> Tensor:
+    """LLaMA-Factory's ASFT: the reference's logits, the model with a loss of its own, which is dropped, and the loss of both."""
+    from peftplan.memory.anchored_loss import anchored
+
+    assert reference is not None
+    f, (first, second) = model.tape, program.forwards
+    with f.no_grad():
+        of_reference = _prepared(_run_by(first, 0, model, reference), program)
+    _own, *outputs = _prepared(_run_by(second, 1, model, reference), program)
+    loss = anchored(f, outputs[0], of_reference[1])
+    for runs in (model, reference):
         runs.kept.clear()
     return loss
 

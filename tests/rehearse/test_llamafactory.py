@@ -16,15 +16,18 @@ EVERY = read(Path(__file__).with_name("llamafactory.jsonl"))
 ROWS = [row for row in EVERY if not plan(row).unsupported]
 LARGEST = {"allocated": 0.05, "reserved": 0.0}
 """Per cent; allocated: 2.6 MB, which the allocator may leave of blocks without splitting them."""
+UNDER_DEEPSPEED = {"allocated": 0.05, "reserved": 0.15}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{plan(row).options['optim']}-{row['layers']}" for row in ROWS])
 def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
-    drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
-    assert {what: number for what, number in drift.items() if abs(number) > LARGEST[what]} == {}
-    assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < 0.001  # vectors are cast in another order
+    limits = UNDER_DEEPSPEED if "deepspeed" in row["values"] else LARGEST
+    drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
+    assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
+    of_load = 0.05 if "deepspeed" in row["values"] else 0.001  # vectors are cast in another order
+    assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < of_load
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
 
@@ -39,6 +42,26 @@ def test_weights_are_cast_to_fp32_on_the_gpu() -> None:
     assert ours is not None
     assert traced is not None
     assert (ours.by_phase["load"], ours.reserved) == (traced.by_phase["load"], traced.reserved)
+
+
+def test_asft_holds_the_logits_of_two_models() -> None:
+    """n = 2 x 511 next tokens, v = 152,064. The loss has 38 bytes a logit: logits of both in 16 bits (2 + 2), copies
+    without the last position (4 + 2), log probabilities of three losses (4 + 4 + 4), the policy's logits in fp32 (4), the
+    reference's probabilities and their entropy (2 + 2), the product and the difference (4 + 4)."""
+    (row,) = (row for row in EVERY if row["values"].get("use_asft_loss") and row["values"]["cutoff_len"] == 512)
+    of_model = 152_064 * 3584 * 2 + 3 * (3584 * (2 * 3584 + 2 * 512 + 3 * 18_944) + 3584 + 2 * 512 + 2 * 3584) + 3584
+    of_loss = row["by_phase"]["forward"] - of_model * (4 + 8 + 2 + 2 + 2)  # masters, moments, gradients of one batch, both models
+    assert of_loss / (2 * 511 * 152_064) == pytest.approx(38, rel=0.03)
+    forward = peftplan.estimate(**options(row)).peaks
+    assert forward is not None
+    assert forward.by_phase["forward"] == pytest.approx(row["by_phase"]["forward"], rel=2e-4)
+
+
+def test_a_reference_of_asft_is_known_under_deepspeed_alone() -> None:
+    asks = {"finetuning_type": "full", "use_asft_loss": True, "model_name_or_path": "Qwen/Qwen2.5-0.5B", "bf16": True}
+    one = peftplan.estimate(**options({"values": asks | {"cutoff_len": 512}, "layers": 2}))
+    assert one.peaks is None
+    assert "use_asft_loss" in plan({"values": asks | {"finetuning_type": "lora", "cutoff_len": 512}}).unsupported
 
 
 def test_badam_is_bounded_with_weights_in_16_bits() -> None:
