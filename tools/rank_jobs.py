@@ -71,7 +71,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"target_modules": targets} if (targets := program.get("target_modules")) else {}),
         **{name: program[name] for name in ("loss", "kernels", "use_reentrant") if name in program},
         **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
-        **({"dp_shard_size": shards} if (shards := program.get("parallel", {}).get("dp_shard_size")) else {}),
+        **{name: size for name, size in program.get("parallel", {}).items() if name in ("dp_shard_size", "cp_size")},
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
         **({"script": peftplan.Script(transformers=row["transformers"])} if "transformers" in row else {}),

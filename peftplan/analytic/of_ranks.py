@@ -78,7 +78,8 @@ class OfRanks(InstantPeaks):
         shapes = alike(self.inventory.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
         ranks = [first for first, *_ in shapes]
         if len(shapes) > MOST_UNLIKE:
-            ranks = [*(() if self._unlike is None else self._unlike.largest), ranks[-1]]
+            places = range((job.distributed.cp_size or 1) if job.distributed.strategy == "fsdp2" else 0)
+            ranks = [*(() if self._unlike is None else self._unlike.largest), *places, ranks[-1]]
         return tuple(dict.fromkeys(map(self._first, (own, *ranks))))
 
     @cached_property

@@ -25,6 +25,7 @@ from peftplan.memory.load import load_into
 from peftplan.memory.loaded import Handle, Loader, Memory, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.program import Program
+from peftplan.memory.ring_attention import Ring
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.step import steady_step
@@ -159,6 +160,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         part = shards_of(parameters, job.architecture, job.distributed)
         layout = AXOLOTL if by.own_fsdp2 and job.distributed.strategy == "fsdp2" else by.layout
         model.units = units_of(model, part, shards, job.distributed, layout, dtype=dtype, checkpoints_units=in_checkpoints)
+        if (job.distributed.cp_size or 1) > 1:
+            model.running = model.running._replace(ring=Ring(*job.distributed.ring(holding.rank or 0)))
         if ranks_of(job.distributed) > 1:
             model.units.one_by_one = job.setup.optim == "adamw_torch"
             TensorParallel(model, job.distributed, parameters.all)

@@ -36,6 +36,9 @@ DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2, not over all ranks."""
+SHARING_ROWS = ("llama", "qwen2", "qwen3")
+"""Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
+LONGEST_RING = 8
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 REENTRANT = "reentrant checkpoints"
 """Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
@@ -129,7 +132,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": classes is not None and classes != layer_classes(job),
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
-        "cp_size": distributed.cp_size not in (None, 1),
+        "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "bias": flat and getattr(job.config, "bias", "none") != "none",
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
@@ -171,6 +174,25 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and distributed.reshard_after_forward is None
         and job.setup.loss == "full"
         and (job.method_name == "full" or distributed.pp_schedule == INTERLEAVED)  # 1f1b of LoRA: reserved 3.7 % too low
+    )
+
+
+def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
+    """Whether rows were rehearsed that ranks share: by Trainer with torch's attention, of a dense model without windows, all of
+    whose ranks share its weights. Each place in a ring is counted apart."""
+    setup, whole = job.setup, distributed.shards == distributed.world_size
+    windows = any(a.window for block in job.architecture.blocks for a in block.attentions)
+    return (
+        is_like_traced(job)
+        and not setup.by.sums_tokens
+        and job.architecture.model_type in SHARING_ROWS
+        and not windows
+        and whole
+        and job.is_full_or_lora
+        and setup.attn_implementation == "sdpa"
+        and not setup.padding
+        and ranks_of(distributed) * (distributed.pp_size or 1) == 1
+        and (distributed.cp_size or 1) <= LONGEST_RING
     )
 
 

@@ -62,8 +62,8 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
 
     `s%64` is s rounded up to a multiple of 64, `s/64` the number of blocks of 64 rows, `s+1` one more, `s+2` two.
     """
-    by_name = {"b": b, "s": s, "k": s + virtual_tokens}
-    by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k") for m in MULTIPLES}
+    by_name = {"b": b, "s": s, "k": s + virtual_tokens, "s/2": s // 2}
+    by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k", "s/2") for m in MULTIPLES}
     by_name |= {f"{name}/{BLOCK}": -(-by_name[name] // BLOCK) for name in ("s", "k")}
     by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (2, 1, -1)}
     by_name |= {"b/2": b // 2, "b/3": b // 3}

@@ -50,6 +50,6 @@ def _shapes(
     def shape_of(rank: int) -> Hashable:
         shard, part = distributed.place(rank)
         of_shard, of_part = (rows_of(n, shards, shard) for n in rows), (rows_of(n, parts, part) for n in divided)
-        return distributed.stage(rank), *of_shard, *of_part
+        return distributed.stage(rank), distributed.ring(rank), *of_shard, *of_part
 
     return shape_of

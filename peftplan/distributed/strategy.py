@@ -118,7 +118,9 @@ class Distributed(BaseModel):
     def shards(self) -> int:
         """The number of ranks that share one copy of the sharded tensors."""
         divided = (self.tp_size or 1) * (self.pp_size or 1) if self.strategy == "fsdp2" else 1
-        return self.dp_shard_size or self.world_size // divided
+        if self.dp_shard_size is not None:  # beside ranks that share a row, which accelerate shards over too
+            return self.dp_shard_size * (self.cp_size or 1)
+        return self.world_size // divided
 
     @property
     def replicas(self) -> int:
@@ -141,6 +143,11 @@ class Distributed(BaseModel):
         """A rank's place in its shard group, and among those that share a matrix, which are neighbours (accelerate,
         parallelism_config.py, `_get_mesh`)."""
         return rank // self.divided % self.shards, rank % self.divided
+
+    def ring(self, rank: int) -> tuple[int, int]:
+        """How many ranks share a row of tokens, which are neighbours, and a rank's place among them."""
+        ranks = self.cp_size or 1
+        return ranks, rank // self.divided % ranks
 
     def stage(self, rank: int) -> int:
         """The stage of a pipeline that a rank is of; ranks of one stage are neighbours (transformers, distributed/utils.py)."""

@@ -160,7 +160,9 @@ def _sharding(args: object) -> dict[str, object]:
         read = accelerate.passed_options if fsdp is True else accelerate.fsdp_options  # transformers 5 moved the words there
         options |= read(fields)
     if parallel := getattr(args, "parallelism_config", None):
-        options |= accelerate.parallel_options({name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS})
+        sizes = {name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS}
+        handler = getattr(parallel, "cp_handler", None)
+        options |= accelerate.parallel_options(sizes | {"cp_comm_strategy": getattr(handler, "cp_comm_strategy", None)})
     if deepspeed := getattr(args, "deepspeed", None):
         options["deepspeed"] = deepspeed
     return options

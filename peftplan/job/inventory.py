@@ -109,7 +109,8 @@ def on_rank(of_largest: Inventory, rank: int) -> Inventory:
     job, built = of_largest.job, of_largest.parameters
     own = _holding(job, built, rank)
     assert own is not None
-    own = own._replace(rank=rank) if in_stages(job) else own
+    shares_rows = job.distributed is not None and (job.distributed.cp_size or 1) > 1
+    own = own._replace(rank=rank) if in_stages(job) or shares_rows else own
     return Inventory(job, built, _lasting(job, built, own), own)
 
 

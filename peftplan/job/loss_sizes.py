@@ -107,9 +107,13 @@ class LossSizes(NamedTuple):
     """Scored tokens of which distributions are compared at a time; None: of all."""
     multiple: int = 1
     """What prompts, and completions, are each padded to a multiple of in training."""
+    shared_by: int = 1
+    """Ranks that share a row."""
 
     def row(self, seq_len: Size) -> Size:
-        """Tokens of a row in training, of prompts and completions of `seq_len` tokens."""
+        """Tokens of a row in training, or a rank's share of them, of prompts and completions of `seq_len` tokens."""
+        if self.shared_by > 1:
+            return seq_len // self.shared_by
         if self.completion is None or self.multiple == 1:
             return seq_len
         prompt = -(-(seq_len - self.completion) // self.multiple) * self.multiple

@@ -82,8 +82,27 @@ def check_distributed(
         )
     if strategy == "fsdp2" and (distributed.pp_size or 1) > 1:
         _check_pipeline(distributed, setup, architecture)
+    if strategy == "fsdp2" and (distributed.cp_size or 1) > 1 and setup.by.traced_on_ranks:
+        _check_shared_rows(distributed.cp_size or 1, setup, architecture)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
+
+
+def _check_shared_rows(ranks: int, setup: Setup, architecture: Architecture) -> None:
+    """Raise RefusedError or InputError for rows that torch's `context_parallel` does not divide between ranks."""
+    if setup.attn_implementation not in (None, "sdpa"):
+        raise RefusedError(
+            f"attn_implementation: {named('transformers')} refuses {setup.attn_implementation} with cp_size: ValueError: Context "
+            "parallelism is supported only with SDPA attention; accepted: sdpa"
+        )
+    if any(a.window for block in architecture.blocks for a in block.attentions):
+        raise RefusedError(
+            f"cp_size: {named('accelerate')} refuses {architecture.model_type}: ValueError: Context parallelism does not support "
+            "attention layers of type ['sliding_attention']"
+        )
+    if setup.seq_len % (2 * ranks):
+        why = "torch divides a row into twice as many parts as ranks share it (_load_balancer.py asserts it)"
+        raise InputError("seq_len", setup.seq_len, f"{why}; accepted: a multiple of {2 * ranks}")
 
 
 NOT_IN_MODEL = {

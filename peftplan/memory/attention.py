@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from peftplan.arch.modules import Attention
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.requirements import check_flash_dtypes
 from peftplan.ledger import Dim
 from peftplan.memory.attention_layout import by_heads, gathered, joined_width, product, repeat_kv, viewed
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
+from peftplan.memory.ring_attention import ring_flash
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -63,7 +64,8 @@ def attend(
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     repeats = grouped and (model.running.repeats_kv or (model.running.attention == "sdpa" and not gqa))
     kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)
-    if kernel == "math" or repeats:
+    ring = model.running.ring
+    if kernel == "math" or repeats or ring is not None:
         by_head_q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         q = by_head_q if kernel == "math" else q
         del by_head_q
@@ -79,7 +81,13 @@ def attend(
         q, k, v = _of_one_dtype(f, q, k, v)
     elif f.autocast:
         q, k, v = f.cast_all(f.autocast, q, k, v)
-    if kernel == "flash":
+    if ring is not None:
+        if kernel != "flash":
+            raise NoEngineError(f"rows that ranks share, with torch's {kernel} attention (no formula yet)")
+        out = ring_flash(f, ring, q, k, v)
+        del q, k, v
+        out = ops.copied(f, out, "clone") if ring.joins else out
+    elif kernel == "flash":
         out = flash(f, q, k, v, copies_output=by_head and model.running.attention == "sdpa")
         del q, k, v  # autocast's copies
         if head != out.dims[3]:

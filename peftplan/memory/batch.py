@@ -29,8 +29,26 @@ def batch_of(model: Model) -> dict[str, Tensor]:
     return {name: f.new(dims, dtype, name) for name, dtype, dims in _tensors(model)}
 
 
+def shared(model: Model) -> list[Tensor]:
+    """A rank's shares of the rows of a micro batch, and a copy of one, which locals hold until backward has ended. Shifted labels
+    and positions stay with the batch; like its other tensors they keep the storage of whole rows.
+
+    Source: transformers, trainer.py (`_prepare_context_parallel_inputs`); torch, _attention.py (`context_parallel`).
+    """
+    ring, f = model.running.ring, model.tape
+    if ring is None:
+        return []
+    whole, share = ("b", "s", ring.ranks), ("b", "s")
+    model.batch["shift_labels"] = f.new(whole, "int64", "shift_labels")
+    model.batch["position_ids"] = f.new(share if f.several else whole, "int64", "position_ids")
+    return [f.new(share, "int64", f"share of {name}") for name in (*model.batch, "positions")]
+
+
 def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:
-    arch = model.arch
+    arch, ring = model.arch, model.running.ring
+    if ring is not None:  # a mask of ones as collators add it; positions alone, in another order, would make one of all pairs
+        yield from ((name, "int64", ("b", "s", ring.ranks)) for name in ("input_ids", "labels", "attention_mask"))
+        return
     if arch.picture:
         yield "pixel_values", _dtype(model), ("b", *arch.picture)
     elif of_pictures_or_sound(arch):

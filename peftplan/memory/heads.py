@@ -24,7 +24,8 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits_of(model, x)
     if model.running.logits_in_fp32:
         logits = model.tape.to(logits, "fp32")
-    return causal_lm_loss(model.tape, logits, shifts=model.running.shifts_logits), logits
+    shifted = model.batch.get("shift_labels")
+    return causal_lm_loss(model.tape, logits, shifts=model.running.shifts_logits, shifted=shifted), logits
 
 
 def logits_of(model: Model, x: Tensor) -> Tensor:

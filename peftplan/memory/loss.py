@@ -19,10 +19,10 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 from peftplan.versions import named
 
 
-def cross_entropy(f: Tape, logits: Tensor, *extra: object) -> Tensor:
-    """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight."""
+def cross_entropy(f: Tape, logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight. `labels`: those that are there already."""
     log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
-    labels = f.new(logits.dims[:-1], "int64", "shifted labels")
+    labels = f.new(logits.dims[:-1], "int64", "shifted labels") if labels is None else labels
     node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels)
     loss = f.new((), "fp32", "nll_loss", node)
     f.keep(node, f.new((), "fp32", "nll_loss total weight"))
@@ -85,9 +85,12 @@ def weighted_tokens(f: Tape, logits: Tensor) -> Tensor:
     return ops.summed(f, weighted)
 
 
-def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False) -> Tensor:
-    """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position."""
+def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False, shifted: Tensor | None = None) -> Tensor:
+    """`ForCausalLMLoss`. `shifts`: as transformers before 4.49, which copies the logits without the last position. `shifted`:
+    the batch's own shifted labels."""
     wide = f.to(logits, "fp32")
+    if shifted is not None:
+        return cross_entropy(f, wide, shifted)
     batch, seq, vocab = wide.dims
     less, more = (seq - 1, seq + 1) if isinstance(seq, int) else (f"{seq}-1", f"{seq}+1")
     if shifts:

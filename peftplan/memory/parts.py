@@ -14,6 +14,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
 if TYPE_CHECKING:
+    from peftplan.memory.ring_attention import Ring
     from peftplan.storage.fused_products import Chip
 
 NO_KERNELS = Kernels()
@@ -97,6 +98,8 @@ class Running(NamedTuple):
     """Whether the inputs of checkpointed layers wait on the host."""
     recorded: Recorded | None = None
     """What a layer allocates that torch compiles whole."""
+    ring: "Ring | None" = None
+    """The ranks that share each row of tokens, and this one's place among them; None: each rank has whole rows."""
     tunes: bool = False
     """Whether torch times the kernels of such layers, as it does in the first step."""
 

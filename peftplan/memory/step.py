@@ -5,7 +5,7 @@ is in `compute_loss`.
 """
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.batch import batch_of
+from peftplan.memory.batch import batch_of, shared
 from peftplan.memory.compute_loss import loss_of_batch
 from peftplan.memory.model import Model
 from peftplan.memory.optimizer import optimizer_step
@@ -46,6 +46,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             continue
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
+        shares = shared(model)
         loss = loss_of_batch(model, program, reference, outputs)
         f.mark("backward")
         scaled = loss if scaler is None else scaler.scaled(f, loss)
@@ -53,7 +54,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         f.backward(scaled)
         model.units.end_backward()
         loss_in_step = loss if number == last and program.steps_in_backward else None
-        del loss, scaled
+        del loss, scaled, shares
         if program.frees_outputs:
             outputs.clear()
             model.kept.clear()

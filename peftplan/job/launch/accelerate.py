@@ -63,6 +63,9 @@ WORDS: dict[str, dict[str, object]] = {
 """Option → their values for ours."""
 PARALLELISM = {"dp_shard_size": "dp_shard_size", "tp_size": "tp_size", "cp_size": "cp_size"}
 
+GATHERED = "allgather"
+"""How ranks that share rows get the keys and values of the others, unless a config says otherwise."""
+
 
 def options(source: object) -> Options:
     """What an accelerate config says as options."""
@@ -241,6 +244,10 @@ def parallel_options(fields: Mapping[str, object]) -> Options:
     for name, value in fields.items():
         plain = name.removeprefix("parallelism_config_")
         if value is None or plain == "dp_replicate_size" or plain.endswith("_backend"):
+            continue
+        if plain == "cp_comm_strategy":
+            if value != GATHERED:
+                raise InputError(f"{ACCELERATE}: {name}", value, f"accepted: {GATHERED}; another one is not counted")
             continue
         size = whole(value, f"{ACCELERATE}: {name}") if plain.endswith("_size") else value
         if plain in PARALLELISM and size != 1:

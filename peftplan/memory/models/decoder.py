@@ -12,6 +12,7 @@ from peftplan.arch.modules import Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
+from peftplan.ledger import Dim
 from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
@@ -37,7 +38,7 @@ def decoder(model: Model, style: Style) -> Tensor:
     behind_masks = style.mixture is not None  # where GraniteMoe multiplies, and Granite before
     if style.multiplied and not behind_masks:
         embedded = x = ops.scale(f, x)
-    _positions = None if replaced else f.new((model.seq,), "int64", "position_ids")
+    _positions = None if replaced or model.running.ring is not None else f.new((model.seq,), "int64", "position_ids")
     if model.running.kernels.padding_free is not None:
         model.batch["positions"] = f.new(("b", model.seq), "int32", "to")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
@@ -129,10 +130,11 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines, as wide as the part of a head that is rotated."""
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-    f, dims = model.tape, (1, model.seq, width)
+    rows: Dim = 1 if model.running.ring is None else "b"  # whose positions come with the batch
+    f, dims = model.tape, (rows, model.seq, width)
     model.units.enter(ROTARY)
     f.module = "model.rotary_emb"
-    positions = f.new((1, model.seq, 1), "fp32", "to")
+    positions = f.new((rows, model.seq, 1), "fp32", "to")
     half = f.new((*dims[:-1], width // 2), "fp32", "mul")
     del positions
     model.angles_made()
