@@ -266,7 +266,7 @@ OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
-    "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2"),
+    "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama"),
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 

@@ -9,8 +9,6 @@ Source: torch, distributed/tensor/experimental/_context_parallel/_attention.py (
 waits for the others', in forward through the first kernel; backward holds more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
