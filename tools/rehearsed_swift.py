@@ -43,7 +43,7 @@ SFT, RLHF = "swift sft", "swift rlhf"
 WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attention(); "
 """Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
-WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere(); "
+WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}); "
 PROGRAMS = {
     SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
     RLHF: "import sys; from swift import rlhf_main; from tools.programs.ms_swift import written_elsewhere\n"
@@ -101,7 +101,9 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         line = {"messages": messages} | beside
         Path(output, "rows.jsonl").write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
-        with_server = WITH_SERVER if row["values"].get("vllm_mode") == "server" else ""
+        mode = row["values"].get("vllm_mode")
+        takes = mode == "server" or row["values"].get("vllm_enable_lora")
+        with_server = WITH_SERVER.format(mode=mode) if takes else ""
         of_gkd = OF_GKD if kind == "gkd" else ""
         code = with_flash + with_server + of_gkd + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
         command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]

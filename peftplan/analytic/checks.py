@@ -61,8 +61,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
     if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
-    merges = job.setup.by.sends_at_once and bool(job.setup.use_vllm) and bool(job.method and job.method.peft_type)
-    if merges and (job.quant is not None or has_towers(job.architecture)):
+    merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
+    if merges and ((job.quant is not None and not _merges_into(job)) or has_towers(job.architecture)):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None:
         raise NoEngineError(why)
@@ -246,6 +246,12 @@ def _grpo_without_formula(job: Job) -> str | None:
         "of padded completions": not packed and setup.batch_size > 1,
     }
     return next((what for what, is_so in missing.items() if is_so), None)
+
+
+def _merges_into(job: Job) -> bool:
+    """Whether a merge into such a base was rehearsed (tests/rehearse/swift.jsonl)."""
+    of_4_bits = job.quant is not None and job.quant.layout in FOUR_BIT
+    return of_4_bits and job.is_full_or_lora and job.distributed is not None and job.distributed.strategy == "zero2"
 
 
 def _unread(adapter: Mapping[str, object]) -> str:

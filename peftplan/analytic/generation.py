@@ -131,6 +131,9 @@ def _prompt_in_unsloth(model: Model, cache: Iterable[CacheTensor]) -> Tensor:
     return hidden
 
 
+REQUANTIZED = ("fp32",) * 4
+"""Into a weight of 4 bits: that weight dequantized, as the merge before left it, the product, their sum, and what comes back from
+the host to be quantized (`deployment.requantize`). The packed weight, an eighth of one of these, is left out."""
 BUCKET = 512 * 2**20
 """Bytes of weights that a server gets in one flat copy, unless one has more (`SWIFT_UPDATE_WEIGHTS_BUCKET_SIZE`)."""
 
@@ -156,7 +159,9 @@ def _sent(inventory: Inventory) -> Generation:
     gathered = _gathered(f, inventory)
     merged = max((prod(m.shape("weight")) for m in job.adaptation.matched), default=0)
     if merged:
-        deltas = [f.new((merged,), dtype, "product of an adapter") for dtype in ("fp32", "fp32", job.setup.dtype)]
+        into_16_bits = "fp32", "fp32", job.setup.dtype
+        dtypes = into_16_bits if job.quant is None else REQUANTIZED
+        deltas = [f.new((merged,), dtype, "product of an adapter") for dtype in dtypes]
         del deltas
     if job.setup.vllm_mode == "server":
         base = parameters._replace(all=tuple(p for p in parameters.all if p.owner == "base"))

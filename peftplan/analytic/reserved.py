@@ -11,6 +11,7 @@ from peftplan.allocator.program import Program, Replayed, replay
 from peftplan.analytic.compile_job import Compiled, Steps, Written
 from peftplan.analytic.generation import Generation
 from peftplan.analytic.writer import Writer, is_gradient, makes_gradients
+from peftplan.job.inventory import REPLACED
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.loaded import Loader
@@ -85,6 +86,8 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.step(each.timeline, of_generation, {}, phases=number > len(steps) - reported)
             writer.end()
             of_generation += len(each.timeline.kinds)
+        if number == 1:
+            writer.take(line for line in compiled.standing if line.source == REPLACED)
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
         writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)

@@ -55,6 +55,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
         repeats_kv=job.script.repeats_before(str(setup.attn_implementation), job.architecture.model_type),
         keeps_4bit_inputs=job.script.keeps_4bit_inputs,
+        merged_4bit=setup.merges_for_vllm and job.quant is not None,
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,

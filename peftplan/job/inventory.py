@@ -118,6 +118,8 @@ def _on_host(p: Parameter) -> Parameter:
     return p._replace(allocations=tuple(a._replace(place="host") for a in p.allocations))
 
 
+REPLACED = "deepspeed: DeepSpeedEngine.param_names"
+"""The source of lines of weights in whose place others were put before the first step."""
 UNLIKE = ("device-map", "zero1", "zero2")
 """Strategies whose GPUs need unlike amounts of memory."""
 
@@ -171,7 +173,20 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + _optimizer(job, states_of, optimizer)
         + sensitivity_lines(on_rank)
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
+        + _weights_as_loaded(before_merges(job, on_rank))
     )
+
+
+def before_merges(job: Job, built: Parameters) -> Parameters:
+    """The 4-bit weights as they were loaded, where the trainer merges an adapter into new ones, and DeepSpeed holds the old:
+    those of modules with an adapter (deepspeed 0.19.8, runtime/engine.py:628, `param_names`)."""
+    replaced = job.setup.merges_for_vllm and job.quant is not None and job.distributed is not None
+    names = {f"{module.name}.weight" for module in job.adaptation.matched} if replaced and job.method_name != "full" else ()
+    return built._replace(all=tuple(p for p in built.all if p.name in names), shared=())
+
+
+def _weights_as_loaded(replaced: Parameters) -> Ledger:
+    return Ledger(tuple(line._replace(name=f"before merges: {line.name}", source=REPLACED) for line in weight_lines(replaced)))
 
 
 def _second_model(job: Job, on_rank: Parameters) -> Ledger:

@@ -127,6 +127,11 @@ class Setup(BaseModel):
         return (self.vllm_gpu_memory_utilization or VLLM_SHARE) if colocated else 0.0
 
     @property
+    def merges_for_vllm(self) -> bool:
+        """Whether an adapter is merged, and taken out again, before vLLM writes completions."""
+        return self.by.sends_at_once and bool(self.use_vllm)
+
+    @property
     def by_unsloth(self) -> bool:
         """Whether Unsloth loads the model: a job with its loss, or with its layers."""
         return self.loss == "unsloth" or kernels_of(self.kernels or ()).decoder is not None

@@ -51,6 +51,9 @@ class Running(NamedTuple):
     """Whether sdpa gets a mask of each sequence although nothing is hidden."""
     repeats_kv: bool = False
     """Whether grouped keys and values are repeated before the kernel sees them."""
+    merged_4bit: bool = False
+    """Whether an adapter was merged into 4-bit weights and taken out again: a sum in fp32 was quantized, and backward dequantizes
+    into fp32 (peft, tuners/lora/bnb.py, `Linear4bit.merge`)."""
     keeps_4bit_inputs: bool = False
     """Whether a product with a 4-bit weight keeps its input."""
     rotary_by_product: bool = False

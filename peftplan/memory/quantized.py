@@ -88,7 +88,8 @@ def linear4bit(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
     weight = f.new((rows(n_out), n_in), x.dtype, "dequantized")
     fused = running.fuses_first and running.tokens <= most
     op = "gemm_4bit" if fused else "linear" if part.bias is None else "addmm"
-    node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims)
+    stored = "fp32" if running.merged_4bit else part.weight.dtype
+    node = f.record(_linear4bit_backward, (x, part.bias), part, x.dims, stored)
     if node is not None:
         node.in_python = True
         node.context = None if f.modules is None else f.modules.whole(part.weight)  # `ctx.tensors`, a view of the packed weight
@@ -120,8 +121,9 @@ def _absmax(f: Tape, part: Part, *, keep_both: bool, of: Callable[[int], Dim] = 
     return [f.new(blocks, "fp32", "absmax") for _ in range(1 + keep_both)]
 
 
-def dequantized(f: Tape, part: Part) -> Tensor:
-    """`dequantize_module_weight`: the whole weight in the dtype that it was loaded in; an int8 one in fp32, by two products."""
+def dequantized(f: Tape, part: Part, dtype: str | None = None) -> Tensor:
+    """`dequantize_module_weight`: the whole weight in the dtype that it was loaded in, or in `dtype`; an int8 one in fp32, by
+    two products."""
     assert part.quant is not None
     assert part.weight is not None
     if part.quant.name == "int8":
@@ -130,15 +132,15 @@ def dequantized(f: Tape, part: Part) -> Tensor:
         del product
         return weight
     absmax = _absmax(f, part, keep_both=False)
-    weight = f.new(_sizes(part), part.weight.dtype, "dequantized")
+    weight = f.new(_sizes(part), dtype or part.weight.dtype, "dequantized")
     del absmax
     return weight
 
 
-def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tensor) -> Gradients:
-    part, x_dims = saved
+def _linear4bit_backward(f: Tape, node: Node, saved: tuple[Part, Dims, str], g: Tensor) -> Gradients:
+    part, x_dims, stored = saved
     bias = f.new(part.bias.dims, part.bias.dtype, "sum") if node.edges[1] and part.bias is not None else None
-    weight = dequantized(f, part)
+    weight = dequantized(f, part, stored)
     if weight.dtype != g.dtype:
         weight = f.new(part.own_weight.dims, g.dtype, "to")
     grad = f.new(x_dims, g.dtype, "mm") if node.edges[0] else None

@@ -100,19 +100,36 @@ class Server:
         return lambda *_args, **_kwargs: None
 
 
-def sent_elsewhere() -> None:
-    """The weights go to a server before it generates."""
-    from swift.rlhf_trainers.rollout_mixin import RolloutTrainerMixin
+class Engine:
+    """An engine of vLLM beside the trainer, which does not run here either."""
 
-    prepare = RolloutTrainerMixin._prepare_vllm
+    def __getattr__(self, name: str) -> Any:
+        return Engine()
+
+    def __call__(self, *_: object, **__: object) -> None:
+        return None
+
+
+def sent_elsewhere(mode: str = "server") -> None:
+    """The weights go to a server, or an engine beside the trainer that takes adapters, before it generates."""
+    from swift.rlhf_trainers import rollout_mixin
+
+    mixin = rollout_mixin.RolloutTrainerMixin
+    prepare = mixin._prepare_vllm
 
     def prepared(trainer: Any) -> None:
         prepare(trainer)
         trainer.use_fast_infer = True
-        trainer.vllm_mode = trainer.args.vllm_mode = "server"
-        trainer.vllm_client = Server()
+        trainer.vllm_mode = trainer.args.vllm_mode = mode
+        trainer.vllm_client, trainer.engine = Server(), Engine()
+        trainer.rollout_enable_lora = mode == "colocate"
 
-    RolloutTrainerMixin._prepare_vllm = prepared
+    mixin._prepare_vllm = prepared
+    if mode == "colocate":
+        mixin._get_vllm_param_names_for_mapping = lambda _: set()
+        for name in ("finish_vllm_weight_reload", "patch_vllm_moe_model_weight_loader", "TensorLoRARequest"):
+            setattr(rollout_mixin, name, Engine())
+        rollout_mixin.vllm_supports_lora_load_inplace = lambda: False
 
 
 def written_elsewhere(tokens: int) -> None:
