@@ -9,7 +9,7 @@ from peftplan.arch.text_part import keeps_its_cache
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds
-from peftplan.job.compiled_layers import BLOCK_OF_FLEX, recorded
+from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
@@ -134,6 +134,8 @@ def loss_sizes(job: Job) -> LossSizes:
         at_once=job.setup.by.compares_at_once,
         shared_by=1 if job.distributed is None else job.distributed.cp_size or 1,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and kernels_of(job.setup.kernels or ()).layers is not None else 1,
+        trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),
+        hidden_bytes=ITEMSIZE["fp32" if (row := recorded(job)) is not None and row.wide_norm else job.setup.dtype],
     )
 
 

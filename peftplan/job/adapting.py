@@ -71,7 +71,9 @@ def adapted(
     """What the method adds to the model; as peft counts it where it has no formula. Raises MissingExtraError without peft."""
     try:
         if method is not None and config is not None:
-            by_peft = not (setup.by.own_lora and method.peft_type == "LORA")
+            # Unsloth adds the experts itself (unsloth 2026.10.9, import_fixes.py:9476, `_convert_peft_config_moe_unsloth`).
+            apart = setup.by.own_lora or (setup.by_unsloth and bool(getattr(config, "target_parameters", None)))
+            by_peft = not (apart and method.peft_type == "LORA")
             return methods.adapt(as_told(architecture, adapter), method, config, by_peft=by_peft)
     except NeedsPeftError:
         if not adapter:

@@ -109,6 +109,9 @@ class LossSizes(NamedTuple):
     """What prompts, and completions, are each padded to a multiple of in training."""
     shared_by: int = 1
     """Ranks that share a row."""
+    trains_head: bool = False
+    hidden_bytes: int = WIDE
+    """Bytes of a number of the hidden states that reach the loss."""
 
     def row(self, seq_len: Size) -> Size:
         """Tokens of a row in training, or a rank's share of them, of prompts and completions of `seq_len` tokens."""
@@ -190,9 +193,11 @@ class LossSizes(NamedTuple):
 
     def _by_function(self, tokens: Size) -> Size:
         """Tokens per chunk of Unsloth's loss by torch.func: a multiple of four chunks, whose logits and the gradients besides
-        fill 4 GiB (unsloth_zoo, `fused_losses/cross_entropy_loss.py`, `get_chunk_size`); hidden states are in fp32.
+        fill 4 GiB (unsloth_zoo, `fused_losses/cross_entropy_loss.py`, `get_chunk_size`), less the gradient of the hidden states
+        and two of a head that trains.
         """
-        left = FUNCTION_BYTES - tokens * self.hidden_size * WIDE - 2 * self.vocab_size * self.hidden_size * HALF
+        of_head = 2 * self.vocab_size * self.hidden_size * HALF * self.trains_head
+        left = FUNCTION_BYTES - tokens * self.hidden_size * self.hidden_bytes - of_head
         left = left + (left <= 0) * (FUNCTION_BYTES - left)
         wanted = tokens * self.vocab_size * BYTES_PER_LOGIT
         chunks = 1 + (wanted > left) * (4 * -(-wanted // (4 * left)) - 1)

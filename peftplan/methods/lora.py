@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module, Shape
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.methods.adaptation import Adaptation, AddedTensor, NeedsPeftError
-from peftplan.methods.experts import fused_expert_targets
+from peftplan.methods.experts import ResolvedTargets, fused_expert_targets
 from peftplan.methods.parameters import parameter_tensors
 from peftplan.methods.saved import (
     refuse_both,
@@ -96,12 +96,15 @@ class LoraConfig(LayeredConfig):
 
 def lora(arch: Architecture, config: LoraConfig, *, by_peft: bool = True) -> Adaptation:
     """The tensors that `get_peft_model` adds for a LoraConfig; `target_modules` None means all linear layers. `by_peft`: False
-    for a library that adapts modules that peft refuses."""
+    for a library that adapts modules that peft refuses, or leaves names of experts beside `target_parameters` as they are."""
     _refuse(arch, config)
     requested = ALL_LINEAR if config.target_modules is None else config.target_modules
     if requested == PEFT_DEFAULT and config.target_parameters and not has_default(arch, peft_type="LORA"):
         requested = ()  # peft then adapts the parameters alone
-    resolved = fused_expert_targets(arch, config, requested, left_out=excluded(arch, config))
+    if by_peft or not config.target_parameters:
+        resolved = fused_expert_targets(arch, config, requested, left_out=excluded(arch, config))
+    else:
+        resolved = ResolvedTargets(requested, config.target_parameters)
     if not resolved.target_modules and not resolved.target_parameters:
         raise InputError("target_modules", list(config.target_modules or ()), "peft refuses it; name modules or parameters")
     targets = resolve_targets(arch, resolved.target_modules, peft_type="LORA") if resolved.target_modules else ()

@@ -194,3 +194,34 @@ def test_a_tower_that_trains_has_gradients_and_states() -> None:
 @pytest.mark.parametrize("changed", [{"r": 8}, {"kernels": "unsloth-compiled"}, {"target_modules": r".*language_model.*q_proj"}])
 def test_other_options_have_no_record(changed: dict[str, Any]) -> None:
     assert estimate("qwen2.5-vl-7b-instruct", **{**QWEN, **changed}).peaks is None
+
+
+GLM = {
+    **TRAINING, "kernels": "unsloth-compiled", "r": 8, "target_modules": "q_proj,o_proj,gate_proj,up_proj,down_proj",
+    "target_parameters": "mlp.experts.gate_up_proj,mlp.experts.down_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "by_phase", "longer"),
+    [
+        (2048, (5_051_051_520, 6_239_417_856, 4_159_761_920), 0),
+        (1500, (5_249_451_520, 5_645_967_872, 4_159_657_472), 548),
+    ],
+)
+def test_a_mixture_whose_experts_are_adapted(
+    seq_len: int, by_phase: tuple[int, ...], longer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-4.7-Flash by FastLanguageModel, three layers, 4 rows in one: Unsloth adapts the experts beside the linear layers, whose
+    names peft would take for the experts'. The shorter batch came last; two buffers of the longer one's inputs stayed."""
+    peaks = estimate(with_layers("glm-4.7-flash", 3, monkeypatch), **GLM, batch_size=4, seq_len=seq_len).peaks
+    assert peaks is not None
+    expected = [ran - 2 * (4 * longer * 2_048 * 2) for ran in by_phase]
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(expected, rel=0.00002)
+    assert peaks.reserved <= 6_681_526_272 <= 1.011 * peaks.reserved or longer  # of both lengths
+
+
+def test_adapters_of_a_mixture_as_unsloth_counts_them() -> None:
+    """`Trainable parameters = 9,551,872` of three layers, of which the first is dense; the line of the run above."""
+    config = {**copy.deepcopy(load_config("glm-4.7-flash")), "num_hidden_layers": 3}
+    assert estimate(config, **GLM).trainable_parameters == 9_551_872

@@ -91,7 +91,7 @@ def compiled_layers(model: Model) -> Tensor:
     states = [x]
     del x
     attentions = {b.attentions[0].window: b.attentions[0] for b in model.arch.blocks if b.attentions[0].positions == "rotary"}
-    widths = [a.head_dim for a in attentions.values()]
+    widths = [a.rotary_dim or a.head_dim for a in attentions.values()]
     if model.arch.model_type == "gpt_oss":  # one for both kinds of attention, as wide as half a head
         widths = [widths[0] // 2]
     f.module = "model.rotary_emb"

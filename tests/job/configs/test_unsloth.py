@@ -505,3 +505,20 @@ trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60))
 trainer.train()
 """
     assert peftplan.estimate(config=read_text(text, file="a.py")).trainable_parameters == 11_272_192 + 128_256 * 2_048
+
+
+def test_experts_beside_linear_layers_of_the_same_names() -> None:
+    """nb/GLM_Flash_A100(80GB).ipynb; unsloth 2026.10.9, models/_utils.py:11189 and import_fixes.py:9476."""
+    text = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/GLM-4.7-Flash", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+    "up_proj", "down_proj", "out_proj"])
+trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60))
+trainer.train()
+"""
+    plan = read_text(text, file="a.py")
+    assert plan.options["target_parameters"] == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    assert plan.options["kernels"] == "unsloth-compiled"
+    assert not plan.unsupported
+    assert peftplan.estimate(config=plan).bound is None
