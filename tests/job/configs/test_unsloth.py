@@ -522,3 +522,31 @@ trainer.train()
     assert plan.options["kernels"] == "unsloth-compiled"
     assert not plan.unsupported
     assert peftplan.estimate(config=plan).bound is None
+
+
+@pytest.mark.parametrize(
+    ("written", "beta"), [("", None), ('loss_type="dr_grpo"', None), ('loss_type="bnpo"', 0.001), ("beta=0.04", 0.04)]
+)
+def test_a_reference_model_of_grpo_leaves_no_peak(written: str, beta: float | None) -> None:
+    """unsloth 2026.10.9, models/rl.py:3538: without `beta`, the loss decides whether a reference scores the completions."""
+    text = f"""
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=1024, fast_inference=True)
+model = FastLanguageModel.get_peft_model(model, r=32, use_gradient_checkpointing="unsloth")
+args = GRPOConfig(num_generations=6, max_prompt_length=256, max_completion_length=768, {written})
+trainer = GRPOTrainer(model=model, reward_funcs=[correct], args=args, train_dataset=dataset)
+"""
+    plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [text]}]}), file="a.ipynb")
+    assert plan.options.get("beta") == beta
+    assert (peftplan.estimate(config=plan).peaks is None) is (beta is not None)
+
+
+def test_dft_has_another_loss() -> None:
+    text = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=16)
+trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60, loss_type="dft"))
+"""
+    assert set(read_text(text, file="a.py").unsupported) == {"args.loss_type"}
+    assert not read_text(text.replace("dft", "nll"), file="a.py").unsupported
