@@ -42,8 +42,8 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     """The steps of a run: the reported one twice, or once after the earlier steps that the script names.
 
     One more of it is run where the second is not steady yet. In full fine-tuning on one GPU, without earlier steps, and over a
-    `device_map` the gradient of a tied embedding finds room in the second step, and none in the third. So may a batch of
-    pictures or sound. Under DDP the second step divides its bucket. Under ZeRO-3 the first step gathers
+    `device_map`, and by TRL's loss under FSDP2, the gradient of a tied embedding finds room in the second step, and none in the
+    third. So may a batch of pictures or sound. Under DDP the second step divides its bucket. Under ZeRO-3 the first step gathers
     nothing ahead, so that the second one is the first of its kind.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
@@ -54,7 +54,9 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     first = last if of_last.first is None else (of_last.first, sizes_of_last)
     full = job.method is not None and job.method.name == "full"
     alone = (full or of_pictures_or_sound(job.architecture)) and not before  # as the trace does
-    again = (last,) * (alone if job.distributed is None else job.distributed.strategy in ("device-map", "ddp", "zero3"))
+    strategy = None if job.distributed is None else job.distributed.strategy
+    of_chunks = full and strategy == "fsdp2" and job.setup.loss == "trl-chunked"
+    again = (last,) * (alone if strategy is None else of_chunks or strategy in ("device-map", "ddp", "zero3"))
     return (*before, *again, last) if before else (first, *again, last)
 
 

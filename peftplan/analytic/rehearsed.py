@@ -121,6 +121,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
     liger = ("liger",) if (job.method_name == "full" or flat) and not job.setup.by.own_fsdp2 else ()
+    losses = ("full", *liger, *(() if flat else (CUT, "trl-chunked")))
     of_fsdp2 = {
         "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
@@ -136,8 +137,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "bias": flat and getattr(job.config, "bias", "none") != "none",
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
-        "loss": (job.setup.loss not in ("full", *liger, *(() if flat else (CUT,))) and job.setup.by.layout is ACCELERATE)
-        or job.setup.loss == "torchtune-chunked",
+        "loss": (job.setup.loss not in losses and job.setup.by.layout is ACCELERATE) or job.setup.loss == "torchtune-chunked",
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }

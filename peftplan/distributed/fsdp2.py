@@ -22,7 +22,7 @@ from peftplan.tape.devices import OneDevice
 from peftplan.tape.hooks import hooked
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
 
 FLOAT8 = "fp8_e4m3"
 """The dtype in which the weights of layers are gathered that compute in 8 bits."""
@@ -78,6 +78,7 @@ class Fsdp2(OneDevice):
     """All units of a model, in the order in which torch finds them: the root first."""
 
     every_layer = True
+    hooks_each_output = True
     micro_batches = 2
     one_by_one = False
     """Whether the optimizer steps tensor by tensor (nemo_automodel, components/optim/optimizer.py, `_foreach_for_mesh`)."""
@@ -145,6 +146,17 @@ class Fsdp2(OneDevice):
         self._order.append(unit)
         unit.state = "idle"
         return hooked(self.f, x, self.pre_backward, unit)
+
+    def as_read(self, name: str, parameter: Parameter) -> Operand:
+        """A part's parameter. It is gathered for the reader alone where no module of its unit runs (`DTensor.full_tensor`), and
+        its gradient is then divided without a reduction."""
+        unit = self.by_name.get(name)
+        member = next((m for m in unit.members if m.name == parameter.name), None) if unit is not None else None
+        if unit is None or member is None or unit.state == "forward":
+            return parameter
+        node = self.f.record(_divided, (parameter,), self, unit, member)
+        full = self._new((member.gathered,), member.master, f"{member.name} gathered", 0, "gathered_weights")
+        return Tensor(full.storage, parameter.dims, full.dtype, node)
 
     def _free(self, unit: Unit) -> None:
         """Free what is gathered of a unit."""
@@ -305,3 +317,14 @@ class Fsdp2(OneDevice):
 
     def _new(self, dims: Dims, dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         return on_stream(self.f, dims, dtype, op, stream, category)
+
+
+def _divided(f: Tape, node: Node, saved: tuple[Fsdp2, Unit, Member], g: Tensor) -> tuple[None]:
+    """This rank's part of a gradient, in its shard's dtype, is kept; later ones are added to it."""
+    units, unit, member = saved
+    part = f.new((member.shard,), member.master, "part of a gradient")
+    if member.name not in units.reduced:
+        f.category[part.storage.number] = "gradients"  # type: ignore[union-attr]
+        unit.gradients.append(part)
+    units.reduced.add(member.name)
+    return (None,)

@@ -13,6 +13,7 @@ from peftplan.job.loss_sizes import VOCAB_TILE
 from peftplan.ledger import Dim
 from peftplan.memory.loss import chunks, projection, read_by_loss
 from peftplan.memory.model import Model
+from peftplan.memory.units import TAIL
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -32,9 +33,11 @@ def trl_chunked(model: Model, x: Tensor) -> tuple[Tensor, ...]:
     read_by_loss(f, head)
     f.module = ""
     mask = f.new(LABELS, "bool", "label mask")
+    weight = model.units.as_read(TAIL, head.own_weight)
+    bias = None if head.bias is None else model.units.as_read(TAIL, head.bias)
     chosen = rows_of(f, hidden, mask)
     targets = rows_of(f, Tensor(None, LABELS, "int64"), mask)
-    per_label = _log_probs(model, chosen, head.own_weight, head.bias, targets)
+    per_label = _log_probs(model, chosen, weight, bias, targets)
     del chosen, targets
     log_probs, *others = (_scattered(f, part, mask) for part in per_label)
     del per_label

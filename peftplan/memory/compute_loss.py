@@ -315,7 +315,8 @@ def _forward(model: Model) -> list[Tensor]:
             model.load_loss = balanced(model, router_logits)
             outputs += [] if running.loss == "trl-chunked" else router_logits
             del router_logits
-        of_model = 1 if model.running.without_loss else 0
+        by_trainer = running.loss == "trl-chunked" and model.units.hooks_each_output  # TRL's loss is of the log-probabilities
+        of_model = 1 if running.without_loss or by_trainer else 0
         outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
         outputs = model.units.hand_out(outputs)
         model.units.end_forward()

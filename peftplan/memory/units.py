@@ -7,7 +7,8 @@ from typing import Protocol
 
 from peftplan.parameters import Parameter
 from peftplan.tape.devices import OneDevice
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Operand, Tensor
+from peftplan.tape.tensors import Parameter as TapeParameter
 
 ROTARY = "model.rotary_emb"
 ROOT, BACKBONE, EMBEDDING, NORM, TAIL = "root", "backbone", "embedding", "norm", "tail"
@@ -37,6 +38,9 @@ class Units(Protocol):
     ranks: int
     """How many hold shards of each parameter that the optimizer steps over."""
 
+    hooks_each_output: bool
+    """Whether the gradient of any output of the model tells that its backward begins, not that of its loss alone."""
+
     def enter(self, name: str) -> None:
         """Before the part runs on what needs no gradient."""
 
@@ -51,6 +55,9 @@ class Units(Protocol):
 
     def beside(self, layer: int, mask: Tensor | None, tables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """What a layer is called with beside the hidden states: the mask, and the tables where it has its own."""
+
+    def as_read(self, name: str, parameter: TapeParameter) -> Operand:
+        """A part's parameter as the model's forward reads it, which does not call the part."""
 
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
         """What the model returns to its caller."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from copy import copy
 
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Backward, Dims, Node, Operand, Tensor
+from peftplan.tape.tensors import Backward, Dims, Node, Operand, Parameter, Tensor
 
 
 class OneDevice:
     """Where all of a model is on one GPU: nothing is moved."""
 
     ranks = 1
+    hooks_each_output = False
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states that a layer is called on."""
@@ -20,6 +21,10 @@ class OneDevice:
     def beside(self, layer: int, mask: Tensor | None, tables: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """What a layer is called with beside them: the mask alone, since it reads the tables of all layers."""
         return (mask,)
+
+    def as_read(self, name: str, parameter: Parameter) -> Operand:
+        """A part's parameter as the model's forward reads it, which does not call the part."""
+        return parameter
 
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
         """What the model returns to its caller."""

@@ -205,7 +205,7 @@ def _run(
     earlier = [inputs(built.base, setup.model_copy(update={"seq_len": length})) for length in script.earlier_seq_lens]
     # gradients of the whole model, pictures and sound may find other places in the third step
     large = peft_config is None or any(torch.is_floating_point(x) for x in step_inputs.batch.values() if torch.is_tensor(x))
-    again = large and rank.alone and not earlier and not setup.keep_gradients
+    again = large and (rank.alone or setup.loss == "trl-chunked") and not earlier and not setup.keep_gradients
     steps = max(STEPS, len(earlier) + 1) + rank.more_steps + again
     setup_of_step = rank.prepared(built, setup)
     losses.ask_for_load_loss(built.base.config.get_text_config(), setup)

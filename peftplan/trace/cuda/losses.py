@@ -120,6 +120,13 @@ def tiles(loss: str, *, tokens: Iterable[int], config: Any) -> frozenset[tuple[i
 Forward = Callable[..., dict[str, Any]]
 
 
+def whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter, gathered where ranks hold shards of it: of a unit of FSDP2 of which no module runs."""
+    from torch.distributed.tensor import DTensor
+
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
     """`add_fused_lm_head`'s forward with the outputs that SFTTrainer asks for."""
 
@@ -133,8 +140,8 @@ def trl_chunked(model: Any, prompt: int, capability: Capability) -> Forward:
         mask = labels != IGNORED
         per_label = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
             Rows.apply(hidden, mask, scored),  # type: ignore[no-untyped-call]
-            head.weight,
-            head.bias,
+            whole(head.weight),
+            whole(head.bias),
             Rows.apply(labels, mask, scored),  # type: ignore[no-untyped-call]
         )
         log_probs, entropy, is_top1 = (Scattered.apply(part, mask) for part in per_label)  # type: ignore[no-untyped-call]
