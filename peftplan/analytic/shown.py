@@ -66,6 +66,8 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     """The optimizers whose steps were rehearsed or traced with such a job."""
     assert job.distributed is not None
     known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *(OF_AXOLOTL if _knows_muon(job) else ()))
+    if _adds_up(job):
+        known = (*known, "adamw_torch_8bit")
     if not is_like_traced(job):
         return known
     return (*known, *TRACED_OPTIMIZERS, *OVER_PARTITIONS.get(job.distributed.strategy, ()))
@@ -81,6 +83,14 @@ def is_like_traced(job: Job) -> bool:
     dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
     plain = job.quant is None and not setup.kernels and setup.autocast == "bf16" and dense
     return by_trainer and plain and distributed.strategy in ("fsdp2", *FLAT, "zero3") and not offloads and setup.dtype == "bf16"
+
+
+def _adds_up(job: Job) -> bool:
+    """Whether axolotl trains GPT-OSS in full under FSDP2, with gradients beside a second micro batch, as torchao's 8-bit AdamW
+    was rehearsed (tests/rehearse/axolotl_gpt_oss.jsonl)."""
+    assert job.distributed is not None
+    by_axolotl = job.setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2" and job.method_name == "full"
+    return by_axolotl and job.architecture.model_type == "gpt_oss" and job.setup.gradient_accumulation_steps > 1
 
 
 def _knows_muon(job: Job) -> bool:

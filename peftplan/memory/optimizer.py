@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from math import prod
 
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.memory.looped_steps import LOOPS
 from peftplan.optim import Optimizer
+from peftplan.optim.torchao import BLOCK_SIZE, MIN_QUANTIZED_SIZE
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -42,6 +44,8 @@ def optimizer_step(
     if freezes_a and optimizer.name in LORAFA_REPLACES:
         _lorafa_step(f, trained)
         return
+    if optimizer.name == "adamw_torch_8bit" and ranks > 1:
+        _in_8_bits(f, trained)
     if optimizer.step_implementation in IN_PLACE:
         return
     if optimizer.name == "dion_muon":
@@ -72,6 +76,20 @@ def optimizer_step(
             if p.dtype == dtype
         ]
     del temporaries
+
+
+def _in_8_bits(f: Tape, trained: list[Parameter]) -> None:
+    """torchao's step, one shard after the other: its compiled code has both moments in fp32, and their scales, before it stores
+    them (torchao, optim/adam.py, `single_param_adam`; rehearsed under FSDP2). Left out: the same of whole parameters.
+    """
+    for p in _two_layers(trained):
+        numel = prod(p.shape)
+        if numel >= MIN_QUANTIZED_SIZE and numel % BLOCK_SIZE == 0:
+            f.module = p.name
+            shapes = (p.shape, (numel // BLOCK_SIZE,)) * 2
+            moments = [f.new(dims, "fp32", "a moment in fp32, or its scales") for dims in shapes]
+            del moments
+    f.module = ""
 
 
 def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:
