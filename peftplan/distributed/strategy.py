@@ -218,6 +218,9 @@ def _check_divisible(distributed: Distributed) -> None:
     if world % sharing:
         accepted = f"accepted: a size whose product with tp_size, {sharing} here, divides the {world} GPUs"
         raise InputError("pp_size", distributed.pp_size, accepted)
+    if distributed.dp_shard_size is not None and world % distributed.shards:
+        accepted = f"accepted: a size whose product with dp_shard_size, {distributed.dp_shard_size}, divides the {world} GPUs"
+        raise InputError("cp_size", distributed.cp_size, accepted)
     of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")

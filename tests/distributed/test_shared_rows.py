@@ -78,6 +78,7 @@ def test_shards_are_those_of_all_ranks_of_a_ring() -> None:
         ({"attn_implementation": "flash_attention_2"}, RefusedError, "supported only with SDPA attention"),
         ({"model": "gemma-3-1b-pt", "attn_implementation": "sdpa"}, RefusedError, "does not support attention layers of type"),
         ({"seq_len": 4098}, InputError, "accepted: a multiple of 4"),
+        ({"dp_shard_size": 4}, InputError, "whose product with dp_shard_size, 4, divides the 4 GPUs"),
     ],
 )
 def test_what_is_not_shared(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -106,6 +107,7 @@ def test_a_config_of_accelerate_says_how_many_ranks_share_a_row() -> None:
         ({}, None),
         ({"method": "qlora", "quant_storage": "bf16"}, "cp_size"),
         ({"padding": True}, "cp_size"),
+        ({"script": peftplan.Script(transformers="5.22")}, "cp_size"),
         ({"model": "granite-3.3-2b-instruct"}, "cp_size"),
         ({"gpu": "t4"}, "rows that ranks share, with torch's"),
     ],
