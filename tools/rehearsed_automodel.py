@@ -5,8 +5,8 @@
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
 `options` of the estimate, what else sections of the config say (`recipe`), the `card` if not an A100, and the `rank` that is
 played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
-tensors hold no values, tells no documents apart: attention has no mask there. Needs nemo_automodel 0.7.0 and the CUDA build of
-torch.
+tensors hold no values, tells no documents apart: attention has no mask there. Experts get equal shares of the tokens, and kernels
+are not chosen by their time. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import re
 import runpy
 import struct
 import sys
+from collections.abc import Callable
+from functools import partial
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -158,6 +161,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         if (names := PUBLISHED.get(options(row)["model"]["model_type"])) is not None:
             rename(Path(folder) / "model.safetensors", names)
+        if "quantization_config" in options(row)["model"]:
+            rewrite(Path(folder) / "model.safetensors", in_4_bits)
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
@@ -176,17 +181,46 @@ PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL}
 """Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
 
 
+SAFE_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
+"""Bytes of a number, by the names of safetensors."""
+Tensors = dict[str, dict[str, Any]]
+"""What a checkpoint's header says: name → dtype, shape and where it lies."""
+
+
 def rename(file: Path, names: dict[str, str]) -> None:
     """Give the tensors of a checkpoint of holes their published names."""
+    prefix = re.compile("|".join(map(re.escape, names)))
+    rewrite(
+        file, lambda tensors: {prefix.sub(lambda start: names[start[0]], name, count=1): row for name, row in tensors.items()}
+    )
+
+
+def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """Change the header of a checkpoint of holes."""
     with file.open("rb") as written:
         (length,) = struct.unpack("<Q", written.read(8))
-        tensors = json.loads(written.read(length))
-    behind = file.stat().st_size - length - 8
-    prefix = re.compile("|".join(map(re.escape, names)))
-    header = json.dumps({prefix.sub(lambda start: names[start[0]], name, count=1): row for name, row in tensors.items()})
+        tensors = change(json.loads(written.read(length)))
+    end = max(row["data_offsets"][1] for row in tensors.values() if "data_offsets" in row)
+    header = json.dumps(tensors)
     with file.open("wb") as renamed:
         renamed.write(struct.pack("<Q", len(header)) + header.encode("ascii"))
-        renamed.truncate(len(header) + 8 + behind)
+        renamed.truncate(len(header) + 8 + end)
+
+
+def in_4_bits(tensors: Tensors) -> Tensors:
+    """The experts of gpt-oss as they are published: blocks of 32 numbers in 16 bytes, and a byte for the scale of each."""
+    changed: Tensors = {}
+    end = 0
+    for name, row in tensors.items():
+        parts = {name: row}
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            e, h, width = row["shape"]
+            shapes = {"blocks": [e, width, h // 32, 16], "scales": [e, width, h // 32]}
+            parts = {f"{name}_{part}": {"dtype": "U8", "shape": shape} for part, shape in shapes.items()}
+        for part, fields in parts.items():
+            start, end = end, end + prod(fields.get("shape", [0])) * SAFE_BYTES.get(fields.get("dtype"), 0)
+            changed[part] = fields if "dtype" not in fields else {**fields, "data_offsets": [start, end]}
+    return changed
 
 
 def fused_adam(*arguments: Any, **settings: Any) -> Any:
@@ -221,10 +255,41 @@ class Agreeing:
             tensor.copy_(tensor.cpu().fill_(group.size()))
 
 
+def untimed(compile: Callable[..., Any], function: Callable[..., Any] | None = None, **settings: Any) -> Any:
+    """`torch.compile` that takes the first kernel: the emulated card has no times to compare."""
+    settings.pop("mode", None)
+    options = {name: value for name, value in (settings.pop("options", None) or {}).items() if name != "max_autotune"}
+    return compile(function, **settings, options=options or None)
+
+
+def forget_scalars(experts: ModuleType) -> None:
+    """Let the card forget a number of the loss: the backward of `weights[mask]` may ask for a count where it was written."""
+    import torch
+
+    permute, others = experts._permute_tokens_for_grouped_mm, (torch.zeros(3, device="cuda"), torch.zeros(3))
+
+    def write(gradient: torch.Tensor) -> None:
+        others[0].copy_(others[1])
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        result = permute(*arguments, **settings)
+        if result[-3].requires_grad:  # the weights of the rows
+            result[-3].register_hook(write)
+        return result
+
+    experts._permute_tokens_for_grouped_mm = watched
+
+
 def recipe() -> None:
     """The tool's own program, on one rank of several."""
-    from nemo_automodel.components.distributed import tp_replicas
+    import torch
 
+    compiled = torch.compile
+    torch.compile = partial(untimed, compiled)
+    from nemo_automodel.components.distributed import tp_replicas
+    from nemo_automodel.components.moe import experts
+
+    forget_scalars(experts)
     tp_replicas.dist = Agreeing(tp_replicas.dist)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     module = "llm.benchmark" if settings["recipe"].startswith("Benchmarking") else "llm.train_ft"

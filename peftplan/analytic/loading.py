@@ -3,6 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -103,6 +104,12 @@ def loading_of(
 
         load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
         passing = ranks.passing_on_rank(load, Ledger(loaded))
+    if job.distributed is None and builds(job) and job.architecture.model_type == "gpt_oss":
+        from peftplan.memory.mxfp4_load import SOURCE as WIDENED
+        from peftplan.memory.mxfp4_load import load_widened
+
+        load = partial(load_widened, load=load, parameters=parameters)
+        passing = (Line("experts in 4 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, WIDENED),)
     if job.reference == "copy":
         from peftplan.job.teacher import teacher_of
         from peftplan.memory.reference_load import load_both

@@ -8,7 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds
+from peftplan.job.automodel import builds, longest_row, tokens_at_once
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
@@ -168,8 +168,10 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
 def limits_of(job: Job, compute_capability: str) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
-    tokens = [most for most in (tokens_kept(job), fused_first(job, chip_of(job, compute_capability))) if most is not None]
-    return of_tables._replace(of_batch=(*tokens, *of_tables.of_batch))
+    mosts = tokens_kept(job), fused_first(job, chip_of(job, compute_capability)), tokens_at_once(job)
+    tokens = [most for most in mosts if most is not None]
+    rows = () if (longest := longest_row(job)) is None else (longest,)
+    return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))
 
 
 def fused_first(job: Job, chip: Chip | None) -> int | None:

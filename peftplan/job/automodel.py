@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.dtypes import ITEMSIZE
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
@@ -12,14 +13,16 @@ if TYPE_CHECKING:
 
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
-    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2"),
+    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3")
+BUILT = ("llama", "qwen2", "qwen3", "gpt_oss")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
+ALONE = ("llama", "qwen3")
+"""Of transformers' models, those that were rehearsed on one GPU too."""
 
 
 def builds(job: Job) -> bool:
@@ -34,6 +37,46 @@ def _knows_cut(job: Job) -> bool:
         return False
     defers = (job.setup.gradient_accumulation_steps or 1) > 1 and not job.distributed.sync_each_batch
     return job.is_full_or_lora and not (job.method_name == "full" and defers)
+
+
+ROWS_AT_ONCE = 12_288
+"""Rows of experts to which gpt-oss adds a bias at once (nemo_automodel, components/moe/experts.py, `_BIAS_CHUNK_THRESHOLD`)."""
+
+
+def tokens_at_once(job: Job) -> int | None:
+    """Tokens of a batch whose experts have as many rows; None for models without biases of experts."""
+    if not (builds(job) and job.architecture.model_type == "gpt_oss"):
+        return None
+    return ROWS_AT_ONCE // job.architecture.blocks[0].mlp.num_experts_per_tok
+
+
+def longest_row(job: Job) -> int | None:
+    """Tokens of a row above which the first step may hold most, in which FlexAttention makes masks of all heads; None without.
+
+    A mask has a byte for each key, and is summed up as two int64 (torch, nn/attention/flex_attention.py,
+    `_convert_mask_to_block_mask`). That is compared with what later steps hold for a token: its logits, and in each layer gate
+    and up of its experts, inputs of both norms, of the projections and of the output, and attention's arguments and result.
+    """
+    if tokens_at_once(job) is None:
+        return None
+    architecture = job.architecture
+    blocks, hidden, vocab = architecture.blocks, architecture.hidden_size or 0, architecture.vocab_size or 0
+    a, mlp = blocks[0].attentions[0], blocks[0].mlp
+    heads = 3 * a.num_attention_heads + 2 * a.num_key_value_heads
+    of_layer = 2 * mlp.num_experts_per_tok * mlp.intermediate_size + 3 * hidden + heads * a.head_dim
+    kept = ITEMSIZE[str(job.setup.dtype)] * (sum(len(block.layers) for block in blocks) * of_layer + vocab)
+    return kept // ((ITEMSIZE["bool"] + 2 * ITEMSIZE["int64"]) * a.num_attention_heads)
+
+
+def _knows_mixture(job: Job) -> bool:
+    """Whether gpt-oss was rehearsed as the tool builds it: LoRA of attention on one GPU, over enough tokens, of rows whose masks
+    are not the peak."""
+    setup, targets = job.setup, ("q_proj", "k_proj", "v_proj", "o_proj")
+    adapts = job.method_name == "lora" and all(module.name.endswith(targets) for module in job.adaptation.matched)
+    plain = job.distributed is None and job.quant is None and not setup.gradient_checkpointing and setup.dtype == "bf16"
+    return (
+        adapts and plain and setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and setup.seq_len <= (longest_row(job) or 0)
+    )
 
 
 WITH_TOWERS = (
@@ -81,9 +124,10 @@ def without_formula(job: Job) -> str | None:
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job)),  # with Transformer Engine they use its attention
+        "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)
-    if missing is None and job.distributed is None and not builds(job):
+    if missing is None and job.distributed is None and not (builds(job) or architecture.model_type in ALONE):
         missing = "on one GPU"
     return missing and f"{setup.by.called} {missing}"

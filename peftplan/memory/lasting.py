@@ -17,7 +17,11 @@ def kept_on_card(model: Model) -> None:
     if checkpoint is not None and running.hosted:
         dims = ("b", model.seq, model.arch.hidden_size or 0)
         model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
-    if decoder is not None or running.own_decoders:
+    if running.own_decoders and model.arch.model_type == "gpt_oss":
+        from peftplan.memory.models.automodel_moe import masks
+
+        model.lasting = masks(model)
+    elif decoder is not None or running.own_decoders:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
         in_fp32 = decoder is None or model.arch.model_type == "gemma"  # unsloth, models/gemma.py (`_set_cos_sin_cache`)

@@ -37,15 +37,22 @@ LOOSE = {
     ("ministral-3-3b-instruct-2512", 2, 1): 0.25,
     ("qwen2.5-vl-3b-instruct", 3, 1): 1.2,
     ("gemma-3-4b-it", 7, 1): 0.13,
+    ("gpt-oss-20b", 24, 16): 0.6,
+    ("gpt-oss-20b", 24, 8): 0.6,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
 and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less. Qwen2.5-VL: 0.11 of
-allocated bytes, 0.5 of `load`, 1.16 of reserved ones."""
+allocated bytes, 0.5 of `load`, 1.16 of reserved ones.
+
+gpt-oss, 16 rows: of reserved ones, among which are two blocks of 34 GB of the first step's masks; allocated ones are within
+0.0001. 8 rows: of allocated ones, three times the queries, keys and values of a layer, which torch's compiler left to Python's
+garbage collector; it came earlier with 16 rows."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
 def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
-    peaks = peftplan.estimate(**options(row), gpu="a100-80gb").peaks
+    alone = options(row)["gpus"] == 1
+    peaks = peftplan.estimate(**options(row), gpu=row.get("card", "a100-80gb") if alone else "a100-80gb").peaks
     assert peaks is not None
     rehearsed = {"allocated": max(row["by_phase"].values()), "reserved": row["reserved"]}
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
@@ -69,6 +76,43 @@ def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:
     assert peaks is not None
     assert abs(peaks.allocated / row["allocated"] - 1) < 1e-6
     assert abs(peaks.reserved / row["reserved"] - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({}, None),
+        ({"seq_len": 1536}, "gpt-oss"),
+        ({"seq_len": 2354}, None),
+        ({"seq_len": 2355}, "gpt-oss"),
+        ({"target_modules": "every-linear"}, "gpt-oss"),
+        ({"gradient_checkpointing": True}, "gpt-oss"),
+        ({"gpus": 8, "strategy": "fsdp2"}, "gpt-oss"),
+    ],
+)
+def test_what_of_gpt_oss_was_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
+    """LoRA of attention on one GPU. 4 experts for each of 2 x 1,536 tokens are 12,288 rows, to which a bias is added at once.
+
+    Masks of 64 heads have 64 x 17 bytes for each key and query; 24 layers keep 2 x (2 x 4 x 2,880 + 3 x 2,880 + 208 x 64) bytes
+    a token, beside 2 x 201,088 of logits: 2,561,792 bytes, or 2,354 keys. Rehearsed, two layers (2 x 2,048 tokens) reserved 15.2
+    GB, 4.3 GB of them twice for a mask; their later steps would need 12.3.
+    """
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "r": 8, "target_modules": r"(?:.*\.)?.*_proj"}
+    result = peftplan.estimate("gpt-oss-20b", **job | {"batch_size": 2, "seq_len": 1537} | options)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]
+
+
+def test_experts_of_gpt_oss_are_widened_one_projection_at_a_time() -> None:
+    """`_convert_moe_packed_tensors`: gate and up of a layer are 32 x 5,760 x 90 blocks of 32 numbers. Beside 17 bytes for each
+    block of both projections a block has 2 x 128 bytes of places, 64 of the result, 32 of numbers that are looked up and a scale
+    of 4."""
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "r": 8, "target_modules": r"(?:.*\.)?.*_proj"}
+    peaks = peftplan.estimate("gpt-oss-20b", **job, batch_size=2, seq_len=2048).peaks
+    assert peaks is not None
+    (line,) = (line for line in peaks.ledgers["load"].lines if line.name == "experts in 4 bits")
+    wide, down = 32 * 5760 * 90, 32 * 2880 * 90
+    assert line.bytes() == 17 * (wide + down) + (2 * 128 + 64 + 32 + 4) * wide
 
 
 def test_every_linear_layer_includes_the_output() -> None:

@@ -136,7 +136,7 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
     count = (
         next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None)
         or environment.get("NPROC_PER_NODE")
-        or environment.get("nproc_per_node")
+        or environment.get("nproc_per_node", launch.get("ci.nproc_per_node"))  # of NeMo Automodel's own tests
     )
     if count is None and (count := _before_script(launch.get("processes"))) is not None:
         whole = re.fullmatch("[0-9]{1,10}", str(count)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))

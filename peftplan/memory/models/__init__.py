@@ -94,6 +94,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
     if own_decoders:
         from peftplan.memory.models.automodel import FORWARDS as OF_AUTOMODEL
 
+        if model_type == "gpt_oss":
+            from peftplan.memory.models.automodel_moe import gpt_oss
+
+            return gpt_oss
         return OF_AUTOMODEL[model_type]
     module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]
     forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)

@@ -61,6 +61,21 @@ def test_nemo_divides_the_global_batch() -> None:
     assert "tp_size" not in plan.options
 
 
+@pytest.mark.parametrize(("dp_size", "gpus"), [("none", 1), (4, 4)])
+def test_nemo_is_started_as_its_own_tests_start_it(dp_size: object, gpus: int) -> None:
+    """Where the file itself does not say how many processes shard it."""
+    options = of_nemo({"strategy": "fsdp2", "dp_size": dp_size}, ci={"nproc_per_node": 1, "cluster_tag": "gb10"}).options
+    assert (options["gpus"], "strategy" in options) == (gpus, gpus > 1)
+
+
+def test_nemo_runs_gpt_oss_with_flex_attention() -> None:
+    """components/models/gpt_oss/model.py: `backend or BackendConfig(attn="flex")`."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "openai/gpt-oss-20b"}
+    assert of_nemo({"strategy": "fsdp2"}, model=model, peft=NEMO_LORA).unsupported == {}
+    of_experts = {"_target_": "nemo_automodel.components.models.common.utils.BackendConfig", "experts": "gmm"}
+    assert "model" in of_nemo({"strategy": "fsdp2"}, model=model | {"backend": of_experts}).unsupported
+
+
 def test_nemo_started_by_skypilot() -> None:
     sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
     plan = of_nemo(
