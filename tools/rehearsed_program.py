@@ -58,6 +58,9 @@ def with_trainer(job: argparse.Namespace) -> None:
     model = load(job, wanted)
     if job.method == "qlora" and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
+    if job.method == "bitfit":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".bias"))
     if (peft := adapter(job)) is not None:
         model = get_peft_model(model, peft)
         if checkpoints(job):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 256
+STEPS = 20
 FLAGS = argparse.BooleanOptionalAction
 CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 AUTOMATIC_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
@@ -50,10 +52,11 @@ def options() -> argparse.Namespace:
     """The options that a job may have, under the names of `peftplan estimate`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--method", default="lora", choices=("full", "lora", "qlora", "partial"))
+    parser.add_argument("--method", default="lora")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--num-virtual-tokens", type=int)
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
     parser.add_argument("--quant", choices=("int8",))
@@ -70,7 +73,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
     parser.add_argument("--attn-implementation")
-    parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy"), default="full")
+    parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy", "liger"), default="full")
     parser.add_argument("--kernels", choices=("axolotl",))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
@@ -87,6 +90,7 @@ def options() -> argparse.Namespace:
     for name in AUTOMATIC_SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
     parser.add_argument("--zero3-init", action=FLAGS)
+    parser.add_argument("--use-orig-params", action=FLAGS)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
     parser.add_argument("--gpus", type=int, default=1)
@@ -126,10 +130,16 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
     return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
 
 
-def adapter(job: argparse.Namespace) -> LoraConfig | None:
+def adapter(job: argparse.Namespace) -> Any:
     """peft's config of the method, None for full fine-tuning."""
-    if job.method == "full":
+    if job.method in ("full", "bitfit"):
         return None
+    if job.method not in ("lora", "qlora", "rslora", "dora"):
+        steps = {"total_step": STEPS} if job.method == "adalora" else {}
+        virtual = {} if job.num_virtual_tokens is None else {"num_virtual_tokens": job.num_virtual_tokens}
+        named = {} if job.target_modules == "all-linear" else {"target_modules": job.target_modules.split(",")}
+        kind = PeftType(job.method.upper().replace("-", "_"))
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=task_of(job), **steps, **virtual, **named)
     named = job.target_modules != "all-linear" and "*" not in job.target_modules
     modules = job.target_modules.split(",") if named else job.target_modules
     others = {"lora_dropout": job.lora_dropout, "use_dora": job.use_dora, "use_rslora": job.use_rslora}
@@ -152,7 +162,8 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     if strategy.startswith("fsdp"):
         layers = {"transformer_layer_cls_to_wrap": list(model._no_split_modules)}
         offload = " offload" if job.offload_params == "cpu" else ""
-        return {"fsdp": f"full_shard auto_wrap{offload}", "fsdp_config": {"version": int(strategy[-1]), **layers}}
+        original = {} if job.use_orig_params is None else {"use_orig_params": job.use_orig_params}
+        return {"fsdp": f"full_shard auto_wrap{offload}", "fsdp_config": {"version": int(strategy[-1]), **layers, **original}}
     if strategy.startswith("zero"):
         return {"deepspeed": deepspeed(job, int(strategy[-1]))}
     return {}
@@ -189,7 +200,8 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "optim": job.optim or "adamw_torch_fused",
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
-        "max_steps": 20,
+        "max_steps": STEPS,
+        "use_liger_kernel": job.loss == "liger",
         "report_to": "none",
         **(sharding(job, model) if job.strategy or "WORLD_SIZE" in os.environ else {}),
     }
