@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import peftplan
+from peftplan.analytic.shown import TRACED_METHODS
 from peftplan.arch import catalogue
 
 KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
 LAYERS = 4
-METHODS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning")
+OF_METHOD = {"partial": {"trainable_layers": 1}}
 OPTIMIZERS = ("sgd", "rmsprop")
+SIZES = {"gpus": 4, "batch_size": 2, "seq_len": 256}
 STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 
 
 def jobs() -> Iterator[dict[str, Any]]:
     """Every method with AdamW, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
+    for strategy, methods in TRACED_METHODS.items():
+        for method in ("rslora", *methods):
+            yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, "method": method, **OF_METHOD.get(method, {})}
     for number, strategy in enumerate(STRATEGIES):
-        sizes = {"strategy": strategy, "gpus": 4, "batch_size": 2, "seq_len": 256}
-        for method in METHODS:
-            yield {"model": "qwen2.5-0.5b", **sizes, "method": method}
+        sizes = {"strategy": strategy, **SIZES}
         for optim in OPTIMIZERS:
             for method in ("full", "lora"):
                 yield {"model": "llama-3.2-1b", **sizes, "method": method, "optim": optim}

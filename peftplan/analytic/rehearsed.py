@@ -18,6 +18,7 @@ from peftplan.analytic.shown import (
     layer_classes,
     shown_methods,
     shown_optimizers,
+    shows_dora,
     translates_text,
 )
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
@@ -265,7 +266,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
-        f"method {method}": method not in shown_methods(job) or (with_dora and not is_like_traced(job)),
+        f"method {method}": method not in shown_methods(job) or (with_dora and not shows_dora(job)),
         f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
         and not (classifies(job) or translates),

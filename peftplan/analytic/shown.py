@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import knows_tower
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
@@ -31,10 +32,17 @@ UNDER_DEEPSPEED = (
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
 )
 """The same under DeepSpeed."""
-SHOWN_METHODS = ("full", "lora", "qlora")
-"""Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md)."""
-TRACED_METHODS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning")
-"""Methods whose step was traced under FSDP2 and ZeRO 1 to 3 (tests/distributed/traced_methods.jsonl)."""
+SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
+"""Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md); rsLoRA runs LoRA's operations."""
+OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "partial", "llama-pro")
+TRACED_METHODS = {
+    "fsdp1": ("oft", "ln-tuning"),
+    "fsdp2": OF_LAYERS,
+    **dict.fromkeys(FLAT, (*OF_LAYERS, "adalora")),
+    "zero3": (*OF_LAYERS, "vera"),
+}
+"""Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
+(tests/rehearse/methods.jsonl)."""
 TRACED_OPTIMIZERS = ("sgd", "rmsprop")
 """Optimizers whose step was traced there."""
 IN_8_BITS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
@@ -59,7 +67,13 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.generates and strategy == "zero3":
         return ("full", "lora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
-    return (*SHOWN_METHODS, *with_tower, *(TRACED_METHODS if is_like_traced(job) else ()))
+    return (*SHOWN_METHODS, *with_tower, *(TRACED_METHODS.get(strategy, ()) if knows_methods(job) else ()))
+
+
+def shows_dora(job: Job) -> bool:
+    """Whether a job resembles those with DoRA, whatever its method is called."""
+    assert job.distributed is not None
+    return knows_methods(job) and "dora" in TRACED_METHODS.get(job.distributed.strategy, ())
 
 
 def shown_optimizers(job: Job) -> tuple[str, ...]:
@@ -73,16 +87,29 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     return (*known, *TRACED_OPTIMIZERS, *OVER_PARTITIONS.get(job.distributed.strategy, ()))
 
 
-def is_like_traced(job: Job) -> bool:
-    """Whether a job resembles those that were traced with other methods and optimizers: Trainer or SFTTrainer trains a dense
-    model in bf16 on the card, without a quantized base."""
+def knows_methods(job: Job) -> bool:
+    """Whether a job resembles those that were traced or rehearsed with other methods: Trainer or SFTTrainer trains in 16 bits,
+    without a quantized base, with weights on the card; a mixture not under FSDP1."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
-    offloads = any(place not in (None, "none") for place in (distributed.offload_params, distributed.offload_optimizer))
+    offloads = {distributed.offload_params, distributed.offload_optimizer if distributed.strategy not in FLAT else None}
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
-    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
-    plain = job.quant is None and not setup.kernels and setup.autocast == "bf16" and dense
-    return by_trainer and plain and distributed.strategy in ("fsdp2", *FLAT, "zero3") and not offloads and setup.dtype == "bf16"
+    narrow = setup.dtype == setup.autocast and setup.dtype in SIXTEEN_BITS
+    of_units = distributed.strategy != "fsdp1" or _is_dense(job)
+    return by_trainer and job.quant is None and not setup.kernels and of_units and narrow and offloads <= {None, "none"}
+
+
+def _is_dense(job: Job) -> bool:
+    return all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+
+
+def is_like_traced(job: Job) -> bool:
+    """Whether a job resembles those that were traced with other optimizers: as `knows_methods`, a dense model in bf16 and
+    all on the card."""
+    distributed = job.distributed
+    assert distributed is not None
+    known = knows_methods(job) and job.setup.dtype == "bf16" and distributed.offload_optimizer in (None, "none")
+    return known and _is_dense(job) and distributed.strategy in ("fsdp2", *FLAT, "zero3")
 
 
 def _adds_up(job: Job) -> bool:

@@ -9,11 +9,12 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
-from peftplan.methods.adaptation import Adaptation
+from peftplan.methods.adaptation import Adaptation, AddedTensor
 from peftplan.optim import parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
@@ -187,6 +188,9 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
             "head alone: RuntimeError: aten.mm.out got mixed torch.Tensor and DTensor (liger-kernel, "
             "ops/fused_linear_cross_entropy.py:164); accepted: --loss full, or zero3"
         )
+    if distributed.strategy == "fsdp1":
+        _check_flat(distributed, setup, adaptation)
+    _check_shards(distributed, setup, adaptation)
     of_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
     for module in adaptation.matched if distributed.strategy == "tp" and of_lora else ():
         if (style := style_of(architecture, module.name)) not in (None, "colwise", "embedding_rowwise"):
@@ -195,6 +199,58 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
                 "which does not fit what transformers passes in: RuntimeError in the first forward; accepted: the modules that "
                 f"are colwise, {', '.join(_colwise(architecture))}"
             )
+
+
+OF_MODULES = (".weight", ".bias")
+"""How the names of tensors of a module end. For others, in a ParameterDict, peft's wrap policy makes no unit of their own, and
+for none that is frozen."""
+
+
+def _leaf(tensor: AddedTensor) -> str:
+    """`vera_lambda_d`, `lora_A`: what peft calls a tensor of a layer."""
+    return tensor.name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _check_flat(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
+    """Raise RefusedError for an adapter that FSDP1 cannot make flat with its layer, and for DoRA, which reads A outside its unit.
+    Both were rehearsed, and run over two ranks of gloo."""
+    if any(".lora_magnitude_vector." in t.name for t in adaptation.added) and distributed.use_orig_params is not False:
+        raise RefusedError(
+            "strategy: FSDP1 has freed lora_A when DoRA reads it: IndexError: tuple index out of range "
+            f"({named('peft')}, tuners/lora/dora.py:97); accepted: ddp, fsdp2 or zero3"
+        )
+    apart = [t for t in adaptation.added if t.dtype == "adapter" and not (t.trainable and t.name.endswith(OF_MODULES))]
+    if apart and setup.adapter_dtype != setup.dtype:
+        raise RefusedError(
+            f"strategy: FSDP1 makes one flat parameter of weights in {setup.dtype} and of {_leaf(apart[0])} in "
+            f"{setup.adapter_dtype}: ValueError: Must flatten tensors with uniform dtype (torch, _flat_param.py:813); accepted: "
+            "ddp or zero3"
+        )
+
+
+def _check_shards(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
+    """Raise RefusedError for an adapter that reads shards as whole tensors under FSDP2, and for VeRA where its frozen matrices,
+    which are buffers, stay in fp32: FSDP2 and DeepSpeed cast parameters alone, and do not run under autocast. ZeRO-3 leaves its
+    vectors in fp32 too. Run over two ranks of gloo; VeRA and AdaLoRA rehearsed."""
+    names = {_leaf(tensor) for tensor in adaptation.added}
+    by_fsdp2 = distributed.strategy == "fsdp2"
+    if by_fsdp2 and "lora_E" in names:
+        raise RefusedError(
+            "strategy: AdaLoRA's regularizer reads shards of A and B under FSDP2: RuntimeError: The size of tensor a must match "
+            f"the size of tensor b ({named('peft')}, tuners/adalora/model.py:251); accepted: ddp or zero2"
+        )
+    if by_fsdp2 and any(".lora_A." in t.name and not t.trainable for t in adaptation.added):
+        raise RefusedError(
+            "strategy: LoRA-FA's optimizer fails in its first step under FSDP2: RuntimeError: aten.add.Tensor got mixed "
+            f"torch.Tensor and DTensor ({named('peft')}, optimizers/lorafa.py:165); accepted: ddp"
+        )
+    wide = setup.autocast in SIXTEEN_BITS and setup.adapter_dtype not in SIXTEEN_BITS
+    if "vera_lambda_d" in names and wide and distributed.strategy in ("fsdp2", "zero0", "zero1", "zero2"):
+        raise RefusedError(
+            f"strategy: VeRA multiplies an input in {setup.autocast} by its frozen matrices, which stay in {setup.adapter_dtype} "
+            f"under {distributed.facts.called}: RuntimeError: expected mat1 and mat2 to have the same dtype ({named('peft')}, "
+            "tuners/vera/layer.py:285); accepted: ddp or zero3"
+        )
 
 
 def _colwise(architecture: Architecture) -> list[str]:
