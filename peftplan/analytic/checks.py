@@ -250,7 +250,7 @@ def _grpo_without_formula(job: Job) -> str | None:
 
 def _merges_into(job: Job) -> bool:
     """Whether a merge into such a base was rehearsed (tests/rehearse/swift.jsonl)."""
-    of_4_bits = job.quant is not None and job.quant.layout in FOUR_BIT
+    of_4_bits = job.quant is not None and job.quant.layout in FOUR_BIT and job.setup.vllm_mode != "server"
     return of_4_bits and job.is_full_or_lora and job.distributed is not None and job.distributed.strategy == "zero2"
 
 
