@@ -11,6 +11,7 @@ from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import has_towers
 from peftplan.arrays import Fact, Size
+from peftplan.distributed.ddp import divided_after
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.job.loss_sizes import LossSizes
@@ -50,7 +51,9 @@ class Compiled(NamedTuple):
     built: tuple[Line, ...] = ()
     """What a strategy holds besides weights and states, such as fp32 masters; loading allocates it."""
     buckets: tuple[int, ...] = ()
-    """Bytes of each of DDP's buckets: one of all gradients in the first step, which the second forward divides."""
+    """Bytes of each of DDP's buckets; those that a later forward makes of one bucket of all gradients, unless they stay."""
+    divided_after: int = 1
+    """Steps before that forward; 0: there is none."""
     first_run: Loader | None = None
     """What the first forward alone makes and frees."""
     load_if_full: Loader | None = None
@@ -157,6 +160,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         early=early,
         built=(*(line for line in loaded if line in beside), *(() if job.distributed is None else ranks.stepped_first(load))),
         buckets=() if job.distributed is None else ranks.buckets_of(inventory),
+        divided_after=1 if job.distributed is None else divided_after(job.distributed),
         first_run=None if job.distributed is None else ranks.first_run(load),
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,17 @@ from peftplan.distributed.zero_shards import cast_on_rank
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.bucket_views import BucketViews
 from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.load import load_into
-from peftplan.memory.loaded import Handle, Loader, Memory, peak_of
+from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.program import Program
 from peftplan.memory.ring_attention import Ring
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.step import steady_step
-from peftplan.memory.synced import of_model, send
+from peftplan.memory.synced import synced
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero0 import WholeLoading, Zero0
@@ -146,6 +147,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     job, parameters, _, holding = inventory
     if job.distributed is not None and job.distributed.strategy == "tp":
         model.units = TensorParallel(model, job.distributed, parameters.all)
+    if job.distributed is not None and job.distributed.gradient_as_bucket_view:
+        model.units = BucketViews(model.tape)
     if job.distributed is not None and job.distributed.strategy == "device-map":
         from peftplan.memory.devices import Devices
 
@@ -228,7 +231,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if distributed is None or holding is None or distributed.facts.loads_on_device:
         return of_one_gpu
     if distributed.strategy == "ddp":
-        return synced(parameters, buffers, holding.beside, of_one_gpu)
+        return synced(parameters, buffers, distributed, of_one_gpu)
     if distributed.strategy == "fsdp1":
         accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
         stays = whole_sizes(parameters, holding.each or holding.parameters)
@@ -318,23 +321,10 @@ def loaded_if_full(load: Loader) -> Loader | None:
 
 
 def buckets_of(inventory: Inventory) -> tuple[int, ...]:
-    """Bytes of each of DDP's buckets as its second forward makes them (`Reducer::rebuild_buckets`); none elsewhere."""
+    """Bytes of each of DDP's buckets, in the order in which they are made; none elsewhere."""
     distributed = inventory.job.distributed
     is_ddp = distributed is not None and distributed.strategy == "ddp"
     return bucket_sizes(inventory.parameters, distributed) if distributed is not None and is_ddp else ()
-
-
-def synced(parameters: Parameters, buffers: Ledger, beside: Iterable[Line], load: Loader) -> Loader:
-    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB, two at a time.
-    Then it makes one bucket of all gradients, which it divides when it has seen their order (`_ddp_init_helper`).
-    """
-    return partial(_synced, flats=of_model(parameters, buffers), bucket=Ledger(tuple(beside)).bytes(), load=load)
-
-
-def _synced(memory: Memory[Handle], *, flats: tuple[int, ...], bucket: int, load: Loader) -> None:
-    load(memory)
-    send(memory, flats)
-    memory.release(memory.allocate(bucket))
 
 
 def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:

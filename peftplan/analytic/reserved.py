@@ -50,7 +50,7 @@ class Run(NamedTuple):
     def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events."""
         compiled, _ = self.steps[-1]
-        reported = sum(step is self.steps[-1] for step in self.steps[1:])
+        reported = sum(step is self.steps[-1] for step in self.steps[max(1, compiled.divided_after) :])
         key = (when_full, *map(id, self.generations), reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
@@ -69,7 +69,9 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     writer.begin("load")
     load(writer)
     writer.take(compiled.early)
-    if compiled.buckets:
+    if compiled.buckets and not compiled.divided_after:
+        writer.keep(compiled.buckets)
+    elif compiled.buckets:
         undivided = writer.allocate(sum(compiled.buckets))
     else:
         writer.take(line for line in compiled.standing if line.category == "communication" and line not in compiled.built)
@@ -94,7 +96,7 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))
         writer.end()
-        if number == 1 and compiled.buckets:
+        if number == compiled.divided_after and compiled.buckets:
             writer.release(undivided)
             writer.keep(compiled.buckets)
         kinds += len(of_step.timeline.kinds)

@@ -6,8 +6,9 @@ Source: torch, nn/parallel/distributed.py, csrc/distributed/c10d/reducer.cpp.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Line
@@ -37,12 +38,29 @@ def bucket_caps(distributed: Distributed) -> tuple[int, int]:
     return cap, cap
 
 
+def divided_after(distributed: Distributed) -> int:
+    """Steps before the forward that divides the bucket of all gradients, whose order it knows (`Reducer::rebuild_buckets`); 0:
+    the constructor makes buckets that stay, since each step looks for parameters without gradients (`should_rebuild_buckets`).
+    """
+    if distributed.static_graph:
+        return 2
+    return 0 if distributed.find_unused_parameters else 1
+
+
 def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
-    """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first."""
-    limit, cap = bucket_caps(distributed)
+    """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first. Buckets that stay
+    are filled in the order of the model, and made from the last one to the first."""
+    caps = bucket_caps(distributed)
+    if not divided_after(distributed):
+        return _filled((p for p, _ in tensors(in_module_order(parameters)) if p.trainable), *caps)[::-1]
+    return _filled(_backwards(parameters), *caps)
+
+
+def _filled(parameters: Iterable[Parameter], limit: int, cap: int) -> tuple[int, ...]:
+    """Bytes of each bucket. `limit`: bytes at which the first is full; `cap`: every later one."""
     sizes: list[int] = []
     filled = 0
-    for p in _backwards(parameters):
+    for p in parameters:
         filled += p.numel * ITEMSIZE[p.dtype]
         if filled >= limit:
             sizes.append(filled)

@@ -7,12 +7,15 @@ reducer.cpp (`compute_bucket_assignment_by_size`), csrc/utils/tensor_flatten.h.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 
+from peftplan.distributed.ddp import bucket_sizes, divided_after
 from peftplan.distributed.order import in_module_order, tensors
+from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
-from peftplan.memory.loaded import Handle, Memory
+from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.parameters import Parameters
 
 BROADCAST_BUCKET = 250 * 2**20
@@ -54,3 +57,18 @@ def send(memory: Memory[Handle], flats: Iterable[int]) -> None:
     for flats_of_bucket in in_flight:
         for flat in flats_of_bucket:
             memory.release(flat)
+
+
+def synced(parameters: Parameters, buffers: Ledger, distributed: Distributed, load: Loader) -> Loader:
+    """Loading under DDP. Its constructor broadcasts all weights from rank 0, in flat tensors of at least 250 MiB, two at a time.
+    Then it makes one bucket of all gradients, which it divides when it has seen their order, or those that stay
+    (`_ddp_init_helper`).
+    """
+    whole = sum(bucket_sizes(parameters, distributed)) if divided_after(distributed) else 0
+    return partial(_synced, flats=of_model(parameters, buffers), bucket=whole, load=load)
+
+
+def _synced(memory: Memory[Handle], *, flats: tuple[int, ...], bucket: int, load: Loader) -> None:
+    load(memory)
+    send(memory, flats)
+    memory.release(memory.allocate(bucket))
