@@ -28,7 +28,7 @@ UNDER_DEVICE_MAP = ("llama", "mistral", "qwen2", "qwen3")
 UNDER_DEEPSPEED = (
     *(*UNDER_DEVICE_MAP, "smollm3", "granite", "olmo", "olmo2", "phi3", "glm4", "starcoder2", "gemma2", "gemma3_text"),
     *("cohere", "cohere2", "stablelm", "phi", "gptj", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
-    *("mixtral", "qwen3_moe", "qwen2_moe"),
+    *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss"),
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
 )
 """The same under DeepSpeed."""

@@ -66,6 +66,12 @@ def limits(distributed: Distributed, hidden_size: int) -> Limits:
     )
 
 
+def gathers_ahead(distributed: Distributed, hidden_size: int) -> bool:
+    """Whether ZeRO-3 gathers what later modules need while another one runs."""
+    of_rank = limits(distributed, hidden_size)
+    return distributed.strategy == "zero3" and of_rank.prefetch_bucket > 0 and of_rank.max_live > 0
+
+
 def by_tensor(distributed: Distributed, *, quantized: bool) -> bool:
     """Whether a rank makes and divides one tensor after the other, as `from_pretrained` does under ZeRO-3 unless it quantizes.
 

@@ -75,15 +75,19 @@ Grouped: TypeAlias = tuple[Operand | None, Operand | None, Tensor, Dims, Dims, b
 """What a grouped product saves: x, the weight, the offsets, the dims of x and of the weight, and whether the kernel ran."""
 
 
-def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def grouped(
+    f: Tape, x: Tensor, weight: Operand, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor, transposed: bool
+) -> Tensor:
     """`_grouped_linear`: one product over all experts, x in the weight's dtype, which autocast does not change.
 
     Keeps the offsets, x if the weight trains, and the weight if x has a gradient. Without the kernel (before compute capability
     8.0) transformers' own loop keeps both and makes both gradients.
+    A weight that is not `transposed` is read through a view, which keeps what ranks have gathered.
     """
     _check_rows(x, weight)
     x = f.to(x, weight.dtype)
-    saved = (x, weight) if not kernel else (x if weight.node else None, weight if x.node else None)
+    read = weight if transposed else f.gathered(weight)
+    saved = (x, read) if not kernel else (x if weight.node else None, read if x.node else None)
     node = f.record(_grouped_backward, (x, weight), *saved, offsets, x.dims, weight.dims, kernel)
     out = f.new((*x.dims[:-1], width), x.dtype, "grouped_mm", node)
     if bias is None:
@@ -168,6 +172,17 @@ def chunked_gate(activation: Gate) -> Gate:
 def experts(
     f: Tape, x: Tensor, indices: Tensor, weights: Tensor, params: Stacked, gate: Gate, *, kernel: bool, transposed: bool
 ) -> Tensor:
+    """The module of fused experts, which is called on hidden states, indices and weights."""
+    own = tuple(params.params.values())
+    return f.call(
+        *(params.part.name, own[0].layer, own, (x, indices, weights)),
+        lambda inputs: _grouped_forward(f, *inputs, params, gate, kernel=kernel, transposed=transposed),
+    )
+
+
+def _grouped_forward(
+    f: Tape, x: Tensor, indices: Tensor, weights: Tensor, params: Stacked, gate: Gate, *, kernel: bool, transposed: bool
+) -> Tensor:
     """`grouped_mm_experts_forward` over `params`: gate_up_proj, down_proj and their biases."""
     dtype = x.dtype
     e, *first = params.dims("gate_up_proj")
@@ -181,11 +196,11 @@ def experts(
     offsets = f.new((e,), "int32", "cumsum")
     weight = params["gate_up_proj"]
     bias = _bias(f, params, "gate_up_proj_bias", ids)
-    out = grouped(f, chosen, weight, wide, kernel=kernel, bias=bias, offsets=offsets)
+    out = grouped(f, chosen, weight, wide, kernel=kernel, bias=bias, offsets=offsets, transposed=transposed)
     out = gate(f, out)
     weight = params["down_proj"]
     bias = _bias(f, params, "down_proj_bias", ids)
-    out = grouped(f, out, weight, h, kernel=kernel, bias=bias, offsets=offsets)
+    out = grouped(f, out, weight, h, kernel=kernel, bias=bias, offsets=offsets, transposed=transposed)
     added = weighted(f, out, weights.view((*rows, 1)))
     back = f.new(rows, "int64", "empty_like")
     added = taken(f, added, back, added.dims)

@@ -15,7 +15,7 @@ _ops/_mask_buffer.py. A functional collective writes into a copy, and the hooks 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, Style, plans_of, ranks_of, style_of
 from peftplan.memory import divided_mlp
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
 X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 class TensorParallel(OneGpu):
@@ -50,16 +51,22 @@ class TensorParallel(OneGpu):
         layer: int | None,
         parameters: tuple[Parameter, ...],
         x: X,
-        function: Callable[[X], Tensor],
+        function: Callable[[X], Y],
         *,
         by_name: bool,
-    ) -> Tensor:
+    ) -> Y:
         """Call a module on `x` between the hooks of its style."""
         style = self._style(name)
+        if style is None or (style != "embedding_rowwise" and not isinstance(x, Tensor)):
+            return function(x)
+        of_one = cast("Callable[[X], Tensor]", function)  # a layer that ranks divide gives one tensor
+        return cast("Y", self._divided(style, parameters, x, of_one))
+
+    def _divided(self, style: Style, parameters: tuple[Parameter, ...], x: X, function: Callable[[X], Tensor]) -> Tensor:
+        """Call a layer of this style on `x`."""
         if style == "embedding_rowwise":
             return self._looked_up(function, x, parameters[0])
-        if style is None or not isinstance(x, Tensor):
-            return function(x)
+        assert isinstance(x, Tensor)
         if style.startswith("colwise"):
             out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
             return self.gathered(out) if style == "colwise_gather_output" else out

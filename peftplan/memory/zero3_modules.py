@@ -7,6 +7,7 @@ so that backward fetches a module before its gradient is computed, and releases 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
@@ -18,7 +19,7 @@ from peftplan.memory.units import layer as unit_of_layer
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameters
 from peftplan.tape.hooks import hooked
-from peftplan.tape.tape import X
+from peftplan.tape.tape import X, Y
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
@@ -100,24 +101,29 @@ class Gathering(Stage):
         layer: int | None,
         parameters: tuple[Parameter, ...],
         x: X,
-        function: Callable[[X], Tensor],
+        function: Callable[[X], Y],
         *,
         by_name: bool,
-    ) -> Tensor:
+    ) -> Y:
         """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
         if self.in_leaf or name == self.model.arch.input_embedding:  # which is a unit of its own
             return function(x)
         if (inside := self.of_leaf.get(name.format(layer))) is not None:
-            return self._call_leaf(Module(name.format(layer), tuple(inside), leaf=True), x, function)
+            leaf = Module(name.format(layer), tuple(inside), leaf=True)
+            return cast("Y", self._call_leaf(leaf, x, cast("Callable[[X], Tensor]", function)))
         module = self._module(name, layer, parameters)
         reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
         self.pre_forward(module, unknown=reads and module.name not in self.readers)
         self.readers.add(module.name)
         if isinstance(x, Tensor):
             x = self._called_on(x, module, seen=not by_name)  # type: ignore[assignment]
+        elif isinstance(x, tuple):
+            x = self._called_on_each(x, module)  # type: ignore[assignment]
         out = function(x)
         self.coordinator.release(module)
-        return hooked(self.f, out, self.pre_backward, module)
+        if isinstance(out, Tensor):
+            return cast("Y", hooked(self.f, out, self.pre_backward, module))
+        return cast("Y", tuple(hooked(self.f, x, self.pre_backward, module) for x in cast("tuple[Tensor, ...]", out)))
 
     def _call_leaf(self, module: Module, x: X, function: Callable[[X], Tensor]) -> Tensor:
         """A block of experts."""
@@ -220,6 +226,12 @@ class Gathering(Stage):
         x_hooked = hooked(self.f, x, self.post_backward, module) if seen else x
         self.remaining[module.name] = int(x_hooked is not x)
         return x_hooked
+
+    def _called_on_each(self, inputs: tuple[Tensor, ...], module: Module) -> tuple[Tensor, ...]:
+        """The same of a module that takes several tensors: it is released when all their gradients are there."""
+        each = tuple(hooked(self.f, x, self.post_backward, module) for x in inputs)
+        self.remaining[module.name] = sum(after is not x for after, x in zip(each, inputs, strict=True))
+        return each
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a part gave `x`."""

@@ -23,6 +23,7 @@ from peftplan.versions import named
 
 T = TypeVar("T")
 X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 class Modules(Protocol):
@@ -34,10 +35,10 @@ class Modules(Protocol):
         layer: int | None,
         parameters: tuple[Parameter, ...],
         x: X,
-        function: Callable[[X], Tensor],
+        function: Callable[[X], Y],
         *,
         by_name: bool,
-    ) -> Tensor:
+    ) -> Y:
         """Call `function`, which is the module `name` of a layer, on `x`."""
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:

@@ -15,6 +15,7 @@ from peftplan.tape.autograd import Autograd
 from peftplan.tape.tensors import Node, Operand, Parameter, Tensor
 
 X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 class Tape(Autograd):
@@ -32,10 +33,10 @@ class Tape(Autograd):
         layer: int | None,
         parameters: tuple[Parameter | None, ...],
         x: X,
-        function: Callable[[X], Tensor],
+        function: Callable[[X], Y],
         *,
         by_name: bool = False,
-    ) -> Tensor:
+    ) -> Y:
         """Call a module on `x`: its own parameters, and whether it takes `x` as a keyword, decide what hooks on it do."""
         if self.modules is None:
             return function(x)

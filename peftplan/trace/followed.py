@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.zero import gathers_ahead
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
@@ -82,6 +83,9 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
+        "gathers ahead of gpt-oss's experts, which the addresses of their parameters order": job.architecture.model_type
+        == "gpt_oss"
+        and gathers_ahead(distributed, job.architecture.hidden_size or 0),
         f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
         f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
         and job.quant is not None

@@ -44,9 +44,7 @@ OPEN = (
 """Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW. Backward
 of LoRA with Liger's loss, +0.16 %: 2.8 MB, the adapters of one layer, which FSDP1 gathers one by one and the formula with their
 layer (`Fsdp1`); with whole logits the peak is elsewhere."""
-TRACED = ('ddp={"gradient_as_bucket_view"', 'ddp={"static_graph"')
-"""In names: DDP's options that have a peak by trace alone (`tests/trace/test_rank.py`)."""
-ROWS = [row for row in rows() if "error" not in row and not any(of in row["name"] for of in TRACED)]
+ROWS = [row for row in rows() if "error" not in row]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])

@@ -13,7 +13,7 @@ from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import masks_of, run_layers
-from peftplan.memory.models.moe import check, hand_out
+from peftplan.memory.models.moe import Routed, check, routed
 from peftplan.memory.models.projections import projected
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import minus, rms_cast_last
@@ -107,17 +107,20 @@ def _column_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tens
     return f.new(saved[0], g.dtype, "sum")
 
 
+def route(c: Call, x: Tensor, name: str) -> Routed:
+    """`GptOssTopKRouter.forward`: a softmax over the best alone."""
+    router = f"{c.style.stack}.{name}"
+    f = c.at(name)
+    weight, _update = matrix(c.model, router, c.number)
+    logits = products.linear(f, x, weight, c.model.part(router, c.number).bias)
+    best, indices = top_k(f, logits, c.block.mlp.num_experts_per_tok)
+    return logits, ops.softmax(f, best, best.dtype), indices
+
+
 def mixture(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
     """`GptOssMLP.forward`: the experts' sum, and the router's scores."""
     check(c)
-    router = f"{c.style.stack}.mlp.router"
-    f = c.at("mlp.router")
-    weight, _update = matrix(c.model, router, c.number)
-    logits = products.linear(f, x, weight, c.model.part(router, c.number).bias)
-    hand_out(c, logits)
-    best, indices = top_k(f, logits, c.block.mlp.num_experts_per_tok)
-    scores = ops.softmax(f, best, best.dtype)
-    del _update, best  # the logits stay: the `_` of `GptOssMLP.forward`
+    _logits, scores, indices = routed(c, route, x, "mlp.router")
     f = c.at("mlp.experts")
     params = Stacked(c.model, f"{c.style.stack}.mlp.experts", c.number, transposed=True)
     return experts(f, x, indices, scores, params, gated, kernel=c.model.running.flash, transposed=True), scores

@@ -78,9 +78,15 @@ def granite_route(c: Call, x: Tensor, name: str) -> Routed:
 
 def routed(c: Call, route: Route, x: Tensor, name: str) -> Routed:
     """The router's logits, which the block's `_` holds while the experts run, and weights and indices of each token's experts."""
-    logits, weights, indices = route(c, x, name)
+    logits, weights, indices = call_router(c, route, x, name)
     hand_out(c, logits)
     return logits, weights, indices
+
+
+def call_router(c: Call, route: Route, x: Tensor, name: str) -> Routed:
+    """The router, which is a module, on the hidden states."""
+    part = c.model.part(f"{c.style.stack}.{name}", c.number)
+    return c.tape.call(part.name, c.number, tuple(part.params.values()), x, lambda x: route(c, x, name))
 
 
 def hand_out(c: Call, logits: Tensor) -> None:
@@ -198,7 +204,7 @@ def deepseek_block(c: Call, x: Tensor, *, route: Route) -> Tensor:
     check(c)
     if c.block.mlp.apart:
         raise NoEngineError(f"the experts of DeepSeek as before {EXPERTS_FUSED.named}")
-    _logits, weights, indices = route(c, x, "mlp.gate")
+    _logits, weights, indices = call_router(c, route, x, "mlp.gate")
     out = run_experts(c, ops.reshaped(c.tape, x), indices, weights)
     shared = gated_mlp(c, x, "mlp.shared_experts")
     return ops.add(c.at("mlp"), out, shared)
