@@ -76,7 +76,15 @@ Grouped: TypeAlias = tuple[Operand | None, Operand | None, Tensor, Dims, Dims, b
 
 
 def grouped(
-    f: Tape, x: Tensor, weight: Operand, width: Dim, *, kernel: bool, bias: Tensor | None, offsets: Tensor, transposed: bool = True
+    f: Tape,
+    x: Tensor,
+    weight: Operand,
+    width: Dim,
+    *,
+    kernel: bool,
+    bias: Tensor | None,
+    offsets: Tensor,
+    transposed: bool = True,
 ) -> Tensor:
     """`_grouped_linear`: one product over all experts, x in the weight's dtype, which autocast does not change.
 
