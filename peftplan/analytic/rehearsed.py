@@ -125,7 +125,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
     liger = ("liger",) if (job.method_name == "full" or flat) and not job.setup.by.own_fsdp2 else ()
-    in_tiles = ("trl-chunked",) if not flat or job.method_name == "lora" else ()
+    in_tiles = ("trl-chunked",) if not flat or job.quant is None else ()
     losses = ("full", *liger, *in_tiles, *(() if flat else (CUT,)))
     of_fsdp2 = {
         "reshard_after_forward": distributed.reshard_after_forward is False,

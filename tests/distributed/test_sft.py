@@ -8,24 +8,30 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.cli.rehearse import job_of
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).parents[1] / "rehearse" / "sft_ranks.jsonl")
-RESERVED = {"qlora": 0.4, "ddp": 0.4, "fsdp1": 0.2}
-"""Per cent: 4 MiB of QLoRA, whose model is quantized before it is sharded; 2 MiB under DDP and FSDP1; all others are equal."""
+RESERVED = {"qlora": 0.4, "ddp": 0.4}
+"""Per cent: 4 MiB of QLoRA, whose model is quantized before it is sharded; 2 MiB under DDP; all others are equal."""
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row["job"] for row in ROWS])
+@pytest.mark.parametrize("row", [row for row in ROWS if "fsdp1" not in row["job"]], ids=lambda row: row["job"])
 def test_formulas_hold_what_the_trainer_holds(row: dict[str, Any]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
-    assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < (0.06 if "fsdp1" in row["job"] else 0.003)
+    assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < 0.003
     assert abs(drift["step"]) < 0.13
     assert abs(drift["reserved"]) < next((most for word, most in RESERVED.items() if word in row["job"]), 0.001)
 
 
-def test_full_fine_tuning_under_fsdp1_has_no_peak() -> None:
-    """Rehearsed: 6.02 GB reserved for TinyLlama over 4 GPUs, which a formula counts as 6.50 GB."""
-    options = {"trainer": "trl", "strategy": "fsdp1", "gpus": 4, "seq_len": 512}
-    assert peftplan.estimate("tinyllama-1.1b-chat-v1.0", method="full", **options).peaks is None  # type: ignore[arg-type]
-    assert peftplan.estimate("tinyllama-1.1b-chat-v1.0", method="lora", **options).peaks is not None  # type: ignore[arg-type]
+@pytest.mark.parametrize("row", [row for row in ROWS if "fsdp1" in row["job"]], ids=lambda row: row["job"])
+def test_rank_0_under_fsdp1(row: dict[str, Any]) -> None:
+    """Ranks hold other tensors of a flat parameter: in full fine-tuning the last one reserves up to 8 % more than rank 0."""
+    model, words = job_of(row["job"])
+    options: dict[str, Any] = {**words}
+    distributed: Any = peftplan.estimate(model, **options).to_dict()["distributed"]
+    rank = distributed["ranks"][0]
+    assert rank["peak_allocated"] == pytest.approx(row["allocated"], rel=8e-4)
+    assert rank["peak_by_phase"]["backward"] == pytest.approx(row["by_phase"]["backward"], rel=8e-4)
+    assert rank["peak_reserved"] == pytest.approx(row["reserved"], rel=3e-3)
