@@ -126,7 +126,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
-    """The same job's peaks by an engine of ours, or `error`. `options` of a row are those that launch files alone set."""
+    """The same job's peaks by an engine of ours, under FSDP1 those of rank 0, or `error`. `options` of a row are those that
+    launch files alone set."""
     try:
         model, options = job_of(row["job"])
         options = {**options, **row.get("options", {})}
@@ -137,7 +138,8 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
-    memory = result.to_dict()["memory"]
+    written = result.to_dict()
+    memory = written["distributed"]["ranks"][0] if options.get("strategy") == "fsdp1" else written["memory"]
     phases = memory["peak_by_phase"]
     generated = phases.pop("generate", None)
     if TRAINERS[options.get("trainer", "transformers")].generates:  # a rehearsal counts it into loading, and the step before

@@ -20,6 +20,13 @@ LAYERS = 4
 OF_METHOD = {"partial": {"trainable_layers": 1}}
 OPTIMIZERS = ("sgd", "rmsprop")
 SIZES = {"gpus": 4, "batch_size": 2, "seq_len": 256}
+LATER = {
+    "adafactor": ("zero1", "zero2", "zero3"),
+    "schedule_free_adamw": ("fsdp2", "zero1", "zero2", "zero3"),
+    "schedule_free_sgd": ("zero2",),
+    "adagrad": ("fsdp2",),
+}
+"""Further optimizers → the strategies that they run under."""
 STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -32,6 +39,9 @@ def jobs() -> Iterator[dict[str, Any]]:
         sizes = {"strategy": strategy, **SIZES}
         for optim in OPTIMIZERS:
             for method in ("full", "lora"):
+                yield {"model": "llama-3.2-1b", **sizes, "method": method, "optim": optim}
+        for optim in (optim for optim, strategies in LATER.items() if strategy in strategies):
+            for method in ("full", "lora") if strategy in ("fsdp2", "zero3") else ("full",):
                 yield {"model": "llama-3.2-1b", **sizes, "method": method, "optim": optim}
         model = ("qwen3-0.6b", "opt-125m", "pythia-160m", "gemma-3-270m")[number]
         checkpoints = {"gradient_checkpointing": number % 2 == 0, "gradient_accumulation_steps": 2}

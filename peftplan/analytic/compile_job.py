@@ -20,6 +20,7 @@ from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Loader
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import parse_optim
+from peftplan.optim.torchao import FLUSHED
 from peftplan.parameters import Parameters
 from peftplan.units import pinned
 
@@ -76,6 +77,10 @@ class Compiled(NamedTuple):
     """Whether they are given back before each backward of the first step."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
+    leaves_shards: bool = False
+    """Whether what loading does not free goes when the first forward has returned."""
+    flushed: int = 0
+    """Bytes that the first step allocates and frees while it times the kernels of its optimizer."""
     idle: frozenset[str] = frozenset()
     """Families without gradients, and so without optimizer states."""
     reduced: "tuple[tuple[str, int | None], ...]" = ()
@@ -162,6 +167,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         buckets=() if job.distributed is None else ranks.buckets_of(inventory),
         divided_after=1 if job.distributed is None else divided_after(job.distributed),
         first_run=None if job.distributed is None else ranks.first_run(load),
+        leaves_shards=job.distributed is not None and ranks.leaves_shards(load),
         load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
@@ -173,6 +179,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_cache=setup.by.empties_cache,
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
+        flushed=0 if optimizer.temporaries is None else FLUSHED,
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),

@@ -310,6 +310,11 @@ def first_run(load: Loader) -> Loader | None:
     return load.first_run if isinstance(load, FlatUnits) and not load.accumulates else None
 
 
+def leaves_shards(load: Loader) -> bool:
+    """Whether what loading does not free goes when the first forward has returned."""
+    return isinstance(load, FlatUnits) and load.leaves_shards
+
+
 def stepped_first(load: Loader) -> tuple[Line, ...]:
     """The states that `first_run` makes."""
     return load.states if isinstance(load, WholeLoading) else ()

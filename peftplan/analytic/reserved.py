@@ -68,6 +68,8 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     writer = Writer(script, num_kinds, empties=compiled.empties_cache)
     writer.begin("load")
     load(writer)
+    if compiled.leaves_shards:
+        writer.loaded()
     writer.take(compiled.early)
     if compiled.buckets and not compiled.divided_after:
         writer.keep(compiled.buckets)
@@ -92,6 +94,7 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.take(line for line in compiled.standing if line.source == REPLACED)
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
+        writer.passing = dict.fromkeys(of_step.timeline.states[:1], compiled.flushed) if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))

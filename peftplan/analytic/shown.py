@@ -10,7 +10,7 @@ from peftplan.job.automodel import knows_tower
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
-from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL
+from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL, OPTIMIZERS
 from peftplan.optim.community import by_muon
 
 if TYPE_CHECKING:
@@ -43,15 +43,19 @@ TRACED_METHODS = {
 }
 """Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
 (tests/rehearse/methods.jsonl)."""
-TRACED_OPTIMIZERS = ("sgd", "rmsprop")
-"""Optimizers whose step was traced there."""
-IN_8_BITS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
-OVER_PARTITIONS = {
-    "zero2": IN_8_BITS,
-    "zero3": (*IN_8_BITS, "paged_adamw_32bit", "lion_32bit", "lion_8bit", "ademamix", "adamw_torch_8bit"),
-}
-"""Strategy → the optimizers of other packages that were rehearsed over DeepSpeed's partitions
-(tests/rehearse/optimizers.jsonl)."""
+BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
+OPEN_THERE = ("adagrad", "grokadamw", "adamw_torch_4bit")
+OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in OPEN_THERE)
+"""Optimizers whose step over DeepSpeed's flat partitions is that of one GPU over vectors: each way to step (fused, foreach, a
+kernel or a loop for each parameter) was traced or rehearsed there (tests/rehearse/optimizers.jsonl)."""
+BY_DTENSORS = ("torch", "schedulefree", "torch-optimi")
+OVER_DTENSORS = (*(name for name, optimizer in BY_NAME.items() if optimizer.package in BY_DTENSORS), "adamw_torch_8bit")
+"""Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
+OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
+"""Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop. Adagrad makes its states
+of shards that are not yet cast."""
+STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3"), OVER_PARTITIONS)}
+"""Strategy → the optimizers that have a formula there."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta", "deberta-v2")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
@@ -82,9 +86,10 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *(OF_AXOLOTL if _knows_muon(job) else ()))
     if _adds_up(job):
         known = (*known, "adamw_torch_8bit")
-    if not is_like_traced(job):
-        return known
-    return (*known, *TRACED_OPTIMIZERS, *OVER_PARTITIONS.get(job.distributed.strategy, ()))
+    over = STEPPED.get(job.distributed.strategy, ())
+    if job.distributed.strategy == "fsdp1" and (job.quant is not None or job.distributed.use_orig_params is False):
+        over = ()
+    return (*known, *over) if knows_optimizers(job) else known
 
 
 def knows_methods(job: Job) -> bool:
@@ -104,12 +109,20 @@ def _is_dense(job: Job) -> bool:
 
 
 def is_like_traced(job: Job) -> bool:
-    """Whether a job resembles those that were traced with other optimizers: as `knows_methods`, a dense model in bf16 and
-    all on the card."""
+    """Whether a job resembles those that were traced: as `knows_methods`, a dense model in bf16 and all on the card."""
     distributed = job.distributed
     assert distributed is not None
-    known = knows_methods(job) and job.setup.dtype == "bf16" and distributed.offload_optimizer in (None, "none")
-    return known and _is_dense(job) and distributed.strategy in ("fsdp2", *FLAT, "zero3")
+    return knows_methods(job) and knows_optimizers(job) and distributed.strategy in ("fsdp2", *FLAT, "zero3")
+
+
+def knows_optimizers(job: Job) -> bool:
+    """Whether a job resembles those that were traced or rehearsed with other optimizers: Trainer or SFTTrainer trains a dense
+    model in bf16, all on the card; its base may be quantized."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
+    on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
+    return by_trainer and on_card and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 
 def _adds_up(job: Job) -> bool:

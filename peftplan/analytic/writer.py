@@ -55,6 +55,12 @@ class Writer:
         self._kept: dict[tuple[int, ...], list[int]] = {}
         """Sizes of tensors that are allocated together for good → their events."""
         self._handles = 0
+        self._open: list[int] = []
+        """Handles of what is allocated."""
+        self._until_backward: list[int] = []
+        """Those that the end of the first forward frees."""
+        self.passing: dict[int, int] = {}
+        """Event of the next step → bytes that are made and freed before it."""
         self._storages = 0
         self._streams = 1
         self._phases: list[str] = []
@@ -78,6 +84,7 @@ class Writer:
         handle, sizes = self._handles, self.sizes
         self._events += (events.HOLD, handle, self._num_kinds + sizes.setdefault(nbytes, len(sizes)), 0, 0)
         self._handles = handle + 1
+        self._open.append(handle)
         return handle
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
@@ -89,6 +96,12 @@ class Writer:
     def release(self, storage: int, /) -> None:
         """Free a tensor."""
         self._events += (events.LET_GO, storage, 0, 0, 0)
+        if storage in self._open:
+            self._open.remove(storage)
+
+    def loaded(self) -> None:
+        """The model is loaded. What loading has not freed goes when the first forward has returned."""
+        self._until_backward = [*self._open]
 
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache()`."""
@@ -135,6 +148,8 @@ class Writer:
                     self.empty_cache()
             if at in lasting:
                 self.take(lasting[at])
+            if self.passing.get(at):
+                self.release(self.allocate(self.passing[at]))
             if at in layers:
                 self._repeat(layers[at].layers, timeline, kinds)
                 covered = layers[at].last
@@ -166,6 +181,8 @@ class Writer:
         if len(timeline.events) in borders:  # the last phase allocates nothing
             self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))
+        if self.passing.get(len(timeline.events)):
+            self.release(self.allocate(self.passing[len(timeline.events)]))
         if self.script.empties_cache:
             self._write(events.EMPTY)
 
@@ -205,6 +222,8 @@ class Writer:
     def _begin(self, phase: str, *, counts: bool) -> None:
         if phase == "backward":  # the forward has returned
             self._write(events.END_OUTPUTS)
+            while self._until_backward:
+                self.release(self._until_backward.pop(0))
         if counts:
             self.begin(phase)
 

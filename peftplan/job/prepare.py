@@ -220,8 +220,10 @@ def _with_new_layers(
 def _traps(
     distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
 ) -> tuple[str, ...]:
+    from peftplan.job.shared_optimizers import check_optimizer
     from peftplan.job.shared_work import check_adapter, traps
 
+    check_optimizer(distributed, setup, adaptation)
     check_adapter(distributed, setup, architecture, adaptation)
     return tuple(traps(distributed, setup, quant, adaptation))
 

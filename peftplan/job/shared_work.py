@@ -15,7 +15,6 @@ from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation, AddedTensor
-from peftplan.optim import parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import FSDP2_TAIL_APART, named
@@ -59,11 +58,6 @@ def check_distributed(
         raise RefusedError(
             "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "
             "the shape [1], AdamW's step counts have none); accepted: --optim adamw_torch, or --autocast bf16"
-        )
-    if strategy == "fsdp2" and parse_optim(str(setup.optim)).package == "bitsandbytes":
-        raise RefusedError(
-            f"optim: {setup.optim} fails in the first step of FSDP2: what trains is a DTensor, for which the operators of "
-            "bitsandbytes have no sharding strategy (NotImplementedError); accepted: --optim adamw_torch_8bit, or zero2 and zero3"
         )
     tail_apart = setup.by.layout is ACCELERATE and not FSDP2_TAIL_APART.after(distributed.accelerate)
     if strategy == "fsdp2" and architecture.model_type in ONE_TABLE and tail_apart:

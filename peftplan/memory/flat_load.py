@@ -43,10 +43,18 @@ class FlatUnits(NamedTuple):
     stays: Mapping[tuple[int, ...], int] = MappingProxyType({})
     """Sizes of tensors of quantized weights that are never flattened, and how many there are."""
 
+    @property
+    def leaves_shards(self) -> bool:
+        """Whether shards that are cast stay until the first forward has returned: the modules' own tensors are views of them
+        (`_use_sharded_views`). Beside a quantized model nothing in 16 bits trains."""
+        return self.of_one_gpu is None
+
     def first_run(self, memory: Memory[Handle]) -> None:
-        """The first forward makes each tensor that will hold a flat parameter, and frees it (`init_flat_param_attributes`)."""
+        """The first forward makes each tensor that will hold a flat parameter, and frees it (`init_flat_param_attributes`): the
+        shard as it is gathered, where that is a cast, and the whole."""
         for flat in (*self.flats[-1:], *self.flats[:-1]):
-            for nbytes in filter(None, (flat.gathered, flat.in_masters)):
+            narrow = flat.gathered * flat.shard // flat.whole if flat.in_masters else 0
+            for nbytes in filter(None, (narrow, flat.gathered, flat.in_masters)):
                 memory.release(memory.allocate(nbytes))
 
     def __call__(self, memory: Memory[Handle]) -> None:
@@ -78,5 +86,5 @@ class FlatUnits(NamedTuple):
             memory.keep((nbytes,))
         if self.accumulates:
             self.first_run(memory)
-        for shard, _ in to_cast:  # views of the module's tensors hold what was cast until the first forward
+        for shard, _ in to_cast if not self.leaves_shards else ():
             memory.release(shard)

@@ -1,13 +1,15 @@
-"""Temporaries of optimizers that loop over parameters: Moonlight's Muon and Adam-mini. Names are those of the source, since a
-variable of the loop keeps its tensor until the next parameter replaces it.
+"""Temporaries of optimizers that loop over parameters. Names are those of the source, since a variable of the loop keeps its
+tensor until the next parameter replaces it.
 
-Source: llamafactory 0.9.5, third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`).
+Source: transformers, optimization.py (`Adafactor.step`); grokadamw 0.1.2, grokadamw.py (`_update_group`); llamafactory 0.9.5,
+third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.optim.community import blocks, by_muon
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
@@ -87,5 +89,51 @@ def adam_mini(f: Tape, trained: list[Parameter]) -> None:
     del tmp_lr, update, h, stepsize
 
 
-LOOPS: dict[str, Callable[[Tape, list[Parameter]], None]] = {"moonlight_muon": muon, "adam_mini": adam_mini}
+def adafactor(f: Tape, trained: list[Parameter]) -> None:
+    """Adafactor without a first moment and without a weight decay, as Trainer sets it up. Of a parameter in 16 bits, gradient and
+    parameter are cast to fp32."""
+    update = gradient = p_data_fp32 = None
+    for p in trained:
+        f.module, narrow = p.name, p.dtype in SIXTEEN_BITS
+        gradient = None
+        gradient = f.new(p.shape, "fp32", "to") if narrow else None
+        p_data_fp32 = None
+        p_data_fp32 = f.new(p.shape, "fp32", "to") if narrow else None
+        square = f.new(p.shape, "fp32", "pow")
+        update = f.new(p.shape, "fp32", "add")
+        del square
+        if len(p.shape) < 2:
+            update = f.new(p.shape, "fp32", "rsqrt")
+        else:
+            mean = f.new((1,), "fp32", "mean")
+            row, column = f.new(p.shape[:-1], "fp32", "div"), f.new((*p.shape[:-2], p.shape[-1]), "fp32", "rsqrt")
+            del mean
+            update = f.new(p.shape, "fp32", "mul")
+            del row, column
+        negative = f.new(p.shape, "fp32", "neg")
+        del negative
+    del update, gradient, p_data_fp32
+
+
+def grokadamw(f: Tape, trained: list[Parameter]) -> None:
+    """GrokAdamW: copies of one parameter's three averages, which lie on the host."""
+    exp_avg = exp_avg_sq = grok_ema = grok_grad = None
+    for p in trained:
+        f.module = p.name
+        exp_avg, exp_avg_sq = f.new(p.shape, p.dtype, "to"), f.new(p.shape, p.dtype, "to")
+        grok_ema = f.new(p.shape, p.dtype, "to")
+        scaled = f.new(p.shape, p.dtype, "mul")
+        grok_grad = f.new(p.shape, p.dtype, "add")
+        del scaled
+        root = f.new(p.shape, p.dtype, "sqrt")
+        del root
+    del exp_avg, exp_avg_sq, grok_ema, grok_grad
+
+
+LOOPS: dict[str, Callable[[Tape, list[Parameter]], None]] = {
+    "adafactor": adafactor,
+    "grokadamw": grokadamw,
+    "moonlight_muon": muon,
+    "adam_mini": adam_mini,
+}
 """Name of the optimizer → its step."""

@@ -1,7 +1,7 @@
 """Temporaries of the optimizer's step.
 
-Source: torch, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; transformers
-5.24, trainer.py (clipping at 1.0 by default); peft, optimizers/lorafa.py.
+Source: torch, optim/adamw.py, optim/adagrad.py, optim/rmsprop.py (`_multi_tensor_*`), nn/utils/clip_grad.py; schedulefree 1.4.1;
+transformers, trainer.py (clipping at 1.0 by default); peft, optimizers/lorafa.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 from peftplan.versions import named
 
-FOREACH_COPIES = {"adamw_torch": 1, "adam": 2, "sgd": 0, "adagrad": 2, "rmsprop": 1}
+FOREACH_COPIES = {
+    "adamw_torch": 1,
+    "adam": 2,
+    "sgd": 0,
+    "adagrad": 2,
+    "rmsprop": 1,
+    "schedule_free_adamw": 1,
+    "schedule_free_radam": 1,
+    "schedule_free_sgd": 0,
+}
 """Copies of all parameters of one dtype that the foreach implementation holds at once."""
 STATES = "states"
 """The mark where the first step allocates the optimizer states."""
@@ -47,6 +56,12 @@ def optimizer_step(
     if optimizer.name == "adamw_torch_8bit" and ranks > 1:
         _in_8_bits(f, trained)
     if optimizer.step_implementation in IN_PLACE:
+        if (of_one := optimizer.temporaries) is not None:
+            for p in _two_layers(trained):
+                f.module = p.name
+                _held = [f.new(a.dims, a.dtype, a.name) for a in of_one(p.shape)]
+                del _held
+        f.module = ""
         return
     if optimizer.name == "dion_muon":
         from peftplan.memory.dion_step import muon

@@ -11,7 +11,7 @@ StepImplementation = Literal["fused", "foreach", "kernel", "for-loop", "in-backw
 
 - `fused`: multi-tensor kernels that update parameters and states in place.
 - `foreach`: multi-tensor operations, so temporaries as large as all the parameters they cover.
-- `kernel`: one kernel per parameter, in place.
+- `kernel`: one kernel per parameter, in place but for `temporaries`.
 - `for-loop`: plain operations per parameter, temporaries as large as one parameter.
 - `in-backward`: a hook steps each parameter as soon as its gradient exists and then frees the gradient.
 """
@@ -32,6 +32,8 @@ class Param(NamedTuple):
 
 StatesFunction = Callable[[Param, OptimArgs], tuple[Allocation, ...]]
 SharedFunction = Callable[[Iterable[Allocation]], tuple[Allocation, ...]]
+StepFunction = Callable[[tuple[int, ...]], tuple[Allocation, ...]]
+"""What the step of one parameter of a shape allocates at once, and frees."""
 
 
 def nothing_shared(states: Iterable[Allocation]) -> tuple[Allocation, ...]:
@@ -67,6 +69,7 @@ class Optimizer(NamedTuple):
     `low_rank`: states depend on whether `optim_target_modules` selects the parameter.
     `states_for_frozen`: frozen parameters get states too.
     `made_with_states`: the constructor creates the states of all its parameters; others create one at its first gradient.
+    `temporaries`: those of a kernel that is compiled for each shape; None if the step works in place or has a formula of its own.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Optimizer(NamedTuple):
     low_rank: bool = False
     states_for_frozen: bool = False
     made_with_states: bool = False
+    temporaries: StepFunction | None = None
 
     @property
     def untraced(self) -> str | None:

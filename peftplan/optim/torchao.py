@@ -4,7 +4,11 @@ Counted: the inner tensors of `exp_avg` and `exp_avg_sq`. The tables are made pe
 2 × 64 B (4-bit) per parameter, which the allocator rounds to 512 B.
 Source: torchao `optim/adam.py` (`_new_buffer`), `subclass_{4,8}bit.py` (`zeros`); transformers
 `_get_torchao_optimizer`, which sets `block_size` 256 for both (torchao's own default for 4-bit is 128).
-Left out: `lr`, one fp32 CPU scalar per parameter group; what the compiled step allocates.
+Left out: `lr`, one fp32 CPU scalar per parameter group.
+
+The step is compiled for each shape (`torch.compile(single_param_adam)`). What it allocates was read from rehearsals with torch's
+own compiler: scales and moments in fp32 of a matrix that has quantized states; nothing of another parameter, which is one kernel.
+Left out: copies of what a kernel changes, while the first step times it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,11 @@ BLOCK_SIZE = 256
 MIN_QUANTIZED_SIZE = 4096
 """Parameters with fewer elements, or not a multiple of the block size, keep states like themselves (`_new_buffer`)."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FLUSHED = 2**28
+"""Bytes of the buffer that clears the card's cache while the first step times its kernels (torch,
+_inductor/runtime/benchmarking.py, `benchmark_gpu`). A program that finds the times of an earlier run on its disk has none."""
+
 
 def torchao(*, bits: int) -> StatesFunction:
     """n ≥ 4096 and n a multiple of 256: n·bits/8 B of codes + 4n/256 B of scales + a table of 2^bits fp32, per moment."""
@@ -36,9 +45,33 @@ def torchao(*, bits: int) -> StatesFunction:
     return param_states
 
 
+def step_in_8_bits(shape: tuple[int, ...]) -> tuple[Allocation, ...]:
+    """What `AdamW8bit` allocates to step one parameter: new scales and both moments in fp32. Of a vector it is one kernel."""
+    n = prod(shape)
+    if len(shape) < 2 or not is_quantized(n):
+        return ()
+    scales = tuple(Allocation(f"{name}.scale", "fp32", (n // BLOCK_SIZE,)) for name in MOMENTS)
+    return (*scales, *(Allocation(name, "fp32", shape) for name in MOMENTS))
+
+
+def step_in_4_bits(shape: tuple[int, ...]) -> tuple[Allocation, ...]:
+    """What `AdamW4bit` allocates: new scales, both moments in fp32, and codes in int64 before two of them share a byte."""
+    n = prod(shape)
+    if not is_quantized(n):
+        return ()
+    scales = tuple(Allocation(f"{name}.scale", "fp32", (n // BLOCK_SIZE,)) for name in MOMENTS)
+    wide = tuple(Allocation(f"{name}.codes", "int64", shape) for name in MOMENTS)
+    return (*scales, *(Allocation(name, "fp32", shape) for name in MOMENTS), *wide)
+
+
+def is_quantized(n: int) -> bool:
+    """Whether a parameter of n elements has quantized states."""
+    return n >= MIN_QUANTIZED_SIZE and n % BLOCK_SIZE == 0
+
+
 def _moment(param: Param, name: str, bits: int) -> tuple[Allocation, ...]:
     n = prod(param.shape)
-    if n < MIN_QUANTIZED_SIZE or n % BLOCK_SIZE:
+    if not is_quantized(n):
         return (like(param, name),)
     codes = param.shape if bits == 8 else (n // 2,)
     return (

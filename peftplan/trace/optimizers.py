@@ -18,6 +18,7 @@ from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.ledger import Allocation
 from peftplan.optim import BESIDE, Optimizer, parse_optim, parse_optim_args, shared_states, states
+from peftplan.optim.torchao import FLUSHED
 from peftplan.trace import community
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.meshes import by_mesh
@@ -129,7 +130,7 @@ class Real:
 
 @dataclass
 class StandIn:
-    """The states of `peftplan.optim`, created in the first step. No other memory is allocated."""
+    """The states of `peftplan.optim`, created in the first step, and its temporaries."""
 
     optimizer: Optimizer
     arguments: Mapping[str, str]
@@ -140,9 +141,17 @@ class StandIn:
     _has_states: bool = field(default=False)
 
     def step(self) -> None:
-        """Create the states in the first step."""
-        if self._has_states:
-            return
+        """Create the states in the first step; make and free what the kernel of each parameter allocates."""
+        if not self._has_states:
+            self._make_states()
+            if self.optimizer.temporaries is not None:
+                torch.empty(FLUSHED, dtype=torch.uint8, device=self.named[0][1].device)
+        for _, p in self.named:
+            if p.grad is not None and (temporaries := self.optimizer.temporaries) is not None:
+                _held = [torch.empty(a.nbytes, dtype=torch.uint8, device=p.device) for a in temporaries(tuple(p.shape))]
+                del _held
+
+    def _make_states(self) -> None:
         self._has_states = True
         every: list[Allocation] = []
         for name, p in self.named:

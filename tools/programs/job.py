@@ -72,6 +72,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action=FLAGS)
     parser.add_argument("--use-reentrant", action=FLAGS)
     parser.add_argument("--optim")
+    parser.add_argument("--optim-target-modules")
     parser.add_argument("--attn-implementation")
     parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy", "liger"), default="full")
     parser.add_argument("--kernels", choices=("axolotl",))
@@ -198,6 +199,7 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "gradient_checkpointing": checkpoints(job),
         **reentrant,
         "optim": job.optim or "adamw_torch_fused",
+        "optim_target_modules": job.optim_target_modules,
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,

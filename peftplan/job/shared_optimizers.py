@@ -1,0 +1,56 @@
+"""Optimizers that the libraries refuse under a strategy, each with the line that raises."""
+
+from __future__ import annotations
+
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.zero import UNDECAYED
+from peftplan.errors import RefusedError
+from peftplan.job.setup import Setup
+from peftplan.methods.adaptation import Adaptation
+from peftplan.optim import parse_optim
+from peftplan.versions import named
+
+ZERO = ("zero1", "zero2", "zero3")
+FLATTENING = (*ZERO, "fsdp1")
+"""Strategies whose optimizer steps over vectors: parts of flattened parameters."""
+
+
+def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
+    """Raise RefusedError for an optimizer whose constructor or first step fails under a strategy."""
+    optimizer, strategy = parse_optim(str(setup.optim)), distributed.strategy
+    if distributed.deepspeed_optimizer:
+        return
+    trained = [t for t in adaptation.added if t.trainable]
+    shapes = [*(t.shape for t in trained), *(p.shape for p in adaptation.trained)]
+    matrices = any(len(shape) > 1 for shape in shapes)
+    names = [*(t.name for t in trained), *(f"{p.module}.{p.param}" for p in adaptation.trained)]
+    groups = {bool(UNDECAYED.search(name)) for name in names}
+    if optimizer.low_rank and optimizer.step_implementation == "in-backward" and strategy != "device-map":
+        raise RefusedError(
+            f"optim: {named('transformers')} refuses {optimizer.name} on several ranks: NotImplementedError: Layer-wise "
+            f"{optimizer.name} does not support DDP at this time (trainer_optimizer.py:117); accepted: an optimizer that is not "
+            "layerwise"
+        )
+    if optimizer.low_rank and strategy in FLATTENING:
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first step of {distributed.facts.called}, where an optimizer steps over parts "
+            f"of flattened parameters: {optimizer.package} projects matrices alone: IndexError: tuple index out of range; "
+            "accepted: ddp"
+        )
+    if optimizer.name == "adafactor" and strategy == "fsdp2" and matrices:
+        raise RefusedError(
+            "optim: adafactor fails in the first step of FSDP2: its factored second moment is a plain tensor, and gradients are "
+            "DTensors: RuntimeError: aten.add_.Tensor got mixed torch.Tensor and DTensor (transformers, optimization.py); "
+            "accepted: ddp, zero1, zero2 or zero3"
+        )
+    if optimizer.name == "adagrad" and strategy in ZERO and len(groups) > 1 and setup.by.makes_optimizer:
+        raise RefusedError(
+            f"optim: adagrad fails in the first step of {distributed.facts.called}: DeepSpeed makes it anew with one group of "
+            "all partitions (runtime/zero/stage_1_and_2.py:947, stage3.py:1358), and Trainer's second group, of norms and "
+            "biases, is missing: IndexError: list index out of range; accepted: an adapter without norms and biases, ddp or fsdp2"
+        )
+    if strategy == "fsdp2" and optimizer.package == "bitsandbytes":
+        raise RefusedError(
+            f"optim: {setup.optim} fails in the first step of FSDP2: what trains is a DTensor, for which the operators of "
+            "bitsandbytes have no sharding strategy (NotImplementedError); accepted: --optim adamw_torch_8bit, or zero2 and zero3"
+        )

@@ -1,0 +1,44 @@
+"""Optimizers that fail under a strategy, as a rehearsal of transformers' Trainer does, and those that have a peak there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.errors import RefusedError
+
+TARGETS = {"optim_target_modules": "all-linear"}
+FAIL: tuple[tuple[dict[str, Any], str], ...] = (
+    # rehearsed and traced: aten.add_.Tensor got mixed torch.Tensor and DTensor
+    ({"method": "full", "strategy": "fsdp2", "optim": "adafactor"}, "adafactor fails in the first step of FSDP2"),
+    ({"method": "lora", "strategy": "fsdp2", "optim": "adafactor"}, "adafactor fails in the first step of FSDP2"),
+    # rehearsed under ZeRO-2, traced under ZeRO-2 and 3 with DeepSpeed's own engine: IndexError: list index out of range
+    ({"method": "full", "strategy": "zero2", "optim": "adagrad"}, "adagrad fails in the first step of ZeRO-2"),
+    ({"method": "full", "strategy": "zero3", "optim": "adagrad"}, "adagrad fails in the first step of ZeRO-3"),
+    ({"method": "lora", "strategy": "ddp", "optim": "galore_adamw_layerwise", **TARGETS}, "NotImplementedError"),
+    ({"method": "full", "strategy": "zero2", "optim": "galore_adamw", **TARGETS}, "galore-torch projects matrices alone"),
+    ({"method": "full", "strategy": "fsdp1", "optim": "apollo_adamw", **TARGETS}, "apollo-torch projects matrices alone"),
+)
+
+
+@pytest.mark.parametrize(("options", "message"), FAIL, ids=[" ".join(map(str, o.values())) for o, _ in FAIL])
+def test_an_optimizer_that_fails_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        peftplan.estimate("qwen2.5-0.5b", gpus=4, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ln-tuning", "strategy": "zero1", "optim": "adafactor"},  # vectors
+        {"method": "qlora", "strategy": "zero2", "optim": "paged_adamw_8bit"},
+        {"method": "qlora", "strategy": "zero3", "optim": "lion_8bit"},
+        {"method": "full", "strategy": "ddp", "optim": "adafactor"},
+        {"method": "full", "strategy": "fsdp2", "optim": "adagrad"},
+    ],
+    ids=str,
+)
+def test_an_optimizer_that_runs_has_a_peak(options: dict[str, Any]) -> None:
+    assert peftplan.estimate("qwen2.5-0.5b", gpus=4, seq_len=64, **options).peaks is not None
