@@ -19,7 +19,7 @@ from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Loader
 from peftplan.memory.timeline import Timeline, timeline
-from peftplan.optim import parse_optim
+from peftplan.optim import Optimizer, parse_optim
 from peftplan.optim.torchao import FLUSHED
 from peftplan.parameters import Parameters
 from peftplan.units import pinned
@@ -179,7 +179,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_cache=setup.by.empties_cache,
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
-        flushed=0 if optimizer.temporaries is None else FLUSHED,
+        flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
@@ -190,6 +190,15 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
     workspaces = tuple((at, line) for at, line in workspaces if line != normed)
     return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
+
+
+def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:
+    """Whether a kernel that its optimizer compiles for a parameter needs temporaries."""
+    parameters = (
+        inventory.parameters if inventory.holding is None else inventory.holding.states_of or inventory.holding.parameters
+    )
+    of_one = optimizer.temporaries
+    return of_one is not None and any(of_one(p.shape) for p in parameters.all if p.trainable)
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:
