@@ -172,7 +172,11 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "min_seq_len": 2049}, InputError, r"min_seq_len must be at most the sequence length, 2048 \(got"),
         ({"gpu": "rtx-4090", "keep": "seq-len", "min_seq_len": 512}, InputError, "min_seq_len: keep names seq_len"),
         ({"gpu": "rtx-4090", "keep": "method", "methods": ("qlora",)}, InputError, "methods: keep names method"),
-        ({"gpu": "rtx-4090", "optim": "schedule_free_adamw"}, PeftplanError, "fit: no formula"),
+        (
+            {"gpu": "rtx-4090", "gpus": 2, "optim": "adagrad", "strategy": "fsdp1", "method": "full"},
+            PeftplanError,
+            "fit: no formula",
+        ),
     ],
 )
 def test_bad_input_says_what_is_accepted(options: dict[str, Any], error: type[Exception], expected: str) -> None:

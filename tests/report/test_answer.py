@@ -125,9 +125,10 @@ def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:
-    lines = run("estimate", "llama-2-7b", "--optim", "grokadamw", "--gpu", "a100-80gb", columns=None).out.splitlines()
-    assert lines[1].startswith("? A100 80GB: unknown, needs at least ")
-    assert "--engine trace" in lines[1]
+    job = "estimate llama-2-7b --method full --optim adagrad --strategy fsdp1 --gpu 4xa100-40gb"
+    lines = run(*job.split(), columns=None).out.splitlines()
+    assert lines[2].startswith("? A100 40GB: unknown, needs at least ")
+    assert "--engine trace" in lines[2]
 
 
 def test_no_stays_beside_what_is_off() -> None:
