@@ -59,8 +59,8 @@ def optimizer_step(
         if (of_one := optimizer.temporaries) is not None:
             for p in _two_layers(trained):
                 f.module = p.name
-                _held = [f.new(a.dims, a.dtype, a.name) for a in of_one(p.shape)]
-                del _held
+                _buffers = [f.new(a.dims, a.dtype, a.name) for a in of_one(p.shape)]
+                del _buffers
         f.module = ""
         return
     if optimizer.name == "dion_muon":

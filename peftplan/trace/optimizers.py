@@ -148,8 +148,8 @@ class StandIn:
                 torch.empty(FLUSHED, dtype=torch.uint8, device=self.named[0][1].device)
         for _, p in self.named:
             if p.grad is not None and (temporaries := self.optimizer.temporaries) is not None:
-                _held = [torch.empty(a.nbytes, dtype=torch.uint8, device=p.device) for a in temporaries(tuple(p.shape))]
-                del _held
+                _buffers = [torch.empty(a.nbytes, dtype=torch.uint8, device=p.device) for a in temporaries(tuple(p.shape))]
+                del _buffers
 
     def _make_states(self) -> None:
         self._has_states = True
