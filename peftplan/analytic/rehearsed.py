@@ -28,7 +28,7 @@ from peftplan.distributed.zero import gathers_ahead
 from peftplan.job.automodel import builds
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.sharded import tied
-from peftplan.memory.zero3_modules import LEAVES
+from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -231,6 +231,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     leaf = LEAVES.get(job.architecture.model_type)
     return unknown | {
+        f"leaf modules of {job.setup.by.called}": has_unlisted_leaves(job.architecture) and not job.setup.by.traced_on_ranks,
         AHEAD: job.architecture.model_type == "gpt_oss" and gathers_ahead(distributed, job.architecture.hidden_size or 0),
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
         "reduce_scatter": distributed.reduce_scatter is False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
+from peftplan.arch.modules import Architecture
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, limits, persistence
@@ -27,6 +28,11 @@ LAYER = "model.layers.{}"
 LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), f"{LAYER}.mlp")
 """Model type → the block of experts that is a module without hooks inside: all of it is gathered at once, and its gradients stay
 until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
+
+
+def has_unlisted_leaves(architecture: Architecture) -> bool:
+    """Whether a model has experts that are no leaf unless a tool makes them one, as axolotl, LLaMA-Factory and ms-swift do."""
+    return architecture.model_type not in LEAVES and any(block.mlp.num_experts for block in architecture.blocks)
 
 
 def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
