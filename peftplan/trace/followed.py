@@ -11,6 +11,7 @@ from peftplan.errors import RefusedError
 from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.memory.recast import is_recast
+from peftplan.memory.zero3_modules import has_unlisted_leaves
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import EXPERTS_FUSED, FORWARD_CHECKPOINTED
@@ -86,6 +87,9 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "gathers ahead of gpt-oss's experts, which the addresses of their parameters order": job.architecture.model_type
         == "gpt_oss"
         and gathers_ahead(distributed, job.architecture.hidden_size or 0),
+        f"leaf modules of {job.setup.by.called}": distributed.strategy == "zero3"
+        and has_unlisted_leaves(job.architecture)
+        and not job.setup.by.traced_on_ranks,
         f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
         f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
         and job.quant is not None
