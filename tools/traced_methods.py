@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import peftplan
-from peftplan.analytic.shown import TRACED_METHODS
+from peftplan.analytic.shown import OF_PROMPTS, TRACED_METHODS
 from peftplan.arch import catalogue
 
 KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
 LAYERS = 4
-OF_METHOD = {"partial": {"trainable_layers": 1}}
+TOKENS = {"num_virtual_tokens": 20}
+OF_METHOD = {"partial": {"trainable_layers": 1}, "prompt-tuning": TOKENS, "p-tuning": TOKENS}
 OPTIMIZERS = ("sgd", "rmsprop")
 SIZES = {"gpus": 4, "batch_size": 2, "seq_len": 256}
 LATER = {
@@ -33,7 +34,7 @@ STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 def jobs() -> Iterator[dict[str, Any]]:
     """Every method with AdamW, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
     for strategy, methods in TRACED_METHODS.items():
-        for method in ("rslora", *methods):
+        for method in ("rslora", *methods, *OF_PROMPTS.get(strategy, ())):
             yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, "method": method, **OF_METHOD.get(method, {})}
     for number, strategy in enumerate(STRATEGIES):
         sizes = {"strategy": strategy, **SIZES}

@@ -38,11 +38,13 @@ OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "parti
 TRACED_METHODS = {
     "fsdp1": ("oft", "ln-tuning"),
     "fsdp2": OF_LAYERS,
-    **dict.fromkeys(FLAT, (*OF_LAYERS, "adalora")),
-    "zero3": (*OF_LAYERS, "vera"),
+    **dict.fromkeys(FLAT, (*OF_LAYERS, "boft", "adalora")),
+    "zero3": (*OF_LAYERS, "boft", "vera"),
 }
 """Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
 (tests/rehearse/methods.jsonl)."""
+OF_PROMPTS = {"fsdp1": ("prompt-tuning",), **dict.fromkeys(FLAT, ("prompt-tuning", "p-tuning"))}
+"""The same of virtual tokens, before dense models in bf16 and all on the card."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 OPEN_THERE = ("adagrad", "grokadamw", "adamw_torch_4bit")
 OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in OPEN_THERE)
@@ -71,7 +73,10 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.generates and strategy == "zero3":
         return ("full", "lora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
-    return (*SHOWN_METHODS, *with_tower, *(TRACED_METHODS.get(strategy, ()) if knows_methods(job) else ()))
+    if not knows_methods(job):
+        return (*SHOWN_METHODS, *with_tower)
+    known = (*SHOWN_METHODS, *with_tower, *TRACED_METHODS.get(strategy, ()))
+    return (*known, *(OF_PROMPTS.get(strategy, ()) if _is_plain(job) else ()))
 
 
 def shows_dora(job: Job) -> bool:
@@ -94,18 +99,26 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
 
 def knows_methods(job: Job) -> bool:
     """Whether a job resembles those that were traced or rehearsed with other methods: Trainer or SFTTrainer trains in 16 bits,
-    without a quantized base, with weights on the card; a mixture not under FSDP1."""
+    without a quantized base, with weights on the card; under FSDP1 a dense model, also offloaded."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
-    offloads = {distributed.offload_params, distributed.offload_optimizer if distributed.strategy not in FLAT else None}
+    offloads = {distributed.offload_params, None if distributed.strategy in FLAT else distributed.offload_optimizer}
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     narrow = setup.dtype == setup.autocast and setup.dtype in SIXTEEN_BITS
-    of_units = distributed.strategy != "fsdp1" or _is_dense(job)
-    return by_trainer and job.quant is None and not setup.kernels and of_units and narrow and offloads <= {None, "none"}
+    fits = _is_dense(job) if distributed.strategy == "fsdp1" else offloads <= {None, "none"}
+    return by_trainer and job.quant is None and not setup.kernels and fits and narrow
 
 
 def _is_dense(job: Job) -> bool:
     return all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+
+
+def _is_plain(job: Job) -> bool:
+    """Whether a dense model trains in bf16 and all on the card."""
+    distributed = job.distributed
+    assert distributed is not None
+    offloads = {distributed.offload_params, distributed.offload_optimizer}
+    return _is_dense(job) and job.setup.dtype == "bf16" and offloads <= {None, "none"}
 
 
 def is_like_traced(job: Job) -> bool:

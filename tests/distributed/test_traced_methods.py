@@ -59,10 +59,10 @@ def test_a_rehearsed_method(row: dict[str, Any]) -> None:
     """AdaLoRA's formula leaves out one output that its layers keep (`memory/methods/adalora.py`); VeRA's is 0.03 % high."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    exact = 0.07 if "adalora" in row["job"] or "vera" in row["job"] else 0.001
+    exact = 0.07 if "adalora" in row["job"] or "vera" in row["job"] else 0.003
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < exact
     assert abs(drift["reserved"]) < 0.07
-    assert abs(drift["step"]) < 0.04
+    assert abs(drift["step"]) < 0.08
 
 
 @pytest.mark.parametrize(("method", "strategy", "why"), REFUSED)
