@@ -221,6 +221,15 @@ def test_a_mixture_whose_experts_are_adapted(
     assert peaks.reserved <= 6_681_526_272 <= 1.011 * peaks.reserved or longer  # of both lengths
 
 
+def test_another_depth_and_length_of_that_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers and 3 x 1,700 tokens, of which no record was made; reserved bytes are those of the first step."""
+    peaks = estimate(with_layers("glm-4.7-flash", 6, monkeypatch), **GLM, batch_size=3, seq_len=1700).peaks
+    assert peaks is not None
+    rehearsed = (9_006_380_544, 9_335_635_456, 8_084_635_648)
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(rehearsed, rel=0.00001)
+    assert peaks.reserved == pytest.approx(9_619_636_224, rel=0.004)
+
+
 def test_adapters_of_a_mixture_as_unsloth_counts_them() -> None:
     """`Trainable parameters = 9,551,872` of three layers, of which the first is dense; the line of the run above."""
     config = {**copy.deepcopy(load_config("glm-4.7-flash")), "num_hidden_layers": 3}
