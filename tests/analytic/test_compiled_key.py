@@ -19,7 +19,7 @@ from peftplan.storage import parse_quant
 
 JOB = prepare("gemma-2-2b", method="lora", seq_len=512)
 FIELDS = [name for name in Setup.model_fields if name not in ("batch_size", "seq_len")]
-READ = {"logits_to_keep": 64, "trainer": "trl", "kernels": ("liger.rope",)}
+READ = {"dtype": "fp32", "logits_to_keep": 64, "trainer": "trl", "kernels": ("liger.rope",)}
 """Fields whose value is looked up or enters the sizes; of the others any value will do."""
 
 
