@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from math import prod
 
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.memory.looped_steps import LOOPS
 from peftplan.optim import Optimizer
-from peftplan.optim.torchao import BLOCK_SIZE, MIN_QUANTIZED_SIZE
+from peftplan.optim.torchao import is_matrix
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -53,8 +52,8 @@ def optimizer_step(
     if freezes_a and optimizer.name in LORAFA_REPLACES:
         _lorafa_step(f, trained)
         return
-    if optimizer.name == "adamw_torch_8bit" and ranks > 1:
-        _in_8_bits(f, trained)
+    if optimizer.temporaries is not None and ranks == 1 and any(p.owner == "base" and is_matrix(p.shape) for p in trained):
+        raise NoEngineError(f"optim {optimizer.name} of the base's matrices: the kernels that its first step times")
     if optimizer.step_implementation in IN_PLACE:
         if (of_one := optimizer.temporaries) is not None:
             for p in _two_layers(trained):
@@ -91,20 +90,6 @@ def optimizer_step(
             if p.dtype == dtype
         ]
     del temporaries
-
-
-def _in_8_bits(f: Tape, trained: list[Parameter]) -> None:
-    """torchao's step, one shard after the other: its compiled code has both moments in fp32, and their scales, before it stores
-    them (torchao, optim/adam.py, `single_param_adam`; rehearsed under FSDP2). Left out: the same of whole parameters.
-    """
-    for p in _two_layers(trained):
-        numel = prod(p.shape)
-        if numel >= MIN_QUANTIZED_SIZE and numel % BLOCK_SIZE == 0:
-            f.module = p.name
-            shapes = (p.shape, (numel // BLOCK_SIZE,)) * 2
-            moments = [f.new(dims, "fp32", "a moment in fp32, or its scales") for dims in shapes]
-            del moments
-    f.module = ""
 
 
 def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:

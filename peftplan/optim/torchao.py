@@ -48,7 +48,7 @@ def torchao(*, bits: int) -> StatesFunction:
 def step_in_8_bits(shape: tuple[int, ...]) -> tuple[Allocation, ...]:
     """What `AdamW8bit` allocates to step one parameter: new scales and both moments in fp32. Of a vector it is one kernel."""
     n = prod(shape)
-    if len(shape) < 2 or not is_quantized(n):
+    if not is_matrix(shape):
         return ()
     scales = tuple(Allocation(f"{name}.scale", "fp32", (n // BLOCK_SIZE,)) for name in MOMENTS)
     return (*scales, *(Allocation(name, "fp32", shape) for name in MOMENTS))
@@ -62,6 +62,11 @@ def step_in_4_bits(shape: tuple[int, ...]) -> tuple[Allocation, ...]:
     scales = tuple(Allocation(f"{name}.scale", "fp32", (n // BLOCK_SIZE,)) for name in MOMENTS)
     wide = tuple(Allocation(f"{name}.codes", "int64", shape) for name in MOMENTS)
     return (*scales, *(Allocation(name, "fp32", shape) for name in MOMENTS), *wide)
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a matrix with quantized states, which several kernels step."""
+    return len(shape) > 1 and is_quantized(prod(shape))
 
 
 def is_quantized(n: int) -> bool:
