@@ -219,6 +219,31 @@ def test_axolotls_ebft_on_prompts_is_a_trainer_that_reads_features() -> None:
     for other in ({"embed_method": "concat"}, {"use_whitening": True}, {"mode": "strided"}, {"feature_layers": [0.5]}):
         assert "rl" in read({**EBFT, "ebft": {**EBFT["ebft"], **other}}).unsupported
     assert "rl" in read({**EBFT, "adapter": None}).unsupported
+    assert "rl" in read({**EBFT, "rl_beta": 0.1}).unsupported
+
+
+def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
+    """trl's own default is an engine on the same card; axolotl 0.19.0, utils/schemas/validation.py:2066, sets `server`."""
+    values = {**EBFT, "trl": {**EBFT["trl"], "use_vllm": True}}
+    assert read(values).options["vllm_mode"] == "server"
+    (card,) = peftplan.estimate(config=read(values), gpu="a100-80gb").gpus
+    assert card.vllm_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"bf16": False}, ("fp32", "none")),
+        ({"bf16": False, "fp16": True}, ("fp16", "fp16")),
+        ({"bf16": False, "float16": True}, ("fp16", "none")),
+        ({"bf16": False, "bfloat16": True}, ("bf16", "bf16")),
+        ({"bf16": False, "adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, ("fp16", "none")),
+    ],
+)
+def test_axolotl_without_bf16(values: dict[str, Any], expected: tuple[str, str]) -> None:
+    """axolotl 0.19.0, utils/config/__init__.py:198, as `resolve_dtype` gave it for the first: 32 bits where no key states 16."""
+    options = read({**AXOLOTL, **values}).options
+    assert (options["dtype"], options["autocast"]) == expected
 
 
 MIRROR = {"base_model": "alpindale/Llama-3.2-11B-Vision-Instruct"}
