@@ -132,7 +132,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         setup = ranks.setup_on_rank(job)
     model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
-    of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size)
+    of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size, keeps_gradients=model.units.keeps_gradients)
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))

@@ -267,4 +267,4 @@ def _ending(before_step: Timeline, dims: Mapping[str, int]) -> Generation:
     end = len(before_step.events)
     windows = ((GENERATE, 0, end), ("", end, end))
     waves = waves_of(before_step.move_of, [count for _, count in before_step.moves], windows[:1])
-    return Generation(before_step._replace(windows=windows, waves=waves), dims)
+    return Generation(before_step._replace(windows=windows, counted=windows, waves=waves), dims)

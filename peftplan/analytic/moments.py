@@ -56,7 +56,7 @@ class Moments:
         levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
         self.by_phase: dict[str, Floats] = {}
         makes = np.array([count >= 0 for _, count in timeline.events], dtype=bool)
-        for phase, start, end in timeline.windows:
+        for phase, start, end in timeline.counted:
             turns = np.append(makes[start:end], False) < np.append(
                 True, makes[start:end]
             )  # what follows frees, what precedes makes

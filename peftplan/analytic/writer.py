@@ -183,6 +183,8 @@ class Writer:
         self.take(lasting.get(len(timeline.events), ()))
         if self.passing.get(len(timeline.events)):
             self.release(self.allocate(self.passing[len(timeline.events)]))
+        for phase, _, _ in timeline.counted[len(timeline.windows) :]:
+            self._begin(phase, counts=phases)
         if self.script.empties_cache:
             self._write(events.EMPTY)
 

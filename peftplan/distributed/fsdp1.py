@@ -95,6 +95,12 @@ class Fsdp1(Fsdp2):
     views_shards = True
     """Whether a module's own tensors are views of its shard, and of the copy from the host (`flat_param_to`): with
     `use_orig_params`."""
+    @property
+    def keeps_gradients(self) -> bool:  # type: ignore[override]
+        """A flat parameter forgets its gradient when the root's forward begins, where Trainer has forgotten the gradients of the
+        tensors that are views of it (`_reset_flat_param_grad_info_if_needed`)."""
+        return self.views_shards and not self.offloads
+
     lag: Lag | None = None
     """None: the GPU passes every read at once."""
     _saved: Sequence[Tensor] = ()

@@ -64,6 +64,8 @@ class Timeline(NamedTuple):
     """By how much events change the level: a place in `sizes`, and a count."""
     move_of: tuple[int, ...] = ()
     """Event → its place in `moves`."""
+    counted: tuple[tuple[str, int, int], ...] = ()
+    """The windows, and the end once more as the next step's forward, where gradients live until that begins."""
     waves: Waves = Waves()
     """The events as few different waves, which peaks are added up from."""
     collected: frozenset[int] = frozenset()
@@ -123,8 +125,8 @@ def _size(kind: Kind) -> tuple[int, tuple[str, ...]]:
     return ITEMSIZE[kind.dtype] * numbered, tuple(sorted(dim for dim in kind.dims if isinstance(dim, str)))
 
 
-def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timeline:
-    """The timeline of a tape whose marks bound the sections of `stacks`."""
+def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gradients: bool = False) -> Timeline:
+    """The timeline of a tape whose marks bound the sections of `stacks`. `keeps_gradients`: as of `Units`."""
     index: dict[Kind, int] = {}
     sources: list[str] = []
     kind_of = [0]
@@ -180,6 +182,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
             states.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
+    counted = (*windows, *((PHASES[0], len(events), len(events)),) * keeps_gradients)
     products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}
     sizes: dict[tuple[int, tuple[str, ...]], int] = {}
     size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
@@ -200,7 +203,8 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None) -> Timel
         size_of=size_of,
         moves=tuple(moves),
         move_of=move_of,
-        waves=waves_of(move_of, [count for _, count in moves], windows),
+        counted=counted,
+        waves=waves_of(move_of, [count for _, count in moves], counted),
         collected=frozenset(tape.collected),
         streams=tape.streams,
         derived=tuple(sorted({name for _, names in sizes for name in names if isinstance(name, Derived)})),

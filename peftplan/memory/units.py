@@ -38,6 +38,9 @@ class Units(Protocol):
     ranks: int
     """How many hold shards of each parameter that the optimizer steps over."""
 
+    keeps_gradients: bool
+    """Whether gradients live until the next step's forward begins."""
+
     hooks_each_output: bool
     """Whether the gradient of any output of the model tells that its backward begins, not that of its loss alone."""
 

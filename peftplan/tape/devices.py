@@ -13,6 +13,7 @@ class OneDevice:
 
     ranks = 1
     hooks_each_output = False
+    keeps_gradients = False
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states that a layer is called on."""

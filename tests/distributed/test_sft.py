@@ -32,6 +32,7 @@ def test_rank_0_under_fsdp1(row: dict[str, Any]) -> None:
     options: dict[str, Any] = {**words}
     distributed: Any = peftplan.estimate(model, **options).to_dict()["distributed"]
     rank = distributed["ranks"][0]
-    assert rank["peak_allocated"] == pytest.approx(row["allocated"], rel=8e-4)
-    assert rank["peak_by_phase"]["backward"] == pytest.approx(row["by_phase"]["backward"], rel=8e-4)
+    assert rank["peak_allocated"] == pytest.approx(row["allocated"], rel=14e-4)
+    for phase in ("load", "forward", "backward", "step"):
+        assert rank["peak_by_phase"][phase] == pytest.approx(row["by_phase"][phase], rel=14e-4)
     assert rank["peak_reserved"] == pytest.approx(row["reserved"], rel=3e-3)

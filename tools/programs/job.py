@@ -143,7 +143,8 @@ def adapter(job: argparse.Namespace) -> Any:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=task_of(job), **steps, **virtual, **named)
     named = job.target_modules != "all-linear" and "*" not in job.target_modules
     modules = job.target_modules.split(",") if named else job.target_modules
-    others = {"lora_dropout": job.lora_dropout, "use_dora": job.use_dora, "use_rslora": job.use_rslora}
+    with_dora = job.use_dora or job.method == "dora"
+    others = {"lora_dropout": job.lora_dropout, "use_dora": with_dora, "use_rslora": job.use_rslora}
     return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
 
 
