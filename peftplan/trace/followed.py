@@ -33,12 +33,12 @@ RANKS = {
 
 
 def is_followed(job: Job) -> bool:
-    """Whether a trace follows a job."""
+    """Whether a trace follows a job and its optimizer."""
     try:
         check_followed(job)
     except RefusedError:
         return False
-    return True
+    return not parse_optim(str(job.setup.optim)).untraced
 
 
 def check_followed(job: Job) -> None:
