@@ -33,6 +33,12 @@ def test_scaling_of_llamafactory_changes_no_memory() -> None:
     assert plan.unsupported == read(LLAMAFACTORY).unsupported
 
 
+@pytest.mark.parametrize("packing", [{}, {"packing": True}, {"packing": False}])
+def test_documents_are_kept_apart_in_packed_rows(packing: dict[str, bool]) -> None:
+    """llamafactory 0.9.5, hparams/data_args.py:185: `neat_packing` turns `packing` on; the mask is one of all pairs."""
+    assert read({**LLAMAFACTORY, **packing, "neat_packing": True}).options["padding"] is True
+
+
 WITH_KERNELS = {key: value for key, value in AXOLOTL.items() if not key.endswith("_kernel")}
 LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_path": "Qwen/Qwen2-1.5B-Instruct"}
 
