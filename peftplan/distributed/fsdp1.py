@@ -95,6 +95,7 @@ class Fsdp1(Fsdp2):
     views_shards = True
     """Whether a module's own tensors are views of its shard, and of the copy from the host (`flat_param_to`): with
     `use_orig_params`."""
+
     @property
     def keeps_gradients(self) -> bool:  # type: ignore[override]
         """A flat parameter forgets its gradient when the root's forward begins, where Trainer has forgotten the gradients of the
