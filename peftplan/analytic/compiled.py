@@ -13,6 +13,8 @@ from peftplan.job.inventory import of_any_device
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.memory.batch import of_pictures_or_sound
+from peftplan.memory.optimizer import has_temporaries
+from peftplan.optim import parse_optim
 
 if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
@@ -107,9 +109,12 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
 
 
 def _of_other_states(inventory: "Inventory", of_rank: "OfRank", step_key: "Key") -> "Compiled | None":
-    """The step of a rank of FSDP1, where the largest rank's is cached: it differs in the states of its optimizer alone."""
+    """The step of a rank of FSDP1, where the largest rank's is cached: it differs in the states of its optimizer alone, unless
+    that has temporaries of each tensor."""
     distributed = inventory.job.distributed
     if distributed is None or distributed.strategy != "fsdp1" or of_rank in (None, (None, None)):
+        return None
+    if has_temporaries(parse_optim(str(inventory.job.setup.optim))):
         return None
     counted_for_all = None, None
     of_largest = _kept(((counted_for_all, step_key), (counted_for_all, step_key, inventory.job.multiprocessors)))

@@ -25,6 +25,7 @@ from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.load import load_into
 from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.model import Model
+from peftplan.memory.optimizer import has_temporaries
 from peftplan.memory.program import Program
 from peftplan.memory.ring_attention import Ring
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
@@ -172,7 +173,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             model.units.lag = Lag()
         if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
-        own = holding.states_of if job.distributed.strategy == "fsdp2" else None  # without the padding of short shards
+        of_each = job.distributed.strategy == "fsdp2" or has_temporaries(program.optimizer)
+        own = holding.states_of if of_each else None  # without the padding of short shards, and views of flat ones
         return program._replace(
             shards=(own or holding.parameters).all,
             syncs_each_batch=bool(job.distributed.sync_each_batch) or by.layout.syncs_each_batch,

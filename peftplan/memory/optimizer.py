@@ -36,6 +36,11 @@ LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
 """The optimizers that peft's LoRA-FA optimizer replaces; any other runs as set."""
 
 
+def has_temporaries(optimizer: Optimizer) -> bool:
+    """Whether a step has temporaries of each tensor."""
+    return optimizer.step_implementation not in IN_PLACE and FOREACH_COPIES.get(optimizer.name) != 0
+
+
 def optimizer_step(
     f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool, ranks: int = 1
 ) -> None:
