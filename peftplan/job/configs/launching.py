@@ -135,9 +135,10 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
     stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
     count = (
         next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None)
-        or environment.get("NPROC_PER_NODE")
-        or environment.get("nproc_per_node", launch.get("ci.nproc_per_node"))  # of NeMo Automodel's own tests
+        or environment.get("NPROC_PER_NODE", environment.get("nproc_per_node"))
     )
+    if count is None and (count := launch.get("ci.nproc_per_node")) is not None:
+        result.assumed["gpus"] = f"the launcher takes all GPUs of a machine; {count}, as in the tests of NeMo Automodel"
     if count is None and (count := _before_script(launch.get("processes"))) is not None:
         whole = re.fullmatch("[0-9]{1,10}", str(count)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
         count = int(str(count)) // int(str(nodes)) if whole and int(str(count)) % int(str(nodes)) == 0 else count

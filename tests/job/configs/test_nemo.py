@@ -63,9 +63,11 @@ def test_nemo_divides_the_global_batch() -> None:
 
 @pytest.mark.parametrize(("dp_size", "gpus"), [("none", 1), (4, 4)])
 def test_nemo_is_started_as_its_own_tests_start_it(dp_size: object, gpus: int) -> None:
-    """Where the file itself does not say how many processes shard it."""
-    options = of_nemo({"strategy": "fsdp2", "dp_size": dp_size}, ci={"nproc_per_node": 1, "cluster_tag": "gb10"}).options
-    assert (options["gpus"], "strategy" in options) == (gpus, gpus > 1)
+    """Where the file itself does not say how many processes shard it. The tool reads nothing under `ci` (0.7.0,
+    components/launcher/interactive.py:124: as many as there are GPUs), so this is an assumption."""
+    plan = of_nemo({"strategy": "fsdp2", "dp_size": dp_size}, ci={"nproc_per_node": 1, "cluster_tag": "gb10"})
+    assert (plan.options["gpus"], "strategy" in plan.options) == (gpus, gpus > 1)
+    assert ("tests of NeMo Automodel" in plan.assumed.get("gpus", "")) is (gpus == 1)
 
 
 def test_nemo_runs_gpt_oss_with_flex_attention() -> None:
