@@ -133,9 +133,8 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
     nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
     stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
-    count = (
-        next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None)
-        or environment.get("NPROC_PER_NODE", environment.get("nproc_per_node"))
+    count = next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None) or environment.get(
+        "NPROC_PER_NODE", environment.get("nproc_per_node")
     )
     if count is None and (count := launch.get("ci.nproc_per_node")) is not None:
         result.assumed["gpus"] = f"the launcher takes all GPUs of a machine; {count}, as in the tests of NeMo Automodel"
