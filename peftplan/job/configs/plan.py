@@ -83,8 +83,9 @@ class ConfigPlan:
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
 
     def to_dict(self, chosen: Mapping[str, object] | None = None) -> ConfigDocument:
-        """The `config` field of an estimate's JSON."""
-        unsupported = self.without(chosen or {})
+        """The `config` field of an estimate's JSON; nothing is assumed of an option that the user has `chosen`."""
+        chosen = chosen or {}
+        unsupported = self.without(chosen)
         document = {
             "tool": self.tool,
             "version": self.version,
@@ -96,7 +97,7 @@ class ConfigPlan:
             "ignored": {key: row._asdict() for key, row in self.ignored.items()},
             "unsupported": {key: row._asdict() for key, row in unsupported.items()},
             "defaults": dict(self.defaults),
-            "assumed": dict(self.assumed),
+            "assumed": {name: text for name, text in self.assumed.items() if name not in chosen},
             "bound": bound(unsupported),
         }
         return cast("ConfigDocument", document)

@@ -26,6 +26,9 @@ def test_a_launch_file_behind_a_training_file(tmp_path: Path) -> None:
     plan = peftplan.read_config([tmp_path / "a.yml", tmp_path / "z3.json"])
     assert (plan.options["strategy"], plan.options["gpus"]) == ("zero3", 8)
     assert plan.assumed["gpus"] == "the launcher decides; 8 are assumed"
+    stated = peftplan.estimate(config=plan, gpus=4).to_dict()["config"]
+    assert stated is not None
+    assert "gpus" not in stated["assumed"]
 
 
 def test_a_launch_file_outside_the_tree_of_its_config_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
