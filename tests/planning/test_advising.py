@@ -63,11 +63,11 @@ def test_ddp_fits_by_shards_on_the_host() -> None:
 
 def test_packed_weights_are_sharded_where_they_are_stored_as_floats() -> None:
     """FSDP2 keeps all packed weights on each rank if they are integers: the advice stores them in bf16."""
-    job = {"method": "qlora", "seq_len": 4096, "strategy": "fsdp2", "gpu": "8x12GiB", "kbit_prepare": False}
-    first = peftplan.advice(peftplan.estimate("llama-3.1-8b", **job))["12GiB"].changes[0]
-    assert first.options == {"quant_storage": "bf16"}
-    changed = peftplan.estimate("llama-3.1-8b", **job, quant_storage="bf16")
-    assert changed.gpus[0].verdict == first.verdict == "tight"
+    job = {"method": "qlora", "seq_len": 4096, "strategy": "fsdp2", "gpu": "8x7GiB", "kbit_prepare": False, "trainer": "trl"}
+    first = peftplan.advice(peftplan.estimate("llama-3.1-8b", **job))["7GiB"].changes[0]
+    stored = {"offload_params": "cpu", "quant_storage": "bf16"}
+    assert first.options == stored
+    assert peftplan.estimate("llama-3.1-8b", **job, **stored).gpus[0].verdict == first.verdict == "tight"
 
 
 def test_the_fewest_gpus_that_fit_are_named() -> None:

@@ -83,7 +83,7 @@ def test_at_other_sizes_another_rank_may_need_the_most() -> None:
 
 
 def test_a_job_without_a_peak_says_what_has_no_formula() -> None:
-    job = peftplan.estimate("t5-small", method="ia3", strategy="fsdp1", gpus=2)
+    job = peftplan.estimate("t5-small", method="lora", strategy="fsdp1", gpus=2)
     with pytest.raises(InputError, match=r"^engine: analytic states no peak for this job: a step with FSDP1 .*no formula"):
         job.at(batch_size=2)
 

@@ -45,6 +45,7 @@ def test_the_text_part_makes_no_cache_in_ms_swift(results: Results) -> None:
 def test_each_trainer_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
     jobs += [f"--trainer {plan(row).options.get('trainer')} " for row in read(Path(__file__).with_name("swift.jsonl"))]
+    jobs += ["--trainer axolotl-ebft "] * len(read(Path(__file__).with_name("axolotl_ebft.jsonl")))
     trainers = [trainer.name for trainer in TRAINERS.values() if trainer.of_preferences and not trainer.embeds]
     assert [name for name in trainers if not any(f"--trainer {name} " in job for job in jobs)] == []
 
