@@ -21,14 +21,14 @@ from peftplan.analytic.shown import (
     shows_dora,
     translates_text,
 )
+from peftplan.distributed.ddp import STATIC, accumulates_static
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
-from peftplan.distributed.zero import gathers_ahead
 from peftplan.job.automodel import builds
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.sharded import tied
-from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves
+from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -42,7 +42,7 @@ SHARING_ROWS = ("llama", "qwen2", "qwen3")
 """Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
 LONGEST_RING = 8
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
-AHEAD = "gathers ahead of experts with biases (DeepSpeed waits for them in the order of their addresses)"
+PREFETCHED = "prefetched experts of gpt-oss, for whose parameters DeepSpeed waits in the order of their addresses"
 REENTRANT = "reentrant checkpoints"
 """Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
 
@@ -58,9 +58,7 @@ def without_formula(job: Job) -> str | None:
     if (by.of_preferences and job.reference not in rehearsed) or (by.anchors and not _knows_anchors(job)):
         return f" and {by.called}"
     if distributed.strategy == "ddp":
-        apart = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
-        static = bool(distributed.static_graph) and apart  # torch fails in the first backward that sends nothing
-        return _listed({"static_graph": static})
+        return _listed({STATIC: accumulates_static(job.setup.gradient_accumulation_steps, distributed)})
     if distributed.strategy == "tp":
         return _listed(_unknown_to_tp(job, distributed))
     if distributed.strategy == "device-map":
@@ -231,8 +229,9 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     tables = (job.architecture.input_embedding, job.architecture.output_embedding)
     leaf = LEAVES.get(job.architecture.model_type)
     return unknown | {
-        f"leaf modules of {job.setup.by.called}": has_unlisted_leaves(job.architecture) and not job.setup.by.traced_on_ranks,
-        AHEAD: job.architecture.model_type == "gpt_oss" and gathers_ahead(distributed, job.architecture.hidden_size or 0),
+        f"experts that {job.setup.by.called} makes a leaf module": has_unlisted_leaves(job.architecture)
+        and not job.setup.by.traced_on_ranks,
+        PREFETCHED: waits_by_address(job.architecture, distributed),
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
         "reduce_scatter": distributed.reduce_scatter is False,
         APART: _has_experts_apart(job),

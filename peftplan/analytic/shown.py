@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+"""Optimizers whose steps were rehearsed under every strategy."""
 FLAT = ("zero1", "zero2")
 """Strategies whose ranks hold all weights in 16 bits, and flat groups of what trains."""
 ZERO = ("zero0", *FLAT, "zero3")
@@ -46,12 +47,14 @@ TRACED_METHODS = {
 OF_PROMPTS = {"fsdp1": ("prompt-tuning",), **dict.fromkeys(FLAT, ("prompt-tuning", "p-tuning"))}
 """The same of virtual tokens, before dense models in bf16 and all on the card."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
-OPEN_THERE = ("adagrad", "grokadamw", "adamw_torch_4bit")
-OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in OPEN_THERE)
+"""The optimizers whose steps an engine reproduces."""
+UNKNOWN_TO_PARTITIONS = ("adagrad", "grokadamw", "adamw_torch_4bit")
+OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in UNKNOWN_TO_PARTITIONS)
 """Optimizers whose step over DeepSpeed's flat partitions is that of one GPU over vectors: each way to step (fused, foreach, a
 kernel or a loop for each parameter) was traced or rehearsed there (tests/rehearse/optimizers.jsonl)."""
-BY_DTENSORS = ("torch", "schedulefree", "torch-optimi")
-OVER_DTENSORS = (*(name for name, optimizer in BY_NAME.items() if optimizer.package in BY_DTENSORS), "adamw_torch_8bit")
+TAKING_DTENSORS = ("torch", "schedulefree", "torch-optimi")
+"""Packages whose optimizers step over DTensors."""
+OVER_DTENSORS = (*(name for name, optimizer in BY_NAME.items() if optimizer.package in TAKING_DTENSORS), "adamw_torch_8bit")
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
 OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
 """Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop. Adagrad makes its states
@@ -89,7 +92,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     """The optimizers whose steps were rehearsed or traced with such a job."""
     assert job.distributed is not None
     known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *(OF_AXOLOTL if _knows_muon(job) else ()))
-    if _adds_up(job):
+    if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
     if job.distributed.strategy == "fsdp1" and (job.quant is not None or job.distributed.use_orig_params is False):
@@ -138,7 +141,7 @@ def knows_optimizers(job: Job) -> bool:
     return by_trainer and on_card and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 
-def _adds_up(job: Job) -> bool:
+def _knows_8_bits(job: Job) -> bool:
     """Whether axolotl trains GPT-OSS in full under FSDP2, with gradients beside a second micro batch, as torchao's 8-bit AdamW
     was rehearsed (tests/rehearse/axolotl_gpt_oss.jsonl)."""
     assert job.distributed is not None

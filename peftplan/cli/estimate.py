@@ -54,7 +54,7 @@ unknown        no peak is known, or only a lower bound that fits
 @options.torch_option
 @options.transformers_option
 @options.engine_option
-@option("--gpu", "gpu", multiple=True, metavar="NAME", help="a card, 24GiB, or 8xh100; repeatable")
+@option("--gpu", "gpu", multiple=True, metavar="NAME", help="a card, a size (24GiB) or 8xh100; repeatable")
 @options.context_option
 @option(
     "--advice",

@@ -73,7 +73,7 @@ STORAGE: dict[str, str] = {
 TRAINING: dict[str, str] = {
     "--trainer": f"{by_tool(get_args(TrainerName))}; default: transformers",
     "--batch-size": "sequences per device and micro batch; default: the trainer's minimum, mostly 1",
-    "--seq-len": "tokens per sequence; default: 2048 at most",
+    "--seq-len": "tokens per sequence; default: up to 2048",
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",

@@ -110,6 +110,7 @@ class LossSizes(NamedTuple):
     shared_by: int = 1
     """Ranks that share a row."""
     trains_head: bool = False
+    """Whether the head, or a copy of it, trains."""
     hidden_bytes: int = WIDE
     """Bytes of a number of the hidden states that reach the loss."""
 

@@ -26,7 +26,7 @@ class BucketViews(OneGpu):
         self.syncs = syncs
 
     def copied(self, p: Parameter) -> None:
-        """A gradient is there."""
+        """A gradient is complete: the bucket has a copy, and it is a view of that."""
         if self.syncs:
             self.ready.add(p.name)
             p.grad = None

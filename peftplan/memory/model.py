@@ -62,7 +62,7 @@ class Model(Weights):
     micro_batch: int = 0
     """The number of the current micro batch: each has its own stacks."""
     router_logits: list[Tensor] | None = None
-    """Those of each layer's router, while a forward hands them to the loss of their load."""
+    """Those of each layer's router, while a forward hands them to the load-balancing loss."""
     load_loss: Tensor | None = None
     """That loss, until it is added to the model's own."""
     pass_name: str = ""
@@ -169,7 +169,7 @@ class Model(Weights):
     @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
-        return self.units.every_layer or self.router_logits is not None  # the loss of their load reads each layer's
+        return self.units.every_layer or self.router_logits is not None  # the load-balancing loss reads each layer's
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""

@@ -58,7 +58,7 @@ def optimizer_step(
         _lorafa_step(f, trained)
         return
     if optimizer.temporaries is not None and ranks == 1 and any(p.owner == "base" and is_matrix(p.shape) for p in trained):
-        raise NoEngineError(f"optim {optimizer.name} of the base's matrices: the kernels that its first step times")
+        raise NoEngineError(f"the first step of {optimizer.name} over matrices of the base, which times kernels (no formula yet)")
     if optimizer.step_implementation in IN_PLACE:
         if (of_one := optimizer.temporaries) is not None:
             for p in _two_layers(trained):

@@ -12,7 +12,7 @@ from typing import cast
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, limits, persistence
+from peftplan.distributed.zero import Key, gathers_ahead, limits, persistence
 from peftplan.distributed.zero3 import Coordinator, Module, Sharded
 from peftplan.memory.model import Model
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
@@ -33,6 +33,12 @@ until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
 def has_unlisted_leaves(architecture: Architecture) -> bool:
     """Whether a model has experts that are no leaf unless a tool makes them one, as axolotl, LLaMA-Factory and ms-swift do."""
     return architecture.model_type not in LEAVES and any(block.mlp.num_experts for block in architecture.blocks)
+
+
+def waits_by_address(architecture: Architecture, distributed: Distributed) -> bool:
+    """Whether DeepSpeed may wait for the parameters of experts in any order: those of gpt-oss are a set of four, which Python
+    orders by their addresses, and come in several gathers if some come ahead (`fetch_sub_module`)."""
+    return architecture.model_type == "gpt_oss" and gathers_ahead(distributed, architecture.hidden_size or 0)
 
 
 def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:

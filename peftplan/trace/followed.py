@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
+from peftplan.distributed.ddp import STATIC, accumulates_static
 from peftplan.distributed.layout import ACCELERATE
-from peftplan.distributed.zero import gathers_ahead
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.memory.recast import is_recast
-from peftplan.memory.zero3_modules import has_unlisted_leaves
+from peftplan.memory.zero3_modules import has_unlisted_leaves, waits_by_address
 from peftplan.optim import parse_optim
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import EXPERTS_FUSED, FORWARD_CHECKPOINTED
@@ -84,10 +84,10 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        "gathers ahead of gpt-oss's experts, which the addresses of their parameters order": job.architecture.model_type
-        == "gpt_oss"
-        and gathers_ahead(distributed, job.architecture.hidden_size or 0),
-        f"leaf modules of {job.setup.by.called}": distributed.strategy == "zero3"
+        f"{STATIC}, in which torch fails": distributed.strategy == "ddp"
+        and accumulates_static(job.setup.gradient_accumulation_steps, distributed),
+        "prefetched experts of gpt-oss": waits_by_address(job.architecture, distributed),
+        f"experts that {job.setup.by.called} makes a leaf module": distributed.strategy == "zero3"
         and has_unlisted_leaves(job.architecture)
         and not job.setup.by.traced_on_ranks,
         f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,

@@ -126,7 +126,7 @@ def mixture(c: Call, x: Tensor) -> Tensor:
 
 
 def gate(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`Gate.forward` with softmax behind top-k, and the loss of the experts' load, which weights the gradient alone."""
+    """`Gate.forward` with softmax behind top-k, and the load-balancing loss, which weights the gradient alone."""
     f, name = c.at("mlp.gate"), f"{c.style.stack}.mlp.router"
     part = c.model.part(name, c.number)
     scores = products.linear(f, x, part.own_weight, part.bias)

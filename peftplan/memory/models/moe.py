@@ -215,7 +215,7 @@ def check(c: Call) -> None:
     if c.block.mlp.router.noise:
         raise NeedsTraceError("router jitter noise")
     if c.block.mlp.router.hands_out and c.block.mlp.router.coefficient is None:
-        raise NeedsTraceError("routers' logits among the outputs of a class that has no loss of their load")
+        raise NeedsTraceError("routers' logits among the outputs of a class that has no load-balancing loss")
 
 
 mixtral = partial(decoder, style=Style(mixture=partial(routed_block, route=mixtral_route, router="mlp.gate", name="mlp.experts")))
