@@ -83,7 +83,7 @@ def attend(
         q, k, v = f.cast_all(f.autocast, q, k, v)
     if ring is not None:
         if kernel != "flash":
-            raise NoEngineError(f"rows that ranks share, with torch's {kernel} attention (no formula yet)")
+            raise NoEngineError(f"context parallelism with torch's {kernel} attention (no formula yet)")
         out = ring_flash(f, ring, q, k, v)
         del q, k, v
         out = ops.copied(f, out, "clone") if ring.joins else out

@@ -109,7 +109,7 @@ def test_a_config_of_accelerate_says_how_many_ranks_share_a_row() -> None:
         ({"padding": True}, "cp_size"),
         ({"script": peftplan.Script(transformers="5.22")}, "cp_size"),
         ({"model": "granite-3.3-2b-instruct"}, "cp_size"),
-        ({"gpu": "t4"}, "rows that ranks share, with torch's"),
+        ({"gpu": "t4"}, "context parallelism with torch's"),
     ],
 )
 def test_what_of_shared_rows_was_not_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
