@@ -43,6 +43,12 @@ PROGRAM = (
     "from axolotl.cli.main import main; main()"
 )
 """`axolotl train` with what `accelerate launch` sets, in one process."""
+WITH_FLASH = (
+    "import axolotl.monkeypatch.attention.fa2_hub_kernel as hub; hub.is_fa2_hub_kernel_available = lambda: True\n"
+    "from transformers import PreTrainedModel; PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True\n"
+    "from tools.programs.ms_swift import flash_attention; flash_attention()\n"
+)
+"""flash-attn's kernels, which do not run on the card."""
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
@@ -72,7 +78,7 @@ def prompt_tokens(folder: str, values: dict[str, Any], words: int) -> int:
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the tool held."""
     values = row["values"]
-    with TemporaryDirectory() as folder, TemporaryDirectory() as output:
+    with TemporaryDirectory(prefix="job") as folder, TemporaryDirectory(prefix="job") as output:  # "tmpt" is MPT to axolotl
         standins.write_repository(Path(folder), {**cut(values["base_model"], row["layers"]), "dtype": "bfloat16"})
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
         content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
@@ -87,7 +93,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
         file = Path(output, "config.yml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
-        command = [sys.executable, "-c", PROGRAM, str(file)]
+        with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
+        command = [sys.executable, "-c", with_flash + PROGRAM, str(file)]
         return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 

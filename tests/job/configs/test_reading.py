@@ -261,6 +261,15 @@ def test_axolotl_raises_for_a_model_and_a_copy_of_it(values: dict[str, Any], key
     assert place in read({**AXOLOTL, "adapter": "lora", **values}).unsupported[key].why
 
 
+@pytest.mark.parametrize("deepspeed", ["deepspeed_configs/zero3_bf16.json", {"zero_optimization": {"stage": 3}}])
+def test_cut_cross_entropy_fails_under_zero3(deepspeed: object) -> None:
+    """Rehearsed with DeepSpeed 0.18.9 and 0.19.8: gpt-oss of 2 layers, and Qwen2.5 0.5B, over 8 GPUs."""
+    values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], "deepspeed": deepspeed}
+    full = read({key: value for key, value in values.items() if key not in ("adapter", "load_in_4bit")})
+    assert " raises RuntimeError" in full.unsupported["cut_cross_entropy"].why
+    assert " raises " not in read(values).unsupported["cut_cross_entropy"].why
+
+
 @pytest.mark.parametrize(
     ("values", "loss"),
     [
