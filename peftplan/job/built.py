@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
+from peftplan.arch.heads import partial_rotary_dim
 from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, linear
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
@@ -197,13 +198,14 @@ def _blocks_recorded(architecture: Architecture, config: Mapping[str, object]) -
     n = read_dims(fields)
     types = fields.strs("layer_types", default=("full_attention",) * len(n.layers))
     wide = fields.optional_int("global_head_dim") or n.d
+    rotated = partial_rotary_dim(fields, n.d, default=0.25) if architecture.model_type == "qwen3_5" else None
     blocks = []
     for kind in dict.fromkeys(types):
         layers = tuple(layer for layer in n.layers if types[layer] == kind)
         window = fields.int("sliding_window") if kind == "sliding_attention" else None
         rotary: Literal["rotary", "none"] = "rotary" if kind.endswith("_attention") and kind != "linear_attention" else "none"
         width = wide if kind == "full_attention" else n.d
-        attention = n.attention._replace(head_dim=width, window=window, positions=rotary)
+        attention = n.attention._replace(head_dim=width, window=window, positions=rotary, rotary_dim=rotated)
         blocks.append(Block("decoder", layers, (attention,), Mlp("gated", n.i, "silu"), "rmsnorm"))
     return tuple(blocks)
 
