@@ -89,7 +89,7 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
         )
     rank = result.largest_rank
     row: dict[str, Any] = {"job": job, "ended": result.ended, "seconds": result.seconds}
-    if rank is not None and result.ended == "steps":
+    if rank is not None and (result.ended == "steps" or not result.program_exit):  # LOMO takes no steps
         row |= {
             "allocated": rank.peak_allocated,
             "reserved": rank.peak_reserved,

@@ -48,19 +48,24 @@ OF_PROMPTS = {"fsdp1": ("prompt-tuning",), **dict.fromkeys(FLAT, ("prompt-tuning
 """The same of virtual tokens, before dense models in bf16 and all on the card."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
-UNKNOWN_TO_PARTITIONS = ("adagrad", "grokadamw", "adamw_torch_4bit")
+UNKNOWN_TO_PARTITIONS = ("adamw_torch_4bit",)
 OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in UNKNOWN_TO_PARTITIONS)
 """Optimizers whose step over DeepSpeed's flat partitions is that of one GPU over vectors: each way to step (fused, foreach, a
 kernel or a loop for each parameter) was traced or rehearsed there (tests/rehearse/optimizers.jsonl)."""
 TAKING_DTENSORS = ("torch", "schedulefree", "torch-optimi")
 """Packages whose optimizers step over DTensors."""
-OVER_DTENSORS = (*(name for name, optimizer in BY_NAME.items() if optimizer.package in TAKING_DTENSORS), "adamw_torch_8bit")
+OVER_DTENSORS = (
+    *(name for name, optimizer in BY_NAME.items() if optimizer.package in TAKING_DTENSORS),
+    *("adamw_torch_8bit", "grokadamw"),
+)
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
 OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
-"""Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop. Adagrad makes its states
-of shards that are not yet cast."""
+"""Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop."""
 STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3"), OVER_PARTITIONS)}
 """Strategy → the optimizers that have a formula there."""
+ADAPTED = ("lora", "rslora", "qlora")
+"""Methods under FSDP1 with tensors of one dtype alone that train: Adagrad makes its states of shards that are not yet cast, and
+8-bit optimizers take an embedding for any other part of a flat parameter."""
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta", "deberta-v2")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
@@ -95,8 +100,8 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
-    if job.distributed.strategy == "fsdp1" and (job.quant is not None or job.distributed.use_orig_params is False):
-        over = ()
+    if job.distributed.strategy == "fsdp1" and job.method_name not in ADAPTED:
+        over = () if job.distributed.use_orig_params is False else tuple(name for name in over if name != "adagrad")
     return (*known, *over) if knows_optimizers(job) else known
 
 

@@ -1,16 +1,21 @@
 """A steady step on the tape: the model that a job describes, after the code of its step has run."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.running import OF_MODULES, autocast_of, program_of, reference_of, running_of
 from peftplan.arch.modules import NO_DROPOUT
+from peftplan.errors import NoEngineError
+from peftplan.job.lines import is_target
 from peftplan.job.loss_sizes import CUT
+from peftplan.memory.looped_steps import Projected
 from peftplan.memory.methods import adapter_of
 from peftplan.memory.model import Model
 from peftplan.memory.step import steady_step
-from peftplan.parameters import Parameters
+from peftplan.optim import parse_optim, parse_optim_args, states
+from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tape import Tape
 
 if TYPE_CHECKING:
@@ -58,7 +63,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     )
     kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
     model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
-    program = program_of(job)._replace(left_alone=trained_again)
+    program = program_of(job)._replace(left_alone=trained_again, projected=projected(job, computing))
     first = None
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
@@ -67,14 +72,28 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
         first.running = first.running._replace(tunes=True)
         steady_step(first, program)
-    elif setup.optimizer_in_backward:
-        from peftplan.memory.stepped import SteppedInBackward
+    elif setup.optimizer_in_backward or (program.optimizer.step_implementation == "in-backward" and setup.by.prepares_model):
+        from peftplan.memory.stepped import stepping_in_backward
 
-        model.units = SteppedInBackward(model.tape)
+        model.units = stepping_in_backward(model.tape, program.optimizer.name, program.projected)
     alone = job.distributed is None
     reference = reference_of(job, model) if alone else ranks.reference_on_rank(job, model, first)
     steady_step(model, program, reference=reference)
     return model, first
+
+
+def projected(job: "Job", parameters: Iterable[Parameter]) -> dict[str, Projected]:
+    """The shapes of what APOLLO projects. Raises NoEngineError for an optimizer whose step no engine knows."""
+    optimizer, optim_args = parse_optim(str(job.setup.optim)), parse_optim_args(job.setup.optim_args)
+    if unknown := optimizer.unknown(optim_args):
+        raise NoEngineError(f"optim {optimizer.name}: {unknown}")
+    targets = (job.setup.optim_target_modules or ()) if optimizer.low_rank else ()
+    of_each = {
+        p.name: {a.name: a.dims for a in states(optimizer, shape=p.shape, dtype=p.dtype, in_target=True, optim_args=optim_args)}
+        for p in parameters
+        if p.trainable and is_target(p, targets)
+    }
+    return {name: (dims["exp_avg"], dims["projector.ortho_matrix"]) for name, dims in of_each.items()}
 
 
 def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import InputError, MissingError
@@ -80,7 +80,7 @@ def optimizer_lines(
             dtype=p.dtype,
             name=p.name,
             in_embedding=p.in_embedding and by_trainer,
-            in_target=p.is_linear and any(t == "all-linear" or t in p.name for t in target_modules or ()),
+            in_target=is_target(p, target_modules or ()),
             frozen=not p.trainable,
             optim_args=optim_args,
         )
@@ -92,6 +92,11 @@ def optimizer_lines(
     once = shared_states(optimizer, states=every)
     lines += [Line(a.name, "optimizer_states", a.dtype, a.dims, 1, source, a.place) for a in once]
     return Ledger(tuple(lines))
+
+
+def is_target(p: Parameter, target_modules: Iterable[str]) -> bool:
+    """Whether `optim_target_modules` selects a parameter."""
+    return p.is_linear and any(t == "all-linear" or t in p.name for t in target_modules)
 
 
 def _place(p: Parameter) -> Place | None:

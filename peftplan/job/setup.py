@@ -12,8 +12,9 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 from peftplan.job.kernels import FLOAT8, OF_TORCHTUNE, kernels_of, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS
+from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS, parse_optim
 from peftplan.validation import first_error, listed, size_in_bytes
+from peftplan.versions import named
 
 Engine = Literal["analytic", "trace"]
 ENGINES: tuple[Engine, ...] = ("analytic", "trace")
@@ -290,6 +291,17 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(
             f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel "
             f"(did you mean {near}?)"
+        )
+    if by.makes_optimizer and str(setup.optim).endswith("layerwise") and setup.gradient_accumulation_steps > 1:
+        raise RefusedError(
+            f"optim: {named('transformers')} refuses gradient accumulation with {setup.optim}: ValueError "
+            "(trainer_optimizer.py:166); accepted: gradient_accumulation_steps 1"
+        )
+    if by.prepares_model and parse_optim(str(setup.optim)).package == "lomo-optim" and setup.autocast == "fp16":
+        raise RefusedError(
+            f"optim: {setup.optim} fails in the first backward in fp16: accelerate hands the learning rate to the scaled loss: "
+            "TypeError: Tensor.backward() got an unexpected keyword argument 'learning_rate' (accelerator.py:2857); accepted: "
+            "autocast bf16"
         )
     if setup.optimizer_in_backward and not by.own_modules:
         raise RefusedError(f"optimizer_in_backward: {by.called} steps after backward; add --trainer torchtune")

@@ -37,6 +37,17 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             f"of flattened parameters: {optimizer.package} projects matrices alone: IndexError: tuple index out of range; "
             "accepted: ddp"
         )
+    if optimizer.package == "apollo-torch" and strategy == "fsdp2":
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first step of FSDP2: its constructor gives each parameter a seed, and "
+            "accelerate puts DTensors in their place afterwards: KeyError: 'seed' (apollo-torch, apollo.py:92); accepted: ddp"
+        )
+    if optimizer.package == "lomo-optim" and strategy in ("zero0", *ZERO):
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first backward of {distributed.facts.called}: Trainer hands its learning rate "
+            "to accelerate (trainer.py:2105), which hands it on: TypeError: DeepSpeedEngine.backward() got an unexpected keyword "
+            "argument 'learning_rate' (accelerator.py:2853); accepted: one GPU, ddp"
+        )
     if optimizer.name == "adafactor" and strategy == "fsdp2" and matrices:
         raise RefusedError(
             "optim: adafactor fails in the first step of FSDP2: its factored second moment is a plain tensor, and gradients are "

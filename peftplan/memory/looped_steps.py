@@ -2,20 +2,23 @@
 tensor until the next parameter replaces it.
 
 Source: transformers, optimization.py (`Adafactor.step`); grokadamw 0.1.2, grokadamw.py (`_update_group`); llamafactory 0.9.5,
-third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`).
+third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`); apollo-torch, apollo.py (`step`),
+random_projector.py (`get_orthogonal_matrix`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.optim.community import blocks, by_muon
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Dims, Tensor
 
 NEWTON_SCHULZ_STEPS = 5
+Projected = tuple[Dims, Dims]
+"""Shapes of a projected gradient, and of its projection."""
 
 
 def muon(f: Tape, trained: list[Parameter]) -> None:
@@ -128,6 +131,32 @@ def grokadamw(f: Tape, trained: list[Parameter]) -> None:
         root = f.new(p.shape, p.dtype, "sqrt")
         del root
     del exp_avg, exp_avg_sq, grok_ema, grok_grad
+
+
+def apollo(f: Tape, weights: Iterable[tuple[str, Dims, str]], projected: Mapping[str, Projected]) -> None:
+    """APOLLO with random projections. `weights`: name, shape and dtype of each; those that are not projected come first, as
+    transformers groups them. A projection is drawn anew, as it is every `update_proj_gap` steps, beside a copy of the gradient in
+    fp32."""
+    grad = denom = norm_grad = scaled_grad = None
+    for name, dims, dtype in sorted(weights, key=lambda weight: weight[0] in projected):
+        f.module = name
+        low, ortho = projected.get(name, (dims, ()))
+        if ortho:
+            grad = None
+            matrix = f.new(dims, "fp32", "float") if dtype in SIXTEEN_BITS else None
+            normal = f.new(ortho, "fp32", "randn")
+            drawn = f.new(ortho, "fp32", "div")
+            del normal
+            drawn = f.to(drawn, dtype)
+            del drawn, matrix
+            grad = f.new(low, dtype, "matmul")
+        denom = f.new(low, dtype, "sqrt")
+        norm_grad = f.new(low, dtype, "div")
+        if ortho:
+            scaled_grad = f.new(dims, dtype, "mul")
+            scaled_grad = f.new(dims, dtype, "div")
+            norm_grad = scaled_grad
+    del grad, denom, norm_grad, scaled_grad
 
 
 LOOPS: dict[str, Callable[[Tape, list[Parameter]], None]] = {

@@ -6,11 +6,11 @@ transformers, trainer.py (clipping at 1.0 by default); peft, optimizers/lorafa.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
-from peftplan.memory.looped_steps import LOOPS
+from peftplan.memory.looped_steps import LOOPS, Projected, apollo
 from peftplan.optim import Optimizer
 from peftplan.optim.torchao import is_matrix
 from peftplan.parameters import Parameter
@@ -42,23 +42,38 @@ def has_temporaries(optimizer: Optimizer) -> bool:
 
 
 def optimizer_step(
-    f: Tape, optimizer: Optimizer, trained: list[Parameter], *, clips: bool, freezes_a: bool, ranks: int = 1
+    f: Tape,
+    optimizer: Optimizer,
+    trained: list[Parameter],
+    *,
+    clips: bool,
+    freezes_a: bool,
+    projected: Mapping[str, Projected],
+    ranks: int = 1,
 ) -> None:
-    """Gradient clipping, then the step; `freezes_a`: that of LoRA-FA. `ranks`: how many hold shards of each parameter.
+    """Gradient clipping, then the step; `freezes_a`: that of LoRA-FA; `projected`: what APOLLO projects, by name. `ranks`: how
+    many hold shards of each parameter.
 
     Raises NeedsTraceError for optimizers whose temporaries have no formula, NoEngineError for those that no engine knows.
     """
     f.module = ""
-    if optimizer.untraced:
-        raise NoEngineError(f"optim {optimizer.name}: {optimizer.untraced}")
     if clips:
         _clip(f, trained)
-    f.mark(STATES)
+    if trained or all(what != STATES for _, what in f.marks):  # else the first gradient has marked it
+        f.mark(STATES)
     if freezes_a and optimizer.name in LORAFA_REPLACES:
         _lorafa_step(f, trained)
         return
     if optimizer.temporaries is not None and ranks == 1 and any(p.owner == "base" and is_matrix(p.shape) for p in trained):
         raise NoEngineError(f"the first step of {optimizer.name} over matrices of the base, which times kernels (no formula yet)")
+    if not trained:
+        return
+    if optimizer.step_implementation == "in-backward":
+        raise NoEngineError(f"a step of optim {optimizer.name} inside backward, as here (no formula yet)")
+    if optimizer.package == "apollo-torch":
+        apollo(f, ((p.name, p.shape, p.dtype) for p in _two_layers(trained)), projected)
+        f.module = ""
+        return
     if optimizer.step_implementation in IN_PLACE:
         if (of_one := optimizer.temporaries) is not None:
             for p in _two_layers(trained):

@@ -1,8 +1,11 @@
 """The loop around the model, as facts of the setup."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.trainer import LOSS, Forward, Trainer
+from peftplan.memory.looped_steps import Projected
 from peftplan.optim import Optimizer
 from peftplan.parameters import Parameter
 
@@ -34,5 +37,7 @@ class Program(NamedTuple):
     """The forwards of a micro batch."""
     schedule: "OfRank | None" = None
     """The stages of a pipeline, and the order in which they run micro batches."""
+    projected: Mapping[str, Projected] = MappingProxyType({})
+    """Of what APOLLO projects, by name."""
     steps_in_backward: bool = False
     """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""

@@ -71,7 +71,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
     clips = program.trainer.clips_gradients and not program.steps_in_backward
     for group in model.units.groups(trained):
-        optimizer_step(f, program.optimizer, group, clips=clips, freezes_a=freezes_a, ranks=model.units.ranks)
+        optimizer_step(
+            f, program.optimizer, group, clips=clips, freezes_a=freezes_a, projected=program.projected, ranks=model.units.ranks
+        )
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 

@@ -1,30 +1,46 @@
-"""An optimizer that steps each parameter in backward: no gradient waits for another.
+"""Optimizers that step each parameter in backward: few gradients wait for others.
 
 Source: torchtune at bd2a0fc7, training/memory.py (`OptimizerInBackward`): a hook on each parameter
-(`register_post_accumulate_grad_hook`) steps it and sets its gradient to None.
+(`register_post_accumulate_grad_hook`) steps it and sets its gradient to None; transformers' layer-wise optimizers do the same
+(trainer_optimizer.py, `optimizer_hook`). lomo-optim, lomo.py and adalomo.py (`fuse_update`, `fused_backward`): a hook on
+each gradient steps the parameter whose gradient came before, and the last one is stepped after backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from peftplan.dtypes import SIXTEEN_BITS
+from peftplan.memory.looped_steps import Projected, apollo
+from peftplan.memory.optimizer import STATES
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter as TapeParameter
+from peftplan.tape.tensors import Tensor
+
+Update = Callable[[Tape, TapeParameter], None]
 
 
 class SteppedInBackward(OneGpu):
-    """Frees each gradient when it is complete. The optimizer works in place."""
+    """Frees each gradient when it is complete. The optimizer works in place, but for what `update` allocates. Left out: that the
+    first step makes the states of one parameter after the other; those of all are made before the first update."""
 
-    def __init__(self, f: Tape) -> None:
+    def __init__(self, f: Tape, update: Update | None = None) -> None:
+        self.f, self.update = f, update
         self.stepped: set[str] = set()
         f.accumulated = self.step
 
     def step(self, p: TapeParameter) -> None:
         """Step one parameter."""
+        module = self.f.module
+        if self.update is not None:
+            if not self.stepped:
+                self.f.mark(STATES)
+            self.f.module = p.name
+            self.update(self.f, p)
         self.stepped.add(p.name)
-        p.grad = None
+        self.f.module, p.grad = module, None
 
     def idle(self, families: set[str]) -> set[str]:
         """Those that no gradient has reached."""
@@ -33,3 +49,69 @@ class SteppedInBackward(OneGpu):
     def groups(self, trained: list[Parameter]) -> Iterable[list[Parameter]]:
         """Nothing is left to step over."""
         yield []
+
+
+class SteppedByNext(SteppedInBackward):
+    """The gradient of the next parameter steps the one before."""
+
+    waiting: TapeParameter | None = None
+
+    def step(self, p: TapeParameter) -> None:
+        """A gradient is there: step the parameter before."""
+        self.end_backward()
+        self.waiting = p
+
+    def end_backward(self) -> None:
+        """Step the last parameter."""
+        p, self.waiting = self.waiting, None
+        if p is not None:
+            super().step(p)
+
+
+def lomo(f: Tape, p: TapeParameter) -> None:
+    """`Lomo.fuse_update`: gradient and parameter in fp32, of which those in fp32 are themselves."""
+    assert p.grad is not None
+    gradient = f.to(p.grad, "fp32")
+    p.grad = None
+    wide = _widened(f, p)
+    del gradient, wide
+
+
+def adalomo(f: Tape, p: TapeParameter) -> None:
+    """`AdaLomo.fuse_update`, with the second moment of a matrix as two vectors."""
+    assert p.grad is not None
+    gradient = f.to(p.grad, "fp32")
+    p.grad = None
+    square = f.new(p.dims, "fp32", "pow")
+    update = f.new(p.dims, "fp32", "add")
+    del square
+    if len(p.dims) > 1:
+        mean = f.new(p.dims[:-1], "fp32", "mean")
+        del mean
+        mean = f.column_sum(p.dims, p.dims[1:], "fp32")
+        del mean
+        rows = f.new(p.dims[:-1], "fp32", "div")
+        columns = f.new(p.dims[1:], "fp32", "rsqrt")
+        update = f.new(p.dims, "fp32", "mul")
+        del rows, columns
+    else:
+        update = f.new(p.dims, "fp32", "rsqrt")
+    wide = _widened(f, p)
+    del gradient, update, wide
+
+
+def _widened(f: Tape, p: TapeParameter) -> Tensor | None:
+    return f.new(p.dims, "fp32", "to") if p.dtype in SIXTEEN_BITS else None
+
+
+UPDATES: dict[str, Update] = {"lomo": lomo, "adalomo": adalomo}
+"""Name of the optimizer → its update of the parameter before, in the hook of a gradient."""
+
+
+def stepping_in_backward(f: Tape, optim: str, projected: Mapping[str, Projected]) -> SteppedInBackward:
+    """The units of an optimizer that steps in backward; `projected`: what APOLLO projects, by name."""
+    if optim in UPDATES:
+        return SteppedByNext(f, UPDATES[optim])
+    if optim == "apollo_adamw_layerwise":
+        return SteppedInBackward(f, lambda tape, p: apollo(tape, [(p.name, p.dims, p.dtype)], projected))
+    return SteppedInBackward(f)

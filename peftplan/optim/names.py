@@ -112,7 +112,9 @@ _ROWS = (
     _apollo("apollo_adamw", "for-loop"),
     _apollo("apollo_adamw_layerwise", "in-backward"),
     Optimizer("lomo", "lomo-optim", "lomo_optim.Lomo", "in-backward", lomo),
-    Optimizer("adalomo", "lomo-optim", "lomo_optim.AdaLomo", "in-backward", adalomo, states_for_frozen=True),
+    Optimizer(
+        "adalomo", "lomo-optim", "lomo_optim.AdaLomo", "in-backward", adalomo, states_for_frozen=True, made_with_states=True
+    ),
     Optimizer("grokadamw", "grokadamw", "grokadamw.GrokAdamW", "for-loop", grokadamw, GROK),
     Optimizer("stable_adamw", "torch-optimi", "optimi.StableAdamW", "kernel", stable_adamw, STABLE),
     _free("schedule_free_adamw", "AdamWScheduleFree", schedule_free_adamw),

@@ -84,14 +84,18 @@ class Optimizer(NamedTuple):
     made_with_states: bool = False
     temporaries: StepFunction | None = None
 
+    def unknown(self, optim_args: OptimArgs) -> str | None:
+        """Why no engine knows what a step needs besides the states; None if one does."""
+        if self.low_rank and (self.package == "galore-torch" or optim_args.get("proj") == "svd"):
+            return "it decomposes gradients into singular values; cuSOLVER alone knows its workspace, so only states are counted"
+        return None
+
     @property
     def untraced(self) -> str | None:
-        """Why no engine knows what a step needs besides the states; None if the trace engine knows it."""
+        """Why the trace engine does not know it; None if it does."""
         if self.step_implementation == "in-backward":
-            return "it steps inside backward, which neither engine reproduces; only its states are counted"
-        if self.low_rank:
-            return f"neither engine reproduces the projections that {self.package} computes; only its states are counted"
-        return None
+            return "it steps inside backward"
+        return f"the projections of {self.package} are not traced" if self.low_rank else None
 
     @property
     def source(self) -> str:

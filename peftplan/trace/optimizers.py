@@ -57,7 +57,7 @@ def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     if uses_lorafa(model, optimizer.name):
         return Real(lorafa_optimizer(model, learning_rate=LEARNING_RATE), trainable, tracker, host_steps=False)
     if optimizer.untraced:
-        raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced} by --engine analytic")
+        raise RefusedError(f"optim: {optimizer.name} cannot be traced: {optimizer.untraced}; leave out --engine trace")
     if optimizer.name in BESIDE:
         raise RefusedError(f"optim: {optimizer.name} cannot be traced; leave out --engine trace")
     if optimizer.step_implementation == "kernel":

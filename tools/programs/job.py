@@ -60,6 +60,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
     parser.add_argument("--quant", choices=("int8",))
+    parser.add_argument("--quant-storage", default="uint8", choices=("uint8", *DTYPES))
+    parser.add_argument("--kbit-prepare", action=FLAGS, default=True)
     parser.add_argument("--use-dora", action=FLAGS, default=False)
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
@@ -119,6 +121,7 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[job.dtype],
+            bnb_4bit_quant_storage=DTYPES.get(job.quant_storage, torch.uint8),
         )
     if job.quant == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
