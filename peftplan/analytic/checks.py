@@ -189,6 +189,8 @@ def kernels_without_formula(job: Job) -> str | None:
     if kernels_of(setup.kernels).layers is not None:
         not_recorded = f"layers of {architecture.name} that torch compiles: not recorded with these options"
         return not_recorded if recorded(job) is None else None
+    if kernels_of(setup.kernels).activations is not None and not _offloads_as_rehearsed(job):
+        return "activations in host memory with these options"
     if setup.attn_implementation == "eager" and not all(name.startswith(WITH_EAGER) for name in setup.kernels):
         return "kernels with eager attention"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
@@ -208,6 +210,15 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"LoRA kernels over {job.quant.name}"
     drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside or kernel.drops_inside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _offloads_as_rehearsed(job: Job) -> bool:
+    """Whether activations go to the host as was rehearsed: of LoRA over 4 bits, beside reentrant checkpoints
+    (tests/rehearse/axolotl.jsonl)."""
+    setup = job.setup
+    checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
+    of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"
+    return checkpoints and of_lora and setup.trainer == "axolotl" and setup.attn_implementation == "flash_attention_2"
 
 
 def _rehearsed_kernels(setup: Setup, distributed: Distributed) -> bool:

@@ -84,6 +84,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * tokens > (tokens_kept(job) or 0),
+        older_liger=setup.by.pins_liger,
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION,

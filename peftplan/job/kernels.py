@@ -115,6 +115,12 @@ class HostEmbedding(NamedTuple):
     source: str
 
 
+class OffloadedActivations(NamedTuple):
+    """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`)."""
+
+    source: str
+
+
 class FakeQuantized(NamedTuple):
     """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row."""
 
@@ -130,7 +136,9 @@ class Float8(NamedTuple):
 
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
-Part: TypeAlias = CompiledLayers | FakeQuantized | Float8 | HostEmbedding | Decoder | PaddingFree | Checkpoint
+Part: TypeAlias = (
+    CompiledLayers | FakeQuantized | Float8 | HostEmbedding | Decoder | PaddingFree | Checkpoint | OffloadedActivations
+)
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
 UNSLOTH_CHECKPOINT = Checkpoint(
@@ -167,6 +175,9 @@ KERNELS: dict[str, Kernel] = {
     ),
     "unsloth-qat-int8-int4.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-offload.embedding": HostEmbedding("unsloth 2026.10.9, models/vision.py (`_install_offload_embedding_hooks`)"),
+    "axolotl-offload.activations": OffloadedActivations(
+        "trl, models/activation_offloading.py (`OffloadActivations`), as axolotl 0.19.0 puts it around each step"
+    ),
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
@@ -203,6 +214,7 @@ class Kernels(NamedTuple):
     fake_quant: FakeQuantized | None = None
     linear: Float8 | None = None
     embedding: HostEmbedding | None = None
+    activations: OffloadedActivations | None = None
 
     @property
     def sets_up_allocator(self) -> bool:

@@ -240,6 +240,8 @@ class Trainer(NamedTuple):
     traced_on_ranks: bool = False
     """Whether it was traced over several GPUs with methods and optimizers besides LoRA and AdamW
     (tests/distributed/traced_methods.jsonl)."""
+    pins_liger: bool = False
+    """Whether its package needs release 0.8.1 of Liger (axolotl 0.19.0, pyproject.toml)."""
     expandable_segments: bool = False
     """Whether its package or command line sets `PYTORCH_ALLOC_CONF=expandable_segments:True` (torchtune/__init__.py,
     axolotl/cli/main.py)."""

@@ -50,6 +50,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             own_fsdp2=True,
             recasts_tables=True,
             hooks_adapted=True,
+            pins_liger=True,
             expandable_segments=True,
         ),
         IN_AXOLOTL._replace(

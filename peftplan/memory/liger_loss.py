@@ -1,7 +1,8 @@
 """Liger's fused linear cross entropy, which makes the gradients in forward, chunk by chunk, and keeps them for backward.
 
 n tokens, h hidden size, v vocabulary. Source: liger-kernel `ops/fused_linear_cross_entropy.py`,
-`transformers/model/llama.py` (`lce_forward`). Its Triton kernels take nothing.
+`transformers/model/llama.py` (`lce_forward`). Its Triton kernels take nothing. `older_liger`: 0.8.1 makes the logits of
+each chunk anew, and the product of each in 16 bits and in 32 before it is added.
 """
 
 from __future__ import annotations
@@ -54,18 +55,20 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
     grad_hidden = f.new(hidden.dims, hidden.dtype, "grad_input")
     grad_weight = f.new(weight.dims, weight.dtype, "grad_weight") if trains and weight.node is not None else None
     losses, mask = f.new(("n",), "fp32", "losses"), f.new(("n",), "bool", "target mask")
-    in_place = hidden.dtype == weight.dtype == dtype
+    older = model.running.older_liger
+    in_place = hidden.dtype == weight.dtype == dtype and not older
     buffer = f.new(("rows", weight.dims[0]), dtype, "logits, in chunks") if in_place else None
+    logits: Tensor | None = None
     with f.no_grad():
         for rows in chunks(model):
-            logits = buffer or _projected(f, rows, hidden, weight, dtype)
+            logits = buffer or _projected(f, rows, hidden, weight, dtype)  # the last chunk's live until then in the older release
             if trains and not in_place:
                 temporaries = f.cast(weight, dtype), f.new((rows, hidden.dims[-1]), dtype, "mm")
                 del temporaries
             if grad_weight is not None:
-                _add_to_weight(f, rows, hidden, weight, dtype, tensor_cores=model.running.flash)
-            del logits
-    del buffer, mask
+                _add_to_weight(f, rows, hidden, weight, dtype, tensor_cores=model.running.flash, older=older)
+            logits = logits if older else None
+    del buffer, logits, mask
     loss = f.new((), "fp32", "sum", node)
     f.keep(node, grad_hidden, grad_weight)
     del losses
@@ -86,10 +89,11 @@ def _chunk(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor | None:
     return None if hidden.dtype == dtype else f.new((rows, hidden.dims[-1]), dtype, "to")
 
 
-def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Operand, dtype: str, *, tensor_cores: bool) -> None:
-    """16-bit products go straight into the gradient on sm80 and later; others are made, and an fp32 copy of them."""
+def _add_to_weight(f: Tape, rows: Dim, hidden: Tensor, weight: Operand, dtype: str, *, tensor_cores: bool, older: bool) -> None:
+    """16-bit products go straight into the gradient on sm80 and later, in the `older` release into an fp32 one alone; others are
+    made, and an fp32 copy of them."""
     chunk = _chunk(f, rows, hidden, dtype)
-    if tensor_cores and dtype in SIXTEEN_BITS and weight.dtype in ("fp32", dtype):
+    if tensor_cores and dtype in SIXTEEN_BITS and weight.dtype in ("fp32", *(() if older else (dtype,))):
         return
     product = f.new(weight.dims, dtype, "mm")
     del chunk

@@ -49,10 +49,10 @@ def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: flo
 
 def _qkv_backward(f: Tape, node: Node, saved: Sequence[Tensor], *grads: Tensor) -> Gradients:
     assert isinstance(node.context, Saved)
-    kernel, ps, drops = node.context
+    kernel, ps, drops, twice = node.context
     x, dropped, *rest = saved
     masks, casts = (rest, []) if drops else ([], rest)
-    dx, *others = _projected_backward(f, kernel, (x, dropped), ps, grads, casts, masks)
+    dx, *others = _projected_backward(f, kernel, (x, None if twice else dropped), ps, grads, casts, masks)
     return dx if node.edges[0] else None, *others
 
 

@@ -69,7 +69,7 @@ def _of_product(f: Tape, kernel: Lora, dy: Tensor, down: Projection, mask: Tenso
 def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> Gradients:
     """Gate, partner and the gradient of their product are overwritten by their gradients and by the product itself."""
     assert isinstance(node.context, Saved)
-    kernel, (gate, up, down), drops = node.context
+    kernel, (gate, up, down), drops, twice = node.context
     x, dropped, e, g, *others = saved
     masks, casts = (others, []) if drops else ([], others)
     dtype, rows = x.dtype, x.dims[:-1]
@@ -108,6 +108,6 @@ def _mlp_backward(f: Tape, node: Node, saved: Sequence[Tensor], dy: Tensor) -> G
     del weight
     if drops:
         add_through(f, masks[0], dtype)
-    of_dropped = of_dropped_input(f, dropped, output=False)
+    of_dropped = of_dropped_input(f, None if twice else dropped, output=False)
     del low_down, low_up, low_gate, adapters, product, after
     return (dx if node.edges[0] else None, of_dropped, *of_gate, *of_up, *of_down)

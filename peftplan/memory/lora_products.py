@@ -121,11 +121,13 @@ def matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, buffered: bo
 
 
 class Saved(NamedTuple):
-    """What a kernel keeps outside autograd's saved tensors: its facts, its projections, and whether dropout runs inside."""
+    """What a kernel keeps outside autograd's saved tensors: its facts, its projections, whether dropout runs inside, and whether
+    it saves x twice, in place of what dropout would have made of it (axolotl 0.19.0, kernels/lora.py:456)."""
 
     kernel: Lora
     projections: tuple[Projection, ...]
     drops: bool
+    twice: bool
 
 
 def record(f: Tape, backward: Backward, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], dropout: float) -> Node | None:
@@ -133,7 +135,8 @@ def record(f: Tape, backward: Backward, kernel: Lora, xs: "Inputs", ps: Sequence
     node = f.record(backward, (*xs, *(side for p in ps for side in (p.a, p.b))))
     if node is not None:
         node.in_python = True
-        node.context = Saved(kernel, tuple(ps), drops=bool(dropout) and kernel.drops_inside)
+        twice = f.offloaded is not None and xs[1] is None
+        node.context = Saved(kernel, tuple(ps), drops=bool(dropout) and kernel.drops_inside, twice=twice)
     return node
 
 
@@ -168,7 +171,8 @@ def save(f: Tape, node: Node | None, kernel: Lora, xs: "Inputs", ps: Sequence[Pr
     """`save_for_backward`: the inputs, what else is needed, and the adapter, in the input's dtype or as it is."""
     x, dropped = xs
     casts = [cast(f, side, x.dtype) for p in ps for side in (p.a, p.b)] if kernel.saves_casts else []
-    f.keep(node, x.detach(), None if dropped is None else dropped.detach(), *more, *(c for c in casts if c is not None))
+    second = x if f.offloaded is not None and dropped is None else dropped
+    f.keep(node, x.detach(), None if second is None else second.detach(), *more, *(c for c in casts if c is not None))
 
 
 def of_dropped_input(f: Tape, dropped: Tensor | None, *, output: bool) -> Tensor | None:

@@ -169,7 +169,8 @@ class Model(Weights):
     @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
-        return self.units.every_layer or self.router_logits is not None  # the load-balancing loss reads each layer's
+        apart = self.router_logits is not None or self.tape.offloaded is not None  # the load-balancing loss reads each layer's
+        return self.units.every_layer or apart
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""

@@ -99,6 +99,8 @@ class Running(NamedTuple):
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False
     """Whether the inputs of checkpointed layers wait on the host."""
+    older_liger: bool = False
+    """Whether Liger's loss is that of release 0.8.1 (`memory.liger_loss`)."""
     recorded: Recorded | None = None
     """What a layer allocates that torch compiles whole."""
     ring: "Ring | None" = None

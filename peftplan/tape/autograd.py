@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from peftplan.errors import RefusedError
 from peftplan.tape.allocations import Allocations
 from peftplan.tape.graph import RELEASED, Frame, Place, StopRecomputationError, reachable
 from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Parameter, Tensor
 from peftplan.versions import named
+
+if TYPE_CHECKING:
+    from peftplan.tape.offloaded import Offloaded
 
 T = TypeVar("T")
 X = TypeVar("X")
@@ -77,6 +80,8 @@ class Autograd(Allocations):
         """Detached inputs of reentrant checkpoints with their gradients, where hooks hold them until backward ends."""
         self.modules: Modules | None = None
         """What is done around each module; None: nothing."""
+        self.offloaded: Offloaded | None = None
+        """Where what operations save goes to the host."""
 
     @property
     def replays(self) -> bool:
@@ -108,11 +113,14 @@ class Autograd(Allocations):
             for value in saved:
                 if type(value) is Tensor and value.storage is not None:
                     self.savers[value.storage.number] = node.backward.__name__
-            packed = saved if self._frame is None and self._replaying is None else tuple(map(self._pack, saved))
+            apart = self._frame is None and self._replaying is None
+            packed = saved if apart and self.offloaded is None else tuple(map(self._pack, saved))
             node.saved = (*node.saved, *packed)
 
     def _pack(self, value: object) -> object:
         """What a checkpointed call saves: a place for each tensor in forward; the tensor for that place in recomputation."""
+        if self.offloaded is not None and self._frame is None and self._replaying is None:
+            return self.offloaded.pack(value)
         if type(value) is not Tensor and type(value) is not Parameter:
             return value
         if self._replaying is None:
@@ -170,6 +178,8 @@ class Autograd(Allocations):
             node = order.pop()
             if any(node.grads):
                 self._apply(node)
+        if self.offloaded is not None and not self.nested:
+            self.offloaded.end_backward()
 
     def _apply(self, node: Node) -> None:
         grads, node.grads = node.grads, [None]
@@ -184,6 +194,9 @@ class Autograd(Allocations):
         places = saved  # keeps the frames, and with them the inputs of recomputation, until the node is done
         if node.checkpointed:
             saved = [self._unpack(value) for value in saved]
+        elif self.offloaded is not None:
+            saved = self.offloaded.unpacked(saved, None if self.nested else node)
+        leaving = None if self.offloaded is None else self.offloaded.take_leaving()
         result = node.backward(self, node, saved, *grads)
         if node.in_python:
             grads = []
@@ -200,6 +213,9 @@ class Autograd(Allocations):
             if edge is not None and grad is not None and grad.dtype != edge[2]:
                 grad = grads_of_inputs[i] = self.alike(grad, edge[2], "to")
         grad = None
+        if self.offloaded is not None and leaving is not None:
+            saved = ()
+            self.offloaded.ran(leaving)
         del saved, grads, places
         for i, edge in enumerate(node.edges):
             grad, grads_of_inputs[i] = grads_of_inputs[i], None
@@ -250,6 +266,8 @@ class Autograd(Allocations):
 
         `inputs`: returns the arguments for the second run, in place of those kept.
         """
+        if self.offloaded is not None and inputs is None:
+            inputs = self.offloaded.inputs(args)
         frame = self._frame = Frame()
         frame.rerun, frame.inputs = function, inputs or (lambda: args)
         out = function(*args)

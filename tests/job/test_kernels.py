@@ -30,7 +30,10 @@ def test_every_part_has_a_place() -> None:
     ("names", "message"),
     [
         ("unslot", "kernels: 'unslot' is not valid; did you mean unsloth"),
-        ("nonsense", "kernels: 'nonsense' is not valid; accepted: axolotl, liger, none, torchao, torchao-float8, unsloth"),
+        (
+            "nonsense",
+            "kernels: 'nonsense' is not valid; accepted: axolotl, axolotl-offload, liger, none, torchao, torchao-float8, unsloth",
+        ),
         ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
         (3, "kernels: 3 is not valid"),
         ([{"liger": None}], "kernels: {'liger': None} is not valid; accepted: axolotl"),

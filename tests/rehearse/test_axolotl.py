@@ -10,6 +10,9 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.read import read_values
+from peftplan.tape.offloaded import STASH, Offloaded
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 from tests.job.configs.published import plan as published
 from tests.job.configs.published import records
 from tools.rehearsed_axolotl import options, plan
@@ -180,3 +183,45 @@ def test_gpt_oss_restored_to_16_bits_holds_whole_gradients() -> None:
     drift = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
     drift |= {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in LARGEST}
     assert max(map(abs, drift.values())) < 0.03
+
+
+OFFLOADED = read(Path(__file__).with_name("axolotl_offload.jsonl"))
+
+
+@pytest.mark.parametrize("row", OFFLOADED, ids=[str(row["layers"]) for row in OFFLOADED])
+def test_activations_wait_on_the_host_beside_checkpoints(row: dict[str, Any]) -> None:
+    """`gradient_checkpointing: offload`. Loading is the peak, as it is of the whole model; its threads leave up to 5 MB more."""
+    assert plan(row).unsupported == {}
+    assert row["allocated"] == row["by_phase"]["load"]
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=6e-4)
+    assert peaks.by_phase == {phase: pytest.approx(nbytes, rel=3e-3) for phase, nbytes in row["by_phase"].items()}
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=0.015)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"gradient_checkpointing": False},
+        {"attn_implementation": "sdpa"},
+        {"use_reentrant": False},
+        {"gpus": 2},
+        {"trainer": "transformers"},
+    ],
+)
+def test_activations_on_the_host_of_other_jobs_have_counts_alone(other: dict[str, Any]) -> None:
+    estimate = peftplan.estimate(**options(OFFLOADED[0]) | other)
+    assert estimate.peaks is None
+
+
+def test_a_tensor_that_two_operations_save_stays_on_the_card() -> None:
+    """By hand: of x saved once, x saved twice, and five more, three are on the card when forward has ended but for the stash."""
+    f = Tape()
+    f.offloaded = offloaded = Offloaded(f)
+    x, y, *others = (f.new((1024,), "fp32", name) for name in "abcdefg")
+    kept = [offloaded.pack(each) for each in (x, y, y, *others)]
+    assert [type(each) is Tensor for each in kept] == [False, False, True, *[False] * 5]
+    assert len(offloaded.stash) == STASH  # the last five that were saved; x went, y is there for whoever saved it again
+    assert offloaded.pack(x) is not x
+    assert offloaded.pack(y) is y
