@@ -34,8 +34,8 @@ SHARED = {
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
-TRAINERS_OF_TEXT_PARTS = ("trl-dpo", "swift-dpo", "swift-grpo")
-"""Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl)."""
+TRAINERS_OF_TEXT_PARTS = {"trl-dpo": "", "trl-grpo": "qwen2_5_vl", "swift-dpo": "", "swift-grpo": ""}
+"""Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl) → how their model types begin."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
 LATENT = "kv_b_proj"
@@ -123,7 +123,8 @@ def _check_text_part(job: Job) -> None:
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
     if job.distributed is not None and not _knows_shared(job, job.distributed):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
-    if job.setup.by.of_preferences and job.setup.by.name not in TRAINERS_OF_TEXT_PARTS:
+    known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)
+    if job.setup.by.of_preferences and (known is None or not architecture.model_type.startswith(known)):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")

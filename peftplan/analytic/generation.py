@@ -94,13 +94,14 @@ def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:
 
 
 def _gathered(f: Tape, inventory: Inventory) -> list[Tensor]:
-    """All weights, whole on each rank under ZeRO-3 (trl, models/utils.py, `_unwrap_model_for_generation`)."""
+    """All weights, whole on each rank under ZeRO-3, layer by layer (trl, models/utils.py, `_unwrap_model_for_generation`)."""
     distributed = inventory.job.distributed
     if distributed is None or distributed.strategy != "zero3":
         return []
     from peftplan.analytic.ranks import parameters_on_rank
 
-    return [f.many(p.shape, p.dtype, f"{p.name} gathered", p.copies) for p in parameters_on_rank(inventory).all]
+    in_order = tensors(in_module_order(parameters_on_rank(inventory)))
+    return [f.new(p.shape, p.dtype, f"{p.name} gathered") for p, _ in in_order]
 
 
 def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:

@@ -240,9 +240,10 @@ def test_of_swifts_trainers_some_are_not_read(values: dict[str, object], key: st
     assert read({**SWIFT, **values}, kind="command", program="swift rlhf").unsupported.keys() == {key}
 
 
-def test_gspo_is_grpo_with_ratios_of_sequences() -> None:
+@pytest.mark.parametrize("name", ["gspo", "gspo_vlm", "grpo_vlm"])
+def test_gspo_is_grpo_with_ratios_of_sequences(name: str) -> None:
     script = "--model_name_or_path Qwen/Qwen3-0.6B --num_generations 8 --beta 0.0 --importance_sampling_level sequence"
-    plan = read_text(f"accelerate launch --num_processes 2 examples/scripts/gspo.py {script}\n", file="run.sh")
+    plan = read_text(f"accelerate launch --num_processes 2 examples/scripts/{name}.py {script}\n", file="run.sh")
     assert (plan.options["trainer"], plan.options["beta"], dict(plan.unsupported)) == ("trl-grpo", 0.0, {})
 
 
