@@ -74,7 +74,9 @@ class Reading:
             self.assumed |= {DOUBTED.get(kind, kind): doubt for kind, doubt in doubts.items()}
         if document.kind == "command":
             values = {key: self._object(key, value) for key, value in values.items()}
-        self.values = flat(resolved(values))
+        self.values = {
+            key: tool.rows.get(key, {}).get("empty") if value is None else value for key, value in flat(resolved(values)).items()
+        }
         self.effective = Effective(self.values, tool, document, file)
         self.options: Values = {}
         self.launch: Values = {}

@@ -233,6 +233,7 @@ def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
+        ({"bf16": None}, ("fp32", "none")),
         ({"bf16": False}, ("fp32", "none")),
         ({"bf16": False, "fp16": True}, ("fp16", "fp16")),
         ({"bf16": False, "float16": True}, ("fp16", "none")),
