@@ -6,7 +6,8 @@ FILE holds a row of JSON per job: `model` and how many of its `layers` run, the 
 `options` of the estimate, what else sections of the config say (`recipe`), the `card` if not an A100, and the `rank` that is
 played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
 tensors hold no values, tells no documents apart: attention has no mask there. Experts get equal shares of the tokens, and kernels
-are not chosen by their time. Needs nemo_automodel 0.7.0 and the CUDA build of torch.
+are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of torch, and, where a recipe says `backend.attn: te`,
+what `tools.uncompiled_te` needs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import yaml
 
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from tools import uncompiled_te
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
@@ -286,12 +288,14 @@ def recipe() -> None:
 
     compiled = torch.compile
     torch.compile = partial(untimed, compiled)
+    settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
+    if settings["model"].get("backend", {}).get("attn") == "te":
+        uncompiled_te.install_for_automodel()
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 
     forget_scalars(experts)
     tp_replicas.dist = Agreeing(tp_replicas.dist)
-    settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     module = "llm.benchmark" if settings["recipe"].startswith("Benchmarking") else "llm.train_ft"
     module = "vlm.finetune" if settings["recipe"] == OF_PICTURES else module
     runpy.run_module(f"nemo_automodel.recipes.{module}", run_name="__main__", alter_sys=True)

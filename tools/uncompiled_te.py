@@ -1,0 +1,179 @@
+"""Transformer Engine without its compiled part, for rehearsals: the package's Python over functions that allocate what its C++
+source allocates, and compute nothing.
+
+Needs the folder `transformer_engine` of the wheel transformer_engine_cu13 2.20.2 in `TRANSFORMER_ENGINE`. Attention is cuDNN's,
+which the package takes on H100 before flash-attn 2 (pytorch/attention/dot_product_attention/utils.py, `get_attention_backend`).
+Source: csrc/extensions/attention.cpp (`fused_attn_fwd`, `fused_attn_bwd`, `thd_read_half_tensor`, `thd_read_second_half_lse`);
+common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu (statistics of a row of documents, workspaces), utils.cu (`get_max_tokens`);
+cudnn-frontend 1.23, node/scaled_dot_product_flash_attention.h (`get_fe_workspace_size_node`). Left out: workspaces that cuDNN's
+own plan asks for beside.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from math import ceil, log2
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TYPES = {
+    "kByte": 0,
+    "kInt32": 2,
+    "kFloat32": 4,
+    "kFloat16": 5,
+    "kBFloat16": 6,
+    "kFloat8E4M3": 7,
+    "kFloat8E5M2": 8,
+    "kFloat4E2M1": 10,
+}
+FORWARD = tuple(f"GEMM{number}_{part}" for number in (1, 2, 3) for part in ("INPUT", "WEIGHT", "OUTPUT"))
+BACKWARD = tuple(f"GRAD_{part}{number}" for number in (1, 2, 3) for part in ("OUTPUT", "INPUT"))
+ENUM = re.compile(r"enum (?:class )?(\w+)\s*(?::\s*\w+\s*)?\{(.*?)\}", re.DOTALL)
+COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+FEWEST_TOKENS, DOUBLED_TOKENS = 2**10, 2**15
+
+
+def install() -> None:
+    """Make `transformer_engine` importable."""
+    package = Path(os.environ["TRANSFORMER_ENGINE"])
+    sys.path.insert(0, str(package.parent))
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no library is loaded
+    compiled, exported = ModuleType("transformer_engine_torch"), ModuleType("transformer_engine.pytorch.onnx_extensions")
+    compiled.__dict__.update(_enums(package / "common" / "include" / "transformer_engine"), **FUNCTIONS)
+    for module in (compiled, exported):
+        module.__dict__["__getattr__"] = _missing
+        sys.modules[module.__name__] = module
+    spec = spec_from_file_location("transformer_engine.common", package / "common" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = common = module_from_spec(spec)
+    spec.loader.exec_module(common)
+    common.__dict__["load_framework_extension"] = lambda framework: None
+
+
+def install_for_automodel() -> None:
+    """The same, before nemo_automodel is imported; it counts documents where tensors hold values."""
+    install()
+    from nemo_automodel.components.distributed import thd_utils
+
+    thd_utils.process_input_for_thd = partial(_on_host, thd_utils.process_input_for_thd)
+
+
+def _on_host(process: Callable[..., dict[str, Any]], batch: dict[str, Any], *settings: Any) -> dict[str, Any]:
+    """Where documents begin stays there."""
+    device = batch["input_ids"].device
+    result = process({name: value.cpu() if hasattr(value, "cpu") else value for name, value in batch.items()}, *settings)
+    return {name: value.to(device) if hasattr(value, "to") and "len" not in name else value for name, value in result.items()}
+
+
+def _enums(folder: Path) -> dict[str, type[IntEnum]]:
+    """Those of the headers, and those that the bindings make."""
+    enums = {name: IntEnum(name, dict(_members(body))) for file in folder.glob("*.h") for name, body in _bodies(file)}
+    enums["DType"] = IntEnum("DType", TYPES)
+    enums["FP8FwdTensors"] = IntEnum("FP8FwdTensors", FORWARD, start=0)
+    enums["FP8BwdTensors"] = IntEnum("FP8BwdTensors", BACKWARD, start=0)
+    return enums
+
+
+def _bodies(file: Path) -> list[tuple[str, str]]:
+    return ENUM.findall(COMMENT.sub("", file.read_text(encoding="utf-8")))
+
+
+def _members(body: str) -> Iterator[tuple[str, int]]:
+    value = 0
+    for member in filter(None, map(str.strip, body.split(","))):
+        name, _, number = (part.strip() for part in member.partition("="))
+        value = int(number, 0) if number.lstrip("-").isalnum() and number.lstrip("-")[0].isdigit() else value
+        yield name, value
+        value += 1
+
+
+def _missing(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name.startswith("multi_tensor_adam"):
+        return _in_place
+
+    def function(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"transformer_engine_torch.{name}")
+
+    return function
+
+
+def _attention(*arguments: Any) -> list[Any]:
+    """The result, and the statistics of its softmax in fp32."""
+    import torch
+
+    q, v = arguments[16], arguments[18]
+    tokens_first = q.dim() == 3
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    rng_state = torch.empty(2, dtype=torch.int64, device=q.device)
+    shape = (q.shape[0], q.shape[1], 1) if tokens_first else (q.shape[0], q.shape[2], q.shape[1], 1)
+    return [out, torch.empty(shape, dtype=torch.float32, device=q.device), rng_state]
+
+
+def max_tokens(tokens: int) -> int:
+    """Tokens of rows of documents for which the package makes a plan."""
+    if tokens <= FEWEST_TOKENS:
+        return FEWEST_TOKENS
+    return 2 ** ceil(log2(tokens)) if tokens <= DOUBLED_TOKENS else ceil(tokens / DOUBLED_TOKENS) * DOUBLED_TOKENS
+
+
+def _attention_backward(*arguments: Any) -> list[Any]:
+    """The gradients, beside a workspace in fp32: dQ, a number for each query and head, and, of grouped heads, dK and dV of all
+    query heads (of rows of documents alone)."""
+    import torch
+
+    q, k, v = arguments[19:22]
+    gradients = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v)]
+    heads, grouped = q.shape[-2], q.shape[-2] != k.shape[-2]
+    tokens, keys = (max_tokens(x.shape[0]) if x.dim() == 3 else x.shape[0] * x.shape[1] for x in (q, k))
+    expanded = keys * (k.shape[-1] + v.shape[-1]) if grouped and q.dim() == 3 else 0
+    workspace = torch.empty(4 * heads * (tokens * (q.shape[-1] + 1) + expanded), dtype=torch.uint8, device=q.device)
+    del workspace
+    return [*gradients, None]  # of no bias
+
+
+def _half(tensor: Any, cu_seqlens: Any, half: int) -> Any:
+    """Half of the tokens: (tokens, heads, size), or (2, tokens, heads, size)."""
+    shape = list(tensor.shape)
+    shape[tensor.dim() - 3] //= 2
+    return tensor.new_empty(shape)
+
+
+def _statistics_half(lse: Any, cu_seqlens: Any, packed: bool, queries: int) -> Any:
+    """The fp32 numbers of half of the queries: (heads, queries), or (rows, heads, queries)."""
+    return lse.new_empty((*lse.shape[:-1], queries))
+
+
+def _indices(cu_seqlens: Any, tokens: int, ranks: int, rank: int) -> Any:
+    return cu_seqlens.new_empty(tokens // ranks, device="cuda")
+
+
+def _in_place(*_: Any, **__: Any) -> None:
+    """Kernels that write over what they get."""
+
+
+def _backend(config: Any) -> tuple[Any, str]:
+    return sys.modules["transformer_engine_torch"].NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
+
+
+FUNCTIONS: dict[str, Any] = {
+    "get_cudnn_version": lambda: 92000,
+    "get_cublasLt_version": lambda: 130101,
+    "get_num_cublas_streams": lambda: 4,
+    "get_fused_attn_backend": _backend,
+    "fused_attn_fwd": _attention,
+    "fused_attn_bwd": _attention_backward,
+    "thd_read_half_tensor": _half,
+    "thd_read_second_half_lse": _statistics_half,
+    "thd_get_partitioned_indices": _indices,
+    **dict.fromkeys(("thd_second_half_lse_correction", "thd_out_correction", "thd_grad_correction"), _in_place),
+}
