@@ -73,7 +73,8 @@ class OfRanks(InstantPeaks):
 
         job, (own, *_) = self.inventory.job, self._of_rank
         assert job.distributed is not None
-        if job.distributed.divided > 1 or job.distributed.cpu_ram_efficient_loading:
+        in_stages = (job.distributed.pp_size or 1) > 1
+        if (job.distributed.divided > 1 and not in_stages) or job.distributed.cpu_ram_efficient_loading:
             return (own,)
         shapes = alike(self.inventory.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
         ranks = [first for first, *_ in shapes]

@@ -223,6 +223,8 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
     stepped = holding.states_of or holding.parameters
     of_rank.steps_over = tuple(tuple(on_stages(stepped.all, model.arch, (stage,))) for stage in stages)
     model.units = of_rank
+    if ranks_of(job.distributed) > 1:
+        TensorParallel(model, job.distributed, parameters.all)
     return program._replace(shards=stepped.all, schedule=of_rank)
 
 

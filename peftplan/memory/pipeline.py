@@ -24,6 +24,7 @@ from peftplan.memory.lasting import kept_on_card
 from peftplan.memory.loss import cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
+from peftplan.memory.tensor_parallel import whole_logits
 from peftplan.memory.units import ROOT, OneGpu
 from peftplan.parameters import Parameter as Shard
 from peftplan.tape.streams import on_stream
@@ -202,7 +203,7 @@ class OfRank(OneGpu):
             if action.micro_batch == 1 and output.storage is not None:  # those that are left out
                 f.counts[output.storage.number] = self.chunks - max(each.micro_batch for each in self.actions)
             f.module = ""
-            self.losses[action.micro_batch] = cross_entropy(f, output)
+            self.losses[action.micro_batch] = cross_entropy(f, whole_logits(f, output))
         self.outputs[action.stage, action.micro_batch] = output
 
     def _run_backward(self, f: Tape, action: Action) -> None:

