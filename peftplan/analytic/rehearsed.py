@@ -26,6 +26,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds
+from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
@@ -165,11 +166,15 @@ def _knows_division(job: Job, distributed: Distributed) -> bool:
 
 def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
     """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
-    with gradients that wait for the last micro batch. Torch reduces the gradients of one rank without buffers."""
-    whole = distributed.tp_size in (None, 1) and distributed.dp_shard_size is None and distributed.shards > 1
+    with gradients that wait for the last micro batch. Torch reduces the gradients of one rank without buffers. Matrices that
+    ranks share too: of Llama, fully trained on packed rows."""
+    whole = distributed.dp_shard_size is None and distributed.shards > 1
+    packed = kernels_of(job.setup.kernels or ()).attention is not None
+    divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
     return (
         builds(job)
         and whole
+        and (ranks_of(distributed) == 1 or (divided and distributed.pp_schedule == INTERLEAVED))
         and job.setup.dtype == "bf16"
         and distributed.offload_params in (None, "none")
         and not any(a.window for block in job.architecture.blocks for a in block.attentions)
@@ -182,12 +187,11 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
 
 def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
     """Whether rows were rehearsed that ranks share: by Trainer with torch's attention, of a dense model without windows, all of
-    whose ranks share its weights. Each place in a ring is counted apart."""
+    whose ranks share its weights, or by NeMo Automodel. Each place in a ring is counted apart."""
     setup, whole = job.setup, distributed.shards == distributed.world_size
     windows = any(a.window for block in job.architecture.blocks for a in block.attentions)
     return (
-        is_like_traced(job)
-        and not setup.by.sums_tokens
+        (_shares_rows_by_automodel(job, distributed) or (is_like_traced(job) and not setup.by.sums_tokens))
         and job.architecture.model_type in SHARING_ROWS
         and not windows
         and whole
@@ -198,6 +202,12 @@ def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
         and (distributed.cp_size or 1) <= LONGEST_RING
         and job.script.checkpoints_forward  # older releases of transformers were not rehearsed
     )
+
+
+def _shares_rows_by_automodel(job: Job, distributed: Distributed) -> bool:
+    """Whether NeMo Automodel was rehearsed so: fully trained models of its own, in bf16, over two ranks."""
+    own = builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
+    return own and distributed.cp_size == 2 and not job.setup.seq_len % 4
 
 
 def _knows_ends(job: Job, distributed: Distributed) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
@@ -103,6 +104,17 @@ def _knows_muon(job: Job) -> bool:
     return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
+def _packs_documents(job: Job) -> bool:
+    """Whether Transformer Engine's attention tells the documents of a row apart."""
+    return kernels_of(job.setup.kernels or ()).attention is not None
+
+
+def _knows_documents(job: Job) -> bool:
+    """Whether such rows were rehearsed: over several GPUs, in bf16, of a model of the tool's own, without quantization."""
+    setup = job.setup
+    return builds(job) and job.distributed is not None and setup.dtype == "bf16" and setup.loss == "full"
+
+
 def _in_stages(job: Job) -> bool:
     """Whether stages of a pipeline run the model, each of which makes a mask of padded rows for itself."""
     return job.distributed is not None and (job.distributed.pp_size or 1) > 1
@@ -123,7 +135,8 @@ def without_formula(job: Job) -> str | None:
         f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
-        or (name == "te_fused_adam" and builds(job)),  # with Transformer Engine they use its attention
+        or (name == "te_fused_adam" and builds(job) and not _packs_documents(job)),
+        "packed documents as they were not rehearsed": _packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

@@ -134,10 +134,24 @@ class Float8(NamedTuple):
     source: str
 
 
+class Documents(NamedTuple):
+    """Attention of packed rows that lie behind each other, which is told where each document begins."""
+
+    source: str
+
+
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
 Part: TypeAlias = (
-    CompiledLayers | FakeQuantized | Float8 | HostEmbedding | Decoder | PaddingFree | Checkpoint | OffloadedActivations
+    CompiledLayers
+    | FakeQuantized
+    | Float8
+    | Documents
+    | HostEmbedding
+    | Decoder
+    | PaddingFree
+    | Checkpoint
+    | OffloadedActivations
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
@@ -186,6 +200,7 @@ KERNELS: dict[str, Kernel] = {
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-float8.linear": Float8("torchao, float8/float8_linear.py (`Float8Linear`)"),
+    "te.attention": Documents("transformer-engine 2.20.2, pytorch/attention/dot_product_attention/backends.py (`FusedAttnFunc`)"),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -194,6 +209,8 @@ NONE = "none"
 OF_TORCHTUNE = ("torchao.fake_quant",)
 """Kernels of torchtune's recipes, and of no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
+DOCUMENTS = ("te.attention",)
+OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -213,6 +230,7 @@ class Kernels(NamedTuple):
     lora_o: Lora | None = None
     fake_quant: FakeQuantized | None = None
     linear: Float8 | None = None
+    attention: Documents | None = None
     embedding: HostEmbedding | None = None
     activations: OffloadedActivations | None = None
 
@@ -279,6 +297,7 @@ OF_PACKAGE = {
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama"),
+    "te": ("llama", "qwen3"),
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 

@@ -19,6 +19,7 @@ from peftplan.ledger import Dim
 from peftplan.memory.attention_layout import by_heads, gathered, joined_width, product, repeat_kv, viewed
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
 from peftplan.memory.ring_attention import ring_flash
+from peftplan.memory.te_attention import of_documents, ring_of_documents
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -61,6 +62,11 @@ def attend(
         if not by_head:
             q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
+    if model.running.kernels.attention is not None:
+        ring = model.running.ring
+        out = of_documents(f, q, k, v) if ring is None else ring_of_documents(f, ring, q, k, v)
+        b, heads, s, d = out.dims
+        return out.view((b, s, joined_width(heads, d)))
     gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
     repeats = grouped and (model.running.repeats_kv or (model.running.attention == "sdpa" and not gqa))
     kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)

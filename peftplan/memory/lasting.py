@@ -7,6 +7,7 @@ nemo_automodel, components/models/llama/rope_utils.py (`_build_cache`).
 from __future__ import annotations
 
 from peftplan.memory.model import Model
+from peftplan.tape.tensors import Dims
 
 
 def kept_on_card(model: Model) -> None:
@@ -25,8 +26,12 @@ def kept_on_card(model: Model) -> None:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
         in_fp32 = decoder is None or model.arch.model_type == "gemma"  # unsloth, models/gemma.py (`_set_cos_sin_cache`)
-        rows, dtype = model.seq if decoder is None else running.rotary_rows, "fp32" if in_fp32 else running.dtype
-        model.lasting = [f.new((rows, width), dtype, name) for name in ("cos", "sin")]
+        rows: Dims = (model.seq,) if decoder is None else (running.rotary_rows,)
+        if running.ring is not None:  # positions of the whole row
+            rows = (model.seq, running.ring.ranks)
+        elif running.kernels.attention is not None:  # as many as tokens
+            rows = ("b", model.seq)
+        model.lasting = [f.new((*rows, width), "fp32" if in_fp32 else running.dtype, name) for name in ("cos", "sin")]
     if lora is not None and lora.global_buffer and model.quant is not None and not getattr(running.config, "lora_dropout", 0):
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))

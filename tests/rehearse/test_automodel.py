@@ -11,7 +11,9 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.automodel import REHEARSED_QUANTIZED, WITH_TOWERS
+from peftplan.memory.te_attention import PLANNED
 from tools.rank_grid import cut
+from tools.rank_jobs import on_rehearsed_rank
 from tools.rehearsed_automodel import options
 
 ROWS = [json.loads(line) for line in Path(__file__).with_name("automodel.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -24,7 +26,7 @@ SEGMENTS = 2**25
 TAIL = {"qwen1.5-moe-a2.7b every-linear": 0.02}
 """Per cent of allocated bytes: 1.0 MB, which the allocator may leave of a block without splitting it (c10,
 CUDACachingAllocator.cpp, `should_split`)."""
-IN_8_BITS = {"allocated": 0.02, "reserved": 0.7}
+IN_8_BITS = {"allocated": 0.02, "reserved": 0.8}
 """Per cent, of layers in 8 bits: at most 1.4 MB that the allocator leaves unsplit, and segments, since the first step, which has
 no scales of a step before, leaves other blocks behind."""
 LARGEST_OF_PHASE = 0.15
@@ -39,6 +41,7 @@ LOOSE = {
     ("gemma-3-4b-it", 7, 1): 0.13,
     ("gpt-oss-20b", 24, 16): 0.6,
     ("gpt-oss-20b", 24, 8): 0.6,
+    ("llama-3.1-8b", 3, 2): 0.11,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
 and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less. Qwen2.5-VL: 0.11 of
@@ -48,12 +51,25 @@ gpt-oss, 16 rows: of reserved ones, among which are two blocks of 34 GB of the f
 0.0001. 8 rows: of allocated ones, three times the queries, keys and values of a layer, which torch's compiler left to Python's
 garbage collector; it came earlier with 16 rows."""
 
+SHARED_ROWS = {
+    ("qwen3-8b", 1024, 0): 0.05,
+    ("qwen3-8b", 2048, 0): 0.1,
+    ("qwen3-0.6b", 2048, 0): 0.53,
+    ("llama-3.2-1b", 1024, 0): 0.14,
+    ("llama-3.2-1b", 1024, 1): 3.3,
+    ("llama-3.2-1b", 4096, 0): 0.03,
+}
+"""Model, tokens of a row that ranks share, and rank → per cent of all. With torch's attention up to 2.0 MB: tables of rotary
+embedding are for as many positions as the largest of them says, a number that the emulated card does not hold. Packed rows:
+`forward`, which is no peak, has 4 MB too much; of rank 1 the allocator leaves a block of logits in fp32 unused."""
+
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
 def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     alone = options(row)["gpus"] == 1
     peaks = peftplan.estimate(**options(row), gpu=row.get("card", "a100-80gb") if alone else "a100-80gb").peaks
     assert peaks is not None
+    peaks = on_rehearsed_rank(peaks, row.get("rank", 0)) if "cp_size" in row["options"] else peaks
     rehearsed = {"allocated": max(row["by_phase"].values()), "reserved": row["reserved"]}
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / rehearsed[what] - 1) for what, value in stated.items()}
@@ -62,8 +78,10 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     tail = TAIL.get(f"{row['model']} {row['options'].get('target_modules')}", 0.0)
     reserved = SHARED_SEGMENTS.get(row["model"], LARGEST["reserved"])
     loose = LOOSE.get((row["model"], row["layers"], row["options"].get("batch_size", 1)), 0.0)
+    if "cp_size" in row["options"]:
+        loose = SHARED_ROWS[(row["model"], row["options"]["seq_len"], row.get("rank", 0))]
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
-    most = IN_8_BITS if "kernels" in row["options"] else most
+    most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
     assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
@@ -139,7 +157,8 @@ def test_lora_of_the_recipe_adapts_what_mamba_reads_itself() -> None:
     ("settings", "message"),
     [
         ({"loss": "te-parallel"}, "loss: Trainer cannot compute the te-parallel loss; add --trainer automodel"),
-        ({"kernels": "torchao-float8"}, "kernels: Trainer has no layers of torchao in 8 bits; add --trainer automodel"),
+        ({"kernels": "torchao-float8"}, "kernels: Trainer has no torchao-float8.linear; add --trainer automodel"),
+        ({"kernels": "te"}, "kernels: Trainer has no te.attention; add --trainer automodel"),
         (
             {"optim": "flash_adamw"},
             "optim: Trainer makes no flash_adamw, which NeMo Automodel's recipe does; add --trainer automodel",
@@ -193,6 +212,36 @@ def test_layers_in_8_bits_are_gathered_in_bytes() -> None:
         lines = result.peaks.ledgers["forward"].lines
         gathered.append(sum(line.bytes() for line in lines if line.category == "gathered_weights"))
     assert gathered[0] - gathered[1] == 2 * 2048 * (2048 + 512) + 3 * 2048 * 8192
+
+
+@pytest.mark.parametrize(("rows", "length", "planned"), [(1, 512, 1024), (2, 1536, 4096), (1, 32_769, 65_536)])
+def test_a_plan_of_cudnn_is_for_a_power_of_two_of_tokens(rows: int, length: int, planned: int) -> None:
+    """transformer_engine, common/fused_attn/utils.cu (`get_max_tokens`)."""
+    assert PLANNED.at({"b": rows, "s": length}) == planned
+
+
+@pytest.mark.parametrize(
+    ("options", "unknown"),
+    [
+        ({}, None),
+        ({"method": "lora", "r": 8}, None),
+        ({"cp_size": 2}, None),
+        ({"cp_size": 4}, "cp_size"),
+        ({"optim": "te_fused_adam"}, None),
+        ({"optim": "te_fused_adam", "kernels": "none"}, "optim te_fused_adam"),
+        ({"pp_size": 2, "tp_size": 2, "pp_schedule": "interleaved1f1b", "pp_microbatches": 2}, None),
+        ({"pp_size": 2, "tp_size": 2, "pp_schedule": "1f1b", "pp_microbatches": 2}, "pp_size"),
+        ({"dtype": "fp32"}, "packed documents"),
+        ({"padding": True}, "padding"),
+        ({"model": "qwen2.5-1.5b"}, "te's kernels in qwen2"),
+        ({"model": "mistral-7b-v0.1"}, "te's kernels in mistral"),
+    ],
+)
+def test_what_of_packed_documents_was_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
+    job: dict[str, Any] = {"model": "llama-3.1-8b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+    result = peftplan.estimate(**job | {"kernels": "te", "seq_len": 1024} | options)
+    assert (result.peaks is None) is (unknown is not None)
+    assert unknown is None or unknown in result.not_modelled[0]
 
 
 @pytest.mark.parametrize(("card", "verdict"), [("a100-80gb", "does_not_run"), ("l40s", "fits")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 
 from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.errors import nearest, quoted
@@ -33,6 +34,8 @@ CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
+SHARING = ("tp_size", "pp_size", "cp_size")
+"""Options whose ranks share the rows of a batch."""
 OLD_OPTIMIZERS = ("adamw_hf",)
 """Optimizers of transformers 4 that 5 does not have."""
 DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
@@ -271,7 +274,7 @@ class Reading:
         numbers = [str(self.effective.of(key)) for key in self.tool.batches]
         if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
             global_batch, micro_batch = map(int, numbers)
-            sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
+            sharing = prod(number_in(self.options, name) for name in SHARING)
             ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // sharing, 1)
             micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
             if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
@@ -314,7 +317,7 @@ class Reading:
         self.unsupported |= launch.unsupported
         self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
         self.assumed |= launch.assumed
-        sharing = number_in(self.options, "tp_size") * number_in(self.options, "pp_size")
+        sharing = prod(number_in(self.options, name) for name in SHARING)
         if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
             launch.options["gpus"] = number_in(launch.options, "gpus") * sharing
         elif "gpus" in launch.assumed and number_in(launch.options, "gpus") % sharing:

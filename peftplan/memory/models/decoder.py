@@ -130,7 +130,8 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
     """Cosines and sines, as wide as the part of a head that is rotated."""
     a = model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-    rows: Dim = 1 if model.running.ring is None else "b"  # whose positions come with the batch
+    shares = model.running.ring is not None or model.running.kernels.attention is not None
+    rows: Dim = "b" if shares else 1  # whose positions come with the batch
     f, dims = model.tape, (rows, model.seq, width)
     model.units.enter(ROTARY)
     f.module = "model.rotary_emb"

@@ -34,6 +34,7 @@ def test_nemo_builds_some_models_itself() -> None:
 
 
 NEMO_MODEL = {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": "gpt2"}
+NEMO_OWN = NEMO_MODEL | {"pretrained_model_name_or_path": "meta-llama/Llama-3.2-1B"}
 NEMO_LORA = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig"}
 
 
@@ -92,7 +93,6 @@ def test_nemo_started_by_skypilot() -> None:
     "distributed",
     [
         {"strategy": "megatron_fsdp"},
-        {"strategy": "fsdp2", "cp_size": 2},
         {"strategy": "fsdp2", "activation_checkpointing": "selective"},
         {"strategy": "fsdp2", "offload_policy": {"_target_": "torch.distributed.fsdp.CPUOffloadPolicy"}},
     ],
@@ -135,7 +135,8 @@ def test_nemo_shards_with_fsdp2_unless_one_gpu_runs() -> None:
 
 
 def test_nemo_packs_documents_into_rows() -> None:
-    """A mask tells documents apart, or FlashAttention's metadata; how the tool's own modules do it has no formula."""
+    """A mask tells documents apart, FlashAttention's metadata, or Transformer Engine in the tool's own modules, which raise
+    without it (components/models/llama/model.py: "Packed THD attention requires backend.attn='te'.")."""
     packed = {"packed_sequence": {"packed_sequence_size": 1024}}
     plans = [
         of_nemo({"strategy": "fsdp2"}, model=NEMO_MODEL | {"force_hf": True, **attention}, **packed)
@@ -146,6 +147,28 @@ def test_nemo_packs_documents_into_rows() -> None:
         (1024, None, {}),
     ]
     assert of_nemo({"strategy": "fsdp2"}, **packed).unsupported.keys() == {"packed_sequence.packed_sequence_size"}
+    of_tool = of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN, **packed)
+    assert (of_tool.options["kernels"], of_tool.options["padding"], of_tool.unsupported) == ("te", False, {})
+    assert "cuDNN" in of_tool.assumed["attn_implementation"]
+    neat = {"packed_sequence_size": 1024, "packing_strategy": "neat"}
+    others = ({"model": NEMO_OWN | {"backend": {"attn": "sdpa"}}}, {"packed_sequence": neat})
+    for other in others:
+        plan = of_nemo({"strategy": "fsdp2"}, **{"model": NEMO_OWN, **packed, **other})
+        assert plan.unsupported.keys() == {"packed_sequence.packed_sequence_size"}
+
+
+def test_ranks_that_share_rows_read_them_once() -> None:
+    """`dp_size` is what ranks remain: 8 / 2 read 64 rows in steps of 2."""
+    steps = {"global_batch_size": 64, "local_batch_size": 2}
+    plan = of_nemo({"strategy": "fsdp2", "cp_size": 2}, model=NEMO_OWN, step_scheduler=steps)
+    assert [plan.options[name] for name in ("cp_size", "gpus", "gradient_accumulation_steps")] == [2, 8, 8]
+    assert "transformer-engine is installed" in plan.assumed["attn_implementation"]
+
+
+def test_rope_fusion_has_no_effect_in_nemo() -> None:
+    """components/models/common/utils.py:608: `self.rope_fusion = False`, and dense layers are torch's whatever `linear` says."""
+    backend = {"attn": "te", "linear": "te", "rms_norm": "torch_fp32", "rope_fusion": True}
+    assert of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN | {"backend": backend}).unsupported == {}
 
 
 IN_8_BITS = {
