@@ -71,6 +71,8 @@ class Compiled(NamedTuple):
     """Numbers of tokens above which the step allocates otherwise."""
     empties_cache: bool = False
     """Whether cached segments are given back after each backward."""
+    empties_after: bool = False
+    """Whether cached segments are given back after each step (badam 1.4, block_optim.py, `BlockOptimizer.step`)."""
     empties_before: bool = False
     """Whether they are given back before each backward."""
     empties_first: bool = False
@@ -136,7 +138,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
-    early = tuple(line for line in lasting if optimizer.made_with_states and line.source == optimizer.source)
+    early = tuple(line for line in lasting if optimizer.makes(line))
     idle = frozenset(() if early else model.units.idle(model.idle()))
     if idle:  # a parameter without a gradient has no state
         states = (line for line in lasting if line.category == "optimizer_states")
@@ -152,7 +154,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        loading = max(loading, Ledger(loaded + early), key=Ledger.bytes)
+        loading = max(loading, Ledger(loaded + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(
         architecture,
         of_step,
@@ -177,6 +179,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         expandable=segments_grow(setup),
         limits=limits_of(job, compute_capability),
         empties_cache=setup.by.empties_cache,
+        empties_after=optimizer.name == "badam",
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
         flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
@@ -190,6 +193,15 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
     workspaces = tuple((at, line) for at, line in workspaces if line != normed)
     return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
+
+
+def _cloned(optimizer: Optimizer, inventory: "Inventory") -> tuple[Line, ...]:
+    """What lives beside the last of BAdam's copies: each is made of a clone of the weight (badam 1.4, block_optim.py:517)."""
+    trained = [p for p in inventory.parameters.all if p.trainable] if optimizer.name == "badam" else []
+    largest = max(trained, key=lambda p: ITEMSIZE[p.dtype] * p.numel, default=None)
+    if largest is None:
+        return ()
+    return (Line(f"{largest.name} clone", "temporaries", largest.dtype, largest.shape, 1, optimizer.source),)
 
 
 def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:

@@ -65,6 +65,8 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     generated = sum(len(each.timeline.kinds) for each in generations)
     compiled = steps[-1]
     num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)
+    if compiled.empties_after:
+        script = script.model_copy(update={"empties_cache": True})
     writer = Writer(script, num_kinds, empties=compiled.empties_cache)
     writer.begin("load")
     load(writer)

@@ -78,6 +78,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_modules=setup.by.own_modules,
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
+        checkpoints_frozen=setup.by.checkpoints_frozen,
         hooks_adapted=setup.by.hooks_adapted,
         kernels=kernels_of(setup.kernels or ()),
         chip=chip,

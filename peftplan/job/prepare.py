@@ -179,6 +179,13 @@ def prepared(request: Request) -> Job:
             f"trainable_dtype: without autocast torch multiplies no {setup.dtype} by {adaptation.trained_dtype}; "
             "use --autocast bf16, or leave it out"
         )
+    if setup.optim == "badam" and (
+        distributed is not None or {family.layers and len(family.layers) for family in adaptation.trained} != {1}
+    ):
+        raise RefusedError(
+            "optim: badam steps copies of one layer, the only one that trains; on several GPUs LLaMA-Factory refuses it without "
+            "ZeRO-3, which has no formula; accepted: --method partial --trainable-layers -1 on one GPU"
+        )
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
         kind, adaptation = methods.METHODS["partial"], partial
     differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()

@@ -26,6 +26,7 @@ TrainerName = Literal[
     "llamafactory-asft",
     "llamafactory-dpo",
     "llamafactory-kto",
+    "llamafactory-partial",
     "llamafactory-v1",
     "automodel",
     "automodel-hf",
@@ -249,6 +250,9 @@ class Trainer(NamedTuple):
     """Whether it builds the model of modules of its own, on the card."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients (`enable_input_require_grads`)."""
+    checkpoints_frozen: bool = True
+    """Whether checkpoints cover layers in which nothing trains. The input of the first layer that trains is a leaf then, not the
+    embeddings (llamafactory 0.9.5, model/model_utils/checkpointing.py:80)."""
     hooks_adapted: bool = False
     """Whether those of a model with an adapter are without checkpointing too (axolotl 0.19.0, loaders/adapter.py:427)."""
     own_decoders: bool = False

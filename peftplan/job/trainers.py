@@ -42,6 +42,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             anchors=True,
             forwards=(Forward("reference"), *LOSS),
         ),
+        # model/model_utils/checkpointing.py:80, train/trainer_utils.py (`_create_badam_optimizer`).
+        Trainer("llamafactory-partial", "LLaMA-Factory 0.9.5 that trains some layers", checkpoints_frozen=False),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",

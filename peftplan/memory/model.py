@@ -174,7 +174,13 @@ class Model(Weights):
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""
+        if not self.running.checkpoints_frozen and self.trains(layer):
+            x = self.asking_gradient(x, of_layer=True)
         return self.units.arrive(layer, x)
+
+    def trains(self, layer: int) -> bool:
+        """Whether something of a layer trains."""
+        return any(p.trainable and p.layers is not None and layer in p.layers for p in self.parameters.all)
 
     def call_layer(self, stack: str, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer between what its unit does before and after it."""
@@ -204,7 +210,10 @@ class Model(Weights):
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
         """Whether checkpointing reaches each layer of a stack."""
         before = self.arch.encoder_layers if stack == "decoder" else 0
-        return checkpointed_layers(layers, before=before, every=self.running.every_n_layers)
+        reached = checkpointed_layers(layers, before=before, every=self.running.every_n_layers)
+        if self.running.checkpoints_frozen:
+            return reached
+        return tuple(flag and self.trains(before + layer) for layer, flag in enumerate(reached))
 
     def checkpoint(self, function: Callable[..., Outputs], *args: object, stays: bool = False) -> Outputs:
         """Call a checkpointed layer. `stays`: its input does not go to the host."""
@@ -220,9 +229,10 @@ class Model(Weights):
             return self.tape.checkpoint(function, *args, inputs=partial(fetched, self.tape, stored(self.tape, args)))
         return self.tape.checkpoint(function, *args)
 
-    def asking_gradient(self, x: Tensor) -> Tensor:
-        """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it."""
-        if x.node is None and self._asks_gradients:
+    def asking_gradient(self, x: Tensor, *, of_layer: bool = False) -> Tensor:
+        """The output of the input layer, made a leaf where checkpointing would find nothing that trains before it. `of_layer`:
+        the input of a layer, which some trainers make one instead."""
+        if x.node is None and self._asks_gradients and of_layer is not self.running.checkpoints_frozen:
             x.node = Node((0, 0), self.tape.module, _leaf_backward, (), checkpointed=False)
             x.node.context = x.detach()
             x.node.saved = (x.detach(),)  # a leaf's `AccumulateGrad` holds the leaf

@@ -87,6 +87,8 @@ class Running(NamedTuple):
     """Whether the trainer builds models of some types of modules of its own."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients."""
+    checkpoints_frozen: bool = True
+    """Whether checkpoints cover layers in which nothing trains."""
     hooks_adapted: bool = False
     """Whether those of a model with an adapter are without checkpointing too."""
     kernels: Kernels = NO_KERNELS

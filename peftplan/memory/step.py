@@ -12,6 +12,7 @@ from peftplan.memory.optimizer import optimizer_step
 from peftplan.memory.program import Program
 from peftplan.memory.scaler import Scaler
 from peftplan.memory.units import ONE_GPU
+from peftplan.memory.widened import widened_gradients
 from peftplan.tape.tensors import Tensor
 
 MOST_MICRO_BATCHES = 8
@@ -74,10 +75,12 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]
     freezes_a = bool(getattr(model.running.config, "freeze_a", False))
     clips = program.trainer.clips_gradients and not program.steps_in_backward
+    widened = widened_gradients(model) if program.optimizer.name == "badam" else []
     for group in model.units.groups(trained):
         optimizer_step(
             f, program.optimizer, group, clips=clips, freezes_a=freezes_a, projected=program.projected, ranks=model.units.ranks
         )
+    del widened
     if model.running.peft_type == "ADALORA":
         from peftplan.memory.methods.adalora import allocate
 

@@ -1,9 +1,9 @@
-"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw, flashoptim, adam-mini; Moonlight's Muon.
+"""Optimizers from small packages: schedulefree, torch-optimi (StableAdamW), grokadamw, flashoptim, adam-mini, badam; Muon.
 
 Counted: every tensor in `optimizer.state[p]` (grokadamw: in the parameter group).
 Source: schedulefree 1.4.1 `{adamw,radam,sgd}_schedulefree.py`; torch-optimi 0.3.3 `stableadamw.py`; grokadamw 0.1.2
 `grokadamw.py`; flashoptim 0.1.4 `optimizers.py` (`_MaybeQuantizedTensor`, `quantize`); adam-mini 1.1.1 `adam_mini.py`;
-llamafactory 0.9.5 `third_party/muon/muon.py`, `train/trainer_utils.py` (`_create_muon_optimizer`,
+badam 1.4 `block_optim.py`; llamafactory 0.9.5 `third_party/muon/muon.py`, `train/trainer_utils.py` (`_create_muon_optimizer`,
 `_create_adam_mini_optimizer`); axolotl 0.19.0 `contribs/mit/muon/dist_muon.py`; transformers `trainer_optimizer.py`.
 Left out: optimi's `step`, one int32 CPU scalar per parameter group; temporaries of the step.
 """
@@ -22,6 +22,8 @@ SCALED_TOGETHER = 32
 """Elements of a moment that share one scale of flashoptim (`quantize`)."""
 MASTER_BITS = 24
 """Bits of its master weights where none are named."""
+COPY = "copy"
+"""The weights that BAdam steps in place of the model's."""
 NOT_ORTHOGONALIZED = ("embed", "lm_head")
 """What names of matrices hold that Muon leaves to its AdamW."""
 BIASES = ("bias",)
@@ -80,6 +82,15 @@ def flash_adamw(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     if param.dtype in SIXTEEN_BITS:
         states.append(like(param, "error_bits", dtype="int8" if bits == MASTER_BITS else "int16"))
     return (*states, scalar("step", dtype="int64", place="host"))
+
+
+def badam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """BAdam's BlockOptimizer of the block that trains: a copy in fp32, which the fused AdamW below it steps, and its moments."""
+    return (
+        like(param, COPY, dtype="fp32"),
+        scalar("step"),
+        *(like(param, name, dtype="fp32") for name in ("exp_avg", "exp_avg_sq")),
+    )
 
 
 def by_muon(name: str, shape: tuple[int, ...]) -> bool:

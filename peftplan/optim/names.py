@@ -11,8 +11,10 @@ from peftplan.errors import RefusedError, UnknownNameError
 from peftplan.optim.adafactor import adafactor, adalomo, lomo
 from peftplan.optim.bnb import ademamix, bnb, code_tables, one_state, two_state
 from peftplan.optim.community import (
+    COPY,
     adam_mini,
     axolotl_muon,
+    badam,
     dion_muon,
     flash_adamw,
     grokadamw,
@@ -134,6 +136,7 @@ OF_AUTOMODEL: dict[str, Optimizer] = {
 }
 """Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients; Muon."""
 OF_LLAMA_FACTORY: dict[str, Optimizer] = {
+    "badam": Optimizer("badam", "badam", "badam.BlockOptimizer", "fused", badam, made_with_states=COPY),
     "adam_mini": Optimizer("adam_mini", "adam-mini", "adam_mini.Adam_mini", "for-loop", adam_mini, MINI),
     "moonlight_muon": Optimizer(
         "moonlight_muon", "llamafactory", "llamafactory.third_party.muon.Muon", "for-loop", moonlight_muon

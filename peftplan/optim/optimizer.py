@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from peftplan.ledger import Allocation, Place
+from peftplan.ledger import Allocation, Line, Place
 
 StepImplementation = Literal["fused", "foreach", "kernel", "for-loop", "in-backward"]
 """How the default path of the optimizer runs on CUDA, which decides the temporaries of the step.
@@ -54,6 +54,7 @@ VERSIONS: dict[str, str] = {
     "torch-optimi": "0.3.3",
     "flashoptim": "0.1.4",
     "adam-mini": "1.1.1",
+    "badam": "1.4",
     "dion": "0.1.0",
     "transformer-engine": "2.20.2",
     "llamafactory": "0.9.5",
@@ -68,7 +69,8 @@ class Optimizer(NamedTuple):
     `reads` lists the keys of `optim_args` that transformers reads for it, each with the reader it applies.
     `low_rank`: states depend on whether `optim_target_modules` selects the parameter.
     `states_for_frozen`: frozen parameters get states too.
-    `made_with_states`: the constructor creates the states of all its parameters; others create one at its first gradient.
+    `made_with_states`: the constructor creates the states of all its parameters, or the one of this name; others create them at
+    the first gradient.
     `temporaries`: those of a kernel that is compiled for each shape; None if the step works in place or has a formula of its own.
     """
 
@@ -81,7 +83,7 @@ class Optimizer(NamedTuple):
     shared: SharedFunction = nothing_shared
     low_rank: bool = False
     states_for_frozen: bool = False
-    made_with_states: bool = False
+    made_with_states: bool | str = False
     temporaries: StepFunction | None = None
 
     def unknown(self, optim_args: OptimArgs) -> str | None:
@@ -96,6 +98,11 @@ class Optimizer(NamedTuple):
         if self.step_implementation == "in-backward":
             return "it steps inside backward"
         return f"the projections of {self.package} are not traced" if self.low_rank else None
+
+    def makes(self, line: Line) -> bool:
+        """Whether the constructor makes a line of the states."""
+        of_name = self.made_with_states if isinstance(self.made_with_states, str) else ""
+        return bool(self.made_with_states) and line.source == self.source and line.name.endswith(of_name)
 
     @property
     def source(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -32,3 +34,21 @@ def checkpoint_layers(model: Any, setup: Setup) -> None:
             raise
         names = ", ".join("offload_checkpoints" if name == "offload" else name for name in arguments)
         raise RefusedError(f"{names}: transformers {version('transformers')} does not have it; 5.17 does") from error
+
+
+def leave_frozen_layers(model: Any) -> None:
+    """Checkpoint the layers alone in which something trains, and make the input of each a leaf, not the embeddings.
+
+    Source: llamafactory 0.9.5, model/model_utils/checkpointing.py (`get_custom_gradient_checkpointing_func`).
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.disable_input_require_grads()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = any(p.requires_grad for p in layer.parameters())
+        layer._gradient_checkpointing_func = partial(_of_leaf, layer._gradient_checkpointing_func)
+
+
+def _of_leaf(checkpoint: Callable[..., Any], function: Callable[..., Any], hidden: Any, *others: Any, **named: Any) -> Any:
+    return checkpoint(function, hidden.requires_grad_(True), *others, **named)

@@ -24,7 +24,7 @@ from peftplan.libraries.stand_ins import stand_ins
 from peftplan.libraries.walk import kind_of, ties_of
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig, quantized_modules
-from peftplan.trace.checkpointing import checkpoint_layers
+from peftplan.trace.checkpointing import checkpoint_layers, leave_frozen_layers
 from peftplan.trace.peft_steps import LORAFA
 from peftplan.trace.reasons import reason
 from peftplan.trace.reference import apply_reference
@@ -82,6 +82,8 @@ def build(
         model = _adapted(base, peft_config, task_type, quant, setup)
         if setup.every_n_layers is not None:
             _count_layers(base, setup.every_n_layers)
+        if setup.gradient_checkpointing and not setup.by.checkpoints_frozen:
+            leave_frozen_layers(base)
     model.train()
     return _described(model, base, original, upcast, prefixed=not (peft_config is None or isinstance(peft_config, Adaptation)))
 
