@@ -8,7 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, longest_row, tokens_at_once
+from peftplan.job.automodel import builds, longest_row, packs_documents, tokens_at_once
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
@@ -48,7 +48,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))
-        and not setup.by.turns_cache_off
+        and not (setup.by.turns_cache_off or packs_documents(job))
         and setup.loss != "trl-chunked",
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),

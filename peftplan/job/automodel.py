@@ -104,8 +104,8 @@ def _knows_muon(job: Job) -> bool:
     return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
-def _packs_documents(job: Job) -> bool:
-    """Whether Transformer Engine's attention tells the documents of a row apart."""
+def packs_documents(job: Job) -> bool:
+    """Whether Transformer Engine's attention tells the documents of a row apart; it takes no cache of keys and values."""
     return kernels_of(job.setup.kernels or ()).attention is not None
 
 
@@ -135,8 +135,8 @@ def without_formula(job: Job) -> str | None:
         f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
-        or (name == "te_fused_adam" and builds(job) and not _packs_documents(job)),
-        "packed documents as they were not rehearsed": _packs_documents(job) and not _knows_documents(job),
+        or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
+        "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

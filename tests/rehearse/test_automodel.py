@@ -55,13 +55,13 @@ SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,
     ("qwen3-8b", 2048, 0): 0.1,
     ("qwen3-0.6b", 2048, 0): 0.53,
-    ("llama-3.2-1b", 1024, 0): 0.14,
-    ("llama-3.2-1b", 1024, 1): 3.3,
+    ("llama-3.2-1b", 1024, 0): 0.01,
+    ("llama-3.2-1b", 1024, 1): 3.4,
     ("llama-3.2-1b", 4096, 0): 0.03,
 }
 """Model, tokens of a row that ranks share, and rank → per cent of all. With torch's attention up to 2.0 MB: tables of rotary
-embedding are for as many positions as the largest of them says, a number that the emulated card does not hold. Packed rows:
-`forward`, which is no peak, has 4 MB too much; of rank 1 the allocator leaves a block of logits in fp32 unused."""
+embedding are for as many positions as the largest of them says, a number that the emulated card does not hold. Packed rows: of
+rank 1 the allocator leaves a block of logits in fp32 unused (16 layers: reserved -1.8 %)."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
