@@ -138,6 +138,8 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
+    if result.peaks is None:
+        return {"error": result.not_modelled[0]}
     written = result.to_dict()
     memory = written["distributed"]["ranks"][0] if options.get("strategy") == "fsdp1" else written["memory"]
     phases = memory["peak_by_phase"]

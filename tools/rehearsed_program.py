@@ -56,7 +56,7 @@ def with_trainer(job: argparse.Namespace) -> None:
     if job.kernels:
         patch_attention(job.model)
     model = load(job, wanted)
-    if job.method == "qlora" and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
+    if (job.quant or job.method == "qlora") and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     if job.method == "bitfit":
         for name, parameter in model.named_parameters():

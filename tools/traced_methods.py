@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import peftplan
-from peftplan.analytic.shown import OF_PROMPTS, TRACED_METHODS
+from peftplan.analytic.shown import OF_PROMPTS, OVER_4_BITS, TRACED_METHODS
 from peftplan.arch import catalogue
 
 KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
@@ -32,10 +32,16 @@ STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 
 
 def jobs() -> Iterator[dict[str, Any]]:
-    """Every method with AdamW, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
+    """Every method with AdamW, also over 4 bits, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
     for strategy, methods in TRACED_METHODS.items():
         for method in ("rslora", *methods, *OF_PROMPTS.get(strategy, ())):
             yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, "method": method, **OF_METHOD.get(method, {})}
+    for strategy, methods in OVER_4_BITS.items():
+        for method in methods:
+            named = {"method": "qlora", "use_dora": True} if method == "dora" else {"method": method, "quant": "nf4"}
+            yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, **named}
+    for named in ({"method": "full", "optim": "sgd"}, {"method": "full", "optim": "schedule_free_adamw"}, {"method": "dora"}):
+        yield {"model": "qwen2.5-0.5b", "strategy": "fsdp2", **SIZES, **named, "offload_params": "cpu"}
     for number, strategy in enumerate(STRATEGIES):
         sizes = {"strategy": strategy, **SIZES}
         for optim in OPTIMIZERS:

@@ -261,7 +261,8 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         return WholeLoading(cast_parameters(job, parameters), masters, tuple(states) if masters else ())
     if distributed.strategy in FLAT:
         cast, world = cast_parameters(job, parameters), distributed.world_size
-        groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in groups_of(cast.all))
+        trained = groups_of(cast.all, together=bool(distributed.deepspeed_optimizer))
+        groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in trained)
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     layout = job.setup.by.layout
     if (distributed.pp_size or 1) > 1:

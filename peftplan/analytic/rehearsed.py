@@ -18,10 +18,10 @@ from peftplan.analytic.shown import (
     layer_classes,
     shown_methods,
     shown_optimizers,
+    shows_base,
     shows_dora,
     translates_text,
 )
-from peftplan.distributed.ddp import STATIC, accumulates_static
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
@@ -59,7 +59,7 @@ def without_formula(job: Job) -> str | None:
     if (by.of_preferences and job.reference not in rehearsed) or (by.anchors and not _knows_anchors(job)):
         return f" and {by.called}"
     if distributed.strategy == "ddp":
-        return _listed({STATIC: accumulates_static(job.setup.gradient_accumulation_steps, distributed)})
+        return None
     if distributed.strategy == "tp":
         return _listed(_unknown_to_tp(job, distributed))
     if distributed.strategy == "device-map":
@@ -124,8 +124,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
     liger = ("liger",) if (job.method_name == "full" or flat) and not job.setup.by.own_fsdp2 else ()
-    in_tiles = ("trl-chunked",) if not flat or job.quant is None else ()
-    losses = ("full", *liger, *in_tiles, *(() if flat else (CUT,)))
+    losses = ("full", "trl-chunked", *liger, *(() if flat else (CUT,)))
     of_fsdp2 = {
         "reshard_after_forward": distributed.reshard_after_forward is False,
         "sync_each_batch": bool(distributed.sync_each_batch),
@@ -138,6 +137,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "transformer_cls_names_to_wrap": classes is not None and classes != layer_classes(job),
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
+        "quant_storage": flat and job.quant is not None and job.quant.quant_storage != autocast,  # transformers computes in it
         "bias": flat and getattr(job.config, "bias", "none") != "none",
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
@@ -226,7 +226,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     """The same under DeepSpeed."""
     unknown = {
         "contiguous_gradients": distributed.contiguous_gradients is False,
-        "deepspeed_optimizer": bool(distributed.deepspeed_optimizer),
+        "deepspeed_optimizer": bool(distributed.deepspeed_optimizer) and distributed.strategy == "zero0",
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
         "loss": job.setup.loss
@@ -281,7 +281,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),
         "an untied head": translates and all(name.rpartition(".")[0] != "lm_head" for name, _ in job.architecture.ties),
         f"method {method}": method not in shown_methods(job) or (with_dora and not shows_dora(job)),
-        f"quant {setup.quant}": job.quant is not None and job.quant.name not in ("nf4", "fp4"),
+        f"quant {setup.quant}": job.quant is not None and not shows_base(job),
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
         and not (classifies(job) or translates),
         f"model type {job.architecture.model_type}": not (is_decoder(job) or classifies(job) or translates),

@@ -10,7 +10,7 @@ from peftplan.job.automodel import knows_tower
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
-from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL, OPTIMIZERS
+from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL, OF_DEEPSPEED, OPTIMIZERS
 from peftplan.optim.community import by_muon
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ TRACED_METHODS = {
 }
 """Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
 (tests/rehearse/methods.jsonl)."""
+OVER_4_BITS = {
+    "fsdp2": ("dora", "oft", "ln-tuning"),
+    **dict.fromkeys(FLAT, ("dora", "oft", "ln-tuning", "boft", "adalora")),
+    "zero3": ("dora", "oft", "ln-tuning", "boft"),
+}
+"""The same over a base in 4 bits."""
 OF_PROMPTS = {"fsdp1": ("prompt-tuning",), **dict.fromkeys(FLAT, ("prompt-tuning", "p-tuning"))}
 """The same of virtual tokens, before dense models in bf16 and all on the card."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
@@ -59,6 +65,8 @@ OVER_DTENSORS = (
     *("adamw_torch_8bit", "grokadamw"),
 )
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
+ON_HOST = ("torch", "schedulefree")
+"""Packages whose optimizers were traced over DTensors on the host."""
 OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
 """Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop."""
 STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3"), OVER_PARTITIONS)}
@@ -83,38 +91,58 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
     if not knows_methods(job):
         return (*SHOWN_METHODS, *with_tower)
-    known = (*SHOWN_METHODS, *with_tower, *TRACED_METHODS.get(strategy, ()))
+    known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))
+    if job.quant is not None:
+        return known
     return (*known, *(OF_PROMPTS.get(strategy, ()) if _is_plain(job) else ()))
+
+
+def traced_methods(job: Job) -> tuple[str, ...]:
+    """The other methods that were traced over such a base."""
+    assert job.distributed is not None
+    return (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
 
 
 def shows_dora(job: Job) -> bool:
     """Whether a job resembles those with DoRA, whatever its method is called."""
+    return knows_methods(job) and "dora" in traced_methods(job)
+
+
+def shows_base(job: Job) -> bool:
+    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO-1 and ZeRO-2."""
+    assert job.quant is not None
     assert job.distributed is not None
-    return knows_methods(job) and "dora" in TRACED_METHODS.get(job.distributed.strategy, ())
+    plain_lora = job.method_name == "lora" and not getattr(job.config, "use_dora", False)
+    in_8_bits = job.quant.name == "int8" and job.distributed.strategy in FLAT and knows_methods(job) and plain_lora
+    return job.quant.name in ("nf4", "fp4") or in_8_bits
 
 
 def shown_optimizers(job: Job) -> tuple[str, ...]:
     """The optimizers whose steps were rehearsed or traced with such a job."""
     assert job.distributed is not None
-    known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *(OF_AXOLOTL if _knows_muon(job) else ()))
+    known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *OF_DEEPSPEED, *(OF_AXOLOTL if _knows_muon(job) else ()))
     if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
     if job.distributed.strategy == "fsdp1" and job.method_name not in ADAPTED:
         over = () if job.distributed.use_orig_params is False else tuple(name for name in over if name != "adagrad")
+    if job.distributed.offload_params == "cpu":
+        over = tuple(name for name in over if BY_NAME[name].package in ON_HOST and not BY_NAME[name].made_with_states)
     return (*known, *over) if knows_optimizers(job) else known
 
 
 def knows_methods(job: Job) -> bool:
     """Whether a job resembles those that were traced or rehearsed with other methods: Trainer or SFTTrainer trains in 16 bits,
-    without a quantized base, with weights on the card; under FSDP1 a dense model, also offloaded."""
+    with weights on the card; a dense model under FSDP1, over a quantized base, and where FSDP offloads it."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     offloads = {distributed.offload_params, None if distributed.strategy in FLAT else distributed.offload_optimizer}
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     narrow = setup.dtype == setup.autocast and setup.dtype in SIXTEEN_BITS
-    fits = _is_dense(job) if distributed.strategy == "fsdp1" else offloads <= {None, "none"}
-    return by_trainer and job.quant is None and not setup.kernels and fits and narrow
+    flat = distributed.strategy == "fsdp1"
+    of_host = flat or (distributed.strategy == "fsdp2" and job.quant is None and _is_dense(job))
+    fits = (of_host or offloads <= {None, "none"}) and (_is_dense(job) or not (flat or job.quant))
+    return by_trainer and not setup.kernels and fits and narrow
 
 
 def _is_dense(job: Job) -> bool:
@@ -133,17 +161,19 @@ def is_like_traced(job: Job) -> bool:
     """Whether a job resembles those that were traced: as `knows_methods`, a dense model in bf16 and all on the card."""
     distributed = job.distributed
     assert distributed is not None
-    return knows_methods(job) and knows_optimizers(job) and distributed.strategy in ("fsdp2", *FLAT, "zero3")
+    alike = knows_methods(job) and knows_optimizers(job) and _is_plain(job) and job.quant is None
+    return alike and distributed.strategy in ("fsdp2", *FLAT, "zero3")
 
 
 def knows_optimizers(job: Job) -> bool:
     """Whether a job resembles those that were traced or rehearsed with other optimizers: Trainer or SFTTrainer trains a dense
-    model in bf16, all on the card; its base may be quantized."""
+    model in bf16, all on the card or offloaded by FSDP2; its base may be quantized."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
-    return by_trainer and on_card and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
+    stays = on_card or distributed.strategy == "fsdp2"
+    return by_trainer and stays and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 
 def _knows_8_bits(job: Job) -> bool:

@@ -47,15 +47,6 @@ def divided_after(distributed: Distributed) -> int:
     return 0 if distributed.find_unused_parameters else 1
 
 
-STATIC = "static_graph with gradient accumulation"
-
-
-def accumulates_static(micro_batches: int, distributed: Distributed) -> bool:
-    """Whether the graph is static and some backwards reduce nothing, the first of which fails in torch
-    (`expect_autograd_hooks_`)."""
-    return bool(distributed.static_graph) and micro_batches > 1 and not distributed.sync_each_batch
-
-
 def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
     """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first. Buckets that stay
     are filled in the order of the model, and made from the last one to the first."""

@@ -17,7 +17,7 @@ OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtyp
 OF_PIPELINE = ("pp_schedule", "pp_microbatches", "pp_layers_per_stage", "pp_round_stages")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
-    *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer"),
+    *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer", "zero_force_ds_cpu_optimizer"),
 )
 OF_ZERO_3 = (
     *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),

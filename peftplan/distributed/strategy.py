@@ -97,6 +97,8 @@ class Distributed(BaseModel):
     """Whether `from_pretrained` makes shards at once (`deepspeed.zero.Init`)."""
     deepspeed_optimizer: bool | None = None
     """Whether DeepSpeed's own fused Adam steps, as where its config names an optimizer."""
+    zero_force_ds_cpu_optimizer: bool | None = None
+    """Whether accelerate makes DeepSpeed's own optimizer of any that steps on the host; None: as DeepSpeed does, it does."""
     # other dimensions
     tp_size: Ranks | None = None
     cp_size: Ranks | None = None

@@ -104,9 +104,12 @@ def overlaps(distributed: Distributed) -> bool:
     return distributed.strategy == "zero3" if distributed.overlap_comm is None else distributed.overlap_comm
 
 
-def groups_of(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
-    """The optimizer's parameter groups, those with weight decay first; DeepSpeed drops one that is empty."""
+def groups_of(parameters: Iterable[Parameter], *, together: bool = False) -> list[list[Parameter]]:
+    """The optimizer's parameter groups, those with weight decay first; DeepSpeed drops one that is empty. `together`: where
+    DeepSpeed's config names the optimizer, it gets one group (transformers, integrations/deepspeed.py, `DummyOptim`)."""
     trained = [p for p in parameters if p.trainable]
+    if together:
+        return [trained] if trained else []
     groups = [[p for p in trained if bool(UNDECAYED.search(p.name)) is undecayed] for undecayed in (False, True)]
     return [group for group in groups if group]
 
@@ -115,7 +118,7 @@ def trained_groups(parameters: Parameters, distributed: Distributed) -> list[lis
     """The sub groups of the optimizer, each with its tensors in order (`_create_fp16_sub_groups`)."""
     ordered = list(tensors(in_module_order(parameters)))
     groups: list[list[Key]] = []
-    for group in groups_of(parameters.all):
+    for group in groups_of(parameters.all, together=bool(distributed.deepspeed_optimizer)):
         names = {p.name for p in group}
         of_group = [(p, layer) for p, layer in ordered if p.trainable and p.name in names]
         groups += [[(p.name, layer) for p, layer in part] for part in _sub_groups(of_group, distributed)]
@@ -181,7 +184,7 @@ def slots_of(parameters: Parameters, distributed: Distributed) -> dict[Key, Slot
     world_size = distributed.world_size
     ordered = list(tensors(in_module_order(parameters)))
     slots: dict[Key, Slot] = {}
-    for number, group in enumerate(groups_of(parameters.all)):
+    for number, group in enumerate(groups_of(parameters.all, together=bool(distributed.deepspeed_optimizer))):
         names, start = {p.name for p in group}, 0
         members = [(p, layer) for p, layer in ordered if p.trainable and p.name in names]
         if distributed.round_robin_gradients:

@@ -23,7 +23,8 @@ def of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, 
     if stage_3:
         masters = tuple(_masters(names, flat, place) for names, flat in _zero3_groups(parameters._replace(all=cast), distributed))
     else:
-        masters = tuple(_masters(group[0].name, partition(group, distributed.world_size), place) for group in groups_of(cast))
+        groups = groups_of(cast, together=bool(distributed.deepspeed_optimizer))
+        masters = tuple(_masters(group[0].name, partition(group, distributed.world_size), place) for group in groups)
     beside: tuple[Line, ...] = ()
     if stage_3:
         beside = _zero3_beside(cast, distributed, hidden_size, _half(cast, autocast))

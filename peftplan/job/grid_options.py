@@ -110,6 +110,7 @@ class GridOptions(OtherWords, total=False):
     stage3_max_reuse_distance: Axis[int | None]
     zero3_init: Axis[bool | None]
     deepspeed_optimizer: Axis[bool | None]
+    zero_force_ds_cpu_optimizer: Axis[bool | None]
     tp_size: Axis[int | None]
     cp_size: Axis[int | None]
     ep_size: Axis[int | None]

@@ -120,6 +120,7 @@ class StrategyOptions(TypedDict, total=False):
     stage3_max_reuse_distance: int | None
     zero3_init: bool | None
     deepspeed_optimizer: bool | None
+    zero_force_ds_cpu_optimizer: bool | None
     tp_size: int | None
     cp_size: int | None
     ep_size: int | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from peftplan.job.words import named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.endless import refuse_endless
 from peftplan.methods.unmatched import unmatched_targets
+from peftplan.optim import OF_DEEPSPEED, parse_optim
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
 
@@ -158,9 +159,13 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
+        from peftplan.job.shared_bases import unprepared
+        from peftplan.job.shared_optimizers import stepped_by_deepspeed
         from peftplan.job.shared_work import asked_checkpoints, changed_by_trainer, check_distributed, loaded_by_rank
 
-        setup = loaded_by_rank(setup, chosen=set_here.get("device_map"))
+        setup = stepped_by_deepspeed(loaded_by_rank(setup, chosen=set_here.get("device_map")), distributed)
+        if set_here.get("kbit_prepare") is None:
+            setup = unprepared(setup, quant, distributed)
         if quant is None and set_here.get("adapter_dtype") is None:
             setup = changed_by_trainer(setup, distributed)
         if kind is None or kind.peft_type:
@@ -195,6 +200,7 @@ def prepared(request: Request) -> Job:
         *(ignored_fields(adapter) if config is None and peft_config else ()),
         *without_vllm(setup),
         *(() if distributed is None else _traps(distributed, setup, architecture, quant, adaptation)),
+        *_replaced(set_here.get("optim"), setup),
     )
     chosen |= frozenset(adapter)
     return Job(
@@ -224,14 +230,22 @@ def _with_new_layers(
     return architectures.Source(grown, before.name, before.source), grown
 
 
+def _replaced(chosen: object, setup: Setup) -> Iterator[str]:
+    """A warning where DeepSpeed's own optimizer steps in place of the one that was asked for."""
+    if chosen is not None and setup.optim in OF_DEEPSPEED and not str(chosen).startswith("adamw_torch"):
+        yield f"optim: {parse_optim(str(setup.optim)).cls} steps, not {chosen}: DeepSpeed's config or accelerate makes it"
+
+
 def _traps(
     distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
 ) -> tuple[str, ...]:
+    from peftplan.job.shared_bases import check_base
     from peftplan.job.shared_optimizers import check_optimizer
     from peftplan.job.shared_work import check_adapter, traps
 
     check_optimizer(distributed, setup, adaptation)
     check_adapter(distributed, setup, architecture, adaptation)
+    check_base(distributed, setup, architecture, quant, adaptation)
     return tuple(traps(distributed, setup, quant, adaptation))
 
 

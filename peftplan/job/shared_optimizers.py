@@ -11,8 +11,30 @@ from peftplan.optim import parse_optim
 from peftplan.versions import named
 
 ZERO = ("zero1", "zero2", "zero3")
+LION = ("lion_32bit", "paged_lion_32bit")
 FLATTENING = (*ZERO, "fsdp1")
 """Strategies whose optimizer steps over vectors: parts of flattened parameters."""
+
+
+def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
+    """The setup with DeepSpeed's own optimizer: where its config names Adam, and where accelerate replaces any that Trainer made
+    for a step on the host (accelerator.py:2383, utils/deepspeed.py, `map_pytorch_optim_to_deepspeed`).
+
+    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses.
+    """
+    offloads = distributed.offload_optimizer not in (None, "none")
+    replaces = offloads and distributed.zero_force_ds_cpu_optimizer is not False and setup.by.prepares_model
+    if distributed.strategy not in ZERO or not (distributed.deepspeed_optimizer or replaces):
+        return setup
+    name = parse_optim(str(setup.optim)).name
+    if not distributed.deepspeed_optimizer and name == "adagrad":
+        raise RefusedError(
+            f"optim: {named('accelerate')} makes DeepSpeedCPUAdagrad of adagrad with offload_optimizer, which DeepSpeed refuses: "
+            "ZeRORuntimeException: You are using ZeRO-Offload with a client provided optimizer (runtime/engine.py:2346); "
+            "accepted: another optimizer, or zero_force_ds_cpu_optimizer false"
+        )
+    on_host = "deepspeed_cpu_lion" if name in LION and not distributed.deepspeed_optimizer else "deepspeed_cpu_adam"
+    return setup.model_copy(update={"optim": on_host if offloads else "deepspeed_adam"})
 
 
 def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:

@@ -54,6 +54,12 @@ def check_distributed(
             f"quant_storage: FSDP1 cannot flatten integer dtype tensors (torch, _flat_param.py), and {quant.name} stores "
             f"{quant.quant_storage if quant.name != 'int8' else 'int8'}; accepted: --quant-storage bf16 with nf4 or fp4"
         )
+    if distributed.static_graph and setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch:
+        raise RefusedError(
+            "static_graph: DDP fails in the first backward that reduces no gradients (`no_sync`): RuntimeError: "
+            "expect_autograd_hooks_ INTERNAL ASSERT FAILED (torch, reducer.cpp:1732); accepted: --sync-each-batch, or "
+            "gradient_accumulation_steps 1"
+        )
     if strategy == "fsdp1" and setup.autocast == "fp16" and setup.optim == "adamw_torch_fused":
         raise RefusedError(
             "optim: adamw_torch_fused fails in the first step of FSDP1 in fp16 (torch, sharded_grad_scaler.py: its found_inf has "

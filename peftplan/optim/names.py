@@ -36,7 +36,7 @@ from peftplan.optim.optimizer import (
 from peftplan.optim.optimizer import (
     StepImplementation as Step,
 )
-from peftplan.optim.torch_optim import adagrad, adamw, adamw_fused, rmsprop, sgd
+from peftplan.optim.torch_optim import adagrad, adamw, adamw_fused, deepspeed_adam, deepspeed_lion, rmsprop, sgd
 from peftplan.optim.torchao import step_in_4_bits, step_in_8_bits, torchao
 from peftplan.versions import named
 
@@ -147,7 +147,17 @@ OF_AXOLOTL: dict[str, Optimizer] = {
     "axolotl_muon": Optimizer("axolotl_muon", "axolotl", "axolotl.contribs.mit.muon.DistMuon", "for-loop", axolotl_muon),
 }
 """Those that axolotl makes for shards of FSDP2."""
-BESIDE = OF_AUTOMODEL | OF_LLAMA_FACTORY | OF_AXOLOTL
+OF_DEEPSPEED: dict[str, Optimizer] = {
+    "deepspeed_adam": Optimizer("deepspeed_adam", "deepspeed", "deepspeed.ops.adam.FusedAdam", "kernel", deepspeed_adam),
+    "deepspeed_cpu_adam": Optimizer(
+        "deepspeed_cpu_adam", "deepspeed", "deepspeed.ops.adam.DeepSpeedCPUAdam", "kernel", deepspeed_adam
+    ),
+    "deepspeed_cpu_lion": Optimizer(
+        "deepspeed_cpu_lion", "deepspeed", "deepspeed.ops.lion.DeepSpeedCPULion", "kernel", deepspeed_lion
+    ),
+}
+"""Those that DeepSpeed makes by its config, and accelerate for a step on the host."""
+BESIDE = OF_AUTOMODEL | OF_LLAMA_FACTORY | OF_AXOLOTL | OF_DEEPSPEED
 """Optimizers that a tool makes by their class."""
 
 REFUSED: dict[str, str] = {

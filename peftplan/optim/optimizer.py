@@ -59,6 +59,7 @@ VERSIONS: dict[str, str] = {
     "transformer-engine": "2.20.2",
     "llamafactory": "0.9.5",
     "axolotl": "0.19.0",
+    "deepspeed": "0.19.8",
 }
 """The packages that optimizers come from, with the version whose source was read and run."""
 

@@ -28,6 +28,16 @@ def adamw_fused(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     return (scalar("step"), like(param, "exp_avg"), like(param, "exp_avg_sq"))
 
 
+def deepspeed_adam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """DeepSpeed's FusedAdam and DeepSpeedCPUAdam (ops/adam): two moments; `step` is a number."""
+    return (like(param, "exp_avg"), like(param, "exp_avg_sq"))
+
+
+def deepspeed_lion(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
+    """DeepSpeedCPULion (ops/lion): one moment."""
+    return (like(param, "exp_avg"),)
+
+
 def sgd(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     """SGD: nothing at Trainer's default momentum 0, else one buffer with the gradient's shape and dtype."""
     momentum = _momentum(optim_args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.distributed.ddp import STATIC, accumulates_static
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
@@ -84,8 +83,6 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,
         "its transformer_cls_names_to_wrap": flat and distributed.transformer_cls_names_to_wrap is not None,
-        f"{STATIC}, in which torch fails": distributed.strategy == "ddp"
-        and accumulates_static(job.setup.gradient_accumulation_steps, distributed),
         "prefetched experts of gpt-oss": waits_by_address(job.architecture, distributed),
         f"experts that {job.setup.by.called} makes a leaf module": distributed.strategy == "zero3"
         and has_unlisted_leaves(job.architecture)

@@ -299,7 +299,6 @@ LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma3DecoderLayer", "Sigl
     ("model", "options", "hint"),
     [
         ("gemma-3-4b-pt", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
-        ("llama-3.2-1b", {"strategy": "ddp", "static_graph": True, "gradient_accumulation_steps": 2}, "no formula yet"),
         ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
         ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "lomo"}, "no formula yet)"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),

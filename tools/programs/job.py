@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,9 +60,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--num-virtual-tokens", type=int)
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
-    parser.add_argument("--quant", choices=("int8",))
+    parser.add_argument("--quant", choices=("nf4", "int8"))
     parser.add_argument("--quant-storage", default="uint8", choices=("uint8", *DTYPES))
     parser.add_argument("--kbit-prepare", action=FLAGS, default=True)
+    parser.add_argument("--bias", choices=("none", "all", "lora_only"), default="none")
     parser.add_argument("--use-dora", action=FLAGS, default=False)
     parser.add_argument("--use-rslora", action=FLAGS, default=False)
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
@@ -96,6 +98,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--use-orig-params", action=FLAGS)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
+    parser.add_argument("--deepspeed-optimizer", action=FLAGS, default=False)
+    parser.add_argument("--zero-force-ds-cpu-optimizer", action=FLAGS, default=False)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--local_rank", type=int)
@@ -112,10 +116,15 @@ def class_of(job: argparse.Namespace, config: Any) -> Any:
     return CLASSIFIERS[job.task_type] if job.task_type else getattr(transformers, config.architectures[0])
 
 
+def is_in_4_bits(job: argparse.Namespace) -> bool:
+    """Whether the base is in nf4."""
+    return job.method == "qlora" or job.quant == "nf4"
+
+
 def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any:
     """The model, as it is passed to a trainer."""
     quantization = None
-    if job.method == "qlora":
+    if is_in_4_bits(job):
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -147,7 +156,7 @@ def adapter(job: argparse.Namespace) -> Any:
     named = job.target_modules != "all-linear" and "*" not in job.target_modules
     modules = job.target_modules.split(",") if named else job.target_modules
     with_dora = job.use_dora or job.method == "dora"
-    others = {"lora_dropout": job.lora_dropout, "use_dora": with_dora, "use_rslora": job.use_rslora}
+    others = {"lora_dropout": job.lora_dropout, "use_dora": with_dora, "use_rslora": job.use_rslora, "bias": job.bias}
     return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
 
 
@@ -174,8 +183,19 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     return {}
 
 
+def without_kernels() -> None:
+    """Stand for the compiled parts of DeepSpeed's optimizers, which change values alone."""
+    from deepspeed.ops import op_builder
+
+    names = ("multi_tensor_adam", "create_adam", "destroy_adam", "adam_update", "create_lion", "destroy_lion", "lion_update")
+    for builder in (op_builder.FusedAdamBuilder, op_builder.CPUAdamBuilder, op_builder.CPULionBuilder):
+        builder.load = lambda self, **_: SimpleNamespace(**dict.fromkeys(names, lambda *_: None))
+
+
 def deepspeed(job: argparse.Namespace, stage: int) -> dict[str, Any]:
     """DeepSpeed's config, with what transformers resolves left to it."""
+    without_kernels()
+    own = {"optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": job.overlap_comm}
     if stage == 3:
         zero |= dict.fromkeys(AUTOMATIC_SIZES, "auto")
@@ -188,7 +208,8 @@ def deepspeed(job: argparse.Namespace, stage: int) -> dict[str, Any]:
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": job.zero_force_ds_cpu_optimizer,
+        **(own if job.deepspeed_optimizer else {}),
     }
 
 

@@ -38,19 +38,19 @@ ZERO_FIELDS = {
 }
 SHARED = (
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients", "reduce_bucket_size"),
-    *("allgather_bucket_size", "offload_optimizer"),
+    *("allgather_bucket_size", "offload_optimizer", "zero_force_ds_cpu_optimizer"),
 )
 TOP_SILENT = frozenset(
     {
         "train_batch_size", "steps_per_print", "wall_clock_breakdown", "gradient_clipping", "scheduler",
-        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", "comms_config", "comms_logger",
+        "zero_allow_untested_optimizer", "prescale_gradients", "comms_config", "comms_logger",
         "monitor_config", "tensorboard", "wandb", "csv_monitor", "flops_profiler", "dump_state", "checkpoint", "aio",
         "cuda_visible_devices", "_comment", "gradient_predivide_factor", "memory_breakdown",
     }
 )  # fmt: skip
 """Fields that change no byte of a GPU."""
 TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
-TOP = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", *TOP_FIELDS)
+TOP = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "zero_force_ds_cpu_optimizer", *TOP_FIELDS)
 
 
 def options(source: object) -> Options:
@@ -67,6 +67,8 @@ def options(source: object) -> Options:
     read |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
     if raw.get("optimizer") is not None:
         read["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
+    if raw.get("zero_force_ds_cpu_optimizer") is False:
+        read["zero_force_ds_cpu_optimizer"] = False
     _check_gradients(block(raw.get("data_types") or {}, f"{DEEPSPEED}: data_types"))
     for dtype in ("bf16", "fp16"):
         enabled = _enabled(raw.get(dtype) or {})
@@ -92,6 +94,9 @@ def _own_adam(block: object) -> bool:
     kind = block.get("type") if isinstance(block, Mapping) else block
     if str(kind).lower() not in ("adam", "adamw"):
         raise InputError(f"{DEEPSPEED}: optimizer", kind, "accepted: Adam, AdamW, or none; Trainer's --optim then steps")
+    params = block.get("params") if isinstance(block, Mapping) else None
+    if isinstance(params, Mapping) and params.get("torch_adam"):
+        raise InputError(f"{DEEPSPEED}: optimizer", "torch_adam", "torch's AdamW is not counted there; accepted: false")
     return True
 
 

@@ -111,4 +111,6 @@ def deepspeed_file(distributed: Distributed) -> Fields:
     if options.get("deepspeed_optimizer"):
         auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
         fields["optimizer"] = {"type": "AdamW", "params": auto}
+    if options.get("zero_force_ds_cpu_optimizer") is False:
+        fields["zero_force_ds_cpu_optimizer"] = False
     return fields

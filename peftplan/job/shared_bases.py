@@ -1,0 +1,68 @@
+"""Quantized bases that the libraries refuse under a strategy, each with the line that raises."""
+
+from __future__ import annotations
+
+from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
+from peftplan.dtypes import SIXTEEN_BITS
+from peftplan.errors import RefusedError
+from peftplan.job.setup import Setup
+from peftplan.methods.adaptation import Adaptation
+from peftplan.storage import QuantConfig
+from peftplan.storage.config import FOUR_BIT
+from peftplan.versions import named
+
+WITHOUT_AUTOCAST = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
+"""Strategies that cast the weights instead."""
+
+OF_ATTENTION = {"q_proj", "k_proj", "v_proj"}
+
+
+def unprepared(setup: Setup, quant: QuantConfig | None, distributed: Distributed) -> Setup:
+    """The setup of a 4-bit base that FSDP1 can make flat: norms stay in 16 bits beside packed weights that are stored so. Not
+    where kbit preparation was asked for."""
+    packed = quant is not None and quant.name in FOUR_BIT and quant.quant_storage == setup.dtype
+    return setup.model_copy(update={"kbit_prepare": False}) if distributed.strategy == "fsdp1" and packed else setup
+
+
+def _check_flat(distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig) -> None:
+    """Raise RefusedError where the norms of a layer have another dtype than its packed weights."""
+    if distributed.strategy != "fsdp1" or quant.name not in FOUR_BIT:
+        return
+    norms = any(m.params and m.layers is not None and "Norm" in m.kind for m in architecture.modules)
+    dtype = "fp32" if setup.kbit_prepare else setup.dtype
+    if norms and dtype != quant.quant_storage:
+        how = ", to which prepare_model_for_kbit_training casts them" if setup.kbit_prepare else ""
+        raise RefusedError(
+            f"quant_storage: FSDP1 makes one flat parameter of packed weights in {quant.quant_storage} and of norms in {dtype}"
+            f"{how}: ValueError: Must flatten tensors with uniform dtype (torch, _flat_param.py:813); accepted: "
+            f"--quant-storage {dtype}{' or --no-kbit-prepare' if setup.kbit_prepare else ''}"
+        )
+
+
+def check_base(
+    distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
+) -> None:
+    """Raise RefusedError for int8 under FSDP2 (rehearsed), for norms that FSDP1 cannot make flat with packed weights, and for
+    (IA)³ without autocast."""
+    if quant is not None:
+        if distributed.strategy == "fsdp2" and quant.name == "int8":
+            raise RefusedError(
+                f"quant: {named('bitsandbytes')} finds no scales in the plain parameters that FSDP2 makes of int8 weights: "
+                "AttributeError: 'Parameter' object has no attribute 'CB' (nn/modules.py:1182); accepted: nf4, or ddp and zero2"
+            )
+        _check_flat(distributed, setup, architecture, quant)
+        _check_scaled(distributed, setup, quant, adaptation)
+
+
+def _check_scaled(distributed: Distributed, setup: Setup, quant: QuantConfig, adaptation: Adaptation) -> None:
+    """Raise RefusedError for (IA)³ that scales some of queries, keys and values over a bitsandbytes base without autocast: peft
+    makes fp32 of 16 bits there. Three traces, of FSDP2, ZeRO-2 and ZeRO-3, fail so."""
+    scaled = {tensor.name.split(".")[-2] for tensor in adaptation.added if tensor.name.endswith(".ia3_l")}
+    narrow = distributed.strategy in WITHOUT_AUTOCAST and setup.autocast in SIXTEEN_BITS
+    if quant.name in (*FOUR_BIT, "int8") and narrow and 0 < len(scaled & OF_ATTENTION) < len(OF_ATTENTION):
+        raise RefusedError(
+            f"strategy: (IA)³ makes {' and '.join(sorted(scaled & OF_ATTENTION))} in fp32 over a base in {quant.name}, and "
+            f"attention takes {setup.autocast} beside it, since {distributed.facts.called} runs without autocast: RuntimeError: "
+            f"Expected query, key, and value to have the same dtype ({named('peft')}, tuners/ia3/bnb.py:110); accepted: ddp"
+        )
