@@ -31,7 +31,7 @@ import yaml
 
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
-from tools import uncompiled_te
+from tools import hybrid_ep, uncompiled_te
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
@@ -116,7 +116,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "distributed": {
             "strategy": SHARED["strategy"],
             "activation_checkpointing": job.get("gradient_checkpointing", False),
-            **{name: job[name] for name in ("tp_size", "cp_size", "pp_size") if name in job},
+            **{name: job[name] for name in ("tp_size", "cp_size", "pp_size", "ep_size") if name in job},
             **({"pipeline": _pipeline(job)} if "pp_size" in job else {}),
         },
         "loss_fn": {"_target_": f"{tool}.loss.masked_ce.MaskedCrossEntropy"},
@@ -291,6 +291,9 @@ def recipe() -> None:
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     if settings["model"].get("backend", {}).get("attn") == "te":
         uncompiled_te.install_for_automodel()
+    if settings["model"].get("backend", {}).get("dispatcher") == "hybridep":
+        folder = Path(settings["model"]["pretrained_model_name_or_path"])
+        hybrid_ep.install(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_experts_per_tok"])
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 

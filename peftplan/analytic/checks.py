@@ -9,7 +9,7 @@ import peftplan.methods as methods
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
-from peftplan.job.automodel import knows_tower
+from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -72,7 +72,7 @@ def check(job: Job) -> None:
     if job.quant is not None and job.quant.experts:
         _check_stacks(job)
     model_type = job.architecture.model_type
-    if model_type not in FORWARDS | OF_TEXT_PARTS and kernels_of(job.setup.kernels or ()).layers is None:
+    if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
         raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")

@@ -25,7 +25,7 @@ from peftplan.analytic.shown import (
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
-from peftplan.job.automodel import builds
+from peftplan.job.automodel import builds, knows_experts
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.sharded import tied
@@ -138,6 +138,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat and job.quant is not None and job.quant.quant_storage != autocast,  # transformers computes in it
+        "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
         "bias": flat and getattr(job.config, "bias", "none") != "none",
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,

@@ -1,4 +1,4 @@
-"""Llama-like decoders whose MLP is a mixture of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoE, gpt-oss.
+"""Llama-like decoders whose MLP is a mixture of experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GraniteMoE, GLM-4.5, gpt-oss.
 
 transformers (`models/<model_type>/modeling_<model_type>.py`) stores all experts of a layer as two 3-D parameters of one
 module, gate and up fused, and the router as a class of its own that is no `nn.Linear`.
@@ -22,8 +22,8 @@ from peftplan.arch.decoder import (
     windowed_blocks,
 )
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import decoder_model
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, Router, linear
+from peftplan.arch.heads import decoder_model, partial_rotary_dim
+from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, Router, linear
 from peftplan.errors import InputError
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -150,6 +150,36 @@ def qwen3_moe(c: Fields, task_type: str) -> Architecture:
     mlp = moe_mlp(c, i, e, c.int("num_experts_per_tok", default=8)) if sparse else None
     blocks = mixed_blocks(c, n, attentions, mlp, sparse)
     return decoder_model(decoder_backbone(c, n, stem="Qwen3Moe", layer=first_met(layer), blocks=blocks), c, task_type)
+
+
+def glm4_moe(c: Fields, task_type: str) -> Architecture:
+    """GLM-4.5 and later: first dense layers, then experts beside shared ones; half of a head is rotated. The layers for
+    multi-token prediction are in the checkpoint but not in the model, and not here either."""
+    n = read_dims(c, kv=8)
+    bias, normed = c.bool("attention_bias", default=False), c.bool("use_qk_norm", default=False)
+    e, i = c.int("n_routed_experts", "num_local_experts", default=128), c.int("moe_intermediate_size", default=1408)
+    shared = i * c.int("n_shared_experts", default=1)
+    dense = c.int("first_k_dense_replace", default=1, low=0)
+    sparse = n.layers[dense:]
+    layer = (
+        *attention_modules(n, qkv_bias=bias),
+        *(qk_norms(n) if normed else ()),
+        *gated_mlp(n.h, n.i, n.layers[:dense]),
+        experts("layers.{}.mlp.experts", e=e, h=n.h, i=i, layers=sparse),
+        router("layers.{}.mlp.gate", e=e, h=n.h, layers=sparse),
+        *gated_mlp(n.h, shared, sparse, name="layers.{}.mlp.shared_experts"),
+        *rmsnorms(n, *NORMS),
+    )
+    groups = (c.int("n_group", default=1), c.int("topk_group", default=1))
+    mlp = moe_mlp(c, i, e, c.int("num_experts_per_tok", default=8), shared=shared, groups=groups, normed=True)
+    blocks = mixed_blocks(c, n, [n.attention._replace(qk_norm=normed)] * len(n.layers), mlp, sparse)
+    rotary_dim = partial_rotary_dim(c, n.d, default=0.5)
+    backbone = decoder_backbone(c, n, stem="Glm4Moe", layer=first_met(layer), blocks=blocks, rotary_dim=rotary_dim)
+    correction = (Buffer("layers.{}.mlp.gate.e_score_correction_bias", "fp32", (e,), sparse),) if sparse else ()
+    backbone = backbone._replace(
+        buffers=(*correction, *backbone.buffers), keep_in_fp32_strict=("e_score_correction_bias", "gate.weight")
+    )
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"))
 
 
 def gpt_oss(c: Fields, task_type: str) -> Architecture:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.expert_parallel import is_divided
 from peftplan.distributed.shards import holding
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import divided_dim, plans_of, rows_of, shards_of
@@ -45,7 +46,7 @@ def _shapes(
     divided = {p.shape[dim] for p, dim in dims if dim is not None}
     of_all = distributed.model_copy(update={"pp_size": None})
     whole = shards_of(parameters, architecture, of_all).all if distributed.strategy == "fsdp2" else ()
-    rows = {p.shape[0] for p in whole if p.trainable and p.shape}
+    rows = {p.shape[0] for p in whole if p.trainable and p.shape and not is_divided(p, distributed)}
 
     def shape_of(rank: int) -> Hashable:
         shard, part = distributed.place(rank)

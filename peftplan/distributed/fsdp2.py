@@ -19,7 +19,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
 from peftplan.tape.devices import OneDevice
-from peftplan.tape.hooks import hooked
+from peftplan.tape.hooks import all_hooked, hooked
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
@@ -59,6 +59,10 @@ class Unit:
     members: tuple[Member, ...]
     reshards: bool
     """Whether its gathered tensors are freed after forward."""
+    ranks: int
+    """How many share each of its parameters."""
+    by_columns: bool
+    """Whether they share another dim than the first: what is gathered is written a second time, and so are its gradients."""
     parameters: Callable[[], Iterable[Parameter]]
     """The unsharded parameters, which hold their gradients."""
     state: str = "idle"
@@ -127,6 +131,12 @@ class Fsdp2(OneDevice):
         if unit is None or self.f.replays or not first:
             return x
         return hooked(self.f, x, self.post_backward, unit)
+
+    def enter_with_all(self, name: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        """The same of a module that is called with several tensors."""
+        self.enter(name)
+        unit = self.by_name.get(name)
+        return xs if unit is None or self.f.replays else all_hooked(self.f, xs, self.post_backward, unit)
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a unit's forward, whose output is `x`. The root completes units of which a module never ran, such as a head
@@ -210,11 +220,13 @@ class Fsdp2(OneDevice):
         copied out: a local variable, `prev_all_gather_state`, holds it."""
         if unit.buffer is None:
             return
-        _previous = self._copied_out if forward else None
-        unit.unsharded = [
-            self._new((member.gathered,), member.dtype, f"{member.name} gathered", 0, "gathered_weights")
-            for member in unit.members
-        ]
+        _previous, by_rank = self._copied_out if forward else None, []
+        unit.unsharded = []
+        for member in unit.members:
+            unit.unsharded.append(self._new((member.gathered,), member.dtype, f"{member.name} gathered", 0, "gathered_weights"))
+            if unit.by_columns:
+                by_rank.append(self._new((member.gathered,), member.dtype, f"{member.name} by ranks", 0))
+        by_rank.clear()
         if forward:
             self._copied_out = unit.buffer
         unit.buffer = None
@@ -287,15 +299,16 @@ class Fsdp2(OneDevice):
         self.reduced |= names
         dtype = self.reduce_dtype or members[0].dtype
         numel = sum(member.gathered for member in members)
+        _last = self._by_ranks(gradients) if unit.by_columns else None
         self._reducing.append(self._new((numel,), dtype, "reduce-scatter input", 0))
-        _last = gradients[-1]
+        _last = gradients[-1] if _last is None else _last
         gradients.clear()
-        output = self._new((numel // self.world_size,), dtype, "reduce-scatter output", REDUCE)
+        output = self._new((numel // unit.ranks,), dtype, "reduce-scatter output", REDUCE)
         if self.replicates:
             unit.all_reduced = output
         if dtype != members[0].master:
             stream = ALL_REDUCE if self.replicates else REDUCE
-            output = self._new((numel // self.world_size,), members[0].master, "reduce-scatter output, cast", stream)
+            output = self._new((numel // unit.ranks,), members[0].master, "reduce-scatter output, cast", stream)
         if self.offloads:
             return
         if unit.gradient is None:
@@ -303,6 +316,15 @@ class Fsdp2(OneDevice):
             number = output.storage.number  # type: ignore[union-attr]
             self.f.category[number] = "gradients"
             self.f.names[number] = f"gradients of {unit.name}"
+
+    def _by_ranks(self, gradients: list[Tensor | None]) -> Tensor | None:
+        """Write each gradient rank by rank in place of itself; the last one, which the loop's variable still holds."""
+        last = None
+        for number in range(len(gradients)):
+            last = gradients[number]
+            if last is not None:
+                gradients[number] = self._new(last.dims, last.dtype, "gradient by ranks", 0)
+        return last
 
     def end_backward(self) -> None:
         """`_root_post_backward_final_callback`."""

@@ -9,6 +9,7 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.ddp import buckets
 from peftplan.distributed.device_map import largest
+from peftplan.distributed.expert_parallel import is_divided, sharing
 from peftplan.distributed.flat_parameters import of_fsdp1
 from peftplan.distributed.holding import FLOATS, Holding, place_of
 from peftplan.distributed.strategy import Distributed
@@ -58,13 +59,15 @@ def _of_fsdp2(parameters: Parameters, distributed: Distributed, *, upcasts: bool
     accelerate first casts what trains to fp32, 4-bit models excepted.
     """
     place = place_of(distributed.offload_params)
-    shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), distributed.shards, place) for p in parameters.all]
+    shards = [_fsdp2_shard(_upcast(p, distributed, upcasts=upcasts), *sharing(p, distributed), place) for p in parameters.all]
     padded = parameters._replace(all=tuple(shards))
     position, _ = distributed.place(rank) if rank else (0, 0)
     if position == 0:
         return Holding(padded)
     own = [
-        shard._replace(shape=(rows_of(p.shape[0], distributed.shards, position), *p.shape[1:])) if p.shape else shard
+        shard._replace(shape=(rows_of(p.shape[0], distributed.shards, position), *p.shape[1:]))
+        if p.shape and not is_divided(p, distributed)
+        else shard
         for p, shard in zip(parameters.all, shards, strict=True)
     ]
     return Holding(padded, states_of=parameters._replace(all=tuple(own)))
@@ -81,7 +84,7 @@ def _upcast(p: Parameter, distributed: Distributed, *, upcasts: bool) -> Paramet
     return p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape))
 
 
-def _fsdp2_shard(p: Parameter, shards: int, place: Place) -> Parameter:
+def _fsdp2_shard(p: Parameter, dim: int, shards: int, place: Place) -> Parameter:
     """Rank 0's shard. A 4-bit weight that is not stored in a float dtype stays whole (accelerate excludes it), and so do its
     absmax and code tables. torchao's tensors are sharded, the mean and the table excepted.
     """
@@ -91,9 +94,13 @@ def _fsdp2_shard(p: Parameter, shards: int, place: Place) -> Parameter:
     gathered = gathered_by_torchao(p)
     for a in p.allocations:
         if a in gathered or (a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8")):
-            a = a._replace(dims=(ceil_div(a.dims[0], shards), *a.dims[1:]), place=place)
+            a = a._replace(dims=_part(a.dims, dim, shards), place=place)
         allocations.append(a)
-    return p._replace(shape=(ceil_div(p.shape[0], shards), *p.shape[1:]), allocations=tuple(allocations))
+    return p._replace(shape=_part(p.shape, dim, shards), allocations=tuple(allocations))
+
+
+def _part(dims: tuple[int, ...], dim: int, shards: int) -> tuple[int, ...]:
+    return (*dims[:dim], ceil_div(dims[dim], shards), *dims[dim + 1 :])
 
 
 def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peftplan.arch.modules import Architecture, Attention
+from peftplan.distributed.expert_parallel import owned, owners
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter, Parameters
@@ -124,6 +125,8 @@ def shards_of(parameters: Parameters, architecture: Architecture, distributed: D
     """The part of each parameter that a rank holds: ⌈n/W⌉ of the divided dim, of which the last ranks may have less."""
     ranks, stages = ranks_of(distributed), distributed.pp_size or 1
     _, position = distributed.place(rank) if rank else (0, 0)
+    if owners(distributed) > 1:
+        parameters = parameters._replace(all=tuple(owned(p, distributed) for p in parameters.all))
     if ranks == stages == 1:
         return parameters
     if stages > 1:

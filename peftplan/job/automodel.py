@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
-    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss"),
+    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "glm4_moe"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3", "gpt_oss")
+BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
@@ -46,9 +46,9 @@ ROWS_AT_ONCE = 12_288
 
 def tokens_at_once(job: Job) -> int | None:
     """Tokens of a batch whose experts have as many rows; None for models without biases of experts."""
-    if not (builds(job) and job.architecture.model_type == "gpt_oss"):
+    if not (builds(job) and job.architecture.model_type in ("gpt_oss", "glm4_moe")):
         return None
-    return ROWS_AT_ONCE // job.architecture.blocks[0].mlp.num_experts_per_tok
+    return ROWS_AT_ONCE // job.architecture.blocks[-1].mlp.num_experts_per_tok
 
 
 def longest_row(job: Job) -> int | None:
@@ -58,7 +58,7 @@ def longest_row(job: Job) -> int | None:
     `_convert_mask_to_block_mask`). That is compared with what later steps hold for a token: its logits, and in each layer gate
     and up of its experts, inputs of both norms, of the projections and of the output, and attention's arguments and result.
     """
-    if tokens_at_once(job) is None:
+    if job.architecture.model_type != "gpt_oss" or tokens_at_once(job) is None:
         return None
     architecture = job.architecture
     blocks, hidden, vocab = architecture.blocks, architecture.hidden_size or 0, architecture.vocab_size or 0
@@ -78,6 +78,18 @@ def _knows_mixture(job: Job) -> bool:
     return (
         adapts and plain and setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and setup.seq_len <= (longest_row(job) or 0)
     )
+
+
+def knows_experts(job: Job) -> bool:
+    """Whether experts that ranks divide were rehearsed: of GLM-4.5 in full, without checkpoints, over enough tokens."""
+    setup, distributed = job.setup, job.distributed
+    if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or job.architecture.model_type != "glm4_moe":
+        return False
+    alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
+    plain = job.method_name == "full" and not setup.gradient_checkpointing and setup.dtype == "bf16" and setup.loss == "full"
+    once = setup.gradient_accumulation_steps == 1 and distributed.offload_params in (None, "none")
+    whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0 and distributed.reshard_after_forward is None
+    return alone and plain and once and whole and setup.rows * setup.seq_len > (tokens_at_once(job) or 0)
 
 
 WITH_TOWERS = (
@@ -138,6 +150,7 @@ def without_formula(job: Job) -> str | None:
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
+        f"{architecture.model_type} as it was not rehearsed": architecture.model_type == "glm4_moe" and not knows_experts(job),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)

@@ -123,6 +123,10 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_torchtune_builds
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
+    if setup.by.own_decoders:
+        from peftplan.job.built import as_automodel_builds
+
+        architecture = as_automodel_builds(architecture)
     if request.script.transformers is not None:
         from peftplan.job.built import as_of_release
 

@@ -85,8 +85,27 @@ def check_distributed(
         _check_pipeline(distributed, setup, architecture)
     if strategy == "fsdp2" and (distributed.cp_size or 1) > 1 and setup.by.traced_on_ranks:
         _check_shared_rows(distributed.cp_size or 1, setup, architecture)
+    if strategy == "fsdp2" and distributed.ep_size not in (None, 1):
+        _check_experts(distributed, setup, architecture)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
+
+
+def _check_experts(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
+    """Raise InputError or RefusedError for experts that ranks do not divide beside FSDP2."""
+    size = distributed.ep_size or 1
+    if setup.by.layout is not AUTOMODEL:
+        raise InputError("ep_size", size, f"{setup.by.called} divides no experts beside FSDP2; accepted: with trainer automodel")
+    experts = {block.mlp.num_experts for block in architecture.blocks if block.mlp.variant == "moe"}
+    if architecture.blocks and not experts:
+        raise RefusedError(
+            f"ep_size: nemo_automodel 0.7.0 refuses {architecture.model_type}: ValueError: Expert parallelism requires a MoE "
+            "model (_transformers/capabilities.py:514); accepted: 1"
+        )
+    if (number := next((e for e in experts if e % size), None)) is not None:
+        raise InputError("ep_size", size, f"accepted: a divisor of the model's {number} experts")
+    if distributed.shards % size:
+        raise InputError("ep_size", size, f"accepted: a divisor of the {distributed.shards} GPUs that share the weights")
 
 
 def _check_shared_rows(ranks: int, setup: Setup, architecture: Architecture) -> None:

@@ -22,6 +22,10 @@ def kept_on_card(model: Model) -> None:
         from peftplan.memory.models.automodel_moe import masks
 
         model.lasting = masks(model)
+    elif running.own_decoders and model.arch.model_type == "glm4_moe":
+        from peftplan.memory.models.automodel_ep import last_map
+
+        model.lasting = last_map(model)
     elif decoder is not None or running.own_decoders:
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim

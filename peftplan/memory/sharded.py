@@ -14,6 +14,7 @@ from math import prod
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import TEXT_PARTS, is_in_text_part
+from peftplan.distributed.expert_parallel import is_divided, owners, sharing
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.layout import Layout
@@ -27,7 +28,7 @@ from peftplan.memory import float8
 from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, layer, number_of
+from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, experts, layer, number_of
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
@@ -64,7 +65,7 @@ def units_of(
     """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them. `checkpoints_units`: a
     checkpointed call runs a layer as FSDP1 wraps it.
     """
-    reshards = distributed.reshard_after_forward is not False
+    reshards = distributed.reshard_after_forward is not False and owners(distributed) == 1
     groups = grouped(model.arch, full, shards, distributed, layout)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None
     ends_of_stacks = {layer(model.arch.encoder_layers - 1), next(name for name in reversed(groups) if name != TAIL)}
@@ -82,15 +83,18 @@ def units_of(
                 for member in _members(
                     p,
                     shard,
-                    distributed.shards,
+                    sharing(p, distributed)[1],
                     "fp8_e4m3" if _in_float8(model, p) else dtype,
                     apart=of_fsdp1 and trained_apart and p.trainable,
                 )
             ),
             reshards=reshards and name not in (*kept, *last),
+            ranks=sharing(members[0][0], distributed)[1] if members else distributed.shards,
+            by_columns=bool(members) and sharing(members[0][0], distributed)[0] > 0,
             parameters=partial(_parameters_of, model, name, dict.fromkeys(p.name for p, _ in members)),
         )
         for name, members in groups.items()
+        if not members or sharing(members[0][0], distributed)[1] > 1
     ]
     units_in_step = (Fsdp1 if of_fsdp1 else kind)(
         model.tape,
@@ -137,12 +141,18 @@ def grouped(
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
-    groups |= {layer(number): [] for number in layers} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
+    divided = {number for p in full.all if is_divided(p, distributed) for number in numbers(p, arch)}
+    of_layers = ((layer(number), *([experts(number)] if number in divided else [])) for number in layers)
+    groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
         if id(p) in towers:
             groups[ROOT] += [pairs[id(p)]] * p.copies
+            continue
+        if is_divided(p, distributed):
+            for number in numbers(p, arch):
+                groups[experts(number)].append(pairs[id(p)])
             continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])

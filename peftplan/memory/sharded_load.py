@@ -15,7 +15,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.sharded import Pairs, is_sharded
-from peftplan.memory.units import EMBEDDING, ROOT, TAIL
+from peftplan.memory.units import EMBEDDING, ROOT, TAIL, experts, number_of
 from peftplan.parameters import Parameter, Parameters
 
 
@@ -65,7 +65,31 @@ class Loading(NamedTuple):
         self._buffers(memory)
         for handle in of_head:
             memory.release(handle)
+        if any(name == experts(number_of(name) or 0) for name in self.groups):
+            for masks in [[memory.allocate(shard.numel) for _ in range(3)] for shard in tables]:  # `nn.init.trunc_normal_`
+                for handle in masks:
+                    memory.release(handle)
+            self._one_by_one(memory)
         memory.empty_cache()
+
+    def _one_by_one(self, memory: Memory[Handle]) -> None:
+        """Experts whose columns ranks share are read one by one, and then copied into one tensor of all, which a parameter takes
+        last. Variables hold the last expert until the next matrix is made (nemo_automodel 0.7.0,
+        components/moe/state_dict_mixin.py, `checkpoint_load_destination`, `_direct_fill_grouped_expert_tensor`)."""
+        stacked, read = [], []
+        of_experts = (pair for name, pairs in self.groups.items() if name == experts(number_of(name) or 0) for pair in pairs)
+        for _, shard in (pair for pair in of_experts if pair[1].shape[-1] < pair[0].shape[-1]):
+            (nbytes,), apart = _on_device(shard), 1 + shard.name.endswith("gate_up_proj")
+            copies = apart * shard.shape[0]
+            read.append((nbytes, [memory.allocate(nbytes // copies) for _ in range(copies)], apart))
+        last: list[Handle] = []
+        for nbytes, copies_of, apart in read:
+            stacked.append(memory.allocate(nbytes))
+            for handle in (*copies_of[:-apart], *last):
+                memory.release(handle)
+            last = copies_of[-apart:]
+        for handle in (*last, *stacked):
+            memory.release(handle)
 
     def _by_unit(self, memory: Memory[Handle]) -> None:
         """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,

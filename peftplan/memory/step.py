@@ -88,6 +88,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     del loss_in_step
     outputs.clear()
     model.kept.clear()
+    model.lingering.clear()
 
 
 def _fetch(model: Model, program: Program) -> None:

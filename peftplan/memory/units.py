@@ -20,9 +20,14 @@ def layer(number: int) -> str:
     return f"layer {number}"
 
 
+def experts(number: int) -> str:
+    """The name of the unit of a layer's experts, where ranks divide them."""
+    return f"layer {number} experts"
+
+
 def number_of(unit: str) -> int | None:
     """The number of a layer's unit; None of any other."""
-    number = unit.removeprefix("layer ")
+    number = unit.removeprefix("layer ").removesuffix(" experts")
     return int(number) if number.isdigit() else None
 
 
@@ -49,6 +54,9 @@ class Units(Protocol):
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
         """Before the part runs on `x`: what it runs on."""
+
+    def enter_with_all(self, name: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        """The same of a part that runs on several."""
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After it gave `x`: what is handed on."""

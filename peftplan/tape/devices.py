@@ -15,6 +15,10 @@ class OneDevice:
     hooks_each_output = False
     keeps_gradients = False
 
+    def enter_with_all(self, name: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Nothing is gathered."""
+        return xs
+
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states that a layer is called on."""
         return x

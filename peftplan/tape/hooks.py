@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Tensor
+from peftplan.tape.tensors import Gradients, Node, Tensor
 
 T = TypeVar("T")
 
@@ -15,6 +15,18 @@ def hooked(f: Tape, x: Tensor, hook: Callable[[T], None], of: T) -> Tensor:
     """`x`, whose gradient calls `hook(of)` when it arrives, and is then handed on; `x` itself where no gradient will."""
     node = f.record(_hook_backward, (x,), hook, of)
     return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
+
+
+def all_hooked(f: Tape, xs: tuple[Tensor, ...], hook: Callable[[T], None], of: T) -> tuple[Tensor, ...]:
+    """The same of several, whose gradients call it when the last has arrived."""
+    node = f.record(_all_hook_backward, xs, hook, of)
+    return xs if node is None else tuple(Tensor(x.storage, x.dims, x.dtype, node, number) for number, x in enumerate(xs))
+
+
+def _all_hook_backward(f: Tape, node: Node, saved: tuple[Callable[[T], None], T], *gradients: Tensor) -> Gradients:
+    hook, of = saved
+    hook(of)
+    return gradients
 
 
 def _hook_backward(f: Tape, node: Node, saved: tuple[Callable[[T], None], T], g: Tensor) -> Tensor:

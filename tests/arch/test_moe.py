@@ -44,6 +44,7 @@ BASE: dict[str, Config] = {
     "gpt_oss": {**TINY, "num_local_experts": 5, "head_dim": 8},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 16},
     "qwen3_moe": QWEN,
+    "glm4_moe": {**TINY, "moe_intermediate_size": 12, "n_routed_experts": 6},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
 }
@@ -68,6 +69,12 @@ VARIANTS: dict[str, list[Config]] = {
         {"mlp_only_layers": [0, 2], "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8},
         {"num_experts": 0},
     ],
+    "glm4_moe": [
+        {},
+        {"attention_bias": True, "use_qk_norm": True, "n_shared_experts": 2, "head_dim": 8},
+        {"first_k_dense_replace": 0, "tie_word_embeddings": True, "partial_rotary_factor": 1.0},
+        {"first_k_dense_replace": 3},
+    ],
     "deepseek_v2": [
         {},
         {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
@@ -84,7 +91,7 @@ VARIANTS: dict[str, list[Config]] = {
 
 TASKS = dict.fromkeys(VARIANTS, ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"))
 TASKS["deepseek_v2"] = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
-TASKS["granitemoe"] = ("CAUSAL_LM", "FEATURE_EXTRACTION")
+TASKS["granitemoe"] = TASKS["glm4_moe"] = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 
 EVERY_VARIANT = [(m, v) for m, variants in VARIANTS.items() for v in variants]
 

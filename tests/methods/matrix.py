@@ -49,11 +49,11 @@ MODELS: dict[str, str] = {
     "distilbert": "distilbert-base-uncased", "deberta-v2": "deberta-v3-base", "modernbert": "modernbert-base", "t5": "flan-t5-xl",
     "mt5": "mt5-base", "seed_oss": "seed-oss-36b-instruct", "hunyuan_v1_dense": "hunyuan-0.5b-instruct",
     "exaone4": "exaone-4.0-1.2b", "arcee": "afm-4.5b", "ernie4_5": "ernie-4.5-0.3b-pt", "glm4_moe_lite": "glm-4.7-flash",
-    "glm": "glm-4-9b", "lfm2": "lfm2-350m",
+    "glm": "glm-4-9b", "lfm2": "lfm2-350m", "glm4_moe": "glm-4.5-air",
     "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
     # without a reader: read by transformers
     "mamba": "mamba-130m", "falcon_mamba": "falcon-mamba-7b", "olmoe": "olmoe-1b-7b-0924",
-    "qwen3_next": "qwen3-next-80b-a3b-instruct", "glm4_moe": "glm-4.5-air",
+    "qwen3_next": "qwen3-next-80b-a3b-instruct",
     "gpt_neo": "gpt-neo-125m", "granitemoehybrid": "granite-4.0-h-tiny",
     "olmo3": "olmo-3-1025-7b", "minimax_m2": "minimax-m2", "llama4": "llama-4-scout-17b-16e", "dinov2": "dinov2-small",
     "qwen3_vl": "qwen3-vl-2b-instruct", "rwkv": "rwkv-4-169m-pile",

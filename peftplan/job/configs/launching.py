@@ -143,6 +143,14 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
         count = int(str(count)) // int(str(nodes)) if whole and int(str(count)) % int(str(nodes)) == 0 else count
     if count is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
         count = visible.count(",") + 1
+    if re.fullmatch("[1-9][0-9]{0,5}", str(owners := launch.get("distributed.ep_size"))) and int(str(owners)) > 1:
+        result.options["ep_size"] = int(str(owners))
+        if count is None and nodes is None and int(str(owners)) > ASSUMED_GPUS:
+            nodes, tested = -(-int(str(owners)) // ASSUMED_GPUS), launch.get("ci.nodes")
+            nodes = nodes if tested is None else tested
+            result.assumed["nodes"] = f"the launcher decides; {nodes}, " + (
+                "which own the experts once" if tested is None else "as in the tests of NeMo Automodel"
+            )
     for name, value in (("gpus", count), ("nodes", nodes)):
         number = int(str(value)) if re.fullmatch("-?[0-9]{1,10}", str(value)) else None
         if number is not None and 0 < number <= MOST_RANKS:

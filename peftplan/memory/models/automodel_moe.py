@@ -25,12 +25,19 @@ CHUNK = 4096
 
 
 def gpt_oss(model: Model) -> Tensor:
-    """`GptOssModel.forward`: one table of cosines and sines in fp32."""
+    """`GptOssModel.forward`."""
+    table = rotary_table(model)
+    return run_layers(model, STYLE, [inputs(model)], lambda _: (table,), masks={})
+
+
+def rotary_table(model: Model) -> Tensor:
+    """`position_ids_to_freqs_cis`: one table of cosines and sines in fp32."""
     f, a = model.tape, model.arch.blocks[0].attentions[0]
+    width = a.rotary_dim or a.head_dim
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")
     f.module = "model.rotary_emb"
-    half: Dims = ("b", model.seq, a.head_dim // 2)
+    half: Dims = ("b", model.seq, width // 2)
     positions = f.new(("b", model.seq), "fp32", "to")
     angles = f.new(half, "fp32", "einsum")
     del positions
@@ -39,9 +46,9 @@ def gpt_oss(model: Model) -> Tensor:
         side = f.new(half, "fp32", name)
         sides.append(f.new(half, "fp32", f"{name} * concentration"))
         del side
-    table = f.new((*half[:-1], a.head_dim), "fp32", "cat")
+    table = f.new((*half[:-1], width), "fp32", "cat")
     del angles, sides
-    return run_layers(model, STYLE, [inputs(model)], lambda _: (table,), masks={})
+    return table
 
 
 def masks(model: Model) -> list[Tensor]:

@@ -79,6 +79,25 @@ def test_nemo_runs_gpt_oss_with_flex_attention() -> None:
     assert "model" in of_nemo({"strategy": "fsdp2"}, model=model | {"backend": of_experts}).unsupported
 
 
+@pytest.mark.parametrize(
+    ("dispatcher", "ci", "nodes", "unsupported"),
+    [
+        ("hybridep", {"nodes": 8}, 8, set()),
+        ("hybridep", {"time": "1"}, 4, set()),
+        ("deepep", {"time": "1"}, 4, {"model", "model.backend.dispatcher"}),
+    ],
+)
+def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int, unsupported: set[str]) -> None:
+    """32 ranks of 8 for each node own the experts once. Tokens are sorted for DeepEP by Transformer Engine (0.7.0,
+    components/moe/megatron/moe_utils.py:71), beside which attention and linear layers are its own too."""
+    backend = {"_target_": "nemo_automodel.components.models.common.BackendConfig", "dispatcher": dispatcher}
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.5-Air", "backend": backend}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 32}, model=model, ci=ci)
+    assert [plan.options[name] for name in ("ep_size", "gpus", "nodes")] == [32, 8, nodes]
+    assert set(plan.unsupported) == unsupported
+    assert ("routing" in plan.assumed) is (dispatcher == "hybridep")
+
+
 def test_nemo_started_by_skypilot() -> None:
     sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
     plan = of_nemo(

@@ -1,0 +1,78 @@
+"""Experts that ranks divide beside FSDP2: what a rank holds, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.errors import InputError, PeftplanError, RefusedError
+
+JOB: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "nodes": 8, "ep_size": 32}
+H, WIDTH, E, LAYERS = 4096, 1408, 128, 45
+"""Of GLM-4.5-Air: hidden size, width and number of experts, layers that have experts."""
+
+
+@pytest.mark.parametrize(("nodes", "ep_size"), [(8, 32), (8, 64), (4, 32), (1, 4)])
+def test_ranks_share_the_experts_evenly(nodes: int, ep_size: int) -> None:
+    """64 ranks of which 32 own 4 experts each: two share these by columns. A weight, its gradient and two moments
+    in 16 bits."""
+    static = peftplan.estimate("glm-4.5-air", **JOB | {"nodes": nodes, "ep_size": ep_size}, batch_size=1, seq_len=2048).static
+    experts = sum(x.bytes() for x in static if ".mlp.experts." in x.name and not x.name.endswith(".step"))
+    assert experts == 4 * 2 * LAYERS * E * 3 * H * WIDTH // (8 * nodes)
+
+
+def test_what_others_own_is_gathered_of_the_same_experts_alone() -> None:
+    """Two ranks hold each half of 4 experts, and gather 4 x 3 x 4,096 x 1,408 weights of a layer, which stay until backward."""
+    peaks = peftplan.estimate("glm-4.5-air", **JOB, batch_size=1, seq_len=2048).peaks
+    assert peaks is not None
+    lines = peaks.ledgers["forward"].lines
+    gathered = sum(x.bytes() for x in lines if x.category == "gathered_weights" and ".mlp.experts." in x.name)
+    assert gathered == 2 * LAYERS * E // 32 * 3 * H * WIDTH
+
+
+def test_a_rank_gets_a_row_for_each_expert_of_its_own_tokens() -> None:
+    """Balanced: 2,048 tokens x 8 experts, in 16 bits; the exchange keeps 4 + 1 + 4 bytes a token for each of 32 ranks, of the
+    last two 4 experts."""
+    peaks = peftplan.estimate("glm-4.5-air", **JOB, batch_size=1, seq_len=2048).peaks
+    assert peaks is not None
+    lines = peaks.ledgers["forward"].lines
+    kept = {x.name.rpartition("experts ")[2]: x.bytes() for x in lines if ".mlp.experts " in x.name}
+    assert kept["dispatch"] == LAYERS * 2 * 2048 * 8 * H
+    assert kept["swiglu"] == LAYERS * 2 * 2048 * 8 * WIDTH
+    assert kept["sparse to dense"] == LAYERS * 4 * 2048 * 32
+    assert kept["routing of own experts"] == LAYERS * 2048 * 32 * 4
+    assert kept["dense to expert"] == LAYERS * 4 * 2048 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("glm-4.5-air", {"trainer": "transformers"}, InputError, "divides no experts beside FSDP2"),
+        ("llama-3.1-8b", {}, RefusedError, "Expert parallelism requires a MoE model"),
+        ("glm-4.5", {"ep_size": 64}, InputError, "a divisor of the model's 160 experts"),
+        ("glm-4.5-air", {"pp_size": 4}, InputError, "a divisor of the 16 GPUs that share the weights"),
+    ],
+)
+def test_what_is_refused(model: str, options: dict[str, Any], error: type[PeftplanError], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        peftplan.estimate(model, **JOB | options, seq_len=2048)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seq_len": 1024},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"method": "lora", "r": 8, "target_modules": "every-linear"},
+        {"dtype": "fp32"},
+        {"ep_size": None},
+    ],
+)
+def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
+    """1,024 x 8 rows of experts are multiplied by their weights at once, 2,048 x 8 by chunks."""
+    result = peftplan.estimate("glm-4.5-air", **JOB | {"batch_size": 1, "seq_len": 2048} | options)
+    assert result.peaks is None
