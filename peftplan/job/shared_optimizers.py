@@ -64,17 +64,24 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             f"optim: {optimizer.name} fails in the first step of FSDP2: its constructor gives each parameter a seed, and "
             "accelerate puts DTensors in their place afterwards: KeyError: 'seed' (apollo-torch, apollo.py:92); accepted: ddp"
         )
+    if optimizer.name == "galore_adamw_8bit" and strategy == "fsdp2":
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first step of FSDP2: what trains is a DTensor, and the tables of bitsandbytes "
+            "are not: RuntimeError: bitsandbytes.optimizer_update_8bit_blockwise.default got mixed torch.Tensor and DTensor "
+            "(bitsandbytes, functional.py:1192); accepted: ddp"
+        )
     if optimizer.package == "lomo-optim" and strategy in ("zero0", *ZERO):
         raise RefusedError(
             f"optim: {optimizer.name} fails in the first backward of {distributed.facts.called}: Trainer hands its learning rate "
             "to accelerate (trainer.py:2105), which hands it on: TypeError: DeepSpeedEngine.backward() got an unexpected keyword "
             "argument 'learning_rate' (accelerator.py:2853); accepted: one GPU, ddp"
         )
-    if optimizer.name == "adafactor" and strategy == "fsdp2" and matrices:
+    if optimizer.name in ("adafactor", "galore_adafactor") and strategy == "fsdp2" and matrices:
+        line, others = ("adafactor.py:235", "") if optimizer.low_rank else ("optimization.py", ", zero1, zero2 or zero3")
         raise RefusedError(
-            "optim: adafactor fails in the first step of FSDP2: its factored second moment is a plain tensor, and gradients are "
-            "DTensors: RuntimeError: aten.add_.Tensor got mixed torch.Tensor and DTensor (transformers, optimization.py); "
-            "accepted: ddp, zero1, zero2 or zero3"
+            f"optim: {optimizer.name} fails in the first step of FSDP2: its factored second moment is a plain tensor, and "
+            "gradients are DTensors: RuntimeError: aten.add_.Tensor got mixed torch.Tensor and DTensor "
+            f"({optimizer.package}, {line}); accepted: ddp{others}"
         )
     if optimizer.name == "adagrad" and strategy in ZERO and len(groups) > 1 and setup.by.makes_optimizer:
         raise RefusedError(

@@ -12,6 +12,7 @@ from peftplan.job.loss_sizes import OF_FUNCTION
 from peftplan.memory.recast import is_recast
 from peftplan.memory.zero3_modules import has_unlisted_leaves, waits_by_address
 from peftplan.optim import parse_optim
+from peftplan.optim.torchao import is_matrix
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import EXPERTS_FUSED, FORWARD_CHECKPOINTED
 
@@ -55,6 +56,13 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace runs fused experts, not those before {EXPERTS_FUSED.named}; accepted: analytic")
     if job.quant is not None and job.quant.experts:
         raise RefusedError("engine: trace leaves stacks of experts in 16 bits; accepted: analytic")
+    optimizer = parse_optim(str(job.setup.optim))
+    whole = distributed is None or distributed.strategy == "ddp"
+    if optimizer.temporaries is not None and whole and any(is_matrix(p.shape) for p in job.adaptation.trained):
+        raise RefusedError(
+            f"optim: {optimizer.name} over matrices of the base: no engine knows what its first step holds while it times its "
+            "kernels; accepted: an adapter, fsdp2 or ZeRO"
+        )
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, tensor parallelism and device_map"
         raise RefusedError(f"engine: trace follows {followed}, not {unknown}; accepted: analytic")
