@@ -8,7 +8,7 @@ the next multiple of 8, `8t^100` 8 bytes per token of 100 at least, `640` alloca
 third, and `|` stands where backward begins. What is left at the end are the gradients: that of the input, in bytes per token,
 and those of what trains. What is left of forward besides its result lasts until the layer's next forward: scales of fake
 quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how its partial sums grow with the batch, below 4
-MiB, and what a convolution takes before the first token of a row, 0.1 MB.
+MiB.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
@@ -55,15 +55,15 @@ class Recorded(NamedTuple):
     """The events of a layer without a graph (`forward`), and with one, up to the end of its backward (`training`).
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels;
-    `3:8t` over a copy of so many bytes. `timed`: the layer in whose backward, where it is not the last. `r`: the rank of
-    adapters; None where all weights train. `modules`: what they adapt. `scheme`: that of the fake quantization. `multiplied`: the
-    embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is. `by_function`: the loss is
-    that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in NF4, the modules left out. `first`: what the first layer
-    does (forward, training, output), whose input is in 16 bits where results are in fp32. `generates`: the rows are prompts with
-    completions that the policy wrote, with a mask of them (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch
-    stay apart, each full. `others`: the numbers of layers that do something else, and what (forward, training, output).
-    `adapted`: how many layers have an adapter of this name, where it is not all. `of_pairs`: the rows are one column of pairs of
-    texts, without checkpoints: a layer's input stays until its backward is done.
+    `3:8t` over a copy of so many bytes. `r`: the rank of adapters; None where all weights train. `modules`: what they adapt.
+    `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm
+    is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in
+    NF4, the modules left out. `first`: what the first layer does (forward, training, output), whose input is in 16 bits where
+    results are in fp32. `generates`: the rows are prompts with completions that the policy wrote, with a mask of them
+    (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
+    that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
+    it is not all. `of_pairs`: the rows are one column of pairs of texts, without checkpoints: a layer's input stays until its
+    backward is done.
     """
 
     model: str
@@ -85,7 +85,6 @@ class Recorded(NamedTuple):
     others: tuple[tuple[Collection[int], str, str, int], ...] = ()
     adapted: Mapping[str, int] = MappingProxyType({})
     of_pairs: bool = False
-    timed: int | None = None
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:

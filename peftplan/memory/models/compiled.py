@@ -146,7 +146,6 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     f, running = c.at(), c.model.running
     assert running.recorded is not None
     last = max(layer for block in c.model.arch.blocks for layer in block.layers)
-    timed = last if running.recorded.timed is None else running.recorded.timed
     trained = [p for p in _parameters(c) if p.trainable]
     node = f.record(_backward, (x, *trained))
     f.products.append((len(f.log), "cuBLAS"))
@@ -156,7 +155,7 @@ def _layer(c: Call, x: Tensor) -> Tensor:
     tuned = {
         n: copied
         for n, copied in map(_timed, running.recorded.tuned)
-        if running.tunes and (n > num_forward if c.number == timed else c.number == 0)
+        if running.tunes and (n > num_forward if c.number == last else c.number == 0)
     }
     if running.recorded.of_pairs:  # each kernel is timed once: in the first forward, and in the backward of the last
         tuned = {n: copied for n, copied in tuned.items() if (n > num_forward) is (c.model.pass_name == LAST_PASS)}
