@@ -53,6 +53,8 @@ class Parameter(NamedTuple):
     layers: frozenset[int] | None = None
     """The layers whose tensors these are; None outside layers."""
     quantized: bool = False
+    group: int = 0
+    """As in `AddedTensor`."""
 
     @property
     def numel(self) -> int:
@@ -282,4 +284,5 @@ def _added(
         in_embedding=tensor.in_embedding,
         is_linear=tensor.name.endswith(("lora_A.weight", "lora_B.weight")),
         layers=None if tensor.layers is None else frozenset(tensor.layers),
+        group=tensor.group,
     )

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from programs.job import LLAMA_FACTORY, SWIFT, V1, adapter, arguments, checkpoints, class_of, load, options, rows
+from programs.job import LLAMA_FACTORY, OPTIMIZERS, SWIFT, V1, adapter, arguments, checkpoints, class_of, load, options, rows
 from programs.llama_factory import with_llama_factory, with_llama_factory_v1
 from programs.ms_swift import with_swift
 from programs.preferences import with_preferences, with_teacher
+from programs.without_peft import WITHOUT_PEFT
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 
@@ -42,6 +43,15 @@ def patch_attention(name: str, model: Any = None) -> None:
     patch_self_attn_lora(config) if model is None else apply_lora_kernel_patches(model, config)
 
 
+class WithOptimizer(Trainer):
+    """Trainer with the optimizer that the method brings along: under FSDP it takes none as an argument."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Make it of the model as it is now."""
+        self.optimizer = OPTIMIZERS[settings.method](settings, model or self.model)
+        return self.optimizer
+
+
 def with_trainer(job: argparse.Namespace) -> None:
     """transformers' Trainer. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     config = AutoConfig.from_pretrained(job.model)
@@ -58,9 +68,8 @@ def with_trainer(job: argparse.Namespace) -> None:
     model = load(job, wanted)
     if (job.quant or job.method == "qlora") and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
-    if job.method == "bitfit":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".bias"))
+    if job.method in WITHOUT_PEFT:
+        WITHOUT_PEFT[job.method](job, model)
     if (peft := adapter(job)) is not None:
         model = get_peft_model(model, peft)
         if checkpoints(job):
@@ -77,7 +86,8 @@ def with_trainer(job: argparse.Namespace) -> None:
         from axolotl.monkeypatch.loss.eaft import eaft_loss
 
         own_loss["compute_loss_func"] = eaft_loss
-    Trainer(model=model, args=training, train_dataset=rows(job, shape), **own_loss).train()
+    kind = WithOptimizer if job.method in OPTIMIZERS else Trainer
+    kind(model=model, args=training, train_dataset=rows(job, shape), **own_loss).train()
 
 
 def with_loop(job: argparse.Namespace) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import peftplan
-from peftplan.analytic.shown import OF_PROMPTS, OVER_4_BITS, TRACED_METHODS
+from peftplan.analytic.shown import OVER_4_BITS, PLAIN_METHODS, TRACED_METHODS
 from peftplan.arch import catalogue
 
 KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
 LAYERS = 4
 TOKENS = {"num_virtual_tokens": 20}
-OF_METHOD = {"partial": {"trainable_layers": 1}, "prompt-tuning": TOKENS, "p-tuning": TOKENS}
+OF_METHOD = {"partial": {"trainable_layers": 1}, "prompt-tuning": TOKENS, "p-tuning": TOKENS, "prefix-tuning": TOKENS}
 OPTIMIZERS = ("sgd", "rmsprop")
 SIZES = {"gpus": 4, "batch_size": 2, "seq_len": 256}
 LATER = {
@@ -28,13 +28,20 @@ LATER = {
     "adagrad": ("fsdp2",),
 }
 """Further optimizers → the strategies that they run under."""
+OTHER_MODELS = {
+    "fsdp1": ("llama-pro", "prefix-tuning"),
+    "fsdp2": ("lora+", "fourierft", "houlsby", "boft", "prefix-tuning"),
+    "zero2": ("lora+", "pfeiffer", "prefix-tuning"),
+    "zero3": ("adalora", "houlsby", "p-tuning"),
+}
+"""Strategy → methods that are traced with a second model and other numbers of ranks too."""
 STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 
 
 def jobs() -> Iterator[dict[str, Any]]:
     """Every method with AdamW, also over 4 bits, and every optimizer with full fine-tuning and with LoRA, under each strategy."""
     for strategy, methods in TRACED_METHODS.items():
-        for method in ("rslora", *methods, *OF_PROMPTS.get(strategy, ())):
+        for method in ("rslora", *methods, *PLAIN_METHODS.get(strategy, ())):
             yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, "method": method, **OF_METHOD.get(method, {})}
     for strategy, methods in OVER_4_BITS.items():
         for method in methods:
@@ -42,6 +49,11 @@ def jobs() -> Iterator[dict[str, Any]]:
             yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, **named}
     for named in ({"method": "full", "optim": "sgd"}, {"method": "full", "optim": "schedule_free_adamw"}, {"method": "dora"}):
         yield {"model": "qwen2.5-0.5b", "strategy": "fsdp2", **SIZES, **named, "offload_params": "cpu"}
+    for strategy, methods in OTHER_MODELS.items():
+        for number, method in enumerate(methods):
+            model, gpus = (("llama-3.2-1b", 8), ("gemma-3-270m", 2))[number % 2]
+            sizes = {**SIZES, "gpus": gpus, "gradient_checkpointing": gpus == 8 and method != "prefix-tuning"}
+            yield {"model": model, "strategy": strategy, **sizes, "method": method, **OF_METHOD.get(method, {})}
     for number, strategy in enumerate(STRATEGIES):
         sizes = {"strategy": strategy, **SIZES}
         for optim in OPTIMIZERS:
@@ -71,8 +83,12 @@ def shallow(name: str) -> dict[str, Any]:
 def peaks(job: dict[str, Any], engine: str) -> dict[str, Any] | None:
     """Bytes of each phase, and those reserved; None where the engine has none."""
     options = {name: value for name, value in job.items() if name != "model"}
-    result = peftplan.estimate(shallow(job["model"]), engine=engine, **options).peaks  # type: ignore[arg-type]
-    return None if result is None else {"by_phase": dict(result.by_phase), "reserved": result.reserved}
+    result = peftplan.estimate(shallow(job["model"]), engine=engine, **options)  # type: ignore[arg-type]
+    if result.peaks is None:
+        return None
+    written = result.to_dict()
+    memory = written["distributed"]["ranks"][0] if job["strategy"] == "fsdp1" else written["memory"]  # the trace plays rank 0
+    return {"by_phase": memory["peak_by_phase"], "reserved": memory["peak_reserved"]}
 
 
 def kept() -> list[dict[str, Any]]:

@@ -35,12 +35,12 @@ UNDER_DEEPSPEED = (
 """The same under DeepSpeed."""
 SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
 """Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md); rsLoRA runs LoRA's operations."""
-OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "partial", "llama-pro")
+OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "partial", "llama-pro", "lora+")
 TRACED_METHODS = {
-    "fsdp1": ("oft", "ln-tuning"),
+    "fsdp1": ("oft", "ln-tuning", "lora+"),
     "fsdp2": OF_LAYERS,
-    **dict.fromkeys(FLAT, (*OF_LAYERS, "boft", "adalora")),
-    "zero3": (*OF_LAYERS, "boft", "vera"),
+    **dict.fromkeys(FLAT, (*OF_LAYERS, "boft", "adalora", "lora-fa")),
+    "zero3": (*OF_LAYERS, "boft", "vera", "lora-fa"),
 }
 """Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
 (tests/rehearse/methods.jsonl)."""
@@ -50,8 +50,14 @@ OVER_4_BITS = {
     "zero3": ("dora", "oft", "ln-tuning", "boft"),
 }
 """The same over a base in 4 bits."""
-OF_PROMPTS = {"fsdp1": ("prompt-tuning",), **dict.fromkeys(FLAT, ("prompt-tuning", "p-tuning"))}
-"""The same of virtual tokens, before dense models in bf16 and all on the card."""
+OF_DENSE = ("prompt-tuning", "p-tuning", "prefix-tuning", "fourierft", "houlsby", "pfeiffer")
+PLAIN_METHODS = {
+    "fsdp1": ("prompt-tuning", "prefix-tuning", "bitfit", "partial", "llama-pro"),
+    "fsdp2": (*OF_DENSE, "boft"),
+    **dict.fromkeys(FLAT, OF_DENSE),
+    "zero3": (*OF_DENSE, "adalora"),
+}
+"""The same of those that were so with dense models alone, in bf16 and all on the card."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
 UNKNOWN_TO_PARTITIONS = ("adamw_torch_4bit",)
@@ -94,7 +100,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))
     if job.quant is not None:
         return known
-    return (*known, *(OF_PROMPTS.get(strategy, ()) if _is_plain(job) else ()))
+    return (*known, *(PLAIN_METHODS.get(strategy, ()) if _is_plain(job) else ()))
 
 
 def traced_methods(job: Job) -> tuple[str, ...]:

@@ -107,11 +107,12 @@ def overlaps(distributed: Distributed) -> bool:
 def groups_of(parameters: Iterable[Parameter], *, together: bool = False) -> list[list[Parameter]]:
     """The optimizer's parameter groups, those with weight decay first; DeepSpeed drops one that is empty. `together`: where
     DeepSpeed's config names the optimizer, it gets one group (transformers, integrations/deepspeed.py, `DummyOptim`)."""
-    trained = [p for p in parameters if p.trainable]
-    if together:
-        return [trained] if trained else []
-    groups = [[p for p in trained if bool(UNDECAYED.search(p.name)) is undecayed] for undecayed in (False, True)]
-    return [group for group in groups if group]
+    groups: dict[tuple[int, bool], list[Parameter]] = {}
+    for p in parameters:
+        if p.trainable:
+            key = (0, False) if together else (p.group, bool(UNDECAYED.search(p.name)))
+            groups.setdefault(key, []).append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
 def trained_groups(parameters: Parameters, distributed: Distributed) -> list[list[Key]]:

@@ -15,6 +15,7 @@ from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation, AddedTensor
+from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import FSDP2_TAIL_APART, named
@@ -222,12 +223,12 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
 
 OF_MODULES = (".weight", ".bias")
 """How the names of tensors of a module end. For others, in a ParameterDict, peft's wrap policy makes no unit of their own, and
-for none that is frozen."""
+for none that is frozen; accelerate takes that policy for models of peft alone."""
 
 
 def _leaf(tensor: AddedTensor) -> str:
-    """`vera_lambda_d`, `lora_A`: what peft calls a tensor of a layer."""
-    return tensor.name.removesuffix(".weight").rpartition(".")[2]
+    """`vera_lambda_d`, `lora_A`: what a tensor of a layer is called."""
+    return [part for part in tensor.name.removesuffix(".weight").split(".") if not part.isdigit()][-1]
 
 
 def _check_flat(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
@@ -238,7 +239,11 @@ def _check_flat(distributed: Distributed, setup: Setup, adaptation: Adaptation) 
             "strategy: FSDP1 has freed lora_A when DoRA reads it: IndexError: tuple index out of range "
             f"({named('peft')}, tuners/lora/dora.py:97); accepted: ddp, fsdp2 or zero3"
         )
-    apart = [t for t in adaptation.added if t.dtype == "adapter" and not (t.trainable and t.name.endswith(OF_MODULES))]
+    apart = [
+        t
+        for t in adaptation.added
+        if t.dtype == "adapter" and not (t.trainable and t.name.endswith(OF_MODULES) and not is_bottleneck(t.name))
+    ]
     if apart and setup.adapter_dtype != setup.dtype:
         raise RefusedError(
             f"strategy: FSDP1 makes one flat parameter of weights in {setup.dtype} and of {_leaf(apart[0])} in "
@@ -316,5 +321,11 @@ def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ada
         yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
     if distributed.strategy == "fsdp1" and str(setup.optim).startswith("paged_"):
         yield f"optim: of paged optimizers only paged_adamw_8bit with LoRA was rehearsed under {called}; states count as sharded"
+    own = any(t.group or (".lora_A." in t.name and not t.trainable) for t in adaptation.added)
+    if own and distributed.strategy.startswith("zero") and setup.by.prepares_model:
+        yield (
+            "method: under DeepSpeed Trainer drops an optimizer that is passed to it (transformers, integrations/deepspeed.py:"
+            "658); override create_optimizer. LoRA-FA's then steps over flat partitions as AdamW does"
+        )
     if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
         yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

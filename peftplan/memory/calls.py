@@ -13,18 +13,22 @@ def inputs(model: Model) -> Tensor:
     """The token embeddings, with a gradient where checkpointing asks for one (`enable_input_require_grads`)."""
     if model.received is not None:
         return model.received
-    assert model.arch.input_embedding is not None
     if not model.virtual_tokens:
-        model.units.enter(EMBEDDING)
-        return model.units.leave(EMBEDDING, model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s"))))
+        return _words(model)
     from peftplan.memory.methods import virtual_tokens
 
     virtual_tokens.masked(model)
     prompted = model.running.peft_type in PROMPTED
     if not prompted:
         model.past = virtual_tokens.prefixed(model)
-    words = model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s")))
+    words = _words(model)
     return virtual_tokens.prompted(model, words) if prompted else words
+
+
+def _words(model: Model) -> Tensor:
+    assert model.arch.input_embedding is not None
+    model.units.enter(EMBEDDING)
+    return model.units.leave(EMBEDDING, model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s"))))
 
 
 def into_cache(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, experts, layer, number_of
+from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
@@ -208,9 +209,10 @@ def _before(name: str, arch: Architecture) -> int:
 
 def final_norm(arch: Architecture, full: Parameters) -> str | None:
     """The norm behind the layers, where accelerate finds it (`_find_final_norm`): it looks for it in the attribute that
-    `base_model_prefix` names, and not deeper. A PeftModel's `model` is the class with the head, which has no norm of its own.
+    `base_model_prefix` names, and not deeper. A PeftModel's `model` is the class with the head, which has no norm of its own,
+    unless it has virtual tokens, which wrap that class once; bottleneck adapters wrap nothing.
     """
-    adapted = any(p.owner == "adapter" for p in full.all)
+    adapted = any(p.owner == "adapter" and not (p.name.startswith("prompt_encoder.") or is_bottleneck(p.name)) for p in full.all)
     norms = [m.name for m in arch.modules if m.layers is None and "Norm" in m.kind and m.name.count(".") == 1]
     return norms[-1] if norms and not (adapted and norms[-1].startswith("model.")) else None
 

@@ -6,13 +6,13 @@ Source: as each `distributed.layout` cites it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
-from peftplan.ledger import Ledger
+from peftplan.ledger import Ledger, Line
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.sharded import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL, experts, number_of
@@ -92,7 +92,7 @@ class Loading(NamedTuple):
             memory.release(handle)
 
     def _by_unit(self, memory: Memory[Handle]) -> None:
-        """All of a unit is moved, then each tensor leaves its shard (torch, distributed/fsdp/_fully_shard/_fsdp_init.py,
+        """All of a unit is moved, its buffers last, then each tensor leaves its shard (torch, _fully_shard/_fsdp_init.py,
         `_move_states_to_device`). The root comes last. Of an adapter accelerate's loop over what trains holds the last tensor
         whole (accelerate, accelerator.py, `_prepare_fsdp2`).
         """
@@ -100,10 +100,14 @@ class Loading(NamedTuple):
         trained = [p for name in self._order() for p, _ in self.groups[name] if p.trainable]
         last = trained[-1] if self.keeps_ends and trained and trained[-1].layers else None
         layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
+        of_layers = [line for line in self.buffers if "{}" in line.name and line.copies == len(layers)]
         for name in self._order():
             whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
+            if name in layers:
+                for line in of_layers:
+                    memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),))
             if name == ROOT:
-                self._buffers(memory)
+                self._buffers(memory, beside=of_layers)
             for _, shard in self.groups[name]:
                 _keep_shard(memory, shard)
             for p, handle in whole:
@@ -138,8 +142,8 @@ class Loading(NamedTuple):
         ends = (EMBEDDING, TAIL, ROOT)
         return [*(name for name in self.groups if name not in ends), *(name for name in ends if name in self.groups)]
 
-    def _buffers(self, memory: Memory[Handle]) -> None:
-        for line in self.buffers:
+    def _buffers(self, memory: Memory[Handle], *, beside: Sequence[Line] = ()) -> None:
+        for line in (line for line in self.buffers if line not in beside):
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
 
 

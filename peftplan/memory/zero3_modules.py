@@ -14,6 +14,7 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, gathers_ahead, limits, persistence
 from peftplan.distributed.zero3 import Coordinator, Module, Sharded
+from peftplan.memory.methods.adalora import FACTORS, regularizes
 from peftplan.memory.model import Model
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
 from peftplan.memory.units import layer as unit_of_layer
@@ -98,6 +99,8 @@ class Gathering(Stage):
         self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
+        self.of_tuner = tuple(p for p in own if regularizes(model) and p.name.endswith(FACTORS))
+        """The parameters that the tuner's forward reads, for a loss of its own: it has them from the second step on."""
         self.reference: Gathering | None = None
         """Those of a second model in an engine of its own."""
         self.f.modules, self.f.linear_in_python = self, True
@@ -264,7 +267,10 @@ class Gathering(Stage):
             return [Module(embedding.rpartition(".")[0], ())]
         if name == ROOT:
             read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
-            return [*(Module(outer, ()) for outer in self.wrapped), self._module(ROOT, None, read)]
+            inner = [Module(outer, ()) for outer in self.wrapped]
+            if self.of_tuner:
+                inner[-1] = Module(inner[-1].name, self.of_tuner)
+            return [*inner, self._module(ROOT, None, read)]
         return [Module(name, ())]
 
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:

@@ -218,7 +218,11 @@ def adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_pe
     Mamba's modules too."""
     function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
     adaptation: Adaptation = function(arch, config) if by_peft else function(arch, config, by_peft=False)
-    return adaptation
+    if method.name != "lora+":
+        return adaptation
+    from peftplan.methods.lora import in_groups
+
+    return in_groups(adaptation)
 
 
 def _validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "MethodConfig":

@@ -41,6 +41,8 @@ class AddedTensor(NamedTuple):
     trainable: bool = True
     dtype: Literal["adapter", "base"] = "adapter"
     in_embedding: bool = False
+    group: int = 0
+    """Which group of the optimizer has it, where the method brings one along that has several."""
 
     @property
     def copies(self) -> int:

@@ -42,6 +42,13 @@ ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 PLACES = {"attention_adapters": ATTENTIONS, "output_adapters": MLPS}
 """Name of an adapter in a layer → the names of the module that it follows."""
+
+
+def is_bottleneck(name: str) -> bool:
+    """Whether a tensor belongs to an adapter, which no tuner of peft wraps."""
+    return any(part in PLACES for part in name.split("."))
+
+
 NORM_INSIDE = "output"
 """A part with a child of this name applies its residual and norm itself."""
 

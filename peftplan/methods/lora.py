@@ -137,6 +137,18 @@ def lora(arch: Architecture, config: LoraConfig, *, by_peft: bool = True) -> Ada
     )
 
 
+def in_groups(adaptation: Adaptation) -> Adaptation:
+    """The same in the groups of LoRA+: A with what else trains, embeddings, B, and biases of B (peft, optimizers/loraplus.py)."""
+    return adaptation._replace(added=tuple(tensor._replace(group=_group(tensor)) for tensor in adaptation.added))
+
+
+def _group(tensor: AddedTensor) -> int:
+    if ".lora_embedding_" in tensor.name:
+        return 1
+    of_b = ".lora_B." in tensor.name or len(tensor.shape) == 1
+    return (3 if "bias" in tensor.name else 2) if of_b else 0
+
+
 def _refuse(arch: Architecture, config: LoraConfig) -> None:
     """Raise RefusedError for combinations that peft refuses, NeedsPeftError for those that only peft can count."""
     if config.lora_bias and config.use_dora:

@@ -19,6 +19,7 @@ METHODS = read(KEPT / "methods.jsonl")
 SIZES: dict[str, Any] = {"gpus": 4, "seq_len": 256, "batch_size": 2}
 REFUSED = (
     *((method, "fsdp1", "uniform dtype") for method in ("loha", "lokr", "ia3", "vera", "boft", "adalora", "fourierft")),
+    *((method, "fsdp1", "of adapter_down in fp32") for method in ("houlsby", "pfeiffer")),
     ("dora", "fsdp1", "tuners/lora/dora.py:97"),
     ("lora-fa", "fsdp1", "uniform dtype"),
     ("lora-fa", "fsdp2", "optimizers/lorafa.py:165"),
@@ -61,14 +62,21 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] or "apollo" in row["job"] else 0.15)
 
 
+INEXACT = {"adalora": 0.07, "vera": 0.07, "p-tuning": 0.025, "prefix-tuning": 0.026, "smollm2-360m --method boft": 0.09}
+"""Part of a job → percent of its peak. AdaLoRA's formula leaves out one output that its layers keep
+(`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks."""
+APART = ("--method adalora", "--method p-tuning")
+"""Methods whose small parameters are gathered in another order under ZeRO-3: reserved is up to 0.34 % too low."""
+
+
 @pytest.mark.parametrize("row", METHODS, ids=[row["job"] for row in METHODS])
 def test_a_rehearsed_method(row: dict[str, Any]) -> None:
-    """AdaLoRA's formula leaves out one output that its layers keep (`memory/methods/adalora.py`); VeRA's is 0.03 % high."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    exact = 0.07 if "adalora" in row["job"] or "vera" in row["job"] else 0.003
+    exact = next((percent for part, percent in INEXACT.items() if part in row["job"]), 0.003)
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < exact
-    assert abs(drift["reserved"]) < 0.07
+    in_another_order = "zero3" in row["job"] and any(part in row["job"] for part in APART)
+    assert abs(drift["reserved"]) < (0.35 if in_another_order else 0.07)
     assert abs(drift["step"]) < 0.08
 
 

@@ -12,6 +12,8 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from programs.without_peft import WITHOUT_PEFT
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,6 +60,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--task-type", choices=tuple(CLASSIFIERS))
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--num-virtual-tokens", type=int)
+    parser.add_argument("--trainable-layers", type=int, default=2)
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
     parser.add_argument("--quant", choices=("nf4", "int8"))
@@ -145,9 +148,9 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
 
 def adapter(job: argparse.Namespace) -> Any:
     """peft's config of the method, None for full fine-tuning."""
-    if job.method in ("full", "bitfit"):
+    if job.method in ("full", *WITHOUT_PEFT):
         return None
-    if job.method not in ("lora", "qlora", "rslora", "dora"):
+    if job.method not in ("lora", "qlora", "rslora", "dora", "qdora", "lora+", "lora-fa"):
         steps = {"total_step": STEPS} if job.method == "adalora" else {}
         virtual = {} if job.num_virtual_tokens is None else {"num_virtual_tokens": job.num_virtual_tokens}
         named = {} if job.target_modules == "all-linear" else {"target_modules": job.target_modules.split(",")}
@@ -155,9 +158,21 @@ def adapter(job: argparse.Namespace) -> Any:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type=task_of(job), **steps, **virtual, **named)
     named = job.target_modules != "all-linear" and "*" not in job.target_modules
     modules = job.target_modules.split(",") if named else job.target_modules
-    with_dora = job.use_dora or job.method == "dora"
+    with_dora = job.use_dora or job.method in ("dora", "qdora")
     others = {"lora_dropout": job.lora_dropout, "use_dora": with_dora, "use_rslora": job.use_rslora, "bias": job.bias}
     return LoraConfig(r=job.r, target_modules=modules, task_type=task_of(job), **others)
+
+
+def _loraplus(job: argparse.Namespace, model: Any) -> Any:
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, fused=True)
+
+
+def _lorafa(job: argparse.Namespace, model: Any) -> Any:
+    return create_lorafa_optimizer(model, r=job.r, lora_alpha=8, lr=1e-4)
+
+
+OPTIMIZERS = {"lora+": _loraplus, "lora-fa": _lorafa}
+"""Methods that bring an optimizer along, and what makes it."""
 
 
 def task_of(job: argparse.Namespace) -> str | None:

@@ -75,13 +75,18 @@ def factors(model: Model) -> list[Family]:
     return [p for p in model.parameters.all if p.owner == "adapter" and p.name.rpartition(".")[2] in FACTORS]
 
 
+def regularizes(model: Model) -> bool:
+    """Whether the loss has a part of A and B. Without a class for the task, `PeftModel.forward` calls the base model itself."""
+    by_tuner = model.running.peft_type == "ADALORA" and model.running.peft_task in PEFT_TASKS
+    return by_tuner and model.arch.model_type not in SOUND
+
+
 def regularized(model: Model, loss: Tensor) -> Tensor:
     """`AdaLoraModel.forward`: how far each A and B is from orthogonal is added to the loss.
 
-    Backward makes these gradients first, for all layers together; they wait for those that come through the layers. Without a
-    class for the task, `PeftModel.forward` calls the base model itself, and nothing is added.
+    Backward makes these gradients first, for all layers together; they wait for those that come through the layers.
     """
-    if model.running.peft_task not in PEFT_TASKS or model.arch.model_type in SOUND:
+    if not regularizes(model):
         return loss
     f = model.tape
     f.module = ""

@@ -103,6 +103,7 @@ def prefixed(model: Model, kinds: tuple[int, ...] | None = None) -> list[tuple[T
     f.module = ""
     x = f.to(x, base.dtype)
     kinds = kinds or kinds_of(model)
+    kinds = tuple(range(len(kinds))) if model.every_layer else kinds
     sections, _ = sections_of(kinds, summing=model.translates)
     extra = len(kinds) - len(sections)
     layers = len(kinds)

@@ -116,7 +116,15 @@ class Zero(OneOfSeveral):
         here = {"RANK": self.rank, "LOCAL_RANK": 0, "WORLD_SIZE": self.distributed.world_size}
         named = {name: str(value) for name, value in here.items()}
         notes = noted(tracker) if self.stacks else nullcontext()
-        with patch.dict(os.environ, named), on_fake_cards(tracker), addressed(), owned(tracker), notes:
+        with patch.dict(os.environ, named), on_fake_cards(tracker), addressed(), owned(tracker), notes, self._told():
+            yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Trainer tells transformers of ZeRO-3, whom peft asks before it gathers parameters (`gather_params_ctx`)."""
+        from peft.utils import integrations
+
+        with patch.object(integrations, "check_deepspeed_zero3_enabled", lambda: self.distributed.strategy == "zero3"):
             yield
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
