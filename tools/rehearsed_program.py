@@ -66,7 +66,7 @@ def with_trainer(job: argparse.Namespace) -> None:
     if job.kernels:
         patch_attention(job.model)
     model = load(job, wanted)
-    if (job.quant or job.method == "qlora") and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
+    if (job.quant or job.method in ("qlora", "qdora")) and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     if job.method in WITHOUT_PEFT:
         WITHOUT_PEFT[job.method](job, model)
@@ -93,7 +93,7 @@ def with_trainer(job: argparse.Namespace) -> None:
 def with_loop(job: argparse.Namespace) -> None:
     """A loop by hand: the model is on its device before the adapter is made."""
     model = load(job)
-    if job.method == "qlora" or job.quant is not None:
+    if job.method in ("qlora", "qdora") or job.quant is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     else:
         model = model.cuda()

@@ -29,7 +29,7 @@ LATER = {
 }
 """Further optimizers → the strategies that they run under."""
 OTHER_MODELS = {
-    "fsdp1": ("llama-pro", "prefix-tuning"),
+    "fsdp1": ("llama-pro",),
     "fsdp2": ("lora+", "fourierft", "houlsby", "boft", "prefix-tuning"),
     "zero2": ("lora+", "pfeiffer", "prefix-tuning"),
     "zero3": ("adalora", "houlsby", "p-tuning"),

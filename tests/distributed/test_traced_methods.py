@@ -76,7 +76,7 @@ def test_a_rehearsed_method(row: dict[str, Any]) -> None:
     exact = next((percent for part, percent in INEXACT.items() if part in row["job"]), 0.003)
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < exact
     in_another_order = "zero3" in row["job"] and any(part in row["job"] for part in APART)
-    assert abs(drift["reserved"]) < (0.35 if in_another_order else 0.07)
+    assert abs(drift["reserved"]) < (0.35 if in_another_order else 0.075)
     assert abs(drift["step"]) < 0.08
 
 

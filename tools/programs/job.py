@@ -121,7 +121,7 @@ def class_of(job: argparse.Namespace, config: Any) -> Any:
 
 def is_in_4_bits(job: argparse.Namespace) -> bool:
     """Whether the base is in nf4."""
-    return job.method == "qlora" or job.quant == "nf4"
+    return job.method in ("qlora", "qdora") or job.quant == "nf4"
 
 
 def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any:
