@@ -104,9 +104,10 @@ def shown_methods(job: Job) -> tuple[str, ...]:
 
 
 def traced_methods(job: Job) -> tuple[str, ...]:
-    """The other methods that were traced over such a base."""
+    """The other methods that were traced over such a base: QDoRA is DoRA over 4 bits."""
     assert job.distributed is not None
-    return (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
+    known = (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
+    return (*known, "qdora") if job.quant is not None and "dora" in known else known
 
 
 def shows_dora(job: Job) -> bool:
