@@ -72,7 +72,7 @@ OVER_DTENSORS = (
 )
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
 ON_HOST = ("torch", "schedulefree")
-"""Packages whose optimizers were traced over DTensors on the host."""
+"""Packages whose optimizers were traced or rehearsed on the host."""
 OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
 """Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop."""
 STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3"), OVER_PARTITIONS)}
@@ -174,12 +174,12 @@ def is_like_traced(job: Job) -> bool:
 
 def knows_optimizers(job: Job) -> bool:
     """Whether a job resembles those that were traced or rehearsed with other optimizers: Trainer or SFTTrainer trains a dense
-    model in bf16, all on the card or offloaded by FSDP2; its base may be quantized."""
+    model in bf16, all on the card or offloaded by FSDP; its base may be quantized."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
-    stays = on_card or distributed.strategy == "fsdp2"
+    stays = on_card or distributed.strategy in FSDP
     return by_trainer and stays and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 

@@ -63,11 +63,18 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
 
 
 INEXACT = {
-    "adalora": 0.07, "vera": 0.07, "p-tuning": 0.025, "pfeiffer": 0.062, "prefix-tuning": 0.026,
+    "adalora": 0.07,
+    "vera": 0.07,
+    "p-tuning": 0.025,
+    "pfeiffer": 0.062,
+    "prefix-tuning": 0.026,
     "smollm2-360m --method boft": 0.09,
+    "opt-125m --strategy fsdp2": 0.14,
+    "opt-125m --strategy zero3": 0.09,
 }
 """Part of a job → percent of its peak. AdaLoRA's formula leaves out one output that its layers keep
-(`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks."""
+(`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks,
+QDoRA's of OPT misses 1 MB under FSDP2 and ZeRO-3."""
 APART = ("--method adalora", "--method p-tuning")
 """Methods whose small parameters are gathered in another order under ZeRO-3: reserved is up to 0.34 % too low."""
 
