@@ -171,7 +171,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             TensorParallel(model, job.distributed, parameters.all)
         if late and isinstance(model.units, Fsdp1):
             model.units.lag = Lag()
-        if job.distributed.strategy == "fsdp1" and dtype not in (None, str(job.setup.adapter_dtype)):
+        apart = job.distributed.strategy == "fsdp1" or layout.leaves_apart
+        if apart and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))
         of_each = job.distributed.strategy == "fsdp2" or has_temporaries(program.optimizer)
         own = holding.states_of if of_each else None  # without the padding of short shards, and views of flat ones
@@ -268,7 +269,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if (distributed.pp_size or 1) > 1:
         of_rank = stages_of(distributed, num_layers(parameters.all), holding.rank or 0)
         parameters = parameters._replace(all=tuple(on_stages(parameters.all, job.architecture, of_rank)))
-    if layout.loads == "model":
+    if layout.loads == "model" and job.quant is None:
         # from_pretrained(dtype="auto", device_map=the device), and `.to(torch.float32)` behind it
         whole = partial(
             load_into,
@@ -280,7 +281,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             arrives=True,
         )
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
-    by_units_of = layout if whole is not None and layout.streams else ACCELERATE
+    by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
     return Loading(
         grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
         buffers,

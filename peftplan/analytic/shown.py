@@ -89,7 +89,9 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     assert job.distributed is not None
     by, strategy = job.setup.by, job.distributed.strategy
     if by.weighs_tokens:
-        return ("full", "partial") if strategy == "fsdp2" and tied(job.architecture) else ("full",)
+        if strategy != "fsdp2" or not tied(job.architecture):
+            return ("full",)
+        return ("full", "partial", *(("lora", "qlora") if _adapts_in_4_bits(job) else ()))
     if by.own_fsdp2 and strategy == "fsdp2":
         return ("full",)
     if by.generates and strategy == "zero3":
@@ -108,6 +110,15 @@ def traced_methods(job: Job) -> tuple[str, ...]:
     assert job.distributed is not None
     known = (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
     return (*known, "qdora") if job.quant is not None and "dora" in known else known
+
+
+def _adapts_in_4_bits(job: Job) -> bool:
+    """Whether LLaMA-Factory v1's LoRA was rehearsed: over 4 bits in halves that FSDP2 casts to bf16, without saved modules."""
+    packed = job.quant is not None and job.quant.name == "nf4" and job.quant.quant_storage in SIXTEEN_BITS
+    config = job.config
+    return (
+        packed and config is not None and not getattr(config, "modules_to_save", None) and not getattr(config, "use_dora", False)
+    )
 
 
 def shows_dora(job: Job) -> bool:

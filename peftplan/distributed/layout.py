@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     transformers reads mixtures of experts, whose checkpoints are laid out otherwise."""
     buffers_first: bool = False
     """Whether buffers are there before the weights, and a tied embedding comes before the layers."""
+    leaves_apart: bool = False
+    """Whether each module of an adapter is a unit, and the layers that have one are part of the root."""
     tower_in_root: bool = False
     """Whether a frozen tower beside the text part belongs to the root, which gathers it whole."""
 
@@ -70,5 +72,6 @@ LLAMA_FACTORY_V1 = Layout(
     reduce_dtype="fp32",
     syncs_each_batch=True,
     loads="model",
+    leaves_apart=True,
 )
 """llamafactory 0.9.5, v1/plugins/trainer_plugins/distributed/fsdp2.py (`FSDP2Engine`), v1/core/model_engine.py."""

@@ -315,7 +315,8 @@ def _forward(model: Model) -> list[Tensor]:
             model.load_loss = balanced(model, router_logits)
             outputs += [] if running.loss == "trl-chunked" else router_logits
             del router_logits
-        by_trainer = running.loss == "trl-chunked" and model.units.hooks_each_output  # TRL's loss is of the log-probabilities
+        # TRL's loss is of the log-probabilities, LLaMA-Factory v1's of the logits
+        by_trainer = (running.loss == "trl-chunked" or model.tape.keeps_graph) and model.units.hooks_each_output
         of_model = 1 if running.without_loss or by_trainer else 0
         outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
         outputs = model.units.hand_out(outputs)

@@ -26,6 +26,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory import float8
 from peftplan.memory.flat_load import FlatShard, FlatUnits
+from peftplan.memory.leaf_units import LeafUnits, is_leaf, leaves_of, parameters_of
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, experts, layer, number_of
@@ -92,7 +93,9 @@ def units_of(
             reshards=reshards and name not in (*kept, *last),
             ranks=sharing(members[0][0], distributed)[1] if members else distributed.shards,
             by_columns=bool(members) and sharing(members[0][0], distributed)[0] > 0,
-            parameters=partial(_parameters_of, model, name, dict.fromkeys(p.name for p, _ in members)),
+            parameters=partial(
+                parameters_of if is_leaf(name) else _parameters_of, model, name, dict.fromkeys(p.name for p, _ in members)
+            ),
         )
         for name, members in groups.items()
         if not members or sharing(members[0][0], distributed)[1] > 1
@@ -109,6 +112,8 @@ def units_of(
             **({NORM: TAIL} if layout.ends == "units" and final_norm(model.arch, full) else {}),
         },
     )
+    if any(map(is_leaf, groups)):
+        model.tape.modules = LeafUnits(units_in_step)
     if isinstance(units_in_step, Fsdp1):
         units_in_step.views_shards = distributed.use_orig_params is not False
         units_in_step.in_checkpoints = checkpoints_units and model.running.reentrant and model.running.checkpointing
@@ -139,6 +144,10 @@ def grouped(
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
     towers = {id(p) for p in full.all if layout.tower_in_root and _is_of_frozen_tower(p, arch)}
     layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
+    leaves = layout.leaves_apart and distributed.strategy == "fsdp2" and any(p.owner == "adapter" for p in full.all)
+    layers = [] if leaves else layers
+    in_root: list[tuple[int, tuple[Parameter, Parameter]]] = []
+    before = 0
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
@@ -147,6 +156,14 @@ def grouped(
     groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
+            continue
+        if leaves and p.owner == "adapter":
+            for name in leaves_of(p):
+                groups.setdefault(name, []).append(pairs[id(p)])
+            continue
+        if leaves and p.layers:
+            in_root += [(number, pairs[id(p)]) for number in sorted(p.layers)]
+            before = len(groups[ROOT]) if len(in_root) == p.copies else before
             continue
         if id(p) in towers:
             groups[ROOT] += [pairs[id(p)]] * p.copies
@@ -157,6 +174,7 @@ def grouped(
             continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
+    groups[ROOT][before:before] = [pair for _, pair in sorted(in_root, key=lambda row: row[0])]
     return groups
 
 
@@ -248,7 +266,7 @@ def _members(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, a
 def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Member:
     weight = next(a for a in shard.allocations if a.name == "weight")
     numel = prod(weight.dims)
-    casts = dtype is not None and not p.quantized and weight.dtype != dtype
+    casts = dtype is not None and weight.dtype in FLOATS and weight.dtype != dtype
     whole = next(a for a in p.allocations if a.name == "weight") if p.quantized else None
     return Member(
         p.name,

@@ -5,6 +5,7 @@ cross entropy of axolotl's fork (at 5f0c7a7, `cce_patch` before loading).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,18 +20,15 @@ OF_KERNELS = read(Path(__file__).with_name("lora_kernels.jsonl"))
 OF_EAFT = read(Path(__file__).with_name("eaft.jsonl"))
 OF_CUT = read(Path(__file__).with_name("cut_cross_entropy.jsonl"))
 LARGEST = {"allocated": 0.05, "reserved": 2.5}
-"""Per cent; reserved: where layers are kept and gradients accumulate, all else is equal, but for `PAGES`."""
-PAGES = "smollm2-135m --trainer llamafactory-v1 --method partial"
-"""Here the formula reserves four pages of 20 MiB less than the tool: 6.2 % of 1.4 GB."""
+"""Per cent; reserved: where layers are kept and gradients accumulate, all else is equal."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["job"] for row in ROWS])
 def test_formulas_hold_what_the_tool_holds(row: dict[str, object]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
-    pages = -6.2 if str(row["job"]).startswith(PAGES) else -LARGEST["reserved"]
     assert abs(drift["allocated"]) < LARGEST["allocated"]
-    assert pages < drift["reserved"] < LARGEST["reserved"]
+    assert abs(drift["reserved"]) < LARGEST["reserved"]
 
 
 @pytest.mark.parametrize("row", OF_CUT, ids=[row["job"] for row in OF_CUT])
@@ -116,6 +114,21 @@ def test_what_is_not_known_of_v1_is_said() -> None:
     assert of_lora == "a step with FSDP2 over 8 GPUs and method lora (no formula yet)"
     with pytest.raises(RefusedError, match="trace follows losses of models"):
         peftplan.estimate(**job, strategy="fsdp2", gpus=8, engine="trace")
+
+
+def test_v1_shares_all_but_adapters_as_one_unit() -> None:
+    """Of Qwen3 0.6B 28 layers of 15,728,640 numbers in 4 bits and a table of 151,936 x 1,024 in bf16 are gathered at once, in
+    backward too. Other adapters and a head of its own were not rehearsed."""
+    job: dict[str, Any] = {"trainer": "llamafactory-v1", "strategy": "fsdp2", "gpus": 8, "dtype": "bf16", "r": 16}
+    of_4_bits = {"method": "qlora", "quant_storage": "fp16", "compute_dtype": "fp16"}
+    peaks = peftplan.estimate("qwen3-0.6b", **job, **of_4_bits, seq_len=64).peaks
+    assert peaks is not None
+    gathered = [line for line in peaks.ledgers["backward"].lines if line.category == "gathered_weights"]
+    whole = 28 * 15_728_640 // 2 + 2 * 151_936 * 1024
+    assert 0 <= sum(line.bytes() for line in gathered) - whole < 2**20
+    others: tuple[dict[str, Any], ...] = ({"modules_to_save": ["lm_head"]}, {"quant_storage": "uint8"}, {"model": "llama-3.1-8b"})
+    for other in others:
+        assert peftplan.estimate(**{"model": "qwen3-0.6b", **job, **of_4_bits, **other}).peaks is None
 
 
 def test_last_layers_alone_have_a_peak_with_a_tied_head() -> None:
