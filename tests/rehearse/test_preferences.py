@@ -46,25 +46,30 @@ def test_the_text_part_makes_no_cache_in_ms_swift(results: Results) -> None:
     assert abs(drift["forward"]) <= 0.05
 
 
-def test_weights_are_gathered_layer_by_layer_while_completions_are_written() -> None:
-    """The text part of four layers of Qwen2.5-VL 3B, over ZeRO-3 on an emulated A100, releases as in `preferences.jsonl`: what
-    generation leaves in the cache depends on the order of what is gathered. The first generation falls into `load` there."""
+@pytest.mark.parametrize(
+    ("layers", "sizes", "by_phase", "reserved"),
+    [
+        (4, (8, 512, 64), (2_225_406_976, 1_826_395_648, 2_269_224_960), 3_640_655_872),
+        (8, (4, 640, 128), (2_684_739_584, 2_435_138_048, 2_717_542_400), 4_670_357_504),
+    ],
+)
+def test_weights_are_gathered_layer_by_layer_while_completions_are_written(
+    layers: int, sizes: tuple[int, int, int], by_phase: tuple[int, int, int], reserved: int
+) -> None:
+    """The text part of Qwen2.5-VL 3B with fewer layers, over ZeRO-3 on an emulated A100, releases as in `preferences.jsonl`: what
+    generation leaves in the cache depends on the order of what is gathered. The first generation falls into `load` there, and
+    the others into `step`."""
     config: dict[str, Any] = copy.deepcopy(dict(load_config("qwen2.5-vl-3b-instruct")))
-    config = {**config, "num_hidden_layers": 4, "vision_config": {**config["vision_config"], "depth": 2}, "dtype": "bfloat16"}
-    sizes: dict[str, Any] = {
-        "batch_size": 8,
-        "num_generations": 8,
-        "gradient_accumulation_steps": 2,
-        "seq_len": 512,
-        "max_completion_length": 64,
-    }
+    config |= {"num_hidden_layers": layers, "vision_config": {**config["vision_config"], "depth": 2}, "dtype": "bfloat16"}
+    rows, seq_len, completion = sizes
+    batch: dict[str, Any] = {"batch_size": rows, "num_generations": rows, "seq_len": seq_len, "max_completion_length": completion}
     adapter: dict[str, Any] = {"method": "lora", "r": 16, "target_modules": "v_proj", "lora_dropout": 0.05}
-    shared: dict[str, Any] = {**AUTO, "strategy": "zero3", "overlap_comm": True, "gpus": 8}
-    peaks = estimate(config, trainer="trl-grpo", dtype="bf16", autocast="bf16", **sizes, **adapter, **shared).peaks
+    shared: dict[str, Any] = {**AUTO, "strategy": "zero3", "overlap_comm": True, "gpus": 8, "gradient_accumulation_steps": 2}
+    peaks = estimate(config, trainer="trl-grpo", dtype="bf16", autocast="bf16", **batch, **adapter, **shared).peaks
     assert peaks is not None
     phases = [peaks.by_phase[phase] for phase in ("generate", "forward", "backward")]
-    assert phases == pytest.approx((2_225_406_976, 1_826_395_648, 2_269_224_960), rel=0.001)
-    assert peaks.reserved == pytest.approx(3_640_655_872, rel=0.002)
+    assert phases == pytest.approx(by_phase, rel=0.001)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.001)
 
 
 def test_each_trainer_was_rehearsed() -> None:
