@@ -271,7 +271,6 @@ def test_options_of_ddp_by_formula(options: dict[str, Any]) -> None:
         ({"custom_sharded_layers": "output"}, "not its custom_sharded_layers"),
         ({"accelerate": "1.13"}, "not its units under accelerate 1.13"),
         ({"trainer": "automodel"}, "not its units under NeMo"),
-        ({"quant": "int8"}, "not its shards in int8"),
         ({"strategy": "zero2", "quant": "int8"}, "not its shards in int8"),
         ({"strategy": "device-map", "quant": "nf4"}, "not quantized weights under device_map"),
     ],
