@@ -70,7 +70,6 @@ INEXACT = {
     "prefix-tuning": 0.026,
     "smollm2-360m --method boft": 0.09,
     "opt-125m --strategy fsdp2": 0.14,
-    "opt-125m --strategy zero3": 0.09,
 }
 """Part of a job → percent of its peak. AdaLoRA's formula leaves out one output that its layers keep
 (`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks,
