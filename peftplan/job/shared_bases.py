@@ -46,7 +46,7 @@ def check_base(
     """Raise RefusedError for int8 under FSDP2 (rehearsed), for norms that FSDP1 cannot make flat with packed weights, and for
     (IA)³ without autocast."""
     if quant is not None:
-        if distributed.strategy == "fsdp2" and quant.name == "int8":
+        if distributed.strategy == "fsdp2" and quant.name == "int8" and setup.by.traced_on_ranks:  # axolotl patches torch
             raise RefusedError(
                 f"quant: {named('bitsandbytes')} finds no scales in the plain parameters that FSDP2 makes of int8 weights: "
                 "AttributeError: 'Parameter' object has no attribute 'CB' (nn/modules.py:1182); accepted: nf4, or ddp and zero2"
