@@ -20,8 +20,9 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
     """The setup with DeepSpeed's own optimizer: where its config names Adam, and where accelerate replaces any that Trainer made
     for a step on the host (accelerator.py:2383, utils/deepspeed.py, `map_pytorch_optim_to_deepspeed`).
 
-    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses.
+    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses, and as `_check_in_backward`.
     """
+    _check_in_backward(distributed, setup)
     offloads = distributed.offload_optimizer not in (None, "none")
     replaces = offloads and distributed.zero_force_ds_cpu_optimizer is not False and setup.by.prepares_model
     if distributed.strategy not in ZERO or not (distributed.deepspeed_optimizer or replaces):
@@ -37,6 +38,24 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
     return setup.model_copy(update={"optim": on_host if offloads else "deepspeed_adam"})
 
 
+def _check_in_backward(distributed: Distributed, setup: Setup) -> None:
+    """Raise RefusedError for an optimizer that steps in backward, which Trainer makes, or hands a learning rate to, whatever
+    DeepSpeed puts in its place."""
+    optimizer, strategy, own = parse_optim(str(setup.optim)), distributed.strategy, distributed.deepspeed_optimizer
+    if optimizer.low_rank and optimizer.step_implementation == "in-backward" and strategy != "device-map" and not own:
+        raise RefusedError(
+            f"optim: {named('transformers')} refuses {optimizer.name} on several ranks: NotImplementedError: Layer-wise "
+            f"{optimizer.name} does not support DDP at this time (trainer_optimizer.py:117); accepted: an optimizer that is not "
+            "layerwise"
+        )
+    if optimizer.package == "lomo-optim" and strategy in ("zero0", *ZERO):
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first backward of {distributed.facts.called}: Trainer hands its learning rate "
+            "to accelerate (trainer.py:2105), which hands it on: TypeError: DeepSpeedEngine.backward() got an unexpected keyword "
+            "argument 'learning_rate' (accelerator.py:2853); accepted: one GPU, ddp"
+        )
+
+
 def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
     """Raise RefusedError for an optimizer whose constructor or first step fails under a strategy."""
     optimizer, strategy = parse_optim(str(setup.optim)), distributed.strategy
@@ -47,12 +66,6 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
     matrices = any(len(shape) > 1 for shape in shapes)
     names = [*(t.name for t in trained), *(f"{p.module}.{p.param}" for p in adaptation.trained)]
     groups = {bool(UNDECAYED.search(name)) for name in names}
-    if optimizer.low_rank and optimizer.step_implementation == "in-backward" and strategy != "device-map":
-        raise RefusedError(
-            f"optim: {named('transformers')} refuses {optimizer.name} on several ranks: NotImplementedError: Layer-wise "
-            f"{optimizer.name} does not support DDP at this time (trainer_optimizer.py:117); accepted: an optimizer that is not "
-            "layerwise"
-        )
     if optimizer.low_rank and strategy in FLATTENING:
         raise RefusedError(
             f"optim: {optimizer.name} fails in the first step of {distributed.facts.called}, where an optimizer steps over parts "
@@ -69,12 +82,6 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             f"optim: {optimizer.name} fails in the first step of FSDP2: what trains is a DTensor, and the tables of bitsandbytes "
             "are not: RuntimeError: bitsandbytes.optimizer_update_8bit_blockwise.default got mixed torch.Tensor and DTensor "
             "(bitsandbytes, functional.py:1192); accepted: ddp"
-        )
-    if optimizer.package == "lomo-optim" and strategy in ("zero0", *ZERO):
-        raise RefusedError(
-            f"optim: {optimizer.name} fails in the first backward of {distributed.facts.called}: Trainer hands its learning rate "
-            "to accelerate (trainer.py:2105), which hands it on: TypeError: DeepSpeedEngine.backward() got an unexpected keyword "
-            "argument 'learning_rate' (accelerator.py:2853); accepted: one GPU, ddp"
         )
     if optimizer.name in ("adafactor", "galore_adafactor") and strategy == "fsdp2" and matrices:
         line, others = ("adafactor.py:235", "") if optimizer.low_rank else ("optimization.py", ", zero1, zero2 or zero3")
