@@ -149,15 +149,14 @@ class Coordinator:
             self._latest.clear()
             self._land()
 
-    def fetch(self, module: Module, *, unknown: bool = False) -> None:
-        """`fetch_sub_module`: gather what a module needs, wait for it, and prefetch what comes next. `unknown`: that it reads
-        its parameters is found out only when it does.
+    def fetch(self, module: Module, *, known: Module | None = None) -> None:
+        """`fetch_sub_module`: gather what a module needs, wait for it, and prefetch what comes next. `known`: without those
+        parameters that it is found to read only when it does.
         """
         self._end_order_unless_next(module)
         if self.recorded is not None:
             self.recorded.append(module)
-        if unknown:
-            module = Module(module.name, ())
+        module = module if known is None else known
         self.all_gather(p for p in module.parameters if p.whole is None and p not in self.inflight)
         for p in module.parameters:
             p.active.add(module.name)

@@ -56,6 +56,7 @@ class LeafUnits:
         function: Callable[[X], Y],
         *,
         by_name: bool,
+        reads: tuple[TapeParameter, ...] = (),
     ) -> Y:
         """Call `function`, which is the module `name` of a layer, on `x`."""
         unit = leaf(name, layer)

@@ -77,7 +77,7 @@ class Model(Weights):
         part = self.part(name, layer)
         if self.adapter is not None and _is_adapted(part):
             read = part.params.get("lora_A.weight")
-            return self.tape.call(name, layer, (read,), x, lambda x: self._adapted(part, x))
+            return self.tape.call(name, layer, (), x, lambda x: self._adapted(part, x), reads=(read,))
         return self._called(name, part, x)
 
     def _adapted(self, part: Part, x: Tensor) -> Tensor:

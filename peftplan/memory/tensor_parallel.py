@@ -54,6 +54,7 @@ class TensorParallel(OneGpu):
         function: Callable[[X], Y],
         *,
         by_name: bool,
+        reads: tuple[Parameter, ...] = (),
     ) -> Y:
         """Call a module on `x` between the hooks of its style."""
         style = self._style(name)

@@ -119,16 +119,17 @@ class Gathering(Stage):
         function: Callable[[X], Y],
         *,
         by_name: bool,
+        reads: tuple[Parameter, ...] = (),
     ) -> Y:
-        """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see."""
+        """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see. `reads`: as in `read`."""
         if self.in_leaf or name == self.model.arch.input_embedding:  # which is a unit of its own
             return function(x)
         if (inside := self.of_leaf.get(name.format(layer))) is not None:
             leaf = Module(name.format(layer), tuple(inside), leaf=True)
             return cast("Y", self._call_leaf(leaf, x, cast("Callable[[X], Tensor]", function)))
-        module = self._module(name, layer, parameters)
-        reads = any(p.name == f"{name}.lora_A.weight" for p in parameters)
-        self.pre_forward(module, unknown=reads and module.name not in self.readers)
+        module = self._module(name, layer, (*parameters, *reads))
+        known = module if not reads or module.name in self.readers else self._module(name, layer, parameters)
+        self.pre_forward(module, known=known)
         self.readers.add(module.name)
         if isinstance(x, Tensor):
             x = self._called_on(x, module, seen=not by_name)  # type: ignore[assignment]
@@ -189,9 +190,9 @@ class Gathering(Stage):
     def _module(self, name: str, layer: int | None, parameters: Iterable[Parameter]) -> Module:
         return Module(name.format(layer), tuple(dict.fromkeys(self.sharded[self._key(p)] for p in parameters)))
 
-    def pre_forward(self, module: Module, *, unknown: bool = False) -> None:
+    def pre_forward(self, module: Module, *, known: Module | None = None) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
-        self.coordinator.fetch(module, unknown=unknown)
+        self.coordinator.fetch(module, known=known)
         if self.f.recomputes and self.running:
             frozen = [p for p in module.parameters if not p.trainable]
             last = next(reversed(self.running))
@@ -225,7 +226,7 @@ class Gathering(Stage):
             self._gather_persistent()
             self.coordinator.reset_step()
         for module in self._parts(name):
-            self.pre_forward(module, unknown=name == ROOT and bool(module.parameters) and name not in self.readers)
+            self.pre_forward(module, known=Module(module.name, ()) if name == ROOT and name not in self.readers else module)
         self.readers.add(name)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:

@@ -41,8 +41,9 @@ class Modules(Protocol):
         function: Callable[[X], Y],
         *,
         by_name: bool,
+        reads: tuple[Parameter, ...],
     ) -> Y:
-        """Call `function`, which is the module `name` of a layer, on `x`."""
+        """Call `function`, which is the module `name` of a layer, on `x`. `reads`: parameters of other modules."""
 
     def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
         """The module reads a parameter that is not its own, such as the dtype of a child's."""

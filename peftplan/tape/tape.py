@@ -36,11 +36,14 @@ class Tape(Autograd):
         function: Callable[[X], Y],
         *,
         by_name: bool = False,
+        reads: tuple[Parameter | None, ...] = (),
     ) -> Y:
-        """Call a module on `x`: its own parameters, and whether it takes `x` as a keyword, decide what hooks on it do."""
+        """Call a module on `x`: its own parameters, those of other modules that its forward reads, and whether it takes `x` as a
+        keyword, decide what hooks on it do."""
         if self.modules is None:
             return function(x)
-        return self.modules.call(name, layer, tuple(p for p in parameters if p is not None), x, function, by_name=by_name)
+        own, read = (tuple(p for p in some if p is not None) for some in (parameters, reads))
+        return self.modules.call(name, layer, own, x, function, by_name=by_name, reads=read)
 
     @overload
     def cast(self, x: Tensor, dtype: str) -> Tensor: ...

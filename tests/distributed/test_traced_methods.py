@@ -73,9 +73,10 @@ INEXACT = {
 }
 """Part of a job → percent of its peak. AdaLoRA's formula leaves out one output that its layers keep
 (`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks,
-QDoRA's of OPT misses 1 MB under FSDP2 and ZeRO-3."""
-APART = ("--method adalora", "--method p-tuning")
-"""Methods whose small parameters are gathered in another order under ZeRO-3: reserved is up to 0.34 % too low."""
+QDoRA's of OPT misses 1 MB under FSDP2."""
+APART = {"--method adalora": 0.35, "--method p-tuning": 0.35, "--method qdora": 0.1, "smollm2-135m --method dora": 0.65}
+"""Part of a job → percent. Small parameters are gathered in another order under ZeRO-3: reserved is too low by up to so much, of
+DoRA's job with r 32 too high by 6 MB."""
 
 
 @pytest.mark.parametrize("row", METHODS, ids=[row["job"] for row in METHODS])
@@ -84,8 +85,8 @@ def test_a_rehearsed_method(row: dict[str, Any]) -> None:
     assert drift is not None
     exact = next((percent for part, percent in INEXACT.items() if part in row["job"]), 0.003)
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < exact
-    in_another_order = "zero3" in row["job"] and any(part in row["job"] for part in APART)
-    assert abs(drift["reserved"]) < (0.35 if in_another_order else 0.075)
+    in_another_order = (percent for part, percent in APART.items() if "zero3" in row["job"] and part in row["job"])
+    assert abs(drift["reserved"]) < next(in_another_order, 0.075)
     assert abs(drift["step"]) < 0.08
 
 

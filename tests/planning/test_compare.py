@@ -47,15 +47,15 @@ def test_a_method_that_is_refused_has_a_row_that_says_why() -> None:
 
 
 def test_a_lower_bound_says_at_least_and_nothing_of_what_is_left() -> None:
-    """QDoRA under ZeRO-3 has no formula: what is known lasts from step to step."""
-    result = compare("llama-3.2-1b", methods=("lora", "qdora"), gpu="l4", gpus=2, strategy="zero3")
-    (lora, qdora) = comparing.cells(result)
+    """AdaLoRA over 4 bits under ZeRO-3 has no formula: what is known lasts from step to step."""
+    result = compare("llama-3.2-1b", methods=("lora", "adalora"), quant="nf4", gpu="l4", gpus=2, strategy="zero3")
+    (lora, adalora) = comparing.cells(result)
     places = [column.header for column in comparing.COLUMNS]
     needs, left, verdict = (places.index(name) for name in ("needs", "left", "verdict"))
-    assert (lora[verdict], qdora[verdict]) == ("fits", "unknown")
+    assert (lora[verdict], adalora[verdict]) == ("fits", "unknown")
     assert [row.needed_is_lower_bound for row in result.rows] == [False, True]
-    assert (lora[needs].startswith("at least"), qdora[needs].startswith("at least")) == (False, True)
-    assert (bool(lora[left]), qdora[left]) == (True, "")
+    assert (lora[needs].startswith("at least"), adalora[needs].startswith("at least")) == (False, True)
+    assert (bool(lora[left]), adalora[left]) == (True, "")
 
 
 def test_a_name_that_is_no_method_is_refused_whatever_the_others_are() -> None:

@@ -11,22 +11,28 @@ from peftplan.memory.quantized import dequantized
 from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Operand, Tensor
+from peftplan.tape.tensors import Operand, Parameter, Tensor
 
 
 def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:
     """`result + (m - 1) * base + m * lora_B(lora_A(x)) * scaling`, with m = magnitude / ‖W + ΔW‖."""
     base_result: Tensor | None = result
     if dropout := running.config_as(LoraConfig).lora_dropout:
-        x = ops.dropout(f, x, dropout)
+        x = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, dropout))
         base_result = None
-    return ops.add(f, result, _update(f, part, x, base_result))
+    of_norm, magnitude = f"{part.name}.lora_magnitude_vector", part.params["lora_magnitude_vector.weight"]
+    reads = (part.weight, part.bias if base_result is not None else None)
+    return ops.add(
+        f, result, f.call(of_norm, part.layer, (magnitude,), x, lambda x: _update(f, part, x, base_result), reads=reads)
+    )
 
 
 def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tensor:
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     lora_weight = f.to(_lora_weight(f, part, a, b), x.dtype)
     f.module = part.name
+    if f.modules is not None and part.weight is not None:
+        f.modules.read(f"{part.name}.lora_magnitude_vector", part.layer, part.weight)
     base_weight = dequantized(f, part) if part.quant is not None else part.weight
     assert base_weight is not None
     weight = f.to(base_weight, x.dtype)
@@ -35,15 +41,13 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     norm = _norm(f, weight, lora_weight, turned=turned)
     magnitude = part.params["lora_magnitude_vector.weight"]
     scale = ops.divide(f, magnitude, norm)
-    f.module = f"{part.name}.lora_A"
-    low = products.linear(f, x, a)
-    f.module = f"{part.name}.lora_B"
-    lora_result = products.linear(f, low, b)
-    del low
+    lora_result = _through(f, part, x, a, b)
     f.module = part.name
     if base_result is None:
         base_result = products.linear(f, x, weight, transposed=turned)
     elif (bias := part.bias) is not None:
+        if f.modules is not None:
+            f.modules.read(f"{part.name}.lora_magnitude_vector", part.layer, bias)
         base_result = ops.add(f, base_result, bias)
     scaled_base = ops.mul(f, ops.shift(f, scale), base_result)
     scaled = ops.scale(f, ops.mul(f, scale, lora_result))
@@ -52,14 +56,19 @@ def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tenso
     return out
 
 
-def _lora_weight(f: Tape, part: Part, a: Operand, b: Operand) -> Tensor:
+def _lora_weight(f: Tape, part: Part, a: Parameter, b: Parameter) -> Tensor:
     """ΔWᵀ: an identity matrix through A and B, with their graph."""
     n_in = a.dims[1]
     f.module = f"{part.name}.lora_A"
-    identity = f.new((n_in, n_in), a.dtype, "eye")
-    low = products.linear(f, identity, a)
+    return _through(f, part, f.new((n_in, n_in), a.dtype, "eye"), a, b)
+
+
+def _through(f: Tape, part: Part, x: Tensor, a: Parameter, b: Parameter) -> Tensor:
+    """`lora_B(lora_A(x))`."""
+    f.module = f"{part.name}.lora_A"
+    low = f.call(f.module, part.layer, (a,), x, lambda x: products.linear(f, x, a))
     f.module = f"{part.name}.lora_B"
-    return products.linear(f, low, b)
+    return f.call(f.module, part.layer, (b,), low, lambda x: products.linear(f, x, b))
 
 
 def _norm(f: Tape, weight: Operand, lora_weight: Tensor, *, turned: bool) -> Tensor:
