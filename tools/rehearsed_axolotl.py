@@ -11,10 +11,12 @@ torch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -23,6 +25,7 @@ from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools.rank_grid import cut
+from tools.rehearsed_jobs import OF_LAUNCHER
 from tools.rehearsed_recipes import complete, kept_of
 
 ROWS = 64
@@ -95,7 +98,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
         command = [sys.executable, "-c", with_flash + PROGRAM, str(file)]
-        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+        with patch.dict(os.environ, OF_LAUNCHER):  # read before the tool sets it, where WITH_FLASH has imported torch
+            return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_the_embedding_and_the_head_are_cast_to_fp32_and_back(model: str) -> Non
 
 def test_liger_leaves_norms_and_the_embedding_in_fp32() -> None:
     """Of full fine-tuning without FlashAttention: cut cross entropy casts them back (loaders/model.py:482)."""
-    (row,) = (row for row in ROWS if row["values"].get("liger_rms_norm"))
+    (row,) = (row for row in ROWS if row["values"].get("liger_rms_norm") and row not in EXACT)
     assert plan(row).unsupported["attn_implementation"].effect == "raises"
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
@@ -190,15 +190,14 @@ OFFLOADED = read(Path(__file__).with_name("axolotl_offload.jsonl"))
 
 @pytest.mark.parametrize("row", OFFLOADED, ids=[str(row["layers"]) for row in OFFLOADED])
 def test_activations_wait_on_the_host_beside_checkpoints(row: dict[str, Any]) -> None:
-    """`gradient_checkpointing: offload`. Loading is the peak, as it is of the whole model. Up to 11 MB are tails of
-    blocks, which lie otherwise where threads load."""
+    """`gradient_checkpointing: offload`. Loading is the peak, as it is of the whole model."""
     assert plan(row).unsupported == {}
     assert row["allocated"] == row["by_phase"]["load"]
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
-    assert peaks.allocated == pytest.approx(row["allocated"], rel=6e-4)
-    assert peaks.by_phase == {phase: pytest.approx(nbytes, rel=3e-3) for phase, nbytes in row["by_phase"].items()}
-    assert peaks.reserved == pytest.approx(row["reserved"], rel=0.015)
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-5)
+    assert peaks.by_phase == {phase: pytest.approx(nbytes, rel=2e-4) for phase, nbytes in row["by_phase"].items()}
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=2e-4)
 
 
 @pytest.mark.parametrize(

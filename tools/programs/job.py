@@ -13,7 +13,6 @@ from datasets import Dataset
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from programs.without_peft import WITHOUT_PEFT
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +20,8 @@ from transformers import (
     AutoModelForTokenClassification,
     BitsAndBytesConfig,
 )
+
+from .without_peft import WITHOUT_PEFT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 256
