@@ -193,7 +193,7 @@ def prepared(request: Request) -> Job:
     ):
         raise RefusedError(
             "optim: badam steps copies of one layer, the only one that trains; on several GPUs LLaMA-Factory refuses it without "
-            "ZeRO-3, which has no formula; accepted: --method partial --trainable-layers -1 on one GPU"
+            "ZeRO-3, which has no formula; accepted: method partial with trainable_layers -1 (in Python), on one GPU"
         )
     if as_loaded is not None and not as_loaded.adapter and (partial := as_loaded.adaptation()) is not None:
         kind, adaptation = methods.METHODS["partial"], partial

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import InputError
+from peftplan.job.kernels import kernels_of
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
 from peftplan.results.estimate import Peaks
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_CONTEXT_MIB = 2**20
 """No context comes near one TiB: a larger value is a typing error."""
+OF_DOCUMENTS = (9, 0)
+"""The compute capability from which cuDNN's attention takes packed documents."""
 
 
 class Vllm(NamedTuple):
@@ -171,6 +174,11 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
     oldest = FORMATS[quant.name].compute_capability if quant else None
     if quant and oldest and pair(has) < oldest:
         yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
+    if kernels_of(setup.kernels or ()).attention is not None and pair(has) < OF_DOCUMENTS:
+        yield (
+            f"cuDNN's attention takes packed documents from compute capability {OF_DOCUMENTS[0]}.{OF_DOCUMENTS[1]} on "
+            "(transformer-engine, common/fused_attn/fused_attn.cpp): here another one runs, which is not counted"
+        )
 
 
 def verdict(

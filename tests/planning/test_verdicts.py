@@ -81,6 +81,12 @@ def test_verdicts_subtract_what_they_show() -> None:
         ("a100-80gb", {}, None),
         ("a100-80gb", {"quant": "fp8"}, "fp8 needs compute capability 8.9"),
         ("mi300x", {}, "counted with the kernels of CUDA's compute capability 8.0"),
+        (
+            "a100-80gb",
+            {"trainer": "automodel", "method": "full", "kernels": "te"},
+            "packed documents from compute capability 9.0 on",
+        ),
+        ("h100-80gb", {"trainer": "automodel", "method": "full", "kernels": "te"}, None),
         ("24GiB", {}, None),
     ],
 )

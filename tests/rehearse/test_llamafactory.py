@@ -121,7 +121,7 @@ def test_layers_in_which_nothing_trains_are_not_checkpointed() -> None:
     assert by_trainer is not None
     assert by_trainer.by_phase["backward"] - ours.by_phase["backward"] == pytest.approx(2 * 2 * 1024 * 4096, abs=2**16)
     assert ours.allocated == traced.allocated
-    for other in ({"deepspeed": "examples/deepspeed/ds_z2_config.json"}, {"stage": "dpo"}):
+    for other in ({"deepspeed": "examples/deepspeed/ds_z2_config.json"}, {"fsdp": "full_shard auto_wrap"}, {"stage": "dpo"}):
         of_others = [row | {"values": row["values"] | other | extra} for extra in ({}, {"freeze_extra_modules": "norm"})]
         assert [bound(plan(each).unsupported) for each in of_others] == ["at_most", "unknown"]
 

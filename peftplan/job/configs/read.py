@@ -98,6 +98,9 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
     for other in others:
         if other.tool not in LAUNCHERS:
             raise RefusedError(f"config: {other.files[0]} is a file of {other.tool}; accepted after the first: launch files")
+        shares = "strategy" in other.options or other.options.get("gpus", 1) != 1
+        if shares and first.options.get("device_map") == facts(first.tool).device_map:  # the tool's, for one process
+            first = replace(first, options={k: v for k, v in first.options.items() if k != "device_map"})
         firm = {k: v for k, v in first.options.items() if k not in first.assumed}
         if other.tool == "accelerate" and facts(first.tool).launched_precision and firm.get("autocast") == "none":
             del firm["autocast"]

@@ -320,3 +320,18 @@ def test_several_gpus_for_a_file_of_one(several: dict[str, Any], tmp_path: Path)
     file.write_text(config, encoding="utf-8")
     jobs = [peftplan.estimate(config=file, **options).origin.inventory.job for options in (several, {"gpus": 1})]  # type: ignore[union-attr]
     assert [job.setup.device_map for job in jobs] == ["none", "cuda"]
+
+
+@pytest.mark.parametrize(
+    "launch", [ZERO3, {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 8}]
+)
+def test_a_launch_file_beside_a_file_of_one_process(launch: dict[str, Any], tmp_path: Path) -> None:
+    """The device map that LLaMA-Factory has in one process is none of a launched one's."""
+    (tmp_path / "lora.yaml").write_text(json.dumps(LLAMAFACTORY), encoding="utf-8")
+    (tmp_path / "launch.json").write_text(json.dumps(launch), encoding="utf-8")
+    alone, launched = (
+        peftplan.read_config([tmp_path / name for name in names]).options
+        for names in (["lora.yaml"], ["lora.yaml", "launch.json"])
+    )
+    assert (alone["device_map"], launched.get("device_map")) == ("cuda", None)
+    assert peftplan.estimate(config=[tmp_path / "lora.yaml", tmp_path / "launch.json"]).peaks is not None
