@@ -310,8 +310,10 @@ def packs_integers(quant: QuantConfig | None) -> bool:
 
 
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
-    """A warning for each choice that wastes memory without an error."""
+    """A warning for each choice that wastes memory without an error, or that routing decides."""
     called = distributed.facts.called
+    if (distributed.ep_size or 1) > 1:
+        yield "ep_size: experts are counted with equal shares of the tokens; uneven routing takes more on some ranks"
     if distributed.strategy == "fsdp2" and packs_integers(quant):
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):

@@ -76,3 +76,8 @@ def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
     """1,024 x 8 rows of experts are multiplied by their weights at once, 2,048 x 8 by chunks."""
     result = peftplan.estimate("glm-4.5-air", **JOB | {"batch_size": 1, "seq_len": 2048} | options)
     assert result.peaks is None
+
+
+def test_equal_shares_of_the_tokens_are_a_warning() -> None:
+    warned = [peftplan.estimate("glm-4.5-air", **JOB | {"ep_size": size}, seq_len=2048).warnings for size in (None, 32)]
+    assert [any("equal shares of the tokens" in warning for warning in each) for each in warned] == [False, True]
