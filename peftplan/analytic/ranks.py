@@ -31,6 +31,7 @@ from peftplan.memory.ring_attention import Ring
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.step import steady_step
+from peftplan.memory.stepped import UPDATES, SteppedAgain
 from peftplan.memory.synced import synced
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
@@ -150,6 +151,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         model.units = TensorParallel(model, job.distributed, parameters.all)
     if job.distributed is not None and job.distributed.gradient_as_bucket_view:
         model.units = BucketViews(model.tape)
+    elif _steps_again(job, program):
+        model.units = SteppedAgain(model.tape, UPDATES[program.optimizer.name], parameters.all)
     if job.distributed is not None and job.distributed.strategy == "device-map":
         from peftplan.memory.devices import Devices
 
@@ -194,6 +197,12 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         follows = not job.setup.by.gathers_when_called
         model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows)
     return program._replace(shards=masters, steps_in_backward=True)
+
+
+def _steps_again(job: Job, program: Program) -> bool:
+    """Whether LOMO steps under DDP in every backward."""
+    by_ddp = job.distributed is not None and job.distributed.strategy == "ddp" and job.setup.by.prepares_model
+    return by_ddp and program.optimizer.name in UPDATES and program.accumulation == 1
 
 
 def reduced(model: Model) -> tuple[Key, ...]:

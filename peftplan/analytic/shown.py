@@ -143,10 +143,22 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
         known = (*known, "adamw_torch_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
     if job.distributed.strategy == "fsdp1" and job.method_name not in ADAPTED:
-        over = () if job.distributed.use_orig_params is False else tuple(name for name in over if name != "adagrad")
+        made_before_cast = () if job.method_name == "full" else ("adagrad",)
+        over = () if job.distributed.use_orig_params is False else tuple(name for name in over if name not in made_before_cast)
     if job.distributed.offload_params == "cpu":
         over = tuple(name for name in over if BY_NAME[name].package in ON_HOST and not BY_NAME[name].made_with_states)
+    if _knows_lomo(job):
+        over = (*over, "lomo")
     return (*known, *over) if knows_optimizers(job) else known
+
+
+def _knows_lomo(job: Job) -> bool:
+    """Whether LOMO was rehearsed, which steps over FSDP's shards after each backward: it has one micro batch."""
+    distributed = job.distributed
+    assert distributed is not None
+    on_card = distributed.offload_params != "cpu" and distributed.use_orig_params is not False
+    alone = job.setup.gradient_accumulation_steps == 1 and job.method_name in ("full", *ADAPTED)
+    return distributed.strategy in FSDP and on_card and alone
 
 
 def knows_methods(job: Job) -> bool:

@@ -73,7 +73,15 @@ def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
     setup = job.setup
     upcasts = job.quant is None and not setup.by.own_fsdp2
     own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
+    if job.distributed.strategy == "fsdp1" and own.states_of and parse_optim(str(setup.optim)).made_with_states is True:
+        own = own._replace(states_of=own.states_of._replace(all=tuple(_before_cast(p, setup.dtype) for p in own.states_of.all)))
     return own._replace(rank=rank) if rank else own
+
+
+def _before_cast(p: Parameter, dtype: str) -> Parameter:
+    """A view of a flat parameter as a constructor that makes states sees it: accelerate casts flat parameters to fp32, but the
+    views are those of the weights as loaded until the first forward (accelerator.py:2044; torch, `_use_sharded_views`)."""
+    return p._replace(dtype=dtype) if p.owner == "base" else p
 
 
 MOST_REPLAYED = 7

@@ -83,6 +83,11 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             "are not: RuntimeError: bitsandbytes.optimizer_update_8bit_blockwise.default got mixed torch.Tensor and DTensor "
             "(bitsandbytes, functional.py:1192); accepted: ddp"
         )
+    if optimizer.name == "adalomo" and strategy == "fsdp2":
+        raise RefusedError(
+            "optim: adalomo fails in the first backward of FSDP2: its second moments are plain tensors, and gradients DTensors: "
+            "RuntimeError: aten.add_.Tensor got mixed torch.Tensor and DTensor (lomo-optim, adalomo.py:174); accepted: lomo, ddp"
+        )
     if optimizer.name in ("adafactor", "galore_adafactor") and strategy == "fsdp2" and matrices:
         line, others = ("adafactor.py:235", "") if optimizer.low_rank else ("optimization.py", ", zero1, zero2 or zero3")
         raise RefusedError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.memory.looped_steps import LOOPS, Projected, apollo
 from peftplan.optim import Optimizer
@@ -68,6 +69,13 @@ def optimizer_step(
         raise NoEngineError(f"the first step of {optimizer.name} over matrices of the base, which times kernels (no formula yet)")
     if not trained:
         return
+    if optimizer.name == "lomo" and ranks > 1:  # after backward, over shards: no hook runs
+        for p in (p for p in _two_layers(trained) if p.dtype in SIXTEEN_BITS):
+            f.module = p.name
+            copies_of_one = f.many(p.shape, "fp32", "to", 2)
+            del copies_of_one
+        f.module = ""
+        return
     if optimizer.step_implementation == "in-backward":
         raise NoEngineError(f"a step of optim {optimizer.name} inside backward, as here (no formula yet)")
     if optimizer.package == "apollo-torch":
@@ -104,12 +112,17 @@ def optimizer_step(
     temporaries: list[Tensor] = []  # variables of the loop keep those of one dtype until the next ones exist
     for dtype in dict.fromkeys(p.dtype for p in trained):
         temporaries = [
-            f.many(p.shape, p.dtype, f"{p.name} {optimizer.name}", p.copies)
-            for _ in range(copies)
+            f.many(p.shape, _stored(p) if number else p.dtype, f"{p.name} {optimizer.name}", p.copies)
+            for number in range(copies)
             for p in trained
             if p.dtype == dtype
         ]
     del temporaries
+
+
+def _stored(p: Parameter) -> str:
+    """The dtype of a shard whose states are narrower: Adagrad's root has that of its states, its numerator that of a gradient."""
+    return next((a.dtype for a in p.allocations if a.name == "weight"), p.dtype) if p.dtype in SIXTEEN_BITS else p.dtype
 
 
 def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:

@@ -8,6 +8,7 @@ each gradient steps the parameter whose gradient came before, and the last one i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from peftplan.dtypes import SIXTEEN_BITS
@@ -66,6 +67,49 @@ class SteppedByNext(SteppedInBackward):
         p, self.waiting = self.waiting, None
         if p is not None:
             super().step(p)
+
+
+class SteppedAgain(SteppedByNext):
+    """Under DDP the end of backward makes the gradients that were freed anew, copies of its buckets (torch, reducer.cpp,
+    `copy_bucket_to_grad`), and after backward all parameters are stepped a second time."""
+
+    every_layer = True
+
+    def __init__(self, f: Tape, update: Update, families: Iterable[Parameter]) -> None:
+        super().__init__(f, update)
+        self.families = [p for p in families if p.trainable]
+        self.reduced: list[TapeParameter] = []
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Backward begins."""
+        self.reduced.clear()
+
+    def step(self, p: TapeParameter) -> None:
+        """The same, and the bucket has a copy."""
+        SteppedByNext.end_backward(self)
+        self.waiting = p
+        self.reduced.append(p)
+
+    def end_backward(self) -> None:
+        """Copy all gradients back, and step all parameters."""
+        self.waiting = None
+        for p in self.reduced:
+            if p.grad is None:
+                p.grad = self.f.new(p.dims, p.dtype, f"{p.name}.grad")
+        for p in self._in_order():
+            SteppedInBackward.step(self, p)
+
+    def _in_order(self) -> Iterable[TapeParameter]:
+        """The parameters as the model names them; gradients of the last layer came first."""
+        layered = [number for number, p in enumerate(self.families) if p.layers is not None]
+        places = {p.name: (layered[0] if p.layers is not None else n, n) for n, p in enumerate(self.families)}
+        seen: Counter[str] = Counter()
+        keyed = []
+        for p in reversed(self.reduced):
+            first, own = places[p.name]
+            keyed.append(((first, seen[p.name], own), p))
+            seen[p.name] += 1
+        return (p for _, p in sorted(keyed, key=lambda each: each[0]))
 
 
 def lomo(f: Tape, p: TapeParameter) -> None:

@@ -45,15 +45,21 @@ def test_a_traced_job(row: dict[str, Any]) -> None:
     assert estimated["reserved"] == pytest.approx(row["traced"]["reserved"], rel=1e-3)
 
 
+FSDP2_LOMO = "full --optim lomo --batch-size 2 --seq-len 512 --strategy fsdp2"
+RESERVED = {"apollo": 2.4, "torch_4bit": 0.2, FSDP2_LOMO: 8.1, "adalomo": 0.15}
+"""Part of a job → percent that reserved may be apart."""
+
+
 @pytest.mark.parametrize("row", REHEARSED, ids=[row["job"] for row in REHEARSED])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     """Optimizers over a rank's shards, and on one GPU; LoRA's load with r 64 is not the peak. Under FSDP1 a tail of a block is
     left. In the first step a paged optimizer takes 1 MB more, and APOLLO makes the states of one parameter after the step of
     another, which leaves other tails of blocks. LOMO takes no step. torchao's first step holds more than later ones: it times
-    its kernels."""
+    its kernels. No step ends LOMO's rehearsal, so in full under FSDP2 it has gathered
+    weights for the checkpoint after the last one: SGD's, which ends a step before, reserves what the formula says."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    apart = next((share for name, share in {"apollo": 2.4, "torch_4bit": 0.2}.items() if name in row["job"]), 0)
+    apart = next((share for name, share in RESERVED.items() if name in row["job"]), 0)
     most, reserved = (0.11, 0.2) if "fsdp1" in row["job"] else (0.2 if "apollo" in row["job"] else 0.0015, apart)
     assert abs(drift["reserved"]) <= reserved
     assert max(abs(drift[what]) for what in ("forward", "backward")) < most

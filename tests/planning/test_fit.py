@@ -173,7 +173,7 @@ def test_context_and_versions_are_those_of_the_estimate() -> None:
         ({"gpu": "rtx-4090", "keep": "seq-len", "min_seq_len": 512}, InputError, "min_seq_len: keep names seq_len"),
         ({"gpu": "rtx-4090", "keep": "method", "methods": ("qlora",)}, InputError, "methods: keep names method"),
         (
-            {"gpu": "rtx-4090", "gpus": 2, "optim": "adagrad", "strategy": "fsdp1", "method": "full"},
+            {"gpu": "rtx-4090", "gpus": 2, "optim": "adagrad", "strategy": "fsdp1", "method": "partial"},
             PeftplanError,
             "fit: no formula",
         ),

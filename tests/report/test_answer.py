@@ -125,7 +125,7 @@ def test_a_verdict_in_words(verdict: Verdict, words: str) -> None:
 
 
 def test_an_unknown_verdict_says_what_to_do() -> None:
-    job = "estimate llama-2-7b --method full --optim adagrad --strategy fsdp1 --gpu 4xa100-40gb"
+    job = "estimate llama-2-7b --method partial --optim adagrad --strategy fsdp1 --gpu 4xa100-40gb"
     lines = run(*job.split(), columns=None).out.splitlines()
     assert lines[2].startswith("? A100 40GB: unknown, needs at least ")
     assert "--engine trace" in lines[2]
