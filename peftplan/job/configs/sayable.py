@@ -32,6 +32,8 @@ WITHOUT_EFFECT = (*OF_STORAGE, "compute_dtype", "trust_remote_code", "task_type"
 ROLES = frozenset(Distributed.model_fields)
 OF_TOOL = frozenset({"device_map"})
 """Fields that a tool decides, whoever chose them."""
+REPLACED = {"deepspeed_adam": "adamw_torch", "deepspeed_cpu_adam": "adamw_torch", "deepspeed_cpu_lion": "lion_32bit"}
+"""Optimizers that DeepSpeed or accelerate makes → one that a tool can name, in whose place it steps."""
 FIRM = frozenset({"model", "task_type", "method", "quant", "batch_size", "seq_len", "gpus", "nodes"})
 """Fields of which a tool's own value is never taken, chosen or not."""
 
@@ -65,6 +67,7 @@ def fields_of(job: Job) -> Values:
         stored = {renamed.get(name, name): value for name, value in job.quant._asdict().items() if name != "name"}
         fields |= stored
     fields |= job.setup.model_dump(exclude={*WITHOUT_EFFECT, "dtype", "seq_len"})
+    fields["optim"] = REPLACED.get(str(fields["optim"]), fields["optim"])
     if fields["method"] == "full":
         del fields["adapter_dtype"]
     if not fields["gradient_checkpointing"]:

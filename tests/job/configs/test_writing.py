@@ -306,3 +306,9 @@ def test_a_file_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the file exists; accepted: another name, or force"):
         exported.write(file)
     exported.write(file, force=True)
+
+
+def test_the_optimizer_that_accelerate_makes_is_not_written() -> None:
+    """transformers has no `deepspeed_cpu_adam`: it steps in place of what the file names."""
+    job: dict[str, Any] = {"method": "lora", "strategy": "zero3", "gpus": 8, "offload_optimizer": "cpu"}
+    assert "\noptim: adamw_torch\n" in export(peftplan.estimate("llama-3.1-8b", **job), to="llamafactory").text
