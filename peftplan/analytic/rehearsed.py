@@ -138,6 +138,10 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat and job.quant is not None and job.quant.quant_storage != autocast,  # transformers computes in it
+        "offload_params of a quantized base": flat  # reserved +7 % of a rehearsal
+        and job.quant is not None
+        and distributed.offload_params == "cpu"
+        and job.setup.loss != "full",
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
         "bias": flat and getattr(job.config, "bias", "none") != "none",
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),

@@ -7,11 +7,18 @@ from peftplan.distributed.zero import UNDECAYED
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
-from peftplan.optim import parse_optim
+from peftplan.optim import OPTIMIZERS, parse_optim
 from peftplan.versions import named
 
 ZERO = ("zero1", "zero2", "zero3")
 LION = ("lion_32bit", "paged_lion_32bit")
+_THREE_BETAS = "ValueError: too many values to unpack (expected 2) (deepspeed, ops/adam/cpu_adam.py:168)"
+_TWO_EPS = "TypeError: adam_update(): incompatible function arguments, as eps is a pair (deepspeed, ops/adam/cpu_adam.py:170)"
+WITH_OTHER_GROUPS = {
+    **{name: _THREE_BETAS for name in OPTIMIZERS if "ademamix" in name},
+    **dict.fromkeys(("adafactor", "galore_adafactor"), _TWO_EPS),
+}
+"""Optimizers whose groups of parameters DeepSpeedCPUAdam does not understand in its first step, and what it raises."""
 FLATTENING = (*ZERO, "fsdp1")
 """Strategies whose optimizer steps over vectors: parts of flattened parameters."""
 
@@ -20,7 +27,7 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
     """The setup with DeepSpeed's own optimizer: where its config names Adam, and where accelerate replaces any that Trainer made
     for a step on the host (accelerator.py:2383, utils/deepspeed.py, `map_pytorch_optim_to_deepspeed`).
 
-    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses, and as `_check_in_backward`.
+    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses, as `WITH_OTHER_GROUPS` and as `_check_in_backward`.
     """
     _check_in_backward(distributed, setup)
     offloads = distributed.offload_optimizer not in (None, "none")
@@ -33,6 +40,11 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
             f"optim: {named('accelerate')} makes DeepSpeedCPUAdagrad of adagrad with offload_optimizer, which DeepSpeed refuses: "
             "ZeRORuntimeException: You are using ZeRO-Offload with a client provided optimizer (runtime/engine.py:2346); "
             "accepted: another optimizer, or zero_force_ds_cpu_optimizer false"
+        )
+    if not distributed.deepspeed_optimizer and name in WITH_OTHER_GROUPS:
+        raise RefusedError(
+            f"optim: {named('accelerate')} makes DeepSpeedCPUAdam of {name} with offload_optimizer, and hands it the parameter "
+            f"groups of {name}: {WITH_OTHER_GROUPS[name]}; accepted: another optimizer, or zero_force_ds_cpu_optimizer false"
         )
     on_host = "deepspeed_cpu_lion" if name in LION and not distributed.deepspeed_optimizer else "deepspeed_cpu_adam"
     return setup.model_copy(update={"optim": on_host if offloads else "deepspeed_adam"})

@@ -58,6 +58,12 @@ def check_virtual_tokens(job: Job) -> None:
     peft_type = job.method.peft_type if job.method else None
     if peft_type == PREFIX and job.setup.gradient_checkpointing:
         raise RefusedError(f"{named('peft')} refuses it: ValueError: PREFIX_TUNING does not work with gradient checkpointing.")
+    if peft_type == PREFIX and job.setup.router_loss and (job.setup.padding or job.setup.by.always_masks):
+        raise RefusedError(
+            f"{named('transformers')} fails in the first forward of a mixture with a prefix: its load-balancing loss compares "
+            "the logits of the routers with a mask that peft has lengthened by the prefix: RuntimeError: The size of tensor a "
+            "must match the size of tensor b (`load_balancing_loss_func`); set router_aux_loss_coef to 0, here --no-router-loss"
+        )
     if peft_type not in (*PROMPTED, PREFIX):
         return
     if job.architecture.model_type in SOUND:

@@ -34,6 +34,10 @@ FAIL: tuple[tuple[dict[str, Any], str], ...] = (
     # Trainer hands the rate over (trainer.py:2105), and makes the optimizer, before accelerate replaces it
     ({"method": "full", "strategy": "zero2", "optim": "lomo", **HOST}, "unexpected keyword argument 'learning_rate'"),
     ({"method": "full", "strategy": "zero2", "optim": "galore_adamw_layerwise", **TARGETS, **HOST}, "NotImplementedError"),
+    # rehearsed: ValueError: too many values to unpack; deepspeed, ops/csrc/adam/cpu_adam_impl.cpp takes one number as eps
+    ({"method": "lora", "strategy": "zero1", "optim": "ademamix", **HOST}, "cpu_adam.py:168"),
+    ({"method": "full", "strategy": "zero3", "optim": "paged_ademamix_8bit", **HOST}, "cpu_adam.py:168"),
+    ({"method": "full", "strategy": "zero2", "optim": "adafactor", **HOST}, "cpu_adam.py:170"),
 )
 
 
@@ -56,6 +60,31 @@ def test_an_optimizer_that_fails_is_an_error(options: dict[str, Any], message: s
 )
 def test_an_optimizer_that_runs_has_a_peak(options: dict[str, Any]) -> None:
     assert peftplan.estimate("qwen2.5-0.5b", gpus=4, seq_len=64, **options).peaks is not None
+
+
+def test_adagrad_over_adapters_in_16_bits_has_no_formula_under_fsdp1() -> None:
+    """It makes its states of shards that accelerate casts to fp32 afterwards: Gemma 3 270M by SFTTrainer, rehearsed on 2 GPUs,
+    held 3.7 MB less than with states in fp32 (step -3.0 %)."""
+    options = {"method": "qlora", "quant_storage": "bf16", "strategy": "fsdp1", "optim": "adagrad", "gpus": 2, "seq_len": 64}
+    assert peftplan.estimate("gemma-3-270m", trainer="trl", **options).peaks is None
+    assert peftplan.estimate("gemma-3-270m", **options).peaks is not None  # adapters in fp32
+
+
+@pytest.mark.parametrize(
+    ("options", "trainers"),
+    [
+        # rehearsed: OPT 125M over 8 GPUs, step -4.7 %, forward -0.8 %
+        ({"method": "lora", "strategy": "zero3", "optim": "adagrad"}, ("transformers", "trl")),
+        # OPT 125M by SFTTrainer over 8 GPUs: forward +0.8 %; by Trainer over 6 it is within 0.007 %
+        ({"method": "adalora", "strategy": "zero3", "optim": "rmsprop"}, ("trl",)),
+        # TinyLlama by SFTTrainer over 8 GPUs: reserved +7.3 %
+        ({"method": "qlora", "strategy": "fsdp1", "quant_storage": "bf16", "offload_params": "cpu"}, ("trl",)),
+    ],
+    ids=str,
+)
+def test_what_a_rehearsal_did_not_meet_has_no_peak(options: dict[str, Any], trainers: tuple[str, ...]) -> None:
+    for trainer in trainers:
+        assert peftplan.estimate("qwen2.5-0.5b", gpus=4, seq_len=64, trainer=trainer, **options).peaks is None
 
 
 SMALL = {

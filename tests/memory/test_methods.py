@@ -131,3 +131,21 @@ def test_a_prefix_adds_only_longer_keys_and_values() -> None:
     repeated = 2 * (2 * keys * h)
     mask = 2 * B * S * 280
     assert _kept("prefix-tuning", (5, 6), {**PLAIN, **VIRTUAL}) == frozen_less_flash + cache + repeated + mask
+
+
+def test_a_prefix_beside_the_load_balancing_loss_is_an_error_as_in_transformers() -> None:
+    """peft lengthens the mask by the prefix; routers see the tokens alone. Without a mask, as in Trainer's batches, it runs."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    config = MixtralConfig(**sizes, num_hidden_layers=1, num_local_experts=2, output_router_logits=True)
+    model = peft.get_peft_model(MixtralForCausalLM(config), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    tokens = torch.ones(1, 8, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="The size of tensor a"):
+        model(input_ids=tokens, labels=tokens, attention_mask=tokens)
+    options = {"method": "prefix-tuning", "gradient_checkpointing": False, **VIRTUAL}
+    with pytest.raises(RefusedError, match="a mask that peft has lengthened"):
+        estimate("mixtral-8x7b-v0.1", trainer="trl", **options)
+    assert estimate("mixtral-8x7b-v0.1", trainer="trl", router_loss=False, **options).peaks is not None
+    assert estimate("mixtral-8x7b-v0.1", router_loss=True, **options).peaks is not None
