@@ -54,7 +54,6 @@ def test_an_optimizer_that_fails_is_an_error(options: dict[str, Any], message: s
         {"method": "qlora", "strategy": "zero2", "optim": "paged_adamw_8bit"},
         {"method": "qlora", "strategy": "zero3", "optim": "lion_8bit"},
         {"method": "full", "strategy": "ddp", "optim": "adafactor"},
-        {"method": "full", "strategy": "fsdp2", "optim": "adagrad"},
     ],
     ids=str,
 )
