@@ -137,7 +137,9 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "transformer_cls_names_to_wrap": classes is not None and classes != layer_classes(job),
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
-        "quant_storage": flat and job.quant is not None and job.quant.quant_storage != autocast,  # transformers computes in it
+        "quant_storage": flat  # transformers computes in it
+        and job.quant is not None
+        and job.quant.quant_storage != (job.setup.dtype if autocast == "none" else autocast),
         "offload_params of a quantized base": flat  # reserved +7 % of a rehearsal
         and job.quant is not None
         and distributed.offload_params == "cpu"
