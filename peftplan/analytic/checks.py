@@ -220,7 +220,7 @@ def _offloads_as_rehearsed(job: Job) -> bool:
     setup = job.setup
     checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"
-    return checkpoints and of_lora and setup.trainer == "axolotl" and setup.attn_implementation == "flash_attention_2"
+    return checkpoints and of_lora and setup.by.own_fsdp2 and setup.attn_implementation == "flash_attention_2"
 
 
 def _rehearsed_kernels(setup: Setup, distributed: Distributed) -> bool:

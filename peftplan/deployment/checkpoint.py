@@ -25,7 +25,7 @@ PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias")
 _ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _ONE_BY_ONE),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _ONE_BY_ONE),
 }
 """model_type → what one expert's matrices are called in a checkpoint, which holds them one by one."""
 

@@ -61,7 +61,7 @@ class TensorParallel(OneGpu):
         if style is None or (style != "embedding_rowwise" and not isinstance(x, Tensor)):
             return function(x)
         of_one = cast("Callable[[X], Tensor]", function)  # a layer that ranks divide gives one tensor
-        return cast("Y", self._divided(style, parameters, x, of_one))
+        return cast("Y", self._divided(style, (*parameters, *reads), x, of_one))
 
     def _divided(self, style: Style, parameters: tuple[Parameter, ...], x: X, function: Callable[[X], Tensor]) -> Tensor:
         """Call a layer of this style on `x`."""

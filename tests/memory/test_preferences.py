@@ -197,6 +197,8 @@ def test_vllm_takes_its_share_of_the_card() -> None:
 
 SENT = 152_064 * 3_584 * 2
 """Bytes of the embedding of Qwen2.5 7B, the largest flat copy that a server gets: more than 512 MiB."""
+TAIL = -SENT % 2**21
+"""What is left of its block, whose size is a multiple of 2 MiB: too little for torch to split off."""
 
 
 def test_swift_gathers_all_weights_before_vllm_writes() -> None:
@@ -207,7 +209,7 @@ def test_swift_gathers_all_weights_before_vllm_writes() -> None:
     of_server, asleep = (estimate(**job, **mode) for mode in ({"vllm_mode": "server"}, asleep_while_training))
     assert of_server.peaks is not None
     assert asleep.peaks is not None
-    assert of_server.peaks.by_phase["generate"] - asleep.peaks.by_phase["generate"] == SENT
+    assert of_server.peaks.by_phase["generate"] - asleep.peaks.by_phase["generate"] == SENT + TAIL
     gathered = (line for line in asleep.peaks.ledgers["generate"] if line.name.endswith(" gathered"))
     assert sum(line.bytes() for line in gathered) == 2 * 7_615_616_512
     # beside them vLLM holds weights of its own, or its share where that is more

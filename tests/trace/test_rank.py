@@ -299,7 +299,7 @@ LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma3DecoderLayer", "Sigl
     [
         ("gemma-3-4b-pt", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
         ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
-        ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "lomo"}, "no formula yet)"),
+        ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "adamw_torch_4bit"}, "no formula yet)"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),
     ],
 )
