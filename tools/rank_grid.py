@@ -509,5 +509,4 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
     fields = ("n_layer", "n_layers", "num_hidden_layers", "num_layers")
     field = next((field for field in fields if field in config), "num_hidden_layers")
     config = config | {field: min(layers, config.get(field, layers))}
-    of_layers = ("layer_types", "hybrid_override_pattern")
-    return config | {name: config[name][:layers] for name in of_layers if config.get(name)}
+    return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})

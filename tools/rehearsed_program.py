@@ -29,6 +29,8 @@ def with_trl(job: argparse.Namespace) -> None:
         shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
     config = SFTConfig(max_length=job.seq_len, **arguments(job, shape))
     model = load(job)
+    if job.method in WITHOUT_PEFT:
+        WITHOUT_PEFT[job.method](job, model)
     SFTTrainer(
         model=model, args=config, train_dataset=rows(job, model).remove_columns("labels"), peft_config=adapter(job)
     ).train()

@@ -215,8 +215,8 @@ def kernels_without_formula(job: Job) -> str | None:
 
 
 def _offloads_as_rehearsed(job: Job) -> bool:
-    """Whether activations go to the host as was rehearsed: of LoRA over 4 bits, beside reentrant checkpoints
-    (tests/rehearse/axolotl.jsonl)."""
+    """Whether activations go to the host as was rehearsed: of LoRA over 4 bits by axolotl, beside reentrant checkpoints
+    (tests/rehearse/axolotl_offload.jsonl)."""
     setup = job.setup
     checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"

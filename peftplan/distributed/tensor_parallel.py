@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peftplan.arch.modules import Architecture, Attention
-from peftplan.distributed.expert_parallel import owned, owners
+from peftplan.distributed.expert_parallel import owned, owners, reshaped
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter, Parameters
@@ -150,9 +150,7 @@ def rows_of(rows: int, ranks: int, position: int) -> int:
 def _shard(p: Parameter, dim: int | None, ranks: int, position: int) -> Parameter:
     if dim is None or ranks == 1:
         return p
-    shape = (*p.shape[:dim], rows_of(p.shape[dim], ranks, position), *p.shape[dim + 1 :])
-    allocations = tuple(a._replace(dims=shape) if a.dims == p.shape else a for a in p.allocations)
-    return p._replace(shape=shape, allocations=allocations)
+    return reshaped(p, (*p.shape[:dim], rows_of(p.shape[dim], ranks, position), *p.shape[dim + 1 :]))
 
 
 def divided_dim(p: Parameter, architecture: Architecture, plans: Mapping[str, Plan]) -> int | None:

@@ -41,11 +41,12 @@ def _knows_cut(job: Job) -> bool:
 
 
 ROWS_AT_ONCE = 12_288
-"""Rows of experts to which gpt-oss adds a bias at once (nemo_automodel, components/moe/experts.py, `_BIAS_CHUNK_THRESHOLD`)."""
+"""Rows of experts to which gpt-oss adds a bias at once, and which GLM-4.5 weights at once (nemo_automodel,
+components/moe/experts.py, `_BIAS_CHUNK_THRESHOLD`; optimized_ops.py, `_RW_CHUNK_THRESHOLD`)."""
 
 
 def tokens_at_once(job: Job) -> int | None:
-    """Tokens of a batch whose experts have as many rows; None for models without biases of experts."""
+    """Tokens of a batch whose experts have as many rows; None for models other than gpt-oss and GLM-4.5."""
     if not (builds(job) and job.architecture.model_type in ("gpt_oss", "glm4_moe")):
         return None
     return ROWS_AT_ONCE // job.architecture.blocks[-1].mlp.num_experts_per_tok

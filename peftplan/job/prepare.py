@@ -164,9 +164,10 @@ def prepared(request: Request) -> Job:
     check_task(model, architecture, setup)
     if distributed is not None:
         from peftplan.job.shared_bases import unprepared
-        from peftplan.job.shared_optimizers import stepped_by_deepspeed
+        from peftplan.job.shared_optimizers import check_in_backward, stepped_by_deepspeed
         from peftplan.job.shared_work import asked_checkpoints, changed_by_trainer, check_distributed, loaded_by_rank
 
+        check_in_backward(distributed, setup)
         setup = stepped_by_deepspeed(loaded_by_rank(setup, chosen=set_here.get("device_map")), distributed)
         if set_here.get("kbit_prepare") is None:
             setup = unprepared(setup, quant, distributed)

@@ -16,6 +16,7 @@ WITHOUT_AUTOCAST = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
 """Strategies that cast the weights instead."""
 
 OF_ATTENTION = {"q_proj", "k_proj", "v_proj"}
+"""What attention takes, in one dtype."""
 
 
 def unprepared(setup: Setup, quant: QuantConfig | None, distributed: Distributed) -> Setup:

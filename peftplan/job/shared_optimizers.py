@@ -27,9 +27,8 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
     """The setup with DeepSpeed's own optimizer: where its config names Adam, and where accelerate replaces any that Trainer made
     for a step on the host (accelerator.py:2383, utils/deepspeed.py, `map_pytorch_optim_to_deepspeed`).
 
-    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses, as `WITH_OTHER_GROUPS` and as `_check_in_backward`.
+    Raises RefusedError for Adagrad, whose replacement DeepSpeed refuses, and for `WITH_OTHER_GROUPS`.
     """
-    _check_in_backward(distributed, setup)
     offloads = distributed.offload_optimizer not in (None, "none")
     replaces = offloads and distributed.zero_force_ds_cpu_optimizer is not False and setup.by.prepares_model
     if distributed.strategy not in ZERO or not (distributed.deepspeed_optimizer or replaces):
@@ -50,7 +49,7 @@ def stepped_by_deepspeed(setup: Setup, distributed: Distributed) -> Setup:
     return setup.model_copy(update={"optim": on_host if offloads else "deepspeed_adam"})
 
 
-def _check_in_backward(distributed: Distributed, setup: Setup) -> None:
+def check_in_backward(distributed: Distributed, setup: Setup) -> None:
     """Raise RefusedError for an optimizer that steps in backward, which Trainer makes, or hands a learning rate to, whatever
     DeepSpeed puts in its place."""
     optimizer, strategy, own = parse_optim(str(setup.optim)), distributed.strategy, distributed.deepspeed_optimizer

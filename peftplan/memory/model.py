@@ -54,9 +54,9 @@ class Model(Weights):
     buffers: list[Tensor] = field(default_factory=list)
     """Tensors of the hidden states' dims that stay on the card, through which offloaded inputs come back."""
     lasting: list[Tensor] = field(default_factory=list)
+    """What else a package keeps on the card from step to step."""
     lingering: list[Tensor] = field(default_factory=list)
     """What the nodes of a graph keep after backward, up to the next forward: something still refers to one of its tensors."""
-    """What else a package keeps on the card from step to step."""
     scales: fake_quantized.Scales = field(default_factory=dict)
     """Scales that fake-quantized layers keep until their next forward."""
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)

@@ -77,7 +77,7 @@ def optimizer_step(
         f.module = ""
         return
     if optimizer.step_implementation == "in-backward":
-        raise NoEngineError(f"a step of optim {optimizer.name} inside backward, as here (no formula yet)")
+        raise NoEngineError(f"a step of optim {optimizer.name} inside backward with these options (no formula yet)")
     if optimizer.package == "apollo-torch":
         apollo(f, ((p.name, p.shape, p.dtype) for p in _two_layers(trained)), projected)
         f.module = ""

@@ -15,7 +15,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.sharded import Pairs, is_sharded
-from peftplan.memory.units import EMBEDDING, ROOT, TAIL, experts, number_of
+from peftplan.memory.units import EMBEDDING, ROOT, TAIL, is_of_experts
 from peftplan.parameters import Parameter, Parameters
 
 
@@ -65,7 +65,7 @@ class Loading(NamedTuple):
         self._buffers(memory)
         for handle in of_head:
             memory.release(handle)
-        if any(name == experts(number_of(name) or 0) for name in self.groups):
+        if any(map(is_of_experts, self.groups)):
             for masks in [[memory.allocate(shard.numel) for _ in range(3)] for shard in tables]:  # `nn.init.trunc_normal_`
                 for handle in masks:
                     memory.release(handle)
@@ -77,7 +77,7 @@ class Loading(NamedTuple):
         last. Variables hold the last expert until the next matrix is made (nemo_automodel 0.7.0,
         components/moe/state_dict_mixin.py, `checkpoint_load_destination`, `_direct_fill_grouped_expert_tensor`)."""
         stacked, read = [], []
-        of_experts = (pair for name, pairs in self.groups.items() if name == experts(number_of(name) or 0) for pair in pairs)
+        of_experts = (pair for name, pairs in self.groups.items() if is_of_experts(name) for pair in pairs)
         for _, shard in (pair for pair in of_experts if pair[1].shape[-1] < pair[0].shape[-1]):
             (nbytes,), apart = _on_device(shard), 1 + shard.name.endswith("gate_up_proj")
             copies = apart * shard.shape[0]

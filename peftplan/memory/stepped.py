@@ -59,14 +59,18 @@ class SteppedByNext(SteppedInBackward):
 
     def step(self, p: TapeParameter) -> None:
         """A gradient is there: step the parameter before."""
-        self.end_backward()
+        self.step_waiting()
         self.waiting = p
 
-    def end_backward(self) -> None:
-        """Step the last parameter."""
+    def step_waiting(self) -> None:
+        """Step the parameter whose gradient came last."""
         p, self.waiting = self.waiting, None
         if p is not None:
             super().step(p)
+
+    def end_backward(self) -> None:
+        """Step the last parameter."""
+        self.step_waiting()
 
 
 class SteppedAgain(SteppedByNext):
@@ -86,8 +90,7 @@ class SteppedAgain(SteppedByNext):
 
     def step(self, p: TapeParameter) -> None:
         """The same, and the bucket has a copy."""
-        SteppedByNext.end_backward(self)
-        self.waiting = p
+        super().step(p)
         self.reduced.append(p)
 
     def end_backward(self) -> None:

@@ -20,14 +20,22 @@ def layer(number: int) -> str:
     return f"layer {number}"
 
 
+EXPERTS = " experts"
+
+
 def experts(number: int) -> str:
     """The name of the unit of a layer's experts, where ranks divide them."""
-    return f"layer {number} experts"
+    return layer(number) + EXPERTS
+
+
+def is_of_experts(unit: str) -> bool:
+    """Whether a unit is that of a layer's experts."""
+    return unit.endswith(EXPERTS)
 
 
 def number_of(unit: str) -> int | None:
     """The number of a layer's unit; None of any other."""
-    number = unit.removeprefix("layer ").removesuffix(" experts")
+    number = unit.removeprefix("layer ").removesuffix(EXPERTS)
     return int(number) if number.isdigit() else None
 
 
