@@ -177,3 +177,15 @@ def test_other_ranks_and_lengths_are_not_recorded(written: str, instead: str) ->
 def test_tiles_are_refused() -> None:
     plan = read_text(NOTEBOOK.replace("load_in_4bit=True", "load_in_4bit=True, unsloth_tiled_mlp=True"), file="a.py")
     assert "kernels" in plan.unsupported
+
+
+@pytest.mark.parametrize(
+    ("length", "args", "raises"), [(500_000, "", True), (2816, "", False), (8192, ", router_aux_loss_coef=0.0", False)]
+)
+def test_tiles_end_in_an_error_beside_the_load_balancing_loss(length: int, args: str, raises: bool) -> None:
+    """Rows of 8,192 and of 16,384 tokens were rehearsed with two layers, releases as above: "The size of tensor a (2880) must
+    match the size of tensor b (8192)". A tile has as many tokens as a hidden state has numbers (unsloth_zoo, tiled_mlp.py:368),
+    and the router's logits of each tile are kept (temporary_patches/gpt_oss.py:3920). Rows are padded to a multiple of 128."""
+    tiled = NOTEBOOK.replace("load_in_4bit=True", "load_in_4bit=True, unsloth_tiled_mlp=True").replace("1024", str(length))
+    plan = read_text(tiled.replace(", max_steps=30", f", max_steps=30{args}"), file="a.py")
+    assert (" raises RuntimeError " in plan.unsupported["load.unsloth_tiled_mlp"].why) is raises
