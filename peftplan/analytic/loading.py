@@ -8,6 +8,7 @@ from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.copied_load import SOURCE as COPIED
+from peftplan.memory.dora_load import norms
 from peftplan.memory.load import SOURCE as LOAD
 from peftplan.memory.load import arrives_in, dtypes_before, load_into, load_passing
 from peftplan.memory.loaded import Loader, peak_of
@@ -96,8 +97,16 @@ def loading_of(
         from peftplan.analytic import ranks
         from peftplan.memory.torchao_load import load_nf4
 
-        load = partial(load_nf4, parameters=parameters, quant=job.quant, dtype=setup.dtype)
-        passing = ranks.passing_on_rank(load, Ledger(loaded))
+        load = partial(
+            load_nf4,
+            parameters=parameters,
+            quant=job.quant,
+            dtype=setup.dtype,
+            norms=norms(parameters, job.quant, dtype=setup.dtype, passing=()).values(),
+            workspace=None if normed is None else normed.bytes(),
+        )
+        taken = () if normed is None else (normed,)
+        passing = (*taken, *ranks.passing_on_rank(load, Ledger((*loaded, *taken))))
     if job.distributed is None and setup.by.layout.loads == "shards" and job.quant is None:
         from peftplan.analytic import ranks
         from peftplan.memory.sharded_load import load_empty

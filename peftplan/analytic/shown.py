@@ -96,6 +96,8 @@ def shown_methods(job: Job) -> tuple[str, ...]:
         return ("full",)
     if by.generates and strategy == "zero3":
         return ("full", "lora")
+    if by.own_modules and strategy == "fsdp2":
+        return (*SHOWN_METHODS, "dora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
     if not knows_methods(job):
         return (*SHOWN_METHODS, *with_tower)
@@ -126,7 +128,7 @@ def _adapts_in_4_bits(job: Job) -> bool:
 
 def shows_dora(job: Job) -> bool:
     """Whether a job resembles those with DoRA, whatever its method is called."""
-    return knows_methods(job) and "dora" in traced_methods(job)
+    return job.setup.by.own_modules or (knows_methods(job) and "dora" in traced_methods(job))
 
 
 def shows_base(job: Job) -> bool:

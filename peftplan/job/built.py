@@ -238,7 +238,7 @@ def without_formula(job: Job) -> str | None:
     architecture, setup = job.architecture, job.setup
     unknown = {
         f"model type {architecture.model_type}": architecture.model_type not in BUILT,
-        f"method {job.method_name}": not job.is_full_or_lora,
+        f"method {job.method_name}": not (job.is_full_or_lora or _adapts_by_dora(job)),
         f"quant {setup.quant}": job.quant is not None and not job.quant.by_torchao,
         "autocast": setup.autocast != "none",
         "eager attention": setup.attn_implementation == "eager" and architecture.model_type not in EAGER,
@@ -250,3 +250,11 @@ def without_formula(job: Job) -> str | None:
     }
     missing = next((what for what, is_so in unknown.items() if is_so), None)
     return missing and f"torchtune's modules: {missing}"
+
+
+def _adapts_by_dora(job: Job) -> bool:
+    """Whether a recipe of one forward trains DoRA, over several GPUs with a dense base (tests/rehearse/torchtune.jsonl). Norms of
+    shards, which each rank makes while it loads, are counted as those of one GPU.
+    """
+    by, known = job.setup.by, job.distributed is None or job.quant is None
+    return bool(getattr(job.config, "use_dora", False)) and known and not by.of_preferences and not job.setup.kernels

@@ -2,7 +2,8 @@
 
 Source: peft, tuners/lora/dora.py (`DoraLinearLayer.update_layer`, `get_weight_norm`), utils/integrations.py
 (`dequantize_bnb_weight`); bitsandbytes, nn/modules.py (`Params4bit.__deepcopy__`), functional.py (`dequantize_4bit`,
-`int8_vectorwise_dequant`). Left out: embeddings, convolutions, dense Conv1D, formats of other libraries.
+`int8_vectorwise_dequant`); torchtune, modules/peft/dora.py (`initialize_dora_magnitude`). Left out: embeddings,
+convolutions, dense Conv1D, formats of other libraries.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.loaded import Handle, Memory
+from peftplan.memory.quantized import restoring
 from peftplan.tape.ops import promoted
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ OF_A_LAYER = ("nf4", "fp4", "int8")
 class Norm(NamedTuple):
     """One layer: rows and columns of its weight, rank, dtypes of the weight as it takes part and of A and B.
 
-    `packed`: bytes of a quantized weight; `state`: of the other tensors of a 4-bit one; `absmax`: of its restored scales.
+    `packed`: bytes of a quantized weight; `state`: of the other tensors of a 4-bit one; `absmax`: of its restored scales;
+    `restoring`: of what lives while torchao restores one.
     """
 
     n_out: int
@@ -36,6 +39,7 @@ class Norm(NamedTuple):
     packed: int = 0
     state: tuple[int, ...] = ()
     absmax: int = 0
+    restoring: tuple[int, ...] = ()
 
     def take(self, memory: Memory[Handle], multiplied: Callable[[], None]) -> list[Handle]:
         """Allocate what lives until the norm is there. `multiplied`: called behind the product of B and A.
@@ -47,6 +51,9 @@ class Norm(NamedTuple):
         half = self.adapter_dtype == "fp16"
         if half:
             temporaries += [allocate(ITEMSIZE["fp32"] * self.rank * n) for n in (self.n_in, self.n_out)]
+        if self.restoring:
+            _release(memory, [allocate(nbytes) for nbytes in self.restoring])
+            temporaries.append(allocate(ITEMSIZE[self.dtype] * numel))
         if self.state:
             temporaries += map(allocate, (*self.state, self.packed, *self.state))
         if self.packed:
@@ -71,7 +78,7 @@ def _release(memory: Memory[Handle], tensors: Iterable[Handle]) -> None:
 
 def norms(parameters: "Parameters", quant: "QuantConfig | None", *, dtype: str, passing: tuple[str, ...]) -> dict[str, Norm]:
     """Name of each family of magnitudes → the norm of one of its layers. `dtype`, `passing`: as `load_into` takes them."""
-    if quant is not None and (quant.name not in OF_A_LAYER or quant.by_torchao):
+    if quant is not None and quant.name not in OF_A_LAYER:
         return {}
     weights = {p.name: p for p in parameters.all if p.owner == "base"}
     matrices = {p.name: p for p in parameters.all if p.owner == "adapter"}
@@ -83,7 +90,9 @@ def norms(parameters: "Parameters", quant: "QuantConfig | None", *, dtype: str, 
             continue
         rank, n_in = a.shape
         norm = Norm(base.numel // n_in, n_in, rank, base.dtype, passing[0] if passing else a.dtype)
-        if base.quantized:
+        if base.quantized and quant is not None and quant.by_torchao:
+            norm = norm._replace(dtype=dtype, restoring=restoring(base.numel, quant.blocksize, ITEMSIZE[dtype]))
+        elif base.quantized:
             packed, *state = (each for each in base.allocations if each.place == "device")
             norm = norm._replace(packed=packed.nbytes, dtype="fp32")
             if quant is not None and quant.name != "int8":

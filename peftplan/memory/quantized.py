@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from peftplan.arrays import Derived, Size, numel_at
+from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Dim
 from peftplan.storage.config import TORCHAO_NF4
 from peftplan.tape import ops
@@ -200,7 +201,7 @@ def linear_of_torchao(f: Tape, part: Part, x: Tensor, running: Running) -> Tenso
     node = f.record(_linear_of_torchao_backward, (x,), part, x.dims)
     if node is not None:
         node.in_python = True
-    weight = _restored(f, part)
+    weight = restored(f, part)
     out = f.new((*x.dims[:-1], n_out), x.dtype, "linear", node)
     del weight
     return out if part.bias is None else ops.add(f, out, part.bias)
@@ -208,13 +209,13 @@ def linear_of_torchao(f: Tape, part: Part, x: Tensor, running: Running) -> Tenso
 
 def _linear_of_torchao_backward(f: Tape, node: Node, saved: tuple[Part, Dims], g: Tensor) -> Tensor:
     part, x_dims = saved
-    weight = _restored(f, part)
+    weight = restored(f, part)
     grad = f.new(x_dims, g.dtype, "mm")
     del weight
     return grad
 
 
-def _restored(f: Tape, part: Part) -> Tensor:
+def restored(f: Tape, part: Part) -> Tensor:
     """`NF4Tensor.get_original_weight`, whose local variables live to its end: int64 indices of both halves of the bytes, and each
     half in the dtype of the weight before and after it is scaled.
     """
@@ -240,6 +241,12 @@ def _restored(f: Tape, part: Part) -> Tensor:
     weight = f.new((n_out, n_in), dtype, "stack")
     del indices, values, of_blocks, scaled
     return weight
+
+
+def restoring(n: int, blocksize: int, itemsize: int) -> tuple[int, ...]:
+    """Bytes of what lives together: int64 indices, values and scaled values of two halves, the scalers, and the weight."""
+    halves = (ITEMSIZE["int64"], itemsize, itemsize)
+    return (*(size * n // 2 for size in halves for _ in range(2)), itemsize * n // blocksize, itemsize * n)
 
 
 QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit, TORCHAO_NF4: linear_of_torchao}

@@ -1,4 +1,5 @@
-"""DoRA (arXiv 2402.09353) as peft computes it: tuners/lora/dora.py (`DoraLinearLayer.forward`), lora/variants.py.
+"""DoRA (arXiv 2402.09353) as peft computes it: tuners/lora/dora.py (`DoraLinearLayer.forward`), lora/variants.py; and as
+torchtune does at bd2a0fc7: modules/peft/dora.py (`DoRALinear.forward`).
 
 The norm of W + ΔW needs ΔW itself, made by sending an identity matrix through A and B, so each module takes matrices of its
 weight's size while its forward runs.
@@ -7,7 +8,7 @@ weight's size while its forward runs.
 from __future__ import annotations
 
 from peftplan.memory.parts import Part, Running
-from peftplan.memory.quantized import dequantized
+from peftplan.memory.quantized import dequantized, restored
 from peftplan.methods.lora import LoraConfig
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
@@ -25,6 +26,25 @@ def dora(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Te
     return ops.add(
         f, result, f.call(of_norm, part.layer, (magnitude,), x, lambda x: _update(f, part, x, base_result), reads=reads)
     )
+
+
+def dora_of_torchtune(f: Tape, part: Part, x: Tensor, result: Tensor, running: Running) -> Tensor:
+    """`(m - 1) * base + m * lora_B(lora_A(x)) * scaling + base`: ΔW and the restored weight live until the forward returns."""
+    a, b, magnitude = part.params["lora_A.weight"], part.params["lora_B.weight"], part.params["lora_magnitude_vector.weight"]
+    lora_result = _through(f, part, ops.dropout(f, x, running.config_as(LoraConfig).lora_dropout), a, b)
+    eye = f.new((a.dims[1], a.dims[1]), x.dtype, "eye")
+    lora_weight = _through(f, part, eye, a, b)
+    f.module = part.name
+    weight = restored(f, part) if part.quant is not None else part.own_weight
+    norm = _norm(f, weight, lora_weight, turned=False)
+    scale = ops.divide(f, magnitude, norm)
+    scaled_base = ops.mul(f, ops.shift(f, scale), result)
+    scaled = ops.scale(f, ops.mul(f, scale, lora_result))
+    out = ops.add(f, scaled_base, scaled)
+    del scaled_base, scaled
+    out = ops.add(f, out, result)
+    del eye, lora_weight, weight, norm
+    return out
 
 
 def _update(f: Tape, part: Part, x: Tensor, base_result: Tensor | None) -> Tensor:

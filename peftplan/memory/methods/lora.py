@@ -29,9 +29,9 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
         x = f.to(x, running.adapter_shards or a.dtype)
     config = running.config_as(LoraConfig)
     if config.use_dora:
-        from peftplan.memory.methods.dora import dora
+        from peftplan.memory.methods.dora import dora, dora_of_torchtune
 
-        result = dora(f, part, x, result, running)
+        result = (dora_of_torchtune if running.own_modules else dora)(f, part, x, result, running)
         return f.to(result, dtype) if converts else result
     bias = part.params.get("lora_B.bias")
     f.module = f"{part.name}.lora_A"
