@@ -130,3 +130,58 @@ def in_4_bits(model: str, skipped: list[str] | None, r: int = 16) -> peftplan.Es
     if model != "phi-4":
         options["target_modules"] = projections.split(",")
     return peftplan.estimate(model, method="qlora", double_quant=True, r=r, kbit_prepare=False, **options)
+
+
+QWEN = "unsloth/Qwen3-14B-unsloth-bnb-4bit"
+
+
+def _stored(shape: tuple[int, int], *, packed: bool) -> list[int]:
+    """A bias is left out. bitsandbytes, functional.py (`QuantState.as_dict`): absmax in 8 bits for 64 numbers each, fp32 for 256
+    of these, both code tables, and a state of some 170 characters."""
+    numel = shape[0] * shape[1]
+    return [numel // 2, numel // 64, -(-numel // 64 // 256) * 4, 1024, 64, 170] if packed else [2 * numel]
+
+
+def _files(tensors: list[int], limit: float) -> list[float]:
+    """Sizes in GB as huggingface_hub's `split_state_dict_into_shards_factory` makes them, in the order of the tensors."""
+    files = [0]
+    for nbytes in tensors:
+        if files[-1] + nbytes > limit:
+            files.append(0)
+        files[-1] += nbytes
+    return [nbytes / 1e9 for nbytes in files]
+
+
+def test_a_repository_has_files_of_the_sizes_that_a_notebook_printed() -> None:
+    """Headers of files, 0.0006 GB each, and norms are left out, and biases but for those of experts, 1.6 MB a layer."""
+    table = [2 * 201_088 * 2880]
+    attention = [(4096, 2880), (512, 2880), (512, 2880), (2880, 4096)]
+    layer = [n for shape in attention for n in _stored(shape, packed=True)] + _stored((128, 2880), packed=False)
+    for shape in ((5760, 2880), (2880, 2880)):
+        layer += 128 * [*_stored(shape, packed=True), 2 * shape[0]]
+    assert _files([*table, *36 * layer, *table], 4e9) == pytest.approx([4.0] * 15 + [2.14], abs=0.0056)
+    assert REPOSITORIES["unsloth/gpt-oss-120b-unsloth-bnb-4bit"] == ["lm_head"]
+
+    table = [2 * 151_936 * 5120]
+    attention = [(5120, 5120), (1024, 5120), (1024, 5120), (5120, 5120)]
+    mlp = [(17_408, 5120), (17_408, 5120), (5120, 17_408)]
+    layers = [
+        _stored(shape, packed=shape in attention or f"model.layers.{number}.mlp" not in REPOSITORIES[QWEN])
+        for number in range(40)
+        for shape in (*attention, *mlp)
+    ]
+    assert _files([*table, *(n for layer in layers for n in layer), *table], 5e9) == pytest.approx([4.97, 4.59, 1.56], abs=0.005)
+
+
+def test_which_mlps_are_in_16_bits_changes_little() -> None:
+    """The sizes of the files say how many, of which the first is in layers 0 to 16 and two in 18 to 39."""
+    plan = read_text(SOURCE.replace("NAME", "unsloth/Qwen3-14B").replace("SETTINGS", ""), file="a.py")
+    assert not plan.unsupported
+    assert "which layers have them is not known" in plan.assumed["quant_skip_modules"]
+    peaks = peftplan.estimate(config=plan).peaks
+    assert peaks is not None
+    for places, drift in (((0, 20, 30), 0.002), ((3, 38, 39), 0.004)):
+        skipped = ["lm_head", *(f"model.layers.{place}.mlp" for place in places)]
+        other = peftplan.estimate(config=plan, quant_skip_modules=skipped).peaks
+        assert other is not None
+        assert (other.allocated, other.reserved) == pytest.approx((peaks.allocated, peaks.reserved), rel=drift)
