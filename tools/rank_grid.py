@@ -492,13 +492,17 @@ def tensor_parallel_jobs() -> Iterator[JobName]:
         yield "tp", "full", 2, {"model": name, "layers": layers, "seq_len": 256}
 
 
-def cut(name: str, layers: int) -> dict[str, Any]:
-    """A built-in model's config with its first layers alone."""
+def cut(name: str, layers: int | str) -> dict[str, Any]:
+    """A built-in model's config with its first layers alone, or with those that a pattern names by a letter each."""
     from peftplan.arch.catalogue import find
 
     entry = find(name)
     assert entry is not None
     config = dict(entry.facts()["config"])
+    if (pattern := config.get("hybrid_override_pattern")) is not None:
+        pattern = layers if isinstance(layers, str) else pattern[:layers]
+        return config | {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    assert isinstance(layers, int)
     if isinstance(text := config.get("text_config"), dict):  # the tower stays as it is
         return config | {"text_config": shortened(text, layers)}
     return shortened(config, layers)

@@ -6,8 +6,9 @@ FILE holds a row of JSON per job: `model` and how many of its `layers` run, the 
 `options` of the estimate, what else sections of the config say (`recipe`), the `card` if not an A100, and the `rank` that is
 played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
 tensors hold no values, tells no documents apart: attention has no mask there. Experts get equal shares of the tokens, and kernels
-are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of torch, and, where a recipe says `backend.attn: te`,
-what `tools.uncompiled_te` needs.
+are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of torch, where a recipe says `backend.attn: te`, what
+`tools.uncompiled_te` needs, and for Nemotron-H mamba-ssm and causal-conv1d, of which `NEMOTRON_H` names a folder with the code
+that is published beside its weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import runpy
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -163,6 +165,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         if (names := PUBLISHED.get(options(row)["model"]["model_type"])) is not None:
             rename(Path(folder) / "model.safetensors", names)
+        if row.get("recipe", {}).get("model", {}).get("trust_remote_code"):
+            add_code(Path(folder), Path(os.environ["NEMOTRON_H"]))
         if "quantization_config" in options(row)["model"]:
             rewrite(Path(folder) / "model.safetensors", in_4_bits)
         file = Path(output) / "recipe.yaml"
@@ -179,7 +183,7 @@ LLAVA = {
     "lm_head.": "language_model.lm_head.",
 }
 QWEN_VL = {"model.language_model.": "model.", "model.visual.": "visual."}
-PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL}
+PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL, "nemotron_h": {"model.": "backbone."}}
 """Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
 
 
@@ -207,6 +211,23 @@ def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
     with file.open("wb") as renamed:
         renamed.write(struct.pack("<Q", len(header)) + header.encode("ascii"))
         renamed.truncate(len(header) + 8 + end)
+
+
+LENGTH = ("cache_position[-1] + 1", "cache_position.shape[0]")
+"""A number that published code reads from the card, which has none, and another way to say it."""
+
+
+def add_code(folder: Path, code: Path) -> None:
+    """Put the published modules of Nemotron-H beside a config, which then names their classes as the published one does."""
+    for name in ("modeling_nemotron_h.py", "configuration_nemotron_h.py"):
+        text = (code / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace(*LENGTH), encoding="utf-8")
+    file = folder / "config.json"
+    classes = {
+        "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
+        "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
+    }
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"auto_map": classes}), encoding="utf-8")
 
 
 def in_4_bits(tensors: Tensors) -> Tensors:
@@ -264,6 +285,11 @@ def untimed(compile: Callable[..., Any], function: Callable[..., Any] | None = N
     return compile(function, **settings, options=options or None)
 
 
+def first_config(autotune: Callable[..., Any], configs: list[Any], key: list[str], **settings: Any) -> Any:
+    """`triton.autotune` that takes the first way to run a kernel, and so times none."""
+    return autotune(configs[:1], key, **settings)
+
+
 def forget_scalars(experts: ModuleType) -> None:
     """Let the card forget a number of the loss: the backward of `weights[mask]` may ask for a count where it was written."""
     import torch
@@ -288,6 +314,10 @@ def recipe() -> None:
 
     compiled = torch.compile
     torch.compile = partial(untimed, compiled)
+    with suppress(ImportError):
+        import triton
+
+        triton.autotune = partial(first_config, triton.autotune)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     if settings["model"].get("backend", {}).get("attn") == "te":
         uncompiled_te.install_for_automodel()

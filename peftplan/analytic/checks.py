@@ -9,9 +9,9 @@ import peftplan.methods as methods
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
-from peftplan.job.automodel import builds, knows_tower
+from peftplan.job.automodel import builds, has_own_code, knows_tower
 from peftplan.job.compiled_layers import recorded
-from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, Lora, kernels_of, without_formula
+from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, SCANNING, Lora, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -31,6 +31,7 @@ SHARED = {
     "axolotl": ("ddp", "zero1", "zero2"),
     "torchao-float8": ("fsdp2",),
     "te": ("fsdp2",),
+    "mamba-ssm": ("fsdp2",),
 }
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
@@ -74,6 +75,8 @@ def check(job: Job) -> None:
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
+    if model_type in SCANNING:
+        _check_scan(job)
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
         raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")
     if job.method is None:
@@ -103,6 +106,25 @@ def refused_product(job: Job) -> str | None:
         f"a step with int8 layers: bitsandbytes raises ValueError for {LATENT}, whose input has four dimensions since "
         f"{LATENT_CACHED.named} (add quant_skip_modules kv_b_proj,lm_head)"
     )
+
+
+def _check_scan(job: Job) -> None:
+    """Raise NeedsTraceError where Mamba 2 runs as torch's operations, NoEngineError where its kernel was not rehearsed."""
+    setup, architecture = job.setup, job.architecture
+    if kernels_of(setup.kernels or ()).scan is None:
+        raise NeedsTraceError(f"activations of model type {architecture.model_type} without --kernels mamba-ssm")
+    unknown = {
+        "a mixture of experts": any(block.mlp.variant == "moe" for block in architecture.blocks),
+        f"method {job.method_name or 'of this adapter config'}": not job.is_full_or_lora,
+        "a quantized base": job.quant is not None,
+        "padding": setup.padding,
+        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or has_own_code(job)),
+        "eager attention": setup.attn_implementation == "eager",
+        f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
+        f"published code under {setup.by.called}": has_own_code(job) and not setup.by.own_lora,
+    }
+    if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
+        raise NoEngineError(f"mamba-ssm's kernel with {what} (no formula yet)")
 
 
 def _check_stacks(job: Job) -> None:

@@ -8,7 +8,7 @@ from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, longest_row, packs_documents, tokens_at_once
+from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_of
@@ -53,7 +53,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
-        repeats_kv=job.script.repeats_before(str(setup.attn_implementation), job.architecture.model_type),
+        repeats_kv=has_own_code(job) or job.script.repeats_before(str(setup.attn_implementation), job.architecture.model_type),
         keeps_4bit_inputs=job.script.keeps_4bit_inputs,
         merged_4bit=setup.merges_for_vllm and job.quant is not None,
         rotary_by_product=job.script.rotary_by_product,
@@ -75,6 +75,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         reentrant=setup.use_reentrant,
         checkpoints_forward=job.script.checkpoints_forward,
         every_n_layers=setup.every_n_layers or 1,
+        published_code=has_own_code(job),
         own_modules=setup.by.own_modules,
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,

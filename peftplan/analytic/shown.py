@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.automodel import builds, knows_tower
+from peftplan.job.automodel import builds, has_own_code, knows_tower
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
@@ -283,7 +283,8 @@ def is_decoder(job: Job) -> bool:
     """Whether the model is a plain decoder whose steps were rehearsed: embedding, layers, final norm, head."""
     architecture = job.architecture
     forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type) or builds(job)
-    decoders = architecture.blocks and all(block.stack == "decoder" and block.attentions for block in architecture.blocks)
+    mixes = has_own_code(job) and job.setup.by.layout is AUTOMODEL
+    decoders = architecture.blocks and all(b.stack == "decoder" and (b.attentions or mixes) for b in architecture.blocks)
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED
     return bool(forward and decoders and architecture.input_embedding and rehearsed)

@@ -148,10 +148,31 @@ class Mlp(NamedTuple):
     apart: bool = False
 
 
+class StateSpace(NamedTuple):
+    """A Mamba 2 mixer: heads that share inputs and outputs of their states by groups, computed in chunks of the sequence."""
+
+    num_heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    chunk_size: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: of the heads, and of the inputs and outputs of states."""
+        return self.width + 2 * self.groups * self.state_size
+
+
 class Block(NamedTuple):
     """Identical layers of one stack: the facts that activations depend on, besides the weights.
 
-    `attentions`: those of each layer; none where a convolution stands in their place.
+    `attentions`: those of each layer; none where a convolution or something else stands in their place.
+    `state_space`: the mixer of a layer that has no other part.
     `parallel`: attention and MLP both read the layer's input, and their outputs are added.
     `shared_norm`: both read it through one norm. `convolution`: the activation of the one beside the first layer (DeBERTa v2).
     """
@@ -165,6 +186,7 @@ class Block(NamedTuple):
     parallel: bool = False
     shared_norm: bool = False
     convolution: str = ""
+    state_space: StateSpace | None = None
 
 
 class Dropout(NamedTuple):
@@ -207,7 +229,7 @@ class Architecture:
     `keep_in_fp32`: the class's `_keep_in_fp32_modules`.
     `keep_in_fp32_strict`: its `_keep_in_fp32_modules_strict`, patterns of parameter names that stay fp32 in a bf16 model too.
     `frozen`: parameters that the class creates with `requires_grad=False`; `from_pretrained` undoes it.
-    `logits_ops`: what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply).
+    `logits_ops`: what the class does to the head's output: `scale`, `softcap` (divide, tanh, multiply), `float`.
     `supports_sdpa`: its `_supports_sdpa`; without it transformers falls back to eager attention. `supports_flash_attn`: its
     `_supports_flash_attn`.
     `picture`: channels, height and width of the images that the model reads in place of text.

@@ -39,6 +39,8 @@ READERS: dict[str, tuple[str, str, str]] = {
     "arcee": ("llama_later", "arcee", "CAUSAL_LM"),
     "ernie4_5": ("llama_later", "ernie4_5", "CAUSAL_LM"),
     "lfm2": ("lfm2", "lfm2", "CAUSAL_LM"),
+    "falcon_h1": ("falcon_h1", "falcon_h1", "CAUSAL_LM"),
+    "nemotron_h": ("nemotron_h", "nemotron_h", "CAUSAL_LM"),
     "mixtral": ("moe", "mixtral", "CAUSAL_LM"),
     "qwen2_moe": ("moe", "qwen2_moe", "CAUSAL_LM"),
     "qwen3_moe": ("moe", "qwen3_moe", "CAUSAL_LM"),

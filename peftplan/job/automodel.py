@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
@@ -117,6 +117,17 @@ def _knows_muon(job: Job) -> bool:
     return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
+def has_own_code(job: Job) -> bool:
+    """Whether the published code of a model runs in place of that of transformers, which has the same tensors."""
+    return job.setup.trust_remote_code and job.architecture.model_type == "nemotron_h"
+
+
+def _knows_scan(job: Job) -> bool:
+    """Whether Mamba 2 was rehearsed so: of published code, in bf16, without checkpoints, of which attention gets none."""
+    setup = job.setup
+    return has_own_code(job) and setup.dtype == "bf16" and setup.loss == "full" and not setup.gradient_checkpointing
+
+
 def packs_documents(job: Job) -> bool:
     """Whether Transformer Engine's attention tells the documents of a row apart; it takes no cache of keys and values."""
     return kernels_of(job.setup.kernels or ()).attention is not None
@@ -151,7 +162,10 @@ def without_formula(job: Job) -> str | None:
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
-        f"{architecture.model_type} as it was not rehearsed": architecture.model_type == "glm4_moe" and not knows_experts(job),
+        f"{architecture.model_type} as it was not rehearsed": (
+            (architecture.model_type == "glm4_moe" and not knows_experts(job))
+            or (architecture.model_type in SCANNING and not _knows_scan(job))
+        ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)

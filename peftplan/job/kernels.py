@@ -115,6 +115,12 @@ class HostEmbedding(NamedTuple):
     source: str
 
 
+class Scan(NamedTuple):
+    """Mamba 2's mixer behind its first projection, with the last one, in one function (`memory.state_space`)."""
+
+    source: str
+
+
 class OffloadedActivations(NamedTuple):
     """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`)."""
 
@@ -152,6 +158,7 @@ Part: TypeAlias = (
     | PaddingFree
     | Checkpoint
     | OffloadedActivations
+    | Scan
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
@@ -201,6 +208,9 @@ KERNELS: dict[str, Kernel] = {
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-float8.linear": Float8("torchao, float8/float8_linear.py (`Float8Linear`)"),
     "te.attention": Documents("transformer-engine 2.20.2, pytorch/attention/dot_product_attention/backends.py (`FusedAttnFunc`)"),
+    "mamba-ssm.scan": Scan(
+        "mamba-ssm 2.3.2, ops/triton/ssd_combined.py (`MambaSplitConv1dScanCombinedFn`), with causal-conv1d 1.6"
+    ),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -233,6 +243,7 @@ class Kernels(NamedTuple):
     attention: Documents | None = None
     embedding: HostEmbedding | None = None
     activations: OffloadedActivations | None = None
+    scan: Scan | None = None
 
     @property
     def sets_up_allocator(self) -> bool:
@@ -292,12 +303,15 @@ COMPILED = tuple(name.partition(".")[0] for name, kernel in KERNELS.items() if i
 """Packages that compile whole layers, whatever model it is."""
 WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
+SCANNING = ("nemotron_h", "falcon_h1")
+"""Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama"),
     "te": ("llama", "qwen3"),
+    "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 

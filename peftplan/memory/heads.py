@@ -38,6 +38,9 @@ def logits_of(model: Model, x: Tensor) -> Tensor:
         if op == "scale":
             logits = ops.scale(f, logits, op)
             continue
+        if op == "float":
+            logits = f.to(logits, "fp32")
+            continue
         logits = ops.scale(f, logits, "div")  # soft-capped
         logits = ops.keeps_output(f, logits, "tanh")
         logits = ops.scale(f, logits)

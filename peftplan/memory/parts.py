@@ -81,6 +81,8 @@ class Running(NamedTuple):
     """Whether it covers the forward of a layer, and not the hooks around it."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
+    published_code: bool = False
+    """Whether the code beside the weights runs, and not that of transformers."""
     own_modules: bool = False
     """Whether the trainer builds the model of modules of its own."""
     own_decoders: bool = False

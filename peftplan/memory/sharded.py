@@ -39,6 +39,11 @@ BY_TORCHTUNE = {"tok_embeddings": EMBEDDING, "output": TAIL}
 """Names in `custom_sharded_layers` → units."""
 
 
+FREED_LAST = ("nemotron_h",)
+"""Model types that NeMo Automodel shards by a policy of their own, which does not keep the last layer (nemo_automodel 0.7.0,
+components/models/nemotron_v3/parallelization.py)."""
+
+
 def computing_dtype(distributed: Distributed, autocast: str) -> str | None:
     """The dtype in which weights are gathered and compute; None: each in its own."""
     return distributed.param_dtype or (None if autocast == "none" else autocast)
@@ -69,7 +74,7 @@ def units_of(
     """
     reshards = distributed.reshard_after_forward is not False and owners(distributed) == 1
     groups = grouped(model.arch, full, shards, distributed, layout)
-    keeps_last = layout.keeps_last and distributed.reshard_after_forward is None
+    keeps_last = layout.keeps_last and distributed.reshard_after_forward is None and model.arch.model_type not in FREED_LAST
     ends_of_stacks = {layer(model.arch.encoder_layers - 1), next(name for name in reversed(groups) if name != TAIL)}
     last = ends_of_stacks if keeps_last else set()
     of_fsdp1 = distributed.strategy == "fsdp1"

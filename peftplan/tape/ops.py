@@ -115,7 +115,7 @@ def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
     return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
 
 
-def keeps_output(f: Tape, x: Tensor, op: str, *, passing: bool = False) -> Tensor:
+def keeps_output(f: Tape, x: Operand, op: str, *, passing: bool = False) -> Tensor:
     """An operation that saves its result: `relu`, `tanh`, `sigmoid`, `exp`.
 
     `passing`: its backward also allocates a temporary of the same size.

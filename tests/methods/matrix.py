@@ -49,7 +49,8 @@ MODELS: dict[str, str] = {
     "distilbert": "distilbert-base-uncased", "deberta-v2": "deberta-v3-base", "modernbert": "modernbert-base", "t5": "flan-t5-xl",
     "mt5": "mt5-base", "seed_oss": "seed-oss-36b-instruct", "hunyuan_v1_dense": "hunyuan-0.5b-instruct",
     "exaone4": "exaone-4.0-1.2b", "arcee": "afm-4.5b", "ernie4_5": "ernie-4.5-0.3b-pt", "glm4_moe_lite": "glm-4.7-flash",
-    "glm": "glm-4-9b", "lfm2": "lfm2-350m", "glm4_moe": "glm-4.5-air",
+    "glm": "glm-4-9b", "lfm2": "lfm2-350m", "glm4_moe": "glm-4.5-air", "nemotron_h": "nvidia-nemotron-nano-9b-v2",
+    "falcon_h1": "falcon-h1-0.5b-base",
     "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
     # without a reader: read by transformers
     "mamba": "mamba-130m", "falcon_mamba": "falcon-mamba-7b", "olmoe": "olmoe-1b-7b-0924",
@@ -76,6 +77,7 @@ SMALL: dict[str, int] = {
     "patch_size": 14, "out_hidden_size": 96, "num_position_embeddings": 4, "q_lora_rank": 40, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 12, "mamba_n_heads": 12, "mamba_d_head": 16, "mamba_d_state": 16,
+    "mamba_d_ssm": 192, "mamba_num_heads": 12, "mamba_head_dim": 16, "ssm_state_size": 16,
     "vision_output_dim": 96, "projector_input_dim": 96, "projector_output_dim": 96,
 }  # fmt: skip
 """Sizes of the small models, by the name of the config field. 172 = 4 · 43 has few divisors: block methods must move to one."""
@@ -85,6 +87,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"pad_token_id": 0} for name in ("smollm3", "glm4", "glm", "whisper")},  # the class's default is a large one
     "distilbert": {"hidden_dim": 172, "intermediate_size": 172},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "nemotron_h": {"hybrid_override_pattern": "M-*"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
 }
 

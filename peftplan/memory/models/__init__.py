@@ -56,6 +56,8 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "bloom": ("alibi", "bloom"),
     "mpt": ("alibi", "mpt"),
     "falcon": ("falcon", "falcon"),
+    "falcon_h1": ("falcon_h1", "falcon_h1"),
+    "nemotron_h": ("nemotron_h", "nemotron_h"),
     "mixtral": ("moe", "mixtral"),
     "qwen2_moe": ("moe", "qwen2_moe"),
     "qwen3_moe": ("moe", "qwen3_moe"),

@@ -1,0 +1,88 @@
+"""Nemotron-H: a norm before each layer, whose one part is Mamba 2, attention without positions, or an MLP.
+
+Mamba 2 runs as mamba-ssm's function (`memory.state_space`). Source: transformers, models/nemotron_h/modeling_nemotron_h.py, and
+the file of that name beside the weights of NVIDIA-Nemotron-3-Nano-30B-A3B, whose operations are the same but for a mask.
+"""
+
+from __future__ import annotations
+
+from peftplan.memory import state_space
+from peftplan.memory.activations import activation
+from peftplan.memory.calls import inputs
+from peftplan.memory.model import Model
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.style import Call, Style
+from peftplan.tape import ops
+from peftplan.tape.norms import rms_normed
+from peftplan.tape.tensors import Tensor
+
+
+def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`NemotronHRMSNorm`: the weight multiplies in fp32, as a copy."""
+    f, weight = model.tape, model.part(name, layer).own_weight
+    f.module = name
+    normed = rms_normed(f, f.to(x, "fp32"))
+    narrow: Tensor = f.to(ops.mul(f, f.to(weight, "fp32"), normed), x.dtype)
+    return narrow
+
+
+def layer(c: Call, x: Tensor) -> Tensor:
+    """`NemotronHBlock.forward`, whose local `residual` holds the layer's input."""
+    residual = x
+    part = mamba if c.block.state_space else attention if c.block.attentions else mlp
+    x = c.module("mixer", c.norm("norm", x), part, by_name=bool(c.block.attentions))
+    return ops.add(c.at(), residual, x)
+
+
+def mamba(c: Call, x: Tensor) -> Tensor:
+    """`NemotronHMamba2Mixer.forward`."""
+    assert c.block.state_space is not None
+    return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`NemotronHAttention.forward`."""
+    a, (b, s, _) = c.block.attentions[0], x.dims
+    q = c.linear("mixer.q_proj", x).view((b, a.num_attention_heads, s, a.head_dim))
+    k, v = (c.linear(f"mixer.{name}_proj", x).view((b, a.num_key_value_heads, s, a.head_dim)) for name in "kv")
+    c.at("mixer")
+    return c.linear("mixer.o_proj", c.attend(q, k, v, rotated=False))
+
+
+def mlp(c: Call, x: Tensor) -> Tensor:
+    """`NemotronHMLP.forward`."""
+    x = c.linear("mixer.up_proj", x)
+    x = c.module("mixer.act_fn", x, lambda c, x: activation(c.at("mixer.act_fn"), x, c.block.mlp.activation))
+    return c.linear("mixer.down_proj", x)
+
+
+STYLE = Style(norm=rms, layer=layer, final_norm="model.norm_f")
+
+
+def nemotron_h(model: Model) -> Tensor:
+    """`NemotronHModel.forward`."""
+    states = [inputs(model)]
+    model.can_cache = not model.running.published_code
+    model.tape.module = "model"
+    _positions = model.tape.new((model.seq,), "int64", "position_ids")
+    _mask = published_mask(model, states[0].dtype) if model.running.published_code else None
+    return run_layers(model, STYLE, states, lambda window: ())
+
+
+def published_mask(model: Model, dtype: str) -> Tensor:
+    """`_update_causal_mask` of the published code, which no layer reads: a copy for each sequence where the batch has a mask."""
+    f, s = model.tape, model.seq
+    whole = f.new((s, s), dtype, "full")
+    mask = f.new((s, s), dtype, "triu")
+    del whole
+    later = f.new((s,), "int64", "arange"), f.new((s, s), "bool", "gt")
+    del later
+    if "attention_mask" not in model.batch:
+        return mask
+    mask = f.new(("b", 1, s, s), dtype, "clone")
+    open_keys = f.new(mask.dims, "bool", "eq")
+    padding = f.new(mask.dims, "bool", "mul")
+    del open_keys
+    filled = f.new(mask.dims, dtype, "masked_fill")
+    del filled, padding
+    return mask
