@@ -2,19 +2,21 @@
 
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, and
-`program` if not `swift sft`. Rows are as long as `max_length` says, and each token is scored; GRPO's completions were written
-elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
+FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
+if not `swift sft`, and the `environment` besides. Rows are as long as `max_length` says, and each token is scored; GRPO's
+completions were written elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
@@ -57,7 +59,7 @@ OF_SERVER = ("use_vllm", "vllm_mode")
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
     """What is read of the job's arguments."""
-    environment = {"NPROC_PER_NODE": str(row["gpus"])} if row.get("gpus", 1) > 1 else {}
+    environment = row.get("environment", {}) | ({"NPROC_PER_NODE": str(row["gpus"])} if row.get("gpus", 1) > 1 else {})
     program = row.get("program", SFT)
     return read_values(SHARED | row["values"], file="a.sh", tool="swift", kind="command", program=program, **environment)
 
@@ -107,7 +109,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         of_gkd = OF_GKD if kind == "gkd" else ""
         code = with_flash + with_server + of_gkd + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
         command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]
-        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+        with patch.dict(os.environ, row.get("environment", {})):
+            return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 
 if __name__ == "__main__":

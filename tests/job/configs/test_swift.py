@@ -127,6 +127,7 @@ def test_swift_adapts_the_language_model_alone(model: str, trainable: int) -> No
     [
         ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
         ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115"),
+        ({"rope_scaling": "yarn"}, "rope_scaling", "model/register.py:232"),
         ({"init_weights": "lora-ga"}, "init_weights", "train/tuner.py:218"),
         ({"quant_method": "hqq", "quant_bits": 4}, "quant_method", "quantizers/base.py:290"),
     ],
