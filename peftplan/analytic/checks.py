@@ -61,7 +61,7 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
-    if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches):
+    if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
     if merges and ((job.quant is not None and not _merges_into(job)) or has_towers(job.architecture)):

@@ -6,6 +6,8 @@ b completions that are written at once, s tokens of a prompt, t tokens of the fu
     prompt      the forward without gradients, with logits of the last token; without autocast, except in DistillationTrainer
     decoding    the full cache, a layer's keys once more while they grow, logits and probabilities of a token
 
+OnlineDPOTrainer keeps no cache where layers are recomputed: each token is the forward of all before it.
+
 Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
 wrap); ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py (`_move_full_model_to_vllm`); transformers, generation/utils.py (`_sample`,
 without top-k and top-p). Left out: the cache grows token by token, and the
@@ -71,7 +73,7 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
         return ()
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
     if key not in _GENERATIONS:
-        before = [] if setup.use_vllm else [_written(inventory, compute_capability)]
+        before = [] if setup.use_vllm else _written(inventory, compute_capability)
         if setup.use_vllm and setup.by.sends_at_once:
             before.append(_sent(inventory))
         if setup.by.reads_features:
@@ -173,20 +175,30 @@ def _sent(inventory: Inventory) -> Generation:
     return _ending(timeline(f, {}, vocab=None), {})
 
 
-def _written(inventory: Inventory, compute_capability: str) -> Generation:
+def _written(inventory: Inventory, compute_capability: str) -> list[Generation]:
+    """The prompt's forward with the cache after it; without a cache the forwards of the first and of the last token."""
+    setup = inventory.job.setup
+    if not (setup.by.writes_without_cache and setup.gradient_checkpointing):
+        return [_forwarded(inventory, compute_capability, setup.prompt_len, caches=True)]
+    return [_forwarded(inventory, compute_capability, fed, caches=False) for fed in (setup.prompt_len, setup.seq_len - 1)]
+
+
+def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, caches: bool) -> Generation:
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
-    rows, prompt, full = setup.generation_rows, setup.prompt_len, setup.seq_len - 1  # the last token is not fed
+    rows, full = setup.generation_rows, setup.seq_len - 1  # the last token is not fed
     running = running_of(job, compute_capability)._replace(
-        checkpointing=False, use_cache=True, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
+        checkpointing=False, use_cache=caches, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
     )
     adapter = adapter_of(job.method and job.method.peft_type)
-    autocast = setup.autocast if setup.by.writes_under_autocast and setup.autocast != "none" else None
+    of_peft = job.method is None or job.method.peft_type is not None  # whose `generate` calls the model inside
+    wrapped = setup.by.writes_under_autocast and not (of_peft and setup.by.rewards)
+    autocast = setup.autocast if wrapped and setup.autocast != "none" else None
     running = running._replace(autocast=autocast, holds_hidden_states=False)
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
-    cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype)
+    cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype) if caches else ()
     f.mark("forward")
     gathered = _gathered(f, inventory)
     with f.no_grad():
@@ -201,12 +213,12 @@ def _written(inventory: Inventory, compute_capability: str) -> Generation:
         f.end_autocast()
         f.mark("backward")
         model.kept.clear()
-        grown = [_casts(f, parameters, autocast)] if autocast else []
+        grown = [_casts(f, parameters, autocast)] if autocast and caches else []
         for tensor in cache:
             name = f"KV cache, {tensor.part} of {tensor.kind} attention"
             grown.append(f.many(("b", *tensor.shape[1:]), _cached_dtype(tensor, autocast), name, tensor.layers))
-        largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers)
-        growing = f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
+        largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers, default=None)
+        growing = None if largest is None else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
         del growing
         logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")
         scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))

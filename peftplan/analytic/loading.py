@@ -124,8 +124,16 @@ def loading_of(
         from peftplan.memory.reference_load import load_both
 
         teacher = teacher_of(job)
-        second, moved = (parameters, job.distributed is not None) if teacher is None else (teacher.parameters, True)
+        moved = job.distributed is not None or setup.by.rewards
+        second, moved = (parameters, moved) if teacher is None else (teacher.parameters, True)
         load = partial(load_both, load=load, reference=second, moved=moved)
+    if setup.by.rewards:
+        from peftplan.job.teacher import reward_of
+        from peftplan.memory.reference_load import load_both
+
+        reward = reward_of(job)
+        assert reward is not None
+        load = partial(load_both, load=load, reference=reward.parameters, moved=True)
     if job.distributed is not None:
         from peftplan.analytic import ranks
 

@@ -99,6 +99,7 @@ TRAINING: dict[str, str] = {
 PREFERENCES: dict[str, str] = {
     "--max-completion-length": "tokens per completion, the scored part of a sequence; default: all but the first",
     "--teacher-model": "model that the student learns from; not quantized, in the student's dtype",
+    "--reward-model": "model that scores completions; not quantized, in the policy's dtype",
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "run the reference model before training",
     "--beta": "weight of the reference model",
     "--loss-type": "the trainer's own name of its loss",
@@ -219,5 +220,6 @@ METAVARS: dict[str, str] = {
     "--vllm-gpu-memory-utilization": "FLOAT",
     "--loss-type": "NAME",
     "--teacher-model": "MODEL",
+    "--reward-model": "MODEL",
 }
 """The value of each option, as `--help` shows it; completion offers the choices."""

@@ -142,6 +142,11 @@ def training_options(args: object) -> dict[str, object]:
             options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
     if trainer.teaches and (teacher := getattr(args, "teacher_model_name_or_path", None)) is not None:
         options["teacher_model"] = teacher
+    if trainer.rewards:
+        if getattr(args, "use_vllm", False):
+            raise InputError("training_args.use_vllm", True, f"accepted: unset; vLLM beside {trainer.called} is not counted")
+        of_config = {"reward_model": "reward_model_path", "max_completion_length": "max_new_tokens"}
+        options |= {ours: value for ours, name in of_config.items() if (value := getattr(args, name, None)) is not None}
     options |= _loading(args)
     _refuse_padding_free(args)
     _refuse_other_losses(args, trainer)

@@ -54,6 +54,7 @@ class GridOptions(OtherWords, total=False):
     router_loss: Axis[bool | None]
     max_completion_length: Axis[int | None]
     teacher_model: Axis[str | None]
+    reward_model: Axis[str | None]
     precompute_ref_log_probs: Axis[bool | None]
     beta: Axis[float | None]
     loss_type: Axis[str | None]

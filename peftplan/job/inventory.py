@@ -181,6 +181,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + _optimizer(job, states_of, optimizer)
         + sensitivity_lines(on_rank)
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
+        + _reward_model(job)
         + _weights_as_loaded(before_merges(job, on_rank))
     )
 
@@ -214,6 +215,19 @@ def _second_model(job: Job, on_rank: Parameters) -> Ledger:
     source = f"{job.setup.by.called}: teacher_model"
     lines = (*weight_lines(shards), *buffer_lines(shards))
     return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
+
+
+def _reward_model(job: Job) -> Ledger:
+    """The lines of the model that scores completions."""
+    if not job.setup.by.rewards:
+        return Ledger(())
+    from peftplan.job.teacher import reward_of
+
+    reward = reward_of(job)
+    assert reward is not None
+    lines = (*weight_lines(reward.parameters), *buffer_lines(reward.parameters))
+    source = f"{job.setup.by.called}: reward_model"
+    return Ledger(tuple(line._replace(name=f"reward model: {line.name}", source=source) for line in lines))
 
 
 def weights_in_vllm(inventory: Inventory) -> int:

@@ -137,7 +137,7 @@ class LossSizes(NamedTuple):
             rest = {} if self.at_once is None else {"rest": _rest(n, self.at_once)}
             if self.loss == SHARED_CHUNKS:
                 rest["rows"] = smaller(b * length, SHARED_ROWS)
-            return {"n": n, "n/2": n // 2, "n/3": n // 3, **rest}
+            return {"n": n, "n/2": n // 2, "n/3": n // 3, "n/b": n // b, **rest}
         if self.loss == "liger":
             n, rows = self._liger(b, length)
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}

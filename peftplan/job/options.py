@@ -59,6 +59,7 @@ class SetupOptions(TypedDict, total=False):
     router_loss: bool | None
     max_completion_length: int | None
     teacher_model: str | None
+    reward_model: str | None
     precompute_ref_log_probs: bool | None
     beta: float | None
     loss_type: str | None

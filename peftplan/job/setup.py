@@ -87,6 +87,7 @@ class Setup(BaseModel):
     trust_remote_code: bool = False
     max_completion_length: Count | None = None
     teacher_model: str | None = None
+    reward_model: str | None = None
     precompute_ref_log_probs: bool | None = None
     beta: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     loss_type: str | None = None
@@ -146,6 +147,8 @@ class Setup(BaseModel):
     @property
     def generation_rows(self) -> int:
         """Completions that the policy writes at once."""
+        if self.by.rows > 1:
+            return self.rows
         return self.batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
@@ -328,6 +331,8 @@ def _check_trainer(setup: Setup) -> None:
             raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")
     if by.teaches and setup.teacher_model is None:
         raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
+    if by.rewards and setup.reward_model is None:
+        raise RefusedError(f"reward_model: {by.called} needs one; accepted: a model")
     if setup.loss_type is not None:
         types = setup.loss_type.split(",") if by.many_losses else [setup.loss_type]
         for unknown in (name for name in types if name.strip() not in by.loss_types):

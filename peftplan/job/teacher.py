@@ -1,4 +1,5 @@
-"""The teacher of a distillation: a second model, dense and in the student's dtype, whose parameters nothing updates."""
+"""The teacher of a distillation, or the model that scores completions: dense, in the dtype of the model that trains; nothing
+updates its parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def teacher_of(job: Job) -> Teacher | None:
     rows = student if setup.by.resizes_teacher else None
     in_16_bits = job.distributed is not None and job.distributed.strategy.startswith("zero") and setup.autocast != "none"
     dtype = str(setup.autocast) if in_16_bits else setup.dtype  # DeepSpeed casts it
-    teacher = _teacher(setup.teacher_model, rows, dtype, setup.trust_remote_code, setup.by.own_modules, setup.by.freezes_teacher)
+    by = setup.by
+    teacher = _read(
+        "teacher_model", setup.teacher_model, rows, dtype, setup.trust_remote_code, by.own_modules, by.freezes_teacher
+    )
     if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
             f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
@@ -44,16 +48,28 @@ def teacher_of(job: Job) -> Teacher | None:
     return teacher
 
 
+def reward_of(job: Job) -> Teacher | None:
+    """The model that scores completions with one number each; None where the job has none."""
+    setup = job.setup
+    if setup.reward_model is None:
+        return None
+    return _read("reward_model", setup.reward_model, None, setup.dtype, setup.trust_remote_code, False, True)
+
+
 @lru_cache(maxsize=8)
-def _teacher(name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool, frozen: bool) -> Teacher:
+def _read(
+    option: str, name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool, frozen: bool
+) -> Teacher:
     """`rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it. `frozen`: none of it trains."""
+    scores = option == "reward_model"
     try:
         model = sources.read(name)
         if rows is not None:
             model = {**sources.load_config(model), "vocab_size": rows}
-        architecture = sources.load(model, task_type="CAUSAL_LM", num_labels=None, trust_remote_code=trust_remote_code)
+        task, labels = ("SEQ_CLS", 1) if scores else ("CAUSAL_LM", None)
+        architecture = sources.load(model, task_type=task, num_labels=labels, trust_remote_code=trust_remote_code)
     except InputError as error:
-        raise InputError("teacher_model", name, error.accepted) from None
+        raise InputError(option, name, error.accepted) from None
     if own_modules:
         from peftplan.job.built import as_torchtune_builds
 

@@ -22,6 +22,7 @@ TrainerName = Literal[
     "trl-gkd",
     "trl-gold",
     "trl-distillation",
+    "trl-online-dpo",
     "llamafactory",
     "llamafactory-asft",
     "llamafactory-dpo",
@@ -60,9 +61,10 @@ Loss = Literal[
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
 """How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
-Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows"]
+Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows", "completions"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
-the slice, by `log_softmax` of all, of all divided by a temperature, or by `logsumexp` of one row after another."""
+the slice, by `log_softmax` of all, of all divided by a temperature, or of those of completions, or by `logsumexp` of one row
+after another."""
 
 
 class Defaults(NamedTuple):
@@ -176,6 +178,10 @@ class Trainer(NamedTuple):
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False
     """Whether the model that writes completions is the one that accelerate wraps."""
+    writes_without_cache: bool = False
+    """Whether it keeps no KV cache while it writes them, if layers are recomputed."""
+    rewards: bool = False
+    """Whether a reward model is on the card, which scores completions."""
     sends_at_once: bool = False
     """Whether before vLLM writes completions all weights are gathered at once where ranks share them, and a server gets them in
     flat copies; else one by one."""

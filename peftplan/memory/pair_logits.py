@@ -103,6 +103,8 @@ def scored_rows(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Ten
     if scoring == "rows":  # whose labels are turned by one place
         return _summed(f, _log_probs(f, logits, None, scoring, count))
     rows, seq, vocab = logits.dims
+    if scoring == "completions":  # with the token before them
+        return _summed(f, _by_softmax(f, sliced(f, logits, (rows, "n/b", vocab))))
     return _summed(f, _log_probs(f, sliced(f, logits, (rows, f"{seq}-1", vocab)), None, scoring, count))
 
 
@@ -151,10 +153,10 @@ def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring,
 
 
 def _by_softmax(f: Tape, logits: Tensor) -> Tensor:
-    """`gather` of all log-probabilities, which `log_softmax` keeps. Its kernel copies a slice of several rows (aten
-    cuda/SoftMax.cu, `input_.contiguous()`)."""
-    copied = f.new(logits.dims, logits.dtype, "contiguous") if f.several else None
+    """`gather` of all log-probabilities, which `log_softmax` keeps. Its kernel, which has its output already, copies a
+    slice of several rows (aten cuda/SoftMax.cu, `input_.contiguous()`)."""
     every = ops.keeps_output(f, logits, "log_softmax")
+    copied = f.new(logits.dims, logits.dtype, "contiguous") if f.several else None
     del copied
     return _gathered(f, every)
 

@@ -1,4 +1,4 @@
-"""Trainers with a teacher: what they hold of it, and what they refuse."""
+"""Trainers with a teacher or a reward model: what they hold of it, and what they refuse."""
 
 from __future__ import annotations
 
@@ -77,3 +77,45 @@ def test_other_trainers_have_no_teacher() -> None:
 def test_a_quantized_student_has_no_formula_yet() -> None:
     result = peftplan.estimate(**JOB | {"method": "qlora", "dtype": "bf16"}, teacher_model="smollm2-360m")
     assert result.not_modelled[0] == "a quantized base under GKDTrainer of trl 1.16 (no formula yet)"
+
+
+ONLINE = {"model": "smollm2-135m", "trainer": "trl-online-dpo", "method": "full", "dtype": "fp32"}
+
+
+def test_a_reward_model_is_held_beside_two_others() -> None:
+    """SmolLM2-135M has 134,515,008 parameters, a tied head among them; its score has 576. 61 norms of 576 x 4 B take 2,560."""
+    ledger = peftplan.estimate(**ONLINE, reward_model="smollm2-135m").ledger
+    weights = {
+        name: sum(line.bytes() for line in ledger if line.name.startswith(name) and line.category == "weights")
+        for name in ("reward model: ", "reference model: ")
+    }
+    of_policy = 4 * 134_515_008 + 61 * (2560 - 4 * 576)
+    assert weights == {"reward model: ": of_policy + 2560, "reference model: ": of_policy}
+
+
+def test_completions_alone_are_scored_of_all_logits() -> None:
+    """By hand, while the reference's logits become fp32: those in 16 bits and in 32 of 16 rows of 512 tokens, and the policy's
+    log-probabilities of 32 tokens a row."""
+    sizes = {"batch_size": 8, "seq_len": 512, "max_completion_length": 32}
+    peaks = peftplan.estimate(**ONLINE, **sizes, reward_model="smollm2-135m").peaks
+    assert peaks is not None
+    of_logits = [line for line in peaks.ledgers["forward"] if line.shape[-1:] == (49_152,)]
+    assert sum(line.bytes() for line in of_logits) == 16 * 49_152 * (512 * (2 + 4) + 32 * 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "reward_model: OnlineDPOTrainer of trl 1.16 needs one; accepted: a model"),
+        ({"reward_model": "smollm2-135m", "beta": 0.2}, "OnlineDPOTrainer of trl 1.16 has no such option"),
+    ],
+)
+def test_online_dpo_needs_a_reward_model(settings: dict[str, object], message: str) -> None:
+    with pytest.raises((RefusedError, OptionError), match=message):
+        peftplan.estimate(**ONLINE, **settings)
+
+
+def test_online_dpo_of_a_quantized_base_or_over_several_gpus_has_no_formula() -> None:
+    for settings in ({"method": "qlora", "dtype": "bf16"}, {"strategy": "ddp", "gpus": 2}):
+        result = peftplan.estimate(**ONLINE | settings, reward_model="smollm2-135m")
+        assert "OnlineDPOTrainer of trl 1.16" in result.not_modelled[0]

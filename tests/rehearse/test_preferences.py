@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,30 @@ def test_each_trainer_was_rehearsed() -> None:
 def test_the_page_shows_the_rows(results: Results) -> None:
     text = (ROOT / "docs" / "preference-drift.md").read_text(encoding="utf-8")
     assert text == page(results, called=TITLE)
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes", "by_phase", "reserved"),
+    [
+        ("full", (4, 256, 32), (6_281_451_520, 6_125_852_160, 4_724_238_336), 7_293_894_656),
+        ("lora", (3, 320, 48), (3_821_245_952, 3_646_202_368, 1_741_640_192), 5_253_365_760),
+    ],
+)
+def test_online_dpo_holds_three_models_and_generates_without_a_cache(
+    tmp_path: Path, method: str, sizes: tuple[int, int, int], by_phase: tuple[int, int, int], reserved: int
+) -> None:
+    """Four layers of Qwen2.5 0.5B, and of Qwen2 0.5B as the reward model, by trl's own script on an emulated A100, releases as in
+    `preferences.jsonl`. A later generation falls into `step` there, in fp32 with an adapter."""
+    policy, reward = (dict(load_config(name)) | {"num_hidden_layers": 4} for name in ("qwen2.5-0.5b", "qwen2-0.5b"))
+    (tmp_path / "config.json").write_text(json.dumps(reward), encoding="utf-8")
+    rows, seq_len, completion = sizes
+    batch: dict[str, Any] = {"batch_size": rows, "seq_len": seq_len, "max_completion_length": completion}
+    adapter: dict[str, Any] = {"method": method}
+    adapter |= {} if method == "full" else {"r": 16, "target_modules": "peft-default"}
+    models: dict[str, Any] = {"reward_model": str(tmp_path / "config.json"), "dtype": "fp32"}
+    peaks = estimate(policy, trainer="trl-online-dpo", **models, **batch, **adapter).peaks
+    assert peaks is not None
+    phases = [peaks.by_phase["forward"], peaks.by_phase["backward"], max(peaks.by_phase[name] for name in ("generate", "step"))]
+    assert phases == pytest.approx(by_phase, rel=0.008)
+    assert peaks.allocated == pytest.approx(max(by_phase), rel=0.0005)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.008)

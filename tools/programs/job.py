@@ -44,6 +44,7 @@ OTHER_TRAINERS = (
     "trl-gkd",
     "trl-gold",
     "trl-distillation",
+    "trl-online-dpo",
 )
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-dpo-packed", "swift-kto", "swift-reward", "swift-orpo", "swift-cpo", "swift-grpo")
@@ -86,6 +87,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--kernels", choices=("axolotl", "mamba-ssm"))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
+    parser.add_argument("--reward-model")
     parser.add_argument("--precompute-ref-log-probs", action=FLAGS, default=False)
     parser.add_argument("--beta", type=float)
     parser.add_argument("--loss-type")

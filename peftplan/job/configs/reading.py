@@ -351,8 +351,9 @@ class Reading:
             self.assumed,
             self.kind,  # type: ignore[arg-type]
         )
-        if "teacher_model" in options:
-            options["teacher_model"], _ = named(str(options["teacher_model"]), self.tool, file=self.file)
+        for other in ("teacher_model", "reward_model"):
+            if other in options:
+                options[other], _ = named(str(options[other]), self.tool, file=self.file)
         if not self.model:
             return plan
         model, by_name = named(self.model, self.tool, file=self.file)

@@ -143,6 +143,19 @@ def test_scripts_with_a_teacher_and_tpo(script: str, expected: dict[str, Any]) -
     assert {name: plan.options.get(name) for name in expected} == expected
 
 
+def test_online_dpo_reads_the_length_of_its_own_config() -> None:
+    """OnlineDPOConfig: rows of 512 tokens, completions of 64; the docs call the script by its older name."""
+    values = {**MODEL, "reward_model_path": "trl-lib/Qwen2-0.5B-Reward"}
+    plan = read(values, kind="command", program="python examples/scripts/dpo_online.py")
+    assert plan.unsupported == {}
+    expected = {"trainer": "trl-online-dpo", "dtype": "fp32", "seq_len": 512, "max_completion_length": 64}
+    assert {name: plan.options.get(name) for name in expected} == expected
+    longer = {**values, "max_length": 1024, "max_new_tokens": 53, "use_vllm": True}
+    plan = read(longer, kind="command", program="python examples/scripts/online_dpo.py")
+    assert (plan.options["seq_len"], plan.options["max_completion_length"]) == (1024, 53)
+    assert plan.unsupported.keys() == {"use_vllm"}
+
+
 @pytest.mark.parametrize("key", ["zero_stage", "random_ltd"])
 def test_programs_of_deepspeed_examples_are_not_read_as_trl(key: str) -> None:
     """DeepSpeed-Chat's `main.py` and `run_clm_no_trainer.py` have loops of their own; their command lines look like TRL's."""
