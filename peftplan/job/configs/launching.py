@@ -103,7 +103,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         _named(result, tool, "deepspeed", own, _deepspeed, file)
     if (names := launch.get("spectrum_config_path")) is not None:
         _named(result, tool, "spectrum_config_path", names, _spectrum, file)
-    _fsdp(result, tool, launch)
+    _fsdp(result, tool, launch, file)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
     if own_strategy in STRATEGIES:
         result.options["strategy"] = own_strategy
@@ -281,23 +281,11 @@ CHECKPOINTS = "final_state_dict_type"
 """End of the name of a field that says how checkpoints are written."""
 
 
-def _fsdp(result: Launched, tool: str, launch: Mapping[str, object]) -> None:
-    """FSDP as axolotl and TrainingArguments say it: words or the name of a file that the tool ships, a version, a config."""
-    words = launch.get("fsdp")
-    config = _values(launch, "fsdp_config")
-    whole: Mapping[str, object] = {}
-    if isinstance(words, str) and words.startswith("{"):
-        whole = read_json(words, file="fsdp").values
-    elif isinstance(words, str):
-        shipped = load(SHIPPED, Shipped).get(tool, {}).get(words)
-        whole = shipped["values"] if shipped else {}
-    if "fsdp" in whole:
-        words, config = whole["fsdp"], whole.get("fsdp_config")
-    if word(words) in ("none", "", "false", "[]") and not config:
-        return
-    version = launch.get("fsdp_version")
+def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) -> None:
+    """FSDP as axolotl and TrainingArguments say it: words, a version and a config; or as ms-swift does, a file by its name."""
+    words, version = launch.get("fsdp"), launch.get("fsdp_version")
 
-    def options() -> Values:
+    def options(words: object, config: object) -> Values:
         fields: Values = {"version": 1} if tool in FSDP_1 else {}
         for name, value in content(config or {}, field="fsdp_config").items():
             fields["version" if name == "fsdp_version" else name] = value
@@ -305,4 +293,13 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object]) -> None:
         fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
         return accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)})
 
-    _from(result, "fsdp_config", options)
+    def of_file(source: object) -> Values:
+        values = content(source, field="fsdp")
+        return options(values.get("fsdp"), values.get("fsdp_config"))
+
+    if isinstance(words, str) and (words.startswith("{") or words.endswith(".json") or _shipped(tool, words) is not None):
+        _named(result, tool, "fsdp", words, of_file, file)
+        return
+    config = _values(launch, "fsdp_config")
+    if word(words) not in ("none", "", "false", "[]") or config:
+        _from(result, "fsdp_config", lambda: options(words, config))

@@ -170,6 +170,13 @@ def test_fsdp_of_training_arguments() -> None:
     assert options({**trl, "fsdp": True, "fsdp_config": {"cpu_offload": True}})["offload_params"] == "cpu"
 
 
+def test_ms_swift_names_a_file_of_fsdp() -> None:
+    """ms-swift 4.6, arguments/sft_args.py (`_init_fsdp`): its own name, or the path of a JSON file."""
+    swift = {"model": "Qwen/Qwen3-8B", "tuner_type": "lora", "per_device_train_batch_size": 1, "fsdp": "other/fsdp2.json"}
+    unsupported = read_values(swift, file="train.sh", tool="swift").unsupported["fsdp"]
+    assert unsupported.why == "the launch file is not among the files; add it with another --config"
+
+
 def test_the_release_of_transformers_decides_what_words_mean_under_fsdp_1() -> None:
     """`_process_fsdp_args`: before 5.4 a word is accelerate's `sharding_strategy`, since then its `reshard_after_forward`."""
     fsdp = {"fsdp": "shard_grad_op", "fsdp_config": {"version": 1}}
