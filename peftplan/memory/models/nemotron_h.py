@@ -1,7 +1,8 @@
 """Nemotron-H: a norm before each layer, whose one part is Mamba 2, attention without positions, or an MLP.
 
 Mamba 2 runs as mamba-ssm's function (`memory.state_space`). Source: transformers, models/nemotron_h/modeling_nemotron_h.py, and
-the file of that name beside the weights of NVIDIA-Nemotron-3-Nano-30B-A3B, whose operations are the same but for a mask.
+the file of that name beside the weights of NVIDIA-Nemotron-3-Nano-30B-A3B, whose operations are the same but for a mask and
+repeated keys and values; that of Nemotron Nano 12B v2 chooses the class of attention in the same line.
 """
 
 from __future__ import annotations
