@@ -41,6 +41,8 @@ from peftplan.tape.tensors import Tensor
 GENERATE = "generate"
 MOST_READ = 2048
 """Tokens of a completion with its prompt above which they are cut (axolotl 0.19.0, core/trainers/ebft/trainer.py:217)."""
+PARTS = 4
+"""Of a completion that is written without a cache. More leave no other segments of the allocator, in three rehearsed jobs."""
 KEPT = 8
 """The last generations, each with the job that it is of."""
 
@@ -176,11 +178,13 @@ def _sent(inventory: Inventory) -> Generation:
 
 
 def _written(inventory: Inventory, compute_capability: str) -> list[Generation]:
-    """The prompt's forward with the cache after it; without a cache the forwards of the first and of the last token."""
+    """The prompt's forward with the cache after it; without a cache the forwards of five tokens, from the first to the last."""
     setup = inventory.job.setup
     if not (setup.by.writes_without_cache and setup.gradient_checkpointing):
         return [_forwarded(inventory, compute_capability, setup.prompt_len, caches=True)]
-    return [_forwarded(inventory, compute_capability, fed, caches=False) for fed in (setup.prompt_len, setup.seq_len - 1)]
+    first, more = setup.prompt_len, setup.seq_len - 1 - setup.prompt_len
+    lengths = sorted({first + more * part // PARTS for part in range(PARTS + 1)})
+    return [_forwarded(inventory, compute_capability, length, caches=False) for length in lengths]
 
 
 def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, caches: bool) -> Generation:
