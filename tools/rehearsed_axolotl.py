@@ -3,8 +3,8 @@
     python -m tools.rehearsed_axolotl FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
-are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool
-counts. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
+are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool counts, or,
+in strides, documents that are cut to `sequence_len`. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
 torch.
 """
 
@@ -52,6 +52,15 @@ WITH_FLASH = (
     "from tools.programs.ms_swift import flash_attention; flash_attention()\n"
 )
 """flash-attn's kernels, which do not run on the card."""
+STRIDED = "ebft_pretrain.transform"
+WITHOUT_SVD = (
+    "import torch\n"
+    "def svd(a, full_matrices=False):\n"
+    "    k = min(a.shape[-2:])\n"
+    "    return a.new_empty(*a.shape[:-1], k), a.new_empty(a.shape[0], k), a.new_empty(a.shape[0], k, a.shape[-1])\n"
+    "torch.linalg.svd = svd\n"
+)
+"""The results of `torch.linalg.svd` without cuSOLVER, which finds no size of its workspace on the card."""
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
@@ -85,19 +94,22 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(values["base_model"], row["layers"]), "dtype": "bfloat16"})
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
         content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
+        of_rows: dict[str, str] = {}
+        strided = STRIDED in str(values.get("datasets"))
+        if strided:
+            content, of_rows = {"question": "word " * 2 * values["sequence_len"], "answer": "pass"}, {"type": STRIDED}
         if "words" in row:
-            content = {"input": "word " * row["words"], "output": "pass " * 8}
+            content, of_rows = {"input": "word " * row["words"], "output": "pass " * 8}, {"type": "ebft_opencode.transform"}
             row = row | {"prompt_tokens": prompt_tokens(folder, values, row["words"])}
         text = json.dumps(content)
         Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
-        of_rows = {"type": "ebft_opencode.transform"} if "words" in row else {}
         datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl", **of_rows}]
         prepared = {"datasets": datasets, "dataset_prepared_path": f"{output}/data"}
         places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
         file = Path(output, "config.yml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
-        command = [sys.executable, "-c", with_flash + PROGRAM, str(file)]
+        command = [sys.executable, "-c", WITHOUT_SVD * strided + with_flash + PROGRAM, str(file)]
         with patch.dict(os.environ, OF_LAUNCHER):  # read before the tool sets it, where WITH_FLASH has imported torch
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 

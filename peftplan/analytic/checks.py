@@ -61,6 +61,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
+    if job.setup.by.block and not _writes_as_rehearsed(job):
+        raise NoEngineError(f"a step of {job.setup.by.called} with these options or this model type (no formula yet)")
     if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
@@ -234,6 +236,13 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"LoRA kernels over {job.quant.name}"
     drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside or kernel.drops_inside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _writes_as_rehearsed(job: Job) -> bool:
+    """Whether blocks behind anchors are written as was rehearsed (tests/rehearse/axolotl_strided.jsonl): by a Llama in 16 bits
+    with checkpoints."""
+    alike = bool(job.setup.gradient_checkpointing) and job.quant is None and job.architecture.model_type == "llama"
+    return alike and job.method_name == ("lora" if job.setup.by.rows == 1 else "full")
 
 
 def _offloads_as_rehearsed(job: Job) -> bool:

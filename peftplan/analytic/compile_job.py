@@ -148,6 +148,9 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     beside = holding.beside if holding is not None and model.units.every_layer else ()
     loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
     workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
+    workspaces += tuple(
+        (at, Line(name, "buffers", "uint8", (nbytes,), 1, "torch.compile")) for at, nbytes, name in of_step.pinned
+    )
     standing = Ledger(lasting + tuple(line for _, line in workspaces))
     normed = _taken_by_norms(job, inventory.parameters, workspaces)
     workspaces = tuple((at, line) for at, line in workspaces if line != normed)

@@ -71,7 +71,7 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     """What comes before a job's step: its generation, and what reads it; none where the policy writes nothing, or vLLM writes for
     it and gets one weight after another."""
     setup = inventory.job.setup
-    if not setup.by.generates:
+    if not setup.by.generates or setup.by.block:  # blocks are written within the step
         return ()
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
     if key not in _GENERATIONS:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.automodel import builds
+from peftplan.job.inventory import as_copied
 from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -119,7 +120,11 @@ def loading_of(
 
         load = partial(load_widened, load=load, parameters=parameters)
         passing = (Line("experts in 4 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, WIDENED),)
-    if job.reference == "copy":
+    if job.reference == "copy" and setup.by.block:
+        from peftplan.memory.reference_load import load_copied
+
+        load = partial(load_copied, load=load, policy=parameters, copy=as_copied(job, parameters))
+    elif job.reference == "copy":
         from peftplan.job.teacher import teacher_of
         from peftplan.memory.reference_load import load_both
 

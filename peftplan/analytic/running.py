@@ -135,6 +135,7 @@ def loss_sizes(job: Job) -> LossSizes:
         completion=None if job.setup.by.compares_at_once else job.setup.max_completion_length,
         by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
         at_once=job.setup.by.compares_at_once,
+        block=job.setup.by.block,
         shared_by=1 if job.distributed is None else job.distributed.cp_size or 1,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and kernels_of(job.setup.kernels or ()).layers is not None else 1,
         trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),

@@ -66,7 +66,7 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k", "s/2") for m in MULTIPLES}
     by_name |= {f"{name}/{size}": -(-by_name[name] // size) for name in ("s", "k") for size in (BLOCK, FLASH_BLOCK)}
     by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (2, 1, -1)}
-    by_name |= {"b/2": b // 2, "b/3": b // 3}
+    by_name |= {"b/2": b // 2, "b/3": b // 3, "4b": 4 * b}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", 32), ("b·s", FLASH_BLOCK)):
         by_name[f"{name}%{multiple}"] = -(-by_name[name] // multiple) * multiple

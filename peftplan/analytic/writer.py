@@ -140,7 +140,7 @@ class Writer:
         covered = 0
         empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
-            if at in empties:
+            if at in empties or at in timeline.emptied:
                 self.empty_cache()
             if at in borders:
                 self._begin(borders[at], counts=phases)

@@ -11,6 +11,7 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
+from peftplan.storage import dense
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _weights_as_loaded(replaced: Parameters) -> Ledger:
 def _second_model(job: Job, on_rank: Parameters) -> Ledger:
     """The lines of a reference model, or of a teacher."""
     if not job.setup.by.teaches:
-        return reference_lines(on_rank)
+        return reference_lines(as_copied(job, on_rank))
     from peftplan.job.teacher import teacher_of
 
     teacher = teacher_of(job)
@@ -228,6 +229,15 @@ def _reward_model(job: Job) -> Ledger:
     lines = (*weight_lines(reward.parameters), *buffer_lines(reward.parameters))
     source = f"{job.setup.by.called}: reward_model"
     return Ledger(tuple(line._replace(name=f"reward model: {line.name}", source=source) for line in lines))
+
+
+def as_copied(job: Job, policy: Parameters) -> Parameters:
+    """The parameters of a second model that is made of the policy: in its dtypes, or cast to 16 bits (axolotl 0.19.0,
+    core/trainers/ebft/strided.py:461)."""
+    if not job.setup.by.block:
+        return policy
+    dtype = job.setup.dtype
+    return policy._replace(all=tuple(p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape)) for p in policy.all))
 
 
 def weights_in_vllm(inventory: Inventory) -> int:

@@ -105,6 +105,8 @@ class LossSizes(NamedTuple):
     """Whether it is made of one row after another."""
     at_once: int | None = None
     """Scored tokens of which distributions are compared at a time; None: of all."""
+    block: int = 0
+    """Tokens of each block that is written behind an anchor."""
     multiple: int = 1
     """What prompts, and completions, are each padded to a multiple of in training."""
     shared_by: int = 1
@@ -137,7 +139,7 @@ class LossSizes(NamedTuple):
             rest = {} if self.at_once is None else {"rest": _rest(n, self.at_once)}
             if self.loss == SHARED_CHUNKS:
                 rest["rows"] = smaller(b * length, SHARED_ROWS)
-            return {"n": n, "n/2": n // 2, "n/3": n // 3, "n/b": n // b, **rest}
+            return {"n": n, "n/2": n // 2, "n/3": n // 3, "n/b": n // b, **rest, **self._of_blocks(length)}
         if self.loss == "liger":
             n, rows = self._liger(b, length)
             return {"n": n, "rows": rows, "rest": _rest(n, rows)}
@@ -166,6 +168,13 @@ class LossSizes(NamedTuple):
         }
         return sizes | {f"{name} rest": _rest(n, rows) for name, rows in by_itemsize.items()}
 
+    def _of_blocks(self, length: Size) -> dict[str, Size]:
+        """The anchors of a row, and its lengths before each of its blocks' tokens is written."""
+        if not self.block:
+            return {}
+        anchors = length // 2 // self.block
+        return {"anchors": anchors} | {f"s-{missing}anchors": length - missing * anchors for missing in range(1, self.block + 1)}
+
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:
         """The facts that decide which operations run: any tokens, more than one chunk, more than two, tokens without logits; of a
         loss of one row after another, how many rows; of distributions compared part by part, how many parts.
@@ -175,7 +184,7 @@ class LossSizes(NamedTuple):
             if self.loss in ALL_LOGITS and self.at_once is not None:
                 return (-(-self._scored(b, length) // self.at_once),)
             if self.loss in ALL_LOGITS:
-                return (*without_logits, b) if self.by_rows else without_logits
+                return (*without_logits, b) if self.by_rows or self.block else without_logits
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
         if self.loss in (CUT, CUT_APART):

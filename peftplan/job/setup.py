@@ -256,6 +256,13 @@ def _lengths(setup: Setup, seq_len: int) -> dict[str, int]:
                 "max_prompt_length", setup.max_prompt_length, "seq_len is prompt and completion; give one of the two"
             )
         seq_len = setup.max_prompt_length + completion
+    block = setup.by.block
+    if block and (completion % block or seq_len != 2 * completion + block):
+        raise InputError(
+            "max_completion_length",
+            completion,
+            f"accepted: a multiple of {block} that is {block} tokens below those of a document, which precede it in seq_len",
+        )
     if completion >= seq_len:
         raise InputError("max_completion_length", completion, f"accepted: below the {seq_len} tokens of prompt and completion")
     return {"seq_len": seq_len, "max_completion_length": completion}

@@ -55,6 +55,37 @@ EBFT_IN_AXOLOTL = IN_AXOLOTL._replace(
 )
 
 
+# The same package's Trainer of documents (core/trainers/ebft/strided.py), with its defaults: four rollouts of a document, and
+# `stride`, `context_length` and `generate_max_len` 8. Each rollout is a forward with a graph of its own.
+EBFT_IN_STRIDES = IN_AXOLOTL._replace(
+    name="axolotl-ebft-strided",
+    called="strided EBFT of axolotl 0.19",
+    balances_experts=False,
+    sums_rows=False,
+    scoring=None,
+    keeps_logits=(),
+    forwards=LOSS * 4,
+    disables_dropout=False,
+    completions_alone=True,
+    completion=1016,
+    block=8,
+    options=frozenset({"max_completion_length"}),
+    loss_types=(),
+)
+
+
+# Without an adapter the model has no `lm_head` beside its backbone (strided.py:661), so all rollouts are one forward with all
+# logits; a copy of the model in 16 bits reads them. Norms and embeddings: loaders/model.py:434.
+EBFT_IN_STRIDES_IN_FULL = EBFT_IN_STRIDES._replace(
+    name="axolotl-ebft-strided-full",
+    called="strided EBFT of axolotl 0.19 without adapters",
+    rows=len(EBFT_IN_STRIDES.forwards),
+    forwards=(*LOSS, Forward("reference")),
+    beta=1.0,
+    wide_ends=True,
+)
+
+
 # LLaMA-Factory 0.9.5 (hparams/parser.py, `get_train_args`; train/dpo/trainer.py, train/kto/trainer.py; train/trainer_utils.py,
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(

@@ -39,6 +39,8 @@ TrainerName = Literal[
     "axolotl-cpo",
     "axolotl-reward",
     "axolotl-ebft",
+    "axolotl-ebft-strided",
+    "axolotl-ebft-strided-full",
     "swift-dpo",
     "swift-dpo-packed",
     "swift-kto",
@@ -191,6 +193,11 @@ class Trainer(NamedTuple):
     reads_features: bool = False
     """Whether the base, without its adapter, reads all completions of a step at once, before the step: with the hidden states of
     every layer, and the logits of every token (axolotl 0.19.0, core/trainers/ebft/rewards.py:20, trainer.py:288)."""
+    block: int = 0
+    """Of documents behind whose anchors the policy writes blocks, all side by side: the tokens of a block, and those before an
+    anchor, and between two; 0 where it writes completions."""
+    wide_ends: bool = False
+    """Whether norms, embedding and head of a model that trains in full stay in fp32 unless FlashAttention runs."""
     keeps_logits: tuple[str, ...] = ()
     """The models whose logits stay until the loss is made: `policy`, `reference`."""
     reference_lasts: bool = False

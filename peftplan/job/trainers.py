@@ -6,6 +6,8 @@ from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
 from peftplan.job.tool_trainers import (
     AUTOMODEL_RECIPE,
     EBFT_IN_AXOLOTL,
+    EBFT_IN_STRIDES,
+    EBFT_IN_STRIDES_IN_FULL,
     IN_AXOLOTL,
     IN_LLAMA_FACTORY,
     IN_SWIFT,
@@ -87,6 +89,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             arguments=None,
         ),
         EBFT_IN_AXOLOTL,
+        EBFT_IN_STRIDES,
+        EBFT_IN_STRIDES_IN_FULL,
         OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
         OF_LOGITS_IN_AXOLOTL._replace(
             name="axolotl-cpo",

@@ -39,6 +39,12 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         loss = chunked_cross_entropy(model.tape, _forward(model)[1:])
         model.kept.clear()
         return loss
+    if program.trainer.block:
+        from peftplan.memory.blocks import loss_of_blocks
+
+        rollouts = program.trainer.rows * sum(forward.trains for forward in program.forwards)
+        accumulates = program.accumulation > 1
+        return loss_of_blocks(model, block=program.trainer.block, rollouts=rollouts, accumulates=accumulates)
     if program.trainer.embeds:
         return _loss_of_embeddings(model, program)
     if program.trainer.sums_rows:

@@ -40,6 +40,8 @@ class Model(Weights):
     """What a stage of a pipeline receives in place of embeddings."""
     mask: Tensor | None = None
     """The attention mask, extended by virtual tokens."""
+    own_mask: Tensor | None = None
+    """The mask that a trainer makes of its own."""
     layer_locals: list[Tensor] = field(default_factory=list)
     """Tensors that local variables of a layer keep alive until it returns, such as the weights of eager attention."""
     call_locals: list[Tensor] = field(default_factory=list)

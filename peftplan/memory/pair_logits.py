@@ -146,7 +146,7 @@ def _log_probs(f: Tape, logits: Tensor, labels: Tensor | None, scoring: Scoring,
     if scoring == "softmax":
         return _by_softmax(f, logits)
     if scoring == "divided softmax":
-        return _gathered(f, ops.keeps_output(f, ops.scale(f, logits, "div"), "log_softmax"))
+        return gathered_log_probs(f, ops.keeps_output(f, ops.scale(f, logits, "div"), "log_softmax"))
     if scoring == "rows":
         return _by_rows(f, logits, count)
     return _by_kernel(f, logits, labels) if scoring == "kernel" else _by_flat_kernel(f, logits)
@@ -158,10 +158,10 @@ def _by_softmax(f: Tape, logits: Tensor) -> Tensor:
     every = ops.keeps_output(f, logits, "log_softmax")
     copied = f.new(logits.dims, logits.dtype, "contiguous") if f.several else None
     del copied
-    return _gathered(f, every)
+    return gathered_log_probs(f, every)
 
 
-def _gathered(f: Tape, every: Tensor) -> Tensor:
+def gathered_log_probs(f: Tape, every: Tensor) -> Tensor:
     return f.new(every.dims[:-1], "fp32", "gather", f.record(_gathered_backward, (every,), every.dims))
 
 

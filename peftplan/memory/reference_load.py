@@ -30,6 +30,21 @@ def load_both(memory: Memory[Handle], load: Loader, reference: Parameters, *, mo
     _keep(memory, reference._replace(all=base), moved=moved)
 
 
+def load_copied(memory: Memory[Handle], load: Loader, policy: Parameters, *, copy: Parameters) -> None:
+    """Load the policy, copy it on its device, and cast the copy; then the trainer's loop empties the cache (axolotl 0.19.0,
+    core/trainers/ebft/strided.py:460)."""
+    load(memory)
+    cast = {p.name: p.allocations for p in copy.all}
+    first, second, _ = load_order(policy, by_name=False, moved=True)
+    wide = [(p, a, memory.allocate(a.nbytes)) for p, _ in (*first, *second) for a in p.allocations]
+    for p, a, handle in wide:
+        (narrow,) = cast.get(p.name, (a,))
+        if narrow.nbytes != a.nbytes:
+            memory.keep((narrow.nbytes,))
+            memory.release(handle)
+    memory.empty_cache()
+
+
 def load_after_reference(memory: Memory[Handle], load: Loader, reference: Parameters) -> None:
     """Under DeepSpeed: the reference model comes from the host with `prepare_deepspeed`, the policy when training begins."""
     _keep(memory, reference._replace(all=tuple(p for p in reference.all if p.owner == "base")), moved=True)

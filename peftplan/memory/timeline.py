@@ -19,6 +19,8 @@ from peftplan.tape.tape import Tape
 from peftplan.units import ALLOCATION_ROUNDING
 
 PHASES = ("forward", "backward", "step")
+EMPTIED = "emptied"
+"""The mark where a trainer gives cached segments back."""
 
 
 class Kind(NamedTuple):
@@ -56,6 +58,10 @@ class Timeline(NamedTuple):
     """Storages that stand for several tensors → how many."""
     states: tuple[int, ...] = ()
     """The event before which the first step makes the optimizer's states, of each group of parameters that it steps over."""
+    emptied: tuple[int, ...] = ()
+    """The events before which cached segments are given back."""
+    pinned: tuple[tuple[int, int, str], ...] = ()
+    """What the first step leaves for good: the event before which it is made, its bytes, and its name."""
     sizes: tuple[tuple[int, tuple[str, ...]], ...] = ()
     """The sizes of tensors that occur: bytes, times these named sizes."""
     size_of: tuple[int, ...] = ()
@@ -148,6 +154,7 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gr
     freed = [(kind, -count) for kind, count in allocated]
     position = 0
     states: list[int] = []
+    emptied: list[int] = []
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[position:at]:
@@ -180,6 +187,8 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gr
             starts.append((what, len(events)))
         if what == STATES:
             states.append(len(events))
+        if what == EMPTIED:
+            emptied.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     counted = (*windows, *((PHASES[0], len(events), len(events)),) * keeps_gradients)
@@ -199,6 +208,8 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gr
         kind_of,
         counts,
         tuple(states),
+        tuple(emptied),
+        tuple((at + max(more for start, more in shifts if start <= at), n, name) for at, n, name in tape.pinned),
         sizes=tuple(sizes),
         size_of=size_of,
         moves=tuple(moves),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from peftplan.hardware.processors import A100, Processors
 from peftplan.ledger import Category
@@ -45,11 +45,17 @@ class Allocations:
         """Whether a kernel has sized one: the step is then that of this card alone."""
         self.module = ""
         """The module whose code runs."""
+        self.pinned: list[tuple[int, int, str]] = []
+        """What the first step leaves for good: the place in the log before which it is made, its bytes, and its name."""
+        self.sizes_read: Mapping[str, str] = {}
+        """Named sizes in whose place others stand, while a model reads rows of another number or length."""
         self.segment = 1
         """The part of the step: negative in backward."""
 
     def new(self, dims: Dims, dtype: str, op: str, node: Node | None = None) -> Tensor:
         """Allocate a tensor of these dims. `node`: the autograd node that computes it; None if it requires no gradient."""
+        if self.sizes_read:
+            dims = tuple(self.sizes_read.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
         number = len(self.dims)
         self.dims.append(dims)
         self.dtypes.append(dtype)

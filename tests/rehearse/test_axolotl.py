@@ -173,6 +173,20 @@ def test_a_reward_of_other_jobs_has_counts_alone() -> None:
         assert "EBFTTrainer of axolotl 0.19" in estimate.not_modelled[0]
 
 
+STRIDED = read(Path(__file__).with_name("axolotl_strided.jsonl"))
+
+
+@pytest.mark.parametrize("row", STRIDED, ids=[f"{row['values'].get('adapter', 'full')}-{row['layers']}" for row in STRIDED])
+def test_blocks_behind_every_anchor_of_a_document(row: dict[str, Any]) -> None:
+    """Writing them is the peak of a few layers, the reward of more. The tool runs both in compute_loss, so that a rehearsal
+    counts them in any phase; cuSOLVER's SVD ran without a workspace."""
+    assert plan(row).unsupported == {}
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert peaks.allocated == peaks.by_phase["forward"] == pytest.approx(row["allocated"], rel=3e-3)
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=0.03)
+
+
 def test_gpt_oss_restored_to_16_bits_holds_whole_gradients() -> None:
     """Of two micro batches under FSDP2, with the inputs of checkpoints on the host. Backward holds one layer's input longer than
     is counted."""

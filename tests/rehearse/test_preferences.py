@@ -13,6 +13,7 @@ import pytest
 from peftplan import estimate
 from peftplan.job.sources import load_config
 from peftplan.job.trainers import TRAINERS
+from tools.rehearsed_axolotl import plan as of_axolotl
 from tools.rehearsed_jobs import AUTO, compared, page, read
 from tools.rehearsed_swift import plan
 
@@ -77,6 +78,9 @@ def test_each_trainer_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
     jobs += [f"--trainer {plan(row).options.get('trainer')} " for row in read(Path(__file__).with_name("swift.jsonl"))]
     jobs += ["--trainer axolotl-ebft "] * len(read(Path(__file__).with_name("axolotl_ebft.jsonl")))
+    jobs += [
+        f"--trainer {of_axolotl(row).options['trainer']} " for row in read(Path(__file__).with_name("axolotl_strided.jsonl"))
+    ]
     trainers = [trainer.name for trainer in TRAINERS.values() if trainer.of_preferences and not trainer.embeds]
     assert [name for name in trainers if not any(f"--trainer {name} " in job for job in jobs)] == []
 

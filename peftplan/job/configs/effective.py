@@ -87,8 +87,10 @@ class Effective:
 
     def _numbers(self, keys: Sequence[str | int]) -> list[int] | None:
         """The whole numbers under these keys, or themselves; None where one has another value."""
-        texts = [str(key if isinstance(key, int) else self.of(key)) for key in keys]
-        return list(map(int, texts)) if all(re.fullmatch("[0-9]{1,10}", text) for text in texts) else None
+        texts = [str(abs(key) if isinstance(key, int) else self.of(key)) for key in keys]
+        if not all(re.fullmatch("[0-9]{1,10}", text) for text in texts):
+            return None
+        return [key if isinstance(key, int) else int(text) for key, text in zip(keys, texts, strict=True)]
 
     def _has_vocabulary(self, accepted: Accepted) -> bool:
         """Whether the rows of the model's embedding are, or are not known to be, a multiple of a number."""

@@ -222,6 +222,21 @@ def test_axolotls_ebft_on_prompts_is_a_trainer_that_reads_features() -> None:
     assert "rl" in read({**EBFT, "rl_beta": 0.1}).unsupported
 
 
+def test_axolotls_ebft_in_strides_writes_eight_tokens_behind_every_eight() -> None:
+    """31 anchors in 256 tokens: (256 - 8 - 8) // 8 + 1 (axolotl 0.19.0, core/trainers/ebft/strided.py:616)."""
+    strided = {**EBFT["ebft"], "mode": "strided", "use_whitening": True}
+    documents = [{"path": "a", "type": "ebft_pretrain.transform"}]
+    values = {**EBFT, "ebft": strided, "datasets": documents, "sequence_len": 256, "gradient_checkpointing": True, "trl": None}
+    plan = read(values)
+    assert plan.unsupported == {}
+    assert (plan.options["trainer"], plan.options["seq_len"]) == ("axolotl-ebft-strided", 256 + 31 * 8)
+    assert plan.options["max_completion_length"] == 31 * 8
+    full = read({**values, "adapter": None, "attn_implementation": None, "flash_attention": None})
+    assert full.options["trainer"] == "axolotl-ebft-strided-full"
+    for other in ({"stride": 4}, {"top_p": 0.9}, {"n_samples_per_prompt": 8}):
+        assert "rl" in read({**values, "ebft": {**strided, **other}}).unsupported
+
+
 def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
     """trl's own default is an engine on the same card; axolotl 0.19.0, utils/schemas/validation.py:2066, sets `server`."""
     values = {**EBFT, "trl": {**EBFT["trl"], "use_vllm": True}}
