@@ -1,15 +1,18 @@
-"""DeepEP's hybrid-ep branch without its compiled part, for rehearsals: what its buffers take from torch's allocator.
+"""DeepEP without its compiled part, for rehearsals: what its buffers take from torch's allocator.
 
-Source: deepseek-ai/DeepEP at 94a9f8f6, deep_ep/hybrid_ep_buffer.py, csrc/hybrid_ep/hybrid_ep.cu (`dispatch_with_permute`,
+Source: deepseek-ai/DeepEP at 94a9f8f6 (hybrid-ep), deep_ep/buffer.py, csrc/deep_ep.cpp (`get_dispatch_layout`,
+`intranode_dispatch`, `intranode_combine`), deep_ep/hybrid_ep_buffer.py, csrc/hybrid_ep/hybrid_ep.cu (`dispatch_with_permute`,
 `combine_with_unpermute`) and executor/executor.cu (`allgather_routing_map`, `metadata_preprocess_core`). Each expert of all ranks
-gets as many tokens. Left out: what ranks send each other, which lies beside torch's allocator.
+gets as many tokens, and of the ranks that own the experts a token reaches as many as `reached` says. Left out: what ranks send
+each other, which lies beside torch's allocator.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from math import comb
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 RANKS_OF_NODE = 8
@@ -71,10 +74,112 @@ class HybridEPBuffer:
         return layout
 
 
+def received(tokens: int, *, ranks: int, experts: int, top_k: int) -> int:
+    """Tokens that a rank gets once, from as many tokens of each rank: those of which it owns an expert, if all choices of `top_k`
+    experts are as likely."""
+    missed = comb(experts - experts // ranks, top_k) / comb(experts, top_k)
+    return round(tokens * ranks * (1 - missed))
+
+
+class Buffer:
+    """The exchange of tokens between the ranks of one node that own the experts."""
+
+    num_sms = 20
+
+    def __init__(self, group: Any, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, **_: Any) -> None:
+        self.group, self.ranks = group, group.size()
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        return True
+
+    @classmethod
+    def set_num_sms(cls, count: int) -> None:
+        cls.num_sms = count
+
+    @staticmethod
+    def get_dispatch_config(ranks: int) -> Any:
+        """How large the buffers are that ranks send through, beside torch's allocator."""
+        return SimpleNamespace(get_nvl_buffer_size_hint=lambda *_: 0, get_rdma_buffer_size_hint=lambda *_: 0)
+
+    get_combine_config = get_dispatch_config
+
+    def get_dispatch_layout(self, topk_idx: Any, num_experts: int, **_: Any) -> tuple[Any, None, Any, Any, None]:
+        """How many tokens go to each rank and to each expert, and which go to which rank."""
+        return (
+            _empty(self.ranks),
+            None,
+            _empty(num_experts),
+            _empty(len(topk_idx), self.ranks, dtype="bool"),
+            None,
+        )
+
+    def dispatch(
+        self,
+        x: Any,
+        handle: Any = None,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        is_token_in_rank: Any = None,
+        num_tokens_per_expert: Any = None,
+        **_: Any,
+    ) -> tuple[Any, Any, Any, Any, Any, None]:
+        """A row for each token that has an expert here; where there is no handle yet, its experts and weights too."""
+        import torch
+
+        channels, tokens = self.num_sms // 2, len(x)
+        if handle is not None:
+            out = torch.empty((len(handle[3]), x.shape[1]), dtype=x.dtype, device="cuda")
+            del x
+            scratch = _empty(len(handle[3])), _empty(self.ranks, channels), _empty(tokens, self.ranks)
+            del scratch
+            return out, None, None, None, None, None
+        experts, top_k = len(num_tokens_per_expert), topk_idx.shape[1]
+        rank_matrix, channel_matrix = _empty(self.ranks, self.ranks), _empty(self.ranks, channels)
+        count = received(tokens, ranks=self.ranks, experts=experts, top_k=top_k)
+        out = torch.empty((count, x.shape[1]), dtype=x.dtype, device="cuda")
+        source, channel_of_received = _empty(count), _empty(self.ranks, channels)
+        heads = _empty(tokens, self.ranks)
+        indices, weights = (torch.empty((count, top_k), dtype=y.dtype, device="cuda") for y in (topk_idx, topk_weights))
+        handle = rank_matrix, channel_matrix, channel_of_received, source, is_token_in_rank, heads
+        owned = experts // self.ranks
+        of_experts = [(tokens * top_k + place) // owned for place in range(owned)]
+        return out, indices, weights, of_experts, handle, None
+
+    def combine(self, x: Any, handle: Any, topk_weights: Any = None, **_: Any) -> tuple[Any, Any, None]:
+        """A row for each token of this rank."""
+        import torch
+
+        tokens, weights = len(handle[-1]), None
+        if topk_weights is not None:
+            weights = torch.empty((tokens, topk_weights.shape[1]), dtype=topk_weights.dtype, device="cuda")
+        return torch.empty((tokens, x.shape[1]), dtype=x.dtype, device="cuda"), weights, None
+
+
+def _empty(*sizes: int, dtype: str = "int32") -> Any:
+    import torch
+
+    return torch.empty(sizes, dtype=getattr(torch, dtype), device="cuda")
+
+
+EVENTS = {"EventHandle": None, "EventOverlap": None}
+UCCL = "nemo_automodel.components.moe.uccl_ep"
+"""NeMo Automodel's buffer over UCCL-EP, which takes the same tensors (0.7.0, uccl_ep/_buffer.py, `dispatch`, `combine`)."""
+
+
 def install(top_k: int) -> None:
     """Let a program import `deep_ep`."""
-    module = ModuleType("deep_ep")
-    module.__spec__ = ModuleSpec("deep_ep", None)
     HybridEPBuffer.top_k = top_k
-    module.__dict__["HybridEPBuffer"] = HybridEPBuffer
-    sys.modules["deep_ep"] = module
+    names = {
+        "deep_ep": {"HybridEPBuffer": HybridEPBuffer, "Buffer": Buffer},
+        "deep_ep.utils": EVENTS,
+        "uccl": {},
+        UCCL: {"UCCLBuffer": Buffer, "__path__": []},
+        f"{UCCL}.buffer": EVENTS,
+    }
+    for name, members in names.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__.update(members)
+        sys.modules[name] = module

@@ -319,11 +319,13 @@ def recipe() -> None:
 
         triton.autotune = partial(first_config, triton.autotune)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
-    if settings["model"].get("backend", {}).get("attn") == "te":
+    backend = settings["model"].get("backend", {})
+    if backend.get("attn") == "te" or backend.get("dispatcher") in ("deepep", "uccl_ep"):
         uncompiled_te.install_for_automodel()
-    if settings["model"].get("backend", {}).get("dispatcher") == "hybridep":
-        folder = Path(settings["model"]["pretrained_model_name_or_path"])
-        hybrid_ep.install(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_experts_per_tok"])
+    if backend.get("dispatcher") in ("hybridep", "deepep", "uccl_ep"):
+        from transformers import AutoConfig
+
+        hybrid_ep.install(AutoConfig.from_pretrained(settings["model"]["pretrained_model_name_or_path"]).num_experts_per_tok)
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 

@@ -1,8 +1,9 @@
 """Transformer Engine without its compiled part, for rehearsals: the package's Python over functions that allocate what its C++
 source allocates, and compute nothing.
 
-Needs the folder `transformer_engine` of the wheel transformer_engine_cu13 2.20.2 in `TRANSFORMER_ENGINE`. Attention is cuDNN's,
-which the package takes on H100 before flash-attn 2 (pytorch/attention/dot_product_attention/utils.py, `get_attention_backend`).
+Needs the folder `transformer_engine` of the wheel transformer_engine_cu13 2.20.2 in `TRANSFORMER_ENGINE`. Where it holds the
+compiled extension for torch too, all but attention is the package's own. Attention is cuDNN's, which the package takes on H100
+before flash-attn 2 (pytorch/attention/dot_product_attention/utils.py, `get_attention_backend`).
 Source: csrc/extensions/attention.cpp (`fused_attn_fwd`, `fused_attn_bwd`, `thd_read_half_tensor`, `thd_read_second_half_lse`);
 common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu (statistics of a row of documents, workspaces), utils.cu (`get_max_tokens`);
 cudnn-frontend 1.23, node/scaled_dot_product_flash_attention.h (`get_fe_workspace_size_node`). Left out: workspaces that cuDNN's
@@ -44,18 +45,29 @@ def install() -> None:
     """Make `transformer_engine` importable."""
     package = Path(os.environ["TRANSFORMER_ENGINE"])
     sys.path.insert(0, str(package.parent))
+    exported = ModuleType("transformer_engine.pytorch.onnx_extensions")
+    exported.__dict__["__getattr__"] = _missing
+    sys.modules[exported.__name__] = exported
+    if [*package.glob("wheel_lib/transformer_engine_torch*")]:
+        _common(package).load_framework_extension("torch")
+        sys.modules["transformer_engine_torch"].__dict__.update(FUNCTIONS)
+        return
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # no library is loaded
-    compiled, exported = ModuleType("transformer_engine_torch"), ModuleType("transformer_engine.pytorch.onnx_extensions")
+    compiled = ModuleType("transformer_engine_torch")
     compiled.__dict__.update(_enums(package / "common" / "include" / "transformer_engine"), **FUNCTIONS)
-    for module in (compiled, exported):
-        module.__dict__["__getattr__"] = _missing
-        sys.modules[module.__name__] = module
+    compiled.__dict__["__getattr__"] = _missing
+    sys.modules[compiled.__name__] = compiled
+    _common(package).__dict__["load_framework_extension"] = lambda framework: None
+
+
+def _common(package: Path) -> ModuleType:
+    """`transformer_engine.common`, before the package itself."""
     spec = spec_from_file_location("transformer_engine.common", package / "common" / "__init__.py")
     assert spec is not None
     assert spec.loader is not None
     sys.modules[spec.name] = common = module_from_spec(spec)
     spec.loader.exec_module(common)
-    common.__dict__["load_framework_extension"] = lambda framework: None
+    return common
 
 
 def install_for_automodel() -> None:

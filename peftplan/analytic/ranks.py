@@ -17,11 +17,13 @@ from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_s
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.distributed.zero_shards import cast_on_rank
+from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.bucket_views import BucketViews
 from peftplan.memory.flat_load import FlatUnits
+from peftplan.memory.lasting import TE_WORKSPACE
 from peftplan.memory.load import load_into
 from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.model import Model
@@ -299,6 +301,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         bool(distributed.cpu_ram_efficient_loading),
         whole_sizes(parameters, holding.parameters),
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        (TE_WORKSPACE,) if kernels_of(job.setup.kernels or ()).experts is not None else (),
     )
 
 

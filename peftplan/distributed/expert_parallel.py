@@ -7,6 +7,7 @@ where the ranks of one copy are neighbours. Its matrices are (expert, in, out); 
 
 from __future__ import annotations
 
+from peftplan.distributed.holding import Holding
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter
 from peftplan.units import ceil_div
@@ -34,6 +35,21 @@ def owned(p: Parameter, distributed: Distributed) -> Parameter:
     if not is_divided(p, distributed):
         return p
     return reshaped(p, (ceil_div(p.shape[0], owners(distributed)), *p.shape[1:]))
+
+
+def each_apart(own: Holding) -> Holding:
+    """What a rank holds where Transformer Engine's experts are one tensor each."""
+    on_rank, stepped = [], []
+    for p in own.parameters.all:
+        if len(p.shape) == 3 and p.name.rpartition(".")[0].endswith(".experts"):
+            one = reshaped(p, p.shape[1:])
+            on_rank.append(p._replace(allocations=one.allocations * p.shape[0]))
+            stepped.append(one._replace(copies=p.copies * p.shape[0]))
+        else:
+            on_rank.append(p)
+            stepped.append(p)
+    parameters = own.parameters._replace(all=tuple(on_rank))
+    return own._replace(parameters=parameters, states_of=parameters._replace(all=tuple(stepped)))
 
 
 def reshaped(p: Parameter, shape: tuple[int, ...]) -> Parameter:

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
-    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "glm4_moe", "nemotron_h"),
+    *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
+    *("glm4_moe", "qwen3_moe", "glm4_moe_lite"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe")
+BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
@@ -47,7 +48,7 @@ components/moe/experts.py, `_BIAS_CHUNK_THRESHOLD`; optimized_ops.py, `_RW_CHUNK
 
 def tokens_at_once(job: Job) -> int | None:
     """Tokens of a batch whose experts have as many rows; None for models other than gpt-oss and GLM-4.5."""
-    if not (builds(job) and job.architecture.model_type in ("gpt_oss", "glm4_moe")):
+    if not (builds(job) and job.architecture.model_type in ("gpt_oss", "glm4_moe", "glm4_moe_lite")):
         return None
     return ROWS_AT_ONCE // job.architecture.blocks[-1].mlp.num_experts_per_tok
 
@@ -81,16 +82,33 @@ def _knows_mixture(job: Job) -> bool:
     )
 
 
+EXCHANGES: dict[str, tuple[tuple[str, ...], str, bool]] = {
+    "glm4_moe": ((), "adamw_torch", False),
+    "glm4_moe_lite": (("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False),
+    "qwen3_moe": (("uccl.exchange", "te-linear.dense"), "adamw_torch", True),
+}
+"""Model types whose experts ranks divide → kernels of the exchange and beside it, the optimizer, and whether layers are
+checkpoints, as they were rehearsed."""
+
+
 def knows_experts(job: Job) -> bool:
-    """Whether experts that ranks divide were rehearsed: of GLM-4.5 in full, without checkpoints, over enough tokens."""
-    setup, distributed = job.setup, job.distributed
-    if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or job.architecture.model_type != "glm4_moe":
+    """Whether experts that ranks divide were rehearsed: in full, over enough tokens; with another exchange than HybridEP's where
+    all ranks own them once; in several micro batches with checkpoints."""
+    setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
+    if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
+    kernels, optim, checkpoints = EXCHANGES[model_type]
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
-    plain = job.method_name == "full" and not setup.gradient_checkpointing and setup.dtype == "bf16" and setup.loss == "full"
-    once = setup.gradient_accumulation_steps == 1 and distributed.offload_params in (None, "none")
-    whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0 and distributed.reshard_after_forward is None
-    return alone and plain and once and whole and setup.rows * setup.seq_len > (tokens_at_once(job) or 0)
+    plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full"
+    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
+    whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
+    enough = setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and (
+        not kernels or distributed.shards == distributed.ep_size
+    )
+    beside = (setup.kernels or ()) == kernels and bool(setup.gradient_checkpointing) is checkpoints
+    stepped = (setup.optim == optim or not kernels) and not distributed.sync_each_batch
+    once = checkpoints or setup.gradient_accumulation_steps == 1
+    return alone and plain and here and whole and enough and beside and stepped and once
 
 
 WITH_TOWERS = (
@@ -163,7 +181,7 @@ def without_formula(job: Job) -> str | None:
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         f"{architecture.model_type} as it was not rehearsed": (
-            (architecture.model_type == "glm4_moe" and not knows_experts(job))
+            (architecture.model_type in EXCHANGES and not knows_experts(job))
             or (architecture.model_type in SCANNING and not _knows_scan(job))
         ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",

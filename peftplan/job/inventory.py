@@ -69,11 +69,14 @@ def _largest_rank(job: Job, built: Parameters) -> int:
 def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
     if job.distributed is None:
         return None
+    from peftplan.distributed.expert_parallel import each_apart
     from peftplan.distributed.shards import holding
 
     setup = job.setup
     upcasts = job.quant is None and not setup.by.own_fsdp2
     own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
+    if kernels_of(setup.kernels or ()).experts is not None:
+        own = each_apart(own)
     if job.distributed.strategy == "fsdp1" and own.states_of and parse_optim(str(setup.optim)).made_with_states is True:
         own = own._replace(states_of=own.states_of._replace(all=tuple(_before_cast(p, setup.dtype) for p in own.states_of.all)))
     return own._replace(rank=rank) if rank else own

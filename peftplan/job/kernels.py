@@ -146,6 +146,23 @@ class Documents(NamedTuple):
     source: str
 
 
+class Exchange(NamedTuple):
+    """The exchange of tokens between ranks that divide experts, beside Transformer Engine's attention and sorting of rows.
+
+    `replays`: recomputation finds where tokens went.
+    """
+
+    source: str
+    replays: bool = True
+
+
+class Projections(NamedTuple):
+    """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
+
+    source: str
+    workspaces: int = 1
+
+
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
 Part: TypeAlias = (
@@ -159,6 +176,8 @@ Part: TypeAlias = (
     | Checkpoint
     | OffloadedActivations
     | Scan
+    | Exchange
+    | Projections
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
 
@@ -211,6 +230,12 @@ KERNELS: dict[str, Kernel] = {
     "mamba-ssm.scan": Scan(
         "mamba-ssm 2.3.2, ops/triton/ssd_combined.py (`MambaSplitConv1dScanCombinedFn`), with causal-conv1d 1.6"
     ),
+    "deepep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, as nemo_automodel calls it"),
+    "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
+    "te-linear.dense": Projections("transformer-engine 2.20.2, pytorch/module/linear.py (`_Linear`)"),
+    "te-experts.experts": Projections(
+        "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`)", workspaces=4
+    ),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -220,7 +245,8 @@ OF_TORCHTUNE = ("torchao.fake_quant",)
 """Kernels of torchtune's recipes, and of no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
-OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS)
+OF_EXPERTS = ("deepep.exchange", "uccl.exchange", "te-linear.dense", "te-experts.experts")
+OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -244,6 +270,9 @@ class Kernels(NamedTuple):
     embedding: HostEmbedding | None = None
     activations: OffloadedActivations | None = None
     scan: Scan | None = None
+    exchange: Exchange | None = None
+    dense: Projections | None = None
+    experts: Projections | None = None
 
     @property
     def sets_up_allocator(self) -> bool:
@@ -310,7 +339,8 @@ OF_PACKAGE = {
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama"),
-    "te": ("llama", "qwen3"),
+    "te": ("llama", "qwen3", "qwen3_moe", "glm4_moe_lite"),
+    **dict.fromkeys(("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite")),
     "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""

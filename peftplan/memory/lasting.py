@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from peftplan.memory.model import Model
 from peftplan.tape.tensors import Dims
+from peftplan.units import MIB
+
+TE_WORKSPACE = 32 * MIB + 1024
+"""Bytes of one of Transformer Engine's, from compute capability 9.0 (pytorch/cpp_extensions/gemm.py,
+`get_cublas_workspace_size_bytes`)."""
 
 
 def kept_on_card(model: Model) -> None:
@@ -22,6 +27,9 @@ def kept_on_card(model: Model) -> None:
         from peftplan.memory.models.automodel_moe import masks
 
         model.lasting = masks(model)
+    elif running.own_decoders and running.kernels.exchange is not None:
+        made_by = [kernel for kernel in (running.kernels.dense, running.kernels.experts) if kernel is not None]
+        model.lasting = [f.new((TE_WORKSPACE,), "uint8", "workspace") for kernel in made_by for _ in range(kernel.workspaces)]
     elif running.own_decoders and model.arch.model_type == "glm4_moe":
         from peftplan.memory.models.automodel_ep import last_map
 

@@ -1,9 +1,9 @@
 """Temporaries of optimizers that loop over parameters. Names are those of the source, since a variable of the loop keeps its
 tensor until the next parameter replaces it.
 
-Source: transformers, optimization.py (`Adafactor.step`); grokadamw 0.1.2, grokadamw.py (`_update_group`); llamafactory 0.9.5,
-third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`); apollo-torch, apollo.py (`step`),
-random_projector.py (`get_orthogonal_matrix`).
+Source: torch, optim/adam.py; transformers, optimization.py (`Adafactor.step`); grokadamw 0.1.2, grokadamw.py (`_update_group`);
+llamafactory 0.9.5, third_party/muon/muon.py, train/trainer_utils.py; adam-mini 1.1.1, adam_mini.py (`step`); apollo-torch,
+apollo.py (`step`), random_projector.py (`get_orthogonal_matrix`).
 """
 
 from __future__ import annotations
@@ -159,8 +159,17 @@ def apollo(f: Tape, weights: Iterable[tuple[str, Dims, str]], projected: Mapping
     del grad, denom, norm_grad, scaled_grad
 
 
+def one_by_one(f: Tape, trained: list[Parameter]) -> None:
+    """`_single_tensor_adam`: the root of the second moment, and what it becomes by the correction of its bias."""
+    for p in trained:
+        f.module = p.name
+        root, denominator = f.new(p.shape, p.dtype, "sqrt"), f.new(p.shape, p.dtype, "div")
+        del root, denominator
+
+
 LOOPS: dict[str, Callable[[Tape, list[Parameter]], None]] = {
     "adafactor": adafactor,
+    "adam_one_by_one": one_by_one,
     "grokadamw": grokadamw,
     "moonlight_muon": muon,
     "adam_mini": adam_mini,

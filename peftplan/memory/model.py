@@ -59,6 +59,8 @@ class Model(Weights):
     """What else a package keeps on the card from step to step."""
     lingering: list[Tensor] = field(default_factory=list)
     """What the nodes of a graph keep after backward, up to the next forward: something still refers to one of its tensors."""
+    dispatcher: list[Tensor] = field(default_factory=list)
+    """What the dispatcher of all layers' experts holds of the latest exchange, and with it that layer's graph."""
     scales: fake_quantized.Scales = field(default_factory=dict)
     """Scales that fake-quantized layers keep until their next forward."""
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)

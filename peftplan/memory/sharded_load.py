@@ -33,6 +33,8 @@ class Loading(NamedTuple):
     """Sizes of tensors of quantized weights that are made together and never sharded, and how many there are."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
+    beside_stacks: tuple[int, ...] = ()
+    """What is there while experts that are one each are read; empty where no model has them."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -70,7 +72,18 @@ class Loading(NamedTuple):
                 for handle in masks:
                     memory.release(handle)
             self._one_by_one(memory)
+        if self.beside_stacks:
+            self._stacked(memory)
         memory.empty_cache()
+
+    def _stacked(self, memory: Memory[Handle]) -> None:
+        """Experts that are one each are read into stacks of all, and those of one layer once more (nemo_automodel 0.7.0,
+        components/moe/experts.py, `GroupedExpertsTE.state_dict`)."""
+        pairs = (pair for members in self.groups.values() for pair in members)
+        stacked = [sum(_on_device(shard)) for _, shard in pairs if shard.name.rpartition(".")[0].endswith(".experts")]
+        stacked += dict.fromkeys(stacked)
+        for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_stacks, *stacked)]:
+            memory.release(handle)
 
     def _one_by_one(self, memory: Memory[Handle]) -> None:
         """Experts whose columns ranks share are read one by one, and then copied into one tensor of all, which a parameter takes

@@ -39,10 +39,10 @@ class PlannedTokens(Derived):
 PLANNED, HALF_PLANNED = PlannedTokens("b·s^"), PlannedTokens("b·s/2^")
 
 
-def of_documents(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Keeps q, k, v, its output, and an fp32 number for each query and head."""
+def of_documents(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = True) -> Tensor:
+    """Keeps q, k, v, its output, and an fp32 number for each query and head. `packed`: rows are one row of documents."""
     b, a, s, _ = q.dims
-    node = f.record(_backward, (q, k, v), q.detach(), k.detach(), v.detach())
+    node = f.record(_backward if packed else _backward_of_rows, (q, k, v), q.detach(), k.detach(), v.detach())
     out, rng_state, statistics = _forward(f, (b, s, a, v.dims[3]), q.dtype, node)
     f.keep(node, out.detach(), statistics, rng_state)
     return out.view((b, a, s, v.dims[3]))
@@ -69,6 +69,14 @@ def _on(f: Tape, tensor: Tensor, stream: int) -> Tensor:
 def _backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
     q, k, v = saved[:3]
     return _gradients(f, *((x.dims[0], x.dims[2], x.dims[1], x.dims[3]) for x in (q, k, v)), dtype=q.dtype)
+
+
+def _backward_of_rows(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
+    """Of rows that lie apart: dQ in fp32, and a number for each query and head."""
+    tensors = tuple(f.new((x.dims[0], x.dims[2], x.dims[1], x.dims[3]), x.dtype, "attention backward") for x in saved[:3])
+    b, a, s, d = saved[0].dims
+    _workspace = f.new((b, s, a, int(d) + 1), "fp32", "workspace")
+    return tensors
 
 
 def _gradients(f: Tape, q: Dims, k: Dims, v: Dims, *, dtype: str, halves: str = "") -> tuple[Tensor, Tensor, Tensor]:

@@ -128,13 +128,15 @@ OPTIMIZERS: dict[str, Optimizer] = {row.name: row for row in _ROWS}
 
 OF_AUTOMODEL: dict[str, Optimizer] = {
     "adam": _torch("adam", "Adam", adamw, {}),
+    "adam_one_by_one": Optimizer("adam_one_by_one", "torch", "torch.optim.Adam", "for-loop", adamw),
     "dion_muon": Optimizer("dion_muon", "dion", "dion.Muon", "for-loop", dion_muon, made_with_states=True),
     "te_fused_adam": Optimizer(
         "te_fused_adam", "transformer-engine", "transformer_engine.pytorch.optimizers.FusedAdam", "kernel", te_fused_adam, MASTERS
     ),
     "flash_adamw": Optimizer("flash_adamw", "flashoptim", "flashoptim.FlashAdamW", "kernel", flash_adamw, FLASH),
 }
-"""Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients; Muon."""
+"""Those that NeMo Automodel makes by their class: Adam with a weight decay, which is added to copies of the gradients, or over
+one parameter at a time (`foreach=False`); Muon."""
 OF_LLAMA_FACTORY: dict[str, Optimizer] = {
     "badam": Optimizer("badam", "badam", "badam.BlockOptimizer", "fused", badam, made_with_states=COPY),
     "adam_mini": Optimizer("adam_mini", "adam-mini", "adam_mini.Adam_mini", "for-loop", adam_mini, MINI),

@@ -39,6 +39,8 @@ class Allocations:
         """What is called when a parameter has its gradient: `register_post_accumulate_grad_hook`."""
         self.arrived: list[Parameter] = []
         """The parameter for which it is to be called."""
+        self.reused: list[Tensor] = []
+        """Tensors that the next operations give instead of new ones."""
         self.runs_on = A100
         """The multiprocessors by which kernels size their buffers."""
         self.asks_card = False
@@ -56,6 +58,8 @@ class Allocations:
         """Allocate a tensor of these dims. `node`: the autograd node that computes it; None if it requires no gradient."""
         if self.sizes_read:
             dims = tuple(self.sizes_read.get(dim, dim) if isinstance(dim, str) else dim for dim in dims)
+        if self.reused:
+            return Tensor(self.reused.pop(0).storage, dims, dtype, node)
         number = len(self.dims)
         self.dims.append(dims)
         self.dtypes.append(dtype)

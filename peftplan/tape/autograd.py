@@ -151,6 +151,16 @@ class Autograd(Allocations):
         whole = self.modules.whole(weight) if self.modules is not None and isinstance(weight, Parameter) else None
         return weight if whole is None else Tensor(whole.storage, weight.dims, whole.dtype)
 
+    def chosen(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Run operations of which a checkpointed call keeps the results: recomputation finds these, and allocates none."""
+        if self._replaying is not None:
+            self.reused = [*self._replaying.chosen.pop(0)]
+            return make()
+        results = make()
+        if self._frame is not None:
+            self._frame.chosen.append(tuple(x.detach() for x in results))
+        return results
+
     def backward(self, root: Tensor) -> None:
         """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.
 
@@ -248,6 +258,7 @@ class Autograd(Allocations):
         frame.recomputed, self._replaying = {}, frame
         with self.recomputing(), suppress(StopRecomputationError):
             frame.rerun(*args)  # type: ignore[misc]
+        self.reused = []
         self._replaying, self._frame = None, outer
 
     @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from peftplan.tape.tensors import Node, Operand, Parameter
+from peftplan.tape.tensors import Node, Operand, Parameter, Tensor
 
 RELEASED = ("released",)
 """Replaces the saved tensors of a node that a nested backward has run."""
@@ -20,7 +20,7 @@ class StopRecomputationError(Exception):
 class Frame:
     """A checkpointed call: how many tensors its operations save, and which of them have been recomputed."""
 
-    __slots__ = ("alive", "count", "inputs", "recomputed", "replayed", "rerun")
+    __slots__ = ("alive", "chosen", "count", "inputs", "recomputed", "replayed", "rerun")
 
     def __init__(self) -> None:
         self.count = 0
@@ -29,6 +29,8 @@ class Frame:
         self.recomputed: dict[int, Operand] | None = None
         self.rerun: Callable[..., object] | None = None
         self.inputs: Callable[[], tuple[object, ...]] = tuple
+        self.chosen: list[tuple[Tensor, ...]] = []
+        """What recomputation finds instead of making it again (`CheckpointPolicy.MUST_SAVE`)."""
 
 
 class Place:

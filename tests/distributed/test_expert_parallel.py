@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from typing import Any
 
 import pytest
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.memory.models.automodel_deepep import received
 
 JOB: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "nodes": 8, "ep_size": 32}
 H, WIDTH, E, LAYERS = 4096, 1408, 128, 45
@@ -81,3 +83,59 @@ def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
 def test_equal_shares_of_the_tokens_are_a_warning() -> None:
     warned = [peftplan.estimate("glm-4.5-air", **JOB | {"ep_size": size}, seq_len=2048).warnings for size in (None, 32)]
     assert [any("equal shares of the tokens" in warning for warning in each) for each in warned] == [False, True]
+
+
+QWEN: dict[str, Any] = {
+    **JOB | {"nodes": 1, "ep_size": 8},
+    "batch_size": 4,
+    "seq_len": 1024,
+    "gradient_checkpointing": True,
+    "kernels": "uccl,te-linear",
+}
+FLASH: dict[str, Any] = {"gradient_checkpointing": False, "kernels": "te,deepep,te-linear", "optim": "adam_one_by_one"}
+
+
+@pytest.mark.parametrize(("ranks", "experts", "k"), [(2, 4, 1), (2, 4, 2), (4, 8, 3), (3, 6, 6)])
+def test_a_rank_gets_a_token_once(ranks: int, experts: int, k: int) -> None:
+    """Of all choices of k experts, as many ranks own at least one as a rank gets tokens for each of its own."""
+    choices = [*combinations(range(experts), k)]
+    reached = sum(len({expert * ranks // experts for expert in choice}) for choice in choices)
+    tokens = received(ranks, experts, k).at({"b": 3, "s": len(choices)})
+    assert 0 <= tokens - 3 * reached <= 1  # of 2**20 for each token, one more
+
+
+def test_checkpoints_keep_what_routing_chose() -> None:
+    """Of each of 48 layers, besides its input: logits of 128 experts in 16 bits, and top-k's 8 weights and indices of 4,096
+    tokens; where they went (8 ranks), and where 21,870 came from: 8 choices of 128 experts reach 5.33937 of 8 ranks."""
+    peaks = peftplan.estimate("qwen3-30b-a3b", **QWEN, gpu="h100-80gb").peaks
+    assert peaks is not None
+    lines = peaks.ledgers["forward"].lines
+    kept = {x.name.partition(".mlp.")[2]: x.bytes() for x in lines if ".mlp." in x.name and x.copies == 48}
+    tokens = 4096
+    assert kept["gate linear"] == 48 * 2 * tokens * 128
+    assert (kept["gate topk"], kept["gate topk indices"]) == (48 * 4 * tokens * 8, 48 * 8 * tokens * 8)
+    assert (kept["experts is token in rank"], kept["experts send head"]) == (48 * tokens * 8, 48 * 4 * tokens * 8)
+    assert kept["experts source"] == 48 * -(-4 * 21870 // 512) * 512
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("qwen3-30b-a3b", {"gradient_checkpointing": False}),
+        ("qwen3-30b-a3b", {"gpus": 16}),
+        ("qwen3-30b-a3b", {"kernels": None}),
+        ("qwen3-30b-a3b", {"kernels": "te,deepep,te-linear,te-experts"}),
+        ("glm-4.7-flash", FLASH | {"gradient_accumulation_steps": 2}),
+        ("glm-4.7-flash", FLASH | {"optim": "adamw_torch"}),
+        ("glm-4.7-flash", FLASH | {"seq_len": 768}),
+        ("glm-4.7-flash", FLASH | {"gradient_checkpointing": True}),
+    ],
+)
+def test_what_of_other_exchanges_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any]) -> None:
+    """4 experts for each of 4 x 768 tokens are 12,288 rows, which their weights multiply at once."""
+    assert peftplan.estimate(model, **QWEN | options).peaks is None
+
+
+def test_rows_of_experts_are_weighted_by_chunks() -> None:
+    """Of GLM-4.7-Flash, behind the experts: 4 x 1,024 x 4 rows."""
+    assert peftplan.estimate("glm-4.7-flash", **QWEN | FLASH).peaks is not None

@@ -46,6 +46,8 @@ LOOSE = {
     ("glm-4.5-air", 4, 4): 0.13,
     ("glm-4.5", 5, 2): 0.3,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M-M*-M-", 4): 0.4,
+    ("qwen3-30b-a3b", 4, 2): 2.0,
+    ("qwen3-30b-a3b", 8, 4): 0.8,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
 and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less. Qwen2.5-VL: 0.11 of
@@ -56,7 +58,8 @@ gpt-oss, 16 rows: of reserved ones, among which are two blocks of 34 GB of the f
 garbage collector; it came earlier with 16 rows.
 
 GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemotron Nano 9B, 12 layers: of reserved bytes, 70 MiB;
-of allocated ones 0.002."""
+of allocated ones 0.002. Qwen 3's mixture: of reserved ones, 262 MiB where two micro batches wait for their reduction, and
+138 MiB; of allocated ones 0.0033, of `load` 0.11."""
 
 SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,
@@ -73,8 +76,8 @@ rank 1 the allocator leaves a block of logits in fp32 unused (16 layers: reserve
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']}" for row in ROWS])
 def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
-    alone = options(row)["gpus"] == 1
-    peaks = peftplan.estimate(**options(row), gpu=row.get("card", "a100-80gb") if alone else "a100-80gb").peaks
+    card = row.get("card", "a100-80gb")
+    peaks = peftplan.estimate(**options(row), gpu=card if options(row)["gpus"] == 1 else card.rpartition("x")[2]).peaks
     assert peaks is not None
     peaks = on_rehearsed_rank(peaks, row.get("rank", 0)) if "cp_size" in row["options"] else peaks
     rehearsed = {"allocated": max(row["by_phase"].values()), "reserved": row["reserved"]}

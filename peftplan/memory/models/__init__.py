@@ -100,11 +100,14 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models.automodel_moe import gpt_oss
 
             return gpt_oss
+        from peftplan.memory.models.automodel_deepep import FORWARDS as DIVIDED
+
         if model_type == "glm4_moe":
             from peftplan.memory.models.automodel_ep import glm4_moe
 
             return glm4_moe
-        return OF_AUTOMODEL[model_type]
+        own: dict[str, Forward] = {**OF_AUTOMODEL, **DIVIDED}
+        return own[model_type]
     module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]
     forward: Forward = getattr(import_module(f"peftplan.memory.models.{module}"), function)
     return forward

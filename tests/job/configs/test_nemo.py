@@ -98,6 +98,30 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
     assert ("routing" in plan.assumed) is (dispatcher == "hybridep")
 
 
+@pytest.mark.parametrize(
+    ("model", "backend", "packed", "kernels"),
+    [
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "torch_mm"}, 0, "uccl,te-linear"),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "te"}, 0, None),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
+        (
+            "zai-org/GLM-4.7-Flash",
+            {"dispatcher": "deepep", "attn": "te", "linear": "te", "experts": "gmm"},
+            1024,
+            "te,deepep,te-linear",
+        ),
+        ("zai-org/GLM-4.7-Flash", {"dispatcher": "deepep", "attn": "te", "linear": "te", "experts": "te"}, 1024, None),
+    ],
+)
+def test_nemo_exchanges_tokens(model: str, backend: dict[str, str], packed: int, kernels: str | None) -> None:
+    """Transformer Engine sorts the tokens, so attention and linear layers are its own too (0.7.0, common/utils.py:521); gmm is
+    another name of torch_mm (components/models/common/utils.py:644)."""
+    of_model = NEMO_MODEL | {"pretrained_model_name_or_path": model, "backend": backend}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=of_model, packed_sequence={"packed_sequence_size": packed})
+    assert plan.options.get("kernels") == kernels
+    assert ("model" in plan.unsupported) is (kernels is None)
+
+
 def test_nemo_started_by_skypilot() -> None:
     sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
     plan = of_nemo(

@@ -1,0 +1,307 @@
+"""Mixtures of experts as NeMo Automodel divides them with DeepEP's exchange of tokens, beside Transformer Engine's attention.
+
+Letters: n tokens of a rank, k experts a token, e experts, W ranks that own them once, h hidden size, i width of an expert. A rank
+gets m tokens, each once, and n·k rows of them for its experts, which have dims (b, s, k, …). Sources: nemo_automodel 0.7.0,
+components/models/qwen3_moe/{model,layers}.py, components/moe/layers.py (`Gate`, `MoE`), experts.py (`GroupedExpertsDeepEP`,
+`GroupedExpertsTE`), parallelizer.py (`apply_ac`), megatron/{fused_indices_converter,token_dispatcher,fused_a2a}.py; DeepEP at
+94a9f8f6, csrc/deep_ep.cpp (`intranode_dispatch`, `intranode_combine`); transformer-engine 2.20.2, pytorch/permutation.py,
+pytorch/triton/permutation.py, pytorch/module/{linear,grouped_linear}.py. Left out: DeepEP's buffers for what ranks send, which it
+takes from CUDA itself, beside torch's allocator, and sums of few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import comb
+
+from peftplan.arrays import Derived, Size
+from peftplan.memory.calls import inputs
+from peftplan.memory.experts import grouped, taken, top_k
+from peftplan.memory.fused_attention import number
+from peftplan.memory.model import Model
+from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_ep import activated as activated_alone
+from peftplan.memory.models.automodel_ep import divided, turned, weighted
+from peftplan.memory.models.automodel_ep import gate as corrected_gate
+from peftplan.memory.models.automodel_moe import masked_rows, rotary_table
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.mlps import gated_mlp
+from peftplan.memory.models.style import Call, Style
+from peftplan.memory.te_attention import of_documents
+from peftplan.tape import ops, products
+from peftplan.tape.shaping import cat, split
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
+
+SHARE = 2**20
+CHANNELS = 10
+"""Half of the multiprocessors that the exchange runs on (`dispatcher_num_sms`)."""
+SORTED_AT_ONCE = 1024
+"""Tokens of a block that sorts rows (`make_row_id_map`)."""
+
+
+class Received(Derived):
+    """Tokens that a rank gets once, if all choices of experts are as likely: named by their number for 2**20 of its own."""
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        return sizes["b"] * sizes["s"] * int(self.rpartition("·")[2].partition("/")[0]) // SHARE
+
+
+def received(ranks: int, experts: int, k: int) -> Received:
+    """W · (1 - C(e - e/W, k) / C(e, k)) for each token: on how many ranks it has an expert. That is an assumption."""
+    missed = comb(experts - experts // ranks, k) * SHARE // comb(experts, k)
+    return Received(f"b·s·{ranks * (SHARE - missed)}/{SHARE}")
+
+
+def qwen3_moe(model: Model) -> Tensor:
+    """`Qwen3MoeModel.forward`."""
+    table = rotary_table(model)
+    return run_layers(model, QWEN, [inputs(model)], lambda _: (table,), masks={})
+
+
+def of_latent(model: Model, style: Style) -> Tensor:
+    """`Glm4MoeLiteModel.forward`, `DeepseekV3Model.forward`: one table of complex numbers."""
+    f, width = model.tape, number(model.arch.blocks[0].attentions[0].rotary_dim or 0)
+    f.module = "model"
+    angles = f.new(("b", model.seq, width // 2), "fp32", "einsum")
+    table = f.new(("b", model.seq, width), "fp32", "polar")
+    del angles
+    return run_layers(model, style, [inputs(model)], lambda _: (table,), masks={})
+
+
+def layer(c: Call, x: Tensor) -> Tensor:
+    """`Block.forward`."""
+    attended = (c.style.attention or attention)(c, c.norm("input_layernorm", x))
+    x = ops.add(c.at(), x, attended)
+    read = c.norm("post_attention_layernorm", x)
+    out = (c.style.mixture or mixture)(c, read) if c.block.mlp.variant == "moe" else gated_mlp(c, read)
+    return ops.add(c.at(), x, out)
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`Qwen3MoeAttention.forward`."""
+    a = c.block.attentions[0]
+    b, s, _ = x.dims
+    heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
+    q, k, v = (c.linear(f"self_attn.{name}_proj", x).view((b, s, heads[name], a.head_dim)) for name in heads)
+    q, k = c.norm("self_attn.q_norm", q), c.norm("self_attn.k_norm", k)
+    q, k = turned(c.at("self_attn"), q, k, c.tables[0])
+    q, k, v = (y.view((b, y.dims[2], s, a.head_dim)) for y in (q, k, v))
+    out = of_documents(c.at("self_attn"), q, k, v, packed=c.model.running.kernels.attention is not None)
+    return c.linear("self_attn.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
+
+
+def latent_attention(c: Call, x: Tensor) -> Tensor:
+    """`MLA.forward`: names hold what was projected until it returns."""
+    a = c.block.attentions[0]
+    (b, s, _), heads, d, r, v = (
+        x.dims,
+        a.num_attention_heads,
+        a.head_dim,
+        number(a.rotary_dim or 0),
+        number(a.value_head_dim or 0),
+    )
+    q = x if c.model.has(f"{c.style.stack}.self_attn.q_proj", c.number) else c.linear("self_attn.q_a_proj", x)
+    q = c.linear("self_attn.q_proj", x) if q is x else c.linear("self_attn.q_b_proj", c.norm("self_attn.q_a_layernorm", q))
+    f = c.at("self_attn")
+    q_pass, q_rot = split(f, q.view((b, s, heads, d)), ((b, s, heads, d - r), (b, s, heads, r)))
+    both = c.linear("self_attn.kv_a_proj_with_mqa", x)
+    width = number(both.dims[-1])
+    latent, k_rot = split(c.at("self_attn"), both, ((b, s, width - r), (b, s, r)))
+    latent = c.norm("self_attn.kv_a_layernorm", latent)
+    f = c.at("self_attn")
+    q_rot, k_rot = rotated(f, q_rot), rotated(f, k_rot.view((b, s, 1, r)))
+    q = cat(f, (q_pass, q_rot), (b, s, heads, d))
+    kv = c.linear("self_attn.kv_b_proj", latent).view((b, s, heads, d - r + v))
+    f = c.at("self_attn")
+    k_pass, values = split(f, kv, ((b, s, heads, d - r), (b, s, heads, v)))
+    k = cat(f, (k_pass, ops.expanded(f, k_rot, (b, s, heads, r))), (b, s, heads, d))
+    values = ops.copied(f, values, "contiguous", values.dims, viewed=False)
+    q, k, values = (y.view((b, y.dims[2], s, y.dims[3])) for y in (q, k, values))
+    out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None)
+    return c.linear("self_attn.o_proj", out.view((b, s, heads * v)))
+
+
+def rotated(f: Tape, x: Tensor) -> Tensor:
+    """`_FusedRope`: keeps the table."""
+    return f.new(x.dims, x.dtype, "rotary", f.record(_rotated_backward, (x,)))
+
+
+def _rotated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "rotary")
+
+
+def shared_mixture(c: Call, x: Tensor, *, after: bool) -> Tensor:
+    """`MoE.forward`: shared experts before those that ranks divide. `after`: the weights of routing multiply their results."""
+    _tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
+    weights, indices = corrected_gate(c, x)
+    shared = gated_mlp(c, x, "mlp.shared_experts")
+    return ops.add(c.at("mlp"), experts(c, x, weights, indices, after=after), shared)
+
+
+def mixture(c: Call, x: Tensor) -> Tensor:
+    """`MoE.forward` without shared experts."""
+    tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
+    weights, indices = gate(c, x, tokens)
+    return experts(c, x, weights, indices)
+
+
+def gate(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`Gate.forward` with a softmax before top-k. Recomputation finds the logits and what top-k gave."""
+    f, mlp = c.at("mlp.gate"), c.block.mlp
+    weight = c.model.part(f"{c.style.stack}.mlp.gate", c.number).own_weight
+    (logits,) = f.chosen(lambda: (products.linear(f, x, weight),))
+    scores = ops.softmax(f, f.to(logits, "fp32"), "fp32")
+    _, indices = f.chosen(lambda: top_k(f, scores, mlp.num_experts_per_tok))
+    del _
+    weights = taken(f, scores, indices, indices.dims, "gather")
+    of_all = scores
+    if mlp.router.norm_topk_prob:
+        of_row = (*weights.dims[:-1], 1)
+        totals = [ops.shift(f, ops.summed(f, y, of_row)) for y in (weights, scores)]
+        weights, of_all = divided(f, weights, totals[0]), divided(f, scores, totals[1])
+        del totals
+    weights = ops.scale(f, weights)
+    load, counted = f.new(scores.dims, "int64", "new_zeros"), f.new(x.dims[:-1], "int64", "to")
+    del load, counted
+    masked = masked_rows(f, of_all, tokens)
+    loss = ops.scale(f, ops.summed(f, masked, (scores.dims[-1],)))
+    del masked
+    weights = Tensor(weights.storage, weights.dims, weights.dtype, f.record(_balanced_backward, (weights, loss), loss.dims))
+    return f.to(weights, x.dtype), indices
+
+
+def _balanced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Gradients:
+    return g, f.new(saved[0], "fp32", "ones_like")
+
+
+def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool = False) -> Tensor:
+    """`forward` of the experts: tokens of all ranks in the order of this rank's experts, and back. `after`: weights multiply
+    what the experts give."""
+    f = c.at("mlp.experts")
+    params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
+    up, down = params["gate_up_proj"], params["down_proj"]
+    rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
+    masked = f.new(rows, "int64", "masked_fill")
+    wide = f.to(weights, "fp32")
+    ranks = all_experts // owned
+    tokens = received(ranks, all_experts, c.block.mlp.num_experts_per_tok)
+    exchange = c.model.running.kernels.exchange
+    assert exchange is not None
+    got, of_got, handle = dispatched(f, x, wide, ranks, tokens, replays=exchange.replays)
+    routing, of_experts = on_own(f, of_got, owned)
+    chosen, probabilities, row_map = permuted(f, got, of_experts, rows)
+    c.model.dispatcher[:] = [masked, wide, of_got, routing, of_experts, row_map]
+    del masked, wide, of_got, routing, of_experts, got
+    offsets = f.new((owned,), "int32", "to")
+    out = grouped(f, chosen, up, up.dims[1], kernel=True, bias=None, offsets=offsets)
+    del chosen
+    ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
+    out = activated(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
+    second = grouped(f, out, down, down.dims[1], kernel=True, bias=None, offsets=offsets)
+    del out
+    if after:
+        second = weighted(f, second, probabilities)
+    back = f.new((tokens, x.dims[-1]), x.dtype, "unpermute", f.record(_unpermuted_backward, (second,), second.dims, row_map))
+    del second, row_map
+    return f.new(x.dims, x.dtype, "combine", f.record(_combined_backward, (back,), back.dims, handle))
+
+
+Layout = tuple[Tensor, ...]
+"""Where tokens went, in both directions."""
+
+
+def dispatched(
+    f: Tape, x: Tensor, weights: Tensor, ranks: int, tokens: Received, *, replays: bool
+) -> tuple[Tensor, Tensor, Layout]:
+    """`FusedDispatch`: each token once for each rank that owns one of its experts, and the weights of these. `replays`:
+    recomputation finds where tokens went, and their weights (`DispatchReplayRecorder`)."""
+    node = f.record(_dispatched_backward, (x, weights), x.dims, weights.dims)
+    k, of_ranks = weights.dims[-1], (*x.dims[:-1], ranks)
+
+    def layout() -> Layout:
+        return (
+            f.new(of_ranks, "bool", "is token in rank"),
+            f.new((tokens,), "int32", "source"),
+            f.new(of_ranks, "int32", "send head"),
+            f.new((tokens, k), "int64", "experts"),
+            f.new((tokens, k), "fp32", "weights"),
+        )
+
+    *handle, _of_experts, of_got = f.chosen(layout) if replays else layout()
+    got = f.new((tokens, x.dims[-1]), x.dtype, "dispatch", node)
+    if replays and f.replays:
+        scratch = f.new((tokens,), "int32", "source"), f.new(of_ranks, "int32", "send head")
+        del scratch
+    if node is not None:
+        node.in_python = True
+        node.context = handle
+    return got, Tensor(of_got.storage, (tokens, k), "fp32", node, 1), tuple(handle)
+
+
+def _dispatched_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor, h: Tensor) -> Gradients:
+    weights = f.new(saved[1], "fp32", "combine")
+    return f.new(saved[0], g.dtype, "combine"), weights
+
+
+def on_own(f: Tape, weights: Tensor, owned: int) -> tuple[Tensor, Tensor]:
+    """`IndicesToMultihot`: keeps where each weight was."""
+    dims = (weights.dims[0], owned)
+    marks = f.new(dims, "bool", "multihot")
+    node = f.record(_on_own_backward, (weights,), weights.dims)
+    out = f.new(dims, "fp32", "multihot", node)
+    f.keep(node, f.new(dims, "int32", "position map"))
+    return marks, out
+
+
+def _on_own_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
+    marks = f.new(g.dims, "bool", "zeros")
+    out = f.new(saved[0], g.dtype, "multihot")
+    del marks
+    return out
+
+
+def permuted(f: Tape, x: Tensor, weights: Tensor, rows: Dims) -> tuple[Tensor, Tensor, Tensor]:
+    """`moe_permute_with_probs`: a row for each expert of each token, its weight, and where the rows come from."""
+    m, owned = weights.dims
+    row_map = f.new((m, 2 * number(owned) + 1), "int32", "row map")
+    node = f.record(_permuted_backward, (x, weights), x.dims, weights.dims, row_map)
+    out = f.new((*rows, x.dims[-1]), x.dtype, "permute", node)
+    of_rows = f.new(rows, "fp32", "permuted weights")
+    if node is not None:
+        node.in_python = True
+    return out, Tensor(of_rows.storage, (*rows, 1), "fp32", node, 1), row_map
+
+
+def _permuted_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor], g: Tensor, h: Tensor) -> Gradients:
+    return f.new(saved[0], g.dtype, "unpermute"), f.new(saved[1], "fp32", "unpermute")
+
+
+def _unpermuted_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "permute")
+
+
+def _combined_backward(f: Tape, node: Node, saved: tuple[Dims, object], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "dispatch")
+
+
+def activated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
+    """`WeightedSwiGLUFunction`, compiled: keeps gate and up, and the weights."""
+    *rows, wide = x.dims
+    node = f.record(_activated_backward, (x, weights), x.detach(), weights.detach())
+    return f.new((*rows, number(wide) // 2), x.dtype, "swiglu", node)
+
+
+def _activated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+    return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
+
+
+QWEN = Style(norm=opaque_rms, layer=layer)
+LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
+FORWARDS: dict[str, Callable[[Model], Tensor]] = {
+    "qwen3_moe": qwen3_moe,
+    "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
+    "deepseek_v3": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=False))),
+}
+"""Model type → the tool's forward of it."""
