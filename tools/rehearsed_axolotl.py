@@ -2,10 +2,10 @@
 
     python -m tools.rehearsed_axolotl FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
-are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool counts, or,
-in strides, documents that are cut to `sequence_len`. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of
-torch.
+FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, `sizes` of the model in place of its
+own, and `gpus` if more than one. Rows are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many
+`words`, whose tokens the tool counts, or, in strides, documents that are cut to `sequence_len`. Needs axolotl 0.19.0 with the
+libraries that it pins, and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -68,9 +68,14 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
     return read_values(SHARED | row["values"], file="a.yml", tool="axolotl")
 
 
+def config_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The config of the model that runs."""
+    return cut(row["values"]["base_model"], row["layers"]) | row.get("sizes", {})
+
+
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
-    job = {"model": cut(row["values"]["base_model"], row["layers"]), **plan(row).options}
+    job = {"model": config_of(row), **plan(row).options}
     if "words" in row:
         job["seq_len"] = row["prompt_tokens"] + job["max_completion_length"]
     return job | ({"gpus": row["gpus"]} if "gpus" in row else {})
@@ -91,7 +96,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the tool held."""
     values = row["values"]
     with TemporaryDirectory(prefix="job") as folder, TemporaryDirectory(prefix="job") as output:  # "tmpt" is MPT to axolotl
-        standins.write_repository(Path(folder), {**cut(values["base_model"], row["layers"]), "dtype": "bfloat16"})
+        standins.write_repository(Path(folder), {**config_of(row), "dtype": "bfloat16"})
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
         content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
         of_rows: dict[str, str] = {}

@@ -52,12 +52,14 @@ OVER_4_BITS = {
 """The same over a base in 4 bits."""
 OF_DENSE = ("prompt-tuning", "p-tuning", "prefix-tuning", "fourierft", "houlsby", "pfeiffer")
 PLAIN_METHODS = {
-    "fsdp1": ("prompt-tuning", "prefix-tuning", "bitfit", "partial", "llama-pro"),
+    "fsdp1": ("prompt-tuning", "p-tuning", "prefix-tuning", "bitfit", "partial", "llama-pro"),
     "fsdp2": (*OF_DENSE, "boft"),
     **dict.fromkeys(FLAT, OF_DENSE),
     "zero3": (*OF_DENSE, "adalora"),
 }
 """The same of those that were so with dense models alone, in bf16 and all on the card."""
+UNKNOWN_TO_SFT = {"zero3": "adalora", "fsdp1": "p-tuning"}
+"""Strategy → the method that was not so by SFTTrainer: a rehearsal's forward +0.8 %, its backward -0.6 %."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
 UNKNOWN_TO_PARTITIONS = ("adamw_torch_4bit",)
@@ -104,9 +106,9 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))
     if job.quant is not None:
         return known
-    plain = PLAIN_METHODS.get(strategy, ()) if _is_plain(job) else ()
-    if strategy == "zero3" and job.setup.loss != "full":  # of SFTTrainer: forward +0.8 % of a rehearsal
-        plain = tuple(name for name in plain if name != "adalora")
+    plain = PLAIN_METHODS.get(strategy, ()) if is_plain(job) else ()
+    if job.setup.loss != "full":
+        plain = tuple(name for name in plain if name != UNKNOWN_TO_SFT.get(strategy))
     return (*known, *plain)
 
 
@@ -156,17 +158,19 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if job.distributed.offload_params == "cpu":
         over = tuple(name for name in over if BY_NAME[name].package in ON_HOST and not BY_NAME[name].made_with_states)
     if _knows_lomo(job):
-        over = (*over, "lomo")
+        over = (*over, "lomo", *(("adalomo",) if flat and method == "full" else ()))
     return (*known, *over) if knows_optimizers(job) else known
 
 
 def _knows_lomo(job: Job) -> bool:
-    """Whether LOMO was rehearsed, which steps over FSDP's shards after each backward: it has one micro batch."""
+    """Whether LOMO was rehearsed, which steps over FSDP's shards after each backward: FSDP1 has one micro batch."""
     distributed = job.distributed
     assert distributed is not None
     on_card = distributed.offload_params != "cpu" and distributed.use_orig_params is not False
-    alone = job.setup.gradient_accumulation_steps == 1 and job.method_name in ("full", *ADAPTED)
-    return distributed.strategy in FSDP and on_card and alone
+    several = job.setup.gradient_accumulation_steps > 1
+    known = job.method_name in (("full", "lora") if several else ("full", *ADAPTED))
+    strategies = ("fsdp2",) if several and not distributed.sync_each_batch else () if several else FSDP
+    return distributed.strategy in strategies and on_card and known
 
 
 def knows_methods(job: Job) -> bool:
@@ -187,7 +191,7 @@ def _is_dense(job: Job) -> bool:
     return all(block.mlp.variant != "moe" for block in job.architecture.blocks)
 
 
-def _is_plain(job: Job) -> bool:
+def is_plain(job: Job) -> bool:
     """Whether a dense model trains in bf16 and all on the card."""
     distributed = job.distributed
     assert distributed is not None
@@ -199,7 +203,7 @@ def is_like_traced(job: Job) -> bool:
     """Whether a job resembles those that were traced: as `knows_methods`, a dense model in bf16 and all on the card."""
     distributed = job.distributed
     assert distributed is not None
-    alike = knows_methods(job) and knows_optimizers(job) and _is_plain(job) and job.quant is None
+    alike = knows_methods(job) and knows_optimizers(job) and is_plain(job) and job.quant is None
     return alike and distributed.strategy in ("fsdp2", *FLAT, "zero3")
 
 

@@ -54,7 +54,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         Model,
         arch=on_rank,
         parameters=parameters._replace(
-            all=tuple(p._replace(trainable=p.trainable or p.name in trained_again) for p in computing)
+            all=tuple(p._replace(trainable=p.trainable or (p.name, p.layers) in trained_again) for p in computing)
         ),
         adaptation=job.adaptation,
         running=running_of(job._replace(setup=setup), compute_capability),
@@ -63,7 +63,9 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     )
     kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
     model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
-    program = program_of(job)._replace(left_alone=trained_again, projected=projected(job, computing))
+    program = program_of(job)._replace(
+        left_alone=frozenset(name for name, _ in trained_again), projected=projected(job, computing)
+    )
     first = None
     if job.distributed is not None:
         first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
@@ -96,8 +98,13 @@ def projected(job: "Job", parameters: Iterable[Parameter]) -> dict[str, Projecte
     return {name: (dims["exp_avg"], dims["projector.ortho_matrix"]) for name, dims in of_each.items()}
 
 
-def _trained_again(job: "Job", parameters: Parameters) -> frozenset[str]:
-    """Names of LoRA-FA's frozen A matrices if the script makes adapters require gradients again."""
+def _trained_again(job: "Job", parameters: Parameters) -> "frozenset[tuple[str, frozenset[int] | None]]":
+    """Name and layers of what gets gradients though it is frozen: what shares a unit of FSDP1 with what trains, and LoRA-FA's A
+    matrices if the script makes adapters require gradients again."""
+    if job.distributed is not None and job.distributed.strategy == "fsdp1":
+        from peftplan.distributed.flat_parameters import beside_trained
+
+        return frozenset((p.name, p.layers) for p in beside_trained(parameters, job.distributed))
     if not (job.script.enables_adapters_again and getattr(job.config, "freeze_a", False)):
         return frozenset()
-    return frozenset(p.name for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)
+    return frozenset((p.name, p.layers) for p in parameters.all if p.owner == "adapter" and ".lora_A." in p.name)

@@ -13,6 +13,9 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
 from peftplan.units import ceil_div
 
+MIXTURE = "MixtralSparseMoeBlock"
+ROOT = "root"
+
 
 def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str, rank: int) -> Holding:
     """One flat parameter per unit and dtype, padded to W (torch, distributed/fsdp/_flat_param.py). All of it has a gradient, and
@@ -20,19 +23,18 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
     """
     place = place_of(distributed.offload_params)
     position, _ = distributed.place(rank) if rank else (0, 0)
-    trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     parameters_of_rank: list[Parameter] = []
     each: list[Parameter] = []
     stepped: list[Parameter] = []
-    alone = {p.name for p in parameters.all if trained_apart and p.trainable and _is_wrapped(p)}
-    beside = {(unit_of(p), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
+    alone, inner = _alone(parameters), wraps_mlps(distributed)
+    beside = {id(p) for p in beside_trained(parameters, distributed)}
     for p in parameters.all:
-        trained = p.trainable or (not p.quantized and (unit_of(p), p.layers) in beside)
+        trained = p.trainable or id(p) in beside
         dtype = "fp32" if trained and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
         p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
         each.append(_part(p, distributed.shards, place))
-        unit = p.name if p.name in alone else unit_of(p)
+        unit = p.name if p.name in alone else unit_of(p, inner)
         flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
     for (unit, dtype, trained), members in flats.items():
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
@@ -47,7 +49,20 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
     )
 
 
-def _is_wrapped(p: Parameter) -> bool:
+def beside_trained(parameters: Parameters, distributed: Distributed) -> list[Parameter]:
+    """What is frozen in a unit that trains: its tensors are views of the flat parameter, so backward makes gradients of all of
+    them (`_use_unsharded_views`)."""
+    alone, inner = _alone(parameters), wraps_mlps(distributed)
+    trained = {(unit_of(p, inner), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
+    return [p for p in parameters.all if not (p.trainable or p.quantized) and (unit_of(p, inner), p.layers) in trained]
+
+
+def _alone(parameters: Parameters) -> set[str]:
+    trained_apart = any(p.owner == "adapter" and p.trainable for p in parameters.all)
+    return {p.name for p in parameters.all if trained_apart and p.trainable and is_wrapped(p)}
+
+
+def is_wrapped(p: Parameter) -> bool:
     """Whether peft's policy wraps the module of what trains: it asks for a weight that does (peft, utils/other.py,
     `fsdp_auto_wrap_policy`). A bias beside a frozen weight stays in its layer's unit."""
     return p.owner == "adapter" or not p.name.endswith(".bias")
@@ -62,10 +77,20 @@ def _part(p: Parameter, shards: int, place: Place) -> Parameter:
     )
 
 
-def unit_of(p: Parameter) -> str:
-    """The unit that a parameter belongs to: its layer, or the root."""
+def wraps_mlps(distributed: Distributed) -> bool:
+    """Whether the policy wraps mixtures of experts, not the layers that have them."""
+    return distributed.transformer_cls_names_to_wrap == (MIXTURE,)
+
+
+def is_in_mlp(p: Parameter) -> bool:
+    """Whether a layer's MLP has a parameter."""
+    return "{}.mlp." in p.name
+
+
+def unit_of(p: Parameter, inner: bool) -> str:
+    """The unit that a parameter belongs to: its layer, or the root. `inner`: the MLP of its layer alone is one."""
     head, layered, _ = p.name.partition("{}")
-    return head + layered if layered else "root"
+    return head + layered if layered and (not inner or is_in_mlp(p)) else ROOT
 
 
 def _packed(p: Parameter) -> str:
@@ -74,7 +99,7 @@ def _packed(p: Parameter) -> str:
 
 def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place) -> Iterable[Parameter]:
     """The shard of the flat parameter, and those members that stay whole."""
-    copies = max(p.copies for p in members)
+    copies = 1 if unit == ROOT else max(p.copies for p in members)
     numel = sum(_elements(p) * p.copies for p in members) // copies
     shape = (ceil_div(numel, shards),)
     first = members[0]

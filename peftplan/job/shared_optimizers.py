@@ -94,6 +94,13 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             "are not: RuntimeError: bitsandbytes.optimizer_update_8bit_blockwise.default got mixed torch.Tensor and DTensor "
             "(bitsandbytes, functional.py:1192); accepted: ddp"
         )
+    waits = setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
+    if optimizer.name == "lomo" and strategy == "fsdp1" and waits:
+        raise RefusedError(
+            "optim: lomo steps after each backward, and FSDP1 leaves gradients whole until the last micro batch: "
+            "RuntimeError: The size of tensor a must match the size of tensor b (lomo-optim, lomo.py:128); accepted: "
+            "--gradient-accumulation-steps 1, fsdp2"
+        )
     if optimizer.name == "adalomo" and strategy == "fsdp2":
         raise RefusedError(
             "optim: adalomo fails in the first backward of FSDP2: its second moments are plain tensors, and gradients DTensors: "

@@ -1,5 +1,5 @@
-"""Modules of an adapter that are units of FSDP2 each, inside the root, which has all else: LLaMA-Factory v1 finds no layers of a
-PeftModel.
+"""Modules of an adapter that are units each, inside the root: under FSDP2, since LLaMA-Factory v1 finds no layers of a PeftModel;
+under FSDP1 where no layer is a unit around them (peft, utils/other.py, `fsdp_auto_wrap_policy`).
 
 Source: llamafactory 0.9.5, v1/plugins/trainer_plugins/distributed/fsdp2.py (`prepare_model`, `get_transformer_layer_cls`).
 """
@@ -29,9 +29,10 @@ def is_leaf(unit: str) -> bool:
     return IN_LAYER in unit
 
 
-def leaves_of(p: Parameter) -> list[str]:
-    """The units of a parameter of an adapter, one a layer."""
-    return [leaf(p.name.rpartition(".")[0], layer) for layer in sorted(p.layers or ()) or (None,)]
+def leaves_of(p: Parameter, layers: Iterable[int] | None = None) -> list[str]:
+    """The units of a parameter of an adapter, one a layer. `layers`: in these alone."""
+    within = [layer for layer in sorted(p.layers or ()) if layers is None or layer in layers]
+    return [leaf(p.name.rpartition(".")[0], layer) for layer in within or ((None,) if layers is None else ())]
 
 
 def parameters_of(model: Model, unit: str, names: Iterable[str]) -> list[TapeParameter]:

@@ -76,6 +76,9 @@ def optimizer_step(
             del copies_of_one
         f.module = ""
         return
+    if optimizer.name == "adalomo" and ranks > 1:
+        _adalomo(f, trained)
+        return
     if optimizer.step_implementation == "in-backward":
         raise NoEngineError(f"a step of optim {optimizer.name} inside backward with these options (no formula yet)")
     if optimizer.package == "apollo-torch":
@@ -123,6 +126,20 @@ def optimizer_step(
 def _stored(p: Parameter) -> str:
     """The dtype of a shard whose states are narrower: Adagrad's root has that of its states, its numerator that of a gradient."""
     return next((a.dtype for a in p.allocations if a.name == "weight"), p.dtype) if p.dtype in SIXTEEN_BITS else p.dtype
+
+
+def _adalomo(f: Tape, trained: list[Parameter]) -> None:
+    """AdaLomo's loop behind backward, over vectors in fp32: parts of FSDP1's flat parameters (lomo-optim 0.1.1, adalomo.py,
+    `fuse_update`)."""
+    update = None
+    for p in _two_layers(trained):
+        f.module = p.name
+        square = f.new(p.shape, "fp32", "pow")
+        update = f.new(p.shape, "fp32", "add")
+        del square
+        update = f.new(p.shape, "fp32", "rsqrt")
+    del update
+    f.module = ""
 
 
 def _lorafa_step(f: Tape, trained: list[Parameter]) -> None:

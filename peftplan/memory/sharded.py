@@ -15,6 +15,7 @@ import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import TEXT_PARTS, is_in_text_part
 from peftplan.distributed.expert_parallel import is_divided, owners, sharing
+from peftplan.distributed.flat_parameters import is_in_mlp, is_wrapped, wraps_mlps
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
 from peftplan.distributed.layout import Layout
@@ -92,7 +93,7 @@ def units_of(
                     shard,
                     sharing(p, distributed)[1],
                     "fp8_e4m3" if _in_float8(model, p) else dtype,
-                    apart=of_fsdp1 and trained_apart and p.trainable,
+                    apart=of_fsdp1 and trained_apart and p.trainable and is_wrapped(p),
                 )
             ),
             reshards=reshards and name not in (*kept, *last),
@@ -121,10 +122,11 @@ def units_of(
         model.tape.modules = LeafUnits(units_in_step)
     if isinstance(units_in_step, Fsdp1):
         units_in_step.views_shards = distributed.use_orig_params is not False
-        units_in_step.in_checkpoints = checkpoints_units and model.running.reentrant and model.running.checkpointing
+        inner = wraps_mlps(distributed)
+        units_in_step.in_checkpoints = (inner or checkpoints_units) and model.running.reentrant and model.running.checkpointing
         units_in_step.prefetch = "none" if units_in_step.in_checkpoints else distributed.backward_prefetch or "none"
         units_in_step.prefetches_forward = bool(distributed.forward_prefetch) and not units_in_step.in_checkpoints
-        model.tape.kept_inputs = [] if units_in_step.in_checkpoints and trained_apart else None
+        model.tape.kept_inputs = [] if units_in_step.in_checkpoints and trained_apart and not inner else None
     return units_in_step
 
 
@@ -142,29 +144,44 @@ def grouped(
 ) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
-    torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`).
+    torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
+    alone (`wraps_mlps`): then layers have no units, and each module of an adapter is one. A prompt encoder's modules are always.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
     towers = {id(p) for p in full.all if layout.tower_in_root and _is_of_frozen_tower(p, arch)}
     layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
-    leaves = layout.leaves_apart and distributed.strategy == "fsdp2" and any(p.owner == "adapter" for p in full.all)
-    layers = [] if leaves else layers
+    inner = distributed.strategy == "fsdp1" and wraps_mlps(distributed)
+    adapted = any(p.owner == "adapter" for p in full.all)
+    leaves = inner or (layout.leaves_apart and distributed.strategy == "fsdp2" and adapted)
     in_root: list[tuple[int, tuple[Parameter, Parameter]]] = []
     before = 0
     groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
-    divided = {number for p in full.all if is_divided(p, distributed) for number in numbers(p, arch)}
-    of_layers = ((layer(number), *([experts(number)] if number in divided else [])) for number in layers)
+    in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
+    divided = {number for p in full.all if id(p) in in_mlps for number in numbers(p, arch)}
+    of_adapter = [p for p in full.all if inner and p.owner == "adapter"]
+    of_layers = (
+        (
+            *([] if leaves else [layer(number)]),
+            *(name for p in of_adapter for name in leaves_of(p, (number,))),
+            *([experts(number)] if number in divided else []),
+        )
+        for number in layers
+    )
     groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
-        if leaves and p.owner == "adapter":
+        if p.owner == "adapter" and (leaves or (distributed.strategy == "fsdp1" and p.name.startswith("prompt_encoder."))):
             for name in leaves_of(p):
                 groups.setdefault(name, []).append(pairs[id(p)])
+            continue
+        if id(p) in in_mlps:
+            for number in numbers(p, arch):
+                groups[experts(number)].append(pairs[id(p)])
             continue
         if leaves and p.layers:
             in_root += [(number, pairs[id(p)]) for number in sorted(p.layers)]
@@ -172,10 +189,6 @@ def grouped(
             continue
         if id(p) in towers:
             groups[ROOT] += [pairs[id(p)]] * p.copies
-            continue
-        if is_divided(p, distributed):
-            for number in numbers(p, arch):
-                groups[experts(number)].append(pairs[id(p)])
             continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])

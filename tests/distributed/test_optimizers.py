@@ -29,6 +29,7 @@ FAIL: tuple[tuple[dict[str, Any], str], ...] = (
     ({"method": "full", "strategy": "fsdp2", "optim": "apollo_adamw", **TARGETS}, "KeyError: 'seed'"),
     ({"method": "full", "strategy": "fsdp2", "optim": "adalomo"}, "lomo-optim, adalomo.py:174"),
     ({"method": "lora", "strategy": "fsdp2", "optim": "adalomo"}, "mixed torch.Tensor and DTensor"),
+    ({"method": "full", "strategy": "fsdp1", "optim": "lomo", "gradient_accumulation_steps": 2}, "lomo-optim, lomo.py:128"),
     ({"method": "full", "strategy": "zero2", "optim": "lomo"}, "unexpected keyword argument 'learning_rate'"),
     ({"method": "qlora", "strategy": "zero3", "optim": "adalomo"}, "unexpected keyword argument 'learning_rate'"),
     # Trainer hands the rate over (trainer.py:2105), and makes the optimizer, before accelerate replaces it
@@ -132,7 +133,7 @@ def test_ddp_steps_all_parameters_again() -> None:
     [
         {"strategy": "ddp", "gradient_accumulation_steps": 2},
         {"strategy": "ddp", "gradient_as_bucket_view": True},
-        {"strategy": "fsdp2", "gradient_accumulation_steps": 2},
+        {"strategy": "fsdp2", "gradient_accumulation_steps": 2, "sync_each_batch": True},
         {"strategy": "fsdp1", "offload_params": "cpu"},
         {"strategy": "fsdp1", "use_orig_params": False},
     ],

@@ -239,3 +239,28 @@ def test_a_tensor_that_two_operations_save_stays_on_the_card() -> None:
     assert len(offloaded.stash) == STASH  # the last five that were saved; x went, y is there for whoever saved it again
     assert offloaded.pack(x) is not x
     assert offloaded.pack(y) is y
+
+
+MIXTURES = read(Path(__file__).with_name("axolotl_mixtures.jsonl"))
+
+
+@pytest.mark.parametrize("row", MIXTURES, ids=[f"{row['layers']} layers, {row['gpus']} GPUs" for row in MIXTURES])
+def test_experts_are_units_of_fsdp1(row: dict[str, Any]) -> None:
+    """`fsdp_transformer_layer_cls_to_wrap: MixtralSparseMoeBlock`: attention is the root's, which stays gathered, and experts
+    are not quantized. Loading, which has all of them on the card, is the peak of Mixtral 8x7B's own sizes; backward there misses
+    34 MB. Of small experts one or two segments of 20 MB are missing."""
+    assert plan(row).unsupported == {}
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    drift = {phase: abs(100 * (peaks.by_phase[phase] / nbytes - 1)) for phase, nbytes in row["by_phase"].items()}
+    assert drift["load"] < 0.001
+    assert drift["forward"] < 0.03
+    assert drift["backward"] < (0.08 if "sizes" in row else 0.77)
+    assert drift["step"] < 0.45  # 0.1 MB
+    assert abs(100 * (peaks.allocated / row["allocated"] - 1)) < 0.03
+    assert abs(100 * (peaks.reserved / row["reserved"] - 1)) < (3.5 if "sizes" in row else 0.5)
+
+
+def test_experts_as_units_in_other_checkpoints_have_no_peak() -> None:
+    job = options(MIXTURES[0]) | {"use_reentrant": False}
+    assert "transformer_cls_names_to_wrap" in peftplan.estimate(**job).not_modelled[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from peftplan.arch.modules import Router
+from peftplan.distributed.fsdp1 import Fsdp1
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.activations import activation
 from peftplan.memory.experts import chunked_gate, divided_in_place, experts, row_sum, taken, top_k
@@ -18,6 +19,7 @@ from peftplan.memory.models.decoder import decoder
 from peftplan.memory.models.expert_loop import MIXTRAL, QWEN, looped, looped_block
 from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
+from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor
@@ -96,7 +98,15 @@ def hand_out(c: Call, logits: Tensor) -> None:
 
 
 def routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) -> Tensor:
-    """`MixtralSparseMoeBlock.forward`."""
+    """`MixtralSparseMoeBlock`, which FSDP1 may have wrapped."""
+    units, unit = c.model.units, experts_of(c.number)
+    if not (isinstance(units, Fsdp1) and unit in units.by_name):
+        return _routed_block(c, x, route=route, router=router, name=name)
+    return units.leave(unit, _routed_block(c, units.enter_with(unit, x), route=route, router=router, name=name))
+
+
+def _routed_block(c: Call, x: Tensor, *, route: Route, router: str, name: str) -> Tensor:
+    """Its `forward`."""
     check(c)
     if c.block.mlp.apart:
         of_qwen = route is qwen_route
