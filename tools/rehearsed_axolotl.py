@@ -61,6 +61,8 @@ WITHOUT_SVD = (
     "torch.linalg.svd = svd\n"
 )
 """The results of `torch.linalg.svd` without cuSOLVER, which finds no size of its workspace on the card."""
+OF_OLDER_TORCH = {"PYTORCH_CUDA_ALLOC_CONF": OF_LAUNCHER["PYTORCH_ALLOC_CONF"]}
+"""The tool sets this one where the other is set, with sizes rounded up to sixteenths of powers of two (utils/__init__.py:95)."""
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
@@ -115,7 +117,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
         command = [sys.executable, "-c", WITHOUT_SVD * strided + with_flash + PROGRAM, str(file)]
-        with patch.dict(os.environ, OF_LAUNCHER):  # read before the tool sets it, where WITH_FLASH has imported torch
+        with patch.dict(os.environ, OF_LAUNCHER | OF_OLDER_TORCH):  # read before the tool sets it, where WITH_FLASH imports torch
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 

@@ -73,6 +73,10 @@ class Effective:
     def _has_product(self, key: str, accepted: Product) -> bool:
         if "same_as" in accepted:
             return word(self.of(key)) == word(self.of(accepted["same_as"])) not in NOTHING
+        if "other_than" in accepted:
+            value = self.of(key)
+            entries = [each for each in (value if isinstance(value, list) else [value]) if word(each) not in NOTHING]
+            return not all(any(self._equal(each, known) for known in accepted["other_than"]) for each in entries)
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
         if key == "key_value_heads":

@@ -19,6 +19,7 @@ from peftplan.job.configs.models import named, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.configs.with_file import fitting, of_trainer
+from peftplan.job.loaded import ATTENTION
 from peftplan.job.setup import OF_PREFERENCES
 from peftplan.validation import listed
 
@@ -36,6 +37,11 @@ TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
 SHARING = ("tp_size", "pp_size", "cp_size")
 """Options whose ranks share the rows of a batch."""
+FLASH_KERNELS = (
+    *("flash_attention_3", "kernels-community/flash-attn2", "kernels-community/flash-attn3"),
+    "kernels-community/vllm-flash-attn3",
+)
+"""Kernels that save what FlashAttention 2 saves: outputs and a number per token and head."""
 OLD_OPTIMIZERS = ("adamw_hf",)
 """Optimizers of transformers 4 that 5 does not have."""
 DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
@@ -146,8 +152,15 @@ class Reading:
         if option == "optim" and ours is value and ("." in str(value) or value in OLD_OPTIMIZERS):
             self.unsupported[key] = Unsupported(value, f"the states of {value} are not known here", option=option)
             return
+        why = row.get("why", "")
+        if option == "attn_implementation" and ours is value:
+            if value in FLASH_KERNELS:
+                ours, why = "flash_attention_2", "a kernel that saves what FlashAttention saves; counted as FlashAttention 2"
+            elif value not in ATTENTION:
+                self.unsupported[key] = Unsupported(value, "this attention is not known here", option=option)
+                return
         self._set({option: self._typed(key, option, ours)})
-        self.read[key] = Read(value, option, row.get("why", ""))
+        self.read[key] = Read(value, option, why)
         if key in self.by_default:
             self.assumed[option] = f"the program's default of {', '.join(self.by_default[key])}"
 
@@ -221,6 +234,11 @@ class Reading:
             if self.document.kind == "calls" and isinstance(stated_value, Mapping) and "key" in stated_value and not plain(value):
                 self.unsupported[stated_value["key"]] = Unsupported(value, "its value is a placeholder", option=option)
                 continue
+            if option == "loss_type" and isinstance(value, tuple):
+                (value, *others) = value
+                if others:
+                    self.unsupported[option] = Unsupported(value, "a sum of losses is not counted", option=option)
+                    self.read.pop(option, None)
             if option in WHOLE and isinstance(value, tuple) and isinstance(stated_value, Mapping):
                 value = self._typed(stated_value.get("key", option), option, value)
             self._set({option: value})
@@ -230,9 +248,9 @@ class Reading:
         for key, default in rule.get("defaults", {}).items():
             if self.values.get(key) is None:
                 self.effective.defaults[key] = default
-                meant = self.tool.rows[key]
-                self._set({meant["to"]: by_word(meant.get("values", {}), default)})
-                self.defaults[meant["to"]] = self._place(at)
+                if "to" in (meant := self.tool.rows[key]):
+                    self._set({meant["to"]: by_word(meant.get("values", {}), default)})
+                    self.defaults[meant["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
             self._set({option: tuple(dict.fromkeys((*(before if isinstance(before, tuple) else ()), *names)))})

@@ -41,9 +41,11 @@ class Row(TypedDict, total=False):
 
 
 class Product(TypedDict, total=False):
-    """A condition on the product of a key with another one, `times`, or on the key itself: `below`, `same_as` another one."""
+    """A condition on the product of a key with another one, `times`, or on the key itself: `below`, `same_as` another one,
+    `other_than` these values: of a list, one entry is."""
 
     below: int
+    other_than: list[object]
     same_as: str
     times: str
     at_least: int
@@ -100,10 +102,10 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
     for which the tool's defaults count, `said` or `unsaid`: by the file, `fraction`: a number that is not whole, or
-    `{"below": number}`, `{"same_as": key}`, `{"at_least": number, "times": key}`: its product with another key's, or
-    `{"multiple_of": key, "times": key}`, or of `key_value_heads`, the model's, `{"multiple_of": key}`. `file` and `program` are
-    what is read; `architecture` is the model's `model_type`, `checkpoint` the dtype in its config, `vocabulary` its own,
-    `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
+    `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`, `{"at_least": number, "times": key}`: its product with
+    another key's, or `{"multiple_of": key, "times": key}`, or of `key_value_heads`, the model's, `{"multiple_of": key}`. `file`
+    and `program` are what is read; `architecture` is the model's `model_type`, `checkpoint` the dtype in its config,
+    `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts`
     are its own: `["fused"]` where peft takes names of projections for parameters of experts."""
     set: Mapping[str, Setting]
     """Option → a value, `{"key": name}`, `{"product": [names or numbers]}`, `{"sum": [names or numbers]}`, `{"names": {key: …}}`,
@@ -111,7 +113,7 @@ class Rule(TypedDict, total=False):
     add: Mapping[str, Sequence[str]]
     """Option → names that are added to those that other rules set."""
     defaults: Mapping[str, object]
-    """Keys that an option takes → the tool's values of them, in place of its usual defaults, where the file leaves them out."""
+    """Keys → the tool's values of them, in place of its usual defaults, where the file leaves them out."""
     by_default: bool
     """Whether the tool does so by itself."""
     unsupported: Refusal

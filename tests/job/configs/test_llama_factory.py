@@ -140,7 +140,7 @@ def test_kernels_of_v1_that_run_on_cuda_replace_experts_alone(model: str, replac
 
 def test_settings_of_axolotl_that_leave_the_tensors_as_they_are() -> None:
     """xformers 0.0.35 has no `swiglu_packedw`; LoftQ fills the tensors of LoRA; Hatchery loads a stub of the model."""
-    fused = read({**AXOLOTL, "adapter": None, "flash_attention": True, "flash_attn_fuse_mlp": True})
+    fused = read({**AXOLOTL, "adapter": None, "flash_attn_fuse_mlp": True})
     loft = read({**AXOLOTL, "peft": {"loftq_config": {"loftq_bits": 4}}})
     assert (fused.unsupported, loft.unsupported) == ({}, {})
     remote = read({**AXOLOTL, "plugins": ["axolotl.integrations.hatchery.HatcheryPlugin"], "hatchery": {"backend": "tinker"}})

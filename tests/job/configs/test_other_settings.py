@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftplan.job.configs.read import read_config, read_text, read_values
-from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TORCHTUNE, TRL
 
 pytestmark = pytest.mark.quick
 
@@ -108,3 +108,109 @@ def test_peft_checkpoints_a_quantized_base_whatever_the_trainer_says(arguments: 
         f"SFTTrainer(model, {arguments}, peft_config=LoraConfig(r=8)).train()\n"
     )
     assert read_text(program, file="run.py").options["gradient_checkpointing"] is checkpoints
+
+
+@pytest.mark.parametrize(
+    ("old", "name"), [("flash_attention", "flash_attention_2"), ("sdp_attention", "sdpa"), ("eager_attention", "eager")]
+)
+@pytest.mark.parametrize("adapter", ["qlora", None])
+@pytest.mark.parametrize("more", [{}, {"sample_packing": True}, {"activation_offloading": True}])
+def test_axolotls_old_names_of_attention(old: str, name: str, adapter: str | None, more: dict[str, object]) -> None:
+    """axolotl 0.19.0, utils/schemas/config.py:1577, puts the new name in their place before anything reads it."""
+    base = {key: value for key, value in AXOLOTL.items() if key not in ("attn_implementation", "flash_attention")}
+    base |= {"base_model": "meta-llama/Llama-3.2-1B", "adapter": adapter, **more}
+    of_old = read_values({**base, old: True}, file="a.yml")
+    of_new = read_values({**base, "attn_implementation": name}, file="a.yml")
+    assert of_old.options == of_new.options
+    assert of_old.options["attn_implementation"] == name
+    assert {*of_old.unsupported} == {*of_new.unsupported}
+    assert "attn_implementation" in of_old.read[old].option
+    both = read_values({**base, old: True, "attn_implementation": name}, file="a.yml")
+    assert " raises " in both.unsupported[old].why  # config.py:1569
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"attn_implementation": "flash_attention_4"}, "attn_implementation"),
+        ({"attn_implementation": "kernels-community/other"}, "attn_implementation"),
+        ({"attn_implementation": None, "xformers_attention": True}, "attn_implementation"),
+        ({"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"]}, "plugins"),
+        ({"lora_target_linear": None}, "adapter"),  # peft raises ValueError
+    ],
+)
+def test_axolotl_leaves_no_value_out(values: dict[str, object], key: str) -> None:
+    """Values that no rule knows say so: their peak was that of a file without the key."""
+    assert [*read_values({**AXOLOTL, **values}, file="a.yml").unsupported] == [key]
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({**LLAMAFACTORY, "quantization_bit": 3}, "quantization_bit"),
+        ({**SWIFT, "quant_method": "bnb", "quant_bits": 3}, "quant_bits"),
+        ({**SWIFT, "quant_method": "bnb", "quant_bits": None}, "quant_method"),
+    ],
+)
+def test_bitsandbytes_has_4_and_8_bits(values: dict[str, object], key: str) -> None:
+    """LLaMA-Factory 0.9.5, model/model_utils/quantization.py:181; ms-swift 4.6.0, arguments/base_args/quant_args.py:50, :57."""
+    assert " raises ValueError" in read_values(values, file="a.yaml").unsupported[key].why
+
+
+@pytest.mark.parametrize("values", [AXOLOTL, LLAMAFACTORY, TRL])
+def test_an_emptied_cache_lowers_what_is_reserved(values: dict[str, object]) -> None:
+    """transformers 5.24, trainer.py:2094: between forward and backward of each such step, the first one too."""
+    assert (
+        read_values({**values, "torch_empty_cache_steps": 4}, file="a.yaml").unsupported["torch_empty_cache_steps"].effect
+        == "lowers"
+    )
+
+
+def test_attention_of_kernels_repositories() -> None:
+    """What saves as FlashAttention 2 does is counted as it, in files of each tool; the others have no peak, but a count."""
+    for values, key in ((TRL, "attn_implementation"), (SWIFT, "attn_impl"), (AXOLOTL, "attn_implementation")):
+        for name in ("flash_attention_3", "kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3"):
+            assert read_values({**values, key: name}, file="a.yaml").options["attn_implementation"] == "flash_attention_2"
+        assert [*read_values({**values, key: "flex_attention"}, file="a.yaml").unsupported] == [key]
+
+
+def test_trl_without_a_longest_sequence() -> None:
+    """`max_length: null` cuts nothing (trl 1.16, trainer/sft_config.py:143); it is not the default of 1024 tokens."""
+    plan = read_values({**TRL, "max_length": None}, file="a.yaml")
+    assert "seq_len" not in plan.options
+    assert "max_length" in plan.read or "max_length" in plan.ignored
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flash", "shape"),
+    [("bfd-requeue", True, "one row"), ("bfd-requeue", False, None), ("zzz", True, None), ("wrapped", False, "rows")],
+)
+def test_trl_packs_by_a_strategy_that_it_has(strategy: str, flash: bool, shape: str | None) -> None:
+    """`bfd-requeue` is the old name of `bfd_split` (trl 1.16, trainer/sft_config.py:336)."""
+    attention = {"attn_implementation": "flash_attention_2"} if flash else {}
+    plan = read_values({**TRL, "packing": True, "packing_strategy": strategy, "max_length": 512, **attention}, file="a.yaml")
+    assert ("packing" in plan.unsupported) is (shape is None)
+    assert shape != "one row" or plan.options["batch_size"] == 1
+
+
+@pytest.mark.parametrize(("losses", "counted"), [(["hinge"], True), ("hinge", True), (["hinge", "sft"], False)])
+def test_trl_with_losses_in_a_list(losses: object, counted: bool) -> None:
+    """trl 1.16, trainer/dpo_config.py:245 takes a list; the sum of several is not counted."""
+    plan = read_values({**TRL, "loss_type": losses}, file="a.yaml", kind="command", program="trl dpo")
+    assert (plan.options["loss_type"], "loss_type" in plan.unsupported) == ("hinge", not counted)
+    assert ("loss_type" in plan.read) is counted
+
+
+@pytest.mark.parametrize(
+    ("base", "values", "effect"),
+    [
+        (TORCHTUNE, {"optimizer": {"_component_": "torch.optim.SGD", "momentum": 0.9}}, "raises"),
+        (TORCHTUNE, {"optimizer": {"_component_": "torch.optim.AdamW", "amsgrad": True}}, "raises"),
+        (TRL, {"disable_dropout": False}, "unknown"),  # trl 1.16, trainer/dpo_config.py:185: True by default
+        (TRL, {"full_determinism": True}, "unknown"),
+    ],
+)
+def test_settings_that_change_what_a_step_keeps(base: dict[str, object], values: dict[str, object], effect: str) -> None:
+    """They were read as numbers of the optimizer, of a loss or of the data."""
+    (refusal,) = read_values({**base, **values}, file="a.yaml").unsupported.values()
+    assert refusal.effect == effect

@@ -68,3 +68,11 @@ def test_torchtune_over_the_processes_of_its_header() -> None:
     ends = {**values, "custom_sharded_layers": ["tok_embeddings", "output"], "fsdp_cpu_offload": True}
     assert read(ends, nproc_per_node=4).options["custom_sharded_layers"] == ("tok_embeddings", "output")
     assert "offload_params" not in read(ends).options
+
+
+@pytest.mark.parametrize("more", [{"quantize_base": True}, {"_component_": "torchtune.models.llama3_1.qlora_llama3_1_8b"}])
+def test_adapters_of_quantized_weights_are_not_fake_quantized(more: dict[str, object]) -> None:
+    """torchtune, modules/peft/lora.py:283 (`QATLoRALinear.from_lora_linear`)."""
+    quantizer = {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer", "groupsize": 32}
+    values = {**TORCHTUNE, "model": {**TORCHTUNE["model"], **more}, "quantizer": quantizer}
+    assert any(" raises ValueError" in row.why for row in read(values, tool="torchtune").unsupported.values())

@@ -185,7 +185,7 @@ def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
         assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, seq_len)
         assert not plan.unsupported
     for other in ({"attn_implementation": "sdpa"}, {"attn_implementation": "flex_attention"}, {"packing_strategy": "ffd"}):
-        assert read({**packed, **other}, kind="command", program="trl sft").unsupported.keys() == {"packing"}
+        assert {"packing"} <= read({**packed, **other}, kind="command", program="trl sft").unsupported.keys()
 
 
 def test_a_server_of_trl_trains_nothing() -> None:
