@@ -61,6 +61,8 @@ def without_formula(job: Job) -> str | None:
     )
     if (by.of_preferences and job.reference not in rehearsed) or (by.anchors and not _knows_anchors(job)):
         return f" and {by.called}"
+    if job.setup.keeps_ends_wide and job.method_name == "full" and distributed.strategy not in ("fsdp1", "fsdp2"):
+        return f" and norms and embeddings in fp32, as {by.called} keeps them without FlashAttention"
     if distributed.strategy == "ddp":
         return None
     if distributed.strategy == "tp":

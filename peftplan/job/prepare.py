@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
 
+WIDE_ENDS = ("norm", r"\.gate\.", "embed_tokens", "lm_head")
+"""What of a model axolotl casts to fp32, by parts of names (axolotl 0.19.0, loaders/model.py:1168, loaders/utils.py:316)."""
+
+
 def prepare(
     model: object = None,
     *,
@@ -157,10 +161,8 @@ def prepared(request: Request) -> Job:
         use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )
-    if setup.by.wide_ends and kind is not None and kind.name == "full" and setup.attn_implementation != "flash_attention_2":
-        ends = (architecture.input_embedding, architecture.output_embedding)
-        wide = ("norm", *(f"^{end}\\." for end in ends if end))
-        architecture = replace(architecture, keep_in_fp32_strict=(*architecture.keep_in_fp32_strict, *wide))
+    if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
+        architecture = replace(architecture, keep_in_fp32_strict=(*architecture.keep_in_fp32_strict, *WIDE_ENDS))
     setup = setup.model_copy(update={"router_loss": router_loss(setup, architecture)})
     if "batch_size" not in setup.model_fields_set:
         replicas = 1 if distributed is None else distributed.replicas

@@ -157,6 +157,11 @@ class Setup(BaseModel):
         return self.by.expandable_segments and self.loss != "torchtune-chunked"
 
     @property
+    def keeps_ends_wide(self) -> bool:
+        """Whether norms, embedding and head of a model that trains in full stay in fp32; cut cross entropy needs 16 bits."""
+        return self.by.wide_ends and self.attn_implementation != "flash_attention_2" and self.loss != "cut-cross-entropy"
+
+    @property
     def rows(self) -> int:
         """Sequences of a forward: two for each example where it is a pair."""
         return self.batch_size * self.by.rows

@@ -54,6 +54,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             own_fsdp2=True,
             recasts_tables=True,
             hooks_adapted=True,
+            wide_ends=True,
             pins_liger=True,
             expandable_segments=True,
         ),
