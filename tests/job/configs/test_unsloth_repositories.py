@@ -173,6 +173,26 @@ def test_a_repository_has_files_of_the_sizes_that_a_notebook_printed() -> None:
     assert _files([*table, *(n for layer in layers for n in layer), *table], 5e9) == pytest.approx([4.97, 4.59, 1.56], abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("model", "repository", "printed"),
+    [
+        ("llama-3.1-8b", "Meta-Llama-3.1-8B-Instruct", 5.96),
+        ("llama-3.2-3b-instruct", "Llama-3.2-3B-Instruct", 2.35),
+        ("qwen2.5-3b-instruct", "Qwen2.5-3B-Instruct", 2.36),
+        ("qwen2.5-vl-7b-instruct", "Qwen2.5-VL-7B-Instruct", 6.90),
+        ("gemma-3-4b-it", "gemma-3-4b-it", 4.56),
+        ("qwen3-14b", "Qwen3-14B", 4.97 + 4.59 + 1.56),
+    ],
+)
+def test_files_of_repositories_are_as_large_as_notebooks_printed(model: str, repository: str, printed: float) -> None:
+    """GB; unslothai/notebooks@bdda2efc, files that Llama3.1_(8B)-GRPO, Meta_Synthetic_Data_Llama3_2_(3B), Qwen2.5_(3B)-GRPO,
+    Qwen2_5_7B_VL_GRPO, Gemma3_(4B)-Vision-GRPO and Qwen3_(14B)-Reasoning-Conversational load, to two digits each."""
+    result = in_4_bits(model, REPOSITORIES[f"unsloth/{repository}-unsloth-bnb-4bit"])
+    lines = result.to_dict()["memory"]["lines"]
+    base = sum(line["bytes"] for line in lines if line["category"] in ("weights", "quant_state"))
+    assert base / 1e9 == pytest.approx(printed, abs=0.006)
+
+
 def test_which_mlps_are_in_16_bits_changes_little() -> None:
     """The sizes of the files say how many, of which the first is in layers 0 to 16 and two in 18 to 39."""
     plan = read_text(SOURCE.replace("NAME", "unsloth/Qwen3-14B").replace("SETTINGS", ""), file="a.py")
