@@ -121,9 +121,9 @@ def loading_of(
         load = partial(load_widened, load=load, parameters=parameters)
         passing = (Line("experts in 4 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, WIDENED),)
     if job.reference == "copy" and setup.by.block:
-        from peftplan.memory.reference_load import load_copied
+        from peftplan.memory.reference_load import load_with_copy
 
-        load = partial(load_copied, load=load, policy=parameters, copy=as_copied(job, parameters))
+        load = partial(load_with_copy, load=load, policy=parameters, copy=as_copied(job, parameters))
     elif job.reference == "copy":
         from peftplan.job.teacher import teacher_of
         from peftplan.memory.reference_load import load_both

@@ -30,7 +30,7 @@ def load_both(memory: Memory[Handle], load: Loader, reference: Parameters, *, mo
     _keep(memory, reference._replace(all=base), moved=moved)
 
 
-def load_copied(memory: Memory[Handle], load: Loader, policy: Parameters, *, copy: Parameters) -> None:
+def load_with_copy(memory: Memory[Handle], load: Loader, policy: Parameters, *, copy: Parameters) -> None:
     """Load the policy, copy it on its device, and cast the copy; then the trainer's loop empties the cache (axolotl 0.19.0,
     core/trainers/ebft/strided.py:460)."""
     load(memory)
