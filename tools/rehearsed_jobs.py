@@ -52,6 +52,9 @@ RAN = {
 PHASES = ("load", "forward", "backward", "step")
 OF_LAUNCHER = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """What the command lines of axolotl and torchtune, and LLaMA-Factory v1's launcher, set for the processes that they start."""
+STEPS = {"schedule_free_radam": 7}
+"""Optimizer → steps until one is as all later ones, if more than 3: RAdam divides by a root from the fifth one on, where ρ is
+above 4 (schedulefree 1.4.1, radam_schedulefree.py)."""
 
 
 def drawn(seed: int, number: int) -> str:
@@ -84,6 +87,7 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
         result = rehearse(
             [sys.executable, str(PROGRAM), *program_words(words)],
             world_size=gpus * nodes,
+            steps=STEPS.get(words[words.index("--optim") + 1], 3) if "--optim" in words else 3,
             timeout=timeout,
             stdout=sys.stderr.fileno(),
         )

@@ -142,7 +142,7 @@ def loading_of(
     if job.distributed is not None:
         from peftplan.analytic import ranks
 
-        load = ranks.loaded_on_rank(inventory, model, buffers, load)
+        load = ranks.loaded_on_rank(inventory, model, buffers, load, normed)
         if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
             from peftplan.memory.reference_load import load_after_reference
 

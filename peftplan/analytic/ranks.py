@@ -240,8 +240,8 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
     return program._replace(shards=stepped.all, schedule=of_rank)
 
 
-def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader) -> Loader:
-    """How a rank loads the model. `of_one_gpu`: how one GPU loads what is not divided."""
+def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader, normed: Line | None) -> Loader:
+    """How a rank loads the model. `of_one_gpu`: how one GPU loads what is not divided; `normed`: the workspace that it takes."""
     job, parameters, _, holding = inventory
     distributed = job.distributed
     if distributed is None or holding is None or distributed.facts.loads_on_device:
@@ -299,7 +299,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         whole,
         layout,
         bool(distributed.cpu_ram_efficient_loading),
-        whole_sizes(parameters, holding.parameters),
+        {**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         (TE_WORKSPACE,) if kernels_of(job.setup.kernels or ()).experts is not None else (),
     )

@@ -66,6 +66,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
     parser.add_argument("--quant", choices=("nf4", "int8"))
+    parser.add_argument("--double-quant", action=FLAGS)
     parser.add_argument("--quant-storage", default="uint8", choices=("uint8", *DTYPES))
     parser.add_argument("--kbit-prepare", action=FLAGS, default=True)
     parser.add_argument("--bias", choices=("none", "all", "lora_only"), default="none")
@@ -134,7 +135,7 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=job.quant != "nf4" if job.double_quant is None else job.double_quant,
             bnb_4bit_compute_dtype=DTYPES[job.dtype],
             bnb_4bit_quant_storage=DTYPES.get(job.quant_storage, torch.uint8),
         )
