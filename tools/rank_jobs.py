@@ -76,6 +76,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **row["fsdp"],
         **({"script": peftplan.Script(transformers=row["transformers"])} if "transformers" in row else {}),
         **program.get("ddp", {}),
+        **({"find_unused_parameters": False} if "ddp_find_unused_parameters" in program.get("arguments", {}) else {}),
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
     }
     if program["method"] == "qlora":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
+from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once
@@ -202,6 +203,7 @@ def program_of(job: Job) -> Program:
         forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,
         scales=setup.autocast == "fp16",
+        copies_outputs=copies_outputs(job.distributed),
     )
 
 

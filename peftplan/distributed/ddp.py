@@ -47,6 +47,13 @@ def divided_after(distributed: Distributed) -> int:
     return 0 if distributed.find_unused_parameters else 1
 
 
+def copies_outputs(distributed: Distributed | None) -> bool:
+    """Whether the model's outputs are copied, so that a gradient that one of them does not get can be told (`_DDPSink`)."""
+    if distributed is None or distributed.strategy != "ddp":
+        return False
+    return bool(distributed.find_unused_parameters) and not distributed.static_graph
+
+
 def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
     """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first. Buckets that stay
     are filled in the order of the model, and made from the last one to the first."""

@@ -171,7 +171,13 @@ def prepared(request: Request) -> Job:
     if distributed is not None:
         from peftplan.job.shared_bases import unprepared
         from peftplan.job.shared_optimizers import check_in_backward, stepped_by_deepspeed
-        from peftplan.job.shared_work import asked_checkpoints, changed_by_trainer, check_distributed, loaded_by_rank
+        from peftplan.job.shared_work import (
+            asked_checkpoints,
+            changed_by_trainer,
+            check_distributed,
+            loaded_by_rank,
+            with_trainers_search,
+        )
 
         check_in_backward(distributed, setup)
         setup = stepped_by_deepspeed(loaded_by_rank(setup, chosen=set_here.get("device_map")), distributed)
@@ -181,6 +187,7 @@ def prepared(request: Request) -> Job:
             setup = changed_by_trainer(setup, distributed)
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)
+        distributed = with_trainers_search(distributed, setup, adapts=kind is None or kind.peft_type is not None)
         check_distributed(distributed, setup, architecture, quant, model_config)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task

@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads, style_of
+from peftplan.distributed.zero import by_tensor
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import BUILT
@@ -255,7 +256,7 @@ def _check_flat(distributed: Distributed, setup: Setup, adaptation: Adaptation) 
 def _check_shards(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
     """Raise RefusedError for an adapter that reads shards as whole tensors under FSDP2, and for VeRA where its frozen matrices,
     which are buffers, stay in fp32: FSDP2 and DeepSpeed cast parameters alone, and do not run under autocast. ZeRO-3 leaves its
-    vectors in fp32 too. Run over two ranks of gloo; VeRA and AdaLoRA rehearsed."""
+    vectors in fp32 too. Run over two ranks of gloo; VeRA, AdaLoRA and LN tuning rehearsed."""
     names = {_leaf(tensor) for tensor in adaptation.added}
     by_fsdp2 = distributed.strategy == "fsdp2"
     if by_fsdp2 and "lora_E" in names:
@@ -267,6 +268,13 @@ def _check_shards(distributed: Distributed, setup: Setup, adaptation: Adaptation
         raise RefusedError(
             "strategy: LoRA-FA's optimizer fails in its first step under FSDP2: RuntimeError: aten.add.Tensor got mixed "
             f"torch.Tensor and DTensor ({named('peft')}, optimizers/lorafa.py:165); accepted: ddp"
+        )
+    divided_first = distributed.strategy == "zero3" and by_tensor(distributed, quantized=setup.quant not in (None, "none"))
+    if divided_first and any(".ln_tuning_layers." in t.name for t in adaptation.added):
+        raise RefusedError(
+            f"strategy: {named('peft')} copies norms that ZeRO-3 has divided (tuners/ln_tuning/layer.py:47), and DeepSpeed finds "
+            "several dtypes in what trains: AssertionError (runtime/zero/utils.py:218); accepted: ddp, fsdp2, zero2, or zero3 "
+            "with zero3_init false"
         )
     wide = setup.autocast in SIXTEEN_BITS and setup.adapter_dtype not in SIXTEEN_BITS
     if "vera_lambda_d" in names and wide and distributed.strategy in ("fsdp2", "zero0", "zero1", "zero2"):
@@ -302,6 +310,14 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
     heads, pairs = stated.get("num_attention_heads"), stated.get("num_key_value_heads")
     if not architecture.blocks and isinstance(heads, int):
         yield heads, pairs if isinstance(pairs, int) else heads
+
+
+def with_trainers_search(distributed: Distributed, setup: Setup, *, adapts: bool) -> Distributed:
+    """The strategy with what transformers' Trainer tells DDP unless it is told: to look for parameters without gradients in any
+    model that is not its own class, such as peft's, and in its own without checkpoints (trainer.py:749)."""
+    if distributed.strategy != "ddp" or distributed.find_unused_parameters is not None or not setup.by.leaves_search:
+        return distributed
+    return distributed.model_copy(update={"find_unused_parameters": adapts or not setup.gradient_checkpointing})
 
 
 def packs_integers(quant: QuantConfig | None) -> bool:

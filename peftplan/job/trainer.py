@@ -291,6 +291,12 @@ class Trainer(NamedTuple):
         """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
         return bool(self.options) or self.rows > 1 or self.embeds
 
+    @property
+    def leaves_search(self) -> bool:
+        """Whether transformers' Trainer decides if DDP looks for parameters without gradients. axolotl does not look (0.19.0,
+        core/builders/causal.py:265), LLaMA-Factory not with LoRA (0.9.5, hparams/parser.py:474)."""
+        return self.name == "transformers" or self.package == "trl"
+
     def adapter_on_host(self, *, quantized: bool) -> bool:
         """Whether buffers that peft makes on the host stay there."""
         return self.loads_on_device or quantized

@@ -99,7 +99,8 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
 
         of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
         of_logits = loss_of_completions if program.trainer.generates else of_rows
-        return of_logits(f, _wide_logits(model, program.trainer.scoring), program.trainer.scoring, count=model.running.batch_size)
+        logits = _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs)
+        return of_logits(f, logits, program.trainer.scoring, count=model.running.batch_size)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
     if program.trainer.anchors:
@@ -174,7 +175,8 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, teacher)
         with nullcontext() if forward.trains else f.no_grad():
-            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, program.trainer.scoring or "softmax"))
+            scoring = program.trainer.scoring or "softmax"
+            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, scoring, copies=False))
     f.module = ""
     assert teacher is not None
     if (at_once := program.trainer.compares_at_once) is not None:
@@ -209,15 +211,19 @@ def _prepared(model: Model, program: Program) -> list[Tensor]:
     f.module = ""
     if f.autocast and program.trainer.prepares_model:
         outputs = [f.to(x.detach(), "fp32") if x.dtype in SIXTEEN_BITS else x for x in outputs]
+    if program.copies_outputs:
+        outputs = [ops.copied(f, x, "clone", viewed=False) for x in outputs]
     return [loss, *outputs]
 
 
-def _wide_logits(model: Model, scoring: Scoring) -> Tensor:
+def _wide_logits(model: Model, scoring: Scoring, *, copies: bool) -> Tensor:
     """The logits of a model that returns no loss, in fp32, as accelerate returns them where it runs the model under autocast."""
     f = model.tape
     logits = _forward(model)[1]
     f.module = ""
-    return logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
+    wide = logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
+    del logits
+    return ops.copied(f, wide, "clone", viewed=False) if copies else wide
 
 
 def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
@@ -262,7 +268,7 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, reference)
         with nullcontext() if forward.trains else f.no_grad():
-            logits = _wide_logits(runs, scoring)
+            logits = _wide_logits(runs, scoring, copies=program.copies_outputs and forward.trains)
             sums.append(scored_rows(f, logits, scoring, count=model.running.batch_size))
         if forward.of in by.keeps_logits and not forward.batch:
             logits_of[forward.of] = logits.detach()

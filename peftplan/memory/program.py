@@ -39,5 +39,7 @@ class Program(NamedTuple):
     """The stages of a pipeline, and the order in which they run micro batches."""
     projected: Mapping[str, Projected] = MappingProxyType({})
     """Of what APOLLO projects, by name."""
+    copies_outputs: bool = False
+    """Whether DDP returns a copy of each of the model's outputs (torch, nn/parallel/distributed.py, `_DDPSink`)."""
     steps_in_backward: bool = False
     """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""

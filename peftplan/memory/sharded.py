@@ -193,6 +193,8 @@ def grouped(
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
     groups[ROOT][before:before] = [pair for _, pair in sorted(in_root, key=lambda row: row[0])]
+    if TAIL in groups:  # accelerate names the norm first, also where the table is the embedding's (utils/fsdp_utils.py:874)
+        groups[TAIL].sort(key=lambda pair: pair[0].name.rpartition(".")[0] != norm)
     return groups
 
 

@@ -25,6 +25,7 @@ REFUSED = (
     ("lora-fa", "fsdp2", "optimizers/lorafa.py:165"),
     ("adalora", "fsdp2", "tuners/adalora/model.py:251"),
     *(("qia3", strategy, "tuners/ia3/bnb.py") for strategy in ("fsdp2", "zero2", "zero3")),
+    ("ln-tuning", "zero3", "runtime/zero/utils.py:218"),
     *(("vera", strategy, "tuners/vera/layer.py:285") for strategy in ("fsdp2", "zero1", "zero2")),
 )
 """Method, strategy, part of the error that two ranks of gloo raised (FSDP1 and FSDP2), or a rehearsal (ZeRO-2)."""

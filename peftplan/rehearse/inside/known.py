@@ -15,6 +15,8 @@ import torch
 
 MOST = 1 << 20
 """Elements of a tensor whose values are followed."""
+MOST_OF_FLOATS = 1 << 16
+"""The same of a matrix of floats that is no parameter, such as the ones that peft puts before a mask (peft_model.py:2133)."""
 VIEWS = ("expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "unbind", "detach")
 """Operations that make no copy on the host either, whatever the length."""
 MOST_EXPERTS = 1024
@@ -55,7 +57,9 @@ def remember(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     if after.device.type == "cpu" and values is not None:
         return values.to(after.dtype).clone()
     if before.device.type == "cpu":
-        values = before if not before.is_floating_point() and before.numel() <= MOST else None
+        values = before if before.numel() <= (MOST_OF_FLOATS if before.is_floating_point() else MOST) else None
+        if before.is_floating_point() and (before.dim() != 2 or type(before) is not torch.Tensor or before.requires_grad):
+            values = None
     if after is not before and after.device.type == "cuda" and values is not None:
         copied = values.to(after.dtype)
         after.known = copied if copied.numel() > MOST else copied.clone()  # type: ignore[attr-defined]
