@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *("glm4_moe", "qwen3_moe", "glm4_moe_lite"),
+    *("glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite")
+BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
@@ -82,22 +82,23 @@ def _knows_mixture(job: Job) -> bool:
     )
 
 
-EXCHANGES: dict[str, tuple[tuple[str, ...], str, bool]] = {
-    "glm4_moe": ((), "adamw_torch", False),
-    "glm4_moe_lite": (("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False),
-    "qwen3_moe": (("uccl.exchange", "te-linear.dense"), "adamw_torch", True),
+EXCHANGES: dict[str, tuple[tuple[str, ...], str, bool, bool]] = {
+    "glm4_moe": ((), "adamw_torch", False, False),
+    "glm4_moe_lite": (("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False, False),
+    "qwen3_moe": (("uccl.exchange", "te-linear.dense"), "adamw_torch", True, True),
+    "deepseek_v3": (("deepep.exchange", "te-linear.dense", "te-experts.experts"), "adam_one_by_one", False, True),
 }
-"""Model types whose experts ranks divide → kernels of the exchange and beside it, the optimizer, and whether layers are
-checkpoints, as they were rehearsed."""
+"""Model types whose experts ranks divide → kernels of the exchange and beside it, the optimizer, whether layers are
+checkpoints, and whether several micro batches make a step, as they were rehearsed."""
 
 
 def knows_experts(job: Job) -> bool:
     """Whether experts that ranks divide were rehearsed: in full, over enough tokens; with another exchange than HybridEP's where
-    all ranks own them once; in several micro batches with checkpoints."""
+    all ranks own them once."""
     setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
-    kernels, optim, checkpoints = EXCHANGES[model_type]
+    kernels, optim, checkpoints, several = EXCHANGES[model_type]
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
     plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full"
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
@@ -107,7 +108,7 @@ def knows_experts(job: Job) -> bool:
     )
     beside = (setup.kernels or ()) == kernels and bool(setup.gradient_checkpointing) is checkpoints
     stepped = (setup.optim == optim or not kernels) and not distributed.sync_each_batch
-    once = checkpoints or setup.gradient_accumulation_steps == 1
+    once = several or setup.gradient_accumulation_steps == 1
     return alone and plain and here and whole and enough and beside and stepped and once
 
 

@@ -33,6 +33,8 @@ class Loading(NamedTuple):
     """Sizes of tensors of quantized weights that are made together and never sharded, and how many there are."""
     keeps_ends: bool
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
+    widened: bool = False
+    """Whether weights are made anew in fp32 before they are read."""
     beside_stacks: tuple[int, ...] = ()
     """What is there while experts that are one each are read; empty where no model has them."""
 
@@ -60,7 +62,9 @@ class Loading(NamedTuple):
 
     def _empty(self, memory: Memory[Handle]) -> None:
         """Shards are made empty, also one of a tied head, which goes when the head is tied again behind the weights."""
-        for _, shard in (pair for members in self.groups.values() for pair in members):
+        if self.widened:
+            self._widened(memory)
+        for _, shard in (pair for members in self.groups.values() for pair in members if not self.widened):
             _keep_shard(memory, shard)
         tables = [shard for p, shard in self.groups.get(TAIL, ()) if len(p.shape) > 1 and p.owner == "base"]
         of_head = [memory.allocate(n) for shard in tables for n in _on_device(shard)] if EMBEDDING not in self.groups else []
@@ -75,6 +79,23 @@ class Loading(NamedTuple):
         if self.beside_stacks:
             self._stacked(memory)
         memory.empty_cache()
+
+    def _widened(self, memory: Memory[Handle]) -> None:
+        """Weights are made anew in fp32, one after the other, and so again in their own dtype, behind the head, whose
+        `nn.init.trunc_normal_` takes masks (nemo_automodel 0.7.0, components/models/common/utils.py, `yield_fp32_model`)."""
+        shards = [shard for members in self.groups.values() for _, shard in members]
+        sizes = [nbytes for shard in shards for nbytes in _on_device(shard)]
+        handles = [memory.allocate(nbytes) for nbytes in sizes]
+        workspaces = [memory.allocate(nbytes) for nbytes in self.beside_stacks]
+        for number, nbytes in enumerate(sizes):
+            narrow, handles[number] = handles[number], memory.allocate(2 * nbytes)
+            memory.release(narrow)
+        heads = (shard for _, shard in self.groups.get(TAIL, ()) if len(shard.shape) > 1)
+        for handle in [*[memory.allocate(shard.numel) for shard in heads for _ in range(3)], *workspaces]:
+            memory.release(handle)
+        for wide, nbytes in zip(handles, sizes, strict=True):
+            memory.keep((nbytes,))
+            memory.release(wide)
 
     def _stacked(self, memory: Memory[Handle]) -> None:
         """Experts that are one each are read into stacks of all, and those of one layer once more (nemo_automodel 0.7.0,

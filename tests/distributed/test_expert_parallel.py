@@ -128,6 +128,8 @@ def test_checkpoints_keep_what_routing_chose() -> None:
         ("glm-4.7-flash", FLASH | {"gradient_accumulation_steps": 2}),
         ("glm-4.7-flash", FLASH | {"optim": "adamw_torch"}),
         ("glm-4.7-flash", FLASH | {"seq_len": 768}),
+        ("moonlight-16b-a3b", FLASH | {"kernels": "deepep,te-linear"}),
+        ("moonlight-16b-a3b", FLASH | {"kernels": "deepep,te-linear,te-experts", "gradient_checkpointing": True}),
         ("glm-4.7-flash", FLASH | {"gradient_checkpointing": True}),
     ],
 )
