@@ -74,7 +74,9 @@ def units_of(
     checkpointed call runs a layer as FSDP1 wraps it.
     """
     reshards = distributed.reshard_after_forward is not False and owners(distributed) == 1
-    groups = grouped(model.arch, full, shards, distributed, layout)
+    kernels = model.running.kernels
+    calls_adapters = not (kernels.lora_mlp or kernels.lora_qkv or kernels.lora_o)
+    groups = grouped(model.arch, full, shards, distributed, layout, calls_adapters=calls_adapters)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None and model.arch.model_type not in FREED_LAST
     ends_of_stacks = {layer(model.arch.encoder_layers - 1), next(name for name in reversed(groups) if name != TAIL)}
     last = ends_of_stacks if keeps_last else set()
@@ -135,17 +137,26 @@ def tied(arch: Architecture) -> bool:
     return any(original.startswith(f"{arch.input_embedding}.") for _, original in arch.ties)
 
 
+OF_MODULES = re.compile(r"^(?!.*\.experts\.).*\.lora_[AB]\.weight$|^prompt_encoder\.")
+"""Tensors of an adapter that a module of their own holds, which is called; the wrapper of experts reads weights itself."""
 Pairs = list[tuple[Parameter, Parameter]]
 """Parameters with what a rank holds of them."""
 
 
 def grouped(
-    arch: Architecture, full: Parameters, shards: Parameters, distributed: Distributed, layout: Layout
+    arch: Architecture,
+    full: Parameters,
+    shards: Parameters,
+    distributed: Distributed,
+    layout: Layout,
+    *,
+    calls_adapters: bool = True,
 ) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
     torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
-    alone (`wraps_mlps`): then layers have no units, and each module of an adapter is one. A prompt encoder's modules are always.
+    alone (`wraps_mlps`): then layers have no units. `calls_adapters`: modules of an adapter, which are units of FSDP1, run one by
+    one; a kernel that takes their weights finds them gathered with their layer.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
@@ -162,11 +173,12 @@ def grouped(
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
     in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
     divided = {number for p in full.all if id(p) in in_mlps for number in numbers(p, arch)}
-    of_adapter = [p for p in full.all if inner and p.owner == "adapter"]
+    flat = distributed.strategy == "fsdp1"
+    of_modules = {id(p): p for p in full.all if flat and (inner or calls_adapters) and OF_MODULES.search(p.name)}
     of_layers = (
         (
+            *(name for p in of_modules.values() if p.layers for name in leaves_of(p, (number,))),
             *([] if leaves else [layer(number)]),
-            *(name for p in of_adapter for name in leaves_of(p, (number,))),
             *([experts(number)] if number in divided else []),
         )
         for number in layers
@@ -175,7 +187,7 @@ def grouped(
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
             continue
-        if p.owner == "adapter" and (leaves or (distributed.strategy == "fsdp1" and p.name.startswith("prompt_encoder."))):
+        if id(p) in of_modules or (leaves and p.owner == "adapter"):
             for name in leaves_of(p):
                 groups.setdefault(name, []).append(pairs[id(p)])
             continue
