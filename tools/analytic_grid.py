@@ -26,12 +26,15 @@ from typing import Any, NamedTuple
 
 from peftplan.arch import catalogue
 from peftplan.arch.readers import READERS
+from peftplan.job.kernels import SCANNING
 from peftplan.job.sources import load, load_config
 from peftplan.methods import METHODS as REGISTRY
 from peftplan.report.markdown import table
 from tools.engines import RESERVED, KeptTraces, Peaks, peaks
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "analytic-drift.md"
+PLAIN = tuple(name for name in READERS if name not in SCANNING)
+"""Model types whose formula is not that of a kernel, which no trace runs."""
 LAYERS = 6
 LAYER_FIELDS = (
     "num_hidden_layers",
@@ -185,7 +188,7 @@ def shallow(model: str) -> dict[str, Any]:
 
 def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
     """The whole grid; every cell's options depend on its model type, method and number alone, or on type and number."""
-    chosen = list(model_types or READERS)
+    chosen = list(model_types or PLAIN)
     for model_type in chosen:
         for method in METHODS:
             for number in range(DRAWS):
@@ -201,7 +204,7 @@ def cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
 def further_cells(*, model_types: Iterable[str] | None = None) -> Iterator[Cell]:
     """A cell per model type of each method that `METHODS` lacks and of what is rare, drawn as `cells` are."""
     others = [name for name in DRAWN if name not in {method["method"] for method in METHODS}]
-    for model_type in model_types or READERS:
+    for model_type in model_types or PLAIN:
         for name in others:
             method = {"method": name, **OF_METHOD.get(name, {"target_modules": "attention"})}
             yield _cell(model_type, method, random.Random(f"{model_type} {name}"))

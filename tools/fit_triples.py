@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 from peftplan.arch import catalogue
 from peftplan.errors import PeftplanError
 from peftplan.hardware.gpus import gpus
+from peftplan.job.kernels import SCANNING
 from peftplan.job.sources import load_config
 from peftplan.memory.models import FORWARDS
 from peftplan.planning.estimate import estimate
@@ -69,7 +70,8 @@ class Triple(NamedTuple):
 @cache
 def _models() -> dict[str, int]:
     entries = catalogue.models()
-    return {entry.name: entry.num_parameters for entry in entries if load_config(entry.name).get("model_type") in FORWARDS}
+    known = FORWARDS.keys() - SCANNING  # whose formula is that of a kernel
+    return {entry.name: entry.num_parameters for entry in entries if load_config(entry.name).get("model_type") in known}
 
 
 def draw(seed: int, number: int) -> Triple:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import peftplan.methods as methods
 from peftplan.errors import PeftplanError
 from peftplan.job.adapting import PEFT_TASKS
+from peftplan.job.kernels import SCANNING
 from peftplan.job.prepare import prepare
 from peftplan.job.sources import load
 from peftplan.job.tasks import as_told
@@ -52,7 +53,7 @@ def draw_adapter(seed: int, number: int) -> tuple[dict[str, Any], dict[str, Any]
     """A model's config, and an adapter_config.json's content; a config that its reader refuses is drawn again."""
     draw = random.Random(f"adapter {seed} {number}")
     while True:
-        config = draw_config(draw, draw.choice(tuple(FORWARDS)), deep=0)
+        config = draw_config(draw, draw.choice([name for name in FORWARDS if name not in SCANNING]), deep=0)
         try:
             return config, _draw_fields(draw, config)
         except PeftplanError:

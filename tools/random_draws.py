@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from peftplan.arch import catalogue
 from peftplan.arch.modules import LINEAR_KINDS
 from peftplan.errors import PeftplanError
+from peftplan.job.kernels import SCANNING
 from peftplan.job.prepare import prepare
 from peftplan.job.sources import load, load_config
 from peftplan.job.tasks import WITH_PAD_TOKEN
@@ -57,7 +58,7 @@ class Job(NamedTuple):
 def draw_job(seed: int, number: int, *, model_types: Sequence[str] = ()) -> Job:
     """Job `number` of a seed; of one of `model_types`, where some are named."""
     draw = random.Random(f"{seed} {number}")
-    model_type = draw.choice(tuple(model_types or FORWARDS))
+    model_type = draw.choice(tuple(model_types or (name for name in FORWARDS if name not in SCANNING)))
     while True:
         config = draw_config(draw, model_type)
         try:

@@ -55,13 +55,14 @@ def loop(job: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    dtype, narrow = torch.float32 if job.get("dtype") == "fp32" else torch.bfloat16, "autocast" in job
     with torch.device("cuda"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**job["config"]), dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**job["config"]), dtype=dtype)
     model.train()
     model.config.use_cache = False
     if job["method"] == "lora":
         adapter = LoraConfig(r=OF_LORA["r"], target_modules=OF_LORA["target_modules"])
-        model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=narrow)
     if job["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if job["method"] == "lora":
@@ -69,7 +70,8 @@ def loop(job: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
     tokens = torch.ones((job["batch_size"], job["seq_len"]), dtype=torch.int64, device="cuda")
     while True:
-        outputs = model(input_ids=tokens, labels=tokens)
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            outputs = model(input_ids=tokens, labels=tokens)
         outputs.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

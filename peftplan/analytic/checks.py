@@ -122,6 +122,7 @@ def _check_scan(job: Job) -> None:
         "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or has_own_code(job)),
         "eager attention": setup.attn_implementation == "eager",
         f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
+        "projections in fp32": setup.dtype == "fp32" and (setup.autocast == "none" or architecture.model_type == "falcon_h1"),
         f"published code under {setup.by.called}": has_own_code(job) and not setup.by.own_lora,
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:

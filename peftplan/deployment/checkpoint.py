@@ -25,6 +25,7 @@ PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias")
 _ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
+    "nemotron_h": {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _ONE_BY_ONE),
 }
 """model_type → what one expert's matrices are called in a checkpoint, which holds them one by one."""
@@ -37,6 +38,7 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.router\.weight$", ".router.layer.weight"),
     ),
     "gpt_neox": ((r"^lm_head\.", "embed_out."),),
+    "nemotron_h": ((r"^model\.", "backbone."),),
     "vit": (
         (r"(^|\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
         (r"\.attention\.(q|k|v)_proj\.", r".attention.attention.\1_proj."),
@@ -143,7 +145,8 @@ class _Module(NamedTuple):
     def in_order(self) -> Iterator[StoredTensor]:
         yield from self.tensors.values()
         numbered = all(name.isdigit() for name in self.children)
-        first = sorted(self.children, key=lambda name: name != "self_attn")  # a layer of LFM2 makes it where others make `conv`
+        # a layer of LFM2 makes attention where others make `conv`; one of Falcon-H1 makes `mamba` before it
+        first = sorted(self.children, key=lambda name: "mamba" not in self.children and name != "self_attn")
         for name in sorted(self.children, key=int) if numbered else first:
             yield from self.children[name].in_order()
 
