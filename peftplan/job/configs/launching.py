@@ -69,6 +69,10 @@ def of_comments(comments: str) -> dict[str, int]:
 
 
 OVER_ITS_GPUS = "a process divides the model over its GPUs (device_map auto, model/utils.py:242)"
+EACH_OVER_ITS_GPUS = (
+    "ms-swift 4.6.0 raises TypeError where several processes divide a model over their GPUs: get_balanced_memory of transformers "
+    "takes no no_placement_params (model/patcher.py:573; transformers 5.16 to 5.24, integrations/accelerate.py:370; 5.6 has none)"
+)
 RANKS, PER_NODE = "ray.default.ranks", "ray.nproc_per_node"
 """What ms-swift tells Ray: which ranks train, and how many of them a node has."""
 
@@ -159,8 +163,11 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
             result.unsupported[name] = Unsupported(value, f"accepted: 1 to {MOST_RANKS:,}", "unknown")
         elif value and name not in result.options:
             result.assumed[name] = f"the launcher's number is {value}; 1 is assumed"
-    if tool == "swift" and re.fullmatch("[0-9,]+", visible) and visible.count(",") >= int(str(result.options.get("gpus", 1))):
-        result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, OVER_ITS_GPUS, "unknown", "gpus")
+    processes = int(str(result.options.get("gpus", 1)))
+    if tool == "swift" and re.fullmatch("[0-9,]+", visible) and visible.count(",") >= processes:
+        alone = processes == 1 or not {"deepspeed", "fsdp", "device_map"}.isdisjoint(launch)
+        why = OVER_ITS_GPUS if alone else EACH_OVER_ITS_GPUS
+        result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, why, "unknown", "gpus")
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")
 

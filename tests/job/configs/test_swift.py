@@ -317,3 +317,7 @@ def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, pr
     plan = read(SWIFT, kind="command", program="swift sft", **environment)
     assert ("CUDA_VISIBLE_DEVICES" in plan.unsupported) is divided
     assert (of_plan(plan).peak_allocated is None) is divided
+    raised = [" raises TypeError" in row.why for row in plan.unsupported.values()]  # as a rehearsal with four GPUs did
+    assert raised == [processes is not None] * divided
+    beside = read({**SWIFT, "deepspeed": "zero2"}, kind="command", program="swift sft", **environment)
+    assert not any(" raises TypeError" in row.why for row in beside.unsupported.values())
