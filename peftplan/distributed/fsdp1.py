@@ -1,7 +1,8 @@
 """FSDP1 on the tape: flat parameters that a rank gathers before a unit runs and frees after it, and flat gradients to reduce.
 
 Source: torch, distributed/fsdp/{_flat_param,_runtime_utils}.py. Methods have torch's names. What peft trains is a unit of its own
-for each tensor, inside its layer's; here it is gathered and reduced with its layer.
+for each tensor, inside its layer's. Modules of LoRA are gathered and reduced so (`memory.leaf_units`), other tensors with their
+layer.
 
     forward     unit: cast its shard, gather into the flat parameter, free the cast | layer | free
     backward    unit: gather, and the one before it ahead (BACKWARD_PRE) | layer | gradients into one flat tensor, free them, free

@@ -1,5 +1,5 @@
 """Modules of an adapter that are units each, inside the root: under FSDP2, since LLaMA-Factory v1 finds no layers of a PeftModel;
-under FSDP1 where no layer is a unit around them (peft, utils/other.py, `fsdp_auto_wrap_policy`).
+under FSDP1 inside a layer's unit, if that is one (peft, utils/other.py, `fsdp_auto_wrap_policy`).
 
 Source: llamafactory 0.9.5, v1/plugins/trainer_plugins/distributed/fsdp2.py (`prepare_model`, `get_transformer_layer_cls`).
 """

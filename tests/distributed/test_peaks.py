@@ -39,21 +39,20 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
 OPEN = (
     'fsdp1 full 64 fsdp={"backward_prefetch": "pre"}',
     'fsdp1 full 4 config={"hidden_size": 1000',
-    'fsdp1 lora 4 loss="liger"',
 )
-"""Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW. Backward
-of LoRA with Liger's loss, +0.16 %: 2.8 MB, the adapters of one layer, which FSDP1 gathers one by one and the formula with their
-layer (`Fsdp1`); with whole logits the peak is elsewhere."""
+"""Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
+EQUAL = ("tp", "fsdp1 lora", "fsdp1 qlora")
+"""Jobs whose reserved bytes are equal: each module of an adapter is a unit of FSDP1's."""
 ROWS = [row for row in rows() if "error" not in row]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
-    """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %; under tensor parallelism to the byte. The jobs
-    named above are beyond that.
+    """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %, or equal. The jobs named above are beyond
+    that.
     """
     shares = compared(row)
     assert shares is not None
     for phase in PHASES:
         assert abs(shares[phase]) <= (0.003 if row["name"].startswith(OPEN) else 0.001), (phase, shares)
-    assert abs(shares["reserved"]) <= (0.0 if row["strategy"] == "tp" else 0.005), shares
+    assert abs(shares["reserved"]) <= (0.0 if row["name"].startswith(EQUAL) else 0.005), shares
