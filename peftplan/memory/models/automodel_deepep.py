@@ -35,10 +35,6 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 SHARE = 2**20
-CHANNELS = 10
-"""Half of the multiprocessors that the exchange runs on (`dispatcher_num_sms`)."""
-SORTED_AT_ONCE = 1024
-"""Tokens of a block that sorts rows (`make_row_id_map`)."""
 
 
 class Received(Derived):
@@ -153,8 +149,7 @@ def gate(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     weight = c.model.part(f"{c.style.stack}.mlp.gate", c.number).own_weight
     (logits,) = f.chosen(lambda: (products.linear(f, x, weight),))
     scores = ops.softmax(f, f.to(logits, "fp32"), "fp32")
-    _, indices = f.chosen(lambda: top_k(f, scores, mlp.num_experts_per_tok))
-    del _
+    indices = f.chosen(lambda: top_k(f, scores, mlp.num_experts_per_tok))[1]
     weights = taken(f, scores, indices, indices.dims, "gather")
     of_all = scores
     if mlp.router.norm_topk_prob:
@@ -208,19 +203,15 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
     return f.new(x.dims, x.dtype, "combine", f.record(_combined_backward, (back,), back.dims, handle))
 
 
-Layout = tuple[Tensor, ...]
-"""Where tokens went, in both directions."""
-
-
 def dispatched(
     f: Tape, x: Tensor, weights: Tensor, ranks: int, tokens: Received, *, replays: bool
-) -> tuple[Tensor, Tensor, Layout]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """`FusedDispatch`: each token once for each rank that owns one of its experts, and the weights of these. `replays`:
     recomputation finds where tokens went, and their weights (`DispatchReplayRecorder`)."""
     node = f.record(_dispatched_backward, (x, weights), x.dims, weights.dims)
     k, of_ranks = weights.dims[-1], (*x.dims[:-1], ranks)
 
-    def layout() -> Layout:
+    def layout() -> tuple[Tensor, ...]:
         return (
             f.new(of_ranks, "bool", "is token in rank"),
             f.new((tokens,), "int32", "source"),
