@@ -44,6 +44,8 @@ SHARED: dict[str, Any] = {
 SFT, RLHF = "swift sft", "swift rlhf"
 WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attention(); "
 """Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
+WITH_UNSLOTH = "import unsloth; "
+"""As `swift/cli/sft.py` does, before anything of ms-swift."""
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
 WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}); "
 PROGRAMS = {
@@ -107,7 +109,14 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         takes = mode == "server" or row["values"].get("vllm_enable_lora")
         with_server = WITH_SERVER.format(mode=mode) if takes else ""
         of_gkd = OF_GKD if kind == "gkd" else ""
-        code = with_flash + with_server + of_gkd + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
+        with_unsloth = WITH_UNSLOTH if row["values"].get("tuner_backend") == "unsloth" else ""
+        code = (
+            with_unsloth
+            + with_flash
+            + with_server
+            + of_gkd
+            + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
+        )
         command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]
         with patch.dict(os.environ, row.get("environment", {})):
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))

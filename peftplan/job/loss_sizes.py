@@ -83,7 +83,7 @@ OF_FUNCTION = ("per-token", "eaft", SHARED, SHARED_CHUNKS)
 """Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
 SHARED_ROWS = 2048
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
-ALL_LOGITS = ("full", "te-parallel", *OF_FUNCTION)
+ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
 

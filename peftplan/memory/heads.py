@@ -98,6 +98,7 @@ OF_LOSS: dict[str, Place] = {
     "trl-chunked": ("chunked_loss", "trl_chunked"),
     "liger": ("liger_loss", "liger"),
     "unsloth": ("unsloth_loss", "unsloth"),
+    "unsloth-logits": ("unsloth_loss", "of_all_logits"),
     "torchtune-linear": ("torchtune_loss", "linear_cross_entropy"),
     "cut-cross-entropy": ("cut_loss", "cut"),
 }

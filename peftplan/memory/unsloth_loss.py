@@ -11,6 +11,7 @@ from peftplan.errors import NeedsTraceError
 from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
 from peftplan.memory.chunked_loss import rows_of
+from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
 from peftplan.tape import ops
@@ -45,6 +46,24 @@ def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
     loss = _cross_entropy(model, hidden, weight)
     del targets
     return (loss,)
+
+
+def of_all_logits(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`fast_cross_entropy_loss`, where the caller asks for logits (`UNSLOTH_RETURN_LOGITS`): they are kept in their dtype, and
+    backward makes their gradient in it (unsloth 2026.10.9, models/llama.py:2087, kernels/cross_entropy_loss.py)."""
+    f = model.tape
+    logits = logits_of(model, x)
+    f.module = ""
+    tokens = logits.dims[:-1]
+    labels = f.new(tokens, "int64", "empty_like")
+    node = f.record(_all_logits_backward, (logits,))
+    losses = f.new(tokens, "fp32", "losses")
+    f.keep(node, logits.detach(), f.new(tokens, "fp32", "logsumexp"), losses, labels)
+    return ops.scale(f, f.new((), "fp32", "sum", node), "div"), logits
+
+
+def _all_logits_backward(f: Tape, node: Node, saved: tuple[Tensor, ...], g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, saved[0].dtype, "empty_like")
 
 
 def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:

@@ -20,6 +20,8 @@ MERGED = {"allocated": 0.1, "reserved": 0.2}
 """Of 4-bit weights that were quantized anew."""
 SENT = {"allocated": 0.06, "reserved": 1.7}
 """Of weights that are gathered for a server of vLLM."""
+BY_UNSLOTH = {"allocated": 0.006, "reserved": 0.4}
+"""Of a model that Unsloth loads and patches."""
 SHARED = {"allocated": 0.19, "reserved": 0.7}
 """Of rows that several ranks share."""
 OF_TEXT_PARTS = {"allocated": 0.12, "reserved": 0.1}
@@ -35,6 +37,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = COPIED if row["values"].get("tuner_type") == "llamapro" else LARGEST[row.get("program", "swift sft")]
     limits = SENT if row["values"].get("vllm_mode") == "server" else limits
     limits = MERGED if row["values"].get("vllm_enable_lora") else limits
+    limits = BY_UNSLOTH if row["values"].get("tuner_backend") == "unsloth" else limits
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = OF_TEXT_PARTS if peaks.assumed.get("images_per_sample") == 0 else limits
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}

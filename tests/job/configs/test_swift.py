@@ -301,6 +301,20 @@ def test_the_dtype_that_the_config_of_a_model_names(model: str, dtype: str) -> N
     assert (plan.options["dtype"], plan.options["autocast"]) == (dtype, dtype)
 
 
+def test_unsloth_loads_the_model_for_swift_and_returns_all_logits() -> None:
+    """`UNSLOTH_RETURN_LOGITS` (model/register.py:48): 2,048 tokens of Qwen2.5 in 16 bits, and accelerate's copy in fp32."""
+    values = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "lora", "tuner_backend": "unsloth"}
+    plan = read(values, kind="command", program="swift sft")
+    assert not plan.unsupported
+    peaks = peftplan.estimate(config=plan, seq_len=2048).peaks
+    assert peaks is not None
+    of_logits = [line for line in peaks.ledgers["forward"] if line.shape == (1, 2048, 152_064)]
+    assert sum(line.bytes() for line in of_logits) == 2048 * 152_064 * (2 + 4)
+    others: list[dict[str, object]] = [{"tuner_type": "full"}, {"model": "Qwen/Qwen3-8B"}, {"packing": True}, {"quant_bits": 4}]
+    for other in others:
+        assert "tuner_backend" in read({**values, **other}, kind="command", program="swift sft").unsupported
+
+
 def test_completions_that_are_used_again_cost_no_more() -> None:
     """`old_policy()`: they are scored once more without gradients before the step."""
     plain = {**SWIFT, "rlhf_type": "grpo", "use_vllm": True, "vllm_mode": "server"}
