@@ -51,6 +51,11 @@ def flats_of(unit: Unit, ranks: int) -> list[Flat]:
     return flats
 
 
+def _is_apart(unit: Unit) -> bool:
+    """Whether a unit is a module of an adapter: a late GPU passes it with its layer."""
+    return all(member.apart for member in unit.members)
+
+
 class Lag:
     """What the host has freed and a GPU that is as late as it may be has not passed."""
 
@@ -115,7 +120,7 @@ class Fsdp1(Fsdp2):
         """`FlatParamHandle.unshard`: the gathered buffer is the flat parameter that the layer runs on."""
         if unit.unsharded or not unit.members:
             return
-        if self.lag is not None:
+        if self.lag is not None and not _is_apart(unit):
             self.lag.wait()
         for flat in flats_of(unit, self.world_size):
             first, shard = flat.members[0], (flat.numel // self.world_size,)
@@ -153,7 +158,10 @@ class Fsdp1(Fsdp2):
 
     def _reshard(self, unit: Unit) -> None:
         if self.lag is not None and unit.unsharded:
-            self.lag.free(unit.unsharded)
+            if _is_apart(unit):
+                self.lag.read += unit.unsharded
+            else:
+                self.lag.free(unit.unsharded)
         unit.unsharded = []
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
