@@ -9,9 +9,9 @@ imports; causal_conv1d, cpp_functions.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil
-from typing import Any
+from typing import TypeAlias
 
 from peftplan.arch.modules import StateSpace
 from peftplan.arrays import Derived, Size, larger, numel_at, smaller
@@ -128,7 +128,13 @@ def _dims_of_products(space: StateSpace, b: Dim, s: Dim) -> Dims:
     return (b, Chunks(str(s), space.chunk_size), space.groups, space.chunk_size, space.chunk_size)
 
 
-def _mixer_backward(f: Tape, node: Node, saved: Sequence[Any], g: Tensor) -> Gradients:
+Maybe: TypeAlias = Operand | None
+Saved: TypeAlias = tuple[
+    StateSpace, Tensor, Tensor, Tensor | None, Tensor, Operand, Maybe, Operand, Operand, Maybe, Operand, Maybe
+]
+
+
+def _mixer_backward(f: Tape, node: Node, saved: Saved, g: Tensor) -> Gradients:
     space, x, scanned, _, _, taps, bias, dt_bias, d, norm, weight, out_bias = saved
     b, s, _ = x.dims
     of_channels = (b, s, space.channels)
