@@ -38,8 +38,9 @@ def _of_rows(tool: Facts, option: str, value: object) -> Iterator[Values]:
         if "*" in key:
             continue
         if row.get("to") == option:
-            words = [theirs for theirs, ours in row.get("values", {}).items() if ours == value and theirs not in OPEN_WORDS]
-            if words or not row.get("values"):
+            named = {theirs: ours for theirs, ours in row.get("values", {}).items() if ours is not None}
+            words = [theirs for theirs, ours in named.items() if ours == value and theirs not in OPEN_WORDS]
+            if words or not named:
                 yield {key: _plain(words[0] if words else value)}
         for theirs, sets in row.get("sets", {}).items():
             if sets and sets.get(option) == value and theirs not in OPEN_WORDS:

@@ -304,7 +304,7 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) 
         values = content(source, field="fsdp")
         return options(values.get("fsdp"), values.get("fsdp_config"))
 
-    if isinstance(words, str) and (words.startswith("{") or words.endswith(".json") or _shipped(tool, words) is not None):
+    if isinstance(words, str) and (words.startswith("{") or words.endswith(".json") or "fsdp" in (_shipped(tool, words) or ())):
         _named(result, tool, "fsdp", words, of_file, file)
         return
     config = _values(launch, "fsdp_config")

@@ -131,7 +131,7 @@ def check_schema(tool: str, text: str) -> None:
             {"trainer": "trl"},
             "trainer: a config of axolotl 0.19.0 has no setting for 'trl'; accepted: axolotl",
         ),
-        ("axolotl", "llama-3.1-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
+        ("axolotl", "qwen3-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
         (
             "ms-swift",
             "llama-3.1-8b",
