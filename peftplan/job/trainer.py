@@ -29,9 +29,6 @@ TrainerName = Literal[
     "llamafactory-kto",
     "llamafactory-partial",
     "llamafactory-v1",
-    "automodel",
-    "automodel-hf",
-    "automodel-vlm",
     "axolotl",
     "axolotl-dpo",
     "axolotl-kto",
@@ -50,9 +47,12 @@ TrainerName = Literal[
     "swift-grpo",
     "swift-gkd",
     "swift-gkd-of-data",
+    "qlora-paper",
     "sentence-transformers",
     "unsloth-sentence-transformers",
-    "qlora-paper",
+    "automodel",
+    "automodel-hf",
+    "automodel-vlm",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""

@@ -175,6 +175,9 @@ def test_ms_swift_names_a_file_of_fsdp() -> None:
     swift = {"model": "Qwen/Qwen3-8B", "tuner_type": "lora", "per_device_train_batch_size": 1, "fsdp": "other/fsdp2.json"}
     unsupported = read_values(swift, file="train.sh", tool="swift").unsupported["fsdp"]
     assert unsupported.why == "the launch file is not among the files; add it with another --config"
+    named = {name: read_values({**swift, "fsdp": name}, file="train.sh", tool="swift") for name in ("fsdp2", "zero1")}
+    assert named["fsdp2"].options["strategy"] == "fsdp2"
+    assert "fsdp_config" in named["zero1"].unsupported  # a name of DeepSpeed's files
 
 
 def test_the_release_of_transformers_decides_what_words_mean_under_fsdp_1() -> None:
