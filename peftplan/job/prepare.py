@@ -187,7 +187,7 @@ def prepared(request: Request) -> Job:
             setup = changed_by_trainer(setup, distributed)
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)
-        distributed = with_trainers_search(distributed, setup, adapts=kind is None or kind.peft_type is not None)
+        distributed = with_trainers_search(distributed, setup, request.script, adapts=kind is None or kind.peft_type is not None)
         check_distributed(distributed, setup, architecture, quant, model_config)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task

@@ -84,4 +84,6 @@ def read_request(
     stored = None if quantization_config is None else ecosystem.quant_options(quantization_config)
     training = None if training_args is None else ecosystem.training_options(training_args)
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
+    if (searches := getattr(training_args, "ddp_find_unused_parameters", None)) is not None:
+        request = request._replace(script=script.model_copy(update={"finds_unused": bool(searches)}))
     return request._replace(stored=stored, training=training, adapter=adapter)

@@ -46,6 +46,9 @@ class Script(BaseModel):
     checkpoints_hooks: bool = False
     """Whether checkpoints cover the hooks around a layer too, as with `versions.FORWARD_CHECKPOINTED` they no longer do: tools
     that refuse newer releases. Decides how ranks gather under reentrant checkpoints."""
+    finds_unused: bool | None = None
+    """Whether DDP looks for parameters without gradients where the option `find_unused_parameters` is unset; None: as the trainer
+    does."""
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None

@@ -312,12 +312,15 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
         yield heads, pairs if isinstance(pairs, int) else heads
 
 
-def with_trainers_search(distributed: Distributed, setup: Setup, *, adapts: bool) -> Distributed:
-    """The strategy with what transformers' Trainer tells DDP unless it is told: to look for parameters without gradients in any
-    model that is not its own class, such as peft's, and in its own without checkpoints (trainer.py:749)."""
-    if distributed.strategy != "ddp" or distributed.find_unused_parameters is not None or not setup.by.leaves_search:
+def with_trainers_search(distributed: Distributed, setup: Setup, script: Script, *, adapts: bool) -> Distributed:
+    """The strategy with what a tool or its trainer tells DDP unless the option does: whether to look for parameters without
+    gradients."""
+    if distributed.strategy != "ddp" or distributed.find_unused_parameters is not None:
         return distributed
-    return distributed.model_copy(update={"find_unused_parameters": adapts or not setup.gradient_checkpointing})
+    searches = script.finds_unused
+    if searches is None:
+        searches = setup.by.searches(adapts=adapts, checkpoints=bool(setup.gradient_checkpointing))
+    return distributed.model_copy(update={} if searches is None else {"find_unused_parameters": searches})
 
 
 def packs_integers(quant: QuantConfig | None) -> bool:

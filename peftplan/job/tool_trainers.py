@@ -114,6 +114,7 @@ IN_SWIFT = Trainer(
     scoring="rows",
     token_outputs=(),
     reentrant=True,
+    search="all",
 )
 
 

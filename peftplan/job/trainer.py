@@ -276,6 +276,10 @@ class Trainer(NamedTuple):
     """Whether adapters are in the model's dtype."""
     layout: Layout = ACCELERATE
     """How it shards a model under FSDP2."""
+    search: Literal["all", "full"] | None = None
+    """Where DDP looks for parameters without gradients: transformers' Trainer in any model that is not its own class, such as
+    peft's, and in its own without checkpoints (trainer.py:749). `full`: in the latter alone, as LLaMA-Factory 0.9.5 with LoRA
+    (hparams/parser.py:474). axolotl 0.19.0 never does unless it is told to (core/builders/causal.py:265)."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None
@@ -291,11 +295,11 @@ class Trainer(NamedTuple):
         """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
         return bool(self.options) or self.rows > 1 or self.embeds
 
-    @property
-    def leaves_search(self) -> bool:
-        """Whether transformers' Trainer decides if DDP looks for parameters without gradients. axolotl does not look (0.19.0,
-        core/builders/causal.py:265), LLaMA-Factory not with LoRA (0.9.5, hparams/parser.py:474)."""
-        return self.name == "transformers" or self.package == "trl"
+    def searches(self, *, adapts: bool, checkpoints: bool) -> bool | None:
+        """Whether DDP looks for parameters without gradients; None: torch's default."""
+        if self.search is None:
+            return None
+        return self.search == "all" if adapts else not checkpoints
 
     def adapter_on_host(self, *, quantized: bool) -> bool:
         """Whether buffers that peft makes on the host stay there."""

@@ -24,7 +24,7 @@ from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_REWA
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
     for trainer in (
-        Trainer("transformers", "Trainer", traced_on_ranks=True),
+        Trainer("transformers", "Trainer", search="all", traced_on_ranks=True),
         *OF_TRL,
         # llamafactory 0.9.5, train/sft/trainer.py, model/adapter.py:52 (`_setup_full_tuning`), hparams/parser.py:517.
         Trainer(
@@ -34,6 +34,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             full_in_fp32=True,
             widens=True,
             turns_cache_off=True,
+            search="full",
         ),
         # train/sft/trainer.py:151; accelerate moves it under DeepSpeed, where it was rehearsed.
         Trainer(
@@ -43,9 +44,10 @@ TRAINERS: dict[TrainerName, Trainer] = {
             task="CAUSAL_LM",
             anchors=True,
             forwards=(Forward("reference"), *LOSS),
+            search="full",
         ),
         # model/model_utils/checkpointing.py:80, train/trainer_utils.py (`_create_badam_optimizer`).
-        Trainer("llamafactory-partial", "LLaMA-Factory 0.9.5 that trains some layers", checkpoints_frozen=False),
+        Trainer("llamafactory-partial", "LLaMA-Factory 0.9.5 that trains some layers", checkpoints_frozen=False, search="full"),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",

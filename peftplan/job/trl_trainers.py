@@ -22,6 +22,7 @@ TRL = Trainer(
     losses=("trl-chunked", "unsloth"),
     sums_tokens=True,
     task="CAUSAL_LM",
+    search="all",
     package="trl",
     traced_on_ranks=True,
     arguments="SFTConfig",

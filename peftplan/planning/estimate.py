@@ -89,10 +89,10 @@ def estimate(
             our_options["gpus"] = count
         config_document = None
         if config is not None:
-            model, our_options, config_document, hooks = _of_config(
+            model, our_options, config_document, of_tool = _of_config(
                 config, tool, model, our_options, objects=peft_config is not None, strict=strict
             )
-            script = script.model_copy(update={"checkpoints_hooks": True}) if hooks else script
+            script = script.model_copy(update=of_tool)
             peft_config = our_options.pop("peft_config", peft_config)
         job = prepare(
             model,

@@ -347,12 +347,15 @@ class Reading:
             self._set({"autocast": launch.options["autocast"]})
         by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
+        searches = options.get("find_unused_parameters")
+        if options.get("strategy", "ddp") != "ddp":
+            options.pop("find_unused_parameters", None)
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
             options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
             if self.tool.device_map and self.kind == "training":
                 options.setdefault("device_map", self.tool.device_map)
         for key, row in self.read.items():
-            if row.option and not {"model", "launch", *options} & set(row.option.split(", ")):
+            if row.option and not {"model", "launch", "find_unused_parameters", *options} & set(row.option.split(", ")):
                 whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")
                 self.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
         plan = ConfigPlan(
@@ -368,6 +371,7 @@ class Reading:
             {name: at for name, at in self.defaults.items() if name in options},
             self.assumed,
             self.kind,  # type: ignore[arg-type]
+            searches if isinstance(searches, bool) else None,
         )
         for other in ("teacher_model", "reward_model"):
             if other in options:

@@ -35,8 +35,8 @@ class WithFile(NamedTuple):
     model: object
     options: dict[str, object]
     config: ConfigDocument
-    checkpoints_hooks: bool = False
-    """Whether reentrant checkpoints on several GPUs cover hooks too: the tool refuses releases that no longer do that."""
+    facts: dict[str, bool]
+    """What the tool does, as fields of `Script`."""
 
 
 def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, objects: bool, strict: bool) -> WithFile:
@@ -71,9 +71,12 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     launch = {name: str(value) for name, value in chosen_options.items() if name in OPTIONS}
     if launch not in ({}, {"gpus": "1"}) and options.get("device_map") == facts(plan.tool).device_map:
         options.pop("device_map", None)  # the tool's on one GPU
+    options.pop("find_unused_parameters", None)  # the user's strategy may be another
     options |= chosen_options
-    hooks = checkpoints_hooks(plan.tool, options)
-    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), hooks)
+    of_tool = {"checkpoints_hooks": True} if checkpoints_hooks(plan.tool, options) else {}
+    if plan.finds_unused is not None:
+        of_tool["finds_unused"] = plan.finds_unused
+    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool)
 
 
 def checkpoints_hooks(tool: Tool, options: Mapping[str, object]) -> bool:
