@@ -124,6 +124,7 @@ def _check_scan(job: Job) -> None:
         f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
         "projections in fp32": setup.dtype == "fp32" and (setup.autocast == "none" or architecture.model_type == "falcon_h1"),
         f"published code under {setup.by.called}": has_own_code(job) and not setup.by.own_lora,
+        f"several GPUs under {setup.by.called}": job.distributed is not None and not setup.by.own_lora,
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NoEngineError(f"mamba-ssm's kernel with {what} (no formula yet)")
@@ -241,8 +242,10 @@ def kernels_without_formula(job: Job) -> str | None:
 def _writes_as_rehearsed(job: Job) -> bool:
     """Whether blocks behind anchors are written as was rehearsed (tests/rehearse/axolotl_strided.jsonl): by a Llama in 16 bits
     with checkpoints."""
-    alike = bool(job.setup.gradient_checkpointing) and job.quant is None and job.architecture.model_type == "llama"
-    return alike and job.method_name == ("lora" if job.setup.by.rows == 1 else "full")
+    setup = job.setup
+    alike = bool(setup.gradient_checkpointing) and job.quant is None and job.architecture.model_type == "llama"
+    loaded = setup.attn_implementation in ("sdpa", "eager")
+    return alike and loaded and job.method_name == ("lora" if setup.by.rows == 1 else "full")
 
 
 def _offloads_as_rehearsed(job: Job) -> bool:

@@ -64,6 +64,7 @@ def test_what_a_layer_keeps() -> None:
         ("nvidia-nemotron-nano-9b-v2", {"kernels": "mamba-ssm", "trust_remote_code": True}, "published code"),
         ("nvidia-nemotron-nano-9b-v2", {"kernels": "mamba-ssm", "quant": "nf4"}, "a quantized base"),
         ("falcon-h1-7b-base", {"kernels": "mamba-ssm", "dtype": "fp32"}, "projections in fp32"),
+        ("falcon-h1-7b-base", {"kernels": "mamba-ssm", "gpus": 2, "strategy": "fsdp2"}, "several GPUs under Trainer"),
         ("nvidia-nemotron-3-nano-30b-a3b-bf16", {"kernels": "mamba-ssm", "target_modules": ["in_proj"]}, "a mixture of experts"),
     ],
 )

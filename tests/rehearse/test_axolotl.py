@@ -113,7 +113,9 @@ def test_what_trains_keeps_its_dtype_under_fsdp2() -> None:
     weights = 2 * 494_032_768
     assert by_category["weights"] == pytest.approx(weights / 8, rel=1e-3)
     adapted = peftplan.estimate(
-        config=read_values({**values, "adapter": "lora", "lora_r": 8, "lora_mlp_kernel": False}, file="a.yml")
+        config=read_values(
+            {**values, "adapter": "lora", "lora_r": 8, "lora_target_linear": True, "lora_mlp_kernel": False}, file="a.yml"
+        )
     )
     assert adapted.not_modelled[0].startswith("a step with FSDP2 over 8 GPUs and method lora")
     with pytest.raises(RefusedError, match="not FSDP2 as Trainer of axolotl"):
@@ -191,6 +193,12 @@ def test_blocks_behind_every_anchor_of_a_document(row: dict[str, Any]) -> None:
     assert peaks is not None
     assert peaks.allocated == peaks.by_phase["forward"] == pytest.approx(row["allocated"], rel=3e-3)
     assert peaks.reserved == pytest.approx(row["reserved"], rel=0.035)  # two layers of Llama 3.1 8B: -3.5 %, others within 2.6
+
+
+def test_blocks_of_a_model_loaded_otherwise_have_no_peak() -> None:
+    sizes = {"trainer": "axolotl-ebft-strided", "seq_len": 504, "max_completion_length": 248, "gradient_checkpointing": True}
+    for other in ({"attn_implementation": "flash_attention_2"}, {"method": "full"}, {"gpus": 2}):
+        assert peftplan.estimate("llama-3.2-1b", **sizes, **other).peaks is None
 
 
 def test_gpt_oss_restored_to_16_bits_holds_whole_gradients() -> None:

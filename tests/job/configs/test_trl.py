@@ -304,3 +304,19 @@ def test_numbers_of_a_loss_and_of_a_reference_that_is_not_synchronized() -> None
     assert plan.unsupported.keys() == {"sync_ref_model"}
     of_tpo = {**base, "loss_type": "tpo-l", "tpo_l_gamma": 0.5}
     assert not read_values(of_tpo, file="a.sh", tool="trl", kind="command", program="python examples/scripts/tpo.py").unsupported
+
+
+@pytest.mark.parametrize(
+    ("other", "file", "known"),
+    [
+        ({"loss_type": "sigmoid"}, "a.yml", False),
+        ({"loss_type": ["sigmoid"]}, "a.yml", False),
+        ({"loss_type": "dft"}, "a.yml", True),
+        ({}, "config_dpo.yaml", False),
+        ({}, "dpo-project/sft.yaml", True),
+    ],
+)
+def test_a_file_of_another_trainer_is_not_read_as_sft(other: dict[str, object], file: str, known: bool) -> None:
+    """trl 1.16, trainer/sft_trainer.py:1042: SFTTrainer has `nll` and `dft`, whose sum is of the same numbers."""
+    values = {"model_name_or_path": "Qwen/Qwen3-0.6B", "use_peft": True, "max_length": 512, **other}
+    assert ("trainer" not in read_values(values, file=file, tool="trl").unsupported) is known
