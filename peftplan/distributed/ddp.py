@@ -59,7 +59,7 @@ def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int,
     are filled in the order of the model, and made from the last one to the first."""
     caps = bucket_caps(distributed)
     if not divided_after(distributed):
-        return _filled((p for p, _ in tensors(in_module_order(parameters)) if p.trainable), *caps)[::-1]
+        return _filled((p for p, _ in tensors(p for p in in_module_order(parameters) if p.trainable)), *caps)[::-1]
     return _filled(_backwards(parameters), *caps)
 
 

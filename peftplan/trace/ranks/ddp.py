@@ -60,8 +60,9 @@ class ReducedTracker(Tracker):  # type: ignore[no-untyped-call]
         self.note(REBUILT, torch.empty(0, device="meta"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note what is copied into a bucket."""
-        if self._noting and func is torch.ops.aten.copy_.default and self._is_left_out(args[0]):
+        """Note what is copied into a bucket; not the map of the parameters that were used, which is copied too."""
+        copies = self._noting and func is torch.ops.aten.copy_.default and args[1].is_floating_point()
+        if copies and self._is_left_out(args[0]):
             self.note(READY, args[1])
         return super().__torch_dispatch__(func, types, args, kwargs)
 
