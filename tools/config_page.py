@@ -189,6 +189,8 @@ def page(read: Sequence[Case]) -> str:
     keys = Counter((key, *_why(case, key)) for case in known for key in case.entry.unsupported)
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
+    inferred = sum(case.plan.assumed.get("quant_skip_modules", "").startswith("inferred") for case in text)
+    runs = sum(refused_by(case) is None or case.entry.peak_allocated is not None for case in text)
     printed = [*notebook_peaks.rows({case.path: case.entry for case in read})]
     return f"""# The files people run
 
@@ -202,7 +204,8 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 {kinds["other"]} do something else (inference, export, evaluation, data, tools that peftplan does not read).
 
 - *counted*: the number of parameters is known.
-- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak.
+- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. Of {inferred} it is inferred
+  from the sizes of a repository's files which layers Unsloth leaves in 16 bits.
 - *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
   are counted, and what the model computes of text. Files whose samples have images need more.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
@@ -220,7 +223,9 @@ The others of the configs whose model is built in:
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
 {_counted(known)} of {len(known)} ({share(_counted(known), len(known))}), exact peaks at {_exact(text)} of {len(text)} ({
         share(_exact(text), len(text))
-    }). Of all training configs {share(_counted(known), len(training))} are counted.
+    }), or of the {runs} that their tool does not refuse ({share(_exact(text), runs)}). Of all training configs {
+        share(_counted(known), len(training))
+    } are counted.
 
 ## Unsupported keys, most frequent first
 

@@ -71,7 +71,7 @@ def of_comments(comments: str) -> dict[str, int]:
 OVER_ITS_GPUS = "a process divides the model over its GPUs (device_map auto, model/utils.py:242)"
 EACH_OVER_ITS_GPUS = (
     "ms-swift 4.6.0 raises TypeError where several processes divide a model over their GPUs: get_balanced_memory of transformers "
-    "takes no no_placement_params (model/patcher.py:573; transformers 5.16 to 5.24, integrations/accelerate.py:370; 5.6 has none)"
+    "takes no no_placement_params (model/patcher.py:573; transformers, integrations/accelerate.py:370; older releases have none)"
 )
 RANKS, PER_NODE = "ray.default.ranks", "ray.nproc_per_node"
 """What ms-swift tells Ray: which ranks train, and how many of them a node has."""

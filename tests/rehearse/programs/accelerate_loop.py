@@ -3,6 +3,7 @@
 # launcher: accelerate launch --num_processes 4 --multi_gpu --mixed_precision bf16
 # estimate: qwen2.5-0.5b --trainer transformers --method lora --r 8 --target-modules q_proj,v_proj --strategy ddp
 # estimate: --gpus 4 --no-gradient-checkpointing --gradient-accumulation-steps 2 --batch-size 2 --seq-len 1024
+# estimate: --set find_unused_parameters=false
 
 import torch
 from accelerate import Accelerator
