@@ -204,8 +204,8 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 {kinds["other"]} do something else (inference, export, evaluation, data, tools that peftplan does not read).
 
 - *counted*: the number of parameters is known.
-- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. Of {inferred} it is inferred
-  from the sizes of a repository's files which layers Unsloth leaves in 16 bits.
+- *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. For {inferred} of
+  them, the layers that Unsloth leaves in 16 bits are inferred from the sizes of a repository's files.
 - *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
   are counted, and what the model computes of text. Files whose samples have images need more.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
@@ -223,7 +223,7 @@ The others of the configs whose model is built in:
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
 {_counted(known)} of {len(known)} ({share(_counted(known), len(known))}), exact peaks at {_exact(text)} of {len(text)} ({
         share(_exact(text), len(text))
-    }), or of the {runs} that their tool does not refuse ({share(_exact(text), runs)}). Of all training configs {
+    }), which is {share(_exact(text), runs)} of the {runs} that their tools do not refuse. Of all training configs {
         share(_counted(known), len(training))
     } are counted.
 

@@ -11,7 +11,8 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.automodel import builds, has_own_code, knows_tower
 from peftplan.job.compiled_layers import recorded
-from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, SCANNING, Lora, kernels_of, without_formula
+from peftplan.job.kernel_facts import Lora
+from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, SCANNING, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS

@@ -42,7 +42,8 @@ GENERATE = "generate"
 MOST_READ = 2048
 """Tokens of a completion with its prompt above which they are cut (axolotl 0.19.0, core/trainers/ebft/trainer.py:217)."""
 PARTS = 4
-"""Of a completion that is written without a cache. More leave no other segments of the allocator, in three rehearsed jobs."""
+"""Of a completion that is written without a cache: forwards of five lengths stand for all. With 8 or 16 parts two of three
+rehearsed jobs reserve as many bytes, and one -0.45 instead of -0.23 % of its rehearsal."""
 KEPT = 8
 """The last generations, each with the job that it is of."""
 

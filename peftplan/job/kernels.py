@@ -1,186 +1,40 @@
 """Kernels of other packages that replace parts of a model: which function each is, and those facts of it that decide memory.
 
 A kernel is one autograd function. Its formula is written once for all packages (`memory.fused_layers`, `memory.lora_kernels`) and
-asks for the facts of these records; only this file compares names.
+asks for the facts of these records (`job.kernel_facts`); only this file compares names.
 
 Unsloth's formulas are of layers that torch does not compile. By default those are layers of batches without padding, packed into
 one row; with UNSLOTH_BLOCK_COMPILE=0 also layers of padded batches, which run every kernel of unsloth but `unsloth.padding_free`.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError
+from peftplan.job.kernel_facts import (
+    Checkpoint,
+    CompiledLayers,
+    Decoder,
+    Documents,
+    Exchange,
+    FakeQuantized,
+    Float8,
+    Gated,
+    HostEmbedding,
+    Kernel,
+    LayerNorms,
+    Lora,
+    Norm,
+    OffloadedActivations,
+    PaddingFree,
+    Projections,
+    Rotary,
+    Scan,
+)
 from peftplan.units import MIB
-
-
-class Norm(NamedTuple):
-    """An RMSNorm that saves its input and one fp32 number per row.
-
-    `reuses_gradient`: the gradient of the input is written into that of the result. `partial_rows`: rows of the fp32 sums that
-    make the gradient of the weight, per multiprocessor of the card.
-    """
-
-    source: str
-    reuses_gradient: bool = True
-    partial_rows: int = 1
-
-
-class Rotary(NamedTuple):
-    """Rotary embedding of queries and keys, written where they lie.
-
-    `backward_in_place`: so are their gradients. `norms`: where queries and keys are normed by head, one function does both, into
-    new tensors.
-    """
-
-    source: str
-    backward_in_place: bool
-    norms: bool = False
-
-
-class Gated(NamedTuple):
-    """The product of an activated gate and its partner: saves both, and writes their gradients where they lie."""
-
-    source: str
-
-
-class Lora(NamedTuple):
-    """Projections with LoRA in one function, which saves the input and, of an MLP, gate and partner.
-
-    `overwrites_input`: the gradient of the input is written where the input lies. `saves_casts`: the adapter in the dtype of the
-    input is saved; else it is cast again in backward. `global_buffer`: in forward a 4-bit weight goes into one buffer per card,
-    which grows to the largest of them and stays. `wide_gradients`: an fp32 adapter's gradient is made in fp32. `takes_bias`: also
-    projections with a bias. `drops_outside`: dropout runs before the function, once for projections that read one input;
-    `drops_inside`: it runs inside, for each projection, whose mask is saved.
-    """
-
-    source: str
-    overwrites_input: bool = False
-    saves_casts: bool = False
-    global_buffer: bool = False
-    wide_gradients: bool = False
-    takes_bias: bool = False
-    drops_outside: bool = False
-    drops_inside: bool = False
-
-
-class LayerNorms(NamedTuple):
-    """LayerNorms, which models with RMSNorms alone do not have."""
-
-    source: str
-
-
-class Decoder(NamedTuple):
-    """A decoder's own forward: without an attention mask in training, with rotary tables of so many positions that stay."""
-
-    source: str
-    positions: int
-
-
-class CompiledLayers(NamedTuple):
-    """Layers that torch compiles whole, as `job.compiled_layers` has records of them.
-
-    `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it. `rows`: the rows of a batch stay
-    apart, as a collator of the program's own makes them.
-    """
-
-    source: str
-    scheme: str = ""
-    rows: bool = False
-
-
-class PaddingFree(NamedTuple):
-    """Batches that are one row without padding: each row of the batch is a document, of which attention makes segments.
-
-    Position ids are passed, so queries and keys are rotated into new tensors, and rotary tables cover all positions of the model.
-    """
-
-    source: str
-
-
-class Checkpoint(NamedTuple):
-    """Checkpointing that keeps the inputs of layers, the last one's excepted, in host memory.
-
-    In backward they come through `buffers` buffers of one hidden state, which last. `least_bytes`: smaller inputs stay there.
-    """
-
-    source: str
-    buffers: int
-    least_bytes: int
-
-
-class HostEmbedding(NamedTuple):
-    """An input embedding that is moved to host memory once the model is loaded. Its rows are looked up there."""
-
-    source: str
-
-
-class Scan(NamedTuple):
-    """Mamba 2's mixer behind its first projection, with the last one, in one function (`memory.state_space`)."""
-
-    source: str
-
-
-class OffloadedActivations(NamedTuple):
-    """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`)."""
-
-    source: str
-
-
-class FakeQuantized(NamedTuple):
-    """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row."""
-
-    source: str
-    group: int
-
-
-class Float8(NamedTuple):
-    """Linear layers but the head that compute in 8 bits with one scale per tensor; FSDP2 gathers their weights in 8 bits."""
-
-    source: str
-
-
-class Documents(NamedTuple):
-    """Attention of packed rows that lie behind each other, which is told where each document begins."""
-
-    source: str
-
-
-class Exchange(NamedTuple):
-    """The exchange of tokens between ranks that divide experts, beside Transformer Engine's attention and sorting of rows.
-
-    `replays`: recomputation finds where tokens went.
-    """
-
-    source: str
-    replays: bool = True
-
-
-class Projections(NamedTuple):
-    """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
-
-    source: str
-    workspaces: int = 1
-
 
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
-Part: TypeAlias = (
-    CompiledLayers
-    | FakeQuantized
-    | Float8
-    | Documents
-    | HostEmbedding
-    | Decoder
-    | PaddingFree
-    | Checkpoint
-    | OffloadedActivations
-    | Scan
-    | Exchange
-    | Projections
-)
-Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms
-
 UNSLOTH_CHECKPOINT = Checkpoint(
     "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
 )

@@ -255,19 +255,25 @@ def _lengths(setup: Setup, seq_len: int) -> dict[str, int]:
     """
     if not setup.by.generates:
         return {}
-    completion = setup.max_completion_length or min(setup.by.completion or 1, seq_len - 1)
+    block, chosen = setup.by.block, "seq_len" in setup.model_fields_set
+    of_blocks = max((seq_len - block) // 2 // block * block, block) if block else 0
+    by_default = of_blocks if block and chosen else min(setup.by.completion or 1, of_blocks or seq_len - 1)
+    completion = setup.max_completion_length or by_default
+    if block and not chosen and setup.max_prompt_length is None:
+        seq_len = 2 * completion + block
     if setup.max_prompt_length is not None:
-        if "seq_len" in setup.model_fields_set:
+        if chosen:
             raise InputError(
                 "max_prompt_length", setup.max_prompt_length, "seq_len is prompt and completion; give one of the two"
             )
         seq_len = setup.max_prompt_length + completion
-    block = setup.by.block
     if block and (completion % block or seq_len != 2 * completion + block):
+        option = "seq_len" if setup.max_completion_length is None else "max_completion_length"
         raise InputError(
-            "max_completion_length",
-            completion,
-            f"accepted: a multiple of {block} that is {block} tokens below those of a document, which precede it in seq_len",
+            option,
+            seq_len if option == "seq_len" else completion,
+            f"accepted: max_completion_length a multiple of {block}, and a seq_len of twice as many tokens and {block} more, "
+            f"such as {of_blocks} and {2 * of_blocks + block}",
         )
     if completion >= seq_len:
         raise InputError("max_completion_length", completion, f"accepted: below the {seq_len} tokens of prompt and completion")

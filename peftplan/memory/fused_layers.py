@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftplan.job.kernels import Gated, Norm, Rotary
+from peftplan.job.kernel_facts import Gated, Norm, Rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 

@@ -5,7 +5,7 @@ Letters and sources: `lora_products`.
 
 from collections.abc import Sequence
 
-from peftplan.job.kernels import Lora
+from peftplan.job.kernel_facts import Lora
 from peftplan.memory.lora_products import (
     Inputs,
     Projection,

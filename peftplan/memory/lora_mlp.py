@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from peftplan.job.kernels import Lora
+from peftplan.job.kernel_facts import Lora
 from peftplan.memory.lora_products import (
     Projection,
     Saved,

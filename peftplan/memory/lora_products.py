@@ -2,14 +2,14 @@
 
 Letters: n tokens (b · s), r rank; a projection has a weight (out, in), A (r, in) and B (out, r).
 Sources: `LoRA_QKV`, `LoRA_W` and `LoRA_MLP` of unsloth, kernels/fast_lora.py, `matmul_lora` of its kernels/utils.py; axolotl's
-kernels/lora.py, which descends from them. The facts of `job.kernels.Lora` are where they differ.
+kernels/lora.py, which descends from them. The facts of `job.kernel_facts.Lora` are where they differ.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from peftplan.errors import NoEngineError
-from peftplan.job.kernels import Lora
+from peftplan.job.kernel_facts import Lora
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Part

@@ -6,7 +6,7 @@ Source: transformers, trainer.py (`Trainer.training_step`); accelerate; trl, `SF
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,6 +72,8 @@ class Run:
     """Called before each micro batch, and told whether it is the last one of its step."""
     called: Callable[..., Any] | None = None
     """What is called as the model, if a strategy wraps it."""
+    prepared: bool = False
+    """Whether a strategy has wrapped the model as `prepared` runs it."""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -86,9 +88,8 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Autocast as the run sets it, on fake tensors."""
-        dtype = None if self.setup.autocast == "none" else TORCH_DTYPES[str(self.setup.autocast)]
         some = next((p for p in self.model.parameters() if p.requires_grad), None)
-        return cuda_autocast(dtype, (next(self.model.parameters()) if some is None else some).device.type)
+        return autocast(self.setup, next(self.model.parameters()) if some is None else some)
 
     def fetch(self, micro_batch: int) -> dict[str, Any]:
         """The micro batch, on the device: the next one of a loader, or one of those that Trainer has collected for the step."""
@@ -115,7 +116,7 @@ class Run:
         else:
             batch = self.fetch(micro_batch)
             self.tracker.begin("forward")
-        with self.autocast():
+        with nullcontext() if self.prepared else self.autocast():
             return (self.called or self.model)(**batch)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -203,16 +204,38 @@ def _compute_loss(run: Run, micro_batch: int) -> torch.Tensor:
 
 
 def _prepared_forward(run: Run, micro_batch: int) -> Any:
-    """The forward of a model that accelerate prepared: under autocast it returns fp32 copies of all 16-bit outputs.
+    """The forward of a model that accelerate prepared."""
+    return _in_fp32(run.forward(micro_batch), run.setup)
+
+
+def _in_fp32(outputs: Any, setup: Setup) -> Any:
+    """What a model returns that accelerate prepared: under autocast fp32 copies of all 16-bit outputs.
 
     Source: accelerate `ConvertOutputsToFp32` (utils/operations.py): the 16-bit outputs live until the copies are made.
     """
-    outputs = run.forward(micro_batch)
-    if run.setup.autocast != "none" and run.setup.by.prepares_model:
-        from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
+    if setup.autocast == "none" or not setup.by.prepares_model:
+        return outputs
+    from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
 
-        outputs = convert_to_fp32(outputs)
-    return outputs
+    return convert_to_fp32(outputs)
+
+
+def autocast(setup: Setup, parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Autocast as a setup has it, where a parameter is."""
+    return cuda_autocast(None if setup.autocast == "none" else TORCH_DTYPES[str(setup.autocast)], parameter.device.type)
+
+
+def prepared(model: nn.Module, setup: Setup) -> Callable[..., Any]:
+    """The forward of a model as accelerate prepares it before DDP wraps the model (`Accelerator.prepare_model`): DDP gets what is
+    returned behind autocast, in fp32."""
+    forward, parameter = model.forward, next(model.parameters())
+
+    def of_accelerate(*args: Any, **kwargs: Any) -> Any:
+        with autocast(setup, parameter):
+            outputs = forward(*args, **kwargs)
+        return _in_fp32(outputs, setup)
+
+    return of_accelerate
 
 
 def _loss(outputs: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job.configs.read import read_values
 from peftplan.tape.offloaded import STASH, Offloaded
 from peftplan.tape.tape import Tape
@@ -199,6 +199,19 @@ def test_blocks_of_a_model_loaded_otherwise_have_no_peak() -> None:
     sizes = {"trainer": "axolotl-ebft-strided", "seq_len": 504, "max_completion_length": 248, "gradient_checkpointing": True}
     for other in ({"attn_implementation": "flash_attention_2"}, {"method": "full"}, {"gpus": 2}):
         assert peftplan.estimate("llama-3.2-1b", **sizes, **other).peaks is None
+
+
+def test_blocks_fill_what_a_document_leaves() -> None:
+    """strided.py (`_generate_strided_blocks`): behind a document of 1,024 tokens a block of 8 for each stretch of 8 but the
+    first, 127 x 8 = 1,016 tokens."""
+    by: dict[str, Any] = {"trainer": "axolotl-ebft-strided"}
+    alone = peftplan.estimate("llama-3.2-1b", **by)
+    assert alone.peaks == peftplan.estimate("llama-3.2-1b", **by, seq_len=1024 + 1016, max_completion_length=1016).peaks
+    half = peftplan.estimate("llama-3.2-1b", **by, max_completion_length=512)
+    assert half.peaks == peftplan.estimate("llama-3.2-1b", **by, seq_len=520 + 512).peaks
+    for sizes, named in (({"seq_len": 1001}, "seq_len: 1001"), ({"max_completion_length": 511}, "max_completion_length: 511")):
+        with pytest.raises(InputError, match=named):
+            peftplan.estimate("llama-3.2-1b", **by, **sizes)
 
 
 def test_gpt_oss_restored_to_16_bits_holds_whole_gradients() -> None:

@@ -17,7 +17,8 @@ from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
 from peftplan.job.compiled_layers import MASK, Recorded
-from peftplan.job.kernels import INT8_INT4, Norm
+from peftplan.job.kernel_facts import Norm
+from peftplan.job.kernels import INT8_INT4
 from peftplan.memory import fake_quantized, fused_layers
 from peftplan.memory.calls import inputs
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_MULTIPLE

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Block
-from peftplan.job.kernels import Lora
+from peftplan.job.kernel_facts import Lora
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import by_heads, gathered, product
 from peftplan.memory.calls import behind, into_cache

@@ -28,6 +28,7 @@ from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.buckets import BUILT, READY, REBUILT, REDUCED, SENT, with_flats
 from peftplan.trace.ranks.group import OneOfSeveral
+from peftplan.trace.steps import prepared
 
 OF_DDP = "torch.nn.parallel.distributed"
 OPTIONS = ("gradient_as_bucket_view", "find_unused_parameters", "static_graph")
@@ -99,6 +100,7 @@ class Ddp(OneOfSeveral):
     """A rank that holds all that one GPU holds, and buckets of its gradients."""
 
     tracker = ReducedTracker
+    prepares = True
     _wrapped: DistributedDataParallel = field(init=False)
 
     @property
@@ -135,6 +137,7 @@ class Ddp(OneOfSeveral):
             if parameter.requires_grad:
                 tracker.note(REDUCED, parameter, name=name)
         tracker.note(BUILT, torch.empty(0, device="meta"))
+        built.model.forward = prepared(built.model, setup)
         options: Any = {name: bool(getattr(self.distributed, name)) for name in OPTIONS}
         first, later = bucket_caps(self.distributed)
         cap = later / 2**20 if first == later else None

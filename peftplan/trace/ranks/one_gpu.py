@@ -29,6 +29,8 @@ class OneGpu:
     rank = 0
     alone = True
     """Whether there is no other rank."""
+    prepares = False
+    """Whether it has wrapped the forward as accelerate prepares it (`trace.steps.prepared`)."""
     stacks: tuple[Stack, ...] = ()
     """The stacks whose log is made from those of shallow models."""
     model: Traced | None = None
