@@ -190,6 +190,8 @@ def page(read: Sequence[Case]) -> str:
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
     inferred = sum(case.plan.assumed.get("quant_skip_modules", "").startswith("inferred") for case in text)
+    exact = (case.entry for case in text if case.entry.peak_allocated is not None and case.entry.bound is None)
+    unreserved = sum(entry.peak_reserved is None for entry in exact)
     runs = sum(refused_by(case) is None or case.entry.peak_allocated is not None for case in text)
     printed = [*notebook_peaks.rows({case.path: case.entry for case in read})]
     return f"""# The files people run
@@ -205,7 +207,8 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 
 - *counted*: the number of parameters is known.
 - *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. For {inferred} of
-  them, the layers that Unsloth leaves in 16 bits are inferred from the sizes of a repository's files.
+  them, the layers that Unsloth leaves in 16 bits are inferred from the sizes of a repository's files. For {unreserved} of them,
+  allocated bytes are known and reserved ones are not.
 - *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
   are counted, and what the model computes of text. Files whose samples have images need more.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.

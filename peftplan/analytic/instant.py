@@ -12,6 +12,7 @@ from peftplan.analytic.compiled import by_processors, last_step, steps_of
 from peftplan.analytic.generation import generations_of, largest_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
+from peftplan.analytic.unreserved import MARGIN, unreserved
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
@@ -35,12 +36,15 @@ class InstantPeaks(Peaks):
         ends: Mapping[str, int],
         assumed: Mapping[str, object],
     ) -> None:
+        unknown = unreserved(inventory.job)
+        source = SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]) if unknown is None else None
         self.__dict__.update(
             inventory=inventory,
             compute_capability=compute_capability,
             requested=requested,
             ends=ends,
-            reserved_source=SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]),
+            reserved_source=source,
+            unreserved=unknown,
             assumed=assumed,
         )
 
@@ -66,7 +70,7 @@ class InstantPeaks(Peaks):
         """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
         releases its cache before it fails.
         """
-        return self.run().fits(capacity_bytes)
+        return self.unreserved is None and self.run().fits(capacity_bytes)
 
     @property
     def by_processors(self) -> bool:
@@ -84,11 +88,20 @@ class InstantPeaks(Peaks):
         return max(self.requested[phase] for phase in decides)
 
     @property
-    def reserved(self) -> int:
+    def replayed_reserved(self) -> int:
+        """What the replay reserves, which is not what the job reserves where `unreserved` says so."""
         return self._replayed.reserved
 
     @property
-    def reserved_at_most(self) -> int:
+    def reserved(self) -> int | None:
+        return self.replayed_reserved if self.unreserved is None else None
+
+    @property
+    def reserved_with_care(self) -> int | None:
+        return None if self.unreserved is None else int(MARGIN * self.replayed_reserved)
+
+    @property
+    def reserved_at_most(self) -> int | None:
         return self.reserved
 
     @cached_property

@@ -101,6 +101,8 @@ class OfRanks(InstantPeaks):
             yield self._on(rank).run(late=True)
 
     def runs_within(self, capacity_bytes: int) -> bool:
+        if self.unreserved is not None:
+            return False
         runs = self._late() if self._waits else (own.run() for own in self._judged)
         return all(run.fits(capacity_bytes) for run in runs)
 
@@ -121,7 +123,7 @@ class OfRanks(InstantPeaks):
     @property
     def largest_ranks(self) -> tuple[int, ...]:
         """The rank that allocates most, and that which reserves most."""
-        both = self.largest, max(self._judged, key=lambda own: own.reserved)
+        both = self.largest, max(self._judged, key=lambda own: own.replayed_reserved)
         return tuple(dict.fromkeys(own.inventory.holding.rank or 0 for own in both if own.inventory.holding is not None))
 
     @property
@@ -129,13 +131,15 @@ class OfRanks(InstantPeaks):
         return self.largest.by_phase
 
     @property
-    def reserved(self) -> int:
-        return self.largest.reserved
+    def replayed_reserved(self) -> int:
+        return self.largest.replayed_reserved
 
     @cached_property
-    def reserved_at_most(self) -> int:
+    def reserved_at_most(self) -> int | None:
+        if self.unreserved is not None:
+            return None
         late = (run.peaks().reserved for run in (self._late() if self._waits else ()))
-        return max([*(own.reserved for own in self._judged), *late])
+        return max([*(own.replayed_reserved for own in self._judged), *late])
 
     @property
     def ledgers(self) -> Mapping[str, Ledger]:

@@ -44,6 +44,8 @@ TRACED_METHODS = {
 }
 """Strategy → other methods whose step was traced (tests/distributed/traced_methods.jsonl), and some rehearsed
 (tests/rehearse/methods.jsonl)."""
+OF_PREFERENCES = ("dora", "loha", "ia3", "oft")
+"""The same under ZeRO-2 where TRL's trainers of preferences and rewards train (tests/rehearse/preferences.jsonl)."""
 OVER_4_BITS = {
     "fsdp2": ("dora", "oft", "ln-tuning"),
     **dict.fromkeys(FLAT, ("dora", "oft", "ln-tuning", "boft", "adalora")),
@@ -104,7 +106,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if not knows_methods(job):
         return (*SHOWN_METHODS, *with_tower)
     known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))
-    if job.quant is not None:
+    if job.quant is not None or by.of_preferences:
         return known
     plain = PLAIN_METHODS.get(strategy, ()) if is_plain(job) else ()
     if job.setup.loss != "full":
@@ -115,6 +117,8 @@ def shown_methods(job: Job) -> tuple[str, ...]:
 def traced_methods(job: Job) -> tuple[str, ...]:
     """The other methods that were traced over such a base: QDoRA is DoRA over 4 bits."""
     assert job.distributed is not None
+    if job.setup.by.of_preferences:
+        return OF_PREFERENCES
     known = (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
     return (*known, "qdora") if job.quant is not None and "dora" in known else known
 
@@ -179,12 +183,17 @@ def knows_methods(job: Job) -> bool:
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     offloads = {distributed.offload_params, None if distributed.strategy in FLAT else distributed.offload_optimizer}
-    by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
+    by_trainer = setup.by.traced_on_ranks and (not setup.by.of_preferences or _is_plain_zero2(job))
     narrow = setup.dtype == setup.autocast and setup.dtype in SIXTEEN_BITS
     flat = distributed.strategy == "fsdp1"
     of_host = flat or (distributed.strategy == "fsdp2" and job.quant is None and _is_dense(job))
     fits = (of_host or offloads <= {None, "none"}) and (_is_dense(job) or not (flat or job.quant))
     return by_trainer and not setup.kernels and fits and narrow
+
+
+def _is_plain_zero2(job: Job) -> bool:
+    assert job.distributed is not None
+    return job.distributed.strategy == "zero2" and job.quant is None and is_plain(job)
 
 
 def _is_dense(job: Job) -> bool:

@@ -38,7 +38,7 @@ SEGMENTS = 64 * MIB
 """What small jobs reserve beyond any share: a few segments of 20 MiB and of 2 MiB."""
 PROBES = 8
 """Points of a job that are replayed to see its excess."""
-WORDS = (None, "fits", "tight", "does_not_fit", "does_not_run")
+WORDS = (None, "fits", "tight", "does_not_fit", "does_not_run", "unknown")
 BY = (None, "requested", "bound", "replay")
 """How a verdict came about; None where there is none."""
 
@@ -63,7 +63,8 @@ class Limits(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where none was replayed."""
+    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where none was replayed or
+    is known."""
 
     verdicts: Codes
     by: Codes
@@ -136,8 +137,10 @@ class _State:
         """Replay these points, and say what that means on every card."""
         for done, at in enumerate(where.tolist()):
             peaks = self._peaks(at)
-            self.allocated[at], self.reserved[at] = peaks.allocated, peaks.reserved
-            self.at_most[at] = peaks.reserved_at_most if self.cards else peaks.reserved
+            self.allocated[at] = peaks.allocated
+            most = peaks.reserved_at_most if self.cards else peaks.reserved
+            if peaks.reserved is not None and most is not None:
+                self.reserved[at], self.at_most[at] = peaks.reserved, most
             for number in np.flatnonzero(self.verdicts[:, at] == 0).tolist():
                 decision = verdict(self.cards[number].card, 0, peaks, peaks.runs_within)
                 self._say(number, at, decision.verdict, "replay")
@@ -147,6 +150,8 @@ class _State:
     def bound(self) -> None:
         """Say `fits` where even the bound leaves enough."""
         known = self.at_most >= 0
+        if not known.any():
+            return
         excess = max(float((self.at_most[known] / self.requested[known]).max()) - 1, 0.0)
         most = self.requested * (1 + FLOOR + CAUTION * excess) + SEGMENTS
         for number, card in enumerate(self.cards):

@@ -189,6 +189,8 @@ def _plan(model: object, gpu: str, search: Search, options: JobOptions, changes:
     start = ask(smallest)
     if start.peaks is None:
         raise RefusedError(f"fit: {without_formula(start)}")
+    if start.peaks.unreserved is not None:
+        raise RefusedError(f"fit: reserved bytes are not known: {start.peaks.unreserved}")
 
     def probe(number: int) -> Probe:
         return _probe(ask(number), accepted)

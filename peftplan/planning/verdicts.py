@@ -199,8 +199,9 @@ def verdict(
     `fits`: at least 5 % of the usable bytes are left. `tight`: less is left, or less than nothing while the job runs where the
     allocator may take no more than is usable: it releases cached memory before it fails. `does_not_fit`: it fails there.
     `does_not_run`: a library raises, for the reason `refused`. `unknown`: no peak, or a lower bound that is not too large, or an
-    upper one that is, or a run that depends on the GPU's pace. `bound`: what the peak is where a file has keys that no option
-    says: `at_least`, `at_most` or `unknown`.
+    upper one that is, or a run that depends on the GPU's pace. Where reserved bytes are not known, a job `fits` with a margin,
+    and its allocated bytes are a lower bound elsewhere. `bound`: what the peak is where a file has keys that no option says:
+    `at_least`, `at_most` or `unknown`.
 
     `static_bytes`: what lasts from step to step, a lower bound where there is no peak. `runs_within`: whether the job runs where
     the allocator can take so many bytes. `skip_unfit`: do not replay peaks whose tensors alone are too large. `vllm`: what vLLM
@@ -213,6 +214,10 @@ def verdict(
     unfit = skip_unfit and peaks is not None and peaks.at_least > room
     reserved = static_bytes if peaks is None else peaks.at_least if unfit else peaks.reserved_at_most or peaks.allocated
     lower_bound = peaks is None or bool(peaks.incomplete) or bound == "at_least"
+    with_care = None if peaks is None or unfit else peaks.reserved_with_care
+    surely = with_care is not None and room - with_care >= TIGHT * usable
+    if with_care is not None:
+        reserved, lower_bound = (with_care, lower_bound) if surely else (reserved, True)
     if vllm is not None and vllm.sleeps:
         sent = 0 if peaks is None else peaks.by_phase.get("generate", 0)
         generating = max((taken, static_bytes), (vllm.awake, sent), key=sum)
@@ -235,7 +240,7 @@ def verdict(
         reserved,
         vllm=beside,
         lower_bound=lower_bound,
-        upper_bound=bound == "at_most" and not lower_bound,
+        upper_bound=(surely or bound == "at_most") and not lower_bound,
         runs_by_releasing_cache=releases_cache and word == "tight",
         scope=None if peaks is None else peaks.scope,
         reason=refused,

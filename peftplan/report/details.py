@@ -96,6 +96,8 @@ def _peaks(peaks: Peaks) -> list[RenderableType]:
     parts: list[RenderableType] = ["", grid]
     if peaks.reserved is not None:
         parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
+    if peaks.unreserved is not None:
+        parts.append(Text(f"reserved: not known ({peaks.unreserved})"))
     return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]
 
 
@@ -131,9 +133,10 @@ def _largest(result: Estimate, *, everything: bool, wide: bool) -> Table:
 
 
 def _verdicts(result: Estimate) -> Table:
-    unknown = (
-        "(the trace is incomplete)" if result.peaks and not result.config else "(no peak)" if not result.peaks else "(a bound)"
-    )
+    if result.peaks and result.peaks.unreserved is not None:
+        unknown = "(reserved bytes are not known)"
+    else:
+        unknown = "(no peak)" if not result.peaks else "(a bound)" if result.config else "(the trace is incomplete)"
     numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
     grid = table(Column("gpu"), *numbers, Column("verdict"))
     grid.columns[0].no_wrap = False  # ids of up to 29 letters

@@ -76,7 +76,7 @@ class MemoryDocument(TypedDict):
     scope: NotRequired[str]
     """`text` if the peaks count no images."""
     reserved_source: str | None
-    """How the reserved bytes were computed."""
+    """How the reserved bytes were computed, or why they are not known."""
     incomplete: list[str]
     """What the engine could not follow; the peaks are lower bounds then."""
     runtime_context: int | None

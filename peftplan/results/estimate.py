@@ -58,6 +58,8 @@ class Peaks:
     reserved: int | None = None
     """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
     reserved_source: str | None = None
+    unreserved: str | None = None
+    """Why reserved bytes are not known, where allocated ones are."""
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, object] = field(default_factory=dict)
@@ -90,6 +92,11 @@ class Peaks:
     @property
     def static(self) -> Ledger | None:
         """What lasts on the rank whose peaks these are, and its gradients, where that depends on the rank; None elsewhere."""
+        return None
+
+    @property
+    def reserved_with_care(self) -> int | None:
+        """More than what is likely to be reserved, where reserved bytes are not known and a replay comes near."""
         return None
 
     @property
@@ -329,7 +336,7 @@ class Estimate:
             "peak_allocated": peaks.allocated if peaks else None,
             "peak_reserved": peaks.reserved if peaks else None,
             **({"scope": peaks.scope} if peaks and peaks.scope else {}),
-            "reserved_source": peaks.reserved_source if peaks else None,
+            "reserved_source": (peaks.unreserved or peaks.reserved_source) if peaks else None,
             "incomplete": list(peaks.incomplete) if peaks else [],
             "runtime_context": card.runtime_context if card else None,
             "device_total": card.device_total if card else None,

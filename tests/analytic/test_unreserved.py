@@ -1,0 +1,53 @@
+"""A job of which allocated bytes are known and reserved ones are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftplan import estimate, fit
+from peftplan.cli.rehearse import job_of
+from peftplan.errors import RefusedError
+from tools.rehearsed_jobs import drifts, read
+
+ROWS = read(Path(__file__).parents[1] / "rehearse" / "unreserved.jsonl")
+MODEL, OFFLOADS = job_of(ROWS[0]["job"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["job"])
+def test_allocated_bytes_are_those_of_a_rehearsal(row: dict[str, Any]) -> None:
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    assert abs(drift["allocated"]) < 0.001
+    assert max(abs(drift[phase]) for phase in ("load", "forward", "backward")) < 0.3
+    assert "reserved" not in drift
+
+
+def test_allocated_bytes_are_stated_and_reserved_ones_are_not() -> None:
+    document = estimate(MODEL, **OFFLOADS).to_dict()["memory"]
+    assert document["peak_allocated"] == ROWS[0]["allocated"]
+    assert document["peak_reserved"] is None
+    assert "rehearsal" in (document["reserved_source"] or "")
+
+
+@pytest.mark.parametrize(
+    ("card", "word", "bound"),
+    [("rtx-4090", "fits", (False, True)), ("1.5GiB", "unknown", (True, False)), ("1GiB", "does_not_fit", (True, False))],
+)
+def test_a_card_fits_with_a_margin(card: str, word: str, bound: tuple[bool, bool]) -> None:
+    (verdict,) = estimate(MODEL, gpu=card, **OFFLOADS).gpus
+    assert (verdict.verdict, (verdict.lower_bound, verdict.upper_bound)) == (word, bound)
+
+
+def test_a_search_for_the_largest_size_says_so() -> None:
+    with pytest.raises(RefusedError, match="reserved bytes are not known"):
+        fit(MODEL, gpu="rtx-4090", **OFFLOADS)
+
+
+def test_a_grid_states_no_reserved_bytes() -> None:
+    grid = estimate(MODEL, gpu=["rtx-4090", "1.5GiB"], **OFFLOADS).at(batch_size=[1, 2, 4])
+    assert set(grid.verdicts["rtx-4090"].ravel().tolist()) == {"fits"}
+    assert "unknown" in grid.verdicts["1.5GiB"].ravel().tolist()
+    assert grid.reserved_bytes.mask.all()
