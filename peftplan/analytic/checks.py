@@ -115,12 +115,13 @@ def _check_scan(job: Job) -> None:
     setup, architecture = job.setup, job.architecture
     if kernels_of(setup.kernels or ()).scan is None:
         raise NeedsTraceError(f"activations of model type {architecture.model_type} without --kernels mamba-ssm")
+    by_tool = has_own_code(job) or builds(job)
     unknown = {
-        "a mixture of experts": any(block.mlp.variant == "moe" for block in architecture.blocks),
+        "a mixture of experts": any(block.mlp.variant == "moe" for block in architecture.blocks) and not builds(job),
         f"method {job.method_name or 'of this adapter config'}": not job.is_full_or_lora,
         "a quantized base": job.quant is not None,
         "padding": setup.padding,
-        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or has_own_code(job)),
+        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or by_tool),
         "eager attention": setup.attn_implementation == "eager",
         f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
         "projections in fp32": setup.dtype == "fp32" and (setup.autocast == "none" or architecture.model_type == "falcon_h1"),

@@ -296,7 +296,7 @@ def is_decoder(job: Job) -> bool:
     """Whether the model is a plain decoder whose steps were rehearsed: embedding, layers, final norm, head."""
     architecture = job.architecture
     forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type) or builds(job)
-    mixes = has_own_code(job) and job.setup.by.layout is AUTOMODEL
+    mixes = (has_own_code(job) or builds(job)) and job.setup.by.layout is AUTOMODEL
     decoders = architecture.blocks and all(b.stack == "decoder" and (b.attentions or mixes) for b in architecture.blocks)
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.kernels import SCANNING, kernels_of
@@ -21,7 +21,7 @@ REHEARSED = (
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3")
+BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h")
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
@@ -82,34 +82,51 @@ def _knows_mixture(job: Job) -> bool:
     )
 
 
-EXCHANGES: dict[str, tuple[tuple[str, ...], str, bool, bool]] = {
-    "glm4_moe": ((), "adamw_torch", False, False),
-    "glm4_moe_lite": (("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False, False),
-    "qwen3_moe": (("uccl.exchange", "te-linear.dense"), "adamw_torch", True, True),
-    "deepseek_v3": (("deepep.exchange", "te-linear.dense", "te-experts.experts"), "adam_one_by_one", False, True),
+class Exchanged(NamedTuple):
+    """Experts that ranks divide, as they were rehearsed: kernels of the exchange and beside it, the optimizer, whether layers are
+    checkpoints, whether several micro batches make a step, and the method."""
+
+    kernels: tuple[str, ...]
+    optim: str
+    checkpoints: bool
+    several: bool
+    method: str = "full"
+
+
+EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
+    "glm4_moe": (Exchanged((), "adamw_torch", False, False),),
+    "glm4_moe_lite": (Exchanged(("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False, False),),
+    "qwen3_moe": (
+        Exchanged(("uccl.exchange", "te-linear.dense"), "adamw_torch", True, True),
+        Exchanged(("deepep.exchange",), "adamw_torch", True, True),
+    ),
+    "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), "adam_one_by_one", False, True),),
 }
-"""Model types whose experts ranks divide → kernels of the exchange and beside it, the optimizer, whether layers are
-checkpoints, and whether several micro batches make a step, as they were rehearsed."""
+"""Model types whose experts ranks divide → how they were rehearsed."""
 
 
 def knows_experts(job: Job) -> bool:
-    """Whether experts that ranks divide were rehearsed: in full, over enough tokens; with another exchange than HybridEP's where
-    all ranks own them once."""
+    """Whether experts that ranks divide were rehearsed: over enough tokens; with another exchange than HybridEP's where all ranks
+    own them once."""
     setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
-    kernels, optim, checkpoints, several = EXCHANGES[model_type]
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
-    plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full"
+    plain = setup.dtype == "bf16" and setup.loss == "full" and not distributed.sync_each_batch
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
-    enough = setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and (
-        not kernels or distributed.shards == distributed.ep_size
-    )
-    beside = (setup.kernels or ()) == kernels and bool(setup.gradient_checkpointing) is checkpoints
-    stepped = (setup.optim == optim or not kernels) and not distributed.sync_each_batch
-    once = several or setup.gradient_accumulation_steps == 1
-    return alone and plain and here and whole and enough and beside and stepped and once
+    enough = setup.rows * setup.seq_len > (tokens_at_once(job) or 0)
+    return alone and plain and here and whole and enough and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
+
+
+def _resembles(job: Job, shown: Exchanged) -> bool:
+    """Whether a job is one of these."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
+    once = shown.several or setup.gradient_accumulation_steps == 1
+    stepped = not shown.kernels or (setup.optim == shown.optim and distributed.shards == distributed.ep_size)
+    return job.method_name == shown.method and beside and once and stepped
 
 
 WITH_TOWERS = (
@@ -182,8 +199,7 @@ def without_formula(job: Job) -> str | None:
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         f"{architecture.model_type} as it was not rehearsed": (
-            (architecture.model_type in EXCHANGES and not knows_experts(job))
-            or (architecture.model_type in SCANNING and not _knows_scan(job))
+            architecture.model_type in (*EXCHANGES, *SCANNING) and not (knows_experts(job) or _knows_scan(job))
         ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

@@ -10,7 +10,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError
-from peftplan.memory.models.automodel_deepep import received
+from peftplan.memory.models.automodel_exchange import received
 
 JOB: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "nodes": 8, "ep_size": 32}
 H, WIDTH, E, LAYERS = 4096, 1408, 128, 45

@@ -15,10 +15,14 @@ from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Parameter, Tensor
 
+OF_TORCH = ".in_proj"
+"""A projection that is torch's also where Transformer Engine has the others (components/models/nemotron_v3/layers.py)."""
+
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B. The sum is made apart where a dropout comes before it."""
-    if f.modules is not None:
+    by_engine = running.kernels.dense is not None and not part.name.endswith(OF_TORCH)
+    if f.modules is not None or by_engine:
         return divided(f, part, x, base)
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
@@ -33,7 +37,8 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
 
 
 def divided(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same of matrices that are divided over ranks, operation by operation (`_should_use_memory_efficient_lora`)."""
+    """The same of matrices that are divided over ranks, or of Transformer Engine, operation by operation
+    (`_should_use_memory_efficient_lora`)."""
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = f"{part.name}.lora_A"

@@ -102,6 +102,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             return gpt_oss
         from peftplan.memory.models.automodel_deepep import FORWARDS as DIVIDED
 
+        if model_type == "nemotron_h":
+            from peftplan.memory.models.automodel_nemotron import nemotron_h
+
+            return nemotron_h
         if model_type == "glm4_moe":
             from peftplan.memory.models.automodel_ep import glm4_moe
 

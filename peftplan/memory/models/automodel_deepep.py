@@ -3,19 +3,15 @@
 Letters: n tokens of a rank, k experts a token, e experts, W ranks that own them once, h hidden size, i width of an expert. A rank
 gets m tokens, each once, and n·k rows of them for its experts, which have dims (b, s, k, …). Sources: nemo_automodel 0.7.0,
 components/models/qwen3_moe/{model,layers}.py, components/moe/layers.py (`Gate`, `MoE`), experts.py (`GroupedExpertsDeepEP`,
-`GroupedExpertsTE`), parallelizer.py (`apply_ac`), megatron/{fused_indices_converter,token_dispatcher,fused_a2a}.py; DeepEP at
-94a9f8f6, csrc/deep_ep.cpp (`intranode_dispatch`, `intranode_combine`); transformer-engine 2.20.2, pytorch/permutation.py,
-pytorch/triton/permutation.py, pytorch/module/{linear,grouped_linear}.py. Left out: DeepEP's buffers for what ranks send, which it
-takes from CUDA itself, beside torch's allocator, and sums of few numbers.
+`GroupedExpertsTE`), parallelizer.py (`apply_ac`); transformer-engine 2.20.2, pytorch/module/{linear,grouped_linear}.py. Left out:
+sums of few numbers, and what `memory.models.automodel_exchange` leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from math import comb
 
-from peftplan.arrays import Derived, Size
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import number
@@ -24,6 +20,7 @@ from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import divided, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
+from peftplan.memory.models.automodel_exchange import combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_moe import masked_rows, rotary_table
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.mlps import gated_mlp
@@ -34,20 +31,8 @@ from peftplan.tape.shaping import cat, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
-SHARE = 2**20
-
-
-class Received(Derived):
-    """Tokens that a rank gets once, if all choices of experts are as likely: named by their number for 2**20 of its own."""
-
-    def at(self, sizes: Mapping[str, Size]) -> Size:
-        return sizes["b"] * sizes["s"] * int(self.rpartition("·")[2].partition("/")[0]) // SHARE
-
-
-def received(ranks: int, experts: int, k: int) -> Received:
-    """W · (1 - C(e - e/W, k) / C(e, k)) for each token: on how many ranks it has an expert. That is an assumption."""
-    missed = comb(experts - experts // ranks, k) * SHARE // comb(experts, k)
-    return Received(f"b·s·{ranks * (SHARE - missed)}/{SHARE}")
+Activated = Callable[[Tape, Tensor, Tensor], Tensor]
+"""What the first product gives, and the weights of its rows → what the second one takes."""
 
 
 def qwen3_moe(model: Model) -> Tensor:
@@ -171,12 +156,21 @@ def _balanced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Gr
     return g, f.new(saved[0], "fp32", "ones_like")
 
 
-def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool = False) -> Tensor:
+def experts(
+    c: Call,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    name: str = "mlp",
+    *,
+    after: bool = False,
+    activated: Activated | None = None,
+) -> Tensor:
     """`forward` of the experts: tokens of all ranks in the order of this rank's experts, and back. `after`: weights multiply
-    what the experts give."""
-    f = c.at("mlp.experts")
-    params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
-    up, down = params["gate_up_proj"], params["down_proj"]
+    what the experts give; `activated`: what is between their products, of a gate and up if not said."""
+    f = c.at(f"{name}.experts")
+    params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
+    up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
     masked = f.new(rows, "int64", "masked_fill")
     wide = f.to(weights, "fp32")
@@ -193,98 +187,24 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
     out = grouped(f, chosen, up, up.dims[1], kernel=True, bias=None, offsets=offsets)
     del chosen
     ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
-    out = activated(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
+    out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
     second = grouped(f, out, down, down.dims[1], kernel=True, bias=None, offsets=offsets)
     del out
     if after:
         second = weighted(f, second, probabilities)
-    back = f.new((tokens, x.dims[-1]), x.dtype, "unpermute", f.record(_unpermuted_backward, (second,), second.dims, row_map))
+    back = unpermuted(f, second, tokens, row_map)
     del second, row_map
-    return f.new(x.dims, x.dtype, "combine", f.record(_combined_backward, (back,), back.dims, handle))
+    return combined(f, back, x.dims, handle)
 
 
-def dispatched(
-    f: Tape, x: Tensor, weights: Tensor, ranks: int, tokens: Received, *, replays: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """`FusedDispatch`: each token once for each rank that owns one of its experts, and the weights of these. `replays`:
-    recomputation finds where tokens went, and their weights (`DispatchReplayRecorder`)."""
-    node = f.record(_dispatched_backward, (x, weights), x.dims, weights.dims)
-    k, of_ranks = weights.dims[-1], (*x.dims[:-1], ranks)
-
-    def layout() -> tuple[Tensor, ...]:
-        return (
-            f.new(of_ranks, "bool", "is token in rank"),
-            f.new((tokens,), "int32", "source"),
-            f.new(of_ranks, "int32", "send head"),
-            f.new((tokens, k), "int64", "experts"),
-            f.new((tokens, k), "fp32", "weights"),
-        )
-
-    *handle, _of_experts, of_got = f.chosen(layout) if replays else layout()
-    got = f.new((tokens, x.dims[-1]), x.dtype, "dispatch", node)
-    if replays and f.replays:
-        scratch = f.new((tokens,), "int32", "source"), f.new(of_ranks, "int32", "send head")
-        del scratch
-    if node is not None:
-        node.in_python = True
-        node.context = handle
-    return got, Tensor(of_got.storage, (tokens, k), "fp32", node, 1), tuple(handle)
-
-
-def _dispatched_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor, h: Tensor) -> Gradients:
-    weights = f.new(saved[1], "fp32", "combine")
-    return f.new(saved[0], g.dtype, "combine"), weights
-
-
-def on_own(f: Tape, weights: Tensor, owned: int) -> tuple[Tensor, Tensor]:
-    """`IndicesToMultihot`: keeps where each weight was."""
-    dims = (weights.dims[0], owned)
-    marks = f.new(dims, "bool", "multihot")
-    node = f.record(_on_own_backward, (weights,), weights.dims)
-    out = f.new(dims, "fp32", "multihot", node)
-    f.keep(node, f.new(dims, "int32", "position map"))
-    return marks, out
-
-
-def _on_own_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
-    marks = f.new(g.dims, "bool", "zeros")
-    out = f.new(saved[0], g.dtype, "multihot")
-    del marks
-    return out
-
-
-def permuted(f: Tape, x: Tensor, weights: Tensor, rows: Dims) -> tuple[Tensor, Tensor, Tensor]:
-    """`moe_permute_with_probs`: a row for each expert of each token, its weight, and where the rows come from."""
-    m, owned = weights.dims
-    row_map = f.new((m, 2 * number(owned) + 1), "int32", "row map")
-    node = f.record(_permuted_backward, (x, weights), x.dims, weights.dims, row_map)
-    out = f.new((*rows, x.dims[-1]), x.dtype, "permute", node)
-    of_rows = f.new(rows, "fp32", "permuted weights")
-    if node is not None:
-        node.in_python = True
-    return out, Tensor(of_rows.storage, (*rows, 1), "fp32", node, 1), row_map
-
-
-def _permuted_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor], g: Tensor, h: Tensor) -> Gradients:
-    return f.new(saved[0], g.dtype, "unpermute"), f.new(saved[1], "fp32", "unpermute")
-
-
-def _unpermuted_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "permute")
-
-
-def _combined_backward(f: Tape, node: Node, saved: tuple[Dims, object], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "dispatch")
-
-
-def activated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
+def gated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
     """`WeightedSwiGLUFunction`, compiled: keeps gate and up, and the weights."""
     *rows, wide = x.dims
-    node = f.record(_activated_backward, (x, weights), x.detach(), weights.detach())
+    node = f.record(_gated_backward, (x, weights), x.detach(), weights.detach())
     return f.new((*rows, number(wide) // 2), x.dtype, "swiglu", node)
 
 
-def _activated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
     return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
 
 

@@ -104,10 +104,11 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     return ops.add(c.at("mlp"), units.leave(unit, out), shared)
 
 
-def gate(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`Gate.forward` with a sigmoid, in fp32: weights that sum to one, and the load of each expert, summed up to the step."""
-    f, mlp = c.at("mlp.gate"), c.block.mlp
-    weight = c.model.part(f"{c.style.stack}.mlp.gate", c.number).own_weight
+def gate(c: Call, x: Tensor, name: str = "mlp", *, counts: bool = True) -> tuple[Tensor, Tensor]:
+    """`Gate.forward` with a sigmoid, in fp32: weights that sum to one, and, if it `counts`, the load of each expert, summed up to
+    the step."""
+    f, mlp = c.at(f"{name}.gate"), c.block.mlp
+    weight = c.model.part(f"{c.style.stack}.{name}.gate", c.number).own_weight
     wide = f.to(x, "fp32")
     _logits = products.linear(f, wide, f.to(weight, "fp32"))
     del wide
@@ -120,8 +121,9 @@ def gate(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
         _normed = f.new(scores.dims, "fp32", "div")
     weights = ops.scale(f, weights)
     del corrected
-    load, counted = f.new(scores.dims, "int64", "new_zeros"), f.new(x.dims[:-1], "int64", "to")
-    del load, counted
+    if counts:
+        load, counted = f.new(scores.dims, "int64", "new_zeros"), f.new(x.dims[:-1], "int64", "to")
+        del load, counted
     return weights, indices
 
 

@@ -103,6 +103,7 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
     [
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "torch_mm"}, 0, "uccl,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "te"}, 0, None),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "linear": "torch", "experts": "torch_mm"}, 0, "deepep"),
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "te"}, 0, "deepep,te-linear,te-experts"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
         (

@@ -1,0 +1,73 @@
+"""Nemotron 3 as NeMo Automodel builds it: layers of Mamba 2, attention without positions, or experts without gate.
+
+Letters: b rows of s tokens, h hidden size. Experts go through DeepEP's exchange (`memory.models.automodel_deepep`), Mamba 2 runs
+as mamba-ssm's function (`memory.state_space`). Source: nemo_automodel 0.7.0, components/models/nemotron_v3/{model,layers}.py,
+components/moe/layers.py (`MLP`, `MoE`), experts.py (`relu2_deepep`). Left out: where a row begins and ends, a number a token.
+"""
+
+from __future__ import annotations
+
+from peftplan.memory import state_space
+from peftplan.memory.activations import activation
+from peftplan.memory.calls import inputs
+from peftplan.memory.model import Model
+from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_deepep import experts
+from peftplan.memory.models.automodel_ep import gate
+from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.style import Call, Style
+from peftplan.memory.te_attention import of_documents
+from peftplan.tape import ops
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Gradients, Node, Tensor
+
+
+def nemotron_h(model: Model) -> Tensor:
+    """`NemotronV3Model.forward`."""
+    return run_layers(model, STYLE, [inputs(model)], lambda _: (), masks={})
+
+
+def layer(c: Call, x: Tensor) -> Tensor:
+    """`NemotronV3Block.forward`."""
+    part = mamba if c.block.state_space else attention if c.block.attentions else mixture
+    out = part(c, c.norm("norm", x))
+    return ops.add(c.at(), x, out)
+
+
+def mamba(c: Call, x: Tensor) -> Tensor:
+    """`NemotronV3Mamba2Mixer.forward`: the batch's mask multiplies what it reads."""
+    assert c.block.state_space is not None
+    x = ops.scale(c.at("mixer"), x)
+    return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
+
+
+def attention(c: Call, x: Tensor) -> Tensor:
+    """`NemotronV3Attention.forward`."""
+    a, (b, s, _) = c.block.attentions[0], x.dims
+    heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
+    q, k, v = (c.linear(f"mixer.{name}_proj", x).view((b, heads[name], s, a.head_dim)) for name in heads)
+    out = of_documents(c.at("mixer"), q, k, v, packed=c.model.running.kernels.attention is not None)
+    return c.linear("mixer.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
+
+
+def mixture(c: Call, x: Tensor) -> Tensor:
+    """`MoE.forward`: the router in fp32, whose weights are cast to the hidden states' dtype, and a shared expert."""
+    _tokens = c.at("mixer").new(x.dims[:-1], "bool", "ones")
+    weights, indices = gate(c, x, "mixer", counts=False)
+    weights = c.at("mixer.gate").to(weights, x.dtype)
+    shared = c.linear("mixer.shared_experts.up_proj", x)
+    shared = activation(c.at("mixer.shared_experts"), shared, c.block.mlp.activation)
+    shared = c.linear("mixer.shared_experts.down_proj", shared)
+    return ops.add(c.at("mixer"), experts(c, x, weights, indices, "mixer", activated=squared), shared)
+
+
+def squared(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
+    """`relu2_deepep`, compiled: keeps its input and the weights."""
+    return f.new(x.dims, x.dtype, "relu2", f.record(_squared_backward, (x, weights), x.detach(), weights.detach()))
+
+
+def _squared_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+    return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
+
+
+STYLE = Style(norm=opaque_rms, layer=layer, final_norm="model.norm_f")
