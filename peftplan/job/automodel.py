@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.exchanges import EXCHANGES, Exchanged
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.optim import OF_AUTOMODEL, parse_optim
@@ -80,29 +81,6 @@ def _knows_mixture(job: Job) -> bool:
     return (
         adapts and plain and setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and setup.seq_len <= (longest_row(job) or 0)
     )
-
-
-class Exchanged(NamedTuple):
-    """Experts that ranks divide, as they were rehearsed: kernels of the exchange and beside it, the optimizer, whether layers are
-    checkpoints, whether several micro batches make a step, and the method."""
-
-    kernels: tuple[str, ...]
-    optim: str
-    checkpoints: bool
-    several: bool
-    method: str = "full"
-
-
-EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
-    "glm4_moe": (Exchanged((), "adamw_torch", False, False),),
-    "glm4_moe_lite": (Exchanged(("te.attention", "deepep.exchange", "te-linear.dense"), "adam_one_by_one", False, False),),
-    "qwen3_moe": (
-        Exchanged(("uccl.exchange", "te-linear.dense"), "adamw_torch", True, True),
-        Exchanged(("deepep.exchange",), "adamw_torch", True, True),
-    ),
-    "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), "adam_one_by_one", False, True),),
-}
-"""Model types whose experts ranks divide → how they were rehearsed."""
 
 
 def knows_experts(job: Job) -> bool:

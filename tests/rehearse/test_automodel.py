@@ -48,6 +48,8 @@ LOOSE = {
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M-M*-M-", 4): 0.4,
     ("qwen3-30b-a3b", 4, 2): 2.25,
     ("qwen3-30b-a3b", 8, 4): 0.8,
+    ("qwen3-30b-a3b", 3, 4): 0.09,
+    ("qwen3-30b-a3b", 6, 2): 0.05,
     ("moonlight-16b-a3b", 3, 4): 0.5,
     ("moonlight-16b-a3b", 4, 8): 0.85,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
@@ -88,7 +90,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     peaks = on_rehearsed_rank(peaks, row.get("rank", 0)) if "cp_size" in row["options"] else peaks
     rehearsed = {"allocated": max(row["by_phase"].values()), "reserved": row["reserved"]}
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
-    drifts = {what: 100 * (value / rehearsed[what] - 1) for what, value in stated.items()}
+    drifts = {what: 100 * (value / rehearsed[what] - 1) for what, value in stated.items() if value is not None}
     if row.get("recipe", {}).get("peft", {}).get("use_triton") and 0 < row["reserved"] - peaks.reserved <= TIMED + SEGMENTS:
         del drifts["reserved"]
     tail = TAIL.get(f"{row['model']} {row['options'].get('target_modules')}", 0.0)

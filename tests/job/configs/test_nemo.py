@@ -105,6 +105,7 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "te"}, 0, None),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "linear": "torch", "experts": "torch_mm"}, 0, "deepep"),
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "te"}, 0, "deepep,te-linear,te-experts"),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "te"}, 1024, "te,deepep,te-linear,te-experts"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
         (
             "zai-org/GLM-4.7-Flash",
