@@ -111,6 +111,8 @@ class Fsdp2(OneDevice):
         self._order: list[Unit] = []
         self._copied_out: Tensor | None = None
         self._reducing: list[Tensor] = []
+        self.waiting: dict[Parameter, Tensor] = {}
+        """Gradients of micro batches that are not reduced, in the dtype of the reduction."""
 
     # -- forward -----------------------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,9 @@ class Fsdp2(OneDevice):
     def _unshard(self, unit: Unit) -> None:
         """`foreach_all_gather`: casts the shards of another dtype, then gathers all into one buffer."""
         if unit.buffer is not None or unit.unsharded or not unit.members:
+            return
+        if self.world_size == 1:
+            unit.buffer = Tensor(None, (), unit.members[0].dtype)
             return
         narrow = self._moved(unit) if self.offloads else self._narrowed(unit)
         dtypes = {member.dtype for member in unit.members}
@@ -267,7 +272,10 @@ class Fsdp2(OneDevice):
         """The gradients of a unit are complete: free its parameters and reduce the gradients."""
         unit.state = "post_backward"
         places = {member.name: place for place, member in enumerate(unit.members)}
-        with_gradients = [p for p in unit.parameters() if p.grad is not None]
+        parameters = list(unit.parameters())
+        for p in parameters:  # `accumulate_unsharded_grad_if_needed`
+            p.grad = self.waiting.pop(p, p.grad)
+        with_gradients = [p for p in parameters if p.grad is not None]
         with_gradients.sort(key=lambda p: places[p.name])
         if not self.syncs:
             unit.unsharded = []
@@ -288,10 +296,14 @@ class Fsdp2(OneDevice):
         return gradient
 
     def _widen(self, with_gradients: list[Parameter]) -> None:
-        """`to_accumulated_grad_if_needed`: gradients that are not reduced yet are kept in the dtype of the reduction."""
+        """`to_accumulated_grad_if_needed`: gradients that are not reduced yet are kept in the dtype of the reduction, beside
+        those of the next micro batch."""
         for p in with_gradients:
-            if p.grad is not None and self.reduce_dtype not in (None, p.grad.dtype):
+            if p.grad is None or self.reduce_dtype in (None, p.dtype):
+                continue
+            if p.grad.dtype != self.reduce_dtype:
                 p.grad = self._new(p.grad.dims, str(self.reduce_dtype), "gradient to be reduced", 0, "gradients")
+            self.waiting[p], p.grad = p.grad, None
 
     def _reduce(self, unit: Unit, names: set[str], gradients: list[Tensor | None]) -> None:
         """`foreach_reduce`. The variable of its first loop keeps the last gradient alive until it returns."""

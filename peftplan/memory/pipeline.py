@@ -14,7 +14,7 @@ _fsdp_param_group.py (`post_backward`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import partial
 
 from peftplan.distributed.fsdp2 import Fsdp2, Unit
 from peftplan.distributed.pipeline import Action, Stage
@@ -29,7 +29,7 @@ from peftplan.memory.units import ROOT, OneGpu
 from peftplan.parameters import Parameter as Shard
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Node, Tensor
 
 STREAMS = 3
 """Streams of a stage's collectives, which its root makes for itself."""
@@ -43,11 +43,6 @@ class Staged(Fsdp2):
 
     collects = False
     """Whether all units are being gathered at once."""
-
-    @cached_property
-    def waiting(self) -> dict[Parameter, Tensor]:
-        """Gradients in the dtype of the reduction, where that is another one."""
-        return {}
 
     def unshard(self) -> None:
         """Gather all units at once, on the stream that computes (`get_all_gather_streams` of an asynchronous gather)."""

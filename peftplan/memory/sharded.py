@@ -106,7 +106,7 @@ def units_of(
             ),
         )
         for name, members in groups.items()
-        if not members or sharing(members[0][0], distributed)[1] > 1
+        if not members or distributed.shards == 1 or sharing(members[0][0], distributed)[1] > 1
     ]
     units_in_step = (Fsdp1 if of_fsdp1 else kind)(
         model.tape,
