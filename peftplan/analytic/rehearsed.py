@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
+    *(("phi", "lora"), ("seed_oss", "full")),
 )
-"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2, not over all ranks."""
+"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2: of Seed-OSS alone
+over all ranks."""
 SHARING_ROWS = ("llama", "qwen2", "qwen3")
 """Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
 LONGEST_RING = 8
@@ -165,7 +167,7 @@ def _knows_division(job: Job, distributed: Distributed) -> bool:
     return (
         (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
         and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
-        and distributed.world_size > ranks_of(distributed)
+        and (distributed.world_size > ranks_of(distributed) or architecture.model_type == "seed_oss")
         and not architecture.ties
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
         and not getattr(config, "lora_dropout", 0)

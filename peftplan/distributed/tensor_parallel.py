@@ -75,8 +75,13 @@ BY_AUTOMODEL: dict[str, Plan] = {
         "mlp.gate_up_proj": "colwise",
         "mlp.down_proj": "rowwise_whole_input",
     },
+    "phi": PLANS["phi"],
+    "seed_oss": LLAMA,
 }
-"""Where NeMo Automodel divides otherwise (components/distributed/optimized_tp_plans.py). With any model logits stay divided."""
+"""Plans of NeMo Automodel for models that it does not build (components/distributed/optimized_tp_plans.py), and those of
+transformers where it has none. With its own, logits stay divided."""
+WHOLE_LOGITS = ("seed_oss",)
+"""Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`)."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 
@@ -97,7 +102,7 @@ def style_of(architecture: Architecture, module: str, plans: Mapping[str, Plan] 
     if module == architecture.input_embedding:
         return "embedding_rowwise"
     if module == architecture.output_embedding:
-        return "colwise_gather_output" if plans is PLANS else "colwise"
+        return "colwise_gather_output" if plans is PLANS or architecture.model_type in WHOLE_LOGITS else "colwise"
     _, layered, of_layer = module.partition("{}.")
     return plans[architecture.model_type].get(of_layer) if layered else None
 

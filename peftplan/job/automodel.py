@@ -34,12 +34,13 @@ def builds(job: Job) -> bool:
 
 
 def _knows_cut(job: Job) -> bool:
-    """Whether the loss was rehearsed that reads the head behind the model: over several GPUs, of a head that has no adapter, and,
-    where it trains, with gradients that each micro batch reduces."""
-    if job.distributed is None or any(module.name == job.architecture.output_embedding for module in job.adaptation.matched):
+    """Whether the loss was rehearsed that reads the head behind the model: over several GPUs, of a head that has no adapter and,
+    where it trains, with gradients that each micro batch reduces, but of a tied head with both."""
+    adapts = any(module.name == job.architecture.output_embedding for module in job.adaptation.matched)
+    if job.distributed is None or not job.is_full_or_lora:
         return False
     defers = (job.setup.gradient_accumulation_steps or 1) > 1 and not job.distributed.sync_each_batch
-    return job.is_full_or_lora and not (job.method_name == "full" and defers)
+    return bool(job.architecture.ties) or not (adapts or (job.method_name == "full" and defers))
 
 
 ROWS_AT_ONCE = 12_288
@@ -148,9 +149,9 @@ def packs_documents(job: Job) -> bool:
 
 
 def _knows_documents(job: Job) -> bool:
-    """Whether such rows were rehearsed: over several GPUs, in bf16, of a model of the tool's own, without quantization."""
-    setup = job.setup
-    return builds(job) and job.distributed is not None and setup.dtype == "bf16" and setup.loss == "full"
+    """Whether such rows were rehearsed: of a model of the tool's own, in bf16, over several GPUs or with LoRA."""
+    setup, alone = job.setup, job.distributed is None and job.method_name != "lora"
+    return builds(job) and not alone and setup.dtype == "bf16" and setup.loss == "full"
 
 
 def _in_stages(job: Job) -> bool:

@@ -145,11 +145,6 @@ class Setup(BaseModel):
         return self.by.generates and self.loss == "unsloth"
 
     @property
-    def of_hidden_pairs(self) -> bool:
-        """Whether Unsloth makes the log-probabilities of pairs of their hidden states."""
-        return self.by.scoring is not None and self.loss == "unsloth"
-
-    @property
     def generation_rows(self) -> int:
         """Completions that the policy writes at once."""
         if self.by.rows > 1:
@@ -339,8 +334,8 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"device_map: {by.called} builds the model on its card; accepted: none")
     if setup.kernels and by.own_modules and setup.kernels != OF_TORCHTUNE:
         raise RefusedError(f"kernels: {by.called} runs modules of its own, which only torchao's replace; leave out --kernels")
-    if OF_TORCHTUNE[0] in (setup.kernels or ()) and not by.own_modules:
-        raise RefusedError(f"kernels: {by.called} has no fake-quantized layers of torchao; add --trainer torchtune")
+    if OF_TORCHTUNE[0] in (setup.kernels or ()) and not (by.own_modules or by.own_lora):
+        raise RefusedError(f"kernels: {by.called} has no fake-quantized layers of torchao; add --trainer torchtune or automodel")
     if not by.own_lora and (of_tool := next((name for name in setup.kernels or () if name in KERNELS_OF_AUTOMODEL), None)):
         raise RefusedError(f"kernels: {by.called} has no {of_tool}; add --trainer automodel")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:

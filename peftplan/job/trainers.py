@@ -68,7 +68,6 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=DPO_LOSSES,
             many_losses=True,
             empties_cache=True,
-            beside_copy=True,
         ),
         IN_AXOLOTL._replace(
             name="axolotl-kto",

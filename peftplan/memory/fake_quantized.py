@@ -16,14 +16,14 @@ Scales = dict[tuple[str, int | None, str], tuple[Tensor, ...]]
 """Module, layer and what is quantized → scale and zero point of its last forward, which the quantizer keeps."""
 
 
-def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int) -> Tensor:
-    """`FakeQuantizedLinear.forward`."""
+def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int, scales_dtype: str = "fp32") -> Tensor:
+    """`FakeQuantizedLinear.forward`. `scales_dtype`: of a group's scale (`scales_precision`), in which it is rounded."""
     weight = part.own_weight
     rows, columns = weight.dims
     assert isinstance(columns, int)
     by_token = scales[part.name, part.layer, "input"] = _scales(f, (*x.dims[:-1], 1))
     x = _fake_quantized(f, x, by_token)
-    by_group = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group))
+    by_group = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group), scales_dtype)
     fake = _fake_quantized(f, weight, by_group)
     return products.linear(f, x, fake, part.bias)
 
@@ -48,24 +48,24 @@ def quantizes(part: Part, *, group: int) -> bool:
     return isinstance(columns, int) and columns % group == 0
 
 
-def _scales(f: Tape, dims: Dims) -> tuple[Tensor, Tensor]:
-    return f.new(dims, "fp32", "scale"), f.new(dims, "fp32", "zero point")
+def _scales(f: Tape, dims: Dims, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
+    return f.new(dims, dtype, "scale"), f.new(dims, dtype, "zero point")
 
 
 def _fake_quantized(f: Tape, x: Operand, scales: tuple[Tensor, ...]) -> Tensor:
-    """Rounded to few values and back. The fp32 values before `clamp` wait for backward; after it they live until this returns."""
+    """Rounded to few values and back. The values before `clamp` wait for backward; after it they live until this returns."""
     scale = scales[0]
-    inverse = f.new(scale.dims, "fp32", "reciprocal")
+    inverse = f.new(scale.dims, scale.dtype, "reciprocal")
     wide = ops.mul(f, x, inverse)
     del inverse
     rounded = ops.shift(f, wide, "round")
     del wide
     shifted = ops.shift(f, rounded, "add")
     del rounded
-    quantized = f.new(x.dims, "fp32", "clamp", f.record(_clamp_backward, (shifted,), shifted))
+    quantized = f.new(x.dims, shifted.dtype, "clamp", f.record(_clamp_backward, (shifted,), shifted))
     del shifted
-    narrow = f.to(quantized, x.dtype)
-    narrow_zero_point = f.new(scale.dims, x.dtype, "to")
+    narrow = ops.shift(f, quantized, "to") if quantized.dtype == x.dtype else f.to(quantized, x.dtype)
+    narrow_zero_point = None if scale.dtype == x.dtype else f.new(scale.dims, x.dtype, "to")
     centred = ops.shift(f, narrow, "sub")
     del narrow, narrow_zero_point
     wide = ops.mul(f, centred, scale)

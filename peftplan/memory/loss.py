@@ -7,7 +7,7 @@ all positions. torch's cross entropy is log_softmax and nll_loss.
 from __future__ import annotations
 
 from peftplan.errors import RefusedError
-from peftplan.job.loss_sizes import READ_THROUGH
+from peftplan.job.loss_sizes import CUT_APART, READ_THROUGH
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Part
@@ -134,7 +134,7 @@ def projection(model: Model) -> Part:
     """The output projection whose weight a loss reads itself; a KV cache that the model returned goes, a prefix the caller holds.
 
     Raises RefusedError where an adapter on it would not train; Liger asks a wrapper for its weight, and gets that of the layer
-    within.
+    within. NeMo Automodel's adapter is part of the layer.
     """
     if model.running.peft_type != "PREFIX_TUNING":
         model.kept.clear()
@@ -142,7 +142,7 @@ def projection(model: Model) -> Part:
     head = model.part(model.arch.output_embedding)
     if head.name in model.token_adapters and model.running.loss not in READ_THROUGH:
         raise RefusedError(f"{named('trl')} refuses it: AttributeError: 'TrainableTokensWrapper' object has no attribute 'bias'")
-    if model.running.loss != "liger" and any(key not in ("weight", "bias") for key in head.params):
+    if model.running.loss not in ("liger", CUT_APART) and any(key not in ("weight", "bias") for key in head.params):
         raise RefusedError(
             f"target_modules: {model.running.loss} reads lm_head.weight itself, so an adapter on it would not train"
         )

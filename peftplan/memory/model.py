@@ -100,7 +100,8 @@ class Model(Weights):
             return products.linear(f, x, rows)
         fake = self.running.kernels.fake_quant
         if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
-            return fake_quantized.linear(f, part, x, self.scales, group=fake.group)
+            scales_dtype = "fp32" if self.running.own_modules else part.own_weight.dtype
+            return fake_quantized.linear(f, part, x, self.scales, group=fake.group, scales_dtype=scales_dtype)
         if self.running.kernels.linear is not None and float8.computes(part.own_weight.dims, is_head=self._is_head(part)):
             return float8.linear(f, part, x)
         if part.kind == "LinearSubclass" and part.quant is None:
@@ -115,10 +116,10 @@ class Model(Weights):
         return part.name == self.arch.output_embedding
 
     def _is_fake_quantized(self, part: Part) -> bool:
-        """Beside adapters the adapted layers; else those with a weight of their own: torchtune's tied head is no `nn.Linear`."""
+        """Beside adapters the adapted layers; else all: torchtune's tied head is no `nn.Linear`."""
         if self.adapter is not None:
             return _is_adapted(part)
-        return not any(tied == f"{part.name}.weight" for tied, _ in self.arch.ties)
+        return not self.running.own_modules or not any(tied == f"{part.name}.weight" for tied, _ in self.arch.ties)
 
     @property
     def virtual_tokens(self) -> int:

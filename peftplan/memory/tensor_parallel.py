@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, Style, plans_of, ranks_of, style_of
+from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, WHOLE_LOGITS, Style, plans_of, ranks_of, style_of
 from peftplan.memory import divided_mlp
 from peftplan.memory.model import Model
 from peftplan.memory.rank_parts import gather, gathered
@@ -160,7 +160,9 @@ class TensorParallel(OneGpu):
 def whole_logits(f: Tape, logits: Tensor) -> Tensor:
     """Logits as a loss behind the model reads them: `full_tensor()` of those of which a rank has some columns, in fp32
     (nemo_automodel, components/loss/masked_ce.py)."""
-    return f.modules.gathered(f.to(logits, "fp32")) if isinstance(f.modules, TensorParallel) else logits
+    if not isinstance(f.modules, TensorParallel) or f.modules.model.arch.model_type in WHOLE_LOGITS:
+        return logits
+    return f.modules.gathered(f.to(logits, "fp32"))
 
 
 def _copied_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:

@@ -386,3 +386,48 @@ def test_what_nemo_freezes_of_a_vision_language_model_does_not_train() -> None:
     assert plan.options["method"] == "partial"
     counted = peftplan.estimate("gemma-3-4b-it", method="partial", trainable=plan.options["trainable"])
     assert counted.trainable_parameters == trained
+
+
+QAT = {"_target_": "nemo_automodel.components.quantization.qat.QATConfig", "quantizer_type": "int8_dynact_int4weight"}
+
+
+@pytest.mark.parametrize(
+    ("more", "unsupported"),
+    [
+        ({"groupsize": 256}, set()),
+        ({}, set()),
+        ({"groupsize": 32}, {"qat.enabled"}),
+        ({"quantizer_type": "int4_weight_only"}, {"qat.enabled"}),
+        ({"padding_allowed": True}, {"qat.qat_config.padding_allowed"}),
+    ],
+)
+def test_nemo_fake_quantizes_by_torchao(more: dict[str, object], unsupported: set[str]) -> None:
+    """components/quantization/qat.py: groups of 256 weights unless the file says otherwise."""
+    qat = {"enabled": True, "fake_quant_after_n_steps": 1, "qat_config": QAT | more}
+    plan = of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN, qat=qat)
+    assert plan.unsupported.keys() == unsupported
+    assert plan.options.get("kernels") == (None if "qat.enabled" in unsupported else "torchao")
+    assert of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN, qat={"enabled": False}).unsupported == {}
+    adapted = of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN, qat=qat, peft={**NEMO_LORA, "dim": 8})
+    assert "qat.enabled" in adapted.unsupported  # recipes/llm/train_ft.py:220 raises
+
+
+def test_what_of_nemo_leaves_the_peak_as_it_is() -> None:
+    """NEFTune's hook (components/training/neftune.py); text that FSDP2 does not generate (recipes/llm/train_ft.py:1401)."""
+    evaluated = {
+        "_target_": "nemo_automodel.components.eval.tool_call_evaluator.ToolCallAccuracyEvaluator",
+        "max_new_tokens": 256,
+    }
+    plan = of_nemo({"strategy": "fsdp2"}, neftune={"noise_alpha": 5.0}, tool_call_eval=evaluated)
+    assert plan.unsupported == {}
+    written = of_nemo({"strategy": "fsdp2"}, tool_call_eval=evaluated | {"run_on_fsdp2": True})
+    assert written.unsupported.keys() == {"tool_call_eval.run_on_fsdp2"}
+    assert "tool_call_eval._target_" in of_nemo({"strategy": "ddp"}, tool_call_eval=evaluated).unsupported
+
+
+def test_nemo_stores_what_does_not_train_as_it_computes() -> None:
+    """Release 0.7.0, components/models/common/utils.py (`prepare_frozen_parameters_for_sharding`): bf16, beside LoRA in fp32."""
+    wide = NEMO_MODEL | {"torch_dtype": "float32"}
+    lora = of_nemo({"strategy": "fsdp2"}, model=wide, peft={**NEMO_LORA, "dim": 8})
+    assert (lora.options["dtype"], lora.options["adapter_dtype"]) == ("bf16", "fp32")
+    assert of_nemo({"strategy": "fsdp2"}, model=wide).options["dtype"] == "fp32"
