@@ -17,7 +17,7 @@ from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_s
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.distributed.zero_shards import cast_on_rank
-from peftplan.job.automodel import builds
+from peftplan.job.automodel import builds, merges_experts
 from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
@@ -304,6 +304,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         builds(job) and job.architecture.model_type == "deepseek_v3",
         (TE_WORKSPACE,) if kernels_of(job.setup.kernels or ()).experts is not None else (),
+        merges_experts(job),
     )
 
 

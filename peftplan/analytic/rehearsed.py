@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
-    *(("phi", "lora"), ("seed_oss", "full")),
+    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2: of Seed-OSS alone
 over all ranks."""

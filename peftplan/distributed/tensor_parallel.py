@@ -77,11 +77,13 @@ BY_AUTOMODEL: dict[str, Plan] = {
     },
     "phi": PLANS["phi"],
     "seed_oss": LLAMA,
+    "mixtral": ATTENTION,
 }
 """Plans of NeMo Automodel for models that it does not build (components/distributed/optimized_tp_plans.py), and those of
 transformers where it has none. With its own, logits stay divided."""
-WHOLE_LOGITS = ("seed_oss",)
-"""Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`)."""
+WHOLE_LOGITS = ("seed_oss", "mixtral")
+"""Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`), and so does
+that of all others (`_get_parallel_plan`), which Mixtral has because of its experts, and which leaves them whole."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *("glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3"),
+    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -31,6 +31,22 @@ ALONE = ("llama", "qwen3")
 def builds(job: Job) -> bool:
     """Whether the tool builds the model of modules of its own; bitsandbytes' layers are those of transformers' models."""
     return job.setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None
+
+
+MERGED = ("mixtral",)
+"""Model types whose experts are one each in the checkpoint, and merged on the host for transformers' model."""
+
+
+def merges_experts(job: Job) -> bool:
+    """Whether the tool merges experts on the host."""
+    return job.setup.by.own_lora and job.architecture.model_type in MERGED
+
+
+def _knows_merged(job: Job) -> bool:
+    """Whether such experts were rehearsed: beside LoRA in bf16, without checkpoints."""
+    setup = job.setup
+    plain = job.quant is None and setup.dtype == "bf16" and setup.loss == "full" and not setup.gradient_checkpointing
+    return merges_experts(job) and job.method_name == "lora" and plain
 
 
 def _knows_cut(job: Job) -> bool:
@@ -178,7 +194,8 @@ def without_formula(job: Job) -> str | None:
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
         f"{architecture.model_type} as it was not rehearsed": (
-            architecture.model_type in (*EXCHANGES, *SCANNING) and not (knows_experts(job) or _knows_scan(job))
+            architecture.model_type in (*EXCHANGES, *SCANNING, *MERGED)
+            and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job))
         ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

@@ -37,6 +37,8 @@ class Loading(NamedTuple):
     """Whether weights are made anew in fp32 before they are read."""
     beside_stacks: tuple[int, ...] = ()
     """What is there while experts that are one each are read; empty where no model has them."""
+    merged: bool = False
+    """Whether experts that are one each in the checkpoint are merged on the host, and all tensors then read from there."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -78,6 +80,8 @@ class Loading(NamedTuple):
             self._one_by_one(memory)
         if self.beside_stacks:
             self._stacked(memory)
+        if self.merged:
+            self._from_host(memory)
         memory.empty_cache()
 
     def _widened(self, memory: Memory[Handle]) -> None:
@@ -104,6 +108,21 @@ class Loading(NamedTuple):
         stacked = [sum(_on_device(shard)) for _, shard in pairs if shard.name.rpartition(".")[0].endswith(".experts")]
         stacked += dict.fromkeys(stacked)
         for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_stacks, *stacked)]:
+            memory.release(handle)
+
+    def _from_host(self, memory: Memory[Handle]) -> None:
+        """Each tensor is moved whole, and its shard copied; all copies go when the last is there. Those of experts come first in
+        a layer, as `block_sparse_moe` does (nemo_automodel 0.7.0, components/checkpoint/checkpointing.py,
+        `_load_full_state_dict_into_model`; torch, distributed/_state_dict_utils.py, `_distribute_tensors`)."""
+        copies = []
+        layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
+        for name in (name for name in (TAIL, EMBEDDING, *layers, ROOT) if name in self.groups):
+            pairs = [pair for pair in self.groups[name] if pair[0].owner == "base"]
+            for p, shard in sorted(pairs, key=lambda pair: ".experts." not in pair[0].name):
+                whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
+                copies += [memory.allocate(nbytes) for nbytes in _on_device(shard)]
+                memory.release(whole)
+        for handle in copies:
             memory.release(handle)
 
     def _one_by_one(self, memory: Memory[Handle]) -> None:

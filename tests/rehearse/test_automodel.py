@@ -143,6 +143,18 @@ def test_what_of_gpt_oss_was_rehearsed(options: dict[str, Any], unknown: str | N
     assert unknown is None or unknown in result.not_modelled[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [({}, True), ({"tp_size": 2}, True), ({"gradient_checkpointing": True}, False), ({"method": "full"}, False)],
+)
+def test_what_of_mixtral_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
+    job |= {} if options.get("method") == "full" else {"r": 8, "target_modules": "(?:.*\\.)?.*_proj"}
+    result = peftplan.estimate("mixtral-8x7b-v0.1", **job | options)
+    assert (result.peaks is not None) is known
+    assert known or "mixtral as it was not rehearsed" in result.not_modelled[0]
+
+
 def test_experts_of_gpt_oss_are_widened_one_projection_at_a_time() -> None:
     """`_convert_moe_packed_tensors`: gate and up of a layer are 32 x 5,760 x 90 blocks of 32 numbers. Beside 17 bytes for each
     block of both projections a block has 2 x 128 bytes of places, 64 of the result, 32 of numbers that are looked up and a scale
