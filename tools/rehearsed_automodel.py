@@ -14,6 +14,7 @@ that is published beside its weights.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -172,7 +173,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
-        ranks, card, rank = options(row)["gpus"], row.get("card", CARD), row.get("rank", 0)
+        ranks, card, rank = row.get("ranks", options(row)["gpus"]), row.get("card", CARD), row.get("rank", 0)
         return row | kept_of(rehearse(command, world_size=ranks, rank=rank, gpu=card, timeout=3000, stdout=sys.stderr.fileno()))
 
 
@@ -278,6 +279,38 @@ class Agreeing:
             tensor.copy_(tensor.cpu().fill_(group.size()))
 
 
+class Told:
+    """`torch.distributed` whose other ranks send tensors of this shape in bf16."""
+
+    def __init__(self, distributed: Any, shape: tuple[int, ...]) -> None:
+        self.distributed, self.shape = distributed, shape
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is torch's."""
+        return getattr(self.distributed, name)
+
+    def broadcast_object_list(self, objects: list[Any], *, src: int, group: Any, device: Any) -> None:
+        """What describes a tensor (nemo_automodel, recipes/kd_utils.py, `_tree_spec`)."""
+        if src != self.distributed.get_rank():
+            objects[0] = ("tensor", 0, self.shape, "bfloat16")
+
+
+def distil(settings: dict[str, Any]) -> None:
+    """Make a rank of the student's mesh go on without the teacher's, without tokenizers, and with tokens that are all scored: the
+    emulated card does not say how many are."""
+    from nemo_automodel.components.loss import kd_loss
+    from nemo_automodel.recipes import kd_utils
+    from nemo_automodel.recipes.llm import kd
+    from transformers import AutoConfig
+
+    vocabulary = AutoConfig.from_pretrained(settings["model"]["pretrained_model_name_or_path"]).vocab_size
+    shape = (settings["step_scheduler"]["local_batch_size"], settings["dataset"]["length"], vocabulary)
+    kd_utils.dist = Told(kd_utils.dist, shape)
+    kd._verify_tokenizer_compatibility = lambda *_: None
+    source = inspect.getsource(kd_loss.KDLoss).replace("valid_mask.sum() == 0", "valid_mask.numel() == 0")
+    exec(source, kd_loss.__dict__)
+
+
 def untimed(compile: Callable[..., Any], function: Callable[..., Any] | None = None, **settings: Any) -> Any:
     """`torch.compile` that takes the first kernel: the emulated card has no times to compare."""
     settings.pop("mode", None)
@@ -331,8 +364,11 @@ def recipe() -> None:
 
     forget_scalars(experts)
     tp_replicas.dist = Agreeing(tp_replicas.dist)
+    if "teacher_model" in settings:
+        distil(settings)
+        settings["recipe"] = "distillation"
     module = "llm.benchmark" if settings["recipe"].startswith("Benchmarking") else "llm.train_ft"
-    module = "vlm.finetune" if settings["recipe"] == OF_PICTURES else module
+    module = {OF_PICTURES: "vlm.finetune", "distillation": "llm.kd"}.get(settings["recipe"], module)
     runpy.run_module(f"nemo_automodel.recipes.{module}", run_name="__main__", alter_sys=True)
 
 

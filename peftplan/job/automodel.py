@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.exchanges import EXCHANGES, Exchanged
 from peftplan.job.kernels import SCANNING, kernels_of
-from peftplan.job.loss_sizes import CUT_APART
+from peftplan.job.loss_sizes import CUT_APART, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
 if TYPE_CHECKING:
@@ -187,7 +187,8 @@ def without_formula(job: Job) -> str | None:
         f"quant {setup.quant}": job.quant is not None and job.quant.name != "nf4",
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job) and not _in_stages(job),
-        f"loss {setup.loss}": setup.loss == CUT_APART and not _knows_cut(job),
+        f"loss {setup.loss}": (setup.loss == CUT_APART and not _knows_cut(job))
+        or (setup.loss == RECEIVED and not (builds(job) and job.method_name == "full" and job.distributed is not None)),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),

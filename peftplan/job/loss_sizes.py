@@ -83,7 +83,9 @@ OF_FUNCTION = ("per-token", "eaft", SHARED, SHARED_CHUNKS)
 """Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
 SHARED_ROWS = 2048
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
-ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", *OF_FUNCTION)
+RECEIVED = "received-kl"
+"""Cross entropy, and divergence from logits that a teacher on other GPUs sends."""
+ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
 

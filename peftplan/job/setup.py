@@ -173,6 +173,7 @@ OWNERS = {
     "torchtune-kl": ("torchtune-kd",),
     "te-parallel": ("automodel", "automodel-hf", "automodel-vlm"),
     "cut-apart": ("automodel", "automodel-hf", "automodel-vlm"),
+    "received-kl": ("automodel-kd",),
     "unsloth-logits": ("transformers",),
     "per-token": ("llamafactory", "transformers"),
     "shared-rows": ("transformers",),

@@ -53,12 +53,14 @@ TrainerName = Literal[
     "automodel",
     "automodel-hf",
     "automodel-vlm",
+    "automodel-kd",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
     "auto", "full", "trl-chunked", "liger", "unsloth", "unsloth-logits", "torchtune-linear", "torchtune-chunked", "torchtune-kl",
     "te-parallel", "per-token", "eaft", "shared-rows", "shared-rows-chunked", "cut-cross-entropy", "cut-apart",
+    "received-kl",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]

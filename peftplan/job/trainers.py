@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
+from peftplan.job.loss_sizes import RECEIVED
 from peftplan.job.tool_trainers import (
     AUTOMODEL_RECIPE,
     EBFT_IN_AXOLOTL,
@@ -224,6 +225,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
         # recipes/vlm/finetune.py (`_forward_backward_step`): the other recipe deletes the outputs before backward.
         AUTOMODEL_RECIPE._replace(
             name="automodel-vlm", called=f"{AUTOMODEL_RECIPE.called} for vision-language models", holds_outputs=True
+        ),
+        # recipes/llm/kd.py (`_forward_backward_step`), where other GPUs run the teacher; `student_out` lives until it returns.
+        AUTOMODEL_RECIPE._replace(
+            name="automodel-kd",
+            called="NeMo Automodel's distillation recipe",
+            defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
+            losses=(RECEIVED,),
+            holds_outputs=True,
         ),
         # llamafactory 0.9.5, v1/core/base_trainer.py, v1/core/model_engine.py, v1/trainers/sft_trainer.py; its launcher
         # (v1/launcher.py) sets expandable segments where it starts several processes.

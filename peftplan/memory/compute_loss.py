@@ -7,7 +7,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION, SHARED, SHARED_CHUNKS
+from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION, RECEIVED, SHARED, SHARED_CHUNKS
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -121,6 +121,14 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tens
     from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
 
     f = model.tape
+    if model.running.loss == RECEIVED:
+        from peftplan.memory.received_kl import logits_of_teacher, of_both
+
+        outputs.append(logits_of_teacher(model))
+        _, logits = _forward(model)[:2]
+        outputs.append(logits)
+        f.module = ""
+        return of_both(f, logits, outputs[0])
     _, logits, *last = _forward(model)
     if program.trainer.holds_outputs:
         outputs[:] = [logits]

@@ -388,6 +388,28 @@ def test_what_nemo_freezes_of_a_vision_language_model_does_not_train() -> None:
     assert counted.trainable_parameters == trained
 
 
+def test_teachers_of_nemo_have_gpus_of_their_own() -> None:
+    """recipes/kd_utils.py (`create_kd_distributed_setups`): the student's ranks come first, and the teacher's hold less: 3.2 B
+    weights in bf16 on two, beside 1.2 B weights, gradients and two states in fp32."""
+    teacher = {"_target_": NEMO_MODEL["_target_"], "pretrained_model_name_or_path": "meta-llama/Llama-3.2-3B"}
+    kd = {
+        "recipe": "KnowledgeDistillationRecipeForNextTokenPrediction",
+        "model": NEMO_OWN | {"torch_dtype": "float32"},
+        "teacher_model": teacher | {"torch_dtype": "bfloat16"},
+        "separate_meshes": True,
+        "teacher_distributed": {"strategy": "fsdp2", "dp_size": 1, "tp_size": 2},
+        "kd_ratio": 0.5,
+        "kd_loss_fn": {"_target_": "nemo_automodel.components.loss.kd_loss.KDLoss", "temperature": 1.0},
+    }
+    student = {"strategy": "fsdp2", "dp_size": 2, "tp_size": 1}
+    plan = of_nemo(student, **kd)
+    assert plan.unsupported == {}
+    assert [plan.options[name] for name in ("trainer", "loss", "gpus", "dtype")] == ["automodel-kd", "received-kl", 2, "fp32"]
+    assert "the teacher has GPUs of its own" in plan.assumed["gpus"]
+    for other in ({"separate_meshes": False}, {"kd_ratio": 1}, {"teacher_model": teacher | {"torch_dtype": "float32"}}):
+        assert "recipe" in of_nemo(student, **kd | other).unsupported
+
+
 QAT = {"_target_": "nemo_automodel.components.quantization.qat.QATConfig", "quantizer_type": "int8_dynact_int4weight"}
 
 
