@@ -44,6 +44,7 @@ LATENT = "kv_b_proj"
 """What expands the latent keys and values of DeepSeek and GLM."""
 PROJECTOR = ".multi_modal_projector"
 """A part of a model that gets no gradient where samples have no images."""
+OF_UNSLOTH_S_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -63,12 +64,13 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
     if job.setup.by.block and not _writes_as_rehearsed(job):
         raise NoEngineError(f"a step of {job.setup.by.called} with these options or this model type (no formula yet)")
-    if job.quant is not None and (job.setup.by.scoring == "kernel" or job.setup.by.teaches or job.setup.by.rewards):
+    by_kernel = job.setup.by.scoring == "kernel" and not job.setup.of_hidden_pairs
+    if job.quant is not None and (by_kernel or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
     if merges and ((job.quant is not None and not _merges_into(job)) or has_towers(job.architecture)):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
-    if job.quant is not None and (why := without_peak(job.quant)) is not None:
+    if job.quant is not None and (why := without_peak(job.quant)) is not None and not _reads_8_bits(job):
         raise NoEngineError(why)
     if (refused := refused_product(job)) is not None:
         raise NoEngineError(refused)
@@ -207,6 +209,10 @@ def kernels_without_formula(job: Job) -> str | None:
     if setup.packs_completions:
         if (why := _grpo_without_formula(job)) is not None:
             return f"Unsloth's GRPO {why}"
+    elif setup.of_hidden_pairs:
+        kernels = kernels_of(setup.kernels or ())
+        if kernels.decoder is None or kernels.padding_free is not None:
+            return "Unsloth's ORPO with layers of the model's own, or that torch compiles"
     elif setup.kernels and setup.by.of_preferences and not (setup.by.embeds and kernels_of(setup.kernels).layers is not None):
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
@@ -235,10 +241,22 @@ def kernels_without_formula(job: Job) -> str | None:
         return None
     if setup.autocast not in ("none", setup.dtype):
         return f"LoRA kernels in {setup.dtype} with autocast {setup.autocast}"
-    if job.quant is not None and job.quant.name not in FOUR_BIT:
+    if job.quant is not None and job.quant.name not in FOUR_BIT and not _reads_8_bits(job):
         return f"LoRA kernels over {job.quant.name}"
     drops = getattr(job.config, "lora_dropout", 0) and not all(kernel.drops_outside or kernel.drops_inside for kernel in of_lora)
     return "LoRA kernels with dropout or DoRA" if drops or getattr(job.config, "use_dora", False) else None
+
+
+def _reads_8_bits(job: Job) -> bool:
+    """Whether Unsloth's LoRA kernels make every product with a weight in FP8 (unsloth 2026.10.9, kernels/fp8.py), as was
+    rehearsed: weights of whole blocks, without biases."""
+    if job.quant is None or job.quant.name != "fp8" or job.quant.skip_modules is not None or job.distributed is not None:
+        return False
+    linear = [m for m in job.architecture.modules if m.kind == "Linear" and m.name != job.architecture.output_embedding]
+    in_blocks = all(size % job.quant.blocksize == 0 for m in linear for size in m.shape("weight"))
+    plain = in_blocks and not any(name == "bias" for m in linear for name, _ in m.params)
+    adapted = {m.name for m in linear} == {m.name for m in job.adaptation.matched}
+    return plain and adapted and OF_UNSLOTH_S_LORA.issubset(job.setup.kernels or ())
 
 
 def _writes_as_rehearsed(job: Job) -> bool:

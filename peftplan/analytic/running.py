@@ -135,6 +135,7 @@ def loss_sizes(job: Job) -> LossSizes:
         # rows of the data, whose tokens may all have labels, are larger than those that a student writes
         completion=None if job.setup.by.compares_at_once else job.setup.max_completion_length,
         by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
+        of_pairs=job.setup.of_hidden_pairs,
         at_once=job.setup.by.compares_at_once,
         block=job.setup.by.block,
         shared_by=1 if job.distributed is None else job.distributed.cp_size or 1,

@@ -103,6 +103,8 @@ class LossSizes(NamedTuple):
     prompted: bool
     kept: int | None = None
     completion: int | None = None
+    of_pairs: bool = False
+    """Whether every other row, a chosen one, is scored whole."""
     by_rows: bool = False
     """Whether it is made of one row after another."""
     at_once: int | None = None
@@ -223,7 +225,8 @@ class LossSizes(NamedTuple):
     def _scored(self, b: Size, length: Size) -> Size:
         """Scored labels: all but the first of each row, which counts too if virtual tokens precede it."""
         labels = length - max(self.virtual_tokens * self.prompted, 1)
-        return b * (labels if self.completion is None else smaller(labels, self._padded(self.completion)))
+        of_completion = labels if self.completion is None else smaller(labels, self._padded(self.completion))
+        return b // 2 * (labels + of_completion) if self.of_pairs else b * of_completion
 
 
 CHUNK_FACTS = 3

@@ -145,6 +145,11 @@ class Setup(BaseModel):
         return self.by.generates and self.loss == "unsloth"
 
     @property
+    def of_hidden_pairs(self) -> bool:
+        """Whether Unsloth makes the log-probabilities of pairs of their hidden states."""
+        return self.by.scoring is not None and self.loss == "unsloth"
+
+    @property
     def generation_rows(self) -> int:
         """Completions that the policy writes at once."""
         if self.by.rows > 1:

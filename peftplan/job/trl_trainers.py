@@ -127,7 +127,14 @@ OF_TRL = (
         arguments="KTOConfig",
     ),
     OF_REWARDS,
-    OF_LOGITS._replace(name="trl-orpo", called=f"ORPOTrainer of {named('trl')}", arguments="ORPOConfig"),
+    # Unsloth makes its log-probabilities of hidden states (unsloth, models/rl_replacements.py: `_unsloth_pref_chunked_forward`).
+    OF_LOGITS._replace(
+        name="trl-orpo",
+        called=f"ORPOTrainer of {named('trl')}",
+        losses=("full", "unsloth"),
+        options=OF_LOGITS.options | {"max_completion_length"},
+        arguments="ORPOConfig",
+    ),
     OF_LOGITS._replace(
         name="trl-cpo",
         called=f"CPOTrainer of {named('trl')}",

@@ -94,6 +94,10 @@ def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor
 def _loss_apart(model: Model, program: Program, reference: Model | None, outputs: list[Tensor]) -> Tensor:
     """`compute_loss`, which drops the outputs, fp32 copies of them under accelerate's autocast."""
     f = model.tape
+    if program.trainer.scoring is not None and model.running.loss == "unsloth":
+        from peftplan.memory.unsloth_loss import of_pairs
+
+        return of_pairs(model, _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs))
     if program.trainer.scoring is not None and not program.trainer.teaches:
         from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
 

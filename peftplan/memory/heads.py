@@ -123,7 +123,7 @@ def _head_of(model: Model) -> Head:
         return _imported(("cut_apart", "hidden_and_last"))
     if loss in ("torchtune-kl", "torchtune-chunked"):
         return _imported(("torchtune_loss", "chunks_of_logits"))
-    if model.running.without_loss and loss == "trl-chunked":
+    if model.running.without_loss and loss in ("trl-chunked", "unsloth"):
         return _imported(("distillation", "hidden_states"))
     if model.running.without_loss and task == "CAUSAL_LM" and (model_type, task) not in OF_MODEL:
         return _imported(("pair_logits", "all_logits"))

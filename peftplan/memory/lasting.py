@@ -7,6 +7,7 @@ nemo_automodel, components/models/llama/rope_utils.py (`_build_cache`).
 from __future__ import annotations
 
 from peftplan.memory.model import Model
+from peftplan.storage.config import FOUR_BIT
 from peftplan.tape.tensors import Dims
 from peftplan.units import MIB
 
@@ -44,7 +45,8 @@ def kept_on_card(model: Model) -> None:
         elif running.kernels.attention is not None:  # as many as tokens
             rows = ("b", model.seq)
         model.lasting = [f.new((*rows, width), "fp32" if in_fp32 else running.dtype, name) for name in ("cos", "sin")]
-    if lora is not None and lora.global_buffer and model.quant is not None and not getattr(running.config, "lora_dropout", 0):
+    in_4_bits = model.quant is not None and model.quant.name in FOUR_BIT
+    if lora is not None and lora.global_buffer and in_4_bits and not getattr(running.config, "lora_dropout", 0):
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
     if running.recorded is not None:

@@ -32,7 +32,7 @@ Key = tuple[tuple[bool, int, str], ...]
 NO_STACKS: Stacks = {}
 SMALL_SEGMENT = 2 * 2**20
 """What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
-WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0}
+WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "fp8": 1.0}
 """Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
 
 

@@ -57,7 +57,7 @@ def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) ->
             raise NoEngineError(
                 f"a LoRA kernel with dropout, trained biases or DoRA at {name.rpartition('.')[2]} (no formula yet)"
             )
-        if part.quant is not None and part.quant.name not in FOUR_BIT:
+        if part.quant is not None and part.quant.name not in (*FOUR_BIT, "fp8"):
             raise NoEngineError(f"a LoRA kernel over {part.quant.name} (no formula yet)")
         adapted.append(Projection(part, part.params["lora_A.weight"], part.params["lora_B.weight"]))
     return adapted
@@ -71,8 +71,10 @@ def _trains(bias: Parameter | None) -> bool:
 
 
 def weight_of(f: Tape, kernel: Lora, p: Projection, dtype: str, *, buffered: bool) -> Tensor | None:
-    """`fast_dequantize`, `dequantize`: a whole 4-bit weight. A 16-bit weight needs no new tensor, nor does the card's buffer."""
-    if p.part.quant is None or (buffered and kernel.global_buffer):
+    """`fast_dequantize`, `dequantize`: a whole 4-bit or 8-bit weight. A 16-bit weight needs no new tensor, nor does the card's
+    buffer, into which no 8-bit weight goes."""
+    in_8_bits = p.part.quant is not None and p.part.quant.name not in FOUR_BIT
+    if p.part.quant is None or (buffered and kernel.global_buffer and not in_8_bits):
         return None
     out_width, in_width = p.part.own_weight.dims
     weight = f.new((out_width, in_width), dtype, "dequantized")
@@ -105,9 +107,11 @@ def matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, buffered: bo
     `buffered`: a 4-bit weight goes into the card's buffer, where the kernel has one; beside dropout it does not.
     """
     rows, dtype = x.dims[:-1], x.dtype
-    weight = weight_of(f, kernel, p, dtype, buffered=buffered)
+    in_8_bits = p.part.quant is not None and p.part.quant.name not in FOUR_BIT
+    factor = _quantized(f, p, x) if in_8_bits and not back else [weight_of(f, kernel, p, dtype, buffered=buffered)]
     out = product_of(f, (*rows, p.a.dims[1] if back else p.width), dtype)
-    del weight
+    if not (in_8_bits and back):  # there the caller holds the weight (`LoRA_MLP.backward`)
+        factor.clear()
     if kernel.saves_casts:
         casts = None if back else [cast(f, p.a, dtype), cast(f, p.b, dtype)]
         low = product_of(f, (*rows, p.rank), dtype)
@@ -116,8 +120,17 @@ def matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, buffered: bo
         low = product_of(f, (*rows, p.rank), dtype)
         casts = None if back else [cast(f, p.b, dtype)]
     into(f)
-    del low, casts
+    del low, casts, factor
     return out
+
+
+def _quantized(f: Tape, p: Projection, x: Tensor) -> "list[Tensor | None]":
+    """`act_quant`: the input in 8 bits, and a scale of each block of it. The product reads the stored weight, on a card of
+    compute capability 8.9 or later (unsloth, kernels/fp8.py: `FP8BlockQuantLinear`)."""
+    assert p.part.quant is not None
+    (*rows, width), block = x.dims, p.part.quant.blocksize
+    assert isinstance(width, int)
+    return [f.new(x.dims, "fp8_e4m3", "act_quant"), f.new((*rows, width // block), "fp32", "scales")]
 
 
 class Saved(NamedTuple):

@@ -7,7 +7,7 @@ n scored tokens, h hidden size, v vocabulary. Source: unsloth_zoo 2026.10.9 `fus
 from __future__ import annotations
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.errors import NeedsTraceError
+from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
 from peftplan.memory.chunked_loss import rows_of
@@ -94,6 +94,34 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     loss = _cross_entropy(model, chosen, weight, copies=False)
     del targets, mask
     return (loss,)
+
+
+def of_pairs(model: Model, x: Tensor) -> Tensor:
+    """The loss of ORPO, of hidden states in fp32: log-probabilities of all tokens of chosen rows, and of rejected completions.
+
+    Left out: masks and numbers of tokens; the scratch of the sum of the head's rows, from which the mean of logits is made, less
+    than the tiles before. Raises NoEngineError for fewer tokens than make tiles, NeedsTraceError for a head that trains or has a
+    bias. Source: unsloth 2026.10.9, models/rl_replacements.py (`_unsloth_pref_chunked_forward`); unsloth_zoo 2026.10.9,
+    fused_losses/chunked_logprob.py (`unsloth_masked_logprobs`), preference_loss.py (`linear_mean_logits`).
+    """
+    f = model.tape
+    head = projection(model)
+    f.module = ""
+    weight = model.table(head.name, head)
+    if head.bias is not None or weight.node is not None:
+        raise NeedsTraceError(f"Unsloth's ORPO of {model.arch.model_type} with a head that trains or has a bias")
+    if not model.running.loss_facts[TILED_FROM]:
+        raise NoEngineError("Unsloth's ORPO of so few tokens that it makes no tiles (no formula yet)")
+    rows, seq, width = x.dims
+    shorter = f"{seq}-1"
+    batch = [f.new((rows, seq), "int64", name) for name in ("input_ids", "attention_mask", "labels")]
+    targets = f.new((rows, shorter), "int64", "where")
+    copied = ops.copied(f, sliced(f, x, (rows, shorter, width)), "reshape")
+    loss = _cross_entropy(model, copied, weight)
+    del copied
+    flat = f.new((rows, shorter, width), x.dtype, "reshape")
+    del flat, targets, batch
+    return loss
 
 
 def _chunks(model: Model, name: str) -> tuple[Dim, ...]:

@@ -144,6 +144,74 @@ def test_rows_without_padding_as_unsloth_ran(model: str, job: dict[str, Any], al
     assert peaks.reserved == pytest.approx(reserved, rel=1e-4)
 
 
+IN_FP8: dict[str, Any] = {**UNSLOTH, **LORA, "quant": "fp8", "kernels": "unsloth", "r": 32, "gradient_accumulation_steps": 1}
+OF_FP8: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    (
+        "llama-3.2-1b",
+        {"batch_size": 4},
+        {"forward": 2_442_422_784, "backward": 2_679_075_840, "step": 1_892_936_192, "reserved": 2_759_852_032},
+    ),
+    (
+        "qwen3-8b",
+        {"batch_size": 4, "trainer": "trl-grpo", "use_vllm": True, "num_generations": 4, "max_completion_length": 1024},
+        {"forward": 13_511_987_712, "backward": 11_961_734_656, "step": 10_535_570_432, "reserved": 13_736_345_600},
+    ),
+]
+"""Model, job and peaks of the second step on an emulated H100, over a checkpoint in FP8 with blocks of 128; releases as above,
+torchao 0.18.0. vLLM did not run, which would share its weights: a `rollout_func` gave the completions."""
+
+
+@pytest.mark.parametrize(("model", "changed", "by_phase"), OF_FP8)
+def test_weights_in_fp8_as_unsloth_ran(model: str, changed: dict[str, Any], by_phase: dict[str, int]) -> None:
+    """Forward multiplies in 8 bits, and backward dequantizes one weight after another; neither has a buffer that stays."""
+    peaks = estimate(model, **{**IN_FP8, **changed}, gpu="h100-80gb").peaks
+    assert peaks is not None
+    assert {phase: peaks.by_phase[phase] for phase in by_phase if phase != "reserved"} == pytest.approx(
+        {phase: nbytes for phase, nbytes in by_phase.items() if phase != "reserved"}, rel=1e-4
+    )
+    assert peaks.reserved == pytest.approx(by_phase["reserved"], rel=0.01)
+
+
+@pytest.mark.parametrize(("model", "changed"), [("qwen2.5-0.5b", {}), ("llama-3.2-1b", {"target_modules": ["q_proj"]})])
+def test_weights_in_fp8_that_no_rehearsal_had_have_no_peak(model: str, changed: dict[str, Any]) -> None:
+    """Projections with biases, for which the model's own products run; layers without an adapter."""
+    assert estimate(model, **{**IN_FP8, **changed}).peaks is None
+
+
+ORPO: dict[str, Any] = {**UNSLOTH, **QLORA, "trainer": "trl-orpo"}
+OF_ORPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
+    (
+        "llama-3.2-1b",
+        {"seq_len": 2048, "max_completion_length": 1024},
+        {"forward": 1_922_095_104, "backward": 2_025_927_168, "step": 1_267_345_408, "reserved": 2_038_431_744},
+    ),
+    (
+        "llama-3-8b",
+        {"seq_len": 4096, "max_completion_length": 2048, "gradient_accumulation_steps": 4},
+        {"forward": 8_614_262_784, "backward": 9_341_092_352, "step": 6_532_478_976, "reserved": 9_500_098_560},
+    ),
+]
+"""Model, job and peaks of the second step on an emulated A100: two pairs, whose prompts are half of a row; releases as above."""
+
+
+@pytest.mark.parametrize(("model", "changed", "by_phase"), OF_ORPO)
+def test_unsloth_s_orpo_as_it_ran(model: str, changed: dict[str, Any], by_phase: dict[str, int]) -> None:
+    """Its loss is made of hidden states in fp32, of which all tokens of chosen rows and the completions of rejected ones reach
+    the head, tile by tile."""
+    peaks = estimate(model, **{**ORPO, **changed}).peaks
+    assert peaks is not None
+    assert {phase: peaks.by_phase[phase] for phase in by_phase if phase != "reserved"} == pytest.approx(
+        {phase: nbytes for phase, nbytes in by_phase.items() if phase != "reserved"}, rel=1e-4
+    )
+    assert peaks.reserved == pytest.approx(by_phase["reserved"], rel=0.02)
+
+
+@pytest.mark.parametrize("changed", [{"seq_len": 512}, {"kernels": None}, {"kernels": "unsloth"}])
+def test_what_of_unsloth_s_orpo_has_no_formula(changed: dict[str, Any]) -> None:
+    """Too few tokens for tiles; layers of the model's own; pairs in one row, which it does not make."""
+    assert estimate("llama-3.2-1b", **{**ORPO, "seq_len": 2048, "max_completion_length": 256, **changed}).peaks is None
+
+
 def test_gemma_as_unsloth_ran() -> None:
     """Two layers of Gemma 7B with one row of 4,096 tokens: norms write the gradient into a tensor of their own, and rotary tables
     are in fp32. The whole model is CodeGemma's notebook."""
