@@ -52,6 +52,13 @@ WITH_FLASH = (
     "from tools.programs.ms_swift import flash_attention; flash_attention()\n"
 )
 """flash-attn's kernels, which do not run on the card."""
+OF_ONE_RANK = (
+    "import axolotl.utils.samplers.multipack as packed\n"
+    "packed.reduce_and_broadcast = lambda of_rank, of_all: of_all([of_rank()])\n"
+)
+"""How many packed rows this rank has, in place of the fewest of any rank, which nobody sends."""
+OF_PAIRS = {f"field_{part}": part for part in ("prompt", "chosen", "rejected")}
+"""Pairs whose completions are cut to fill `sequence_len`."""
 STRIDED = "ebft_pretrain.transform"
 WITHOUT_SVD = (
     "import torch\n"
@@ -101,10 +108,13 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**config_of(row), "dtype": "bfloat16"})
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
         content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
-        of_rows: dict[str, str] = {}
+        of_rows: dict[str, Any] = {}
         strided = STRIDED in str(values.get("datasets"))
         if strided:
             content, of_rows = {"question": "word " * 2 * values["sequence_len"], "answer": "pass"}, {"type": STRIDED}
+        if values.get("rl") == "dpo":
+            words = "pass " * values["sequence_len"]
+            content, of_rows = {"prompt": "word", "chosen": words, "rejected": words}, {"type": OF_PAIRS}
         if "words" in row:
             content, of_rows = {"input": "word " * row["words"], "output": "pass " * 8}, {"type": "ebft_opencode.transform"}
             row = row | {"prompt_tokens": prompt_tokens(folder, values, row["words"])}
@@ -116,7 +126,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output, "config.yml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
-        command = [sys.executable, "-c", WITHOUT_SVD * strided + with_flash + PROGRAM, str(file)]
+        packs = OF_ONE_RANK * bool(values.get("sample_packing") and row.get("gpus"))
+        command = [sys.executable, "-c", WITHOUT_SVD * strided + with_flash + packs + PROGRAM, str(file)]
         with patch.dict(os.environ, OF_LAUNCHER | OF_OLDER_TORCH):  # read before the tool sets it, where WITH_FLASH imports torch
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 

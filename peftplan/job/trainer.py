@@ -230,6 +230,8 @@ class Trainer(NamedTuple):
     """The same under ZeRO-3."""
     under_fsdp2: tuple[Reference, ...] = ()
     """The same under FSDP2."""
+    beside_copy: bool = False
+    """Whether one that returns all logits was rehearsed beside a second model."""
     task: str | None = None
     """The task of the models that it trains, where it is one."""
     num_labels: int | None = None

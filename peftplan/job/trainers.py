@@ -69,6 +69,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             loss_types=DPO_LOSSES,
             many_losses=True,
             empties_cache=True,
+            beside_copy=True,
         ),
         IN_AXOLOTL._replace(
             name="axolotl-kto",

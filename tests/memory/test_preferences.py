@@ -144,8 +144,8 @@ def test_simpo_in_llama_factory_has_no_reference_model() -> None:
 
 
 def test_a_second_model_of_other_tools_has_no_formula_yet() -> None:
-    result = estimate(MODEL, method="full", trainer="axolotl-dpo", batch_size=2, seq_len=S)
-    assert (result.peaks, "a second model under DPOTrainer of axolotl" in result.not_modelled[0]) == (None, True)
+    result = estimate(MODEL, method="full", trainer="axolotl-kto", batch_size=2, seq_len=S)
+    assert (result.peaks, "a second model under KTOTrainer of axolotl" in result.not_modelled[0]) == (None, True)
 
 
 GRPO: dict[str, Any] = {"trainer": "trl-grpo", "batch_size": 2, "seq_len": S, "max_completion_length": C}

@@ -63,7 +63,10 @@ class Assignments(Flow):
                 pairs.append((target, node.value))
         bindings = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]
         for target in node.targets:
-            if not isinstance(target, ast.Subscript):
+            copies = (
+                isinstance(target, ast.Attribute) and isinstance(node.value, ast.Attribute) and target.attr == node.value.attr
+            )
+            if not isinstance(target, ast.Subscript) and not copies:
                 self.visit(target)
         for target, expression, value, options in bindings:
             if isinstance(target, ast.Subscript):

@@ -234,6 +234,8 @@ def test_what_depends_on_the_way_is_unknown(before: str) -> None:
         ("class A:\n    r = 1\nt = AutoTokenizer.from_pretrained('t')\nLoraConfig(r=t.r)", "<t.r>"),
         ("p.add_argument('--r', default=1)\nq.add_argument('--r', default=2)\nLoraConfig(r=a.r)", "<a.r>"),
         ("p.add_argument('--r', default=1)\na.r = load()\nLoraConfig(r=a.r)", "<a.r>"),
+        ("p.add_argument('--r', default=1)\nc = LoraConfig()\nc.r = a.r", 1),
+        ("p.add_argument('--r', default=1)\nc = LoraConfig()\nc.r = a.r\nc.r = load()", "<call load>"),
         ("r = 4\nr *= 2\nLoraConfig(r=r)", 8),
         ("LoraConfig(r=(r := 8))\n", "<value (r := 8)>"),
     ],

@@ -214,3 +214,37 @@ def test_settings_that_change_what_a_step_keeps(base: dict[str, object], values:
     """They were read as numbers of the optimizer, of a loss or of the data."""
     (refusal,) = read_values({**base, **values}, file="a.yaml").unsupported.values()
     assert refusal.effect == effect
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "raised"),
+    [
+        ({"tokens": {"bos_token": "<s>"}}, "tokens.bos_token", "ValidationError"),
+        ({"qat": {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}}, "qat.weight_dtype", "ValueError"),
+        (
+            {
+                **{"base_model": "mistralai/Mixtral-8x7B-v0.1", "adapter": "qlora", "load_in_4bit": True},
+                "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MistralDecoderLayer"},
+            },
+            "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
+            "TypeError",
+        ),
+    ],
+)
+def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: str) -> None:
+    """Each was run with axolotl 0.19.0, torchao 0.17.0 and peft 0.20.0, on the emulated card or as its config is validated."""
+    plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl")
+    assert f"axolotl 0.19.0 raises {raised}" in plan.unsupported[key].why
+
+
+def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
+    plan = read_values({**AXOLOTL, "tokens": ["<|im_start|>"]}, file="a.yml", tool="axolotl")
+    assert plan.unsupported["tokens"].effect == "raises"
+
+
+def test_torchtunes_teacher_has_no_adapter() -> None:
+    """`load_state_dict` of torch 2.13: its weights are missing in a checkpoint of the model."""
+    plan = read_values(
+        {**TORCHTUNE, "teacher_model": {"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_14b_instruct"}}, file="a.yml"
+    )
+    assert "raises RuntimeError" in plan.unsupported["teacher_model._component_"].why
