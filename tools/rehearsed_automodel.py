@@ -319,8 +319,12 @@ def untimed(compile: Callable[..., Any], function: Callable[..., Any] | None = N
 
 
 def first_config(autotune: Callable[..., Any], configs: list[Any], key: list[str], **settings: Any) -> Any:
-    """`triton.autotune` that takes the first way to run a kernel, and so times none."""
-    return autotune(configs[:1], key, **settings)
+    """`triton.autotune` that takes the way to run a kernel that needs the smallest tiles, and so times none."""
+    return autotune([min(configs, key=lambda config: prod([config.num_stages, *_sizes(config)]))], key, **settings)
+
+
+def _sizes(config: Any) -> list[int]:
+    return [size for size in config.kwargs.values() if isinstance(size, int) and size > 0]
 
 
 def forget_scalars(experts: ModuleType) -> None:

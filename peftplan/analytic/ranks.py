@@ -18,7 +18,7 @@ from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of,
 from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.distributed.zero_shards import cast_on_rank
 from peftplan.job.automodel import builds, merges_experts
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
 from peftplan.ledger import Ledger, Line
@@ -292,6 +292,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             prepared=False,
             arrives=True,
         )
+    kernels = kernels_of(job.setup.kernels or ())
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
     by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
     return Loading(
@@ -303,8 +304,10 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         {**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         builds(job) and job.architecture.model_type == "deepseek_v3",
-        (TE_WORKSPACE,) if kernels_of(job.setup.kernels or ()).experts is not None else (),
+        (TE_WORKSPACE,) if kernels.experts is not None else (),
         merges_experts(job),
+        0 if builds(job) and job.architecture.model_type in SCANNING else 3,
+        (TE_WORKSPACE,) if kernels.dense is not None else (),
     )
 
 

@@ -7,10 +7,14 @@ where the ranks of one copy are neighbours. Its matrices are (expert, in, out); 
 
 from __future__ import annotations
 
+import re
+
 from peftplan.distributed.holding import Holding
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter
 from peftplan.units import ceil_div
+
+OF_EXPERTS = re.compile(r"\.experts(\.base_layer)*(\.lora_[AB]|)\.\w+$")
 
 
 def owners(distributed: Distributed) -> int:
@@ -26,8 +30,8 @@ def sharing(p: Parameter, distributed: Distributed) -> tuple[int, int]:
 
 
 def is_divided(p: Parameter, distributed: Distributed) -> bool:
-    """Whether it is of experts that ranks divide."""
-    return owners(distributed) > 1 and p.owner == "base" and p.name.rpartition(".")[0].endswith(".experts")
+    """Whether it is of experts that ranks divide, or of an adapter of these."""
+    return owners(distributed) > 1 and OF_EXPERTS.search(p.name) is not None
 
 
 def owned(p: Parameter, distributed: Distributed) -> Parameter:

@@ -107,7 +107,7 @@ def knows_experts(job: Job) -> bool:
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
-    plain = setup.dtype == "bf16" and setup.loss == "full" and not distributed.sync_each_batch
+    plain = setup.dtype == "bf16" and setup.loss == "full"
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
     enough = setup.rows * setup.seq_len > (tokens_at_once(job) or 0)
@@ -118,10 +118,13 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     """Whether a job is one of these."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
+    several = setup.gradient_accumulation_steps > 1
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
-    once = shown.several or setup.gradient_accumulation_steps == 1
-    stepped = not shown.kernels or (setup.optim == shown.optim and distributed.shards == distributed.ep_size)
-    return job.method_name == shown.method and beside and once and stepped
+    as_often = (shown.several or not several) and (shown.syncs or not (several and distributed.sync_each_batch))
+    stepped = not shown.optims or setup.optim in shown.optims
+    owns = shown.shared or distributed.shards == distributed.ep_size
+    aligned = getattr(job.config, "r", 8) % 8 == 0  # other ranks of experts are padded (components/_peft/lora_experts.py)
+    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned
 
 
 WITH_TOWERS = (

@@ -171,11 +171,11 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
 
 
 def as_automodel_builds(architecture: Architecture) -> Architecture:
-    """The architecture whose routers have the model's dtype (nemo_automodel 0.7.0, components/models/*/model.py,
-    `_keep_in_fp32_modules_strict`)."""
+    """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
+    components/models/*/model.py, `_keep_in_fp32_modules_strict`)."""
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture
-    return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",))
+    return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",), logits_ops=())
 
 
 def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:

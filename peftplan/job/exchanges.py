@@ -4,25 +4,37 @@ from typing import NamedTuple
 
 
 class Exchanged(NamedTuple):
-    """Experts that ranks divide, as they were rehearsed: kernels of the exchange and beside it, the optimizer, whether layers are
-    checkpoints, whether several micro batches make a step, and the method."""
+    """Experts that ranks divide, as they were rehearsed: kernels of the exchange and beside it, optimizers, whether layers are
+    checkpoints, and whether several micro batches make a step."""
 
     kernels: tuple[str, ...]
-    optim: str
+    optims: tuple[str, ...]
     checkpoints: bool
     several: bool
     method: str = "full"
+    syncs: bool = False
+    """Whether each micro batch reduced its gradients."""
+    shared: bool = False
+    """Whether several ranks owned the same experts too."""
 
 
+ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
+ANY_ADAM = ("adamw_torch", "adam")
+OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
-    "glm4_moe": (Exchanged((), "adamw_torch", False, False),),
-    "glm4_moe_lite": (Exchanged(OF_DOCUMENTS, "adam_one_by_one", False, False),),
+    "glm4_moe": (Exchanged((), (), False, False, shared=True),),
+    "glm4_moe_lite": (Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),),
     "qwen3_moe": (
-        Exchanged(("uccl.exchange", "te-linear.dense"), "adamw_torch", True, True),
-        Exchanged(("deepep.exchange",), "adamw_torch", True, True),
-        Exchanged((*OF_DOCUMENTS, "te-experts.experts"), "adam_one_by_one", True, False),
+        Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("deepep.exchange",), ADAMW, True, True),
+        Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
+        Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
     ),
-    "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), "adam_one_by_one", False, True),),
+    "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),),
+    "nemotron_h": (
+        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, False),
+        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
+    ),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""

@@ -39,6 +39,10 @@ class Loading(NamedTuple):
     """What is there while experts that are one each are read; empty where no model has them."""
     merged: bool = False
     """Whether experts that are one each in the checkpoint are merged on the host, and all tensors then read from there."""
+    masks: int = 3
+    """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
+    beside_read: tuple[int, ...] = ()
+    """What is there while experts are read one by one."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -74,15 +78,24 @@ class Loading(NamedTuple):
         for handle in of_head:
             memory.release(handle)
         if any(map(is_of_experts, self.groups)):
-            for masks in [[memory.allocate(shard.numel) for _ in range(3)] for shard in tables]:  # `nn.init.trunc_normal_`
+            for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:
                 for handle in masks:
                     memory.release(handle)
+            if not self.masks:
+                self._last_expert(memory)
             self._one_by_one(memory)
         if self.beside_stacks:
             self._stacked(memory)
         if self.merged:
             self._from_host(memory)
         memory.empty_cache()
+
+    def _last_expert(self, memory: Memory[Handle]) -> None:
+        """A matrix of one expert, which is read whole, beside what the package of other layers has made by then."""
+        pairs = (pair for name, members in self.groups.items() if is_of_experts(name) for pair in members)
+        largest = max(sum(_on_device(shard)) // shard.shape[0] for _, shard in pairs)
+        for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_read, largest)]:
+            memory.release(handle)
 
     def _widened(self, memory: Memory[Handle]) -> None:
         """Weights are made anew in fp32, one after the other, and so again in their own dtype, behind the head, whose

@@ -141,3 +141,38 @@ def test_what_of_other_exchanges_was_not_rehearsed_has_no_peak(model: str, optio
 def test_rows_of_experts_are_weighted_by_chunks() -> None:
     """Of GLM-4.7-Flash, behind the experts: 4 x 1,024 x 4 rows."""
     assert peftplan.estimate("glm-4.7-flash", **QWEN | FLASH).peaks is not None
+
+
+NEMOTRON: dict[str, Any] = {
+    **JOB | {"method": "lora", "r": 8, "target_modules": "every-linear", "nodes": 1, "ep_size": 8},
+    "exclude_modules": r"(?:.*\.)?.*\.out_proj",
+    "batch_size": 1,
+    "seq_len": 2048,
+    "kernels": "mamba-ssm,deepep,te-linear",
+}
+
+
+def test_experts_without_gate_keep_what_their_activation_reads() -> None:
+    """Nemotron 3 Nano: 23 layers have 128 experts of width 1,856, 6 for each of 2,048 tokens. LoRA leaves experts as they are, so
+    that only the first product's result is kept, which `relu2_deepep` reads; an adapter reads Mamba's 10,304 numbers a token."""
+    peaks = peftplan.estimate("nvidia-nemotron-3-nano-30b-a3b-bf16", **NEMOTRON, gpu="h100-80gb").peaks
+    assert peaks is not None
+    lines = peaks.ledgers["forward"].lines
+    kept = {x.name.partition(".mixer.")[2]: x.bytes() for x in lines if ".mixer." in x.name and x.copies == 23}
+    assert kept["experts grouped_mm"] == 23 * 2 * 2048 * 6 * 1856
+    assert "experts permute" not in kept
+    assert kept["in_proj lora"] == 23 * 2 * 2048 * 10_304
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": "mamba-ssm"},
+        {"kernels": "mamba-ssm,uccl,te-linear"},
+        {"gradient_checkpointing": True},
+        {"dtype": "fp32"},
+        {"optim": "adam_one_by_one"},
+    ],
+)
+def test_what_of_nemotron_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
+    assert peftplan.estimate("nvidia-nemotron-3-nano-30b-a3b-bf16", **NEMOTRON | options).peaks is None

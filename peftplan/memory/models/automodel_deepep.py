@@ -21,7 +21,7 @@ from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import divided, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import combined, dispatched, on_own, permuted, received, unpermuted
-from peftplan.memory.models.automodel_moe import masked_rows, rotary_table
+from peftplan.memory.models.automodel_moe import Activated, masked_rows, rotary_table
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
@@ -29,10 +29,7 @@ from peftplan.memory.te_attention import of_documents
 from peftplan.tape import ops, products
 from peftplan.tape.shaping import cat, split
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
-
-Activated = Callable[[Tape, Tensor, Tensor], Tensor]
-"""What the first product gives, and the weights of its rows → what the second one takes."""
+from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
 
 def qwen3_moe(model: Model) -> Tensor:
@@ -184,17 +181,48 @@ def experts(
     c.model.dispatcher[:] = [masked, wide, of_got, routing, of_experts, row_map]
     del masked, wide, of_got, routing, of_experts, got
     offsets = f.new((owned,), "int32", "to")
-    out = grouped(f, chosen, up, up.dims[1], kernel=True, bias=None, offsets=offsets)
+    product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
+    factors = adapters(c, f"{c.style.stack}.{name}.experts", owned)
+    out = product(chosen, up, up.dims[1])
+    out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
     del chosen
     ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
     out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
-    second = grouped(f, out, down, down.dims[1], kernel=True, bias=None, offsets=offsets)
+    second = product(out, down, down.dims[1])
+    second, *_of_down = (second,) if factors is None else adapted(f, product, out, second, factors[1])
     del out
     if after:
         second = weighted(f, second, probabilities)
     back = unpermuted(f, second, tokens, row_map)
     del second, row_map
     return combined(f, back, x.dims, handle)
+
+
+Factors = tuple[Parameter, Parameter, int]
+"""A, B and their rank."""
+
+
+def adapters(c: Call, name: str, owned: int) -> tuple[Factors, Factors] | None:
+    """LoRA of both products (`GroupedExpertsDeepEPLoRA`): A is (r·e, in) here and B (out, r·e). The last parameter has the outer
+    wrapper."""
+    parts = [
+        c.model.part(f"{wrapped}.lora_{side}", c.number)
+        for wrapped in (f"{name}.base_layer", name)
+        for side in "AB"
+        if c.model.has(f"{wrapped}.lora_{side}", c.number)
+    ]
+    if not parts:
+        return None
+    up_a, up_b, down_a, down_b = (part.params["weight"] for part in parts)
+    return (up_a, up_b, number(up_a.dims[0]) // owned), (down_a, down_b, number(down_a.dims[0]) // owned)
+
+
+def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, factors: Factors) -> tuple[Tensor, ...]:
+    """The product with what the adapter adds, and what names hold until the experts return."""
+    a, b, rank = factors
+    low = product(x, a, rank)
+    wide = product(low, b, out.dims[-1])
+    return ops.add(f, out, ops.scale(f, wide)), low, wide
 
 
 def gated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ Left out: what Triton's autotuner takes in the first step, and the masks of whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import FLASH_BLOCK, blocks, number
@@ -20,6 +22,8 @@ from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
+Activated = Callable[[Tape, Tensor, Tensor], Tensor]
+"""What the first product gives, and the weights of its rows → what the second one takes."""
 CHUNK = 4096
 """Rows of which the bias is added at once, where they are more than `job.automodel.ROWS_AT_ONCE` (`_BIAS_CHUNK_ROWS`)."""
 
@@ -165,13 +169,16 @@ def _balanced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Gr
     return g, f.new(saved[0], "fp32", "ones_like")
 
 
-def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """`GroupedExperts.forward` on one rank: the sum of what a token's experts add is made in fp32."""
-    f = c.at("mlp.experts")
-    params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
-    up, down = params["gate_up_proj"], params["down_proj"]
-    rows, wide = indices.dims, up.dims[2]
-    assert isinstance(wide, int)
+def experts(
+    c: Call, x: Tensor, weights: Tensor, indices: Tensor, name: str = "mlp", *, between: Activated | None = None
+) -> Tensor:
+    """`GroupedExperts.forward` on one rank: the sum of what a token's experts add is made in fp32. `between`: their activation,
+    if it is not that of gpt-oss, whose matrices are (expert, in, out)."""
+    f = c.at(f"{name}.experts")
+    params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
+    up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
+    biases = [params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj")]
+    rows, wide = indices.dims, number(up.dims[2 if between is None else 1])
     locals_ = [f.new(rows, "int64", "masked_fill")]
     wide_weights = f.to(weights, "fp32")
     locals_.append(f.new(rows, "int64", "reshape"))
@@ -188,10 +195,10 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     chosen = taken(f, x, token, (*rows, x.dims[-1]))
     offsets = f.new((up.dims[0],), "int32", "to")
     out = grouped(f, chosen, up, wide, kernel=True, bias=None, offsets=offsets)
-    out = biased(f, out, params["gate_up_proj_bias"], None)
-    out = activated(f, out, probabilities)
+    out = out if biases[0] is None else biased(f, out, biases[0], None)
+    out = (between or activated)(f, out, probabilities)
     second = grouped(f, out, down, x.dims[-1], kernel=True, bias=None, offsets=offsets)
-    second = biased(f, second, params["down_proj_bias"], probabilities)
+    second = second if biases[1] is None else biased(f, second, biases[1], probabilities)
     del slot
     node = f.record(_scattered_backward, (f.to(second, "fp32"),), token, second.dims)
     total = Tensor(total.storage, total.dims, total.dtype, node)

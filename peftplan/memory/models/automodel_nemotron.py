@@ -12,8 +12,9 @@ from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
-from peftplan.memory.models.automodel_deepep import experts
+from peftplan.memory.models.automodel_deepep import experts as divided_experts
 from peftplan.memory.models.automodel_ep import gate
+from peftplan.memory.models.automodel_moe import experts
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.te_attention import of_documents
@@ -35,9 +36,9 @@ def layer(c: Call, x: Tensor) -> Tensor:
 
 
 def mamba(c: Call, x: Tensor) -> Tensor:
-    """`NemotronV3Mamba2Mixer.forward`: the batch's mask multiplies what it reads."""
+    """`NemotronV3Mamba2Mixer.forward`: the batch's mask, which packed rows have not, multiplies what it reads."""
     assert c.block.state_space is not None
-    x = ops.scale(c.at("mixer"), x)
+    x = ops.scale(c.at("mixer"), x) if c.model.running.kernels.attention is None else x
     return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
 
 
@@ -58,7 +59,11 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     shared = c.linear("mixer.shared_experts.up_proj", x)
     shared = activation(c.at("mixer.shared_experts"), shared, c.block.mlp.activation)
     shared = c.linear("mixer.shared_experts.down_proj", shared)
-    return ops.add(c.at("mixer"), experts(c, x, weights, indices, "mixer", activated=squared), shared)
+    if c.model.running.kernels.exchange is None:
+        mixed = experts(c, x, weights, indices, "mixer", between=squared)
+    else:
+        mixed = divided_experts(c, x, weights, indices, "mixer", activated=squared)
+    return ops.add(c.at("mixer"), mixed, shared)
 
 
 def squared(f: Tape, x: Tensor, weights: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "linear": "torch", "experts": "torch_mm"}, 0, "deepep"),
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "te"}, 0, "deepep,te-linear,te-experts"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "te"}, 1024, "te,deepep,te-linear,te-experts"),
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"linear": "torch"}, 0, "mamba-ssm,deepep"),
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"experts": "gmm"}, 0, "mamba-ssm,deepep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
         (
             "zai-org/GLM-4.7-Flash",
