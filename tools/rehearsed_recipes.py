@@ -105,7 +105,8 @@ def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterato
     """Settings that put the stand-in, its rows and one micro batch per step in place of what the config names."""
     shipped = yaml.safe_load(config.read_text(encoding="utf-8"))
     yield f"output_dir={output}"
-    yield from _checkpoint("checkpointer", folder)
+    for part in ("checkpointer", *(("ref_checkpointer",) if "ref_checkpointer" in shipped else ())):
+        yield from _checkpoint(part, folder)
     parts = [part for part in ("tokenizer", "dataset", "dataset_val") if part in shipped]
     yield f"tokenizer._component_={__name__}.tokenizer"
     for part in parts[1:]:

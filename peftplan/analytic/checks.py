@@ -12,7 +12,7 @@ from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.automodel import builds, has_own_code, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
-from peftplan.job.kernels import KERNELS, OF_TORCHTUNE, SCANNING, kernels_of, without_formula
+from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, SCANNING, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -218,6 +218,8 @@ def kernels_without_formula(job: Job) -> str | None:
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None
+    if IN_INT4 in setup.kernels and (job.distributed is None or setup.loss != "liger" or job.method_name != "full"):
+        return "fake-quantized layers but of full fine-tuning under FSDP2 with Liger's loss"
     if job.distributed is not None and not _rehearsed_kernels(setup, job.distributed):
         return f"kernels with {job.distributed.called}"
     if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
@@ -281,7 +283,7 @@ def _offloads_as_rehearsed(job: Job) -> bool:
 def _rehearsed_kernels(setup: Setup, distributed: Distributed) -> bool:
     """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
     if distributed.strategy == "fsdp2" and setup.by.own_fsdp2:
-        return False
+        return all(name.startswith(("liger.", "torchao-int4.")) for name in setup.kernels or ())
     return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in setup.kernels or ())
 
 

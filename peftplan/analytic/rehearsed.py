@@ -29,7 +29,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_experts
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import WITH_FORMULA, kernels_of
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
@@ -130,7 +130,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     autocast = job.setup.autocast
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
-    liger = ("liger",) if (job.method_name == "full" or flat) and not job.setup.by.own_fsdp2 else ()
+    liger = ("liger",) if (job.method_name == "full" or flat) and not (flat and job.setup.by.own_fsdp2) else ()
     losses = ("full", "trl-chunked", *liger, *(() if flat else (CUT,)))
     of_fsdp2 = {
         "reshard_after_forward": distributed.reshard_after_forward is False,
@@ -154,9 +154,22 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
         "loss": (job.setup.loss not in losses and job.setup.by.layout is ACCELERATE) or job.setup.loss == "torchtune-chunked",
+        "cpu_ram_efficient_loading of tied embeddings": job.setup.by.own_fsdp2  # made twice: reserved +3.9 % of a rehearsal
+        and not flat
+        and bool(distributed.cpu_ram_efficient_loading)
+        and job.method_name == "full"
+        and tied(job.architecture),
+        "checkpoints_parts": bool(distributed.checkpoints_parts) and not _knows_parts(job),
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
+
+
+def _knows_parts(job: Job) -> bool:
+    """Whether checkpoints of modules within those of their layers were rehearsed: by axolotl, of a fully trained model."""
+    setup = job.setup
+    nested = bool(setup.gradient_checkpointing) and not setup.use_reentrant and not setup.offload_checkpoints
+    return nested and setup.by.own_fsdp2 and job.method_name == "full" and job.architecture.model_type in WITH_FORMULA
 
 
 def _knows_division(job: Job, distributed: Distributed) -> bool:

@@ -46,6 +46,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
     return Running(
         autocast=autocast_of(setup),
         checkpointing=bool(setup.gradient_checkpointing),
+        checkpoints_parts=bool(job.distributed and job.distributed.checkpoints_parts),
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))

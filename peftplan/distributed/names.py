@@ -42,7 +42,9 @@ STRATEGIES: dict[StrategyName, Facts] = {
         ("bucket_cap_mb", "gradient_as_bucket_view", "find_unused_parameters", "static_graph", "sync_each_batch"),
     ),
     "fsdp2": Facts(
-        "FSDP2", (*OF_FSDP, "tp_size", "ep_size", "custom_sharded_layers", "pp_size", *OF_PIPELINE), splits_weights=True
+        "FSDP2",
+        (*OF_FSDP, "tp_size", "ep_size", "custom_sharded_layers", "checkpoints_parts", "pp_size", *OF_PIPELINE),
+        splits_weights=True,
     ),
     "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
     "zero0": Facts("DeepSpeed without ZeRO", ("deepspeed_optimizer",)),

@@ -71,6 +71,10 @@ class Distributed(BaseModel):
     forward_prefetch: bool | None = None
     use_orig_params: bool | None = None
     cpu_ram_efficient_loading: bool | None = None
+    checkpoints_parts: bool | None = None
+    """Whether the modules of each layer are checkpoints within that of the layer, as accelerate makes them of FSDP2's
+    `activation_checkpointing` before axolotl does (accelerate, utils/fsdp_utils.py, `fsdp2_apply_ac`; axolotl 0.19.0,
+    monkeypatch/accelerate/fsdp2.py:485)."""
     sync_each_batch: bool | None = None
     """Whether gradients are reduced in every micro batch, not only once per optimizer step."""
     param_dtype: ReduceDtype | None = None

@@ -91,6 +91,7 @@ class GridOptions(OtherWords, total=False):
     use_orig_params: Axis[bool | None]
     cpu_ram_efficient_loading: Axis[bool | None]
     sync_each_batch: Axis[bool | None]
+    checkpoints_parts: Axis[bool | None]
     param_dtype: object
     reduce_dtype: object
     bucket_cap_mb: Axis[float | None]

@@ -117,10 +117,14 @@ class OffloadedActivations(NamedTuple):
 
 
 class FakeQuantized(NamedTuple):
-    """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row."""
+    """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row.
+
+    `by_range`: gradients reach the least and the greatest value of a group too.
+    """
 
     source: str
     group: int
+    by_range: bool = False
 
 
 class Float8(NamedTuple):

@@ -79,6 +79,11 @@ KERNELS: dict[str, Kernel] = {
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
+    "torchao-int4.fake_quant": FakeQuantized(
+        "torchao, quantization/qat/fake_quantizer.py (`Int4WeightFakeQuantizer`), as axolotl 0.19.0 configures it",
+        group=32,
+        by_range=True,
+    ),
     "torchao-float8.linear": Float8("torchao, float8/float8_linear.py (`Float8Linear`)"),
     "te.attention": Documents("transformer-engine 2.20.2, pytorch/attention/dot_product_attention/backends.py (`FusedAttnFunc`)"),
     "mamba-ssm.scan": Scan(
@@ -97,6 +102,8 @@ PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))
 NONE = "none"
 OF_TORCHTUNE = ("torchao.fake_quant",)
 """Kernels of torchtune's recipes, and of no other trainer."""
+IN_INT4 = "torchao-int4.fake_quant"
+"""Fake-quantized layers that axolotl makes, and no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
 OF_EXPERTS = ("deepep.exchange", "uccl.exchange", "te-linear.dense", "te-experts.experts")

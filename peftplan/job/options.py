@@ -101,6 +101,7 @@ class StrategyOptions(TypedDict, total=False):
     use_orig_params: bool | None
     cpu_ram_efficient_loading: bool | None
     sync_each_batch: bool | None
+    checkpoints_parts: bool | None
     param_dtype: object
     reduce_dtype: object
     bucket_cap_mb: float | None

@@ -1,8 +1,8 @@
 """Linear layers that torchao fake-quantizes: int8 activations by token, int4 weights by groups of a row, computed in 16 bits.
 
-Source: torchao, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`),
-quant_primitives.py (`_do_fake_quantize_affine`). Left out: the minimum and maximum of each token and group, and the
-steps from them to a scale.
+Source: torchao, quantization/qat/linear.py (`FakeQuantizedLinear.forward`), qat/fake_quantizer.py (`IntxFakeQuantizer`,
+`Int4WeightFakeQuantizer`), quant_primitives.py (`_do_fake_quantize_affine`). Left out: the minimum and maximum of each token,
+of groups too where no gradient reaches them, and the steps from them to a scale.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ Scales = dict[tuple[str, int | None, str], tuple[Tensor, ...]]
 """Module, layer and what is quantized → scale and zero point of its last forward, which the quantizer keeps."""
 
 
-def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int, scales_dtype: str = "fp32") -> Tensor:
-    """`FakeQuantizedLinear.forward`. `scales_dtype`: of a group's scale (`scales_precision`), in which it is rounded."""
+def linear(f: Tape, part: Part, x: Tensor, scales: Scales, *, group: int, scales_dtype: str | None = "fp32") -> Tensor:
+    """`FakeQuantizedLinear.forward`. `scales_dtype`: of a group's scale (`scales_precision`), in which it is rounded; None: it is
+    rounded between the ends of the group, which gradients reach."""
     weight = part.own_weight
     rows, columns = weight.dims
     assert isinstance(columns, int)
     by_token = scales[part.name, part.layer, "input"] = _scales(f, (*x.dims[:-1], 1))
     x = _fake_quantized(f, x, by_token)
+    if scales_dtype is None:
+        return products.linear(f, x, _between_ends(f, weight, group), part.bias)
     by_group = scales[part.name, part.layer, "weight"] = _scales(f, (rows, columns // group), scales_dtype)
     fake = _fake_quantized(f, weight, by_group)
     return products.linear(f, x, fake, part.bias)
@@ -81,3 +84,53 @@ def _clamp_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Ten
     out = f.new(g.dims, g.dtype, "where")
     del masks
     return out
+
+
+def _between_ends(f: Tape, weight: Operand, group: int) -> Tensor:
+    """`Int4WeightFakeQuantizer._bf16_activations_forward`: fp32 values of the weight wait for backward four times."""
+    rows, columns = weight.dims
+    assert isinstance(columns, int)
+    ends: Dims = (rows, columns // group)
+    wide = f.to(weight, "fp32")
+    greatest, least = (f.new(ends, "fp32", op, f.record(_end_backward, (wide,), wide)) for op in ("amax", "amin"))
+    difference = f.new(ends, "fp32", "sub", f.record(_difference_backward, (greatest, least)))
+    clamped = f.new(ends, "fp32", "clamp", f.record(_clamp_backward, (difference,), difference))
+    scale = ops.scale(f, clamped, "div")
+    zero_point = ops.add(f, least, ops.scale(f, scale))
+    above = f.new(wide.dims, "fp32", "sub", f.record(_difference_backward, (wide, least), ends))
+    quotient = f.new(wide.dims, "fp32", "div", f.record(_quotient_backward, (above, scale), above, ends))
+    del above, difference, clamped
+    rounded = ops.shift(f, quotient, "round")
+    del quotient
+    quantized = f.new(wide.dims, "fp32", "clamp", f.record(_clamp_backward, (rounded,), rounded))
+    del rounded
+    centred = ops.shift(f, quantized, "sub")
+    del quantized
+    product = ops.mul(f, centred, scale)
+    del centred
+    out = ops.add(f, product, zero_point)
+    del product
+    return f.to(out, weight.dtype)
+
+
+def _end_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    """`scale_grad_by_count`: a share of the gradient for each value that is the end of its group."""
+    (wide,) = saved
+    mask = f.new(wide.dims, "bool", "eq")
+    masked = f.new(wide.dims, "fp32", "mul")
+    count = f.new(g.dims, "int64", "sum")
+    out = f.new(wide.dims, "fp32", "div")
+    del mask, masked, count
+    return out
+
+
+def _difference_backward(f: Tape, node: Node, saved: tuple[Dims] | tuple[()], g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, ops.of_broadcast(f.alike(g, g.dtype, "neg"), saved[0] if saved else None)
+
+
+def _quotient_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> tuple[Tensor, Tensor]:
+    """`div_tensor_other_grad`, whose factors live until its result is there, then `div_tensor_self_backward`."""
+    factors = [f.alike(g, "fp32", op) for op in ("div", "div", "neg")]
+    of_scale = f.alike(g, "fp32", "mul")
+    del factors
+    return f.alike(g, "fp32", "div"), ops.of_broadcast(of_scale, saved[1])

@@ -100,8 +100,8 @@ class Model(Weights):
             return products.linear(f, x, rows)
         fake = self.running.kernels.fake_quant
         if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
-            scales_dtype = "fp32" if self.running.own_modules else part.own_weight.dtype
-            return fake_quantized.linear(f, part, x, self.scales, group=fake.group, scales_dtype=scales_dtype)
+            dtype = None if fake.by_range else "fp32" if self.running.own_modules else part.own_weight.dtype
+            return fake_quantized.linear(f, part, x, self.scales, group=fake.group, scales_dtype=dtype)
         if self.running.kernels.linear is not None and float8.computes(part.own_weight.dims, is_head=self._is_head(part)):
             return float8.linear(f, part, x)
         if part.kind == "LinearSubclass" and part.quant is None:

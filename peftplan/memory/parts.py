@@ -79,6 +79,8 @@ class Running(NamedTuple):
     """Whether checkpointing is reentrant."""
     checkpoints_forward: bool = True
     """Whether it covers the forward of a layer, and not the hooks around it."""
+    checkpoints_parts: bool = False
+    """Whether norms, attention and MLP of a layer are checkpoints within it."""
     every_n_layers: int = 1
     """Which layers checkpointing reaches: those whose number it divides."""
     published_code: bool = False

@@ -285,3 +285,23 @@ class Autograd(Allocations):
         out = function(*args)
         self._frame = None
         return out
+
+    def checkpoint_within(self, function: Callable[[Tensor], Tensor], x: Tensor, *, by_name: bool) -> Tensor:
+        """A checkpoint within a checkpointed call. The outer call runs again for its input, as for any saved tensor; one that is
+        passed by name stays (torch, utils/checkpoint.py, `_NoopSaveInputs`)."""
+        outer, replaying, frame = self._frame, self._replaying, Frame()
+        saved, node, index = x if by_name else self._pack(x), x.node, x.index
+        self._frame, self._replaying = frame, None
+        again: list[Tensor] = []
+
+        def inputs() -> tuple[object, ...]:
+            if not again:
+                unpacked = self._unpack(saved)
+                assert isinstance(unpacked, Tensor)
+                again.append(Tensor(unpacked.storage, unpacked.dims, unpacked.dtype, node, index))
+            return (*again,)
+
+        frame.rerun, frame.inputs = function, inputs
+        out = function(x)
+        self._frame, self._replaying = outer, replaying
+        return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from peftplan.tape import ops, products
@@ -108,3 +110,43 @@ def test_views_of_one_base_run_in_the_order_in_which_they_were_made() -> None:
         return [f.dims[-n][1] for n in f.log if n < 0 and len(f.dims[-n]) == 4]
 
     assert all(heads_in_backward() == [16, 8, 4, 2] for _ in range(20))
+
+
+def test_a_checkpoint_within_another_keeps_what_it_gets_by_name() -> None:
+    """By hand: of two inputs of checkpoints, which another makes, that by position goes when forward has ended. Backward makes it
+    again, up to the last checkpoint's input, and what a checkpoint saves once."""
+    f = Tape()
+    weight = Parameter("weight", (ROWS, WIDTH), "fp32", trainable=True)
+    x = ops.mul(f, f.new((ROWS, WIDTH), "fp32", "x"), weight)
+
+    def layer(x: Tensor) -> Tensor:
+        x = f.checkpoint_within(lambda x: ops.keeps_input(f, x, "silu"), ops.scale(f, x), by_name=False)
+        return f.checkpoint_within(lambda x: ops.keeps_output(f, x, "exp"), ops.scale(f, x), by_name=True)
+
+    out = f.checkpoint(layer, x)
+    assert sum(1 if number > 0 else -1 for number in f.log) == 4  # the factor, x, the input by name, the result
+    f.backward(ops.summed(f, out))
+    assert weight.grad is not None
+    assert sum(1 if number > 0 else -1 for number in f.log) == 3  # the factor, the result and the gradient
+
+
+def test_torch_keeps_what_a_checkpoint_within_another_gets_by_name() -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.checkpoint import checkpoint
+
+    seen: list[weakref.ref[object]] = []
+
+    def layer(x: object) -> object:
+        for call in (lambda x: checkpoint(torch.sin, x, use_reentrant=False), by_name):
+            x = x * 2  # type: ignore[operator]
+            seen.append(weakref.ref(x))
+            x = call(x)
+        return x
+
+    def by_name(x: object) -> object:
+        return checkpoint(lambda *, x: x.sin(), x=x, use_reentrant=False)
+
+    out = checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert [ref() is None for ref in seen] == [True, False]
+    out.sum().backward()
+    assert len(seen) == 3  # the layer ran again, up to what it had saved

@@ -7,6 +7,7 @@ order of operations and whose names of locals these functions follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from peftplan.arch.modules import Block
 from peftplan.depth.sections import seconds_apart
@@ -152,16 +153,17 @@ def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
 
 def serial(c: Call, x: Tensor) -> Tensor:
     """`LlamaDecoderLayer.forward`, with norms where the style has them."""
-    before, after, before_mlp, after_mlp = c.style.norms
+    before, after, before_mlp, after_mlp = (partial(c.norm, name) for name in c.style.norms)
+    attended = partial(c.module, "self_attn", function=c.style.attention or attention, by_name=True)
     residual = x
-    x = c.norm(before, x)
-    x = c.behind("attention", c.module("self_attn", x, c.style.attention or attention, by_name=True))
-    x = c.norm(after, x)
+    x = c.part(before, x)
+    x = c.behind("attention", c.part(attended, x, by_name=True))
+    x = c.part(after, x)
     x = added(c, residual, x)
     residual = x
-    x = c.norm(before_mlp, x)
-    x = c.behind("output", c.module("mlp", x, mlp))
-    x = c.norm(after_mlp, x)
+    x = c.part(before_mlp, x)
+    x = c.behind("output", c.part(partial(c.module, "mlp", function=mlp), x))
+    x = c.part(after_mlp, x)
     return added(c, residual, x)
 
 

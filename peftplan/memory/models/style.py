@@ -59,6 +59,12 @@ class Call(NamedTuple):
         """A module of this layer that has no parameters of its own."""
         return self.tape.call(f"{self.style.stack}.{name}", self.number, (), x, lambda x: function(self, x), by_name=by_name)
 
+    def part(self, function: Callable[[Tensor], Tensor], x: Tensor, *, by_name: bool = False) -> Tensor:
+        """A module of this layer, which may be a checkpoint within that of the layer."""
+        if not self.model.running.checkpoints_parts:
+            return function(x)
+        return self.tape.checkpoint_within(function, x, by_name=by_name)
+
     def at(self, name: str = "") -> Tape:
         """The tape, for operations of the layer itself or of a module of it."""
         self.model.tape.module = f"{self.style.stack}.{name}" if name else self.style.stack

@@ -223,7 +223,9 @@ def test_settings_that_change_what_a_step_keeps(base: dict[str, object], values:
         ({"qat": {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}}, "qat.weight_dtype", "ValueError"),
         (
             {
-                **{"base_model": "mistralai/Mixtral-8x7B-v0.1", "adapter": "qlora", "load_in_4bit": True},
+                "base_model": "mistralai/Mixtral-8x7B-v0.1",
+                "adapter": "qlora",
+                "load_in_4bit": True,
                 "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "MistralDecoderLayer"},
             },
             "fsdp_config.fsdp_transformer_layer_cls_to_wrap",
