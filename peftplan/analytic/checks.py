@@ -311,7 +311,7 @@ def _grpo_without_formula(job: Job) -> str | None:
     missing = {
         "with layers of the model's own": kernels.decoder is None,
         "where its own generation writes": not setup.use_vllm,
-        "with a reference": len(setup.forwards) > 1,
+        "with a reference of its own": len(setup.forwards) > 1 and job.reference != "adapter_off",
         "of a packed completion": packed and setup.batch_size < FEWEST_PACKED,
         "of padded completions": not packed and setup.batch_size > 1,
     }

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.running import running_of
+from peftplan.analytic.scoring import scored
 from peftplan.analytic.sizes import sizes
 from peftplan.deployment.kv_cache import CacheTensor, kv_cache
 from peftplan.distributed.order import in_module_order, tensors
@@ -77,6 +78,8 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
     if key not in _GENERATIONS:
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
+        if setup.scored_rows:
+            before.append(_ending(*scored(inventory, compute_capability)))
         if setup.use_vllm and setup.by.sends_at_once:
             before.append(_sent(inventory))
         if setup.by.reads_features:
@@ -199,7 +202,7 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     of_peft = job.method is None or job.method.peft_type is not None  # whose `generate` calls the model inside
     wrapped = setup.by.writes_under_autocast and not (of_peft and setup.by.rewards)
     autocast = setup.autocast if wrapped and setup.autocast != "none" else None
-    running = running._replace(autocast=autocast, holds_hidden_states=False)
+    running = running._replace(autocast=autocast, holds_hidden_states=False, of_completions=False)
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
@@ -209,7 +212,9 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     with f.no_grad():
         for name in ("input_ids", "attention_mask"):
             model.batch[name] = f.new(("b", "s"), "int64", name)
-        hidden = forward_of(arch.model_type)(model) if running.recorded is None else _prompt_in_unsloth(model, cache)
+        compiled = running.recorded is not None
+        in_parts = compiled and arch.model_type == "gpt_oss"
+        hidden = _prompt_in_unsloth(model, cache) if in_parts else forward_of(arch.model_type, compiled=compiled)(model)
         assert arch.output_embedding is not None
         logits = model.linear(arch.output_embedding, sliced(f, hidden, ("b", 1, hidden.dims[-1])))
         f.module = ""

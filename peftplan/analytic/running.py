@@ -70,7 +70,9 @@ def running_of(job: Job, compute_capability: str) -> Running:
         batch_size=setup.rows,
         dtype=setup.dtype,
         loss=setup.loss,
-        holds_hidden_states=setup.packs_completions,  # unsloth, models/rl.py:2089
+        of_completions=setup.packs_completions,
+        holds_hidden_states=setup.packs_completions and not _returns_last(job),  # unsloth, models/rl.py:2089
+        scored_rows=setup.scored_rows // setup.rows,
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
         router_loss=bool(setup.router_loss),
@@ -93,6 +95,13 @@ def running_of(job: Job, compute_capability: str) -> Running:
         token_outputs=setup.by.token_outputs,
         without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION,
     )
+
+
+def _returns_last(job: Job) -> bool:
+    """Whether layers that torch compiles end in a forward that Unsloth wrote, which returns the last hidden states in place of
+    logits (unsloth_zoo 2026.10.9, compiler.py, `UNSLOTH_RETURN_HIDDEN_STATES`). That of gpt-oss hands out those of each layer.
+    """
+    return kernels_of(job.setup.kernels or ()).layers is not None and job.architecture.model_type != "gpt_oss"
 
 
 def autocast_of(setup: Setup) -> str | None:
@@ -126,6 +135,7 @@ def _scored(setup: Setup) -> int | None:
 def loss_sizes(job: Job) -> LossSizes:
     """What the sizes of a job's loss depend on besides the batch."""
     before_embeddings = job.method is not None and job.method.peft_type in PROMPTED
+    row, flex = recorded(job), job.architecture.model_type == "gpt_oss"
     return LossSizes(
         job.setup.loss,
         hidden_size=job.architecture.hidden_size or 0,
@@ -140,9 +150,9 @@ def loss_sizes(job: Job) -> LossSizes:
         at_once=job.setup.by.compares_at_once,
         block=job.setup.by.block,
         shared_by=1 if job.distributed is None else job.distributed.cp_size or 1,
-        multiple=BLOCK_OF_FLEX if job.setup.packs_completions and kernels_of(job.setup.kernels or ()).layers is not None else 1,
+        multiple=BLOCK_OF_FLEX if job.setup.packs_completions and row is not None and flex else 1,
         trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),
-        hidden_bytes=ITEMSIZE["fp32" if (row := recorded(job)) is not None and row.wide_norm else job.setup.dtype],
+        hidden_bytes=ITEMSIZE["fp32" if row is not None and row.wide_norm else job.setup.dtype],
     )
 
 
@@ -165,10 +175,10 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
         return 0, NO_LIMITS
     configured = rotary_positions(job.model, job.architecture) or kernels.decoder.positions
     first = min(kernels.decoder.positions, configured)
-    if kernels.padding_free is None:
+    if kernels.padding_free is None and setup.scored_rows <= 1:
         return (first if setup.seq_len <= first else f"s%{TABLE_MULTIPLE}"), Limits(of_row=(first,))
     rows = first if configured == first else ceil_div(configured, TABLE_MULTIPLE) * TABLE_MULTIPLE
-    tokens = setup.rows * setup.seq_len
+    tokens = max(setup.scored_rows, setup.rows) * setup.seq_len
     return (rows if tokens <= configured else f"b·s%{TABLE_MULTIPLE}"), Limits(of_batch=(configured,))
 
 

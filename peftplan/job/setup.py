@@ -150,6 +150,11 @@ class Setup(BaseModel):
         return self.by.scoring is not None and self.loss == "unsloth"
 
     @property
+    def scored_rows(self) -> int:
+        """Completions of a generation, where Unsloth scores them before the step; 0 where it does not."""
+        return self.generation_rows if self.packs_completions and len(self.forwards) > 1 else 0
+
+    @property
     def generation_rows(self) -> int:
         """Completions that the policy writes at once."""
         if self.by.rows > 1:

@@ -131,7 +131,7 @@ def _head_of(model: Model) -> Head:
         raise NeedsTraceError(f"the {loss} loss of {model_type} for {task}")
     if loss == "unsloth" and model.running.recorded is not None and model.running.recorded.by_function:
         return _imported(("unsloth_function_loss", "by_function"))
-    if loss == "unsloth" and model.running.holds_hidden_states:
+    if loss == "unsloth" and model.running.of_completions:
         return _imported(("unsloth_loss", "of_completions"))
     if loss != "full":
         return _imported(OF_LOSS[loss])

@@ -23,7 +23,7 @@ def kept_on_card(model: Model) -> None:
     decoder, checkpoint, lora = running.kernels.decoder, running.kernels.checkpoint, running.kernels.lora_mlp
     f.module = "model"
     if checkpoint is not None and running.hosted:
-        dims = ("b", model.seq, model.arch.hidden_size or 0)
+        dims = ("b", max(running.scored_rows, 1), model.seq, model.arch.hidden_size or 0)
         model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
     if running.own_decoders and model.arch.model_type == "gpt_oss":
         from peftplan.memory.models.automodel_moe import masks

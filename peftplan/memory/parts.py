@@ -63,8 +63,13 @@ class Running(NamedTuple):
     logits_in_fp32: bool = False
     """Whether logits are fp32 before any loss."""
     loss: str = "full"
+    of_completions: bool = False
+    """Whether the loss is that of Unsloth's GRPO."""
     holds_hidden_states: bool = False
     """Whether the input of every layer stays on the card until the model returns, as for Unsloth's GRPO."""
+    scored_rows: int = 0
+    """How many times a batch's rows a forward without gradients reads before the step, in Unsloth's GRPO; 0 where there is none.
+    Behind it the last layer's input goes to the host too."""
     loss_facts: tuple[Fact, ...] = ()
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()

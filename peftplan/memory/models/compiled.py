@@ -96,7 +96,7 @@ def compiled_layers(model: Model) -> Tensor:
     if model.arch.model_type == "gpt_oss":  # one for both kinds of attention, as wide as half a head
         widths = [widths[0] // 2]
     f.module = "model.rotary_emb"
-    rows = 1 if model.running.recorded.of_pairs else "b"
+    rows = 1 if model.running.recorded.of_pairs or model.running.of_completions else "b"  # without positions in the batch
     tables = [f.new((rows, "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
     if MASK in model.running.recorded.training:  # each kind of attention gets a mask: of a row's documents, or of rows apart
         f.module = "model"

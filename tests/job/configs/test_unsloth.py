@@ -527,7 +527,7 @@ trainer.train()
 @pytest.mark.parametrize(
     ("written", "beta"), [("", None), ('loss_type="dr_grpo"', None), ('loss_type="bnpo"', 0.001), ("beta=0.04", 0.04)]
 )
-def test_a_reference_model_of_grpo_leaves_no_peak(written: str, beta: float | None) -> None:
+def test_a_reference_of_grpo_is_the_policy_without_its_adapter(written: str, beta: float | None) -> None:
     """unsloth 2026.10.9, models/rl.py:3538: without `beta`, the loss decides whether a reference scores the completions."""
     text = f"""
 from unsloth import FastLanguageModel
@@ -538,7 +538,7 @@ trainer = GRPOTrainer(model=model, reward_funcs=[correct], args=args, train_data
 """
     plan = read_text(json.dumps({"cells": [{"cell_type": "code", "source": [text]}]}), file="a.ipynb")
     assert plan.options.get("beta") == beta
-    assert (peftplan.estimate(config=plan).peaks is None) is (beta is not None)
+    assert peftplan.estimate(config=plan).peaks is not None
 
 
 def test_dft_has_another_loss() -> None:

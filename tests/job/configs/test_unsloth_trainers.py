@@ -69,3 +69,12 @@ def test_a_base_in_fp8_beside_vllm(name: str) -> None:
 def test_a_base_that_unsloth_quantizes_to_fp8_itself_leaves_no_peak(name: str, fast: bool) -> None:
     """Without vLLM, and where no repository stores the weights so (models/loader_utils.py:1169, :2023)."""
     assert "load.load_in_fp8" in notebook(GRPO_IN_FP8.format(name=name, fast=fast)).unsupported
+
+
+def test_a_function_that_writes_completions_beside_vllm() -> None:
+    """What it writes is assumed to be as long as the lengths say; without vLLM Unsloth shares the prompts of completions, which no formula knows."""
+    source = GRPO_IN_FP8.replace("reward_funcs=", "rollout_func=rollout, reward_funcs=").replace("_fp8=True", "_fp8=False")
+    with_vllm, without = (notebook(source.format(name="unsloth/Qwen3-4B", fast=fast)) for fast in (True, False))
+    assert not with_vllm.unsupported
+    assert "does not enforce" in with_vllm.assumed["seq_len"]
+    assert "trainer.rollout_func" in without.unsupported
