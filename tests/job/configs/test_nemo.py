@@ -372,7 +372,12 @@ def test_what_of_nemo_changes_memory_without_a_formula() -> None:
     of = [of_nemo({"strategy": "fsdp2"}, peft=peft | {"use_memory_efficient_lora": value}).unsupported for value in (True, False)]
     assert [[row.effect for row in unsupported.values()] for unsupported in of] == [[], ["raises"]]
     mock = {"_target_": "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", "seq_len": 64}
-    assert of_nemo({"strategy": "fsdp2"}, dataset=mock).unsupported.keys() == {"dataset._target_"}
+    loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": None}
+    for stages, raises in ((1, False), (4, True)):  # rehearsed: the schedule splits one row for 8 micro batches
+        sharded = {"strategy": "fsdp2", "pp_size": stages}
+        unsupported = of_nemo(sharded, dataset=mock, dataloader=loader).unsupported
+        assert unsupported.keys() == {"dataset._target_"}
+        assert ("torch raises ValueError" in unsupported["dataset._target_"].why) is raises
 
 
 def test_what_nemo_freezes_of_a_vision_language_model_does_not_train() -> None:
