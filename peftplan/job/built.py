@@ -179,16 +179,19 @@ def as_automodel_builds(architecture: Architecture) -> Architecture:
 
 
 def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:
-    """The layers of a Granite 4 without Mamba and experts; none of another model."""
+    """The layers of a Granite 4 without experts: those of attention, and those of Mamba; none of another model."""
     types = config.get("layer_types")
-    of_attention = isinstance(types, Sequence) and set(types) == {"attention"} and not config.get("num_local_experts")
-    if architecture.model_type != "granitemoehybrid" or not of_attention:
+    if architecture.model_type != "granitemoehybrid" or config.get("num_local_experts") or not isinstance(types, Sequence):
+        return ()
+    if not {"attention", "mamba"}.issuperset(types):
         return ()
     fields = Fields(config, name=architecture.name)
     n = read_dims(fields)
     positions: Literal["rotary", "none"] = "rotary" if config.get("position_embedding_type") == "rope" else "none"
     mlp = Mlp("gated", fields.int("shared_intermediate_size"), fields.str("hidden_act", default="silu"), fused_gate_up=True)
-    return (Block("decoder", n.layers, (n.attention._replace(positions=positions),), mlp, "rmsnorm"),)
+    layers = {kind: tuple(layer for layer in n.layers if types[layer] == kind) for kind in ("attention", "mamba")}
+    attentions = {"attention": (n.attention._replace(positions=positions),), "mamba": ()}
+    return tuple(Block("decoder", layers[kind], attentions[kind], mlp, "rmsnorm") for kind in layers if layers[kind])
 
 
 WITHOUT_ATTENTION = Attention(1, 1, 1, positions="none")

@@ -4,11 +4,11 @@ torch's partitioner decides what such a layer keeps for backward, and inductor w
 widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules, or for one model of
 which all trains, with or without fake-quantized weights. It is a list of events: `8t` allocates 8 bytes per token, `8t%128` 8
 bytes per token of a batch up to a multiple of 128, `8r%128` of each row, `2q` 2 bytes per pair of tokens, the second ones up to
-the next multiple of 8, `8t^100` 8 bytes per token of 100 at least, `640` allocates 640 bytes, `-3` frees what was allocated
-third, and `|` stands where backward begins. What is left at the end are the gradients: that of the input, in bytes per token,
-and those of what trains. What is left of forward besides its result lasts until the layer's next forward: scales of fake
-quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how its partial sums grow with the batch, below 4
-MiB.
+the next multiple of 8, `2p` per pair of tokens of one row, `8t^100` 8 bytes per token of 100 at least, `640` allocates 640
+bytes, `-3` frees what was allocated third, and `|` stands where backward begins. What is left at the end are the gradients: that
+of the input, in bytes per token, and those of what trains. What is left of forward besides its result lasts until the layer's
+next forward: scales of fake quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how its partial sums
+grow with the batch, below 4 MiB.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
@@ -62,7 +62,7 @@ class Recorded(NamedTuple):
     results are in fp32. `generates`: the rows are prompts with completions that the policy wrote, with a mask of them
     (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
     that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
-    it is not all. `of_pairs`: the rows are one column of pairs of texts, without checkpoints: a layer's input stays until its
+    it is not all. `of_pairs`: the rows are one column of pairs of texts. Not `checkpointed`: a layer's input stays until its
     backward is done.
     """
 
@@ -85,6 +85,7 @@ class Recorded(NamedTuple):
     others: tuple[tuple[Collection[int], str, str, int], ...] = ()
     adapted: Mapping[str, int] = MappingProxyType({})
     of_pairs: bool = False
+    checkpointed: bool = True
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
@@ -94,7 +95,8 @@ class Recorded(NamedTuple):
     @property
     def of(self) -> tuple[object, ...]:
         """What a job must have for the record to hold."""
-        return (self.model, self.scheme, self.rows, self.r, set(self.modules), self.stored, self.generates, self.of_pairs)
+        adapted = self.r, set(self.modules)
+        return (self.model, self.scheme, self.rows, *adapted, self.stored, self.generates, self.of_pairs, self.checkpointed)
 
     def of_layer(self, number: int) -> Events:
         """What a layer does, by its place."""
@@ -118,9 +120,9 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     if not OUTSIDE.issuperset(getattr(config, "modules_to_save", None) or ()):
         return None
-    checkpointed = setup.gradient_checkpointing and setup.use_reentrant
+    checkpointed = bool(setup.gradient_checkpointing and setup.use_reentrant)
     kept = setup.by.embeds and not setup.gradient_checkpointing
-    if not (kept if setup.by.embeds else checkpointed) or setup.padding or setup.dtype != "bf16":
+    if not (kept or checkpointed) or setup.padding or setup.dtype != "bf16":
         return None
     modules: set[str] = set()
     copies: Counter[str] = Counter()
@@ -136,7 +138,8 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, setup.by.generates, setup.by.embeds)
+    by = setup.by
+    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, by.generates, by.embeds, checkpointed)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
     if row is not None and row.rows and MASK in row.training and setup.batch_size > 1:

@@ -35,6 +35,11 @@ from peftplan.units import MIB
 
 INT8_INT4 = "int8-int4"
 """The scheme of QAT that unties the head, and fake-quantizes the embedding to int8."""
+UNSLOTH_DECODER = Decoder(
+    "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", positions=4 * 8192
+)
+UNSLOTH_NORM = Norm("unsloth 2026.10.9, kernels/rms_layernorm.py (`Fast_RMS_Layernorm`)", partial_rows=4)
+UNSLOTH_PADDING_FREE = PaddingFree("unsloth 2026.10.9, utils/attention_dispatch.py (`_sdpa_packed_segments`)")
 UNSLOTH_CHECKPOINT = Checkpoint(
     "unsloth_zoo 2026.10.9, gradient_checkpointing.py (`UnslothCheckpointFunction`)", buffers=2, least_bytes=2 * MIB
 )
@@ -42,12 +47,10 @@ UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
 
 KERNELS: dict[str, Kernel] = {
-    "unsloth.decoder": Decoder(
-        "unsloth 2026.10.9, models/llama.py (`LlamaModel_fast_forward`, `LlamaRotaryEmbedding`)", positions=4 * 8192
-    ),
-    "unsloth.padding_free": PaddingFree("unsloth 2026.10.9, utils/attention_dispatch.py (`_sdpa_packed_segments`)"),
+    "unsloth.decoder": UNSLOTH_DECODER,
+    "unsloth.padding_free": UNSLOTH_PADDING_FREE,
     "unsloth.checkpoint": UNSLOTH_CHECKPOINT,
-    "unsloth.rms_norm": Norm("unsloth 2026.10.9, kernels/rms_layernorm.py (`Fast_RMS_Layernorm`)", partial_rows=4),
+    "unsloth.rms_norm": UNSLOTH_NORM,
     "unsloth.rope": Rotary(
         "unsloth 2026.10.9, kernels/rope_embedding.py (`Fast_RoPE_Embedding_QK_Positions`), qk_norm_rope.py",
         backward_in_place=False,
@@ -60,6 +63,15 @@ KERNELS: dict[str, Kernel] = {
     "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-rows.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)", rows=True),
     "unsloth-rows.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-padded.decoder": UNSLOTH_DECODER,
+    "unsloth-padded.layers": CompiledLayers("unsloth 2026.10.9, models/llama.py (`_legacy_block_compile`)", rows=True),
+    "unsloth-padded.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-padded.rms_norm": UNSLOTH_NORM,
+    "unsloth-qat-lora.decoder": UNSLOTH_DECODER,
+    "unsloth-qat-lora.padding_free": UNSLOTH_PADDING_FREE,
+    "unsloth-qat-lora.layers": CompiledLayers("unsloth 2026.10.9, kernels/utils.py (`get_lora_parameters`)", scheme="int4"),
+    "unsloth-qat-lora.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-qat-lora.rms_norm": UNSLOTH_NORM,
     "unsloth-qat-int4.layers": CompiledLayers(
         "unsloth 2026.10.9, models/_block_compile.py, models/_utils.py (`_prepare_model_for_qat`)", scheme="int4"
     ),

@@ -41,6 +41,30 @@ def table(f: Tape, part: Part, scales: Scales) -> Tensor:
     return fake
 
 
+GROUP = 128
+"""Columns of a group of torchao's `Int4WeightOnlyConfig`, as Unsloth asks for it."""
+
+
+def frozen(f: Tape, weight: Operand) -> Tensor:
+    """A frozen weight of whole groups, rounded in fp32 line by line (`Int4WeightFakeQuantizer._bf16_activations_forward`)."""
+    rows, columns = weight.dims
+    assert isinstance(columns, int)
+    of_groups: Dims = (rows, columns // GROUP, 1)
+    with f.no_grad():
+        wide = f.new(weight.dims, "fp32", "to")
+        largest, smallest = (f.new(of_groups, "fp32", name) for name in ("amax", "amin"))
+        scale, zero_point = (f.new(of_groups, "fp32", name) for name in ("scale", "zero point"))
+        rounded = wide
+        for line in ("sub", "div", "round", "clamp", "sub"):
+            rounded = f.new(weight.dims, "fp32", line)
+        scaled = f.new(weight.dims, "fp32", "mul")
+        rounded = f.new(weight.dims, "fp32", "add")
+        del scaled
+        fake = f.new(weight.dims, weight.dtype, "to")
+    del wide, largest, smallest, scale, zero_point, rounded
+    return fake
+
+
 def _rounded_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "where")
 

@@ -39,19 +39,22 @@ def kept_on_card(model: Model) -> None:
     elif decoder is not None or (running.own_decoders and model.arch.model_type not in SCANNING):
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-        in_fp32 = decoder is None or model.arch.model_type == "gemma"  # unsloth, models/gemma.py (`_set_cos_sin_cache`)
+        of_gemma = model.arch.model_type in ("gemma", "gemma2")  # unsloth, models/gemma.py (`_set_cos_sin_cache`)
+        in_fp32 = decoder is None or of_gemma
         rows: Dims = (model.seq,) if decoder is None else (running.rotary_rows,)
         if running.ring is not None:  # positions of the whole row
             rows = (model.seq, running.ring.ranks)
         elif running.kernels.attention is not None:  # as many as tokens
             rows = ("b", model.seq)
         model.lasting = [f.new((*rows, width), "fp32" if in_fp32 else running.dtype, name) for name in ("cos", "sin")]
+        if decoder is not None and model.arch.model_type == "gemma2":  # unsloth, models/llama.py:1530
+            model.lasting += [f.new((model.seq, model.seq), running.dtype, name) for name in ("SWA_mask", "GA_mask")]
     in_4_bits = model.quant is not None and model.quant.name in FOUR_BIT
     if lora is not None and lora.global_buffer and in_4_bits and not getattr(running.config, "lora_dropout", 0):
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
     if running.recorded is not None:
-        from peftplan.memory.models.compiled import scales
+        from peftplan.memory.models.recorded import scales
 
         num_layers = sum(len(block.layers) for block in model.arch.blocks)
         of_layer = scales(running.recorded)

@@ -10,6 +10,7 @@ from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
+from peftplan.memory import fake_quantized
 from peftplan.memory.chunked_loss import rows_of
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import projection
@@ -42,6 +43,9 @@ def unsloth(model: Model, x: Tensor) -> tuple[Tensor]:
     del ignored
     hidden = ops.reshaped(f, x)
     weight = model.table(head.name, head)
+    kernels = model.running.kernels
+    if kernels.decoder is not None and kernels.layers is not None and kernels.layers.scheme:  # models/llama.py:237
+        weight = fake_quantized.frozen(f, weight)
     f.module = ""
     loss = _cross_entropy(model, hidden, weight)
     del targets

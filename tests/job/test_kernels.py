@@ -47,7 +47,7 @@ def test_bad_names_are_one_line(names: object, message: str) -> None:
 
 
 def test_the_help_names_every_package() -> None:
-    short = TRAINING["--kernels"].replace("int4|int8-int4", "int4, unsloth-qat-int8-int4")
+    short = TRAINING["--kernels"].replace("int4|int8-int4|lora", "int4, unsloth-qat-int8-int4, unsloth-qat-lora")
     assert [package for package in PACKAGES if not re.search(rf"[ ,]{package}[ ,]", short)] == []
 
 

@@ -10,7 +10,7 @@ import pytest
 from peftplan import estimate
 from peftplan.datafiles import load
 from peftplan.job.compiled_layers import Recorded
-from peftplan.memory.models.compiled import scales
+from peftplan.memory.models.recorded import scales
 from peftplan.results.estimate import Peaks
 from tools.compiled_layers import BACKWARD, RECOMPUTED, Batch, Event, text_of
 

@@ -49,6 +49,10 @@ def decoder(model: Model, style: Style) -> Tensor:
         embedded = x = ops.scale(f, x)
     states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
     del x
+    if model.running.recorded is not None:
+        from peftplan.memory.models.recorded import recorded_layer
+
+        style = style._replace(layer=recorded_layer)
     dtype = "fp32" if style.wide_tables else states[0].dtype
     tables = {window: () if replaced else rotary_tables(model, dtype) for window in windows}
     x = run_layers(model, style, states, lambda window: tables[window if style.tables_by_window else None], masks=masks)

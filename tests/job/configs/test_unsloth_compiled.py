@@ -1,0 +1,99 @@
+"""Which of Unsloth's jobs run layers that torch compiles, of models with a record of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftplan
+from peftplan.job.configs.read import read_text
+
+GEMMA2 = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained(model_name="unsloth/gemma-2-2b", max_seq_length=1024)
+model = FastLanguageModel.get_peft_model(model, r=16)
+SFTTrainer(model=model, max_seq_length=1024, packing=False, args=SFTConfig(per_device_train_batch_size=2, max_steps=60)).train()
+"""
+
+
+def test_batches_of_gemma_2_stay_padded() -> None:
+    """trainer.py:198 (`PADDING_FREE_BLOCKLIST`)."""
+    plan = read_text(GEMMA2, file="a.py")
+    assert not plan.unsupported
+    assert plan.options["kernels"] == "unsloth-padded"
+    assert "FlashAttention" in plan.assumed["kernels"]
+    assert plan.assumed["padding"].startswith("none")
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (20_766_720, None)
+    assert result.peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ("packing=False", "packing=True"),
+        ("packing=False", "data_collator=DataCollatorForSeq2Seq(tokenizer)"),
+        ("model, max_seq_length=1024", "model, max_seq_length=512"),
+        ("max_steps=60", "max_length=512"),
+        ("r=16", "r=8"),
+        ("from unsloth", "import os; os.environ['UNSLOTH_BLOCK_COMPILE_LEGACY'] = '0'\nfrom unsloth"),
+    ],
+)
+def test_other_batches_of_gemma_2_have_no_record(written: str, instead: str) -> None:
+    """Masks are as wide as the model's longest row, whatever the trainer's is."""
+    result = peftplan.estimate(config=read_text(GEMMA2.replace(written, instead), file="a.py"))
+    assert result.peaks is None or result.bound is not None
+
+
+EMBEDDING = """
+from unsloth import FastSentenceTransformer
+model = FastSentenceTransformer.from_pretrained(model_name="unsloth/Qwen3-Embedding-4B", max_seq_length=512, load_in_4bit=False)
+model = FastSentenceTransformer.get_peft_model(model, r=32, use_gradient_checkpointing="unsloth", task_type="FEATURE_EXTRACTION",
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+loss = losses.MultipleNegativesRankingLoss(model)
+SentenceTransformerTrainer(model=model, loss=loss, args=SentenceTransformerTrainingArguments(
+    max_steps=60, per_device_train_batch_size=8, bf16=is_bf16_supported(), fp16=not is_bf16_supported())).train()
+"""
+
+
+def test_inputs_of_a_decoder_of_embeddings_stay_on_the_card() -> None:
+    plan = read_text(EMBEDDING, file="a.py")
+    assert not plan.unsupported
+    assert (plan.options["gradient_checkpointing"], plan.options["offload_checkpoints"]) == (True, False)
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (66_060_288, None)
+    assert result.peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"), [('"unsloth", task', "True, task"), ("load_in_4bit=False", "load_in_4bit=True"), ("r=32", "r=16")]
+)
+def test_other_embeddings_have_no_record(written: str, instead: str) -> None:
+    result = peftplan.estimate(config=read_text(EMBEDDING.replace(written, instead), file="a.py"))
+    assert result.peaks is None or result.bound is not None
+
+
+QAT = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Qwen3-4B-Instruct-2507", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=16, qat_scheme="int4")
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, max_steps=30)).train()
+"""
+
+
+def test_qat_of_lora_rounds_the_base() -> None:
+    """14.86 GB: the weights in 16 bits, 8.0 GB, and the head in fp32 four times."""
+    plan = read_text(QAT, file="a.py")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (33_030_144, None)
+    assert result.peaks is not None
+    assert result.peaks.allocated > 8_044_936_192 + 4 * 4 * 151_936 * 2560
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [('"int4"', '"int8-int4"'), ("load_in_4bit=False", "load_in_4bit=True"), ("r=16", "r=8"), ("max_steps=30", "packing=True")],
+)
+def test_other_qat_of_lora_has_no_record(written: str, instead: str) -> None:
+    result = peftplan.estimate(config=read_text(QAT.replace(written, instead), file="a.py"))
+    assert result.peaks is None or result.bound is not None
