@@ -33,8 +33,9 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),),
     "nemotron_h": (
-        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, False),
+        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
+        Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""

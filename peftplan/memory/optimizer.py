@@ -21,7 +21,7 @@ from peftplan.versions import named
 
 FOREACH_COPIES = {
     "adamw_torch": 1,
-    "adam": 2,
+    "adam": 1,
     "sgd": 0,
     "adagrad": 2,
     "rmsprop": 1,

@@ -52,6 +52,7 @@ LOOSE = {
     ("qwen3-30b-a3b", 4, 4): 1.3,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 3.2,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.25,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 1.1,
     ("qwen3-30b-a3b", 6, 2): 0.05,
     ("moonlight-16b-a3b", 3, 4): 0.5,
     ("moonlight-16b-a3b", 4, 8): 0.85,
@@ -70,8 +71,8 @@ of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
 ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.1, of `load` and `step` up to 0.8, of blocks of experts that
-the allocator leaves unsplit. Nemotron 3 Nano: of reserved ones 350 MiB of five layers in full, 20 with LoRA of six; of allocated
-ones 0.002, and 0.12 with LoRA, of such blocks."""
+the allocator leaves unsplit. Nemotron 3 Nano: of reserved ones 350 and 184 MiB of five and seven layers in full, 20 with LoRA
+of six; of allocated ones up to 0.03, and 0.12 with LoRA, of such blocks."""
 
 SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,

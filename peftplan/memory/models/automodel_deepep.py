@@ -26,6 +26,7 @@ from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.te_attention import of_documents
+from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
 from peftplan.tape.shaping import cat, split
 from peftplan.tape.tape import Tape
@@ -165,7 +166,8 @@ def experts(
 ) -> Tensor:
     """`forward` of the experts: tokens of all ranks in the order of this rank's experts, and back. `after`: weights multiply
     what the experts give; `activated`: what is between their products, of a gate and up if not said."""
-    f = c.at(f"{name}.experts")
+    f, units, unit = c.at(f"{name}.experts"), c.model.units, experts_of(c.number)
+    dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
     params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
@@ -195,7 +197,7 @@ def experts(
         second = weighted(f, second, probabilities)
     back = unpermuted(f, second, tokens, row_map)
     del second, row_map
-    return combined(f, back, x.dims, handle)
+    return units.leave(unit, combined(f, back, dims, handle))
 
 
 Factors = tuple[Parameter, Parameter, int]

@@ -248,7 +248,8 @@ def test_layers_in_8_bits_are_not_compiled_under_fsdp2(fp8: dict[str, object], u
 
 
 def test_losses_and_optimizers_of_nemo() -> None:
-    """Adam adds decayed weights to copies of all gradients (torch, optim/adam.py)."""
+    """Adam adds decayed weights to copies of all gradients, which go before the roots of the moments are made (torch,
+    optim/adam.py)."""
     loss = "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"
     adam = {"_target_": "torch.optim.Adam", "weight_decay": 0}
     sharded = {"strategy": "fsdp2"}
