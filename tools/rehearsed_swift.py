@@ -47,7 +47,7 @@ WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attenti
 WITH_UNSLOTH = "import unsloth; "
 """As `swift/cli/sft.py` does, before anything of ms-swift."""
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
-WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}); "
+WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}, {sleep_level}); "
 PROGRAMS = {
     SFT: "import sys; from swift import sft_main; sft_main(sys.argv[1:])",
     RLHF: "import sys; from swift import rlhf_main; from tools.programs.ms_swift import written_elsewhere\n"
@@ -57,6 +57,8 @@ PROGRAMS = {
 CARD = "a100-80gb"
 OF_SERVER = ("use_vllm", "vllm_mode")
 """Arguments for completions from a server, which does not run here."""
+OF_ENGINE = ("vllm_enable_lora", "offload_model", "offload_optimizer", "sleep_level")
+"""Arguments of an engine beside the trainer that decide what the trainer holds."""
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
@@ -84,7 +86,8 @@ def shallow(name: str, layers: int) -> str:
 def arguments(row: dict[str, Any], folder: str, teacher: str, output: str) -> list[str]:
     """The command line."""
     values = SHARED | row["values"] | {"model": folder, "dataset": f"{output}/rows.jsonl", "output_dir": output}
-    values |= {"teacher_model": teacher} if "teacher_model" in values else {}
+    its_own = row["values"].get("teacher_model") == row["values"]["model"]
+    values |= {"teacher_model": folder if its_own else teacher} if "teacher_model" in values else {}
     words = {key: value if isinstance(value, list) else [value] for key, value in values.items() if key not in OF_SERVER}
     return [word for key, listed in words.items() for word in (f"--{key}", *map(str, listed))]
 
@@ -106,8 +109,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         Path(output, "rows.jsonl").write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
         mode = row["values"].get("vllm_mode")
-        takes = mode == "server" or row["values"].get("vllm_enable_lora")
-        with_server = WITH_SERVER.format(mode=mode) if takes else ""
+        takes = mode == "server" or any(row["values"].get(key) for key in OF_ENGINE)
+        with_server = WITH_SERVER.format(mode=mode, sleep_level=row["values"].get("sleep_level", 0)) if takes else ""
         of_gkd = OF_GKD if kind == "gkd" else ""
         with_unsloth = WITH_UNSLOTH if row["values"].get("tuner_backend") == "unsloth" else ""
         code = (

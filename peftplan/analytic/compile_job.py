@@ -77,6 +77,9 @@ class Compiled(NamedTuple):
     """Whether they are given back before each backward."""
     empties_first: bool = False
     """Whether they are given back before each backward of the first step."""
+    empties_around: bool = False
+    """Whether it is emptied before and behind what vLLM, which sleeps otherwise, gets and writes (ms-swift 4.6.0,
+    rlhf_trainers/rollout_mixin.py:1198, utils.py:1747)."""
     by_processors: bool = False
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
     leaves_shards: bool = False
@@ -185,6 +188,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_after=optimizer.name == "badam",
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
+        empties_around=setup.by.sends_at_once and bool(setup.vllm_share) and bool(setup.vllm_enable_sleep_mode),
         flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),

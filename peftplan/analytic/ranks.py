@@ -198,7 +198,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
         of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
         follows = not job.setup.by.gathers_when_called
-        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows)
+        reloads = job.setup.by.reloads_weights
+        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows, reloads=reloads)
     return program._replace(shards=masters, steps_in_backward=True)
 
 

@@ -89,9 +89,13 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     for number, of_step in enumerate(steps, start=1):
         of_generation = 0
         for each in generations:
+            if compiled.empties_around:
+                writer.empty_cache()
             writer.step(each.timeline, of_generation, {}, phases=number > len(steps) - reported)
             writer.end()
             of_generation += len(each.timeline.kinds)
+        if compiled.empties_around:
+            writer.empty_cache()
         if number == 1:
             writer.take(line for line in compiled.standing if line.source == REPLACED)
         lasting = _lasting(states, of_step) if number == 1 else {}

@@ -12,7 +12,7 @@ from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
 from peftplan.job.router_loss import check_router_loss
@@ -83,9 +83,10 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_modules=setup.by.own_modules,
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
+        noisy_embeddings=bool(setup.noisy_embeddings),
         checkpoints_frozen=setup.by.checkpoints_frozen,
         hooks_adapted=setup.by.hooks_adapted,
-        kernels=kernels_of(setup.kernels or ()),
+        kernels=kernels_in(setup.kernels or (), job.architecture.model_type),
         chip=chip,
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],

@@ -95,7 +95,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.weighs_tokens:
         if strategy != "fsdp2" or not tied(job.architecture):
             return ("full",)
-        return ("full", "partial", *(("lora", "qlora") if _adapts_in_4_bits(job) else ()))
+        return ("full", "partial", *(("lora", "qlora") if _adapts_by_v1(job) else ()))
     if by.own_fsdp2 and strategy == "fsdp2":
         return ("full",)
     if by.generates and strategy == "zero3":
@@ -123,12 +123,13 @@ def traced_methods(job: Job) -> tuple[str, ...]:
     return (*known, "qdora") if job.quant is not None and "dora" in known else known
 
 
-def _adapts_in_4_bits(job: Job) -> bool:
-    """Whether LLaMA-Factory v1's LoRA was rehearsed: over 4 bits in halves that FSDP2 casts to bf16, without saved modules."""
-    packed = job.quant is not None and job.quant.name == "nf4" and job.quant.quant_storage in SIXTEEN_BITS
-    config = job.config
+def _adapts_by_v1(job: Job) -> bool:
+    """Whether LLaMA-Factory v1's LoRA was rehearsed: over 16 bits, or 4 bits in halves that FSDP2 casts to bf16, without saved
+    modules."""
+    quant, config = job.quant, job.config
+    known = quant is None or (quant.name == "nf4" and quant.quant_storage in SIXTEEN_BITS)
     return (
-        packed and config is not None and not getattr(config, "modules_to_save", None) and not getattr(config, "use_dora", False)
+        known and config is not None and not getattr(config, "modules_to_save", None) and not getattr(config, "use_dora", False)
     )
 
 

@@ -190,6 +190,15 @@ def kernels_of(names: Iterable[str]) -> Kernels:
     return Kernels(**{name.partition(".")[2]: KERNELS[name] for name in names})  # type: ignore[arg-type]
 
 
+def kernels_in(names: Iterable[str], model_type: str) -> Kernels:
+    """The same in a model type: Liger leaves the positions of GLM-4 to the model, and its norms make gradients of their own
+    (liger-kernel, transformers/monkey_patch.py, `apply_liger_kernel_to_glm4`)."""
+    kernels = kernels_of(names)
+    if model_type != "glm4" or kernels.rms_norm is None:
+        return kernels
+    return kernels._replace(rope=None, rms_norm=kernels.rms_norm._replace(reuses_gradient=False))
+
+
 def packages_of(names: Iterable[str]) -> str:
     """The names as a person states them: a package that replaces all that it can, by its name alone."""
     names = tuple(names)

@@ -79,7 +79,7 @@ def check_halves(*dtypes: str) -> None:
 
 SHARED, SHARED_CHUNKS = "shared-rows", "shared-rows-chunked"
 """Cross entropies of a rank's tokens of rows that several ranks share (ms-swift, trainers/utils.py, `per_token_loss_func_sp`)."""
-OF_FUNCTION = ("per-token", "eaft", SHARED, SHARED_CHUNKS)
+OF_FUNCTION = ("per-token", "eaft", "eaft-behind", SHARED, SHARED_CHUNKS)
 """Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
 SHARED_ROWS = 2048
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""

@@ -74,6 +74,7 @@ class Setup(BaseModel):
     use_reentrant: bool = False
     every_n_layers: Count | None = None
     offload_checkpoints: bool | None = None
+    noisy_embeddings: bool | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     kernels: KernelNames = None
     loss: Loss = "auto"
@@ -189,6 +190,7 @@ OWNERS = {
     "shared-rows": ("transformers",),
     "shared-rows-chunked": ("transformers",),
     "eaft": ("axolotl", "transformers"),
+    "eaft-behind": ("llamafactory", "transformers"),
 }
 """Loss → the only trainers that compute it."""
 LOSSES_OF_SLICES = ("full", "liger")

@@ -140,6 +140,25 @@ SWIFT_PAIRS = IN_SWIFT._replace(  # without a reference model
 )
 
 
+SWIFT_GRPO = IN_SWIFT._replace(
+    name="swift-grpo",
+    called="GRPOTrainer of ms-swift 4.6",
+    collects_batches=False,
+    forwards=GENERATING.forwards,
+    completions_alone=True,
+    completion=512,
+    beta=0.04,
+    num_generations=8,
+    under_ddp=("adapter_off", "copy"),
+    under_zero2=("adapter_off", "copy"),
+    under_zero3=("none", "copy"),
+    sends_at_once=True,
+    gathers_when_called=True,
+    options=GENERATING.options | {"loss_type"},
+    loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+)
+
+
 SWIFT_GKD = IN_SWIFT._replace(
     name="swift-gkd",
     called="GKDTrainer of ms-swift 4.6",

@@ -45,6 +45,8 @@ TrainerName = Literal[
     "swift-orpo",
     "swift-cpo",
     "swift-grpo",
+    "swift-grpo-reloading",
+    "swift-grpo-entropies",
     "swift-gkd",
     "swift-gkd-of-data",
     "qlora-paper",
@@ -59,8 +61,8 @@ Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
     "auto", "full", "trl-chunked", "liger", "unsloth", "unsloth-logits", "torchtune-linear", "torchtune-chunked", "torchtune-kl",
-    "te-parallel", "per-token", "eaft", "shared-rows", "shared-rows-chunked", "cut-cross-entropy", "cut-apart",
-    "received-kl",
+    "te-parallel", "per-token", "eaft", "eaft-behind", "shared-rows", "shared-rows-chunked",
+    "cut-cross-entropy", "cut-apart", "received-kl",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda"]
@@ -192,6 +194,13 @@ class Trainer(NamedTuple):
     gathers_when_called: bool = False
     """Whether under ZeRO-3 nothing is gathered ahead, whose bucket it sets to 0 (ms-swift, rlhf_trainers/arguments.py:117), nor
     kept for a later use, as three rehearsed jobs showed."""
+    reloads_weights: bool = False
+    """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
+    their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
+    DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`)."""
+    scores_entropies: bool = False
+    """Whether it makes the entropy of every scored token, with gradients, which no loss reads (ms-swift 4.6.0,
+    rlhf_trainers/grpo_trainer.py:939)."""
     reads_features: bool = False
     """Whether the base, without its adapter, reads all completions of a step at once, before the step: with the hidden states of
     every layer, and the logits of every token (axolotl 0.19.0, core/trainers/ebft/rewards.py:20, trainer.py:288)."""

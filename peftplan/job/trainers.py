@@ -16,11 +16,12 @@ from peftplan.job.tool_trainers import (
     OF_SENTENCES,
     SWIFT_DPO,
     SWIFT_GKD,
+    SWIFT_GRPO,
     SWIFT_PAIRS,
     TORCHTUNE_RECIPE,
 )
 from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer, TrainerName
-from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_REWARDS, OF_TRL
+from peftplan.job.trl_trainers import DPO_LOSSES, OF_LOGITS, OF_REWARDS, OF_TRL
 
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
@@ -154,23 +155,11 @@ TRAINERS: dict[TrainerName, Trainer] = {
             options=frozenset({"beta", "loss_type"}),
             loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
         ),
-        IN_SWIFT._replace(
-            name="swift-grpo",
-            called="GRPOTrainer of ms-swift 4.6",
-            collects_batches=False,
-            forwards=GENERATING.forwards,
-            completions_alone=True,
-            completion=512,
-            beta=0.04,
-            num_generations=8,
-            under_ddp=("adapter_off", "copy"),
-            under_zero2=("adapter_off", "copy"),
-            under_zero3=("none", "copy"),
-            sends_at_once=True,
-            gathers_when_called=True,
-            options=GENERATING.options | {"loss_type"},
-            loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+        SWIFT_GRPO,
+        SWIFT_GRPO._replace(
+            name="swift-grpo-reloading", called=f"{SWIFT_GRPO.called} whose weights wait on the host", reloads_weights=True
         ),
+        SWIFT_GRPO._replace(name="swift-grpo-entropies", called=f"{SWIFT_GRPO.called} with entropies", scores_entropies=True),
         SWIFT_GKD,
         # What it learns is in the data (`lmbda` 0).
         SWIFT_GKD._replace(

@@ -28,7 +28,10 @@ def inputs(model: Model) -> Tensor:
 def _words(model: Model) -> Tensor:
     assert model.arch.input_embedding is not None
     model.units.enter(EMBEDDING)
-    return model.units.leave(EMBEDDING, model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s"))))
+    x = model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s")))
+    if model.running.noisy_embeddings:
+        x = ops.add(model.tape, x, model.tape.new(x.dims, x.dtype, "noise"))
+    return model.units.leave(EMBEDDING, x)
 
 
 def into_cache(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

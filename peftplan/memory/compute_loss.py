@@ -102,9 +102,12 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
         from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
 
         of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
-        of_logits = loss_of_completions if program.trainer.generates else of_rows
         logits = _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs)
-        return of_logits(f, logits, program.trainer.scoring, count=model.running.batch_size)
+        scoring, count = program.trainer.scoring, model.running.batch_size
+        if program.trainer.generates:
+            entropies = (model.running.logits_to_keep or 1) - 1 if program.trainer.scores_entropies else 0
+            return loss_of_completions(f, logits, scoring, count=count, entropies=entropies)
+        return of_rows(f, logits, scoring, count=count)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
     if program.trainer.anchors:
@@ -147,12 +150,12 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tens
         wide = f.to(logits, "fp32") if f.autocast else logits
         del logits
         loss = (chunked if model.running.loss == SHARED_CHUNKS else of_tokens)(f, wide)
-    elif model.running.loss == "eaft":
-        from peftplan.memory.entropy_loss import weighted_by_entropy
+    elif model.running.loss in ("eaft", "eaft-behind"):
+        from peftplan.memory.entropy_loss import weighted_behind, weighted_by_entropy
 
         wide = f.to(logits, "fp32")
         del logits
-        loss = weighted_by_entropy(f, wide)
+        loss = (weighted_by_entropy if model.running.loss == "eaft" else weighted_behind)(f, wide)
     elif model.running.loss == "te-parallel":
         loss = written_over_logits(f, logits)
     elif model.running.loss == CUT_APART:

@@ -1,6 +1,7 @@
-"""axolotl's EAFT: the cross entropy of each token, weighted by the entropy of its largest logits.
+"""EAFT: the cross entropy of each token, weighted by the entropy of its largest logits.
 
-n scored tokens, k of the largest logits, v vocabulary. Source: axolotl 0.19.0, monkeypatch/loss/eaft.py (`eaft_loss`).
+n scored tokens, k of the largest logits, v vocabulary. Source: axolotl 0.19.0, monkeypatch/loss/eaft.py (`eaft_loss`);
+llamafactory 0.9.5, train/trainer_utils.py (`_eaft_cross_entropy`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 LARGEST = 20
-"""axolotl's default of `eaft_k`."""
+"""axolotl's default of `eaft_k`, and LLaMA-Factory's number."""
 
 
 def weighted_by_entropy(f: Tape, logits: Tensor) -> Tensor:
@@ -34,3 +35,16 @@ def weighted_by_entropy(f: Tape, logits: Tensor) -> Tensor:
     of_token = nll_of_tokens(f, picked, labels)
     del picked, labels
     return ops.scale(f, ops.summed(f, ops.mul(f, of_token, weights)), "div")
+
+
+def weighted_behind(f: Tape, logits: Tensor) -> Tensor:
+    """LLaMA-Factory's: cross entropies of all tokens, of which the scored ones are picked, and so are their logits, once."""
+    of_token = nll_of_tokens(f, logits, f.new(logits.dims[:-1], "int64", "contiguous"))
+    mask = f.new(of_token.dims, "bool", "ne")
+    scored = rows_of(f, of_token, mask)
+    with f.no_grad():
+        _picked = rows_of(f, logits.detach(), mask)
+        top = f.new(("n", LARGEST), "fp32", "topk"), f.new(("n", LARGEST), "int64", "topk")
+        weights = f.new(("n",), "fp32", "pow")
+        del top
+    return ops.scale(f, ops.summed(f, ops.mul(f, scored, weights)), "div")

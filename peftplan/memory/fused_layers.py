@@ -64,11 +64,12 @@ def _norm_and_rotate_backward(f: Tape, node: Node, saved: Sequence[Tensor], dq: 
     return f.new(saved[0].dims, dq.dtype, "dQ"), f.new(saved[1].dims, dk.dtype, "dK")
 
 
-def gated(f: Tape, kernel: Gated, gate: Tensor, up: Tensor) -> Tensor:
-    """`act(gate) * up`: saves both; their gradients take their place."""
+def gated(f: Tape, kernel: Gated, gate: Tensor, up: Tensor, *, copies: bool = False) -> Tensor:
+    """`act(gate) * up`: saves both; their gradients take their place. `copies`: both are parts of one tensor, and copied."""
     node = _in_python(f.record(_gated_backward, (gate, up)))
+    read = [f.new(x.dims, x.dtype, "contiguous") if copies else x.detach() for x in (gate, up)]
     out = f.new(gate.dims, gate.dtype, "mul", node)
-    f.keep(node, gate.detach(), up.detach())
+    f.keep(node, *read)
     return out
 
 

@@ -74,14 +74,36 @@ def _indexed_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor
     return f.new(saved[0], g.dtype, "new_zeros")
 
 
-def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Tensor:
-    """The loss of completions that the policy wrote: their logits, all but the last, are divided by the temperature in place."""
+def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int, entropies: int) -> Tensor:
+    """The loss of completions that the policy wrote: their logits, all but the last, are divided by the temperature in place.
+    `entropies`: of so many tokens of a row they are made too, and what they keep for gradients lives until the loss is made.
+    """
     node = f.record(_divided_backward, (logits,), logits.dims)
     divided = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), _but_last(logits.dims))
     del logits
     per_token = _log_probs(f, divided, None, scoring, count)
+    kept = _entropies(f, divided, count * entropies, several=count > 1) if entropies else []
     del divided
-    return f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
+    loss = f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
+    del kept
+    return loss
+
+
+ENTROPIES_AT_ONCE = 128
+"""Tokens (trainer/utils.py, `entropy_from_logits`, in the newest trl that ms-swift 4.6.0 accepts)."""
+
+
+def _entropies(f: Tape, divided: Tensor, tokens: int, *, several: bool) -> list[Tensor]:
+    """`entropy_from_logits`: of a copy of the slice, where rows are several. Log-probabilities and probabilities stay."""
+    vocab, dtype, kept = divided.dims[-1], divided.dtype, []
+    flat = f.new(divided.dims, dtype, "reshape") if several else None
+    for start in range(0, tokens, ENTROPIES_AT_ONCE):
+        part: Dims = (min(ENTROPIES_AT_ONCE, tokens - start), vocab)
+        kept += [f.new(part, dtype, name) for name in ("log_softmax", "exp")]
+        product = f.new(part, dtype, "mul")
+        del product
+    del flat
+    return kept
 
 
 def _but_last(dims: Dims) -> Dims:

@@ -96,6 +96,8 @@ class Running(NamedTuple):
     """Whether the trainer builds models of some types of modules of its own."""
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients."""
+    noisy_embeddings: bool = False
+    """Whether a hook adds noise to the embeddings, which may be a leaf by then (transformers, integrations/neftune.py)."""
     checkpoints_frozen: bool = True
     """Whether checkpoints cover layers in which nothing trains."""
     hooks_adapted: bool = False

@@ -14,7 +14,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
 from peftplan.memory.zero3_modules import Gathering
 from peftplan.parameters import Parameter as Family
-from peftplan.tape.tensors import Parameter
+from peftplan.tape.tensors import Parameter, Tensor
 
 NORM_PART = 250_000_000
 """Elements that an offloaded gradient's norm reads at once (stage3.py, `_constant_buffered_norm2`)."""
@@ -36,13 +36,23 @@ def switched_off(policy: Model, running: Running) -> Model:
 
 class Zero3(Gathering):
     """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was.
-    `follows`: as in `Gathering`.
+    `follows`: as in `Gathering`. `reloads`: the weights that train have come back from the host before the step, beside the flat
+    ones, to which the optimizer's step points them again.
     """
 
     def __init__(
-        self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None, follows: bool = True
+        self,
+        model: Model,
+        distributed: Distributed,
+        *,
+        dtype: str,
+        before: Gathering | None = None,
+        follows: bool = True,
+        reloads: bool = False,
     ) -> None:
         super().__init__(model, distributed, dtype=dtype, before=before, follows=follows)
+        self.reloads = reloads and distributed.offload_params != "cpu"
+        self.reloaded: list[list[Tensor]] = []
         self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
         self.stream = REDUCE if self.overlaps else 0
         self.bucketed: list[Sharded] = []
@@ -50,6 +60,14 @@ class Zero3(Gathering):
         """The parameters of all leaf blocks."""
         self.waiting: dict[Sharded, Parameter] = {}
         """Parameters of leaf blocks whose gradients wait for the end of the block's backward."""
+
+    def _gather_persistent(self) -> None:
+        if self.reloads:
+            self.reloads = False
+            self.reloaded = [
+                [self._new((p.part,), p.dtype, "weights from the host", 0, "weights") for p in group] for group in self.of_groups
+            ]
+        super()._gather_persistent()
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
 
@@ -143,6 +161,7 @@ class Zero3(Gathering):
                 self._flatten(self.of_groups[number])
             yield [master]
             self.flat = None
+            del self.reloaded[:1]
         self.coordinator.gather_together([p for p in self.sharded.values() if p.persists])
         if self.reference is not None:
             self.reference.coordinator.release_all(self.reference.sharded.values())

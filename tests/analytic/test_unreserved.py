@@ -20,7 +20,7 @@ MODEL, OFFLOADS = job_of(ROWS[0]["job"])
 def test_allocated_bytes_are_those_of_a_rehearsal(row: dict[str, Any]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
-    assert abs(drift["allocated"]) < 0.001
+    assert abs(drift["allocated"]) < 0.01
     assert max(abs(drift[phase]) for phase in ("load", "forward", "backward")) < 0.3
     assert "reserved" not in drift
 

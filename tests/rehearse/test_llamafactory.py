@@ -20,6 +20,8 @@ LARGEST = {"allocated": 0.05, "reserved": 0.0}
 BADAM = {"allocated": 0.05, "reserved": 0.02}
 """One segment of 2 MiB: of two vectors, copies lie among those of the matrices."""
 UNDER_DEEPSPEED = {"allocated": 0.05, "reserved": 0.15}
+OF_ENTROPY = {"allocated": 0.02, "reserved": 0.22}
+"""Of the weight of a token; the row has 12 tokens of prompts, which are not scored."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{plan(row).options['optim']}-{row['layers']}" for row in ROWS])
@@ -27,6 +29,7 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     limits = UNDER_DEEPSPEED if "deepspeed" in row["values"] else BADAM if "use_badam" in row["values"] else LARGEST
+    limits = OF_ENTROPY if "use_eaft_loss" in row["values"] else limits
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
     of_load = 0.05 if "deepspeed" in row["values"] else 0.001  # vectors are cast in another order

@@ -110,7 +110,8 @@ def test_what_is_not_known_of_v1_is_said() -> None:
     job = {"model": "smollm2-135m", "trainer": "llamafactory-v1", "method": "full", "dtype": "fp32"}
     of_one = peftplan.estimate(**job).not_modelled[0]
     assert of_one == "a step of LLaMA-Factory v1's trainer on one GPU (no formula yet)"
-    of_lora = peftplan.estimate(**job | {"method": "lora", "dtype": "bf16", "strategy": "fsdp2", "gpus": 8}).not_modelled[0]
+    untied = {"model": "llama-3.1-8b", "method": "lora", "dtype": "bf16", "strategy": "fsdp2", "gpus": 8}
+    of_lora = peftplan.estimate(**job | untied).not_modelled[0]
     assert of_lora == "a step with FSDP2 over 8 GPUs and method lora (no formula yet)"
     with pytest.raises(RefusedError, match="trace follows losses of models"):
         peftplan.estimate(**job, strategy="fsdp2", gpus=8, engine="trace")

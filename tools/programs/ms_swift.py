@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,17 @@ class Engine:
     """An engine of vLLM beside the trainer, which does not run here either."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return Engine()
 
     def __call__(self, *_: object, **__: object) -> None:
         return None
 
 
-def sent_elsewhere(mode: str = "server") -> None:
-    """The weights go to a server, or an engine beside the trainer that takes adapters, before it generates."""
+def sent_elsewhere(mode: str = "server", sleep_level: int = 0) -> None:
+    """The weights go to a server, or an engine beside the trainer, before it generates. `sleep_level`: of the engine, which the
+    tool's arguments set to 0 without vLLM."""
     from swift.rlhf_trainers import rollout_mixin
 
     mixin = rollout_mixin.RolloutTrainerMixin
@@ -121,8 +125,12 @@ def sent_elsewhere(mode: str = "server") -> None:
         prepare(trainer)
         trainer.use_fast_infer = True
         trainer.vllm_mode = trainer.args.vllm_mode = mode
+        trainer.args.sleep_level = sleep_level
         trainer.vllm_client, trainer.engine = Server(), Engine()
-        trainer.rollout_enable_lora = mode == "colocate"
+        trainer.rollout_enable_lora = mode == "colocate" and trainer.args.vllm_enable_lora
+        trainer.enable_offload = mode == "colocate" and (trainer.args.offload_model or trainer.args.offload_optimizer)
+        with trainer.offload_context() if trainer.enable_offload else nullcontext():  # where the engine starts
+            pass
 
     mixin._prepare_vllm = prepared
     if mode == "colocate":

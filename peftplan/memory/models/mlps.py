@@ -57,6 +57,8 @@ def fused_mlp(c: Call, x: Tensor) -> Tensor:
         return c.linear("mlp.down_proj", divided_mlp.gated(c.at("mlp"), x, width))
     half = (*x.dims[:-1], c.block.mlp.intermediate_size)
     gate, x = split(c.at("mlp"), x, (half, half))
+    if (kernel := c.model.running.kernels.glu) is not None:
+        return c.linear("mlp.down_proj", fused_layers.gated(c.tape, kernel, gate, x, copies=True))
     x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
     return c.linear("mlp.down_proj", x)
 

@@ -60,6 +60,8 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
+        ({**LLAMA_FACTORY_FULL, "mixture_of_depths": "convert"}, "mixture_of_depths", "ImportError"),
+        ({**LLAMAFACTORY_V1, "train_dataset": "data/v1_dpo_demo.yaml"}, "train_dataset", "NotImplementedError"),
     ],
 )
 def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
@@ -179,3 +181,23 @@ def test_names_of_targets_are_those_of_the_language_model(model: str, names: str
     """`patch_target_modules` of llamafactory 0.9.5: vision layers have projections of the same names."""
     plan = read({**LLAMAFACTORY, "model_name_or_path": model, "lora_target": names, "lora_rank": 8})
     assert peftplan.estimate(config=plan).trainable_parameters == trained
+
+
+def test_fp8_by_torchao_has_no_effect_under_deepspeed() -> None:
+    """train/fp8_utils.py:181 warns of it; a rehearsal held the bytes of bf16 (tests/rehearse/llamafactory.jsonl)."""
+    full = {**LLAMA_FACTORY_FULL, "bf16": True, "deepspeed": "examples/deepspeed/ds_z3_fp8_config.json"}
+    plain, wanted = (read({**full, **values}) for values in ({}, {"fp8": True, "fp8_backend": "torchao"}))
+    assert not wanted.unsupported
+    assert wanted.options == plain.options
+    for other in ({"fp8": True, "fp8_backend": "te"}, {"fp8": True, "deepspeed": None}):
+        assert "fp8" in read({**full, **other}).unsupported
+
+
+def test_eaft_is_weighed_behind_the_cross_entropy() -> None:
+    """Beside logits and log-probabilities of 8 x 512 tokens in fp32 the logits of those that are scored, all but one of a row."""
+    plan = read({**LLAMA_FACTORY_FULL, "use_eaft_loss": True, "cutoff_len": 512, "bf16": True})
+    assert not plan.unsupported
+    peaks = peftplan.estimate(config=plan).peaks
+    assert peaks is not None
+    of_logits = {line.name: line.bytes() for line in peaks.ledgers["forward"] if line.shape[-1:] == (151_936,)}
+    assert [of_logits[name] for name in ("to", "log_softmax", "index")] == [8 * n * 151_936 * 4 for n in (512, 512, 511)]

@@ -230,7 +230,6 @@ def test_swift_names_its_trainer(values: dict[str, object], options: dict[str, o
         ({"rlhf_type": "simpo", "cpo_alpha": 0}, "cpo_alpha"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"rlhf_type": "grpo", "use_liger_kernel": True}, "use_liger_kernel"),
-        ({"rlhf_type": "grpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile"),
         # rehearsed: 7.28 GB, and 7.20 GB where completions alone have labels
         ({"rlhf_type": "grpo", "loss_scale": "all"}, "loss_scale"),
         ({"rlhf_type": "grpo", "num_generations": 1, "loss_type": "fipo"}, "loss_type"),
@@ -335,3 +334,94 @@ def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, pr
     assert raised == [processes is not None] * divided
     beside = read({**SWIFT, "deepspeed": "zero2"}, kind="command", program="swift sft", **environment)
     assert not any(" raises TypeError" in row.why for row in beside.unsupported.values())
+
+
+ASLEEP = {"use_vllm": True, "vllm_mode": "colocate", "sleep_level": 1, "offload_model": True, "offload_optimizer": True}
+
+
+def test_weights_that_waited_on_the_host_lie_beside_the_flat_ones() -> None:
+    """Qwen2.5 7B in 16 bits over eight ranks, once more until the step: 7,615,616,512 parameters."""
+    kept, away = (
+        read({**GRPO, **ASLEEP, "offload_model": waits, "max_length": 512}, kind="command", program="swift rlhf")
+        for waits in (False, True)
+    )
+    assert not kept.unsupported
+    assert not away.unsupported
+    of_both = [peftplan.estimate(config=plan, gpus=8).peaks for plan in (kept, away)]
+    forwards = [peaks.by_phase["forward"] for peaks in of_both if peaks is not None]
+    assert abs(forwards[1] - forwards[0] - 2 * 7_615_616_512 // 8) < 2**22
+
+
+@pytest.mark.parametrize(
+    ("values", "unsupported"),
+    [
+        ({"deepspeed": "zero2"}, {"offload_model", "offload_optimizer"}),
+        ({"vllm_mode": "server"}, {"offload_model", "offload_optimizer"}),
+        ({"deepspeed": "zero3_offload"}, set()),
+        ({"log_entropy": True}, {"log_entropy"}),
+        ({"multi_turn_scheduler": "math_tip_trick", "vllm_max_model_len": 2048}, set()),
+        ({"multi_turn_scheduler": "math_tip_trick"}, {"multi_turn_scheduler"}),
+    ],
+    ids=str,
+)
+def test_where_weights_on_the_host_were_rehearsed(values: dict[str, object], unsupported: set[str]) -> None:
+    """Under ZeRO-2 the weights are views of a flat buffer, from which the tool takes them; beside entropies they were not."""
+    assert read({**GRPO, **ASLEEP, **values}, kind="command", program="swift rlhf").unsupported.keys() == unsupported
+
+
+def test_entropies_keep_two_copies_of_the_logits() -> None:
+    """Log-probabilities and probabilities of 2 x 512 tokens of 152,064 in 16 bits, beside a copy of the logits, and of 128 tokens
+    their product; either key asks for them."""
+    served = {**GRPO, **SERVED, "deepspeed": "zero2", "max_completion_length": 512, "per_device_train_batch_size": 2}
+    plans = [
+        read({**served, **values}, kind="command", program="swift rlhf")
+        for values in ({}, {"log_entropy": True}, {"top_entropy_quantile": 0.2})
+    ]
+    assert [sorted(plan.unsupported) for plan in plans] == [[], [], []]
+    of_each = [peftplan.estimate(config=plan, gpus=2).peaks for plan in plans]
+    without, logged, chosen = (peaks.by_phase["forward"] for peaks in of_each if peaks is not None)
+    assert logged == chosen
+    assert abs(logged - without - 2 * 152_064 * (3 * 2 * 512 + 128)) < 2**12
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "raised"),
+    [
+        ({"tuner_type": "bone"}, "tuner_type", "ImportError"),
+        ({"rlhf_type": "grpo", "loss_type": "real"}, "loss_type", "ValueError"),
+        ({"rlhf_type": "grpo", "loss_type": "fipo"}, "loss_type", "ValueError"),
+    ],
+)
+def test_what_swift_raises_for_is_a_refusal(values: dict[str, object], key: str, raised: str) -> None:
+    plan = read({**SWIFT, **values}, kind="command", program="swift sft")
+    assert f" raises {raised}: " in plan.unsupported[key].why
+    assert refused_by(Case("a.sh", plan, of_plan(plan))) is not None
+
+
+def test_muonclip_keeps_one_buffer_of_an_adapter() -> None:
+    plan = read({**SWIFT, "optimizer": "muonclip", "optim_args": "qk_clip_threshold=10000"}, kind="command", program="swift sft")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    states = sum(line.bytes() for line in result.ledger if line.category == "optimizer_states")
+    assert 0 <= states - 4 * result.trainable_parameters < 2**20
+    assert "optimizer" in read({**SWIFT, "optimizer": "muonclip", "tuner_type": "full"}).unsupported
+
+
+def test_noise_lies_beside_the_embeddings() -> None:
+    """2,048 tokens x 3,584 in 16 bits: the leaf that has a gradient is not the input of the first layer."""
+    plain, noisy = (
+        peftplan.estimate(config=read({**SWIFT, **values}, kind="command", program="swift sft")).peaks
+        for values in ({}, {"neftune_noise_alpha": 15})
+    )
+    assert plain is not None
+    assert noisy is not None
+    assert noisy.by_phase["backward"] - plain.by_phase["backward"] == 2 * 2048 * 3584
+    assert noisy.by_phase["load"] == plain.by_phase["load"]
+
+
+def test_an_adapter_of_swift_is_a_bottleneck_behind_each_mlp() -> None:
+    """28 layers of 2 x 128 x 3,584 weights with biases of both, as the tool counted."""
+    plan = read({**SWIFT, "tuner_type": "adapter"}, kind="command", program="swift sft")
+    assert not plan.unsupported
+    assert peftplan.estimate(config=plan).trainable_parameters == 28 * (2 * 128 * 3584 + 128 + 3584) == 25_794_048
+    assert "tuner_type" in read({**SWIFT, "tuner_type": "adapter", "adapter_act": "relu"}).unsupported
