@@ -1,10 +1,10 @@
 """DeepEP without its compiled part, for rehearsals: what its buffers take from torch's allocator.
 
 Source: deepseek-ai/DeepEP at 94a9f8f6 (hybrid-ep), deep_ep/buffer.py, csrc/deep_ep.cpp (`get_dispatch_layout`,
-`intranode_dispatch`, `intranode_combine`), deep_ep/hybrid_ep_buffer.py, csrc/hybrid_ep/hybrid_ep.cu (`dispatch_with_permute`,
-`combine_with_unpermute`) and executor/executor.cu (`allgather_routing_map`, `metadata_preprocess_core`). Each expert of all ranks
-gets as many tokens, and of the ranks that own the experts a token reaches as many as `reached` says. Left out: what ranks send
-each other, which lies beside torch's allocator.
+`intranode_dispatch`, `internode_dispatch`, `intranode_combine`), deep_ep/hybrid_ep_buffer.py, csrc/hybrid_ep/hybrid_ep.cu
+(`dispatch_with_permute`, `combine_with_unpermute`) and executor/executor.cu (`allgather_routing_map`,
+`metadata_preprocess_core`). Each expert of all ranks gets as many tokens, and of the ranks that own the experts a token reaches
+as many as `reached` says. Left out: what ranks send each other, which lies beside torch's allocator.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def received(tokens: int, *, ranks: int, experts: int, top_k: int) -> int:
 
 
 class Buffer:
-    """The exchange of tokens between the ranks of one node that own the experts."""
+    """The exchange of tokens between the ranks that own the experts, of one node or of several whole ones."""
 
     num_sms = 20
 
@@ -132,17 +132,22 @@ class Buffer:
         if handle is not None:
             out = torch.empty((len(handle[3]), x.shape[1]), dtype=x.dtype, device="cuda")
             del x
-            scratch = _empty(len(handle[3])), _empty(self.ranks, channels), _empty(tokens, self.ranks)
-            del scratch
+            if self.ranks <= RANKS_OF_NODE:
+                scratch = _empty(len(handle[3])), _empty(self.ranks, channels), _empty(tokens, self.ranks)
+                del scratch
             return out, None, None, None, None, None
         experts, top_k = len(num_tokens_per_expert), topk_idx.shape[1]
         rank_matrix, channel_matrix = _empty(self.ranks, self.ranks), _empty(self.ranks, channels)
         count = received(tokens, ranks=self.ranks, experts=experts, top_k=top_k)
         out = torch.empty((count, x.shape[1]), dtype=x.dtype, device="cuda")
         source, channel_of_received = _empty(count), _empty(self.ranks, channels)
-        heads = _empty(tokens, self.ranks)
+        heads = (_empty(tokens, self.ranks),)
+        if (nodes := self.ranks // RANKS_OF_NODE) > 1:  # `internode_dispatch`
+            source = _empty(count, dtype="int64")
+            passing = received(tokens, ranks=nodes, experts=experts, top_k=top_k)
+            heads = _empty(tokens, nodes), _empty(passing, RANKS_OF_NODE)
         indices, weights = (torch.empty((count, top_k), dtype=y.dtype, device="cuda") for y in (topk_idx, topk_weights))
-        handle = rank_matrix, channel_matrix, channel_of_received, source, is_token_in_rank, heads
+        handle = rank_matrix, channel_matrix, channel_of_received, source, is_token_in_rank, *heads
         owned = experts // self.ranks
         of_experts = [(tokens * top_k + place) // owned for place in range(owned)]
         return out, indices, weights, of_experts, handle, None
@@ -151,7 +156,7 @@ class Buffer:
         """A row for each token of this rank."""
         import torch
 
-        tokens, weights = len(handle[-1]), None
+        tokens, weights = len(handle[4]), None
         if topk_weights is not None:
             weights = torch.empty((tokens, topk_weights.shape[1]), dtype=topk_weights.dtype, device="cuda")
         return torch.empty((tokens, x.shape[1]), dtype=x.dtype, device="cuda"), weights, None

@@ -345,6 +345,42 @@ def forget_scalars(experts: ModuleType) -> None:
     experts._permute_tokens_for_grouped_mm = watched
 
 
+def divide(experts: ModuleType, ranks: int) -> None:
+    """Experts that `ranks` divide without an exchange: all have as many tokens, of whose rows each gets an equal share."""
+    import torch
+
+    from peftplan.rehearse.inside import known
+
+    permute, places, gather = experts._permute_tokens_for_grouped_mm, known._places, experts.dist.all_gather
+    bincount = torch.bincount
+
+    def shared(*arguments: Any, **settings: Any) -> Any:
+        known._places = lambda mask: places(mask) // ranks
+        torch.bincount = lambda numbers, minlength: numbers.new_zeros(minlength)
+        result = permute(*arguments, **settings)
+        known._places, torch.bincount = places, bincount
+        return result
+
+    def all_gather(results: list[Any], tensor: Any, *, group: Any) -> None:
+        gather(results, tensor, group=group)
+        for result in results if tensor.numel() == 1 else ():
+            result.copy_(tensor.cpu())
+
+    experts._permute_tokens_for_grouped_mm = shared
+    experts.dist = Gathering(experts.dist, all_gather)
+
+
+class Gathering:
+    """`torch.distributed` with another `all_gather`."""
+
+    def __init__(self, distributed: Any, all_gather: Callable[..., None]) -> None:
+        self.distributed, self.all_gather = distributed, all_gather
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is torch's."""
+        return getattr(self.distributed, name)
+
+
 def recipe() -> None:
     """The tool's own program, on one rank of several."""
     import torch
@@ -366,6 +402,8 @@ def recipe() -> None:
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 
+    if (ranks := settings.get("distributed", {}).get("ep_size") or 1) > 1 and "dispatcher" not in backend:
+        divide(experts, ranks)
     forget_scalars(experts)
     tp_replicas.dist = Agreeing(tp_replicas.dist)
     if "teacher_model" in settings:

@@ -120,15 +120,16 @@ def _missing(name: str) -> Any:
 
 
 def _attention(*arguments: Any) -> list[Any]:
-    """The result, and the statistics of its softmax in fp32."""
+    """The result, the statistics of its softmax in fp32, and the offsets of that where it has some."""
     import torch
 
-    q, v = arguments[16], arguments[18]
+    q, v, offsets = arguments[16], arguments[18], arguments[27]
     tokens_first = q.dim() == 3
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     rng_state = torch.empty(2, dtype=torch.int64, device=q.device)
     shape = (q.shape[0], q.shape[1], 1) if tokens_first else (q.shape[0], q.shape[2], q.shape[1], 1)
-    return [out, torch.empty(shape, dtype=torch.float32, device=q.device), rng_state]
+    statistics = torch.empty(shape, dtype=torch.float32, device=q.device)
+    return [out, statistics, rng_state, *([] if offsets is None else [offsets])]
 
 
 def max_tokens(tokens: int) -> int:
@@ -150,7 +151,9 @@ def _attention_backward(*arguments: Any) -> list[Any]:
     expanded = keys * (k.shape[-1] + v.shape[-1]) if grouped and q.dim() == 3 else 0
     workspace = torch.empty(4 * heads * (tokens * (q.shape[-1] + 1) + expanded), dtype=torch.uint8, device=q.device)
     del workspace
-    return [*gradients, None]  # of no bias
+    has_offsets = len(arguments[25]) > 2
+    of_offsets = torch.empty((1, heads, 1, 1), dtype=torch.float32, device=q.device) if has_offsets else None
+    return [*gradients, None, of_offsets]  # of no bias
 
 
 def _half(tensor: Any, cu_seqlens: Any, half: int) -> Any:

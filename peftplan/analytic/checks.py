@@ -229,7 +229,11 @@ def kernels_without_formula(job: Job) -> str | None:
         return not_recorded if recorded(job) is None else None
     if kernels_of(setup.kernels).activations is not None and not _offloads_as_rehearsed(job):
         return "activations in host memory with these options"
-    if setup.attn_implementation == "eager" and not all(name.startswith(WITH_EAGER) for name in setup.kernels):
+    if (
+        setup.attn_implementation == "eager"
+        and not builds(job)
+        and not all(name.startswith(WITH_EAGER) for name in setup.kernels)
+    ):
         return "kernels with eager attention"
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why

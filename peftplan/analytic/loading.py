@@ -115,10 +115,12 @@ def loading_of(
         load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
         passing = ranks.passing_on_rank(load, Ledger(loaded))
     if job.distributed is None and builds(job) and job.architecture.model_type == "gpt_oss":
+        from peftplan.memory.lasting import TE_WORKSPACE
         from peftplan.memory.mxfp4_load import SOURCE as WIDENED
         from peftplan.memory.mxfp4_load import load_widened
 
-        load = partial(load_widened, load=load, parameters=parameters)
+        workspaces = (TE_WORKSPACE,) if kernels_of(setup.kernels or ()).dense is not None else ()
+        load = partial(load_widened, load=load, parameters=parameters, workspaces=workspaces)
         passing = (Line("experts in 4 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, WIDENED),)
     if job.reference == "copy" and setup.by.block:
         from peftplan.memory.reference_load import load_with_copy

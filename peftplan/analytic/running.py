@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once
+from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once, tokens_unchunked
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_in, kernels_of
@@ -87,6 +87,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         checkpoints_frozen=setup.by.checkpoints_frozen,
         hooks_adapted=setup.by.hooks_adapted,
         kernels=kernels_in(setup.kernels or (), job.architecture.model_type),
+        biases=_biases(job, setup.rows * tokens),
         chip=chip,
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
@@ -103,6 +104,12 @@ def _returns_last(job: Job) -> bool:
     logits (unsloth_zoo 2026.10.9, compiler.py, `UNSLOTH_RETURN_HIDDEN_STATES`). That of gpt-oss hands out those of each layer.
     """
     return kernels_of(job.setup.kernels or ()).layers is not None and job.architecture.model_type != "gpt_oss"
+
+
+def _biases(job: Job, tokens: int) -> Literal["at once", "by chunks", "in checkpoints"]:
+    if (most := tokens_unchunked(job)) is not None and tokens > most:
+        return "in checkpoints"
+    return "at once" if tokens <= (tokens_at_once(job) or 0) else "by chunks"
 
 
 def autocast_of(setup: Setup) -> str | None:
@@ -186,7 +193,7 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
 def limits_of(job: Job, compute_capability: str) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
-    mosts = tokens_kept(job), fused_first(job, chip_of(job, compute_capability)), tokens_at_once(job)
+    mosts = tokens_kept(job), fused_first(job, chip_of(job, compute_capability)), tokens_at_once(job), tokens_unchunked(job)
     tokens = [most for most in mosts if most is not None]
     rows = () if (longest := longest_row(job)) is None else (longest,)
     return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))

@@ -36,6 +36,12 @@ def _adapts_by_v1(job: Job) -> bool:
     return job.setup.by.weighs_tokens and job.method_name == "lora" and job.quant is None
 
 
+def _reduces_beside_experts(job: Job) -> bool:
+    """Whether NeMo Automodel reduces gradients in each micro batch beside experts that ranks divide."""
+    distributed = job.distributed
+    return distributed is not None and (distributed.ep_size or 1) > 1 and bool(distributed.sync_each_batch)
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 6 % less than the replay"),
@@ -43,6 +49,10 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         _adapts_by_v1,
         "LLaMA-Factory v1 gathers the base of an adapter as one unit: rehearsals reserved 11 to 14 % more than the replay",
+    ),
+    (
+        _reduces_beside_experts,
+        "each micro batch reduces its gradients beside divided experts: a rehearsal reserved 6 % more than the replay",
     ),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""

@@ -71,6 +71,19 @@ def tokens_at_once(job: Job) -> int | None:
     return ROWS_AT_ONCE // job.architecture.blocks[-1].mlp.num_experts_per_tok
 
 
+EXPERTS_AT_ONCE = 2**29
+"""Bytes of gate and up that experts with biases make of all rows at once behind an exchange (the same,
+`_EXPERT_MLP_CHUNK_BYTES`)."""
+
+
+def tokens_unchunked(job: Job) -> int | None:
+    """Tokens of a batch whose experts run over all rows at once; above, chunks of rows are checkpoints. None where all do."""
+    if not builds(job) or job.architecture.model_type != "gpt_oss" or kernels_of(job.setup.kernels or ()).exchange is None:
+        return None
+    mlp = job.architecture.blocks[-1].mlp
+    return EXPERTS_AT_ONCE // (mlp.num_experts_per_tok * 2 * mlp.intermediate_size * ITEMSIZE[str(job.setup.dtype)])
+
+
 def longest_row(job: Job) -> int | None:
     """Tokens of a row above which the first step may hold most, in which FlexAttention makes masks of all heads; None without.
 
@@ -91,18 +104,17 @@ def longest_row(job: Job) -> int | None:
 
 def _knows_mixture(job: Job) -> bool:
     """Whether gpt-oss was rehearsed as the tool builds it: LoRA of attention on one GPU, over enough tokens, of rows whose masks
-    are not the peak."""
+    are not the peak; with Transformer Engine's attention and linear layers, over few tokens."""
     setup, targets = job.setup, ("q_proj", "k_proj", "v_proj", "o_proj")
     adapts = job.method_name == "lora" and all(module.name.endswith(targets) for module in job.adaptation.matched)
     plain = job.distributed is None and job.quant is None and not setup.gradient_checkpointing and setup.dtype == "bf16"
-    return (
-        adapts and plain and setup.rows * setup.seq_len > (tokens_at_once(job) or 0) and setup.seq_len <= (longest_row(job) or 0)
-    )
+    few = setup.rows * setup.seq_len <= (tokens_at_once(job) or 0)
+    by_engine = kernels_of(setup.kernels or ()).dense is not None
+    return adapts and plain and (few if by_engine else not few and setup.seq_len <= (longest_row(job) or 0))
 
 
 def knows_experts(job: Job) -> bool:
-    """Whether experts that ranks divide were rehearsed: over enough tokens; with another exchange than HybridEP's where all ranks
-    own them once."""
+    """Whether experts that ranks divide were rehearsed: with another exchange than HybridEP's where all ranks own them once."""
     setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
@@ -110,8 +122,7 @@ def knows_experts(job: Job) -> bool:
     plain = setup.dtype == "bf16" and setup.loss == "full"
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
-    enough = setup.rows * setup.seq_len > (tokens_at_once(job) or 0)
-    return alone and plain and here and whole and enough and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
+    return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
 
 def _resembles(job: Job, shown: Exchanged) -> bool:
@@ -124,6 +135,8 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     stepped = not shown.optims or setup.optim in shown.optims
     owns = shown.shared or distributed.shards == distributed.ep_size
     aligned = getattr(job.config, "r", 8) % 8 == 0  # other ranks of experts are padded (components/_peft/lora_experts.py)
+    few = setup.rows * setup.seq_len <= (tokens_at_once(job) or 0)
+    owns = owns and few is shown.few_rows
     return job.method_name == shown.method and beside and as_often and stepped and owns and aligned
 
 
@@ -196,9 +209,10 @@ def without_formula(job: Job) -> str | None:
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
-        "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss" and not _knows_mixture(job),
+        "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
+        and not (_knows_mixture(job) or knows_experts(job)),
         f"{architecture.model_type} as it was not rehearsed": (
-            architecture.model_type in (*EXCHANGES, *SCANNING, *MERGED)
+            architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
             and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job))
         ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",

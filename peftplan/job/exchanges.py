@@ -16,6 +16,8 @@ class Exchanged(NamedTuple):
     """Whether each micro batch reduced its gradients."""
     shared: bool = False
     """Whether several ranks owned the same experts too."""
+    few_rows: bool = False
+    """Whether rows are so few that experts get their weights, or biases, at once."""
 
 
 ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
@@ -24,18 +26,25 @@ OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "glm4_moe": (Exchanged((), (), False, False, shared=True),),
-    "glm4_moe_lite": (Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),),
+    "glm4_moe_lite": (
+        Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),
+        Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True),
+    ),
     "qwen3_moe": (
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
     ),
-    "deepseek_v3": (Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),),
+    "deepseek_v3": (
+        Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
+        Exchanged(OF_DOCUMENTS, ADAMW, False, False),
+    ),
     "nemotron_h": (
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),
+    "gpt_oss": (Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, few_rows=True),),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""

@@ -221,8 +221,10 @@ OF_PACKAGE = {
     "liger": (*WITH_FORMULA, "smollm3"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
-    "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "nemotron_h"),
-    **dict.fromkeys(("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h")),
+    "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
+    **dict.fromkeys(
+        ("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss")
+    ),
     "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""

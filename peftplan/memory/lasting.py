@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from peftplan.job.kernels import SCANNING
 from peftplan.memory.model import Model
-from peftplan.storage.config import FOUR_BIT
 from peftplan.tape.tensors import Dims
 from peftplan.units import MIB
 
@@ -25,11 +24,12 @@ def kept_on_card(model: Model) -> None:
     if checkpoint is not None and running.hosted:
         dims = ("b", max(running.scored_rows, 1), model.seq, model.arch.hidden_size or 0)
         model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
-    if running.own_decoders and model.arch.model_type == "gpt_oss":
+    of_engine = running.kernels.dense is not None or running.kernels.exchange is not None
+    if running.own_decoders and model.arch.model_type == "gpt_oss" and not of_engine:
         from peftplan.memory.models.automodel_moe import masks
 
         model.lasting = masks(model)
-    elif running.own_decoders and running.kernels.exchange is not None:
+    elif running.own_decoders and of_engine:
         made_by = [kernel for kernel in (running.kernels.dense, running.kernels.experts) if kernel is not None]
         model.lasting = [f.new((TE_WORKSPACE,), "uint8", "workspace") for kernel in made_by for _ in range(kernel.workspaces)]
     elif running.own_decoders and model.arch.model_type == "glm4_moe":

@@ -1,7 +1,7 @@
 """What a run is made of: how it runs, and one module of one layer."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
 from peftplan.hardware.processors import A100, Processors
@@ -104,6 +104,8 @@ class Running(NamedTuple):
     """Whether those of a model with an adapter are without checkpointing too."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
+    biases: Literal["at once", "by chunks", "in checkpoints"] = "by chunks"
+    """How biases of experts are added to their rows; `in checkpoints`: their products are made chunk by chunk too."""
     chip: "Chip | None" = None
     """The card by which bitsandbytes chooses how it multiplies 4-bit weights; None where it dequantizes them all."""
     fuses_first: bool = False

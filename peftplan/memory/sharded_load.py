@@ -14,6 +14,7 @@ from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
+from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
 from peftplan.memory.sharded import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL, is_of_experts
 from peftplan.parameters import Parameter, Parameters
@@ -35,8 +36,12 @@ class Loading(NamedTuple):
     """Whether accelerate's own variables hold the embedding and the head whole until the model is prepared."""
     widened: bool = False
     """Whether weights are made anew in fp32 before they are read."""
-    beside_stacks: tuple[int, ...] = ()
-    """What is there while experts that are one each are read; empty where no model has them."""
+    in_4_bits: bool = False
+    """Whether experts come in 4 bits."""
+    stacks: bool = False
+    """Whether experts are one tensor each, which are read into stacks of all."""
+    workspaces: tuple[int, ...] = ()
+    """What is there while such weights are read."""
     merged: bool = False
     """Whether experts that are one each in the checkpoint are merged on the host, and all tensors then read from there."""
     masks: int = 3
@@ -84,7 +89,13 @@ class Loading(NamedTuple):
             if not self.masks:
                 self._last_expert(memory)
             self._one_by_one(memory)
-        if self.beside_stacks:
+        if self.in_4_bits:
+            of_experts = (shard for name, pairs in self.groups.items() if is_of_experts(name) for _, shard in pairs)
+            workspaces = [memory.allocate(nbytes) for nbytes in self.workspaces]
+            widen_all(memory, [shard.numel for shard in of_experts if shard.name.endswith(PROJECTIONS)])
+            for handle in workspaces:
+                memory.release(handle)
+        elif self.stacks:
             self._stacked(memory)
         if self.merged:
             self._from_host(memory)
@@ -103,7 +114,7 @@ class Loading(NamedTuple):
         shards = [shard for members in self.groups.values() for _, shard in members]
         sizes = [nbytes for shard in shards for nbytes in _on_device(shard)]
         handles = [memory.allocate(nbytes) for nbytes in sizes]
-        workspaces = [memory.allocate(nbytes) for nbytes in self.beside_stacks]
+        workspaces = [memory.allocate(nbytes) for nbytes in self.workspaces]
         for number, nbytes in enumerate(sizes):
             narrow, handles[number] = handles[number], memory.allocate(2 * nbytes)
             memory.release(narrow)
@@ -120,7 +131,7 @@ class Loading(NamedTuple):
         pairs = (pair for members in self.groups.values() for pair in members)
         stacked = [sum(_on_device(shard)) for _, shard in pairs if shard.name.rpartition(".")[0].endswith(".experts")]
         stacked += dict.fromkeys(stacked)
-        for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_stacks, *stacked)]:
+        for handle in [memory.allocate(nbytes) for nbytes in (*self.workspaces, *stacked)]:
             memory.release(handle)
 
     def _from_host(self, memory: Memory[Handle]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from peftplan.arrays import Derived, Size, larger
 from peftplan.memory.ring_attention import Ring, half
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 FEWEST_TOKENS, DOUBLED_TOKENS = 2**10, 2**15
 SIDE = 5
@@ -39,10 +39,12 @@ class PlannedTokens(Derived):
 PLANNED, HALF_PLANNED = PlannedTokens("b·s^"), PlannedTokens("b·s/2^")
 
 
-def of_documents(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = True) -> Tensor:
-    """Keeps q, k, v, its output, and an fp32 number for each query and head. `packed`: rows are one row of documents."""
+def of_documents(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = True, offset: Operand | None = None) -> Tensor:
+    """Keeps q, k, v, its output, and an fp32 number for each query and head. `packed`: rows are one row of documents. `offset`:
+    a number for each head beside the softmax's sum."""
     b, a, s, _ = q.dims
-    node = f.record(_backward if packed else _backward_of_rows, (q, k, v), q.detach(), k.detach(), v.detach())
+    inputs = (q, k, v) if offset is None else (q, k, v, offset)
+    node = f.record(_backward if packed else _backward_of_rows, inputs, q.detach(), k.detach(), v.detach())
     out, rng_state, statistics = _forward(f, (b, s, a, v.dims[3]), q.dtype, node)
     f.keep(node, out.detach(), statistics, rng_state)
     return out.view((b, a, s, v.dims[3]))
@@ -68,7 +70,8 @@ def _on(f: Tape, tensor: Tensor, stream: int) -> Tensor:
 
 def _backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
     q, k, v = saved[:3]
-    return _gradients(f, *((x.dims[0], x.dims[2], x.dims[1], x.dims[3]) for x in (q, k, v)), dtype=q.dtype)
+    of_rows = _gradients(f, *((x.dims[0], x.dims[2], x.dims[1], x.dims[3]) for x in (q, k, v)), dtype=q.dtype)
+    return of_rows if len(node.edges) == 3 else (*of_rows, _of_offset(f, node, q))
 
 
 def _backward_of_rows(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
@@ -76,7 +79,11 @@ def _backward_of_rows(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -
     tensors = tuple(f.new((x.dims[0], x.dims[2], x.dims[1], x.dims[3]), x.dtype, "attention backward") for x in saved[:3])
     b, a, s, d = saved[0].dims
     _workspace = f.new((b, s, a, int(d) + 1), "fp32", "workspace")
-    return tensors
+    return tensors if len(node.edges) == 3 else (*tensors, _of_offset(f, node, saved[0]))
+
+
+def _of_offset(f: Tape, node: Node, q: Tensor) -> Tensor | None:
+    return f.new((q.dims[1],), "fp32", "softmax offset") if node.edges[3] else None
 
 
 def _gradients(f: Tape, q: Dims, k: Dims, v: Dims, *, dtype: str, halves: str = "") -> tuple[Tensor, Tensor, Tensor]:

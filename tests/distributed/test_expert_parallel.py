@@ -129,6 +129,8 @@ def test_checkpoints_keep_what_routing_chose() -> None:
         ("glm-4.7-flash", FLASH | {"optim": "adamw_torch"}),
         ("glm-4.7-flash", FLASH | {"seq_len": 768}),
         ("moonlight-16b-a3b", FLASH | {"kernels": "deepep,te-linear"}),
+        ("moonlight-16b-a3b", FLASH | {"gradient_accumulation_steps": 2, "optim": "adamw_torch"}),
+        ("glm-4.7-flash", {"kernels": "deepep,te-linear", "gradient_checkpointing": False}),
         ("moonlight-16b-a3b", FLASH | {"kernels": "deepep,te-linear,te-experts", "gradient_checkpointing": True}),
         ("glm-4.7-flash", FLASH | {"gradient_checkpointing": True}),
     ],
@@ -176,3 +178,34 @@ def test_experts_without_gate_keep_what_their_activation_reads() -> None:
 )
 def test_what_of_nemotron_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
     assert peftplan.estimate("nvidia-nemotron-3-nano-30b-a3b-bf16", **NEMOTRON | options).peaks is None
+
+
+OSS: dict[str, Any] = {**JOB | {"nodes": 1, "ep_size": 8}, "kernels": "deepep,te-linear", "optim": "adam", "seq_len": 2048}
+
+
+def test_experts_of_gpt_oss_in_4_bits_are_widened_on_each_rank() -> None:
+    """Of 24 layers a rank has 4 experts with 2,880 x (5,760 + 2,880) numbers. All come in 17 bytes for each 32; in 16 bits
+    those of all layers stay, the last beside 8 bytes for the place of each number of down_proj, a scale of 4 for each 32, and the
+    numbers in 16 bits before they are transposed."""
+    peaks = peftplan.estimate("gpt-oss-20b", **OSS, batch_size=1).peaks
+    assert peaks is not None
+    numbers, down = 24 * 4 * 2880 * 8640, 4 * 2880 * 2880
+    kept = sum(line.bytes() for line in peaks.ledgers["load"].lines if line.category == "weights")
+    assert peaks.by_phase["load"] - kept > 2 * numbers
+    assert peaks.by_phase["load"] - kept < 2 * numbers + 17 * down // 32 + 2 * (8 + 2 + 1) * 2 * down
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"batch_size": 1}, True),
+        ({"batch_size": 2}, False),
+        ({"batch_size": 1, "gradient_checkpointing": True}, False),
+        ({"batch_size": 1, "gradient_accumulation_steps": 2}, False),
+        ({"batch_size": 1, "method": "lora", "r": 8, "target_modules": r".*_proj"}, False),
+        ({"batch_size": 1, "optim": "adam_one_by_one"}, False),
+    ],
+)
+def test_what_of_gpt_oss_over_deepep_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    """2 x 2,048 x 4 rows of experts get their biases by chunks."""
+    assert (peftplan.estimate("gpt-oss-20b", **OSS | options).peaks is not None) is known

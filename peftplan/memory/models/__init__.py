@@ -95,11 +95,6 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
         return BUILT[model_type]
     if own_decoders:
         from peftplan.memory.models.automodel import FORWARDS as OF_AUTOMODEL
-
-        if model_type == "gpt_oss":
-            from peftplan.memory.models.automodel_moe import gpt_oss
-
-            return gpt_oss
         from peftplan.memory.models.automodel_deepep import FORWARDS as DIVIDED
 
         if model_type == "nemotron_h":

@@ -17,11 +17,15 @@ from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import divided, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
-from peftplan.memory.models.automodel_exchange import combined, dispatched, on_own, permuted, received, unpermuted
-from peftplan.memory.models.automodel_moe import Activated, masked_rows, rotary_table
+from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
+from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
+from peftplan.memory.models.automodel_moe import gate as gate_behind
+from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
+from peftplan.memory.models.automodel_moe import mixture as of_own_experts
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
@@ -33,10 +37,18 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
 
-def qwen3_moe(model: Model) -> Tensor:
-    """`Qwen3MoeModel.forward`."""
+def of_heads(model: Model, style: Style) -> Tensor:
+    """`Qwen3MoeModel.forward`, `GptOssModel.forward`."""
     table = rotary_table(model)
-    return run_layers(model, QWEN, [inputs(model)], lambda _: (table,), masks={})
+    return run_layers(model, style, [inputs(model)], lambda _: (table,), masks={})
+
+
+def gpt_oss(model: Model) -> Tensor:
+    """`GptOssModel.forward`, whose attention is Transformer Engine's where that is installed."""
+    kernels = model.running.kernels
+    if kernels.dense is None and kernels.exchange is None:
+        return with_flex_attention(model)
+    return of_heads(model, HEADS._replace(mixture=of_own_experts if kernels.exchange is None else BEHIND))
 
 
 def of_latent(model: Model, style: Style) -> Tensor:
@@ -59,15 +71,17 @@ def layer(c: Call, x: Tensor) -> Tensor:
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
-    """`Qwen3MoeAttention.forward`."""
+    """`Qwen3MoeAttention.forward`, `GptOssAttention.forward`."""
     a = c.block.attentions[0]
     b, s, _ = x.dims
     heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
     q, k, v = (c.linear(f"self_attn.{name}_proj", x).view((b, s, heads[name], a.head_dim)) for name in heads)
-    q, k = c.norm("self_attn.q_norm", q), c.norm("self_attn.k_norm", k)
+    if a.qk_norm:
+        q, k = c.norm("self_attn.q_norm", q), c.norm("self_attn.k_norm", k)
     q, k = turned(c.at("self_attn"), q, k, c.tables[0])
     q, k, v = (y.view((b, y.dims[2], s, a.head_dim)) for y in (q, k, v))
-    out = of_documents(c.at("self_attn"), q, k, v, packed=c.model.running.kernels.attention is not None)
+    offset = c.model.part(f"{c.style.stack}.self_attn", c.number).params["sinks"] if a.sinks else None
+    out = of_documents(c.at("self_attn"), q, k, v, packed=c.model.running.kernels.attention is not None, offset=offset)
     return c.linear("self_attn.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
 
 
@@ -119,14 +133,14 @@ def shared_mixture(c: Call, x: Tensor, *, after: bool) -> Tensor:
     return ops.add(c.at("mlp"), experts(c, x, weights, indices, after=after), shared)
 
 
-def mixture(c: Call, x: Tensor) -> Tensor:
+def mixture(c: Call, x: Tensor, *, gate: Callable[[Call, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """`MoE.forward` without shared experts."""
     tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
-    weights, indices = gate(c, x, tokens)
+    weights, indices = (gate or gate_before)(c, x, tokens)
     return experts(c, x, weights, indices)
 
 
-def gate(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def gate_before(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """`Gate.forward` with a softmax before top-k. Recomputation finds the logits and what top-k gave."""
     f, mlp = c.at("mlp.gate"), c.block.mlp
     weight = c.model.part(f"{c.style.stack}.mlp.gate", c.number).own_weight
@@ -174,27 +188,35 @@ def experts(
     masked = f.new(rows, "int64", "masked_fill")
     wide = f.to(weights, "fp32")
     ranks = all_experts // owned
-    tokens = received(ranks, all_experts, c.block.mlp.num_experts_per_tok)
+    k, nodes = c.block.mlp.num_experts_per_tok, ranks // GPUS_OF_NODE
+    tokens, passing = received(ranks, all_experts, k), received(nodes, all_experts, k) if nodes > 1 else None
     exchange = c.model.running.kernels.exchange
     assert exchange is not None
-    got, of_got, handle = dispatched(f, x, wide, ranks, tokens, replays=exchange.replays)
+    got, of_got, handle = dispatched(f, x, wide, ranks, tokens, replays=exchange.replays, passing=passing)
     routing, of_experts = on_own(f, of_got, owned)
     chosen, probabilities, row_map = permuted(f, got, of_experts, rows)
     c.model.dispatcher[:] = [masked, wide, of_got, routing, of_experts, row_map]
     del masked, wide, of_got, routing, of_experts, got
     offsets = f.new((owned,), "int32", "to")
-    product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
-    factors = adapters(c, f"{c.style.stack}.{name}.experts", owned)
-    out = product(chosen, up, up.dims[1])
-    out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
-    del chosen
-    ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
-    out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
-    second = product(out, down, down.dims[1])
-    second, *_of_down = (second,) if factors is None else adapted(f, product, out, second, factors[1])
-    del out
-    if after:
-        second = weighted(f, second, probabilities)
+    if c.model.running.biases == "in checkpoints":
+        second = in_chunks(f, params, chosen, probabilities)
+        del chosen
+    elif "down_proj_bias" in params:
+        second, _ = projected(f, params, chosen, probabilities, offsets, biases=c.model.running.biases)
+        del chosen, _
+    else:
+        product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
+        factors = adapters(c, f"{c.style.stack}.{name}.experts", owned)
+        out = product(chosen, up, up.dims[1])
+        out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
+        del chosen
+        ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
+        out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
+        second = product(out, down, down.dims[1])
+        second, *_of_down = (second,) if factors is None else adapted(f, product, out, second, factors[1])
+        del out
+        if after:
+            second = weighted(f, second, probabilities)
     back = unpermuted(f, second, tokens, row_map)
     del second, row_map
     return units.leave(unit, combined(f, back, dims, handle))
@@ -238,10 +260,12 @@ def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor
     return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
 
 
-QWEN = Style(norm=opaque_rms, layer=layer)
+HEADS = Style(norm=opaque_rms, layer=layer)
+BEHIND = partial(mixture, gate=gate_behind)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
-    "qwen3_moe": qwen3_moe,
+    "qwen3_moe": partial(of_heads, style=HEADS),
+    "gpt_oss": gpt_oss,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=False))),
 }

@@ -3,8 +3,8 @@
 Letters: n tokens of a rank, k experts a token, e experts, W ranks that own them once. A rank gets m tokens, each once, and n·k
 rows of them for its experts, which have dims (b, s, k, …). Sources: nemo_automodel 0.7.0, components/moe/megatron/
 (fused_indices_converter.py, token_dispatcher.py, fused_a2a.py); DeepEP at 94a9f8f6, csrc/deep_ep.cpp (`intranode_dispatch`,
-`intranode_combine`); transformer-engine 2.20.2, pytorch/permutation.py, pytorch/triton/permutation.py. Left out: DeepEP's buffers
-for what ranks send, which it takes from CUDA itself, beside torch's allocator.
+`internode_dispatch`, `intranode_combine`); transformer-engine 2.20.2, pytorch/permutation.py, pytorch/triton/permutation.py. Left
+out: DeepEP's buffers for what ranks send, which it takes from CUDA itself, beside torch's allocator.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 SHARE = 2**20
+GPUS_OF_NODE = 8
+"""Ranks that reach each other by NVLink (`NUM_MAX_NVL_PEERS`)."""
 
 
 class Received(Derived):
@@ -34,18 +36,20 @@ def received(ranks: int, experts: int, k: int) -> Received:
 
 
 def dispatched(
-    f: Tape, x: Tensor, weights: Tensor, ranks: int, tokens: Received, *, replays: bool
+    f: Tape, x: Tensor, weights: Tensor, ranks: int, tokens: Received, *, replays: bool, passing: Received | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """`FusedDispatch`: each token once for each rank that owns one of its experts, and the weights of these. `replays`:
-    recomputation finds where tokens went, and their weights (`DispatchReplayRecorder`)."""
+    recomputation finds where tokens went, and their weights (`DispatchReplayRecorder`). `passing`: tokens that a rank gets from
+    other nodes for all ranks of its own."""
     node = f.record(_dispatched_backward, (x, weights), x.dims, weights.dims)
     k, of_ranks = weights.dims[-1], (*x.dims[:-1], ranks)
+    nodes = -(-ranks // GPUS_OF_NODE)
 
     def layout() -> tuple[Tensor, ...]:
         return (
             f.new(of_ranks, "bool", "is token in rank"),
-            f.new((tokens,), "int32", "source"),
-            f.new(of_ranks, "int32", "send head"),
+            f.new((tokens,), "int32" if nodes == 1 else "int64", "source"),
+            *(_heads_of_nodes(f, x.dims[:-1], nodes, passing) if passing else (f.new(of_ranks, "int32", "send head"),)),
             f.new((tokens, k), "int64", "experts"),
             f.new((tokens, k), "fp32", "weights"),
         )
@@ -59,6 +63,11 @@ def dispatched(
         node.in_python = True
         node.context = handle
     return got, Tensor(of_got.storage, (tokens, k), "fp32", node, 1), tuple(handle)
+
+
+def _heads_of_nodes(f: Tape, own: Dims, nodes: int, passing: Received) -> tuple[Tensor, Tensor]:
+    """Where tokens went by RDMA, and on to the ranks of this node."""
+    return f.new((*own, nodes), "int32", "send head of nodes"), f.new((passing, GPUS_OF_NODE), "int32", "send head")
 
 
 def _dispatched_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor, h: Tensor) -> Gradients:

@@ -9,13 +9,15 @@ Left out: what Triton's autotuner takes in the first step, and the masks of whic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import FLASH_BLOCK, blocks, number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_biased import added_at_once
+from peftplan.memory.models.automodel_gathered import gathered, summed
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
 from peftplan.tape import ops, products
@@ -172,38 +174,65 @@ def _balanced_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Gr
 def experts(
     c: Call, x: Tensor, weights: Tensor, indices: Tensor, name: str = "mlp", *, between: Activated | None = None
 ) -> Tensor:
-    """`GroupedExperts.forward` on one rank: the sum of what a token's experts add is made in fp32. `between`: their activation,
-    if it is not that of gpt-oss, whose matrices are (expert, in, out)."""
+    """`GroupedExperts.forward`: the sum of what a token's experts add is made in fp32. `between`: their activation, if it is not
+    that of gpt-oss, whose matrices are (expert, in, out)."""
     f = c.at(f"{name}.experts")
     params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
-    up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
-    biases = [params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj")]
-    rows, wide = indices.dims, number(up.dims[2 if between is None else 1])
-    locals_ = [f.new(rows, "int64", "masked_fill")]
-    wide_weights = f.to(weights, "fp32")
-    locals_.append(f.new(rows, "int64", "reshape"))
-    local = f.new(rows, "bool", "bitwise_and")
+    up = params.get("gate_up_proj") or params["up_proj"]
+    rows, own, dtype = indices.dims, x.dims, x.dtype
+    weights = f.to(weights, "fp32")
+    ranks = c.block.mlp.num_experts // number(up.dims[0])
+    if ranks > 1:
+        x, weights, indices = (gathered(f, y, ranks) for y in (x, weights, indices))
+    every = indices.dims
+    locals_ = [f.new(every, "int64", "masked_fill")]
+    if ranks == 1:
+        del indices
+    locals_.append(f.new(every, "int64", "reshape"))
+    local = f.new(every, "bool", "bitwise_and")
     locals_ += f.new(rows, "int64", "index"), f.new(rows, "int64", "index")
-    chosen_weights = taken(f, wide_weights, local, rows)
+    chosen_weights = taken(f, weights, local, rows)
     order = f.new(rows, "int64", "argsort")
     locals_.append(f.new(rows, "int64", "index"))
     token = f.new(rows, "int64", "index")
     probabilities = taken(f, chosen_weights, order, rows).view((*rows, 1))
     slot = f.new(rows, "int64", "index")
-    del wide_weights, chosen_weights, local, order, locals_
+    if ranks == 1:
+        del weights
+    del chosen_weights, local, order, locals_
     total = f.new(x.dims, "fp32", "zeros")
     chosen = taken(f, x, token, (*rows, x.dims[-1]))
     offsets = f.new((up.dims[0],), "int32", "to")
-    out = grouped(f, chosen, up, wide, kernel=True, bias=None, offsets=offsets)
-    out = out if biases[0] is None else biased(f, out, biases[0], None)
-    out = (between or activated)(f, out, probabilities)
-    second = grouped(f, out, down, x.dims[-1], kernel=True, bias=None, offsets=offsets)
-    second = second if biases[1] is None else biased(f, second, biases[1], probabilities)
+    second, out = projected(f, params, chosen, probabilities, offsets, biases=c.model.running.biases, between=between)
     del slot
     node = f.record(_scattered_backward, (f.to(second, "fp32"),), token, second.dims)
     total = Tensor(total.storage, total.dims, total.dtype, node)
     del second, out, chosen
-    return f.to(total, x.dtype)
+    if ranks > 1:
+        total = summed(f, total, x, own)
+    return f.to(total, dtype)
+
+
+def projected(
+    f: Tape,
+    params: Mapping[str, Operand],
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    *,
+    biases: str,
+    between: Activated | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What experts give for their rows, and what the second product read: weights multiply what is between, and the second
+    bias. `biases`: how these are added."""
+    up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
+    first, second = (params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj"))
+    add = added_at_once if biases == "at once" else biased
+    out = grouped(f, x, up, number(up.dims[2 if between is None else 1]), kernel=True, bias=None, offsets=offsets)
+    out = out if first is None else add(f, out, first, None)
+    out = (between or activated)(f, out, weights)
+    result = grouped(f, out, down, x.dims[-1], kernel=True, bias=None, offsets=offsets)
+    return result if second is None else add(f, result, second, weights), out
 
 
 def _scattered_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> Tensor:

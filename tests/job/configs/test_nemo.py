@@ -98,6 +98,24 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
     assert ("routing" in plan.assumed) is (dispatcher == "hybridep")
 
 
+@pytest.mark.parametrize(("packed", "kernels"), [(0, "te-linear"), (816, "te,te-linear")])
+def test_nemo_trains_gpt_oss_on_one_gpu(packed: int, kernels: str) -> None:
+    """With a backend its attention is Transformer Engine's, or the recipe raises (0.7.0, components/models/gpt_oss/layers.py:79);
+    without one it is flex. No recipe reads `parallelizer`."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "openai/gpt-oss-20b", "backend": {"dispatcher": "torch"}}
+    beside = {"packed_sequence": {"packed_sequence_size": packed}, "peft": NEMO_LORA | {"target_modules": "*_proj"}}
+    plan = of_nemo({"dp_size": 1, "ep_size": None}, model=model, parallelizer={"_target_": "x.y"}, **beside)
+    assert (plan.options["kernels"], plan.options.get("padding"), plan.unsupported) == (kernels, False if packed else None, {})
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None:
+    """`get_sync_ctx` asks whether the model itself is a unit (0.7.0, components/distributed/utils.py:254)."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.7-Flash", "backend": {"dispatcher": "deepep"}}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8, "moe": {"wrap_outer_model": wraps}}, model=model)
+    assert plan.options.get("sync_each_batch") is (None if wraps else True)
+
+
 @pytest.mark.parametrize(
     ("model", "backend", "packed", "kernels"),
     [
@@ -108,6 +126,10 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "te"}, 1024, "te,deepep,te-linear,te-experts"),
         ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"linear": "torch"}, 0, "mamba-ssm,deepep"),
         ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"experts": "gmm"}, 0, "mamba-ssm,deepep,te-linear"),
+        ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "torch_mm"}, 1024, "te,deepep,te-linear"),
+        ("openai/gpt-oss-20b", {"dispatcher": "deepep", "experts": "gmm"}, 0, "deepep,te-linear"),
+        ("openai/gpt-oss-20b", {"dispatcher": "deepep", "attn": "sdpa"}, 0, None),
+        ("openai/gpt-oss-20b", {"dispatcher": "torch"}, 0, None),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
         (
             "zai-org/GLM-4.7-Flash",
@@ -116,6 +138,7 @@ def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int
             "te,deepep,te-linear",
         ),
         ("zai-org/GLM-4.7-Flash", {"dispatcher": "deepep", "attn": "te", "linear": "te", "experts": "te"}, 1024, None),
+        ("zai-org/GLM-4.7-Flash", {"dispatcher": "deepep", "attn": "te", "linear": "te"}, 0, "deepep,te-linear"),
     ],
 )
 def test_nemo_exchanges_tokens(model: str, backend: dict[str, str], packed: int, kernels: str | None) -> None:
