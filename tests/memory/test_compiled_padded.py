@@ -24,7 +24,8 @@ REHEARSED = [
 ]
 """Model, layers; batch size, length and micro batches; peaks of forward, backward and step in the second step, and reserved bytes
 of Unsloth's FastLanguageModel over layers of a model on an emulated A100: unsloth and unsloth_zoo 2026.10.9, transformers 5.17.0,
-trl 1.15.0, bitsandbytes 0.50.2, torch 2.13.0. Records are of those of two layers, and of shorter rows; the other is the whole model."""
+trl 1.15.0, bitsandbytes 0.50.2, torch 2.13.0. Records are of those of two layers, and of shorter rows; the other is the whole
+model."""
 
 
 @pytest.mark.parametrize(("model", "layers", "sizes", "by_phase", "reserved"), REHEARSED)
