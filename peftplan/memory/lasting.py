@@ -9,7 +9,6 @@ from __future__ import annotations
 from peftplan.job.kernels import SCANNING
 from peftplan.memory.model import Model
 from peftplan.storage.config import FOUR_BIT
-from peftplan.storage.config import FOUR_BIT
 from peftplan.tape.tensors import Dims
 from peftplan.units import MIB
 
