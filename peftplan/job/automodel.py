@@ -131,10 +131,11 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     assert distributed is not None
     several = setup.gradient_accumulation_steps > 1
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
-    as_often = (shown.several or not several) and (shown.syncs or not (several and distributed.sync_each_batch))
+    as_often = not several or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
     stepped = not shown.optims or setup.optim in shown.optims
     owns = shown.shared or distributed.shards == distributed.ep_size
-    aligned = getattr(job.config, "r", 8) % 8 == 0  # other ranks of experts are padded (components/_peft/lora_experts.py)
+    ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())
+    aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     few = setup.rows * setup.seq_len <= (tokens_at_once(job) or 0)
     owns = owns and few is shown.few_rows
     return job.method_name == shown.method and beside and as_often and stepped and owns and aligned

@@ -13,7 +13,7 @@ class Exchanged(NamedTuple):
     several: bool
     method: str = "full"
     syncs: bool = False
-    """Whether each micro batch reduced its gradients."""
+    """Whether each of several micro batches reduced its gradients."""
     shared: bool = False
     """Whether several ranks owned the same experts too."""
     few_rows: bool = False
@@ -42,6 +42,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "nemotron_h": (
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
+        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),

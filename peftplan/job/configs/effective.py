@@ -148,6 +148,9 @@ class Effective:
             return _globs(self.of(setting["globs"]))
         if "in_16_bits" in setting:
             return tuple(self.tool.in_16_bits[word(self.of(setting["in_16_bits"]))])
+        if "divided" in setting:
+            rank = self._numbers([setting["divided"]])
+            return rank and dict.fromkeys(setting["parameters"], int(rank[0]) // setting["among"])
         if "names" in setting:
             return self._names(setting["names"])
         if "listed" in setting:

@@ -79,6 +79,12 @@ class Meant(TypedDict, total=False):
     """Of tags: the key that lets names in `model.layers` do without a tag of the first group."""
     in_16_bits: str
     """The key that names one of `repositories`: the modules that it leaves in 16 bits."""
+    divided: str
+    """The key of a rank that the experts of a token share."""
+    among: int
+    """How many these are."""
+    parameters: list[str]
+    """Those that get their share of it."""
 
 
 class Refusal(TypedDict, total=False):
