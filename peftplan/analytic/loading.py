@@ -145,7 +145,11 @@ def loading_of(
         from peftplan.analytic import ranks
 
         load = ranks.loaded_on_rank(inventory, model, buffers, load, normed)
-        if job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
+        if setup.by.layout.loads == "shards" and job.reference == "copy":
+            from peftplan.memory.reference_load import load_shards_behind
+
+            load = partial(load_shards_behind, load=load, shards=ranks.shards_of_teacher(job))
+        elif job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
             from peftplan.memory.reference_load import load_after_reference
 
             load = partial(load_after_reference, load=load, reference=ranks.cast_parameters(job, parameters))

@@ -12,8 +12,10 @@ from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
+from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.layout import ACCELERATE, AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
+from peftplan.distributed.shards import holding
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key, groups_of, partition
 from peftplan.distributed.zero_shards import cast_on_rank
@@ -130,6 +132,8 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     (`disable_gradient_checkpointing`).
     """
     reference, zero = reference_of(job, policy), policy.units
+    if reference is not None and isinstance(zero, Fsdp2) and job.setup.by.teaches:
+        reference.units = _units_of_teacher(job, reference)
     if reference is None or not isinstance(zero, Zero3):
         return reference
     if job.reference == "adapter_off":
@@ -142,6 +146,22 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     follows = not job.setup.by.gathers_when_called
     reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows)
     return reference
+
+
+def _units_of_teacher(job: Job, teacher: Model) -> Fsdp2:
+    """The units of a second model under FSDP2, which does not train."""
+    assert job.distributed is not None
+    dtype = computing_dtype(job.distributed, str(job.setup.autocast))
+    return units_of(teacher, teacher.parameters, shards_of_teacher(job), job.distributed, job.setup.by.layout, dtype=dtype)
+
+
+def shards_of_teacher(job: Job) -> Parameters:
+    """What a rank holds of it."""
+    teacher = teacher_of(job)
+    assert teacher is not None
+    assert job.distributed is not None
+    autocast = str(job.setup.autocast)
+    return holding(teacher.parameters, job.distributed, teacher.architecture, autocast=autocast, upcasts=False).parameters
 
 
 def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:

@@ -42,6 +42,10 @@ def _reduces_beside_experts(job: Job) -> bool:
     return distributed is not None and (distributed.ep_size or 1) > 1 and bool(distributed.sync_each_batch)
 
 
+def _teaches_beside(job: Job) -> bool:
+    return job.setup.by.teaches and job.setup.by.own_lora
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 6 % less than the replay"),
@@ -54,6 +58,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _reduces_beside_experts,
         "each micro batch reduces gradients beside divided experts: rehearsals reserved 6 % more and 20 % less than the replay",
     ),
+    (_teaches_beside, "a teacher that FSDP2 gathers beside the student: a rehearsal reserved 4 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""
 

@@ -174,6 +174,19 @@ class Fsdp2(OneDevice):
         """Free what is gathered of a unit."""
         unit.unsharded = []
 
+    def stay(self) -> None:
+        """Gather the units of a model without a backward that stay gathered from step to step."""
+        for unit in self.units:
+            if not unit.reshards and unit.members:
+                unit.unsharded = [
+                    self._new((m.gathered,), m.dtype, f"{m.name} gathered", 0, "gathered_weights") for m in unit.members
+                ]
+
+    def go(self) -> None:
+        """Free them, with the step."""
+        for unit in self.units:
+            self._free(unit)
+
     def end_forward(self) -> None:
         """The root's forward has returned."""
         self._copied_out = None

@@ -59,6 +59,19 @@ def _knows_cut(job: Job) -> bool:
     return bool(job.architecture.ties) or not (adapts or (job.method_name == "full" and defers))
 
 
+def _knows_teacher(job: Job) -> bool:
+    """Whether distillation was rehearsed: full, of a model of the tool's own, over several GPUs; beside a teacher in bf16, of
+    Llama by Llama."""
+    if not builds(job) or job.method_name != "full" or job.distributed is None:
+        return False
+    if job.setup.teacher_model is None:
+        return True
+    from peftplan.job.teacher import teacher_of
+
+    teacher = teacher_of(job)
+    return teacher is not None and (job.setup.dtype == "bf16" and teacher.architecture.model_type == "llama")
+
+
 ROWS_AT_ONCE = 12_288
 """Rows of experts to which gpt-oss adds a bias at once, and which GLM-4.5 weights at once (nemo_automodel,
 components/moe/experts.py, `_BIAS_CHUNK_THRESHOLD`; optimized_ops.py, `_RW_CHUNK_THRESHOLD`)."""
@@ -205,7 +218,7 @@ def without_formula(job: Job) -> str | None:
         "autocast": setup.autocast != "none",
         "padding": setup.padding and builds(job) and not _in_stages(job),
         f"loss {setup.loss}": (setup.loss == CUT_APART and not _knows_cut(job))
-        or (setup.loss == RECEIVED and not (builds(job) and job.method_name == "full" and job.distributed is not None)),
+        or (setup.loss == RECEIVED and not _knows_teacher(job)),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),

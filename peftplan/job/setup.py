@@ -184,7 +184,7 @@ OWNERS = {
     "torchtune-kl": ("torchtune-kd",),
     "te-parallel": ("automodel", "automodel-hf", "automodel-vlm"),
     "cut-apart": ("automodel", "automodel-hf", "automodel-vlm"),
-    "received-kl": ("automodel-kd",),
+    "received-kl": ("automodel-kd", "automodel-kd-beside"),
     "unsloth-logits": ("transformers",),
     "per-token": ("llamafactory", "transformers"),
     "shared-rows": ("transformers",),

@@ -56,6 +56,7 @@ TrainerName = Literal[
     "automodel-hf",
     "automodel-vlm",
     "automodel-kd",
+    "automodel-kd-beside",
 ]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""

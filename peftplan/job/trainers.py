@@ -224,6 +224,19 @@ TRAINERS: dict[TrainerName, Trainer] = {
             losses=(RECEIVED,),
             holds_outputs=True,
         ),
+        # The same with one mesh for both models.
+        AUTOMODEL_RECIPE._replace(
+            name="automodel-kd-beside",
+            called="NeMo Automodel's distillation recipe with one mesh",
+            defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
+            losses=(RECEIVED,),
+            holds_outputs=True,
+            teaches=True,
+            freezes_teacher=True,
+            forwards=(*LOSS, Forward("reference")),
+            under_fsdp2=("copy",),
+            options=frozenset({"teacher_model"}),
+        ),
         # llamafactory 0.9.5, v1/core/base_trainer.py, v1/core/model_engine.py, v1/trainers/sft_trainer.py; its launcher
         # (v1/launcher.py) sets expandable segments where it starts several processes.
         Trainer(

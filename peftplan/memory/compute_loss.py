@@ -108,6 +108,8 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
             entropies = (model.running.logits_to_keep or 1) - 1 if program.trainer.scores_entropies else 0
             return loss_of_completions(f, logits, scoring, count=count, entropies=entropies)
         return of_rows(f, logits, scoring, count=count)
+    if program.trainer.teaches and model.running.loss == RECEIVED:
+        return _loss_by_loop(model, program, outputs, reference)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
     if program.trainer.anchors:
@@ -123,7 +125,7 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
     return loss
 
 
-def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tensor:
+def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher: Model | None = None) -> Tensor:
     """The cross entropy that the loop makes of the logits when the model has returned."""
     from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
 
@@ -131,7 +133,7 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tens
     if model.running.loss == RECEIVED:
         from peftplan.memory.received_kl import logits_of_teacher, of_both
 
-        outputs.append(logits_of_teacher(model))
+        outputs.append(logits_of_teacher(model) if teacher is None else _copied_logits(teacher))
         _, logits = _forward(model)[:2]
         outputs.append(logits)
         f.module = ""
@@ -170,6 +172,16 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor]) -> Tens
     if not program.trainer.holds_outputs:
         model.kept.clear()
     return loss
+
+
+def _copied_logits(teacher: Model) -> Tensor:
+    """A teacher's logits, `detach().clone()`."""
+    f = teacher.tape
+    with f.no_grad():
+        _, logits = _forward(teacher)[:2]
+    f.module = ""
+    teacher.kept.clear()
+    return f.new(logits.dims, logits.dtype, "clone")
 
 
 def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:

@@ -93,3 +93,10 @@ class _Allocated:
     def empty_cache(self) -> None:
         """Give cached segments back."""
         self.allocator.empty_cache()
+
+
+def load_shards_behind(memory: Memory[Handle], *, load: Loader, shards: Parameters) -> None:
+    """The policy, and then the shards of a teacher that are made empty and filled."""
+    load(memory)
+    for shard in shards.all:
+        memory.keep(tuple(a.nbytes for a in shard.allocations if a.place == "device") * shard.copies)

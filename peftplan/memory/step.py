@@ -4,6 +4,10 @@ Source: transformers, trainer.py (`training_step`); accelerate. The same program
 is in `compute_loss`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.batch import batch_of, shared
 from peftplan.memory.compute_loss import loss_of_batch
@@ -14,6 +18,9 @@ from peftplan.memory.scaler import Scaler
 from peftplan.memory.units import ONE_GPU
 from peftplan.memory.widened import widened_gradients
 from peftplan.tape.tensors import Tensor
+
+if TYPE_CHECKING:
+    from peftplan.distributed.fsdp2 import Fsdp2
 
 MOST_MICRO_BATCHES = 8
 """How many are run of gradients that take segments of their own. Left out: what later ones still move (Gemma 2 of 46 layers, 16
@@ -35,6 +42,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         from peftplan.memory.lasting import kept_on_card
 
         kept_on_card(model)
+    teacher = None if reference is None else _sharded(reference)
+    if teacher is not None:
+        teacher.stay()
     _fetch(model, program)
     if program.keep_gradients:
         model.keep_gradients()
@@ -89,6 +99,15 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     outputs.clear()
     model.kept.clear()
     model.lingering.clear()
+    if teacher is not None:
+        teacher.go()
+
+
+def _sharded(reference: Model) -> Fsdp2 | None:
+    """The units of a second model that FSDP2 shards."""
+    from peftplan.distributed.fsdp2 import Fsdp2
+
+    return reference.units if isinstance(reference.units, Fsdp2) else None
 
 
 def _fetch(model: Model, program: Program) -> None:

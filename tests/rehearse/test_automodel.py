@@ -121,6 +121,20 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
 
 
+def test_a_teacher_lies_beside_the_student(tmp_path: Path) -> None:
+    """Four layers of Llama 3.2 1B, whose teacher is as large. `load` and `step` of the rehearsal hold the teacher's forward too,
+    which comes before that of the student."""
+    row = json.loads(Path(__file__).with_name("automodel_beside.jsonl").read_text(encoding="utf-8"))
+    job = options(row)
+    (tmp_path / "config.json").write_text(json.dumps(job["model"]), encoding="utf-8")
+    peaks = peftplan.estimate(**job, teacher_model=str(tmp_path), gpu="a100-80gb").peaks
+    assert peaks is not None
+    for phase in ("forward", "backward"):
+        assert abs(peaks.by_phase[phase] / row["by_phase"][phase] - 1) < 1e-4
+    assert peaks.allocated == peaks.by_phase["forward"]
+    assert peaks.reserved is None
+
+
 def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:
     """All 28 layers of Qwen2.5 7B with Triton's kernels: what its autotuner takes in the first step is not at the peak."""
     (row,) = (row for row in ROWS if row["layers"] == 28)

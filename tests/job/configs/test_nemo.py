@@ -437,6 +437,17 @@ def test_teachers_of_nemo_have_gpus_of_their_own() -> None:
     assert plan.unsupported == {}
     assert [plan.options[name] for name in ("trainer", "loss", "gpus", "dtype")] == ["automodel-kd", "received-kl", 2, "fp32"]
     assert "the teacher has GPUs of its own" in plan.assumed["gpus"]
+    beside = of_nemo(
+        {"strategy": "fsdp2"},
+        **{name: value for name, value in kd.items() if name not in ("separate_meshes", "teacher_distributed")}
+        | {"model": NEMO_OWN | {"torch_dtype": "bf16"}},
+    )
+    assert beside.unsupported == {}
+    assert [beside.options[name] for name in ("trainer", "gpus", "teacher_model")] == [
+        "automodel-kd-beside",
+        8,
+        "meta-llama/Llama-3.2-3B",
+    ]
     for other in ({"separate_meshes": False}, {"kd_ratio": 1}, {"teacher_model": teacher | {"torch_dtype": "float32"}}):
         assert "recipe" in of_nemo(student, **kd | other).unsupported
 
