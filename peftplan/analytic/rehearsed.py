@@ -208,9 +208,9 @@ def _knows_mixtures(job: Job, distributed: Distributed) -> bool:
 
 def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
     """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
-    with gradients that wait for the last micro batch. Torch reduces the gradients of one rank without buffers. Matrices that
-    ranks share too: of Llama, fully trained on packed rows."""
-    whole = distributed.dp_shard_size is None and distributed.shards > 1
+    with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows,
+    also where no other ranks hold the same stage."""
+    whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
     packed = kernels_of(job.setup.kernels or ()).attention is not None
     divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
     return (
