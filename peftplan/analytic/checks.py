@@ -238,8 +238,7 @@ def kernels_without_formula(job: Job) -> str | None:
     if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
         return why
     if kernels_of(setup.kernels).decoder is not None:
-        windows = [a.window for block in architecture.blocks for a in block.attentions if a.window]
-        if windows and setup.seq_len > min(windows):
+        if (windows := _windows(job)) and setup.seq_len > min(windows):
             return f"unsloth's kernels with a sequence above the window of {min(windows):,} tokens"
         if setup.autocast != setup.dtype:
             return f"unsloth's kernels in {setup.dtype} with autocast {setup.autocast}"
@@ -299,6 +298,11 @@ def _many_scores(job: Job) -> bool:
     return scores * (ITEMSIZE[setup.dtype] + ITEMSIZE["fp32"]) > GIB
 
 
+def _windows(job: Job) -> list[int]:
+    """The windows of sliding attention."""
+    return [a.window for block in job.architecture.blocks for a in block.attentions if a.window]
+
+
 def _grpo_without_formula(job: Job) -> str | None:
     """What of Unsloth's GRPO has no formula; None where all of it has one: vLLM generates the completions, two or more are packed
     (unsloth_zoo 2026.10.9, `grpo_accumulated_loss`), and no forward before scores them (`compute_efficient`)."""
@@ -308,6 +312,7 @@ def _grpo_without_formula(job: Job) -> str | None:
         missing = {
             "with layers that torch compiles beside vLLM": setup.use_vllm,
             "with a reference": len(setup.forwards) > 1,
+            "of rows that it packs, not longer than the window": setup.seq_len <= min(_windows(job), default=setup.seq_len),
             "of prompts with scores that Unsloth makes in parts, by the card's free memory": _many_scores(job),
         }
         return next((what for what, is_so in missing.items() if is_so), None)

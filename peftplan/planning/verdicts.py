@@ -173,7 +173,10 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
     oldest = FORMATS[quant.name].compute_capability if quant else None
     if quant and oldest and pair(has) < oldest:
-        yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
+        older = "transformers loads the larger, dequantized model"
+        if setup.by_unsloth:  # unsloth, kernels/fp8.py:1845
+            older = "on this card Unsloth dequantizes in forward too, and how vLLM stores weights is not known: not counted"
+        yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: {older}"
     if kernels_of(setup.kernels or ()).attention is not None and pair(has) < OF_DOCUMENTS:
         yield (
             f"cuDNN's attention takes packed documents from compute capability {OF_DOCUMENTS[0]}.{OF_DOCUMENTS[1]} on "

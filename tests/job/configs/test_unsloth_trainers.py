@@ -72,7 +72,8 @@ def test_a_base_that_unsloth_quantizes_to_fp8_itself_leaves_no_peak(name: str, f
 
 
 def test_a_function_that_writes_completions_beside_vllm() -> None:
-    """What it writes is assumed to be as long as the lengths say; without vLLM Unsloth shares the prompts of completions, which no formula knows."""
+    """What it writes is assumed to be as long as the lengths say. Without vLLM Unsloth shares the prompts of completions, which
+    no formula knows."""
     source = GRPO_IN_FP8.replace("reward_funcs=", "rollout_func=rollout, reward_funcs=").replace("_fp8=True", "_fp8=False")
     with_vllm, without = (notebook(source.format(name="unsloth/Qwen3-4B", fast=fast)) for fast in (True, False))
     assert not with_vllm.unsupported
