@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, tokens_at_once, tokens_unchunked
+from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes
 from peftplan.job.kernels import kernels_in, kernels_of
@@ -87,7 +87,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         checkpoints_frozen=setup.by.checkpoints_frozen,
         hooks_adapted=setup.by.hooks_adapted,
         kernels=kernels_in(setup.kernels or (), job.architecture.model_type),
-        biases=_biases(job, setup.rows * tokens),
+        rows_of_experts=rows_of(job),
         chip=chip,
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
         rotary_rows=rotary_rows(job)[0],
@@ -104,12 +104,6 @@ def _returns_last(job: Job) -> bool:
     logits (unsloth_zoo 2026.10.9, compiler.py, `UNSLOTH_RETURN_HIDDEN_STATES`). That of gpt-oss hands out those of each layer.
     """
     return kernels_of(job.setup.kernels or ()).layers is not None and job.architecture.model_type != "gpt_oss"
-
-
-def _biases(job: Job, tokens: int) -> Literal["at once", "by chunks", "in checkpoints"]:
-    if (most := tokens_unchunked(job)) is not None and tokens > most:
-        return "in checkpoints"
-    return "at once" if tokens <= (tokens_at_once(job) or 0) else "by chunks"
 
 
 def autocast_of(setup: Setup) -> str | None:

@@ -46,6 +46,12 @@ def _teaches_beside(job: Job) -> bool:
     return job.setup.by.teaches and job.setup.by.own_lora
 
 
+def _gathers_for_experts(job: Job) -> bool:
+    """Whether ranks that divide gpt-oss's experts gather the tokens of all."""
+    divides = job.distributed is not None and (job.distributed.ep_size or 1) > 1
+    return divides and job.architecture.model_type == "gpt_oss" and not job.setup.kernels
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 6 % less than the replay"),
@@ -59,6 +65,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "each micro batch reduces gradients beside divided experts: rehearsals reserved 6 % more and 20 % less than the replay",
     ),
     (_teaches_beside, "a teacher that FSDP2 gathers beside the student: a rehearsal reserved 4 % more than the replay"),
+    (_gathers_for_experts, "experts without an exchange of tokens: a rehearsal reserved 3 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""
 

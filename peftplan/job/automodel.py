@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
-from peftplan.job.exchanges import EXCHANGES, Exchanged
+from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
@@ -97,6 +97,14 @@ def tokens_unchunked(job: Job) -> int | None:
     return EXPERTS_AT_ONCE // (mlp.num_experts_per_tok * 2 * mlp.intermediate_size * ITEMSIZE[str(job.setup.dtype)])
 
 
+def rows_of(job: Job) -> Rows:
+    """How many rows of experts a batch has."""
+    tokens = job.setup.rows * job.setup.seq_len
+    if tokens <= (tokens_at_once(job) or 0):
+        return "few"
+    return "most" if (most := tokens_unchunked(job)) is not None and tokens > most else "many"
+
+
 def longest_row(job: Job) -> int | None:
     """Tokens of a row above which the first step may hold most, in which FlexAttention makes masks of all heads; None without.
 
@@ -111,7 +119,9 @@ def longest_row(job: Job) -> int | None:
     a, mlp = blocks[0].attentions[0], blocks[0].mlp
     heads = 3 * a.num_attention_heads + 2 * a.num_key_value_heads
     of_layer = 2 * mlp.num_experts_per_tok * mlp.intermediate_size + 3 * hidden + heads * a.head_dim
-    kept = ITEMSIZE[str(job.setup.dtype)] * (sum(len(block.layers) for block in blocks) * of_layer + vocab)
+    wide = job.distributed is not None and job.setup.loss == "full"  # three copies of the logits in fp32 live at once in backward
+    of_logits = 3 * ITEMSIZE["fp32"] if wide else ITEMSIZE[str(job.setup.dtype)]
+    kept = ITEMSIZE[str(job.setup.dtype)] * sum(len(block.layers) for block in blocks) * of_layer + of_logits * vocab
     return kept // ((ITEMSIZE["bool"] + 2 * ITEMSIZE["int64"]) * a.num_attention_heads)
 
 
@@ -149,9 +159,9 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     owns = shown.shared or distributed.shards == distributed.ep_size
     ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
-    few = setup.rows * setup.seq_len <= (tokens_at_once(job) or 0)
-    owns = owns and few is shown.few_rows
-    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned
+    short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
+    as_long = rows_of(job) == shown.rows and short
+    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long
 
 
 WITH_TOWERS = (

@@ -1,6 +1,8 @@
 """How experts that ranks divide were rehearsed with NeMo Automodel's recipe (tests/rehearse/automodel.jsonl)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Rows = Literal["few", "many", "most"]
 
 
 class Exchanged(NamedTuple):
@@ -16,8 +18,8 @@ class Exchanged(NamedTuple):
     """Whether each of several micro batches reduced its gradients."""
     shared: bool = False
     """Whether several ranks owned the same experts too."""
-    few_rows: bool = False
-    """Whether rows are so few that experts get their weights, or biases, at once."""
+    rows: Rows = "many"
+    """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
 
 ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
@@ -46,6 +48,10 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),
-    "gpt_oss": (Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, few_rows=True),),
+    "gpt_oss": (
+        Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="few"),
+        Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
+        Exchanged((), ADAMW, False, True),
+    ),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""

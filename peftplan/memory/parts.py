@@ -1,11 +1,12 @@
 """What a run is made of: how it runs, and one module of one layer."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from peftplan.arrays import Fact
 from peftplan.hardware.processors import A100, Processors
 from peftplan.job.compiled_layers import Recorded
+from peftplan.job.exchanges import Rows
 from peftplan.job.kernels import Kernels
 from peftplan.ledger import Dim
 from peftplan.methods.adaptation import MethodConfig
@@ -104,8 +105,8 @@ class Running(NamedTuple):
     """Whether those of a model with an adapter are without checkpointing too."""
     kernels: Kernels = NO_KERNELS
     """The kernels of other packages that replace the model's own."""
-    biases: Literal["at once", "by chunks", "in checkpoints"] = "by chunks"
-    """How biases of experts are added to their rows; `in checkpoints`: their products are made chunk by chunk too."""
+    rows_of_experts: Rows = "many"
+    """How many rows experts with biases get: `few` get their biases at once, `most` run chunk by chunk, each a checkpoint."""
     chip: "Chip | None" = None
     """The card by which bitsandbytes chooses how it multiplies 4-bit weights; None where it dequantizes them all."""
     fuses_first: bool = False

@@ -5,6 +5,7 @@ Source: as each `distributed.layout` cites it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -18,6 +19,9 @@ from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
 from peftplan.memory.sharded import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, ROOT, TAIL, is_of_experts
 from peftplan.parameters import Parameter, Parameters
+
+OF_ENGINE = re.compile(r"_proj(_with_mqa)?\.weight$")
+"""Linear layers, whose class Transformer Engine has."""
 
 
 class Loading(NamedTuple):
@@ -73,6 +77,8 @@ class Loading(NamedTuple):
 
     def _empty(self, memory: Memory[Handle]) -> None:
         """Shards are made empty, also one of a tied head, which goes when the head is tied again behind the weights."""
+        if self.workspaces:
+            self._drawn(memory)
         if self.widened:
             self._widened(memory)
         for _, shard in (pair for members in self.groups.values() for pair in members if not self.widened):
@@ -107,6 +113,12 @@ class Loading(NamedTuple):
         largest = max(sum(_on_device(shard)) // shard.shape[0] for _, shard in pairs)
         for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_read, largest)]:
             memory.release(handle)
+
+    def _drawn(self, memory: Memory[Handle]) -> None:
+        """Transformer Engine's layers are made whole, one after the other (pytorch/module/base.py, `reset_parameters`)."""
+        pairs = ((name, p) for name, members in self.groups.items() for p, _ in members if p.owner == "base")
+        for p in (p for name, p in pairs if len(p.shape) == 2 and (name == TAIL or OF_ENGINE.search(p.name))):
+            memory.release(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
 
     def _widened(self, memory: Memory[Handle]) -> None:
         """Weights are made anew in fp32, one after the other, and so again in their own dtype, behind the head, whose

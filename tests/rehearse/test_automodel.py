@@ -51,15 +51,19 @@ LOOSE = {
     ("qwen3-30b-a3b", 3, 4): 0.09,
     ("qwen3-30b-a3b", 4, 4): 1.3,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 3.2,
-    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.25,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.28,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 1.1,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEMEM*EM", 2): 0.03,
     ("qwen3-30b-a3b", 6, 2): 0.05,
-    ("moonlight-16b-a3b", 3, 4): 0.5,
-    ("gpt-oss-20b", 2, 1): 0.6,
+    ("moonlight-16b-a3b", 3, 4): 0.37,
+    ("gpt-oss-20b", 2, 1): 0.4,
+    ("gpt-oss-20b", 2, 8): 0.21,
+    ("gpt-oss-20b", 2, 2): 3.4,
     ("gpt-oss-20b", 4, 1): 2.4,
-    ("glm-4.7-flash", 4, 8): 0.08,
-    ("moonlight-16b-a3b", 4, 8): 0.85,
+    ("glm-4.7-flash", 4, 8): 0.11,
+    ("moonlight-16b-a3b", 4, 8): 0.16,
+    ("glm-4.7-flash", 6, 4): 0.03,
+    ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
@@ -68,8 +72,9 @@ allocated bytes, 0.5 of `load`, 1.16 of reserved ones.
 
 gpt-oss, 16 rows: of reserved ones, among which are two blocks of 34 GB of the first step's masks; allocated ones are within
 0.0001. 8 rows: of allocated ones, three times the queries, keys and values of a layer, which torch's compiler left to Python's
-garbage collector; it came earlier with 16 rows. Over DeepEP: of reserved ones, of allocated ones 0.05, of `load` 0.13. With LoRA
-beside Transformer Engine's layers: of reserved ones 0.12, over packed rows 2.4, of allocated ones 0.02.
+garbage collector; it came earlier with 16 rows. Over DeepEP: of reserved ones 0.4, over two nodes 0.21. With LoRA beside
+Transformer Engine's layers: of reserved ones 0.12, over packed rows 2.4, of allocated ones 0.02. Without an exchange: the same
+three times of queries, keys and values, of allocated ones 0.57 and of `step`; reserved ones are not stated.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; reserved ones are not stated.
 
@@ -77,9 +82,9 @@ GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemot
 of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
-ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.1, of `load` and `step` up to 0.8, of blocks of experts that
-the allocator leaves unsplit. Nemotron 3 Nano: of reserved ones 350 and 184 MiB of five and seven layers in full, 20 with LoRA
-of six; of allocated ones up to 0.03, and 0.12 with LoRA, of such blocks."""
+ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
+that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 350 and 184 MiB of five and seven
+layers in full, 28 with LoRA of six; of allocated ones up to 0.03, and 0.09 with LoRA, of such blocks."""
 
 SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,

@@ -198,11 +198,11 @@ def experts(
     c.model.dispatcher[:] = [masked, wide, of_got, routing, of_experts, row_map]
     del masked, wide, of_got, routing, of_experts, got
     offsets = f.new((owned,), "int32", "to")
-    if c.model.running.biases == "in checkpoints":
+    if c.model.running.rows_of_experts == "most":
         second = in_chunks(f, params, chosen, probabilities)
         del chosen
     elif "down_proj_bias" in params:
-        second, _ = projected(f, params, chosen, probabilities, offsets, biases=c.model.running.biases)
+        second, _ = projected(f, params, chosen, probabilities, offsets, few=c.model.running.rows_of_experts == "few")
         del chosen, _
     else:
         product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)

@@ -203,7 +203,9 @@ def experts(
     total = f.new(x.dims, "fp32", "zeros")
     chosen = taken(f, x, token, (*rows, x.dims[-1]))
     offsets = f.new((up.dims[0],), "int32", "to")
-    second, out = projected(f, params, chosen, probabilities, offsets, biases=c.model.running.biases, between=between)
+    second, out = projected(
+        f, params, chosen, probabilities, offsets, few=c.model.running.rows_of_experts == "few", between=between
+    )
     del slot
     node = f.record(_scattered_backward, (f.to(second, "fp32"),), token, second.dims)
     total = Tensor(total.storage, total.dims, total.dtype, node)
@@ -220,14 +222,14 @@ def projected(
     weights: Tensor,
     offsets: Tensor,
     *,
-    biases: str,
+    few: bool,
     between: Activated | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What experts give for their rows, and what the second product read: weights multiply what is between, and the second
-    bias. `biases`: how these are added."""
+    bias. `few`: biases are added to all rows at once."""
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     first, second = (params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj"))
-    add = added_at_once if biases == "at once" else biased
+    add = added_at_once if few else biased
     out = grouped(f, x, up, number(up.dims[2 if between is None else 1]), kernel=True, bias=None, offsets=offsets)
     out = out if first is None else add(f, out, first, None)
     out = (between or activated)(f, out, weights)
