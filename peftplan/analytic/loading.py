@@ -148,8 +148,8 @@ def loading_of(
         if setup.by.layout.loads == "shards" and job.reference == "copy":
             from peftplan.memory.reference_load import load_shards_behind
 
-            load = partial(load_shards_behind, load=load, shards=ranks.shards_of_teacher(job))
-        elif job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3"):
+            load = partial(load_shards_behind, load=load, shards=ranks.second_on_rank(job, parameters)[1])
+        elif job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3", "fsdp2"):
             from peftplan.memory.reference_load import load_after_reference
 
             load = partial(load_after_reference, load=load, reference=ranks.cast_parameters(job, parameters))

@@ -12,7 +12,7 @@ from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
-from peftplan.distributed.fsdp2 import Fsdp2
+from peftplan.distributed.fsdp2 import Fsdp2, KeptRoot
 from peftplan.distributed.layout import ACCELERATE, AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
 from peftplan.distributed.shards import holding
@@ -32,6 +32,7 @@ from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.optimizer import has_temporaries
 from peftplan.memory.program import Program
+from peftplan.memory.reference_load import load_one_then
 from peftplan.memory.ring_attention import Ring
 from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
 from peftplan.memory.sharded_load import Loading, whole_sizes
@@ -53,6 +54,10 @@ if TYPE_CHECKING:
 
 PUBLISHED_DTYPE = "bf16"
 """What `dtype="auto"` loads: the dtype in which most models are published."""
+
+
+SECOND = ("teacher: ", "reference")
+"""How the names of a second model's lines begin."""
 
 
 def setup_on_rank(job: Job) -> Setup:
@@ -132,8 +137,8 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     (`disable_gradient_checkpointing`).
     """
     reference, zero = reference_of(job, policy), policy.units
-    if reference is not None and isinstance(zero, Fsdp2) and job.setup.by.teaches:
-        reference.units = _units_of_teacher(job, reference)
+    if reference is not None and isinstance(zero, Fsdp2) and job.reference == "copy":
+        reference.units = _units_of_second(job, reference, policy.parameters)
     if reference is None or not isinstance(zero, Zero3):
         return reference
     if job.reference == "adapter_off":
@@ -148,20 +153,27 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     return reference
 
 
-def _units_of_teacher(job: Job, teacher: Model) -> Fsdp2:
-    """The units of a second model under FSDP2, which does not train."""
+def _units_of_second(job: Job, reference: Model, parameters: Parameters) -> Fsdp2:
+    """The units of a second model under FSDP2, which does not train. `parameters`: the policy's."""
+    distributed, layout = job.distributed, job.setup.by.layout
+    assert distributed is not None
+    full, shards = second_on_rank(job, parameters)
+    dtype = computing_dtype(distributed, str(job.setup.autocast))
+    kind = KeptRoot if job.setup.by.own_modules and not layout.frees_root else Fsdp2
+    return units_of(reference, full, shards, distributed, layout, dtype=dtype, kind=kind)
+
+
+def second_on_rank(job: Job, parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """The parameters of a second model, and what a rank holds of each under FSDP2. `parameters`: the policy's."""
     assert job.distributed is not None
-    dtype = computing_dtype(job.distributed, str(job.setup.autocast))
-    return units_of(teacher, teacher.parameters, shards_of_teacher(job), job.distributed, job.setup.by.layout, dtype=dtype)
+    full, arch = second_of(job, parameters), second_architecture(job)
+    return full, holding(full, job.distributed, arch, autocast=str(job.setup.autocast), upcasts=False).parameters
 
 
-def shards_of_teacher(job: Job) -> Parameters:
-    """What a rank holds of it."""
+def second_architecture(job: Job) -> Architecture:
+    """The architecture of a teacher, or of the policy, of which the second model is a copy."""
     teacher = teacher_of(job)
-    assert teacher is not None
-    assert job.distributed is not None
-    autocast = str(job.setup.autocast)
-    return holding(teacher.parameters, job.distributed, teacher.architecture, autocast=autocast, upcasts=False).parameters
+    return job.architecture if teacher is None else teacher.architecture
 
 
 def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:
@@ -316,7 +328,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     kernels = kernels_of(job.setup.kernels or ())
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
     by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
-    return Loading(
+    policy = Loading(
         grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
         buffers,
         whole,
@@ -332,6 +344,14 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         0 if builds(job) and job.architecture.model_type in SCANNING else 3,
         (TE_WORKSPACE,) if kernels.dense is not None else (),
     )
+    if job.reference != "copy" or layout.loads != "tensors":
+        return policy
+    full, shards = second_on_rank(job, parameters)
+    groups = grouped(second_architecture(job), full, shards, distributed, ACCELERATE)
+    theirs = Ledger(tuple(line for line in buffers if line.name.startswith(SECOND)))
+    second = policy._replace(groups=groups, buffers=theirs, stays=whole_sizes(full, shards))
+    own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
+    return partial(load_one_then, first=own, second=second)
 
 
 def second_of(job: Job, parameters: Parameters) -> Parameters:

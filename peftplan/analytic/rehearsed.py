@@ -130,7 +130,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
     autocast = job.setup.autocast
     classes = distributed.transformer_cls_names_to_wrap
     flat = distributed.strategy == "fsdp1"
-    liger = ("liger",) if (job.method_name == "full" or flat) and not (flat and job.setup.by.own_fsdp2) else ()
+    liger = ("liger",) if job.method_name == "full" or (flat and not job.setup.by.own_fsdp2) else ()
     losses = ("full", "trl-chunked", *liger, *(() if flat else (CUT,)))
     of_fsdp2 = {
         "reshard_after_forward": distributed.reshard_after_forward is False,

@@ -366,6 +366,20 @@ class Fsdp2(OneDevice):
         return on_stream(self.f, dims, dtype, op, stream, category)
 
 
+class KeptRoot(Fsdp2):
+    """The units of a model without a backward, whose root stays gathered from step to step. The buffer into which the first step
+    gathers it is counted in each step."""
+
+    def enter(self, name: str) -> None:
+        """Before a unit's forward."""
+        root = self.units[0]
+        if name == root.name:
+            kept, root.unsharded = root.unsharded, []
+            self._unshard(root)
+            self._copied_out, root.buffer, root.unsharded = root.buffer, None, kept
+        super().enter(name)
+
+
 def _divided(f: Tape, node: Node, saved: tuple[Fsdp2, Unit, Member], g: Tensor) -> tuple[None]:
     """This rank's part of a gradient, in its shard's dtype, is kept; later ones are added to it."""
     units, unit, member = saved

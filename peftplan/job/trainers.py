@@ -195,7 +195,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_fsdp2=("adapter_off",),
             layout=TORCHTUNE._replace(frees_root=True),
         ),
-        # The same commit, recipes/knowledge_distillation_single_device.py.
+        # The same commit, recipes/knowledge_distillation_single_device.py, knowledge_distillation_distributed.py.
         TORCHTUNE_RECIPE._replace(
             name="torchtune-kd",
             called="torchtune's distillation recipe",
@@ -205,7 +205,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             forwards=(*LOSS, Forward("reference")),
             under_ddp=(),
             under_zero2=(),
-            under_fsdp2=(),
+            under_fsdp2=("copy",),
             options=frozenset({"teacher_model"}),
         ),
         AUTOMODEL_RECIPE,

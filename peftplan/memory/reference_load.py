@@ -51,6 +51,12 @@ def load_after_reference(memory: Memory[Handle], load: Loader, reference: Parame
     load(memory)
 
 
+def load_one_then(memory: Memory[Handle], first: Loader, second: Loader) -> None:
+    """Load the policy, and then a second model (torchtune, recipes/full_dpo_distributed.py, `setup`)."""
+    first(memory)
+    second(memory)
+
+
 def _keep(memory: Memory[Handle], reference: Parameters, *, moved: bool) -> None:
     first, second, _ = load_order(reference, by_name=not moved, moved=moved)
     for p, _ in (*first, *second):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from peftplan.errors import RefusedError
 from peftplan.job.built import BUILT
 from peftplan.job.options import Options
 from peftplan.storage import parse_quant, stored
-from tools.rehearsed_jobs import RECIPES, compared, page, read
+from tools.rehearsed_jobs import RECIPES, compared, drifts, page, read
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("torchtune.jsonl"))
@@ -179,3 +180,16 @@ def test_torchao_stores_whole_blocks_alone() -> None:
 def test_other_strategies_of_torchtune_have_no_formula() -> None:
     result = peftplan.estimate("llama-3.2-1b", trainer="torchtune", method="lora", r=8, strategy="ddp", gpus=2)
     assert result.not_modelled[0] == "torchtune's modules: several GPUs (no formula yet)"
+
+
+@pytest.mark.parametrize("row", read(Path(__file__).with_name("distilled_ranks.jsonl")), ids=lambda row: row["job"][:20])
+def test_a_teachers_root_stays_gathered(row: dict[str, Any]) -> None:
+    """FSDP2 frees a root in backward, which a teacher has none of. The first step alone gathers it: of few tokens that is the
+    peak of Llama 3.1 8B, counted beside states that are not there yet, +0.55 %; its forward of later steps is 6.2 % lower."""
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    of_first_step = row["allocated"] > max(row["by_phase"].values())
+    assert max(abs(drift[phase]) for phase in ("backward", "step")) < 0.001
+    assert 0 < drift["allocated"] < 0.56 if of_first_step else abs(drift["allocated"]) < 0.001
+    assert of_first_step or abs(drift["forward"]) < 0.001
+    assert "reserved" not in drift  # replays: -3.3 and -3.5 %
