@@ -36,6 +36,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
+        Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
     ),
     "deepseek_v3": (
@@ -45,7 +46,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "nemotron_h": (
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
-        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
+        Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),
     "gpt_oss": (
