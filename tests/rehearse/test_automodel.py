@@ -49,7 +49,7 @@ LOOSE = {
     ("qwen3-30b-a3b", 4, 2): 2.25,
     ("qwen3-30b-a3b", 8, 4): 0.8,
     ("qwen3-30b-a3b", 3, 4): 0.09,
-    ("qwen3-30b-a3b", 4, 4): 1.3,
+    ("qwen3-30b-a3b", 4, 4): 1.9,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 3.2,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.28,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 1.1,
