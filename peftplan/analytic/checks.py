@@ -31,7 +31,7 @@ SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
     "torchao-float8": ("fsdp2",),
-    **dict.fromkeys(("te", "mamba-ssm", "deepep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
+    **dict.fromkeys(("te", "mamba-ssm", "deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
 }
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")

@@ -53,6 +53,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="few"),
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged((), ADAMW, False, True),
+        Exchanged((), ADAMW, False, True, "lora"),
     ),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""

@@ -142,11 +142,12 @@ class Documents(NamedTuple):
 class Exchange(NamedTuple):
     """The exchange of tokens between ranks that divide experts, beside Transformer Engine's attention and sorting of rows.
 
-    `replays`: recomputation finds where tokens went.
+    `replays`: recomputation finds where tokens went. `hybrid`: rows come sorted by expert.
     """
 
     source: str
     replays: bool = True
+    hybrid: bool = False
 
 
 class Projections(NamedTuple):

@@ -102,6 +102,7 @@ KERNELS: dict[str, Kernel] = {
         "mamba-ssm 2.3.2, ops/triton/ssd_combined.py (`MambaSplitConv1dScanCombinedFn`), with causal-conv1d 1.6"
     ),
     "deepep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, as nemo_automodel calls it"),
+    "hybridep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/hybrid_ep_buffer.py, as nemo_automodel calls it", hybrid=True),
     "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
     "te-linear.dense": Projections("transformer-engine 2.20.2, pytorch/module/linear.py (`_Linear`)"),
     "te-experts.experts": Projections(
@@ -118,7 +119,7 @@ IN_INT4 = "torchao-int4.fake_quant"
 """Fake-quantized layers that axolotl makes, and no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
-OF_EXPERTS = ("deepep.exchange", "uccl.exchange", "te-linear.dense", "te-experts.experts")
+OF_EXPERTS = ("deepep.exchange", "hybridep.exchange", "uccl.exchange", "te-linear.dense", "te-experts.experts")
 OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
@@ -225,6 +226,7 @@ OF_PACKAGE = {
     **dict.fromkeys(
         ("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss")
     ),
+    "hybridep": ("gpt_oss",),
     "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""

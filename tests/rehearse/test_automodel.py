@@ -58,7 +58,7 @@ LOOSE = {
     ("moonlight-16b-a3b", 3, 4): 0.37,
     ("gpt-oss-20b", 2, 1): 0.4,
     ("gpt-oss-20b", 2, 8): 0.21,
-    ("gpt-oss-20b", 2, 2): 3.4,
+    ("gpt-oss-20b", 2, 2): 0.04,
     ("gpt-oss-20b", 4, 1): 2.4,
     ("glm-4.7-flash", 4, 8): 0.11,
     ("moonlight-16b-a3b", 4, 8): 0.16,
@@ -73,8 +73,8 @@ allocated bytes, 0.5 of `load`, 1.16 of reserved ones.
 gpt-oss, 16 rows: of reserved ones, among which are two blocks of 34 GB of the first step's masks; allocated ones are within
 0.0001. 8 rows: of allocated ones, three times the queries, keys and values of a layer, which torch's compiler left to Python's
 garbage collector; it came earlier with 16 rows. Over DeepEP: of reserved ones 0.4, over two nodes 0.21. With LoRA beside
-Transformer Engine's layers: of reserved ones 0.12, over packed rows 2.4, of allocated ones 0.02. Without an exchange: the same
-three times of queries, keys and values, of allocated ones 0.57 and of `step`; reserved ones are not stated.
+Transformer Engine's layers: of reserved ones 0.12, over packed rows 2.4, of allocated ones 0.02. Without an exchange: of
+allocated ones 5.3 MB beside `LEFT`; reserved ones are not stated.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; reserved ones are not stated.
 
@@ -86,6 +86,9 @@ ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.08, of `lo
 that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 350 and 184 MiB of five and seven
 layers in full, 28 with LoRA of six; of allocated ones up to 0.03, and 0.09 with LoRA, of such blocks."""
 
+LEFT = 3 * 2 * (64 + 2 * 8) * 64
+"""Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
+without an exchange: three times the queries, keys and values of a layer."""
 SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,
     ("qwen3-8b", 2048, 0): 0.1,
@@ -106,7 +109,10 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(**options(row), gpu=card if options(row)["gpus"] == 1 else card.rpartition("x")[2]).peaks
     assert peaks is not None
     peaks = on_rehearsed_rank(peaks, row.get("rank", 0)) if "cp_size" in row["options"] else peaks
-    rehearsed = {"allocated": max(row["by_phase"].values()), "reserved": row["reserved"]}
+    gathers = row["model"] == "gpt-oss-20b" and "ep_size" in row["options"] and "kernels" not in row["options"]
+    left = LEFT * row["options"]["batch_size"] * row["options"]["seq_len"] if gathers else 0
+    held = {phase: kept - (0 if phase == "load" else left) for phase, kept in row["by_phase"].items()}
+    rehearsed = {"allocated": max(held.values()), "reserved": row["reserved"]}
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / rehearsed[what] - 1) for what, value in stated.items() if value is not None}
     if (
@@ -122,7 +128,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
     most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
-    by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
+    by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in held.items()}
     assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
 
 
@@ -159,6 +165,7 @@ def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:
         ({"target_modules": "every-linear"}, "gpt-oss"),
         ({"gradient_checkpointing": True}, "gpt-oss"),
         ({"gpus": 8, "strategy": "fsdp2"}, "gpt-oss"),
+        ({"gpus": 8, "strategy": "fsdp2", "ep_size": 8}, None),
         ({"seq_len": 1536, "kernels": "te-linear"}, None),
         ({"kernels": "te-linear"}, "gpt-oss"),
         ({"seq_len": 1536, "kernels": "te-linear", "target_modules": "every-linear"}, "gpt-oss"),

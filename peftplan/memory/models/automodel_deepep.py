@@ -22,6 +22,7 @@ from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import divided, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
+from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
 from peftplan.memory.models.automodel_moe import gate as gate_behind
 from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
@@ -48,7 +49,10 @@ def gpt_oss(model: Model) -> Tensor:
     kernels = model.running.kernels
     if kernels.dense is None and kernels.exchange is None:
         return with_flex_attention(model)
-    return of_heads(model, HEADS._replace(mixture=of_own_experts if kernels.exchange is None else BEHIND))
+    if kernels.exchange is None:
+        return of_heads(model, HEADS._replace(mixture=of_own_experts))
+    divided = over_hybrid_ep if kernels.exchange.hybrid else None
+    return of_heads(model, HEADS._replace(mixture=partial(mixture, gate=gate_behind, divided=divided)))
 
 
 def of_latent(model: Model, style: Style) -> Tensor:
@@ -133,11 +137,17 @@ def shared_mixture(c: Call, x: Tensor, *, after: bool) -> Tensor:
     return ops.add(c.at("mlp"), experts(c, x, weights, indices, after=after), shared)
 
 
-def mixture(c: Call, x: Tensor, *, gate: Callable[[Call, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
+def mixture(
+    c: Call,
+    x: Tensor,
+    *,
+    gate: Callable[[Call, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    divided: Callable[[Call, Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """`MoE.forward` without shared experts."""
     tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
     weights, indices = (gate or gate_before)(c, x, tokens)
-    return experts(c, x, weights, indices)
+    return (divided or experts)(c, x, weights, indices)
 
 
 def gate_before(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +271,6 @@ def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor
 
 
 HEADS = Style(norm=opaque_rms, layer=layer)
-BEHIND = partial(mixture, gate=gate_behind)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "qwen3_moe": partial(of_heads, style=HEADS),

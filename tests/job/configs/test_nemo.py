@@ -131,6 +131,7 @@ def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None
         ("openai/gpt-oss-20b", {"dispatcher": "deepep", "experts": "gmm"}, 0, "deepep,te-linear"),
         ("openai/gpt-oss-20b", {"dispatcher": "deepep", "attn": "sdpa"}, 0, None),
         ("openai/gpt-oss-20b", {"dispatcher": "torch"}, 0, None),
+        ("openai/gpt-oss-120b", {"dispatcher": "hybridep", "experts": "torch_mm"}, 0, "hybridep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
         (
             "zai-org/GLM-4.7-Flash",

@@ -1,0 +1,34 @@
+"""Experts of gpt-oss as NeMo Automodel divides them with HybridEP's exchange of tokens, beside Transformer Engine's attention.
+
+Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`); the exchange is that of
+`memory.models.automodel_ep`.
+"""
+
+from __future__ import annotations
+
+from peftplan.memory.fused_attention import number
+from peftplan.memory.models.automodel_chunks import in_chunks
+from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, on_all
+from peftplan.memory.models.automodel_moe import projected
+from peftplan.memory.models.style import Call
+from peftplan.tape.tensors import Tensor
+
+
+def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """`forward` of the experts: rows of other ranks in the order of this rank's experts, and back."""
+    f = c.at("mlp.experts")
+    params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
+    rows, owned, all_experts = indices.dims, number(params["gate_up_proj"].dims[0]), c.block.mlp.num_experts
+    masked = f.new(rows, "int64", "masked_fill")
+    of_all = on_all(f, f.to(weights, "fp32"), all_experts)
+    layout = exchange(f, x, owned, ranks=all_experts // owned)
+    c.model.lingering += layout
+    chosen, probabilities = dispatched(f, x, of_all, layout, rows)
+    del masked, of_all
+    if c.model.running.rows_of_experts == "most":
+        second = in_chunks(f, params, chosen, probabilities)
+    else:
+        offsets = f.new((owned,), "int32", "to")
+        few = c.model.running.rows_of_experts == "few"
+        second, _ = projected(f, params, chosen, probabilities, offsets, few=few)
+    return combined(f, second, layout, x.dims)
