@@ -50,13 +50,14 @@ def layer_of_parts(c: Call, x: Tensor) -> Tensor:
     `apply_submodule_checkpointing`): what comes into each of them stays."""
     for norm, name, function in (("input_layernorm", "self_attn", attention), ("post_attention_layernorm", "mlp", mlp)):
         residual = x
-        x = _checkpointed(c, partial(c.norm, norm), x)
-        x = _checkpointed(c, partial(c.module, name, function=function, by_name=name == "self_attn"), x)
+        x = checkpointed(c, partial(c.norm, norm), x)
+        x = checkpointed(c, partial(c.module, name, function=function, by_name=name == "self_attn"), x)
         x = added(c, residual, x)
     return x
 
 
-def _checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A part of a layer, which is a checkpoint where the job has any."""
     if not c.model.running.checkpointing:
         return part(x)
     out = c.model.checkpoint(part, x)

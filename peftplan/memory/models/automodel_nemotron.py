@@ -7,11 +7,13 @@ components/moe/layers.py (`MLP`, `MoE`), experts.py (`relu2_deepep`). Left out: 
 
 from __future__ import annotations
 
+from functools import partial
+
 from peftplan.memory import state_space
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel import checkpointed, opaque_rms
 from peftplan.memory.models.automodel_deepep import experts as divided_experts
 from peftplan.memory.models.automodel_ep import gate
 from peftplan.memory.models.automodel_moe import experts
@@ -29,9 +31,10 @@ def nemotron_h(model: Model) -> Tensor:
 
 
 def layer(c: Call, x: Tensor) -> Tensor:
-    """`NemotronV3Block.forward`."""
+    """`NemotronV3Block.forward`, whose `mixer` is a checkpoint on one GPU (components/distributed/activation_checkpointing.py,
+    `apply_submodule_checkpointing`)."""
     part = mamba if c.block.state_space else attention if c.block.attentions else mixture
-    out = part(c, c.norm("norm", x))
+    out = checkpointed(c, partial(part, c), c.norm("norm", x))
     return ops.add(c.at(), x, out)
 
 
@@ -75,4 +78,4 @@ def _squared_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tens
     return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
 
 
-STYLE = Style(norm=opaque_rms, layer=layer, final_norm="model.norm_f")
+STYLE = Style(norm=opaque_rms, layer=layer, final_norm="model.norm_f", checkpoints_parts=True)
