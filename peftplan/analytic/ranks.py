@@ -347,9 +347,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     if job.reference != "copy" or layout.loads != "tensors":
         return policy
     full, shards = second_on_rank(job, parameters)
-    groups = grouped(second_architecture(job), full, shards, distributed, ACCELERATE)
+    units = grouped(second_architecture(job), full, shards, distributed, ACCELERATE)
     theirs = Ledger(tuple(line for line in buffers if line.name.startswith(SECOND)))
-    second = policy._replace(groups=groups, buffers=theirs, stays=whole_sizes(full, shards))
+    second = policy._replace(groups=units, buffers=theirs, stays=whole_sizes(full, shards))
     own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
     return partial(load_one_then, first=own, second=second)
 
