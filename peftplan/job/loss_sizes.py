@@ -5,7 +5,7 @@ Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from peftplan.arrays import Fact, Size, larger, smaller
 from peftplan.errors import RefusedError
@@ -83,7 +83,7 @@ OF_FUNCTION = ("per-token", "eaft", "eaft-behind", SHARED, SHARED_CHUNKS)
 """Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
 SHARED_ROWS = 2048
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
-RECEIVED = "received-kl"
+RECEIVED: Final = "received-kl"
 """Cross entropy, and divergence from logits that a teacher on other GPUs sends."""
 ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
 """Losses of logits that the model returns."""
