@@ -52,6 +52,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gpt_oss": (
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="few"),
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
+        Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

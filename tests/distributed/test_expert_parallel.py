@@ -212,6 +212,8 @@ def test_ranks_gather_the_tokens_of_all_without_an_exchange() -> None:
         ({"batch_size": 1}, True),
         ({"batch_size": 2}, False),
         ({"batch_size": 8}, True),
+        ({"batch_size": 8, "kernels": "hybridep,te-linear"}, True),
+        ({"batch_size": 1, "kernels": "hybridep,te-linear"}, False),
         ({"batch_size": 32, "kernels": None, "optim": "adamw_torch"}, True),
         ({"batch_size": 32, "kernels": None, "optim": "adamw_torch", "gpus": 16}, False),
         ({"batch_size": 1, "kernels": None, "optim": "adamw_torch"}, False),

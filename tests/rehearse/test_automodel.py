@@ -111,8 +111,8 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     peaks = on_rehearsed_rank(peaks, row.get("rank", 0)) if "cp_size" in row["options"] else peaks
     gathers = row["model"] == "gpt-oss-20b" and "ep_size" in row["options"] and "kernels" not in row["options"]
     left = LEFT * row["options"]["batch_size"] * row["options"]["seq_len"] if gathers else 0
-    held = {phase: kept - (0 if phase == "load" else left) for phase, kept in row["by_phase"].items()}
-    rehearsed = {"allocated": max(held.values()), "reserved": row["reserved"]}
+    phases = {phase: kept - (0 if phase == "load" else left) for phase, kept in row["by_phase"].items()}
+    rehearsed = {"allocated": max(phases.values()), "reserved": row["reserved"]}
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / rehearsed[what] - 1) for what, value in stated.items() if value is not None}
     if (
@@ -128,7 +128,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
     most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
-    by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in held.items()}
+    by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in phases.items()}
     assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
 
 
