@@ -47,6 +47,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),
+        Exchanged(("te.attention", *OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),
     "gpt_oss": (
