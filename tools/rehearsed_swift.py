@@ -100,7 +100,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
                 standins.write_repository(Path(part), {**cut(row["values"][name], row["layers"]), "dtype": "bfloat16"})
         length, program = row["values"]["max_length"], row.get("program", SFT)
         kind = row["values"].get("rlhf_type")
-        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else length)}
+        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
         messages = [{"role": "user", "content": "a" * length}] if kind == "grpo" else [{"role": "user", "content": "a"}, answer]
         beside: dict[str, Any] = {"rejected_response": "p" * 8 * length} if kind == "dpo" else {}
         if row["values"].get("task_type") == "seq_cls":

@@ -95,7 +95,8 @@ def running_of(job: Job, compute_capability: str) -> Running:
         older_liger=setup.by.pins_liger,
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
-        without_loss=setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION,
+        without_loss=not setup.by.adds_own_loss
+        and (setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION),
     )
 
 
@@ -146,7 +147,9 @@ def loss_sizes(job: Job) -> LossSizes:
         prompted=before_embeddings,
         kept=_scored(job.setup),
         # rows of the data, whose tokens may all have labels, are larger than those that a student writes
-        completion=None if job.setup.by.compares_at_once else job.setup.max_completion_length,
+        completion=job.setup.max_completion_length
+        if job.setup.by.completions_alone or not job.setup.by.compares_at_once
+        else None,
         by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
         of_pairs=job.setup.of_hidden_pairs,
         at_once=job.setup.by.compares_at_once,
@@ -229,14 +232,20 @@ def reference_of(job: Job, policy: Model) -> Model | None:
     if job.reference == "none":
         return None
     running = policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False)
-    if job.setup.by.teaches:
+    if job.setup.by.teaches and job.reference == "copy":
         from peftplan.job.teacher import teacher_of
 
         teacher = teacher_of(job)
         assert teacher is not None
         # trl's GKDTrainer leaves `use_cache` to the teacher's config
         caches = running.use_cache if job.setup.by.freezes_teacher else job.setup.loss == "full"
-        parts = policy.tape, teacher.architecture, teacher.parameters, Adaptation(), running._replace(use_cache=caches)
+        parts = (
+            policy.tape,
+            teacher.architecture,
+            teacher.parameters,
+            Adaptation(),
+            running._replace(use_cache=caches, without_loss=True),
+        )
         return Model(*parts, None, stacks=policy.stacks)
     base = (p for p in policy.parameters.all if p.owner == "base")
     if job.reference == "adapter_off":

@@ -267,7 +267,7 @@ def is_shown_reentrant(job: Job) -> bool:
         writes_with_adapter = job.setup.by.generates and job.method_name == "lora"
         rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
         return not trains_experts and rehearsed
-    return strategy != "zero0" or job.setup.by.anchors
+    return strategy != "zero0" or job.setup.by.anchors or bool(job.setup.by.under_zero0)
 
 
 def layer_classes(job: Job) -> tuple[str, ...]:

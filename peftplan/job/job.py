@@ -73,7 +73,7 @@ class Job(NamedTuple):
         if not any(forward.of == "reference" for forward in self.setup.forwards):
             return "none"
         if self.setup.by.teaches:
-            return "copy"
+            return "copy" if self.setup.teacher_model is not None else "adapter_off"
         return "copy" if self.method is not None and self.method.name in ("full", "partial") else "adapter_off"
 
     @property

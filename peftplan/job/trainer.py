@@ -49,6 +49,8 @@ TrainerName = Literal[
     "swift-grpo-entropies",
     "swift-gkd",
     "swift-gkd-of-data",
+    "swift-gkd-of-itself",
+    "swift-gkd-with-labels",
     "qlora-paper",
     "sentence-transformers",
     "unsloth-sentence-transformers",
@@ -170,6 +172,8 @@ class Trainer(NamedTuple):
     """Whether it makes the cross entropy of each token once more, of the logits, and drops the model's own with the outputs."""
     teaches: bool = False
     """Whether it compares the distributions of a teacher and of its student."""
+    adds_own_loss: bool = False
+    """Whether it adds the loss that the student makes of labels."""
     anchors: bool = False
     """Whether its loss compares all logits with those of a reference model, beside one that the model makes and it drops."""
     resizes_teacher: bool = False
@@ -234,6 +238,8 @@ class Trainer(NamedTuple):
     """Whether no adapter drops activations, and no module of the model: its `disable_dropout`, which is on by default."""
     under_ddp: tuple[Reference, ...] = ()
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
+    under_zero0: tuple[Reference, ...] = ()
+    """The same under DeepSpeed's stage 0."""
     under_zero2: tuple[Reference, ...] = ()
     """The same under ZeRO-2."""
     under_zero3: tuple[Reference, ...] = ()

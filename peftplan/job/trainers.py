@@ -168,6 +168,25 @@ TRAINERS: dict[TrainerName, Trainer] = {
             completion=None,
             options=frozenset({"teacher_model"}),
         ),
+        # The same with the cross entropy of labels (`sft_alpha`; rlhf_trainers/gkd_trainer.py:144, :190).
+        SWIFT_GKD._replace(
+            name="swift-gkd-with-labels",
+            called="GKDTrainer of ms-swift 4.6 with the loss of labels",
+            completion=None,
+            adds_own_loss=True,
+            under_ddp=(),
+            options=frozenset({"teacher_model"}),
+        ),
+        # The teacher is the student without its adapter, and all completions are the student's (`lmbda` 1).
+        SWIFT_GKD._replace(
+            name="swift-gkd-of-itself",
+            called="GKDTrainer of ms-swift 4.6 whose student is its own teacher",
+            completions_alone=True,
+            under_ddp=(),
+            under_zero0=("adapter_off",),
+            under_zero3=(),
+            options=SWIFT_GKD.options - {"teacher_model"},
+        ),
         Trainer(
             "plain",
             "a hand-written loop",

@@ -199,11 +199,15 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
             of_teacher = _forward(without)[1:]
         return loss_of_chunks(model.tape, chunks, of_teacher)
     f, of_models, in_tiles = model.tape, [], model.running.loss == "trl-chunked"
+    own_loss: Tensor | None = None
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, teacher)
         with nullcontext() if forward.trains else f.no_grad():
-            scoring = program.trainer.scoring or "softmax"
-            of_models.append(_forward(runs)[1] if in_tiles else _wide_logits(runs, scoring, copies=False))
+            own, logits, *_ = _forward(runs)
+            if forward.trains and program.trainer.adds_own_loss:
+                own_loss = own
+            of_models.append(logits if in_tiles else _widened(f, logits, program.trainer.scoring or "softmax"))
+            del own, logits
     f.module = ""
     assert teacher is not None
     if (at_once := program.trainer.compares_at_once) is not None:
@@ -213,7 +217,7 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
         loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
     for runs in (model, teacher):
         runs.kept.clear()
-    return loss
+    return loss if own_loss is None else ops.add(f, loss, ops.scale(f, own_loss))
 
 
 def _anchored(model: Model, program: Program, reference: Model | None) -> Tensor:
@@ -244,13 +248,15 @@ def _prepared(model: Model, program: Program) -> list[Tensor]:
 
 
 def _wide_logits(model: Model, scoring: Scoring, *, copies: bool) -> Tensor:
-    """The logits of a model that returns no loss, in fp32, as accelerate returns them where it runs the model under autocast."""
-    f = model.tape
-    logits = _forward(model)[1]
+    """The logits of a model that returns no loss."""
+    wide = _widened(model.tape, _forward(model)[1], scoring)
+    return ops.copied(model.tape, wide, "clone", viewed=False) if copies else wide
+
+
+def _widened(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
+    """Logits in fp32, as accelerate returns them where it runs the model under autocast."""
     f.module = ""
-    wide = logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
-    del logits
-    return ops.copied(f, wide, "clone", viewed=False) if copies else wide
+    return logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
 
 
 def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:

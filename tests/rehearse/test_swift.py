@@ -12,7 +12,7 @@ from tools.rehearsed_jobs import read
 from tools.rehearsed_swift import options, plan
 
 ROWS = read(Path(__file__).with_name("swift.jsonl"))
-LARGEST = {"swift sft": {"allocated": 0.01, "reserved": 0.01}, "swift rlhf": {"allocated": 0.06, "reserved": 1.2}}
+LARGEST = {"swift sft": {"allocated": 0.01, "reserved": 0.01}, "swift rlhf": {"allocated": 0.08, "reserved": 1.2}}
 """Per cent."""
 COPIED = {"allocated": 0.04, "reserved": 2.7}
 """Of LLaMA Pro; of the published job with all its layers 0.002 and 0.22. What of reserved bytes is missing is not known."""

@@ -425,3 +425,42 @@ def test_an_adapter_of_swift_is_a_bottleneck_behind_each_mlp() -> None:
     assert not plan.unsupported
     assert peftplan.estimate(config=plan).trainable_parameters == 28 * (2 * 128 * 3584 + 128 + 3584) == 25_794_048
     assert "tuner_type" in read({**SWIFT, "tuner_type": "adapter", "adapter_act": "relu"}).unsupported
+
+
+def test_a_student_without_its_adapter_is_its_own_teacher() -> None:
+    """Qwen3 4B is there once, and logits are of completions alone: 4 x 2,049 rows of 151,936 in 16 bits for each of both."""
+    values = {**SWIFT, "model": "Qwen/Qwen3-4B", "rlhf_type": "gkd", "teacher_model": "Qwen/Qwen3-4B", "deepspeed": "zero0"}
+    values |= {"lmbda": 1.0, "use_vllm": True, "vllm_mode": "colocate", "sleep_level": 1, "max_completion_length": 2048}
+    values |= {"max_length": 8192, "per_device_train_batch_size": 4}
+    plan = read(values, kind="command", program="swift rlhf")
+    assert not plan.unsupported
+    assert plan.options["trainer"] == "swift-gkd-of-itself"
+    result = peftplan.estimate(config=plan, gpus=8)
+    assert result.peaks is not None
+    assert not [line.name for line in result.ledger if line.name.startswith("teacher")]
+    of_both = [line for line in result.peaks.ledgers["forward"] if line.name.endswith("lm_head linear")]
+    assert sum(line.bytes() for line in of_both) == 2 * 2 * 4 * 2049 * 151_936
+    for other in ({"lmbda": 0.5}, {"sft_alpha": 0.1}, {"use_vllm": False}):
+        assert read({**values, **other}, kind="command", program="swift rlhf").unsupported
+
+
+def test_liger_leaves_the_positions_of_glm_4_to_the_model() -> None:
+    values = {**SWIFT, "model": "ZhipuAI/GLM-4-9B-0414", "use_liger_kernel": True}
+    plan = read(values, kind="command", program="swift sft")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert result.bound is None
+    assert result.peaks is not None
+
+
+def test_a_distillation_with_labels_keeps_their_log_probabilities() -> None:
+    """Of a packed row of 4,096 tokens of 151,936 in fp32; `sft_alpha` 0 asks for none."""
+    values = {**SWIFT, "model": "Qwen/Qwen3-8B-Base", "tuner_type": "full", "rlhf_type": "gkd", "teacher_model": "Qwen/Qwen3-8B"}
+    values |= {"deepspeed": "zero3", "packing": True, "attn_impl": "flash_attn", "max_length": 4096, "lmbda": 0}
+    plain, labelled = (read({**values, "sft_alpha": alpha}, kind="command", program="swift rlhf") for alpha in (0, 0.1))
+    assert not plain.unsupported
+    assert not labelled.unsupported
+    of_both = [peftplan.estimate(config=plan, gpus=4).peaks for plan in (plain, labelled)]
+    forwards = [peaks.by_phase["forward"] for peaks in of_both if peaks is not None]
+    assert abs(forwards[1] - forwards[0] - 4096 * 151_936 * 4) < 2**20
+    assert "sft_alpha" in read({**values, "sft_alpha": 0.1, "deepspeed": None}, kind="command", program="swift rlhf").unsupported
