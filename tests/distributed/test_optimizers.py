@@ -77,8 +77,6 @@ def test_adagrad_over_adapters_in_16_bits_has_no_formula_under_fsdp1() -> None:
         ({"method": "lora", "strategy": "zero3", "optim": "adagrad"}, ("transformers", "trl")),
         # OPT 125M by SFTTrainer over 8 GPUs: forward +0.8 %; by Trainer over 6 it is within 0.007 %
         ({"method": "adalora", "strategy": "zero3", "optim": "rmsprop"}, ("trl",)),
-        # TinyLlama by SFTTrainer over 8 GPUs: reserved +7.3 %
-        ({"method": "qlora", "strategy": "fsdp1", "quant_storage": "bf16", "offload_params": "cpu"}, ("trl",)),
     ],
     ids=str,
 )
