@@ -36,6 +36,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
+        Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False, "lora"),
         Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
     ),

@@ -498,3 +498,17 @@ def test_nemo_stores_what_does_not_train_as_it_computes() -> None:
     lora = of_nemo({"strategy": "fsdp2"}, model=wide, peft={**NEMO_LORA, "dim": 8})
     assert (lora.options["dtype"], lora.options["adapter_dtype"]) == ("bf16", "fp32")
     assert of_nemo({"strategy": "fsdp2"}, model=wide).options["dtype"] == "fp32"
+
+
+def test_experts_of_a_token_share_the_rank() -> None:
+    """components/_peft/lora.py (`moe_rank_scaling`): Qwen 3 has 8 experts a token."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "Qwen/Qwen3-30B-A3B"}
+    lora = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": ["*"], "dim": 64}
+    plans = [
+        of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=model, peft=lora | {"moe_rank_scaling": on}) for on in (True, False)
+    ]
+    assert [plan.options.get("rank_pattern") for plan in plans] == [dict.fromkeys(EXPERTS, 8), None]
+    assert all(plan.options["target_parameters"] == EXPERTS for plan in plans)
+
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
