@@ -59,7 +59,8 @@ def check(job: Job) -> None:
     elif job.setup.by.weighs_tokens or job.setup.by.anchors:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     known = job.setup.by.scoring in (None, "rows") or job.setup.by.generates or job.setup.by.beside_copy
-    if job.reference == "copy" and not known:
+    shared = job.distributed is not None and job.distributed.strategy == "fsdp2"  # where `under_fsdp2` says so
+    if job.reference == "copy" and not known and not shared:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")

@@ -211,7 +211,7 @@ def program_of(job: Job) -> Program:
     """What a job's trainer does around forward and backward."""
     setup = job.setup
     return Program(
-        setup.by,
+        setup.by._replace(reference_lasts=job.reference_lasts),
         bool(setup.keep_outputs),
         parse_optim(str(setup.optim)),
         accumulation=setup.gradient_accumulation_steps,

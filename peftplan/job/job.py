@@ -50,8 +50,14 @@ class Job(NamedTuple):
         """Facts about the program around the step. A trainer that keeps the reference's logits keeps them beyond it,
         and one whose loop keeps the loss its graph."""
         by, sharded = self.setup.by, self.distributed is not None and self.distributed.strategy == "fsdp2"
-        lasts = by.reference_lasts or (by.weighs_tokens and sharded)
+        lasts = self.reference_lasts or (by.weighs_tokens and sharded)
         return self.request.script.model_copy(update={"outputs_outlive_step": True}) if lasts else self.request.script
+
+    @property
+    def reference_lasts(self) -> bool:
+        """Whether the reference's logits stay until those of the next micro batch are there: torchtune's recipe with a second
+        model deletes them."""
+        return self.setup.by.reference_lasts and self.reference == "adapter_off"
 
     def on_card(self, multiprocessors: int | None) -> "Job":
         """The job on a card with so many multiprocessors, by which kernels are chosen and size their buffers."""

@@ -211,7 +211,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             sums_rows=True,
             scoring="divided softmax",
             reference_lasts=True,
-            under_fsdp2=("adapter_off",),
+            under_fsdp2=("adapter_off", "copy"),
             layout=TORCHTUNE._replace(frees_root=True),
         ),
         # The same commit, recipes/knowledge_distillation_single_device.py, knowledge_distillation_distributed.py.

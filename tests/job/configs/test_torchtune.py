@@ -76,3 +76,13 @@ def test_adapters_of_quantized_weights_are_not_fake_quantized(more: dict[str, ob
     quantizer = {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer", "groupsize": 32}
     values = {**TORCHTUNE, "model": {**TORCHTUNE["model"], **more}, "quantizer": quantizer}
     assert any(" raises ValueError" in row.why for row in read(values, tool="torchtune").unsupported.values())
+
+
+def test_a_reference_of_full_dpo_is_a_copy() -> None:
+    checkpoint = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "/tmp/m", "model_type": "LLAMA3"}
+    values = {**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}, "ref_checkpointer": checkpoint}
+    full = read({**values, "model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}})
+    adapted = read({**values, "model": {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b"}})
+    assert (full.options["trainer"], full.options["method"]) == ("torchtune-dpo", "full")
+    assert not [key for key in full.unsupported if key.startswith("ref_checkpointer")]
+    assert "ref_checkpointer._component_" in adapted.unsupported
