@@ -92,9 +92,12 @@ class Loading(NamedTuple):
             for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:
                 for handle in masks:
                     memory.release(handle)
+            beside = [memory.allocate(nbytes) for nbytes in self.beside_read]
             if not self.masks:
                 self._last_expert(memory)
             self._one_by_one(memory)
+            for handle in beside:
+                memory.release(handle)
         if self.in_4_bits:
             of_experts = (shard for name, pairs in self.groups.items() if is_of_experts(name) for _, shard in pairs)
             workspaces = [memory.allocate(nbytes) for nbytes in self.workspaces]
@@ -108,11 +111,10 @@ class Loading(NamedTuple):
         memory.empty_cache()
 
     def _last_expert(self, memory: Memory[Handle]) -> None:
-        """A matrix of one expert, which is read whole, beside what the package of other layers has made by then."""
+        """A matrix of one expert, which is read whole."""
         pairs = (pair for name, members in self.groups.items() if is_of_experts(name) for pair in members)
         largest = max(sum(_on_device(shard)) // shard.shape[0] for _, shard in pairs)
-        for handle in [memory.allocate(nbytes) for nbytes in (*self.beside_read, largest)]:
-            memory.release(handle)
+        memory.release(memory.allocate(largest))
 
     def _drawn(self, memory: Memory[Handle]) -> None:
         """Transformer Engine's layers are made whole, one after the other (pytorch/module/base.py, `reset_parameters`)."""

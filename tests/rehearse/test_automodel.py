@@ -53,6 +53,7 @@ LOOSE = {
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 3.2,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.28,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 1.1,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EMEM", 1): 0.25,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEMEM*EM", 2): 0.03,
     ("qwen3-30b-a3b", 6, 2): 0.05,
     ("moonlight-16b-a3b", 3, 4): 0.37,
