@@ -70,5 +70,6 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", 32), ("b·s", FLASH_BLOCK)):
         by_name[f"{name}%{multiple}"] = -(-by_name[name] // multiple) * multiple
-    by_name[f"b·s>{MASK_MULTIPLE}"] = (by_name["b·s"] // MASK_MULTIPLE + 1) * MASK_MULTIPLE
+    for name in ("s", "b·s"):
+        by_name[f"{name}>{MASK_MULTIPLE}"] = (by_name[name] // MASK_MULTIPLE + 1) * MASK_MULTIPLE
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

@@ -342,7 +342,7 @@ def _forward(model: Model) -> list[Tensor]:
         model.arch.model_type,
         own_modules=running.own_modules,
         own_decoders=running.own_decoders,
-        compiled=running.recorded is not None and running.kernels.decoder is None,
+        compiled=running.recorded is not None and running.kernels.decoder is None and model.arch.blocks[0].stack == "decoder",
     )
     if running.router_loss and model.tape.grad_enabled:  # a reference model is not asked for it
         model.router_logits = []

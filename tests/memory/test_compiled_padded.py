@@ -1,4 +1,5 @@
-"""Recorded layers of Unsloth's own decoder: of Gemma 2, whose batches stay padded, and of Qwen3 with rounded weights."""
+"""Recorded layers of Unsloth's own decoder: of Gemma 2, whose batches stay padded, of Qwen3 with rounded
+weights, and of an encoder."""
 
 from __future__ import annotations
 
@@ -78,3 +79,25 @@ def test_frozen_weights_are_rounded_in_fp32(
     assert estimated == pytest.approx(by_phase, rel=0.0001)
     if reserved is not None:
         assert peaks.reserved == pytest.approx(reserved, rel=0.003)
+
+
+CLASSIFIER: dict[str, Any] = {
+    "method": "full", "trainer": "transformers", "task_type": "SEQ_CLS", "num_labels": 6, "dtype": "bf16", "autocast": "none",
+    "optim": "adamw_8bit", "gradient_checkpointing": True, "offload_checkpoints": True, "use_reentrant": True,
+    "kernels": "unsloth-rows",
+}  # fmt: skip
+OF_MODERNBERT = [
+    (512, (2_389_414_400, 3_493_140_992, 2_780_255_232), 3_579_838_464),
+    (384, (2_270_760_448, 3_256_654_336, 2_763_412_480), 3_347_054_592),
+]
+"""Length of 32 rows; peaks of phases in the second step, and reserved bytes of Unsloth's FastModel with all of ModernBERT large
+as a classifier, trained in full by Trainer; releases as above. The record is of these rows."""
+
+
+@pytest.mark.parametrize(("seq_len", "by_phase", "reserved"), OF_MODERNBERT)
+def test_an_encoder_has_layers_of_three_kinds(seq_len: int, by_phase: tuple[int, ...], reserved: int) -> None:
+    """The first one, those of a window, and those of all tokens, which take turns: two and one."""
+    peaks = estimate("modernbert-large", **CLASSIFIER, batch_size=32, seq_len=seq_len).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0001)
+    assert peaks.reserved == pytest.approx(reserved, rel=0.013)

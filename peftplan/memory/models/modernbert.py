@@ -11,12 +11,17 @@ from peftplan.memory.kinds import kinds_of
 from peftplan.memory.model import Model
 from peftplan.memory.models.bert import bidirectional_mask
 from peftplan.memory.models.decoder import rotary_tables
+from peftplan.memory.models.recorded import recorded_layer
+from peftplan.memory.models.style import Call, Style
+from peftplan.memory.norms import layer_norm
 from peftplan.tape import ops
 from peftplan.tape.rotary import rotary_in_fp32
 from peftplan.tape.shaping import split
 from peftplan.tape.tensors import Tensor
 
 Turns = tuple[Tensor, Tensor]
+STYLE = Style(norm=layer_norm)
+"""Of layers with a record."""
 
 
 def modernbert(model: Model) -> Tensor:
@@ -30,15 +35,22 @@ def modernbert(model: Model) -> Tensor:
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
     windows = {block.attentions[0].window for block in model.arch.blocks}
     masks = {window: bidirectional_mask(model, x.dtype, window) for window in (None, *sorted(filter(None, windows)))}
+    if model.running.recorded is not None:  # rehearsed with a mask of all tokens, which those of windows are joined with
+        masks = {window: f.new(("b", 1, model.seq, model.seq), "bool", "bitwise_and") for window in masks if masks[window]}
     turns = {window: rotary_tables(model, x.dtype) for window in windows}
 
     def layer(number: int, x: Tensor) -> Tensor:
         block = blocks[number]
+        if model.running.recorded is not None:
+            return recorded_layer(Call(model, STYLE, block, number, (), None), x)
         window = block.attentions[0].window
         cos, sin = turns[window]
         return encoder_layer(model, block, number, x, masks[window], (cos, sin))
 
-    x = run_stack(model, kinds_of(model, "encoder"), x, layer, name="layers", checkpointed=model.running.checkpointing)
+    kinds = kinds_of(model, "encoder")
+    if model.running.recorded is not None:  # copies of layers that take turns keep a hidden state too many: each is run
+        kinds = tuple(range(len(kinds)))
+    x = run_stack(model, kinds, x, layer, name="layers", checkpointed=model.running.checkpointing)
     return model.layernorm("model.final_norm", x)
 
 

@@ -29,6 +29,7 @@ TOKENS: dict[str, Dims] = {
     f"r%{FLASH_BLOCK}": ("b", f"s%{FLASH_BLOCK}"),
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
     "p": ("b", "s", "s"),
+    "m": ("b", "s", f"s>{MASK_MULTIPLE}"),
 }
 """What stands behind a size in the record → the dims that it is multiplied by."""
 UNTIMED: Mapping[int, Dims | None] = MappingProxyType({})
@@ -118,7 +119,7 @@ def _dtype(recorded: Tensor, dims: Dims) -> str:
 
 def _parameters(c: Call) -> Iterator[Parameter]:
     for family in c.model.parameters.all:
-        in_text = is_in_text_part(c.model.arch, family.name)
+        in_text = is_in_text_part(c.model.arch, family.name) or c.block.stack == "encoder"
         if family.layers is not None and c.number in family.layers and in_text:
             yield c.model.parameter(family, c.number)
 

@@ -97,3 +97,38 @@ def test_qat_of_lora_rounds_the_base() -> None:
 def test_other_qat_of_lora_has_no_record(written: str, instead: str) -> None:
     result = peftplan.estimate(config=read_text(QAT.replace(written, instead), file="a.py"))
     assert result.peaks is None or result.bound is not None
+
+
+CLASSIFIER = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/ModernBERT-large", max_seq_length=512, num_labels=6,
+    auto_model=AutoModelForSequenceClassification, full_finetuning=True, load_in_4bit=False)
+model = FastModel.get_peft_model(model, r=16, use_gradient_checkpointing="unsloth", task_type="SEQ_CLS")
+trainer = Trainer(model=model, processing_class=tokenizer, compute_metrics=compute_metrics, args=TrainingArguments(
+    per_device_train_batch_size=32, bf16=True, optim="adamw_8bit"))
+trainer.train()
+"""
+
+
+def test_a_classifier_trains_in_full_whatever_its_adapter() -> None:
+    """models/vision.py: get_peft_model has no effect on full fine-tuning; 395,837,446 parameters in a rehearsal."""
+    plan = read_text(CLASSIFIER, file="a.py")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (395_837_446, None)
+    assert result.peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ("full_finetuning=True", "full_finetuning=False"),
+        ("ModernBERT-large", "ModernBERT-base"),
+        ('="unsloth", task', "=False, task"),
+        ("compute_metrics=compute_metrics", "data_collator=collator"),
+    ],
+)
+def test_other_classifiers_have_no_record(written: str, instead: str) -> None:
+    plan = read_text(CLASSIFIER.replace(written, instead), file="a.py")
+    result = peftplan.estimate(config=plan) if plan.options["trainer"] == "transformers" else None
+    assert result is None or result.peaks is None or result.bound is not None
