@@ -157,7 +157,8 @@ class UnknownNameError(InputError):
         if len(names) <= MOST_OF_A_MESSAGE // 2:
             accepted = f"accepted: {names or 'nothing'}"
         else:
-            accepted = f"accepted: one of {len(self.choices)} names, such as {', '.join(self.choices[:5])}{also}"
+            plain = sorted(self.choices, key=lambda name: (name.count("-"), name))
+            accepted = f"accepted: one of {len(plain)} names, such as {', '.join(plain[:8])}{also}"
         if near:
             accepted = f"did you mean {' or '.join(near)}? {accepted}"
         super().__init__(field, value, accepted)

@@ -23,10 +23,11 @@ def by_tool(names: tuple[str, ...]) -> str:
     texts = []
     for tool, kinds in tools.items():
         named = [kind for kind in kinds if kind]
-        groups = ["|".join(named[first : first + KINDS_IN_A_GROUP]) for first in range(0, len(named), KINDS_IN_A_GROUP)]
+        group = "|".join((*named[:KINDS_IN_A_GROUP], *("…",)[: len(named) - KINDS_IN_A_GROUP]))
         if "" in kinds:
-            texts.append(f"{tool}[-{groups.pop(0)}]" if groups else tool)
-        texts += [f"{tool}-{group}" for group in groups]
+            texts.append(f"{tool}[-{group}]" if group else tool)
+        elif group:
+            texts.append(f"{tool}-{group}")
     before = {other: name.removesuffix(other) for name, other in longer.items()}
     return ", ".join(f"[{before[text]}]{text}" if text in before else text for text in texts)
 
@@ -77,6 +78,7 @@ TRAINING: dict[str, str] = {
     "--gradient-accumulation-steps": "micro batches per optimizer step; default: 1",
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
+    "--noisy-embeddings/--no-noisy-embeddings": "add noise to the embeddings (NEFTune: neftune_noise_alpha)",
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--host-memory": "host memory of a node, such as 512GiB; offloaded tensors have to fit there",

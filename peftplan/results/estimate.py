@@ -58,8 +58,6 @@ class Peaks:
     reserved: int | None = None
     """What the allocator holds at most, comparable with `torch.cuda.max_memory_reserved()`; None where it is not known."""
     reserved_source: str | None = None
-    unreserved: str | None = None
-    """Why reserved bytes are not known, where allocated ones are."""
     incomplete: tuple[str, ...] = ()
     recording: Recording | None = field(default=None, repr=False, compare=False)
     assumed: Mapping[str, object] = field(default_factory=dict)
@@ -68,6 +66,8 @@ class Peaks:
     """The peaks of each GPU of a `device_map`, if a trace has them; the other fields are those of the GPU that needs most."""
     of_ranks: tuple[tuple[int, Peaks], ...] = field(default=(), repr=False)
     """Each rank that was traced, with its peaks, where several were."""
+    unreserved: str | None = None
+    """Why reserved bytes are not known, where allocated ones are."""
 
     @property
     def scope(self) -> str | None:
