@@ -213,6 +213,18 @@ def _knows_documents(job: Job) -> bool:
     return builds(job) and not alone and setup.dtype == "bf16" and setup.loss == "full"
 
 
+def _knows_layers(job: Job) -> bool:
+    """Whether torchao's layers, if any, were rehearsed: fully trained in bf16, of which ranks share rows of matrices alone; those
+    that are fake-quantized of the tool's Llama without checkpoints."""
+    setup, distributed, kernels = job.setup, job.distributed, kernels_of(job.setup.kernels or ())
+    if kernels.linear is None and kernels.fake_quant is None:
+        return True
+    alone = distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
+    plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full"
+    of_llama = job.architecture.model_type == "llama" and builds(job) and not setup.gradient_checkpointing
+    return alone and plain and (kernels.fake_quant is None or of_llama)
+
+
 def _in_stages(job: Job) -> bool:
     """Whether stages of a pipeline run the model, each of which makes a mask of padded rows for itself."""
     return job.distributed is not None and (job.distributed.pp_size or 1) > 1
@@ -235,6 +247,7 @@ def without_formula(job: Job) -> str | None:
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
+        "torchao's layers as they were not rehearsed": not _knows_layers(job),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
         and not (_knows_mixture(job) or knows_experts(job)),

@@ -197,6 +197,29 @@ def test_what_of_mixtral_was_rehearsed(options: dict[str, Any], known: bool) -> 
     assert known or "mixtral as it was not rehearsed" in result.not_modelled[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": True}, False),
+        ({"tp_size": 2}, False),
+        ({"dtype": "fp32"}, False),
+        ({"method": "lora"}, False),
+        ({"model": "qwen3-8b"}, False),
+        ({"kernels": "torchao-float8"}, True),
+        ({"kernels": "torchao-float8", "gradient_checkpointing": True}, True),
+        ({"kernels": "torchao-float8", "tp_size": 2}, False),
+        ({"kernels": "torchao-float8", "dtype": "fp32"}, False),
+        ({"kernels": "torchao-float8", "method": "lora"}, False),
+    ],
+)
+def test_what_of_layers_of_torchao_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "llama-3.1-8b", "method": "full", "trainer": "automodel", "kernels": "torchao"}
+    result = peftplan.estimate(**job | {"strategy": "fsdp2", "gpus": 8, "seq_len": 512} | options)
+    assert (result.peaks is not None) is known
+    assert known or "torchao's layers as they were not rehearsed" in result.not_modelled[0]
+
+
 def test_experts_of_gpt_oss_are_widened_one_projection_at_a_time() -> None:
     """`_convert_moe_packed_tensors`: gate and up of a layer are 32 x 5,760 x 90 blocks of 32 numbers. Beside 17 bytes for each
     block of both projections a block has 2 x 128 bytes of places, 64 of the result, 32 of numbers that are looked up and a scale
