@@ -46,7 +46,7 @@ def _knows_merged(job: Job) -> bool:
     """Whether such experts were rehearsed: beside LoRA in bf16, without checkpoints."""
     setup = job.setup
     plain = job.quant is None and setup.dtype == "bf16" and setup.loss == "full" and not setup.gradient_checkpointing
-    return merges_experts(job) and job.method_name == "lora" and plain
+    return merges_experts(job) and job.method_name == "lora" and plain and _adapts_as_rehearsed(job)
 
 
 def _knows_cut(job: Job) -> bool:
@@ -128,8 +128,7 @@ def longest_row(job: Job) -> int | None:
 def _knows_mixture(job: Job) -> bool:
     """Whether gpt-oss was rehearsed as the tool builds it: LoRA of attention on one GPU, over enough tokens, of rows whose masks
     are not the peak; with Transformer Engine's attention and linear layers, over few tokens."""
-    setup, targets = job.setup, ("q_proj", "k_proj", "v_proj", "o_proj")
-    adapts = job.method_name == "lora" and all(module.name.endswith(targets) for module in job.adaptation.matched)
+    setup, adapts = job.setup, job.method_name == "lora" and _adapts_as_rehearsed(job)
     plain = job.distributed is None and job.quant is None and not setup.gradient_checkpointing and setup.dtype == "bf16"
     few = setup.rows * setup.seq_len <= (tokens_at_once(job) or 0)
     by_engine = kernels_of(setup.kernels or ()).dense is not None
@@ -142,10 +141,34 @@ def knows_experts(job: Job) -> bool:
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
-    plain = setup.dtype == "bf16" and setup.loss == "full"
+    plain = setup.dtype == "bf16" and setup.loss == "full" and _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
+
+
+OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _reads_as_rehearsed(job: Job) -> bool:
+    """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
+    some are chosen first; Nemotron's without a latent space around its experts."""
+    router = job.architecture.blocks[-1].mlp.router
+    compressed = job.architecture.model_type == "deepseek_v3" and router.groups > 1
+    return not (compressed or any("_latent_proj" in module.name for module in job.architecture.modules))
+
+
+def _adapts_as_rehearsed(job: Job) -> bool:
+    """Whether adapters are those that were rehearsed, without dropout: of both products of Qwen 3's experts, of none of others,
+    and of gpt-oss's attention alone."""
+    if job.method_name != "lora":
+        return True
+    config, model_type = job.config, job.architecture.model_type
+    of_experts = {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
+    named = of_experts == ({"gate_up_proj", "down_proj"} if model_type == "qwen3_moe" else set())
+    elsewhere = model_type == "gpt_oss" and not all(m.name.endswith(OF_ATTENTION) for m in job.adaptation.matched)
+    plain = not getattr(config, "lora_dropout", 0) and not getattr(config, "modules_to_save", None)
+    return named and plain and not elsewhere
 
 
 def _resembles(job: Job, shown: Exchanged) -> bool:

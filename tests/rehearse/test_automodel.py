@@ -187,7 +187,14 @@ def test_what_of_gpt_oss_was_rehearsed(options: dict[str, Any], unknown: str | N
 
 @pytest.mark.parametrize(
     ("options", "known"),
-    [({}, True), ({"tp_size": 2}, True), ({"gradient_checkpointing": True}, False), ({"method": "full"}, False)],
+    [
+        ({}, True),
+        ({"tp_size": 2}, True),
+        ({"gradient_checkpointing": True}, False),
+        ({"method": "full"}, False),
+        ({"lora_dropout": 0.1}, False),
+        ({"target_parameters": ["experts.gate_up_proj"]}, False),
+    ],
 )
 def test_what_of_mixtral_was_rehearsed(options: dict[str, Any], known: bool) -> None:
     job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
@@ -218,6 +225,30 @@ def test_what_of_layers_of_torchao_was_rehearsed(options: dict[str, Any], known:
     result = peftplan.estimate(**job | {"strategy": "fsdp2", "gpus": 8, "seq_len": 512} | options)
     assert (result.peaks is not None) is known
     assert known or "torchao's layers as they were not rehearsed" in result.not_modelled[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"target_parameters": ["experts.gate_up_proj"]}, False),
+        ({"target_parameters": None}, False),
+        ({"model": "gpt-oss-20b", "kernels": None, "target_modules": r"(?:.*\.)?.*_proj"}, False),
+        ({"model": "deepseek-v3", "method": "full", "kernels": "te,deepep,te-linear"}, False),
+        ({"model": "moonlight-16b-a3b", "method": "full", "kernels": "te,deepep,te-linear"}, True),
+    ],
+)
+def test_which_adapters_and_layers_were_rehearsed_where_ranks_divide_experts(options: dict[str, Any], known: bool) -> None:
+    """gpt-oss's adapters of attention alone, Qwen 3's of both products of experts; DeepSeek V3 chooses groups of experts first,
+    by which other shares of the tokens reach a rank."""
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    adapts = {} if options.get("method") == "full" else {"r": 8, "target_modules": "every-linear", "target_parameters": both}
+    job: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": "lora", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+    job |= {"ep_size": 8, "batch_size": 2, "seq_len": 2048, "kernels": "deepep", **adapts}
+    job |= {"gradient_checkpointing": job["model"] == options.get("model", "qwen3-30b-a3b")}
+    result = peftplan.estimate(**job | options)
+    assert (result.peaks is not None) is known
+    assert known or "ep_size" in result.not_modelled[0]
 
 
 def test_experts_of_gpt_oss_are_widened_one_projection_at_a_time() -> None:
