@@ -132,7 +132,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     job, _, static, holding = inventory
     setup, architecture = job.setup, job.architecture
     if job.distributed is not None:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rank_loading, ranks
 
         setup = ranks.setup_on_rank(job)
     model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
@@ -171,12 +171,15 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         loading_bytes=loading.bytes(),
         programs={},
         early=early,
-        built=(*(line for line in loaded if line in beside), *(() if job.distributed is None else ranks.stepped_first(load))),
-        buckets=() if job.distributed is None else ranks.buckets_of(inventory),
+        built=(
+            *(line for line in loaded if line in beside),
+            *(() if job.distributed is None else rank_loading.stepped_first(load)),
+        ),
+        buckets=() if job.distributed is None else rank_loading.buckets_of(inventory),
         divided_after=1 if job.distributed is None else divided_after(job.distributed),
-        first_run=None if job.distributed is None else ranks.first_run(load),
-        leaves_shards=job.distributed is not None and ranks.leaves_shards(load),
-        load_if_full=None if job.distributed is None else ranks.loaded_if_full(load),
+        first_run=None if job.distributed is None else rank_loading.first_run(load),
+        leaves_shards=job.distributed is not None and rank_loading.leaves_shards(load),
+        load_if_full=None if job.distributed is None else rank_loading.loaded_if_full(load),
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=loss_sizes(job),

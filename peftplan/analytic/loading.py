@@ -91,11 +91,11 @@ def loading_of(
         passing = (Line("experts while loading", "temporaries", "uint8", (beyond_end,), 1, STACKED),) if beyond_end > 0 else ()
     of_base: Loader = partial(load_whole, parameters=base, arrives=True)
     if normed is not None:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rank_loading
 
-        passing = (normed, *ranks.passing_on_rank(load, Ledger((*loaded, normed))))
+        passing = (normed, *rank_loading.passing_on_rank(load, Ledger((*loaded, normed))))
     if job.quant is not None and job.quant.by_torchao:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rank_loading
         from peftplan.memory.torchao_load import load_nf4
 
         load = partial(
@@ -107,13 +107,13 @@ def loading_of(
             workspace=None if normed is None else normed.bytes(),
         )
         taken = () if normed is None else (normed,)
-        passing = (*taken, *ranks.passing_on_rank(load, Ledger((*loaded, *taken))))
+        passing = (*taken, *rank_loading.passing_on_rank(load, Ledger((*loaded, *taken))))
     if job.distributed is None and setup.by.layout.loads == "shards" and job.quant is None:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rank_loading
         from peftplan.memory.sharded_load import load_empty
 
-        load = partial(load_empty, load=load, head=ranks.tied_bytes(job, parameters))
-        passing = ranks.passing_on_rank(load, Ledger(loaded))
+        load = partial(load_empty, load=load, head=rank_loading.tied_bytes(job, parameters))
+        passing = rank_loading.passing_on_rank(load, Ledger(loaded))
     if job.distributed is None and builds(job) and job.architecture.model_type == "gpt_oss":
         from peftplan.memory.lasting import TE_WORKSPACE
         from peftplan.memory.mxfp4_load import SOURCE as WIDENED
@@ -142,9 +142,9 @@ def loading_of(
         assert reward is not None
         load = partial(load_both, load=load, reference=reward.parameters, moved=True)
     if job.distributed is not None:
-        from peftplan.analytic import ranks
+        from peftplan.analytic import rank_loading, ranks
 
-        load = ranks.loaded_on_rank(inventory, model, buffers, load, normed)
+        load = rank_loading.loaded_on_rank(inventory, model, buffers, load, normed)
         if setup.by.layout.loads == "shards" and job.reference == "copy":
             from peftplan.memory.reference_load import load_shards_behind
 
@@ -153,7 +153,7 @@ def loading_of(
             from peftplan.memory.reference_load import load_after_reference
 
             load = partial(load_after_reference, load=load, reference=ranks.cast_parameters(job, parameters))
-        beyond = ranks.passing_on_rank(load, Ledger(loaded))
+        beyond = rank_loading.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     if dtype != setup.dtype:
         passing = (Line("weights in 16 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, LOAD),)

@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-import peftplan.versions as versions
 from peftplan.analytic.running import reference_of
 from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
-from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.fsdp2 import Fsdp2, KeptRoot
-from peftplan.distributed.layout import ACCELERATE, AXOLOTL
+from peftplan.distributed.layout import AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
 from peftplan.distributed.shards import holding
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
-from peftplan.distributed.zero import Key, groups_of, partition
+from peftplan.distributed.zero import Key
 from peftplan.distributed.zero_shards import cast_on_rank
-from peftplan.job.automodel import builds, merges_experts
-from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of
-from peftplan.ledger import Ledger, Line
 from peftplan.memory.bucket_views import BucketViews
-from peftplan.memory.flat_load import FlatUnits
-from peftplan.memory.lasting import TE_WORKSPACE
-from peftplan.memory.load import load_into
-from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.optimizer import has_temporaries
 from peftplan.memory.program import Program
-from peftplan.memory.reference_load import load_one_then
 from peftplan.memory.ring_attention import Ring
-from peftplan.memory.sharded import computing, computing_dtype, flat_units, grouped, tied, units_of
-from peftplan.memory.sharded_load import Loading, whole_sizes
+from peftplan.memory.sharded import computing, computing_dtype, units_of
 from peftplan.memory.step import steady_step
 from peftplan.memory.stepped import UPDATES, SteppedAgain
-from peftplan.memory.synced import synced
 from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
-from peftplan.memory.zero0 import WholeLoading, Zero0
+from peftplan.memory.zero0 import Zero0
 from peftplan.memory.zero3 import Zero3, switched_off
-from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
 
@@ -51,9 +37,6 @@ if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
-
-PUBLISHED_DTYPE = "bf16"
-"""What `dtype="auto"` loads: the dtype in which most models are published."""
 
 
 SECOND = ("teacher: ", "reference")
@@ -176,6 +159,16 @@ def second_architecture(job: Job) -> Architecture:
     return job.architecture if teacher is None else teacher.architecture
 
 
+def second_of(job: Job, parameters: Parameters) -> Parameters:
+    """The parameters of a second model, which is loaded as the policy is and does not train. `parameters`: the policy's."""
+    if job.setup.by.teaches:
+        teacher = teacher_of(job)
+        assert teacher is not None
+        return teacher.parameters
+    cast = cast_parameters(job, parameters)
+    return cast._replace(all=tuple(p._replace(trainable=False) for p in cast.all if p.owner == "base"))
+
+
 def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:
     """The program of the step on this rank. It also sets `model.units`, which gathers and reduces around its parts.
 
@@ -272,135 +265,3 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
     if ranks_of(job.distributed) > 1:
         TensorParallel(model, job.distributed, parameters.all)
     return program._replace(shards=stepped.all, schedule=of_rank)
-
-
-def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_gpu: Loader, normed: Line | None) -> Loader:
-    """How a rank loads the model. `of_one_gpu`: how one GPU loads what is not divided; `normed`: the workspace that it takes."""
-    job, parameters, _, holding = inventory
-    distributed = job.distributed
-    if distributed is None or holding is None or distributed.facts.loads_on_device:
-        return of_one_gpu
-    if distributed.strategy == "ddp":
-        return synced(parameters, buffers, distributed, of_one_gpu)
-    if distributed.strategy == "fsdp1":
-        accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
-        stays = whole_sizes(parameters, holding.each or holding.parameters)
-        on_host = distributed.cpu_ram_efficient_loading and job.script.quantizes_to_host
-        whole = of_one_gpu if job.quant and not on_host else None
-        return flat_units(model, buffers, accumulates=accumulates, whole=whole, stays=stays)
-    whole = of_one_gpu if job.quant is not None and not job.quant.by_torchao else None
-    if distributed.strategy == "zero3":
-        table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
-        return PartLoading(
-            parameters,
-            cast_parameters(job, parameters),
-            distributed,
-            job.architecture.hidden_size or 0,
-            str(job.setup.autocast),
-            whole,
-            table if tied(job.architecture) else 0,
-            second_of(job, parameters) if job.reference == "copy" else None,
-        )
-    if distributed.strategy == "zero0":
-        masters = holding.states_of is not None
-        states = (line for line in inventory.static if line.category == "optimizer_states" and line not in holding.beside)
-        return WholeLoading(cast_parameters(job, parameters), masters, tuple(states) if masters else ())
-    if distributed.strategy in FLAT:
-        cast, world = cast_parameters(job, parameters), distributed.world_size
-        trained = groups_of(cast.all, together=bool(distributed.deepspeed_optimizer))
-        groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in trained)
-        return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
-    layout = job.setup.by.layout
-    if (distributed.pp_size or 1) > 1:
-        of_rank = stages_of(distributed, num_layers(parameters.all), holding.rank or 0)
-        parameters = parameters._replace(all=tuple(on_stages(parameters.all, job.architecture, of_rank)))
-    if layout.loads == "model" and job.quant is None:
-        # from_pretrained(dtype="auto", device_map=the device), and `.to(torch.float32)` behind it
-        whole = partial(
-            load_into,
-            parameters=parameters,
-            quant=None,
-            dtype=PUBLISHED_DTYPE,
-            dtype_of=lambda _: PUBLISHED_DTYPE,
-            prepared=False,
-            arrives=True,
-        )
-    kernels = kernels_of(job.setup.kernels or ())
-    # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
-    by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
-    policy = Loading(
-        grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
-        buffers,
-        whole,
-        layout,
-        bool(distributed.cpu_ram_efficient_loading),
-        {**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
-        not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        builds(job) and job.architecture.model_type == "deepseek_v3",
-        builds(job) and job.architecture.model_type == "gpt_oss",
-        kernels.experts is not None,
-        (TE_WORKSPACE,) if kernels.dense is not None else (),
-        merges_experts(job),
-        0 if builds(job) and job.architecture.model_type in SCANNING else 3,
-        (TE_WORKSPACE,) if kernels.dense is not None else (),
-    )
-    if job.reference != "copy" or layout.loads != "tensors":
-        return policy
-    full, shards = second_on_rank(job, parameters)
-    units = grouped(second_architecture(job), full, shards, distributed, ACCELERATE)
-    theirs = Ledger(tuple(line for line in buffers if line.name.startswith(SECOND)))
-    second = policy._replace(groups=units, buffers=theirs, stays=whole_sizes(full, shards))
-    own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
-    return partial(load_one_then, first=own, second=second)
-
-
-def second_of(job: Job, parameters: Parameters) -> Parameters:
-    """The parameters of a second model, which is loaded as the policy is and does not train. `parameters`: the policy's."""
-    if job.setup.by.teaches:
-        teacher = teacher_of(job)
-        assert teacher is not None
-        return teacher.parameters
-    cast = cast_parameters(job, parameters)
-    return cast._replace(all=tuple(p._replace(trainable=False) for p in cast.all if p.owner == "base"))
-
-
-def tied_bytes(job: Job, parameters: Parameters) -> int:
-    """Bytes of the embedding that the head reads too; none where it has a weight of its own."""
-    table = next(p for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight")
-    return sum(a.nbytes for a in table.allocations) if tied(job.architecture) else 0
-
-
-def first_run(load: Loader) -> Loader | None:
-    """What the first forward alone makes and frees."""
-    if isinstance(load, WholeLoading):
-        return load.first_run if load.masters else None
-    return load.first_run if isinstance(load, FlatUnits) and not load.accumulates else None
-
-
-def leaves_shards(load: Loader) -> bool:
-    """Whether what loading does not free goes when the first forward has returned."""
-    return isinstance(load, FlatUnits) and load.leaves_shards
-
-
-def stepped_first(load: Loader) -> tuple[Line, ...]:
-    """The states that `first_run` makes."""
-    return load.states if isinstance(load, WholeLoading) else ()
-
-
-def loaded_if_full(load: Loader) -> Loader | None:
-    """How a rank loads where the card has no room for `load`; None if it fails then."""
-    return load._replace(on_host=True) if isinstance(load, FlatLoading) else None
-
-
-def buckets_of(inventory: Inventory) -> tuple[int, ...]:
-    """Bytes of each of DDP's buckets, in the order in which they are made; none elsewhere."""
-    distributed = inventory.job.distributed
-    is_ddp = distributed is not None and distributed.strategy == "ddp"
-    return bucket_sizes(inventory.parameters, distributed) if distributed is not None and is_ddp else ()
-
-
-def passing_on_rank(load: Loader, loaded: Ledger) -> tuple[Line, ...]:
-    """What the peak of loading holds beyond the tensors that last; empty if nothing."""
-    passing = peak_of(load) - loaded.bytes()
-    source = "shards and flat copies while they are made"
-    return (Line("weights while they are divided", "temporaries", "uint8", (passing,), 1, source),) if passing > 0 else ()
