@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.distributed.names import MOST_RANKS
-from peftplan.errors import InputError
+from peftplan.errors import InputError, NoEngineError
 from peftplan.job.kernels import kernels_of
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
@@ -79,8 +79,13 @@ def by_kernels(cards: "Iterable[Gpu]") -> "list[list[Gpu]]":
 
 
 def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
-    """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers."""
+    """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers.
+
+    Raises NoEngineError where Unsloth dequantizes weights in FP8 in forward too (unsloth 2026.10.9, kernels/fp8.py:1845).
+    """
     job = inventory.job.on_card(card.multiprocessors if card else None)
+    if job.setup.by_unsloth and card is not None and card.compute_capability is not None and _dequantized(card, job.quant):
+        raise NoEngineError(f"weights in FP8 on {card.id}, where Unsloth dequantizes them in forward too (no formula yet)")
     return inventory if job is inventory.job else inventory._replace(job=job)
 
 
@@ -153,6 +158,12 @@ def card_notes(cards: "Iterable[Gpu]", setup: Setup, quant: QuantConfig | None) 
     return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, setup, quant)]
 
 
+def _dequantized(card: "Gpu", quant: QuantConfig | None) -> tuple[int, int] | None:
+    """The compute capability that a format needs; None where the card has it."""
+    oldest = FORMATS[quant.name].compute_capability if quant else None
+    return oldest if oldest is not None and pair(capability(card)) < oldest else None
+
+
 def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
     has = capability(card)
     if (vllm := vllm_of(setup)) is not None:
@@ -171,12 +182,8 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
     if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):
         also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
-    oldest = FORMATS[quant.name].compute_capability if quant else None
-    if quant and oldest and pair(has) < oldest:
-        older = "transformers loads the larger, dequantized model"
-        if setup.by_unsloth:  # unsloth, kernels/fp8.py:1845
-            older = "on this card Unsloth dequantizes in forward too, and how vLLM stores weights is not known: not counted"
-        yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: {older}"
+    if quant and (oldest := _dequantized(card, quant)) and not setup.by_unsloth:
+        yield (f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model")
     if kernels_of(setup.kernels or ()).attention is not None and pair(has) < OF_DOCUMENTS:
         yield (
             f"cuDNN's attention takes packed documents from compute capability {OF_DOCUMENTS[0]}.{OF_DOCUMENTS[1]} on "

@@ -101,3 +101,18 @@ def test_an_encoder_has_layers_of_three_kinds(seq_len: int, by_phase: tuple[int,
     assert peaks is not None
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0001)
     assert peaks.reserved == pytest.approx(reserved, rel=0.013)
+
+
+def test_its_notebooks_rows_as_unsloth_ran() -> None:
+    """32 rows of 2,048 tokens, of which no record was made. Forward's peak, which is not that of the step, is of a mask that
+    Unsloth copies before the layers (import_fixes.py:1937): 134.2 MB more than is counted."""
+    peaks = estimate("modernbert-large", **CLASSIFIER, batch_size=32, seq_len=2048).peaks
+    assert peaks is not None
+    assert peaks.by_phase["forward"] + 32 * 2048**2 == pytest.approx(4_029_268_480, rel=0.0002)
+    assert [peaks.by_phase[phase] for phase in ("backward", "step")] == pytest.approx((6_576_347_648, 2_982_368_256), rel=0.0002)
+    assert peaks.reserved == pytest.approx(6_935_281_664, rel=0.022)
+
+
+def test_before_ampere_layers_are_others() -> None:
+    """There Unsloth takes fp16."""
+    assert estimate("modernbert-large", **CLASSIFIER, batch_size=32, seq_len=512, gpu="t4").peaks is None

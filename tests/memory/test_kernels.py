@@ -178,6 +178,15 @@ def test_weights_in_fp8_that_no_rehearsal_had_have_no_peak(model: str, changed: 
     assert estimate(model, **{**IN_FP8, **changed}).peaks is None
 
 
+@pytest.mark.parametrize("card", ["a100-80gb", "t4", "mi300x"])
+def test_weights_in_fp8_have_no_peak_where_forward_dequantizes_them(card: str) -> None:
+    """unsloth, kernels/fp8.py:1845: cards before compute capability 8.9."""
+    result = estimate("llama-3.2-1b", **IN_FP8, gpu=card)
+    assert result.peaks is None
+    assert "dequantizes them in forward too" in result.not_modelled[0]
+    assert estimate("llama-3.2-1b", **IN_FP8, gpu="l4").peaks is not None
+
+
 ORPO: dict[str, Any] = {**UNSLOTH, **QLORA, "trainer": "trl-orpo"}
 OF_ORPO: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     (

@@ -80,7 +80,6 @@ def test_verdicts_subtract_what_they_show() -> None:
         ("t4", {"dtype": "fp16", "autocast": "fp16"}, None),
         ("a100-80gb", {}, None),
         ("a100-80gb", {"quant": "fp8"}, "fp8 needs compute capability 8.9"),
-        ("a100-80gb", {"quant": "fp8", "trainer": "trl", "loss": "unsloth"}, "Unsloth dequantizes in forward too"),
         ("mi300x", {}, "counted with the kernels of CUDA's compute capability 8.0"),
         (
             "a100-80gb",

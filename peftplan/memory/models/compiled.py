@@ -6,7 +6,6 @@ A batch is one row without padding, as Unsloth makes it.
 from __future__ import annotations
 
 from peftplan.arch.text_part import is_in_text_part
-from peftplan.errors import NoEngineError
 from peftplan.job.compiled_layers import MASK
 from peftplan.job.kernel_facts import Norm
 from peftplan.job.kernels import INT8_INT4
@@ -26,8 +25,6 @@ NORM = Norm("torch, inductor's RMSNorm", reuses_gradient=False)
 def compiled_layers(model: Model) -> Tensor:
     """Embedding, rotary tables of each kind of attention, the recorded layers, and the final norm."""
     f = model.tape
-    if not model.running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
-        raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     assert model.running.recorded is not None
     embedded = x = _beside_towers(model, _inputs(model))
     f.module = "model"

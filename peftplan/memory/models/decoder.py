@@ -104,7 +104,8 @@ def run_layers(
     kinds = kinds_of(model)
     if style.hands_out_weights and not model.past:  # a prefix trains before every layer
         kinds = seconds_apart(kinds)
-    if holds:  # the next layer decides too how long a layer's output lives: each is run
+    recorded_completions = model.running.of_completions and model.running.recorded is not None
+    if holds or recorded_completions:  # the next layer decides too how long a layer's output lives: each is run
         kinds = tuple(range(len(kinds)))
     x = run_stack(
         model,

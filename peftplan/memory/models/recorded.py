@@ -15,6 +15,7 @@ from typing import NamedTuple
 from peftplan.arch.text_part import is_in_text_part
 from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
+from peftplan.errors import NoEngineError
 from peftplan.job.compiled_layers import Recorded
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_MULTIPLE
 from peftplan.memory.models.style import Call
@@ -71,9 +72,11 @@ class LayerState(NamedTuple):
 
 
 def recorded_layer(c: Call, x: Tensor) -> Tensor:
-    """A layer that allocates what was recorded."""
+    """A layer that allocates what was recorded. Raises NoEngineError for cards before compute capability 8.0."""
     f, running = c.at(), c.model.running
     assert running.recorded is not None
+    if not running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
+        raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     last = max(layer for block in c.model.arch.blocks for layer in block.layers)
     trained = [p for p in _parameters(c) if p.trainable]
     node = f.record(_backward, (x, *trained))
