@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.distributed.fsdp2 import Fsdp2
+from peftplan.distributed.units import Member, Unit
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 

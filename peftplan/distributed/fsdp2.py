@@ -11,10 +11,9 @@ Buffers of collectives are allocated on their own streams, whose blocks the allo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
+from peftplan.distributed.units import Member, Unit
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category
 from peftplan.parameters import Parameter as Shard
@@ -28,54 +27,6 @@ FLOAT8 = "fp8_e4m3"
 """The dtype in which the weights of layers are gathered that compute in 8 bits."""
 COPY_IN, REDUCE, ALL_REDUCE = 1, 2, 3
 """Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
-
-
-class Member(NamedTuple):
-    """One parameter of a unit. Numbers of elements include the padding to W equal shards."""
-
-    name: str
-    gathered: int
-    shard: int
-    dtype: str
-    """The dtype in which it is gathered."""
-    casts: bool
-    """Whether its shard has another dtype, and is cast before it is gathered."""
-    master: str
-    """The dtype of the shard."""
-    trainable: bool
-    numel: int
-    """Elements without padding."""
-    loaded: str
-    """The dtype before accelerate casts what trains."""
-    apart: bool
-    """Whether FSDP1 makes a unit of it alone, as under peft's wrap policy."""
-
-
-@dataclass
-class Unit:
-    """Parameters that are gathered and reduced together, and their state during a step."""
-
-    name: str
-    members: tuple[Member, ...]
-    reshards: bool
-    """Whether its gathered tensors are freed after forward."""
-    ranks: int
-    """How many share each of its parameters."""
-    by_columns: bool
-    """Whether they share another dim than the first: what is gathered is written a second time, and so are its gradients."""
-    parameters: Callable[[], Iterable[Parameter]]
-    """The unsharded parameters, which hold their gradients."""
-    state: str = "idle"
-    buffer: Tensor | None = None
-    unsharded: list[Tensor] = field(default_factory=list)
-    gradient: Tensor | None = None
-    whole: list[Tensor] = field(default_factory=list)
-    """Flat gradients that are not reduced yet, under FSDP1."""
-    gradients: list[Tensor] = field(default_factory=list)
-    """Shards of flat gradients under FSDP1."""
-    all_reduced: Tensor | None = None
-    """What the replicas sum, held until backward ends (`_all_reduce_state`)."""
-    indices: list[int] = field(default_factory=list)
 
 
 class Fsdp2(OneDevice):

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from peftplan.distributed.fsdp2 import Fsdp2, Unit
+from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.pipeline import Action, Stage
+from peftplan.distributed.units import Unit
 from peftplan.ledger import Category
 from peftplan.memory.heads import logits_of
 from peftplan.memory.lasting import kept_on_card

@@ -17,12 +17,13 @@ from peftplan.arch.text_part import TEXT_PARTS, is_in_text_part
 from peftplan.distributed.expert_parallel import is_divided, owners, sharing
 from peftplan.distributed.flat_parameters import is_in_mlp, is_wrapped, wraps_mlps
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
-from peftplan.distributed.fsdp2 import Fsdp2, Member, Unit
+from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.layout import Layout
 from peftplan.distributed.order import in_module_order
 from peftplan.distributed.shards import gathered_by_torchao
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of
+from peftplan.distributed.units import Member, Unit
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory import float8
