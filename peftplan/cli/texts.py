@@ -79,6 +79,7 @@ TRAINING: dict[str, str] = {
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
     "--noisy-embeddings/--no-noisy-embeddings": "add noise to the embeddings (NEFTune: neftune_noise_alpha)",
+    "--expandable-segments/--no-expandable-segments": "PyTorch's allocator has them (PYTORCH_ALLOC_CONF)",
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--host-memory": "host memory of a node, such as 512GiB; offloaded tensors have to fit there",

@@ -48,6 +48,7 @@ class GridOptions(OtherWords, total=False):
     every_n_layers: Axis[int | None]
     offload_checkpoints: Axis[bool | None]
     noisy_embeddings: Axis[bool | None]
+    expandable_segments: Axis[bool | None]
     attn_implementation: Axis[Literal["sdpa", "eager", "flash_attention_2"] | None]
     kernels: Axis[str | Iterable[str] | None]
     loss: Axis[Loss]

@@ -53,6 +53,7 @@ class SetupOptions(TypedDict, total=False):
     every_n_layers: int | None
     offload_checkpoints: bool | None
     noisy_embeddings: bool | None
+    expandable_segments: bool | None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None
     kernels: str | Iterable[str] | None
     loss: Loss

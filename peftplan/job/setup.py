@@ -75,6 +75,7 @@ class Setup(BaseModel):
     every_n_layers: Count | None = None
     offload_checkpoints: bool | None = None
     noisy_embeddings: bool | None = None
+    expandable_segments: bool | None = None
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     kernels: KernelNames = None
     loss: Loss = "auto"
@@ -163,8 +164,11 @@ class Setup(BaseModel):
         return self.batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
-    def expandable_segments(self) -> bool:
-        """Whether the trainer's package sets them; torchtune's releases up to 0.6.1, whose loss of chunks this is, do not."""
+    def segments_grow(self) -> bool:
+        """Whether segments are expandable, if it is said; else whether the trainer's package sets them: torchtune's releases up to
+        0.6.1, whose loss of chunks this is, do not."""
+        if self.expandable_segments is not None:
+            return self.expandable_segments
         return self.by.expandable_segments and self.loss != "torchtune-chunked"
 
     @property

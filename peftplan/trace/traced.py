@@ -115,7 +115,7 @@ def _replayed(traced: Traced, script: Script, setup: Setup, *, record: bool) -> 
 
     events = events_of(traced, empties_cache=script.empties_cache)
     program, sizes = of_log(events)
-    ties, expandable = script.ties_by_address, setup.expandable_segments
+    ties, expandable = script.ties_by_address, setup.segments_grow
     replayed = replay(program, sizes, ties_by_address=ties, expandable=expandable)
     peaks = Peaks(
         ledgers={

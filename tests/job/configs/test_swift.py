@@ -464,3 +464,18 @@ def test_a_distillation_with_labels_keeps_their_log_probabilities() -> None:
     forwards = [peaks.by_phase["forward"] for peaks in of_both if peaks is not None]
     assert abs(forwards[1] - forwards[0] - 4096 * 151_936 * 4) < 2**20
     assert "sft_alpha" in read({**values, "sft_alpha": 0.1, "deepspeed": None}, kind="command", program="swift rlhf").unsupported
+
+
+@pytest.mark.parametrize(
+    ("stated", "mode", "grow"),
+    [
+        ("expandable_segments:True", None, True),
+        ("max_split_size_mb:512,expandable_segments:True", "server", True),
+        ("expandable_segments:False", None, None),
+        ("expandable_segments:True", "colocate", None),  # ms-swift turns it off before vLLM wakes (rollout_mixin.py:1212)
+    ],
+)
+def test_the_allocator_is_set_by_the_environment(stated: str, mode: str | None, grow: bool | None) -> None:
+    values = {**SWIFT, "vllm_mode": mode} if mode else SWIFT
+    plan = read(values, kind="command", program="swift sft", PYTORCH_CUDA_ALLOC_CONF=stated)
+    assert plan.options.get("expandable_segments") is grow
