@@ -165,8 +165,8 @@ class Setup(BaseModel):
 
     @property
     def segments_grow(self) -> bool:
-        """Whether segments are expandable, if it is said; else whether the trainer's package sets them: torchtune's releases up to
-        0.6.1, whose loss of chunks this is, do not."""
+        """Whether segments are expandable: unless it is said, whether the trainer's package sets them; torchtune's releases up
+        to 0.6.1, whose loss of chunks this is, do not."""
         if self.expandable_segments is not None:
             return self.expandable_segments
         return self.by.expandable_segments and self.loss != "torchtune-chunked"
