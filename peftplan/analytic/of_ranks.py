@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.compiled import last_step
 from peftplan.analytic.instant import InstantPeaks, peaks_of_one
 from peftplan.analytic.reserved import Run
+from peftplan.analytic.unreserved import MARGIN
 from peftplan.job.inventory import further_ranks, on_rank
 from peftplan.ledger import Ledger
 
@@ -134,10 +135,16 @@ class OfRanks(InstantPeaks):
     def replayed_reserved(self) -> int:
         return self.largest.replayed_reserved
 
-    @cached_property
+    @property
     def reserved_at_most(self) -> int | None:
-        if self.unreserved is not None:
-            return None
+        return self._replayed_at_most if self.unreserved is None else None
+
+    @property
+    def reserved_with_care(self) -> int | None:
+        return None if self.unreserved is None else int(MARGIN * self._replayed_at_most)
+
+    @cached_property
+    def _replayed_at_most(self) -> int:
         late = (run.peaks().reserved for run in (self._late() if self._waits else ()))
         return max([*(own.replayed_reserved for own in self._judged), *late])
 

@@ -151,7 +151,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
-        "accelerate": versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not flat,
+        f"a release before {versions.FSDP2_TAIL_APART.named}": not flat and _has_units_of_layers(job, distributed),
         "loss": (job.setup.loss not in losses and job.setup.by.layout is ACCELERATE) or job.setup.loss == "torchtune-chunked",
         "cpu_ram_efficient_loading of tied embeddings": job.setup.by.own_fsdp2  # made twice: reserved +3.9 % of a rehearsal
         and not flat
@@ -162,6 +162,12 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "custom_sharded_layers": bool(distributed.custom_sharded_layers) and not _knows_ends(job, distributed),
         **{f"{name} under FSDP1": flat and is_set for name, is_set in of_fsdp2.items()},
     }
+
+
+def _has_units_of_layers(job: Job, distributed: Distributed) -> bool:
+    """Whether accelerate makes units of layers alone: a release that was named, or one that a tool needs."""
+    by_tool = distributed.accelerate is None and (job.script.units_of_layers or job.setup.by.pins_accelerate)
+    return by_tool or versions.FSDP2_TAIL_APART.after(distributed.accelerate)
 
 
 def _knows_parts(job: Job) -> bool:

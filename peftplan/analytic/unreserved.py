@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from peftplan.job.kernels import kernels_of
 
-MARGIN = 1.25
-"""What a verdict grants such a job, as a share of what the replay reserves: more than any difference that was rehearsed."""
+MARGIN = 1.4
+"""What a verdict grants such a job, as a share of what the replay reserves: twice the largest difference that was rehearsed."""
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job

@@ -46,6 +46,9 @@ class Script(BaseModel):
     checkpoints_hooks: bool = False
     """Whether checkpoints cover the hooks around a layer too, as with `versions.FORWARD_CHECKPOINTED` they no longer do: tools
     that refuse newer releases. Decides how ranks gather under reentrant checkpoints."""
+    units_of_layers: bool = False
+    """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
+    fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases. Such a job has no peak."""
     finds_unused: bool | None = None
     """Whether DDP looks for parameters without gradients where the option `find_unused_parameters` is unset; None: as the trainer
     does."""

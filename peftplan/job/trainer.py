@@ -267,6 +267,8 @@ class Trainer(NamedTuple):
     own_fsdp2: bool = False
     """Whether it replaces accelerate's `fsdp2_prepare_model`: what trains stays in the dtype in which it was loaded, and each
     matrix of an adapter is a unit of its own (axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py:409, :429)."""
+    pins_accelerate: bool = False
+    """Whether its package refuses accelerate since `versions.FSDP2_TAIL_APART` (LLaMA-Factory 0.9.5: up to 1.11)."""
     recasts_tables: bool = False
     """Whether it casts embedding and head to fp32, and back, while it loads a model to be adapted (`memory.recast`)."""
     widens: bool = False

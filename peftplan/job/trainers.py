@@ -36,6 +36,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             full_in_fp32=True,
             widens=True,
             turns_cache_off=True,
+            pins_accelerate=True,
             search="full",
         ),
         # train/sft/trainer.py:151; accelerate moves it under DeepSpeed, where it was rehearsed.
@@ -49,7 +50,13 @@ TRAINERS: dict[TrainerName, Trainer] = {
             search="full",
         ),
         # model/model_utils/checkpointing.py:80, train/trainer_utils.py (`_create_badam_optimizer`).
-        Trainer("llamafactory-partial", "LLaMA-Factory 0.9.5 that trains some layers", checkpoints_frozen=False, search="full"),
+        Trainer(
+            "llamafactory-partial",
+            "LLaMA-Factory 0.9.5 that trains some layers",
+            checkpoints_frozen=False,
+            pins_accelerate=True,
+            search="full",
+        ),
         Trainer(
             "axolotl",
             "Trainer of axolotl 0.19",

@@ -17,7 +17,7 @@ from peftplan.job.configs.plan import ConfigPlan, ExportTool, Read
 from peftplan.job.configs.read import read_text
 from peftplan.job.configs.texts import Parts, text_of
 from peftplan.job.configs.tool_file import Write
-from peftplan.job.configs.with_file import checkpoints_hooks
+from peftplan.job.configs.with_file import of_releases
 from peftplan.job.configs.writing import Written, written
 from peftplan.job.inventory import inventory
 from peftplan.job.job import Job
@@ -107,9 +107,9 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     values, comments = _completed(parts, tool.write)
     plan = read_text(text_of(Parts((run,), values, comments), tool, environment=environment), file=name)
     script = question.inventory.job.request.script
-    hooks = checkpoints_hooks(plan.tool, plan.options)
-    same = isinstance(job, Estimate) and not parts.changed and question.config is None and not hooks
-    script = script.model_copy(update={"checkpoints_hooks": True}) if hooks else script
+    of_tool = of_releases(plan.tool, plan.options)
+    same = isinstance(job, Estimate) and not parts.changed and question.config is None and not of_tool
+    script = script.model_copy(update=of_tool)
     result = job if isinstance(job, Estimate) and same else _estimated(plan, question, script)
     exported = Exported(to, "", result, parts.changed, parts.left_out)
     header = [

@@ -227,7 +227,7 @@ def verdict(
     with_care = None if peaks is None or unfit else peaks.reserved_with_care
     surely = with_care is not None and room - with_care >= TIGHT * usable
     if with_care is not None:
-        reserved, lower_bound = (with_care, lower_bound) if surely else (reserved, True)
+        reserved, lower_bound = (with_care, lower_bound) if surely or bound == "at_most" else (reserved, True)
     if vllm is not None and vllm.sleeps:
         sent = 0 if peaks is None else peaks.by_phase.get("generate", 0)
         generating = max((taken, static_bytes), (vllm.awake, sent), key=sum)

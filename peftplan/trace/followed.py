@@ -109,8 +109,8 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),
         "its deepspeed_optimizer": by_deepspeed and bool(distributed.deepspeed_optimizer),
         "a loop without Trainer": by_deepspeed and not job.setup.by.prepares_model,
-        f"its units under accelerate {distributed.accelerate}": sharded
-        and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        f"its units before {versions.FSDP2_TAIL_APART.named}": sharded
+        and (job.script.units_of_layers or versions.FSDP2_TAIL_APART.after(distributed.accelerate)),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": (sharded or by_deepspeed)
         and job.quant is not None

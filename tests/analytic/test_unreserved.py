@@ -10,6 +10,8 @@ import pytest
 from peftplan import estimate, fit
 from peftplan.cli.rehearse import job_of
 from peftplan.errors import RefusedError
+from peftplan.hardware.gpus import find_gpu
+from peftplan.planning.verdicts import verdict
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).parents[1] / "rehearse" / "unreserved.jsonl")
@@ -39,6 +41,13 @@ def test_allocated_bytes_are_stated_and_reserved_ones_are_not() -> None:
 def test_a_card_fits_with_a_margin(card: str, word: str, bound: tuple[bool, bool]) -> None:
     (verdict,) = estimate(MODEL, gpu=card, **OFFLOADS).gpus
     assert (verdict.verdict, (verdict.lower_bound, verdict.upper_bound)) == (word, bound)
+
+
+def test_an_upper_bound_of_a_file_stays_one() -> None:
+    """What a file may lower is at most what is reserved with a margin, and may be less than what is allocated."""
+    peaks = estimate(MODEL, **OFFLOADS).peaks
+    stated = verdict(find_gpu("1.5GiB"), 0, peaks, bound="at_most")
+    assert (stated.verdict, stated.lower_bound, stated.upper_bound) == ("unknown", False, True)
 
 
 def test_a_search_for_the_largest_size_says_so() -> None:

@@ -10,7 +10,7 @@ import peftplan
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import refused_dtypes, trained_groups
 from peftplan.distributed.zero3 import Coordinator, Limits, Module, Sharded
-from peftplan.job.configs.with_file import checkpoints_hooks
+from peftplan.job.configs.with_file import of_releases
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
 from peftplan.results.estimate import Estimate
@@ -324,8 +324,9 @@ def test_trl_asks_for_reentrant_checkpoints(options: dict[str, Any], reentrant: 
 def test_a_tool_runs_the_transformers_that_it_accepts() -> None:
     """LLaMA-Factory checkpoints reentrantly and refuses newer releases: what backward gathers stays until its end."""
     options = {"use_reentrant": True, "gpus": 8, "strategy": "zero3"}
-    assert [checkpoints_hooks(tool, options) for tool in ("axolotl", "llamafactory", "swift", "trl")] == [True, True, True, False]
-    assert not checkpoints_hooks("llamafactory", {"use_reentrant": True})
+    older = {"checkpoints_hooks": True}
+    assert [of_releases(tool, options) for tool in ("axolotl", "llamafactory", "swift", "trl")] == [older, older, older, {}]
+    assert not of_releases("llamafactory", {"use_reentrant": True})
     job: dict[str, Any] = {"method": "lora", **options, "seq_len": 256}
     by_tool, older, newer = (
         peftplan.estimate("llama-3.1-8b", **job, script=script).peaks.by_phase  # type: ignore[union-attr]

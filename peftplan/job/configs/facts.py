@@ -60,6 +60,8 @@ class Facts:
     """What stands before the keys of other tools that it takes too."""
     transformers: str | None = None
     """The newest release that it runs with, where it refuses newer ones."""
+    accelerate: str | None = None
+    """The same of accelerate, where one of its releases prepares a model for FSDP2 in another way than the newest."""
     launched_precision: bool = False
     """Whether accelerate's launch decides the mixed precision where the tool has none."""
 
@@ -175,5 +177,6 @@ def facts(tool: Tool) -> Facts:
         next(iter(raw.get("device_map", ())), None),
         tuple(filter(None, prefixed)),
         next(iter(raw.get("transformers", ())), None),
+        next(iter(raw.get("accelerate", ())), None),
         "launched_precision" in raw,
     )

@@ -13,7 +13,7 @@ from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read_yaml
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
-from peftplan.job.configs.reading import plan_of
+from peftplan.job.configs.reading import by_launch, plan_of
 from peftplan.validation import paths as listed_paths
 
 NOTEBOOK_BYTES = 32 * 2**20
@@ -107,7 +107,7 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
         first = replace(
             first,
             files=first.files + other.files,
-            options={**first.options, **other.options, **firm},
+            options={**first.options, **other.options, **firm, **by_launch(other.options)},
             launch={**first.launch, **other.launch},
             assumed={**other.assumed, **{k: why for k, why in first.assumed.items() if k not in other.options}},
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},

@@ -345,8 +345,7 @@ class Reading:
         self._divide_batch()
         if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
             self._set({"autocast": launch.options["autocast"]})
-        by_launch = CHECKPOINTED if launch.options.get("gradient_checkpointing") else {}
-        options = fitting(of_trainer({**launch.options, **self.options, **by_launch}))
+        options = fitting(of_trainer({**launch.options, **self.options, **by_launch(launch.options)}))
         searches = options.get("find_unused_parameters")
         if options.get("strategy", "ddp") != "ddp":
             options.pop("find_unused_parameters", None)
@@ -388,6 +387,11 @@ class Reading:
         about = "; ".join(filter(None, (by_name, of_weights)))
         assumed = {**self.assumed, "model": about} if about else self.assumed
         return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)
+
+
+def by_launch(options: Mapping[str, object]) -> Mapping[str, object]:
+    """What counts of a launch whatever the training file says: the checkpoints that accelerate makes itself."""
+    return CHECKPOINTED if options.get("gradient_checkpointing") else {}
 
 
 def _open(value: object) -> bool:

@@ -211,4 +211,5 @@ class ToolFile(TypedDict, total=False):
     micro_batch: str
     device_map: list[str]
     transformers: list[str]
+    accelerate: list[str]
     launched_precision: list[str]

@@ -18,7 +18,7 @@ from peftplan.job.launch import OF_FSDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.versions import FORWARD_CHECKPOINTED
+from peftplan.versions import FORWARD_CHECKPOINTED, FSDP2_TAIL_APART
 
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
@@ -73,16 +73,21 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options.pop("device_map", None)  # the tool's on one GPU
     options.pop("find_unused_parameters", None)  # the user's strategy may be another
     options |= chosen_options
-    of_tool = {"checkpoints_hooks": True} if checkpoints_hooks(plan.tool, options) else {}
+    of_tool = of_releases(plan.tool, options)
     if plan.finds_unused is not None:
         of_tool["finds_unused"] = plan.finds_unused
     return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool)
 
 
-def checkpoints_hooks(tool: Tool, options: Mapping[str, object]) -> bool:
-    """Whether reentrant checkpoints on several GPUs cover the hooks around layers (`Script.checkpoints_hooks`)."""
+def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:
+    """What the releases of libraries that a tool refuses to run without do on several GPUs, as fields of `Script`."""
     shared = bool(options.get("use_reentrant")) and not OPTIONS.isdisjoint(options)
-    return shared and FORWARD_CHECKPOINTED.after(facts(tool).transformers)
+    by_default = options.get("strategy") == "fsdp2" and options.get("accelerate") is None
+    fields = {
+        "checkpoints_hooks": shared and FORWARD_CHECKPOINTED.after(facts(tool).transformers),
+        "units_of_layers": by_default and FSDP2_TAIL_APART.after(facts(tool).accelerate),
+    }
+    return {name: True for name, is_so in fields.items() if is_so}
 
 
 def _with_method(options: dict[str, object], chosen: Mapping[str, object]) -> dict[str, object]:

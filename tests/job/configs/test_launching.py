@@ -311,6 +311,16 @@ def test_checkpointing_that_a_launch_file_asks_for_counts() -> None:
     assert (options(values)["gradient_checkpointing"], options(values)["use_reentrant"]) == (True, False)
 
 
+def test_checkpointing_of_a_second_file_counts(tmp_path: Path) -> None:
+    """The same, as transformers 5.24 asks for it: Trainer raises where both say so (trainer.py:879)."""
+    training, launch = tmp_path / "trl.yaml", tmp_path / "accelerate.yaml"
+    training.write_text("model_name_or_path: Qwen/Qwen2.5-3B\ndataset_name: a/b\ngradient_checkpointing: false\n")
+    for asks in (True, False):
+        fsdp = f"{{fsdp_version: 2, fsdp_activation_checkpointing: {str(asks).lower()}}}"
+        launch.write_text(f"distributed_type: FSDP\nnum_processes: 4\nfsdp_config: {fsdp}\n")
+        assert read_config([training, launch]).options["gradient_checkpointing"] is asks
+
+
 def test_stage_0_of_deepspeed_is_a_strategy() -> None:
     """Without ZeRO its engine keeps fp32 copies of 16-bit weights (deepspeed, runtime/fp16/unfused_optimizer.py)."""
     read = read_values({**SWIFT, "deepspeed": "zero0"}, file="a.sh", NPROC_PER_NODE="4")

@@ -201,3 +201,18 @@ def test_eaft_is_weighed_behind_the_cross_entropy() -> None:
     assert peaks is not None
     of_logits = {line.name: line.bytes() for line in peaks.ledgers["forward"] if line.shape[-1:] == (151_936,)}
     assert [of_logits[name] for name in ("to", "log_softmax", "index")] == [8 * n * 151_936 * 4 for n in (512, 512, 511)]
+
+
+@pytest.mark.parametrize("values", [LLAMAFACTORY, LLAMA_FACTORY_FULL], ids=["lora", "full"])
+def test_an_older_accelerate_prepares_a_model_for_fsdp2(values: dict[str, Any]) -> None:
+    """Release 0.9.5 needs accelerate 1.11, which casts all weights to fp32 and makes no unit of the embedding
+    (utils/fsdp_utils.py, `fsdp2_prepare_model`): LoRA was counted with half the bytes of its base."""
+    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}, "use_reentrant_gc": False, "bf16": True}
+    plan = read({**values, **fsdp})
+    assert "a release before accelerate 1.14" in peftplan.estimate(config=plan, gpus=4).not_modelled[0]
+    assert peftplan.estimate(config=plan, gpus=4, accelerate="1.15").peaks is not None
+
+
+def test_an_older_accelerate_by_options() -> None:
+    job: dict[str, Any] = {"trainer": "llamafactory", "method": "full", "strategy": "fsdp2", "gpus": 4}
+    assert "a release before accelerate 1.14" in peftplan.estimate("qwen2.5-3b", **job).not_modelled[0]

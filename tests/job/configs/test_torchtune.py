@@ -50,6 +50,7 @@ def test_torchtune_reads_a_teacher() -> None:
     }
     plan = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": chunks})
     assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-kd", "torchtune-kl", {})
+    assert "release 0.6.1 frees" in plan.assumed["recipe"]
     assert plan.options["teacher_model"] == "Qwen2-1.5B-Instruct"
     other = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLLoss"}})
     assert other.unsupported["kd_loss._component_"].effect == "unknown"
