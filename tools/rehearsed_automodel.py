@@ -7,8 +7,8 @@ FILE holds a row of JSON per job: `model` and how many of its `layers` run, the 
 played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
 tensors hold no values, tells no documents apart: attention has no mask there. Experts get equal shares of the tokens, and kernels
 are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of torch, where a recipe says `backend.attn: te`, what
-`tools.uncompiled_te` needs, and for Nemotron-H mamba-ssm and causal-conv1d, of which `NEMOTRON_H` names a folder with the code
-that is published beside its weights.
+`tools.uncompiled_te` needs, for flash-attn a package of its name, and for Nemotron-H mamba-ssm and causal-conv1d, of which
+`NEMOTRON_H` names a folder with the code that is published beside its weights.
 """
 
 from __future__ import annotations
@@ -381,6 +381,29 @@ class Gathering:
         return getattr(self.distributed, name)
 
 
+def pack_by_positions(settings: dict[str, Any]) -> None:
+    """Let transformers' modules run flash-attn's kernels, which the card has not, over documents whose ends it does not say."""
+    import torch
+    from nemo_automodel._transformers import kernel_patches
+    from transformers import PreTrainedModel
+    from transformers import modeling_flash_attention_utils as utils
+
+    from peftplan.trace.cuda import flash
+
+    length, row = settings["dataset"]["length"], settings["packed_sequence"]["packed_sequence_size"]
+
+    def ends(_positions: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[int, int]]:
+        documents = torch.tensor(range(0, row + 1, length), dtype=torch.int32).cuda()
+        return (documents, documents), (length, length)
+
+    kernels = (flash.flash_attn_func, flash.flash_attn_varlen_func, None, flash.pad_input, flash.unpad_input)
+    PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True
+    utils._lazy_imports = lambda *_, **__: kernels
+    utils._is_packed_sequence = lambda _positions, batch_size: batch_size == 1
+    utils.prepare_fa_kwargs_from_position_ids = ends
+    kernel_patches.HAS_FA = True
+
+
 def recipe() -> None:
     """The tool's own program, on one rank of several."""
     import torch
@@ -399,6 +422,8 @@ def recipe() -> None:
         from transformers import AutoConfig
 
         hybrid_ep.install(AutoConfig.from_pretrained(settings["model"]["pretrained_model_name_or_path"]).num_experts_per_tok)
+    if settings["model"].get("attn_implementation") == "flash_attention_2":
+        pack_by_positions(settings)
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 

@@ -55,6 +55,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
+        flattens=setup.by.own_lora and setup.rows == 1,  # NeMo Automodel takes flash-attn for packed rows alone
         repeats_kv=has_own_code(job) or job.script.repeats_before(str(setup.attn_implementation), job.architecture.model_type),
         keeps_4bit_inputs=job.script.keeps_4bit_inputs,
         merged_4bit=setup.merges_for_vllm and job.quant is not None,

@@ -83,6 +83,9 @@ def attend(
     if model.running.attention == "flash_attention_2" and head != q.dims[3]:
         v = padded_head(f, v, q.dims[3])
     _arguments = q, k, v  # of `sdpa_attention_forward`, which live until it returns
+    if flattens := model.running.flattens and model.running.attention == "flash_attention_2":  # `_prepare_from_posids`
+        q = ops.copied(f, q, "contiguous") if by_head else q
+        k, v = (ops.copied(f, x, "contiguous") for x in (k, v)) if by_head or model.caches else (k, v)
     if model.running.attention == "flash_attention_2":
         q, k, v = _of_one_dtype(f, q, k, v)
     elif f.autocast:
@@ -100,7 +103,7 @@ def attend(
             out = sliced(f, out, (*out.dims[:3], head))
         if model.running.attention == "flash_attention_2":
             del _arguments  # the layer copies the result, once `flash_attention_forward` has returned
-        if by_head:
+        if by_head and not flattens:
             out = ops.copied(f, out, "clone")
     elif kernel == "efficient":
         out = efficient(f, q, k, v, mask, keys=model.length(k.dims[2]))

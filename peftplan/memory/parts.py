@@ -50,6 +50,8 @@ class Running(NamedTuple):
     """The dtype that peft finds of an adapter's weights where they are gathered in another one after it has looked: FSDP1's."""
     masks_unpadded: bool = False
     """Whether sdpa gets a mask of each sequence although nothing is hidden."""
+    flattens: bool = False
+    """Whether flash-attn gets documents of one row, told apart by their positions, as tensors that lie token by token."""
     repeats_kv: bool = False
     """Whether grouped keys and values are repeated before the kernel sees them."""
     merged_4bit: bool = False
