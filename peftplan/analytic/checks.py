@@ -74,6 +74,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None and not _reads_8_bits(job):
         raise NoEngineError(why)
+    if job.setup.noisy_embeddings and any(block.stack != "decoder" for block in job.architecture.blocks):
+        raise NoEngineError("noise on the embeddings of an encoder (no formula yet)")
     if (refused := refused_product(job)) is not None:
         raise NoEngineError(refused)
     if job.quant is not None and job.quant.experts:

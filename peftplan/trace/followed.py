@@ -52,6 +52,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
+    if job.setup.noisy_embeddings:
+        raise RefusedError("engine: trace adds no noise to embeddings; accepted: analytic")
     if any(block.mlp.apart for block in job.architecture.blocks):
         raise RefusedError(f"engine: trace runs fused experts, not those before {EXPERTS_FUSED.named}; accepted: analytic")
     if job.quant is not None and job.quant.experts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import peftplan
+from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import bound
 from peftplan.job.configs.read import read_text
 from peftplan.planning.configs import of_plan
@@ -417,6 +420,14 @@ def test_noise_lies_beside_the_embeddings() -> None:
     assert noisy is not None
     assert noisy.by_phase["backward"] - plain.by_phase["backward"] == 2 * 2048 * 3584
     assert noisy.by_phase["load"] == plain.by_phase["load"]
+
+
+def test_noise_that_is_not_counted_has_no_peak() -> None:
+    """A trace ran without it, and so did the formulas of models with an encoder and a decoder."""
+    job: dict[str, Any] = {"method": "lora", "noisy_embeddings": True, "seq_len": 64}
+    assert "noise on the embeddings of an encoder" in peftplan.estimate("t5-base", **job).not_modelled[0]
+    with pytest.raises(RefusedError, match="trace adds no noise"):
+        peftplan.estimate("smollm2-135m", engine="trace", **job)
 
 
 def test_an_adapter_of_swift_is_a_bottleneck_behind_each_mlp() -> None:
