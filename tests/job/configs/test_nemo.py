@@ -221,6 +221,10 @@ def test_nemo_packs_documents_into_rows() -> None:
         (1024, None, {}),
     ]
     assert of_nemo({"strategy": "fsdp2"}, **packed).unsupported.keys() == {"packed_sequence.packed_sequence_size"}
+    flash = {"attn_implementation": "flash_attention_2"}
+    for model in (NEMO_OWN | {"force_hf": True}, NEMO_MODEL | {"pretrained_model_name_or_path": "microsoft/phi-4"}):
+        alone = of_nemo({"strategy": "fsdp2"}, model=model | flash)
+        assert "model.attn_implementation" in alone.unsupported
     of_tool = of_nemo({"strategy": "fsdp2"}, model=NEMO_OWN, **packed)
     assert (of_tool.options["kernels"], of_tool.options["padding"], of_tool.unsupported) == ("te", False, {})
     assert "cuDNN" in of_tool.assumed["attn_implementation"]
