@@ -12,6 +12,7 @@ from peftplan.analytic.shown import (
     ZERO,
     classifies,
     is_decoder,
+    is_dense,
     is_like_traced,
     is_plain,
     is_shown_reentrant,
@@ -148,6 +149,11 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "quant_storage": flat  # transformers computes in it
         and job.quant is not None
         and job.quant.quant_storage != (job.setup.dtype if autocast == "none" else autocast),
+        "offload_params of a quantized base": flat
+        and job.quant is not None
+        and distributed.offload_params == "cpu"
+        and job.setup.loss != "full"
+        and not (is_dense(job) and job.setup.gradient_checkpointing and job.setup.gradient_accumulation_steps == 1),
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),

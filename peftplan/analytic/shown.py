@@ -187,8 +187,8 @@ def knows_methods(job: Job) -> bool:
     by_trainer = setup.by.traced_on_ranks and (not setup.by.of_preferences or _is_plain_zero2(job))
     narrow = setup.dtype == setup.autocast and setup.dtype in SIXTEEN_BITS
     flat = distributed.strategy == "fsdp1"
-    of_host = flat or (distributed.strategy == "fsdp2" and job.quant is None and _is_dense(job))
-    fits = (of_host or offloads <= {None, "none"}) and (_is_dense(job) or not (flat or job.quant))
+    of_host = flat or (distributed.strategy == "fsdp2" and job.quant is None and is_dense(job))
+    fits = (of_host or offloads <= {None, "none"}) and (is_dense(job) or not (flat or job.quant))
     return by_trainer and not setup.kernels and fits and narrow
 
 
@@ -197,7 +197,8 @@ def _is_plain_zero2(job: Job) -> bool:
     return job.distributed.strategy == "zero2" and job.quant is None and is_plain(job)
 
 
-def _is_dense(job: Job) -> bool:
+def is_dense(job: Job) -> bool:
+    """Whether no layer has experts."""
     return all(block.mlp.variant != "moe" for block in job.architecture.blocks)
 
 
@@ -206,7 +207,7 @@ def is_plain(job: Job) -> bool:
     distributed = job.distributed
     assert distributed is not None
     offloads = {distributed.offload_params, distributed.offload_optimizer}
-    return _is_dense(job) and job.setup.dtype == "bf16" and offloads <= {None, "none"}
+    return is_dense(job) and job.setup.dtype == "bf16" and offloads <= {None, "none"}
 
 
 def is_like_traced(job: Job) -> bool:
@@ -225,7 +226,7 @@ def knows_optimizers(job: Job) -> bool:
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
     on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
     stays = on_card or distributed.strategy in FSDP
-    return by_trainer and stays and not setup.kernels and _is_dense(job) and setup.dtype == setup.autocast == "bf16"
+    return by_trainer and stays and not setup.kernels and is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 
 def _knows_8_bits(job: Job) -> bool:
