@@ -209,7 +209,8 @@ def test_swift_gathers_all_weights_before_vllm_writes() -> None:
     of_server, asleep = (estimate(**job, **mode) for mode in ({"vllm_mode": "server"}, asleep_while_training))
     assert of_server.peaks is not None
     assert asleep.peaks is not None
-    assert of_server.peaks.by_phase["generate"] - asleep.peaks.by_phase["generate"] == SENT + TAIL
+    tails = of_server.peaks.by_phase["generate"] - asleep.peaks.by_phase["generate"] - SENT
+    assert tails == TAIL + 2**17  # the cache of one whose vLLM sleeps is emptied first: blocks of its weights have no such tail
     gathered = (line for line in asleep.peaks.ledgers["generate"] if line.name.endswith(" gathered"))
     assert sum(line.bytes() for line in gathered) == 2 * 7_615_616_512
     # beside them vLLM holds weights of its own, or its share where that is more
