@@ -44,7 +44,7 @@ LATENT = "kv_b_proj"
 """What expands the latent keys and values of DeepSeek and GLM."""
 PROJECTOR = ".multi_modal_projector"
 """A part of a model that gets no gradient where samples have no images."""
-OF_UNSLOTH_S_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
+UNSLOTH_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -265,7 +265,7 @@ def _reads_8_bits(job: Job) -> bool:
     in_blocks = all(size % job.quant.blocksize == 0 for m in linear for size in m.shape("weight"))
     plain = in_blocks and not any(name == "bias" for m in linear for name, _ in m.params)
     adapted = {m.name for m in linear} == {m.name for m in job.adaptation.matched}
-    return plain and adapted and OF_UNSLOTH_S_LORA.issubset(job.setup.kernels or ())
+    return plain and adapted and UNSLOTH_LORA.issubset(job.setup.kernels or ())
 
 
 def _writes_as_rehearsed(job: Job) -> bool:

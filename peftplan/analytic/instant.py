@@ -70,7 +70,7 @@ class InstantPeaks(Peaks):
         """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
         releases its cache before it fails.
         """
-        return self.unreserved is None and self.run().fits(capacity_bytes)
+        return self.run().fits(capacity_bytes)
 
     @property
     def by_processors(self) -> bool:
@@ -97,12 +97,17 @@ class InstantPeaks(Peaks):
         return self.replayed_reserved if self.unreserved is None else None
 
     @property
+    def replayed_at_most(self) -> int:
+        """The same of the GPU of which the replay reserves most."""
+        return self.replayed_reserved
+
+    @property
     def reserved_with_care(self) -> int | None:
-        return None if self.unreserved is None else int(MARGIN * self.replayed_reserved)
+        return None if self.unreserved is None else int(MARGIN * self.replayed_at_most)
 
     @property
     def reserved_at_most(self) -> int | None:
-        return self.reserved
+        return self.replayed_at_most if self.unreserved is None else None
 
     @cached_property
     def by_phase(self) -> dict[str, int]:

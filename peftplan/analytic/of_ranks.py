@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.compiled import last_step
 from peftplan.analytic.instant import InstantPeaks, peaks_of_one
 from peftplan.analytic.reserved import Run
-from peftplan.analytic.unreserved import MARGIN
 from peftplan.job.inventory import further_ranks, on_rank
 from peftplan.ledger import Ledger
 
@@ -102,8 +101,6 @@ class OfRanks(InstantPeaks):
             yield self._on(rank).run(late=True)
 
     def runs_within(self, capacity_bytes: int) -> bool:
-        if self.unreserved is not None:
-            return False
         runs = self._late() if self._waits else (own.run() for own in self._judged)
         return all(run.fits(capacity_bytes) for run in runs)
 
@@ -135,16 +132,8 @@ class OfRanks(InstantPeaks):
     def replayed_reserved(self) -> int:
         return self.largest.replayed_reserved
 
-    @property
-    def reserved_at_most(self) -> int | None:
-        return self._replayed_at_most if self.unreserved is None else None
-
-    @property
-    def reserved_with_care(self) -> int | None:
-        return None if self.unreserved is None else int(MARGIN * self._replayed_at_most)
-
     @cached_property
-    def _replayed_at_most(self) -> int:
+    def replayed_at_most(self) -> int:
         late = (run.peaks().reserved for run in (self._late() if self._waits else ()))
         return max([*(own.replayed_reserved for own in self._judged), *late])
 

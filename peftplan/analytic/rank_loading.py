@@ -90,21 +90,21 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     kernels = kernels_of(job.setup.kernels or ())
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
     by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
+    built = job.architecture.model_type if builds(job) else None
     policy = Loading(
-        grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
-        buffers,
-        whole,
-        layout,
-        bool(distributed.cpu_ram_efficient_loading),
-        {**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
-        not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        builds(job) and job.architecture.model_type == "deepseek_v3",
-        builds(job) and job.architecture.model_type == "gpt_oss",
-        kernels.experts is not None,
-        (TE_WORKSPACE,) if kernels.dense is not None else (),
-        merges_experts(job),
-        0 if builds(job) and job.architecture.model_type in SCANNING else 3,
-        (TE_WORKSPACE,) if kernels.dense is not None else (),
+        groups=grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
+        buffers=buffers,
+        of_one_gpu=whole,
+        layout=layout,
+        one_by_one=bool(distributed.cpu_ram_efficient_loading),
+        stays={**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
+        keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        widened=built == "deepseek_v3",
+        in_4_bits=built == "gpt_oss",
+        stacks=kernels.experts is not None,
+        workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
+        merged=merges_experts(job),
+        masks=0 if built in SCANNING else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
         return policy

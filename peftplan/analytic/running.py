@@ -268,10 +268,9 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 def segments_grow(setup: Setup) -> bool:
     """Whether segments are expandable: unless it is said, as the trainer's package or that of the kernels sets them; Unsloth not
     where its vLLM sleeps."""
-    if setup.expandable_segments is not None:
-        return setup.expandable_segments
     sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
-    return setup.segments_grow or (kernels_of(setup.kernels or ()).sets_up_allocator and not sleeps)
+    by_kernels = setup.expandable_segments is None and kernels_of(setup.kernels or ()).sets_up_allocator
+    return setup.segments_grow or (by_kernels and not sleeps)
 
 
 def empties_first(setup: Setup) -> bool:

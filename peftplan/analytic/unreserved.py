@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from peftplan.job.kernels import kernels_of
 
-MARGIN = 1.4
-"""What a verdict grants such a job, as a share of what the replay reserves: twice the largest difference that was rehearsed."""
-
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+
+MARGIN = 1.4
+"""What a verdict grants such a job, as a share of what the replay reserves: twice the largest difference that was rehearsed."""
 
 
 def _offloads_quantized(job: Job) -> bool:
@@ -22,6 +22,7 @@ def _offloads_quantized(job: Job) -> bool:
 
 
 def _packs_for_experts(job: Job) -> bool:
+    """Whether Transformer Engine runs Qwen 3's experts."""
     kernels = kernels_of(job.setup.kernels or ())
     return job.architecture.model_type == "qwen3_moe" and kernels.experts is not None
 
@@ -43,6 +44,7 @@ def _reduces_beside_experts(job: Job) -> bool:
 
 
 def _teaches_beside(job: Job) -> bool:
+    """Whether NeMo Automodel runs a teacher on the student's GPUs."""
     return job.setup.by.teaches and job.setup.by.own_lora
 
 
@@ -79,6 +81,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
 def unreserved(job: Job) -> str | None:
     """Why a job's reserved bytes are not stated; None where they are.
 
-    A rehearsal equals the allocated bytes of each phase, and reserved other bytes than the replay by more than 3 %.
+    Rehearsals hold the allocated bytes of the peak, within 1 %, and reserve more than 3 % more or less than the replay.
     """
     return next((why for matches, why in UNKNOWN if matches(job)), None)

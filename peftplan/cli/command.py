@@ -34,10 +34,12 @@ WHOLE_HELP = "peftplan.whole_help"
 
 
 class Option(click.Option):
-    """An option that completes its values. Help shows it under its heading, and a `rare` one only in `--help-all`."""
+    """An option that completes its values. Help shows it under its heading, and a `rare` one only in `--help-all`; `brief` is its
+    text in `--help` where that is shorter."""
 
     heading = "Options"
     rare = False
+    brief: str | None = None
 
     def make_metavar(self, *args: click.Context, **named: click.Context) -> str:
         """The values, or NAME where they are too many for a line; the option's text lists them then.
@@ -54,15 +56,17 @@ class Option(click.Option):
         return values(self.opts[0], self.metavar or "", incomplete)
 
 
-def option(*names: str, heading: str = "Options", rare: bool = False, **attributes: object) -> Callable[[Decorated], Decorated]:
+def option(
+    *names: str, heading: str = "Options", rare: bool = False, brief: str | None = None, **attributes: object
+) -> Callable[[Decorated], Decorated]:
     """Add an option to a command, as `click.option` does."""
-    return click.option(*names, cls=_listed(heading, rare), **attributes)
+    return click.option(*names, cls=_listed(heading, rare, brief), **attributes)
 
 
 @cache
-def _listed(heading: str, rare: bool) -> type[Option]:
+def _listed(heading: str, rare: bool, brief: str | None) -> type[Option]:
     """The class of the options under a heading."""
-    return type("Option", (Option,), {"heading": heading, "rare": rare})
+    return type("Option", (Option,), {"heading": heading, "rare": rare, "brief": brief})
 
 
 class Argument(click.Argument):
@@ -152,6 +156,7 @@ class Command(click.Command):
                 continue
             if (record := param.get_help_record(ctx)) is not None:
                 spelling, text = record
+                text = text if whole else getattr(param, "brief", None) or text
                 groups.setdefault(getattr(param, "heading", "Options"), []).append((spelling, text))
         for heading, records in groups.items():
             with formatter.section(heading):

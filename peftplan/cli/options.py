@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from peftplan.cli.command import option
-from peftplan.cli.texts import METAVARS, SHORT_HELP
+from peftplan.cli.texts import BRIEF, METAVARS, SHORT_HELP
 from peftplan.errors import InputError, RefusedError, UnknownNameError
 from peftplan.job.words import MEANINGS, twice
 
@@ -52,6 +52,7 @@ def group(heading: str, options: dict[str, str], *, several: bool = False) -> Ca
                 help=text,
                 heading=heading,
                 rare=name not in SHORT_HELP,
+                brief=BRIEF.get(name),
                 metavar=None if "/" in name else METAVARS[name],
                 multiple=several or name == "--set",
             )(command)

@@ -7,13 +7,13 @@ from typing import get_args
 from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
 
-KINDS_IN_A_GROUP = 6
-"""A longer group would break inside a name at 80 columns."""
+WIDEST_GROUP = 40
+"""Letters of a group of names. A wider one would break inside a name at 80 columns."""
 
 
-def by_tool(names: tuple[str, ...]) -> str:
+def by_tool(names: tuple[str, ...], *, brief: bool = False) -> str:
     """Names that share a beginning or an end in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too,
-    `[unsloth-]sentence-transformers`."""
+    `[unsloth-]sentence-transformers`. `brief`: of each beginning one group alone."""
     longer = {name: other for other in names if "-" in other for name in names if name.endswith(f"-{other}")}
     tools: dict[str, list[str]] = {}
     for name in names:
@@ -23,11 +23,17 @@ def by_tool(names: tuple[str, ...]) -> str:
     texts = []
     for tool, kinds in tools.items():
         named = [kind for kind in kinds if kind]
-        group = "|".join((*named[:KINDS_IN_A_GROUP], *("…",)[: len(named) - KINDS_IN_A_GROUP]))
+        groups: list[str] = []
+        for kind in named:
+            if groups and len(f"{tool}-{groups[-1]}|{kind}") <= WIDEST_GROUP:
+                groups[-1] += f"|{kind}"
+            else:
+                groups.append(kind)
+        if brief and len(groups) > 1:
+            groups = [f"{groups[0]}|…"]
         if "" in kinds:
-            texts.append(f"{tool}[-{group}]" if group else tool)
-        elif group:
-            texts.append(f"{tool}-{group}")
+            texts.append(f"{tool}[-{groups.pop(0)}]" if groups else tool)
+        texts += [f"{tool}-{group}" for group in groups]
     before = {other: name.removesuffix(other) for name, other in longer.items()}
     return ", ".join(f"[{before[text]}]{text}" if text in before else text for text in texts)
 
@@ -79,7 +85,7 @@ TRAINING: dict[str, str] = {
     "--gradient-checkpointing/--no-gradient-checkpointing": "recompute each decoder layer in backward",
     "--every-n-layers": "checkpoint only every n-th layer",
     "--noisy-embeddings/--no-noisy-embeddings": "add noise to the embeddings (NEFTune: neftune_noise_alpha)",
-    "--expandable-segments/--no-expandable-segments": "PyTorch's allocator has them (PYTORCH_ALLOC_CONF)",
+    "--expandable-segments/--no-expandable-segments": "torch's allocator uses expandable segments (PYTORCH_ALLOC_CONF)",
     "--offload-checkpoints/--no-offload-checkpoints": "keep the inputs of checkpointed layers in host memory",
     "--use-reentrant/--no-use-reentrant": "reentrant checkpointing (older default of transformers and peft)",
     "--host-memory": "host memory of a node, such as 512GiB; offloaded tensors have to fit there",
@@ -167,6 +173,8 @@ SHORT_HELP = (
     *("--gradient-checkpointing/--no-gradient-checkpointing", "--adapters", "--context"),
 )
 """The options of a group that `--help` shows; `--help-all` shows the others too."""
+BRIEF = {"--trainer": f"{by_tool(get_args(TrainerName), brief=True)}; default: transformers"}
+"""What `--help` says of an option in place of a longer text."""
 
 
 def _choices(of: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import AUTOMODEL, TORCHTUNE
+from peftplan.job.loss_sizes import RECEIVED
 from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer
 from peftplan.job.trl_trainers import DPO_LOSSES, GENERATING, OF_LOGITS, OF_PREFERENCES, TRL
 
@@ -193,6 +194,14 @@ AUTOMODEL_RECIPE = Trainer(
     own_lora=True,
     adapters_as_base=True,
     layout=AUTOMODEL,
+)
+# recipes/llm/kd.py (`_forward_backward_step`), where other GPUs run the teacher; `student_out` lives until it returns.
+AUTOMODEL_KD = AUTOMODEL_RECIPE._replace(
+    name="automodel-kd",
+    called="NeMo Automodel's distillation recipe",
+    defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
+    losses=(RECEIVED,),
+    holds_outputs=True,
 )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
-from peftplan.job.loss_sizes import RECEIVED
 from peftplan.job.tool_trainers import (
+    AUTOMODEL_KD,
     AUTOMODEL_RECIPE,
     EBFT_IN_AXOLOTL,
     EBFT_IN_STRIDES,
@@ -242,21 +242,11 @@ TRAINERS: dict[TrainerName, Trainer] = {
         AUTOMODEL_RECIPE._replace(
             name="automodel-vlm", called=f"{AUTOMODEL_RECIPE.called} for vision-language models", holds_outputs=True
         ),
-        # recipes/llm/kd.py (`_forward_backward_step`), where other GPUs run the teacher; `student_out` lives until it returns.
-        AUTOMODEL_RECIPE._replace(
-            name="automodel-kd",
-            called="NeMo Automodel's distillation recipe",
-            defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
-            losses=(RECEIVED,),
-            holds_outputs=True,
-        ),
+        AUTOMODEL_KD,
         # The same with one mesh for both models.
-        AUTOMODEL_RECIPE._replace(
+        AUTOMODEL_KD._replace(
             name="automodel-kd-beside",
-            called="NeMo Automodel's distillation recipe with one mesh",
-            defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
-            losses=(RECEIVED,),
-            holds_outputs=True,
+            called=f"{AUTOMODEL_KD.called} with one mesh",
             teaches=True,
             freezes_teacher=True,
             forwards=(*LOSS, Forward("reference")),

@@ -25,8 +25,6 @@ def kept_on_card(model: Model) -> None:
     if checkpoint is not None and running.hosted:
         dims = ("b", max(running.scored_rows, 1), model.seq, model.arch.hidden_size or 0)
         model.buffers = [f.new(dims, running.dtype, "buffer of offloaded inputs") for _ in range(checkpoint.buffers)]
-    from peftplan.memory.models.automodel_ep import last_map
-
     of_engine = running.kernels.dense is not None or running.kernels.exchange is not None
     if running.own_decoders and model.arch.model_type == "gpt_oss" and not of_engine:
         from peftplan.memory.models.automodel_moe import masks
@@ -36,8 +34,12 @@ def kept_on_card(model: Model) -> None:
         made_by = [kernel for kernel in (running.kernels.dense, running.kernels.experts) if kernel is not None]
         model.lasting = [f.new((TE_WORKSPACE,), "uint8", "workspace") for kernel in made_by for _ in range(kernel.workspaces)]
         if running.kernels.exchange is not None and running.kernels.exchange.hybrid:
+            from peftplan.memory.models.automodel_ep import last_map
+
             model.lasting += last_map(model)
     elif running.own_decoders and model.arch.model_type == "glm4_moe":
+        from peftplan.memory.models.automodel_ep import last_map
+
         model.lasting = last_map(model)
     elif decoder is not None or (running.own_decoders and model.arch.model_type not in SCANNING):
         a = model.arch.blocks[0].attentions[0]

@@ -39,6 +39,11 @@ class Projection(NamedTuple):
         """Rows of B."""
         return self.b.dims[0]
 
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether the weight is stored in 8 bits."""
+        return self.part.quant is not None and self.part.quant.name not in FOUR_BIT
+
 
 def projections(model: Model, kernel: Lora, names: Sequence[str], layer: int) -> list[Projection] | None:
     """The projections of these names; None where one has no LoRA adapter or a bias that the kernel does not take, and peft's own
@@ -73,8 +78,7 @@ def _trains(bias: Parameter | None) -> bool:
 def weight_of(f: Tape, kernel: Lora, p: Projection, dtype: str, *, buffered: bool) -> Tensor | None:
     """`fast_dequantize`, `dequantize`: a whole 4-bit or 8-bit weight. A 16-bit weight needs no new tensor, nor does the card's
     buffer, into which no 8-bit weight goes."""
-    in_8_bits = p.part.quant is not None and p.part.quant.name not in FOUR_BIT
-    if p.part.quant is None or (buffered and kernel.global_buffer and not in_8_bits):
+    if p.part.quant is None or (buffered and kernel.global_buffer and not p.in_8_bits):
         return None
     out_width, in_width = p.part.own_weight.dims
     weight = f.new((out_width, in_width), dtype, "dequantized")
@@ -107,10 +111,9 @@ def matmul_lora(f: Tape, kernel: Lora, x: Tensor, p: Projection, *, buffered: bo
     `buffered`: a 4-bit weight goes into the card's buffer, where the kernel has one; beside dropout it does not.
     """
     rows, dtype = x.dims[:-1], x.dtype
-    in_8_bits = p.part.quant is not None and p.part.quant.name not in FOUR_BIT
-    factor = _quantized(f, p, x) if in_8_bits and not back else [weight_of(f, kernel, p, dtype, buffered=buffered)]
+    factor = _quantized(f, p, x) if p.in_8_bits and not back else [weight_of(f, kernel, p, dtype, buffered=buffered)]
     out = product_of(f, (*rows, p.a.dims[1] if back else p.width), dtype)
-    if not (in_8_bits and back):  # there the caller holds the weight (`LoRA_MLP.backward`)
+    if not (p.in_8_bits and back):  # there the caller holds the weight (`LoRA_MLP.backward`)
         factor.clear()
     if kernel.saves_casts:
         casts = None if back else [cast(f, p.a, dtype), cast(f, p.b, dtype)]

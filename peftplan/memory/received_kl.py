@@ -67,8 +67,8 @@ def _where_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "where")
 
 
-def _scaled(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return f.new(saved[0].dims, g.dtype, "mul")  # type: ignore[index]
+def _scaled(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    return f.new(saved[0].dims, g.dtype, "mul")
 
 
 def _spread(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:

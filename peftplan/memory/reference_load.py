@@ -57,6 +57,13 @@ def load_one_then(memory: Memory[Handle], first: Loader, second: Loader) -> None
     second(memory)
 
 
+def load_shards_behind(memory: Memory[Handle], *, load: Loader, shards: Parameters) -> None:
+    """The policy, and then the shards of a teacher that are made empty and filled."""
+    load(memory)
+    for shard in shards.all:
+        memory.keep(tuple(a.nbytes for a in shard.allocations if a.place == "device") * shard.copies)
+
+
 def _keep(memory: Memory[Handle], reference: Parameters, *, moved: bool) -> None:
     first, second, _ = load_order(reference, by_name=not moved, moved=moved)
     for p, _ in (*first, *second):
@@ -99,10 +106,3 @@ class _Allocated:
     def empty_cache(self) -> None:
         """Give cached segments back."""
         self.allocator.empty_cache()
-
-
-def load_shards_behind(memory: Memory[Handle], *, load: Loader, shards: Parameters) -> None:
-    """The policy, and then the shards of a teacher that are made empty and filled."""
-    load(memory)
-    for shard in shards.all:
-        memory.keep(tuple(a.nbytes for a in shard.allocations if a.place == "device") * shard.copies)

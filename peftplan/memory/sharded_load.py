@@ -45,13 +45,11 @@ class Loading(NamedTuple):
     stacks: bool = False
     """Whether experts are one tensor each, which are read into stacks of all."""
     workspaces: tuple[int, ...] = ()
-    """What is there while such weights are read."""
+    """Bytes of each that Transformer Engine takes while weights are read."""
     merged: bool = False
     """Whether experts that are one each in the checkpoint are merged on the host, and all tensors then read from there."""
     masks: int = 3
     """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
-    beside_read: tuple[int, ...] = ()
-    """What is there while experts are read one by one."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -92,7 +90,7 @@ class Loading(NamedTuple):
             for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:
                 for handle in masks:
                     memory.release(handle)
-            beside = [memory.allocate(nbytes) for nbytes in self.beside_read]
+            beside = [memory.allocate(nbytes) for nbytes in self.workspaces]
             if not self.masks:
                 self._last_expert(memory)
             self._one_by_one(memory)

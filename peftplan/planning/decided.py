@@ -63,8 +63,8 @@ class Limits(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where none was replayed or
-    is known."""
+    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where nothing was replayed,
+    and where reserved bytes are not known."""
 
     verdicts: Codes
     by: Codes

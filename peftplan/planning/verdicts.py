@@ -183,7 +183,7 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
         also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
     if quant and (oldest := _dequantized(card, quant)) and not setup.by_unsloth:
-        yield (f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model")
+        yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
     if kernels_of(setup.kernels or ()).attention is not None and pair(has) < OF_DOCUMENTS:
         yield (
             f"cuDNN's attention takes packed documents from compute capability {OF_DOCUMENTS[0]}.{OF_DOCUMENTS[1]} on "
@@ -234,7 +234,7 @@ def verdict(
         if sum(generating) > reserved:
             beside, reserved = generating
             room -= beside
-    releases_cache = reserved > room and peaks is not None and _ends(peaks, runs_within, room)
+    releases_cache = with_care is None and reserved > room and peaks is not None and _ends(peaks, runs_within, room)
     if refused is not None:
         word = "does_not_run"
     elif reserved > room and not releases_cache:

@@ -11,6 +11,8 @@ from peftplan.units import GIB, MIB
 
 CELLS = 72
 """Columns of a bar."""
+WITH_MARGIN = "allocator at most"
+"""What the allocator holds besides where reserved bytes are not known, and a verdict grants a margin."""
 SMALL = 0.005
 """Categories below this share of the bar are one: other."""
 
@@ -27,7 +29,8 @@ def segments(result: Estimate, card: Verdict | None) -> list[Segment]:
     sizes = [Segment(name.replace("_", " "), nbytes) for name, nbytes in result.ledger.by_category().items() if nbytes]
     total = sum(segment.bytes for segment in sizes)
     if card is not None:
-        sizes.append(Segment("allocator", card.needed_bytes - card.context_bytes - card.vllm_bytes - total))
+        held = "allocator" if result.peaks is None or result.peaks.unreserved is None else WITH_MARGIN
+        sizes.append(Segment(held, card.needed_bytes - card.context_bytes - card.vllm_bytes - total))
         sizes.append(Segment("vLLM", card.vllm_bytes))
         sizes.append(Segment("context", card.context_bytes))
         total = card.needed_bytes

@@ -13,7 +13,7 @@ from peftplan.planning.inspection import Inspection
 from peftplan.planning.serving_result import Serving
 from peftplan.report import answer, comparing, fitting, markup, modules, tabular
 from peftplan.report import serving as serving_report
-from peftplan.report.bar import Segment, segments
+from peftplan.report.bar import WITH_MARGIN, Segment, segments
 from peftplan.report.cards import card_name
 from peftplan.report.colours import COLOURS as CATEGORIES
 from peftplan.report.markup import Html, Stretch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WHOLE_LINES = Screen(10**6, UNICODE)
 """A notebook folds its lines itself."""
-BESIDES = {"allocator": "#9aa0a6", "context": "#5f6368", "other": "#c4c7cc"}
+BESIDES = {**dict.fromkeys(("allocator", WITH_MARGIN), "#9aa0a6"), "context": "#5f6368", "other": "#c4c7cc"}
 """Colours of what lies outside torch's tensors."""
 MOST_ROWS = 400
 """Rows of a table that a notebook shows."""

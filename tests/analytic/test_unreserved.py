@@ -12,6 +12,7 @@ from peftplan.cli.rehearse import job_of
 from peftplan.errors import RefusedError
 from peftplan.hardware.gpus import find_gpu
 from peftplan.planning.verdicts import verdict
+from peftplan.report.bar import WITH_MARGIN, segments
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).parents[1] / "rehearse" / "unreserved.jsonl")
@@ -48,6 +49,13 @@ def test_an_upper_bound_of_a_file_stays_one() -> None:
     peaks = estimate(MODEL, **OFFLOADS).peaks
     stated = verdict(find_gpu("1.5GiB"), 0, peaks, bound="at_most")
     assert (stated.verdict, stated.lower_bound, stated.upper_bound) == ("unknown", False, True)
+
+
+def test_the_bar_says_that_the_allocator_holds_less() -> None:
+    result = estimate(MODEL, gpu="rtx-4090", **OFFLOADS)
+    names = [segment.name for segment in segments(result, result.gpus[0])]
+    assert WITH_MARGIN in names
+    assert "allocator" not in names
 
 
 def test_a_search_for_the_largest_size_says_so() -> None:

@@ -14,7 +14,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 CHUNK = 4096
-"""Rows of a chunk (`_BIAS_CHUNK_ROWS`)."""
+"""Rows of a chunk, of experts or of their biases alone (`_BIAS_CHUNK_ROWS`)."""
 
 
 def in_chunks(f: Tape, params: Mapping[str, Operand], x: Tensor, weights: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from peftplan.memory.fused_attention import FLASH_BLOCK, blocks, number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_biased import added_at_once
+from peftplan.memory.models.automodel_chunks import CHUNK
 from peftplan.memory.models.automodel_gathered import gathered, summed
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
@@ -26,8 +27,6 @@ from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 Activated = Callable[[Tape, Tensor, Tensor], Tensor]
 """What the first product gives, and the weights of its rows → what the second one takes."""
-CHUNK = 4096
-"""Rows of which the bias is added at once, where they are more than `job.automodel.ROWS_AT_ONCE` (`_BIAS_CHUNK_ROWS`)."""
 
 
 def gpt_oss(model: Model) -> Tensor:

@@ -149,7 +149,9 @@ def _run(
 
 
 def _dims(event: str) -> Dims:
-    size, unit = SIZE.fullmatch(event).groups()  # type: ignore[union-attr]
+    matched = SIZE.fullmatch(event)
+    assert matched is not None
+    size, unit = matched.groups()
     if unit.startswith("t^"):
         return (AtLeast(int(unit[2:])), int(size))
     return (*TOKENS[unit], int(size))

@@ -80,7 +80,11 @@ def test_adapters_of_quantized_weights_are_not_fake_quantized(more: dict[str, ob
 
 
 def test_a_reference_of_full_dpo_is_a_copy() -> None:
-    checkpoint = {"_component_": "torchtune.training.FullModelHFCheckpointer", "checkpoint_dir": "/tmp/m", "model_type": "LLAMA3"}
+    checkpoint = {
+        "_component_": "torchtune.training.FullModelHFCheckpointer",
+        "checkpoint_dir": "checkpoints",
+        "model_type": "LLAMA3",
+    }
     values = {**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}, "ref_checkpointer": checkpoint}
     full = read({**values, "model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}})
     adapted = read({**values, "model": {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b"}})
