@@ -29,8 +29,8 @@ def segments(result: Estimate, card: Verdict | None) -> list[Segment]:
     sizes = [Segment(name.replace("_", " "), nbytes) for name, nbytes in result.ledger.by_category().items() if nbytes]
     total = sum(segment.bytes for segment in sizes)
     if card is not None:
-        held = "allocator" if result.peaks is None or result.peaks.unreserved is None else WITH_MARGIN
-        sizes.append(Segment(held, card.needed_bytes - card.context_bytes - card.vllm_bytes - total))
+        reserve = "allocator" if result.peaks is None or result.peaks.unreserved is None else WITH_MARGIN
+        sizes.append(Segment(reserve, card.needed_bytes - card.context_bytes - card.vllm_bytes - total))
         sizes.append(Segment("vLLM", card.vllm_bytes))
         sizes.append(Segment("context", card.context_bytes))
         total = card.needed_bytes
