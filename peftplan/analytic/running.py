@@ -218,6 +218,7 @@ def program_of(job: Job) -> Program:
         accumulation=setup.gradient_accumulation_steps,
         collects=job.script.collects_batches(setup),
         keep_gradients=setup.keep_gradients,
+        updates_ranks=job.script.updates_ranks(setup),
         forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,
         scales=setup.autocast == "fp16",

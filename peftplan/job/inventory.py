@@ -183,7 +183,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + gradient_lines(on_rank, stepping)
         + Ledger(() if own is None else own.beside)
         + _optimizer(job, states_of, optimizer)
-        + sensitivity_lines(on_rank)
+        + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
         + _reward_model(job)
         + _weights_as_loaded(before_merges(job, on_rank))

@@ -187,7 +187,8 @@ def prepared(request: Request) -> Job:
             setup = changed_by_trainer(setup, distributed)
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)
-        distributed = with_trainers_search(distributed, setup, request.script, adapts=kind is None or kind.peft_type is not None)
+        adapts = kind is None or kind.peft_type is not None
+        distributed = with_trainers_search(distributed, setup, request.script, adapts=adapts, architecture=architecture)
         check_distributed(distributed, setup, architecture, quant, model_config)
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task
@@ -268,13 +269,14 @@ def _traps(
 
 
 def check_rank_allocator(job: Job) -> None:
-    """Raises RefusedError for an AdaLoRA whose rank allocator fails when it first masks ranks.
+    """Raises RefusedError for an AdaLoRA whose rank allocator is called and fails when it first masks ranks.
 
     It takes the k-th smallest score, k = (init_r - target_r) · layers, by `kthvalue`, which needs k ≥ 1 (peft,
     tuners/adalora/layer.py).
     """
     fields = job.config.model_dump() if job.config is not None else job.adapter
-    if (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA":
+    other = (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA"
+    if other or not job.script.updates_ranks(job.setup):
         return
     init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
     if isinstance(init_r, int) and isinstance(target_r, int) and init_r <= target_r:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import peftplan.methods as methods
 from peftplan.job import sources
-from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.script import NO_SCRIPT, OF_DDP, Script
 
 if TYPE_CHECKING:
     from peftplan.job.loaded import Loaded
@@ -84,6 +84,7 @@ def read_request(
     stored = None if quantization_config is None else ecosystem.quant_options(quantization_config)
     training = None if training_args is None else ecosystem.training_options(training_args)
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
-    if (searches := getattr(training_args, "ddp_find_unused_parameters", None)) is not None:
-        request = request._replace(script=script.model_copy(update={"finds_unused": bool(searches)}))
+    of_ddp = {ours: getattr(training_args, f"ddp_{name}", None) for name, ours in OF_DDP.items()}
+    script = script.model_copy(update={name: bool(value) for name, value in of_ddp.items() if value is not None})
+    request = request._replace(script=script)
     return request._replace(stored=stored, training=training, adapter=adapter)

@@ -49,9 +49,14 @@ class Script(BaseModel):
     units_of_layers: bool = False
     """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
     fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases. Such a job has no peak."""
+    allocates_ranks: bool | None = None
+    """Whether AdaLoRA's `update_and_allocate` runs after each optimizer step, as peft documents; None: in a plain loop alone. No
+    trainer calls it; a callback of yours may. Without it peft computes no sensitivities and masks no ranks."""
     finds_unused: bool | None = None
     """Whether DDP looks for parameters without gradients where the option `find_unused_parameters` is unset; None: as the trainer
     does."""
+    static_graph: bool | None = None
+    """Whether DDP is told that each step's graph is that of the first, where the option `static_graph` is unset."""
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
@@ -126,6 +131,10 @@ class Script(BaseModel):
         ran = self.transformers
         return versions.QUANTIZING_IN_TURN.after(ran) and not versions.LOADING_IN_THREADS.after(ran)
 
+    def updates_ranks(self, setup: Setup) -> bool:
+        """Whether AdaLoRA's rank allocator is called."""
+        return self.allocates_ranks if self.allocates_ranks is not None else setup.by.updates_ranks
+
     def caches_rotary(self, model_type: str) -> bool:
         """Whether each layer keeps cosines and sines of all positions."""
         return model_type in versions.ROTARY_UNCACHED and versions.ROTARY_UNCACHED[model_type].after(self.transformers)
@@ -185,6 +194,9 @@ POSITIONS_IN_MASKS = frozenset(
 )  # fmt: skip
 """Decoders that pass their positions to `create_causal_mask` in the releases that assume packed sequences. Others built masks
 differently."""
+
+OF_DDP = {"find_unused_parameters": "finds_unused", "static_graph": "static_graph"}
+"""Options that DDP alone has, and the field of `Script` for those of a file or of TrainingArguments."""
 
 EXAMPLES = {"torch": "2.10", "transformers": "5.3", "bitsandbytes": "0.49"}
 """The packages whose version can be set, each with an example."""

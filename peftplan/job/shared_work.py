@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peftplan.arch.modules import Architecture
+from peftplan.arch.text_part import has_towers
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
@@ -312,14 +313,25 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
         yield heads, pairs if isinstance(pairs, int) else heads
 
 
-def with_trainers_search(distributed: Distributed, setup: Setup, script: Script, *, adapts: bool) -> Distributed:
+def with_trainers_search(
+    distributed: Distributed, setup: Setup, script: Script, *, adapts: bool, architecture: Architecture
+) -> Distributed:
     """The strategy with what a tool or its trainer tells DDP unless the option does: whether to look for parameters without
-    gradients."""
-    if distributed.strategy != "ddp" or distributed.find_unused_parameters is not None:
+    gradients, and whether a step's graph never changes."""
+    if distributed.strategy != "ddp":
+        return distributed
+    if distributed.static_graph is None:
+        distributed = distributed.model_copy(update={"static_graph": script.static_graph})
+    if distributed.find_unused_parameters is not None:
         return distributed
     searches = script.finds_unused
     if searches is None:
-        searches = setup.by.searches(adapts=adapts, checkpoints=bool(setup.gradient_checkpointing))
+        searches = setup.by.searches(
+            adapts=adapts,
+            checkpoints=bool(setup.gradient_checkpointing),
+            reentrant=bool(setup.use_reentrant),
+            towers=has_towers(architecture),
+        )
     return distributed.model_copy(update={} if searches is None else {"find_unused_parameters": searches})
 
 

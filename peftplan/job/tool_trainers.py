@@ -20,6 +20,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     token_outputs=(),
     recasts_tables=True,
     hooks_adapted=True,
+    searches_behind_towers=False,
     expandable_segments=True,
     package=None,
     arguments=None,

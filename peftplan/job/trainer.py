@@ -123,6 +123,8 @@ class Trainer(NamedTuple):
     clips_gradients: bool = True
     makes_optimizer: bool = True
     """Whether `Trainer.create_optimizer` makes the optimizer: its 8-bit optimizers keep embeddings in 32 bits."""
+    updates_ranks: bool = False
+    """Whether it calls AdaLoRA's `update_and_allocate` after each step of the optimizer."""
     collates: bool = True
     """Whether a collator makes the batches: transformers then makes no mask of its own (`Script.masks_unpadded`)."""
     collects_batches: bool = True
@@ -302,6 +304,9 @@ class Trainer(NamedTuple):
     """Where DDP looks for parameters without gradients: transformers' Trainer in any model that is not its own class, such as
     peft's, and in its own without checkpoints (trainer.py:749). `full`: in the latter alone, as LLaMA-Factory 0.9.5 with LoRA
     (hparams/parser.py:474). axolotl 0.19.0 never does unless it is told to (core/builders/causal.py:265)."""
+    searches_behind_towers: bool = False
+    """Whether it does so in any model that reads pictures or sound too, unless checkpoints are reentrant: rows without them leave
+    the towers without gradients (trl, sft_trainer.py:772, and the constructors of DPO, KTO, GRPO and RLOO)."""
     package: str | None = None
     """The package whose other trainers are not counted."""
     arguments: str | None = None
@@ -317,8 +322,10 @@ class Trainer(NamedTuple):
         """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
         return bool(self.options) or self.rows > 1 or self.embeds
 
-    def searches(self, *, adapts: bool, checkpoints: bool) -> bool | None:
+    def searches(self, *, adapts: bool, checkpoints: bool, reentrant: bool, towers: bool) -> bool | None:
         """Whether DDP looks for parameters without gradients; None: torch's default."""
+        if self.searches_behind_towers and towers and not reentrant:
+            return True
         if self.search is None:
             return None
         return self.search == "all" if adapts else not checkpoints

@@ -202,6 +202,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             prepares_model=False,
             clips_gradients=False,
             makes_optimizer=False,
+            updates_ranks=True,
             collates=False,
             collects_batches=False,
             loads_on_device=True,

@@ -23,6 +23,7 @@ TRL = Trainer(
     sums_tokens=True,
     task="CAUSAL_LM",
     search="all",
+    searches_behind_towers=True,
     package="trl",
     traced_on_ranks=True,
     arguments="SFTConfig",
@@ -56,6 +57,7 @@ OF_PREFERENCES = TRL._replace(
 WITH_ALL_LOGITS = TRL._replace(
     defaults=TRL.defaults._replace(loss="full"),
     balances_experts=False,
+    searches_behind_towers=False,
     losses=("full",),
     sums_tokens=False,
     disables_dropout=True,

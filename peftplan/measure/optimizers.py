@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from peftplan.errors import RefusedError
+from peftplan.job.job import Job
 from peftplan.job.setup import Setup
 from peftplan.libraries.count import LORAFA_LR
 from peftplan.measure.recorder import Recorder
@@ -35,14 +36,15 @@ class Real:
         """Does nothing: only the trace engine names states."""
 
 
-def make_optimizer(setup: Setup, model: Any, recorder: Recorder) -> Steps:
-    """The setup's optimizer over the trainable parameters of a model on the device, with what a method of peft adds to its steps.
+def make_optimizer(job: Job, model: Any, recorder: Recorder) -> Steps:
+    """The job's optimizer over the trainable parameters of a model on the device, with what a method of peft adds to its steps.
 
     Trainer groups them by weight decay, and tells 8-bit optimizers to leave embeddings in 32 bits; a plain loop does neither.
     Raises RefusedError for an optimizer that steps inside backward, which the step programs do not run.
     """
-    optimizer = Real(_of_setup(setup, model, recorder.device.torch_device))
-    return optimizer if allocator_of(model) is None else WithAllocator(optimizer, model, recorder)  # type: ignore[arg-type]
+    optimizer = Real(_of_setup(job.setup, model, recorder.device.torch_device))
+    allocates = job.script.updates_ranks(job.setup) and allocator_of(model) is not None
+    return optimizer if not allocates else WithAllocator(optimizer, model, recorder)  # type: ignore[arg-type]
 
 
 def _of_setup(setup: Setup, model: Any, device: torch.device) -> Any:

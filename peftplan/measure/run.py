@@ -86,7 +86,7 @@ def measure(job: Job, device: Device, *, warmup: int = WARMUP, steps: int = STEP
         counted = built.num_trainable, built.num_total
         model = _distributed(built.model, device)
         batch = filled(inputs(built.base, job.setup).batch, built.base) | losses.arguments(job.setup)
-        optimizer = make_optimizer(job.setup, built.model, recorder)
+        optimizer = make_optimizer(job, built.model, recorder)
         run = DeviceRun(model, batch, optimizer, recorder, job.setup, steps=warmup + steps, device=device)
         run.fetched = partial(_moved, device=device.torch_device)
         take_steps(run)

@@ -91,7 +91,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             f, program.optimizer, group, clips=clips, freezes_a=freezes_a, projected=program.projected, ranks=model.units.ranks
         )
     del widened
-    if model.running.peft_type == "ADALORA":
+    if model.running.peft_type == "ADALORA" and program.updates_ranks:
         from peftplan.memory.methods.adalora import allocate
 
         allocate(model)

@@ -41,6 +41,7 @@ from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
 from peftplan.trace.model import Built, build
+from peftplan.trace.peft_steps import WithAllocator, allocator_of
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.ranks import rank_of
 from peftplan.trace.ranks.one_gpu import OneGpu
@@ -232,6 +233,8 @@ def _run(
         rank.load(built, tracker, setup, quant)
         tracker.watch(rank.watched(built))
         optimizer = rank.stepping(built, tracker, setup)
+        if script.updates_ranks(setup) and allocator_of(built.model) is not None:
+            optimizer = WithAllocator(optimizer, built.model, tracker)
         if script.enables_adapters_again:
             with getattr(built.model, "disable_adapter", nullcontext)():  # modules that peft did not adapt have none
                 pass

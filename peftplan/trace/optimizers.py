@@ -22,7 +22,7 @@ from peftplan.optim.torchao import FLUSHED
 from peftplan.trace import community
 from peftplan.trace.events.tracker import Tracker
 from peftplan.trace.meshes import by_mesh
-from peftplan.trace.peft_steps import WithAllocator, allocator_of, lorafa_optimizer, uses_lorafa
+from peftplan.trace.peft_steps import lorafa_optimizer, uses_lorafa
 from peftplan.units import round512
 
 LEARNING_RATE = 1e-3
@@ -41,16 +41,10 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 def make_optimizer(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
-    """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them, with what a
-    method of peft adds to its steps.
+    """The optimizer of the setup over the trainable parameters, in the order that Trainer and scripts give them.
 
     Raises RefusedError for those whose steps no program reproduces (`Optimizer.untraced`).
     """
-    steps = _of_setup(setup, model, tracker)
-    return steps if allocator_of(model) is None else WithAllocator(steps, model, tracker)
-
-
-def _of_setup(setup: Setup, model: nn.Module, tracker: Tracker) -> Steps:
     optimizer = parse_optim(str(setup.optim))
     arguments = parse_optim_args(setup.optim_args)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -16,9 +16,7 @@ LARGEST = {"reserved": 3.0, **dict.fromkeys(("allocated", *PHASES), 0.3)}
 @pytest.mark.parametrize("row", ROWS, ids=[row["job"] for row in ROWS])
 def test_a_drawn_job(row: dict[str, object]) -> None:
     """The steps of RAdam are counted from the fifth on: earlier ones do not divide by its root. A base in nf4 has double
-    quantization where the job says so, as QLoRA does. Left out: AdaLoRA under DDP, whose program does not call
-    `update_and_allocate` as is assumed here (step +1.5 %), and LOMO with LoRA of rank 64 under FSDP1 (backward +0.54 %; loading
-    is the peak)."""
+    quantization where the job says so, as QLoRA does. No trainer calls AdaLoRA's `update_and_allocate`."""
     drift = drifts(row, "analytic")
     assert drift is not None
     assert {what for what, percent in drift.items() if abs(percent) > LARGEST[what]} == set()

@@ -66,3 +66,41 @@ def test_training_arguments_say_it() -> None:
         for options in ({"gpus": 2}, {}):
             distributed = peftplan.estimate("qwen2.5-0.5b", training_args=arguments, **options).distributed
             assert distributed is None if not options else distributed.strategy.find_unused_parameters is search
+
+
+def told(peaks: Any) -> object:
+    return peaks.distributed and peaks.distributed.strategy.static_graph
+
+
+def test_a_graph_that_never_changes_is_said_by_files_and_arguments() -> None:
+    """`ddp_static_graph`, under DDP alone; DDP then copies no outputs, and its buckets are made anew."""
+    plan = read_values(FILES["trl"] | {"ddp_static_graph": True}, file="a.yaml", tool="trl")
+    without = read_values(FILES["trl"], file="a.yaml", tool="trl")
+    estimates = [peftplan.estimate("qwen2.5-0.5b", config=each, gpus=2, seq_len=64) for each in (plan, without)]
+    assert [told(each) for each in estimates] == [True, None]
+    static, searching = (each.peaks.by_phase["forward"] for each in estimates if each.peaks is not None)
+    assert static < searching
+    assert told(peftplan.estimate("qwen2.5-0.5b", config=plan, gpus=2, strategy="fsdp2")) is None
+    assert told(peftplan.estimate("qwen2.5-0.5b", config=plan)) is None
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(output_dir="x", ddp_static_graph=True, use_cpu=True)
+    assert told(peftplan.estimate("qwen2.5-0.5b", training_args=arguments, gpus=2)) is True
+    assert told(peftplan.estimate("qwen2.5-0.5b", training_args=arguments)) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "looks"),
+    [
+        ("gemma-3-4b-it", {"trainer": "trl"}, True),
+        ("gemma-3-4b-it", {"trainer": "trl", "use_reentrant": True}, False),
+        ("gemma-3-4b-it", {"trainer": "transformers"}, False),
+        ("qwen2.5-0.5b", {"trainer": "trl"}, False),
+    ],
+)
+def test_trl_looks_in_models_that_read_pictures(model: str, options: dict[str, Any], looks: bool) -> None:
+    """SFTTrainer in full fine-tuning with checkpoints: rows without pictures leave the towers without gradients."""
+    distributed = peftplan.estimate(
+        model, method="full", gpus=2, strategy="ddp", gradient_checkpointing=True, **options
+    ).distributed
+    assert distributed is not None
+    assert distributed.strategy.find_unused_parameters is looks

@@ -21,6 +21,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "vocab_size": 50,
 }  # fmt: skip
+LOOP: dict[str, Any] = {"trainer": "plain", "seq_len": 16}
+"""A loop calls `update_and_allocate`."""
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
 
 
@@ -43,15 +45,16 @@ def test_an_estimate_is_refused_where_the_allocator_fails(init_r: int, target_r:
             steps(init_r, target_r)
     else:
         steps(init_r, target_r)
-    options: dict[str, Any] = {"init_r": init_r, "target_r": target_r, "target_modules": ("q_proj",), "seq_len": 16}
+    options: dict[str, Any] = {"init_r": init_r, "target_r": target_r, "target_modules": ("q_proj",)}
     raw = {"peft_type": "ADALORA", "task_type": "CAUSAL_LM", "init_r": init_r, "target_r": target_r, "target_modules": ["q_proj"]}
     for engine in ("analytic", "trace"):
-        for how in ({"method": "adalora", **options}, {"peft_config": raw, "seq_len": 16}):
+        for how in ({"method": "adalora", **options}, {"peft_config": raw}):
+            assert peftplan.estimate(LLAMA, engine=engine, seq_len=16, **how).peaks.allocated  # Trainer does not call it
             if fails:
                 with pytest.raises(RefusedError, match=f"init_r: {init_r} .* target_r {target_r},.*accepted: an init_r above"):
-                    peftplan.estimate(LLAMA, engine=engine, **how)
+                    peftplan.estimate(LLAMA, engine=engine, **how, **LOOP)
             else:
-                assert peftplan.estimate(LLAMA, engine=engine, **how).peaks.allocated
+                assert peftplan.estimate(LLAMA, engine=engine, **how, **LOOP).peaks.allocated
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])

@@ -77,8 +77,8 @@ class ConfigPlan:
     """What the file leaves to the data or the launcher → what is assumed."""
     kind: Literal["training", "launch", "other"] = "training"
     """Whether the file trains a model, launches a job, or does something else."""
-    finds_unused: bool | None = None
-    """What the file or its tool says of DDP's search for parameters without gradients, wherever the file is launched."""
+    of_ddp: Mapping[str, bool] = field(default_factory=dict)
+    """What the file or its tool says of DDP alone, by option (`OF_DDP`), wherever the file is launched."""
 
     def without(self, chosen: Mapping[str, object]) -> dict[str, Unsupported]:
         """The unsupported keys, less those whose option the user has set."""

@@ -20,6 +20,7 @@ from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsu
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.loaded import ATTENTION
+from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES
 from peftplan.validation import listed
 
@@ -346,15 +347,15 @@ class Reading:
         if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
             self._set({"autocast": launch.options["autocast"]})
         options = fitting(of_trainer({**launch.options, **self.options, **by_launch(launch.options)}))
-        searches = options.get("find_unused_parameters")
+        of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), bool)}
         if options.get("strategy", "ddp") != "ddp":
-            options.pop("find_unused_parameters", None)
+            options = {name: value for name, value in options.items() if name not in OF_DDP}
         if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
             options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
             if self.tool.device_map and self.kind == "training":
                 options.setdefault("device_map", self.tool.device_map)
         for key, row in self.read.items():
-            if row.option and not {"model", "launch", "find_unused_parameters", *options} & set(row.option.split(", ")):
+            if row.option and not {"model", "launch", *OF_DDP, *options} & set(row.option.split(", ")):
                 whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")
                 self.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
         plan = ConfigPlan(
@@ -370,7 +371,7 @@ class Reading:
             {name: at for name, at in self.defaults.items() if name in options},
             self.assumed,
             self.kind,  # type: ignore[arg-type]
-            searches if isinstance(searches, bool) else None,
+            of_ddp,
         )
         for other in ("teacher_model", "reward_model"):
             if other in options:

@@ -15,6 +15,7 @@ from peftplan.job.configs.plan import ConfigPlan, Effect, Tool, Unsupported, bou
 from peftplan.job.configs.sayable import OF_STORAGE
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.launch import OF_FSDP
+from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
@@ -71,11 +72,10 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     launch = {name: str(value) for name, value in chosen_options.items() if name in OPTIONS}
     if launch not in ({}, {"gpus": "1"}) and options.get("device_map") == facts(plan.tool).device_map:
         options.pop("device_map", None)  # the tool's on one GPU
-    options.pop("find_unused_parameters", None)  # the user's strategy may be another
+    options = {name: value for name, value in options.items() if name not in OF_DDP}  # the user's strategy may be another
     options |= chosen_options
     of_tool = of_releases(plan.tool, options)
-    if plan.finds_unused is not None:
-        of_tool["finds_unused"] = plan.finds_unused
+    of_tool |= {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
     return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool)
 
 
