@@ -57,4 +57,5 @@ dtype: bf16
 def test_recipes_that_name_it(changed: str, bound: str | None) -> None:
     plan = read_text(changed, file="a.yaml")
     assert plan.options["loss"] == "torchtune-chunked"
+    assert "torchtune up to 0.6.1" in plan.assumed["recipe"]
     assert peftplan.estimate(config=plan).config["bound"] == bound  # type: ignore[index]
