@@ -75,6 +75,8 @@ EACH_OVER_ITS_GPUS = (
 )
 RANKS, PER_NODE = "ray.default.ranks", "ray.nproc_per_node"
 """What ms-swift tells Ray: which ranks train, and how many of them a node has."""
+OF_AXOLOTL_RAY = "ray_num_workers"
+"""How many processes Ray starts for axolotl, each with a GPU (axolotl 0.19.0, cli/train.py:126)."""
 
 
 class Launched(NamedTuple):
@@ -134,6 +136,8 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
             result.unsupported["device_groups"] = Unsupported(
                 ranks, "accepted: a whole number or list(range(a, b)), of whole nodes", "unknown"
             )
+    if launch.get("use_ray") is True:
+        launch = {**launch, "gpus": launch.get(OF_AXOLOTL_RAY, 1)}
     nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
     stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))

@@ -277,6 +277,19 @@ def test_axolotl_raises_for_a_model_and_a_copy_of_it(values: dict[str, Any], key
     assert place in read({**AXOLOTL, "adapter": "lora", **values}).unsupported[key].why
 
 
+def test_axolotl_pins_an_optimum_that_loads_no_gptq() -> None:
+    """1.16.2, as run: transformers' quantizer imports it first, and would ask for 1.24 and gptqmodel next."""
+    assert " raises ImportError" in read({**AXOLOTL, "gptq": True}).unsupported["gptq"].why
+    assert "gptq" in read({**AXOLOTL, "gptq": False}).ignored
+
+
+@pytest.mark.parametrize(("values", "gpus"), [({"ray_num_workers": 4}, 4), ({}, 1), ({"use_ray": False}, 8)])
+def test_ray_starts_as_many_processes_as_it_has_workers(values: dict[str, Any], gpus: int) -> None:
+    """axolotl 0.19.0, cli/train.py:126; utils/schemas/integrations.py:168: one by default."""
+    plan = read({**AXOLOTL, "deepspeed": "deepspeed_configs/zero2.json", "use_ray": True, **values})
+    assert plan.options["gpus"] == gpus
+
+
 @pytest.mark.parametrize("deepspeed", ["deepspeed_configs/zero3_bf16.json", {"zero_optimization": {"stage": 3}}])
 def test_cut_cross_entropy_fails_under_zero3(deepspeed: object) -> None:
     """Rehearsed with DeepSpeed 0.18.9 and 0.19.8: gpt-oss of 2 layers, and Qwen2.5 0.5B, over 8 GPUs."""
