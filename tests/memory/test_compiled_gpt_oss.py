@@ -241,3 +241,12 @@ def test_tiles_end_in_an_error_beside_the_load_balancing_loss(length: int, args:
     tiled = NOTEBOOK.replace("load_in_4bit=True", "load_in_4bit=True, unsloth_tiled_mlp=True").replace("1024", str(length))
     plan = read_text(tiled.replace(", max_steps=30", f", max_steps=30{args}"), file="a.py")
     assert (" raises RuntimeError " in plan.unsupported["load.unsloth_tiled_mlp"].why) is raises
+
+
+@pytest.mark.parametrize(("installed", "raises"), [("trl==0.22.2 unsloth", False), ("trl==1.15.0", True), ("trl", True)])
+def test_a_notebook_that_installs_an_earlier_trl_has_no_such_loss(installed: str, raises: bool) -> None:
+    """nb/gpt_oss_(20B)_500K_Context_Fine_tuning.ipynb installs trl 0.22.2 and printed a peak of 70.451 GB."""
+    tiled = NOTEBOOK.replace("load_in_4bit=True", "load_in_4bit=True, unsloth_tiled_mlp=True").replace("1024", "500_000")
+    cells = [{"cell_type": "code", "source": [source]} for source in (f"!uv pip install --no-deps {installed}", tiled)]
+    plan = read_text(json.dumps({"cells": cells}), file="a.ipynb")
+    assert (" raises RuntimeError " in plan.unsupported["load.unsloth_tiled_mlp"].why) is raises

@@ -63,6 +63,8 @@ class Document(NamedTuple):
     """The line of a command."""
     assumed: Mapping[str, str] = {}
     """What is assumed of a script that has branches or several commands."""
+    installs: str = ""
+    """The releases that a notebook's lines for the shell install: `transformers==4.56.2 trl==0.22.2`."""
 
     @property
     def calls(self) -> list[Call]:

@@ -18,6 +18,8 @@ DATABRICKS = "# Databricks notebook source"
 """The first line of a notebook that Databricks saves as a script."""
 MOST_PARTS = 20_000
 """Statements, calls and deep expressions of the longest program that is read."""
+RELEASE = re.compile(r"[\w.-]+==[\w.]+")
+"""A package of one release."""
 DEEP = 10
 """Levels from which on an expression inside others counts too: its text is taken anew at each level."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -35,7 +37,9 @@ def of_notebook(text: str, *, file: str) -> Document:
     for source in sources:
         with contextlib.suppress(*UNREADABLE):
             trees += ast.parse(_without_magics(source)).body
-    return _document(_read(trees, settings, file), file)
+    lines = (line for source in sources for line in source.splitlines() if line.lstrip().startswith("!"))
+    installs = " ".join(release for line in lines for release in RELEASE.findall(line))
+    return _document(_read(trees, settings, file), file)._replace(installs=installs)
 
 
 def of_script(text: str, *, file: str) -> Document:

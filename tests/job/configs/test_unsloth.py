@@ -525,6 +525,25 @@ trainer.train()
 
 
 @pytest.mark.parametrize(
+    ("modules", "trained"),
+    [
+        ('"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"', 1_285_029_888),
+        ('"q_proj", "k_proj", "v_proj", "o_proj"', 26_738_688),
+    ],
+)
+def test_stacked_experts_have_one_adapter_of_the_rank_that_is_asked(modules: str, trained: int) -> None:
+    """nb/Qwen3_MoE.ipynb printed the first count, of 31,817,152,512 parameters; a rehearsal of three layers has 80,314,368."""
+    text = f"""
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Qwen3-30B-A3B-Instruct-2507", load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=32, target_modules=[{modules}], use_gradient_checkpointing=True)
+trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=50))
+trainer.train()
+"""
+    assert peftplan.estimate(config=read_text(text, file="a.py")).trainable_parameters == trained
+
+
+@pytest.mark.parametrize(
     ("written", "beta"), [("", None), ('loss_type="dr_grpo"', None), ('loss_type="bnpo"', 0.001), ("beta=0.04", 0.04)]
 )
 def test_a_reference_of_grpo_is_the_policy_without_its_adapter(written: str, beta: float | None) -> None:
