@@ -48,6 +48,8 @@ over all ranks."""
 SHARING_ROWS = ("llama", "qwen2", "qwen3")
 """Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
 LONGEST_RING = 8
+LOSSES_OVER_FLAT = (CUT, "per-token")
+"""Losses of functions of their own that were rehearsed under ZeRO-1 or ZeRO-2."""
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 PREFETCHED = "prefetched experts of gpt-oss, for whose parameters DeepSpeed waits in the order of their addresses"
 REENTRANT = "reentrant checkpoints"
@@ -283,7 +285,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
         "loss": job.setup.loss
-        not in ("full", "trl-chunked", "liger", *((CUT,) if distributed.strategy in FLAT else (SHARED, SHARED_CHUNKS))),
+        not in ("full", "trl-chunked", "liger", *(LOSSES_OVER_FLAT if distributed.strategy in FLAT else (SHARED, SHARED_CHUNKS))),
     }
     if distributed.strategy == "zero0":
         return unknown | {"a quantized base": job.quant is not None}

@@ -145,7 +145,10 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher
     if program.trainer.weighs_tokens:
         loss = weighted_tokens(f, logits)
     elif model.running.loss == "per-token":
-        loss = cross_entropy(f, f.to(logits, "fp32"))  # the caller holds the copy
+        wide = f.to(logits, "fp32")
+        if f.autocast:  # accelerate widens them and drops what the model returned; under DeepSpeed the outputs hold both
+            del logits
+        loss = cross_entropy(f, wide)
     elif model.running.loss in (SHARED, SHARED_CHUNKS):
         from peftplan.memory.shared_rows import chunked, of_tokens
 
