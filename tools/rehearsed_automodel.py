@@ -43,6 +43,8 @@ SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8
 PROJECTIONS = "*_proj"
 STEPS = 5
 OF_PICTURES = "FinetuneRecipeForVLM"
+MOCK = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
+"""Batches that a data set makes itself, with places and without a mask."""
 FOLDER = "(folder)"
 """What stands for the checkpoint in what a row says of the recipe."""
 CARD = "8xa100-80gb"
@@ -139,6 +141,10 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "optimizer": optimizer,
         **({"peft": peft} if job["method"] == "lora" else {}),
     }
+    if row.get("recipe", {}).get("dataset", {}).get("_target_") == MOCK:
+        sections["dataset"] = {"seq_len": job["seq_len"], "num_samples": step * (STEPS + 1), "batch_size": batch}
+        sections["dataloader"] = {"_target_": "torch.utils.data.DataLoader", "batch_size": None, "num_workers": 0}
+        sections["benchmark"] = {"warmup_steps": 1, "peak_tflops": 989, "nsys_start": -1, "nsys_end": -1, "nsys_ranks": []}
     if row.get("recipe", {}).get("recipe") == OF_PICTURES:
         sections["model"]["_target_"] = "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained"
         sections["dataloader"]["collate_fn"] = {"_target_": f"{__name__}.pictureless"}
@@ -421,7 +427,8 @@ def recipe() -> None:
     if backend.get("dispatcher") in ("hybridep", "deepep", "uccl_ep"):
         from transformers import AutoConfig
 
-        hybrid_ep.install(AutoConfig.from_pretrained(settings["model"]["pretrained_model_name_or_path"]).num_experts_per_tok)
+        model = settings["model"].get("config", settings["model"])
+        hybrid_ep.install(AutoConfig.from_pretrained(model["pretrained_model_name_or_path"]).num_experts_per_tok)
     if settings["model"].get("attn_implementation") == "flash_attention_2":
         pack_by_positions(settings)
     from nemo_automodel.components.distributed import tp_replicas

@@ -5,6 +5,7 @@ Needs the folder `transformer_engine` of the wheel transformer_engine_cu13 2.20.
 compiled extension for torch too, all but attention is the package's own. Attention is cuDNN's, which the package takes on H100
 before flash-attn 2 (pytorch/attention/dot_product_attention/utils.py, `get_attention_backend`).
 Source: csrc/extensions/attention.cpp (`fused_attn_fwd`, `fused_attn_bwd`, `thd_read_half_tensor`, `thd_read_second_half_lse`);
+csrc/extensions/normalization.cpp (`rmsnorm_fwd`, `rmsnorm_bwd`, without their workspaces: fp32 sums of the weight's gradient);
 common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu (statistics of a row of documents, workspaces), utils.cu (`get_max_tokens`);
 cudnn-frontend 1.23, node/scaled_dot_product_flash_attention.h (`get_fe_workspace_size_node`). Left out: workspaces that cuDNN's
 own plan asks for beside.
@@ -156,6 +157,35 @@ def _attention_backward(*arguments: Any) -> list[Any]:
     return [*gradients, None, of_offsets]  # of no bias
 
 
+def _product(a: Any, turns_a: bool, b: Any, turns_b: bool, out: Any, *settings: Any, **_: Any) -> list[Any]:
+    """The product of matrices whose columns cuBLAS takes for rows, and the gradient of a bias."""
+    import torch
+
+    bias, grad = settings[2], settings[6]
+    columns, rows = a.shape[0] if turns_a else a.shape[-1], (b.shape[-1],) if turns_b else b.shape[:-1]
+    result = torch.empty((*rows, columns), dtype=a.dtype, device=a.device) if out is None else out
+    return [
+        result,
+        torch.empty(b.shape[-1], dtype=bias.dtype, device=b.device) if grad and bias is not None else None,
+        None,
+        None,
+    ]
+
+
+def _normed(x: Any, weight: Any, *_: Any) -> list[Any]:
+    """The result, no mean, and the reciprocal deviation of each row in fp32."""
+    import torch
+
+    return [torch.empty_like(x), None, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)]
+
+
+def _normed_backward(gradient: Any, x: Any, deviations: Any, weight: Any, *_: Any) -> list[Any]:
+    """The gradients of x and of the weight."""
+    import torch
+
+    return [torch.empty_like(x), torch.empty_like(weight)]
+
+
 def _half(tensor: Any, cu_seqlens: Any, half: int) -> Any:
     """Half of the tokens: (tokens, heads, size), or (2, tokens, heads, size)."""
     shape = list(tensor.shape)
@@ -187,6 +217,9 @@ FUNCTIONS: dict[str, Any] = {
     "get_fused_attn_backend": _backend,
     "fused_attn_fwd": _attention,
     "fused_attn_bwd": _attention_backward,
+    "generic_gemm": _product,
+    "rmsnorm_fwd": _normed,
+    "rmsnorm_bwd": _normed_backward,
     "thd_read_half_tensor": _half,
     "thd_read_second_half_lse": _statistics_half,
     "thd_get_partitioned_indices": _indices,

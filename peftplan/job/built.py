@@ -170,9 +170,13 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
     return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
 
 
-def as_automodel_builds(architecture: Architecture) -> Architecture:
+def as_automodel_builds(architecture: Architecture, *, balanced: bool = False) -> Architecture:
     """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
-    components/models/*/model.py, `_keep_in_fp32_modules_strict`)."""
+    components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
+    if balanced:
+        modules = tuple(module for module in architecture.modules if module.kind != "Router")
+        buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
+        architecture = replace(architecture, modules=modules, buffers=buffers)
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture
     return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",), logits_ops=())

@@ -150,6 +150,12 @@ class Exchange(NamedTuple):
     hybrid: bool = False
 
 
+class Balanced(NamedTuple):
+    """Routing without weights, which sends as many tokens to each expert."""
+
+    source: str
+
+
 class Projections(NamedTuple):
     """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
 
@@ -169,6 +175,7 @@ Part: TypeAlias = (
     | OffloadedActivations
     | Scan
     | Exchange
+    | Balanced
     | Projections
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.job.kernel_facts import (
+    Balanced,
     Checkpoint,
     CompiledLayers,
     Decoder,
@@ -104,6 +105,7 @@ KERNELS: dict[str, Kernel] = {
     "deepep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, as nemo_automodel calls it"),
     "hybridep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/hybrid_ep_buffer.py, as nemo_automodel calls it", hybrid=True),
     "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
+    "balanced.gate": Balanced("nemo_automodel 0.7.0, components/moe/layers.py (`FakeBalancedGate`)"),
     "te-linear.dense": Projections("transformer-engine 2.20.2, pytorch/module/linear.py (`_Linear`)"),
     "te-experts.experts": Projections(
         "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`)", workspaces=4
@@ -119,7 +121,7 @@ IN_INT4 = "torchao-int4.fake_quant"
 """Fake-quantized layers that axolotl makes, and no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
-OF_EXPERTS = ("deepep.exchange", "hybridep.exchange", "uccl.exchange", "te-linear.dense", "te-experts.experts")
+OF_EXPERTS = ("deepep.exchange", "hybridep.exchange", "uccl.exchange", "balanced.gate", "te-linear.dense", "te-experts.experts")
 OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
@@ -145,6 +147,7 @@ class Kernels(NamedTuple):
     activations: OffloadedActivations | None = None
     scan: Scan | None = None
     exchange: Exchange | None = None
+    gate: Balanced | None = None
     dense: Projections | None = None
     experts: Projections | None = None
 

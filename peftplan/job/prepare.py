@@ -130,7 +130,8 @@ def prepared(request: Request) -> Job:
     if setup.by.own_decoders:
         from peftplan.job.built import as_automodel_builds
 
-        architecture = as_automodel_builds(architecture)
+        balanced = kernels_of(setup.kernels or ()).gate is not None
+        architecture = as_automodel_builds(architecture, balanced=balanced)
     if request.script.transformers is not None:
         from peftplan.job.built import as_of_release
 

@@ -149,8 +149,8 @@ class Effective:
         if "in_16_bits" in setting:
             return tuple(self.tool.in_16_bits[word(self.of(setting["in_16_bits"]))])
         if "divided" in setting:
-            rank = self._numbers([setting["divided"]])
-            return rank and dict.fromkeys(setting["parameters"], int(rank[0]) // setting["among"])
+            rank, experts = self._numbers([setting["divided"]]), self._of_model(setting["among"])
+            return rank and isinstance(experts, int) and dict.fromkeys(setting["parameters"], rank[0] // experts)
         if "names" in setting:
             return self._names(setting["names"])
         if "listed" in setting:

@@ -81,8 +81,8 @@ class Meant(TypedDict, total=False):
     """The key that names one of `repositories`: the modules that it leaves in 16 bits."""
     divided: str
     """The key of a rank that the experts of a token share."""
-    among: int
-    """How many these are."""
+    among: str
+    """The field of the model's config that says how many these are."""
     parameters: list[str]
     """Those that get their share of it."""
 

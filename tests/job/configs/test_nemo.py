@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import peftplan
 from peftplan.arch import catalogue
 from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.kernels import named_kernels
 from tests.job.configs.files import read
 
 
@@ -516,3 +519,83 @@ def test_experts_of_a_token_share_the_rank() -> None:
 
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "trainable"),
+    [
+        ("zai-org/GLM-4.7-Flash", 8, 269_088_768),
+        ("zai-org/GLM-4.7", 4, 1_051_312_128),
+        ("zai-org/GLM-5", 4, 1_743_726_592),
+        ("deepseek-ai/DeepSeek-V3.2", 4, 1_520_762_880),
+        ("MiniMaxAI/MiniMax-M2.5", 4, 741_945_344),
+    ],
+)
+def test_a_star_names_linear_layers_and_experts(model: str, rank: int, trainable: int) -> None:
+    """components/_peft/lora.py (`apply_lora_to_linear_modules`), as release 0.7.0 counted them of its own modules on the meta
+    device: `*` matches every name, and what is neither linear nor experts is passed by."""
+    lora = NEMO_LORA | {"target_modules": ["*"], "dim": 32, "moe_rank_scaling": True}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=NEMO_MODEL | {"pretrained_model_name_or_path": model}, peft=lora)
+    assert plan.options["rank_pattern"] == dict.fromkeys(EXPERTS, rank)
+    options: dict[str, Any] = {name: plan.options[name] for name in OF_LORA}
+    assert peftplan.estimate(model, **options).trainable_parameters == trainable
+
+
+@pytest.mark.parametrize(
+    ("model", "trainable"),
+    [
+        ("zai-org/GLM-4.7-Flash", 29_937_361_664),
+        ("zai-org/GLM-4.7", 352_724_905_984),
+        ("zai-org/GLM-5", 743_793_234_432),
+        ("deepseek-ai/DeepSeek-V3.2", 671_771_498_752),
+        ("MiniMaxAI/MiniMax-M2.5", 228_640_990_208),
+        ("moonshotai/Moonlight-16B-A3B", 15_956_700_672),
+        ("Qwen/Qwen3-30B-A3B", 30_519_539_712),
+    ],
+)
+def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
+    """components/moe/layers.py:760, as release 0.7.0 counted its own modules on the meta device."""
+    backend = {"_target_": "nemo_automodel.components.models.common.BackendConfig", "fake_balanced_gate": True}
+    plan = of_nemo(
+        {"strategy": "fsdp2", "ep_size": 8}, model=NEMO_MODEL | {"pretrained_model_name_or_path": model, "backend": backend}
+    )
+    kernels = named_kernels(plan.options["kernels"])
+    assert "balanced.gate" in kernels
+    assert plan.unsupported["model.backend.fake_balanced_gate"].effect == "lowers"
+    estimate = peftplan.estimate(model, method="full", trainer="automodel", kernels=kernels)
+    assert estimate.trainable_parameters == trainable
+
+
+@pytest.mark.parametrize("upcasts", [True, False])
+def test_a_loss_of_narrow_logits_is_not_that_of_wide_ones(upcasts: bool) -> None:
+    """components/loss/masked_ce.py (`fp32_upcast`): without it there is no copy of the logits in fp32."""
+    loss = {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", "fp32_upcast": upcasts}
+    plan = of_nemo({"strategy": "fsdp2"}, loss_fn=loss)
+    assert [row.effect for row in plan.unsupported.values()] == ([] if upcasts else ["lowers"])
+
+
+def test_how_experts_are_gathered_and_recomputed() -> None:
+    """components/distributed/config.py:197: defaults are what was rehearsed."""
+    keys = {"reshard_after_forward": True, "ignore_router_for_ac": False}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8, "moe": keys})
+    assert [key for key in plan.unsupported if ".moe." in key] == [f"distributed.moe.{key}" for key in keys]
+    defaults = of_nemo({"strategy": "fsdp2", "ep_size": 8, "moe": {key: not value for key, value in keys.items()}})
+    assert not any(".moe." in key for key in defaults.unsupported)
+
+
+OF_LORA = ("method", "r", "target_modules", "target_parameters", "rank_pattern")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refused"),
+    [("TrainFinetuneRecipeForNextTokenPrediction", True), ("BenchmarkingRecipeForNextTokenPrediction", False)],
+)
+def test_only_the_benchmark_sets_how_many_rows_its_data_make(recipe: str, refused: bool) -> None:
+    """recipes/llm/benchmark.py (`cfg.dataset.batch_size = local_batch_size`): batches of all rows, which stages divide."""
+    dataset = {"_target_": MOCK, "seq_len": 4096}
+    plan = of_nemo({"strategy": "fsdp2", "pp_size": 4}, recipe=recipe, dataset=dataset, dataloader=UNBATCHED)
+    assert ("raises ValueError" in plan.unsupported["dataset._target_"].why) is refused
+
+
+MOCK = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
+UNBATCHED = {"_target_": "torch.utils.data.DataLoader", "batch_size": None}
