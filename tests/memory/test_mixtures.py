@@ -29,6 +29,9 @@ DEEPSEEK = {
 V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "q_lora_rank": None, "first_k_dense_replace": 1, "n_shared_experts": 2}
 V2_GROUPS = {**V2, "q_lora_rank": 96, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 V3 = {**DEEPSEEK, "model_type": "deepseek_v3", "first_k_dense_replace": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+GLM = {**GROUPED, "model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 128}
+GLM |= {"head_dim": 64, "first_k_dense_replace": 2, "n_shared_experts": 1, "n_group": 4, "topk_group": 2}
+GLM_NORMED = {**GLM, "use_qk_norm": True, "attention_bias": True}
 V3_HALVES = {**V3, "rope_interleave": False}
 GPT_OSS = {
     **GROUPED,
@@ -71,6 +74,10 @@ TOLERANCE = 0.003
         (V3, "full", TRAINER),
         (V3, "lora", {**PADDED, **EXPERTS}),
         (V3_HALVES, "lora", EAGER),
+        (GLM, "full", TRAINER),
+        (GLM, "lora", {**PADDED, **EXPERTS}),
+        (GLM_NORMED, "qlora", TRAINER),
+        (GLM_NORMED, "lora", EAGER),
         (GPT_OSS, "full", EAGER),
         (GPT_OSS, "lora", {**EAGER_TRAINER, **EXPERTS}),
         (GPT_OSS, "full", FLASH),

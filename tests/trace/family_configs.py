@@ -95,6 +95,8 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": _causal("nemotron_h", "NemotronH", {**GQA, "hybrid_override_pattern": "M*", "mamba_num_heads": 8,
         "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 16}, ["in_proj", "q_proj"]),
     "ernie4_5": _causal("ernie4_5", "Ernie4_5", GQA),
+    "glm4_moe": _causal("glm4_moe", "Glm4Moe", {**GQA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "head_dim": 16}, QV),
     "glm4_moe_lite": _causal("glm4_moe_lite", "Glm4MoeLite", {**PLAIN, **MLA}, ["q_a_proj", "o_proj"]),
     "mamba": _causal("mamba", "Mamba", {**SSM, "state_size": 4}, ["in_proj", "x_proj"], qlora_skip=("dt_proj", "lm_head")),
     "mamba2": _causal("mamba2", "Mamba2", {**SSM, **SCAN, "state_size": 16, "num_heads": 8}, ["in_proj"]),

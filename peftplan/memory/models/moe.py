@@ -1,6 +1,6 @@
 """Mixtures of experts in decoders of the Llama shape: routers and the blocks around the experts.
 
-Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3}/modeling_*.py. The loss of the
+Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3,glm4_moe}/modeling_*.py. The loss of the
 routers' load is `memory.router_loss`.
 """
 
@@ -21,6 +21,7 @@ from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
+from peftplan.tape.rotary import partly_rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Node, Tensor
 from peftplan.versions import EXPERTS_FUSED
@@ -237,4 +238,7 @@ granitemoe = partial(
         multiplied=True,
         mixture=partial(routed_block, route=granite_route, router="block_sparse_moe.router", name="block_sparse_moe.experts"),
     ),
+)
+glm4_moe = partial(
+    decoder, style=Style(rotate=partly_rotary, by_head=True, mixture=partial(deepseek_block, route=deepseek_v3_route))
 )
