@@ -1,7 +1,7 @@
 """Mixtures of experts in decoders of the Llama shape: routers and the blocks around the experts.
 
-Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3,glm4_moe}/modeling_*.py. The loss of the
-routers' load is `memory.router_loss`.
+Sources: transformers, models/{mixtral,qwen2_moe,qwen3_moe,granitemoe,deepseek_v2,deepseek_v3,glm4_moe}/modeling_*.py. The loss
+of the routers' load is `memory.router_loss`.
 """
 
 from __future__ import annotations
