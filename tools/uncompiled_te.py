@@ -6,6 +6,7 @@ compiled extension for torch too, all but attention is the package's own. Attent
 before flash-attn 2 (pytorch/attention/dot_product_attention/utils.py, `get_attention_backend`).
 Source: csrc/extensions/attention.cpp (`fused_attn_fwd`, `fused_attn_bwd`, `thd_read_half_tensor`, `thd_read_second_half_lse`);
 csrc/extensions/normalization.cpp (`rmsnorm_fwd`, `rmsnorm_bwd`, without their workspaces: fp32 sums of the weight's gradient);
+csrc/extensions/gemm.cpp (`gemm`, `te_general_grouped_gemm`);
 common/fused_attn/fused_attn_f16_arbitrary_seqlen.cu (statistics of a row of documents, workspaces), utils.cu (`get_max_tokens`);
 cudnn-frontend 1.23, node/scaled_dot_product_flash_attention.h (`get_fe_workspace_size_node`). Left out: workspaces that cuDNN's
 own plan asks for beside.
@@ -186,6 +187,12 @@ def _normed_backward(gradient: Any, x: Any, deviations: Any, weight: Any, *_: An
     return [torch.empty_like(x), torch.empty_like(weight)]
 
 
+def _products(*arguments: Any) -> Any:
+    """Those of experts, whose results have a place: their biases."""
+    assert arguments[4] is not None
+    return arguments[7]
+
+
 def _half(tensor: Any, cu_seqlens: Any, half: int) -> Any:
     """Half of the tokens: (tokens, heads, size), or (2, tokens, heads, size)."""
     shape = list(tensor.shape)
@@ -218,6 +225,7 @@ FUNCTIONS: dict[str, Any] = {
     "fused_attn_fwd": _attention,
     "fused_attn_bwd": _attention_backward,
     "generic_gemm": _product,
+    "te_general_grouped_gemm": _products,
     "rmsnorm_fwd": _normed,
     "rmsnorm_bwd": _normed_backward,
     "thd_read_half_tensor": _half,

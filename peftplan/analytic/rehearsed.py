@@ -50,6 +50,8 @@ SHARING_ROWS = ("llama", "qwen2", "qwen3")
 LONGEST_RING = 8
 LOSSES_OVER_FLAT = (CUT, "per-token")
 """Losses of functions of their own that were rehearsed under ZeRO-1 or ZeRO-2."""
+RINGS_OF_AUTOMODEL = (2, 16)
+"""How many ranks share a row, by NeMo Automodel (tests/rehearse/automodel.jsonl)."""
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 PREFETCHED = "prefetched experts of gpt-oss, for whose parameters DeepSpeed waits in the order of their addresses"
 REENTRANT = "reentrant checkpoints"
@@ -246,7 +248,10 @@ def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
     setup, whole = job.setup, distributed.shards == distributed.world_size
     windows = any(a.window for block in job.architecture.blocks for a in block.attentions)
     return (
-        (_shares_rows_by_automodel(job, distributed) or (is_like_traced(job) and not setup.by.sums_tokens))
+        (
+            _shares_rows_by_automodel(job, distributed)
+            or (is_like_traced(job) and not setup.by.sums_tokens and (distributed.cp_size or 1) <= LONGEST_RING)
+        )
         and job.architecture.model_type in SHARING_ROWS
         and not windows
         and whole
@@ -254,15 +259,14 @@ def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
         and setup.attn_implementation == "sdpa"
         and not setup.padding
         and ranks_of(distributed) * (distributed.pp_size or 1) == 1
-        and (distributed.cp_size or 1) <= LONGEST_RING
         and job.script.checkpoints_forward  # older releases of transformers were not rehearsed
     )
 
 
 def _shares_rows_by_automodel(job: Job, distributed: Distributed) -> bool:
-    """Whether NeMo Automodel was rehearsed so: fully trained models of its own, in bf16, over two ranks."""
-    own = builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
-    return own and distributed.cp_size == 2 and not job.setup.seq_len % 4
+    """Whether NeMo Automodel was rehearsed so: fully trained models of its own, in bf16, over rings of these lengths."""
+    own, ring = builds(job) and job.method_name == "full" and job.setup.dtype == "bf16", distributed.cp_size or 1
+    return own and ring in RINGS_OF_AUTOMODEL and not job.setup.seq_len % (2 * ring)
 
 
 def _knows_ends(job: Job, distributed: Distributed) -> bool:

@@ -26,6 +26,7 @@ ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
 ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
+OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "glm4_moe": (Exchanged((), (), False, False, shared=True),),
     "glm4_moe_lite": (
@@ -33,12 +34,13 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True),
     ),
     "qwen3_moe": (
-        Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False, "lora"),
         Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
+        Exchanged(OF_HYBRID, ONE_BY_ONE, True, False),
     ),
     "deepseek_v3": (
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),

@@ -229,7 +229,7 @@ OF_PACKAGE = {
     **dict.fromkeys(
         ("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss")
     ),
-    "hybridep": ("gpt_oss",),
+    "hybridep": ("gpt_oss", "qwen3_moe"),
     "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""

@@ -98,6 +98,8 @@ SHARED_ROWS = {
     ("qwen2.5-0.5b", 1024, 0): 0.01,
     ("llama-3.2-1b", 1024, 1): 3.4,
     ("llama-3.2-1b", 4096, 0): 0.03,
+    ("qwen3-32b", 8192, 0): 0.02,
+    ("qwen3-32b", 8192, 15): 0.02,
 }
 """Model, tokens of a row that ranks share, and rank → per cent of all. With torch's attention up to 2.0 MB: tables of rotary
 embedding are for as many positions as the largest of them says, a number that the emulated card does not hold. Packed rows: of

@@ -19,7 +19,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
-from peftplan.memory.models.automodel_ep import divided, turned, weighted
+from peftplan.memory.models.automodel_ep import divided, gated, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
@@ -53,6 +53,13 @@ def gpt_oss(model: Model) -> Tensor:
         return of_heads(model, HEADS._replace(mixture=of_own_experts))
     divided = over_hybrid_ep if kernels.exchange.hybrid else None
     return of_heads(model, HEADS._replace(mixture=partial(mixture, gate=gate_behind, divided=divided)))
+
+
+def qwen3_moe(model: Model) -> Tensor:
+    """`Qwen3MoeModel.forward`."""
+    exchange = model.running.kernels.exchange
+    hybrid = exchange is not None and exchange.hybrid
+    return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if hybrid else HEADS)
 
 
 def of_latent(model: Model, style: Style) -> Tensor:
@@ -259,21 +266,10 @@ def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, fac
     return ops.add(f, out, ops.scale(f, wide)), low, wide
 
 
-def gated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
-    """`WeightedSwiGLUFunction`, compiled: keeps gate and up, and the weights."""
-    *rows, wide = x.dims
-    node = f.record(_gated_backward, (x, weights), x.detach(), weights.detach())
-    return f.new((*rows, number(wide) // 2), x.dtype, "swiglu", node)
-
-
-def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
-    return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
-
-
 HEADS = Style(norm=opaque_rms, layer=layer)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
-    "qwen3_moe": partial(of_heads, style=HEADS),
+    "qwen3_moe": qwen3_moe,
     "gpt_oss": gpt_oss,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=False))),

@@ -232,6 +232,17 @@ def _activated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Te
     return f.new(saved[0].dims, g.dtype, "dx")
 
 
+def gated(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
+    """`WeightedSwiGLUFunction`, compiled: keeps gate and up, and the weights."""
+    *rows, wide = x.dims
+    node = f.record(_gated_backward, (x, weights), x.detach(), weights.detach())
+    return f.new((*rows, number(wide) // 2), x.dtype, "swiglu", node)
+
+
+def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+    return f.new(saved[0].dims, g.dtype, "dx"), f.new(saved[1].dims, "fp32", "sum")
+
+
 def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
     """`_RouterWeightMulFunction`: products in fp32, chunk by chunk; keeps both."""
     node = f.record(_weighted_backward, (x, weights), x.detach(), weights.detach())

@@ -1,17 +1,22 @@
-"""Experts of gpt-oss as NeMo Automodel divides them with HybridEP's exchange of tokens, beside Transformer Engine's attention.
+"""Experts of gpt-oss and Qwen 3 as NeMo Automodel divides them with HybridEP's exchange of tokens, beside Transformer Engine's
+attention.
 
-Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`); the exchange is that of
+Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`, `GroupedExpertsTE`), megatron/token_dispatcher.py
+(`_HybridEPManager`, which holds the weights of the latest rows, and with them a graph); the exchange is that of
 `memory.models.automodel_ep`.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+from peftplan.memory.experts import grouped
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_chunks import in_chunks
-from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, on_all
+from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, gated, on_all
 from peftplan.memory.models.automodel_moe import projected
 from peftplan.memory.models.style import Call
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -22,13 +27,22 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     masked = f.new(rows, "int64", "masked_fill")
     of_all = on_all(f, f.to(weights, "fp32"), all_experts)
     layout = exchange(f, x, owned, ranks=all_experts // owned)
-    c.model.lingering += layout
     chosen, probabilities = dispatched(f, x, of_all, layout, rows)
+    if isinstance(chosen.node, Node):
+        chosen.node.context = layout
+    c.model.dispatcher[:] = [probabilities]
     del masked, of_all
     if c.model.running.rows_of_experts == "most":
         second = in_chunks(f, params, chosen, probabilities)
-    else:
+    elif "down_proj_bias" in params:
         offsets = f.new((owned,), "int32", "to")
         few = c.model.running.rows_of_experts == "few"
         second, _ = projected(f, params, chosen, probabilities, offsets, few=few)
+    else:
+        up, down, product = params["gate_up_proj"], params["down_proj"], partial(grouped, f, kernel=True, bias=None)
+        offsets = f.new((owned,), "int32", "to")
+        out = product(chosen, up, up.dims[1], offsets=offsets)
+        del chosen
+        second = product(gated(f, out, probabilities), down, down.dims[1], offsets=offsets)
+        del out
     return combined(f, second, layout, x.dims)
