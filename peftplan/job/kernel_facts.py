@@ -19,12 +19,14 @@ class Rotary(NamedTuple):
     """Rotary embedding of queries and keys, written where they lie.
 
     `backward_in_place`: so are their gradients. `norms`: where queries and keys are normed by head, one function does both, into
-    new tensors.
+    new tensors. `partial_rows`: queries and keys have a function each, and so many rows of fp32 sums per multiprocessor make the
+    gradient of the norm's weight, whether it trains or not.
     """
 
     source: str
     backward_in_place: bool
     norms: bool = False
+    partial_rows: int = 0
 
 
 class Gated(NamedTuple):

@@ -88,6 +88,12 @@ KERNELS: dict[str, Kernel] = {
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,
+    "axolotl-fused.rope": Rotary(
+        "axolotl 0.19.0, kernels/gemma4_fused_rope.py (`fused_rms_norm_rope`)",
+        backward_in_place=False,
+        norms=True,
+        partial_rows=8,
+    ),
     "liger.rms_norm": Norm("liger-kernel, ops/rms_norm.py (`LigerRMSNormFunction`)"),
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
@@ -224,6 +230,7 @@ OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3", "glm4"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss"),
+    "axolotl-fused": ("qwen3",),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     **dict.fromkeys(

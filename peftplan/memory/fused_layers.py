@@ -64,6 +64,26 @@ def _norm_and_rotate_backward(f: Tape, node: Node, saved: Sequence[Tensor], dq: 
     return f.new(saved[0].dims, dq.dtype, "dQ"), f.new(saved[1].dims, dk.dtype, "dK")
 
 
+def norm_and_turn(f: Tape, kernel: Rotary, x: Tensor, weight: Operand) -> Tensor:
+    """Queries or keys normed by head and turned, into a new tensor: saves them, and an fp32 number per head, which is a result
+    too and so gets a gradient of zeros."""
+    node = _in_python(f.record(_norm_and_turn_backward, (x, weight), kernel))
+    out, rstd = f.new(x.dims, x.dtype, "norm_rope", node), f.new(x.dims[:-1], "fp32", "rstd")
+    f.keep(node, x.detach(), rstd, weight)
+    return out
+
+
+def _norm_and_turn_backward(f: Tape, node: Node, saved: tuple[Rotary, Tensor, Tensor, Operand], g: Tensor) -> Gradients:
+    kernel, x, rstd, weight = saved
+    _zeros = f.new(rstd.dims, "fp32", "zeros")
+    out = f.new(x.dims, x.dtype, "dX")
+    partial = f.new((kernel.partial_rows * f.card.number, *weight.dims), "fp32", "dW of each program")
+    total = f.new(weight.dims, "fp32", "sum")
+    del partial
+    grad_weight = f.to(total, weight.dtype)
+    return out, grad_weight if node.edges[1] else None
+
+
 def gated(f: Tape, kernel: Gated, gate: Tensor, up: Tensor, *, copies: bool = False) -> Tensor:
     """`act(gate) * up`: saves both; their gradients take their place. `copies`: both are parts of one tensor, and copied."""
     node = _in_python(f.record(_gated_backward, (gate, up)))

@@ -13,6 +13,7 @@ from peftplan.arch.modules import Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
+from peftplan.job.kernel_facts import Rotary
 from peftplan.ledger import Dim
 from peftplan.memory import fused_layers, lora_kernels
 from peftplan.memory.calls import inputs
@@ -189,7 +190,9 @@ def attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("self_attn")
     _projected = (q, k, v) if c.style.holds_projected else None
     rotated = a.positions == "rotary"
-    if rotated and norms_in_rotation(c, a):
+    if rotated and norms_in_rotation(c, a) and kernels.rope is not None and kernels.rope.partial_rows:
+        q, k = (_normed_and_turned(c, kernels.rope, *side) for side in zip((q, k), c.style.qk_names, strict=True))
+    elif rotated and norms_in_rotation(c, a):
         q, k = fused_layers.norm_and_rotate(f, q, k)
     elif rotated and kernels.rope is not None:
         q, k = fused_layers.rotate(f, kernels.rope, q, k, in_place=kernels.padding_free is None)
@@ -216,6 +219,12 @@ def attention(c: Call, x: Tensor) -> Tensor:
         c.at("self_attn")
         x = c.dropout(x)
     return x
+
+
+def _normed_and_turned(c: Call, kernel: Rotary, x: Tensor, name: str) -> Tensor:
+    weight = c.model.part(f"{c.style.stack}.self_attn.{name}", c.number).weight
+    assert weight is not None
+    return fused_layers.norm_and_turn(c.at("self_attn"), kernel, x, weight)
 
 
 def scaled_by_position(c: Call, q: Tensor) -> Tensor:

@@ -283,6 +283,13 @@ def test_axolotl_pins_an_optimum_that_loads_no_gptq() -> None:
     assert "gptq" in read({**AXOLOTL, "gptq": False}).ignored
 
 
+@pytest.mark.parametrize(("model", "knows"), [("Qwen/Qwen3-8B", True), ("google/gemma-4-E2B-it", False)])
+def test_fused_attention_is_known_in_qwen_3(model: str, knows: bool) -> None:
+    values = {"fused_attn_kernel": True, "attn_implementation": "flash_attention_2"}
+    plan = read({**AXOLOTL, "base_model": model, **values})
+    assert ("fused_attn_kernel" not in plan.unsupported, "axolotl-fused" in plan.options.get("kernels", ())) == (knows, knows)
+
+
 @pytest.mark.parametrize(("values", "gpus"), [({"ray_num_workers": 4}, 4), ({}, 1), ({"use_ray": False}, 8)])
 def test_ray_starts_as_many_processes_as_it_has_workers(values: dict[str, Any], gpus: int) -> None:
     """axolotl 0.19.0, cli/train.py:126; utils/schemas/integrations.py:168: one by default."""
