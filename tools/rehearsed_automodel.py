@@ -441,7 +441,12 @@ def recipe() -> None:
     if "teacher_model" in settings:
         distil(settings)
         settings["recipe"] = "distillation"
-    module = "llm.benchmark" if settings["recipe"].startswith("Benchmarking") else "llm.train_ft"
+    module = "llm.train_ft"
+    if settings["recipe"].startswith("Benchmarking"):
+        from nemo_automodel.components.utils import flops_utils
+
+        module = "llm.benchmark"
+        flops_utils.calculate_mfu = lambda *_, **__: 0.0  # of times that the emulated card does not hold
     module = {OF_PICTURES: "vlm.finetune", "distillation": "llm.kd"}.get(settings["recipe"], module)
     runpy.run_module(f"nemo_automodel.recipes.{module}", run_name="__main__", alter_sys=True)
 
