@@ -545,8 +545,8 @@ trainer.train()
 
 def test_experts_of_ernie_have_one_adapter_too() -> None:
     """nb/ERNIE_4_5_21B_A3B_PT-Conversational.ipynb printed 177,545,216 beside transformers 4.56.2, with 64 x 27 experts of 98,304
-    parameters each: three linear layers between 2,560 and 1,536. Stacked, gate and up share one: four layers that unsloth 2026.10.9
-    loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too."""
+    parameters each: three linear layers between 2,560 and 1,536. Stacked, gate and up share one: four layers that unsloth
+    2026.10.9 loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too."""
     modules = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"'
     text = f"""
 from unsloth import FastModel
