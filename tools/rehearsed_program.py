@@ -60,6 +60,7 @@ def with_trainer(job: argparse.Namespace) -> None:
     wanted = class_of(job, config)
     with torch.device("meta"):
         shape = wanted.from_config(config) if job.task_type else wanted(config)
+    whole = load(job, wanted) if job.zero3_init is False else None  # before DeepSpeed knows of the model
     training = TrainingArguments(**arguments(job, shape))
     if job.loss == "cut-cross-entropy":  # before loading, as axolotl's plugin does
         from cut_cross_entropy.transformers import cce_patch
@@ -67,7 +68,7 @@ def with_trainer(job: argparse.Namespace) -> None:
         cce_patch(config.model_type)
     if job.kernels:
         patch_attention(job.model)
-    model = load(job, wanted)
+    model = whole or load(job, wanted)
     if (job.quant or job.method in ("qlora", "qdora")) and job.kbit_prepare and not job.kernels:  # axolotl leaves it out
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpoints(job))
     if job.method in WITHOUT_PEFT:

@@ -170,8 +170,7 @@ class PartLoading(NamedTuple):
 
     def _by_tensor(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
         """`deepspeed.zero.Init`: each parameter is made whole, then divided. Those of a module are gathered to be loaded."""
-        base, added = ([p for p in cast.all if p.owner == owner] for owner in ("base", "adapter"))
-        loaded = list(tensors(base))
+        loaded = list(tensors(p for p in cast.all if p.owner == "base"))
         half = ITEMSIZE[self.half]
         of_head = None
         for p, layer in loaded:
@@ -187,8 +186,20 @@ class PartLoading(NamedTuple):
         if of_head is not None:
             memory.release(of_head)
         self._buffers(memory, cast)
-        for p, layer in tensors(added):
-            self._divide(memory, p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel), trained)
+        self._adapt(memory, cast, trained)
+
+    def _adapt(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
+        """peft makes an adapter whole, on the card and in the dtype of the base, then casts it (tuners/tuners_utils.py,
+        `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); DeepSpeed divides it when its engine is made."""
+        ordered = list(tensors(p for p in in_module_order(cast) if p.owner == "adapter"))
+        wholes = [memory.allocate(ITEMSIZE[self.half] * p.numel) for p, _ in ordered]
+        for number, (p, _) in enumerate(ordered):
+            if p.dtype != self.half:
+                wide = memory.allocate(ITEMSIZE[p.dtype] * p.numel)
+                memory.release(wholes[number])
+                wholes[number] = wide
+        for (p, layer), whole in zip(ordered, wholes, strict=True):
+            self._divide(memory, p, layer, whole, trained)
 
     def _whole_first(self, memory: Memory[Handle], trained: dict[Key, tuple[int, Handle | None]]) -> None:
         """The whole model reaches the device, a quantized one as on one GPU; then all is cast, tensor by tensor."""

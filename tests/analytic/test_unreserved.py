@@ -24,7 +24,8 @@ def test_allocated_bytes_are_those_of_a_rehearsal(row: dict[str, Any]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
     assert abs(drift["allocated"]) < 0.01
-    assert max(abs(drift[phase]) for phase in ("load", "forward", "backward")) < 0.3
+    assert max(abs(drift[phase]) for phase in ("forward", "backward")) < 0.3
+    assert abs(drift["load"]) < 0.45  # FSDP1's biases are gathered in another order: 0.9 MB, and not the peak
     assert "reserved" not in drift
 
 

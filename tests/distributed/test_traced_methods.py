@@ -54,11 +54,12 @@ RESERVED = {"apollo": 2.4, "torch_4bit": 0.2, FSDP2_LOMO: 8.1, "full --optim lom
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[row["job"] for row in REHEARSED])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
-    """Optimizers over a rank's shards, and on one GPU; LoRA's load with r 64 is not the peak. Under FSDP1 a tail of a block is
-    left. In the first step a paged optimizer takes 1 MB more, and APOLLO makes the states of one parameter after the step of
-    another, which leaves other tails of blocks. LOMO takes no step. torchao's first step holds more than later ones: it times
-    its kernels. No step ends LOMO's rehearsal, so in full under FSDP it has gathered weights for the checkpoint after the last
-    one, which counts as a forward: SGD's under FSDP2, which ends a step before, reserves what the formula says."""
+    """Optimizers over a rank's shards, and on one GPU. An adapter is whole before ZeRO-3 divides it, which decides the load
+    of LoRA with r 64. Under FSDP1 a tail of a block is left. In the first step a paged optimizer takes 1 MB more, and APOLLO
+    makes the states of one parameter after the step of another, which leaves other tails of blocks. LOMO takes no step.
+    torchao's first step holds more than later ones: it times its kernels. No step ends LOMO's rehearsal, so in full under
+    FSDP it has gathered weights for the checkpoint after the last one, which counts as a forward: SGD's under FSDP2, which
+    ends a step before, reserves what the formula says."""
     drift = drifts(row, "analytic")
     assert drift is not None
     apart = next((share for name, share in RESERVED.items() if name in row["job"]), 0)
@@ -68,6 +69,7 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert max(abs(drift[what]) for what in (("backward",) if saves else ("forward", "backward"))) < most
     assert abs(drift["allocated"]) < (1.2 if "torch_4bit" in row["job"] else 0.2 if "apollo" in row["job"] else 0.1)
     assert ("lomo" in row["job"]) == ("step" not in drift)
+    assert "zero3" not in row["job"] or abs(drift["load"]) < 0.001
     assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] or "apollo" in row["job"] else 0.15)
 
 
@@ -83,6 +85,7 @@ INEXACT = {
     "lora-dropout": 0.004,
     "qwen2.5-0.5b --method lora --bias": 0.06,
     "opt-125m --method bitfit": 0.015,
+    "ln-tuning --no-zero3-init": 0.191,
 }
 """Part of a job → percent of its peak. AdaLoRA's formula leaves out one output that its layers keep
 (`memory/methods/adalora.py`); VeRA's is 0.03 % high, a prefix's 0.025 % under FSDP1; BOFT's has other tails of blocks."""
