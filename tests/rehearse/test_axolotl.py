@@ -135,6 +135,15 @@ def test_embeddings_of_adapted_models_require_gradients(row: dict[str, Any]) -> 
     assert abs(drift["backward"]) < 0.14
 
 
+def test_hunyuan_runs_with_lora_kernels() -> None:
+    """Whose queries and keys are normed once they are turned, behind the kernel."""
+    (row,) = (row for row in EXACT if "Hunyuan" in row["values"]["base_model"])
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert peaks.reserved == row["reserved"]
+    assert abs(100 * (peaks.allocated / row["allocated"] - 1)) < LARGEST["allocated"]
+
+
 def test_the_root_gathers_the_last_layer_when_backward_begins() -> None:
     """axolotl's `fsdp2_prepare_model` makes no unit of the head, as accelerate's does. DistMuon sends matrices to their ranks."""
     rows = [row for row in ROWS if row["values"].get("fsdp_config", {}).get("fsdp_version") == 2]
