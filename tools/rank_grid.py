@@ -116,6 +116,8 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("ddp", "full", 4, model=model, layers=CUT[model], seq_len=256)
     yield job("fsdp2", "qlora", 4)
     yield job("fsdp2", "qlora", 4, quant_storage="uint8")
+    for more in ({}, {"fsdp": {"offload_params": "cpu"}}, {"model": "qwen2.5-7b", "layers": 2, "batch_size": 2}):
+        yield job("fsdp2", "qlora", 4, device_map="cpu", **more)
     for more, method in product(variants, ("full", "lora")):
         yield job("fsdp2", method, 8, **more)
     for world, method in product((2, 4, 64), ("full", "lora", "qlora")):

@@ -83,7 +83,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         tied = {"tie_word_embeddings": True}
         storage = {"bfloat16": "bf16"}.get(program.get("quant_storage", "bfloat16"), "uint8")
         model = cut(program["model"], program["layers"]) if "model" in program else LLAMA | tied
-        return {"model": model, **ours, "quant_storage": storage, "kbit_prepare": False}
+        where = {"device_map": placed} if (placed := program.get("device_map")) else {}
+        return {"model": model, **ours, "quant_storage": storage, "kbit_prepare": False, **where}
     if "model" in program:
         return {"model": cut(program["model"], program["layers"]), **ours}
     return {"model": llama(program), **ours}

@@ -58,7 +58,7 @@ def loading_of(
         adapters_pass_in=_passed_in(job),
     )
     stacks = gathered(parameters, job.quant, job.architecture.model_type)
-    by_map = setup.device_map != "none"
+    by_map = setup.device_map not in ("none", "cpu")
     arrives = by_map or (job.distributed is not None and job.distributed.facts.loads_on_device)
     load_whole = partial(
         load_into,

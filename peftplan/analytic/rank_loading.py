@@ -50,7 +50,8 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         on_host = distributed.cpu_ram_efficient_loading and job.script.quantizes_to_host
         whole = of_one_gpu if job.quant and not on_host else None
         return flat_units(model, buffers, accumulates=accumulates, whole=whole, stays=stays)
-    whole = of_one_gpu if job.quant is not None and not job.quant.by_torchao else None
+    on_card = job.quant is not None and not job.quant.by_torchao and job.setup.device_map != "cpu"
+    whole = of_one_gpu if on_card else None
     if distributed.strategy == "zero3":
         table = next((p.numel for p in parameters.all if p.name == f"{job.architecture.input_embedding}.weight"), 0)
         return PartLoading(

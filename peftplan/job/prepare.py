@@ -170,18 +170,18 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"batch_size": accepted_batch(setup, replicas)})
     check_task(model, architecture, setup)
     if distributed is not None:
-        from peftplan.job.shared_bases import unprepared
+        from peftplan.job.shared_bases import loaded_by_rank, unprepared
         from peftplan.job.shared_optimizers import check_in_backward, stepped_by_deepspeed
         from peftplan.job.shared_work import (
             asked_checkpoints,
             changed_by_trainer,
             check_distributed,
-            loaded_by_rank,
             with_trainers_search,
         )
 
         check_in_backward(distributed, setup)
-        setup = stepped_by_deepspeed(loaded_by_rank(setup, chosen=set_here.get("device_map")), distributed)
+        setup = loaded_by_rank(setup, distributed, quant, chosen=set_here.get("device_map"))
+        setup = stepped_by_deepspeed(setup, distributed)
         if set_here.get("kbit_prepare") is None:
             setup = unprepared(setup, quant, distributed)
         if quant is None and set_here.get("adapter_dtype") is None:
@@ -191,6 +191,10 @@ def prepared(request: Request) -> Job:
         adapts = kind is None or kind.peft_type is not None
         distributed = with_trainers_search(distributed, setup, request.script, adapts=adapts, architecture=architecture)
         check_distributed(distributed, setup, architecture, quant, model_config)
+    elif setup.device_map == "cpu":
+        raise InputError(
+            "device_map", "cpu", "accepted on one GPU: none, auto, cuda; under FSDP2 cpu leaves 4-bit weights on the host"
+        )
     if kind is not None and kind.module == "virtual_tokens":
         from peftplan.job.virtual_tokens import check_prompted_task
 

@@ -109,7 +109,7 @@ class Setup(BaseModel):
     @property
     def adapter_on_device(self) -> bool:
         """Whether a dense base is on the card before its adapter is made."""
-        return self.by.loads_on_device or self.device_map != "none"
+        return self.by.loads_on_device or self.device_map not in ("none", "cpu")
 
     @property
     def forwards(self) -> tuple[Forward, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
@@ -14,6 +14,8 @@ from peftplan.versions import named
 
 WITHOUT_AUTOCAST = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
 """Strategies that cast the weights instead."""
+
+FLOATS = ("fp16", "bf16", "fp32", "fp64")
 
 OF_ATTENTION = {"q_proj", "k_proj", "v_proj"}
 """What attention takes, in one dtype."""
@@ -67,3 +69,38 @@ def _check_scaled(distributed: Distributed, setup: Setup, quant: QuantConfig, ad
             f"attention takes {setup.autocast} beside it, since {distributed.facts.called} runs without autocast: RuntimeError: "
             f"Expected query, key, and value to have the same dtype ({named('peft')}, tuners/ia3/bnb.py:110); accepted: ddp"
         )
+
+
+def packs_integers(quant: QuantConfig | None) -> bool:
+    """Whether packed 4-bit weights are stored as integers, which FSDP2 does not shard."""
+    return quant is not None and quant.name in FOUR_BIT and quant.quant_storage not in FLOATS
+
+
+def loaded_by_rank(setup: Setup, distributed: Distributed, quant: QuantConfig | None, *, chosen: object) -> Setup:
+    """The setup of a rank, which loads no model on a device map (trl, `SFTTrainer.__init__`: it "fails" in distributed training),
+    but a quantized one on the host, of which FSDP2 moves a unit at a time (accelerate, `fsdp2_prepare_model`).
+
+    Raises InputError where another map is `chosen`, and RefusedError where ranks cannot move what is on the host.
+    """
+    if chosen == "cpu" and quant is not None:
+        if distributed.strategy == "fsdp1":
+            raise RefusedError(
+                f"device_map: {named('accelerate')} refuses a quantized model on the host under FSDP1: ValueError: You can't "
+                "train a model that has been loaded in 8-bit or 4-bit precision on a different device than the one you're "
+                "training on (accelerator.py:1867); accepted: --strategy fsdp2"
+            )
+        if distributed.strategy == "fsdp2" and quant.name in FOUR_BIT and not setup.by.own_fsdp2:
+            if packs_integers(quant):
+                raise RefusedError(
+                    "device_map: FSDP2 leaves packed weights that are stored as whole numbers on the host; add --quant-storage "
+                    "bf16"
+                )
+            return setup
+    if chosen not in (None, "none"):
+        raise InputError(
+            "device_map",
+            chosen,
+            "accepted: none under a strategy, or cpu for 4-bit weights under fsdp2; --strategy device-map puts layers on several "
+            "GPUs",
+        )
+    return setup.model_copy(update={"device_map": "none"})

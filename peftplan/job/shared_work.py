@@ -16,31 +16,18 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
+from peftplan.job.shared_bases import FLOATS, packs_integers
 from peftplan.methods.adaptation import Adaptation, AddedTensor
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.storage import QuantConfig
-from peftplan.storage.config import FOUR_BIT
 from peftplan.versions import FSDP2_TAIL_APART, named
 
-FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ONE_TABLE = ("t5", "mt5", "bart")
 """Model types whose encoder and decoder have each a module around one table of tokens."""
 HOW_TO_CHECKPOINT = {"use_reentrant", "every_n_layers", "offload_checkpoints"}
 """What `activation_checkpointing_kwargs` states."""
 MIXED = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that step over lists of tensors (`foreach`, `fused`), which may not be of several kinds."""
-
-
-def loaded_by_rank(setup: Setup, *, chosen: object) -> Setup:
-    """The setup of a rank, which loads no model on a device map (trl, `SFTTrainer.__init__`: it "fails" in distributed training).
-
-    Raises InputError where one is `chosen`.
-    """
-    if chosen not in (None, "none"):
-        raise InputError(
-            "device_map", chosen, "accepted: none under a strategy; --strategy device-map puts layers on several GPUs"
-        )
-    return setup.model_copy(update={"device_map": "none"})
 
 
 def check_distributed(
@@ -333,11 +320,6 @@ def with_trainers_search(
             towers=has_towers(architecture),
         )
     return distributed.model_copy(update={} if searches is None else {"find_unused_parameters": searches})
-
-
-def packs_integers(quant: QuantConfig | None) -> bool:
-    """Whether packed 4-bit weights are stored as integers, which FSDP2 does not shard."""
-    return quant is not None and quant.name in FOUR_BIT and quant.quant_storage not in FLOATS
 
 
 def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:

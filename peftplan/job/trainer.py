@@ -68,8 +68,9 @@ Loss = Literal[
     "cut-cross-entropy", "cut-apart", "received-kl",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
-DeviceMap = Literal["none", "auto", "cuda"]
-"""How `from_pretrained` places a model: on the host, by accelerate's plan, or on one device, such as `cuda`, `{"": 0}`."""
+DeviceMap = Literal["none", "auto", "cuda", "cpu"]
+"""How `from_pretrained` places a model: as it does by itself (a quantized one on the card, another on the host), by accelerate's
+plan, or on one device, such as `cuda` for `{"": 0}` and `cpu` for `{"": "cpu"}`."""
 Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows", "completions"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
 the slice, by `log_softmax` of all, of all divided by a temperature, or of those of completions, or by `logsumexp` of one row

@@ -191,7 +191,7 @@ class Loading(NamedTuple):
         layers = [name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)]
         of_layers = [line for line in self.buffers if "{}" in line.name and line.copies == len(layers)]
         for name in self._order():
-            whole = [(p, memory.allocate(ITEMSIZE[shard.dtype] * p.numel)) for p, shard in self.groups[name]]
+            whole = [(p, memory.allocate(_whole(p, shard))) for p, shard in self.groups[name]]
             if name in layers:
                 for line in of_layers:
                     memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),))
@@ -249,6 +249,11 @@ def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
     for a in shard.allocations:
         if a.place == "host":
             memory.release(memory.allocate(a.nbytes))
+
+
+def _whole(p: Parameter, shard: Parameter) -> int:
+    """Bytes of a tensor before it is divided; of a quantized weight those of its packed elements."""
+    return next(a.nbytes for a in p.allocations if a.name == "weight") if p.quantized else ITEMSIZE[shard.dtype] * p.numel
 
 
 def _on_device(shard: Parameter) -> tuple[int, ...]:

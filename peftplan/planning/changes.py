@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import add, sub
 from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.job.shared_work import packs_integers
+from peftplan.job.shared_bases import packs_integers
 from peftplan.job.trainers import CHUNKED
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -31,6 +32,9 @@ STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
     "zero3": (({"offload_optimizer": "cpu"}, CLOSE), ({"offload_optimizer": "cpu", "offload_params": "cpu"}, CLOSE)),
 }
 """Strategy → changes that divide more over the ranks, or hold it on the host, each with its price."""
+
+TORCH = ("ddp", "fsdp1", "fsdp2")
+"""Strategies of torch's own, beside which FSDP2 is the next step."""
 
 Sizes = Mapping[str, int]
 """Bytes of the tensors at the peak of each phase."""
@@ -87,12 +91,18 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
 
 
 def _of_ranks(job: Job, distributed: Distributed) -> Iterator[tuple[dict[str, object], int]]:
-    """Another strategy, offload, more GPUs. FSDP2 shards packed weights only if they are stored as floats."""
+    """Another strategy, offload, more GPUs. FSDP2 shards packed weights only if they are stored as floats, and each rank holds
+    all of them while it loads unless they are packed on the host."""
     storage: dict[str, object] = {"quant_storage": "bf16"} if packs_integers(job.quant) else {}
+    own = STRATEGIES.get(distributed.strategy, ())
     if storage and distributed.strategy == "fsdp2":
         yield storage, SAME
-    for options, price in STRATEGIES.get(distributed.strategy, ()):
+    for options, price in own:
         yield (options | storage if options.get("strategy", distributed.strategy) == "fsdp2" else options), price
+    in_4_bits = job.quant is not None and job.quant.name in FOUR_BIT
+    if in_4_bits and distributed.strategy in TORCH and job.setup.device_map != "cpu":
+        for options, price in (({}, SAME), *own) if distributed.strategy == "fsdp2" else STRATEGIES["ddp"]:
+            yield {**options, **storage, "device_map": "cpu"}, price
     if distributed.facts.splits_weights:
         for place, times in enumerate((2, 4, 8)):
             yield {"gpus": (distributed.gpus or 1) * times}, MORE_GPUS + place

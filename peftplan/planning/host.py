@@ -50,12 +50,16 @@ def _ranks(job: Job) -> int:
 
 def _loading(job: Job, built: Parameters) -> Loading:
     """Trainer moves a dense model to the card once it is built, so all of it is in host memory first; a quantized one, and one
-    that a plain loop loads with `device_map`, go to the card tensor by tensor.
+    that a plain loop loads with `device_map`, go to the card tensor by tensor. `device_map cpu` leaves a quantized one there.
     """
     dense = finished.loaded_parameters(job, adapter_dtype=str(job.setup.adapter_dtype), quant=None)
     base = residents.base_bytes(job.architecture, dense, dtype=job.setup.dtype, device="cpu")
     adapter = residents.adapter_bytes(job.adaptation, dense, dtype=str(job.setup.adapter_dtype), device="cpu")
     largest = max((a.nbytes for p in dense.all if p.owner == "base" for a in p.allocations), default=0)
+    if job.setup.device_map == "cpu":
+        of_base = (p for p in built.all if p.owner == "base")
+        packed = sum(a.nbytes * p.copies for p in of_base for a in p.allocations)
+        return Loading(packed, largest, "the whole model, quantized there, of which FSDP2 moves a unit at a time to the card")
     if job.quant is not None:
         return Loading(0, largest, f"tensor by tensor to the card, where each is stored as {job.quant.name}")
     if job.distributed is not None and (job.distributed.facts.loads_on_device or _by_tensor(job.distributed)):

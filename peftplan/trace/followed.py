@@ -89,6 +89,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its cp_size": distributed.cp_size not in (None, 1),
         "its custom_sharded_layers": distributed.custom_sharded_layers is not None,
         "its dp_shard_size": flat and distributed.shards != distributed.world_size,
+        "4-bit weights on the host": job.setup.device_map == "cpu",
         "its offload_params": (flat or by_deepspeed) and distributed.offload_params not in (None, "none"),
         f"its wrap_policy {distributed.wrap_policy}": flat and distributed.wrap_policy not in (None, "transformer"),
         f"its reshard_after_forward {distributed.reshard_after_forward}": flat and type(distributed.reshard_after_forward) is int,

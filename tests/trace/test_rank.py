@@ -265,6 +265,7 @@ def test_options_of_ddp_by_formula(options: dict[str, Any]) -> None:
             "not reentrant checkpoints before transformers 5.23",
         ),
         ({"strategy": "zero3", "quant": "int8"}, "not its shards in int8"),
+        ({"quant": "nf4", "quant_storage": "bf16", "device_map": "cpu"}, "not 4-bit weights on the host"),
         ({"strategy": "zero3", "offload_params": "cpu"}, "not its offload_params"),
         ({"strategy": "tp", "quant": "nf4", "target_modules": "q_proj"}, "not quantized weights under tensor parallelism"),
         ({"strategy": "tp", "optim": "adamw_bnb_8bit", "target_modules": "q_proj"}, "not its adamw_bnb_8bit"),

@@ -46,7 +46,8 @@ if job["method"] == "qlora":
     )
     name = job.get("model", "meta-llama/Llama-3.2-1B")
     config = cut(name, job.get("layers", 3))
-    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=half, quantization_config=stored)
+    where = {"device_map": job["device_map"]} if "device_map" in job else {}
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=half, quantization_config=stored, **where)
 elif "device_map" in job:
     config = cut(job["model"], job["layers"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], config=config, dtype=half, device_map=job["device_map"])
