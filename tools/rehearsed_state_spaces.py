@@ -4,7 +4,8 @@
 
 FILE holds a row of JSON per job: `model`, how many of its `layers` run or which, by letters, the `options` of the estimate, and
 what it held. Models have 8,192 tokens and random weights, on an A100. Kernels are not chosen by their time. Needs the CUDA build
-of torch, transformers, peft, mamba-ssm and causal-conv1d.
+of torch, transformers, peft, mamba-ssm and causal-conv1d; `"kernels": null` in a row's options says that it ran without the last
+two.
 """
 
 from __future__ import annotations

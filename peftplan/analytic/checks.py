@@ -12,7 +12,7 @@ from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job.automodel import builds, has_own_code, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
-from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, SCANNING, kernels_of, without_formula
+from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -83,7 +83,7 @@ def check(job: Job) -> None:
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
-    if model_type in SCANNING:
+    if any(block.state_space is not None for block in job.architecture.blocks):
         _check_scan(job)
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
         raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")
@@ -120,7 +120,8 @@ def _check_scan(job: Job) -> None:
     """Raise NeedsTraceError where Mamba 2 runs as torch's operations, NoEngineError where its kernel was not rehearsed."""
     setup, architecture = job.setup, job.architecture
     if kernels_of(setup.kernels or ()).scan is None:
-        raise NeedsTraceError(f"activations of model type {architecture.model_type} without --kernels mamba-ssm")
+        _check_recorded(job)
+        return
     by_tool = has_own_code(job) or builds(job)
     unknown = {
         "a mixture of experts": any(block.mlp.variant == "moe" for block in architecture.blocks) and not builds(job),
@@ -136,6 +137,36 @@ def _check_scan(job: Job) -> None:
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NoEngineError(f"mamba-ssm's kernel with {what} (no formula yet)")
+
+
+def _check_recorded(job: Job) -> None:
+    """Raise NeedsTraceError or NoEngineError where a mixer was not recorded."""
+    setup, model_type = job.setup, job.architecture.model_type
+    spaces = {block.state_space for block in job.architecture.blocks if block.state_space is not None}
+    unknown = {
+        "kernels": bool(setup.kernels),
+        "padding": setup.padding,
+        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off),
+        "virtual tokens": bool(getattr(job.config, "num_virtual_tokens", None)),
+        f"autocast {setup.autocast}": setup.autocast == "fp16",
+        "weights in fp16": setup.dtype == "fp16",
+        "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
+        "another release of transformers": job.script.transformers is not None,
+        "an adapter": model_type == "falcon_h1" and job.method_name != "full",  # 1.5 % above a trace under checkpoints
+        f"method {job.method_name}": job.method_name not in ("full", "lora", "qlora"),
+        f"{setup.seq_len} tokens, which are no two whole chunks or more": any(
+            setup.seq_len % space.chunk_size or setup.seq_len == space.chunk_size for space in spaces
+        ),
+    }
+    if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
+        raise NeedsTraceError(f"the mixer of model type {model_type} with {what}")
+    if has_own_code(job) or job.setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
+        where = job.setup.by.called if job.distributed is None else job.distributed.called
+        raise NoEngineError(f"model type {model_type} without mamba-ssm, under {where} (no formula yet)")
+
+
+PLAIN_TRAINERS = ("plain", "transformers", "trl")
+"""Trainers whose steps with a recorded mixer were compared."""
 
 
 def _check_stacks(job: Job) -> None:

@@ -46,6 +46,7 @@ READERS: dict[str, tuple[str, str, str]] = {
     "qwen3_moe": ("moe", "qwen3_moe", "CAUSAL_LM"),
     "granitemoe": ("moe", "granitemoe", "CAUSAL_LM"),
     "glm4_moe": ("moe", "glm4_moe", "CAUSAL_LM"),
+    "granitemoehybrid": ("granite_hybrid", "granitemoehybrid", "CAUSAL_LM"),
     "gpt_oss": ("moe", "gpt_oss", "CAUSAL_LM"),
     "deepseek_v2": ("mla", "deepseek_v2", "CAUSAL_LM"),
     "deepseek_v3": ("mla", "deepseek_v3", "CAUSAL_LM"),

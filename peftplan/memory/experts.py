@@ -191,9 +191,10 @@ def experts(
 def _grouped_forward(
     f: Tape, x: Tensor, indices: Tensor, weights: Tensor, params: Stacked, gate: Gate, *, kernel: bool, transposed: bool
 ) -> Tensor:
-    """`grouped_mm_experts_forward` over `params`: gate_up_proj, down_proj and their biases."""
+    """`grouped_mm_experts_forward` over `params`: gate_up_proj, up_proj of experts without gate, down_proj, biases."""
     dtype = x.dtype
-    e, *first = params.dims("gate_up_proj")
+    into = "gate_up_proj" if "gate_up_proj" in params else "up_proj"
+    e, *first = params.dims(into)
     _, *second = params.dims("down_proj")
     wide, h = (first[1], second[1]) if transposed else (first[0], second[0])
     rows = indices.dims
@@ -202,8 +203,8 @@ def _grouped_forward(
     weights = taken(f, weights, order, rows)
     _counted = f.new(rows, "int32", "to"), f.new((e,), "int32", "histc")
     offsets = f.new((e,), "int32", "cumsum")
-    weight = params["gate_up_proj"]
-    bias = _bias(f, params, "gate_up_proj_bias", ids)
+    weight = params[into]
+    bias = _bias(f, params, f"{into}_bias", ids)
     out = grouped(f, chosen, weight, wide, kernel=kernel, bias=bias, offsets=offsets, transposed=transposed)
     out = gate(f, out)
     weight = params["down_proj"]

@@ -208,7 +208,7 @@ class Autograd(Allocations):
         elif self.offloaded is not None:
             saved = self.offloaded.unpacked(saved, None if self.nested else node)
         leaving = None if self.offloaded is None else self.offloaded.take_leaving()
-        result = node.backward(self, node, saved, *grads)
+        result = node.backward(self, node, saved, grads) if node.releases else node.backward(self, node, saved, *grads)
         if node.in_python:
             grads = []
         self.module = node.module

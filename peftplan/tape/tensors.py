@@ -131,7 +131,20 @@ class Node:
     """One operation in the graph: what it saved, and where its gradients go."""
 
     __slots__ = (
-        *("at_once", "backward", "checkpointed", "context", "device", "edges", "folds", "grads", "in_python", "module", "saved"),
+        *(
+            "at_once",
+            "backward",
+            "checkpointed",
+            "context",
+            "device",
+            "edges",
+            "folds",
+            "grads",
+            "in_python",
+            "module",
+            "releases",
+            "saved",
+        ),
         "sequence",
     )
 
@@ -146,6 +159,8 @@ class Node:
         self.checkpointed = checkpointed
         self.in_python = False
         """Whether it is an `autograd.Function`. One releases its incoming gradients before the engine casts what it returns."""
+        self.releases = False
+        """Whether its backward gets the list of its gradients, which it empties where it needs them no longer."""
         self.at_once = False
         """Whether it runs as soon as it has a gradient: a leaf of one use, whose `AccumulateGrad` comes before all that wait."""
         self.folds = False

@@ -58,7 +58,11 @@ def test_what_a_layer_keeps() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "missing"),
     [
-        ("nvidia-nemotron-nano-9b-v2", {}, "without --kernels mamba-ssm"),
+        ("nvidia-nemotron-nano-9b-v2", {"padding": True}, "padding"),
+        ("nvidia-nemotron-nano-9b-v2", {"seq_len": 2000}, "2000 tokens, which are no two whole chunks"),
+        ("nvidia-nemotron-nano-9b-v2", {"gpus": 2, "strategy": "fsdp2"}, "FSDP2"),
+        ("falcon-h1-7b-base", {}, "an adapter"),
+        ("granite-4.0-h-tiny", {"trainer": "plain"}, "a cache"),
         ("nvidia-nemotron-nano-9b-v2", {"kernels": "mamba-ssm", "padding": True}, "padding"),
         ("nvidia-nemotron-nano-9b-v2", {"kernels": "mamba-ssm", "trainer": "plain"}, "a cache"),
         ("nvidia-nemotron-nano-9b-v2", {"kernels": "mamba-ssm", "trust_remote_code": True}, "published code"),

@@ -63,6 +63,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "qwen3_moe": ("moe", "qwen3_moe"),
     "granitemoe": ("moe", "granitemoe"),
     "glm4_moe": ("moe", "glm4_moe"),
+    "granitemoehybrid": ("granite_hybrid", "granitemoehybrid"),
     "deepseek_v2": ("mla", "deepseek_v2"),
     "deepseek_v3": ("mla", "deepseek_v3"),
     "glm4_moe_lite": ("mla", "deepseek_v3"),

@@ -55,7 +55,8 @@ def decoder(model: Model, style: Style) -> Tensor:
 
         style = style._replace(layer=recorded_layer)
     dtype = "fp32" if style.wide_tables else states[0].dtype
-    tables = {window: () if replaced else rotary_tables(model, dtype) for window in windows}
+    turned = not replaced and any(a.positions == "rotary" for block in model.arch.blocks for a in block.attentions)
+    tables = {window: rotary_tables(model, dtype) if turned else () for window in windows}
     x = run_layers(model, style, states, lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x

@@ -1,13 +1,14 @@
 """Falcon-H1: Mamba 2 beside attention in each layer, each branch with multipliers of its own.
 
-Mamba 2 runs as mamba-ssm's function (`memory.state_space`). Source: transformers, models/falcon_h1/modeling_falcon_h1.py.
+Mamba 2 runs as mamba-ssm's function (`memory.state_space`) or as transformers' code was recorded
+(`memory.recorded_function`). Source: transformers, models/falcon_h1/modeling_falcon_h1.py.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory import state_space
+from peftplan.memory import recorded_function, state_space
 from peftplan.memory.activations import activation
 from peftplan.memory.models.decoder import decoder
 from peftplan.memory.models.style import Call, Style
@@ -33,6 +34,8 @@ def mamba(c: Call, x: Tensor) -> Tensor:
     space, f = c.block.state_space, c.at("mamba")
     assert space is not None
     x = ops.scale(f, x)
+    if c.model.running.kernels.scan is None:
+        return recorded_function.mixer(c, "mamba", c.linear("mamba.in_proj", x), dtype=x.dtype)
     projected = c.linear("mamba.in_proj", x)
     table = Tensor(None, (1, 1, projected.dims[-1]), c.model.running.dtype)
     projected = ops.mul(c.at("mamba"), projected, table)

@@ -1,18 +1,24 @@
 """Nemotron-H: a norm before each layer, whose one part is Mamba 2, attention without positions, or an MLP.
 
-Mamba 2 runs as mamba-ssm's function (`memory.state_space`). Source: transformers, models/nemotron_h/modeling_nemotron_h.py, and
+Mamba 2 runs as mamba-ssm's function (`memory.state_space`) or as transformers' code was recorded
+(`memory.recorded_function`). Source: transformers, models/nemotron_h/modeling_nemotron_h.py, and
 the file of that name beside the weights of NVIDIA-Nemotron-3-Nano-30B-A3B, whose operations are the same but for a mask and
 repeated keys and values; that of Nemotron Nano 12B v2 chooses the class of attention in the same line.
 """
 
 from __future__ import annotations
 
-from peftplan.memory import state_space
+from functools import partial
+
+from peftplan.memory import recorded_function, state_space
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
+from peftplan.memory.experts import experts
+from peftplan.memory.methods.param_wrapper import Stacked
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import run_layers
-from peftplan.memory.models.style import Call, Style
+from peftplan.memory.models.moe import call_router, check, deepseek_v3_route
+from peftplan.memory.models.style import Call, Style, Sublayer
 from peftplan.tape import ops
 from peftplan.tape.norms import rms_normed
 from peftplan.tape.tensors import Tensor
@@ -30,14 +36,20 @@ def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
 def layer(c: Call, x: Tensor) -> Tensor:
     """`NemotronHBlock.forward`, whose local `residual` holds the layer's input."""
     residual = x
-    part = mamba if c.block.state_space else attention if c.block.attentions else mlp
+    part = mamba if c.block.state_space else attention if c.block.attentions else _mlp_of(c)
     x = c.module("mixer", c.norm("norm", x), part, by_name=bool(c.block.attentions))
     return ops.add(c.at(), residual, x)
+
+
+def _mlp_of(c: Call) -> Sublayer:
+    return mixture if c.block.mlp.variant == "moe" else mlp
 
 
 def mamba(c: Call, x: Tensor) -> Tensor:
     """`NemotronHMamba2Mixer.forward`."""
     assert c.block.state_space is not None
+    if c.model.running.kernels.scan is None:
+        return recorded_function.mixer(c, "mixer", c.linear("mixer.in_proj", x), dtype=x.dtype)
     return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
 
 
@@ -50,11 +62,26 @@ def attention(c: Call, x: Tensor) -> Tensor:
     return c.linear("mixer.o_proj", c.attend(q, k, v, rotated=False))
 
 
-def mlp(c: Call, x: Tensor) -> Tensor:
+def mlp(c: Call, x: Tensor, name: str = "mixer") -> Tensor:
     """`NemotronHMLP.forward`."""
-    x = c.linear("mixer.up_proj", x)
-    x = c.module("mixer.act_fn", x, lambda c, x: activation(c.at("mixer.act_fn"), x, c.block.mlp.activation))
-    return c.linear("mixer.down_proj", x)
+    x = c.linear(f"{name}.up_proj", x)
+    x = c.module(f"{name}.act_fn", x, lambda c, x: activation(c.at(f"{name}.act_fn"), x, c.block.mlp.activation))
+    return c.linear(f"{name}.down_proj", x)
+
+
+def mixture(c: Call, x: Tensor) -> Tensor:
+    """`NemotronHMoE.forward`: experts without gate, in a latent space where there is one, beside a shared one."""
+    check(c)
+    _logits, weights, indices = call_router(c, deepseek_v3_route, x, "mixer.gate")
+    rows, latent = ops.reshaped(c.tape, x), c.model.has(f"{c.style.stack}.mixer.fc1_latent_proj", c.number)
+    out = c.linear("mixer.fc1_latent_proj", rows) if latent else rows
+    del rows
+    f = c.at("mixer.experts")
+    params = Stacked(c.model, f"{c.style.stack}.mixer.experts", c.number, transposed=False)
+    act = partial(activation, name=c.block.mlp.activation)
+    out = experts(f, out, indices, weights, params, act, kernel=c.model.running.flash, transposed=False)
+    out = c.linear("mixer.fc2_latent_proj", out) if latent else out
+    return ops.add(c.at("mixer"), out, mlp(c, x, "mixer.shared_experts"))
 
 
 STYLE = Style(norm=rms, layer=layer, final_norm="model.norm_f")

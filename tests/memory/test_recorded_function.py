@@ -1,0 +1,110 @@
+"""Mamba 2 in transformers' own code: records against the code, peaks against the trace of the real classes, and a sum by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftplan import estimate
+from tests.memory.engines import phases
+from tools.rehearsed_jobs import LOOP
+from tools.rehearsed_state_spaces import options as of_row
+
+SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
+SIZES |= {"vocab_size": 1000, "max_position_embeddings": 4096}
+GRANITE = {
+    **SIZES,
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 4,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+}
+GRANITE |= {"mamba_n_heads": 16, "mamba_d_state": 32, "mamba_chunk_size": 64, "num_local_experts": 0, "num_experts_per_tok": 0}
+GRANITE_EXPERTS = {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 192}
+FALCON = {**SIZES, "model_type": "falcon_h1", "num_hidden_layers": 3, "mamba_d_ssm": 384, "mamba_n_heads": 12, "mamba_d_head": 32}
+FALCON |= {"mamba_d_state": 64, "mamba_chunk_size": 64}
+NEMOTRON = {**SIZES, "model_type": "nemotron_h", "hybrid_override_pattern": "MEM*ME", "num_hidden_layers": 6, "head_dim": 32}
+NEMOTRON |= {"mamba_num_heads": 12, "mamba_head_dim": 32, "ssm_state_size": 64, "n_groups": 2, "chunk_size": 64}
+NEMOTRON |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+NEMOTRON |= {"moe_shared_expert_intermediate_size": 256, "n_group": 1, "topk_group": 1}
+WITHOUT_CACHE: dict[str, Any] = {"trainer": "plain", "use_cache": False}
+OFF = {"trainer": "transformers", "gradient_checkpointing": False}
+ADAPTED = {"target_modules": ["in_proj", "q_proj", "o_proj"]}
+TOLERANCE = 0.003
+FOLDER = Path(__file__).parents[2] / "data" / "recorded_functions"
+REHEARSED = Path(__file__).parents[1] / "rehearse" / "state_spaces_in_torch.jsonl"
+ROWS = [json.loads(line) for line in REHEARSED.read_text(encoding="utf-8").splitlines()]
+LARGEST = {"allocated": 0.25, "reserved": 1.5}
+"""Per cent."""
+OF_PHASE = 0.6
+"""Per cent of a phase: the loop's variable keeps the gradient of the embeddings, a leaf, in forward."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']} {row['options']['method']}")
+def test_a_loop_holds_what_the_formula_says(row: dict[str, Any]) -> None:
+    """Layers of published widths on the emulated card, without mamba-ssm."""
+    peaks = estimate(**of_row(row), script=LOOP).peaks
+    assert peaks is not None
+    for what, value in (("allocated", peaks.allocated), ("reserved", peaks.reserved)):
+        assert abs(100 * (value / row[what] - 1)) <= LARGEST[what], what
+    for phase in ("forward", "backward", "step"):
+        assert abs(100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1)) <= OF_PHASE, phase
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "options"),
+    [
+        (GRANITE, "full", OFF),
+        (GRANITE, "qlora", {"trainer": "transformers"}),
+        (GRANITE_EXPERTS, "lora", {**WITHOUT_CACHE, "gradient_checkpointing": True}),
+        (FALCON, "full", OFF),
+        (NEMOTRON, "full", {"trainer": "transformers"}),
+        (NEMOTRON, "lora", {**WITHOUT_CACHE, **ADAPTED}),
+        (NEMOTRON, "qlora", {"trainer": "trl", **ADAPTED}),
+    ],
+)
+def test_peaks_are_those_of_the_trace(config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    ours, traced = (phases(config, engine, method=method, batch_size=2, **options) for engine in ("analytic", "trace"))
+    for phase in ("load", "forward", "backward", "step"):
+        assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
+
+
+def test_a_record_is_what_the_code_allocates() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tools.recorded_functions import FUNCTIONS, VARIANTS, text_of
+
+    record = json.loads((FOLDER / "granitemoehybrid-1.json").read_text(encoding="utf-8"))
+    assert text_of(FUNCTIONS["granitemoehybrid-1"], VARIANTS[0]) == record[str(VARIANTS[0])]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_records_end_what_they_begin(file: Path) -> None:
+    """What a forward leaves ends in its backward, but for the result; what ends was there."""
+    for variant in json.loads(file.read_text(encoding="utf-8")).values():
+        alive = {"x", "g"}
+        words = [word for word in f"{variant['training']} {variant['backward']}".split() if word != "!"]
+        made = 0
+        for word in words:
+            if word.startswith("-"):
+                alive.remove(word[1:])
+            else:
+                made += 1
+                alive.add(str(made))
+        gradients = {str(variant["to_input"]), *map(str, variant.get("gradients", {}).values())}
+        assert gradients <= alive
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_what_is_kept_for_pairs_of_tokens(file: Path) -> None:
+    """Backward needs three fp32 numbers for each pair of a chunk's tokens and each head, on one row without autocast: the decay,
+    the product of B and C, and that of both."""
+    variant = json.loads(file.read_text(encoding="utf-8"))["fp32/fp32/fp32/none/frozen/one"]
+    made = [word for word in variant["training"].split() if word[0] not in "-!"]
+    ended = {word[1:] for word in variant["training"].split() if word.startswith("-")}
+    kept = ["".join(sorted(word)) for number, word in enumerate(made, 1) if str(number) not in ended]
+    pairs = "4clr" + "l" if "g" not in "".join(made) else "4cglr" + "l"
+    assert kept.count("".join(sorted(pairs))) == 3
