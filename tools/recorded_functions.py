@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -232,14 +232,14 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
     return out
 
 
-def words(log: Iterator[Moment], sizes: Mapping[str, int], numbers: dict[int, int], given: Mapping[int, str]) -> Iterator[str]:
+def words(log: Iterable[Moment], sizes: Mapping[str, int], numbers: dict[int, int], outer: Mapping[int, str]) -> Iterator[str]:
     """A log's events: `4bclgrp` of numbers of 4 bytes, as many as the product of these sizes, and `-3` the end of the third."""
     for moment in log:
         storage = moment.storage
         if moment.kind == "free":
-            if storage.id in given or storage.id in numbers:
-                yield f"-{given.get(storage.id) or numbers[storage.id]}"
-        elif storage.id not in given and storage.shape:
+            if storage.id in outer or storage.id in numbers:
+                yield f"-{outer.get(storage.id) or numbers[storage.id]}"
+        elif storage.id not in outer and storage.shape:
             numbers[storage.id] = len(numbers) + 1
             yield f"{ITEMSIZE[storage.dtype]}{''.join(_letters(dim, sizes) for dim in storage.shape if dim != 1)}"
 
@@ -255,18 +255,18 @@ def _letters(dim: int, sizes: Mapping[str, int]) -> str:
 
 def text_of(of: Recorded, variant: Variant) -> dict[str, Any]:
     """The record of a variant, in words."""
-    made = record(of, variant)
+    logs = record(of, variant)
     sizes = {**of.sizes, "b": ROWS[variant.rows]}
     sizes = {letter: size for letter, size in sizes.items() if size > 1}
     result: dict[str, Any] = {}
     numbers: dict[int, int] = {}
     for kind in ("checkpointed", "training"):
-        *parts, out, x = made[kind]
+        *parts, out, x = logs[kind]
         numbers.clear()
         before, after = (list(words(part, sizes, numbers, {x: "x"})) for part in parts)
         result[kind] = " ".join((*before, "!", *after))
         result[f"{kind}_output"] = numbers[out]
-    log, to_x, grads = made["backward"]
+    log, to_x, grads = logs["backward"]
     g = next(moment.storage.id for moment in log if moment.storage.shape)
     result["backward"] = " ".join(
         word for word in words(log, sizes, numbers, {x: "x", g: "g"}) if word != f"-{numbers.get(to_x)}"

@@ -53,8 +53,8 @@ def granitemoehybrid(c: Fields, task_type: str) -> Architecture:
         *mixer,
         *_attention(n, c.bool("attention_bias", default=False), attending),
     )
-    found = tuple(block for block in blocks if block.layers)
-    backbone = decoder_backbone(c, n, stem="GraniteMoeHybrid", layer=first_met(layer), blocks=found)
+    blocks_of_kinds = tuple(block for block in blocks if block.layers)
+    backbone = decoder_backbone(c, n, stem="GraniteMoeHybrid", layer=first_met(layer), blocks=blocks_of_kinds)
     backbone = backbone._replace(logits_ops=("scale",), buffers=backbone.buffers if turned else ())
     return decoder_model(backbone, c, task_type, tasks=BARE)
 

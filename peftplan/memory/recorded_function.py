@@ -184,8 +184,8 @@ def _variants(record: str) -> dict[str, Variant]:
 def _saved(record: str, training: str, backward: str) -> tuple[str, ...]:
     """What backward finds: allocations of forward by number, and `x`."""
     ended = {event[1:] for event in training.split() if event.startswith(ENDS)}
-    made = sum(not event.startswith((ENDS, CALLS)) for event in training.split())
-    before = {"x", *map(str, range(1, made + 1))} - ended
+    num_allocations = sum(not event.startswith((ENDS, CALLS)) for event in training.split())
+    before = {"x", *map(str, range(1, num_allocations + 1))} - ended
     return tuple(event[1:] for event in backward.split() if event.startswith(ENDS) and event[1:] in before)
 
 
@@ -209,8 +209,8 @@ def _mixer_backward(f: Tape, node: Node, saved: list[Tensor] | tuple[()], grads:
     if isinstance(saved, list):
         saved.clear()
     tensors["g"] = grads.pop()
-    made = sum(not event.startswith((ENDS, CALLS)) for event in kept.variant["training"].split())
-    _run(f, kept.variant["backward"], tensors, kept.named, made)
+    num_allocations = sum(not event.startswith((ENDS, CALLS)) for event in kept.variant["training"].split())
+    _run(f, kept.variant["backward"], tensors, kept.named, num_allocations)
     to_input = tensors.pop(str(kept.variant["to_input"]))
     gradients = [tensors.pop(str(kept.variant["gradients"][name])) for name, _ in kept.trained]
     both = zip(gradients, kept.trained, strict=True)

@@ -36,7 +36,7 @@ TOLERANCE = 0.003
 FOLDER = Path(__file__).parents[2] / "data" / "recorded_functions"
 REHEARSED = Path(__file__).parents[1] / "rehearse" / "state_spaces_in_torch.jsonl"
 ROWS = [json.loads(line) for line in REHEARSED.read_text(encoding="utf-8").splitlines()]
-LARGEST = {"allocated": 0.25, "reserved": 1.5}
+LARGEST = {"allocated": 0.25, "reserved": 1.7}
 """Per cent."""
 OF_PHASE = 0.6
 """Per cent of a phase: the loop's variable keeps the gradient of the embeddings, a leaf, in forward."""
@@ -87,13 +87,13 @@ def test_records_end_what_they_begin(file: Path) -> None:
     for variant in json.loads(file.read_text(encoding="utf-8")).values():
         alive = {"x", "g"}
         words = [word for word in f"{variant['training']} {variant['backward']}".split() if word != "!"]
-        made = 0
+        allocations = 0
         for word in words:
             if word.startswith("-"):
                 alive.remove(word[1:])
             else:
-                made += 1
-                alive.add(str(made))
+                allocations += 1
+                alive.add(str(allocations))
         gradients = {str(variant["to_input"]), *map(str, variant.get("gradients", {}).values())}
         assert gradients <= alive
 
@@ -103,8 +103,8 @@ def test_what_is_kept_for_pairs_of_tokens(file: Path) -> None:
     """Backward needs three fp32 numbers for each pair of a chunk's tokens and each head, on one row without autocast: the decay,
     the product of B and C, and that of both."""
     variant = json.loads(file.read_text(encoding="utf-8"))["fp32/fp32/fp32/none/frozen/one"]
-    made = [word for word in variant["training"].split() if word[0] not in "-!"]
+    allocations = [word for word in variant["training"].split() if word[0] not in "-!"]
     ended = {word[1:] for word in variant["training"].split() if word.startswith("-")}
-    kept = ["".join(sorted(word)) for number, word in enumerate(made, 1) if str(number) not in ended]
-    pairs = "4clr" + "l" if "g" not in "".join(made) else "4cglr" + "l"
+    kept = ["".join(sorted(word)) for number, word in enumerate(allocations, 1) if str(number) not in ended]
+    pairs = "4clr" + "l" if "g" not in "".join(allocations) else "4cglr" + "l"
     assert kept.count("".join(sorted(pairs))) == 3
