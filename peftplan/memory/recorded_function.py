@@ -55,7 +55,7 @@ class OneMore(Derived):
         self.of = of
         return self
 
-    def __getnewargs__(self) -> tuple[Derived]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[Derived]:
         """What a copy is made of."""
         return (self.of,)
 
