@@ -210,7 +210,10 @@ def _spelled(row: dict[str, Any]) -> str:
 
 
 def _cell(drift: dict[str, float] | None) -> str:
-    return "–" if drift is None else f"{drift['allocated']:+.4f} % / {drift['reserved']:+.3f} %"
+    if drift is None:
+        return "–"
+    reserved = f"{drift['reserved']:+.3f} %" if "reserved" in drift else "not stated"
+    return f"{drift['allocated']:+.4f} % / {reserved}"
 
 
 def main(arguments: list[str]) -> None:

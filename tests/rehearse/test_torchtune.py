@@ -21,8 +21,8 @@ MEDIAN = {"allocated": 0.001, "reserved": 0.1}
 MEDIAN_ON_RANKS = {"allocated": 0.001, "reserved": 1.0}
 LARGEST = {"allocated": 0.01, "reserved": 3.0}
 """Per cent."""
-NOT_EXPLAINED = {"reserved": 1}
-"""How many jobs are beyond: full fine-tuning of Qwen2.5-0.5B with checkpointing reserves 5.4 % more than is stated."""
+NOT_STATED = {"reserved": 1}
+"""Of how many jobs it is not known: full fine-tuning of Qwen2.5-0.5B over checkpoints reserves 5.4 % more than the replay."""
 
 Results = list[tuple[str, dict[str, object], dict[str, float] | None]]
 
@@ -34,13 +34,13 @@ def results() -> Results:
 
 @pytest.mark.parametrize("what", LARGEST)
 def test_formulas_hold_what_recipes_hold(what: str, results: Results) -> None:
-    drifts = [drift[what] for _, _, drift in results if drift is not None]
-    assert len(drifts) == len(ROWS)
-    on_ranks = [drift[what] for _, row, drift in results if drift is not None and "--gpus" in str(row["job"])]
-    alone = [drift[what] for _, row, drift in results if drift is not None and "--gpus" not in str(row["job"])]
+    stated = [(str(row["job"]), drift[what]) for _, row, drift in results if drift is not None and what in drift]
+    assert len(stated) == len(ROWS) - NOT_STATED.get(what, 0)
+    on_ranks = [drift for job, drift in stated if "--gpus" in job]
+    alone = [drift for job, drift in stated if "--gpus" not in job]
     assert statistics.median(map(abs, alone)) <= MEDIAN[what]
     assert statistics.median(map(abs, on_ranks)) <= MEDIAN_ON_RANKS[what]
-    assert sum(abs(drift) > LARGEST[what] for drift in drifts) <= NOT_EXPLAINED.get(what, 0)
+    assert max(abs(drift) for _, drift in stated) <= LARGEST[what]
 
 
 def test_each_model_was_rehearsed() -> None:

@@ -216,3 +216,10 @@ def test_an_older_accelerate_prepares_a_model_for_fsdp2(values: dict[str, Any]) 
 def test_an_older_accelerate_by_options() -> None:
     job: dict[str, Any] = {"trainer": "llamafactory", "method": "full", "strategy": "fsdp2", "gpus": 4}
     assert "a release before accelerate 1.14" in peftplan.estimate("qwen2.5-3b", **job).not_modelled[0]
+
+
+@pytest.mark.parametrize(("changed", "raised"), [({}, False), ({"quantization_bit": 4}, True), ({"quantization_bit": 8}, True)])
+def test_dora_over_quantized_weights_raises(changed: dict[str, int], raised: bool) -> None:
+    """llamafactory 0.9.5, model/adapter.py:218: `bitsandbytes`, by transformers, is not its own `bnb`. Rehearsed: ValueError."""
+    plan = read({**LLAMAFACTORY, **changed, "use_dora": True})
+    assert ("use_dora" in plan.unsupported) is raised
