@@ -197,7 +197,7 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
 
     def projected(x: torch.Tensor) -> torch.Tensor:
         like = partial(torch.empty, (b, s, z), dtype=DTYPES[variant.projected])
-        x = _Entered.apply(leaf, lambda grad: told.append(number_of(grad)), like)
+        x = _Entered.apply(leaf, lambda grad: told.append(number_of(grad)), like)  # type: ignore[no-untyped-call]
         marks.update(began=len(tracker.log), x=number_of(x))
         return x
 
@@ -220,7 +220,7 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
                     y = mixer(torch.empty((b, s, hidden), dtype=DTYPES[variant.dtype]))
                 parts = tracker.log[marks["began"] : marks["mixed"]], tracker.log[marks["mixed"] :]
                 out[kind] = (*parts, number_of(y), marks["x"])
-                loss = _Left.apply(y, partial(torch.empty, y.shape, dtype=y.dtype))
+                loss = _Left.apply(y, partial(torch.empty, y.shape, dtype=y.dtype))  # type: ignore[no-untyped-call]
                 del y
             if kind == "training":
                 tracker.begin("backward")
