@@ -47,8 +47,10 @@ class Effective:
         """Whether a key of the file, or the tool's default for it, has one of the values of a rule."""
         if key == "program":
             return not self.document.program if accepted == "unset" else runs(self.document.program, map(str, accepted))
-        if key in ("file", "installs"):
-            return any(self._equal(self.file if key == "file" else self.document.installs, each) for each in accepted)
+        if key == "file":
+            return any(self._equal(self.file, each) for each in accepted)
+        if key == "installs":
+            return any(release.startswith(each) for release in self.document.installs.split() for each in map(str, accepted))
         if key == "checkpoint":
             return isinstance(accepted, list) and self._stored_dtype() in accepted
         if key == "vocabulary":

@@ -37,7 +37,8 @@ def of_notebook(text: str, *, file: str) -> Document:
     for source in sources:
         with contextlib.suppress(*UNREADABLE):
             trees += ast.parse(_without_magics(source)).body
-    lines = (line for source in sources for line in source.splitlines() if line.lstrip().startswith("!"))
+    joined = (source.replace("\\\n", " ") for source in sources)
+    lines = (line for source in joined for line in source.splitlines() if line.lstrip().startswith(("!", "%pip")))
     installs = " ".join(release for line in lines for release in RELEASE.findall(line))
     return _document(_read(trees, settings, file), file)._replace(installs=installs)
 

@@ -218,8 +218,22 @@ def test_an_older_accelerate_by_options() -> None:
     assert "a release before accelerate 1.14" in peftplan.estimate("qwen2.5-3b", **job).not_modelled[0]
 
 
-@pytest.mark.parametrize(("changed", "raised"), [({}, False), ({"quantization_bit": 4}, True), ({"quantization_bit": 8}, True)])
-def test_dora_over_quantized_weights_raises(changed: dict[str, int], raised: bool) -> None:
-    """llamafactory 0.9.5, model/adapter.py:218: `bitsandbytes`, by transformers, is not its own `bnb`. Rehearsed: ValueError."""
+@pytest.mark.parametrize(
+    ("changed", "raised"),
+    [
+        ({}, False),
+        ({"quantization_bit": 4}, True),
+        ({"quantization_bit": 8}, True),
+        ({"model_name_or_path": "unsloth/llama-3-8b-Instruct-bnb-4bit"}, True),
+        ({"quantization_bit": 4, "adapter_name_or_path": "saves/first"}, False),
+    ],
+)
+def test_dora_over_quantized_weights_raises(changed: dict[str, object], raised: bool) -> None:
+    """llamafactory 0.9.5, model/adapter.py:218: `bitsandbytes`, by transformers, is not its own `bnb`. Rehearsed: ValueError. An
+    adapter that trains on over quantized weights is not made anew (model/adapter.py:165), and so not asked."""
     plan = read({**LLAMAFACTORY, **changed, "use_dora": True})
     assert ("use_dora" in plan.unsupported) is raised
+
+
+def test_rays_workers_are_no_generation() -> None:
+    assert "Ray" in read({**LLAMAFACTORY, "ray_num_workers": 4}).ignored["ray_num_workers"].why

@@ -543,6 +543,14 @@ def test_a_star_names_linear_layers_and_experts(model: str, rank: int, trainable
     assert peftplan.estimate(model, **options).trainable_parameters == trainable
 
 
+@pytest.mark.parametrize("model", ["openai/gpt-oss-20b", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"])
+def test_a_star_names_experts_of_other_mixtures_too(model: str) -> None:
+    """components/_peft/lora.py:641: these adapters were not counted."""
+    lora = NEMO_LORA | {"target_modules": ["*"]}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=NEMO_MODEL | {"pretrained_model_name_or_path": model}, peft=lora)
+    assert plan.unsupported["peft.target_modules"].effect == "unknown"
+
+
 @pytest.mark.parametrize(
     ("model", "trainable"),
     [

@@ -274,5 +274,27 @@ def test_decayed_weights_are_added_to_copies_of_the_gradients(values: dict[str, 
 
 def test_decay_of_torchtune_is_the_optimizers() -> None:
     sgd = {"_component_": "torch.optim.SGD", "lr": 0.02}
-    of_both = [read_values({**TORCHTUNE, "optimizer": each}, file="a.yaml") for each in (sgd, {**sgd, "weight_decay": 0.01})]
-    assert [bound(each.unsupported) for each in of_both] == [None, "at_least"]
+    decayed = {**sgd, "weight_decay": 0.01}
+    each = [read_values({**TORCHTUNE, "optimizer": one}, file="a.yaml") for one in (sgd, decayed, {**decayed, "fused": True})]
+    assert [bound(plan.unsupported) for plan in each] == [None, "at_least", None]  # _fused_sgd_ decays within its kernel
+
+
+@pytest.mark.parametrize(
+    ("values", "dft", "liger", "preferences"),
+    [
+        (SWIFT, "enable_dft_loss", "use_liger_kernel", {"rlhf_type": "dpo"}),
+        (LLAMAFACTORY, "use_dft_loss", "enable_liger_kernel", {"stage": "dpo"}),
+    ],
+)
+def test_dynamic_fine_tuning_is_of_supervised_trainers(
+    values: dict[str, object], dft: str, liger: str, preferences: dict[str, object]
+) -> None:
+    """ms-swift 4.6.0, trainers/seq2seq_trainer.py:137, and LLaMA-Factory 0.9.5, train/sft/trainer.py:108: the loss is made of
+    logits, whatever kernel is on. Trainers of preferences do not read the key."""
+    plain, fused, preferred = (
+        read_values({**values, dft: True, **more}, file="a.yml") for more in ({}, {liger: True}, preferences)
+    )
+    assert plain.options["loss"] == "per-token"
+    assert (bound(plain.unsupported), bound(fused.unsupported), bound(preferred.unsupported)) == (None, "unknown", None)
+    assert fused.unsupported.keys() == {liger}
+    assert "loss" not in preferred.options

@@ -290,6 +290,13 @@ def test_fused_attention_is_known_in_qwen_3(model: str, knows: bool) -> None:
     assert ("fused_attn_kernel" not in plan.unsupported, "axolotl-fused" in plan.options.get("kernels", ())) == (knows, knows)
 
 
+def test_fused_attention_does_without_ligers_rotation() -> None:
+    values = {"fused_attn_kernel": True, "attn_implementation": "flash_attention_2", "liger_rope": True}
+    plan = read({**AXOLOTL, "base_model": "Qwen/Qwen3-8B", "plugins": ["axolotl.integrations.liger.LigerPlugin"], **values})
+    assert plan.unsupported.keys() == {"fused_attn_kernel"}
+    assert peftplan.estimate(config=plan).peaks is not None
+
+
 @pytest.mark.parametrize(("values", "gpus"), [({"ray_num_workers": 4}, 4), ({}, 1), ({"use_ray": False}, 8)])
 def test_ray_starts_as_many_processes_as_it_has_workers(values: dict[str, Any], gpus: int) -> None:
     """axolotl 0.19.0, cli/train.py:126; utils/schemas/integrations.py:168: one by default."""

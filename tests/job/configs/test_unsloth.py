@@ -7,6 +7,7 @@ import json
 import pytest
 
 import peftplan
+from peftplan.job.configs.plan import bound
 from peftplan.job.configs.read import read_text, read_values
 from peftplan.job.kernels import named_kernels
 
@@ -528,15 +529,18 @@ trainer.train()
     ("modules", "trained"),
     [
         ('"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"', 1_285_029_888),
+        (None, 1_285_029_888),
         ('"q_proj", "k_proj", "v_proj", "o_proj"', 26_738_688),
     ],
 )
-def test_stacked_experts_have_one_adapter_of_the_rank_that_is_asked(modules: str, trained: int) -> None:
-    """nb/Qwen3_MoE.ipynb printed the first count, of 31,817,152,512 parameters; a rehearsal of three layers has 80,314,368."""
+def test_stacked_experts_have_one_adapter_of_the_rank_that_is_asked(modules: str | None, trained: int) -> None:
+    """nb/Qwen3_MoE.ipynb printed the first count, of 31,817,152,512 parameters; a rehearsal of three layers has 80,314,368. Seven
+    projections are the default (models/llama.py:3061)."""
+    named = "" if modules is None else f"target_modules=[{modules}], "
     text = f"""
 from unsloth import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Qwen3-30B-A3B-Instruct-2507", load_in_4bit=False)
-model = FastLanguageModel.get_peft_model(model, r=32, target_modules=[{modules}], use_gradient_checkpointing=True)
+model = FastLanguageModel.get_peft_model(model, r=32, {named}use_gradient_checkpointing=True)
 trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=50))
 trainer.train()
 """
@@ -588,3 +592,35 @@ trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60, loss_type="dft"))
 """
     assert set(read_text(text, file="a.py").unsupported) == {"args.loss_type"}
     assert not read_text(text.replace("dft", "nll"), file="a.py").unsupported
+
+
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("!uv pip install transformers==4.56.2", True),
+        ("%pip install transformers==4.56.2", True),
+        ("!pip install --no-deps \\\n    transformers==4.56.2", True),
+        ("!pip install sentence-transformers==4.1.0", False),
+    ],
+)
+def test_lines_that_install_a_release(line: str, read: bool) -> None:
+    text = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained("unsloth/ERNIE-4.5-21B-A3B-PT")
+model = FastModel.get_peft_model(model, target_modules=["down_proj"])
+"""
+    cells = [{"cell_type": "code", "source": [source]} for source in (line, text)]
+    assert ("target_parameters" in read_text(json.dumps({"cells": cells}), file="a.ipynb").assumed) is read
+
+
+@pytest.mark.parametrize(("decay", "kind"), [("", "at_least"), (", weight_decay=0.0", None)])
+def test_unsloth_decays_weights_by_default(decay: str, kind: str | None) -> None:
+    """models/rl.py:3316: by 0.001, where TRL's configs do not."""
+    text = f"""
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Llama-3.2-1B-Instruct")
+model = FastLanguageModel.get_peft_model(model, target_modules=["q_proj"])
+trainer = SFTTrainer(model=model, args=SFTConfig(optim="sgd"{decay}))
+trainer.train()
+"""
+    assert bound(read_text(text, file="a.py").unsupported) == kind
