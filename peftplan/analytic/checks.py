@@ -17,6 +17,7 @@ from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.methods.adaptation import NeedsPeftError
+from peftplan.optim import parse_optim_args
 from peftplan.storage import is_skipped, without_peak
 from peftplan.storage.config import FOUR_BIT
 from peftplan.units import GIB
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
     from peftplan.job.setup import Setup
 
+COPYING = ("sgd", "rmsprop", "adagrad")
+"""Optimizers of torch that add decayed weights to copies of the gradients (torch 2.13.0, optim/sgd.py:429)."""
 SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
@@ -76,6 +79,8 @@ def check(job: Job) -> None:
         raise NoEngineError(why)
     if job.setup.noisy_embeddings and any(block.stack != "decoder" for block in job.architecture.blocks):
         raise NoEngineError("noise on the embeddings of an encoder (no formula yet)")
+    if job.setup.optim in COPYING and float(parse_optim_args(job.setup.optim_args).get("weight_decay", "0")):
+        raise NoEngineError(f"weight_decay of {job.setup.optim}, added to copies of the gradients (no formula yet)")
     if (refused := refused_product(job)) is not None:
         raise NoEngineError(refused)
     if job.quant is not None and job.quant.experts:

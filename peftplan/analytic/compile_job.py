@@ -94,9 +94,10 @@ class Compiled(NamedTuple):
     """The step on an earlier GPU of a `device_map` that needs as much at all sizes."""
 
     def facts(self, batch_size: Size, seq_len: Size) -> tuple[Fact, ...]:
-        """`shape_facts` of this job at these sizes, numbers or arrays."""
+        """`shape_facts` of this job at these sizes, numbers or arrays, and whether ranks share its rows unevenly."""
         length = self.loss.row(seq_len) + self.virtual_tokens
-        return shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
+        of_shapes: tuple[Fact, ...] = shape_facts(batch_size * self.rows, length, self.architecture, self.loss, self.limits)
+        return (*of_shapes, self.loss.uneven(seq_len))
 
     def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""

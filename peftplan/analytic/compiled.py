@@ -170,7 +170,10 @@ def key_of_step(job: "Job", compute_capability: str) -> tuple[object, ...]:
             return key
     setup, loss = job.setup, loss_sizes(job)
     length = loss.row(setup.seq_len) + (getattr(job.config, "num_virtual_tokens", None) or 0)
-    facts = shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability))
+    facts = (
+        *shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability)),
+        loss.uneven(setup.seq_len),
+    )
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
     key = (id(job.architecture), *described, job.script, *facts, job.distributed, *_OF_SETUP(setup))

@@ -129,6 +129,10 @@ class LossSizes(NamedTuple):
         prompt = -(-(seq_len - self.completion) // self.multiple) * self.multiple
         return prompt + self._padded(self.completion)
 
+    def uneven(self, seq_len: Size) -> Fact:
+        """Whether the ranks that share a row, each of which takes two parts of it, would get unlike ones."""
+        return self.shared_by > 1 and seq_len % (2 * self.shared_by) > 0
+
     def _padded(self, tokens: int) -> int:
         return ceil_div(tokens, self.multiple) * self.multiple
 

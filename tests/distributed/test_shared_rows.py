@@ -116,3 +116,11 @@ def test_what_of_shared_rows_was_not_rehearsed(options: dict[str, Any], unknown:
     result = peftplan.estimate(**JOB | options)
     assert (result.peaks is None) is (unknown is not None)
     assert unknown is None or unknown in result.not_modelled[0]
+
+
+def test_a_row_that_ranks_do_not_divide_has_no_peak_whatever_was_estimated_before() -> None:
+    """The kept step of rows of 8,192 tokens stood for those of 8,200 too."""
+    job: dict[str, Any] = {**JOB, "model": "qwen3-8b", "trainer": "automodel", "method": "full", "dtype": "bf16", "gpus": 16}
+    job |= {"cp_size": 16}
+    peaks = [peftplan.estimate(**job | {"seq_len": tokens}).peaks for tokens in (8192, 8200, 8224)]
+    assert [each is not None for each in peaks] == [True, False, True]

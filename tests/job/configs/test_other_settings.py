@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import peftplan
 from peftplan.job.configs.plan import bound
 from peftplan.job.configs.read import read_config, read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TORCHTUNE, TRL
@@ -298,3 +299,12 @@ def test_dynamic_fine_tuning_is_of_supervised_trainers(
     assert (bound(plain.unsupported), bound(fused.unsupported), bound(preferred.unsupported)) == (None, "unknown", None)
     assert fused.unsupported.keys() == {liger}
     assert "loss" not in preferred.options
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "has_peak"), [("weight_decay=0.01", False), ("weight_decay=0", True), ("momentum=0.9", True)]
+)
+def test_decay_among_arguments_of_an_optimizer_has_no_formula(optim_args: str, has_peak: bool) -> None:
+    estimate = peftplan.estimate("smollm2-135m", optim="sgd", optim_args=optim_args)
+    assert (estimate.peaks is not None) is has_peak
+    assert has_peak or "weight_decay of sgd" in estimate.not_modelled[0]

@@ -547,21 +547,29 @@ trainer.train()
     assert peftplan.estimate(config=read_text(text, file="a.py")).trainable_parameters == trained
 
 
-def test_experts_of_ernie_have_one_adapter_too() -> None:
+@pytest.mark.parametrize(
+    ("modules", "makes"),
+    [
+        (', target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]', "an adapter each"),
+        ("", "names no expert"),
+    ],
+)
+def test_experts_of_ernie_have_one_adapter_too(modules: str, makes: str) -> None:
     """nb/ERNIE_4_5_21B_A3B_PT-Conversational.ipynb printed 177,545,216 beside transformers 4.56.2, with 64 x 27 experts of 98,304
     parameters each: three linear layers between 2,560 and 1,536. Stacked, gate and up share one: four layers that unsloth
-    2026.10.9 loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too."""
-    modules = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"'
+    2026.10.9 loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too;
+    so they have with the expression that is the default, and beside 4.56.2 with it 1,286,144, none of the experts."""
     text = f"""
 from unsloth import FastModel
 model, tokenizer = FastModel.from_pretrained("unsloth/ERNIE-4.5-21B-A3B-PT", max_seq_length=2048, load_in_4bit=True)
-model = FastModel.get_peft_model(model, r=8, target_modules=[{modules}])
+model = FastModel.get_peft_model(model, r=8{modules})
 trainer = SFTTrainer(model=model, args=SFTConfig(max_steps=60))
 trainer.train()
 """
     cells = [{"cell_type": "code", "source": [source]} for source in ("!pip install transformers==4.56.2", text)]
     plan = read_text(json.dumps({"cells": cells}), file="a.ipynb")
-    assert "transformers 5" in plan.assumed["target_parameters"]
+    assert "transformers 5" in (assumed := plan.assumed["target_parameters"])
+    assert makes in assumed
     stacked = 64 * 27 * 8 * ((2560 + 2 * 1536) + (1536 + 2560))
     assert peftplan.estimate(config=plan).trainable_parameters == 177_545_216 - 64 * 27 * 98_304 + stacked
 
