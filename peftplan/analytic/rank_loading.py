@@ -97,7 +97,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         buffers=buffers,
         of_one_gpu=whole,
         layout=layout,
-        one_by_one=bool(distributed.cpu_ram_efficient_loading),
+        one_by_one=bool(distributed.cpu_ram_efficient_loading) and job.setup.device_map != "cpu",  # not of `Params4bit`
         stays={**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         widened=built == "deepseek_v3",

@@ -26,6 +26,13 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
     return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
 
 
+def between_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
+    """Whether a length is one chunk of Mamba 2, or not a whole number of them, for each chunk size of a model."""
+    spaces = {block.state_space.chunk_size for block in architecture.blocks if block.state_space is not None}
+    for chunk in sorted(spaces):
+        yield (seq_len % chunk > 0) | (seq_len == chunk)
+
+
 class Limits(NamedTuple):
     """Tokens of a batch, and of a row, above which the kernels of a package allocate otherwise."""
 
@@ -39,7 +46,8 @@ NO_LIMITS = Limits()
 def shape_facts(
     batch_size: Size, seq_len: Size, architecture: Architecture, loss: LossSizes, limits: Limits = NO_LIMITS
 ) -> tuple[Fact, ...]:
-    """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss.
+    """The facts that decide which operations run: more than one sequence, unaligned masks, exceeded windows, chunks of the loss
+    and of Mamba 2.
 
     `batch_size` and `seq_len` are integers or arrays; `seq_len` includes virtual tokens.
     """
@@ -54,7 +62,8 @@ def shape_facts(
         *(tokens > most for most in limits.of_batch),
         *(seq_len > most for most in limits.of_row),
     )
-    return (batch_size > 1, *limited, *ragged, *exceeded, *loss.facts(batch_size, loss.length(seq_len)))
+    chunked: Iterator[Fact] = between_chunks(seq_len, architecture)
+    return (batch_size > 1, *limited, *ragged, *exceeded, *chunked, *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Size]:

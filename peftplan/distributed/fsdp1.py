@@ -144,8 +144,7 @@ class Fsdp1(Fsdp2):
             self._gather_next(unit)
 
     def _gather_next(self, unit: Unit) -> None:
-        following = self.units.index(unit) + 1
-        if self.prefetches_forward and following < len(self.units):
+        if self.prefetches_forward and (following := self.units.index(unit) + 1) < len(self.units):
             self._unshard(self.units[following])
 
     def leave(self, name: str, x: Tensor) -> Tensor:

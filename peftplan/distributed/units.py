@@ -30,7 +30,7 @@ class Member(NamedTuple):
     """Whether FSDP1 makes a unit of it alone, as under peft's wrap policy."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """Parameters that are gathered and reduced together, and their state during a step."""
 

@@ -17,6 +17,9 @@ WITHOUT_AUTOCAST = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
 
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 
+LOADED_BY_PROGRAM = ("plain", "transformers", "trl", "sentence")
+"""Trainers, by the first word of their names, that take a model which a program of yours has loaded."""
+
 OF_ATTENTION = {"q_proj", "k_proj", "v_proj"}
 """What attention takes, in one dtype."""
 
@@ -89,7 +92,12 @@ def loaded_by_rank(setup: Setup, distributed: Distributed, quant: QuantConfig | 
                 "train a model that has been loaded in 8-bit or 4-bit precision on a different device than the one you're "
                 "training on (accelerator.py:1867); accepted: --strategy fsdp2"
             )
-        if distributed.strategy == "fsdp2" and quant.name in FOUR_BIT and not setup.by.own_fsdp2:
+        if distributed.strategy == "fsdp2" and quant.name in FOUR_BIT:
+            if setup.by.name.partition("-")[0] not in LOADED_BY_PROGRAM:
+                raise RefusedError(
+                    f"device_map: {setup.by.called} loads the model itself, not on the host; accepted: none, or cpu with a "
+                    "trainer of transformers or TRL"
+                )
             if packs_integers(quant):
                 raise RefusedError(
                     "device_map: FSDP2 leaves packed weights that are stored as whole numbers on the host; add --quant-storage "

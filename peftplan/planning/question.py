@@ -107,6 +107,11 @@ class Question(NamedTuple):
         card = next(card for card in self.cards if card.id == on_card.gpu)
 
         def changed(**changes: object) -> Inventory:
+            if self.config is not None and changes.get("device_map") == "cpu":
+                from peftplan.job.configs.plan import LOADING_AS_TOLD
+
+                if self.config["tool"] not in LOADING_AS_TOLD:
+                    raise RefusedError(f"device_map: {self.config['tool']} loads its model itself")
             return inventory(prepared(job.request.changed(**changes))) if changes else self.inventory
 
         def judged(other: Inventory, cards: "list[Gpu]") -> Estimate:

@@ -24,11 +24,17 @@ try:
 except ImportError:
     raise MissingExtraError("sweep (numpy)", "sweep") from None
 
+from peftplan.analytic.checks import check
 from peftplan.analytic.sized import Points, Sized
+from peftplan.analytic.sizes import between_chunks
+from peftplan.job.kernels import kernels_of
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from peftplan.hardware.gpus import Gpu
+    from peftplan.job.job import Job as JobOfInventory
     from peftplan.job.options import Options
 
 SIZES = ("batch_size", "seq_len", "r")
@@ -303,16 +309,27 @@ def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Int
     most, least = job.architecture.max_positions, job.setup.logits_to_keep
     long = points.seq_len > most if most is not None else np.zeros(len(points), dtype=bool)
     short = points.seq_len < least if least is not None else np.zeros(len(points), dtype=bool)
-    if not (long | short).any():
+    uneven = _between_chunks(job, points)
+    if not (long | short | uneven).any():
         return None, np.arange(len(points))
     errors: list[str | None] = [None] * len(points)
-    for at in np.flatnonzero(long | short).tolist():
+    for at in np.flatnonzero(long | short | uneven).tolist():
         try:
             check_length(int(points.seq_len[at]), most)
             check_logits_to_keep(least, int(points.seq_len[at]))
-        except InputError as error:
-            errors[at] = str(error)
-    return errors, np.flatnonzero(~(long | short))
+            check(job._replace(setup=job.setup.model_copy(update={"seq_len": int(points.seq_len[at])})))
+        except PeftplanError as error:
+            errors[at] = _without_formula(error)
+    return errors, np.flatnonzero(~(long | short | uneven))
+
+
+def _between_chunks(job: JobOfInventory, points: Points) -> npt.NDArray[np.bool_]:
+    """Points at which Mamba 2 in torch's operations has no formula, though it has one at others."""
+    uneven = np.zeros(len(points), dtype=bool)
+    if kernels_of(job.setup.kernels or ()).scan is None:
+        for fact in between_chunks(points.seq_len, job.architecture):
+            uneven |= fact
+    return uneven
 
 
 def _known(values: Ints) -> list[int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,9 +43,53 @@ def test_70b_on_two_small_cards_is_proposed_with_its_weights_on_the_host() -> No
         ({"quant_storage": "uint8"}, "stored as whole numbers on the host; add --quant-storage bf16"),
         ({"strategy": "ddp"}, "accepted: none under a strategy, or cpu for 4-bit weights under fsdp2"),
         ({"method": "lora", "quant_storage": None}, "accepted: none under a strategy, or cpu for 4-bit weights under fsdp2"),
+        ({"trainer": "automodel"}, "NeMo Automodel's recipe loads the model itself, not on the host"),
+        ({"trainer": "axolotl"}, "Trainer of axolotl 0.19 loads the model itself, not on the host"),
         ({"gpus": None, "strategy": None, "quant_storage": None}, "accepted on one GPU: none, auto, cuda"),
     ],
 )
 def test_other_jobs_refuse_it(options: dict[str, Any], line: str) -> None:
     with pytest.raises(PeftplanError, match=line):
         peftplan.estimate("llama-3.2-1b", **{**PACKED, **options})
+
+
+def test_ranks_that_wait_for_the_first_one_load_as_others_do() -> None:
+    """accelerate skips `cpu_ram_efficient_loading` beside `Params4bit`; rehearsed: equal in every phase, and reserved."""
+    plain, efficient = (
+        peftplan.estimate("llama-3.2-1b", **PACKED, cpu_ram_efficient_loading=value).peaks for value in (None, True)
+    )
+    assert plain is not None
+    assert efficient is not None
+    assert (plain.by_phase, plain.reserved) == (efficient.by_phase, efficient.reserved)
+
+
+def test_dora_has_no_peak() -> None:
+    """A rehearsal reserved 7.7 % more than the replay."""
+    assert "4-bit weights on the host" in peftplan.estimate("llama-3.2-1b", **PACKED | {"method": "qdora"}).not_modelled[0]
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "trl", "trl-script", "ms-swift"])
+def test_no_file_of_a_tool_says_it(tool: Any) -> None:
+    with pytest.raises(PeftplanError, match=r"device_map: a config of .* has no setting for 'cpu'"):
+        peftplan.export(peftplan.estimate("llama-3.2-1b", **PACKED), to=tool)
+
+
+def test_a_file_whose_tool_loads_the_model_refuses_it_and_is_not_advised_to_use_it(tmp_path: Path) -> None:
+    file = tmp_path / "trl.yml"
+    fsdp = "fsdp: true\nfsdp_config: {version: 2, auto_wrap_policy: TRANSFORMER_BASED_WRAP}\nnum_processes: 2\n"
+    file.write_text(
+        "model_name_or_path: meta-llama/Meta-Llama-3-70B\nuse_peft: true\nload_in_4bit: true\ndtype: bfloat16\nbf16: true\n"
+        f"max_length: 2048\nlora_target_modules: all-linear\ndataset_name: x\noutput_dir: y\n{fsdp}",
+        encoding="utf-8",
+    )
+    advice = peftplan.estimate(config=file, gpu="2xrtx-4090", advice="best").advice["rtx-4090"]
+    assert advice.changes
+    assert not any("device_map" in change.options for change in advice.changes)
+    with pytest.raises(PeftplanError, match="is a file of trl, whose model is not loaded on the host"):
+        peftplan.estimate(config=file, device_map="cpu")
+
+
+@pytest.mark.parametrize("model", ["glm-4.5-air", "deepseek-v3"])
+def test_fsdp1_refuses_routers_in_fp32(model: str) -> None:
+    with pytest.raises(PeftplanError, match=r"gate\.weight stays in fp32 beside bf16, which FSDP1 refuses"):
+        peftplan.estimate(model, method="lora", target_modules=["o_proj"], strategy="fsdp1", gpus=8)

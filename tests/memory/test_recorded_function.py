@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peftplan import estimate
+from peftplan import estimate, sweep
 from tests.memory.engines import phases
 from tools.rehearsed_jobs import LOOP
 from tools.rehearsed_state_spaces import options as of_row
@@ -59,7 +59,6 @@ def test_a_loop_holds_what_the_formula_says(row: dict[str, Any]) -> None:
         (GRANITE, "full", OFF),
         (GRANITE, "qlora", {"trainer": "transformers"}),
         (GRANITE_EXPERTS, "lora", {**WITHOUT_CACHE, "gradient_checkpointing": True}),
-        (FALCON, "full", OFF),
         (NEMOTRON, "full", {"trainer": "transformers"}),
         (NEMOTRON, "lora", {**WITHOUT_CACHE, **ADAPTED}),
         (NEMOTRON, "qlora", {"trainer": "trl", **ADAPTED}),
@@ -70,6 +69,32 @@ def test_peaks_are_those_of_the_trace(config: dict[str, Any], method: str, optio
     ours, traced = (phases(config, engine, method=method, batch_size=2, **options) for engine in ("analytic", "trace"))
     for phase in ("load", "forward", "backward", "step"):
         assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({**GRANITE, "mamba_n_groups": 2}, {}),
+        (FALCON, {"method": "full", "gradient_checkpointing": True}),
+        (GRANITE, {"method": "full", "dtype": "fp32", "autocast": "bf16"}),
+        (GRANITE, {"seq_len": 1000}),
+    ],
+)
+def test_what_has_no_formula(config: dict[str, Any], options: dict[str, Any]) -> None:
+    """Compared with a trace: Falcon-H1's `forward` +2.8 % with checkpoints, Granite's fp32 weights -4 % reserved."""
+    result = estimate(config, **{"method": "lora", "seq_len": 1024, **options})
+    assert result.peaks is None
+    assert "add --engine trace" in result.not_modelled[0]
+
+
+def test_lengths_between_chunks_have_no_peak_beside_those_that_have() -> None:
+    counted = estimate(GRANITE, method="lora", seq_len=512)
+    assert counted.peaks is not None
+    for length in (64, 1000):  # one chunk, and no whole number of them
+        assert counted.at(seq_len=length).peaks is None
+    assert counted.at(seq_len=1024).peaks is not None
+    rows = sweep(GRANITE, method="lora", seq_len=[64, 512, 1000, 1024])
+    assert [row["peak_reserved"] is None for row in rows] == [True, False, True, False]
 
 
 def test_a_record_is_what_the_code_allocates() -> None:

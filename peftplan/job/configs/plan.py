@@ -18,6 +18,8 @@ Tool = Literal[
 TOOLS: tuple[Tool, ...] = get_args(Tool)
 ExportTool = Literal["axolotl", "llamafactory", "trl", "trl-script", "torchtune", "ms-swift", "accelerate", "deepspeed"]
 """Tools whose configs are written, as `export --to` names them."""
+LOADING_AS_TOLD = ("trl-script", "transformers-script")
+"""Tools whose files are programs that load the model, on a `device_map` of yours."""
 LAUNCHERS: tuple[Tool, ...] = ("accelerate", "deepspeed")
 """Tools whose files say how a job is launched, not what it trains."""
 

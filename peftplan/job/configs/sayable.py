@@ -77,8 +77,10 @@ def fields_of(job: Job) -> Values:
     return fields
 
 
-def firm(name: str, chosen: frozenset[str]) -> bool:
+def firm(name: str, value: object, chosen: frozenset[str]) -> bool:
     """Whether a tool must say this field as it is: somebody chose it, or it decides what trains."""
+    if name == "device_map" and value == "cpu":
+        return True  # no tool does it by itself
     filled_in = name in Setup.model_fields or name in ROLES or name in OF_STORAGE or name in ("compute_dtype", "pre_quantized")
     return name not in OF_TOOL and (name in FIRM or name in chosen or not filled_in)
 

@@ -11,7 +11,7 @@ from peftplan.arch import catalogue
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.facts import facts
-from peftplan.job.configs.plan import ConfigPlan, Effect, Tool, Unsupported, bound
+from peftplan.job.configs.plan import LOADING_AS_TOLD, ConfigPlan, Effect, Tool, Unsupported, bound
 from peftplan.job.configs.sayable import OF_STORAGE
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.launch import OF_FSDP
@@ -56,6 +56,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     if model is None and plan.model is None:
         raise RefusedError(f"config: {file} names no model; add MODEL")
     chosen_options = {name: value for name, value in chosen.items() if value is not None}
+    if chosen_options.get("device_map") == "cpu" and plan.tool not in LOADING_AS_TOLD:
+        raise RefusedError(f"device_map: {file} is a file of {plan.tool}, whose model is not loaded on the host; accepted: none")
     unsupported = plan.without(chosen_options)
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))

@@ -101,7 +101,7 @@ class _Writing:
     def __init__(self, job: Job, tool: Facts, chosen: frozenset[str]) -> None:
         self.job, self.tool, self.stated = job, tool, chosen
         self.target = fields_of(job)
-        required = [name for name in self.target if firm(name, chosen)]
+        required = [name for name, value in self.target.items() if firm(name, value, chosen)]
         self.order = [*required, *(name for name in self.target if name not in required)]
         self.required = frozenset(required)
         self.off: dict[str, str] = {}
