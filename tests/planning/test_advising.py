@@ -62,12 +62,12 @@ def test_ddp_fits_by_shards_on_the_host() -> None:
 
 
 def test_packed_weights_are_sharded_where_they_are_stored_as_floats() -> None:
-    """FSDP2 keeps all packed weights on each rank if they are integers: the advice stores them in bf16."""
+    """FSDP2 keeps all packed weights on each rank if they are integers: the advice stores them in bf16, packed on the host."""
     job = {"method": "qlora", "seq_len": 4096, "strategy": "fsdp2", "gpu": "8x7GiB", "kbit_prepare": False, "trainer": "trl"}
     first = peftplan.advice(peftplan.estimate("llama-3.1-8b", **job))["7GiB"].changes[0]
-    stored = {"offload_params": "cpu", "quant_storage": "bf16"}
+    stored = {"quant_storage": "bf16", "device_map": "cpu"}
     assert first.options == stored
-    assert peftplan.estimate("llama-3.1-8b", **job, **stored).gpus[0].verdict == first.verdict == "tight"
+    assert peftplan.estimate("llama-3.1-8b", **job, **stored).gpus[0].verdict == first.verdict == "fits"
 
 
 def test_the_fewest_gpus_that_fit_are_named() -> None:
