@@ -32,10 +32,13 @@ EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": ((r"\.mlp\.", ".block_sparse_moe."),),
-    "granitemoe": (
-        (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
-        (r"\.experts\.down_proj$", ".output_linear.weight"),
-        (r"\.router\.weight$", ".router.layer.weight"),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid"),
+        (
+            (r"\.experts\.gate_up_proj$", ".input_linear.weight"),
+            (r"\.experts\.down_proj$", ".output_linear.weight"),
+            (r"\.router\.weight$", ".router.layer.weight"),
+        ),
     ),
     "gpt_neox": ((r"^lm_head\.", "embed_out."),),
     "nemotron_h": ((r"^model\.", "backbone."),),

@@ -122,7 +122,6 @@ def test_checkpoints_keep_what_routing_chose() -> None:
     ("model", "options"),
     [
         ("qwen3-30b-a3b", {"gradient_checkpointing": False}),
-        ("qwen3-30b-a3b", {"gpus": 16}),
         ("qwen3-30b-a3b", {"kernels": None}),
         ("qwen3-30b-a3b", {"kernels": "te,deepep,te-linear,te-experts"}),
         ("glm-4.7-flash", FLASH | {"gradient_accumulation_steps": 2}),
