@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
-from peftplan.analytic.sizes import between_chunks
+from peftplan.analytic.mixers import check_mixer
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
-from peftplan.job.automodel import builds, has_own_code, knows_tower
+from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
@@ -90,7 +90,7 @@ def check(job: Job) -> None:
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
     if any(block.state_space is not None for block in job.architecture.blocks):
-        _check_scan(job)
+        check_mixer(job)
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
         raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")
     if job.method is None:
@@ -120,62 +120,6 @@ def refused_product(job: Job) -> str | None:
         f"a step with int8 layers: bitsandbytes raises ValueError for {LATENT}, whose input has four dimensions since "
         f"{LATENT_CACHED.named} (add quant_skip_modules kv_b_proj,lm_head)"
     )
-
-
-def _check_scan(job: Job) -> None:
-    """Raise NeedsTraceError where Mamba 2 runs as torch's operations, NoEngineError where its kernel was not rehearsed."""
-    setup, architecture = job.setup, job.architecture
-    if kernels_of(setup.kernels or ()).scan is None:
-        _check_recorded(job)
-        return
-    by_tool = has_own_code(job) or builds(job)
-    unknown = {
-        "a mixture of experts": any(block.mlp.variant == "moe" for block in architecture.blocks) and not builds(job),
-        f"method {job.method_name or 'of this adapter config'}": not job.is_full_or_lora,
-        "a quantized base": job.quant is not None,
-        "padding": setup.padding,
-        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or by_tool),
-        "eager attention": setup.attn_implementation == "eager",
-        f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
-        "projections in fp32": setup.dtype == "fp32" and (setup.autocast == "none" or architecture.model_type == "falcon_h1"),
-        f"published code under {setup.by.called}": has_own_code(job) and not setup.by.own_lora,
-        f"several GPUs under {setup.by.called}": job.distributed is not None and not setup.by.own_lora,
-    }
-    if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
-        raise NoEngineError(f"mamba-ssm's kernel with {what} (no formula yet)")
-
-
-def _check_recorded(job: Job) -> None:
-    """Raise NeedsTraceError or NoEngineError where a mixer was not recorded."""
-    setup, model_type = job.setup, job.architecture.model_type
-    unknown = {
-        "kernels": bool(setup.kernels),
-        "padding": setup.padding,
-        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off),
-        "virtual tokens": bool(getattr(job.config, "num_virtual_tokens", None)),
-        f"autocast {setup.autocast}": setup.autocast == "fp16",
-        "weights in fp16": setup.dtype == "fp16",
-        "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
-        "another release of transformers": job.script.transformers is not None,
-        "an adapter": model_type == "falcon_h1" and job.method_name != "full",
-        "checkpoints": model_type == "falcon_h1" and bool(setup.gradient_checkpointing),  # full: forward 2.8 % above a trace
-        "weights in fp32 that train under autocast": model_type == "granitemoehybrid"  # reserved 4 % below a trace
-        and (setup.dtype, setup.autocast, job.method_name) == ("fp32", "bf16", "full")
-        and bool(setup.gradient_checkpointing),
-        f"method {job.method_name}": job.method_name not in ("full", "lora", "qlora"),
-        "groups of heads": model_type == "granitemoehybrid"
-        and any(block.state_space is not None and block.state_space.groups > 1 for block in job.architecture.blocks),
-        f"{setup.seq_len} tokens, which are not two or more whole chunks": any(between_chunks(setup.seq_len, job.architecture)),
-    }
-    if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
-        raise NeedsTraceError(f"the mixer of model type {model_type} with {what}")
-    if has_own_code(job) or job.setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
-        where = job.setup.by.called if job.distributed is None else job.distributed.called
-        raise NoEngineError(f"model type {model_type} without mamba-ssm, under {where} (no formula yet)")
-
-
-PLAIN_TRAINERS = ("plain", "transformers", "trl")
-"""Trainers whose steps with a recorded mixer were compared."""
 
 
 def _check_stacks(job: Job) -> None:

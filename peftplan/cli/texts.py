@@ -64,7 +64,7 @@ MODEL: dict[str, str] = {
 STORAGE: dict[str, str] = {
     "--dtype": "dtype of the base model, auto: its checkpoint's; default: bf16",
     "--device-map": "how from_pretrained places the model on one GPU, default: the trainer's (auto for TRL with a model name); "
-    "FSDP2: cpu packs 4-bit weights on the host, and each GPU gets its shards",
+    "under FSDP2, cpu packs 4-bit weights on the host, and each GPU gets its shards",
     "--adapter-dtype": "dtype of the adapter; peft's default is fp32",
     "--autocast": "dtype of autocast; default: the trainer's",
     "--quant": "storage of the base; default: the method's",

@@ -176,7 +176,7 @@ def prepared(request: Request) -> Job:
             asked_checkpoints,
             changed_by_trainer,
             check_distributed,
-            with_trainers_search,
+            with_trainers_ddp,
         )
 
         check_in_backward(distributed, setup)
@@ -189,7 +189,7 @@ def prepared(request: Request) -> Job:
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)
         adapts = kind is None or kind.peft_type is not None
-        distributed = with_trainers_search(distributed, setup, request.script, adapts=adapts, architecture=architecture)
+        distributed = with_trainers_ddp(distributed, setup, request.script, adapts=adapts, architecture=architecture)
         check_distributed(distributed, setup, architecture, quant, model_config)
     elif setup.device_map == "cpu":
         raise InputError(

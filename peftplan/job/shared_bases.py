@@ -1,4 +1,4 @@
-"""Quantized bases that the libraries refuse under a strategy, each with the line that raises."""
+"""Bases that the libraries refuse under a strategy, each with the line that raises, and how a rank loads a quantized one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITHOUT_AUTOCAST = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 
 LOADED_BY_PROGRAM = ("plain", "transformers", "trl", "sentence")
-"""Trainers, by the first word of their names, that take a model which a program of yours has loaded."""
+"""First words of the names of trainers that take a model which a program of yours has loaded."""
 
 OF_ATTENTION = {"q_proj", "k_proj", "v_proj"}
 """What attention takes, in one dtype."""
@@ -74,6 +74,24 @@ def _check_scaled(distributed: Distributed, setup: Setup, quant: QuantConfig, ad
         )
 
 
+def _is_loaded_by_program(setup: Setup) -> bool:
+    """Whether the trainer takes a model that a program of yours has loaded."""
+    return setup.by.name.partition("-")[0] in LOADED_BY_PROGRAM
+
+
+def check_flat_dtypes(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
+    """Raise RefusedError where a unit of FSDP1 holds weights of two dtypes, such as a router that stays in fp32."""
+    if distributed.strategy != "fsdp1" or setup.dtype == "fp32" or not _is_loaded_by_program(setup):
+        return
+    names = [f"{module.name}.{name}" for module in architecture.modules for name, _ in module.params]
+    wide = next((name for name in names for kept in architecture.keep_in_fp32_strict if name.endswith(kept)), None)
+    if wide is not None:
+        raise RefusedError(
+            f"strategy: {wide} stays in fp32 beside {setup.dtype}, which FSDP1 refuses: ValueError: Must flatten tensors with "
+            "uniform dtype (torch, _flat_param.py); accepted: fsdp2, or --dtype fp32"
+        )
+
+
 def packs_integers(quant: QuantConfig | None) -> bool:
     """Whether packed 4-bit weights are stored as integers, which FSDP2 does not shard."""
     return quant is not None and quant.name in FOUR_BIT and quant.quant_storage not in FLOATS
@@ -93,7 +111,7 @@ def loaded_by_rank(setup: Setup, distributed: Distributed, quant: QuantConfig | 
                 "training on (accelerator.py:1867); accepted: --strategy fsdp2"
             )
         if distributed.strategy == "fsdp2" and quant.name in FOUR_BIT:
-            if setup.by.name.partition("-")[0] not in LOADED_BY_PROGRAM:
+            if not _is_loaded_by_program(setup):
                 raise RefusedError(
                     f"device_map: {setup.by.called} loads the model itself, not on the host; accepted: none, or cpu with a "
                     "trainer of transformers or TRL"

@@ -16,7 +16,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
-from peftplan.job.shared_bases import FLOATS, LOADED_BY_PROGRAM, packs_integers
+from peftplan.job.shared_bases import FLOATS, check_flat_dtypes, packs_integers
 from peftplan.methods.adaptation import Adaptation, AddedTensor
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.storage import QuantConfig
@@ -44,7 +44,7 @@ def check_distributed(
             f"quant_storage: FSDP1 cannot flatten integer dtype tensors (torch, _flat_param.py), and {quant.name} stores "
             f"{quant.quant_storage if quant.name != 'int8' else 'int8'}; accepted: --quant-storage bf16 with nf4 or fp4"
         )
-    _check_flat_dtypes(distributed, setup, architecture)
+    check_flat_dtypes(distributed, setup, architecture)
     if distributed.static_graph and setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch:
         raise RefusedError(
             "static_graph: DDP fails in the first backward that reduces no gradients (`no_sync`): RuntimeError: "
@@ -80,20 +80,6 @@ def check_distributed(
         _check_experts(distributed, setup, architecture)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
-
-
-def _check_flat_dtypes(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
-    """Raise RefusedError where a unit of FSDP1 holds weights of two dtypes, such as a router that stays in fp32."""
-    by_program = setup.by.name.partition("-")[0] in LOADED_BY_PROGRAM
-    if distributed.strategy != "fsdp1" or setup.dtype == "fp32" or not by_program:
-        return
-    names = [f"{module.name}.{name}" for module in architecture.modules for name, _ in module.params]
-    wide = next((name for name in names for kept in architecture.keep_in_fp32_strict if name.endswith(kept)), None)
-    if wide is not None:
-        raise RefusedError(
-            f"strategy: {wide} stays in fp32 beside {setup.dtype}, which FSDP1 refuses: ValueError: Must flatten tensors with "
-            "uniform dtype (torch, _flat_param.py); accepted: fsdp2, or --dtype fp32"
-        )
 
 
 def _check_experts(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
@@ -315,7 +301,7 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
         yield heads, pairs if isinstance(pairs, int) else heads
 
 
-def with_trainers_search(
+def with_trainers_ddp(
     distributed: Distributed, setup: Setup, script: Script, *, adapts: bool, architecture: Architecture
 ) -> Distributed:
     """The strategy with what a tool or its trainer tells DDP unless the option does: whether to look for parameters without

@@ -107,11 +107,10 @@ class Question(NamedTuple):
         card = next(card for card in self.cards if card.id == on_card.gpu)
 
         def changed(**changes: object) -> Inventory:
-            if self.config is not None and changes.get("device_map") == "cpu":
-                from peftplan.job.configs.plan import LOADING_AS_TOLD
+            if self.config is not None:
+                from peftplan.job.configs.with_file import check_map
 
-                if self.config["tool"] not in LOADING_AS_TOLD:
-                    raise RefusedError(f"device_map: {self.config['tool']} loads its model itself")
+                check_map(str(self.config["tool"]), changes)
             return inventory(prepared(job.request.changed(**changes))) if changes else self.inventory
 
         def judged(other: Inventory, cards: "list[Gpu]") -> Estimate:

@@ -85,7 +85,7 @@ def test_a_file_whose_tool_loads_the_model_refuses_it_and_is_not_advised_to_use_
     advice = peftplan.estimate(config=file, gpu="2xrtx-4090", advice="best").advice["rtx-4090"]
     assert advice.changes
     assert not any("device_map" in change.options for change in advice.changes)
-    with pytest.raises(PeftplanError, match="is a file of trl, whose model is not loaded on the host"):
+    with pytest.raises(PeftplanError, match="trl loads the model itself, not on the host"):
         peftplan.estimate(config=file, device_map="cpu")
 
 

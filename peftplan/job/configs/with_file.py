@@ -40,6 +40,12 @@ class WithFile(NamedTuple):
     """What the tool does, as fields of `Script`."""
 
 
+def check_map(tool: str, options: Mapping[str, object]) -> None:
+    """Raise RefusedError for weights on the host beside a file of a tool that loads the model itself."""
+    if options.get("device_map") == "cpu" and tool not in LOADING_AS_TOLD:
+        raise RefusedError(f"device_map: {tool} loads the model itself, not on the host; accepted: none")
+
+
 def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, objects: bool, strict: bool) -> WithFile:
     """What to estimate. `objects`: whether the user gives a peft config, so that the file's method does not count.
 
@@ -56,8 +62,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     if model is None and plan.model is None:
         raise RefusedError(f"config: {file} names no model; add MODEL")
     chosen_options = {name: value for name, value in chosen.items() if value is not None}
-    if chosen_options.get("device_map") == "cpu" and plan.tool not in LOADING_AS_TOLD:
-        raise RefusedError(f"device_map: {file} is a file of {plan.tool}, whose model is not loaded on the host; accepted: none")
+    check_map(plan.tool, chosen_options)
     unsupported = plan.without(chosen_options)
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
