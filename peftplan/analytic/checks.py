@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peftplan.job.setup import Setup
 
 COPYING = ("sgd", "rmsprop", "adagrad")
-"""Optimizers of torch that add decayed weights to copies of the gradients (torch 2.13.0, optim/sgd.py:429)."""
+"""Optimizers of torch that add decayed weights to copies of the gradients (torch, optim/sgd.py:429)."""
 SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
