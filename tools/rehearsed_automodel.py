@@ -387,6 +387,14 @@ class Gathering:
         return getattr(self.distributed, name)
 
 
+def register_unused(package: str) -> None:
+    """A package that the recipe imports, and whose functions the rehearsed model does not call."""
+    for name in (package, f"{package}.api"):
+        module = ModuleType(name)
+        module.__dict__.update({"__path__": [], "calc_attn": None, "get_most_recent_key": None})
+        sys.modules[name] = module
+
+
 def pack_by_positions(settings: dict[str, Any]) -> None:
     """Let transformers' modules run flash-attn's kernels, which the card has not, over documents whose ends it does not say."""
     import torch
@@ -431,6 +439,8 @@ def recipe() -> None:
         hybrid_ep.install(AutoConfig.from_pretrained(model["pretrained_model_name_or_path"]).num_experts_per_tok)
     if settings["model"].get("attn_implementation") == "flash_attention_2":
         pack_by_positions(settings)
+    if backend.get("attn") == "magi":
+        register_unused("magi_attention")
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 

@@ -35,7 +35,8 @@ SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
     "torchao-float8": ("fsdp2",),
-    **dict.fromkeys(("te", "mamba-ssm", "deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
+    **dict.fromkeys(("te", "te-norm", "torch-norm", "mamba-ssm"), ("fsdp2",)),
+    **dict.fromkeys(("deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
 }
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")

@@ -57,6 +57,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="few"),
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
+        Exchanged(("te-norm.rms_norm", *OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, False, True, rows="few"),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

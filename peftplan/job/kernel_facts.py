@@ -7,12 +7,14 @@ class Norm(NamedTuple):
     """An RMSNorm that saves its input and one fp32 number per row.
 
     `reuses_gradient`: the gradient of the input is written into that of the result. `partial_rows`: rows of the fp32 sums that
-    make the gradient of the weight, per multiprocessor of the card.
+    make the gradient of the weight, per multiprocessor of the card; 0 where it is made in its own dtype at once. `in_python`: it
+    is a function of Python's, whose gradient is a view.
     """
 
     source: str
     reuses_gradient: bool = True
     partial_rows: int = 1
+    in_python: bool = True
 
 
 class Rotary(NamedTuple):

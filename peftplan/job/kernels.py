@@ -97,6 +97,8 @@ KERNELS: dict[str, Kernel] = {
     "liger.rms_norm": Norm("liger-kernel, ops/rms_norm.py (`LigerRMSNormFunction`)"),
     "liger.layer_norm": LayerNorms("liger-kernel, ops/layer_norm.py (`LigerLayerNormFunction`)"),
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
+    "torch-norm.rms_norm": Norm("torch, native/cuda/layer_norm_kernel.cu (`_fused_rms_norm`)", False, 0, in_python=False),
+    "te-norm.rms_norm": Norm("transformer-engine 2.20.2, pytorch/ops/basic/rmsnorm.py (`RMSNorm`)", False, 0),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-int4.fake_quant": FakeQuantized(
         "torchao, quantization/qat/fake_quantizer.py (`Int4WeightFakeQuantizer`), as axolotl 0.19.0 configures it",
@@ -128,7 +130,7 @@ IN_INT4 = "torchao-int4.fake_quant"
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
 OF_EXPERTS = ("deepep.exchange", "hybridep.exchange", "uccl.exchange", "balanced.gate", "te-linear.dense", "te-experts.experts")
-OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS)
+OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm")
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -237,6 +239,8 @@ OF_PACKAGE = {
         ("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss")
     ),
     "hybridep": ("gpt_oss", "qwen3_moe"),
+    "torch-norm": ("llama", "qwen2"),
+    "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""

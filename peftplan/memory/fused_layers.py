@@ -15,7 +15,8 @@ from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand, *, dtype: str | None = None) -> Tensor:
     """`Y = X / rms(X) * W` in the dtype of x unless given: saves x, W and an fp32 number per row."""
-    node = _in_python(f.record(_rms_norm_backward, (x, weight), kernel))
+    node = f.record(_rms_norm_backward, (x, weight), kernel)
+    node = _in_python(node) if kernel.in_python else node
     out = f.new(x.dims, dtype or x.dtype, "rms_norm", node)
     f.keep(node, x.detach(), f.new(x.dims[:-1], "fp32", "rstd"), weight)
     return out
@@ -24,9 +25,12 @@ def rms_norm(f: Tape, kernel: Norm, x: Tensor, weight: Operand, *, dtype: str | 
 def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, Operand], g: Tensor) -> Gradients:
     kernel, x, _, weight = saved
     out = Tensor(g.storage, x.dims, g.dtype) if kernel.reuses_gradient else f.new(x.dims, x.dtype, "dX")
-    f.view_of(out)  # `dX.view(*shape)`
+    if kernel.in_python:
+        f.view_of(out)  # `dX.view(*shape)`
     if not node.edges[1]:
         return out, None
+    if not kernel.partial_rows:
+        return out, f.new(weight.dims, weight.dtype, "dW")
     partial = f.new((kernel.partial_rows * f.card.number, *weight.dims), "fp32", "dW of each program")
     total = f.new(weight.dims, "fp32", "sum")
     grad_weight = f.to(total, weight.dtype)

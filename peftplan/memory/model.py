@@ -171,7 +171,8 @@ class Model(Weights):
     def last_apart(self) -> bool:
         """Whether the last layer's gradient is a view, to which autograd adds into a new tensor: a kernel made it; or whether the
         last layer alone times its kernels."""
-        return self.running.kernels.rms_norm is not None or self.running.tunes
+        norm = self.running.kernels.rms_norm
+        return (norm is not None and norm.in_python) or self.running.tunes
 
     @property
     def every_layer(self) -> bool:

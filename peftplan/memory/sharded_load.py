@@ -43,7 +43,7 @@ class Loading(NamedTuple):
     in_4_bits: bool = False
     """Whether experts come in 4 bits."""
     stacks: bool = False
-    """Whether experts are one tensor each, which are read into stacks of all."""
+    """Whether experts are one tensor each, which are read into stacks of all, or those of 4 bits beside them."""
     workspaces: tuple[int, ...] = ()
     """Bytes of each that Transformer Engine takes while weights are read."""
     merged: bool = False
@@ -98,7 +98,7 @@ class Loading(NamedTuple):
                 memory.release(handle)
         if self.in_4_bits:
             of_experts = (shard for name, pairs in self.groups.items() if is_of_experts(name) for _, shard in pairs)
-            workspaces = [memory.allocate(nbytes) for nbytes in self.workspaces]
+            workspaces = [memory.allocate(nbytes) for nbytes in (*self.workspaces, *(self._stacks() if self.stacks else ()))]
             widen_all(memory, [shard.numel for shard in of_experts if shard.name.endswith(PROJECTIONS)])
             for handle in workspaces:
                 memory.release(handle)
@@ -140,11 +140,15 @@ class Loading(NamedTuple):
     def _stacked(self, memory: Memory[Handle]) -> None:
         """Experts that are one each are read into stacks of all, and those of one layer once more (nemo_automodel 0.7.0,
         components/moe/experts.py, `GroupedExpertsTE.state_dict`)."""
-        pairs = (pair for members in self.groups.values() for pair in members)
-        stacked = [sum(_on_device(shard)) for _, shard in pairs if shard.name.rpartition(".")[0].endswith(".experts")]
+        stacked = self._stacks()
         stacked += dict.fromkeys(stacked)
         for handle in [memory.allocate(nbytes) for nbytes in (*self.workspaces, *stacked)]:
             memory.release(handle)
+
+    def _stacks(self) -> list[int]:
+        """Bytes of each stack of experts."""
+        pairs = (pair for members in self.groups.values() for pair in members)
+        return [sum(_on_device(shard)) for _, shard in pairs if shard.name.rpartition(".")[0].endswith(".experts")]
 
     def _from_host(self, memory: Memory[Handle]) -> None:
         """Each tensor is moved whole, and its shard copied; all copies go when the last is there. Those of experts come first in

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from peftplan.memory import fused_layers
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import added, attention, decoder
 from peftplan.memory.models.mlps import mlp
@@ -26,10 +27,12 @@ def rotated_in_fp32(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
 
 
 def opaque_rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
-    """`Float32RMSNorm`: an fp32 copy of x lives until it is normed, and one of the result until it returns."""
+    """`Float32RMSNorm`: an fp32 copy of x lives until it is normed, and one of the result until it returns; or a kernel."""
     f, weight = model.tape, model.part(name, layer).weight
     assert weight is not None
     f.module = name
+    if (kernel := model.running.kernels.rms_norm) is not None:
+        return fused_layers.rms_norm(f, kernel, x, weight)
     node = f.record(_opaque_backward, (x, weight), x, weight)
     wide = f.new(x.dims, "fp32", "to"), f.new(weight.dims, "fp32", "to")
     normed = f.new(x.dims, "fp32", "rms_norm"), f.new((*x.dims[:-1], 1), "fp32", "rstd")

@@ -136,6 +136,13 @@ def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "torch_mm"}, 1024, "te,deepep,te-linear"),
         ("openai/gpt-oss-20b", {"dispatcher": "deepep", "experts": "gmm"}, 0, "deepep,te-linear"),
         ("openai/gpt-oss-20b", {"dispatcher": "deepep", "attn": "sdpa"}, 0, None),
+        (
+            "openai/gpt-oss-20b",
+            {"dispatcher": "deepep", "rms_norm": "te", "experts": "te"},
+            1024,
+            "te-norm,te,deepep,te-linear,te-experts",
+        ),
+        ("openai/gpt-oss-20b", {"dispatcher": "deepep", "experts": "te"}, 1024, None),
         ("openai/gpt-oss-20b", {"dispatcher": "torch"}, 0, None),
         ("openai/gpt-oss-120b", {"dispatcher": "hybridep", "experts": "torch_mm"}, 0, "hybridep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "attn": "magi", "experts": "torch_mm"}, 1024, None),
@@ -156,6 +163,16 @@ def test_nemo_exchanges_tokens(model: str, backend: dict[str, str], packed: int,
     plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=of_model, packed_sequence={"packed_sequence_size": packed})
     assert plan.options.get("kernels") == kernels
     assert ("model" in plan.unsupported) is (kernels is None)
+
+
+def test_nemo_folds_rollouts_into_rows_of_dense_layers() -> None:
+    """Rows that are not packed keep torch's attention in Qwen 2, whatever the backend says (0.7.0,
+    components/models/qwen2/model.py:74); a row is a prompt and four completions."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "Qwen/Qwen2.5-0.5B", "backend": {"attn": "magi", "rms_norm": "torch"}}
+    mock = "nemo_automodel.components.datasets.llm.mock_prefix_tree.build_mock_rollout_dataset"
+    dataset = {"_target_": mock, "prompt_len": 64, "completion_len": 32}
+    plan = of_nemo({"strategy": "fsdp2"}, model=model, dataset=dataset)
+    assert (plan.options["kernels"], plan.options["seq_len"], plan.unsupported) == ("torch-norm", 192, {})
 
 
 def test_nemo_started_by_skypilot() -> None:
