@@ -7,7 +7,8 @@
 
 `--called` is what the jobs of a page have in common, if they are not drawn: "preferences and rewards", "recipes of torchtune".
 
-FILE holds a row of JSON per job: its options and what it held. A job that FILE has is not run again. `tools.rehearsed_program`
+FILE holds a row of JSON per job: its options and what it held. A job that FILE has is not run again. MODEL may be a folder with
+a config, which the row keeps (`tools.drawn_ranks`). `tools.rehearsed_program`
 is the program; of several GPUs it plays rank 0. Needs the CUDA build of torch, transformers, peft, trl and datasets.
 """
 
@@ -92,7 +93,9 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
             stdout=sys.stderr.fileno(),
         )
     rank = result.largest_rank
-    row: dict[str, Any] = {"job": job, "ended": result.ended, "seconds": result.seconds}
+    row: dict[str, Any] = {"job": titled(job), "ended": result.ended, "seconds": result.seconds}
+    if (config := Path(words[0]) / "config.json").exists():
+        row["config"] = json.loads(config.read_bytes())
     if rank is not None and (result.ended == "steps" or not result.program_exit):  # LOMO takes no steps
         row |= {
             "allocated": rank.peak_allocated,
@@ -102,6 +105,12 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
             "host": dict(rank.host),
         }
     return row
+
+
+def titled(job: str) -> str:
+    """The job, with the name of a folder in place of its path."""
+    words = shlex.split(job)
+    return shlex.join([Path(words[0]).name, *words[1:]]) if Path(words[0]).is_dir() else job
 
 
 def program_words(words: list[str]) -> list[str]:
@@ -116,8 +125,8 @@ def rehearsed(jobs: Iterable[str], output: Path, *, timeout: float) -> None:
     """Run the jobs that the file has not, and add their rows."""
     known = {row["job"] for row in read(output)}
     for job in jobs:
-        if job not in known:
-            known.add(job)
+        if titled(job) not in known:
+            known.add(titled(job))
             row = run(job, timeout=timeout)
             with output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -130,8 +139,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
-    """The same job's peaks by an engine of ours, under FSDP1 those of rank 0, or `error`. `options` of a row are those that
-    launch files alone set."""
+    """The same job's peaks by an engine of ours, on several GPUs those of rank 0, or `error`. `options` of a row are those that
+    launch files alone set, `config` that of a model that has no name."""
     try:
         model, options = job_of(row["job"])
         options = {**options, **row.get("options", {})}
@@ -139,13 +148,14 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
             options.setdefault("device_map", "none")  # the program passes a model that it has loaded on the host
         if options.get("strategy") == "zero3":
             options = {**AUTO, **options}
+        model = row.get("config", model)
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
     if result.peaks is None:
         return {"error": result.not_modelled[0]}
     written = result.to_dict()
-    memory = written["distributed"]["ranks"][0] if options.get("strategy") == "fsdp1" else written["memory"]
+    memory = written["distributed"]["ranks"][0] if "distributed" in written else written["memory"]
     phases = memory["peak_by_phase"]
     generated = phases.pop("generate", None)
     if TRAINERS[options.get("trainer", "transformers")].generates:  # a rehearsal counts it into loading, and the step before

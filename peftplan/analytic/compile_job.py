@@ -14,6 +14,7 @@ from peftplan.arrays import Fact, Size
 from peftplan.distributed.ddp import divided_after
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
+from peftplan.job.inventory import states_made_twice
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.dora_load import norms
@@ -161,7 +162,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        loading = max(loading, Ledger(loaded + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
+        whole = states_made_twice(job, inventory.parameters, optimizer) if job.quant is not None else Ledger(())  # then flattened
+        loading = max(loading + whole, Ledger(loaded + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(
         architecture,
         of_step,

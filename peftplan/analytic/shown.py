@@ -60,7 +60,7 @@ PLAIN_METHODS = {
     "zero3": (*OF_DENSE, "adalora"),
 }
 """The same of those that were so with dense models alone, in bf16 and all on the card."""
-UNKNOWN_TO_SFT = {"zero3": "adalora", "fsdp1": "p-tuning"}
+UNKNOWN_TO_SFT = {"zero3": "adalora"}
 """Strategy → the method that was not so by SFTTrainer: a rehearsal's forward +0.8 %, its backward -0.6 %."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
@@ -139,11 +139,11 @@ def shows_dora(job: Job) -> bool:
 
 
 def shows_base(job: Job) -> bool:
-    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO-1 and ZeRO-2."""
+    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO."""
     assert job.quant is not None
     assert job.distributed is not None
     plain_lora = job.method_name == "lora" and not getattr(job.config, "use_dora", False)
-    in_8_bits = job.quant.name == "int8" and job.distributed.strategy in FLAT and knows_methods(job) and plain_lora
+    in_8_bits = job.quant.name == "int8" and job.distributed.strategy in (*FLAT, "zero3") and knows_methods(job) and plain_lora
     return job.quant.name in ("nf4", "fp4") or in_8_bits
 
 
@@ -158,7 +158,9 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if flat and method not in ADAPTED and job.distributed.use_orig_params is False:
         over = ()
     made_before_cast = flat and method != "full" and (method not in ADAPTED or job.setup.adapter_dtype != "fp32")
-    if made_before_cast or job.distributed.strategy in ("zero3", "fsdp2"):  # rehearsed: step +4.7 % under ZeRO-3, states whole
+    divided = job.distributed.strategy == "zero3" and not (method in ADAPTED and job.quant is None)
+    made_of_whole = job.distributed.strategy == "fsdp2" or divided
+    if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
     if job.distributed.offload_params == "cpu":
         over = tuple(name for name in over if BY_NAME[name].package in ON_HOST and not BY_NAME[name].made_with_states)

@@ -106,9 +106,12 @@ def _in_16_bits(p: Parameter, autocast: str) -> Parameter:
 
 
 def _zero3_shard(p: Parameter, distributed: Distributed) -> Parameter:
+    """A rank's part of a parameter. Of int8 ones the layer keeps all beside it (bitsandbytes, nn/modules.py, `Linear8bitLt`:
+    `state.CB`)."""
     place = place_of(distributed.offload_params)
+    whole = tuple(a._replace(name="CB") for a in p.allocations if p.quantized and a.name == "weight" and a.dtype == "int8")
     sharded = tuple(
         a._replace(dims=(ceil_div(prod(a.dims), distributed.world_size),), place=place) if a.name == "weight" else a
         for a in p.allocations
     )
-    return p._replace(allocations=sharded)
+    return p._replace(allocations=(*sharded, *whole))

@@ -183,6 +183,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + gradient_lines(on_rank, stepping)
         + Ledger(() if own is None else own.beside)
         + _optimizer(job, states_of, optimizer)
+        + states_made_twice(job, built, optimizer)
         + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
         + _reward_model(job)
@@ -272,6 +273,17 @@ def optim_arguments(job: Job, optimizer: Optimizer) -> dict[str, str]:
     of_model = {"dim": job.architecture.hidden_size, "n_heads": prompt and prompt.num_attention_heads}
     named = {name: str(size) for name, size in of_model.items() if size and name in optimizer.reads}
     return named | parse_optim_args(job.setup.optim_args)
+
+
+def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:
+    """The states that a constructor makes of an adapter that is on the card, whole: DeepSpeed makes another optimizer over its
+    flat masters, and the trainer's stays (deepspeed, runtime/zero/stage3.py:1358 and stage_1_and_2.py:947)."""
+    distributed = job.distributed
+    if distributed is None or distributed.strategy not in ("zero1", "zero2", "zero3") or optimizer.made_with_states is not True:
+        return Ledger(())
+    on_card = job.quant is not None or (distributed.strategy == "zero3" and distributed.zero3_init is not False)
+    adapter = tuple(p for p in built.all if p.owner == "adapter") if on_card else ()
+    return _optimizer(job, built._replace(all=adapter), optimizer)
 
 
 def _optimizer(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:

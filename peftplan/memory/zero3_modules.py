@@ -136,6 +136,9 @@ class Gathering(Stage):
         elif isinstance(x, tuple):
             x = self._called_on_each(x, module)  # type: ignore[assignment]
         out = function(x)
+        for p in module.parameters:
+            if p.dtype == "int8":  # the layer points its weight at what it was loaded as, and what was gathered is free
+                p.whole = Tensor(None, (p.numel,), p.dtype)
         self.coordinator.release(module)
         if isinstance(out, Tensor):
             return cast("Y", hooked(self.f, out, self.pre_backward, module))

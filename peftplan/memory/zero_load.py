@@ -233,14 +233,15 @@ class PartLoading(NamedTuple):
         whole: Handle,
         trained: dict[Key, tuple[int, Handle | None]],
     ) -> None:
-        """`_partition_param`."""
+        """`_partition_param`. Of int8 weights all stays too, as `CB`."""
         nbytes = self._part(p)
         on_device = self.distributed.offload_params in (None, "none")
         if p.trainable:
             trained[p.name, layer] = nbytes, memory.allocate(nbytes) if on_device else None
         elif on_device:
             memory.keep((nbytes,))
-        memory.release(whole)
+        if not (p.quantized and p.allocations[0].dtype == "int8"):
+            memory.release(whole)
 
     def _part(self, p: Parameter) -> int:
         stored = p.allocations[0]

@@ -63,7 +63,7 @@ _LAYOUTS: dict[str, Callable[..., tuple[Allocation, ...]]] = {
 _RANKS: dict[str, tuple[int, ...]] = {"fp8": (2, 3), "mxfp4": (3,)}
 """Format → the ranks of the weights that it stores, if not only the 2 of a linear layer."""
 
-_WEIGHTS = frozenset({"weight", "qweight", "W_q"})
+_WEIGHTS = frozenset({"weight", "qweight", "W_q", "CB"})
 
 
 def stored(quant: QuantConfig | None, *, shape: tuple[int, ...], dtype: str, kind: str = "Linear") -> tuple[Allocation, ...]:

@@ -48,28 +48,35 @@ def test_a_traced_job(row: dict[str, Any]) -> None:
 
 
 FSDP2_LOMO = "full --optim lomo --batch-size 2 --seq-len 512 --strategy fsdp2"
-RESERVED = {"apollo": 2.4, "torch_4bit": 0.2, FSDP2_LOMO: 8.1, "full --optim lomo --gradient-acc": 2.6, "adalomo": 0.15}
+RESERVED = {
+    "apollo": 2.4,
+    "torch_4bit": 0.2,
+    FSDP2_LOMO: 8.1,
+    "full --optim lomo --gradient-acc": 2.6,
+    "adalomo": 0.15,
+    "qlora --optim adagrad": 0.09,
+}
 """Part of a job → percent that reserved may be apart."""
 
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[row["job"] for row in REHEARSED])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
-    """Optimizers over a rank's shards, and on one GPU. An adapter is whole before ZeRO-3 divides it, which decides the load
-    of LoRA with r 64. Under FSDP1 a tail of a block is left. In the first step a paged optimizer takes 1 MB more, and APOLLO
-    makes the states of one parameter after the step of another, which leaves other tails of blocks. LOMO takes no step.
-    torchao's first step holds more than later ones: it times its kernels. No step ends LOMO's rehearsal, so in full under
-    FSDP it has gathered weights for the checkpoint after the last one, which counts as a forward: SGD's under FSDP2, which
-    ends a step before, reserves what the formula says."""
+    """Optimizers over a rank's shards, and on one GPU. An adapter is whole before ZeRO-3 divides it, which decides the load of
+    LoRA with r 64. Adagrad's states of a whole adapter stay. Under FSDP1 a tail of a block is left. In the first step a
+    paged optimizer takes 1 MB more, and APOLLO makes the states of one parameter after the step of another, which leaves
+    other tails of blocks. LOMO takes no step. torchao's first step holds more than later ones: it times its kernels. No
+    step ends LOMO's rehearsal, so in full under FSDP it has gathered weights for the checkpoint after the last one, which
+    counts as a forward: SGD's under FSDP2, which ends a step before, reserves what the formula says."""
     drift = drifts(row, "analytic")
     assert drift is not None
     apart = next((share for name, share in RESERVED.items() if name in row["job"]), 0)
-    most, reserved = (0.11, 0.2) if "fsdp1" in row["job"] else (0.2 if "apollo" in row["job"] else 0.0015, apart)
+    most, reserved = (0.11, 0.2) if "fsdp1" in row["job"] else (0.2 if "apollo" in row["job"] else 0.0018, apart)
     assert abs(drift["reserved"]) <= reserved
     saves = "lomo" in row["job"] and "--method full" in row["job"] and "fsdp1" in row["job"]
     assert max(abs(drift[what]) for what in (("backward",) if saves else ("forward", "backward"))) < most
     assert abs(drift["allocated"]) < (1.2 if "torch_4bit" in row["job"] else 0.2 if "apollo" in row["job"] else 0.1)
     assert ("lomo" in row["job"]) == ("step" not in drift)
-    assert "zero3" not in row["job"] or abs(drift["load"]) < 0.001
+    assert "zero3" not in row["job"] or abs(drift["load"]) < 0.0013
     assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] or "apollo" in row["job"] else 0.15)
 
 
