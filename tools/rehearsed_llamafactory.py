@@ -61,9 +61,14 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     values = row["values"]
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), {**cut(values["model_name_or_path"], row["layers"]), "dtype": "bfloat16"})
-        text = {"instruction": "a", "input": "", "output": "g" * 8 * values["cutoff_len"]}
+        described: dict[str, Any]
+        answer, described = "g" * 8 * values["cutoff_len"], {"file_name": "rows.json"}
+        text = {"instruction": "a", "input": "", "output": answer}
+        if values.get("stage") == "rm":
+            text |= {"chosen": answer, "rejected": answer}
+            described |= {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}}
         Path(output, "rows.json").write_text(json.dumps([text] * ROWS), encoding="utf-8")
-        Path(output, "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}), encoding="utf-8")
+        Path(output, "dataset_info.json").write_text(json.dumps({"rows": described}), encoding="utf-8")
         places = {"model_name_or_path": folder, "dataset_dir": output, "output_dir": f"{output}/saved"}
         if "deepspeed" in values:
             places["deepspeed"] = f"{output}/deepspeed.json"

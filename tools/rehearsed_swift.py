@@ -46,6 +46,7 @@ WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attenti
 """Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
 WITH_UNSLOTH = "import unsloth; "
 """As `swift/cli/sft.py` does, before anything of ms-swift."""
+OF_TEXTS = "from tools.programs.ms_swift import known_texts; known_texts({max_length}); "
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
 WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}, {sleep_level}); "
 PROGRAMS = {
@@ -88,8 +89,27 @@ def arguments(row: dict[str, Any], folder: str, teacher: str, output: str) -> li
     values = SHARED | row["values"] | {"model": folder, "dataset": f"{output}/rows.jsonl", "output_dir": output}
     its_own = row["values"].get("teacher_model") == row["values"]["model"]
     values |= {"teacher_model": folder if its_own else teacher} if "teacher_model" in values else {}
+    values |= {"chord_sft_dataset": f"{output}/answers.jsonl"} if "chord_sft_dataset" in values else {}
+    values |= {"reward_model": f"{output}/reward"} if "reward_model" in values else {}
     words = {key: value if isinstance(value, list) else [value] for key, value in values.items() if key not in OF_SERVER}
     return [word for key, listed in words.items() for word in (f"--{key}", *map(str, listed))]
+
+
+def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """File → the line that its data repeat."""
+    length, kind = values["max_length"], values.get("rlhf_type")
+    answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
+    prompt = [{"role": "user", "content": "a" * length}]
+    line: dict[str, Any] = {"messages": prompt if kind in ("grpo", "ppo") else [{"role": "user", "content": "a"}, answer]}
+    if kind == "dpo":
+        line["rejected_response"] = "p" * 8 * length
+    if values.get("task_type") == "seq_cls":
+        line = {"messages": [{"role": "user", "content": "a" * 8 * length}], "label": 0}
+    if values.get("task_type") == "embedding":
+        text = [{"role": "user", "content": "a" * 8 * length}]
+        line = {"messages": text, "positive_messages": [text]}
+    answers = {"messages": [*prompt, {"role": "assistant", "content": "g" * values.get("max_completion_length", 512)}]}
+    return {"rows.jsonl": line} | ({"answers.jsonl": answers} if "chord_sft_dataset" in values else {})
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
@@ -98,15 +118,15 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         for name, part in (("model", folder), ("teacher_model", teacher)):
             if name in row["values"]:
                 standins.write_repository(Path(part), {**cut(row["values"][name], row["layers"]), "dtype": "bfloat16"})
-        length, program = row["values"]["max_length"], row.get("program", SFT)
-        kind = row["values"].get("rlhf_type")
-        answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
-        messages = [{"role": "user", "content": "a" * length}] if kind == "grpo" else [{"role": "user", "content": "a"}, answer]
-        beside: dict[str, Any] = {"rejected_response": "p" * 8 * length} if kind == "dpo" else {}
-        if row["values"].get("task_type") == "seq_cls":
-            messages, beside = [{"role": "user", "content": "a" * 8 * length}], {"label": 0}
-        line = {"messages": messages} | beside
-        Path(output, "rows.jsonl").write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
+        if "reward_model" in row["values"]:
+            scores = {**cut(row["values"]["reward_model"], row["layers"]), "num_labels": 1, "dtype": "bfloat16"}
+            Path(output, "reward").mkdir()
+            (name,) = scores["architectures"]
+            scores["architectures"] = [name.replace("CausalLM", "SequenceClassification")]
+            standins.write_repository(Path(output, "reward"), scores)
+        program, kind = row.get("program", SFT), row["values"].get("rlhf_type")
+        for name, line in _lines(row["values"]).items():
+            Path(output, name).write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
         mode = row["values"].get("vllm_mode")
         takes = mode == "server" or any(row["values"].get(key) for key in OF_ENGINE)
@@ -118,6 +138,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             + with_flash
             + with_server
             + of_gkd
+            + (OF_TEXTS.format(**row["values"]) if row["values"].get("task_type") == "embedding" else "")
             + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
         )
         command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]

@@ -96,8 +96,15 @@ def running_of(job: Job, compute_capability: str) -> Running:
         older_liger=setup.by.pins_liger,
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
+        embeds_rows=setup.by.embeds_rows,
         without_loss=not setup.by.adds_own_loss
-        and (setup.by.scoring is not None or setup.by.loss_apart or setup.by.teaches or setup.loss in OF_FUNCTION),
+        and (
+            setup.by.scoring is not None
+            or setup.by.loss_apart
+            or setup.by.teaches
+            or setup.by.embeds_rows
+            or setup.loss in OF_FUNCTION
+        ),
     )
 
 

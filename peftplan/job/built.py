@@ -18,6 +18,7 @@ from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, M
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from peftplan.job.kernels import INT8_INT4
+from peftplan.methods.adaptation import Adaptation, trained_params
 from peftplan.optim import parse_optim
 from peftplan.versions import EXPERTS_FUSED, MIXTURE_ADDED
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 BUILT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 """Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
+VALUE_HEAD = "v_head.summary"
 APART = ("phi3",)
 """Of these, model types whose fused projections torchtune has apart, as Llama has them."""
 EAGER = ("gemma2",)
@@ -238,6 +240,16 @@ def _apart(architecture: Architecture, config: Mapping[str, object], model_type:
 def _of_type(config: Mapping[str, object], model_type: str) -> dict[str, object]:
     name = f"{model_type.capitalize()}ForCausalLM"
     return {**config, "model_type": model_type, "architectures": [name], "rope_scaling": None}
+
+
+def with_value_head(architecture: Architecture, adaptation: Adaptation) -> tuple[Architecture, Adaptation]:
+    """Both with a value head in fp32, which trains beside what the method trains (trl 0.24, models/modeling_value_head.py)."""
+    assert architecture.hidden_size is not None
+    head = linear(VALUE_HEAD, architecture.hidden_size, 1, bias=True)
+    in_fp32 = (*architecture.keep_in_fp32_strict, rf"{VALUE_HEAD}\.")
+    architecture = replace(architecture, modules=(*architecture.modules, head), keep_in_fp32_strict=in_fp32)
+    trained = (*adaptation.trained, *trained_params(architecture, (head,)))
+    return architecture, adaptation._replace(trained=trained)
 
 
 def without_formula(job: Job) -> str | None:

@@ -202,6 +202,10 @@ def prepared(request: Request) -> Job:
     refuse_endless(architecture, {**fields, "quant_skip_modules": setup.quant_skip_modules})
     check_logits_to_keep(setup.logits_to_keep, min((setup.seq_len, *request.script.earlier_seq_lens)))
     adaptation = adapted(architecture, model, kind, config, adapter, setup)
+    if setup.by.scores_values:
+        from peftplan.job.built import with_value_head
+
+        architecture, adaptation = with_value_head(architecture, adaptation)
     casts = setup.autocast != "none" or (distributed is not None and distributed.param_dtype is not None)
     if adaptation.trained_dtype is not None and not casts and setup.dtype != adaptation.trained_dtype:
         raise RefusedError(

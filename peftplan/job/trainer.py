@@ -27,6 +27,7 @@ TrainerName = Literal[
     "llamafactory-asft",
     "llamafactory-dpo",
     "llamafactory-kto",
+    "llamafactory-reward",
     "llamafactory-partial",
     "llamafactory-v1",
     "axolotl",
@@ -42,11 +43,13 @@ TrainerName = Literal[
     "swift-dpo-packed",
     "swift-kto",
     "swift-reward",
+    "swift-embedding",
     "swift-orpo",
     "swift-cpo",
     "swift-grpo",
     "swift-grpo-reloading",
     "swift-grpo-entropies",
+    "swift-grpo-shared-rows",
     "swift-gkd",
     "swift-gkd-of-data",
     "swift-gkd-of-itself",
@@ -186,8 +189,13 @@ class Trainer(NamedTuple):
     it."""
     compares_at_once: int | None = None
     """Of scored tokens, how many distributions it compares at a time; None: those of all positions."""
+    scores_values: bool = False
+    """Whether its loss is made of a score of each row, which a value head over the last hidden states gives beside the logits
+    (trl 0.24, models/modeling_value_head.py)."""
     embeds: bool = False
     """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
+    embeds_rows: bool = False
+    """Whether it is made of embeddings of texts that share one row."""
     skips_autocast: bool = False
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False
@@ -206,6 +214,8 @@ class Trainer(NamedTuple):
     """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
     their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
     DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`)."""
+    shares_rows: bool = False
+    """Whether ranks share a row of all completions without padding, of which each scores the logits of all its own tokens."""
     scores_entropies: bool = False
     """Whether it makes the entropy of every scored token, with gradients, which no loss reads (ms-swift 4.6.0,
     rlhf_trainers/grpo_trainer.py:939)."""
@@ -321,7 +331,7 @@ class Trainer(NamedTuple):
     @property
     def of_preferences(self) -> bool:
         """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
-        return bool(self.options) or self.rows > 1 or self.embeds
+        return bool(self.options) or self.rows > 1 or self.embeds or self.embeds_rows
 
     def searches(self, *, adapts: bool, checkpoints: bool, reentrant: bool, towers: bool) -> bool | None:
         """Whether DDP looks for parameters without gradients; None: torch's default."""

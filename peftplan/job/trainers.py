@@ -127,6 +127,20 @@ TRAINERS: dict[TrainerName, Trainer] = {
             kinds="after its forwards",
             options=IN_LLAMA_FACTORY.options - {"loss_type"},
         ),
+        # train/rm/trainer.py (`PairwiseTrainer.compute_loss`), model/loader.py:186; the model makes its own loss too.
+        Trainer(
+            "llamafactory-reward",
+            "PairwiseTrainer of LLaMA-Factory 0.9.5",
+            Defaults(kbit_prepare=False, device_map="cuda"),
+            rows=2,
+            losses=("full",),
+            task="CAUSAL_LM",
+            scores_values=True,
+            always_masks=True,
+            turns_cache_off=True,
+            pins_accelerate=True,
+            search="full",
+        ),
         SWIFT_DPO,
         # Rows of pairs without padding, one behind the other (`padding_free`, `packing`): `batch_size` is that of such rows.
         SWIFT_DPO._replace(name="swift-dpo-packed", called="DPOTrainer of ms-swift 4.6 without padding", rows=1),
@@ -155,6 +169,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_zero2=("none",),
             under_zero3=("none",),
         ),
+        # Pairs of texts, all those of a batch in one row (trainers/embedding_trainer.py, loss/embedding.py).
+        IN_SWIFT._replace(
+            name="swift-embedding",
+            called="EmbeddingTrainer of ms-swift 4.6",
+            scoring=None,
+            embeds_rows=True,
+            under_zero2=("none",),
+        ),
         SWIFT_PAIRS._replace(name="swift-orpo", called="ORPOTrainer of ms-swift 4.6"),
         SWIFT_PAIRS._replace(
             name="swift-cpo",
@@ -165,6 +187,16 @@ TRAINERS: dict[TrainerName, Trainer] = {
         SWIFT_GRPO,
         SWIFT_GRPO._replace(
             name="swift-grpo-reloading", called=f"{SWIFT_GRPO.called} whose weights wait on the host", reloads_weights=True
+        ),
+        # `sequence_parallel_size`, with weights that wait on the host (rlhf_trainers/grpo_trainer.py:1468).
+        SWIFT_GRPO._replace(
+            name="swift-grpo-shared-rows",
+            called=f"{SWIFT_GRPO.called} whose rows ranks share",
+            completions_alone=False,
+            shares_rows=True,
+            reloads_weights=True,
+            under_ddp=(),
+            under_zero2=(),
         ),
         SWIFT_GRPO._replace(name="swift-grpo-entropies", called=f"{SWIFT_GRPO.called} with entropies", scores_entropies=True),
         SWIFT_GKD,

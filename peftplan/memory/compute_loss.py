@@ -47,6 +47,16 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         return loss_of_blocks(model, block=program.trainer.block, rollouts=rollouts, accumulates=accumulates)
     if program.trainer.embeds:
         return _loss_of_embeddings(model, program)
+    if program.trainer.embeds_rows:
+        from peftplan.memory.embedded_rows import loss_of_texts
+
+        return loss_of_texts(model.tape, _forward(model)[1])
+    if program.trainer.scores_values:
+        from peftplan.memory.value_head import loss_of_pairs
+
+        loss = loss_of_pairs(model.tape, *_forward(model))
+        model.kept.clear()
+        return loss
     if program.trainer.sums_rows:
         scoring = program.trainer.scoring
         if scoring is None:
@@ -99,11 +109,13 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
 
         return of_pairs(model, _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs))
     if program.trainer.scoring is not None and not program.trainer.teaches:
-        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_triples
+        from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_shared_row, loss_of_triples
 
         of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
         logits = _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs)
         scoring, count = program.trainer.scoring, model.running.batch_size
+        if program.trainer.shares_rows:
+            return loss_of_shared_row(f, logits, count=count)
         if program.trainer.generates:
             entropies = (model.running.logits_to_keep or 1) - 1 if program.trainer.scores_entropies else 0
             return loss_of_completions(f, logits, scoring, count=count, entropies=entropies)

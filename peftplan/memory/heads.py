@@ -7,6 +7,7 @@ from functools import partial
 from importlib import import_module
 
 from peftplan.errors import NeedsTraceError
+from peftplan.job.built import VALUE_HEAD
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model
@@ -119,6 +120,10 @@ def _head_of(model: Model) -> Head:
     loss = model.running.loss
     if task == "FEATURE_EXTRACTION":
         return _imported(("embedded_pairs", "pooled"))
+    if model.running.embeds_rows:
+        return _imported(("embedded_rows", "last_of_texts"))
+    if model.has(VALUE_HEAD):
+        return _imported(("value_head", "with_values"))
     if loss == CUT_APART:
         return _imported(("cut_apart", "hidden_and_last"))
     if loss in ("torchtune-kl", "torchtune-chunked"):

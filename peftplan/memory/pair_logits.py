@@ -89,6 +89,14 @@ def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int
     return loss
 
 
+def loss_of_shared_row(f: Tape, logits: Tensor, *, count: int) -> Tensor:
+    """The same of a rank's part of a row that several share: all its logits are divided into a tensor of their own."""
+    divided = ops.scale(f, logits, "div")
+    per_token = _by_rows(f, divided, count)
+    del logits, divided
+    return f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
+
+
 ENTROPIES_AT_ONCE = 128
 """Tokens (trainer/utils.py, `entropy_from_logits`, in the newest trl that ms-swift 4.6.0 accepts)."""
 

@@ -20,6 +20,8 @@ LARGEST = {"allocated": 0.05, "reserved": 0.0}
 BADAM = {"allocated": 0.05, "reserved": 0.02}
 """One segment of 2 MiB: of two vectors, copies lie among those of the matrices."""
 UNDER_DEEPSPEED = {"allocated": 0.05, "reserved": 0.15}
+BY_KERNELS = {"allocated": 0.003, "reserved": 2.3}
+"""Of experts in kernels of the tool, for which formulas count torch's."""
 OF_ENTROPY = {"allocated": 0.02, "reserved": 0.22}
 """Of the weight of a token; the row has 12 tokens of prompts, which are not scored."""
 
@@ -30,10 +32,12 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     assert peaks is not None
     limits = UNDER_DEEPSPEED if "deepspeed" in row["values"] else BADAM if "use_badam" in row["values"] else LARGEST
     limits = OF_ENTROPY if "use_eaft_loss" in row["values"] else limits
+    limits = BY_KERNELS if "30B-A3B" in row["values"]["model_name_or_path"] else limits
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
     of_load = 0.05 if "deepspeed" in row["values"] else 0.001  # vectors are cast in another order
-    assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < of_load
+    if row["values"].get("stage") != "rm":  # transformers 5.8 loaded that one: alone too it takes 95 MB more for a while
+        assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < of_load
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
 
@@ -48,6 +52,38 @@ def test_weights_are_cast_to_fp32_on_the_gpu() -> None:
     assert ours is not None
     assert traced is not None
     assert (ours.by_phase["load"], ours.reserved) == (traced.by_phase["load"], traced.reserved)
+
+
+def test_a_value_head_stands_beside_the_logits() -> None:
+    """n = 2 x 1,024 tokens, v = 151,936. Forward ends with logits in 16 bits (2), the log-probabilities of the model's own loss
+    (4) and a copy of the logits in fp32 (4); no gradient of them is made. The head has 2,560 weights and a bias."""
+    (row,) = (row for row in EVERY if row["values"].get("stage") == "rm")
+    logits = 2 * 1024 * 151_936
+    estimate = peftplan.estimate(**options(row))
+    layer = 2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)  # widths of inputs and outputs
+    assert estimate.trainable_parameters == 3 * 8 * layer + 2560 + 1
+    assert estimate.ledger.by_category()["logits"] == 10 * logits
+    assert estimate.peaks is not None
+    for phase in ("forward", "backward", "step"):
+        assert estimate.peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=5e-5)
+
+
+@pytest.mark.parametrize("values", [{"finetuning_type": "full"}, {"deepspeed": "ds_z2_config.json"}, {"pure_bf16": True}])
+def test_value_heads_that_were_not_rehearsed(values: dict[str, Any]) -> None:
+    (row,) = (row for row in EVERY if row["values"].get("stage") == "rm")
+    assert plan(row | {"values": row["values"] | values}).unsupported["stage"].effect == "unknown"
+
+
+def test_kernels_of_experts_do_not_decide_peaks() -> None:
+    """With checkpoints: forward peaks where logits are, backward and step where gradients are. Without, each layer would keep
+    what its kernel reads."""
+    (row,) = (row for row in EVERY if "30B-A3B" in row["values"]["model_name_or_path"])
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    for phase, measured in row["by_phase"].items():
+        assert peaks.by_phase[phase] == pytest.approx(measured, rel=5e-5)
+    for others in ({"disable_gradient_checkpointing": True}, {"finetuning_type": "lora"}):
+        assert "use_v1_kernels" in plan(row | {"values": row["values"] | others}).unsupported
 
 
 def test_asft_holds_the_logits_of_two_models() -> None:

@@ -31,6 +31,10 @@ SHARED = {"allocated": 0.19, "reserved": 0.7}
 """Of rows that several ranks share."""
 OF_TOKENS = {"allocated": 0.001, "reserved": 0.2}
 """Of the loss of each token, also under ZeRO-2, where the 16-bit logits stay."""
+SHARED_BY_GRPO = {"allocated": 0.03}
+"""Of completions in rows that several ranks share: reserved bytes are not stated."""
+OF_TEXTS = {"allocated": 0.08, "reserved": 2.1}
+"""Of embeddings of texts that share a row."""
 OF_TEXT_PARTS = {"allocated": 0.12, "reserved": 0.1}
 """The same of vision-language models: beside text without a picture ms-swift shows the tower one of 32 x 32 pixels, and adds
 nought of it to a copy of the embedded tokens (template/base.py:2450), which formulas leave out."""
@@ -50,6 +54,8 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = BY_UNSLOTH if row["values"].get("tuner_backend") == "unsloth" else limits
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = OF_TOKENS if row["values"].get("enable_dft_loss") else limits
+    limits = SHARED_BY_GRPO if row["values"].get("sequence_parallel_size") and row["values"].get("rlhf_type") else limits
+    limits = OF_TEXTS if row["values"].get("task_type") == "embedding" else limits
     limits = OF_TEXT_PARTS if peaks.assumed.get("images_per_sample") == 0 else limits
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
@@ -76,3 +82,31 @@ def test_what_the_model_returned_goes_when_accelerate_widens_it(row: dict[str, A
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     assert peaks.by_phase["forward"] == pytest.approx(row["by_phase"]["forward"], rel=1e-4)
+
+
+def test_embeddings_are_of_all_texts_of_a_batch_in_one_row() -> None:
+    """Both texts of 8 pairs, 256 tokens each; the head's 151,669 x 1,024 weights are there, and its logits are not."""
+    (row,) = (row for row in ROWS if row["values"].get("task_type") == "embedding")
+    job = options(row)
+    assert (job["trainer"], job["batch_size"], job["seq_len"]) == ("swift-embedding", 1, 2 * 8 * 256)
+    estimate = peftplan.estimate(**job)
+    assert estimate.ledger.by_category()["logits"] == 0
+    assert estimate.peaks is not None
+    for phase, measured in row["by_phase"].items():
+        assert estimate.peaks.by_phase[phase] == pytest.approx(measured, rel=4e-3)
+
+
+def test_a_rank_scores_its_part_of_a_row_of_completions() -> None:
+    """4 completions of 64 + 512 tokens over 2 ranks, v = 151,936: logits in 16 bits, those divided by the temperature, and their
+    log-probabilities. Of its two heads of keys each rank has one."""
+    (row,) = (row for row in ROWS if row["values"].get("sequence_parallel_size") and row["values"].get("rlhf_type"))
+    job = options(row)
+    assert (job["trainer"], job["batch_size"], job["seq_len"]) == ("swift-grpo-shared-rows", 1, 4 * (64 + 512) // 2)
+    estimate = peftplan.estimate(**job)
+    assert estimate.ledger.by_category()["logits"] == 3 * 2 * 1152 * 151_936
+    assert estimate.peaks is not None
+    assert estimate.peaks.reserved is None
+    for phase in ("forward", "backward"):
+        assert estimate.peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=3e-4)
+    four = plan(row | {"values": row["values"] | {"sequence_parallel_size": 4}})
+    assert {"sequence_parallel_size", "padding_free"} <= four.unsupported.keys()

@@ -81,6 +81,24 @@ def known_lengths(length: int) -> None:
     SwiftMixin.get_cu_seqlens = lambda *_: torch.tensor([0, length, 2 * length], dtype=torch.int32).cuda()
 
 
+def known_texts(length: int) -> None:
+    """Where the texts of a row begin and end, and that every second one is of a new pair."""
+    import torch
+    from swift.loss import embedding
+    from swift.trainers import mixin
+
+    revert, parse = mixin.revert_padding_free, embedding._parse_multi_negative_sentences
+
+    def reverted(outputs: Any, inputs: Any, *args: Any) -> Any:
+        rows = outputs["logits"].shape[1] // length
+        return revert(outputs, {"position_ids": torch.arange(length, device="cpu").repeat(1, rows)}, *args)
+
+    mixin.revert_padding_free = reverted
+    embedding._parse_multi_negative_sentences = lambda texts, labels, *args: parse(
+        texts, torch.ones(len(labels), device="cpu"), *args
+    )
+
+
 def numbers_by_kernel() -> None:
     """The weight of GKD's divergence is filled in on the card: a copy of it would come back where a kernel counts."""
     import torch

@@ -161,8 +161,10 @@ class Effective:
             value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value
         if "product" in setting:
-            factors, parts = self._numbers(setting["product"]), self._numbers([setting.get("by", 1)])
-            return None if factors is None or not parts else -(-prod(factors) // max(*parts, 1))
+            parts = self._numbers([setting.get("by", 1)])
+            sums = [self._numbers(key if isinstance(key, list) else [key]) for key in setting["product"]]
+            known = [sum(numbers) for numbers in sums if numbers is not None]
+            return None if len(known) < len(sums) or not parts else -(-prod(known) // max(*parts, 1))
         numbers = self._numbers(setting["sum"])
         return None if numbers is None else sum(numbers)
 

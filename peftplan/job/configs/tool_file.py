@@ -59,7 +59,8 @@ class Meant(TypedDict, total=False):
     key: str
     listed: str
     """The key whose names come in one text, between commas."""
-    product: list[str | int]
+    product: list[str | int | list[str | int]]
+    """Keys and numbers, and lists of them, which stand for their sums."""
     by: str
     """Of a product: the key by which it is divided, rounded up."""
     sum: list[str | int]

@@ -256,6 +256,33 @@ def test_long_lora_of_swift_raises() -> None:
     assert " raises TypeError" in plan.unsupported["tuner_type"].why
 
 
+def test_reft_raises() -> None:
+    """`unhashable type: 'ModelKeys'`, with pyreft 0.1.0, the newest that PyPI has."""
+    plan = read({"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "reft", "reft_intervention_type": "LoreftIntervention"})
+    assert " raises TypeError" in plan.unsupported["tuner_type"].why
+
+
+@pytest.mark.parametrize(
+    ("values", "unsupported"),
+    [
+        ({}, set()),
+        ({"loss_type": "cosine_similarity"}, set()),
+        ({"loss_type": "contrastive"}, {"task_type", "loss_type"}),
+        ({"padding_free": False}, {"task_type", "loss_type"}),
+        ({"tuner_type": "full"}, {"task_type", "loss_type"}),
+        ({"deepspeed": "zero3"}, {"task_type", "loss_type"}),
+    ],
+)
+def test_embeddings_of_texts_that_share_a_row(values: dict[str, object], unsupported: set[str]) -> None:
+    """template/base.py:1908: each example is an anchor and its positive."""
+    sizes = {"max_length": 1000, "per_device_train_batch_size": 4, "attn_impl": "flash_attn", "padding_free": True}
+    job = {"model": "Qwen/Qwen3-Embedding-0.6B", "task_type": "embedding", "loss_type": "infonce", "deepspeed": "zero2"}
+    plan = read({**SWIFT, **job, **sizes, **values}, kind="command", program="swift sft", NPROC_PER_NODE="2")
+    assert plan.unsupported.keys() == unsupported
+    if not unsupported:
+        assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, 2 * 4 * 1000)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -89,6 +89,7 @@ def test_trl_commands_of_preferences_and_rewards(program: str, values: dict[str,
         ({**LLAMAFACTORY, "stage": "dpo"}, {"trainer": "llamafactory-dpo", "loss_type": "sigmoid"}),
         ({**LLAMAFACTORY, "stage": "dpo", "pref_loss": "orpo"}, {"trainer": "llamafactory-dpo", "loss_type": "orpo"}),
         ({**LLAMAFACTORY, "stage": "kto"}, {"trainer": "llamafactory-kto", "loss_type": None}),
+        ({**LLAMAFACTORY, "stage": "rm"}, {"trainer": "llamafactory-reward"}),
     ],
 )
 def test_preferences_in_axolotl_and_llama_factory(values: dict[str, Any], expected: dict[str, Any]) -> None:

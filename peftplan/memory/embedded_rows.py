@@ -1,0 +1,43 @@
+"""Embeddings of texts that share one row without padding, and a loss of the embeddings.
+
+s tokens of the row; h hidden size. Source: ms-swift 4.6.0, model/patcher.py (`patch_output_normalizer`, in whose place of the
+head the hidden states stay, and `revert_padding_free`). Left out: numbers of each text, such as its embedding and its
+similarities with others (loss/embedding.py).
+"""
+
+from __future__ import annotations
+
+from peftplan.memory.embedded_pairs import normalized
+from peftplan.memory.model import Model
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Dims, Node, Tensor
+
+
+def last_of_texts(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    """No loss, and what stands for all embeddings. Texts are copied out of the row, and put together: each is as long as the
+    longest."""
+    f, (rows, _, width) = model.tape, x.dims
+    f.module = ""
+    parts = f.new(x.dims, x.dtype, "cat")
+    together = f.new(x.dims, x.dtype, "stack")
+    del parts
+    last = f.new((rows, width), x.dtype, "index", f.record(_last_backward, (x,), x.dims))
+    del together
+    return Tensor(None, (), "fp32"), normalized(f, last)
+
+
+def _last_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    """Zeros for the texts, and for the whole row once for each of them, which are added up."""
+    texts = f.new(saved[0], g.dtype, "index_put")
+    total, of_text = (f.new(saved[0], g.dtype, name) for name in ("slice_backward", "slice_backward of one text"))
+    del texts, of_text
+    return total
+
+
+def loss_of_texts(f: Tape, embeddings: Tensor) -> Tensor:
+    """The mean over the texts."""
+    return f.new((), "fp32", "mean", f.record(_loss_backward, (embeddings,), embeddings.dims, embeddings.dtype))
+
+
+def _loss_backward(f: Tape, node: Node, saved: tuple[Dims, str], g: Tensor) -> Tensor:
+    return f.new(saved[0], saved[1], "mm")
