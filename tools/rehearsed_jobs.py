@@ -50,6 +50,8 @@ RAN = {
     "(`tools/rehearsed_jobs.py`), or as a recipe of torchtune (`tools/rehearsed_recipes.py`)",
 }
 """What jobs have in common → how they ran, where not as `PROGRAMS`."""
+UNLIKE = ("fsdp1", "zero1", "zero2")
+"""Strategies whose ranks may hold unlike parts."""
 PHASES = ("load", "forward", "backward", "step")
 OF_LAUNCHER = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """What the command lines of axolotl and torchtune, and LLaMA-Factory v1's launcher, set for the processes that they start."""
@@ -95,7 +97,7 @@ def run(job: str, *, timeout: float) -> dict[str, Any]:
     rank = result.largest_rank
     row: dict[str, Any] = {"job": titled(job), "ended": result.ended, "seconds": result.seconds}
     if (config := Path(words[0]) / "config.json").exists():
-        row["config"] = json.loads(config.read_bytes())
+        row["model_config"] = json.loads(config.read_bytes())
     if rank is not None and (result.ended == "steps" or not result.program_exit):  # LOMO takes no steps
         row |= {
             "allocated": rank.peak_allocated,
@@ -139,8 +141,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
-    """The same job's peaks by an engine of ours, on several GPUs those of rank 0, or `error`. `options` of a row are those that
-    launch files alone set, `config` that of a model that has no name."""
+    """The same job's peaks by an engine of ours, of unlike ranks those of rank 0, or `error`. `options` of a row are those that
+    launch files alone set, `model_config` the config of a model without a name."""
     try:
         model, options = job_of(row["job"])
         options = {**options, **row.get("options", {})}
@@ -148,17 +150,19 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
             options.setdefault("device_map", "none")  # the program passes a model that it has loaded on the host
         if options.get("strategy") == "zero3":
             options = {**AUTO, **options}
-        model = row.get("config", model)
+        model = row.get("model_config", model)
         result = estimate(model, engine=engine, script=LOOP if options.get("trainer") == "plain" else NO_SCRIPT, **options)
     except PeftplanError as error:
         return {"error": str(error)}
     if result.peaks is None:
         return {"error": result.not_modelled[0]}
     written = result.to_dict()
-    memory = written["distributed"]["ranks"][0] if "distributed" in written else written["memory"]
+    generates = TRAINERS[options.get("trainer", "transformers")].generates
+    unlike = options.get("strategy") in UNLIKE and not generates
+    memory = written["distributed"]["ranks"][0] if unlike else written["memory"]
     phases = memory["peak_by_phase"]
     generated = phases.pop("generate", None)
-    if TRAINERS[options.get("trainer", "transformers")].generates:  # a rehearsal counts it into loading, and the step before
+    if generates:  # a rehearsal counts it into loading, and the step before
         phases |= {"load": None, "step": None if generated is None else max(phases["step"], generated)}
     return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": phases}
 

@@ -165,7 +165,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if job.distributed.offload_params == "cpu":
         over = tuple(name for name in over if BY_NAME[name].package in ON_HOST and not BY_NAME[name].made_with_states)
     if _knows_lomo(job):
-        over = (*over, "lomo", *(("adalomo",) if flat and method == "full" else ()))
+        over = (*over, "lomo", *(("adalomo",) if flat and method in ("full", "lora", "rslora") else ()))
     return (*known, *over) if knows_optimizers(job) else known
 
 

@@ -40,8 +40,7 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
         flat[0] = flat[0]._replace(trainable=trained)
         parameters_of_rank += flat
-        if trained:
-            stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
+        stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
     return Holding(
         parameters._replace(all=tuple(parameters_of_rank)),
         states_of=parameters._replace(all=tuple(stepped)),
@@ -119,8 +118,8 @@ def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: P
 
 
 def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator[Parameter]:
-    """What a rank's optimizer steps over: the parts of the tensors that lie in its shard (`use_orig_params`). Members of
-    different layers are not told apart.
+    """What a rank's optimizer steps over, or makes states of: the parts of the tensors that lie in its shard (`use_orig_params`).
+    Members of different layers are not told apart.
     """
     if len({p.copies for p in members}) > 1:
         yield flat
@@ -131,7 +130,7 @@ def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator
         skipped -= before
         part = min(p.numel - before, left)
         left -= part
-        if part and p.trainable:
+        if part and not p.quantized:
             (stored,) = flat.allocations
             yield p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
 

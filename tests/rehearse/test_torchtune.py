@@ -43,6 +43,13 @@ def test_formulas_hold_what_recipes_hold(what: str, results: Results) -> None:
     assert max(abs(drift) for _, drift in stated) <= LARGEST[what]
 
 
+def test_loading_on_ranks_is_said_to_depend_on_the_checkpoint(results: Results) -> None:
+    loads = [drift["load"] for _, row, drift in results if drift is not None and "--gpus" in str(row["job"])]
+    assert (round(100 / (100 + max(loads)), 2), round(100 / (100 + min(loads)), 2)) == (0.81, 1.06)
+    estimated = peftplan.estimate("llama-3.1-8b", trainer="torchtune", strategy="fsdp2", gpus=4, method="full")
+    assert any("19 % less to 6 % more" in note for note in estimated.assumptions["notes"])
+
+
 def test_each_model_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
     families = {

@@ -87,6 +87,10 @@ class Launched(NamedTuple):
     assumed: dict[str, str]
 
 
+UNREAD_OF_FSDP = {"axolotl": ("backward_prefetch", "forward_prefetch")}
+"""Tool → ends of fields of `fsdp_config` that it drops: axolotl's schema has none of them (0.19.0, utils/schemas/fsdp.py)."""
+
+
 def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str], *, file: str) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it."""
     result = Launched({}, {}, {})
@@ -302,7 +306,8 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) 
             fields["version" if name == "fsdp_version" else name] = value
         fields |= {} if version is None else {"version": version}
         fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
-        return accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(CHECKPOINTS)})
+        without = (CHECKPOINTS, *UNREAD_OF_FSDP.get(tool, ()))
+        return accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(without)})
 
     def of_file(source: object) -> Values:
         values = content(source, field="fsdp")
