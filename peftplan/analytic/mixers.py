@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import between_chunks
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.job.automodel import builds, has_own_code
+from peftplan.job.automodel import builds, has_own_code, knows_recorded
 from peftplan.job.kernels import kernels_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def _check_recorded(job: Job) -> None:
     unknown = {
         "kernels": bool(setup.kernels),
         "padding": setup.padding,
-        "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off),
+        "a cache": bool(setup.use_cache)
+        and not (setup.gradient_checkpointing or setup.by.turns_cache_off or knows_recorded(job)),
         "virtual tokens": bool(getattr(job.config, "num_virtual_tokens", None)),
         f"autocast {setup.autocast}": setup.autocast == "fp16",
         "weights in fp16": setup.dtype == "fp16",
@@ -63,6 +64,8 @@ def _check_recorded(job: Job) -> None:
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NeedsTraceError(f"the mixer of model type {model_type} with {what}")
+    if knows_recorded(job):
+        return
     if has_own_code(job) or job.setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
         where = job.setup.by.called if job.distributed is None else job.distributed.called
         raise NoEngineError(f"model type {model_type} without mamba-ssm, under {where} (no formula yet)")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3"),
+    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -225,6 +225,18 @@ def _knows_scan(job: Job) -> bool:
     return rehearsed and setup.dtype == "bf16" and setup.loss == "full"
 
 
+def knows_recorded(job: Job) -> bool:
+    """Whether Mamba 2 was rehearsed in operations of torch: of Falcon-H1, fully trained in bf16 over several GPUs, without
+    checkpoints."""
+    setup, distributed = job.setup, job.distributed
+    if not setup.by.own_lora or distributed is None or job.architecture.model_type != "falcon_h1" or setup.kernels:
+        return False
+    alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.ep_size} <= {None, 1}
+    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
+    plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full" and job.quant is None
+    return alone and here and plain and not setup.gradient_checkpointing
+
+
 def packs_documents(job: Job) -> bool:
     """Whether Transformer Engine's attention tells the documents of a row apart; it takes no cache of keys and values."""
     return kernels_of(job.setup.kernels or ()).attention is not None
@@ -276,7 +288,7 @@ def without_formula(job: Job) -> str | None:
         and not (_knows_mixture(job) or knows_experts(job)),
         f"{architecture.model_type} as it was not rehearsed": (
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
-            and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job))
+            and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job) or knows_recorded(job))
         ),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

@@ -61,6 +61,7 @@ LOOSE = {
     ("qwen2.5-0.5b", 5, 2): 0.61,
     ("gpt-oss-20b", 2, 1): 0.4,
     ("gpt-oss-20b", 3, 2): 0.22,
+    ("falcon-h1-0.5b-base", 2, 2): 0.29,
     ("gpt-oss-20b", 2, 8): 0.21,
     ("gpt-oss-20b", 2, 2): 0.04,
     ("gpt-oss-20b", 4, 1): 2.4,
@@ -84,6 +85,8 @@ Over packed rows with its experts and norms: of allocated ones 0.05, of reserved
 
 Qwen2.5 0.5B with torch's norms: of `load` and `step` 0.5 MB, which the allocator leaves of the embedding's segment behind a
 matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
+
+Falcon-H1: of forward 1.0 MB, 0.5 for each layer, of backward 0.6; of reserved ones 4 MiB.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; reserved ones are not stated.
 
@@ -212,6 +215,39 @@ def test_what_of_mixtral_was_rehearsed(options: dict[str, Any], known: bool) -> 
     result = peftplan.estimate("mixtral-8x7b-v0.1", **job | options)
     assert (result.peaks is not None) is known
     assert known or "mixtral as it was not rehearsed" in result.not_modelled[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": True}, False),
+        ({"tp_size": 2}, False),
+        ({"dtype": "fp32"}, False),
+        ({"method": "lora"}, False),
+        ({"gpus": 1, "strategy": None}, False),
+        ({"seq_len": 1000}, False),
+    ],
+)
+def test_what_of_falcon_h1_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
+    result = peftplan.estimate("falcon-h1-0.5b-base", **job | options)
+    assert (result.peaks is not None) is known
+
+
+def test_falcon_h1_keeps_the_states_of_its_scan_until_the_loss() -> None:
+    """In fp32, of 2 rows: 24 heads of 64 x 128 numbers in each of two layers, and the last 4 inputs of 1,792 channels in bf16."""
+    (row,) = (row for row in ROWS if row["model"].startswith("falcon-h1") and row["layers"] == 2)
+    with_cache, without = (peftplan.estimate(**options(row) | {"use_cache": cache}).peaks for cache in (True, False))
+    assert with_cache is not None
+    assert without is not None
+    lines = {
+        line.name.rpartition(" ")[2]: line.bytes()
+        for line in with_cache.ledgers["forward"].lines
+        if line.name.endswith("_states")
+    }
+    assert lines == {"recurrent_states": 2 * 2 * 24 * 64 * 128 * 4, "conv_states": 2 * 2 * 1792 * 4 * 2}
+    assert not any(line.name.endswith("_states") for line in without.ledgers["forward"].lines)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,16 @@ def layer(c: Call, x: Tensor) -> Tensor:
 
 
 def mamba(c: Call, x: Tensor) -> Tensor:
-    """`FalconH1Mixer.forward`; `mup_vector` is a buffer."""
+    """`FalconH1Mixer.forward`; `mup_vector` is a buffer. A cache gets the last inputs of the convolution and the last states."""
     space, f = c.block.state_space, c.at("mamba")
     assert space is not None
     x = ops.scale(f, x)
     if c.model.running.kernels.scan is None:
+        if c.model.caches:
+            taps = c.model.part(f"{c.style.stack}.mamba.conv1d", c.number).own_weight.dims[-1]
+            of_inputs = f.new((x.dims[0], space.channels, taps), x.dtype, "conv_states")
+            states = f.new((x.dims[0], space.num_heads, space.head_dim, space.state_size), "fp32", "recurrent_states")
+            c.model.kept.append((of_inputs, states))
         return recorded_function.mixer(c, "mamba", c.linear("mamba.in_proj", x), dtype=x.dtype)
     projected = c.linear("mamba.in_proj", x)
     table = Tensor(None, (1, 1, projected.dims[-1]), c.model.running.dtype)
