@@ -55,6 +55,8 @@ class Parameter(NamedTuple):
     quantized: bool = False
     group: int = 0
     """As in `AddedTensor`."""
+    rests: bool = False
+    """Whether it does not train now and has before, so that it counts as trainable and the optimizer has its states."""
 
     @property
     def numel(self) -> int:
@@ -74,7 +76,7 @@ class Parameters(NamedTuple):
     @property
     def num_trainable(self) -> int:
         """What `get_nb_trainable_parameters()` returns first."""
-        return sum(p.copies * p.numel for p in self.all if p.trainable)
+        return sum(p.copies * p.numel for p in self.all if p.trainable or p.rests)
 
     @property
     def num_total(self) -> int:
@@ -137,6 +139,7 @@ def build(
                         is_linear=module.kind.startswith("Linear") and param == "weight",
                         layers=layers if module.layers is not None else None,
                         quantized=is_quantized,
+                        rests=adaptation.rests and not is_trained,
                     )
                 )
     base_dtype = {p.name: p.dtype for p in parameters}

@@ -63,6 +63,8 @@ def check(job: Job) -> None:
             raise NoRankFormulaError(f"a step with {job.distributed.called}{why}")
     elif job.setup.by.weighs_tokens or job.setup.by.anchors:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
+    if job.adaptation.rests and job.distributed is not None:
+        raise NoRankFormulaError(f"layers that take turns under {job.distributed.called}")
     known = job.setup.by.scoring in (None, "rows") or job.setup.by.generates or job.setup.by.beside_copy
     shared = job.distributed is not None and job.distributed.strategy == "fsdp2"  # where `under_fsdp2` says so
     if job.reference == "copy" and not known and not shared:

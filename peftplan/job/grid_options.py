@@ -168,6 +168,7 @@ class GridOptions(OtherWords, total=False):
     modules_to_save: Axis[str | Iterable[str] | None]
     n_frequency: Axis[int]
     n_frequency_pattern: Axis[Mapping[str, int]]
+    n_layers: Axis[int]
     num_attention_heads: Axis[int | None]
     num_cayley_neumann_terms: Axis[int]
     num_groups: Axis[int | None]

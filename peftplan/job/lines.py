@@ -73,7 +73,7 @@ def optimizer_lines(
     lines: list[Line] = []
     every: list[Allocation] = []
     source = optimizer.source
-    for p in (p for p in parameters.all if p.trainable or optimizer.states_for_frozen):
+    for p in (p for p in parameters.all if p.trainable or p.rests or optimizer.states_for_frozen):
         of_one = states(
             optimizer,
             shape=p.shape,
@@ -81,7 +81,7 @@ def optimizer_lines(
             name=p.name,
             in_embedding=p.in_embedding and by_trainer,
             in_target=is_target(p, target_modules or ()),
-            frozen=not p.trainable,
+            frozen=not (p.trainable or p.rests),
             optim_args=optim_args,
         )
         every += of_one

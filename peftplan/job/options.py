@@ -183,6 +183,7 @@ class MethodOptions(TypedDict, total=False):
     modules_to_save: str | Iterable[str] | None
     n_frequency: int
     n_frequency_pattern: Mapping[str, int]
+    n_layers: int
     num_attention_heads: int | None
     num_cayley_neumann_terms: int
     num_groups: int | None

@@ -117,6 +117,10 @@ METHODS: dict[str, Method] = {
             "Wu et al. 2024, arXiv 2401.02415",
         ),
         Method(
+            "lisa", None, "partial", "LisaConfig", "lisa", "a few layers of the base train at a time, in turns",
+            "Pan et al. 2024, arXiv 2403.17919",
+        ),
+        Method(
             "fourierft", "FOURIERFT", "fourierft", "FourierFTConfig", "fourierft", "trained Fourier coefficients of the update",
             "Gao et al. 2024, arXiv 2405.03003",
         ),

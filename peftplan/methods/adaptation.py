@@ -98,6 +98,8 @@ class Adaptation(NamedTuple):
     """Whether only some layers of a family train. A model with fewer layers then does not represent it."""
     trained_dtype: str | None = None
     """What the base's own parameters that train are cast to; None: no cast."""
+    rests: bool = False
+    """Whether the base's other parameters have trained before and will again, so that the optimizer has their states."""
 
     @property
     def target_modules(self) -> tuple[str, ...] | str:

@@ -1,4 +1,4 @@
-"""Only named parameters of the base train: LLaMA-Factory's `freeze`, `unfrozen_parameters` of axolotl and Spectrum; LLaMA Pro.
+"""Only named parameters train: LLaMA-Factory's `freeze`, `unfrozen_parameters` of axolotl and Spectrum; LLaMA Pro; LISA.
 
 A pattern is searched in the name of each parameter, as transformers 5 writes it, so `^` and `$` bind it to the ends.
 LLaMA-Factory takes the last layers, or the first where its number is negative (`_setup_freeze_tuning`, model/adapter.py
@@ -108,3 +108,20 @@ def with_new_layers(model: Mapping[str, object], config: LlamaProConfig) -> dict
     if isinstance(types, list):
         grown["layer_types"] = [kind for at, kind in enumerate(types) for kind in (kind,) * (2 if (at + 1) % every == 0 else 1)]
     return grown
+
+
+class LisaConfig(MethodConfig):
+    """How many layers train at a time, beside everything outside layers."""
+
+    n_layers: int = Field(default=2, ge=1, le=2**10)
+
+
+def lisa(arch: Architecture, config: LisaConfig) -> Adaptation:
+    """LISA (Pan et al. 2024, arXiv 2403.17919): layers are drawn anew every some steps, and the others rest (axolotl 0.19.0,
+    utils/callbacks/lisa.py). Drawn are the last ones here; all have trained before, and their optimizer states stay.
+    Raises RefusedError for more layers than there are, as the tool does."""
+    layers = {layer for module in arch.modules for layer in module.layers or ()}
+    if config.n_layers > len(layers):
+        raise RefusedError(f"n_layers: {config.n_layers} are more than the model's {len(layers)} layers")
+    chosen = partial(arch, PartialConfig(trainable=(rf"\.{LAYERS}\.", r"^(?!.*\.\d+\.)"), trainable_layers=config.n_layers))
+    return chosen._replace(rests=config.n_layers < len(layers))

@@ -54,6 +54,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if job.setup.noisy_embeddings:
         raise RefusedError("engine: trace adds no noise to embeddings; accepted: analytic")
+    if job.adaptation.rests:
+        raise RefusedError("engine: trace trains the same layers in each step, and method lisa others; accepted: analytic")
     if any(block.mlp.apart for block in job.architecture.blocks):
         raise RefusedError(f"engine: trace runs fused experts, not those before {EXPERTS_FUSED.named}; accepted: analytic")
     if job.quant is not None and job.quant.experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -113,3 +114,29 @@ def test_llama_pro_adds_a_copy_behind_each_group() -> None:
     assert estimate.total_parameters == 7_615_616_512 + 4 * layer
     with pytest.raises(RefusedError, match="does not divide"):
         peftplan.estimate("qwen2.5-7b", method="llama-pro", num_new_blocks=5)
+
+
+def test_layers_of_lisa_take_turns() -> None:
+    """Llama 2 7B: 4 of 32 layers, both tables of 32,000 rows of 4,096 and the final norm have gradients in 16 bits; all weights
+    count, and have a byte twice in 8 bits, their blocks' scales aside."""
+    job: dict[str, Any] = {"trainer": "transformers", "dtype": "bf16", "optim": "adamw_8bit", "gradient_accumulation_steps": 2}
+    full, lisa = (peftplan.estimate("llama-2-7b", method=method, **job) for method in ("full", "lisa"))
+    more = peftplan.estimate("llama-2-7b", method="lisa", n_layers=4, **job)
+    assert lisa.trainable_parameters == full.trainable_parameters == 6_738_415_616
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+    sums = [estimate.ledger.by_category() for estimate in (full, lisa, more)]
+    assert sums[2]["gradients"] == 2 * (4 * layer + 2 * 32_000 * 4096 + 4096)
+    assert sums[2]["gradients"] - sums[1]["gradients"] == 2 * 2 * layer
+    assert len({each["optimizer_states"] for each in sums}) == 1
+    whole = peftplan.estimate("llama-2-7b", method="lisa", n_layers=32, **job)
+    assert whole.peaks is not None
+    assert full.peaks is not None
+    assert whole.peaks.by_phase == full.peaks.by_phase
+
+
+def test_layers_take_turns_on_one_gpu_in_formulas() -> None:
+    assert "layers that take turns" in peftplan.estimate("qwen2.5-7b", method="lisa", gpus=2, strategy="ddp").not_modelled[0]
+    with pytest.raises(RefusedError, match="method lisa"):
+        peftplan.estimate("smollm2-135m", method="lisa", engine="trace")
+    with pytest.raises(RefusedError, match="more than the model's 30 layers"):
+        peftplan.estimate("smollm2-135m", method="lisa", n_layers=31)

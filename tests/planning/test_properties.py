@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftplan
+from peftplan.dtypes import ITEMSIZE
 from peftplan.methods import METHODS
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -122,8 +123,9 @@ def test_every_method_adds_up_on_a_real_model(method: str) -> None:
     assert sum(estimate.static.by_category().values()) == estimate.persistent_bytes
     # AdamW keeps two moments beside each gradient, in its dtype and a step of one block.
     by_category = estimate.static.by_category()
-    trained = sum(parameter.copies for parameter in estimate.parameters.all if parameter.trainable)
-    assert by_category["optimizer_states"] == 2 * by_category["gradients"] + 512 * trained
+    stepped = [p for p in estimate.parameters.all if p.trainable or p.rests]
+    resting = sum(p.numel * p.copies * ITEMSIZE[p.dtype] for p in stepped if p.rests)
+    assert by_category["optimizer_states"] == 2 * (by_category["gradients"] + resting) + 512 * sum(p.copies for p in stepped)
 
 
 @QUICK

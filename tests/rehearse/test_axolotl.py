@@ -387,3 +387,20 @@ def test_a_function_each_norms_and_turns_queries_and_keys(row: dict[str, Any]) -
     assert without.by_phase["backward"] - peaks.by_phase["backward"] == 2 * 2048 * (32 + 8) * 128
     assert "axolotl's" not in str(peftplan.estimate("qwen3-8b", method="lora", kernels="axolotl,axolotl-fused").not_modelled)
     assert "axolotl-fused's kernels" in str(peftplan.estimate("qwen2.5-7b", method="lora", kernels="axolotl-fused").not_modelled)
+
+
+def test_layers_of_lisa_take_turns() -> None:
+    """Two of six layers of Llama 2 7B at a time, drawn anew in each step: 0 and 1, 0 and 3, 1 and 4. So three had states when the
+    last backward began, and four behind it; the formula's six have them. A state is a byte and 4 B for 256 of them."""
+    (row,) = read(Path(__file__).with_name("axolotl_lisa.jsonl"))
+    assert plan(row).unsupported == {}
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    weights = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    states = 2 * (weights + weights // 256 * 4)
+    without = row["layers"] - row["trained"]
+    resting = {"load": 0, "forward": without, "backward": without, "step": without - 1}
+    stated = {phase: nbytes - resting[phase] * states for phase, nbytes in peaks.by_phase.items()}
+    assert stated == {phase: pytest.approx(nbytes, rel=3e-5) for phase, nbytes in row["by_phase"].items()}
+    assert peaks.reserved is not None
+    assert peaks.reserved - without * states == pytest.approx(row["reserved"], rel=3e-3)

@@ -61,6 +61,8 @@ class Effective:
             return self._of_model("model_type") in CONVERSIONS
         if accepted in ("said", "unsaid"):
             return (self.values.get(key) is not None) is (accepted == "said")
+        if accepted == "null":
+            return key in self.values and self.values[key] is None
         if isinstance(accepted, Mapping):
             return self._has_product(key, accepted)
         value = self.of(key)

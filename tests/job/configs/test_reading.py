@@ -237,6 +237,15 @@ def test_axolotls_ebft_in_strides_writes_eight_tokens_behind_every_eight() -> No
         assert "rl" in read({**values, "ebft": {**strided, **other}}).unsupported
 
 
+def test_axolotls_lisa_draws_layers() -> None:
+    values = {**AXOLOTL, "adapter": None, "load_in_4bit": False, "lisa_n_layers": 4, "lisa_step_interval": 20}
+    values["lisa_layers_attribute"] = "model.layers"
+    plan = read(values)
+    assert plan.unsupported == {}
+    assert (plan.options["method"], plan.options["n_layers"]) == ("lisa", 4)
+    assert "lisa_step_interval" in read({**values, "lisa_layers_attribute": "model.model.layers"}).unsupported
+
+
 def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
     """trl's own default is an engine on the same card; axolotl 0.19.0, utils/schemas/validation.py:2066, sets `server`."""
     values = {**EBFT, "trl": {**EBFT["trl"], "use_vllm": True}}

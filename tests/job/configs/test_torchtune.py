@@ -91,3 +91,9 @@ def test_a_reference_of_full_dpo_is_a_copy() -> None:
     assert (full.options["trainer"], full.options["method"]) == ("torchtune-dpo", "full")
     assert not [key for key in full.unsupported if key.startswith("ref_checkpointer")]
     assert "ref_checkpointer._component_" in adapted.unsupported
+
+
+def test_torchtune_divides_by_the_steps_between_logs() -> None:
+    """recipes/full_finetune_distributed.py:1077, of `dev/8B_full_experimental.yaml`, rehearsed: TypeError behind a step."""
+    assert "TypeError" in read({**TORCHTUNE, "log_every_n_steps": None}).unsupported["log_every_n_steps"].why
+    assert "log_every_n_steps" not in read({**TORCHTUNE, "log_every_n_steps": 1}).unsupported
