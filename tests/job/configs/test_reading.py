@@ -246,6 +246,13 @@ def test_axolotls_lisa_draws_layers() -> None:
     assert "lisa_step_interval" in read({**values, "lisa_layers_attribute": "model.model.layers"}).unsupported
 
 
+def test_packed_rows_of_nemotron_h_need_a_package_that_axolotl_does_not_install() -> None:
+    """`patch_nemotron_h_modeling_packing`, called as the loader calls it, with what axolotl 0.19.0 installs: RuntimeError."""
+    values = {**AXOLOTL, "base_model": "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "sample_packing": True}
+    assert "RuntimeError" in read(values).unsupported["sample_packing"].why
+    assert "sample_packing" not in read({**values, "use_kernels": True}).unsupported
+
+
 def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
     """trl's own default is an engine on the same card; axolotl 0.19.0, utils/schemas/validation.py:2066, sets `server`."""
     values = {**EBFT, "trl": {**EBFT["trl"], "use_vllm": True}}
