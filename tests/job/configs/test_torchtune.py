@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import peftplan
@@ -91,6 +93,22 @@ def test_a_reference_of_full_dpo_is_a_copy() -> None:
     assert (full.options["trainer"], full.options["method"]) == ("torchtune-dpo", "full")
     assert not [key for key in full.unsupported if key.startswith("ref_checkpointer")]
     assert "ref_checkpointer._component_" in adapted.unsupported
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"ac_mode": "selective", "ac_option": 2}, (True, 2)),
+        ({"ac_mode": "full"}, (True, None)),
+        ({"ac_mode": "selective", "ac_option": 2, "enable_activation_checkpointing": True}, (False, 2)),
+    ],
+)
+def test_torchtune_checkpoints_every_second_layer(values: dict[str, Any], expected: tuple[bool, int | None]) -> None:
+    """recipes/full_finetune_distributed.py:659, :667: both kinds at once are none."""
+    plan = read({**TORCHTUNE, "enable_activation_checkpointing": False, **values})
+    assert not {"ac_mode", "ac_option"} & plan.unsupported.keys()
+    found = plan.options["gradient_checkpointing"], plan.options.get("every_n_layers")
+    assert found == (expected if expected[0] else (False, None))
 
 
 def test_torchtune_divides_by_the_steps_between_logs() -> None:
