@@ -216,7 +216,7 @@ class Model(Weights):
         return self.running.reentrant and self.running.checkpoints_forward and self.units.every_layer
 
     def reached(self, stack: str, layers: int) -> tuple[bool, ...]:
-        """Whether checkpointing reaches each layer of a stack; torchtune counts them from 1 (`activations.checkpoint_wrapper`)."""
+        """Whether checkpointing reaches each layer of a stack; torchtune counts them from 1 (activations.py)."""
         before = self.arch.encoder_layers if stack == "decoder" else 0
         reached = checkpointed_layers(layers, before=before + self.running.own_modules, every=self.running.every_n_layers)
         if self.running.checkpoints_frozen:
