@@ -4,14 +4,18 @@ it sends its weights to vLLM, which generates them.
 b completions that are written at once, s tokens of a prompt, t tokens of the full cache, v vocabulary.
 
     prompt      the forward without gradients, with logits of the last token; without autocast, except in DistillationTrainer
-    decoding    the full cache, a layer's keys once more while they grow, logits and probabilities of a token
+    decoding    the full cache, a layer's keys once more while they grow, in fp32 what its attention takes, logits and
+                probabilities of a token
+
+Where tools answer, the policy goes on after what it wrote and the answers, which stay within the longest completion together: a
+later turn begins with up to s + c tokens, c those of a completion, and writes up to c more, before what is too long is cut.
 
 OnlineDPOTrainer keeps no cache where layers are recomputed: each token is the forward of all before it.
 
 Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
-wrap); ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py (`_move_full_model_to_vllm`); transformers, generation/utils.py (`_sample`,
-without top-k and top-p). Left out: the cache grows token by token, and the
-allocator keeps what it outgrows.
+wrap) and `_tool_call_loop`; ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py (`_move_full_model_to_vllm`); transformers,
+generation/utils.py (`_sample`, without top-k and top-p). Left out: the cache grows token by token, and the allocator keeps what
+it outgrows; turns between the first and the longest.
 """
 
 from collections import OrderedDict
@@ -23,6 +27,7 @@ from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.running import running_of
 from peftplan.analytic.scoring import scored
 from peftplan.analytic.sizes import sizes
+from peftplan.arch.modules import Architecture
 from peftplan.deployment.kv_cache import CacheTensor, kv_cache
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.dtypes import ITEMSIZE
@@ -75,7 +80,7 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     setup = inventory.job.setup
     if not setup.by.generates or setup.by.block:  # blocks are written within the step
         return ()
-    key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, compute_capability)
+    key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, setup.tool_turns, compute_capability)
     if key not in _GENERATIONS:
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
         if setup.scored_rows:
@@ -110,6 +115,17 @@ def _gathered(f: Tape, inventory: Inventory) -> list[Tensor]:
 
     in_order = tensors(in_module_order(parameters_on_rank(inventory)))
     return [f.new(p.shape, p.dtype, f"{p.name} gathered") for p, _ in in_order]
+
+
+def _attended(f: Tape, arch: Architecture, keys: CacheTensor) -> None:
+    """What a token's attention takes in torch's math kernel, which alone computes groups of heads in fp32: keys and values of each
+    query head, and those keys scaled (`memory.math_attention`)."""
+    grouped = (a for block in arch.blocks for a in block.attentions if a.num_attention_heads > a.num_key_value_heads)
+    heads = next((a.num_attention_heads for a in grouped if a.num_key_value_heads == keys.shape[1]), None)
+    if heads is not None:
+        names = ("keys repeated", "values repeated", "keys scaled")
+        repeated = [f.new(("b", heads, *keys.shape[2:]), keys.dtype, name) for name in names]
+        del repeated
 
 
 def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
@@ -182,21 +198,24 @@ def _sent(inventory: Inventory) -> Generation:
 
 
 def _written(inventory: Inventory, compute_capability: str) -> list[Generation]:
-    """The prompt's forward with the cache after it; without a cache the forwards of five tokens, from the first to the last."""
+    """The prompt's forward with the cache after it, of the first and of the longest turn; without a cache the forwards of five
+    tokens, from the first to the last."""
     setup = inventory.job.setup
+    first, more = setup.prompt_len, setup.seq_len - 1 - setup.prompt_len  # the last token is not fed
     if not (setup.by.writes_without_cache and setup.gradient_checkpointing):
-        return [_forwarded(inventory, compute_capability, setup.prompt_len, caches=True)]
-    first, more = setup.prompt_len, setup.seq_len - 1 - setup.prompt_len
+        turns = (first, setup.seq_len) if setup.tool_turns else (first,)
+        return [_forwarded(inventory, compute_capability, turn, cached=turn + more) for turn in turns]
     lengths = sorted({first + more * part // PARTS for part in range(PARTS + 1)})
-    return [_forwarded(inventory, compute_capability, length, caches=False) for length in lengths]
+    return [_forwarded(inventory, compute_capability, length, cached=0) for length in lengths]
 
 
-def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, caches: bool) -> Generation:
+def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, cached: int) -> Generation:
+    """`cached`: the positions of the full cache."""
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
-    rows, full = setup.generation_rows, setup.seq_len - 1  # the last token is not fed
+    rows = setup.generation_rows
     running = running_of(job, compute_capability)._replace(
-        checkpointing=False, use_cache=caches, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
+        checkpointing=False, use_cache=cached > 0, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
     )
     adapter = adapter_of(job.method and job.method.peft_type)
     of_peft = job.method is None or job.method.peft_type is not None  # whose `generate` calls the model inside
@@ -206,7 +225,7 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
-    cache = kv_cache(arch, batch_size=rows, context=full, encoder_context=0, dtype=setup.dtype) if caches else ()
+    cache = kv_cache(arch, batch_size=rows, context=cached, encoder_context=0, dtype=setup.dtype) if cached else ()
     f.mark("forward")
     gathered = _gathered(f, inventory)
     with f.no_grad():
@@ -223,11 +242,13 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
         f.end_autocast()
         f.mark("backward")
         model.kept.clear()
-        grown = [_casts(f, parameters, autocast)] if autocast and caches else []
+        grown = [_casts(f, parameters, autocast)] if autocast and cached else []
         for tensor in cache:
             name = f"KV cache, {tensor.part} of {tensor.kind} attention"
             grown.append(f.many(("b", *tensor.shape[1:]), _cached_dtype(tensor, autocast), name, tensor.layers))
         largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers, default=None)
+        if largest is not None and running.attention == "sdpa" and (autocast or setup.dtype) == "fp32":
+            _attended(f, arch, largest)
         growing = None if largest is None else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
         del growing
         logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")

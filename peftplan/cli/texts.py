@@ -118,6 +118,7 @@ PREFERENCES: dict[str, str] = {
     "--max-prompt-length": "tokens per prompt, instead of --seq-len",
     "--num-generations": "completions per prompt",
     "--steps-per-generation": "micro batches whose completions are generated at once; default: those of one step",
+    "--tool-turns/--no-tool-turns": "tools answer completions, after which the policy goes on",
     "--use-vllm/--no-use-vllm": "generate completions with vLLM instead of transformers",
     "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
     "--vllm-gpu-memory-utilization": "share of the card for vLLM; default: 0.3",

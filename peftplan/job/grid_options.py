@@ -63,6 +63,7 @@ class GridOptions(OtherWords, total=False):
     max_prompt_length: Axis[int | None]
     num_generations: Axis[int | None]
     steps_per_generation: Axis[int | None]
+    tool_turns: Axis[bool | None]
     use_vllm: Axis[bool | None]
     vllm_mode: Axis[Literal["colocate", "server"] | None]
     vllm_gpu_memory_utilization: Axis[float | None]

@@ -68,6 +68,7 @@ class SetupOptions(TypedDict, total=False):
     max_prompt_length: int | None
     num_generations: int | None
     steps_per_generation: int | None
+    tool_turns: bool | None
     use_vllm: bool | None
     vllm_mode: Literal["colocate", "server"] | None
     vllm_gpu_memory_utilization: float | None

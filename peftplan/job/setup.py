@@ -96,6 +96,7 @@ class Setup(BaseModel):
     max_prompt_length: Count | None = None
     num_generations: Annotated[int | None, Field(ge=2, le=MOST)] = None
     steps_per_generation: Count | None = None
+    tool_turns: bool | None = None
     use_vllm: bool | None = None
     vllm_mode: Literal["colocate", "server"] | None = None
     vllm_gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None

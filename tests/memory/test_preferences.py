@@ -169,6 +169,19 @@ def test_the_policy_writes_completions_into_a_cache() -> None:
     )
 
 
+def test_where_tools_answer_a_later_turn_begins_at_the_longest_completion() -> None:
+    """It takes what a prompt of all tokens would, before as long a completion; what is scored and trained on stays."""
+    options = {**GRPO, "method": "lora"}
+    once, in_turns, longer = (
+        estimate(MODEL, **{**options, **changed}).peaks for changed in ({}, {"tool_turns": True}, {"seq_len": S + C})
+    )
+    assert once is not None
+    assert in_turns is not None
+    assert longer is not None
+    assert in_turns.by_phase == {**once.by_phase, "generate": longer.by_phase["generate"]}
+    assert longer.by_phase["generate"] > once.by_phase["generate"]
+
+
 def test_a_weight_of_the_reference_makes_a_second_model() -> None:
     by_beta = {beta: estimate(MODEL, method="full", beta=beta, **GRPO).assumptions["reference"] for beta in (None, 0.0, 0.04)}
     assert by_beta == {None: "none", 0.0: "none", 0.04: "copy"}

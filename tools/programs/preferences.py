@@ -52,14 +52,63 @@ def with_preferences(job: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    dataset = texts(job, name, tokenizer)
+    if job.tool_turns:
+        answer_completions(job, trainer_class, tokenizer)
+        dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+        rewards = {"reward_funcs": lambda completions, **_: [1.0] * len(completions), "environment_factory": Environment}
     trainer_class(
         model=model,
         args=config,
-        train_dataset=texts(job, name, tokenizer),
+        train_dataset=dataset,
         processing_class=tokenizer,
         **({} if peft is None else {"peft_config": peft}),
         **rewards,
     ).train()
+
+
+TURNS = (
+    "{% for message in messages %}{{ message.get('content') or '' }}{% for call in message.get('tool_calls') or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments }}{% endfor %}{{ eos_token }}{% endfor %}"
+)
+"""A chat template that ends each turn with a token of its own."""
+
+
+class Environment:
+    """It has one tool."""
+
+    def reset(self, **_: object) -> None:
+        """Start again."""
+
+    def answer(self) -> str:
+        """Answer.
+
+        Returns:
+            An answer.
+        """
+        return "done"
+
+
+def answer_completions(job: argparse.Namespace, trainer_class: Any, tokenizer: Any) -> None:
+    """Let each completion of the first turn call a tool, whose answer is the last that has room; then the policy goes on.
+
+    The card cannot say what is written, nor where it ends.
+    """
+    from trl.trainer import grpo_trainer
+
+    called = [{"type": "function", "function": {"name": "answer", "arguments": {}}}]
+    tokenizer.chat_template, tokenizer.response_template = TURNS, {}
+    grpo_trainer.parse_response = lambda *_, **__: {"role": "assistant", "content": "", "tool_calls": called}
+    turn = trainer_class._generate_single_turn
+
+    def ended(trainer: Any, prompt_ids: list[list[int]], *rest: Any, **more: Any) -> Any:
+        completions, logprobs = turn(trainer, prompt_ids, *rest, **more)
+        answer = trainer._get_tool_suffix_ids([{"role": "tool", "name": "answer", "content": Environment().answer()}])
+        again = len(prompt_ids[0]) == job.seq_len
+        print("turn", len(prompt_ids), len(prompt_ids[0]), len(completions[0]), len(answer), flush=True)
+        return completions if again else [c[: job.max_completion_length - len(answer)] for c in completions], logprobs
+
+    trainer_class._generate_single_turn = ended
 
 
 def with_teacher(job: argparse.Namespace) -> None:
@@ -179,7 +228,7 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
     completion = job.max_completion_length or job.seq_len - 1
     if job.trainer in AXOLOTL and name in ("orpo", "cpo") and tokenizer.bos_token_id is not None:
         completion -= 1  # trl 1.9 cuts a row that is too long down to its first tokens
-    prompt = text("ask ", job.seq_len - (job.max_completion_length or job.seq_len - 1))
+    prompt = text("ask ", job.seq_len - (job.max_completion_length or job.seq_len - 1) - job.tool_turns)
     others = completion // 2 if job.padding else completion
     if name in ("grpo", "rloo"):
         return Dataset.from_dict({"prompt": [prompt] * ROWS})

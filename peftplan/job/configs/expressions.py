@@ -25,7 +25,9 @@ COMPARED: Mapping[type[ast.cmpop], Callable[..., bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.In: lambda item, items: item in items, ast.NotIn: lambda item, items: item not in items,
 }  # fmt: skip
-CASTS: Mapping[str, Callable[..., object]] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list}
+CASTS: Mapping[str, Callable[..., object]] = {
+    "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list, "len": len,
+}  # fmt: skip
 DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""

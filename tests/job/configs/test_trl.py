@@ -254,19 +254,32 @@ def test_keys_of_another_trainer_win_over_a_folder_of_dpo(other: dict[str, objec
 
 
 @pytest.mark.parametrize("use_vllm", [True, False])
-def test_tools_of_grpo_answer_within_the_completion(use_vllm: bool) -> None:
+@pytest.mark.parametrize("tools", ["tools=[search]", "environment_factory=Game"])
+def test_tools_of_grpo_answer_within_the_completion(use_vllm: bool, tools: str) -> None:
     """trl, grpo_trainer.py:2132: "Truncate so that … does not exceed max_completion_length"; vLLM has the cache of the turns."""
     source = f"""
 from trl import GRPOConfig, GRPOTrainer
 trainer = GRPOTrainer(
     model="Qwen/Qwen3-0.6B",
     reward_funcs=score,
-    tools=[search],
+    {tools},
     args=GRPOConfig(use_vllm={use_vllm}, generation_batch_size=64, max_tool_calling_iterations=3),
 )
 """
     plan = read_text(source, file="a.py")
-    assert set(plan.unsupported) == (set() if use_vllm else {"trainer.tools", "args.generation_batch_size"})
+    assert set(plan.unsupported) == (set() if use_vllm else {"args.generation_batch_size"})
+    assert ("tool_turns" in plan.options) is (not use_vllm)
+
+
+def test_one_completion_of_a_prompt_is_compared_with_none() -> None:
+    """trl's example of CARLA writes as many completions as it has servers, by default one (trl, grpo_config.py:1137)."""
+    source = """
+parser = argparse.ArgumentParser()
+parser.add_argument("--env-urls", nargs="+", default=["https://a.hf.space"])
+args = parser.parse_args()
+GRPOTrainer(model="Qwen/Qwen3-0.6B", args=GRPOConfig(num_generations=len(args.env_urls)))
+"""
+    assert " raises ValueError" in read_text(source, file="a.py").unsupported["args.num_generations"].why
 
 
 def test_a_trainer_quantizes_the_model_that_it_loads_by_name() -> None:
