@@ -118,8 +118,8 @@ def _gathered(f: Tape, inventory: Inventory) -> list[Tensor]:
 
 
 def _attended(f: Tape, arch: Architecture, keys: CacheTensor) -> None:
-    """What a token's attention takes in torch's math kernel, which alone computes groups of heads in fp32: keys and values of each
-    query head, and those keys scaled (`memory.math_attention`)."""
+    """What a token's attention takes in torch's math kernel, which alone computes groups of heads in fp32: keys and values of
+    each query head, and those keys scaled (`memory.math_attention`)."""
     grouped = (a for block in arch.blocks for a in block.attentions if a.num_attention_heads > a.num_key_value_heads)
     heads = next((a.num_attention_heads for a in grouped if a.num_key_value_heads == keys.shape[1]), None)
     if heads is not None:
