@@ -174,8 +174,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             rename(Path(folder) / "model.safetensors", names)
         if row.get("recipe", {}).get("model", {}).get("trust_remote_code"):
             add_code(Path(folder), Path(os.environ["NEMOTRON_H"]))
-        if "quantization_config" in options(row)["model"]:
-            rewrite(Path(folder) / "model.safetensors", in_4_bits)
+        if (quantized := options(row)["model"].get("quantization_config")) is not None:
+            rewrite(Path(folder) / "model.safetensors", in_8_bits if quantized["quant_method"] == "fp8" else in_4_bits)
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
@@ -194,7 +194,7 @@ PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL, "nemotro
 """Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
 
 
-SAFE_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
+SAFE_BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
 """Bytes of a number, by the names of safetensors."""
 Tensors = dict[str, dict[str, Any]]
 """What a checkpoint's header says: name → dtype, shape and where it lies."""
@@ -237,20 +237,46 @@ def add_code(folder: Path, code: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"auto_map": classes}), encoding="utf-8")
 
 
-def in_4_bits(tensors: Tensors) -> Tensors:
-    """The experts of gpt-oss as they are published: blocks of 32 numbers in 16 bytes, and a byte for the scale of each."""
+BLOCK = 128
+"""Rows and columns of a matrix in 8 bits that have one scale."""
+IN_16_BITS = re.compile(r"(^|\.)(embed_tokens|lm_head|gate|\w*norm)\.weight$")
+"""Tensors that stay as they are where matrices are in 8 bits."""
+
+
+def in_8_bits(tensors: Tensors) -> Tensors:
+    """Matrices as DeepSeek's and MiniMax's checkpoints have them, with a scale for each block."""
+    parts: Tensors = {}
+    for name, row in tensors.items():
+        if name.endswith(".weight") and len(row["shape"]) == 2 and IN_16_BITS.search(name) is None:
+            rows, columns = row["shape"]
+            parts[name] = row | {"dtype": "F8_E4M3"}
+            parts[f"{name}_scale_inv"] = {"dtype": "F32", "shape": [-(-rows // BLOCK), -(-columns // BLOCK)]}
+        else:
+            parts[name] = row
+    return placed(parts)
+
+
+def placed(parts: Tensors) -> Tensors:
+    """Tensors one behind the other."""
     changed: Tensors = {}
     end = 0
+    for name, fields in parts.items():
+        start, end = end, end + prod(fields.get("shape", [0])) * SAFE_BYTES.get(str(fields.get("dtype")), 0)
+        changed[name] = fields if "dtype" not in fields else {**fields, "data_offsets": [start, end]}
+    return changed
+
+
+def in_4_bits(tensors: Tensors) -> Tensors:
+    """The experts of gpt-oss as they are published: blocks of 32 numbers in 16 bytes, and a byte for the scale of each."""
+    parts: Tensors = {}
     for name, row in tensors.items():
-        parts = {name: row}
         if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
             e, h, width = row["shape"]
             shapes = {"blocks": [e, width, h // 32, 16], "scales": [e, width, h // 32]}
-            parts = {f"{name}_{part}": {"dtype": "U8", "shape": shape} for part, shape in shapes.items()}
-        for part, fields in parts.items():
-            start, end = end, end + prod(fields.get("shape", [0])) * SAFE_BYTES.get(fields.get("dtype"), 0)
-            changed[part] = fields if "dtype" not in fields else {**fields, "data_offsets": [start, end]}
-    return changed
+            parts |= {f"{name}_{part}": {"dtype": "U8", "shape": shape} for part, shape in shapes.items()}
+        else:
+            parts[name] = row
+    return placed(parts)
 
 
 def fused_adam(*arguments: Any, **settings: Any) -> Any:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
 
+IN_8_BITS = ("minimax_m2",)
+"""Model types that are published in 8 bits."""
 PUBLISHED_DTYPE = "bf16"
 """What `dtype="auto"` loads: the dtype in which most models are published."""
 
@@ -74,6 +76,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in trained)
         return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
     layout = job.setup.by.layout
+    in_8_bits: tuple[tuple[int, int], ...] = ()
+    if job.architecture.model_type in IN_8_BITS and builds(job):
+        in_8_bits = _matrices_of_stages(job, parameters, holding.parameters, holding.rank or 0)
     if (distributed.pp_size or 1) > 1:
         of_rank = stages_of(distributed, num_layers(parameters.all), holding.rank or 0)
         parameters = parameters._replace(all=tuple(on_stages(parameters.all, job.architecture, of_rank)))
@@ -105,6 +110,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         stacks=kernels.experts is not None,
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
         merged=merges_experts(job),
+        in_8_bits=in_8_bits,
         masks=0 if built in SCANNING else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
@@ -115,6 +121,15 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     second = policy._replace(groups=units, buffers=theirs, stays=whole_sizes(full, shards))
     own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
     return partial(load_one_then, first=own, second=second)
+
+
+def _matrices_of_stages(job: Job, parameters: Parameters, own: Parameters, rank: int) -> tuple[tuple[int, int], ...]:
+    """Of each stage of a rank, or of all of a model: bytes of what it holds of matrices in layers, and of its largest tensor."""
+    assert job.distributed is not None
+    stages = stages_of(job.distributed, num_layers(parameters.all), rank) if (job.distributed.pp_size or 1) > 1 else ()
+    stored = [on_stages(own.all, job.architecture, (stage,)) for stage in stages] or [iter(own.all)]
+    sizes = [[(sum(a.nbytes for a in p.allocations), p.copies) for p in of if p.layers and len(p.shape) > 1] for of in stored]
+    return tuple((sum(nbytes * copies for nbytes, copies in of), max(nbytes for nbytes, _ in of)) for of in sizes)
 
 
 def tied_bytes(job: Job, parameters: Parameters) -> int:

@@ -241,7 +241,7 @@ def reduced(model: Model) -> tuple[Key, ...]:
 
 def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
     """The program of the stages that a rank of a pipeline has."""
-    from peftplan.memory.pipeline import OfRank, Staged
+    from peftplan.memory.pipeline import OfRank, Staged, kind_of
 
     job, parameters, _, holding = inventory
     assert job.distributed is not None
@@ -254,7 +254,7 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
         _, shards = as_model(holding.parameters, model.arch, stage)
         running = model.running._replace(use_cache=False)  # a stage's forward hands its layers a cache under a name they ignore
         own = Model(model.tape, arch, of_stage, model.adaptation, running, model.quant, model.adapter, stacks=model.stacks)
-        units = units_of(own, of_stage, shards, job.distributed, job.setup.by.layout, dtype=dtype, kind=Staged)
+        units = units_of(own, of_stage, shards, job.distributed, job.setup.by.layout, dtype=dtype, kind=kind_of(job.distributed))
         assert isinstance(units, Staged)
         units.number, own.units, own.ends = number, units, stage.last
         models.append(own)

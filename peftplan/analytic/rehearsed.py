@@ -220,9 +220,10 @@ def _knows_mixtures(job: Job, distributed: Distributed) -> bool:
 def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
     """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
     with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows,
-    also where no other ranks hold the same stage."""
+    also where no other ranks hold the same stage. A stage that is no unit itself: beside experts that ranks divide."""
     whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
-    packed = kernels_of(job.setup.kernels or ()).attention is not None
+    packed, apart = kernels_of(job.setup.kernels or ()).attention is not None, distributed.pp_stage_is_unit is False
+    of_experts = apart and distributed.pp_schedule == INTERLEAVED and knows_experts(job)
     divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
     return (
         builds(job)
@@ -231,7 +232,7 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and job.setup.dtype == "bf16"
         and distributed.offload_params in (None, "none")
         and not any(a.window for block in job.architecture.blocks for a in block.attentions)
-        and not distributed.sync_each_batch
+        and (of_experts or not (apart or distributed.sync_each_batch or (distributed.ep_size or 1) > 1))
         and distributed.reshard_after_forward is None
         and job.setup.loss == "full"
         and (job.method_name == "full" or distributed.pp_schedule == INTERLEAVED)  # 1f1b of LoRA: reserved 3.7 % too low

@@ -114,6 +114,10 @@ class Distributed(BaseModel):
     pp_layers_per_stage: Annotated[int, Field(ge=1, le=MOST)] | None = None
     pp_round_stages: Literal["up", "down"] | None = None
     """How the number of stages is rounded to a multiple of `pp_size`."""
+    pp_stage_is_unit: bool | None = None
+    """Whether a stage is a unit of FSDP2 itself. If not, torch's schedule gathers no stage ahead and reduces none behind its last
+    micro batch: the tool does (nemo_automodel 0.7.0, components/moe/fsdp_mixin.py), or, with `sync_each_batch`, each backward
+    (`wrap_outer_model`)."""
 
     @property
     def world_size(self) -> int:

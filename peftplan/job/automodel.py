@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1"),
+    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 """The same over a base in 4 bits."""
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
-BUILT = ("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h")
+BUILT = (
+    *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
+    "minimax_m2",
+)
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
@@ -140,7 +143,7 @@ def knows_experts(job: Job) -> bool:
     setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
-    alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size} <= {None, 1}
+    alone = {distributed.tp_size, distributed.cp_size, distributed.dp_shard_size} <= {None, 1}
     plain = setup.dtype == "bf16" and setup.loss == "full" and _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
@@ -175,7 +178,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     """Whether a job is one of these."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
-    several = setup.gradient_accumulation_steps > 1
+    several = setup.gradient_accumulation_steps * distributed.chunks > 1
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
     as_often = not several or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
     stepped = not shown.optims or setup.optim in shown.optims
@@ -184,7 +187,8 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
-    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long
+    staged = shown.stages is ((distributed.pp_size or 1) > 1) and shown.stages is (distributed.pp_stage_is_unit is False)
+    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long and staged
 
 
 WITH_TOWERS = (

@@ -15,6 +15,7 @@ from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import partial_rotary_dim
 from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, linear
+from peftplan.arch.moe import moe_mlp
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from peftplan.job.kernels import INT8_INT4
@@ -172,9 +173,11 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
     return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
 
 
-def as_automodel_builds(architecture: Architecture, *, balanced: bool = False) -> Architecture:
+def as_automodel_builds(architecture: Architecture, config: Mapping[str, object], *, balanced: bool = False) -> Architecture:
     """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
     components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
+    if architecture.model_type == "minimax_m2" and not architecture.blocks:
+        architecture = replace(architecture, blocks=_blocks_of_minimax(config, architecture.name), logits_ops=())
     if balanced:
         modules = tuple(module for module in architecture.modules if module.kind != "Router")
         buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
@@ -182,6 +185,16 @@ def as_automodel_builds(architecture: Architecture, *, balanced: bool = False) -
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture
     return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",), logits_ops=())
+
+
+def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
+    """The layers of MiniMax M2: a norm of all heads of q and of k, of which a part is rotated, and experts in every layer."""
+    fields = Fields(config, name=name)
+    n = read_dims(fields, kv=8)
+    rotary_dim = fields.int("rotary_dim", default=n.d, high=n.d)
+    mlp = moe_mlp(fields, n.i, fields.int("num_local_experts"), fields.int("num_experts_per_tok"), groups=(1, 1), normed=True)
+    attention = n.attention._replace(qk_norm=True, rotary_dim=rotary_dim)
+    return (Block("decoder", n.layers, (attention,), mlp, "rmsnorm"),)
 
 
 def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:

@@ -18,6 +18,8 @@ class Exchanged(NamedTuple):
     """Whether each of several micro batches reduced its gradients."""
     shared: bool = False
     """Whether several ranks owned the same experts too."""
+    stages: bool = False
+    """Whether stages of a pipeline ran, each of which is no unit of FSDP2 itself."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
@@ -28,7 +30,14 @@ OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
-    "glm4_moe": (Exchanged((), (), False, False, shared=True),),
+    "minimax_m2": (
+        Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
+        Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
+    ),
+    "glm4_moe": (
+        Exchanged((), (), False, False, shared=True),
+        Exchanged((), ADAMW, False, True, syncs=True, stages=True),
+    ),
     "glm4_moe_lite": (
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True),

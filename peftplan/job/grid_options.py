@@ -124,6 +124,7 @@ class GridOptions(OtherWords, total=False):
     pp_microbatches: Axis[int | None]
     pp_layers_per_stage: Axis[int | None]
     pp_round_stages: Axis[Literal["up", "down"] | None]
+    pp_stage_is_unit: Axis[bool | None]
     alpha: object
     alpha_pattern: object
     beta1: object

@@ -236,9 +236,10 @@ OF_PACKAGE = {
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     **dict.fromkeys(
-        ("deepep", "uccl", "te-linear", "te-experts"), ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss")
+        ("deepep", "uccl", "te-linear", "te-experts"),
+        ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2"),
     ),
-    "hybridep": ("gpt_oss", "qwen3_moe"),
+    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2"),
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,

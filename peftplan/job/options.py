@@ -134,6 +134,7 @@ class StrategyOptions(TypedDict, total=False):
     pp_microbatches: int | None
     pp_layers_per_stage: int | None
     pp_round_stages: Literal["up", "down"] | None
+    pp_stage_is_unit: bool | None
 
 
 class MethodOptions(TypedDict, total=False):

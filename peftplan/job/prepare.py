@@ -131,7 +131,7 @@ def prepared(request: Request) -> Job:
         from peftplan.job.built import as_automodel_builds
 
         balanced = kernels_of(setup.kernels or ()).gate is not None
-        architecture = as_automodel_builds(architecture, balanced=balanced)
+        architecture = as_automodel_builds(architecture, model_config, balanced=balanced)
     if request.script.transformers is not None:
         from peftplan.job.built import as_of_release
 

@@ -68,7 +68,7 @@ def check_distributed(
         raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
     if strategy == "tp":
         _check_tensor_parallel(setup, architecture)
-    if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps == 1:
+    if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps * distributed.chunks == 1:
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )

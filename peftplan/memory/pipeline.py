@@ -7,8 +7,11 @@ micro batch.
     stage 0 of 2    forward 0 | forward 1 | backward 0 | forward 2 | backward 1 | backward 2 | reduce
     stage 1 of 2    forward 0 | backward 0 | forward 1 | backward 1 | forward 2 | backward 2 | reduce | join the logits
 
+A stage that is no unit itself is left alone by torch's schedule: each layer is gathered when it runs first. NeMo Automodel
+reduces what waits behind the last micro batch of a step, or every backward does.
+
 Source: torch, distributed/pipelining/{schedules,stage,_backward,microbatch}.py; distributed/fsdp/_fully_shard/
-_fsdp_param_group.py (`post_backward`).
+_fsdp_param_group.py (`post_backward`); nemo_automodel 0.7.0, components/moe/fsdp_mixin.py (`patched_backward_maybe_with_nosync`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from functools import partial
 
 from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.pipeline import Action, Stage
+from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.units import Unit
 from peftplan.ledger import Category
 from peftplan.memory.heads import logits_of
@@ -26,7 +30,7 @@ from peftplan.memory.loss import cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
 from peftplan.memory.tensor_parallel import whole_logits
-from peftplan.memory.units import ROOT, OneGpu
+from peftplan.memory.units import ROOT, TAIL, OneGpu
 from peftplan.parameters import Parameter as Shard
 from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
@@ -34,6 +38,8 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 
 STREAMS = 3
 """Streams of a stage's collectives, which its root makes for itself."""
+MOST_STAGES = 1 << 10
+"""More stages than a rank has."""
 
 
 class Staged(Fsdp2):
@@ -41,6 +47,9 @@ class Staged(Fsdp2):
 
     number = 0
     """The stage's place among those of its rank."""
+
+    of_step = False
+    """Whether `reduce` waits for the last of several runs of the schedule."""
 
     collects = False
     """Whether all units are being gathered at once."""
@@ -104,6 +113,56 @@ class Staged(Fsdp2):
         return super()._new(dims, dtype, op, own, category)
 
 
+class StagedApart(Staged):
+    """The units of a stage that is no unit itself, of which the schedule gathers and frees none. The head has streams of its own:
+    the inner model does not contain it."""
+
+    of_step = True
+    of_head = False
+
+    def unshard(self) -> None:
+        """Nothing."""
+
+    def wait(self) -> None:
+        """Nothing."""
+
+    def reshard(self) -> None:
+        """Nothing."""
+
+    def _unshard(self, unit: Unit) -> None:
+        self.of_head = unit.name == TAIL
+        super()._unshard(unit)
+
+    def _reduce(self, unit: Unit, names: set[str], gradients: list[Tensor | None]) -> None:
+        self.of_head = unit.name == TAIL
+        super()._reduce(unit, names, gradients)
+
+    def _new(self, dims: Dims, dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
+        own = stream + STREAMS * MOST_STAGES if stream and self.of_head else stream
+        return super()._new(dims, dtype, op, own, category)
+
+
+class StagedAtOnce(StagedApart):
+    """The same, whose gradients every backward reduces."""
+
+    def begin_backward(self, *, syncs: bool) -> None:
+        """Start a backward."""
+        super().begin_backward(syncs=True)
+
+    post_backward = Fsdp2.post_backward
+    end_backward = Fsdp2.end_backward
+
+    def reduce(self) -> None:
+        """Nothing."""
+
+
+def kind_of(distributed: Distributed) -> type[Staged]:
+    """How the units of a job's stages are gathered and reduced."""
+    if distributed.pp_stage_is_unit is not False:
+        return Staged
+    return StagedAtOnce if distributed.sync_each_batch else StagedApart
+
+
 class OfRank(OneGpu):
     """The stages of a rank. `steps_over`: the shards of each that train."""
 
@@ -115,6 +174,8 @@ class OfRank(OneGpu):
         self.chunks = chunks
         """Micro batches of a run, of which `actions` may leave some out."""
         self.steps_over: tuple[tuple[Shard, ...], ...] = ()
+        self.whole: set[str] = set()
+        """Families of gradients that no unit reduces."""
         self.outputs: dict[tuple[int, int], Tensor] = {}
         """Stage and micro batch → what backward starts from."""
         self.losses: dict[int, Tensor] = {}
@@ -125,6 +186,8 @@ class OfRank(OneGpu):
         self.received: list[Tensor | None] = []
         self.gradients: list[Tensor | None] = []
         self.ranks = self._units(0).ranks
+        for model in models[1:]:  # all layers of a rank share one dispatcher
+            model.dispatcher = models[0].dispatcher
 
     def _units(self, stage: int) -> Staged:
         units = self.models[stage].units
@@ -132,8 +195,13 @@ class OfRank(OneGpu):
         return units
 
     def idle(self, families: set[str]) -> set[str]:
-        """The families that no stage has reduced."""
-        return families - {name for stage in range(len(self.models)) for name in self._units(stage).reduced}
+        """The families that no stage has reduced, and of which none has a gradient, as experts have that ranks divide."""
+        reduced = {name for stage in range(len(self.models)) for name in self._units(stage).reduced}
+        return families - reduced - self.whole
+
+    def before_step(self) -> None:
+        """Find the gradients that no unit has."""
+        self.whole = {p.name for model in self.models for p in model.with_gradients()}
 
     def groups(self, trained: list[Shard]) -> Iterable[list[Shard]]:
         """An optimizer for each stage, whose gradients go before the next one steps."""
@@ -142,12 +210,15 @@ class OfRank(OneGpu):
             yield [p for p in shards if p.name in names]
             for unit in self._units(stage).units:
                 unit.gradient = None
+            for p in self.models[stage].with_gradients():
+                p.grad = None
 
     def begin(self) -> None:
         """Make what the first step makes: rotary tables, and a buffer of each micro batch in each direction."""
         for model in self.models:
             model.micro_batch = 0
-            if model.running.own_decoders:
+            of_rank = model.running.kernels.exchange is not None or any(block.mlp.variant == "moe" for block in model.arch.blocks)
+            if model.running.own_decoders and (not of_rank or model is self.models[-1]):
                 kept_on_card(model)
         pairs = [*zip(self.stages, self.models, strict=True)]
         self.received = [None if stage.first else self._buffers(model) for stage, model in pairs]
@@ -162,8 +233,8 @@ class OfRank(OneGpu):
     def _states(self, model: Model) -> tuple[Dims, str]:
         return ("b", model.seq, model.arch.hidden_size), model.running.dtype
 
-    def run(self, f: Tape, batch: dict[str, Tensor], logits: list[Tensor]) -> None:
-        """Run the schedule once. `logits`: those of all micro batches, of the run before; replaced."""
+    def run(self, f: Tape, batch: dict[str, Tensor], logits: list[Tensor], *, last: bool) -> None:
+        """Run the schedule once. `logits`: those of all micro batches, of the run before; replaced. `last`: before the step."""
         logits.clear()
         waits: set[int] = set()
         for model in self.models:
@@ -183,8 +254,10 @@ class OfRank(OneGpu):
             elif action.what == "unshard":
                 units.unshard()
                 waits.add(action.stage)
-            else:
-                (units.reshard if action.what == "reshard" else units.reduce)()
+            elif action.what == "reshard":
+                units.reshard()
+            elif last or not units.of_step:
+                units.reduce()
         if logits:
             _joined = f.new((self.chunks, *logits[0].dims), logits[0].dtype, "cat")
         self.latest.clear()

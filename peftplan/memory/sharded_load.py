@@ -48,6 +48,9 @@ class Loading(NamedTuple):
     """Bytes of each that Transformer Engine takes while weights are read."""
     merged: bool = False
     """Whether experts that are one each in the checkpoint are merged on the host, and all tensors then read from there."""
+    in_8_bits: tuple[tuple[int, int], ...] = ()
+    """Of each stage whose checkpoint has matrices in 8 bits: bytes of what the rank holds of them in 16, and of the largest stack
+    of experts."""
     masks: int = 3
     """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
 
@@ -86,7 +89,7 @@ class Loading(NamedTuple):
         self._buffers(memory)
         for handle in of_head:
             memory.release(handle)
-        if any(map(is_of_experts, self.groups)):
+        if any(map(is_of_experts, self.groups)) and not self.in_8_bits:
             for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:
                 for handle in masks:
                     memory.release(handle)
@@ -104,6 +107,8 @@ class Loading(NamedTuple):
                 memory.release(handle)
         elif self.stacks:
             self._stacked(memory)
+        for stage in self.in_8_bits:
+            self._from_8_bits(memory, *stage)
         if self.merged:
             self._from_host(memory)
         memory.empty_cache()
@@ -136,6 +141,12 @@ class Loading(NamedTuple):
         for wide, nbytes in zip(handles, sizes, strict=True):
             memory.keep((nbytes,))
             memory.release(wide)
+
+    def _from_8_bits(self, memory: Memory[Handle], matrices: int, stack: int) -> None:
+        """A stage's matrices are made anew in 16 bits, and those of experts then stacked (nemo_automodel 0.7.0,
+        components/models/minimax_m2/state_dict_adapter.py, `from_hf`). Left out: the expert that is being stacked."""
+        for handle in [memory.allocate(matrices), memory.allocate(stack)]:
+            memory.release(handle)
 
     def _stacked(self, memory: Memory[Handle]) -> None:
         """Experts that are one each are read into stacks of all, and those of one layer once more (nemo_automodel 0.7.0,

@@ -56,7 +56,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         if number and not program.collects:
             _fetch(model, program)
         if program.schedule is not None:
-            program.schedule.run(f, model.batch, outputs)
+            program.schedule.run(f, model.batch, outputs, last=number == last)
             loss_in_step = None
             continue
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before

@@ -21,6 +21,9 @@ LARGEST = {"allocated": 0.01, "reserved": 0.1}
 OF_DIVIDED = {"allocated": 0.06, "reserved": 0.2}
 """Per cent, where ranks share matrices too: 7 MB, most of them tables of rotary embedding in each of four stages, for as many
 positions as the largest of them says, a number that the emulated card does not hold."""
+BESIDE_EXPERTS = {"allocated": 0.11, "reserved": 0.75}
+"""Per cent, where ranks divide experts: 8 to 10 MB, half of them blocks that the
+allocator leaves unsplit; of reserved ones 100 MiB."""
 LARGEST_OF_PHASE = 0.15
 """Per cent of forward and of backward. A rehearsal counts what a schedule makes before the first forward, its buffers and what it
 gathers, to the phase before: to loading, and to the step."""
@@ -28,14 +31,15 @@ gathers, to the phase before: to loading, and to the step."""
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']} rank {row['rank']}" for row in ROWS])
 def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
-    result = peftplan.estimate(**options(row), gpu="a100-80gb")
+    card = row.get("card", "8xa100-80gb").rpartition("x")[2]
+    result = peftplan.estimate(**options(row), gpu=card)
     assert result.distributed is not None
     (peaks,) = (group.peaks for group in result.distributed.ranks if row["rank"] in group.ranks)
     assert peaks is not None
-    assert peaks.reserved is not None
+    assert (peaks.reserved is None) is row["options"].get("sync_each_batch", False)
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
-    drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items()}
-    most = OF_DIVIDED if "tp_size" in row["options"] else LARGEST
+    drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items() if value is not None}
+    most = OF_DIVIDED if "tp_size" in row["options"] else BESIDE_EXPERTS if "ep_size" in row["options"] else LARGEST
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")}
     assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
@@ -101,6 +105,43 @@ def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) ->
 def test_a_tied_head_is_refused() -> None:
     with pytest.raises(RefusedError, match="tie_word_embeddings"):
         peftplan.estimate("llama-3.2-1b", method="full", trainer="automodel", strategy="fsdp2", gpus=4, pp_size=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"ep_size": 8, "gpus": 16}, True),
+        ({"ep_size": 8, "gpus": 32}, True),
+        ({"gradient_checkpointing": False}, True),
+        ({"gradient_checkpointing": False, "ep_size": 2}, False),
+        ({"gradient_accumulation_steps": 4}, True),
+        ({"pp_stage_is_unit": None}, False),
+        ({"pp_schedule": "1f1b"}, False),
+        ({"sync_each_batch": True}, False),
+        ({"pp_size": None, "pp_schedule": None, "pp_stage_is_unit": None, "gpus": 4}, False),
+    ],
+)
+def test_what_of_a_pipeline_beside_experts_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 4, "pp_size": 2}
+    job |= {"pp_schedule": "interleaved1f1b", "pp_stage_is_unit": False, "kernels": "hybridep,te-linear", "seq_len": 512}
+    result = peftplan.estimate(cut("minimax-m2.5", 4), **job | {"optim": "adamw_torch", "gradient_checkpointing": True} | options)
+    assert (result.peaks is not None) is known
+
+
+def test_a_stage_that_is_no_unit_keeps_what_its_layers_gathered() -> None:
+    """Behind the last micro batch of two runs all is reduced at once: a rank's two stages of one layer hold gradients of what
+    they gathered in fp32, which are 2 x (2 x 3,072 x 6,144 + 2 x 3,072 x 1,024 + 256 x 3,072) numbers of matrices."""
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 4, "pp_size": 2}
+    job |= {"pp_schedule": "interleaved1f1b", "pp_stage_is_unit": False, "kernels": "hybridep,te-linear", "seq_len": 512}
+    job |= {"optim": "adamw_torch", "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
+    result = peftplan.estimate(cut("minimax-m2.5", 4), **job)
+    assert result.distributed is not None
+    (first, _) = (group.peaks for group in result.distributed.ranks)
+    assert first is not None
+    waiting = sum(line.bytes() for line in first.ledgers["forward"].lines if line.name == "gradient to be reduced")
+    of_layers = 2 * (2 * 3072 * 6144 + 2 * 3072 * 1024 + 256 * 3072 + 6144 + 1024 + 2 * 3072)
+    assert waiting == 4 * (of_layers + 200_064 * 3072)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,33 @@ def qwen3_moe(model: Model) -> Tensor:
     return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if hybrid else HEADS)
 
 
+def minimax_m2(model: Model) -> Tensor:
+    """`MiniMaxM2Model.forward`: norms of all heads at once, and no shared experts."""
+    exchange = model.running.kernels.exchange
+    divided = over_hybrid_ep if exchange is not None and exchange.hybrid else None
+    return of_heads(model, HEADS._replace(attention=flat_attention, mixture=partial(mixture, gate=gate_of_sums, divided=divided)))
+
+
+def gate_of_sums(c: Call, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`Gate.forward` with a sigmoid and a correction."""
+    return corrected_gate(c, x)
+
+
+def flat_attention(c: Call, x: Tensor) -> Tensor:
+    """`MiniMaxM2Attention.forward`."""
+    a = c.block.attentions[0]
+    b, s, _ = x.dims
+    heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
+    q, k, v = (c.linear(f"self_attn.{name}_proj", x) for name in heads)
+    q, k = c.norm("self_attn.q_norm", q), c.norm("self_attn.k_norm", k)
+    q, k, v = (y.view((b, s, heads[name], a.head_dim)) for name, y in zip(heads, (q, k, v), strict=True))
+    f = c.at("self_attn")
+    q, k = turned(f, q, k, c.tables[0])
+    q, k, v = (y.view((b, y.dims[2], s, a.head_dim)) for y in (q, k, v))
+    out = of_documents(f, q, k, v, packed=c.model.running.kernels.attention is not None)
+    return c.linear("self_attn.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
+
+
 def of_latent(model: Model, style: Style) -> Tensor:
     """`Glm4MoeLiteModel.forward`, `DeepseekV3Model.forward`: one table of complex numbers."""
     f, width = model.tape, number(model.arch.blocks[0].attentions[0].rotary_dim or 0)
@@ -271,6 +298,7 @@ LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "qwen3_moe": qwen3_moe,
     "gpt_oss": gpt_oss,
+    "minimax_m2": minimax_m2,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=False))),
 }

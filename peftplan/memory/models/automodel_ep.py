@@ -23,7 +23,7 @@ from peftplan.memory.models.style import Call, Style
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 CHUNK = 8192
 """Rows that the weights of routing multiply at once (`_RW_CHUNK_ROWS`), where they are more than `job.automodel.ROWS_AT_ONCE`."""
@@ -109,12 +109,9 @@ def gate(c: Call, x: Tensor, name: str = "mlp", *, counts: bool = True) -> tuple
     the step."""
     f, mlp = c.at(f"{name}.gate"), c.block.mlp
     weight = c.model.part(f"{c.style.stack}.{name}.gate", c.number).own_weight
-    wide = f.to(x, "fp32")
-    _logits = products.linear(f, wide, f.to(weight, "fp32"))
-    del wide
+    _logits = _logits_in_fp32(f, x, weight)
     scores = ops.keeps_output(f, _logits, "sigmoid")
-    corrected = f.new(scores.dims, "fp32", "add")
-    indices = top_k(f, corrected, mlp.num_experts_per_tok)[1]
+    corrected, indices = _chosen(f, scores, mlp.num_experts_per_tok)
     weights = taken(f, scores, indices, indices.dims, "gather")
     if mlp.router.norm_topk_prob:
         weights = divided(f, weights, ops.shift(f, ops.summed(f, weights, (*weights.dims[:-1], 1))))
@@ -125,6 +122,18 @@ def gate(c: Call, x: Tensor, name: str = "mlp", *, counts: bool = True) -> tuple
         load, counted = f.new(scores.dims, "int64", "new_zeros"), f.new(x.dims[:-1], "int64", "to")
         del load, counted
     return weights, indices
+
+
+def _logits_in_fp32(f: Tape, x: Tensor, weight: Operand) -> Tensor:
+    """Scores of each expert, which recomputation finds (parallelizer.py, `apply_ac`)."""
+    wide, own = f.to(x, "fp32"), f.to(weight, "fp32")
+    return f.chosen(lambda: (products.linear(f, wide, own),))[0]
+
+
+def _chosen(f: Tape, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Corrected scores, and the k largest of each token, which recomputation finds."""
+    corrected = f.new(scores.dims, "fp32", "add")
+    return corrected, f.chosen(lambda: top_k(f, corrected, k))[1]
 
 
 def divided(f: Tape, x: Tensor, by: Tensor) -> Tensor:

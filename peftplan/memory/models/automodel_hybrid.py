@@ -16,12 +16,14 @@ from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, gated, on_all
 from peftplan.memory.models.automodel_moe import projected
 from peftplan.memory.models.style import Call
+from peftplan.memory.units import experts as experts_of
 from peftplan.tape.tensors import Node, Tensor
 
 
 def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """`forward` of the experts: rows of other ranks in the order of this rank's experts, and back."""
-    f = c.at("mlp.experts")
+    f, units, unit = c.at("mlp.experts"), c.model.units, experts_of(c.number)
+    dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
     params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
     rows, owned, all_experts = indices.dims, number(params["gate_up_proj"].dims[0]), c.block.mlp.num_experts
     masked = f.new(rows, "int64", "masked_fill")
@@ -45,4 +47,4 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         del chosen
         second = product(gated(f, out, probabilities), down, down.dims[1], offsets=offsets)
         del out
-    return combined(f, second, layout, x.dims)
+    return units.leave(unit, combined(f, second, layout, dims))

@@ -626,3 +626,30 @@ def test_only_the_benchmark_sets_how_many_rows_its_data_make(recipe: str, refuse
 
 MOCK = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
 UNBATCHED = {"_target_": "torch.utils.data.DataLoader", "batch_size": None}
+
+
+MINIMAX = {"attn": "te", "linear": "te", "rms_norm": "torch_fp32", "dispatcher": "hybridep", "experts": "gmm"}
+IN_STAGES = {"pp_schedule": "interleaved1f1b", "pp_microbatch_size": 1, "layers_per_stage": 2}
+AS_THEY_ARE = {"patch_inner_model": False, "patch_causal_lm_model": False}
+
+
+@pytest.mark.parametrize(
+    ("moe", "fast", "pipeline", "expected", "unsupported"),
+    [
+        ({"wrap_outer_model": False}, True, AS_THEY_ARE, (False, None), set()),
+        ({"wrap_outer_model": False}, False, AS_THEY_ARE, (False, True), set()),
+        ({}, True, AS_THEY_ARE, (None, None), set()),
+        ({"wrap_outer_model": False}, True, {}, (False, None), {f"distributed.pipeline.{name}" for name in AS_THEY_ARE}),
+        ({}, True, AS_THEY_ARE | {"patch_inner_model": True}, (None, None), {"distributed.pipeline.patch_inner_model"}),
+    ],
+)
+def test_which_stages_of_nemo_are_units(
+    moe: dict[str, bool], fast: bool, pipeline: dict[str, bool], expected: tuple[object, object], unsupported: set[str]
+) -> None:
+    """Of MiniMax-M2.1 as the tool's example has it: `enable_fsdp_optimizations` reduces gradients before the step alone."""
+    backend = MINIMAX | {"enable_fsdp_optimizations": fast}
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "MiniMaxAI/MiniMax-M2.1", "backend": backend}
+    sharded = {"strategy": "fsdp2", "ep_size": 4, "pp_size": 2, "moe": moe, "pipeline": IN_STAGES | pipeline}
+    plan = of_nemo(sharded, model=model, step_scheduler={"local_batch_size": 4, "global_batch_size": 64})
+    assert (plan.options.get("pp_stage_is_unit"), plan.options.get("sync_each_batch")) == expected
+    assert set(plan.unsupported) == unsupported
