@@ -85,6 +85,8 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
         if setup.scored_rows:
             before.append(_ending(*scored(inventory, compute_capability)))
+        if setup.by.taught:
+            before.append(_taught(inventory))
         if setup.use_vllm and setup.by.sends_at_once:
             before.append(_sent(inventory))
         if setup.by.reads_features:
@@ -194,6 +196,32 @@ def _sent(inventory: Inventory) -> Generation:
         del flat
     f.mark("backward")
     gathered.clear()
+    return _ending(timeline(f, {}, vocab=None), {})
+
+
+def _taught(inventory: Inventory) -> Generation:
+    """An upper bound of a teacher's forward over the completions of a micro batch: what ZeRO-3 gathers at most, the logits, which
+    are divided in place, and the log-probabilities of one row.
+
+    Source: ms-swift 4.6.0, rlhf_trainers/grpo_trainer.py (`_compute_teacher_logps`).
+    """
+    from peftplan.job.teacher import most_gathered, scoring_teacher_of
+
+    setup = inventory.job.setup
+    teacher = scoring_teacher_of(inventory.job)
+    assert teacher is not None
+    vocab, scored, dtype = teacher.architecture.vocab_size or 0, (setup.max_completion_length or 0) + 1, setup.dtype
+    f = Tape()
+    f.mark("forward")
+    table, matrix, matrices = most_gathered(teacher)
+    weights = [
+        f.new((table,), dtype, "teacher's table gathered"),
+        f.many((matrix,), dtype, "teacher's layers gathered", matrices),
+    ]
+    logits = f.new((setup.rows, scored, vocab), dtype, "teacher's logits")
+    of_row = f.new((scored, vocab), dtype, "log_softmax")
+    del weights, logits, of_row
+    f.mark("backward")
     return _ending(timeline(f, {}, vocab=None), {})
 
 

@@ -145,6 +145,14 @@ def loading_of(
         from peftplan.analytic import rank_loading, ranks
 
         load = rank_loading.loaded_on_rank(inventory, model, buffers, load, normed)
+        if setup.by.taught:
+            from peftplan.job.teacher import divided_teacher_of
+            from peftplan.memory.reference_load import load_beside_teacher
+
+            divided = divided_teacher_of(job)
+            assert divided is not None
+            policy = ranks.cast_parameters(job, parameters)
+            load = partial(load_beside_teacher, load=load, policy=policy, teacher=divided[0].parameters, shards=divided[1])
         if setup.by.layout.loads == "shards" and job.reference == "copy":
             from peftplan.memory.reference_load import load_shards_behind
 

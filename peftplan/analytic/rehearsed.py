@@ -67,6 +67,11 @@ def without_formula(job: Job) -> str | None:
     rehearsed = (under | {"fsdp2": by.under_fsdp2}).get(distributed.strategy, ())
     if (by.of_preferences and job.reference not in rehearsed) or (by.anchors and not _knows_anchors(job)):
         return f" and {by.called}"
+    if by.taught:
+        from peftplan.job.teacher import loads_most
+
+        if not loads_most(job):
+            return f" and {by.called}, which may need most while it scores"
     if job.setup.keeps_ends_wide and job.method_name == "full" and distributed.strategy not in ("fsdp1", "fsdp2"):
         return f" and norms and embeddings in fp32, as {by.called} keeps them without FlashAttention"
     if distributed.strategy == "ddp":

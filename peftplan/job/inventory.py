@@ -187,6 +187,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
         + _reward_model(job)
+        + _scoring_teacher(job)
         + _weights_as_loaded(before_merges(job, on_rank))
     )
 
@@ -219,6 +220,20 @@ def _second_model(job: Job, on_rank: Parameters) -> Ledger:
         shards = holding(shards, job.distributed, teacher.architecture, autocast=autocast, upcasts=False).parameters
     source = f"{job.setup.by.called}: teacher_model"
     lines = (*weight_lines(shards), *buffer_lines(shards))
+    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
+
+
+def _scoring_teacher(job: Job) -> Ledger:
+    """The lines of a teacher that scores completions, of which each rank has a part."""
+    if not job.setup.by.taught or job.distributed is None:
+        return Ledger(())
+    from peftplan.job.teacher import divided_teacher_of
+
+    divided = divided_teacher_of(job)
+    assert divided is not None
+    teacher, shards = divided
+    source = f"{job.setup.by.called}: teacher_model"
+    lines = (*weight_lines(shards), *buffer_lines(teacher.parameters))
     return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
 
 

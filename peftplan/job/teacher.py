@@ -12,9 +12,14 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.job import sources
 from peftplan.methods.full import FullConfig, full
 from peftplan.parameters import Parameters
+from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+
+
+MOST_LIVE = 10**9
+"""`stage3_max_live_parameters` of the config that ms-swift ships (config/zero3.json)."""
 
 
 class Teacher(NamedTuple):
@@ -30,9 +35,52 @@ def teacher_of(job: Job) -> Teacher | None:
 
     Raises RefusedError for one of another vocabulary where the trainer does not resize it (trl, `GKDTrainer.__init__`).
     """
-    setup = job.setup
-    if setup.teacher_model is None:
+    return _teacher(job) if job.setup.by.teaches and job.setup.teacher_model is not None else None
+
+
+def scoring_teacher_of(job: Job) -> Teacher | None:
+    """The teacher that scores completions before a step; None where a job has none."""
+    return _teacher(job) if job.setup.by.taught else None
+
+
+def divided_teacher_of(job: Job) -> tuple[Teacher, Parameters] | None:
+    """The same, and what a rank holds of it."""
+    if (teacher := scoring_teacher_of(job)) is None:
         return None
+    from peftplan.distributed.shards import holding
+
+    assert job.distributed is not None
+    divided = job.distributed.model_copy(update={"strategy": "zero3"})
+    autocast = str(job.setup.autocast)
+    return teacher, holding(teacher.parameters, divided, teacher.architecture, autocast=autocast, upcasts=False).parameters
+
+
+def most_gathered(teacher: Teacher) -> tuple[int, int, int]:
+    """An upper bound of what ZeRO-3 gathers of a teacher at a time, in elements: a table, and a layer's largest matrix so many
+    times: what its config fetches ahead at most, and one on its way (DeepSpeed, partitioned_param_coordinator.py)."""
+    every = teacher.parameters.all
+    table, matrix = max(p.numel for p in every), max(p.numel for p in every if p.layers is not None)
+    live = min(MOST_LIVE, sum(p.numel * p.copies for p in every) - table)
+    return table, matrix, ceil_div(live, matrix) + 1
+
+
+def loads_most(job: Job) -> bool:
+    """Whether a job with such a teacher needs more while the teacher is whole than when it scores, where the student's states are
+    there: masters and moments in fp32, which ranks share. All else is there both times."""
+    divided = divided_teacher_of(job)
+    assert divided is not None
+    assert job.distributed is not None
+    teacher, shards = divided
+    whole, part = (sum(a.nbytes * p.copies for p in each.all for a in p.allocations) for each in (teacher.parameters, shards))
+    states = 12 * job.adaptation.num_trainable // job.distributed.world_size
+    logits = 2 * job.setup.rows * ((job.setup.max_completion_length or 0) + 1) * (teacher.architecture.vocab_size or 0)
+    table, matrix, matrices = most_gathered(teacher)
+    return whole - part > states + 2 * (table + matrix * matrices) + 2 * logits
+
+
+def _teacher(job: Job) -> Teacher:
+    setup = job.setup
+    assert setup.teacher_model is not None
     student = job.architecture.vocab_size
     rows = student if setup.by.resizes_teacher else None
     in_16_bits = job.distributed is not None and job.distributed.strategy.startswith("zero") and setup.autocast != "none"

@@ -49,6 +49,7 @@ TrainerName = Literal[
     "swift-grpo",
     "swift-grpo-reloading",
     "swift-grpo-entropies",
+    "swift-grpo-taught",
     "swift-grpo-shared-rows",
     "swift-gkd",
     "swift-gkd-of-data",
@@ -207,6 +208,8 @@ class Trainer(NamedTuple):
     sends_at_once: bool = False
     """Whether before vLLM writes completions all weights are gathered at once where ranks share them, and a server gets them in
     flat copies; else one by one."""
+    taught: bool = False
+    """Whether a teacher scores completions before a step: a third model, which ZeRO-3 divides beside a student under ZeRO-2."""
     gathers_when_called: bool = False
     """Whether under ZeRO-3 nothing is gathered ahead, whose bucket it sets to 0 (ms-swift, rlhf_trainers/arguments.py:117), nor
     kept for a later use, as three rehearsed jobs showed."""

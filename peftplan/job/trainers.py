@@ -198,6 +198,17 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_ddp=(),
             under_zero2=(),
         ),
+        # `teacher_model`, with `teacher_deepspeed` (rlhf_trainers/rollout_mixin.py:239, grpo_trainer.py:541).
+        SWIFT_GRPO._replace(
+            name="swift-grpo-taught",
+            called=f"{SWIFT_GRPO.called} with a teacher",
+            taught=True,
+            freezes_teacher=True,
+            under_ddp=(),
+            under_zero2=("none", "copy"),
+            under_zero3=(),
+            options=SWIFT_GRPO.options | {"teacher_model"},
+        ),
         SWIFT_GRPO._replace(name="swift-grpo-entropies", called=f"{SWIFT_GRPO.called} with entropies", scores_entropies=True),
         SWIFT_GKD,
         # What it learns is in the data (`lmbda` 0).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from peftplan.allocator.blocks import Block
 from peftplan.allocator.core import Allocator
+from peftplan.distributed.order import tensors
 from peftplan.memory.load import load_order
 from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.parameters import Parameters
@@ -48,6 +49,25 @@ def load_with_copy(memory: Memory[Handle], load: Loader, policy: Parameters, *, 
 def load_after_reference(memory: Memory[Handle], load: Loader, reference: Parameters) -> None:
     """Under DeepSpeed: the reference model comes from the host with `prepare_deepspeed`, the policy when training begins."""
     _keep(memory, reference._replace(all=tuple(p for p in reference.all if p.owner == "base")), moved=True)
+    load(memory)
+
+
+def load_beside_teacher(
+    memory: Memory[Handle], *, load: Loader, policy: Parameters, teacher: Parameters, shards: Parameters
+) -> None:
+    """A teacher and the policy, whole on the card; then DeepSpeed divides the teacher, tensor by tensor, and when training begins
+    it prepares the policy (ms-swift 4.6.0, pipelines/train/rlhf.py:93, rlhf_trainers/utils.py:361)."""
+    of_teacher, of_policy = (
+        [memory.allocate(sum(a.nbytes for a in p.allocations)) for p, _ in tensors(model.all)] for model in (teacher, policy)
+    )
+    parts = [sum(a.nbytes for a in p.allocations) for p, _ in tensors(shards.all)]
+    for part, whole in zip(parts, of_teacher, strict=True):
+        memory.keep((part,))
+        memory.release(whole)
+    for p, _ in tensors(teacher.buffers):
+        memory.keep(tuple(a.nbytes for a in p.allocations if a.place == "device"))
+    for whole in of_policy:
+        memory.release(whole)
     load(memory)
 
 

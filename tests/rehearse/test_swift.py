@@ -110,3 +110,22 @@ def test_a_rank_scores_its_part_of_a_row_of_completions() -> None:
         assert estimate.peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=3e-4)
     four = plan(row | {"values": row["values"] | {"sequence_parallel_size": 4}})
     assert {"sequence_parallel_size", "padding_free"} <= four.unsupported.keys()
+
+
+def test_a_teacher_is_whole_before_it_is_divided() -> None:
+    """Three layers of each: the student (202.8M), its reference and the teacher (3,024M) in 16 bits, and the first part of the
+    teacher, of its embedding, over 7 GPUs. A teacher that may need most while it scores has no peak."""
+    (row,) = (row for row in ROWS if row["values"].get("teacher_deepspeed") == "zero3" and row["values"]["rlhf_type"] == "grpo")
+    of_layer = 5120 * (2 * 64 * 128 + 2 * 8 * 128 + 3 * 25_600) + 2 * 5120 + 2 * 128
+    table = 151_936 * 5120
+    teacher, student = 2 * table + 3 * of_layer + 5120, peftplan.estimate(**options(row)).trainable_parameters
+    first = 2 * -(-table // 7)
+    assert row["by_phase"]["load"] == pytest.approx(2 * (teacher + 2 * student) + first, rel=5e-3)
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert (peaks.phase, peaks.allocated) == ("load", peaks.by_phase["load"])
+    for phase in ("load", "forward"):
+        assert peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=5e-3)
+    small = peftplan.estimate(**options(row) | {"teacher_model": "qwen3-0.6b"})
+    assert small.peaks is None
+    assert any("while it scores" in str(what) for what in small.not_modelled)
