@@ -59,7 +59,9 @@ OF_ONE_RANK = (
 """How many packed rows this rank has, in place of the fewest of any rank, which nobody sends."""
 OF_PAIRS = {f"field_{part}": part for part in ("prompt", "chosen", "rejected")}
 """Pairs whose completions are cut to fill `sequence_len`."""
-STRIDED = "ebft_pretrain.transform"
+STRIDED = ("ebft_pretrain.transform", "ebft_strided_structured.transform")
+GENERATED = ("grpo", "gdpo")
+"""Values of `rl` whose completions the model writes for prompts."""
 WITHOUT_SVD = (
     "import torch\n"
     "def svd(a, full_matrices=False):\n"
@@ -68,8 +70,27 @@ WITHOUT_SVD = (
     "torch.linalg.svd = svd\n"
 )
 """The results of `torch.linalg.svd` without cuSOLVER, which finds no size of its workspace on the card."""
+ALL_MASKED = (
+    "import inspect, axolotl.integrations.diffusion.plugin as plugin, axolotl.integrations.diffusion.trainer as trainer\n"
+    "source = inspect.getsource(trainer)\n"
+    "numbers = 'torch.arange(input_ids.numel(), device=input_ids.device)'\n"
+    "for old, new in {\n"
+    "    'masked_indices.sum() > 0': 'True', 'sample_mask.sum() > 0': 'True',\n"
+    "    'weighted_loss[sample_mask]': f'weighted_loss[{numbers}]',\n"
+    "    'torch.where(masked_indices)': f'torch.zeros_like(input_ids).view(-1), {numbers}',\n"
+    "}.items():\n"
+    "    assert old in source\n"
+    "    source = source.replace(old, new)\n"
+    "exec(source, vars(trainer)); plugin.DiffusionTrainer = trainer.DiffusionTrainer\n"
+)
+"""Every token of a micro batch of one row masked, which the card cannot draw."""
 OF_OLDER_TORCH = {"PYTORCH_CUDA_ALLOC_CONF": OF_LAUNCHER["PYTORCH_ALLOC_CONF"]}
 """The tool sets this one where the other is set, with sizes rounded up to sixteenths of powers of two (utils/__init__.py:95)."""
+
+
+def reward(prompts: list[str], completions: list[str], **_columns: object) -> list[float]:
+    """What a reward of text gives."""
+    return [float(len(completion)) for completion in completions]
 
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
@@ -109,25 +130,42 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         tokens = [5 + 7 * place % 100 for place in range(values["sequence_len"])]
         content: dict[str, Any] = {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens}
         of_rows: dict[str, Any] = {}
-        strided = STRIDED in str(values.get("datasets"))
+        strided = [kind for kind in STRIDED if kind in str(values.get("datasets"))]
         if strided:
-            content, of_rows = {"question": "word " * 2 * values["sequence_len"], "answer": "pass"}, {"type": STRIDED}
+            document = "word " * 2 * values["sequence_len"]
+            content = (
+                {"question": document, "answer": ""} if strided == [STRIDED[0]] else {"question": "word", "answer": document}
+            )
+            of_rows = {"type": strided[0]}
         if values.get("rl") == "dpo":
             words = "pass " * values["sequence_len"]
             content, of_rows = {"prompt": "word", "chosen": words, "rejected": words}, {"type": OF_PAIRS}
         if "words" in row:
             content, of_rows = {"input": "word " * row["words"], "output": "pass " * 8}, {"type": "ebft_opencode.transform"}
             row = row | {"prompt_tokens": prompt_tokens(folder, values, row["words"])}
+        if values.get("rl") in GENERATED:
+            content, of_rows = {"prompt": [{"role": "user", "content": "word " * row["words"]}]}, {}
         text = json.dumps(content)
         Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
+        if values.get("rl") in GENERATED:
+            rewards = ["tools.rehearsed_axolotl.reward"] * len(values["trl"]["reward_funcs"])
+            values = values | {"trl": values["trl"] | {"reward_funcs": rewards}}
         datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl", **of_rows}]
         prepared = {"datasets": datasets, "dataset_prepared_path": f"{output}/data"}
         places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
+        if masked := "diffusion" in values:
+            text = json.dumps({"text": "word " * 8 * values["sequence_len"]})
+            Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
+            of_text = {"path": "json", "data_files": f"{output}/rows.jsonl", "type": "completion", "field": "text"}
+            del places["datasets"]
+            places |= {"pretraining_dataset": [of_text]}
         file = Path(output, "config.yml")
-        file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
+        shared = {key: value for key, value in SHARED.items() if not (masked and key == "datasets")}
+        file.write_text(yaml.safe_dump(shared | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
         packs = OF_ONE_RANK * bool(values.get("sample_packing") and row.get("gpus"))
-        command = [sys.executable, "-c", WITHOUT_SVD * strided + with_flash + packs + PROGRAM, str(file)]
+        of_values = WITHOUT_SVD * len(strided) + ALL_MASKED * masked
+        command = [sys.executable, "-c", of_values + with_flash + packs + PROGRAM, str(file)]
         with patch.dict(os.environ, OF_LAUNCHER | OF_OLDER_TORCH):  # read before the tool sets it, where WITH_FLASH imports torch
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 

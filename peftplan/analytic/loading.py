@@ -132,7 +132,7 @@ def loading_of(
 
         teacher = teacher_of(job)
         moved = job.distributed is not None or setup.by.rewards
-        second, moved = (parameters, moved) if teacher is None else (teacher.parameters, True)
+        second, moved = (as_copied(job, parameters), moved) if teacher is None else (teacher.parameters, True)
         load = partial(load_both, load=load, reference=second, moved=moved)
     if setup.by.rewards:
         from peftplan.job.teacher import reward_of

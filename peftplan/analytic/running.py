@@ -11,7 +11,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
-from peftplan.job.inventory import adapter_dtypes
+from peftplan.job.inventory import adapter_dtypes, as_copied
 from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
@@ -256,16 +256,19 @@ def reference_of(job: Job, policy: Model) -> Model | None:
             running._replace(use_cache=caches, without_loss=True),
         )
         return Model(*parts, None, stacks=policy.stacks)
-    base = (p for p in policy.parameters.all if p.owner == "base")
+    base = tuple(p for p in policy.parameters.all if p.owner == "base")
+    if job.setup.by.wide_reference and job.reference == "copy":
+        base = as_copied(job, policy.parameters._replace(all=base)).all
+        running = running._replace(attention="sdpa", dtype="fp32")
     if job.reference == "adapter_off":
-        base = (p._replace(trainable=False) for p in base)
+        base = tuple(p._replace(trainable=False) for p in base)
     if job.setup.by.anchors:  # called without labels, and with a KV cache (model/model_utils/kv_cache.py:31)
         running = running._replace(without_loss=True, use_cache=True)
     outputs = policy.running.token_outputs if job.reference == "adapter_off" else ()  # trl `add_fused_lm_head(self.ref_model)`
     return Model(
         policy.tape,
         policy.arch,
-        policy.parameters._replace(all=tuple(base)),
+        policy.parameters._replace(all=base),
         policy.adaptation,
         running._replace(token_outputs=outputs),
         policy.quant,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peftplan.job.kernels import kernels_of
+from peftplan.job.loss_sizes import MASKED
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -83,6 +84,11 @@ def _shares_completions(job: Job) -> bool:
     return job.setup.by.shares_rows
 
 
+def _restores_masked_tokens(job: Job) -> bool:
+    """Whether axolotl trains a model to restore tokens that it masks."""
+    return job.setup.loss == MASKED
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 8 % less than the replay"),
@@ -107,6 +113,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _steps_after_checkpoints,
         "torchtune trains all weights over checkpoints: a rehearsal of Qwen2.5-0.5B reserved 5.4 % more than the replay",
     ),
+    (_restores_masked_tokens, "a loss of masked tokens: a rehearsal reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""
 

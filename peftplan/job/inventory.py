@@ -252,10 +252,11 @@ def _reward_model(job: Job) -> Ledger:
 
 def as_copied(job: Job, policy: Parameters) -> Parameters:
     """The parameters of a second model that is made of the policy: in its dtypes, or cast to 16 bits (axolotl 0.19.0,
-    core/trainers/ebft/strided.py:461)."""
-    if not job.setup.by.block:
+    core/trainers/ebft/strided.py:461); or one that is read in fp32."""
+    by = job.setup.by
+    if not by.block and not by.wide_reference:
         return policy
-    dtype = job.setup.dtype
+    dtype = "fp32" if by.wide_reference else job.setup.dtype
     return policy._replace(all=tuple(p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape)) for p in policy.all))
 
 

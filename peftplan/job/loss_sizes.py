@@ -79,8 +79,10 @@ def check_halves(*dtypes: str) -> None:
 
 SHARED, SHARED_CHUNKS = "shared-rows", "shared-rows-chunked"
 """Cross entropies of a rank's tokens of rows that several ranks share (ms-swift, trainers/utils.py, `per_token_loss_func_sp`)."""
-OF_FUNCTION = ("per-token", "eaft", "eaft-behind", SHARED, SHARED_CHUNKS)
-"""Losses that Trainer makes of all logits by a function that it is given (`compute_loss_func`)."""
+MASKED = "masked-tokens"
+"""Cross entropy of tokens that a program masks and the model restores (axolotl's diffusion)."""
+OF_FUNCTION = ("per-token", "eaft", "eaft-behind", SHARED, SHARED_CHUNKS, MASKED)
+"""Losses that a program makes of all logits by a function of its own, such as Trainer's `compute_loss_func`."""
 SHARED_ROWS = 2048
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
 RECEIVED: Final = "received-kl"

@@ -196,6 +196,7 @@ OWNERS = {
     "shared-rows-chunked": ("transformers",),
     "eaft": ("axolotl", "transformers"),
     "eaft-behind": ("llamafactory", "transformers"),
+    "masked-tokens": ("axolotl",),
 }
 """Loss → the only trainers that compute it."""
 LOSSES_OF_SLICES = ("full", "liger")

@@ -38,22 +38,33 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 )
 
 
-# GRPO of the trl that axolotl pins, whose reward compares what layers hold of completions and of the data (axolotl 0.19.0,
-# core/trainers/ebft/trainer.py). Adapted models alone: without an adapter it compares with a copy of the model.
-EBFT_IN_AXOLOTL = IN_AXOLOTL._replace(
-    name="axolotl-ebft",
-    called="EBFTTrainer of axolotl 0.19",
+# GRPO of the trl that axolotl pins, of rewards that hold nothing on the card.
+GRPO_IN_AXOLOTL = IN_AXOLOTL._replace(
+    name="axolotl-grpo",
+    called="GRPOTrainer of axolotl 0.19",
     collects_batches=False,
     sums_rows=False,
     keeps_logits=(),
+    forwards=GENERATING.forwards,
     completions_alone=True,
     disables_dropout=False,
     completion=512,
     beta=0.0,
     num_generations=8,
-    reads_features=True,
+    wide_reference=True,
     options=GENERATING.options | {"loss_type"},
     loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
+)
+
+
+# GRPO of the trl that axolotl pins, whose reward compares what layers hold of completions and of the data (axolotl 0.19.0,
+# core/trainers/ebft/trainer.py). Adapted models alone: without an adapter it compares with a copy of the model.
+EBFT_IN_AXOLOTL = GRPO_IN_AXOLOTL._replace(
+    name="axolotl-ebft",
+    called="EBFTTrainer of axolotl 0.19",
+    forwards=LOSS,
+    wide_reference=False,
+    reads_features=True,
 )
 
 

@@ -36,6 +36,7 @@ TrainerName = Literal[
     "axolotl-orpo",
     "axolotl-cpo",
     "axolotl-reward",
+    "axolotl-grpo",
     "axolotl-ebft",
     "axolotl-ebft-strided",
     "axolotl-ebft-strided-full",
@@ -69,7 +70,7 @@ Reference = Literal["none", "adapter_off", "copy"]
 Loss = Literal[
     "auto", "full", "trl-chunked", "liger", "unsloth", "unsloth-logits", "torchtune-linear", "torchtune-chunked", "torchtune-kl",
     "te-parallel", "per-token", "eaft", "eaft-behind", "shared-rows", "shared-rows-chunked",
-    "cut-cross-entropy", "cut-apart", "received-kl",
+    "cut-cross-entropy", "cut-apart", "received-kl", "masked-tokens",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda", "cpu"]
@@ -228,6 +229,9 @@ class Trainer(NamedTuple):
     block: int = 0
     """Of documents behind whose anchors the policy writes blocks, all side by side: the tokens of a block, and those before an
     anchor, and between two; 0 where it writes completions."""
+    wide_reference: bool = False
+    """Whether the reference model is read anew in fp32, with sdpa, whatever the policy has (trl 1.9, trainer/utils.py,
+    `create_model_from_path`)."""
     wide_ends: bool = False
     """Whether norms, embedding and head of a model that trains in full stay in fp32 unless FlashAttention runs."""
     keeps_logits: tuple[str, ...] = ()

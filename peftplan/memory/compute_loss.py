@@ -7,7 +7,7 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, OF_FUNCTION, RECEIVED, SHARED, SHARED_CHUNKS
+from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, MASKED, OF_FUNCTION, RECEIVED, SHARED, SHARED_CHUNKS
 from peftplan.job.trainer import Forward, Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
@@ -150,6 +150,10 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher
         outputs.append(logits)
         f.module = ""
         return of_both(f, logits, outputs[0])
+    if model.running.loss == MASKED:
+        from peftplan.memory.masked_tokens import of_masked, see_all
+
+        see_all(model)
     _, logits, *last = _forward(model)
     if program.trainer.holds_outputs:
         outputs[:] = [logits]
@@ -173,6 +177,10 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher
         wide = f.to(logits, "fp32")
         del logits
         loss = (weighted_by_entropy if model.running.loss == "eaft" else weighted_behind)(f, wide)
+    elif model.running.loss == MASKED:
+        wide = f.to(logits, "fp32")
+        del logits
+        loss, model.own_mask = of_masked(f, wide), None
     elif model.running.loss == "te-parallel":
         loss = written_over_logits(f, logits)
     elif model.running.loss == CUT_APART:

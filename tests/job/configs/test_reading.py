@@ -237,6 +237,24 @@ def test_axolotls_ebft_in_strides_writes_eight_tokens_behind_every_eight() -> No
         assert "rl" in read({**values, "ebft": {**strided, **other}}).unsupported
 
 
+@pytest.mark.parametrize("rl", ["grpo", "gdpo"])
+def test_axolotls_grpo_reads_its_reference_in_fp32(rl: str) -> None:
+    values = {**AXOLOTL, "adapter": None, "load_in_4bit": False, "rl": rl, "sample_packing": False}
+    values["trl"] = {
+        "beta": 0.001,
+        "num_generations": 2,
+        "max_completion_length": 128,
+        "use_vllm": False,
+        "reward_funcs": ["a.b"],
+    }
+    plan = read(values)
+    assert plan.unsupported == {}
+    assert (plan.options["trainer"], plan.options["beta"], plan.options["num_generations"]) == ("axolotl-grpo", 0.001, 2)
+    for other in ({"adapter": "lora"}, {"trl": {**values["trl"], "use_vllm": True}}):
+        assert "rl" in read({**values, **other}).unsupported
+    assert "GRPOTrainer of axolotl" in peftplan.estimate("llama-3.2-1b", trainer="axolotl-grpo").not_modelled[0]
+
+
 def test_axolotls_lisa_draws_layers() -> None:
     values = {**AXOLOTL, "adapter": None, "load_in_4bit": False, "lisa_n_layers": 4, "lisa_step_interval": 20}
     values["lisa_layers_attribute"] = "model.layers"

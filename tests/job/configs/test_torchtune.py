@@ -107,8 +107,8 @@ def test_torchtune_checkpoints_every_second_layer(values: dict[str, Any], expect
     """recipes/full_finetune_distributed.py:659, :667: both kinds at once are none."""
     plan = read({**TORCHTUNE, "enable_activation_checkpointing": False, **values})
     assert not {"ac_mode", "ac_option"} & plan.unsupported.keys()
-    found = plan.options["gradient_checkpointing"], plan.options.get("every_n_layers")
-    assert found == (expected if expected[0] else (False, None))
+    checkpoints = plan.options["gradient_checkpointing"], plan.options.get("every_n_layers")
+    assert checkpoints == (expected if expected[0] else (False, None))
 
 
 def test_torchtune_divides_by_the_steps_between_logs() -> None:
