@@ -72,6 +72,7 @@ LOOSE = {
     ("glm-4.7-flash", 6, 4): 0.03,
     ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
+    ("minimax-m2.5", 3, 4): 0.3,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
 and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less. Qwen2.5-VL: 0.11 of
@@ -91,6 +92,8 @@ matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
 Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; reserved ones are not stated.
+
+MiniMax M2.5: of `load` 9.3 MB, an expert of 8 bits that is being stacked; of allocated ones 0.05, of reserved ones 0.09.
 
 GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemotron Nano 9B, 12 layers: of reserved bytes, 70 MiB;
 of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
@@ -306,6 +309,31 @@ def test_which_adapters_and_layers_were_rehearsed_where_ranks_divide_experts(opt
     result = peftplan.estimate(**job | options)
     assert (result.peaks is not None) is known
     assert known or "ep_size" in result.not_modelled[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, False),
+        ({"gradient_checkpointing": True}, False),
+        ({"kernels": "hybridep,te-linear"}, False),
+        ({"ep_size": 4}, False),
+    ],
+)
+def test_what_of_minimax_with_lora_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    """Of linear layers: 2 x 8 x (3,072 + 6,144) + 2 x 8 x (3,072 + 1,024) in each, and 8 x (3,072 + 200,064) of the head."""
+    job: dict[str, Any] = {
+        "method": "lora",
+        "r": 8,
+        "target_modules": "every-linear",
+        "trainer": "automodel",
+        "kernels": "hybridep",
+    }
+    job |= {"strategy": "fsdp2", "gpus": 8, "ep_size": 8, "seq_len": 512, "optim": "adamw_torch"}
+    result = peftplan.estimate(cut("minimax-m2.5", 3), **job | options)
+    assert (result.peaks is not None) is known
+    assert not known or result.trainable_parameters == 3 * 212_992 + 1_625_088
 
 
 def test_experts_of_gpt_oss_are_widened_one_projection_at_a_time() -> None:

@@ -154,6 +154,10 @@ def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None
         ),
         ("zai-org/GLM-4.7-Flash", {"dispatcher": "deepep", "attn": "te", "linear": "te", "experts": "te"}, 1024, None),
         ("zai-org/GLM-4.7-Flash", {"dispatcher": "deepep", "attn": "te", "linear": "te"}, 0, "deepep,te-linear"),
+        ("MiniMaxAI/MiniMax-M2.5", {"dispatcher": "hybridep", "experts": "gmm"}, 0, "hybridep,te-linear"),
+        ("MiniMaxAI/MiniMax-M2.5", {"dispatcher": "hybridep", "linear": "torch"}, 0, "hybridep"),
+        ("MiniMaxAI/MiniMax-M2.5", {"dispatcher": "deepep", "linear": "torch"}, 0, None),
+        ("MiniMaxAI/MiniMax-M2.5", {"dispatcher": "hybridep", "experts": "te"}, 0, None),
     ],
 )
 def test_nemo_exchanges_tokens(model: str, backend: dict[str, str], packed: int, kernels: str | None) -> None:
