@@ -162,6 +162,7 @@ def loss_sizes(job: Job) -> LossSizes:
         of_pairs=job.setup.of_hidden_pairs,
         at_once=job.setup.by.compares_at_once,
         block=job.setup.by.block,
+        before=job.setup.seq_len - 2 * (job.setup.max_completion_length or 0) if job.setup.by.block else 0,
         shared_by=1 if job.distributed is None else job.distributed.cp_size or 1,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and row is not None and flex else 1,
         trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),

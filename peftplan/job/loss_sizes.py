@@ -113,6 +113,8 @@ class LossSizes(NamedTuple):
     """Scored tokens of which distributions are compared at a time; None: of all."""
     block: int = 0
     """Tokens of each block that is written behind an anchor."""
+    before: int = 0
+    """The tokens before the first anchor."""
     multiple: int = 1
     """What prompts, and completions, are each padded to a multiple of in training."""
     shared_by: int = 1
@@ -182,7 +184,7 @@ class LossSizes(NamedTuple):
         """The anchors of a row, and its lengths before each of its blocks' tokens is written."""
         if not self.block:
             return {}
-        anchors = length // 2 // self.block
+        anchors = (length - self.before) // 2 // self.block
         return {"anchors": anchors} | {f"s-{missing}anchors": length - missing * anchors for missing in range(1, self.block + 1)}
 
     def facts(self, b: Size, length: Size) -> tuple[Fact, ...]:

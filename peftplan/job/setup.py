@@ -286,7 +286,9 @@ def _lengths(setup: Setup, seq_len: int) -> dict[str, int]:
                 "max_prompt_length", setup.max_prompt_length, "seq_len is prompt and completion; give one of the two"
             )
         seq_len = setup.max_prompt_length + completion
-    if block and (completion % block or seq_len != 2 * completion + block):
+    before = seq_len - 2 * completion  # the first anchor
+    longer = setup.by.scores_documents and before % block == 0  # by the tokens of a prompt
+    if block and (completion % block or before < block or (before > block and not longer)):
         option = "seq_len" if setup.max_completion_length is None else "max_completion_length"
         raise InputError(
             option,

@@ -87,6 +87,12 @@ EBFT_IN_STRIDES = IN_AXOLOTL._replace(
 )
 
 
+# With a share of cross entropy (`ce_coef`; strided.py:670, `compute_start`).
+EBFT_IN_STRIDES_SCORED = EBFT_IN_STRIDES._replace(
+    name="axolotl-ebft-strided-scored", called="strided EBFT of axolotl 0.19 with a cross entropy", scores_documents=True
+)
+
+
 # Without an adapter the model has no `lm_head` beside its backbone (strided.py:661), so all rollouts are one forward with all
 # logits; a copy of the model in 16 bits reads them. Norms and embeddings: loaders/model.py:434.
 EBFT_IN_STRIDES_IN_FULL = EBFT_IN_STRIDES._replace(

@@ -39,6 +39,7 @@ TrainerName = Literal[
     "axolotl-grpo",
     "axolotl-ebft",
     "axolotl-ebft-strided",
+    "axolotl-ebft-strided-scored",
     "axolotl-ebft-strided-full",
     "swift-dpo",
     "swift-dpo-packed",
@@ -232,6 +233,8 @@ class Trainer(NamedTuple):
     wide_reference: bool = False
     """Whether the reference model is read anew in fp32, with sdpa, whatever the policy has (trl 1.9, trainer/utils.py,
     `create_model_from_path`)."""
+    scores_documents: bool = False
+    """Whether log-probabilities are made of the tokens of documents too, not of blocks alone."""
     wide_ends: bool = False
     """Whether norms, embedding and head of a model that trains in full stay in fp32 unless FlashAttention runs."""
     keeps_logits: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from peftplan.job.tool_trainers import (
     EBFT_IN_AXOLOTL,
     EBFT_IN_STRIDES,
     EBFT_IN_STRIDES_IN_FULL,
+    EBFT_IN_STRIDES_SCORED,
     GRPO_IN_AXOLOTL,
     IN_AXOLOTL,
     IN_LLAMA_FACTORY,
@@ -106,6 +107,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
         EBFT_IN_AXOLOTL,
         EBFT_IN_STRIDES,
         EBFT_IN_STRIDES_IN_FULL,
+        EBFT_IN_STRIDES_SCORED,
         OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
         OF_LOGITS_IN_AXOLOTL._replace(
             name="axolotl-cpo",

@@ -6,7 +6,8 @@ several documents), and their graphs are kept until backward; a whole model runs
 
     writing     eager attention over all that is written, with a dense mask and without a KV cache: logits in 16 bits and in fp32,
                 beside those in fp32, and two tensors of the anchors' logits, of the step before
-    a rollout   the backbone, and of n tokens, 256 at a time, log-probabilities in fp32; or logits in fp32 of all s tokens
+    a rollout   the backbone, and of n tokens (of s beside a cross entropy), 256 at a time, log-probabilities in fp32; or logits
+                in fp32 of all s tokens
     the reward  all rollouts at once without adapter, or by a copy in 16 bits: the hidden states of every layer, the logits of
                 every token, and what accelerate returns of both in fp32; then those of three layers side by side, whitened
 
@@ -36,13 +37,15 @@ FEATURES = 3
 """Layers whose hidden states a reward compares, by default at a quarter, half and three quarters of the depth."""
 
 
-def loss_of_blocks(model: Model, *, block: int, rollouts: int, accumulates: bool) -> Tensor:
-    """`AxolotlStridedEBFTTrainer.compute_loss`. `accumulates`: whether a step has several micro batches.
+def loss_of_blocks(model: Model, *, block: int, rollouts: int, accumulates: bool, scores_all: bool) -> Tensor:
+    """`AxolotlStridedEBFTTrainer.compute_loss`. `accumulates`: whether a step has several micro batches. `scores_all`: whether
+    log-probabilities are made of the tokens of documents too.
 
     A backward leaves the arguments of the flex attention that it recomputes last, and of adapted layers the leaf of its graph and
     its gradient. They are replaced in every forward; here they stay where they are first.
     """
     f, each = model.tape, model.adapter is not None
+    scored = (model.running.seq_len if scores_all else model.running.logits_to_keep or 1) - 1
     leaf = [model.arch.hidden_size or 0] if each else []
     if model.micro_batch == accumulates:
         _pin(model, "arguments of flex attention", _arguments(model) + leaf)
@@ -54,10 +57,10 @@ def loss_of_blocks(model: Model, *, block: int, rollouts: int, accumulates: bool
         outputs = None
         if model.micro_batch == 0:
             _pin(model, "leaf of a rollout", leaf)
-        per_token = _each_rollout(model, rollouts)
+        per_token = _each_rollout(model, rollouts, scored)
     else:
         outputs = _all_logits(model)  # a local variable holds them
-        per_token = _scored(model, outputs)
+        per_token = _scored(model, outputs, scored)
         f.module = ""
     with f.no_grad():
         _reward(model, ("b", rollouts, "s") if each else ("b", "s"), f.autocast or "fp32", wide=each)
@@ -119,8 +122,8 @@ def _all_logits(model: Model) -> Tensor:
     return wide
 
 
-def _each_rollout(model: Model, rollouts: int) -> Tensor:
-    """One forward after another, of the backbone and of the head for the tokens of blocks."""
+def _each_rollout(model: Model, rollouts: int, scored: int) -> Tensor:
+    """One forward after another, of the backbone and of the head for scored tokens."""
     f = model.tape
     of_each: list[Tensor] = []
     for number in range(rollouts):
@@ -128,20 +131,20 @@ def _each_rollout(model: Model, rollouts: int) -> Tensor:
         hidden = forward_of(model.arch.model_type)(model)
         model.kept.clear()
         f.end_autocast()
-        of_each.append(_scored(model, hidden))
+        of_each.append(_scored(model, hidden, scored))
         del hidden
     f.module = ""
     return f.new((rollouts, "b", "s-1"), "fp32", "cat", f.record(_cat_backward, tuple(of_each)))
 
 
-def _scored(model: Model, x: Tensor) -> Tensor:
-    """Log-probabilities of the tokens of blocks, written into a row of zeros. `x`: logits in fp32, or hidden states."""
-    f, (rows, seq, width), kept = model.tape, x.dims, model.running.logits_to_keep or 1
-    region = sliced(f, x, (rows, kept - 1, width))
+def _scored(model: Model, x: Tensor, scored: int) -> Tensor:
+    """Log-probabilities of the last tokens, written into a row of zeros. `x`: logits in fp32, or hidden states."""
+    f, (rows, seq, width) = model.tape, x.dims
+    region = sliced(f, x, (rows, scored, width))
     out = f.new((rows, f"{seq}-1"), "fp32", "zeros")
     chunks: list[Tensor] = []
-    for start in range(0, kept - 1, TOKENS_AT_ONCE):
-        chunk = sliced(f, region, (rows, min(TOKENS_AT_ONCE, kept - 1 - start), width))
+    for start in range(0, scored, TOKENS_AT_ONCE):
+        chunk = sliced(f, region, (rows, min(TOKENS_AT_ONCE, scored - start), width))
         if model.adapter is not None:
             logits = logits_of(model, chunk)
             f.end_autocast()

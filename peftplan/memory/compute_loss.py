@@ -44,7 +44,8 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
 
         rollouts = program.trainer.rows * sum(forward.trains for forward in program.forwards)
         accumulates = program.accumulation > 1
-        return loss_of_blocks(model, block=program.trainer.block, rollouts=rollouts, accumulates=accumulates)
+        by = program.trainer
+        return loss_of_blocks(model, block=by.block, rollouts=rollouts, accumulates=accumulates, scores_all=by.scores_documents)
     if program.trainer.embeds:
         return _loss_of_embeddings(model, program)
     if program.trainer.embeds_rows:

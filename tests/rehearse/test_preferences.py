@@ -78,6 +78,7 @@ def test_each_trainer_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
     jobs += [f"--trainer {plan(row).options.get('trainer')} " for row in read(Path(__file__).with_name("swift.jsonl"))]
     jobs += ["--trainer axolotl-ebft "] * len(read(Path(__file__).with_name("axolotl_ebft.jsonl")))
+    jobs += ["--trainer axolotl-ebft-strided-scored "] * len(read(Path(__file__).with_name("axolotl_scored.jsonl")))
     jobs += ["--trainer axolotl-grpo "] * len(read(Path(__file__).with_name("axolotl_grpo.jsonl")))
     jobs += [
         f"--trainer {of_axolotl(row).options['trainer']} " for row in read(Path(__file__).with_name("axolotl_strided.jsonl"))

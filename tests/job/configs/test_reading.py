@@ -237,6 +237,20 @@ def test_axolotls_ebft_in_strides_writes_eight_tokens_behind_every_eight() -> No
         assert "rl" in read({**values, "ebft": {**strided, **other}}).unsupported
 
 
+def test_axolotls_ebft_on_completions_with_a_cross_entropy() -> None:
+    """Behind a prompt of up to 8 tokens, and 8 more (`min_completion_prefix`), 30 anchors in 256 tokens."""
+    strided = {**EBFT["ebft"], "mode": "strided", "use_whitening": True, "ce_coef": 0.03, "min_completion_prefix": 8}
+    documents = [{"path": "a", "type": "ebft_strided_structured.transform"}]
+    values = {**EBFT, "ebft": strided, "datasets": documents, "sequence_len": 256, "gradient_checkpointing": True, "trl": None}
+    plan = read({**values, "flash_attention": None, "attn_implementation": "flex_attention"})
+    assert plan.unsupported == {}
+    assert (plan.options["trainer"], plan.options["max_completion_length"]) == ("axolotl-ebft-strided-scored", 30 * 8)
+    assert plan.options["seq_len"] == 256 + 30 * 8
+    assert "at most 8 tokens" in plan.assumed["max_completion_length"]
+    for other in ({"min_completion_prefix": 4}, {"n_samples_per_prompt": 8}):
+        assert "rl" in read({**values, "ebft": {**strided, **other}}).unsupported
+
+
 @pytest.mark.parametrize("rl", ["grpo", "gdpo"])
 def test_axolotls_grpo_reads_its_reference_in_fp32(rl: str) -> None:
     values = {**AXOLOTL, "adapter": None, "load_in_4bit": False, "rl": rl, "sample_packing": False}
