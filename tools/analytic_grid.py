@@ -49,7 +49,7 @@ PHASES = ("load", "forward", "backward", "step")
 MEDIAN_BAR, WORST_BAR = 0.01, 0.04
 
 Options = dict[str, Any]
-DRAWN = tuple(name for name in REGISTRY if name not in ("partial", "llama-pro"))
+DRAWN = tuple(name for name in REGISTRY if name not in ("partial", "lisa", "llama-pro"))
 """Methods of the draws; the others are compared with traces and rehearsals in tests of their own."""
 METHODS: tuple[Options, ...] = (
     {"method": "full"},
