@@ -162,7 +162,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        whole = states_made_twice(job, inventory.parameters, optimizer) if job.quant is not None else Ledger(())  # then flattened
+        divides_after = job.quant is not None or (job.distributed is not None and job.distributed.strategy == "fsdp2")
+        whole = states_made_twice(job, inventory.parameters, optimizer) if divides_after else Ledger(())
         loading = max(loading + whole, Ledger(loaded + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(
         architecture,

@@ -211,7 +211,7 @@ def _knows_division(job: Job, distributed: Distributed) -> bool:
 
 def _knows_biases(job: Job, distributed: Distributed) -> bool:
     """Whether biases were rehearsed that train beside LoRA, in the units of their layers: of dense models in bf16."""
-    return is_plain(job) and job.quant is None and distributed.use_orig_params is not False and knows_methods(job)
+    return is_plain(job) and distributed.use_orig_params is not False and knows_methods(job)
 
 
 def _knows_mixtures(job: Job, distributed: Distributed) -> bool:

@@ -60,8 +60,6 @@ PLAIN_METHODS = {
     "zero3": (*OF_DENSE, "adalora"),
 }
 """The same of those that were so with dense models alone, in bf16 and all on the card."""
-UNKNOWN_TO_SFT = {"zero3": "adalora"}
-"""Strategy → the method that was not so by SFTTrainer: a rehearsal's forward +0.8 %, its backward -0.6 %."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
 UNKNOWN_TO_PARTITIONS = ("adamw_torch_4bit",)
@@ -108,10 +106,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))
     if job.quant is not None or by.of_preferences:
         return known
-    plain = PLAIN_METHODS.get(strategy, ()) if is_plain(job) else ()
-    if job.setup.loss != "full":
-        plain = tuple(name for name in plain if name != UNKNOWN_TO_SFT.get(strategy))
-    return (*known, *plain)
+    return (*known, *(PLAIN_METHODS.get(strategy, ()) if is_plain(job) else ()))
 
 
 def traced_methods(job: Job) -> tuple[str, ...]:
@@ -158,8 +153,9 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if flat and method not in ADAPTED and job.distributed.use_orig_params is False:
         over = ()
     made_before_cast = flat and method != "full" and (method not in ADAPTED or job.setup.adapter_dtype != "fp32")
-    divided = job.distributed.strategy == "zero3" and not (method in ADAPTED and job.quant is None)
-    made_of_whole = job.distributed.strategy == "fsdp2" or divided
+    made_of_whole = job.distributed.strategy in ("zero3", "fsdp2") and not (
+        method in ADAPTED and job.quant is None and not job.distributed.cpu_ram_efficient_loading
+    )
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
     if job.distributed.offload_params == "cpu":

@@ -32,7 +32,10 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
     for p in parameters.all:
         trained = p.trainable or id(p) in beside
         dtype = "fp32" if trained and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
-        p = p if dtype == p.dtype or p.quantized else p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
+        if p.quantized:
+            p = _packed_in(p, "fp32") if trained and autocast != "none" else p
+        elif dtype != p.dtype:
+            p = p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
         each.append(_part(p, distributed.shards, place))
         unit = p.name if p.name in alone else unit_of(p, inner)
         flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
@@ -53,7 +56,7 @@ def beside_trained(parameters: Parameters, distributed: Distributed) -> list[Par
     them (`_use_unsharded_views`)."""
     alone, inner = _alone(parameters), wraps_mlps(distributed)
     trained = {(unit_of(p, inner), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
-    return [p for p in parameters.all if not (p.trainable or p.quantized) and (unit_of(p, inner), p.layers) in trained]
+    return [p for p in parameters.all if not p.trainable and (unit_of(p, inner), p.layers) in trained]
 
 
 def _alone(parameters: Parameters) -> set[str]:
@@ -96,6 +99,11 @@ def _packed(p: Parameter) -> str:
     return next(a.dtype for a in p.allocations if a.name == "weight")
 
 
+def _packed_in(p: Parameter, dtype: str) -> Parameter:
+    """Packed weights whose numbers are cast, as accelerate casts a flat parameter that trains."""
+    return p._replace(allocations=tuple(a._replace(dtype=dtype) if a.name == "weight" else a for a in p.allocations))
+
+
 def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place) -> Iterable[Parameter]:
     """The shard of the flat parameter, and those members that stay whole."""
     copies = 1 if unit == ROOT else max(p.copies for p in members)
@@ -126,9 +134,10 @@ def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator
         return
     skipped, left = position * flat.numel if position else 0, flat.numel
     for p in members:
-        before = min(p.numel, skipped)
+        numel = _elements(p)
+        before = min(numel, skipped)
         skipped -= before
-        part = min(p.numel - before, left)
+        part = min(numel - before, left)
         left -= part
         if part and not p.quantized:
             (stored,) = flat.allocations

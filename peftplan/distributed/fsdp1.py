@@ -222,7 +222,9 @@ class Fsdp1(Fsdp2):
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
         """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""
-        tensor = self._new((flat.numel,), flat.members[0].dtype, f"{flat.name} gradient", UNSHARD)
+        dtype, packed = flat.members[0].dtype, [member for member in flat.members if member.packed]
+        _zeros = [self._new((member.numel,), dtype, f"{member.name} zeros", UNSHARD) for member in packed]
+        tensor = self._new((flat.numel,), dtype, f"{flat.name} gradient", UNSHARD)
         for member in flat.members:
             if member.name in gradients:
                 self._sum_on_unshard(gradients[member.name].grad)

@@ -28,6 +28,8 @@ class Member(NamedTuple):
     """The dtype before accelerate casts what trains."""
     apart: bool
     """Whether FSDP1 makes a unit of it alone, as under peft's wrap policy."""
+    packed: bool = False
+    """Whether its elements hold packed weights, which get no gradient."""
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
 from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
 from peftplan.job.setup import Setup
-from peftplan.ledger import Ledger
+from peftplan.ledger import Ledger, Line
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
@@ -292,14 +292,23 @@ def optim_arguments(job: Job, optimizer: Optimizer) -> dict[str, str]:
 
 
 def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:
-    """The states that a constructor makes of an adapter that is on the card, whole: DeepSpeed makes another optimizer over its
-    flat masters, and the trainer's stays (deepspeed, runtime/zero/stage3.py:1358 and stage_1_and_2.py:947)."""
+    """What stays of an optimizer whose constructor made states of a whole adapter. DeepSpeed makes another one over its flat
+    masters, and the trainer's stays with states on the card (deepspeed, runtime/zero/stage3.py:1358 and stage_1_and_2.py:947).
+    Under FSDP2 its states stay on the host, but the parameters that they are of have been moved to the card, and accelerate moves
+    a step of each (optimizer.py, `move_to_device`).
+    """
     distributed = job.distributed
-    if distributed is None or distributed.strategy not in ("zero1", "zero2", "zero3") or optimizer.made_with_states is not True:
+    if distributed is None or optimizer.made_with_states is not True:
         return Ledger(())
-    on_card = job.quant is not None or (distributed.strategy == "zero3" and distributed.zero3_init is not False)
-    adapter = tuple(p for p in built.all if p.owner == "adapter") if on_card else ()
-    return _optimizer(job, built._replace(all=adapter), optimizer)
+    adapter = tuple(p for p in built.all if p.owner == "adapter" and p.trainable)
+    if distributed.strategy == "fsdp2":
+        whole = ((f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter)
+        steps = ((f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter)
+        return Ledger(tuple(Line(n, "optimizer_states", t, dims, k, optimizer.source) for n, t, dims, k in (*whole, *steps)))
+    divides_first = distributed.strategy == "zero3" and distributed.zero3_init is not False
+    if distributed.strategy in ("zero1", "zero2", "zero3") and (job.quant is not None or divides_first):
+        return _optimizer(job, built._replace(all=adapter), optimizer)
+    return Ledger(())
 
 
 def _optimizer(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:

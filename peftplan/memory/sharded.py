@@ -310,8 +310,9 @@ def _member(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, ap
         master=weight.dtype,
         trainable=p.trainable,
         numel=p.numel if whole is None else prod(whole.dims),
-        loaded=weight.dtype if p.quantized else p.dtype,
+        loaded=p.dtype if whole is None else whole.dtype,
         apart=apart,
+        packed=p.quantized,
     )
 
 

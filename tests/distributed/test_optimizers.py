@@ -75,8 +75,6 @@ def test_adagrad_over_adapters_in_16_bits_has_no_formula_under_fsdp1() -> None:
     [
         # of a whole base in 4 bits, which ZeRO-3 divides behind the optimizer's constructor, nothing was rehearsed
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad"}, ("transformers", "trl")),
-        # OPT 125M by SFTTrainer over 8 GPUs: forward +0.8 %; by Trainer over 6 it is within 0.007 %
-        ({"method": "adalora", "strategy": "zero3", "optim": "rmsprop"}, ("trl",)),
     ],
     ids=str,
 )
