@@ -144,6 +144,9 @@ def loading_of(
     if job.distributed is not None:
         from peftplan.analytic import rank_loading, ranks
 
+        if job.distributed.strategy.startswith("zero") and job.quant is not None and load is load_whole:
+            at_once = tuple(p for p in parameters.buffers if not p.name.endswith("boft_P"))  # `zero_load.moved_last`
+            load = partial(load_whole, parameters=parameters._replace(buffers=at_once))
         load = rank_loading.loaded_on_rank(inventory, model, buffers, load, normed)
         if setup.by.taught:
             from peftplan.job.teacher import divided_teacher_of

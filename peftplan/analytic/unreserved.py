@@ -81,7 +81,8 @@ def _masks_ranks_by_sft(job: Job) -> bool:
 
 def _permutes_from_host(job: Job) -> bool:
     """Whether BOFT's permutations stay on the host under ZeRO-3."""
-    return job.method_name == "boft" and job.distributed is not None and job.distributed.strategy == "zero3"
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    return job.method_name == "boft" and divided and job.quant is None
 
 
 def _steps_after_checkpoints(job: Job) -> bool:

@@ -58,13 +58,12 @@ def inventory(job: Job) -> Inventory:
 
 
 def keeps_on_host(job: Job) -> bool:
-    """Whether buffers that peft makes on the host stay there. FSDP2 moves all of a unit to the card; a model that is made divided
-    is moved nowhere (deepspeed, runtime/engine.py, `_configure_distributed_model`)."""
+    """Whether buffers that peft makes on the host stay there. FSDP2 and DeepSpeed move those of a whole model to the card, over 4
+    bits too; one that is made divided is moved nowhere (deepspeed, runtime/engine.py, `_configure_distributed_model`)."""
     distributed, quantized = job.distributed, job.quant is not None
-    if distributed is not None and distributed.strategy == "fsdp2":
-        return False
-    divided = distributed is not None and distributed.strategy == "zero3" and distributed.zero3_init is not False
-    return (divided and not quantized) or job.setup.by.adapter_on_host(quantized=quantized)
+    if distributed is None or not distributed.strategy.startswith(("fsdp2", "zero")):
+        return job.setup.by.adapter_on_host(quantized=quantized)
+    return distributed.strategy == "zero3" and distributed.zero3_init is not False and not quantized
 
 
 def _largest_rank(job: Job, built: Parameters) -> int:

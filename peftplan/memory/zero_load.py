@@ -88,6 +88,7 @@ class FlatLoading(NamedTuple):
             if p.name in moves:
                 self._put(memory, cast[p.name], trained)
                 passing.take(sizes_of(p))
+        memory.keep(moved_last(self.parameters))
 
 
 class Passing(Memory[Handle]):
@@ -124,6 +125,12 @@ class Passing(Memory[Handle]):
     def pop(self, sizes: tuple[int, ...]) -> Handle:
         """The handle of the oldest tensor of these sizes."""
         return self.by_size[sizes].pop(0)
+
+
+def moved_last(parameters: Parameters) -> tuple[int, ...]:
+    """Bytes of BOFT's permutations, which peft leaves on the host and the engine moves when it has cast a quantized model."""
+    moved = (p for p in parameters.buffers if p.name.endswith("boft_P"))
+    return tuple(nbytes for p, _ in tensors(moved) for nbytes in sizes_of(p))
 
 
 def sizes_of(p: Parameter) -> tuple[int, ...]:
@@ -214,6 +221,7 @@ class PartLoading(NamedTuple):
             for p, layer in (*by_name, *added_last):
                 whole.setdefault((p.name, layer), []).append(passing.pop(sizes_of(p)[:1]))
             self._cast(memory, whole)
+            memory.keep(moved_last(self.parameters))
         for p, layer in tensors(in_module_order(self.cast)):
             self._divide(memory, p, layer, whole.pop((p.name, layer))[0], trained)
 

@@ -102,7 +102,10 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         and not job.setup.by.traced_on_ranks,
         # a rehearsed peak under FSDP2 was 9.5 % above the traced one, a rehearsed step under ZeRO-3 4.7 %
         f"adagrad under {distributed.called}": distributed.strategy in ("fsdp2", "zero3") and job.setup.optim == "adagrad",
-        f"boft under {distributed.called}": distributed.strategy == "zero3" and job.method_name == "boft",  # P stays on the host
+        # its permutations stay on the host, or are moved with a quantized base
+        f"boft under {distributed.called}": job.method_name == "boft"
+        and (divided or by_deepspeed)
+        and (distributed.strategy == "zero3" or job.quant is not None),
         f"quantized weights under {distributed.called}": (flat or divided or by_map) and job.quant is not None,
         f"reentrant checkpoints over quantized weights under {distributed.called}": distributed.strategy == "zero3"
         and job.quant is not None
