@@ -249,6 +249,14 @@ def test_where_reserved_bytes_of_gathered_tokens_were_rehearsed(layers: int, met
     assert (peaks.reserved is not None) is stated
 
 
+@pytest.mark.parametrize("layers", [2, 24])
+def test_where_reserved_bytes_of_fused_layers_in_8_bits_were_rehearsed(layers: int) -> None:
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "kernels": "torchao-float8"}
+    peaks = peftplan.estimate(cut("phi-4", layers), **job, seq_len=1024).peaks
+    assert peaks is not None
+    assert (peaks.reserved is not None) is (layers == 24)
+
+
 def test_falcon_h1_keeps_the_states_of_its_scan_until_the_loss() -> None:
     """In fp32, of 2 rows: 24 heads of 64 x 128 numbers in each of two layers, and the last 4 inputs of 1,792 channels in bf16."""
     (row,) = (row for row in ROWS if row["model"].startswith("falcon-h1") and row["layers"] == 2)
