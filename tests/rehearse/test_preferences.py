@@ -15,6 +15,7 @@ from peftplan.job.sources import load_config
 from peftplan.job.trainers import TRAINERS
 from tools.rehearsed_axolotl import plan as of_axolotl
 from tools.rehearsed_jobs import AUTO, compared, page, read
+from tools.rehearsed_llamafactory import plan as of_llamafactory
 from tools.rehearsed_swift import plan
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,10 @@ def test_weights_are_gathered_layer_by_layer_while_completions_are_written(
 def test_each_trainer_was_rehearsed() -> None:
     jobs = [str(row["job"]) for row in ROWS]
     jobs += [f"--trainer {plan(row).options.get('trainer')} " for row in read(Path(__file__).with_name("swift.jsonl"))]
+    jobs += [
+        f"--trainer {of_llamafactory(row).options.get('trainer')} "
+        for row in read(Path(__file__).with_name("llamafactory.jsonl"))
+    ]
     jobs += ["--trainer axolotl-ebft "] * len(read(Path(__file__).with_name("axolotl_ebft.jsonl")))
     jobs += ["--trainer axolotl-ebft-strided-scored "] * len(read(Path(__file__).with_name("axolotl_scored.jsonl")))
     jobs += ["--trainer axolotl-grpo "] * len(read(Path(__file__).with_name("axolotl_grpo.jsonl")))
