@@ -5,11 +5,12 @@ Counts, weights, gradients and optimizer states are sums over this one list, so 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from math import prod
 from typing import Literal, NamedTuple
 
-from peftplan.arch.modules import Architecture, Buffer, Module, Shape
+from peftplan.arch.modules import VALUE_HEAD, Architecture, Buffer, Module, Shape
 from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.ledger import Allocation, Place
@@ -189,6 +190,7 @@ def _converted_layers(arch: Architecture, quant: QuantConfig | None) -> Mapping[
 
 
 def _converted(arch: Architecture, quant: QuantConfig) -> dict[str, frozenset[int]]:
+    arch = replace(arch, modules=tuple(module for module in arch.modules if module.name != VALUE_HEAD))
     # Only a user's own skip list can tell layers apart, and the last parameter where it lies inside the last layer (OPT without
     # affine norms); in every other family the first layer speaks for all.
     layered = any(char.isdigit() for pattern in quant.skip_modules or () for char in pattern)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan.analytic.mixers import check_mixer
+from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
@@ -14,7 +15,6 @@ from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
-from peftplan.job.loss_sizes import MASKED
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -66,10 +66,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.adaptation.rests and job.distributed is not None:
         raise NoRankFormulaError(f"layers that take turns under {job.distributed.called}")
-    if job.setup.by.wide_reference and (job.method_name != "full" or job.distributed is not None or job.setup.use_vllm):
-        raise NoEngineError(f"a step of {job.setup.by.called} but of all weights on one GPU, without vLLM (no formula yet)")
-    if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
-        raise NoEngineError("a loss of masked tokens but of full fine-tuning on one GPU without checkpoints (no formula yet)")
+    if (why := unlike_rehearsed(job)) is not None:
+        raise NoEngineError(f"{why} (no formula yet)")
     known = job.setup.by.scoring in (None, "rows") or job.setup.by.generates or job.setup.by.beside_copy
     shared = job.distributed is not None and job.distributed.strategy == "fsdp2"  # where `under_fsdp2` says so
     if job.reference == "copy" and not known and not shared:
@@ -267,13 +265,6 @@ def _writes_as_rehearsed(job: Job) -> bool:
     alike = bool(setup.gradient_checkpointing) and job.quant is None and job.architecture.model_type == "llama"
     loaded = setup.attn_implementation in ("sdpa", "eager")
     return alike and loaded and job.method_name == ("lora" if setup.by.rows == 1 else "full")
-
-
-def _masks_as_rehearsed(job: Job) -> bool:
-    """Whether tokens are masked as was rehearsed (tests/rehearse/axolotl_diffusion.jsonl)."""
-    setup = job.setup
-    alone = job.distributed is None and job.method_name == "full" and job.architecture.model_type == "llama"
-    return alone and setup.attn_implementation == "sdpa" and not setup.gradient_checkpointing and not setup.padding
 
 
 def _offloads_as_rehearsed(job: Job) -> bool:

@@ -36,7 +36,7 @@ class InstantPeaks(Peaks):
         ends: Mapping[str, int],
         assumed: Mapping[str, object],
     ) -> None:
-        unknown = unreserved(inventory.job)
+        unknown = unreserved(inventory.job, max(requested, key=lambda phase: requested[phase]))
         source = SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]) if unknown is None else None
         self.__dict__.update(
             inventory=inventory,

@@ -303,6 +303,10 @@ class Architecture:
         return next(m for m in reversed(self.modules) if self.owned_params(m))
 
 
+VALUE_HEAD = "v_head.summary"
+"""The head that trl adds beside the logits once the base is loaded, so that no format stores it."""
+
+
 def linear(name: str, n_in: int, n_out: int, bias: bool = False, layers: tuple[int, ...] | None = None) -> Module:
     """An `nn.Linear`: weight (n_out, n_in), bias (n_out)."""
     return Module(name, "Linear", (("weight", (n_out, n_in)), *((("bias", (n_out,)),) if bias else ())), layers)

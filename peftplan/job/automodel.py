@@ -236,7 +236,7 @@ def knows_recorded(job: Job) -> bool:
     if not setup.by.own_lora or distributed is None or job.architecture.model_type != "falcon_h1" or setup.kernels:
         return False
     alone = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.ep_size} <= {None, 1}
-    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
+    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is distributed.dp_shard_size is None
     plain = job.method_name == "full" and setup.dtype == "bf16" and setup.loss == "full" and job.quant is None
     return alone and here and plain and not setup.gradient_checkpointing
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import partial_rotary_dim
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, linear
+from peftplan.arch.modules import VALUE_HEAD, Architecture, Attention, Block, Buffer, Mlp, Module, linear
 from peftplan.arch.moe import moe_mlp
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 BUILT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2")
 """Model types whose forward is written as torchtune has it (`memory.models.torchtune`)."""
-VALUE_HEAD = "v_head.summary"
 APART = ("phi3",)
 """Of these, model types whose fused projections torchtune has apart, as Llama has them."""
 EAGER = ("gemma2",)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 
+from peftplan.arch.modules import VALUE_HEAD
 from peftplan.errors import NeedsTraceError
-from peftplan.job.built import VALUE_HEAD
 from peftplan.job.loss_sizes import CUT_APART
 from peftplan.memory.loss import causal_lm_loss
 from peftplan.memory.model import Model

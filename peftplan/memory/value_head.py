@@ -8,7 +8,7 @@ each row.
 
 from __future__ import annotations
 
-from peftplan.job.built import VALUE_HEAD
+from peftplan.arch.modules import VALUE_HEAD
 from peftplan.memory.heads import causal_lm
 from peftplan.memory.model import Model
 from peftplan.tape import ops

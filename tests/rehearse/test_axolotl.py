@@ -414,6 +414,8 @@ def test_layers_of_lisa_take_turns() -> None:
     assert peaks is not None
     weights = 4 * 4096 * 4096 + 3 * 4096 * 11008
     states = 2 * (weights + weights // 256 * 4)
+    of_pairs = plan(row | {"values": row["values"] | {"rl": "dpo"}})  # no layers take turns (core/builders/causal.py:133)
+    assert "lisa_step_interval" in of_pairs.unsupported
     without = row["layers"] - row["trained"]
     resting = {"load": 0, "forward": without, "backward": without, "step": without - 1}
     stated = {phase: nbytes - resting[phase] * states for phase, nbytes in peaks.by_phase.items()}

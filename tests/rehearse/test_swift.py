@@ -110,6 +110,8 @@ def test_a_rank_scores_its_part_of_a_row_of_completions() -> None:
         assert estimate.peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=3e-4)
     four = plan(row | {"values": row["values"] | {"sequence_parallel_size": 4}})
     assert {"sequence_parallel_size", "padding_free"} <= four.unsupported.keys()
+    half = plan(row | {"values": row["values"] | {"per_device_train_batch_size": 1}})
+    assert {"sequence_parallel_size", "padding_free"} <= half.unsupported.keys()
 
 
 def test_a_teacher_is_whole_before_it_is_divided() -> None:

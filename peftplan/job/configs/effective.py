@@ -49,6 +49,8 @@ class Effective:
             return not self.document.program if accepted == "unset" else runs(self.document.program, map(str, accepted))
         if key == "file":
             return any(self._equal(self.file, each) for each in accepted)
+        if key == "header":
+            return any(self._equal(self.document.comments, each) for each in accepted)
         if key == "installs":
             return any(release.startswith(each) for release in self.document.installs.split() for each in map(str, accepted))
         if key == "checkpoint":

@@ -271,6 +271,7 @@ def test_reft_raises() -> None:
         ({"padding_free": False}, {"task_type", "loss_type"}),
         ({"tuner_type": "full"}, {"task_type", "loss_type"}),
         ({"deepspeed": "zero3"}, {"task_type", "loss_type"}),
+        ({"max_length": None}, {"task_type", "loss_type"}),
     ],
 )
 def test_embeddings_of_texts_that_share_a_row(values: dict[str, object], unsupported: set[str]) -> None:

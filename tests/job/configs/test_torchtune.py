@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 import peftplan
+from peftplan.job.configs.read import read_text
 from peftplan.job.kernels import named_kernels
 from tests.job.configs.files import TORCHTUNE, read
 
@@ -95,20 +94,36 @@ def test_a_reference_of_full_dpo_is_a_copy() -> None:
     assert "ref_checkpointer._component_" in adapted.unsupported
 
 
+FULL = """# To launch on 4 devices: tune run --nproc_per_node 4 full_finetune_distributed --config llama3/8B_full
+model: {_component_: torchtune.models.llama3.llama3_8b}
+checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /tmp/Meta-Llama-3-8B}
+"""
+
+
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("ac", "expected"),
     [
-        ({"ac_mode": "selective", "ac_option": 2}, (True, 2)),
-        ({"ac_mode": "full"}, (True, None)),
-        ({"ac_mode": "selective", "ac_option": 2, "enable_activation_checkpointing": True}, (False, 2)),
+        ("{ac_mode: selective, ac_option: 2}", (True, 2)),
+        ("{ac_mode: full}", (True, None)),
+        ("{ac_mode: selective, ac_option: 2, enable_activation_checkpointing: true}", (False, None)),
     ],
 )
-def test_torchtune_checkpoints_every_second_layer(values: dict[str, Any], expected: tuple[bool, int | None]) -> None:
+def test_torchtune_checkpoints_every_second_layer(ac: str, expected: tuple[bool, int | None]) -> None:
     """recipes/full_finetune_distributed.py:659, :667: both kinds at once are none."""
-    plan = read({**TORCHTUNE, "enable_activation_checkpointing": False, **values})
+    plan = read_text(FULL + ac.strip("{}").replace(", ", "\n"), file="run.yaml")
     assert not {"ac_mode", "ac_option"} & plan.unsupported.keys()
-    checkpoints = plan.options["gradient_checkpointing"], plan.options.get("every_n_layers")
-    assert checkpoints == (expected if expected[0] else (False, None))
+    assert (plan.options["gradient_checkpointing"], plan.options.get("every_n_layers")) == expected
+
+
+def test_few_recipes_of_torchtune_choose_layers_for_checkpoints() -> None:
+    """Those of adapters, and of one GPU, read `enable_activation_checkpointing` alone; `ac_option` is a number."""
+    selective = "ac_mode: selective\nac_option: 2\nenable_activation_checkpointing: true"
+    adapted = read_text(FULL.replace("llama3_8b", "lora_llama3_8b") + selective, file="run.yaml")
+    assert "ac_mode" not in adapted.unsupported
+    assert (adapted.options["gradient_checkpointing"], adapted.options.get("every_n_layers")) == (True, None)
+    alone = FULL.replace("--nproc_per_node 4 full_finetune_distributed", "full_finetune_single_device") + selective
+    without_number = FULL + "ac_mode: selective"
+    assert all("ac_mode" in read_text(text, file="run.yaml").unsupported for text in (alone, without_number))
 
 
 def test_torchtune_divides_by_the_steps_between_logs() -> None:

@@ -1,0 +1,84 @@
+"""Which steps of other tools' trainers have a formula: those that were rehearsed (tests/rehearse/*.jsonl)."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan.job.loss_sizes import MASKED
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
+
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose layers are alike: without windows, caps of logits or experts."""
+
+
+class Rehearsed(NamedTuple):
+    """What of a trainer was rehearsed, with checkpoints and bf16, of a base that is not quantized."""
+
+    method: str
+    strategy: str | None = None
+    """None: one GPU."""
+    model_types: tuple[str, ...] = DENSE
+    attention: tuple[str, ...] = ("flash_attention_2",)
+    vllm: str | None = None
+    """Where vLLM writes completions; None: nowhere."""
+    one_row: bool = False
+    """Whether a batch is one row."""
+
+
+REHEARSED = {
+    "llamafactory-reward": Rehearsed("lora", attention=("sdpa", "flash_attention_2")),
+    "axolotl-grpo": Rehearsed("full"),
+    "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
+    "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm="colocate", one_row=True),
+    "swift-grpo-taught": Rehearsed("full", "zero2", vllm="server"),
+}
+"""Trainer → what was rehearsed of it."""
+TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
+"""Trainers whose layers may take turns, as in axolotl's, which was rehearsed."""
+
+
+def unlike_rehearsed(job: "Job") -> str | None:
+    """What of a job its trainer was not rehearsed with; None where all of it was."""
+    shown = REHEARSED.get(job.setup.by.name)
+    differs = None if shown is None else _differs(job, shown)
+    if differs is not None:
+        return f"a step of {job.setup.by.called} with {differs}"
+    if job.adaptation.rests and not _rests_as_rehearsed(job):
+        by_what = f"{job.setup.by.called} with {job.setup.optim}"
+        return f"layers that take turns by {by_what} and model type {job.architecture.model_type}"
+    if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
+        return "a loss of masked tokens but of full fine-tuning in bf16 on one GPU without checkpoints"
+    return None
+
+
+def _differs(job: "Job", shown: Rehearsed) -> str | None:
+    """The first thing of a job that is not as it was rehearsed."""
+    setup, distributed, config = job.setup, job.distributed, job.config
+    vllm = (setup.vllm_mode or "colocate") if setup.use_vllm else None
+    differing = {
+        f"method {job.method_name}": job.method_name != shown.method,
+        "DoRA or modules_to_save": bool(getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None)),
+        "a quantized base": job.quant is not None,
+        "one GPU" if distributed is None else distributed.called: (distributed and distributed.strategy) != shown.strategy,
+        f"model type {job.architecture.model_type}": job.architecture.model_type not in shown.model_types,
+        f"dtype {setup.dtype} and autocast {setup.autocast}": not setup.dtype == setup.autocast == "bf16",
+        f"attention {setup.attn_implementation}": setup.attn_implementation not in shown.attention,
+        "no checkpoints": not setup.gradient_checkpointing,
+        f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
+        "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm != shown.vllm,
+    }
+    return next((what for what, is_so in differing.items() if is_so), None)
+
+
+def _rests_as_rehearsed(job: "Job") -> bool:
+    """Whether layers take turns as was rehearsed (tests/rehearse/axolotl_lisa.jsonl): of a dense model, under an AdamW."""
+    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+    return dense and job.setup.by.name in TAKING_TURNS and str(job.setup.optim).startswith(("adamw", "paged_adamw"))
+
+
+def _masks_as_rehearsed(job: "Job") -> bool:
+    """Whether tokens are masked as was rehearsed (tests/rehearse/axolotl_diffusion.jsonl)."""
+    setup = job.setup
+    alone = job.distributed is None and job.method_name == "full" and job.architecture.model_type == "llama"
+    plain = setup.attn_implementation == "sdpa" and not setup.gradient_checkpointing and not setup.padding
+    return alone and plain and setup.dtype == setup.autocast == "bf16"
