@@ -46,6 +46,9 @@ def unlike_rehearsed(job: "Job") -> str | None:
     if job.adaptation.rests and not _rests_as_rehearsed(job):
         by_what = f"{job.setup.by.called} with {job.setup.optim}"
         return f"layers that take turns by {by_what} and model type {job.architecture.model_type}"
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    if divided and job.setup.by.gathers_when_called and not _is_dense(job):
+        return f"a mixture of experts under ZeRO-3 by {job.setup.by.called}"
     if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
         return "a loss of masked tokens but of full fine-tuning in bf16 on one GPU without checkpoints"
     return None
@@ -70,10 +73,15 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
     return next((what for what, is_so in differing.items() if is_so), None)
 
 
+def _is_dense(job: "Job") -> bool:
+    from peftplan.analytic.shown import is_dense  # which few jobs need
+
+    return is_dense(job)
+
+
 def _rests_as_rehearsed(job: "Job") -> bool:
     """Whether layers take turns as was rehearsed (tests/rehearse/axolotl_lisa.jsonl): of a dense model, under an AdamW."""
-    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
-    return dense and job.setup.by.name in TAKING_TURNS and str(job.setup.optim).startswith(("adamw", "paged_adamw"))
+    return _is_dense(job) and job.setup.by.name in TAKING_TURNS and str(job.setup.optim).startswith(("adamw", "paged_adamw"))
 
 
 def _masks_as_rehearsed(job: "Job") -> bool:

@@ -27,6 +27,7 @@ BUILT = (
     "minimax_m2",
 )
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
+TORCH_NORM = "torch-norm.rms_norm"
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
 
@@ -294,6 +295,8 @@ def without_formula(job: Job) -> str | None:
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
             and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job) or knows_recorded(job))
         ),
+        "torch's RMSNorm but of all weights under FSDP2": TORCH_NORM in (setup.kernels or ())
+        and (job.distributed is None or job.method_name != "full"),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }
     missing = next((f"with {what}" for what, is_so in unknown.items() if is_so), None)

@@ -76,6 +76,18 @@ def test_peaks_are_those_that_were_rehearsed(job: dict[str, Any], others: list[d
         assert unlike.trainable_parameters > 0
 
 
+def test_kernels_and_mixtures_that_were_not_rehearsed_have_no_peak() -> None:
+    """RMSNorm of torch was rehearsed under FSDP2 with all weights, GRPO of ms-swift under ZeRO-3 without experts."""
+    norm: dict[str, Any] = {"model": "qwen2.5-0.5b", "trainer": "automodel", "kernels": "torch-norm"}
+    shared: dict[str, Any] = {"strategy": "fsdp2", "gpus": 8}
+    assert peftplan.estimate(**norm, **shared, method="full").peaks is not None
+    assert peftplan.estimate(**norm, **shared, method="lora").peaks is None
+    assert peftplan.estimate(**norm, method="full").peaks is None
+    grpo = SHARED | {"trainer": "swift-grpo", "vllm_mode": "server"}
+    assert peftplan.estimate(**grpo).peaks is not None
+    assert peftplan.estimate(**grpo | MIXTURE).peaks is None
+
+
 def test_no_format_stores_a_value_head() -> None:
     """trl adds it when the base is loaded, so that it trains beside an adapter over 4 bits, and what is quantized stays."""
     plain = peftplan.estimate("qwen3-0.6b", method="qlora", trainer="transformers")
