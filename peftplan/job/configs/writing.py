@@ -274,7 +274,8 @@ class _Writing:
             value, theirs = (packages_of(each) if isinstance(each, (tuple, list)) else each for each in (value or (), theirs))
         runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
-            runs = f"; accepted: {', '.join(self._methods())}"
+            names = [name for name in self._methods() if name != value and methods.METHODS[name].module != "partial"]
+            runs = f"; accepted: {', '.join(names)}"
         return RefusedError(f"{field}: a config of {self.tool.called} {self.tool.version} has no setting for {value!r}{runs}")
 
     def _methods(self) -> list[str]:

@@ -184,6 +184,12 @@ def test_refused_by_the_name_of_the_option(tool: Any, model: str, options: dict[
         export(peftplan.estimate(model, **options), to=tool)
 
 
+@pytest.mark.parametrize("options", [{"method": "lisa"}, {"method": "partial", "trainable": "self_attn"}], ids=str)
+def test_no_method_is_accepted_that_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(PeftplanError, match=f"no setting for '{options['method']}'; accepted: lora, qlora, full$"):
+        export(peftplan.estimate("llama-3.1-8b", trainer="axolotl", **options), to="axolotl")
+
+
 def test_a_model_without_default_targets() -> None:
     """peft knows no targets for Command R: a script without target_modules fails on the way to one that has them."""
     text = export(peftplan.estimate("c4ai-command-r7b-12-2024", method="qlora"), to="trl-script").text
