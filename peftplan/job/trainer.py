@@ -194,7 +194,7 @@ class Trainer(NamedTuple):
     """Of scored tokens, how many distributions it compares at a time; None: those of all positions."""
     scores_values: bool = False
     """Whether its loss is made of a score of each row, which a value head over the last hidden states gives beside the logits
-    (trl 0.24, models/modeling_value_head.py)."""
+    (trl as LLaMA-Factory pins it, models/modeling_value_head.py)."""
     embeds: bool = False
     """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
     embeds_rows: bool = False
@@ -231,8 +231,8 @@ class Trainer(NamedTuple):
     """Of documents behind whose anchors the policy writes blocks, all side by side: the tokens of a block, and those before an
     anchor, and between two; 0 where it writes completions."""
     wide_reference: bool = False
-    """Whether the reference model is read anew in fp32, with sdpa, whatever the policy has (trl 1.9, trainer/utils.py,
-    `create_model_from_path`)."""
+    """Whether the reference model is read anew in fp32, with sdpa, whatever the policy has (trl as axolotl pins it,
+    trainer/utils.py, `create_model_from_path`)."""
     scores_documents: bool = False
     """Whether log-probabilities are made of the tokens of documents too, not of blocks alone."""
     wide_ends: bool = False

@@ -1,9 +1,9 @@
 """A value head over the last hidden states, beside the logits and their loss, and a loss of what it gives.
 
-b rows, the first half chosen; s tokens; v vocabulary; h hidden size. Source: trl 0.24, models/modeling_value_head.py
-(`AutoModelForCausalLMWithValueHead.forward`); llamafactory 0.9.5, train/rm/trainer.py (`PairwiseTrainer.compute_loss`). The
-model's own loss lives until the trainer's is made, and with it the log-probabilities of all tokens. Left out: a few numbers of
-each row.
+b rows, the first half chosen; s tokens; v vocabulary; h hidden size. Source: trl as LLaMA-Factory pins it,
+models/modeling_value_head.py (`AutoModelForCausalLMWithValueHead.forward`); llamafactory 0.9.5, train/rm/trainer.py
+(`PairwiseTrainer.compute_loss`). The model's own loss lives until the trainer's is made, and with it the log-probabilities of all
+tokens. Left out: a few numbers of each row.
 """
 
 from __future__ import annotations
