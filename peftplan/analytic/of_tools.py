@@ -50,7 +50,7 @@ def unlike_rehearsed(job: "Job") -> str | None:
     if divided and job.setup.by.gathers_when_called and not _is_dense(job):
         return f"a mixture of experts under ZeRO-3 by {job.setup.by.called}"
     if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
-        return "a loss of masked tokens but of full fine-tuning in bf16 on one GPU without checkpoints"
+        return "a loss of masked tokens, other than in full fine-tuning in bf16 on one GPU without checkpoints"
     return None
 
 

@@ -131,7 +131,8 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_teaches_beside, "a teacher that FSDP2 gathers beside the student: a rehearsal reserved 4 % more than the replay"),
     (
         _gathers_for_experts,
-        "LoRA or few layers, experts without an exchange of tokens: rehearsals reserved 3 to 8 % more than the replay",
+        "experts without an exchange of tokens, with LoRA or fewer than 8 layers: rehearsals reserved 3 to 8 % more than "
+        "the replay",
     ),
     (
         _trains_biases,
@@ -151,7 +152,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""
 
 
-OF_TURNS = "turns after answers of tools need most: rehearsals of short ones reserved up to 3.0 % more than the replay"
+OF_TURNS = "the turns after tools have answered need most: rehearsals of short ones reserved up to 3.0 % more than the replay"
 
 
 def unreserved(job: Job, phase: str) -> str | None:

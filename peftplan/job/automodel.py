@@ -295,7 +295,7 @@ def without_formula(job: Job) -> str | None:
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
             and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job) or knows_recorded(job))
         ),
-        "torch's RMSNorm but of all weights under FSDP2": TORCH_NORM in (setup.kernels or ())
+        "torch's RMSNorm, other than in full fine-tuning under FSDP2": TORCH_NORM in (setup.kernels or ())
         and (job.distributed is None or job.method_name != "full"),
         "another strategy than fsdp2": job.distributed is not None and job.distributed.strategy != "fsdp2",
     }

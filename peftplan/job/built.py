@@ -255,8 +255,8 @@ def _of_type(config: Mapping[str, object], model_type: str) -> dict[str, object]
 
 
 def with_value_head(architecture: Architecture, adaptation: Adaptation) -> tuple[Architecture, Adaptation]:
-    """Both with a value head in fp32, which trains beside what the method trains (of trl, as LLaMA-Factory
-    pins it: models/modeling_value_head.py)."""
+    """Both with a value head in fp32, which trains beside what the method trains (models/modeling_value_head.py of
+    the trl that LLaMA-Factory pins)."""
     assert architecture.hidden_size is not None
     head = linear(VALUE_HEAD, architecture.hidden_size, 1, bias=True)
     in_fp32 = (*architecture.keep_in_fp32_strict, rf"{VALUE_HEAD}\.")
