@@ -139,7 +139,13 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         setup = ranks.setup_on_rank(job)
     model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
-    of_step = timeline(seen, model.stacks, vocab=architecture.vocab_size, keeps_gradients=model.units.keeps_gradients)
+    of_step = timeline(
+        seen,
+        model.stacks,
+        vocab=architecture.vocab_size,
+        keeps_gradients=model.units.keeps_gradients,
+        outputs_outlive_step=job.script.outputs_outlive_step,
+    )
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
@@ -164,7 +170,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     if early:  # the optimizer is constructed after loading
         divides_after = job.quant is not None or (job.distributed is not None and job.distributed.strategy == "fsdp2")
         whole = states_made_twice(job, inventory.parameters, optimizer) if divides_after else Ledger(())
-        loading = max(loading + whole, Ledger(loaded + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
+        left = () if job.distributed is None else rank_loading.shards_left(load, Ledger(loaded))
+        loading = max(loading + whole, Ledger(loaded + left + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(
         architecture,
         of_step,

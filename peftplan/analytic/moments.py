@@ -50,12 +50,12 @@ class Moments:
             column.append(index.setdefault(size, len(index)))
             units.append(times)
         self.sizes = tuple(index)
-        steps = np.zeros((len(timeline.events), len(index)), dtype=np.int64)
-        for at, (kind, count) in enumerate(timeline.events):
+        steps = np.zeros((len(timeline.counted_events), len(index)), dtype=np.int64)
+        for at, (kind, count) in enumerate(timeline.counted_events):
             steps[at, column[kind]] += count * units[kind]
         levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
         self.by_phase: dict[str, Floats] = {}
-        makes = np.array([count >= 0 for _, count in timeline.events], dtype=bool)
+        makes = np.array([count >= 0 for _, count in timeline.counted_events], dtype=bool)
         for phase, start, end in timeline.counted:
             turns = np.append(makes[start:end], False) < np.append(
                 True, makes[start:end]

@@ -18,7 +18,7 @@ from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.lasting import TE_WORKSPACE
 from peftplan.memory.load import load_into
-from peftplan.memory.loaded import Loader, peak_of
+from peftplan.memory.loaded import Loader, left_by, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.reference_load import load_one_then
 from peftplan.memory.sharded import flat_units, grouped, tied
@@ -148,6 +148,13 @@ def first_run(load: Loader) -> Loader | None:
 def leaves_shards(load: Loader) -> bool:
     """Whether what loading does not free goes when the first forward has returned."""
     return isinstance(load, FlatUnits) and load.leaves_shards
+
+
+def shards_left(load: Loader, loaded: Ledger) -> tuple[Line, ...]:
+    """What loading leaves beside the tensors that last, until the first forward has returned; empty if nothing."""
+    left = left_by(load) - loaded.bytes() if leaves_shards(load) else 0
+    source = "torch, _use_sharded_views"
+    return (Line("shards before they are cast", "temporaries", "uint8", (left,), 1, source),) if left > 0 else ()
 
 
 def stepped_first(load: Loader) -> tuple[Line, ...]:

@@ -14,7 +14,7 @@ from peftplan.depth.copies import Layers
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import Script
 from peftplan.ledger import Line
-from peftplan.memory.timeline import Timeline
+from peftplan.memory.timeline import Timeline, outputs_kept
 
 _LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
 """The layer's place in a name: `{}` for all layers, or the number of the only layer that has the tensor."""
@@ -168,7 +168,7 @@ class Writer:
                 self._events += (events.MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # in two events, so that copied layers can free of these too
                     self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
-            elif at < outlives or timeline.kinds[kind].category == "temporaries":
+            elif at < outlives or not outputs_kept(timeline.kinds[kind], count):
                 self._alive[storage] = self._alive.get(storage, 0) + count
                 stack = self._stacked.get(storage, storage)
                 latest, since = self._latest.get(stack, (storage, 0))

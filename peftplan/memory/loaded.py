@@ -42,6 +42,13 @@ def peak_of(load: Loader) -> int:
     return level.peak
 
 
+def left_by(load: Loader) -> int:
+    """Bytes of the tensors that loading leaves."""
+    level = Level()
+    load(level)
+    return level.now
+
+
 class Level:
     """A memory that only counts."""
 

@@ -23,6 +23,12 @@ EMPTIED = "emptied"
 """The mark where a trainer gives cached segments back."""
 
 
+Event = tuple[int, int]
+"""A kind of tensor, and how many are made (or freed, below 0)."""
+Window = tuple[str, int, int]
+"""A phase: its first event, and the one after its last."""
+
+
 class Kind(NamedTuple):
     """What tells lines of activations apart."""
 
@@ -45,8 +51,8 @@ class Timeline(NamedTuple):
 
     kinds: tuple[Kind, ...]
     sources: tuple[str, ...]
-    events: tuple[tuple[int, int], ...]
-    windows: tuple[tuple[str, int, int], ...]
+    events: tuple[Event, ...]
+    windows: tuple[Window, ...]
     products: Mapping[tuple[str, str], int] = MappingProxyType({})
     """(library, thread) of each workspace that a matrix product takes → the event before which the first one takes it."""
     storages: tuple[int, ...] = ()
@@ -69,9 +75,12 @@ class Timeline(NamedTuple):
     moves: tuple[tuple[int, int], ...] = ()
     """By how much events change the level: a place in `sizes`, and a count."""
     move_of: tuple[int, ...] = ()
-    """Event → its place in `moves`."""
-    counted: tuple[tuple[str, int, int], ...] = ()
-    """The windows, and the end once more as the next step's forward, where gradients live until that begins."""
+    """Counted event → its place in `moves`."""
+    counted_events: tuple[Event, ...] = ()
+    """The events that peaks are counted from: all, and the outputs of the step before, where the caller keeps those until the
+    next forward has returned."""
+    counted: tuple[Window, ...] = ()
+    """Their windows, and the end once more as the next step's forward, where gradients live until that begins."""
     waves: Waves = Waves()
     """The events as few different waves, which peaks are added up from."""
     collected: frozenset[int] = frozenset()
@@ -99,12 +108,12 @@ class Timeline(NamedTuple):
         return [nbytes * prod([sizes[name] for name in names]) for nbytes, names in self.sizes]
 
     def lines(self, end: int, sizes: Mapping[str, int]) -> tuple[Line, ...]:
-        """What the first `end` events leave alive.
+        """What the first `end` of the counted events leave alive.
 
         A copied layer hands on one hidden state and takes another, whose categories can differ: they balance by name.
         """
         counts: dict[int, int] = {}
-        for kind, count in self.events[:end]:
+        for kind, count in self.counted_events[:end]:
             counts[kind] = counts.get(kind, 0) + count
         alive: dict[tuple[str, str, tuple[Dim, ...]], dict[Category, int]] = {}
         sources: dict[tuple[str, str, tuple[Dim, ...]], str] = {}
@@ -131,8 +140,11 @@ def _size(kind: Kind) -> tuple[int, tuple[str, ...]]:
     return ITEMSIZE[kind.dtype] * numbered, tuple(sorted(dim for dim in kind.dims if isinstance(dim, str)))
 
 
-def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gradients: bool = False) -> Timeline:
-    """The timeline of a tape whose marks bound the sections of `stacks`. `keeps_gradients`: as of `Units`."""
+def timeline(
+    tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gradients: bool = False, outputs_outlive_step: bool = False
+) -> Timeline:
+    """The timeline of a tape whose marks bound the sections of `stacks`. `keeps_gradients`: as of `Units`;
+    `outputs_outlive_step`: as of `Script`."""
     index: dict[Kind, int] = {}
     sources: list[str] = []
     kind_of = [0]
@@ -191,12 +203,14 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gr
             emptied.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    counted = (*windows, *((PHASES[0], len(events), len(events)),) * keeps_gradients)
+    outputs = _outputs(tuple(index), events, windows) if outputs_outlive_step else []
+    counted_events, counted = _after_outputs(outputs, events, windows)
+    counted += ((PHASES[0], len(counted_events), len(counted_events)),) * keeps_gradients
     products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}
     sizes: dict[tuple[int, tuple[str, ...]], int] = {}
     size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
     moves: dict[tuple[int, int], int] = {}
-    move_of = tuple(moves.setdefault((size_of[kind], count), len(moves)) for kind, count in events)
+    move_of = tuple(moves.setdefault((size_of[kind], count), len(moves)) for kind, count in counted_events)
     return Timeline(
         tuple(index),
         tuple(sources),
@@ -214,12 +228,36 @@ def timeline(tape: Tape, stacks: Iterable[Stack], *, vocab: int | None, keeps_gr
         size_of=size_of,
         moves=tuple(moves),
         move_of=move_of,
+        counted_events=tuple(counted_events),
         counted=counted,
         waves=waves_of(move_of, [count for _, count in moves], counted),
         collected=frozenset(tape.collected),
         streams=tape.streams,
         derived=tuple(sorted({name for _, names in sizes for name in names if isinstance(name, Derived)})),
     )
+
+
+def outputs_kept(kind: Kind, count: int) -> bool:
+    """Whether what a step frees after its backward is an output, which its caller may keep."""
+    return count < 0 and kind.category != "temporaries"
+
+
+def _outputs(kinds: Sequence[Kind], events: Sequence[Event], windows: Sequence[Window]) -> list[Event]:
+    """What is freed once the last backward has returned, as events that make it."""
+    return [(kind, -count) for kind, count in events[windows[-1][1] :] if outputs_kept(kinds[kind], count)]
+
+
+def _after_outputs(
+    outputs: list[Event], events: list[Event], windows: tuple[Window, ...]
+) -> tuple[list[Event], tuple[Window, ...]]:
+    """The events of a step that begins with the outputs of the one before and frees these where its forward has returned."""
+    if not outputs:
+        return events, windows
+    (forward, start, end), *later = windows
+    freed = [(kind, -count) for kind, count in outputs]
+    shift = 2 * len(outputs)
+    moved = ((phase, first + shift, last + shift) for phase, first, last in later)
+    return [*outputs, *events[:end], *freed, *events[end:]], ((forward, start + len(outputs), end + shift), *moved)
 
 
 PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLASLt"}
