@@ -93,13 +93,6 @@ def _permutes_from_host(job: Job) -> bool:
     return job.method_name == "boft" and divided and job.quant is None
 
 
-def _steps_after_checkpoints(job: Job) -> bool:
-    """Whether a recipe of torchtune on one GPU trains all weights over checkpoints and steps after backward."""
-    setup = job.setup
-    whole = setup.by.own_modules and job.method_name == "full" and job.distributed is None and job.reference == "none"
-    return whole and bool(setup.gradient_checkpointing) and not setup.optimizer_in_backward
-
-
 def _shares_completions(job: Job) -> bool:
     """Whether ms-swift's ranks share rows of completions, which they score before each step too."""
     return job.setup.by.shares_rows
@@ -142,10 +135,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_masks_ranks_by_sft, "AdaLoRA by SFTTrainer under ZeRO-3: a rehearsal of three layers reserved 6 % less than the replay"),
     (_permutes_from_host, "BOFT under ZeRO-3: a rehearsal of three layers reserved 13 % more than the replay"),
     (_shards_second_model, "FSDP2 shards a second model: rehearsals of torchtune reserved 3.6 % more than the replay"),
-    (
-        _steps_after_checkpoints,
-        "torchtune trains all weights over checkpoints: a rehearsal of Qwen2.5-0.5B reserved 5.4 % more than the replay",
-    ),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal reserved 10 % more than the replay"),
 )

@@ -17,13 +17,10 @@ from tools.rehearsed_jobs import RECIPES, compared, drifts, page, read
 
 ROOT = Path(__file__).parents[2]
 ROWS = read(Path(__file__).with_name("torchtune.jsonl"))
-MEDIAN = {"allocated": 0.001, "reserved": 0.1}
-MEDIAN_ON_RANKS = {"allocated": 0.001, "reserved": 1.0}
-LARGEST = {"allocated": 0.01, "reserved": 3.0}
+MEDIAN = {"allocated": 0.001, "reserved": 0.04}
+MEDIAN_ON_RANKS = {"allocated": 0.001, "reserved": 0.3}
+LARGEST = {"allocated": 0.01, "reserved": 2.4}
 """Per cent."""
-NOT_STATED = {"reserved": 1}
-"""Of how many jobs it is not known: full fine-tuning of Qwen2.5-0.5B over checkpoints reserves 5.4 % more than the replay."""
-
 Results = list[tuple[str, dict[str, object], dict[str, float] | None]]
 
 
@@ -35,12 +32,20 @@ def results() -> Results:
 @pytest.mark.parametrize("what", LARGEST)
 def test_formulas_hold_what_recipes_hold(what: str, results: Results) -> None:
     stated = [(str(row["job"]), drift[what]) for _, row, drift in results if drift is not None and what in drift]
-    assert len(stated) == len(ROWS) - NOT_STATED.get(what, 0)
+    assert len(stated) == len(ROWS)
     on_ranks = [drift for job, drift in stated if "--gpus" in job]
     alone = [drift for job, drift in stated if "--gpus" not in job]
     assert statistics.median(map(abs, alone)) <= MEDIAN[what]
     assert statistics.median(map(abs, on_ranks)) <= MEDIAN_ON_RANKS[what]
     assert max(abs(drift) for _, drift in stated) <= LARGEST[what]
+
+
+def test_an_rms_norm_keeps_its_fp32_input_until_it_returns(results: Results) -> None:
+    """`RMSNorm.forward` (modules/rms_norm.py): `x_fp32` is a name of it, so the cast lies above it. 5.4 % of reserved bytes."""
+    of_jobs = {str(row["job"]): drift for _, row, drift in results}
+    drift = of_jobs["qwen2.5-0.5b --trainer torchtune --method full --batch-size 2 --seq-len 1024 --gradient-checkpointing"]
+    assert drift is not None
+    assert drift["reserved"] == 0
 
 
 def test_loading_on_ranks_is_said_to_depend_on_the_checkpoint(results: Results) -> None:

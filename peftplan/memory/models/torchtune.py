@@ -91,7 +91,9 @@ def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
         product = ops.mul(f, rms_normed(f, wide), weight)
         del wide
         return f.to(product, x.dtype)
-    return ops.mul(f, f.to(rms_normed(f, f.to(x, "fp32")), x.dtype), weight)
+    wide = f.to(x, "fp32")  # stays alive until this returns
+    normed = f.to(rms_normed(f, wide), x.dtype)
+    return ops.mul(f, normed, weight)
 
 
 def rotated_pairs(f: Tape, x: Tensor) -> Tensor:
