@@ -1,13 +1,14 @@
 """Write what a compiled layer allocates, from two rehearsals of one program at different numbers of tokens.
 
-    python -m tools.compiled_layers FIRST.pickle ROWSxLENGTH SECOND.pickle ROWSxLENGTH
+    python -m tools.compiled_layers FIRST.pickle ROWSxLENGTH SECOND.pickle ROWSxLENGTH [14,14,8,14 15,15,8,15]
 
 The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
 have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a multiple is per such token,
 one in that of a mask of all pairs of tokens is per pair, a smaller one is taken as constant and said so, and any other is an
-error. Choose batches in which these ratios differ. Prints the events of a layer in the last step's first micro batch, whose sizes
-are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add model, rank, modules and source
-by hand, and put the record into `data/compiled_layers.json`.
+error. Choose batches in which these ratios differ. The last arguments say how many allocations the forward of each layer makes in
+each rehearsal, where layers are of several kinds and run in several graphs. Prints the events of a layer in the last step's first
+micro batch, whose sizes are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add model,
+rank, modules and source by hand, and put the record into `data/compiled_layers.json`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ DOCUMENTS = "_block_varlen_prepare"
 WORKSPACE_BYTES = 8_519_680
 """cuBLAS takes it within the first layer, on the A100 of the rehearsals."""
 FLUSHED_BYTES = 256 * 2**20
-FLUSHED, CLONED = "benchmark_gpu", "maybe_clone_args"
-BLOCK = 128
+FLUSHED, CLONED = ("benchmark_gpu", "get_empty_cache_for_benchmark"), "maybe_clone_args"
+"""Who times kernels: inductor and triton; and who copies what a kernel writes over."""
+BLOCK, CHUNK = 128, 256
 MULTIPLES = 32, BLOCK
 """Inductor sums gradients of norms by 32 tokens; flash attention's backward allocates for tokens up to a multiple of 128, of each
-row where rows stay apart (`r%128`)."""
+row where rows stay apart (`r%128`), and Mamba 2 for whole chunks of each row (`r%256`)."""
 ALIGNED = 8
 """torch pads the last dim of a mask to the next multiple, of aligned ones too (`pad_last_dim`)."""
 MOST_PARTIAL = 4 * 2**20
@@ -63,7 +65,7 @@ def events_of(snapshot: Path) -> list[Event]:
     events: list[Event] = []
     for number, entry in enumerate(pickle.loads(snapshot.read_bytes())["device_traces"][0]):
         if entry["action"] == "alloc":
-            tunes = any(frame["name"] in (FLUSHED, CLONED) for frame in entry["frames"])
+            tunes = any(frame["name"] in (*FLUSHED, CLONED) for frame in entry["frames"])
             graph, line = _line(entry["frames"])
             allocated[entry["addr"]] = Event(number, entry["size"], _place(entry["frames"]), tunes, line=line, graph=graph)
             events.append(allocated[entry["addr"]])
@@ -102,24 +104,28 @@ class Layer(NamedTuple):
     training: list[Event]
 
 
-def layers_of(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
-    """The layers of the last step's first micro batch, in forward order: later ones add to gradients that are there already."""
+def layers_of(runs: Sequence[tuple[str, list[Event]]], each: Sequence[int] = ()) -> list[Layer]:
+    """The layers of the last step's first micro batch, in forward order: later ones add to gradients that are there already.
+
+    `each`: the allocations of each layer's forward, where they are said.
+    """
     begins: list[int] = []
     trained = True
     for index, (place, _) in enumerate(runs):
         if place == FORWARD and trained:
             begins.append(index)
         trained = place == RECOMPUTED or (trained and place != FORWARD)
-    batches = [_of_batch(runs[begin:end]) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    batches = [_of_batch(runs[begin:end], each) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
     batches = [batch for batch in batches if batch]
     return max(reversed(batches[1:] or batches), key=lambda layers: sum(_left(layer.training) for layer in layers))
 
 
-def _of_batch(runs: Sequence[tuple[str, list[Event]]]) -> list[Layer]:
+def _of_batch(runs: Sequence[tuple[str, list[Event]]], each: Sequence[int]) -> list[Layer]:
     """The layers of a micro batch; none of one that tries layers, or times kernels."""
     trained = [part for place, part in runs if place == RECOMPUTED]
     forward = [event for place, part in runs if place == FORWARD for event in part]
-    parts = list(_parts(forward, max(sum(not event.ends for event in forward) // max(len(trained), 1), 1)))
+    alike = max(sum(not event.ends for event in forward) // max(len(trained), 1), 1)
+    parts = list(_parts_of(forward, each) if each else _parts(forward, alike))
     return [] if len(parts) != len(trained) else [Layer(*both) for both in zip(parts, reversed(trained), strict=True)]
 
 
@@ -158,6 +164,20 @@ def _parts(forward: Sequence[Event], each: int) -> Iterator[list[Event]]:
     yield part
 
 
+def _parts_of(forward: Sequence[Event], each: Sequence[int]) -> Iterator[list[Event]]:
+    """Layers of so many allocations each."""
+    part: list[Event] = []
+    left = list(each)
+    for event in forward:
+        if not event.ends and not event.tunes and left and not left[0]:
+            yield part
+            part, left = [], left[1:]
+        part.append(event)
+        if not event.ends and not event.tunes and left:
+            left[0] -= 1
+    yield part
+
+
 class Batch(NamedTuple):
     """Rows of so many tokens."""
 
@@ -169,7 +189,7 @@ class Batch(NamedTuple):
         """What stands behind a size → by how many tokens it is multiplied."""
         tokens = self.rows * self.length
         rounded = {f"t%{multiple}": -(-tokens // multiple) * multiple for multiple in MULTIPLES}
-        by_row = {f"r%{BLOCK}": self.rows * -(-self.length // BLOCK) * BLOCK}
+        by_row = {f"r%{multiple}": self.rows * -(-self.length // multiple) * multiple for multiple in (BLOCK, CHUNK)}
         second, of_row = ((n // ALIGNED + 1) * ALIGNED for n in (tokens, self.length))
         return {"t": tokens, **rounded, **by_row, "q": tokens * second, "m": tokens * of_row, "p": tokens * self.length}
 
@@ -270,10 +290,12 @@ def tuned(part: Sequence[Event], most: int, tokens: int) -> list[int | str]:
     return [f"{own}:{copied // tokens}t" if copied else own for own, copied in places.items()]
 
 
-def record_of(runs: Sequence[Sequence[tuple[str, list[Event]]]], batches: tuple[Batch, Batch]) -> dict[str, object]:
+def record_of(
+    runs: Sequence[Sequence[tuple[str, list[Event]]]], batches: tuple[Batch, Batch], each: Sequence[Sequence[int]] = ((), ())
+) -> dict[str, object]:
     """What all layers do, and the first one if it does something else. The gradient of the input outlives a layer's backward, but
     for that of the first one, which ends behind the output; the checkpoint frees the output last."""
-    layers = list(zip(*(layers_of(of) for of in runs), strict=True))
+    layers = list(zip(*map(layers_of, runs, each), strict=True))
     own = [(_forward_of(a, b, batches), *_training_of(a, b, batches)) for a, b in layers]
     most = Counter(own[1:]).most_common(1)[0][0]
     forward, training, output = most
@@ -328,10 +350,11 @@ def _allocated(words: str) -> list[str]:
 
 def main() -> None:
     """Print the record."""
-    files, sizes = sys.argv[1::2], sys.argv[2::2]
+    files, sizes = sys.argv[1:5:2], sys.argv[2:5:2]
+    each = [list(map(int, numbers.split(","))) for numbers in sys.argv[5:]] or [[], []]
     first, second = (Batch(*map(int, size.split("x"))) for size in sizes)
     runs = [list(_runs(events_of(Path(file)))) for file in files]
-    print(json.dumps(record_of(runs, (first, second)), indent=1))
+    print(json.dumps(record_of(runs, (first, second), each), indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import between_chunks
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.automodel import builds, has_own_code, knows_recorded
+from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
 
 if TYPE_CHECKING:
@@ -17,8 +18,13 @@ PLAIN_TRAINERS = ("plain", "transformers", "trl")
 
 
 def check_mixer(job: Job) -> None:
-    """Raise NeedsTraceError where Mamba 2 runs as torch's operations, NoEngineError where its kernel was not rehearsed."""
+    """Raise NeedsTraceError where Mamba 2 runs as torch's operations, NoEngineError where its kernel was not rehearsed.
+
+    Recorded layers have it among their events.
+    """
     setup, architecture = job.setup, job.architecture
+    if recorded(job) is not None:
+        return
     if kernels_of(setup.kernels or ()).scan is None:
         _check_recorded(job)
         return

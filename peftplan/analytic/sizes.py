@@ -8,7 +8,7 @@ from peftplan.arrays import Fact, Size
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
-MULTIPLES = (8, 16, 32, 64, 128)
+MULTIPLES = (8, 16, 32, 64, 128, 256)
 """Multiples to which kernels round the sequence length up."""
 TABLE_MULTIPLE = 8192
 """Multiple to which Unsloth rounds the rows of rotary tables up (`_round_rope_size`)."""

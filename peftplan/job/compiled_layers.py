@@ -24,7 +24,7 @@ from peftplan.job.kernels import kernels_of
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-NOT_RECORDED = ("lora_dropout", "use_dora", "lora_bias", "rank_pattern", "freeze_a", "freeze_adapter")
+NOT_RECORDED = ("use_dora", "lora_bias", "rank_pattern", "freeze_a", "freeze_adapter")
 """Options of LoRA with which no step was recorded."""
 OUTSIDE = {"embed_tokens", "lm_head"}
 """What may train beside recorded layers (`modules_to_save`)."""
@@ -63,7 +63,7 @@ class Recorded(NamedTuple):
     (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
     that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
     it is not all. `of_pairs`: the rows are one column of pairs of texts. Not `checkpointed`: a layer's input stays until its
-    backward is done.
+    backward is done. `dropout`: adapters have one.
     """
 
     model: str
@@ -86,6 +86,7 @@ class Recorded(NamedTuple):
     adapted: Mapping[str, int] = MappingProxyType({})
     of_pairs: bool = False
     checkpointed: bool = True
+    dropout: bool = False
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
@@ -96,7 +97,8 @@ class Recorded(NamedTuple):
     def of(self) -> tuple[object, ...]:
         """What a job must have for the record to hold."""
         adapted = self.r, set(self.modules)
-        return (self.model, self.scheme, self.rows, *adapted, self.stored, self.generates, self.of_pairs, self.checkpointed)
+        by = self.generates, self.of_pairs, self.checkpointed, self.dropout
+        return (self.model, self.scheme, self.rows, *adapted, self.stored, *by)
 
     def of_layer(self, number: int) -> Events:
         """What a layer does, by its place."""
@@ -121,7 +123,7 @@ def recorded(job: "Job") -> "Recorded | None":
     if not OUTSIDE.issuperset(getattr(config, "modules_to_save", None) or ()):
         return None
     checkpointed = bool(setup.gradient_checkpointing and setup.use_reentrant)
-    kept = setup.by.embeds and not setup.gradient_checkpointing
+    kept = not setup.gradient_checkpointing
     if not (kept or checkpointed) or setup.padding or setup.dtype != "bf16":
         return None
     modules: set[str] = set()
@@ -138,8 +140,8 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    by = setup.by
-    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, by.generates, by.embeds, checkpointed)
+    by = setup.by.generates, setup.by.embeds, checkpointed, bool(getattr(config, "lora_dropout", 0))
+    wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, *by)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
     if row is not None and row.rows and MASK in row.training and setup.batch_size > 1:

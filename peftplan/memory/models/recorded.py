@@ -23,11 +23,13 @@ from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
+CHUNK = 256
+"""Tokens of a chunk of Mamba 2, of which a row has whole ones."""
 TOKENS: dict[str, Dims] = {
     "": (),
     "t": ("b", "s"),
     **{f"t%{multiple}": (f"b·s%{multiple}",) for multiple in (32, FLASH_BLOCK)},
-    f"r%{FLASH_BLOCK}": ("b", f"s%{FLASH_BLOCK}"),
+    **{f"r%{multiple}": ("b", f"s%{multiple}") for multiple in (FLASH_BLOCK, CHUNK)},
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
     "p": ("b", "s", "s"),
     "m": ("b", "s", f"s>{MASK_MULTIPLE}"),
