@@ -2,13 +2,13 @@
 
     python -m tools.compiled_layers FIRST.pickle ROWSxLENGTH SECOND.pickle ROWSxLENGTH [14,14,8,14 15,15,8,15]
 
-The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints. A size that both
-have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a multiple is per such token,
-one in that of a mask of all pairs of tokens is per pair, a smaller one is taken as constant and said so, and any other is an
-error. Choose batches in which these ratios differ. The last arguments say how many allocations the forward of each layer makes in
-each rehearsal, where layers are of several kinds and run in several graphs. Prints the events of a layer in the last step's first
-micro batch, whose sizes are given, as `peftplan.job.compiled_layers` reads them; all layers must have the same ones. Add model,
-rank, modules and source by hand, and put the record into `data/compiled_layers.json`.
+The snapshots are those of `peftplan rehearse --snapshot`; the program is Unsloth's, with reentrant checkpoints, its own or those
+of torch. A size that both have is constant, one in the ratio of the tokens is per token, one in the ratio of the tokens up to a
+multiple is per such token, one in that of a mask of all pairs of tokens is per pair, a smaller one is taken as constant and said
+so, and any other is an error. Choose batches in which these ratios differ. The last arguments say how many allocations the
+forward of each layer makes in each rehearsal, where layers are of several kinds and run in several graphs. Prints the events of a
+layer in the last step's first micro batch, whose sizes are given, as `peftplan.job.compiled_layers` reads them; all layers must
+have the same ones. Add model, rank, modules and source by hand, and put the record into `data/compiled_layers.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CHECKPOINTS, LAYER = "unsloth_zoo/gradient_checkpointing.py", "gpt_oss/modeling_gpt_oss.py"
+CHECKPOINTS = "unsloth_zoo/gradient_checkpointing.py", "torch/utils/checkpoint.py"
+LAYER = "gpt_oss/modeling_gpt_oss.py"
 BLOCKS = "_block_compile.py", LAYER
 """Where layers run: whole, or line by line of their own `forward`, of which torch compiles parts."""
 GRAPH, INDUCTOR = "call", "torchinductor"

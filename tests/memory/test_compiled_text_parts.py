@@ -234,3 +234,28 @@ def test_adapters_of_a_mixture_as_unsloth_counts_them() -> None:
     """`Trainable parameters = 9,551,872` of three layers, of which the first is dense; the line of the run above."""
     config = {**copy.deepcopy(load_config("glm-4.7-flash")), "num_hidden_layers": 3}
     assert estimate(config, **GLM).trainable_parameters == 9_551_872
+
+
+QWEN_MOE = {
+    **TRAINING, "kernels": "unsloth-compiled", "offload_checkpoints": False, "gradient_accumulation_steps": 1, "r": 32,
+    "target_modules": "q_proj,k_proj,v_proj,o_proj", "target_parameters": GLM["target_parameters"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "by_phase", "before"),
+    [
+        (2048, (5_847_478_272, 6_201_481_216, 5_806_140_416), 0),
+        (1500, (6_597_343_744, 6_244_530_176, 5_969_296_896), 163_140_608),
+    ],
+)
+def test_experts_in_groups_between_checkpoints_of_torch(
+    seq_len: int, by_phase: tuple[int, ...], before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three layers of Qwen3 30B A3B by FastLanguageModel, one row; transformers 5.3.0 and trl 0.22.2. A second trainer ran the
+    shorter row, beside the states of the first one's optimizer (80,314,368 parameters). Reserved bytes are those of the first."""
+    peaks = estimate(with_layers("qwen3-30b-a3b", 3, monkeypatch), **QWEN_MOE, batch_size=1, seq_len=seq_len).peaks
+    assert peaks is not None
+    expected = [ran - before for ran in by_phase]
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(expected, rel=0.00002)
+    assert before or peaks.reserved == pytest.approx(6_276_775_936, rel=0.014)

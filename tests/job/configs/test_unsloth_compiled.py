@@ -132,3 +132,31 @@ def test_other_classifiers_have_no_record(written: str, instead: str) -> None:
     plan = read_text(CLASSIFIER.replace(written, instead), file="a.py")
     result = peftplan.estimate(config=plan) if plan.options["trainer"] == "transformers" else None
     assert result is None or result.peaks is None or result.bound is not None
+
+
+MIXTURE = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained(
+    "unsloth/Qwen3-30B-A3B-Instruct-2507", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=32, use_gradient_checkpointing=True, target_modules=["q_proj", "k_proj",
+    "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"])
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=50)).train()
+"""
+
+
+def test_a_mixture_by_its_own_class_has_a_record() -> None:
+    """1,285,029,888 trainable parameters, as the notebook's output says."""
+    plan = read_text(MIXTURE, file="a.py")
+    assert not plan.unsupported
+    result = peftplan.estimate(config=plan)
+    assert (result.trainable_parameters, result.bound) == (1_285_029_888, None)
+    assert result.peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [("load_in_4bit=False", "load_in_4bit=True"), ("r=32", "r=16"), ("max_steps=50", "packing=True")],
+)
+def test_other_jobs_of_the_mixture_have_no_record(written: str, instead: str) -> None:
+    result = peftplan.estimate(config=read_text(MIXTURE.replace(written, instead), file="a.py"))
+    assert result.peaks is None or result.bound is not None
