@@ -31,7 +31,8 @@ JOBS = {
     "An encoder": "bert-base-uncased --batch-size 32 --gpu t4",
     "A mixture of experts": "mixtral-8x7b --method qlora --gpu h100-80gb",
     "A size instead of a card": "qwen3-8b --seq-len 8192 --gpu 24GiB",
-    "A vision-language model, whose peak only a trace knows": "qwen2.5-vl-7b-instruct --gpu l4",
+    "A vision-language model of samples without images": "qwen2.5-vl-7b-instruct --gpu l4",
+    "A model whose peak only a trace knows": "llama-3.2-11b-vision --gpu l4",
 }
 
 
