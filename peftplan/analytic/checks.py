@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import peftplan.methods as methods
 from peftplan.analytic.mixers import check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
+from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
@@ -149,6 +150,9 @@ def _check_text_part(job: Job) -> None:
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
     if job.distributed is not None and not _knows_shared(job, job.distributed):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    if divided and job.setup.by.shows_picture and architecture.model_type not in SHOWN_PICTURES:
+        raise NoRankFormulaError(f"a tower that {job.setup.by.called} shows a picture, of model type {architecture.model_type}")
     known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)
     if job.setup.by.of_preferences and (known is None or not architecture.model_type.startswith(known)):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")

@@ -13,7 +13,7 @@ from peftplan.job.kernels import kernels_of
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-PLAIN_TRAINERS = ("plain", "transformers", "trl")
+PLAIN_TRAINERS = ("plain", "transformers", "trl", "swift-text-part")
 """Trainers whose steps with a recorded mixer were compared."""
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from peftplan.storage.fused_products import Chip
 
 
+SHOWN_PICTURES = ("qwen2_vl", "qwen2_5_vl")
+"""Models that ms-swift embeds the tokens of before it calls them (template/templates/qwen.py, `Qwen2VLTemplate._post_encode`)."""
 OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 """Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""
 
@@ -96,6 +98,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         older_liger=setup.by.pins_liger,
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
+        shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,
         embeds_rows=setup.by.embeds_rows,
         without_loss=not setup.by.adds_own_loss
         and (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import builds, has_own_code, knows_tower
@@ -101,6 +102,8 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.own_modules and strategy == "fsdp2":
         return (*SHOWN_METHODS, "dora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
+    if by.shows_picture and by.sums_rows and strategy == "zero3" and job.architecture.model_type in SHOWN_PICTURES:
+        with_tower = ("partial",)  # of a text part: tests/rehearse/swift.jsonl
     if not knows_methods(job):
         return (*SHOWN_METHODS, *with_tower)
     known = (*SHOWN_METHODS, *with_tower, *traced_methods(job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from peftplan.arch.text_part import has_towers
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import MASKED
 
@@ -108,6 +109,12 @@ def _scores_documents(job: Job) -> bool:
     return job.setup.by.scores_documents
 
 
+def _copies_text_part(job: Job) -> bool:
+    """Whether ms-swift's DPO trains the text part of a vision-language model in full beside a second model under ZeRO-3."""
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    return divided and job.setup.by.shows_picture and job.reference == "copy" and has_towers(job.architecture)
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 8 % less than the replay"),
@@ -136,6 +143,10 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_permutes_from_host, "BOFT under ZeRO-3: a rehearsal of three layers reserved 13 % more than the replay"),
     (_shards_second_model, "FSDP2 shards a second model: rehearsals of torchtune reserved 3.6 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
+    (
+        _copies_text_part,
+        "a second vision-language model under ZeRO-3: a rehearsal reserved 3.7 % more than the replay",
+    ),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""

@@ -134,6 +134,7 @@ IN_SWIFT = Trainer(
     token_outputs=(),
     reentrant=True,
     search="all",
+    shows_picture=True,
 )
 
 

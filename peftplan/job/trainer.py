@@ -41,6 +41,7 @@ TrainerName = Literal[
     "axolotl-ebft-strided",
     "axolotl-ebft-strided-scored",
     "axolotl-ebft-strided-full",
+    "swift-text-part",
     "swift-dpo",
     "swift-dpo-packed",
     "swift-kto",
@@ -219,6 +220,9 @@ class Trainer(NamedTuple):
     """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
     their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
     DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`)."""
+    shows_picture: bool = False
+    """Whether beside rows without a picture the tower of a vision-language model is shown a black one of 32 x 32 pixels, of whose
+    features nought is added to the embedded tokens (ms-swift 4.6.0, template/base.py:2450)."""
     shares_rows: bool = False
     """Whether ranks share a row of all completions without padding, of which each scores the logits of all its own tokens."""
     scores_entropies: bool = False

@@ -145,6 +145,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
             pins_accelerate=True,
             search="full",
         ),
+        # The text part of a vision-language model, whose tower it shows a picture (template/base.py:2450).
+        Trainer(
+            "swift-text-part",
+            "Seq2SeqTrainer of ms-swift 4.6 over rows without pictures",
+            search="all",
+            traced_on_ranks=True,
+            shows_picture=True,
+        ),
         SWIFT_DPO,
         # Rows of pairs without padding, one behind the other (`padding_free`, `packing`): `batch_size` is that of such rows.
         SWIFT_DPO._replace(name="swift-dpo-packed", called="DPOTrainer of ms-swift 4.6 without padding", rows=1),

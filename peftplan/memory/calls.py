@@ -31,7 +31,10 @@ def _words(model: Model) -> Tensor:
     x = model.asking_gradient(model.embedding(model.arch.input_embedding, ("b", "s")))
     if model.running.noisy_embeddings:
         x = ops.add(model.tape, x, model.tape.new(x.dims, x.dtype, "noise"))
-    return model.units.leave(EMBEDDING, x)
+    x = model.units.leave(EMBEDDING, x)
+    if model.running.shows_picture:  # the mean of its features, times nought
+        x = ops.add(model.tape, x, model.tape.new((1,), x.dtype, "mul"))
+    return x
 
 
 def into_cache(model: Model, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

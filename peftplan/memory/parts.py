@@ -77,6 +77,8 @@ class Running(NamedTuple):
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()
     """What the chunked head gives for each token besides its log-probability."""
+    shows_picture: bool = False
+    """Whether a frozen tower is shown a small picture before the layers run (`Trainer.shows_picture`)."""
     embeds_rows: bool = False
     """Whether embeddings of texts that share one row are made of the hidden states, in place of logits."""
     without_loss: bool = False

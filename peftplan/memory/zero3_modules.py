@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 from peftplan.arch.modules import Architecture
+from peftplan.arch.text_part import is_in_text_part
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, gathers_ahead, limits, persistence
@@ -259,7 +260,20 @@ class Gathering(Stage):
         for module in reversed(self._parts(name)):
             self.coordinator.release(module)
             x = hooked(self.f, x, self.pre_backward, module)
+        if name == EMBEDDING and self.model.running.shows_picture:
+            self._show_picture()
         return x
+
+    def _show_picture(self) -> None:
+        """A frozen tower runs, module by module, whose own activations are left out: a few patches."""
+        modules: dict[str, list[Sharded]] = {}
+        for (family, number), p in self.sharded.items():
+            if not is_in_text_part(self.model.arch, family):
+                modules.setdefault(family.format(number).rpartition(".")[0], []).append(p)
+        for name, parameters in modules.items():
+            module = Module(name, tuple(parameters))
+            self.pre_forward(module)
+            self.coordinator.release(module)
 
     def _parts(self, name: str) -> list[Module]:
         """The modules that a part consists of, the outermost first."""
