@@ -47,6 +47,7 @@ WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attenti
 WITH_UNSLOTH = "import unsloth; "
 """As `swift/cli/sft.py` does, before anything of ms-swift."""
 OF_TEXTS = "from tools.programs.ms_swift import known_texts; known_texts({max_length}); "
+OF_PAIRS = "from tools.programs.ms_swift import known_lengths; known_lengths({max_length}); "
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
 WITH_SERVER = "from tools.programs.ms_swift import sent_elsewhere; sent_elsewhere({mode!r}, {sleep_level}); "
 PROGRAMS = {
@@ -138,6 +139,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             + with_flash
             + with_server
             + of_gkd
+            + (OF_PAIRS.format(**row["values"]) if kind == "dpo" and row["values"].get("padding_free") else "")
             + (OF_TEXTS.format(**row["values"]) if row["values"].get("task_type") == "embedding" else "")
             + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
         )

@@ -30,6 +30,7 @@ REHEARSED = {
     "axolotl-grpo": Rehearsed("full"),
     "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
     "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm="colocate", one_row=True),
+    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm="colocate", one_row=True),
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm="server"),
 }
 """Trainer → what was rehearsed of it."""

@@ -109,10 +109,11 @@ def _scores_documents(job: Job) -> bool:
     return job.setup.by.scores_documents
 
 
-def _copies_text_part(job: Job) -> bool:
-    """Whether ms-swift's DPO trains the text part of a vision-language model in full beside a second model under ZeRO-3."""
+def _gathers_tower(job: Job) -> bool:
+    """Whether ZeRO-3 gathers the tower that ms-swift shows a picture, for an adapter or beside a second model."""
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
-    return divided and job.setup.by.shows_picture and job.reference == "copy" and has_towers(job.architecture)
+    tower = divided and job.setup.by.shows_picture and has_towers(job.architecture)
+    return tower and (job.reference == "copy" or job.method_name == "lora")
 
 
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
@@ -144,8 +145,9 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_shards_second_model, "FSDP2 shards a second model: rehearsals of torchtune reserved 3.6 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
     (
-        _copies_text_part,
-        "a second vision-language model under ZeRO-3: a rehearsal reserved 3.7 % more than the replay",
+        _gathers_tower,
+        "a tower that ms-swift shows a picture under ZeRO-3, with LoRA or a second model: rehearsals reserved 18 % less and 4 % "
+        "more than the replay",
     ),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal reserved 10 % more than the replay"),
 )
@@ -155,6 +157,9 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
 OF_TURNS = "the turns after tools have answered need most: rehearsals of short ones reserved up to 3.0 % more than the replay"
 
 
+OF_GROUPS = "weights that reach vLLM in groups: a rehearsal reserved 5 % less than the replay"
+
+
 def unreserved(job: Job, phase: str) -> str | None:
     """Why a job's reserved bytes are not stated; None where they are. `phase`: where its peak lies.
 
@@ -162,4 +167,6 @@ def unreserved(job: Job, phase: str) -> str | None:
     """
     if phase == "generate" and job.setup.tool_turns:
         return OF_TURNS
+    if job.setup.move_model_batches is not None:
+        return OF_GROUPS
     return next((why for matches, why in UNKNOWN if matches(job)), None)

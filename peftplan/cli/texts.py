@@ -123,6 +123,7 @@ PREFERENCES: dict[str, str] = {
     "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
     "--vllm-gpu-memory-utilization": "share of the card for vLLM; default: 0.3",
     "--vllm-enable-sleep-mode/--no-vllm-enable-sleep-mode": "vLLM releases its memory while the policy trains",
+    "--move-model-batches": "groups of layers in which ms-swift gathers weights for vLLM; default: all at once",
 }
 GPUS: dict[str, str] = {
     "--gpus": "GPUs per node; --gpu 8xCARD sets it too",
@@ -234,6 +235,7 @@ METAVARS: dict[str, str] = {
     **dict.fromkeys(("--max-prompt-length", "--num-generations", "--steps-per-generation"), "INT"),
     "--vllm-mode": "[colocate|server]",
     "--vllm-gpu-memory-utilization": "FLOAT",
+    "--move-model-batches": "INTEGER",
     "--loss-type": "NAME",
     "--teacher-model": "MODEL",
     "--reward-model": "MODEL",

@@ -68,6 +68,7 @@ class GridOptions(OtherWords, total=False):
     vllm_mode: Axis[Literal["colocate", "server"] | None]
     vllm_gpu_memory_utilization: Axis[float | None]
     vllm_enable_sleep_mode: Axis[bool | None]
+    move_model_batches: Axis[int | None]
     padding: Axis[bool]
     keep_outputs: Axis[bool | None]
     keep_gradients: Axis[bool]

@@ -73,6 +73,7 @@ class SetupOptions(TypedDict, total=False):
     vllm_mode: Literal["colocate", "server"] | None
     vllm_gpu_memory_utilization: float | None
     vllm_enable_sleep_mode: bool | None
+    move_model_batches: int | None
     padding: bool
     keep_outputs: bool | None
     keep_gradients: bool

@@ -101,6 +101,8 @@ class Setup(BaseModel):
     vllm_mode: Literal["colocate", "server"] | None = None
     vllm_gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None
     vllm_enable_sleep_mode: bool | None = None
+    move_model_batches: Count | None = None
+    """Groups of layers in which weights reach vLLM; None: all at once."""
 
     @property
     def by(self) -> Trainer:

@@ -24,7 +24,7 @@ CALLED = {CAUSAL: "causal language models", "SEQ_CLS": "classes that score a seq
 OF_TOKENS = ("seq_len", "padding", "use_cache")
 """Options that a vision model ignores, since its tokens are patches."""
 
-OF_VLLM = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
+OF_VLLM = ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode", "move_model_batches")
 """Options that only `use_vllm` reads."""
 
 WITHOUT_LABELS = (CAUSAL, "SEQ_2_SEQ_LM", "MASKED_LM", BARE)

@@ -51,6 +51,7 @@ TrainerName = Literal[
     "swift-cpo",
     "swift-grpo",
     "swift-grpo-reloading",
+    "swift-grpo-unhosted",
     "swift-grpo-entropies",
     "swift-grpo-taught",
     "swift-grpo-shared-rows",

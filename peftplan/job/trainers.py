@@ -200,6 +200,16 @@ TRAINERS: dict[TrainerName, Trainer] = {
         SWIFT_GRPO._replace(
             name="swift-grpo-reloading", called=f"{SWIFT_GRPO.called} whose weights wait on the host", reloads_weights=True
         ),
+        # `deepspeed zero3_offload` with `offload_model`: rotary tables go to the host and back, and take weights along
+        # (rlhf_trainers/rollout_mixin.py:1454, :1475).
+        SWIFT_GRPO._replace(
+            name="swift-grpo-unhosted",
+            called=f"{SWIFT_GRPO.called} whose weights leave the host",
+            under_ddp=(),
+            under_zero2=(),
+            under_zero3=("adapter_off",),
+            options=SWIFT_GRPO.options | {"move_model_batches"},
+        ),
         # `sequence_parallel_size`, with weights that wait on the host (rlhf_trainers/grpo_trainer.py:1468).
         SWIFT_GRPO._replace(
             name="swift-grpo-shared-rows",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.configs.with_file import of_releases
 from tools.rehearsed_jobs import read
 from tools.rehearsed_swift import options, plan
 
@@ -33,16 +34,21 @@ OF_TOKENS = {"allocated": 0.001, "reserved": 0.2}
 """Of the loss of each token, also under ZeRO-2, where the 16-bit logits stay."""
 SHARED_BY_GRPO = {"allocated": 0.03}
 """Of completions in rows that several ranks share: reserved bytes are not stated."""
+IN_GROUPS = {"allocated": 0.1}
+"""Of weights that reach vLLM in groups: reserved bytes are not stated."""
 OF_TEXTS = {"allocated": 0.08, "reserved": 2.1}
 """Of embeddings of texts that share a row."""
-OF_TEXT_PARTS = {"allocated": 0.03, "reserved": 0.3}
-"""Of the text parts of vision-language models; with a second model reserved bytes are not stated."""
+OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
+"""Of the text parts of vision-language models; under ZeRO-3 reserved bytes of LoRA and beside a second model are not stated."""
+OF_TEXT_PART_PHASES = 0.5
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[" ".join(f"{key}={value}" for key, value in row["values"].items()) for row in ROWS])
 def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     assert not plan(row).unsupported
-    peaks = peftplan.estimate(**options(row)).peaks
+    chosen = options(row)
+    releases = of_releases("swift", chosen) if row["values"].get("template") == "qwen2_5_vl" else {}
+    peaks = peftplan.estimate(**chosen, script=peftplan.Script(**releases)).peaks
     assert peaks is not None
     limits = COPIED if row["values"].get("tuner_type") == "llamapro" else LARGEST[row.get("program", "swift sft")]
     limits = SENT if row["values"].get("vllm_mode") == "server" else limits
@@ -54,11 +60,12 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = OF_TOKENS if row["values"].get("enable_dft_loss") else limits
     limits = SHARED_BY_GRPO if row["values"].get("sequence_parallel_size") and row["values"].get("rlhf_type") else limits
+    limits = IN_GROUPS if row["values"].get("move_model_batches") else limits
     limits = OF_TEXTS if row["values"].get("task_type") == "embedding" else limits
     if peaks.assumed.get("images_per_sample") == 0:
         limits = {what: OF_TEXT_PARTS[what] for what in OF_TEXT_PARTS if what == "allocated" or peaks.reserved is not None}
         of_phase = {phase: 100 * (peaks.by_phase[phase] / nbytes - 1) for phase, nbytes in row["by_phase"].items()}
-        assert {phase: number for phase, number in of_phase.items() if abs(number) > OF_TEXT_PARTS["allocated"]} == {}
+        assert {phase: number for phase, number in of_phase.items() if abs(number) > OF_TEXT_PART_PHASES} == {}
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
 
@@ -133,3 +140,13 @@ def test_a_teacher_is_whole_before_it_is_divided() -> None:
     small = peftplan.estimate(**options(row) | {"teacher_model": "qwen3-0.6b"})
     assert small.peaks is None
     assert any("while it scores" in str(what) for what in small.not_modelled)
+
+
+def test_two_groups_of_weights_are_whole_at_once() -> None:
+    """Qwen2.5 7B in groups of two layers, then embedding and head: 2 x 152,064 x 3,584 numbers of 2 bytes, beside the matrices of
+    two layers, 4 x 3,584 x (2 x 3,584 + 2 x 512 + 3 x 18,944) bytes; less than 1 % is biases and norms."""
+    (row,) = (row for row in ROWS if row["values"].get("move_model_batches"))
+    tables, layers = 2 * 2 * 152_064 * 3_584, 2 * 2 * 3_584 * (2 * 3_584 + 2 * 512 + 3 * 18_944)
+    peaks = peftplan.estimate(**options(row))
+    gathered = sum(line.bytes() for line in peaks.ledger if line.name.endswith(" gathered"))
+    assert tables + layers <= gathered < 1.01 * (tables + layers)
