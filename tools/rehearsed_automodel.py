@@ -98,6 +98,13 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     return {"model": cut(row["model"], row["layers"]), **job}
 
 
+def documents(row: dict[str, Any]) -> int:
+    """How many rows of the data set a packed row holds."""
+    recipe = row.get("recipe", {})
+    size = recipe.get("packed_sequence", {}).get("packed_sequence_size") or 0
+    return max(1, size // recipe.get("dataset", {}).get("length", row["options"]["seq_len"]))
+
+
 def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
     """The job as the recipe takes it."""
     job = options(row)
@@ -129,7 +136,7 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         "dataset": {
             "_target_": f"{__name__}.rows",
             "length": job["seq_len"],
-            "count": step * (STEPS + 1),
+            "count": step * (STEPS + 1) * documents(row),
             "tokenizer": None,
             **({"translated": True} if translates else {}),
         },

@@ -9,7 +9,7 @@ from peftplan.analytic.running import reference_of
 from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
-from peftplan.distributed.fsdp2 import Fsdp2, KeptRoot
+from peftplan.distributed.fsdp2 import COPY_IN_OF_SECOND, Fsdp2, KeptRoot
 from peftplan.distributed.layout import AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
 from peftplan.distributed.shards import holding
@@ -143,7 +143,9 @@ def _units_of_second(job: Job, reference: Model, parameters: Parameters) -> Fsdp
     full, shards = second_on_rank(job, parameters)
     dtype = computing_dtype(distributed, str(job.setup.autocast))
     kind = KeptRoot if job.setup.by.own_modules and not layout.frees_root else Fsdp2
-    return units_of(reference, full, shards, distributed, layout, dtype=dtype, kind=kind)
+    units = units_of(reference, full, shards, distributed, layout, dtype=dtype, kind=kind)
+    units.copy_in = COPY_IN_OF_SECOND
+    return units
 
 
 def second_on_rank(job: Job, parameters: Parameters) -> tuple[Parameters, Parameters]:

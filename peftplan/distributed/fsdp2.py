@@ -26,7 +26,9 @@ from peftplan.tape.tensors import Dims, Node, Operand, Parameter, Tensor
 FLOAT8 = "fp8_e4m3"
 """The dtype in which the weights of layers are gathered that compute in 8 bits."""
 COPY_IN, REDUCE, ALL_REDUCE = 1, 2, 3
-"""Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output."""
+COPY_IN_OF_SECOND = ALL_REDUCE
+"""Streams besides the default one, 0. The all-gather's stream allocates nothing, since its input is a view of its output.
+A second model has its own (`FSDPCommContext`, one for each root), of which it needs the first alone, since it has no backward."""
 
 
 class Fsdp2(OneDevice):
@@ -35,6 +37,7 @@ class Fsdp2(OneDevice):
     every_layer = True
     hooks_each_output = True
     micro_batches = 2
+    copy_in = COPY_IN
     one_by_one = False
     """Whether the optimizer steps tensor by tensor (nemo_automodel, components/optim/optimizer.py, `_foreach_for_mesh`)."""
 
@@ -155,7 +158,7 @@ class Fsdp2(OneDevice):
             dims, dtype = (sum(member.gathered for member in unit.members),), dtypes.pop()
         else:  # bytes
             dims, dtype = (sum(member.gathered * ITEMSIZE[member.dtype] for member in unit.members),), "uint8"
-        unit.buffer = self._new(dims, dtype, "all-gather output", COPY_IN)
+        unit.buffer = self._new(dims, dtype, "all-gather output", self.copy_in)
         del narrow
 
     def _narrowed(self, unit: Unit) -> list[Tensor]:
@@ -163,15 +166,15 @@ class Fsdp2(OneDevice):
         narrow = [self._in_8_bits(member) for member in unit.members if member.dtype == FLOAT8]
         cast = [member for member in unit.members if member.casts and member.dtype != FLOAT8]
         numel = sum(member.shard for member in cast)
-        return [*narrow, *([self._new((numel,), cast[0].dtype, "cast of shards", COPY_IN)] if cast else [])]
+        return [*narrow, *([self._new((numel,), cast[0].dtype, "cast of shards", self.copy_in)] if cast else [])]
 
     def _in_8_bits(self, member: Member) -> Tensor:
         """A shard in 8 bits by a scale that was made after the step before (torchao, float8/fsdp_utils.py)."""
-        wide = self._new((member.shard,), "fp32", "shard in fp32", COPY_IN)
-        scaled = self._new((member.shard,), "fp32", "scaled shard", COPY_IN)
+        wide = self._new((member.shard,), "fp32", "shard in fp32", self.copy_in)
+        scaled = self._new((member.shard,), "fp32", "scaled shard", self.copy_in)
         del wide
-        clamped = self._new((member.shard,), "fp32", "clamped shard", COPY_IN)
-        narrow = self._new((member.shard,), member.dtype, "shard in 8 bits", COPY_IN)
+        clamped = self._new((member.shard,), "fp32", "clamped shard", self.copy_in)
+        narrow = self._new((member.shard,), member.dtype, "shard in 8 bits", self.copy_in)
         del scaled, clamped
         return narrow
 
@@ -179,8 +182,8 @@ class Fsdp2(OneDevice):
         """Shards from the host, each moved and then cast (`all_gather_inputs`)."""
         moved = []
         for member in unit.members:
-            shard = self._new((member.shard,), member.master, "shard from the host", COPY_IN)
-            moved.append(self._new((member.shard,), member.dtype, "cast of a shard", COPY_IN) if member.casts else shard)
+            shard = self._new((member.shard,), member.master, "shard from the host", self.copy_in)
+            moved.append(self._new((member.shard,), member.dtype, "cast of a shard", self.copy_in) if member.casts else shard)
             del shard
         return moved
 

@@ -214,7 +214,7 @@ def test_a_teachers_root_stays_gathered(row: dict[str, Any]) -> None:
     assert max(abs(drift[phase]) for phase in ("backward", "step")) < 0.001
     assert 0 < drift["allocated"] < 0.56 if of_first_step else abs(drift["allocated"]) < 0.001
     assert of_first_step or abs(drift["forward"]) < 0.001
-    assert "reserved" not in drift  # replays: -3.3 and -3.5 %
+    assert 0 < drift["reserved"] < 0.26  # without streams of its own: -3.3 and -3.5
 
 
 def test_a_copy_of_the_policy_has_units_of_its_own() -> None:
@@ -225,4 +225,4 @@ def test_a_copy_of_the_policy_has_units_of_its_own() -> None:
     assert drift is not None
     assert max(abs(drift[what]) for what in ("allocated", "forward", "step")) < 0.001
     assert abs(drift["backward"]) < 0.7
-    assert "reserved" not in drift
+    assert 0 < drift["reserved"] < 1.2  # without streams of its own: -6.9
