@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
+from peftplan.analytic.families import check_family
 from peftplan.analytic.mixers import check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
@@ -98,6 +99,7 @@ def check(job: Job) -> None:
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
+    check_family(job)
     if any(block.state_space is not None for block in job.architecture.blocks):
         check_mixer(job)
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, probability, rotary_buffers
-from peftplan.arch.modules import Attention, Block, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
+from peftplan.arch.modules import Attention, Block, Buffer, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError, MissingError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -181,3 +181,14 @@ def decoder_backbone(
 def _rotated(block: Block, rotary_dim: int) -> Block:
     """The block with part of each head rotated."""
     return block._replace(attentions=tuple(a._replace(rotary_dim=rotary_dim) for a in block.attentions))
+
+
+def rotary_by_layer_type(n: Dims, blocks: tuple[Block, ...]) -> tuple[Buffer, ...]:
+    """Two fp32 tables, d / 2 entries each (rounded up), for each kind of attention that some layer has."""
+    kinds = {"full_attention" if b.attentions[0].window is None else "sliding_attention" for b in blocks}
+    half = (n.d + 1) // 2
+    return tuple(
+        Buffer(f"rotary_emb.{kind}_{part}", "fp32", (half,))
+        for kind in sorted(kinds)
+        for part in ("inv_freq", "original_inv_freq")
+    )

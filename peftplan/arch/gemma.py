@@ -17,6 +17,7 @@ from peftplan.arch.decoder import (
     qk_norms,
     read_dims,
     rmsnorms,
+    rotary_by_layer_type,
     windowed_blocks,
 )
 from peftplan.arch.fields import Fields
@@ -64,7 +65,7 @@ def gemma3_text(c: Fields, task_type: str) -> Architecture:
     stem = "Gemma3" if task_type == "CAUSAL_LM" else "Gemma3Text"
     backbone = _backbone(c, n, stem=stem, blocks=blocks, layer_norms=SANDWICH_NORMS, attention_norms=qk_norms(n))
     backbone = backbone._replace(
-        buffers=(backbone.buffers[0], *_rotary_by_layer_type(n, blocks)),
+        buffers=(backbone.buffers[0], *rotary_by_layer_type(n, blocks)),
         logits_ops=("softcap",) if _capped(c, "final_logit_softcapping", absent=None) else (),
     )
     tasks = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
@@ -109,14 +110,3 @@ def _backbone(
     )
     backbone = decoder_backbone(c, n, stem=stem, layer=layer, blocks=blocks)
     return backbone._replace(buffers=(Buffer("embed_tokens.embed_scale", "model", ()), *backbone.buffers))
-
-
-def _rotary_by_layer_type(n: Dims, blocks: tuple[Block, ...]) -> tuple[Buffer, ...]:
-    """Two fp32 tables, d / 2 entries each (rounded up), for each kind of attention that some layer has."""
-    kinds = {"full_attention" if b.attentions[0].window is None else "sliding_attention" for b in blocks}
-    half = (n.d + 1) // 2
-    return tuple(
-        Buffer(f"rotary_emb.{kind}_{part}", "fp32", (half,))
-        for kind in sorted(kinds)
-        for part in ("inv_freq", "original_inv_freq")
-    )

@@ -16,6 +16,7 @@ from peftplan.arch.decoder import (
     qk_norms,
     read_dims,
     rmsnorms,
+    rotary_by_layer_type,
     windowed_blocks,
 )
 from peftplan.arch.fields import Fields
@@ -98,11 +99,25 @@ def olmo(c: Fields, task_type: str) -> Architecture:
 def olmo2(c: Fields, task_type: str) -> Architecture:
     """OLMo 2: norms after attention and MLP instead of before, and an RMSNorm over all heads of q (and of k) at once."""
     n = read_dims(c)
+    return decoder_model(_olmo(c, n, "Olmo2", n.attention._replace(qk_norm=True)), c, task_type, tasks=NO_TOKEN_CLS)
+
+
+def olmo3(c: Fields, task_type: str) -> Architecture:
+    """OLMo 3: OLMo 2 with a window in three layers of four, and rotary tables for each kind of attention."""
+    n = read_dims(c)
+    backbone = _olmo(c, n, "Olmo3", n.attention._replace(qk_norm=True))
+    window = c.optional_int("sliding_window", absent=4096)
+    blocks = windowed_blocks(backbone.blocks[0], layer_windows(c, n.layers, sliding=lambda at: (at + 1) % 4 != 0, window=window))
+    backbone = backbone._replace(blocks=blocks, buffers=rotary_by_layer_type(n, blocks))
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"))
+
+
+def _olmo(c: Fields, n: Dims, stem: str, attention: Attention) -> Backbone:
     bias = c.bool("attention_bias", default=False)
-    backbone = decoder_backbone(
+    return decoder_backbone(
         c,
         n,
-        stem="Olmo2",
+        stem=stem,
         layer=(
             *attention_modules(n, qkv_bias=bias, o_bias=bias),
             rmsnorm("layers.{}.self_attn.q_norm", n.a * n.d, n.layers),
@@ -110,9 +125,8 @@ def olmo2(c: Fields, task_type: str) -> Architecture:
             *gated_mlp(n.h, n.i, n.layers),
             *rmsnorms(n, "post_attention_layernorm", "post_feedforward_layernorm"),
         ),
-        blocks=(uniform_block(c, n, n.attention._replace(qk_norm=True))._replace(norm_position="post"),),
+        blocks=(uniform_block(c, n, attention)._replace(norm_position="post"),),
     )
-    return decoder_model(backbone, c, task_type, tasks=NO_TOKEN_CLS)
 
 
 def phi3(c: Fields, task_type: str) -> Architecture:

@@ -89,6 +89,10 @@ class Attention(NamedTuple):
     `alibi_length`: the number of positions for which MPT builds its bias.
     `cached_heads`: heads in the KV cache if keys are repeated before they are cached (Falcon); None for the key/value heads.
     `scaled_queries`: rotated queries are multiplied by a factor of their position.
+    `keys_as_values`: values are the projected keys, normed in another way. `stores`: its keys and values live until the model's
+    forward ends, for layers that `borrow` them: these have none of their own.
+    `sees_blocks`: the tokens of a picture see each other; the class beside towers makes a mask of it whether there are pictures
+    or not.
     """
 
     num_attention_heads: int
@@ -112,6 +116,10 @@ class Attention(NamedTuple):
     interleaved: bool = False
     cached_heads: int | None = None
     scaled_queries: bool = False
+    keys_as_values: bool = False
+    stores: bool = False
+    borrows: bool = False
+    sees_blocks: bool = False
 
 
 class Router(NamedTuple):

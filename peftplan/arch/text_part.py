@@ -1,6 +1,7 @@
 """The text part of vision-language models: the decoder that runs alone where a sample has no image.
 
-Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3,gemma3,llava}/modeling_*.py.
+Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3,gemma3,gemma4,gemma4_unified,
+llava}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ TEXT_PARTS: dict[str, str | None] = {
     "smolvlm": None,
     "mistral3": None,
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "llava": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
@@ -28,6 +31,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "llama": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
 """What a published `text_config` leaves to its class (transformers, models/<type>/configuration_<type>.py)."""
+
+CAPPED = ("gemma4", "gemma4_unified")
+"""Types that do to logits what their text model does; others do nothing to them."""
 
 CACHE_TURNED_OFF = ("idefics3", "smolvlm")
 """Types whose own config has the `use_cache` that Trainer turns off; in others it leaves that of `text_config`, which is on."""
@@ -43,7 +49,9 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     if model_type not in READERS:
         return architecture
     of_text = {**DEFAULTS.get(str(model_type), {}), **text, "model_type": model_type, "architectures": None}
-    return replace(architecture, blocks=read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM").blocks)
+    read = read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM")
+    logits_ops = read.logits_ops if architecture.model_type in CAPPED else architecture.logits_ops
+    return replace(architecture, blocks=read.blocks, logits_ops=logits_ops)
 
 
 def keeps_its_cache(architecture: Architecture) -> bool:

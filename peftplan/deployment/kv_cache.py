@@ -55,6 +55,8 @@ def kv_cache(arch: Architecture, *, batch_size: int, context: int, encoder_conte
     layers_of: dict[tuple[str, str, Shape], int] = {}
     for block in blocks:
         for attention in block.attentions:
+            if attention.borrows:
+                continue
             tokens = encoder_positions(arch) or encoder_context if attention.cross else context
             for kind, part, dims in _tensors(arch, attention, tokens):
                 key = (kind, part, (batch_size, *dims))

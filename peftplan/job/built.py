@@ -214,7 +214,7 @@ def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object])
 
 WITHOUT_ATTENTION = Attention(1, 1, 1, positions="none")
 """Of layers with a convolution in its place."""
-RECORDED = ("gemma4", "gemma4_unified", "qwen3_5")
+RECORDED = ("qwen3_5",)
 """Model types whose layers records alone describe."""
 
 

@@ -57,7 +57,6 @@ def attend(
     `moved`: the gradients of keys and values need no copy: a cache copied them, or one projection's gradient joins all three.
     """
     f = model.tape
-    grouped = a.num_attention_heads != a.num_key_value_heads
     if model.running.attention == "eager":
         if not by_head:
             q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
@@ -67,8 +66,7 @@ def attend(
         out = of_documents(f, q, k, v) if ring is None else ring_of_documents(f, ring, q, k, v)
         b, heads, s, d = out.dims
         return out.view((b, s, joined_width(heads, d)))
-    gqa = grouped and mask is None and q.dims[3] == v.dims[3] and _at_most(q.dims[3], MAX_FLASH_HEAD)
-    repeats = grouped and (model.running.repeats_kv or (model.running.attention == "sdpa" and not gqa))
+    repeats = repeats_heads(model, a, mask)
     kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)
     ring = model.running.ring
     if kernel == "math" or repeats or ring is not None:
@@ -119,6 +117,14 @@ def attend(
         out = ops.copied(f, out, "clone")
     b, heads, s, d = out.dims
     return out.view((b, s, joined_width(heads, d)))
+
+
+def repeats_heads(model: Model, a: Attention, mask: Tensor | None) -> bool:
+    """Whether keys and values are repeated for all heads of queries (`use_gqa_in_sdpa`)."""
+    grouped = a.num_attention_heads != a.num_key_value_heads
+    equal = a.value_head_dim in (None, a.head_dim)
+    in_kernel = mask is None and equal and a.head_dim <= MAX_FLASH_HEAD
+    return grouped and (model.running.repeats_kv or (model.running.attention == "sdpa" and not in_kernel))
 
 
 def _of_one_dtype(f: Tape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,3 +51,25 @@ def seen_keys(model: Model, *, windowed: bool, padded: bool | None = None) -> Te
         _same = f.new(("b", *of_all[1:]), "bool", "eq") if packed else None
         seen = f.new(("b", *of_all[1:]), "bool", "attention_mask")
     return seen
+
+
+def seen_in_blocks(model: Model, dtype: str, *, windowed: bool) -> Tensor:
+    """The same of tokens that see each other in blocks, as no token of a text does: a mask is made all the same (`or_masks`,
+    `blockwise_overlay`), for eager attention of numbers."""
+    f = model.tape
+    of_all = (1, 1, model.seq, model.keys)
+    of_rows = ("b", *of_all[1:])
+    seen = f.new(of_all, "bool", "le")
+    if windowed:
+        near = f.new(of_all, "bool", "gt")
+        seen = f.new(of_all, "bool", "bitwise_and")
+        del near
+    seen = f.new(of_all, "bool", "bitwise_or")
+    alike = f.new(of_rows, "bool", "eq")
+    alike = f.new(of_rows, "bool", "bitwise_and")
+    seen = f.new(of_rows, "bool", "bitwise_or")
+    del alike
+    if "attention_mask" in model.batch:
+        seen = f.new(of_rows, "bool", "bitwise_and")
+        seen = f.new(of_rows, "bool", "bitwise_and")
+    return f.new(of_rows, dtype, "attention_mask") if model.running.attention == "eager" else seen

@@ -1,10 +1,11 @@
 """Norms that transformers' modeling files spell out as plain operations.
 
-Sources: transformers, models/{llama,olmo,olmo2,gemma,cohere}/modeling_*.py.
+Sources: transformers, models/{llama,olmo,olmo2,gemma,gemma4,cohere}/modeling_*.py.
 """
 
 from __future__ import annotations
 
+from peftplan.errors import NoEngineError
 from peftplan.memory.activations import power
 from peftplan.memory.model import Model
 from peftplan.tape import ops
@@ -36,6 +37,20 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
         return rms_norm(f, kernel._replace(reuses_gradient=False), x, weight)
     normed = rms_normed(f, f.to(x, "fp32"))
     normed = ops.mul(f, normed, ops.shift(f, f.to(weight, "fp32")))
+    narrow: Tensor = f.to(normed, x.dtype)
+    return narrow
+
+
+def rms_by_power(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`Gemma4RMSNorm`: `pow(mean, -0.5)`, which keeps the mean; the weight, where there is one, multiplies in fp32."""
+    f, kernel = model.tape, model.running.kernels.rms_norm
+    f.module = name
+    weight = model.part(name, layer).weight
+    if kernel is not None:
+        raise NoEngineError("kernels in place of Gemma 4's norms (no formula yet)")
+    normed = rms_normed(f, f.to(x, "fp32"), by_power=True)
+    if weight is not None:
+        normed = ops.mul(f, normed, f.to(weight, "fp32"))
     narrow: Tensor = f.to(normed, x.dtype)
     return narrow
 

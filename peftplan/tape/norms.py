@@ -26,13 +26,13 @@ def rmsnorm(f: Tape, x: Tensor, weight: Operand | None, *, cast_last: bool = Fal
     return out
 
 
-def rms_normed(f: Tape, x32: Tensor) -> Tensor:
-    """`x32 * rsqrt(mean(x32²) + eps)` in fp32: saves both factors."""
-    return mul(f, x32, _inverse_rms(f, x32))
+def rms_normed(f: Tape, x32: Tensor, *, by_power: bool = False) -> Tensor:
+    """`x32 * rsqrt(mean(x32²) + eps)` in fp32: saves both factors. `by_power`: `pow(…, -0.5)`, which saves what it reads too."""
+    return mul(f, x32, _inverse_rms(f, x32, by_power=by_power))
 
 
-def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
-    """`rsqrt(x.pow(2).mean(-1) + eps)`, one number per row: saves x and its result."""
+def _inverse_rms(f: Tape, x32: Tensor, *, by_power: bool) -> Tensor:
+    """`rsqrt(x.pow(2).mean(-1) + eps)`, one number per row: saves x and its result, `by_power` the mean and eps instead."""
     row = (*x32.dims[:-1], 1)
     node = f.record(_inverse_rms_backward, (x32,), x32)
     squared = f.new(x32.dims, "fp32", "pow")
@@ -40,7 +40,7 @@ def _inverse_rms(f: Tape, x32: Tensor) -> Tensor:
     del squared
     shifted = f.new(row, "fp32", "add")
     rstd = f.new(row, "fp32", "rsqrt", node)
-    f.keep(node, rstd.detach())
+    f.keep(node, (shifted if by_power else rstd).detach())
     del shifted, mean
     return rstd
 

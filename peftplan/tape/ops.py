@@ -92,6 +92,11 @@ def scale(f: Tape, x: Operand, op: str = "mul") -> Tensor:
     return f.new(x.dims, x.dtype, op, f.record(_scale_backward, (x,)))
 
 
+def scale_(f: Tape, x: Tensor) -> Tensor:
+    """`x *= buffer`, a buffer of one number: writes into x's storage and saves the buffer, so that a checkpoint runs to here."""
+    return Tensor(x.storage, x.dims, x.dtype, f.record(_scale_backward, (x,), Tensor(None, (1,), x.dtype)))
+
+
 def _scale_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.alike(g, g.dtype, "mul")
 

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "AFM": shallow("afm-4.5b", 2),
     "ERNIE 4.5": shallow("ernie-4.5-0.3b-pt", 2),
     "GLM-4.7-Flash": shallow("glm-4.7-flash", 2),
+    "OLMo 3": {**shallow("olmo-3-1025-7b", 4), "vocab_size": 9000, "pad_token_id": 1, "sliding_window": 128},
 }
 ON, OFF = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 EAGER, FLASH = {"attn_implementation": "eager"}, {"attn_implementation": "flash_attention_2", "padding": False}

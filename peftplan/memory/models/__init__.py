@@ -30,6 +30,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "granite": ("llama", "granite"),
     "olmo": ("llama", "olmo"),
     "olmo2": ("llama", "olmo2"),
+    "olmo3": ("llama", "olmo3"),
     "phi3": ("llama", "phi3"),
     "glm": ("llama", "glm"),
     "glm4": ("llama", "glm4"),
@@ -44,6 +45,8 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "gemma": ("gemma", "gemma"),
     "gemma2": ("gemma", "gemma2"),
     "gemma3_text": ("gemma", "gemma3"),
+    "gemma4_text": ("gemma4", "gemma4_text"),
+    "gemma4_unified_text": ("gemma4", "gemma4_text"),
     "cohere": ("parallel", "cohere"),
     "cohere2": ("parallel", "cohere2"),
     "stablelm": ("parallel", "stablelm"),
@@ -80,6 +83,8 @@ OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
     "mistral3": ("vision_language", "mistral3"),
     "gemma3": ("vision_language", "gemma3"),
     "llava": ("vision_language", "mistral3"),
+    "gemma4": ("gemma4", "gemma4_with_towers"),
+    "gemma4_unified": ("gemma4", "gemma4_with_towers"),
 }
 """The same of vision-language models, for samples without images."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from peftplan.arch.modules import Block
+from peftplan.arch.modules import Attention, Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
@@ -134,9 +134,9 @@ def window_of(block: Block) -> int | None:
     return block.attentions[0].window if block.attentions else None
 
 
-def rotary_tables(model: Model, dtype: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, as wide as the part of a head that is rotated."""
-    a = model.arch.blocks[0].attentions[0]
+def rotary_tables(model: Model, dtype: str, a: Attention | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, as wide as the part of a head that is rotated, of this attention or the first layer's."""
+    a = a or model.arch.blocks[0].attentions[0]
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
     shares = model.running.ring is not None or model.running.kernels.attention is not None
     rows: Dim = "b" if shares else 1  # whose positions come with the batch

@@ -1,7 +1,7 @@
 """Families of the Llama shape, by what they do differently.
 
-Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,phi3,glm,glm4,smollm3,starcoder2,seed_oss,
-hunyuan_v1_dense,exaone4,arcee,ernie4_5}/modeling_*.py.
+Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,olmo3,phi3,glm,glm4,smollm3,starcoder2,
+seed_oss,hunyuan_v1_dense,exaone4,arcee,ernie4_5}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -40,17 +40,16 @@ def in_turn_in_fp32(f: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> 
 llama = partial(decoder, style=Style())
 granite = partial(decoder, style=Style(multiplied=True))
 olmo = partial(decoder, style=Style(norm=bare_layer_norm, rotate=cast_back, wide_tables=True, views_last=True))
-olmo2 = partial(
-    decoder,
-    style=Style(
-        norm=rms_cast_last,
-        norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-        rotate=cast_back,
-        wide_tables=True,
-        qk_norm="flat",
-        views_last=True,
-    ),
+OLMO2 = Style(
+    norm=rms_cast_last,
+    norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    rotate=cast_back,
+    wide_tables=True,
+    qk_norm="flat",
+    views_last=True,
 )
+olmo2 = partial(decoder, style=OLMO2)
+olmo3 = partial(decoder, style=OLMO2._replace(tables_by_window=True, both_masks=True))
 phi3 = partial(decoder, style=Style(rotate=partly_rotary_in_turn, by_head=True))
 glm = partial(decoder, style=Style(rotate=interleaved, by_head=True))
 glm4 = partial(
