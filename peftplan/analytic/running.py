@@ -88,7 +88,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         hooks_inputs=setup.by.hooks_inputs,
         noisy_embeddings=bool(setup.noisy_embeddings),
         checkpoints_frozen=setup.by.checkpoints_frozen,
-        hooks_adapted=setup.by.hooks_adapted,
+        hooks_adapted=setup.by.hooks_adapted or _asks_gradients(job),
         kernels=kernels_in(setup.kernels or (), job.architecture.model_type),
         rows_of_experts=rows_of(job),
         chip=chip,
@@ -109,6 +109,13 @@ def running_of(job: Job, compute_capability: str) -> Running:
             or setup.loss in OF_FUNCTION
         ),
     )
+
+
+def _asks_gradients(job: Job) -> bool:
+    """Whether Unsloth asks gradients of the embeddings although nothing is checkpointed (unsloth 2026.10.9, models/vision.py,
+    `requires_grad_for_gradient_checkpointing`)."""
+    compiled = kernels_of(job.setup.kernels or ()).layers is not None
+    return compiled and not job.setup.gradient_checkpointing and not job.setup.by.embeds
 
 
 def _returns_last(job: Job) -> bool:

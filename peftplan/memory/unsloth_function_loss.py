@@ -1,13 +1,15 @@
 """Unsloth's loss by torch.func, of a model whose forward hands it more than the fused kernel takes: chunks of 16-bit logits.
 
 Every chunk's gradient of a head that trains is added to one of them all. Source: unsloth_zoo 2026.10.9
-`fused_losses/cross_entropy_loss.py` (`UnslothFusedLoss`, `_use_chunked_ce`), compiled; as on a card with 8 GiB free.
+`fused_losses/cross_entropy_loss.py` (`UnslothFusedLoss`, `_use_chunked_ce`), compiled; as on a card with 8 GiB free. The first
+step times the kernel that writes the gradient of the logits.
 """
 
 from __future__ import annotations
 
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
+from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Tensor
 
@@ -35,6 +37,9 @@ def by_function(model: Model, x: Tensor) -> tuple[Tensor]:
             f.category[logits.storage.number] = "logits"
             statistics = f.new(("function rows", STATISTICS), "fp32", "log-sum-exp")
             of_logits = f.new(logits.dims, weight.dtype, "gradient of logits")
+            if model.running.tunes and not model.micro_batch:
+                _flushed = f.new((FLUSHED_BYTES,), "uint8", "written over the cache")
+                del _flushed
             del logits, statistics
             of_hidden = f.new(("function rows", width), weight.dtype, "mm")
             of_weight = f.new(weight.dims, weight.dtype, "mm") if trains else None

@@ -174,6 +174,7 @@ def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     assert isinstance(node.context, LayerState)
     events, tensors, num_before, trained, tuned, _kept = node.context
     node.context = None
+    f.products.append((len(f.log), "cuBLAS"))  # of a thread of its own
     _run(f, events, tensors, tuned, num_before)
     of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
     gradients = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
