@@ -196,7 +196,16 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         shards, in_checkpoints = holding.each or holding.parameters, job.script.checkpoints_units
         part = shards_of(parameters, job.architecture, job.distributed)
         layout = AXOLOTL if by.own_fsdp2 and job.distributed.strategy == "fsdp2" else by.layout
-        model.units = units_of(model, part, shards, job.distributed, layout, dtype=dtype, checkpoints_units=in_checkpoints)
+        model.units = units_of(
+            model,
+            part,
+            shards,
+            job.distributed,
+            layout,
+            dtype=dtype,
+            checkpoints_units=in_checkpoints,
+            kind=_kind_of_units(job),
+        )
         if (job.distributed.cp_size or 1) > 1:
             model.running = model.running._replace(ring=Ring(*job.distributed.ring(holding.rank or 0)))
         if ranks_of(job.distributed) > 1:
@@ -228,6 +237,14 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         reloads = job.setup.by.reloads_weights
         model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows, reloads=reloads)
     return program._replace(shards=masters, steps_in_backward=True)
+
+
+def _kind_of_units(job: Job) -> type[Fsdp2]:
+    if job.distributed is None or job.distributed.pp_stage_is_unit is not False:
+        return Fsdp2
+    from peftplan.memory.pipeline import HeadApart
+
+    return HeadApart
 
 
 def _steps_again(job: Job, program: Program) -> bool:

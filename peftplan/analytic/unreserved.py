@@ -23,12 +23,6 @@ def _offloads_quantized(job: Job) -> bool:
     return flat and job.quant is not None and job.setup.loss != "full"
 
 
-def _packs_for_experts(job: Job) -> bool:
-    """Whether Transformer Engine runs Qwen 3's experts."""
-    kernels = kernels_of(job.setup.kernels or ())
-    return job.architecture.model_type == "qwen3_moe" and kernels.experts is not None
-
-
 FEWEST_FUSED = 24
 """Layers of Phi-4 in 8 bits with which reserved bytes were within 0.03 % of the replay; with two they were 20 % above."""
 
@@ -49,14 +43,11 @@ def _adapts_by_v1(job: Job) -> bool:
 
 
 def _reduces_beside_experts(job: Job) -> bool:
-    """Whether NeMo Automodel reduces gradients in each micro batch beside experts that ranks divide."""
+    """Whether a model that is a unit of FSDP2 reduces in each micro batch beside experts that ranks divide."""
     distributed = job.distributed
-    return distributed is not None and (distributed.ep_size or 1) > 1 and bool(distributed.sync_each_batch)
-
-
-def _teaches_beside(job: Job) -> bool:
-    """Whether NeMo Automodel runs a teacher on the student's GPUs."""
-    return job.setup.by.teaches and job.setup.by.own_lora
+    if distributed is None or distributed.pp_stage_is_unit is False:
+        return False
+    return (distributed.ep_size or 1) > 1 and bool(distributed.sync_each_batch)
 
 
 FEWEST_GATHERING = 8
@@ -113,7 +104,6 @@ def _gathers_tower(job: Job) -> bool:
 
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
-    (_packs_for_experts, "one tensor for each expert: rehearsals reserved 4 % more and 8 % less than the replay"),
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
     (
         _adapts_by_v1,
@@ -121,10 +111,9 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (
         _reduces_beside_experts,
-        "each micro batch reduces gradients beside divided experts: rehearsals reserved 6 % more and 20 % less than the replay",
+        "each micro batch reduces gradients beside divided experts: a rehearsal of Nemotron 3 reserved 20 % less than the replay",
     ),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
-    (_teaches_beside, "a teacher that FSDP2 gathers beside the student: a rehearsal reserved 3.4 % more than the replay"),
     (
         _gathers_for_experts,
         "experts without an exchange of tokens, with LoRA or fewer than 8 layers: rehearsals reserved 3 to 8 % more than "

@@ -132,9 +132,8 @@ class Fsdp2(OneDevice):
         """Gather the units of a model without a backward that stay gathered from step to step."""
         for unit in self.units:
             if not unit.reshards and unit.members:
-                unit.unsharded = [
-                    self._new((m.gathered,), m.dtype, f"{m.name} gathered", 0, "gathered_weights") for m in unit.members
-                ]
+                self._unshard(unit)  # of the first step; its buffer is there again for those of its stream
+                self._wait(unit, forward=False)
 
     def go(self) -> None:
         """Free them, with the step."""

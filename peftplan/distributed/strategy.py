@@ -115,9 +115,9 @@ class Distributed(BaseModel):
     pp_round_stages: Literal["up", "down"] | None = None
     """How the number of stages is rounded to a multiple of `pp_size`."""
     pp_stage_is_unit: bool | None = None
-    """Whether a stage is a unit of FSDP2 itself. If not, torch's schedule gathers no stage ahead and reduces none behind its last
-    micro batch: the tool does (nemo_automodel 0.7.0, components/moe/fsdp_mixin.py), or, with `sync_each_batch`, each backward
-    (`wrap_outer_model`)."""
+    """Whether a stage, or the model where there are none, is a unit of FSDP2 itself. If not, its head is a root beside it, and
+    torch's schedule gathers no stage ahead and reduces none behind its last micro batch: the tool does (nemo_automodel 0.7.0,
+    components/moe/fsdp_mixin.py), or, with `sync_each_batch`, each backward (`wrap_outer_model`)."""
 
     @property
     def world_size(self) -> int:
@@ -234,6 +234,10 @@ def _check_divisible(distributed: Distributed) -> None:
     of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")
+    divides = distributed.pp_size not in (None, 1) or (distributed.ep_size not in (None, 1) and distributed.sync_each_batch)
+    if distributed.pp_stage_is_unit is not None and not divides:
+        accepted = "accepted: with a pp_size of 2 or more, or with ep_size and sync_each_batch"
+        raise InputError("pp_stage_is_unit", distributed.pp_stage_is_unit, accepted)
     if type(distributed.reshard_after_forward) is int and distributed.shards % distributed.reshard_after_forward:
         raise InputError(
             "reshard_after_forward",

@@ -188,7 +188,8 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
-    staged = shown.stages is ((distributed.pp_size or 1) > 1) and shown.stages is (distributed.pp_stage_is_unit is False)
+    apart = (shown.stages or shown.apart) is (distributed.pp_stage_is_unit is False)
+    staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
     return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long and staged
 
 

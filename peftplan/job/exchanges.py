@@ -20,6 +20,8 @@ class Exchanged(NamedTuple):
     """Whether several ranks owned the same experts too."""
     stages: bool = False
     """Whether stages of a pipeline ran, each of which is no unit of FSDP2 itself."""
+    apart: bool = False
+    """Whether the model without stages is no unit itself."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
@@ -41,7 +43,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "glm4_moe_lite": (
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),
-        Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True),
+        Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True, apart=True),
     ),
     "qwen3_moe": (
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),

@@ -113,21 +113,11 @@ class Staged(Fsdp2):
         return super()._new(dims, dtype, op, own, category)
 
 
-class StagedApart(Staged):
-    """The units of a stage that is no unit itself, of which the schedule gathers and frees none. The head has streams of its own:
-    the inner model does not contain it."""
+class HeadApart(Fsdp2):
+    """The units of a model that is no unit itself. Its head has streams of its own, since the inner model, which is one, does not
+    contain it."""
 
-    of_step = True
     of_head = False
-
-    def unshard(self) -> None:
-        """Nothing."""
-
-    def wait(self) -> None:
-        """Nothing."""
-
-    def reshard(self) -> None:
-        """Nothing."""
 
     def _unshard(self, unit: Unit) -> None:
         self.of_head = unit.name == TAIL
@@ -140,6 +130,21 @@ class StagedApart(Staged):
     def _new(self, dims: Dims, dtype: str, op: str, stream: int, category: Category = "communication") -> Tensor:
         own = stream + STREAMS * MOST_STAGES if stream and self.of_head else stream
         return super()._new(dims, dtype, op, own, category)
+
+
+class StagedApart(HeadApart, Staged):
+    """The units of a stage that is no unit itself, of which the schedule gathers and frees none."""
+
+    of_step = True
+
+    def unshard(self) -> None:
+        """Nothing."""
+
+    def wait(self) -> None:
+        """Nothing."""
+
+    def reshard(self) -> None:
+        """Nothing."""
 
 
 class StagedAtOnce(StagedApart):

@@ -67,7 +67,7 @@ LOOSE = {
     ("gpt-oss-20b", 2, 8): 0.21,
     ("gpt-oss-20b", 2, 2): 0.04,
     ("gpt-oss-20b", 4, 1): 2.4,
-    ("glm-4.7-flash", 4, 8): 0.11,
+    ("glm-4.7-flash", 4, 8): 1.3,
     ("moonlight-16b-a3b", 4, 8): 0.16,
     ("glm-4.7-flash", 6, 4): 0.03,
     ("glm-4.7-flash", 3, 8): 0.03,
@@ -91,7 +91,7 @@ matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
 
 Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB.
 
-GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; reserved ones are not stated.
+GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
 
 MiniMax M2.5: of `load` 9.3 MB, an expert of 8 bits that is being stacked; of allocated ones 0.05, of reserved ones 0.09.
 
@@ -162,7 +162,8 @@ def test_a_teacher_lies_beside_the_student(tmp_path: Path) -> None:
     for phase in ("forward", "backward"):
         assert abs(peaks.by_phase[phase] / row["by_phase"][phase] - 1) < 1e-4
     assert peaks.allocated == peaks.by_phase["forward"]
-    assert peaks.reserved is None
+    assert peaks.reserved is not None
+    assert -0.01 < peaks.reserved / row["reserved"] - 1 < 0  # on the student's stream: -3.4 %
 
 
 def test_a_job_of_true_size_holds_what_was_rehearsed() -> None:

@@ -301,6 +301,8 @@ class Reading:
             if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
                 of_sync = [key for key, row in self.read.items() if row.option == "sync_each_batch"]
                 self.read |= {key: Read(self.read[key].value, "", "a step has one micro batch") for key in of_sync}
+                if number_in(self.options, "pp_size") < 2:
+                    self.options.pop("pp_stage_is_unit", None)
 
     def _divide_batch(self) -> None:
         """The micro batches that a pipeline makes of a rank's rows, and what of its keys is not known."""

@@ -637,6 +637,15 @@ IN_STAGES = {"pp_schedule": "interleaved1f1b", "pp_microbatch_size": 1, "layers_
 AS_THEY_ARE = {"patch_inner_model": False, "patch_causal_lm_model": False}
 
 
+@pytest.mark.parametrize(("batches", "expected"), [(2, (False, True)), (1, (None, None))])
+def test_a_model_that_is_no_unit_reduces_each_micro_batch(batches: int, expected: tuple[object, object]) -> None:
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.7-Flash"}
+    sharded = {"strategy": "fsdp2", "ep_size": 8, "moe": {"wrap_outer_model": False}}
+    rows = {"local_batch_size": 4, "global_batch_size": 8 * 4 * batches}
+    options = of_nemo(sharded, model=model, step_scheduler=rows).options
+    assert (options.get("pp_stage_is_unit"), options.get("sync_each_batch")) == expected
+
+
 @pytest.mark.parametrize(
     ("moe", "fast", "pipeline", "expected", "unsupported"),
     [
