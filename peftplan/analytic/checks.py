@@ -13,6 +13,7 @@ from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
+from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds, knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
@@ -155,6 +156,8 @@ def _check_text_part(job: Job) -> None:
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
     if divided and job.setup.by.shows_picture and architecture.model_type not in SHOWN_PICTURES:
         raise NoRankFormulaError(f"a tower that {job.setup.by.called} shows a picture, of model type {architecture.model_type}")
+    if job.setup.loss in loss_sizes.OF_SHARED_ROWS:
+        raise NoEngineError(f"rows that ranks share, of model type {architecture.model_type} (no formula yet)")
     known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)
     if job.setup.by.of_preferences and (known is None or not architecture.model_type.startswith(known)):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")

@@ -140,7 +140,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
 OF_TURNS = "the turns after tools have answered need most: rehearsals of short ones reserved up to 3.0 % more than the replay"
 
 
-OF_GROUPS = "weights that reach vLLM in groups: a rehearsal reserved 5 % less than the replay"
+OF_GROUPS = "weights that reach vLLM in groups need most: a rehearsal reserved 5 % less than the replay"
 
 
 def unreserved(job: Job, phase: str) -> str | None:
@@ -150,6 +150,6 @@ def unreserved(job: Job, phase: str) -> str | None:
     """
     if phase == "generate" and job.setup.tool_turns:
         return OF_TURNS
-    if job.setup.move_model_batches is not None:
+    if phase == "generate" and job.setup.move_model_batches is not None:
         return OF_GROUPS
     return next((why for matches, why in UNKNOWN if matches(job)), None)

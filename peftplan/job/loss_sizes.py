@@ -77,7 +77,7 @@ def check_halves(*dtypes: str) -> None:
         raise RefusedError(f"loss: {CUT} asserts hidden states and a head in 16 bits; use --dtype bf16")
 
 
-SHARED, SHARED_CHUNKS = "shared-rows", "shared-rows-chunked"
+OF_SHARED_ROWS = SHARED, SHARED_CHUNKS = "shared-rows", "shared-rows-chunked"
 """Cross entropies of a rank's tokens of rows that several ranks share (ms-swift, trainers/utils.py, `per_token_loss_func_sp`)."""
 MASKED = "masked-tokens"
 """Cross entropy of tokens that a program masks and the model restores (axolotl's diffusion)."""
