@@ -138,6 +138,19 @@ def test_all_means_the_language_model(model: str, trained: int) -> None:
     assert peftplan.estimate(config=plan).trainable_parameters == trained
 
 
+@pytest.mark.parametrize(("stage", "refused"), [("z2", False), ("z3", True)])
+def test_a_batch_without_a_picture_gets_one(stage: str, *, refused: bool) -> None:
+    """data/collator.py:347: ZeRO-3 gathers the tower for it, which nothing counts."""
+    plan = read(
+        {
+            **LLAMAFACTORY,
+            "model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct",
+            "deepspeed": f"examples/deepspeed/ds_{stage}_config.json",
+        }
+    )
+    assert ("deepspeed" in plan.unsupported) is refused
+
+
 @pytest.mark.parametrize(("model", "replaced"), [("Qwen/Qwen3-8B", False), ("Qwen/Qwen3-30B-A3B", True), ("me/unknown", True)])
 def test_kernels_of_v1_that_run_on_cuda_replace_experts_alone(model: str, replaced: bool) -> None:
     """One of five registers on CUDA, and looks for experts (v1/plugins/model_plugins/kernels/ops/mlp/cuda_fused_moe.py). Only
