@@ -1,4 +1,4 @@
-"""Decoders of the Llama shape of 2025: Ministral 3, Seed-OSS, Hunyuan, EXAONE 4, Arcee, ERNIE 4.5.
+"""Later decoders of the Llama shape: Nemotron, Ministral 3, Seed-OSS, Hunyuan, EXAONE 4, Arcee, ERNIE 4.5.
 
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
 """
@@ -17,9 +17,9 @@ from peftplan.arch.decoder import (
     rmsnorms,
 )
 from peftplan.arch.fields import Fields
-from peftplan.arch.heads import decoder_model, probability
+from peftplan.arch.heads import decoder_model, partial_rotary_dim, probability
 from peftplan.arch.llama import BARE, NO_TOKEN_CLS, plain, uniform_block
-from peftplan.arch.modules import NO_DROPOUT, Architecture, Mlp, Module, linear, rmsnorm
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Mlp, Module, layernorm, linear, rmsnorm
 
 
 def ministral3(c: Fields, task_type: str) -> Architecture:
@@ -94,6 +94,27 @@ def arcee(c: Fields, task_type: str) -> Architecture:
             *rmsnorms(n, "input_layernorm", "post_attention_layernorm"),
         ),
         blocks=(uniform_block(c, n, n.attention)._replace(mlp=Mlp("plain", n.i, c.str("hidden_act", default="relu2"))),),
+    )
+    return decoder_model(backbone, c, task_type)
+
+
+def nemotron(c: Fields, task_type: str) -> Architecture:
+    """Nemotron, Minitron: LayerNorms whose weight counts from one, an MLP without gate, part of a head rotated."""
+    n = read_dims(c, shows_head_dim=True)
+    bias = c.bool("attention_bias", default=False)
+    mlp = Mlp("plain", n.i, c.str("hidden_act", default="relu2"))
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Nemotron",
+        layer=(
+            *attention_modules(n, qkv_bias=bias, o_bias=bias),
+            *_up_and_down(n, bias=c.bool("mlp_bias", default=False)),
+            *(layernorm(f"layers.{{}}.{name}", n.h, layers=n.layers) for name in ("input_layernorm", "post_attention_layernorm")),
+        ),
+        blocks=(Block("decoder", n.layers, (n.attention,), mlp, "layernorm"),),
+        norm=layernorm("norm", n.h),
+        rotary_dim=partial_rotary_dim(c, n.d, default=0.5),
     )
     return decoder_model(backbone, c, task_type)
 

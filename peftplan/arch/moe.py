@@ -23,7 +23,7 @@ from peftplan.arch.decoder import (
 )
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, partial_rotary_dim
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, Router, linear
+from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, Router, linear, rmsnorm
 from peftplan.errors import InputError
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -82,6 +82,30 @@ def mixtral(c: Fields, task_type: str) -> Architecture:
         blocks=(Block("decoder", n.layers, (attention,), mlp, "rmsnorm"),),
     )
     return decoder_model(backbone, c, task_type)
+
+
+def olmoe(c: Fields, task_type: str) -> Architecture:
+    """OLMoE: experts in every layer, `intermediate_size` wide, and an RMSNorm over all heads of q (and of k) at once."""
+    n = read_dims(c)
+    bias = c.bool("attention_bias", default=False)
+    e = c.int("num_experts", "num_local_experts", default=64)
+    mlp = moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=8))
+    attention = n.attention._replace(qk_norm=True, clipped=c.raw.get("clip_qkv") is not None)
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Olmoe",
+        layer=(
+            *attention_modules(n, qkv_bias=bias, o_bias=bias),
+            rmsnorm("layers.{}.self_attn.q_norm", n.h, n.layers),
+            rmsnorm("layers.{}.self_attn.k_norm", n.h // n.a * n.kv, n.layers),
+            router("layers.{}.mlp.gate", e=e, h=n.h, layers=n.layers),
+            experts("layers.{}.mlp.experts", e=e, h=n.h, i=n.i, layers=n.layers),
+            *rmsnorms(n, *NORMS),
+        ),
+        blocks=(Block("decoder", n.layers, (attention,), mlp, "rmsnorm"),),
+    )
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"))
 
 
 def granitemoe(c: Fields, task_type: str) -> Architecture:

@@ -1,6 +1,6 @@
 """Norms that transformers' modeling files spell out as plain operations.
 
-Sources: transformers, models/{llama,olmo,olmo2,gemma,gemma4,cohere}/modeling_*.py.
+Sources: transformers, models/{llama,olmo,olmo2,gemma,gemma4,nemotron,cohere}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from peftplan.memory.model import Model
 from peftplan.tape import ops
 from peftplan.tape.norms import layernorm, rms_normed
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -58,6 +58,22 @@ def rms_by_power(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
 def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`nn.LayerNorm`."""
     return model.layernorm(name, x, layer)
+
+
+def layer_norm_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+    """`NemotronLayerNorm1P`: `weight + 1`, and under autocast all in its dtype, in which the norm then runs."""
+    f, part = model.tape, model.part(name, layer)
+    f.module = name
+    assert part.bias is not None
+    weight: Operand = ops.shift(f, part.own_weight)
+    bias: Operand = part.bias
+    if f.autocast:
+        x, weight, bias = f.to(x, f.autocast), f.to(weight, f.autocast), f.to(bias, f.autocast)
+    autocast, f.autocast = f.autocast, None
+    try:
+        return layernorm(f, x, weight, bias)
+    finally:  # a recomputation may stop inside
+        f.autocast = autocast
 
 
 def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:

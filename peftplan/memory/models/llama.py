@@ -1,7 +1,7 @@
 """Families of the Llama shape, by what they do differently.
 
 Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,olmo3,phi3,glm,glm4,smollm3,starcoder2,
-seed_oss,hunyuan_v1_dense,exaone4,arcee,ernie4_5}/modeling_*.py.
+seed_oss,hunyuan_v1_dense,exaone4,nemotron,arcee,ernie4_5}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import partial
 
 from peftplan.memory.models.decoder import decoder
 from peftplan.memory.models.style import Style
-from peftplan.memory.norms import bare_layer_norm, layer_norm, rms_cast_last
+from peftplan.memory.norms import bare_layer_norm, layer_norm, layer_norm_plus_one, rms_cast_last
 from peftplan.tape.rotary import partly_rotary, partly_rotary_in_turn, rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -66,6 +66,10 @@ hunyuan = partial(decoder, style=Style(qk_norm="rotated", qk_names=("query_layer
 exaone4 = partial(
     decoder,
     style=Style(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), qk_norm="moved", norms_last=True),
+)
+nemotron = partial(
+    decoder,
+    style=Style(norm=layer_norm_plus_one, rotate=partly_rotary, by_head=True, plain=("mlp.up_proj", "mlp.down_proj")),
 )
 arcee = partial(decoder, style=Style(plain=("mlp.up_proj", "mlp.down_proj")))
 ernie4_5 = partial(decoder, style=Style(rotate=in_turn_in_fp32, wide_tables=True))

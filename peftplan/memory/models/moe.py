@@ -232,6 +232,14 @@ def check(c: Call) -> None:
 mixtral = partial(decoder, style=Style(mixture=partial(routed_block, route=mixtral_route, router="mlp.gate", name="mlp.experts")))
 qwen2_moe = partial(decoder, style=Style(mixture=qwen2_block, both_masks=True))
 qwen3_moe = partial(decoder, style=Style(mixture=partial(routed_block, route=qwen_route, router="mlp.gate", name="mlp.experts")))
+olmoe = partial(
+    decoder,
+    style=Style(
+        qk_norm="flat",
+        views_last=True,
+        mixture=partial(routed_block, route=qwen_route, router="mlp.gate", name="mlp.experts"),
+    ),
+)
 granitemoe = partial(
     decoder,
     style=Style(
