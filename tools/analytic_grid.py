@@ -164,6 +164,8 @@ MADE_UP: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Configs of the types that no built-in model has."""
+TEXT_OF = {"gemma4_text": "gemma-4-31b", "gemma4_unified_text": "gemma-4-12b-it"}
+"""Types of a text part alone → the built-in model that has it."""
 
 
 @cache
@@ -175,7 +177,10 @@ def _model_of(model_type: str) -> str:
 
 def shallow(model: str) -> dict[str, Any]:
     """The config of a built-in model with at most `LAYERS` layers in each stack, its width as it is."""
-    config = dict(MADE_UP[model]) if model in MADE_UP else load_config(model)
+    if model in TEXT_OF:
+        config: dict[str, Any] = dict(load_config(TEXT_OF[model])["text_config"])
+    else:
+        config = dict(MADE_UP[model]) if model in MADE_UP else load_config(model)
     deep = max((config[field] for field in LAYER_FIELDS if isinstance(config.get(field), int)), default=0)
     for field in LAYER_FIELDS:
         if isinstance(config.get(field), int):

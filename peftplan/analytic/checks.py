@@ -48,7 +48,8 @@ SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 TRAINERS_OF_TEXT_PARTS = {"trl-dpo": "", "trl-grpo": "qwen2_5_vl", "swift-dpo": "", "swift-grpo": ""}
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl) → how their model types begin."""
 TEXT_ALONE = ("plain", "transformers", "trl")
-"""Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient."""
+"""Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
+for AdaLoRA's, whose loss reads each of its matrices."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
 LATENT = "kv_b_proj"
@@ -169,7 +170,7 @@ def _check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if kernels_of(job.setup.kernels or ()).layers is not None:
         return
-    if job.distributed is None and job.setup.by.name in TEXT_ALONE:
+    if job.distributed is None and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
         return
     head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
     names = tuple(name for name in names if not (by_tool and PROJECTOR in name))  # it gets no gradient without images

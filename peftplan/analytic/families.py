@@ -8,6 +8,7 @@ from peftplan.analytic.mixers import PLAIN_TRAINERS
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError, RefusedError
 from peftplan.job.kernels import kernels_of
 from peftplan.memory.attention import MAX_FLASH_HEAD
+from peftplan.methods.bottleneck import BOTTLENECKS
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -25,14 +26,13 @@ def check_family(job: Job) -> None:
     widest = max((a.head_dim for block in job.architecture.blocks for a in block.attentions), default=0)
     if setup.attn_implementation == "flash_attention_2" and widest > MAX_FLASH_HEAD:
         raise RefusedError(f"attn_implementation: flash-attn has no kernel for heads of {widest} numbers; accepted: eager, sdpa")
-    peft_type = None if job.method is None else job.method.peft_type
     unknown = {
         "kernels": bool(setup.kernels),
         f"loss {setup.loss}": setup.loss not in ("full", "trl-chunked"),
         "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
         "checkpoints in host memory": bool(setup.offload_checkpoints),
         "another release of transformers": job.script.transformers is not None,
-        f"method {job.method_name}": not job.is_full_or_lora or peft_type not in (None, "LORA"),
+        f"method {job.method_name}": not job.is_full_or_lora or job.method_name in BOTTLENECKS,
         f"a base in {job.quant and job.quant.name}": job.quant is not None and job.quant.name != "nf4",
         f"autocast {setup.autocast}": setup.autocast == "fp16" or setup.dtype == "fp16",
     }

@@ -110,10 +110,12 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
         ({"use_reentrant": True}, "model type gemma4 with reentrant checkpoints"),
         ({"method": "ia3", "feedforward_modules": []}, "model type gemma4 with method ia3"),
         ({"quant": "int8"}, "model type gemma4 with a base in int8"),
+        ({"method": "pfeiffer", "target_modules": None}, "model type gemma4 with method pfeiffer"),
     ],
 )
 def test_what_was_not_compared_has_no_formula(options: dict[str, Any], missing: str) -> None:
-    result = peftplan.estimate("gemma-4-31b", **{"method": "lora", "target_modules": IN_TEXT, **options})
+    options = {"method": "lora", "target_modules": IN_TEXT, **options}
+    result = peftplan.estimate("gemma-4-31b", **{name: value for name, value in options.items() if value is not None})
     assert result.peaks is None
     assert missing in result.not_modelled[0]
 
