@@ -213,7 +213,7 @@ def _sent(inventory: Inventory) -> Generation:
             flat = f.new((_largest_bucket(group),), "uint8", "flat copy of weights")
             del flat
         if job.setup.move_model_batches is not None:
-            _add_adapters(f, job, group, back=True)
+            _add_adapters(f, job, group)
         before = [whole for p, whole in gathered if p.owner == "base"]
         del gathered
     f.mark("backward")
@@ -221,17 +221,15 @@ def _sent(inventory: Inventory) -> Generation:
     return _ending(timeline(f, {}, vocab=None), {})
 
 
-def _add_adapters(f: Tape, job: Job, group: Placed, *, back: bool = False) -> None:
-    """Adapters are merged into the weights of a group, module by module, or taken `back`: a product, it times a number, and to be
-    taken back that in 16 bits (peft, tuners/lora/layer.py, `get_delta_weight`, `merge`, `unmerge`)."""
+def _add_adapters(f: Tape, job: Job, group: Placed) -> None:
+    """Adapters are merged into the weights of a group, or taken back, module by module: a product in the dtype of the weight,
+    and it times a number (peft, tuners/lora/layer.py:1023; tuners_utils.py, `_move_adapter_to_device_of_base_layer`)."""
     moved = {(p.name, layer) for p, layer in group}
     matched = [(module, layer) for module in job.adaptation.matched for layer in module.layers or (None,)]
     for module, _ in sorted((m for m in matched if (f"{m[0].name}.weight", m[1]) in moved), key=lambda m: m[1] or 0):
-        product = f.new(module.shape("weight"), "fp32", "product of an adapter")
-        scaled = f.new(module.shape("weight"), "fp32", "mul")
-        del product
-        narrow = f.new(module.shape("weight"), job.setup.dtype, "to") if back else None
-        del scaled, narrow
+        product = f.new(module.shape("weight"), job.setup.dtype, "product of an adapter")
+        scaled = f.new(module.shape("weight"), job.setup.dtype, "mul")
+        del product, scaled
 
 
 def _groups(parameters: Parameters, number: int | None) -> list[Placed]:

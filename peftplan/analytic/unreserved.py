@@ -140,9 +140,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
 OF_TURNS = "the turns after tools have answered need most: rehearsals of short ones reserved up to 3.0 % more than the replay"
 
 
-OF_GROUPS = "weights that reach vLLM in groups need most: a rehearsal reserved 5 % less than the replay"
-
-
 def unreserved(job: Job, phase: str) -> str | None:
     """Why a job's reserved bytes are not stated; None where they are. `phase`: where its peak lies.
 
@@ -150,6 +147,4 @@ def unreserved(job: Job, phase: str) -> str | None:
     """
     if phase == "generate" and job.setup.tool_turns:
         return OF_TURNS
-    if phase == "generate" and job.setup.move_model_batches is not None:
-        return OF_GROUPS
     return next((why for matches, why in UNKNOWN if matches(job)), None)

@@ -34,8 +34,8 @@ OF_TOKENS = {"allocated": 0.001, "reserved": 0.2}
 """Of the loss of each token, also under ZeRO-2, where the 16-bit logits stay."""
 SHARED_BY_GRPO = {"allocated": 0.03}
 """Of completions in rows that several ranks share: reserved bytes are not stated."""
-IN_GROUPS = {"allocated": 0.1, "reserved": 0.6}
-"""Of weights that reach vLLM in groups: where these need most, reserved bytes are not stated."""
+IN_GROUPS = {"allocated": 0.05, "reserved": 0.7}
+"""Of weights that reach vLLM in groups."""
 OF_TEXTS = {"allocated": 0.08, "reserved": 2.1}
 """Of embeddings of texts that share a row."""
 OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
