@@ -1,6 +1,7 @@
 """Compile a job: run its step once on a tape with symbolic sizes."""
 
 from collections.abc import Mapping
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,6 +88,8 @@ class Compiled(NamedTuple):
     """Whether what loading does not free goes when the first forward has returned."""
     flushed: int = 0
     """Bytes that the first step allocates and frees while it times the kernels of its optimizer."""
+    timed: tuple[int, ...] = ()
+    """Events before which the first step allocates and frees `FLUSHED_BYTES`, while it times a kernel of the model."""
     idle: frozenset[str] = frozenset()
     """Families without gradients, and so without optimizer states."""
     reduced: "tuple[tuple[str, int | None], ...]" = ()
@@ -204,6 +207,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_first=empties_first(setup),
         empties_around=setup.by.sends_at_once and bool(setup.vllm_share) and bool(setup.vllm_enable_sleep_mode),
         flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
+        timed=_timed(of_step),
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),
         by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
@@ -223,6 +227,13 @@ def _cloned(optimizer: Optimizer, inventory: "Inventory") -> tuple[Line, ...]:
     if largest is None:
         return ()
     return (Line(f"{largest.name} clone", "temporaries", largest.dtype, largest.shape, 1, optimizer.source),)
+
+
+def _timed(of_step: Timeline) -> tuple[int, ...]:
+    """Behind the first output of a function of Nemotron's experts that NeMo Automodel compiles (`relu2_deepep`)."""
+    kinds = {number for number, kind in enumerate(of_step.kinds) if kind.name.rpartition(" ")[2] == "relu2"}
+    outputs = (at + 1 for at, (kind, count) in enumerate(of_step.events) if count > 0 and kind in kinds)
+    return tuple(islice(outputs, 1))
 
 
 def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:

@@ -15,6 +15,7 @@ from peftplan.job.inventory import REPLACED
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.loaded import Loader
+from peftplan.memory.timed import FLUSHED_BYTES
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 
@@ -100,7 +101,8 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.take(line for line in compiled.standing if line.source == REPLACED)
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
-        writer.passing = dict.fromkeys(of_step.timeline.states[:1], compiled.flushed) if number == 1 else {}
+        timed = dict.fromkeys(of_step.timed, FLUSHED_BYTES) | dict.fromkeys(of_step.timeline.states[:1], compiled.flushed)
+        writer.passing = timed if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))

@@ -31,12 +31,15 @@ from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.leaf_units import LeafUnits, is_leaf, leaves_of, parameters_of
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, NORM, ROOT, TAIL, experts, layer, number_of
+from peftplan.memory.units import EMBEDDING, IN_FP32, NORM, ROOT, TAIL, experts, in_fp32, layer, number_of
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
+OF_SCANS = re.compile(r"\.mixer\.(dt_bias|A_log|D)$")
+"""What Mamba 2 computes in fp32: beside divided experts a unit of its own (nemo_automodel 0.7.0, models/nemotron_v3/layers.py,
+`NemotronV3MambaFP32Params`; components/distributed/parallelizer_utils.py, `fully_shard_by_dtype`)."""
 BY_TORCHTUNE = {"tok_embeddings": EMBEDDING, "output": TAIL}
 """Names in `custom_sharded_layers` → units."""
 
@@ -95,7 +98,7 @@ def units_of(
                     p,
                     shard,
                     sharing(p, distributed)[1],
-                    "fp8_e4m3" if _in_float8(model, p) else dtype,
+                    "fp8_e4m3" if _in_float8(model, p) else None if name.endswith(IN_FP32) else dtype,
                     apart=of_fsdp1 and trained_apart and p.trainable and is_wrapped(p),
                 )
             ),
@@ -174,6 +177,8 @@ def grouped(
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
     in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
     divided = {number for p in full.all if id(p) in in_mlps for number in numbers(p, arch)}
+    scans = {id(p) for p in full.all if divided and OF_SCANS.search(p.name) and arch.model_type == "nemotron_h"}
+    of_scans = {number for p in full.all if id(p) in scans for number in numbers(p, arch)}
     flat = distributed.strategy == "fsdp1"
     of_modules = {id(p): p for p in full.all if flat and (inner or calls_adapters) and OF_MODULES.search(p.name)}
     of_layers = (
@@ -181,6 +186,7 @@ def grouped(
             *(name for p in of_modules.values() if p.layers for name in leaves_of(p, (number,))),
             *([] if leaves else [layer(number)]),
             *([experts(number)] if number in divided else []),
+            *([in_fp32(number)] if number in of_scans else []),
         )
         for number in layers
     )
@@ -195,6 +201,10 @@ def grouped(
         if id(p) in in_mlps:
             for number in numbers(p, arch):
                 groups[experts(number)].append(pairs[id(p)])
+            continue
+        if id(p) in scans:
+            for number in numbers(p, arch):
+                groups[in_fp32(number)].append(pairs[id(p)])
             continue
         if leaves and p.layers:
             in_root += [(number, pairs[id(p)]) for number in sorted(p.layers)]

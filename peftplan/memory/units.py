@@ -28,6 +28,14 @@ def experts(number: int) -> str:
     return layer(number) + EXPERTS
 
 
+IN_FP32 = " in fp32"
+
+
+def in_fp32(number: int) -> str:
+    """The name of the unit of what a layer computes in fp32, where that is a unit of its own."""
+    return layer(number) + IN_FP32
+
+
 def is_of_experts(unit: str) -> bool:
     """Whether a unit is that of a layer's experts."""
     return unit.endswith(EXPERTS)
@@ -35,7 +43,7 @@ def is_of_experts(unit: str) -> bool:
 
 def number_of(unit: str) -> int | None:
     """The number of a layer's unit; None of any other."""
-    number = unit.removeprefix("layer ").removesuffix(EXPERTS)
+    number = unit.removeprefix("layer ").removesuffix(EXPERTS).removesuffix(IN_FP32)
     return int(number) if number.isdigit() else None
 
 

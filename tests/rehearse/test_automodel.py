@@ -50,10 +50,10 @@ LOOSE = {
     ("qwen3-30b-a3b", 8, 4): 0.8,
     ("qwen3-30b-a3b", 3, 4): 0.09,
     ("qwen3-30b-a3b", 4, 4): 1.9,
-    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 3.2,
-    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.28,
-    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 1.1,
-    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EMEM", 1): 0.25,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 0.31,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.06,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 0.04,
+    ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EMEM", 1): 0.2,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEMEM*EM", 2): 0.03,
     ("qwen3-30b-a3b", 6, 2): 0.05,
     ("moonlight-16b-a3b", 3, 4): 0.37,
@@ -100,8 +100,8 @@ of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
 ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
-that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 350 and 184 MiB of five and seven
-layers in full, 28 with LoRA of six; of allocated ones up to 0.03, and 0.09 with LoRA, of such blocks."""
+that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
+full, 24 with LoRA of eight; of allocated ones up to 0.035, of such blocks."""
 
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs

@@ -20,6 +20,7 @@ from peftplan.memory.models.automodel_moe import experts
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.te_attention import of_documents
+from peftplan.memory.units import in_fp32
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Tensor
@@ -42,7 +43,9 @@ def mamba(c: Call, x: Tensor) -> Tensor:
     """`NemotronV3Mamba2Mixer.forward`: the batch's mask, which packed rows have not, multiplies what it reads."""
     assert c.block.state_space is not None
     x = ops.scale(c.at("mixer"), x) if c.model.running.kernels.attention is None else x
-    return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
+    projected, unit = c.linear("mixer.in_proj", x), in_fp32(c.number)
+    projected = c.model.units.leave(unit, c.model.units.enter_with(unit, projected))
+    return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, projected)
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
