@@ -15,6 +15,8 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_text
 from peftplan.job.sources import load_config
 from tests.memory.test_compiled_layers import GRANITE
+from tools.compiled_layers import BACKWARD, FORWARD, OTHER, Event
+from tools.kept_layers import layers_of, training_of
 
 ROWS: list[dict[str, Any]] = load("compiled_layers.json", list)
 TYPES = ["mamba", "mamba", "attention", "mamba"]
@@ -148,3 +150,29 @@ def test_the_notebook_of_falcon_has_a_peak() -> None:
 def test_other_notebooks_of_falcon_have_no_record(written: str, instead: str) -> None:
     result = estimate(config=of_notebook(OF_ALPACA.replace(written, instead)))
     assert result.peaks is None or result.bound is not None
+
+
+def test_a_layer_without_checkpoints_is_told_from_what_ends_between_its_parts() -> None:
+    """Two layers of two tensors each, of which the second is the result; the loss; the backward of the last norm; and a gradient
+    of each layer, which stays."""
+    made = [
+        (1, FORWARD, "norm"), (2, FORWARD, "mlp"), (3, FORWARD, "norm"), (4, FORWARD, "mlp"), (5, OTHER, "loss"),
+        (6, BACKWARD, "last norm"), (7, BACKWARD, "gradient"), (8, BACKWARD, "gradient"),
+    ]  # fmt: skip
+    sizes = {number: 8 * number for number, *_ in made}
+    events = [(Event(number, sizes[number], place, tunes=False), kernel) for number, place, kernel in made]
+    ends = {
+        6: [4],
+        7: [2, 3],
+        8: [1],
+    }  # behind what: of the last layer its result, and in its backward what it kept and its input
+    log = [each for event in events for each in (event, *(_end(events[n - 1]) for n in ends.get(event[0].number, ())))]
+    first, second = layers_of(log)
+    (own, result), (_, last) = training_of(first), training_of(second)
+    assert (result, last) == (2, 2)
+    assert [event.number for event in own if not event.ends] == [1, 2, 8]
+    assert [event.number for event in second.backward if not event.ends] == [7]
+
+
+def _end(made: tuple[Event, str]) -> tuple[Event, str]:
+    return made[0]._replace(ends=True), made[1]
