@@ -1,4 +1,4 @@
-"""Which jobs of a family have a formula that was compared with rehearsals of small models: Gemma 4."""
+"""Which jobs of a family have a formula that was compared: Gemma 4, on one GPU with rehearsals, under DDP with traces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_family(job: Job) -> None:
     setup, model_type = job.setup, job.architecture.model_type
     if model_type not in GEMMA4 or kernels_of(setup.kernels or ()).layers is not None:
         return
-    if job.distributed is not None:
+    if job.distributed is not None and (job.distributed.strategy != "ddp" or job.quant is not None):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {model_type}")
     widest = max((a.head_dim for block in job.architecture.blocks for a in block.attentions), default=0)
     if setup.attn_implementation == "flash_attention_2" and widest > MAX_FLASH_HEAD:

@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
 CAPPED = ("gemma4", "gemma4_unified")
 """Types that do to logits what their text model does; others do nothing to them."""
 
-CACHE_TURNED_OFF = ("idefics3", "smolvlm")
+CACHE_TURNED_OFF = ("idefics3", "smolvlm", "gemma4", "gemma4_unified")
 """Types whose own config has the `use_cache` that Trainer turns off; in others it leaves that of `text_config`, which is on."""
 
 

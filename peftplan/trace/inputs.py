@@ -82,6 +82,8 @@ def _text(model: Any, takes: frozenset[str], setup: Setup) -> Inputs:
             batch["use_cache"] = bool(setup.use_cache)
         else:  # as `Trainer.__init__` does, for a forward that leaves it to the config
             model.config.use_cache = bool(setup.use_cache)
+    elif setup.use_cache is False:  # which Trainer writes into a config that has none, and some models read there
+        model.config.use_cache = False
     # DeBERTa's classifier picks the samples that have a label: all of them
     labelled = b if type(model).__name__.endswith("ForSequenceClassification") else None
     return Inputs(batch, frozenset({scored, scored - 1} - {0}), pictures.facts, selected=labelled)

@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 ON, OFF = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 EVEN, ODD = {"batch_size": 2, "seq_len": 256}, {"batch_size": 3, "seq_len": 250}
 EAGER = {"attn_implementation": "eager"}
+DDP: dict[str, Any] = {"gpus": 4, "strategy": "ddp"}
 IN_TEXT = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 TOLERANCE = 0.001
 """Lists of small integers that only the trace has."""
@@ -69,6 +70,15 @@ JOBS: list[tuple[str, bool, dict[str, Any]]] = [
     ("experts", True, {**QLORA, **ON, **EVEN}),
     ("experts", False, {**LORA, **ON, **ODD, **EAGER, "trainer": "plain"}),
     ("experts", False, {**LORA, "method": "full", "trainer": "trl", **ON, **ODD}),
+    ("unified", True, {**LORA, **EVEN, **DDP}),
+    ("dense", False, {**LORA, **OFF, **EVEN, **DDP, "trainer": "trl"}),
+    (
+        "borrowed keys and own inputs",
+        False,
+        {"method": "full", "trainer": "trl", "gradient_accumulation_steps": 2, **EVEN, **DDP},
+    ),
+    ("experts", False, {"method": "full", "trainer": "transformers", **EVEN, **DDP}),
+    ("unified", True, {**LORA, **OFF, **EVEN}),
 ]
 """A model, whether towers are beside it, and how it is trained."""
 
@@ -105,7 +115,7 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
-        ({"gpus": 4, "strategy": "ddp"}, "over 4 GPUs and model type gemma4"),
+        ({"gpus": 4, "strategy": "zero2"}, "over 4 GPUs and model type gemma4"),
         ({"trainer": "trl-dpo"}, "model type gemma4 and"),
         ({"use_reentrant": True}, "model type gemma4 with reentrant checkpoints"),
         ({"method": "ia3", "feedforward_modules": []}, "model type gemma4 with method ia3"),
