@@ -83,9 +83,13 @@ def _shares_completions(job: Job) -> bool:
     return job.setup.by.shares_rows
 
 
+FEWEST_RESTORING = 16
+"""Layers of Llama that restore masked tokens with which a rehearsal reserved what the replay did; two reserved 9.7 % more."""
+
+
 def _restores_masked_tokens(job: Job) -> bool:
-    """Whether axolotl trains a model to restore tokens that it masks."""
-    return job.setup.loss == MASKED
+    """Whether axolotl trains a model of few layers to restore tokens that it masks."""
+    return job.setup.loss == MASKED and _num_layers(job) < FEWEST_RESTORING
 
 
 def _scores_documents(job: Job) -> bool:
@@ -130,7 +134,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "a tower that ms-swift shows a picture under ZeRO-3, with LoRA or a second model: rehearsals reserved 18 % less and 4 % "
         "more than the replay",
     ),
-    (_restores_masked_tokens, "a loss of masked tokens: a rehearsal reserved 10 % more than the replay"),
+    (_restores_masked_tokens, "a loss of masked tokens: a rehearsal of two layers reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""
 

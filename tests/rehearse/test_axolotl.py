@@ -424,17 +424,18 @@ def test_layers_of_lisa_take_turns() -> None:
     assert peaks.reserved - without * states == pytest.approx(row["reserved"], rel=3e-3)
 
 
-def test_masked_tokens_are_restored() -> None:
-    """`diffusion`, of two rows in one and all their tokens masked. Of two layers of Llama 3.2 1B a rehearsal reserved 9.7 % more
-    than the replay, so nothing is said of reserved bytes."""
-    (row,) = read(Path(__file__).with_name("axolotl_diffusion.jsonl"))
+@pytest.mark.parametrize("row", read(Path(__file__).with_name("axolotl_diffusion.jsonl")), ids=lambda row: row["layers"])
+def test_masked_tokens_are_restored(row: dict[str, Any]) -> None:
+    """`diffusion`, of two and four rows in one and all their tokens masked. Of two layers of Llama 3.2 1B a rehearsal reserved
+    9.7 % more than the replay, so nothing is said of reserved bytes; all 16 reserved what it does. Their `load` is 7 MB more."""
     assert plan(row).unsupported == {}
     job = options(row)
     peaks = peftplan.estimate(**job).peaks
     assert peaks is not None
-    assert peaks.by_phase == {phase: pytest.approx(nbytes, rel=5e-4) for phase, nbytes in row["by_phase"].items()}
-    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-5)
-    assert peaks.reserved is None
+    near = {"load": 3e-3}
+    assert peaks.by_phase == {phase: pytest.approx(n, rel=near.get(phase, 5e-4)) for phase, n in row["by_phase"].items()}
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=7e-5)
+    assert peaks.reserved == (row["reserved"] if row["layers"] == 16 else None)
     of_all = peftplan.estimate(**job | {"loss": "full"}).peaks
     assert of_all is not None
     assert of_all.by_phase["forward"] < 0.95 * row["by_phase"]["forward"]
@@ -442,7 +443,7 @@ def test_masked_tokens_are_restored() -> None:
 
 @pytest.mark.parametrize("other", [{"gpus": 2}, {"method": "lora"}, {"gradient_checkpointing": True}], ids=str)
 def test_masked_tokens_of_other_jobs_have_no_peak(other: dict[str, Any]) -> None:
-    (row,) = read(Path(__file__).with_name("axolotl_diffusion.jsonl"))
+    row = read(Path(__file__).with_name("axolotl_diffusion.jsonl"))[0]
     assert peftplan.estimate(**options(row) | other).peaks is None
 
 
