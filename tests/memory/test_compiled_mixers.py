@@ -55,6 +55,15 @@ def test_a_mixer_between_two_graphs(
         assert peaks.reserved == pytest.approx(reserved, rel=0.025)
 
 
+def test_all_forty_layers_of_granite_as_unsloth_ran() -> None:
+    """As above, of the whole model: what is estimated has one hidden state more, 16.8 MB. Kernels were not timed."""
+    options = {**GRANITE, "kernels": "unsloth-rows", "gradient_accumulation_steps": 2}
+    peaks = estimate("granite-4.0-h-micro", **options, batch_size=2, seq_len=2048).peaks
+    assert peaks is not None
+    expected = [ran + 2 * 2048 * 2048 * 2 for ran in (6_787_024_384, 7_009_265_664, 6_451_351_552)]
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(expected, rel=0.0001)
+
+
 NOTEBOOK = """
 !pip install transformers==4.56.2 trl==0.22.2
 from unsloth import FastLanguageModel
