@@ -164,17 +164,12 @@ def test_other_notebooks_of_falcon_have_no_record(written: str, instead: str) ->
 def test_a_layer_without_checkpoints_is_told_from_what_ends_between_its_parts() -> None:
     """Two layers of two tensors each, of which the second is the result; the loss; the backward of the last norm; and a gradient
     of each layer, which stays."""
-    made = [
+    allocations = [
         (1, FORWARD, "norm"), (2, FORWARD, "mlp"), (3, FORWARD, "norm"), (4, FORWARD, "mlp"), (5, OTHER, "loss"),
         (6, BACKWARD, "last norm"), (7, BACKWARD, "gradient"), (8, BACKWARD, "gradient"),
     ]  # fmt: skip
-    sizes = {number: 8 * number for number, *_ in made}
-    events = [(Event(number, sizes[number], place, tunes=False), kernel) for number, place, kernel in made]
-    ends = {
-        6: [4],
-        7: [2, 3],
-        8: [1],
-    }  # behind what: of the last layer its result, and in its backward what it kept and its input
+    events = [(Event(number, 8 * number, place, tunes=False), kernel) for number, place, kernel in allocations]
+    ends = {6: [4], 7: [2, 3], 8: [1]}  # allocation -> those that end behind it
     log = [each for event in events for each in (event, *(_end(events[n - 1]) for n in ends.get(event[0].number, ())))]
     first, second = layers_of(log)
     (own, result), (_, last) = training_of(first), training_of(second)
@@ -183,5 +178,5 @@ def test_a_layer_without_checkpoints_is_told_from_what_ends_between_its_parts() 
     assert [event.number for event in second.backward if not event.ends] == [7]
 
 
-def _end(made: tuple[Event, str]) -> tuple[Event, str]:
-    return made[0]._replace(ends=True), made[1]
+def _end(allocation: tuple[Event, str]) -> tuple[Event, str]:
+    return allocation[0]._replace(ends=True), allocation[1]
