@@ -45,8 +45,9 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
 
     One more of it is run where the second is not steady yet. In full fine-tuning on one GPU, without earlier steps, and over a
     `device_map`, and by TRL's loss under FSDP2, the gradient of a tied embedding finds room in the second step, and none in the
-    third. So may a batch of pictures or sound. Under DDP the second step divides its bucket, or the third one where the graph
-    is static. Under ZeRO-3 the first step gathers nothing ahead, so that the second one is the first of its kind.
+    third. So may a batch of pictures or sound, and a copy of logits by LLaMA-Factory v1 beside an adapter. Under DDP the second
+    step divides its bucket, or the third one where the graph is static. Under ZeRO-3 the first step gathers nothing ahead, so
+    that the second one is the first of its kind.
     `late`: as the allocator sees them where the GPU is as late as it may be.
     """
     job = inventory.job
@@ -58,7 +59,9 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     alone = (full or of_pictures_or_sound(job.architecture)) and not before  # as the trace does
     strategy = None if job.distributed is None else job.distributed.strategy
     of_chunks = full and strategy == "fsdp2" and job.setup.loss == "trl-chunked"
-    again = (last,) * (alone if strategy is None else of_chunks or strategy in ("device-map", "ddp", "zero3"))
+    adapted_by_v1 = not full and strategy == "fsdp2" and job.setup.by.weighs_tokens
+    third = of_chunks or adapted_by_v1 or strategy in ("device-map", "ddp", "zero3")
+    again = (last,) * (alone if strategy is None else third)
     again *= of_last.divided_after
     return (*before, *again, last) if before else (first, *again, last)
 

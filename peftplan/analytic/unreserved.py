@@ -43,11 +43,6 @@ def _num_layers(job: Job) -> int:
     return sum(len(block.layers) for block in job.architecture.blocks)
 
 
-def _adapts_by_v1(job: Job) -> bool:
-    """Whether LLaMA-Factory v1 adapts a base in 16 bits, which it gathers as one unit."""
-    return job.setup.by.weighs_tokens and job.method_name == "lora" and job.quant is None
-
-
 FEWEST_GATHERING = 8
 """Layers of gpt-oss, fully trained, with which reserved bytes were 1.1 % above the replay; with two they were 3.3 % above."""
 
@@ -111,10 +106,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "one tensor for each expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay",
     ),
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
-    (
-        _adapts_by_v1,
-        "LLaMA-Factory v1 gathers the base of an adapter as one unit: rehearsals reserved 11 to 14 % more than the replay",
-    ),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (
         _gathers_for_experts,

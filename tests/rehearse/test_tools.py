@@ -31,6 +31,14 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, object]) -> None:
     assert abs(drift["reserved"]) < LARGEST["reserved"]
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if "v1 --method lora" in str(row["job"])], ids=lambda row: row["job"])
+def test_the_third_step_reserves_more_beside_an_adapter_of_v1(row: dict[str, object]) -> None:
+    """Two steps reserved 12.2 and 9.7 % less than the rehearsals, whose third one finds no room for a copy of the logits."""
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    assert drift["reserved"] == 0
+
+
 @pytest.mark.parametrize("row", OF_CUT, ids=[row["job"] for row in OF_CUT])
 def test_cut_cross_entropy_by_formula(row: dict[str, object]) -> None:
     """In the first step torch times the kernel that narrows the order of the vocabulary, with a buffer of 256 MiB; reserved bytes
