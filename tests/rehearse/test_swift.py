@@ -34,6 +34,8 @@ OF_TOKENS = {"allocated": 0.001, "reserved": 0.2}
 """Of the loss of each token, also under ZeRO-2, where the 16-bit logits stay."""
 SHARED_BY_GRPO = {"allocated": 0.03}
 """Of completions in rows that several ranks share: reserved bytes are not stated."""
+IN_TURNS = {"allocated": 0.02, "reserved": 2.5}
+"""Of layers that take turns, two of three in each step, so that all have states at the third."""
 IN_GROUPS = {"allocated": 0.05, "reserved": 0.7}
 """Of weights that reach vLLM in groups."""
 OF_TEXTS = {"allocated": 0.08, "reserved": 2.1}
@@ -61,6 +63,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = OF_TOKENS if row["values"].get("enable_dft_loss") else limits
     limits = SHARED_BY_GRPO if row["values"].get("sequence_parallel_size") and row["values"].get("rlhf_type") else limits
+    limits = IN_TURNS if row["values"].get("lisa_activated_layers") else limits
     limits = IN_GROUPS if row["values"].get("move_model_batches") else limits
     limits = OF_TEXTS if row["values"].get("task_type") == "embedding" else limits
     limits = OF_TEXT_PARTS if peaks.assumed.get("images_per_sample") == 0 else limits

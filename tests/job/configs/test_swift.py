@@ -156,11 +156,13 @@ def test_swift_makes_no_galore(values: dict[str, object]) -> None:
     assert plan.options == of_adamw.options
 
 
-def test_lisa_lowers_the_peak_of_full_fine_tuning() -> None:
-    """Two of four layers trained at a time hold 15.6 GB where all hold 17.5 (rehearsed)."""
+def test_layers_of_lisa_take_turns_on_one_gpu() -> None:
+    """Under DeepSpeed they were not rehearsed."""
     values = {"model": "Qwen/Qwen2.5-7B-Instruct", "tuner_type": "full", "lisa_activated_layers": 2}
     plan = read(values, kind="command", program="swift sft")
-    assert bound(plan.unsupported) == "at_most"
+    assert (plan.options["method"], plan.options["n_layers"], plan.unsupported) == ("lisa", 2, {})
+    shared = read(values | {"deepspeed": "zero2"}, kind="command", program="swift sft", NPROC_PER_NODE="2")
+    assert bound(shared.unsupported) == "at_most"
 
 
 def test_files_of_swift_that_sample_or_run_megatron_are_told_apart() -> None:
