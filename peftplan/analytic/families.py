@@ -1,4 +1,4 @@
-"""Which jobs of a family have a formula that was compared: Gemma 4, on one GPU with rehearsals, under DDP with traces."""
+"""Which jobs of a family have a formula that was compared with rehearsals and traces: Gemma 4."""
 
 from __future__ import annotations
 
