@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan.analytic.families import check_family
-from peftplan.analytic.mixers import check_mixer
+from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.arch.text_part import has_towers, is_in_text_part
@@ -104,6 +104,8 @@ def check(job: Job) -> None:
     check_family(job)
     if any(block.state_space is not None for block in job.architecture.blocks):
         check_mixer(job)
+    if any(block.delta_rule is not None for block in job.architecture.blocks):
+        check_delta_rule(job)
     if any(attention.clipped for block in job.architecture.blocks for attention in block.attentions):
         raise NeedsTraceError(f"activations of model type {model_type} with clip_qkv")
     if job.method is None:

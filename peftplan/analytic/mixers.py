@@ -1,14 +1,17 @@
-"""Which jobs with Mamba 2 have a formula: by mamba-ssm's kernels, or in those operations of torch that were recorded."""
+"""Which jobs with Mamba 2 have a formula: by mamba-ssm's kernels, or in those operations of torch that were recorded; and which
+with a gated delta rule, in torch's operations."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.sizes import between_chunks
+from peftplan.arch.text_part import keeps_its_cache
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.automodel import builds, has_own_code, knows_recorded
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
+from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -75,3 +78,31 @@ def _check_recorded(job: Job) -> None:
     if has_own_code(job) or job.setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
         where = job.setup.by.called if job.distributed is None else job.distributed.called
         raise NoEngineError(f"model type {model_type} without mamba-ssm, under {where} (no formula yet)")
+
+
+def check_delta_rule(job: Job) -> None:
+    """Raise NeedsTraceError or NoEngineError where a step with a gated delta rule was not compared."""
+    setup, model_type = job.setup, job.architecture.model_type
+    if kernels_of(setup.kernels or ()).layers is not None:  # which torch compiles whole
+        return
+    if has_own_code(job) or setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
+        where = setup.by.called if job.distributed is None else job.distributed.called
+        raise NoEngineError(f"model type {model_type} in torch's operations, under {where} (no formula yet)")
+    checkpoints = bool(setup.gradient_checkpointing)
+    caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
+    unknown = {
+        "kernels": bool(setup.kernels),
+        "padding": setup.padding,
+        "a cache": caches and not checkpoints and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
+        "eager attention": setup.attn_implementation == "eager",  # backward 0.33 % above a trace
+        "fp16": "fp16" in (setup.dtype, setup.autocast),
+        "projections in fp32": setup.dtype == "fp32" and setup.autocast == "none",
+        "another release of transformers": job.script.transformers is not None,
+        f"method {job.method_name}": job.method_name not in ("full", "lora", "qlora") or not job.is_full_or_lora,
+        f"a base in {job.quant and job.quant.name}": job.quant is not None and job.quant.name != "nf4",
+        f"loss {setup.loss}": setup.loss not in ("full", "trl-chunked"),
+        "checkpoints in host memory": bool(setup.offload_checkpoints),
+        f"rows of more than {CHUNK * MOST_CHUNKS:,} tokens": setup.seq_len > CHUNK * MOST_CHUNKS,
+    }
+    if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
+        raise NeedsTraceError(f"the delta rule of model type {model_type} with {what}")

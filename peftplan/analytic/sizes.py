@@ -6,6 +6,7 @@ from typing import NamedTuple
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.job.loss_sizes import LossSizes
+from peftplan.memory.delta_rule import CHUNK
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
@@ -31,6 +32,17 @@ def between_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
     spaces = {block.state_space.chunk_size for block in architecture.blocks if block.state_space is not None}
     for chunk in sorted(spaces):
         yield (seq_len % chunk > 0) | (seq_len == chunk)
+
+
+DIGITS = 25
+"""Binary digits of a number of chunks: enough for every length that a setup takes."""
+
+
+def num_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
+    """The number of chunks of a delta rule, digit by digit: its code loops over them."""
+    if any(block.delta_rule is not None for block in architecture.blocks):
+        chunks = -(-seq_len // CHUNK)
+        yield from ((chunks >> digit) & 1 for digit in range(DIGITS))
 
 
 class Limits(NamedTuple):
@@ -63,7 +75,8 @@ def shape_facts(
         *(seq_len > most for most in limits.of_row),
     )
     chunked: Iterator[Fact] = between_chunks(seq_len, architecture)
-    return (batch_size > 1, *limited, *ragged, *exceeded, *chunked, *loss.facts(batch_size, loss.length(seq_len)))
+    looped: Iterator[Fact] = num_chunks(seq_len, architecture)
+    return (batch_size > 1, *limited, *ragged, *exceeded, *chunked, *looped, *loss.facts(batch_size, loss.length(seq_len)))
 
 
 def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str, Size]:
@@ -74,7 +87,7 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name = {"b": b, "s": s, "k": s + virtual_tokens, "s/2": s // 2}
     by_name |= {f"{name}%{m}": -(-by_name[name] // m) * m for name in ("s", "k", "s/2") for m in MULTIPLES}
     by_name |= {f"{name}/{size}": -(-by_name[name] // size) for name in ("s", "k") for size in (BLOCK, FLASH_BLOCK)}
-    by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (2, 1, -1)}
+    by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (3, 2, 1, -1)}
     by_name |= {"b/2": b // 2, "b/3": b // 3, "4b": 4 * b}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", 32), ("b·s", FLASH_BLOCK)):

@@ -99,6 +99,12 @@ def _gathers_tower(job: Job) -> bool:
     return tower and (job.reference == "copy" or job.method_name == "lora")
 
 
+def _prepares_delta_rule(job: Job) -> bool:
+    """Whether layers in 4 bits hand a gated delta rule hidden states in fp32."""
+    prepared = job.quant is not None and bool(job.setup.kbit_prepare)
+    return prepared and any(block.delta_rule is not None for block in job.architecture.blocks)
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (
@@ -124,6 +130,10 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _gathers_tower,
         "a tower that ms-swift shows a picture under ZeRO-3, with LoRA or a second model: rehearsals reserved 18 % less and 4 % "
         "more than the replay",
+    ),
+    (
+        _prepares_delta_rule,
+        "a delta rule behind peft's kbit preparation: a rehearsal of six layers reserved 10 % more than the replay",
     ),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal of two layers reserved 10 % more than the replay"),
 )

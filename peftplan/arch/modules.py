@@ -176,11 +176,31 @@ class StateSpace(NamedTuple):
         return self.width + 2 * self.groups * self.state_size
 
 
+class DeltaRule(NamedTuple):
+    """A gated delta rule: heads of keys that serve as many heads of values or more, behind a convolution over `taps` tokens."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of all heads of values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: of queries, keys and values."""
+        return self.width + 2 * self.key_heads * self.key_dim
+
+
 class Block(NamedTuple):
     """Identical layers of one stack: the facts that activations depend on, besides the weights.
 
     `attentions`: those of each layer; none where a convolution or something else stands in their place.
-    `state_space`: the mixer of a layer that has no other part.
+    `state_space`: the mixer of a layer that has no other part. `delta_rule`: what stands in the place of attention.
     `parallel`: attention and MLP both read the layer's input, and their outputs are added.
     `shared_norm`: both read it through one norm. `convolution`: the activation of the one beside the first layer (DeBERTa v2).
     """
@@ -195,6 +215,7 @@ class Block(NamedTuple):
     shared_norm: bool = False
     convolution: str = ""
     state_space: StateSpace | None = None
+    delta_rule: DeltaRule | None = None
 
 
 class Dropout(NamedTuple):

@@ -17,6 +17,8 @@ TEXT_PARTS: dict[str, str | None] = {
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
     "qwen3_vl_moe": "qwen3_moe",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "idefics3": None,
     "smolvlm": None,
     "mistral3": None,

@@ -28,6 +28,7 @@ from peftplan.analytic.checks import check
 from peftplan.analytic.sized import Points, Sized
 from peftplan.analytic.sizes import between_chunks
 from peftplan.job.kernels import kernels_of
+from peftplan.memory import delta_rule
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 
 if TYPE_CHECKING:
@@ -324,8 +325,10 @@ def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Int
 
 
 def _between_chunks(job: JobOfInventory, points: Points) -> npt.NDArray[np.bool_]:
-    """Points at which Mamba 2 in torch's operations has no formula, though it has one at others."""
+    """Points at which Mamba 2 or a delta rule in torch's operations has no formula, though it has one at others."""
     uneven = np.zeros(len(points), dtype=bool)
+    if any(block.delta_rule is not None for block in job.architecture.blocks):
+        uneven |= points.seq_len > delta_rule.CHUNK * delta_rule.MOST_CHUNKS
     if kernels_of(job.setup.kernels or ()).scan is None:
         for fact in between_chunks(points.seq_len, job.architecture):
             uneven |= fact

@@ -91,6 +91,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
 }
 
+OF_QWEN3_5: dict[str, Any] = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24,
+    "vocab_size": 120, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}  # fmt: skip
 NOT_BUILT_IN: dict[str, dict[str, Any]] = {
     "granitemoe": {
         "model_type": "granitemoe", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -99,6 +104,11 @@ NOT_BUILT_IN: dict[str, dict[str, Any]] = {
     "ministral3": {
         "model_type": "ministral3", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 120,
+    },
+    "qwen3_5_text": {"model_type": "qwen3_5_text", "intermediate_size": 172, **OF_QWEN3_5},
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 44, "shared_expert_intermediate_size": 60, "num_experts": 4,
+        "num_experts_per_tok": 2, **OF_QWEN3_5,
     },
 }  # fmt: skip
 """Configs of the types that have a reader and no built-in model."""

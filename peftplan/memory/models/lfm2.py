@@ -18,8 +18,8 @@ from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
-TAPS = 3
-"""Width of the filters of every published model."""
+TAPS = (3, 4)
+"""Widths of the filters of every published model: of LFM2, and of Qwen 3.5."""
 
 
 def layer(c: Call, x: Tensor) -> Tensor:
@@ -50,10 +50,10 @@ def short_convolution(c: Call, x: Tensor) -> Tensor:
     f = c.at("conv")
     first, gate, last = in_turn(f, parts, 3)
     x = ops.mul(f, first, last)
-    whole = depthwise(c, x)
+    whole = depthwise(c, x, "conv.conv")
     y = sliced(f, whole, (x.dims[0], x.dims[2], x.dims[1]))
     if model.caches:  # a slice of the last tokens, which are all
-        model.kept.append((f.new((x.dims[0], x.dims[2], TAPS), x.dtype, "zeros"),))
+        model.kept.append((f.new((x.dims[0], x.dims[2], TAPS[0]), x.dtype, "zeros"),))
         y = sliced(f, y, y.dims)
     del whole
     x = f.to(y, x.dtype).view(x.dims)
@@ -77,13 +77,15 @@ def _in_turn_backward(f: Tape, node: Node, saved: tuple[Dims], *grads: Tensor | 
     return f.view_of(out)
 
 
-def depthwise(c: Call, x: Tensor) -> Tensor:
-    """`causal_conv1d_fn`: one filter per channel, of an input that lies by tokens; TAPS - 1 numbers more than it has tokens."""
-    f, part = c.tape, c.model.part(f"{c.style.stack}.conv.conv", c.number)
+def depthwise(c: Call, x: Tensor, name: str) -> Tensor:
+    """`causal_conv1d_fn`: one filter per channel, of an input that lies by tokens; a filter's width less one more numbers than it
+    has tokens."""
+    f, part = c.tape, c.model.part(f"{c.style.stack}.{name}", c.number)
     f.module = part.name
     weight: Operand = part.own_weight
-    if weight.dims[-1] != TAPS:
-        raise NeedsTraceError(f"convolutions over {weight.dims[-1]} tokens")
+    taps = weight.dims[-1]
+    if taps not in TAPS:
+        raise NeedsTraceError(f"convolutions over {taps} tokens")
     bias: Operand | None = part.bias
     x = f.to(x, weight.dtype)
     if f.autocast:
@@ -92,7 +94,7 @@ def depthwise(c: Call, x: Tensor) -> Tensor:
     node = f.record(_depthwise_backward, (x, weight, bias), x, weight, bias)
     b, s, h = x.dims
     _contiguous = f.new((b, h, s), x.dtype, "contiguous")
-    return f.new((b, h, f"{s}+{TAPS - 1}"), x.dtype, "convolution", node)
+    return f.new((b, h, f"{s}+{int(taps) - 1}"), x.dtype, "convolution", node)
 
 
 def _depthwise_backward(f: Tape, node: Node, saved: Sequence[Operand], g: Tensor) -> Gradients:

@@ -33,7 +33,8 @@ def with_grids(model: Model, style: Style, *, by_sections: bool) -> Tensor:
 
 def _tables(model: Model, dtype: str, *, by_sections: bool) -> tuple[Tensor, Tensor]:
     """`Qwen2_5_VLRotaryEmbedding.forward`: cosines and sines of each sequence."""
-    f, width = model.tape, model.arch.blocks[0].attentions[0].head_dim
+    a = next(block.attentions[0] for block in model.arch.blocks if block.attentions)
+    f, width = model.tape, a.rotary_dim or a.head_dim
     grids, dims = (GRIDS, "b", model.seq, width // 2), ("b", model.seq, width)
     model.units.enter(ROTARY)
     f.module = "model.language_model.rotary_emb"
