@@ -26,7 +26,9 @@ _ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pro
 EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
     "nemotron_h": {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _ONE_BY_ONE),
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _ONE_BY_ONE
+    ),
 }
 """model_type → what one expert's matrices are called in a checkpoint, which holds them one by one."""
 
