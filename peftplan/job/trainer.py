@@ -268,8 +268,6 @@ class Trainer(NamedTuple):
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     under_zero0: tuple[Reference, ...] = ()
     """The same under DeepSpeed's stage 0."""
-    under_zero1: tuple[Reference, ...] = ()
-    """The same under ZeRO-1."""
     under_zero2: tuple[Reference, ...] = ()
     """The same under ZeRO-2."""
     under_zero3: tuple[Reference, ...] = ()
