@@ -29,7 +29,7 @@
 #define WIDTH 5
 #define PER_DOUBLING 8  /* bins of each doubling of a block's size */
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
-#define STREAMS 4  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
+#define STREAMS 8  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
 #define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
 #define LINE 64  /* bytes of a line of the processor's cache: a block is one */

@@ -63,13 +63,15 @@ def _gemma4(c: Fields, task_type: str, *, stem: str, window: int, per_layer: int
     ]
     mlps = [_mlp(c, width, mixture=mixture) for width in widths]
     like = Block("decoder", n.layers, (n.attention,), mlps[0], "rmsnorm", "sandwich")
+    widest = max(attentions, key=lambda attention: attention.head_dim)
+    stem += "" if task_type == "CAUSAL_LM" else "Text"
     backbone = decoder_backbone(c, n, stem=stem, layer=first_met(layer), blocks=grouped_blocks(n.layers, attentions, mlps, like))
     scales = [Buffer("embed_tokens.embed_scale", "model", ()), Buffer("layers.{}.layer_scalar", "model", (1,), n.layers)]
     backbone = backbone._replace(
         modules=(*backbone.modules, *(_of_all_layers(c, n, own) if own else ())),
         buffers=(*scales, *_rotary(attentions), *([Buffer("embed_tokens_per_layer.embed_scale", "model", ())] if own else ())),
         logits_ops=("softcap",) if c.raw.get("final_logit_softcapping") is not None else (),
-        prompt=n.prompt._replace(head_dim=max(attention.head_dim for attention in attentions)),
+        prompt=n.prompt._replace(num_key_value_heads=widest.num_key_value_heads, head_dim=widest.head_dim),
     )
     return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "FEATURE_EXTRACTION"), tie_word_embeddings=True)
 

@@ -19,15 +19,16 @@ from peftplan.units import GB
 MAX_SHARD_BYTES = 50 * GB
 """`save_pretrained(max_shard_size="50GB")`, the default of transformers 5."""
 
-PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias")
-"""Buffers that are part of a state dict, by the last part of their name (BART, DeepSeek-V3)."""
+PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias", "layer_scalar")
+"""Buffers that are part of a state dict, by the last part of their name (BART, DeepSeek-V3, Gemma 4)."""
 
 _ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
     "nemotron_h": {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
     **dict.fromkeys(
-        ("qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"), _ONE_BY_ONE
+        ("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"),
+        _ONE_BY_ONE,
     ),
 }
 """model_type → what one expert's matrices are called in a checkpoint, which holds them one by one."""

@@ -50,7 +50,7 @@ MODELS: dict[str, str] = {
     "mt5": "mt5-base", "seed_oss": "seed-oss-36b-instruct", "hunyuan_v1_dense": "hunyuan-0.5b-instruct",
     "exaone4": "exaone-4.0-1.2b", "arcee": "afm-4.5b", "ernie4_5": "ernie-4.5-0.3b-pt", "glm4_moe_lite": "glm-4.7-flash",
     "glm": "glm-4-9b", "lfm2": "lfm2-350m", "glm4_moe": "glm-4.5-air", "nemotron_h": "nvidia-nemotron-nano-9b-v2",
-    "falcon_h1": "falcon-h1-0.5b-base",
+    "falcon_h1": "falcon-h1-0.5b-base", "nemotron": "minitron-8b-base",
     "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",
     # without a reader: read by transformers
     "mamba": "mamba-130m", "falcon_mamba": "falcon-mamba-7b", "olmoe": "olmoe-1b-7b-0924",
@@ -96,7 +96,14 @@ OF_QWEN3_5: dict[str, Any] = {
     "vocab_size": 120, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 12, "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
+OF_GEMMA4: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1, "head_dim": 24, "global_head_dim": 48, "vocab_size": 120, "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "pad_token_id": 0,
+}  # fmt: skip
 NOT_BUILT_IN: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"model_type": "gemma4_text", "attention_k_eq_v": True, **OF_GEMMA4},
+    "gemma4_unified_text": {"model_type": "gemma4_unified_text", "attention_k_eq_v": True, **OF_GEMMA4},
     "granitemoe": {
         "model_type": "granitemoe", "hidden_size": 96, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "vocab_size": 120, "num_local_experts": 4, "num_experts_per_tok": 2,
