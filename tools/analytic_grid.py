@@ -164,7 +164,12 @@ MADE_UP: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Configs of the types that no built-in model has."""
-TEXT_OF = {"gemma4_text": "gemma-4-31b", "gemma4_unified_text": "gemma-4-12b-it"}
+TEXT_OF = {
+    "gemma4_text": "gemma-4-31b",
+    "gemma4_unified_text": "gemma-4-12b-it",
+    "qwen3_5_text": "qwen3.5-0.8b",
+    "qwen3_5_moe_text": "qwen3.5-35b-a3b",
+}
 """Types of a text part alone → the built-in model that has it."""
 
 

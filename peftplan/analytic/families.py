@@ -26,6 +26,8 @@ def check_family(job: Job) -> None:
     widest = max((a.head_dim for block in job.architecture.blocks for a in block.attentions), default=0)
     if setup.attn_implementation == "flash_attention_2" and widest > MAX_FLASH_HEAD:
         raise RefusedError(f"attn_implementation: flash-attn has no kernel for heads of {widest} numbers; accepted: eager, sdpa")
+    if job.adaptation.rests:
+        raise NoEngineError(f"layers that take turns in model type {model_type} (no formula yet)")
     unknown = {
         "kernels": bool(setup.kernels),
         f"loss {setup.loss}": setup.loss not in ("full", "trl-chunked"),

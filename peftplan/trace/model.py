@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import MODEL_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftplan.errors import RefusedError
@@ -67,6 +68,7 @@ def build(
         cls = model_class(config, hf_config, name="model", task_type=task_type)
         known = "sdpa" if cls._supports_sdpa else "eager"
         hf_config._attn_implementation = known if setup.attn_implementation == FLASH_ATTENTION else setup.attn_implementation
+        _leave_to_towers(hf_config)
         base = build_model(config, hf_config, cls, name="model")
         _load_dtype(base, setup.dtype)
         if quant is not None:
@@ -128,6 +130,14 @@ def _load_dtype(model: Any, dtype: str) -> None:
                 module._buffers[name] = buffer.to(TORCH_DTYPES[dtype])
     for part in (model.config, *_sub_configs(model.config)):
         part.dtype = TORCH_DTYPES[dtype]
+
+
+def _leave_to_towers(config: Any) -> None:
+    """Eager attention in each tower without sdpa, as where none is named (transformers, `get_correct_attn_implementation`)."""
+    for part in _sub_configs(config):
+        cls = MODEL_MAPPING.get(type(part), None)
+        if part._attn_implementation == "sdpa" and cls is not None and not cls._supports_sdpa:
+            part._attn_implementation = "eager"
 
 
 def _sub_configs(config: Any) -> Iterable[Any]:

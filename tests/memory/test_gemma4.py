@@ -67,6 +67,7 @@ JOBS: list[tuple[str, bool, dict[str, Any]]] = [
     ("borrowed keys and own inputs", False, {**LORA, "method": "full", **ON, **EVEN}),
     ("borrowed keys and own inputs", False, {**QLORA, **ON, **EVEN}),
     ("borrowed keys and own inputs", True, {**LORA, **ON, **EVEN, **EAGER}),
+    ("borrowed keys and own inputs", True, {**LORA, **ON, **EVEN}),  # whose tower of sounds has no sdpa
     ("experts", True, {**QLORA, **ON, **EVEN}),
     ("experts", False, {**LORA, **ON, **ODD, **EAGER, "trainer": "plain"}),
     ("experts", False, {**LORA, "method": "full", "trainer": "trl", **ON, **ODD}),
@@ -121,6 +122,7 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
         ({"method": "ia3", "feedforward_modules": []}, "model type gemma4 with method ia3"),
         ({"quant": "int8"}, "model type gemma4 with a base in int8"),
         ({"method": "pfeiffer", "target_modules": None}, "model type gemma4 with method pfeiffer"),
+        ({"method": "lisa", "target_modules": None}, "layers that take turns in model type gemma4"),
     ],
 )
 def test_what_was_not_compared_has_no_formula(options: dict[str, Any], missing: str) -> None:
