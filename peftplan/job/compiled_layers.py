@@ -120,7 +120,7 @@ def recorded(job: "Job") -> "Recorded | None":
     layers = kernels_of(setup.kernels or ()).layers
     if layers is None or job.method is None or any(getattr(config, name, None) for name in NOT_RECORDED):
         return None
-    if not OUTSIDE.issuperset(getattr(config, "modules_to_save", None) or ()):
+    if not OUTSIDE.issuperset(getattr(config, "modules_to_save", None) or ()) or getattr(config, "bias", "none") != "none":
         return None
     checkpointed = bool(setup.gradient_checkpointing and setup.use_reentrant)
     kept = not setup.gradient_checkpointing

@@ -150,6 +150,7 @@ def test_older_cards_have_no_record() -> None:
         {"exclude_modules": r".*layers\.3\..*"},
         {"layers_to_transform": [0, 1]},
         {"lora_dropout": 0.1},
+        {"bias": "all"},
         {"freeze_a": True},
         {"use_reentrant": False},
         {"padding": True},
