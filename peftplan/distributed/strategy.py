@@ -234,9 +234,9 @@ def _check_divisible(distributed: Distributed) -> None:
     of_stages = [name for name in OF_PIPELINE if getattr(distributed, name) is not None]
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")
-    divides = distributed.pp_size not in (None, 1) or (distributed.ep_size not in (None, 1) and distributed.sync_each_batch)
+    divides = distributed.pp_size not in (None, 1) or distributed.ep_size not in (None, 1)
     if distributed.pp_stage_is_unit is not None and not divides:
-        accepted = "accepted: with a pp_size of 2 or more, or with ep_size and sync_each_batch"
+        accepted = "accepted: with a pp_size or an ep_size of 2 or more"
         raise InputError("pp_stage_is_unit", distributed.pp_stage_is_unit, accepted)
     if type(distributed.reshard_after_forward) is int and distributed.shards % distributed.reshard_after_forward:
         raise InputError(

@@ -181,7 +181,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     assert distributed is not None
     several = setup.gradient_accumulation_steps * distributed.chunks > 1
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
-    as_often = not several or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
+    as_often = (not several and not shown.apart) or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
     stepped = not shown.optims or setup.optim in shown.optims
     owns = shown.shared or distributed.shards == distributed.ep_size
     ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())

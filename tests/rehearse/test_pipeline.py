@@ -96,7 +96,7 @@ def test_stages_take_turns() -> None:
         ({"pp_schedule": "interleaved1f1b", "pp_microbatches": 5}, "a multiple of 2 with interleaved1f1b"),
         ({"pp_layers_per_stage": 3}, "pp_layers_per_stage"),
         ({"pp_size": None, "pp_microbatches": 4}, "with a pp_size of 2 or more"),
-        ({"pp_size": None, "pp_stage_is_unit": False}, "or with ep_size and sync_each_batch"),
+        ({"pp_size": None, "pp_stage_is_unit": False}, "with a pp_size or an ep_size of 2 or more"),
         ({"tp_size": 4}, "a size whose product with tp_size, . here, divides the 4 GPUs"),
     ],
 )

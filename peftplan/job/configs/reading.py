@@ -299,10 +299,10 @@ class Reading:
             ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // sharing, 1)
             micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
             if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
-                of_sync = [key for key, row in self.read.items() if row.option == "sync_each_batch"]
-                self.read |= {key: Read(self.read[key].value, "", "a step has one micro batch") for key in of_sync}
-                if number_in(self.options, "pp_size") < 2:
-                    self.options.pop("pp_stage_is_unit", None)
+                for key, row in self.read.items():
+                    if "sync_each_batch" in (options := row.option.split(", ")):
+                        rest = [option for option in options if option != "sync_each_batch"]
+                        self.read[key] = Read(row.value, ", ".join(rest), row.why if rest else "a step has one micro batch")
 
     def _divide_batch(self) -> None:
         """The micro batches that a pipeline makes of a rank's rows, and what of its keys is not known."""

@@ -637,13 +637,29 @@ IN_STAGES = {"pp_schedule": "interleaved1f1b", "pp_microbatch_size": 1, "layers_
 AS_THEY_ARE = {"patch_inner_model": False, "patch_causal_lm_model": False}
 
 
-@pytest.mark.parametrize(("batches", "expected"), [(2, (False, True)), (1, (None, None))])
-def test_a_model_that_is_no_unit_reduces_each_micro_batch(batches: int, expected: tuple[object, object]) -> None:
-    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.7-Flash"}
-    sharded = {"strategy": "fsdp2", "ep_size": 8, "moe": {"wrap_outer_model": False}}
+@pytest.mark.parametrize(
+    ("ep_size", "batches", "fast", "expected", "known"),
+    [
+        (8, 2, False, (False, True), True),
+        (8, 1, False, (False, None), False),
+        (8, 2, True, (False, None), False),
+        (1, 2, False, (None, None), False),
+    ],
+)
+def test_a_model_that_is_no_unit_reduces_each_micro_batch(
+    ep_size: int, batches: int, fast: bool, expected: tuple[object, object], known: bool
+) -> None:
+    """`moe` counts beside an `ep_size` of 2 or more alone; a model that is no unit was rehearsed with several micro batches, each
+    of which reduces."""
+    backend = {"attn": "te", "linear": "te", "experts": "gmm", "dispatcher": "deepep", "enable_fsdp_optimizations": fast}
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.7-Flash", "backend": backend}
+    sharded = {"strategy": "fsdp2", "ep_size": ep_size, "activation_checkpointing": True, "moe": {"wrap_outer_model": False}}
     rows = {"local_batch_size": 4, "global_batch_size": 8 * 4 * batches}
-    options = of_nemo(sharded, model=model, step_scheduler=rows).options
-    assert (options.get("pp_stage_is_unit"), options.get("sync_each_batch")) == expected
+    plan = of_nemo(sharded, model=model, step_scheduler=rows)
+    assert (plan.options.get("pp_stage_is_unit"), plan.options.get("sync_each_batch")) == expected
+    assert "has no" not in plan.read["distributed.moe.wrap_outer_model"].why
+    result = peftplan.estimate(config=plan)
+    assert (result.peaks is not None and result.bound is None) is known
 
 
 @pytest.mark.parametrize(

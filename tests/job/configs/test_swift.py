@@ -520,3 +520,9 @@ def test_the_allocator_is_set_by_the_environment(stated: str, mode: str | None, 
     values = {**SWIFT, "vllm_mode": mode} if mode else SWIFT
     plan = read(values, kind="command", program="swift sft", PYTORCH_CUDA_ALLOC_CONF=stated)
     assert plan.options.get("expandable_segments") is grow
+
+
+def test_groups_of_weights_are_one_or_more() -> None:
+    values = {"rlhf_type": "grpo", "model": "Qwen/Qwen2.5-7B-Instruct", "use_vllm": True, "deepspeed": "zero3_offload"}
+    plan = read(values | {"move_model_batches": 0}, kind="command", program="swift rlhf", NPROC_PER_NODE="4")
+    assert "ZeroDivisionError" in plan.unsupported["move_model_batches"].why

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import peftplan
@@ -160,3 +162,11 @@ def test_a_mixture_by_its_own_class_has_a_record() -> None:
 def test_other_jobs_of_the_mixture_have_no_record(written: str, instead: str) -> None:
     result = peftplan.estimate(config=read_text(MIXTURE.replace(written, instead), file="a.py"))
     assert result.peaks is None or result.bound is not None
+
+
+@pytest.mark.parametrize(("installed", "recorded"), [("5.3.0", True), ("4.56.2", False)])
+def test_experts_of_transformers_4_have_no_record(installed: str, recorded: bool) -> None:
+    """They are linear layers, each with an adapter of its own."""
+    cells = [{"cell_type": "code", "source": [f"!pip install transformers=={installed}\n{MIXTURE}"]}]
+    result = peftplan.estimate(config=read_text(json.dumps({"cells": cells}), file="a.ipynb"))
+    assert (result.peaks is not None and result.bound is None) is recorded
