@@ -135,7 +135,7 @@ def _load_dtype(model: Any, dtype: str) -> None:
 def _leave_to_towers(config: Any) -> None:
     """Eager attention in each tower without sdpa, as where none is named (transformers, `get_correct_attn_implementation`)."""
     for part in _sub_configs(config):
-        cls = MODEL_MAPPING.get(type(part), None)
+        cls: Any = MODEL_MAPPING.get(type(part), None)
         if part._attn_implementation == "sdpa" and cls is not None and not cls._supports_sdpa:
             part._attn_implementation = "eager"
 
