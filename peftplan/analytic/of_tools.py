@@ -23,6 +23,9 @@ class Rehearsed(NamedTuple):
     """Where vLLM writes completions; None: nowhere."""
     one_row: bool = False
     """Whether a batch is one row."""
+    by_file: bool = False
+    """Whether states alone are on the host, and checkpoints cover the hooks around a layer, as of the transformers that the tool
+    takes: `job.configs.with_file.of_releases` says so of its files."""
 
 
 REHEARSED = {
@@ -30,7 +33,7 @@ REHEARSED = {
     "axolotl-grpo": Rehearsed("full"),
     "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
     "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm="colocate", one_row=True),
-    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm="colocate", one_row=True),
+    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm="colocate", one_row=True, by_file=True),
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm="server"),
 }
 """Trainer → what was rehearsed of it."""
@@ -68,10 +71,17 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
         f"dtype {setup.dtype} and autocast {setup.autocast}": not setup.dtype == setup.autocast == "bf16",
         f"attention {setup.attn_implementation}": setup.attn_implementation not in shown.attention,
         "no checkpoints": not setup.gradient_checkpointing,
+        "other offloading or checkpoints than --config reads of its tool's files": shown.by_file and not _is_of_file(job),
         f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
         "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm != shown.vllm,
     }
     return next((what for what, is_so in differing.items() if is_so), None)
+
+
+def _is_of_file(job: "Job") -> bool:
+    distributed = job.distributed
+    states_alone = distributed is not None and distributed.offload_optimizer == "cpu" and distributed.offload_params == "none"
+    return states_alone and bool(job.setup.use_reentrant) and not job.script.checkpoints_forward
 
 
 def _is_dense(job: "Job") -> bool:

@@ -78,6 +78,15 @@ def _shares_completions(job: Job) -> bool:
     return job.setup.by.shares_rows
 
 
+LONGEST_UNHOSTED = 576
+"""Tokens of a row with which rehearsals reserved what the replay did."""
+
+
+def _trains_long_rows(job: Job) -> bool:
+    """Whether ms-swift's GRPO whose weights leave the host trains on longer rows than were rehearsed."""
+    return job.setup.by.name == "swift-grpo-unhosted" and job.setup.seq_len > LONGEST_UNHOSTED
+
+
 FEWEST_RESTORING = 16
 """Layers of Llama that restore masked tokens with which a rehearsal reserved what the replay did; two reserved 9.7 % more."""
 
@@ -112,6 +121,11 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "one tensor for each expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay",
     ),
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
+    (
+        _trains_long_rows,
+        f"weights that leave the host beside longer rows than {LONGEST_UNHOSTED}: the replay has a third more than is allocated, "
+        "and no rehearsal shows it",
+    ),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (
         _gathers_for_experts,
