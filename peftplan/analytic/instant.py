@@ -12,7 +12,7 @@ from peftplan.analytic.compiled import by_processors, last_step, steps_of
 from peftplan.analytic.generation import generations_of, largest_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
-from peftplan.analytic.unreserved import MARGIN, unreserved
+from peftplan.analytic.unreserved import MARGIN, beside_replay, unreserved
 from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
@@ -36,7 +36,7 @@ class InstantPeaks(Peaks):
         ends: Mapping[str, int],
         assumed: Mapping[str, object],
     ) -> None:
-        unknown = unreserved(inventory.job, max(requested, key=lambda phase: requested[phase]))
+        unknown = unreserved(inventory.job, max(requested, key=lambda phase: requested[phase]), compute_capability)
         source = SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]) if unknown is None else None
         self.__dict__.update(
             inventory=inventory,
@@ -103,7 +103,9 @@ class InstantPeaks(Peaks):
 
     @property
     def reserved_with_care(self) -> int | None:
-        return None if self.unreserved is None else int(MARGIN * self.replayed_at_most)
+        if self.unreserved is None:
+            return None
+        return int(MARGIN * self.replayed_at_most) + beside_replay(self.inventory.job, self.compute_capability)
 
     @property
     def reserved_at_most(self) -> int | None:

@@ -113,9 +113,9 @@ def running_of(job: Job, compute_capability: str) -> Running:
 
 def _asks_gradients(job: Job) -> bool:
     """Whether Unsloth asks gradients of the embeddings although nothing is checkpointed (unsloth 2026.10.9, models/vision.py,
-    `requires_grad_for_gradient_checkpointing`)."""
-    compiled = kernels_of(job.setup.kernels or ()).layers is not None
-    return compiled and not job.setup.gradient_checkpointing and not job.setup.by.embeds
+    `requires_grad_for_gradient_checkpointing`; unsloth_zoo, training_utils.py:511, `prepare_model_for_training`)."""
+    kernels = kernels_of(job.setup.kernels or ())
+    return (kernels.layers or kernels.decoder) is not None and not job.setup.gradient_checkpointing and not job.setup.by.embeds
 
 
 def _returns_last(job: Job) -> bool:

@@ -66,6 +66,8 @@ def attend(
         out = of_documents(f, q, k, v) if ring is None else ring_of_documents(f, ring, q, k, v)
         b, heads, s, d = out.dims
         return out.view((b, s, joined_width(heads, d)))
+    if model.running.kernels.decoder is not None and not model.running.flash:
+        return by_xformers(model, a, q, k, v)
     repeats = repeats_heads(model, a, mask)
     kernel = _kernel(model, q, v, mask, dtype=f.autocast or q.dtype, grouped=q.dims[1] != k.dims[1] and not repeats)
     ring = model.running.ring
@@ -116,6 +118,18 @@ def attend(
         del q, k, v  # autocast's copies
         out = ops.copied(f, out, "clone")
     b, heads, s, d = out.dims
+    return out.view((b, s, joined_width(heads, d)))
+
+
+def by_xformers(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xformers' attention as Unsloth calls it on cards without FlashAttention: torch's memory-efficient kernel, of all documents
+    of a row at once, on keys and values copied for all heads of queries.
+
+    Sources: unsloth 2026.10.9, utils/attention_dispatch.py (`_run_attention`); xformers 0.0.35, ops/fmha/cutlass.py.
+    """
+    f = model.tape
+    k, v = (repeat_kv(f, x, a) for x in (k, v))
+    b, heads, s, d = (out := efficient(f, q, k, v, None, keys=model.length(k.dims[2]))).dims
     return out.view((b, s, joined_width(heads, d)))
 
 

@@ -79,14 +79,31 @@ def by_kernels(cards: "Iterable[Gpu]") -> "list[list[Gpu]]":
 
 
 def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
-    """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers.
+    """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers. Where the card has no
+    bf16, Unsloth takes fp16 (unsloth 2026.10.9, models/llama.py, `FastLlamaModel.from_pretrained`).
 
     Raises NoEngineError where Unsloth dequantizes weights in FP8 in forward too (unsloth 2026.10.9, kernels/fp8.py:1845).
     """
+    if card is not None and _takes_fp16(card, inventory.job.setup):
+        from peftplan.job.inventory import inventory as inventory_of
+        from peftplan.job.prepare import prepared
+
+        dtypes = dict.fromkeys(_in_bf16(inventory.job.setup), "fp16")
+        inventory = inventory_of(prepared(inventory.job.request.changed(**dtypes)))
     job = inventory.job.on_card(card.multiprocessors if card else None)
     if job.setup.by_unsloth and card is not None and card.compute_capability is not None and _dequantized(card, job.quant):
         raise NoEngineError(f"weights in FP8 on {card.id}, where Unsloth dequantizes them in forward too (no formula yet)")
     return inventory if job is inventory.job else inventory._replace(job=job)
+
+
+def _in_bf16(setup: Setup) -> list[str]:
+    """The options that say bf16."""
+    return [name for name in ("dtype", "autocast", "compute_dtype") if getattr(setup, name) == "bf16"]
+
+
+def _takes_fp16(card: "Gpu", setup: Setup) -> bool:
+    """Whether Unsloth takes fp16 in place of bf16."""
+    return setup.by_unsloth and card.bf16 is False and setup.dtype == "bf16"
 
 
 _COUNTED = re.compile(r"\s*([0-9]+)\s*[x×]\s*(?=\S)", re.IGNORECASE)
@@ -179,7 +196,9 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
         yield usable_bytes(card).why
     if card.compute_capability is not None and card.compute_capability != has:
         yield f"counted with the kernels of CUDA's compute capability {has}"
-    if card.bf16 is False and "bf16" in (setup.dtype, setup.autocast, setup.compute_dtype):
+    if _takes_fp16(card, setup):
+        yield "no bf16 in hardware: Unsloth takes fp16 there, which is counted"
+    elif card.bf16 is False and _in_bf16(setup):
         also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
         yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
     if quant and (oldest := _dequantized(card, quant)) and not setup.by_unsloth:

@@ -76,13 +76,6 @@ def test_documents_in_one_row_join_attention_s_results_once_more() -> None:
     assert of_one_row - padded == 2 * N * H
 
 
-def test_unsloth_s_attention_on_older_cards_has_no_formula() -> None:
-    """There it repeats keys and values, or runs xformers where it is installed (utils/attention_dispatch.py)."""
-    result = estimate("llama-3.2-1b", **{**UNSLOTH, **QLORA, "kernels": "unsloth"}, gpu="t4")
-    assert result.peaks is None
-    assert [verdict.verdict for verdict in result.gpus] == ["unknown"]
-
-
 SEVEN = {"r": 16, "target_modules": ALL, "batch_size": 2, "seq_len": 2048}
 OF_TRAINER = {**SEVEN, "logits_to_keep": 8}
 UNSLOTH = {

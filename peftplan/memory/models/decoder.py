@@ -28,12 +28,15 @@ from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tensors import Outputs, Tensor
 
+OF_OLDER_CARDS = ("llama", "qwen2", "qwen3")
+"""Model types whose steps by Unsloth were rehearsed on an emulated T4."""
+
 
 def decoder(model: Model, style: Style) -> Tensor:
     """`…Model.forward` of a rotary decoder."""
     f = model.tape
     replaced = model.running.kernels.decoder
-    if replaced and not model.running.flash:
+    if replaced and not model.running.flash and not on_older_card(model):
         raise NoEngineError("unsloth's attention on a card before compute capability 8.0 (no formula yet)")
     embedded = x = inputs(model)
     f.module = "model"
@@ -60,6 +63,16 @@ def decoder(model: Model, style: Style) -> Tensor:
     x = run_layers(model, style, states, lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
+
+
+def on_older_card(model: Model) -> bool:
+    """Whether a job of Unsloth's on a card before compute capability 8.0 is one that was rehearsed there."""
+    running = model.running
+    supervised = running.loss == "unsloth" and running.kernels.padding_free is not None and not running.of_completions
+    adapts = running.peft_type == "LORA" and not getattr(running.config, "modules_to_save", None)
+    return (
+        supervised and adapts and model.quant is not None and running.dtype == "fp16" and model.arch.model_type in OF_OLDER_CARDS
+    )
 
 
 def masks_of(model: Model, style: Style, dtype: str) -> dict[int | None, Tensor | None]:
@@ -206,11 +219,12 @@ def attention(c: Call, x: Tensor) -> Tensor:
         k = c.norm(f"self_attn.{c.style.qk_names[1]}", k)
     f = c.at("self_attn")
     k, v = c.cached(k, v, rotated=rotated)
-    if kernels.padding_free is not None:
+    by_document = kernels.padding_free is not None and c.model.running.flash
+    if by_document:
         v = ops.heads(f, v, v.dims, clones=True)
         q, k, v = (sliced(f, side, side.dims) for side in (q, k, v))
     x = c.attend(q, k, v, rotated=rotated)
-    if kernels.padding_free is not None:
+    if by_document:
         x = cat(f, [x], x.dims)  # of the documents' results
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
         x = lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
