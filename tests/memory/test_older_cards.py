@@ -30,6 +30,7 @@ QWEN3 = {
     **LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "intermediate_size": 3072,
     "num_key_value_heads": 8, "num_hidden_layers": 3, "max_position_embeddings": 40_960, "tie_word_embeddings": True,
 }  # fmt: skip
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_hidden_layers": 4}
 REHEARSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, int], int | None]] = [
     (
         QWEN,
@@ -50,6 +51,12 @@ REHEARSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, int], int | None
         None,
     ),
     (
+        {**MISTRAL, "sliding_window": None},
+        {**QLORA, **CHECKPOINTS, "batch_size": 2, "seq_len": 1024},
+        {"forward": 1_059_799_552, "backward": 809_867_776, "step": 722_334_720},
+        None,
+    ),
+    (
         QWEN3,
         {**QLORA, **CHECKPOINTS, "batch_size": 2, "seq_len": 1024},
         {"forward": 736_800_256, "backward": 521_586_176, "step": 399_335_424},
@@ -60,7 +67,8 @@ REHEARSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, int], int | None
 unsloth 2026.10.9. Rows are documents of one row without padding. Loading is not compared: Unsloth looks for tokens that were
 never trained, and copies the rows of all of them, which in a rehearsal's weights are all tokens.
 Where heads share keys under checkpoints, 1,646,264,320 B were reserved by the first job, 1,906,311,168 by the third and
-931,135,488 by the last, whose loss was told how many tokens have labels, which a rehearsal does not always know."""
+931,135,488 by the last. The losses of the last two were told how many tokens have labels, which a rehearsal does not always
+know."""
 
 
 @pytest.mark.parametrize(("model", "job", "measured", "reserved"), REHEARSED)

@@ -28,7 +28,7 @@ from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced
 from peftplan.tape.tensors import Outputs, Tensor
 
-OF_OLDER_CARDS = ("llama", "qwen2", "qwen3")
+OF_OLDER_CARDS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose steps by Unsloth were rehearsed on an emulated T4."""
 
 
