@@ -180,12 +180,16 @@ def _model_of(model_type: str) -> str:
     return min(entries, key=lambda entry: load(entry.name).num_parameters).name if entries else model_type
 
 
+def whole(model: str) -> dict[str, Any]:
+    """The config of a built-in model, or of a type that none has."""
+    if model in TEXT_OF:
+        return dict(load_config(TEXT_OF[model])["text_config"])
+    return dict(MADE_UP[model]) if model in MADE_UP else load_config(model)
+
+
 def shallow(model: str) -> dict[str, Any]:
     """The config of a built-in model with at most `LAYERS` layers in each stack, its width as it is."""
-    if model in TEXT_OF:
-        config: dict[str, Any] = dict(load_config(TEXT_OF[model])["text_config"])
-    else:
-        config = dict(MADE_UP[model]) if model in MADE_UP else load_config(model)
+    config = whole(model)
     deep = max((config[field] for field in LAYER_FIELDS if isinstance(config.get(field), int)), default=0)
     for field in LAYER_FIELDS:
         if isinstance(config.get(field), int):

@@ -23,7 +23,7 @@ from peftplan.job.sources import load, load_config
 from peftplan.job.tasks import WITH_PAD_TOKEN
 from peftplan.memory.models import FORWARDS
 from peftplan.optim.names import OPTIMIZERS
-from tools.analytic_grid import DRAWN, LAYER_FIELDS, MADE_UP, TASKS
+from tools.analytic_grid import DRAWN, LAYER_FIELDS, MADE_UP, TASKS, TEXT_OF, whole
 
 Options = dict[str, Any]
 Choices = Sequence[tuple[float, Any]]
@@ -76,7 +76,7 @@ def _models(model_type: str) -> tuple[str, ...]:
 
 def draw_config(draw: random.Random, model_type: str, *, deep: float = 0.25) -> dict[str, Any]:
     """A built-in model's config with other depth, and often with other sizes; `deep`: how often with its own depth."""
-    config = dict(MADE_UP[model_type]) if model_type in MADE_UP else load_config(draw.choice(_models(model_type)))
+    config = whole(model_type if model_type in {**MADE_UP, **TEXT_OF} else draw.choice(_models(model_type)))
     depth = max(config[name] for name in LAYER_FIELDS if isinstance(config.get(name), int))
     if draw.random() >= deep or depth > DEEPEST:
         config = _shallower(config, depth, draw.randint(*FEW_LAYERS))

@@ -147,7 +147,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         model.stacks,
         vocab=architecture.vocab_size,
         keeps_gradients=model.units.keeps_gradients,
-        outputs_outlive_step=job.script.outputs_outlive_step,
+        outputs_outlive_step=job.script.outputs_outlive_step and not job.script.earlier_seq_lens,
     )
     on_tape = "gradients" if holding is None else holding.on_tape
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")

@@ -87,7 +87,7 @@ LONGEST_UNHOSTED = 576
 
 def _trains_long_rows(job: Job) -> bool:
     """Whether ms-swift's GRPO whose weights leave the host trains on longer rows than were rehearsed."""
-    return job.setup.by.name == "swift-grpo-unhosted" and job.setup.seq_len > LONGEST_UNHOSTED
+    return "move_model_batches" in job.setup.by.options and job.setup.seq_len > LONGEST_UNHOSTED
 
 
 FEWEST_RESTORING = 16

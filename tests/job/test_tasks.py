@@ -17,7 +17,7 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     (
         "bert-base-cased",
         {"trainer": "trl"},
-        "not BertForMaskedLM; accepted: transformers, llamafactory, llamafactory-partial, axolotl, plain",
+        "not BertForMaskedLM; accepted: transformers, llamafactory, llamafactory-partial, axolotl, swift-text-part, plain",
     ),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
     ("aya-23-8b", {"loss": "cut-cross-entropy"}, "is not counted for cohere, whose logits are scaled; accepted: full"),

@@ -238,9 +238,12 @@ def test_the_largest_member_of_a_family() -> None:
     assert "num_virtual_tokens" in str(prompts.error)
     assert [member.method for member in family("qwen2", gpu="l4", num_virtual_tokens=8)][-1] == "prompt-tuning"
     assert "prompt-tuning" not in [member.method for member in family("qwen2", gpu="l4")]  # it lacks an option
-    (pictures,) = family("qwen3-vl", gpu="l4", methods="lora")  # none has formulas: the largest are too large, the others unknown
-    assert "no formula for" in str(pictures.error)
-    assert pictures.verdict is None
+    (unknown,) = family("rwkv", gpu="l4", methods="lora")  # none has formulas
+    assert "no formula for" in str(unknown.error)
+    assert unknown.verdict is None
+    (text,) = family("qwen3-vl", gpu="l4", methods="lora")
+    assert text.verdict is not None
+    assert (text.model, text.verdict.scope) == ("qwen3-vl-4b-instruct", "text")
     (some,) = family("llama", gpu="rtx-4090", methods="lora")  # 8B fits, 13B does not, 11B has pictures and no formula
     assert some.model == "llama-3-8b"
     assert str(some.error).startswith("llama-3.2-11b-vision-instruct, llama-3.2-11b-vision: no formula for")
