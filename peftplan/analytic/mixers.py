@@ -16,7 +16,7 @@ from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-PLAIN_TRAINERS = ("plain", "transformers", "trl", "swift-text-part")
+PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
 
 

@@ -24,8 +24,8 @@ class Rehearsed(NamedTuple):
     one_row: bool = False
     """Whether a batch is one row."""
     by_file: bool = False
-    """Whether states alone are on the host, and checkpoints cover the hooks around a layer, as of the transformers that the tool
-    takes: `job.configs.with_file.of_releases` says so of its files."""
+    """Whether it was rehearsed only as its tool's files are read: with the optimizer's states alone on the host, and under a
+    release of transformers whose checkpoints cover the hooks around a layer (`job.configs.with_file.of_releases`)."""
 
 
 REHEARSED = {

@@ -104,6 +104,13 @@ def test_what_was_not_compared_has_no_formula(options: dict[str, Any]) -> None:
     assert "delta rule" in str(estimated.not_modelled)
 
 
+def test_a_tower_that_a_tool_shows_a_picture_has_no_formula() -> None:
+    config, options = JOBS["text part"]
+    estimated = estimate(config, **{**options, "trainer": "swift-text-part"})
+    assert estimated.peaks is None
+    assert "under Seq2SeqTrainer of ms-swift" in str(estimated.not_modelled)
+
+
 def test_as_programs() -> None:
     """Rehearsed, to 0.26 %; in a plain loop 0.53 % are tails of blocks, which a trace leaves out too. A base in 4 bits that peft
     prepared has no reserved bytes."""

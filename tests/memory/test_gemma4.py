@@ -118,6 +118,7 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
     [
         ({"gpus": 4, "strategy": "zero2"}, "over 4 GPUs and model type gemma4"),
         ({"trainer": "trl-dpo"}, "model type gemma4 and"),
+        ({"trainer": "swift-text-part"}, "model type gemma4 and Seq2SeqTrainer of ms-swift"),
         ({"use_reentrant": True}, "model type gemma4 with reentrant checkpoints"),
         ({"method": "ia3", "feedforward_modules": []}, "model type gemma4 with method ia3"),
         ({"quant": "int8"}, "model type gemma4 with a base in int8"),
