@@ -514,5 +514,8 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The config of a decoder with its first layers alone, all of them where it has fewer."""
     fields = ("n_layer", "n_layers", "num_hidden_layers", "num_layers")
     field = next((field for field in fields if field in config), "num_hidden_layers")
-    config = config | {field: min(layers, config.get(field, layers))}
+    whole = config.get(field, layers)
+    config = config | {field: min(layers, whole)}
+    if borrowing := config.get("num_kv_shared_layers"):
+        config["num_kv_shared_layers"] = borrowing * config[field] // whole
     return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})

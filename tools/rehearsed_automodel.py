@@ -76,13 +76,16 @@ def rows(length: int, count: int, *, translated: bool = False, masked: bool = Tr
     return Rows(length, count, translated=translated, masked=masked)
 
 
+KINDS_OF_TOKENS = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids"}
+"""Model type → what its processor says of each token: whether it is one of a picture."""
+
+
 def pictureless(examples: list[dict[str, list[int]]], processor: Any) -> dict[str, Any]:
-    """A batch of the recipe of vision-language models whose conversations have no pictures; Gemma's processor says of each token
-    whether it is one of a picture."""
+    """A batch of the recipe of vision-language models whose conversations have no pictures."""
     import torch
 
     batch = {name: torch.tensor([row[name] for row in examples]) for name in examples[0]}
-    return batch | ({"token_type_ids": torch.zeros_like(batch["input_ids"])} if processor == "gemma3" else {})
+    return batch | ({kinds: torch.zeros_like(batch["input_ids"])} if (kinds := KINDS_OF_TOKENS.get(processor)) else {})
 
 
 def named(name: str) -> str:
@@ -469,7 +472,8 @@ def recipe() -> None:
         from transformers import AutoConfig
 
         model = settings["model"].get("config", settings["model"])
-        hybrid_ep.install(AutoConfig.from_pretrained(model["pretrained_model_name_or_path"]).num_experts_per_tok)
+        text = AutoConfig.from_pretrained(model["pretrained_model_name_or_path"]).get_text_config()
+        hybrid_ep.install(getattr(text, "top_k_experts", None) or text.num_experts_per_tok)
     if settings["model"].get("attn_implementation") == "flash_attention_2":
         pack_by_positions(settings)
     if backend.get("attn") == "magi":

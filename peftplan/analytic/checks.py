@@ -14,7 +14,8 @@ from peftplan.arch.text_part import has_towers, is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
-from peftplan.job.automodel import builds, knows_tower
+from peftplan.job.automodel import builds
+from peftplan.job.beside_towers import knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
@@ -175,6 +176,8 @@ def _check_text_part(job: Job) -> None:
     if job.distributed is None and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
         return
     head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
+    if by_tool and job.method_name == "full":  # where `knows_tower` says so
+        return
     names = tuple(name for name in names if not (by_tool and PROJECTOR in name))  # it gets no gradient without images
     if not all(is_in_text_part(architecture, name) and (by_tool or not name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.mixers import PLAIN_TRAINERS
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError, RefusedError
+from peftplan.job.automodel import builds
+from peftplan.job.beside_towers import knows_tower
 from peftplan.job.kernels import kernels_of
 from peftplan.memory.attention import MAX_FLASH_HEAD
 from peftplan.methods.bottleneck import BOTTLENECKS
@@ -21,7 +23,8 @@ def check_family(job: Job) -> None:
     setup, model_type = job.setup, job.architecture.model_type
     if model_type not in GEMMA4 or kernels_of(setup.kernels or ()).layers is not None:
         return
-    if job.distributed is not None and (job.distributed.strategy != "ddp" or job.quant is not None):
+    by_tool = job.setup.by.own_lora and knows_tower(job)
+    if job.distributed is not None and not by_tool and (job.distributed.strategy != "ddp" or job.quant is not None):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {model_type}")
     widest = max((a.head_dim for block in job.architecture.blocks for a in block.attentions), default=0)
     if setup.attn_implementation == "flash_attention_2" and widest > MAX_FLASH_HEAD:
@@ -29,16 +32,16 @@ def check_family(job: Job) -> None:
     if job.adaptation.rests:
         raise NoEngineError(f"layers that take turns in model type {model_type} (no formula yet)")
     unknown = {
-        "kernels": bool(setup.kernels),
+        "kernels": bool(setup.kernels) and not builds(job),
         f"loss {setup.loss}": setup.loss not in ("full", "trl-chunked"),
         "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
         "checkpoints in host memory": bool(setup.offload_checkpoints),
         "another release of transformers": job.script.transformers is not None,
-        f"method {job.method_name}": not job.is_full_or_lora or job.method_name in BOTTLENECKS,
+        f"method {job.method_name}": not (job.is_full_or_lora or by_tool) or job.method_name in BOTTLENECKS,
         f"a base in {job.quant and job.quant.name}": job.quant is not None and job.quant.name != "nf4",
         f"autocast {setup.autocast}": setup.autocast == "fp16" or setup.dtype == "fp16",
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NeedsTraceError(f"model type {model_type} with {what}")
-    if setup.by.name not in PLAIN_TRAINERS:
+    if setup.by.name not in PLAIN_TRAINERS and not by_tool:
         raise NoEngineError(f"model type {model_type} and {setup.by.called} (no formula yet)")

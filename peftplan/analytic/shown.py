@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.automodel import builds, has_own_code, knows_tower
+from peftplan.job.automodel import builds, has_own_code
+from peftplan.job.beside_towers import knows_tower
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -32,9 +33,15 @@ ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
 
 
+TRANSFORMERS_TOO = ("gemma4",)
+"""Model types of which the tool builds mixtures alone, and runs transformers' modules of the others."""
+
+
 def builds(job: Job) -> bool:
     """Whether the tool builds the model of modules of its own; bitsandbytes' layers are those of transformers' models."""
-    return job.setup.by.own_decoders and job.architecture.model_type in BUILT and job.quant is None
+    model_type = job.architecture.model_type
+    built = model_type in BUILT or (model_type in TRANSFORMERS_TOO and is_mixture(job))
+    return job.setup.by.own_decoders and built and job.quant is None
 
 
 MERGED = ("mixtral",)
@@ -193,23 +200,6 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long and staged
 
 
-WITH_TOWERS = (
-    ("mistral3", "lora"),
-    ("qwen2_5_vl", "partial"),
-    ("gemma3", "partial"),
-)
-"""Model types with a frozen tower beside their text part, and methods with which they were rehearsed."""
-
-
-def knows_tower(job: Job) -> bool:
-    """Whether a model with a frozen tower beside its text part was rehearsed: without checkpoints, with which two layers of
-    Ministral 3 held 1.1 % more than was counted."""
-    architecture = job.architecture
-    scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
-    rehearsed = (architecture.model_type, job.method_name) in WITH_TOWERS and (scaled or architecture.model_type != "mistral3")
-    return rehearsed and job.quant is None and not job.setup.gradient_checkpointing
-
-
 def _knows_muon(job: Job) -> bool:
     """Whether dion's Muon was rehearsed: of matrices in bf16 that ranks share by rows alone."""
     distributed = job.distributed
@@ -294,6 +284,7 @@ def without_formula(job: Job) -> str | None:
         and not (_knows_mixture(job) or knows_experts(job)),
         f"{architecture.model_type} as it was not rehearsed": (
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
+            and (builds(job) or architecture.model_type not in TRANSFORMERS_TOO)
             and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job) or knows_recorded(job))
         ),
         "torch's RMSNorm, other than in full fine-tuning under FSDP2": TORCH_NORM in (setup.kernels or ())

@@ -10,7 +10,8 @@ import pytest
 
 import peftplan
 from peftplan.errors import RefusedError
-from peftplan.job.automodel import REHEARSED_QUANTIZED, WITH_TOWERS
+from peftplan.job.automodel import REHEARSED_QUANTIZED
+from peftplan.job.beside_towers import WITH_TOWERS
 from peftplan.memory.te_attention import PLANNED
 from tools.rank_grid import cut
 from tools.rank_jobs import on_rehearsed_rank
@@ -73,6 +74,9 @@ LOOSE = {
     ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
     ("minimax-m2.5", 3, 4): 0.3,
+    ("gemma-4-e2b-it", 10, 1): 0.07,
+    ("gemma-4-31b-it", 6, 1): 0.37,
+    ("qwen3-vl-4b-instruct", 3, 1): 0.54,
 }
 """Model, layers and rows → per cent of all. dion makes the states layer by layer, of shards that leave 0.7 MB of blocks unsplit
 and 16 MiB of segments; here they lie family by family. One row of Ministral 3 leaves 1.0 MB and 6 MiB less. Qwen2.5-VL: 0.11 of
@@ -92,6 +96,9 @@ matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
 Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
+
+Gemma 4: of E2B 3.2 MB of allocated bytes, with LoRA 10.5 MB; of 31B 5.9 MB of `load` and 80 MiB of reserved ones (0.22 per
+cent). Qwen3-VL: of `load` 0.31, of reserved ones 66 MiB.
 
 MiniMax M2.5: of `load` 9.3 MB, an expert of 8 bits that is being stacked; of allocated ones 0.05, of reserved ones 0.09.
 
@@ -424,6 +431,25 @@ def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str |
         gathered = [line for line in result.peaks.ledgers["forward"].lines if line.category == "gathered_weights"]
         tower = sum(line.bytes() for line in gathered if "vision_tower.transformer.layers" in line.name)
         assert tower == 2 * 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"model": "gemma-4-31b-it", "gradient_checkpointing": True}, True),
+        ({"gradient_checkpointing": True}, False),  # of layers that borrow keys and values
+        ({"attn_implementation": "sdpa"}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"dtype": "fp32"}, False),
+        ({"model": "gemma-4-26b-a4b"}, False),
+    ],
+)
+def test_gemma4_is_known_as_it_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    text = r"^(?!.*(?:vision|visual|image_encoder|audio|speech|sound)).*"
+    job: dict[str, Any] = {"model": "gemma-4-e2b-it", "method": "partial", "trainable": text, "attn_implementation": "eager"}
+    result = peftplan.estimate(**job | options, trainer="automodel-vlm", strategy="fsdp2", gpus=8, seq_len=512)
+    assert (result.peaks is not None) is known
 
 
 def test_layers_in_8_bits_are_gathered_in_bytes() -> None:

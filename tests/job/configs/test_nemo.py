@@ -682,3 +682,38 @@ def test_which_stages_of_nemo_are_units(
     plan = of_nemo(sharded, model=model, step_scheduler={"local_batch_size": 4, "global_batch_size": 64})
     assert (plan.options.get("pp_stage_is_unit"), plan.options.get("sync_each_batch")) == expected
     assert set(plan.unsupported) == unsupported
+
+
+BY_DEEPEP = {
+    "_target_": "nemo_automodel.components.models.common.BackendConfig",
+    "attn": "te",
+    "linear": "te",
+    "dispatcher": "deepep",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "distributed", "more", "known"),
+    [
+        ("google/gemma-4-E2B-it", {"use_liger_kernel": True, "text_config": {"use_cache": True}}, {}, {}, True),
+        ("google/gemma-4-31B-it", {"text_config": {"use_cache": False}}, {"activation_checkpointing": True}, {}, True),
+        ("google/gemma-4-31B-it", {}, {"tp_size": 4}, {}, False),
+        ("google/gemma-4-31B-it", {}, {"cp_size": 2}, {}, False),
+        ("google/gemma-4-31B-it", {}, {}, {"packed_sequence": {"pretokenize": True, "pack_size": 2048}}, False),
+        ("google/gemma-4-31B-it", {"attn_implementation": "te"}, {}, {}, False),
+        ("google/gemma-4-26B-A4B-it", {"backend": BY_DEEPEP}, {"ep_size": 8}, {}, True),
+        ("google/gemma-4-26B-A4B-it", {"backend": BY_DEEPEP}, {"ep_size": 8, "cp_size": 2}, {}, False),
+        ("google/gemma-4-26B-A4B-it", {}, {}, {}, False),
+        ("Qwen/Qwen3-VL-8B-Instruct", {"attn_implementation": "sdpa"}, {}, {}, True),
+        ("Qwen/Qwen3-VL-8B-Instruct", {"attn_implementation": "flash_attention_2"}, {}, {}, False),
+    ],
+)
+def test_which_vision_language_models_of_nemo_have_a_formula(
+    name: str, model: dict[str, object], distributed: dict[str, object], more: dict[str, object], known: bool
+) -> None:
+    """Liger's kernels replace no modules of classes of the tool's own (_transformers/auto_model.py:593)."""
+    settings = {"pretrained_model_name_or_path": name, "torch_dtype": "bfloat16", "attn_implementation": "eager"}
+    plan = of_nemo({"strategy": "fsdp2"} | distributed, model=settings | model, recipe="FinetuneRecipeForVLM", **more)
+    assert ("model" not in plan.unsupported) is known
+    assert plan.unsupported == {} or not known
+    assert plan.options.get("kernels", "none") in ("none", "deepep")
