@@ -30,8 +30,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 MOST_KEYS, MOST_MODELS, MOST_REASONS = 40, 40, 15
 MEGATRON = "Megatron"
 TOOLS_REFUSE = {
-    "has no flash_attention_2 in transformers": "transformers 5.24, models/gemma3/modeling_gemma3.py:906 and "
-    "models/gemma4/modeling_gemma4.py:2591 (`_supports_flash_attn = False`)",
     "peft's ParamWrapper supports none of": "peft 0.21, tuners/lora/layer.py (`ParamWrapper`)",
 }
 """Part of an error → the library of the tool that raises for such a config, with file and line."""
@@ -41,7 +39,7 @@ RAISES = " raises "
 """What a tool's table says of a key with which the tool ends in a traceback, with file and line."""
 
 
-STATED = 7
+STATED = 8
 """Cells of a row up to the peaks that are stated."""
 
 
@@ -135,22 +133,26 @@ def row(name: str, of: Sequence[Case]) -> tuple[str, ...]:
     counted = [case for case in known if case.entry.total_parameters is not None]
     peaks = [case for case in counted if case.entry.peak_allocated is not None]
     bound = [case for case in peaks if case.entry.bound is not None]
-    exact = [case for case in peaks if case.entry.bound is None and not case.of_text]
+    exact = [case for case in peaks if case.entry.bound is None and not case.of_text and case.entry.refused is None]
+    changed = [case for case in peaks if case.entry.bound is None and not case.of_text and case.entry.refused is not None]
     of_text = [case for case in counted if case.of_text]
     by_tool = sum(refused_by(case) is not None for case in known)
     by_keys = [case for case in counted if case.entry.peak_allocated is None and case.entry.bound == "unknown"]
     raising = [case for case in counted if refused_by(case) is not None]
     traced = [case for case in counted if case.by_trace and not case.of_text]
     shares = (_of(len(counted), len(known)), _of(len(exact), len(known)))
-    numbers = (len(traced), len(of_text), len(bound), len(by_keys) - len(raising))
+    stopped = sum(case in by_keys for case in raising)
+    numbers = (len(changed), len(traced), len(of_text), len(bound), len(by_keys) - stopped)
     uncounted = len(known) - len(counted) - (by_tool - len(raising))
     without = len(counted) - len(peaks) - len(by_keys) - sum(case.by_trace for case in counted)
-    rest = (without, uncounted, by_tool)
+    rest = (without, uncounted, by_tool - len(changed))
     return (name, str(len(of)), str(len(known)), *shares, *map(str, numbers + rest))
 
 
 def refused_by(case: Case) -> str | None:
     """The place in the tool or its libraries that refuses a config; None for one that runs or that only peftplan refuses."""
+    for refused in case.plan.refused.values():
+        return refused.why
     error = case.entry.error or ""
     if case.entry.total_parameters is not None:
         return next((row.why for row in case.plan.unsupported.values() if RAISES in row.why), None)
@@ -192,7 +194,8 @@ def page(read: Sequence[Case]) -> str:
     inferred = sum(case.plan.assumed.get("quant_skip_modules", "").startswith("inferred") for case in text)
     exact = (case.entry for case in text if case.entry.peak_allocated is not None and case.entry.bound is None)
     unreserved = sum(entry.peak_reserved is None for entry in exact)
-    runs = sum(refused_by(case) is None or case.entry.peak_allocated is not None for case in text)
+    runs = sum(refused_by(case) is None for case in text)
+    changed = _exact(text, changed=True)
     printed = [*notebook_peaks.rows({case.path: case.entry for case in read})]
     return f"""# The files people run
 
@@ -209,6 +212,8 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 - *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. For {inferred} of
   them, the layers that Unsloth leaves in 16 bits are inferred from the sizes of a repository's files. For {unreserved} of them,
   allocated bytes are known and reserved ones are not.
+- *after a change*: the same, but the tool raises an error for the config as it is; the peak is that of the config with a change,
+  which the estimate names, such as a kernel turned off.
 - *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
   are counted, and what the model computes of text. Files whose samples have images need more.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
@@ -217,7 +222,12 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 
 Shares are of the configs whose model is *built in*.
 
-{table(("tool", "training", "built in", "counted", "exact peak", "by trace", "text part"), [each[:STATED] for each in rows])}
+{
+        table(
+            ("tool", "training", "built in", "counted", "exact peak", "after a change", "by trace", "text part"),
+            [each[:STATED] for each in rows],
+        )
+    }
 
 The others of the configs whose model is built in:
 
@@ -226,9 +236,9 @@ The others of the configs whose model is built in:
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
 {_counted(known)} of {len(known)} ({share(_counted(known), len(known))}), exact peaks at {_exact(text)} of {len(text)} ({
         share(_exact(text), len(text))
-    }), which is {share(_exact(text), runs)} of the {runs} that their tools do not refuse. Of all training configs {
-        share(_counted(known), len(training))
-    } are counted.
+    }), which is {share(_exact(text), runs)} of the {runs} that their tools do not refuse; {
+        changed
+    } more have one after a change. Of all training configs {share(_counted(known), len(training))} are counted.
 
 ## Unsupported keys, most frequent first
 
@@ -289,8 +299,9 @@ def _counted(known: Sequence[Case]) -> int:
     return sum(case.entry.total_parameters is not None for case in known)
 
 
-def _exact(known: Sequence[Case]) -> int:
-    return sum(case.entry.peak_allocated is not None and case.entry.bound is None for case in known)
+def _exact(known: Sequence[Case], *, changed: bool = False) -> int:
+    peaks = [case.entry for case in known if case.entry.peak_allocated is not None and case.entry.bound is None]
+    return sum((entry.refused is not None) == changed for entry in peaks)
 
 
 def _cell(text: str) -> str:

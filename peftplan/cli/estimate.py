@@ -160,7 +160,8 @@ def command(
     from peftplan.report import render
 
     cards = [verdict for result in results for verdict in result.gpus]
-    fit = not require_fit or all_fit(cards, allow_tight=allow_tight, text_only=text_only)
+    runs = not any(result.config and result.config["refused"] for result in results)
+    fit = not require_fit or (runs and all_fit(cards, allow_tight=allow_tight, text_only=text_only))
     code = will_exit(0 if fit else 1)
     if explain:
         from peftplan.planning.explain import explain as explained

@@ -158,7 +158,7 @@ def prepared(request: Request) -> Job:
         setup,
         quantized=quant is not None,
         supports_sdpa=architecture.supports_sdpa,
-        supports_flash_attn=architecture.supports_flash_attn,
+        supports_flash_attn=request.script.runs_flash(architecture),
         use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )

@@ -12,8 +12,11 @@ import peftplan.versions as versions
 from peftplan.errors import InputError
 
 if TYPE_CHECKING:
+    from peftplan.arch.modules import Architecture
     from peftplan.job.setup import Setup
 
+FLASH_TAKEN = ("gemma3", "gemma4", "gemma4_unified")
+"""Model types whose classes lost FlashAttention in `versions.FLASH_BESIDE_IMAGES`."""
 VERSION = r"^\d+\.\d+"
 """How the version of a package begins."""
 Version = Annotated[str, Field(pattern=VERSION)]
@@ -46,6 +49,9 @@ class Script(BaseModel):
     checkpoints_hooks: bool = False
     """Whether checkpoints cover the hooks around a layer too, as with `versions.FORWARD_CHECKPOINTED` they no longer do: tools
     that refuse newer releases. Decides how ranks gather under reentrant checkpoints."""
+    flash_beside_images: bool = False
+    """Whether Gemma 3 and 4 with images run FlashAttention, as before `versions.FLASH_BESIDE_IMAGES`: a tool that refuses newer
+    releases."""
     units_of_layers: bool = False
     """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
     fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases. Such a job has no peak."""
@@ -108,6 +114,11 @@ class Script(BaseModel):
     def checkpoints_units(self) -> bool:
         """Whether the model calls checkpointed layers as wrapped by FSDP, not the layers themselves."""
         return versions.LAYERS_CHECKPOINT.after(self.transformers)
+
+    def runs_flash(self, architecture: Architecture) -> bool:
+        """Whether the class of the model runs FlashAttention in the transformers that ran."""
+        before = self.flash_beside_images or versions.FLASH_BESIDE_IMAGES.after(self.transformers)
+        return architecture.supports_flash_attn or (before and architecture.model_type in FLASH_TAKEN)
 
     @property
     def checkpoints_forward(self) -> bool:

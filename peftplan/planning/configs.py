@@ -42,6 +42,8 @@ class ConfigEntry(NamedTuple):
     error: str | None = None
     """Why there is no estimate, or no peak."""
     bound: Literal["at_most", "at_least", "unknown"] | None = None
+    refused: str | None = None
+    """What the tool raises for the file as it is, and the change of which the numbers are."""
     scope: str | None = None
     """`text` if the peak is that of a vision-language model's text: images are not counted."""
 
@@ -124,7 +126,9 @@ def _tool(file: Path, tool: str | None) -> Tool:
 
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
     """The entry of a plan."""
-    row = ConfigEntry(plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported))
+    row = ConfigEntry(
+        plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported), refused="; ".join(plan.warnings) or None
+    )
     if plan.kind != "training":
         own = [f"{key.value}: {key.why}" for key in plan.unsupported.values()]
         other = own[0] if own and plan.tool == "other" else "not a training config"

@@ -87,9 +87,10 @@ def estimate(
             )
         if count is not None:
             our_options["gpus"] = count
-        config_document = None
+        config_document: ConfigDocument | None = None
+        of_file: tuple[str, ...] = ()
         if config is not None:
-            model, our_options, config_document, of_tool = _of_config(
+            model, our_options, config_document, of_tool, of_file = _of_config(
                 config, tool, model, our_options, objects=peft_config is not None, strict=strict
             )
             script = script.model_copy(update=of_tool)
@@ -105,6 +106,8 @@ def estimate(
         )
         if config_document is not None and options.get("kernels") is None:
             job, config_document = _with_formula(job, config_document)
+        if of_file:
+            job = job._replace(warnings=(*of_file, *job.warnings))
         check_rank_allocator(job)
         counted = inventory(job)
     question = Question(counted, tuple(find_cards(gpu, context=context)), advice, config_document)

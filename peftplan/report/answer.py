@@ -225,7 +225,7 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     if result.config:
         from peftplan.report import configs
 
-        lines += configs.unsupported(result.config)
+        lines += configs.unsupported(result.config, has_peak=bool(result.peaks))
     lines += [f"note: {note}" for note in result.assumptions.get("notes", ()) if note not in result.asides]
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:

@@ -66,7 +66,7 @@ def note(entry: ConfigEntry) -> str | None:
     unsupported = f"unsupported: {keys}{f' and {more} more' if more > 0 else ''}" if keys else None
     of_keys = unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
     scope = f"{entry.scope} only: images are not counted" if entry.scope else None
-    return "; ".join(filter(None, (of_keys, scope))) or None
+    return "; ".join(filter(None, (entry.refused, of_keys, scope))) or None
 
 
 def notes(entries: Sequence[ConfigEntry]) -> list[str]:
@@ -82,10 +82,12 @@ def summed(entries: Sequence[ConfigEntry]) -> str:
     others = sum(entry.tool == "other" for entry in entries)
     counted = sum(entry.total_parameters is not None for entry in entries)
     peaks = [entry for entry in entries if entry.peak_allocated is not None]
-    exact = sum(not entry.unsupported and entry.scope is None for entry in peaks)
+    exact = sum(not entry.unsupported and entry.scope is None and entry.refused is None for entry in peaks)
+    changed = sum(entry.refused is not None for entry in peaks)
     of_text = sum(entry.scope is not None for entry in peaks)
     training = len(entries) - launching - others
     text = f", {of_text} of text only" if of_text else ""
+    text += f", {changed} with a change, without which the tool raises" if changed else ""
     figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact{text}" if training else ""
     parts = [_files(training, "training config") + figures]
     parts += [_files(number, what) for number, what in ((launching, "launch file"), (others, "other file")) if number]
@@ -113,15 +115,16 @@ def summary(config: ConfigDocument) -> str:
     )
 
 
-def unsupported(config: ConfigDocument, *, most: int | None = MOST_KEYS) -> list[str]:
-    """A line for each unsupported key, and what the peak is then."""
+def unsupported(config: ConfigDocument, *, has_peak: bool = True, most: int | None = MOST_KEYS) -> list[str]:
+    """A line for each unsupported key, and what the peak is then, if there is one."""
     keys = config["unsupported"]
     if not keys:
         return []
     lines = [f"unsupported: {key}: {row['why']}" for key, row in list(keys.items())[:most]]
     more = len(keys) - len(lines)
     lines += [f"and {more} more unsupported keys: -v"] if more else []
-    return [*lines, *([f"so {BOUNDS[bound]}"] if (bound := config["bound"]) else [])]
+    bound = config["bound"]
+    return [*lines, *([f"so {BOUNDS[bound]}"] if bound and (has_peak or bound == "unknown") else [])]
 
 
 def assumed(config: ConfigDocument) -> list[str]:

@@ -87,7 +87,10 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
     parts.append(table(("assumption", "value"), assumption_rows(result.assumptions)))
     parts += [f"Note: {plain(note)}" for note in result.assumptions.get("notes", ())]
     if result.config:
-        parts += [plain(line) for line in (*configs.unsupported(result.config, most=None), *configs.assumed(result.config))]
+        parts += [
+            plain(line)
+            for line in (*configs.unsupported(result.config, has_peak=bool(peaks), most=None), *configs.assumed(result.config))
+        ]
     parts.append(not_counted(result))
     return "\n\n".join(parts)
 

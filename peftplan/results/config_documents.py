@@ -36,6 +36,16 @@ class UnsupportedKeyDocument(TypedDict):
     """The option that replaces the key if it is set."""
 
 
+class RefusedKeyDocument(TypedDict):
+    """A key with which the tool raises. The numbers are those of the file with the change `instead`."""
+
+    value: object
+    why: str
+    """The tool's error, with file and line."""
+    instead: dict[str, object]
+    """Keys and their new values; null removes the key."""
+
+
 class ConfigDocument(TypedDict):
     """What the file of another training tool says: `--config`."""
 
@@ -50,6 +60,7 @@ class ConfigDocument(TypedDict):
     read: dict[str, ReadKeyDocument]
     ignored: dict[str, IgnoredKeyDocument]
     unsupported: dict[str, UnsupportedKeyDocument]
+    refused: dict[str, RefusedKeyDocument]
     defaults: dict[str, str]
     """Option that the file leaves to the tool → the tool's file and line."""
     assumed: dict[str, str]

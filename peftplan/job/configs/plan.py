@@ -57,6 +57,16 @@ class Unsupported(NamedTuple):
     """The option that takes its place where the user sets it."""
 
 
+class Refused(NamedTuple):
+    """A key with which the tool raises, and the change with which it runs: the plan is of the changed file."""
+
+    value: object
+    why: str
+    """The tool's error, with file and line."""
+    instead: Mapping[str, object]
+    """Keys and their new values; None removes the key."""
+
+
 @dataclass(frozen=True)
 class ConfigPlan:
     """What a tool's files say. Every key is in one of `read`, `ignored` and `unsupported`."""
@@ -81,10 +91,20 @@ class ConfigPlan:
     """Whether the file trains a model, launches a job, or does something else."""
     of_ddp: Mapping[str, bool] = field(default_factory=dict)
     """What the file or its tool says of DDP alone, by option (`OF_DDP`), wherever the file is launched."""
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    """Keys with which the tool raises, of which the plan has the changed values."""
 
     def without(self, chosen: Mapping[str, object]) -> dict[str, Unsupported]:
         """The unsupported keys, less those whose option the user has set."""
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the tool raises for the files as they are, a sentence each."""
+        changes: dict[str, dict[str, object]] = {}
+        for row in self.refused.values():
+            changes.setdefault(row.why, {}).update(row.instead)
+        return tuple(f"{why}; the numbers are those {_change(instead)}" for why, instead in changes.items())
 
     def to_dict(self, chosen: Mapping[str, object] | None = None) -> ConfigDocument:
         """The `config` field of an estimate's JSON; nothing is assumed of an option that the user has `chosen`."""
@@ -100,11 +120,23 @@ class ConfigPlan:
             "read": {key: row._asdict() for key, row in self.read.items()},
             "ignored": {key: row._asdict() for key, row in self.ignored.items()},
             "unsupported": {key: row._asdict() for key, row in unsupported.items()},
+            "refused": {key: row._asdict() for key, row in self.refused.items()},
             "defaults": dict(self.defaults),
             "assumed": {name: text for name, text in self.assumed.items() if name not in chosen},
             "bound": bound(unsupported),
         }
         return cast("ConfigDocument", document)
+
+
+def _change(instead: Mapping[str, object]) -> str:
+    """A change of keys in words."""
+    new = [
+        f"{key}: {str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in instead.items()
+        if value is not None
+    ]
+    removed = [key for key, value in instead.items() if value is None]
+    return " and ".join(f"{how} {', '.join(keys)}" for how, keys in (("with", new), ("without", removed)) if keys)
 
 
 def bound(unsupported: Mapping[str, Unsupported]) -> Bound | None:

@@ -113,5 +113,6 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
             read={**first.read, **{f"{other.tool}: {key}": row for key, row in other.read.items()}},
             ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
             unsupported={**first.unsupported, **{f"{other.tool}: {key}": row for key, row in other.unsupported.items()}},
+            refused={**first.refused, **{f"{other.tool}: {key}": row for key, row in other.refused.items()}},
         )
     return first

@@ -16,7 +16,7 @@ from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named, weights_of
-from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Unsupported
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Refused, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.loaded import ATTENTION
@@ -54,13 +54,19 @@ OPEN = re.compile(r"\$[\w{(]|<[A-Za-z_]|\{\{")
 
 
 def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
-    """The plan of one file."""
-    return read_all(document, tool, file=file).plan()
+    """The plan of one file; where the tool raises for a key and a change is known with which it runs, that of the changed file."""
+    refused: dict[str, Refused] = {}
+    reading = read_all(document, tool, file=file)
+    while reading.refused.keys() - refused.keys():
+        refused |= reading.refused
+        instead = {key: value for row in refused.values() for key, value in row.instead.items()}
+        reading = read_all(document, tool, file=file, instead=instead)
+    return replace(reading.plan(), refused=refused)
 
 
-def read_all(document: Document, tool: Facts, *, file: str) -> Reading:
-    """One file, each of its keys read and each rule applied."""
-    reading = Reading(document, tool, file)
+def read_all(document: Document, tool: Facts, *, file: str, instead: Mapping[str, object] | None = None) -> Reading:
+    """One file, each of its keys read and each rule applied. `instead`: values that replace the file's; None removes a key."""
+    reading = Reading(document, tool, file, instead or {})
     for key, value in reading.values.items():
         reading.key(key, value)
     reading.leave_to_the_tool()
@@ -73,7 +79,7 @@ def read_all(document: Document, tool: Facts, *, file: str) -> Reading:
 class Reading:
     """One file while it is read; each key ends in one of three groups."""
 
-    def __init__(self, document: Document, tool: Facts, file: str) -> None:
+    def __init__(self, document: Document, tool: Facts, file: str, instead: Mapping[str, object]) -> None:
         self.tool, self.file, self.document = tool, file, document
         self.by_default: dict[str, list[str]] = {}
         """Arguments of a program's calls that hold defaults of its command line → its options."""
@@ -89,12 +95,17 @@ class Reading:
         self.values = {
             key: tool.rows.get(key, {}).get("empty") if value is None else value for key, value in flat(resolved(values)).items()
         }
+        self.values |= instead
+        for key in [key for key, value in instead.items() if value is None]:
+            self.values.pop(key, None)
         self.effective = Effective(self.values, tool, document, file)
         self.options: Values = {}
         self.launch: Values = {}
         self.read: dict[str, Read] = {}
         self.ignored: dict[str, Ignored] = {}
         self.unsupported: dict[str, Unsupported] = {}
+        self.refused: dict[str, Refused] = {}
+        """Those of the unsupported keys with which the tool raises, and runs after a change."""
         self.defaults: dict[str, str] = {}
         self.model: str | None = None
         self.kind = "launch" if tool.tool in LAUNCHERS else "training"
@@ -145,6 +156,9 @@ class Reading:
         else:
             effect = row.get("effect", "unknown")
             self.unsupported[key] = Unsupported(value, row["unsupported"], effect, row.get("option"))
+            if "instead" in row:
+                instead = {key if name == "*" else name: new for name, new in row["instead"].items()}
+                self.refused[key] = Refused(value, row["unsupported"], instead)
 
     def _to(self, key: str, value: object, row: Row) -> None:
         option = row["to"]
@@ -273,6 +287,8 @@ class Reading:
             key, effect = refusal["key"], refusal.get("effect", "unknown")
             value = self.values.get(key, "by default")
             self.unsupported[key] = Unsupported(value, refusal["why"], effect, refusal.get("option"))
+            if "instead" in refusal:
+                self.refused[key] = Refused(value, refusal["why"], refusal["instead"])
             self.read.pop(key, None)
             self.ignored.pop(key, None)
         settled = [key for key in rule.get("supports", ()) if self.unsupported.pop(key, None)]

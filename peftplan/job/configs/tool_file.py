@@ -35,6 +35,9 @@ class Row(TypedDict, total=False):
     """Of `to`: the value that is assumed where the file leaves it to its reader, such as `<num-labels>`."""
     off: list[object]
     """Of an unsupported key: values that change nothing, besides those that are false, empty or `none`."""
+    instead: Values
+    """Of an unsupported key with which the tool raises: the change with which it runs, key → value. `*` is the key itself; null
+    removes a key."""
     default: object
     at: str
     why: str
@@ -95,6 +98,8 @@ class Refusal(TypedDict, total=False):
     why: str
     effect: Effect
     option: str
+    instead: Values
+    """As in `Row`."""
 
 
 Accepted = list[object] | str | Product

@@ -19,7 +19,7 @@ from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.versions import FORWARD_CHECKPOINTED, FSDP2_TAIL_APART
+from peftplan.versions import FLASH_BESIDE_IMAGES, FORWARD_CHECKPOINTED, FSDP2_TAIL_APART
 
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
@@ -38,6 +38,8 @@ class WithFile(NamedTuple):
     config: ConfigDocument
     facts: dict[str, bool]
     """What the tool does, as fields of `Script`."""
+    warnings: tuple[str, ...] = ()
+    """What the tool raises for the file as it is."""
 
 
 def check_map(tool: str, options: Mapping[str, object]) -> None:
@@ -67,6 +69,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
         raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
+    if strict and plan.refused:
+        raise RefusedError(f"config: {file}: {plan.warnings[0]}")
     options = dict(plan.options)
     if model is not None and not _is_the_file_s(model, plan) and re.search(r"\d", str(options.get("quant_skip_modules"))):
         del options["quant_skip_modules"]  # layers of the file's model
@@ -83,7 +87,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     options |= chosen_options
     of_tool = of_releases(plan.tool, options)
     of_tool |= {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
-    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool)
+    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool, plan.warnings)
 
 
 def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:
@@ -92,6 +96,7 @@ def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:
     by_default = options.get("strategy") == "fsdp2" and options.get("accelerate") is None
     fields = {
         "checkpoints_hooks": shared and FORWARD_CHECKPOINTED.after(facts(tool).transformers),
+        "flash_beside_images": FLASH_BESIDE_IMAGES.after(facts(tool).transformers),
         "units_of_layers": by_default and FSDP2_TAIL_APART.after(facts(tool).accelerate),
     }
     return {name: True for name, is_so in fields.items() if is_so}

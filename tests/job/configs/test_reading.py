@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import Unsupported, bound
+from peftplan.planning.configs import of_plan
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, TORCHTUNE, TRL, read
 
 
@@ -324,13 +325,42 @@ MIRROR = {"base_model": "alpindale/Llama-3.2-11B-Vision-Instruct"}
 )
 def test_axolotl_raises_for_a_model_and_a_copy_of_it(values: dict[str, Any], key: str, place: str) -> None:
     """Rehearsed: the one with its repository in fp8, the other under its own name."""
-    assert place in read({**AXOLOTL, "adapter": "lora", **values}).unsupported[key].why
+    plan = read({**AXOLOTL, "adapter": "lora", **values})
+    assert place in {**plan.unsupported, **plan.refused}[key].why
 
 
 def test_axolotl_pins_an_optimum_that_loads_no_gptq() -> None:
     """1.16.2, as run: transformers' quantizer imports it first, and would ask for 1.24 and gptqmodel next."""
     assert " raises ImportError" in read({**AXOLOTL, "gptq": True}).unsupported["gptq"].why
     assert "gptq" in read({**AXOLOTL, "gptq": False}).ignored
+
+
+def test_a_file_with_which_the_tool_raises_is_read_with_the_change_that_runs() -> None:
+    """LoRA kernels that assert that they know the code of the attention, and a key that is no longer there."""
+    values = {"base_model": "allenai/Olmo-3-7B-Instruct-SFT", "flash_attn_rms_norm": True, "lora_mlp_kernel": None}
+    plan = read({**AXOLOTL, **values})
+    switches = {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
+    assert {key: row.instead for key, row in plan.refused.items()} == {
+        "flash_attn_rms_norm": {"flash_attn_rms_norm": None}, "lora_qkv_kernel": switches,
+    }  # fmt: skip
+    changed = {key: value for key, value in values.items() if key != "flash_attn_rms_norm"} | switches
+    assert plan.options == read({**AXOLOTL, **changed}).options
+    norms, kernels = plan.warnings
+    assert norms.endswith("the numbers are those without flash_attn_rms_norm")
+    assert kernels.endswith("with lora_mlp_kernel: false, lora_qkv_kernel: false, lora_o_kernel: false")
+    assert peftplan.estimate(config=plan).warnings[:2] == plan.warnings
+    assert of_plan(plan).refused == f"{norms}; {kernels}"
+    with pytest.raises(RefusedError, match="no longer has fused norms"):
+        peftplan.estimate(config=plan, strict=True)
+
+
+def test_gemma_3_runs_flash_attention_in_the_transformers_that_a_tool_pins() -> None:
+    """axolotl 0.19 pins transformers 5.16; 5.24 took FlashAttention from classes that read images (`FLASH_BESIDE_IMAGES`)."""
+    values = {**AXOLOTL, "base_model": "google/gemma-3-4b-it", "attn_implementation": "flash_attention_2"}
+    assert peftplan.estimate(config=read(values)).total_parameters > 4_300_079_472
+    with pytest.raises(RefusedError, match="no flash_attention_2"):
+        peftplan.estimate("gemma-3-4b-it", attn_implementation="flash_attention_2")
+    peftplan.estimate("gemma-3-4b-it", attn_implementation="flash_attention_2", script=peftplan.Script(transformers="5.23.0"))
 
 
 @pytest.mark.parametrize(("model", "knows"), [("Qwen/Qwen3-8B", True), ("google/gemma-4-E2B-it", False)])
@@ -359,7 +389,7 @@ def test_cut_cross_entropy_fails_under_zero3(deepspeed: object) -> None:
     """Rehearsed with DeepSpeed 0.18.9 and 0.19.8: gpt-oss of 2 layers, and Qwen2.5 0.5B, over 8 GPUs."""
     values = {**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], "deepspeed": deepspeed}
     full = read({key: value for key, value in values.items() if key not in ("adapter", "load_in_4bit")})
-    assert " raises RuntimeError" in full.unsupported["cut_cross_entropy"].why
+    assert " raises RuntimeError" in full.refused["cut_cross_entropy"].why
     assert " raises " not in read(values).unsupported["cut_cross_entropy"].why
 
 
