@@ -69,10 +69,11 @@ SHORTEST_BEGINNING = 2
 
 
 def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = SIMILAR) -> list[str]:
-    """The choices that read most like `name`, best first; those that begin with it before all others."""
+    """The choices that read most like `name`, best first; those that begin with it, its last number whole, before all others."""
     from difflib import get_close_matches  # needed only once something is wrong
 
     longer = [choice for choice in choices if len(name) >= SHORTEST_BEGINNING and choice.startswith(name)]
+    longer = [choice for choice in longer if not (name[-1].isdigit() and choice[len(name) : len(name) + 1].isdigit())]
     return list(dict.fromkeys((*longer, *get_close_matches(name, choices, n=most, cutoff=cutoff))))[:most]
 
 

@@ -4,6 +4,7 @@
 `data/models/<name>.json` a model's config and where that came from.
 """
 
+import re
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple, TypedDict
@@ -17,6 +18,10 @@ ALIASES = "model_aliases.json"
 """Further names of the built-in models, with the source of each; read only for a name that the index does not hold."""
 DTYPES = "checkpoint_dtypes.json"
 """Patterns of names of built-in models → the dtype of their weights and its source, where a config names no dtype."""
+
+
+MOST_NEAR = 3
+"""Models that the error for an unknown name suggests."""
 
 
 class Aliases(TypedDict):
@@ -55,9 +60,10 @@ class ModelEntry(NamedTuple):
     def matches(self, pattern: str) -> bool:
         """Whether a name, alias or id contains the pattern, or matches it where it has `*`, `?` or `[`; case is ignored."""
         glob = pattern.lower()
-        glob = glob if any(c in glob for c in "*?[") else f"*{glob}*"
-        names = (self.name, self.repo_id, *self.aliases, *self.siblings, self.model_type)
-        return any(fnmatchcase(name.lower(), glob) for name in names)
+        names = [name.lower() for name in (self.name, self.repo_id, *self.aliases, *self.siblings, self.model_type)]
+        if any(c in glob for c in "*?["):
+            return any(fnmatchcase(name, glob) for name in names)
+        return any(glob in name or glob in _loose(name) for name in names)
 
     def is_sibling(self, name: str) -> bool:
         """Whether a name that matches this entry belongs to another checkpoint of the same shapes, or to a mirror."""
@@ -72,13 +78,20 @@ class UnknownModelError(UnknownNameError):
     """A name that is not a built-in model. Suggests near names, and says what else is accepted as a model."""
 
     def __init__(self, value: object, choices: tuple[str, ...]) -> None:
-        self.choices = sorted(choices)
-        near = nearest(_key(str(value)), self.choices)
+        self.choices = sorted(choices, key=lambda name: (len(name), name))
+        loose = {_loose(name): name for name in reversed(self.choices)}
+        alike = [loose[name] for name in nearest(_loose(str(value)), list(reversed(loose)), most=4 * MOST_NEAR)]
+        by_model: dict[ModelEntry | None, str] = {}
+        for name in alike:
+            by_model.setdefault(find(name), name)
+        near = list(by_model.values())[:MOST_NEAR]
+        more = near and _loose(near[0]).startswith(_loose(str(value))) and len(models(str(value))) > len(near)
+        listed = f" (`peftplan models {value}` lists more)" if more else ""
         InputError.__init__(
             self,
             "model",
             value,
-            (f"did you mean {' or '.join(near)}? " if near else "")
+            (f"did you mean {' or '.join(near)}{listed}? " if near else "")
             + f"accepted: one of {len(models())} built-in names, a Hub id (owner/name), or a path to a config.json or its folder",
         )
 
@@ -105,14 +118,40 @@ def _key(name: str) -> str:
     return name.strip().lower().replace("_", "-").replace(" ", "-")
 
 
+def _loose(name: str) -> str:
+    """A name without the hyphen before a number and with one for a colon: llama3-8b for llama-3-8b and Ollama's llama3:8b."""
+    return re.sub(r"(?<=[a-z])-(?=\d)", "", _key(name).replace(":", "-"))
+
+
+@cache
+def _by_loose_name() -> dict[str, str | None]:
+    """Every name without an owner, spelled loosely → one that `find` knows; None where several models have it."""
+    loose: dict[str, str | None] = {}
+    for key in (*_by_key(), *_by_alias()):
+        name = _loose(key.rpartition("/")[2])
+        known = loose.setdefault(name, key)
+        if known is not None and find(known) is not find(key):
+            loose[name] = None
+    return loose
+
+
 def models(pattern: str | None = None) -> tuple[ModelEntry, ...]:
     """The built-in models by name; with a pattern, those whose name, alias, id or model type contains or matches it."""
-    return _entries() if pattern is None else tuple(entry for entry in _entries() if entry.matches(pattern))
+    if pattern is None:
+        return _entries()
+    matching = tuple(entry for entry in _entries() if entry.matches(pattern))
+    return matching if matching or _loose(pattern) in ("", pattern) else models(_loose(pattern))
 
 
 def find(name: str) -> ModelEntry | None:
     """The built-in model of a name, alias or repository id; case, `_` and blanks do not matter. None if there is none."""
     return _by_key().get(_key(name)) or _by_alias().get(_key(name))
+
+
+def spelled(name: str) -> str | None:
+    """The name that `find` knows, of one without an owner that it does not know: llama3-8b, qwen3:8b, or the last part of the
+    id of a checkpoint that is listed, such as zephyr-7b-alpha. None if no model or several are meant."""
+    return _by_loose_name().get(_loose(name)) if find(name) is None else name
 
 
 class Dtypes(TypedDict):

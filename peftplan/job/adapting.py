@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import ConfigDict
+
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
@@ -12,9 +14,19 @@ from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told
 from peftplan.job.words import MEANINGS
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
+from peftplan.methods.targets import LayeredConfig, Names
 
 PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 """peft's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
+
+
+class OptionsOfAnyType(LayeredConfig):
+    """The options of the command line that are fields of several peft types: peft takes neither numbers nor lists as text."""
+
+    model_config = ConfigDict(extra="allow")
+    r: int | None = None
+    num_virtual_tokens: int | None = None
+    target_parameters: Names = None
 
 
 def method_of(
@@ -29,7 +41,7 @@ def method_of(
 
         raw = {"peft_type": other, **options}
         check_fields(raw)
-        return None, None, raw
+        return None, None, raw | _not_as_text(options)
     if peft_config is None:
         beside = (*Setup.model_fields, *MEANINGS)
         method, config = methods.configure("lora" if name is None else name, options, beside=beside)
@@ -47,7 +59,13 @@ def method_of(
     except NeedsPeftError:
         if presets:
             raise
-        return named_method, None, raw
+        return named_method, None, raw | _not_as_text(options)
+
+
+def _not_as_text(options: Mapping[str, object]) -> dict[str, object]:
+    """Options with numbers as numbers and names as lists. Raises InputError."""
+    read = methods.validated(OptionsOfAnyType, options).model_dump(exclude_unset=True)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in read.items()}
 
 
 def _check_peft_task(raw: Mapping[str, object]) -> None:

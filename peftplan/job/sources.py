@@ -85,7 +85,9 @@ class Source(NamedTuple):
 
 
 def read(model: object) -> object:
-    """A model in a file or on the Hub, together with its config, so that it is read once. Returns any other model unchanged."""
+    """A model in a file or on the Hub, together with its config, so that it is read once. Returns any other model unchanged, and
+    a built-in one by a name of the catalogue."""
+    model = _listed(model)
     if not isinstance(model, (str, os.PathLike)) or (isinstance(model, str) and catalogue.find(model)):
         return model
     return Source(*_from_text(os.fspath(model)))
@@ -104,11 +106,19 @@ def load(
     if task_type is not None and (not isinstance(task_type, str) or task_type not in TASK_TYPES):
         raise UnknownNameError("task_type", task_type, TASK_TYPES)
     _check_labels(num_labels)
+    model = _listed(model)
     if isinstance(model, str) and (entry := catalogue.find(model)):
         return _built_in(entry.name, model if entry.is_sibling(model) else None, task_type, num_labels)
     config, name, source = _config(model)
     arch = _read(_with_labels(config, num_labels), name=name, task_type=task_type, trust_remote_code=trust_remote_code)
     return replace(arch, name=name, source=source, notes=(*arch.notes, *_notes(config)))
+
+
+def _listed(model: object) -> object:
+    """A name of the catalogue for one spelled otherwise, which no file or folder has. Returns any other model unchanged."""
+    if not isinstance(model, str) or "/" in model or os.path.exists(model):
+        return model
+    return catalogue.spelled(model) or model
 
 
 def _check_labels(num_labels: object) -> None:

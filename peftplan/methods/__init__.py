@@ -186,7 +186,7 @@ def configure(name: str, options: Mapping[str, object], *, beside: Iterable[str]
             elsewhere = any(option in config_class(other).model_fields for other in METHODS.values())
             raise UnknownOptionError(option, method.name, cls.model_fields, beside=() if elsewhere else beside)
     effective = {key: value for key, value in options.items() if key not in cls.no_effect}
-    return method, _validated(cls, {**method.defaults, **effective})
+    return method, validated(cls, {**method.defaults, **effective})
 
 
 def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]":
@@ -214,7 +214,7 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
     known = {key: value for key, value in fields.items() if key in cls.model_fields and value is not None}
     if "target_modules" in cls.model_fields:
         known.setdefault("target_modules", "peft-default")
-    return method, _validated(cls, known)
+    return method, validated(cls, known)
 
 
 def adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_peft: bool = True) -> "Adaptation":
@@ -229,7 +229,8 @@ def adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_pe
     return in_groups(adaptation)
 
 
-def _validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "MethodConfig":
+def validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "MethodConfig":
+    """A checked configuration. Raises InputError."""
     from pydantic import ValidationError
 
     from peftplan.validation import first_error

@@ -101,6 +101,8 @@ def test_patterns() -> None:
     assert {e.name for e in catalogue.models("Llama-2-?b")} == {"llama-2-7b"}
     assert {e.model_type for e in catalogue.models("mpt")} == {"mpt"}
     assert catalogue.models("no such model") == ()
+    assert set(catalogue.models("llama3")) > set(catalogue.models("llama-3-"))
+    assert catalogue.models("qwen-3-8b") == catalogue.models("qwen3-8b")
 
 
 def test_an_unknown_name_says_what_is_near_and_what_is_accepted() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import peftplan
 from peftplan.arch import catalogue
 from peftplan.datafiles import load
+from peftplan.errors import InputError
+from peftplan.job import sources
 from tests.cli.run import run
 
 DATA = load("model_aliases.json", dict)
@@ -78,6 +82,48 @@ def test_the_result_names_the_model_that_was_used(name: str, model: str) -> None
     assert result.trainable_parameters == own.trainable_parameters
     used = own.assumptions["model"].removeprefix("built-in: ").partition(",")[0]
     assert f"{name} has the shapes of the built-in {used}, which is used for it" in result.assumptions["notes"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "model"),
+    [
+        ("llama3-8b", "llama-3-8b"),
+        ("Qwen-3-8B", "qwen3-8b"),
+        ("phi4", "phi-4"),
+        ("llama3.1:8b", "llama-3.1-8b"),
+        ("zephyr-7b-alpha", "mistral-7b-v0.1"),
+    ],
+)
+def test_another_spelling_of_a_name_is_understood(typed: str, model: str) -> None:
+    assert catalogue.find(typed) is None
+    assert run("estimate", typed).out.startswith(f"{model} · ")
+
+
+def test_a_spelling_that_several_models_have_means_none() -> None:
+    """Qwen2.5-Coder-0.5B-Instruct has two mirrors with other shapes."""
+    assert catalogue.spelled("qwen2.5-coder-0.5b-instruct") is None
+
+
+def test_a_folder_of_the_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "phi4").mkdir()
+    with pytest.raises(InputError, match="config"):
+        sources.load("phi4")
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("llama3", "llama-3-8b or llama-3-70b or llama-3.1-8b (`peftplan models llama3` lists more)?"),
+        ("mixtral", "mixtral-8x7b or mixtral-8x22b or"),
+        ("deepseek", "deepseek-r1 or deepseek-v2 or deepseek-v3 (`peftplan models deepseek` lists more)?"),
+        ("gpt-oss", "gpt-oss-20b or gpt-oss-120b"),
+    ],
+)
+def test_a_family_leads_to_its_models(typed: str, near: str) -> None:
+    """Different models, the shortest names first; llama-30b is none of Llama 3."""
+    assert f"did you mean {near}" in str(catalogue.unknown(typed))
+    assert len(catalogue.models(typed)) > 1
 
 
 def test_no_suffix_is_stripped_by_rule() -> None:

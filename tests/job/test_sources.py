@@ -127,7 +127,7 @@ def test_an_unknown_task() -> None:
 
 def test_an_unknown_name() -> None:
     with pytest.raises(UnknownNameError, match="did you mean llama-2-7b") as caught:
-        load("llama2-7b")
+        load("lama-2-7b")
     assert "path" in one_line(caught.value)
 
 
