@@ -12,8 +12,9 @@ WITH_TOWERS: dict[tuple[str, str], tuple[bool, ...]] = {
     ("mistral3", "lora"): (False,),
     ("qwen2_5_vl", "partial"): (False,),
     ("gemma3", "partial"): (False,),
+    ("gemma3", "lora"): (False,),
     ("gemma4", "partial"): (False, True),
-    ("gemma4", "lora"): (False,),
+    ("gemma4", "lora"): (False, True),
     ("qwen3_vl", "partial"): (False,),
 }
 """Model type with a tower beside its text part, and method → whether layers were checkpoints in its rehearsals. Two layers of
