@@ -306,6 +306,8 @@ def _many_scores(job: Job) -> bool:
     """Whether the prompts' scores in 16 bits and in fp32 take over 1 GiB (unsloth_zoo, temporary_patches/gpt_oss.py:
     `_EAGER_ATTENTION_CHECK_BYTES`)."""
     setup, attention = job.setup, job.architecture.blocks[0].attentions[0]
+    if job.architecture.model_type != "gpt_oss":
+        return False
     scores = setup.generation_rows * attention.num_attention_heads * setup.prompt_len * setup.seq_len
     return scores * (ITEMSIZE[setup.dtype] + ITEMSIZE["fp32"]) > GIB
 
@@ -324,7 +326,8 @@ def _grpo_without_formula(job: Job) -> str | None:
         missing = {
             "with layers that torch compiles beside vLLM": setup.use_vllm,
             "with a reference": len(setup.forwards) > 1,
-            "of rows that it packs, not longer than the window": setup.seq_len <= min(_windows(job), default=setup.seq_len),
+            "of rows that it packs, not longer than the window": setup.batch_size >= FEWEST_PACKED
+            and setup.seq_len <= min(_windows(job), default=setup.seq_len),
             "of prompts with scores that Unsloth makes in parts, by the card's free memory": _many_scores(job),
         }
         return next((what for what, is_so in missing.items() if is_so), None)

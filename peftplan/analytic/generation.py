@@ -10,6 +10,8 @@ b completions that are written at once, s tokens of a prompt, t tokens of the fu
 Where tools answer, the policy goes on after what it wrote and the answers, which stay within the longest completion together: a
 later turn begins with up to s + c tokens, c those of a completion, and writes up to c more, before what is too long is cut.
 
+Where Unsloth trains all weights, the cache is whole from the prompt on.
+
 OnlineDPOTrainer keeps no cache where layers are recomputed: each token is the forward of all before it.
 
 Source: trl `GRPOTrainer._generate_single_turn` (`unwrap_model_for_generation`, which gives the model that accelerate did not
@@ -39,7 +41,7 @@ from peftplan.memory.waves import waves_of
 from peftplan.parameters import Parameters
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Dims, Tensor
 
 GENERATE = "generate"
 MOST_READ = 2048
@@ -121,29 +123,6 @@ def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
     return autocast if autocast and tensor.part == "values" else tensor.dtype
 
 
-def _prompt_in_unsloth(model: Model, cache: Iterable[CacheTensor]) -> Tensor:
-    """The prompt's forward of layers that torch compiles for training: then their attention is eager, over the whole cache, which
-    a layer allocates when it first runs. The last layer's scores are alive beside the caches of all.
-
-    Left out: in generation, hidden states stay in 16 bits.
-    Source: unsloth_zoo 2026.10.9, temporary_patches/gpt_oss.py (`inplace_eager_attention_forward`, `_eager_attention_rows`).
-    """
-    from peftplan.memory.models.compiled import compiled_layers
-
-    f, dtype, a = model.tape, model.running.dtype, model.arch.blocks[0].attentions[0]
-    hidden = compiled_layers(model)
-    f.module = "model.layers"
-    positions = max(tensor.shape[-2] for tensor in cache)
-    caches = [f.many(("b", *tensor.shape[1:]), dtype, f"KV cache, {tensor.part}", tensor.layers) for tensor in cache]
-    of_tokens = [f.new(("b", "s", model.arch.hidden_size or 0), dtype, name) for name in ("embedded", "residual", "normed")]
-    query = f.new(("b", "s", a.num_attention_heads, a.head_dim), dtype, "query")
-    repeated = [f.new(("b", a.num_attention_heads, positions, a.head_dim), dtype, "repeat_kv") for _ in ("keys", "values")]
-    scores = f.new(("b", a.num_attention_heads, "s", positions + 1), dtype, "combined_logits")
-    wide = [f.new(scores.dims, "fp32", name) for name in ("to", "softmax")]
-    del caches, of_tokens, query, repeated, scores, wide
-    return hidden
-
-
 def _taught(inventory: Inventory) -> Generation:
     """An upper bound of a teacher's forward over the completions of a micro batch: what ZeRO-3 gathers at most, the logits, which
     are divided in place, and the log-probabilities of one row.
@@ -198,15 +177,14 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
+    functions = running.recorded is not None and job.method_name == "full"
     cache = kv_cache(arch, batch_size=rows, context=cached, encoder_context=0, dtype=setup.dtype) if cached else ()
     f.mark("forward")
     gathered = gathered_whole(f, inventory)
     with f.no_grad():
         for name in ("input_ids", "attention_mask"):
             model.batch[name] = f.new(("b", "s"), "int64", name)
-        compiled = running.recorded is not None
-        in_parts = compiled and arch.model_type == "gpt_oss"
-        hidden = _prompt_in_unsloth(model, cache) if in_parts else forward_of(arch.model_type, compiled=compiled)(model)
+        hidden = _prompt(inventory, model, cache)
         assert arch.output_embedding is not None
         logits = model.linear(arch.output_embedding, sliced(f, hidden, ("b", 1, hidden.dims[-1])))
         f.module = ""
@@ -222,7 +200,11 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
         largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers, default=None)
         if largest is not None and running.attention == "sdpa" and (autocast or setup.dtype) == "fp32":
             _attended(f, arch, largest)
-        growing = None if largest is None else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
+        if functions and largest is not None:  # the cache is whole from the first token on
+            of_queries: Dims = ("b", arch.blocks[0].attentions[0].num_attention_heads, *largest.shape[2:])
+            repeated = [f.new(of_queries, largest.dtype, name) for name in ("keys repeated", "values repeated")]
+            del repeated
+        growing = None if largest is None or functions else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
         del growing
         logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")
         scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))
@@ -234,6 +216,19 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
     loss = LossSizes("full", 0, 0, 0, prompted=False)
     return _ending(of_prompt, of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss)))
+
+
+def _prompt(inventory: Inventory, model: Model, cache: Iterable[CacheTensor]) -> Tensor:
+    """The hidden states of the prompts."""
+    job, arch = inventory.job, model.arch
+    if model.running.recorded is None:
+        return forward_of(arch.model_type)(model)
+    from peftplan.analytic.prompts import prompt_in_functions, prompt_in_parts
+
+    if job.method_name == "full":
+        return prompt_in_functions(model, cache, (job.setup.rows, job.setup.seq_len))
+    in_parts = arch.model_type == "gpt_oss"
+    return prompt_in_parts(model, cache) if in_parts else forward_of(arch.model_type, compiled=True)(model)
 
 
 FEATURES = 3

@@ -15,6 +15,7 @@ from peftplan.memory.chunked_loss import rows_of
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
+from peftplan.memory.trained_head import of_trained_head
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -83,7 +84,8 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
     head = projection(model)
     f.module = ""
     weight = model.table(head.name, head)
-    if head.bias is not None or weight.node is not None:
+    trains = weight.node is not None
+    if head.bias is not None or (trains and (model.running.recorded is None or not model.running.flash)):
         raise NeedsTraceError(f"Unsloth's GRPO of {model.arch.model_type} with a head that trains or has a bias")
     mask = f.new(x.dims[:-1], "bool", "completions")
     if model.running.recorded is not None:  # rows of several completions
@@ -95,7 +97,7 @@ def of_completions(model: Model, x: Tensor) -> tuple[Tensor]:
         row = sliced(f, x, x.dims)
         chosen = rows_of(f, sliced(f, row, x.dims), mask)
     targets = f.new(("n",), "int64", "index")
-    loss = _cross_entropy(model, chosen, weight, copies=False)
+    loss = of_trained_head(model.tape, chosen, weight) if trains else _cross_entropy(model, chosen, weight, copies=False)
     del targets, mask
     return (loss,)
 
