@@ -13,7 +13,7 @@ from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read_yaml
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
-from peftplan.job.configs.reading import by_launch, plan_of
+from peftplan.job.configs.planned import by_launch, plan_of
 from peftplan.validation import paths as listed_paths
 
 NOTEBOOK_BYTES = 32 * 2**20

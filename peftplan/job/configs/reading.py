@@ -1,27 +1,19 @@
-"""Values of a file + the facts of its tool → a `ConfigPlan`. One mechanism; what differs between tools is data."""
+"""Values of a file + the facts of its tool → its keys in three groups. One mechanism; what differs between tools is data."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
 
-from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.errors import nearest, quoted
-from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, number_in, read_json, word
+from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known
 from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
-from peftplan.job.configs.launching import launched, of_comments
-from peftplan.job.configs.models import named, weights_of
-from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Ignored, Read, Refused, Unsupported
+from peftplan.job.configs.plan import LAUNCHERS, Ignored, Read, Refused, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
-from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.loaded import ATTENTION
-from peftplan.job.script import OF_DDP
-from peftplan.job.setup import OF_PREFERENCES
 from peftplan.validation import listed
 
 WHOLE = frozenset(
@@ -34,12 +26,8 @@ WHOLE = frozenset(
     }
 )  # fmt: skip
 """Options that are integers."""
-CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
-"""What a launch file that checkpoints decides, whatever the trainer does."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
-SHARING = ("tp_size", "pp_size", "cp_size")
-"""Options whose ranks share the rows of a batch."""
 FLASH_KERNELS = (
     *("flash_attention_3", "kernels-community/flash-attn2", "kernels-community/flash-attn3"),
     "kernels-community/vllm-flash-attn3",
@@ -51,17 +39,6 @@ DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
 """Kind of a call of which something is assumed → the option that hangs on it."""
 OPEN = re.compile(r"\$[\w{(]|<[A-Za-z_]|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
-
-
-def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
-    """The plan of one file; where the tool raises for a key and a change is known with which it runs, that of the changed file."""
-    refused: dict[str, Refused] = {}
-    reading = read_all(document, tool, file=file)
-    while reading.refused.keys() - refused.keys():
-        refused |= reading.refused
-        instead = {key: value for row in refused.values() for key, value in row.instead.items()}
-        reading = read_all(document, tool, file=file, instead=instead)
-    return replace(reading.plan(), refused=refused)
 
 
 def read_all(document: Document, tool: Facts, *, file: str, instead: Mapping[str, object] | None = None) -> Reading:
@@ -176,7 +153,7 @@ class Reading:
             elif value not in ATTENTION:
                 self.unsupported[key] = Unsupported(value, "this attention is not known here", option=option)
                 return
-        self._set({option: self._typed(key, option, ours)})
+        self.set({option: self._typed(key, option, ours)})
         self.read[key] = Read(value, option, why)
         if key in self.by_default:
             self.assumed[option] = f"the program's default of {', '.join(self.by_default[key])}"
@@ -191,7 +168,7 @@ class Reading:
             self.read[key] = Read(value, "", row.get("why", ""))
             self.assumed[option] = "the program takes it from the data; the default is assumed"
             return
-        self._set({option: row["open"]})
+        self.set({option: row["open"]})
         self.read[key] = Read(value, option, row.get("why", ""))
         self.assumed[option] = f"the file has a placeholder; {row['open']} is assumed"
 
@@ -213,10 +190,10 @@ class Reading:
             why = known.row.get("why") or f"{quoted(value)} is not supported"
             self.unsupported[key] = Unsupported(value, why, known.row.get("effect", "unknown"), known.row.get("option"))
             return
-        self._set(options)
+        self.set(options)
         self.read[key] = Read(value, ", ".join(options), known.row.get("why", ""))
 
-    def _set(self, options: Mapping[str, object]) -> None:
+    def set(self, options: Mapping[str, object]) -> None:
         for option, value in options.items():
             if option == "model":
                 self.model = str(value)
@@ -258,7 +235,7 @@ class Reading:
                     self.read.pop(option, None)
             if option in WHOLE and isinstance(value, tuple) and isinstance(stated_value, Mapping):
                 value = self._typed(stated_value.get("key", option), option, value)
-            self._set({option: value})
+            self.set({option: value})
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
                 self.defaults[option] = self._place(at or next(schema, ""))
@@ -266,11 +243,11 @@ class Reading:
             if self.values.get(key) is None:
                 self.effective.defaults[key] = default
                 if "to" in (meant := self.tool.rows[key]):
-                    self._set({meant["to"]: by_word(meant.get("values", {}), default)})
+                    self.set({meant["to"]: by_word(meant.get("values", {}), default)})
                     self.defaults[meant["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
-            self._set({option: tuple(dict.fromkeys((*(before if isinstance(before, tuple) else ()), *names)))})
+            self.set({option: tuple(dict.fromkeys((*(before if isinstance(before, tuple) else ()), *names)))})
             if rule.get("by_default"):
                 self.defaults[option] = self._place(at)
         deciding = () if rule.get("by_default") else when  # what the tool does by itself no key says
@@ -305,114 +282,6 @@ class Reading:
             if key in self.read and "names" in row and row["names"] not in self.options:
                 value = self.read.pop(key).value
                 self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
-
-    def _accumulate(self, launch: Mapping[str, object]) -> None:
-        """The micro batches of a step, where the file has the rows of the step on all ranks (`Facts.batches`)."""
-        numbers = [str(self.effective.of(key)) for key in self.tool.batches]
-        if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
-            global_batch, micro_batch = map(int, numbers)
-            sharing = prod(number_in(self.options, name) for name in SHARING)
-            ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // sharing, 1)
-            micro_batches = self.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
-            if micro_batches == 1 and self.options.pop("sync_each_batch", None) is not None:
-                for key, row in self.read.items():
-                    if "sync_each_batch" in (options := row.option.split(", ")):
-                        rest = [option for option in options if option != "sync_each_batch"]
-                        self.read[key] = Read(row.value, ", ".join(rest), row.why if rest else "a step has one micro batch")
-
-    def _divide_batch(self) -> None:
-        """The micro batches that a pipeline makes of a rank's rows, and what of its keys is not known."""
-        if self.tool.micro_batch is None:
-            return
-        staged = number_in(self.options, "pp_size") > 1
-        section = self.tool.micro_batch.rpartition(".")[0]
-        for key in [key for key in self.read if key.startswith(f"{section}.") and key != self.tool.micro_batch]:
-            if not staged:
-                for option in self.read[key].option.split(", "):
-                    self.options.pop(option, None)
-                self.read[key] = Read(self.read[key].value, "", "with stages of a pipeline")
-            elif not self.read[key].option and not self.read[key].why.startswith("stages send"):
-                self.unsupported[key] = Unsupported(self.read.pop(key).value, "its effect has not been examined")
-        if staged:
-            rows, text = number_in(self.options, "batch_size"), str(self.values.get(self.tool.micro_batch))
-            size = max(int(text), 1) if text.isdecimal() else 1
-            self.options |= {"batch_size": size, "pp_microbatches": max(rows // size, 1)}
-            if self.tool.micro_batch in self.read:
-                self.read[self.tool.micro_batch] = Read(size, "batch_size, pp_microbatches", "rows of a micro batch")
-
-    def plan(self) -> ConfigPlan:
-        """What was read; options that the method does not have are left out."""
-        if self.tool.tool in LAUNCHERS:
-            self.launch = {self.tool.tool: self.document.values}
-        for fact, number in of_comments(self.document.comments).items():
-            if not {"gpus", "processes"} & self.launch.keys() or fact == "nodes":
-                self.launch.setdefault(fact, number)
-                self.assumed["gpus"] = "as the command in its comments launches it"
-        if self.tool.strategy and any(key.startswith("distributed.") for key in self.launch):
-            self.launch.setdefault("distributed.strategy", self.tool.strategy)
-        launch = launched(self.tool.tool, self.launch, self.document.environment, file=self.file)
-        if self.tool.strategy and number_in(launch.options, "gpus") > 1:
-            launch.options.setdefault("strategy", self.tool.strategy)
-        self.unsupported |= launch.unsupported
-        self.read = {key: row for key, row in self.read.items() if key not in launch.unsupported}
-        self.assumed |= launch.assumed
-        sharing = prod(number_in(self.options, name) for name in SHARING)
-        if "gpus" not in self.launch and str(self.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
-            launch.options["gpus"] = number_in(launch.options, "gpus") * sharing
-        elif "gpus" in launch.assumed and number_in(launch.options, "gpus") % sharing:
-            launch.options["gpus"] = sharing
-            self.assumed["gpus"] = f"the launcher decides; {sharing} are assumed, as tp_size and pp_size need them"
-        self._accumulate(launch.options)
-        self._divide_batch()
-        if self.tool.launched_precision and self.options.get("autocast") == "none" and "autocast" in launch.options:
-            self._set({"autocast": launch.options["autocast"]})
-        options = fitting(of_trainer({**launch.options, **self.options, **by_launch(launch.options)}))
-        of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), bool)}
-        if options.get("strategy", "ddp") != "ddp":
-            options = {name: value for name, value in options.items() if name not in OF_DDP}
-        if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
-            options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
-            if self.tool.device_map and self.kind == "training":
-                options.setdefault("device_map", self.tool.device_map)
-        for key, row in self.read.items():
-            if row.option and not {"model", "launch", *OF_DDP, *options} & set(row.option.split(", ")):
-                whose = self.options.get("trainer") if row.option in OF_PREFERENCES else self.options.get("method")
-                self.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
-        plan = ConfigPlan(
-            self.tool.tool,
-            self.tool.version,
-            (self.file,),
-            None,
-            options,
-            self.launch,
-            self.read,
-            self.ignored,
-            self.unsupported,
-            {name: at for name, at in self.defaults.items() if name in options},
-            self.assumed,
-            self.kind,  # type: ignore[arg-type]
-            of_ddp,
-        )
-        for other in ("teacher_model", "reward_model"):
-            if other in options:
-                options[other], _ = named(str(options[other]), self.tool, file=self.file)
-        if not self.model:
-            return plan
-        model, by_name = named(self.model, self.tool, file=self.file)
-        of_weights, unsupported = None, self.unsupported
-        if not self.tool.in_16_bits:  # Unsloth's own rules say how repositories store their weights
-            options, of_weights, of_repository = weights_of(self.model, options)
-            key = next((key for key, row in self.read.items() if row.option == "model"), "model")
-            plan = replace(plan, read={name: row for name, row in self.read.items() if of_repository is None or name != key})
-            unsupported = unsupported | ({} if of_repository is None else {key: of_repository})
-        about = "; ".join(filter(None, (by_name, of_weights)))
-        assumed = {**self.assumed, "model": about} if about else self.assumed
-        return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)
-
-
-def by_launch(options: Mapping[str, object]) -> Mapping[str, object]:
-    """What counts of a launch whatever the training file says: the checkpoints that accelerate makes itself."""
-    return CHECKPOINTED if options.get("gradient_checkpointing") else {}
 
 
 def _open(value: object) -> bool:

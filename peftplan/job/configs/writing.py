@@ -20,6 +20,7 @@ from peftplan.job.configs.documents import Values
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.launch_keys import launch_keys
 from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.planned import planned
 from peftplan.job.configs.reading import Reading, read_all
 from peftplan.job.configs.sayable import BY_TARGETS, BYTELESS, ROLES, fields_of, firm, spellings
 from peftplan.job.configs.texts import document_of
@@ -152,7 +153,7 @@ class _Writing:
         """What the reader makes of values."""
         document = document_of(values, self.tool, comments=self._launch_comment(values))
         reading = read_all(document, self.tool, file=self.tool.tool)
-        plan = reading.plan()
+        plan = planned(reading)
         same = repr((plan.model, sorted(plan.options.items())))  # many keys only state what was there
         if same in self.fields:
             return _Trial(values, reading, plan, self.fields[same], None)

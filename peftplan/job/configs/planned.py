@@ -1,0 +1,146 @@
+"""A file that was read → its `ConfigPlan`: the launch, the rows of each rank, and the weights of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from peftplan.distributed.names import ALWAYS, OPTIONS
+from peftplan.job.configs.documents import Document, number_in
+from peftplan.job.configs.facts import Facts
+from peftplan.job.configs.launching import launched, of_comments
+from peftplan.job.configs.models import named, weights_of
+from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Read, Refused, Unsupported
+from peftplan.job.configs.reading import Reading, read_all
+from peftplan.job.configs.with_file import fitting, of_trainer
+from peftplan.job.script import OF_DDP
+from peftplan.job.setup import OF_PREFERENCES
+
+CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
+"""What a launch file that checkpoints decides, whatever the trainer does."""
+SHARING = ("tp_size", "pp_size", "cp_size")
+"""Options whose ranks share the rows of a batch."""
+
+
+def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
+    """The plan of one file; where the tool raises for a key, and a change is known that runs, that of the changed file."""
+    refused: dict[str, Refused] = {}
+    reading = read_all(document, tool, file=file)
+    while reading.refused.keys() - refused.keys():
+        refused |= reading.refused
+        instead = {key: value for row in refused.values() for key, value in row.instead.items()}
+        reading = read_all(document, tool, file=file, instead=instead)
+    return replace(planned(reading), refused=refused)
+
+
+def _accumulate(reading: Reading, launch: Mapping[str, object]) -> None:
+    """The micro batches of a step, where the file has the rows of the step on all ranks (`Facts.batches`)."""
+    numbers = [str(reading.effective.of(key)) for key in reading.tool.batches]
+    if numbers and all(re.fullmatch("[1-9][0-9]{0,9}", number) for number in numbers):
+        global_batch, micro_batch = map(int, numbers)
+        sharing = prod(number_in(reading.options, name) for name in SHARING)
+        ranks = max(number_in(launch, "gpus") * number_in(launch, "nodes") // sharing, 1)
+        micro_batches = reading.options["gradient_accumulation_steps"] = max(global_batch // (micro_batch * ranks), 1)
+        if micro_batches == 1 and reading.options.pop("sync_each_batch", None) is not None:
+            for key, row in reading.read.items():
+                if "sync_each_batch" in (options := row.option.split(", ")):
+                    rest = [option for option in options if option != "sync_each_batch"]
+                    reading.read[key] = Read(row.value, ", ".join(rest), row.why if rest else "a step has one micro batch")
+
+
+def _divide_batch(reading: Reading) -> None:
+    """The micro batches that a pipeline makes of a rank's rows, and what of its keys is not known."""
+    if reading.tool.micro_batch is None:
+        return
+    staged = number_in(reading.options, "pp_size") > 1
+    section = reading.tool.micro_batch.rpartition(".")[0]
+    for key in [key for key in reading.read if key.startswith(f"{section}.") and key != reading.tool.micro_batch]:
+        if not staged:
+            for option in reading.read[key].option.split(", "):
+                reading.options.pop(option, None)
+            reading.read[key] = Read(reading.read[key].value, "", "with stages of a pipeline")
+        elif not reading.read[key].option and not reading.read[key].why.startswith("stages send"):
+            reading.unsupported[key] = Unsupported(reading.read.pop(key).value, "its effect has not been examined")
+    if staged:
+        rows, text = number_in(reading.options, "batch_size"), str(reading.values.get(reading.tool.micro_batch))
+        size = max(int(text), 1) if text.isdecimal() else 1
+        reading.options |= {"batch_size": size, "pp_microbatches": max(rows // size, 1)}
+        if reading.tool.micro_batch in reading.read:
+            reading.read[reading.tool.micro_batch] = Read(size, "batch_size, pp_microbatches", "rows of a micro batch")
+
+
+def planned(reading: Reading) -> ConfigPlan:
+    """What was read; options that the method does not have are left out."""
+    if reading.tool.tool in LAUNCHERS:
+        reading.launch = {reading.tool.tool: reading.document.values}
+    for fact, number in of_comments(reading.document.comments).items():
+        if not {"gpus", "processes"} & reading.launch.keys() or fact == "nodes":
+            reading.launch.setdefault(fact, number)
+            reading.assumed["gpus"] = "as the command in its comments launches it"
+    if reading.tool.strategy and any(key.startswith("distributed.") for key in reading.launch):
+        reading.launch.setdefault("distributed.strategy", reading.tool.strategy)
+    launch = launched(reading.tool.tool, reading.launch, reading.document.environment, file=reading.file)
+    if reading.tool.strategy and number_in(launch.options, "gpus") > 1:
+        launch.options.setdefault("strategy", reading.tool.strategy)
+    reading.unsupported |= launch.unsupported
+    reading.read = {key: row for key, row in reading.read.items() if key not in launch.unsupported}
+    reading.assumed |= launch.assumed
+    sharing = prod(number_in(reading.options, name) for name in SHARING)
+    if "gpus" not in reading.launch and str(reading.launch.get("distributed.dp_size")).isdecimal():  # of each rank's matrices
+        launch.options["gpus"] = number_in(launch.options, "gpus") * sharing
+    elif "gpus" in launch.assumed and number_in(launch.options, "gpus") % sharing:
+        launch.options["gpus"] = sharing
+        reading.assumed["gpus"] = f"the launcher decides; {sharing} are assumed, as tp_size and pp_size need them"
+    _accumulate(reading, launch.options)
+    _divide_batch(reading)
+    if reading.tool.launched_precision and reading.options.get("autocast") == "none" and "autocast" in launch.options:
+        reading.set({"autocast": launch.options["autocast"]})
+    options = fitting(of_trainer({**launch.options, **reading.options, **by_launch(launch.options)}))
+    of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), bool)}
+    if options.get("strategy", "ddp") != "ddp":
+        options = {name: value for name, value in options.items() if name not in OF_DDP}
+    if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
+        options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
+        if reading.tool.device_map and reading.kind == "training":
+            options.setdefault("device_map", reading.tool.device_map)
+    for key, row in reading.read.items():
+        if row.option and not {"model", "launch", *OF_DDP, *options} & set(row.option.split(", ")):
+            whose = reading.options.get("trainer") if row.option in OF_PREFERENCES else reading.options.get("method")
+            reading.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
+    plan = ConfigPlan(
+        reading.tool.tool,
+        reading.tool.version,
+        (reading.file,),
+        None,
+        options,
+        reading.launch,
+        reading.read,
+        reading.ignored,
+        reading.unsupported,
+        {name: at for name, at in reading.defaults.items() if name in options},
+        reading.assumed,
+        reading.kind,  # type: ignore[arg-type]
+        of_ddp,
+    )
+    for other in ("teacher_model", "reward_model"):
+        if other in options:
+            options[other], _ = named(str(options[other]), reading.tool, file=reading.file)
+    if not reading.model:
+        return plan
+    model, by_name = named(reading.model, reading.tool, file=reading.file)
+    of_weights, unsupported = None, reading.unsupported
+    if not reading.tool.in_16_bits:  # Unsloth's own rules say how repositories store their weights
+        options, of_weights, of_repository = weights_of(reading.model, options)
+        key = next((key for key, row in reading.read.items() if row.option == "model"), "model")
+        plan = replace(plan, read={name: row for name, row in reading.read.items() if of_repository is None or name != key})
+        unsupported = unsupported | ({} if of_repository is None else {key: of_repository})
+    about = "; ".join(filter(None, (by_name, of_weights)))
+    assumed = {**reading.assumed, "model": about} if about else reading.assumed
+    return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)
+
+
+def by_launch(options: Mapping[str, object]) -> Mapping[str, object]:
+    """What counts of a launch whatever the training file says: the checkpoints that accelerate makes itself."""
+    return CHECKPOINTED if options.get("gradient_checkpointing") else {}
