@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
 from reprlib import Repr
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType
 
 MOST_OF_A_MESSAGE = 1500
 """Characters; a message that quotes a long name or many names is cut in its middle."""
@@ -64,6 +64,8 @@ SIMILAR = 0.6
 """The least `difflib` ratio of a name that is suggested: a typing error keeps more, another word less."""
 NOTHING = "none"
 """Never suggested: someone who types a name wants something, and any short nonsense is as similar to it."""
+MOST_OF_A_MODEL = 12
+"""Names of modules that a message lists where none is near; most decoders have fewer."""
 SHORTEST_BEGINNING = 2
 """A name of fewer letters begins too many others to mean one of them."""
 
@@ -82,7 +84,10 @@ def near_names(typed: Iterable[str], known: Iterable[str], *, most: int = 6) -> 
     names, typed = sorted(known), tuple(typed)
     each = 1 if len(typed) > 1 else 4
     near = list(dict.fromkeys(choice for name in typed for choice in nearest(name, names, most=each)))
-    return f"near: {', '.join(near[:most])}" if near else f"it has {', '.join(names[:most])}"
+    if near:
+        return f"near: {', '.join(near[:most])}"
+    more = len(names) - MOST_OF_A_MODEL
+    return f"it has {', '.join(names[:MOST_OF_A_MODEL])}{f' and {more} more' if more > 0 else ''}"
 
 
 class PeftplanError(Exception):
@@ -146,14 +151,28 @@ class UnwritableError(InputError):
 
 
 class UnknownNameError(InputError):
-    """A name outside a closed set. Shows the nearest accepted names, also of `beside`, which are accepted elsewhere, and all
-    accepted names if they fit into half of a message.
+    """A name outside a closed set. Shows the nearest accepted names, also of `beside`, which are accepted elsewhere, or what is
+    `meant` by a word that people use; and all accepted names if they fit into half of a message.
     """
 
-    def __init__(self, field: str, value: object, choices: Iterable[str], *, also: str = "", beside: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        field: str,
+        value: object,
+        choices: Iterable[str],
+        *,
+        also: str = "",
+        beside: Iterable[str] = (),
+        meant: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.choices = sorted(choices)
         text = value if isinstance(value, str) else quoted(value)
-        near = [choice for choice in nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside]) if choice != NOTHING]
+        word = meant.get(text.lower())
+        near = (
+            [word]
+            if word
+            else [choice for choice in nearest(text[:MOST_OF_A_VALUE].lower(), [*self.choices, *beside]) if choice != NOTHING]
+        )
         names = ", ".join(self.choices)
         if len(names) <= MOST_OF_A_MESSAGE // 2:
             accepted = f"accepted: {names or 'nothing'}"

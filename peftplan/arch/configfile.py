@@ -53,7 +53,8 @@ def check(config: object, *, name: str) -> dict[str, object]:
         _refuse(name, "an object with keys that are not strings")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        hint = "; this is the config of a peft adapter: name its base model" if "peft_type" in config else ""
+        of_adapter = "this is the config of a peft adapter: name its base model"
+        hint = f"; {of_adapter if 'peft_type' in config else 'a training config is read by --config'}"
         raise InputError(f"{name}: model_type", model_type, f"the config must state it as a string{hint}")
     return dict(config)
 

@@ -16,6 +16,8 @@ import click
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from peftplan.errors import PeftplanError
+
 COMMANDS: dict[str, str] = {
     "estimate": "What a fine-tuning run needs: counts, bytes, verdicts.",
     "fit": "The largest batch, sequence or rank that fits a card, other plans, or the smallest card.",
@@ -62,6 +64,18 @@ def _reader_may_go(ctx: click.Context | None = None) -> Iterator[None]:
         raise ReaderGoneError(ctx.meta.get(EXIT_CODE, 0) if ctx else 0) from None
 
 
+def _no_command(name: str) -> PeftplanError:
+    """The error for a word that is no command; a model or a file most likely lacks one."""
+    from peftplan.arch import catalogue
+    from peftplan.errors import InputError, UnknownNameError, nearest
+
+    if not nearest(name, list(COMMANDS)) and catalogue.spelled(name) is not None:
+        return InputError("command", name, f"it is a model; did you mean peftplan estimate {name}?")
+    if os.path.isfile(name):
+        return InputError("command", name, f"it is a file; did you mean peftplan estimate --config {name}?")
+    return UnknownNameError("command", name, COMMANDS)
+
+
 class LazyGroup(click.Group):
     """Imports a command's module only when that command is asked for, so that `--help` starts fast."""
 
@@ -77,9 +91,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            from peftplan.errors import UnknownNameError
-
-            raise UnknownNameError("command", cmd_name, COMMANDS)
+            raise _no_command(cmd_name)
         command: click.Command = import_module(f"peftplan.cli.{cmd_name.replace('-', '_')}").command
         return command
 

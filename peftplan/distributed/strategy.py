@@ -26,7 +26,7 @@ from peftplan.distributed.names import (
     WrapPolicy,
 )
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import InputError
+from peftplan.errors import InputError, OptionError
 from peftplan.validation import first_error, listed
 
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
@@ -200,8 +200,10 @@ def _refuse_alone(options: Mapping[str, object]) -> None:
     """Raise InputError for options that need several GPUs. `gpus=1` is one GPU."""
     names = (name for name in ("strategy", *options) if name in options and name not in ("gpus", "nodes", "accelerate"))
     if (name := next(names, None)) is not None:
-        why = "it divides a job over several GPUs, and one process under it is not counted"
-        raise InputError(name, options[name], f"{why}; accepted: with gpus of 2 or more, or a gpu such as 2xCARD")
+        what = (
+            f"{options[name]} divides a job over several GPUs" if name == "strategy" else "it takes effect on several GPUs only"
+        )
+        raise OptionError(name, options[name], f"{what}; add --gpus 2, for example, or --gpu 2xCARD")
 
 
 def _check_taken(distributed: Distributed, options: Mapping[str, object]) -> None:
@@ -209,11 +211,8 @@ def _check_taken(distributed: Distributed, options: Mapping[str, object]) -> Non
         if name in ALWAYS or name in distributed.facts.takes:
             continue
         having = [other for other, facts in STRATEGIES.items() if name in facts.takes]
-        raise InputError(
-            name,
-            options[name],
-            f"{distributed.facts.called} has no such parameter; accepted: with strategy {' or '.join(having)}",
-        )
+        accepted = f"accepted: with --strategy {' or '.join(having)}"
+        raise OptionError(name, options[name], f"{distributed.facts.called} has no such parameter; {accepted}")
     if distributed.offload_params == "nvme" and distributed.strategy in ("fsdp1", "fsdp2"):
         raise InputError("offload_params", "nvme", f"{distributed.facts.called} offloads to the host; accepted: none or cpu")
 

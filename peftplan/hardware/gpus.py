@@ -20,6 +20,9 @@ _CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)", re.IGNORECASE)
 MAX_CAPACITY = 2**20 * GIB
 """No device comes near it: a capacity above it is a slip of the pen."""
 _MAKER = re.compile(r"(nvidia|amd|geforce)+")
+_COUNTED_BEHIND = re.compile(r"(.+?)[\s-]*[x×*]\s*(\d+)", re.IGNORECASE)
+OTHERS = "; `peftplan gpus` lists them; or a size such as 24GiB"
+"""What else is accepted as a card."""
 _NOT_IN_KEY = re.compile(r"[^a-z0-9+]")
 
 
@@ -110,8 +113,17 @@ def find_gpu(name: str) -> Gpu:
         return _anonymous(name.strip(), number=float(capacity[1]), unit=capacity[2].lower())
     gpu_id = _ids_by_key().get(_key(name))
     if gpu_id is None:
-        raise UnknownNameError("gpu", name, _rows_by_id(), also="; `peftplan gpus` lists them; or a size such as 24GiB")
+        meant = _meant(name)
+        raise UnknownNameError("gpu", name, _rows_by_id(), also=OTHERS, meant={name.lower(): meant} if meant else {})
     return _gpu(gpu_id)
+
+
+def _meant(name: str) -> str | None:
+    """What a size without a unit, or a card with the number of GPUs behind it, should have been."""
+    if name.strip().isdecimal():
+        return f"{name.strip()}GB"
+    counted = _COUNTED_BEHIND.fullmatch(name.strip())
+    return f"{counted[2]}x{counted[1]}" if counted and _key(counted[1]) in _ids_by_key() else None
 
 
 def _anonymous(name: str, *, number: float, unit: str) -> Gpu:

@@ -372,7 +372,7 @@ def _check_trainer(setup: Setup) -> None:
     for name in sorted(OF_PREFERENCES - by.options):
         if getattr(setup, name) not in (None, False):
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
-            raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: trainer {having}")
+            raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: with --trainer {having}")
     if (by.teaches or by.taught) and "teacher_model" in by.options and setup.teacher_model is None:
         raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
     if by.rewards and setup.reward_model is None:

@@ -26,6 +26,8 @@ from peftplan.errors import InputError, MissingExtraError, RefusedError, Unknown
 from peftplan.files import is_file
 from peftplan.job.repositories import ASSUMED, TAKEN, config_by_name
 
+SUFFIXES_OF_JOBS = (".yml", ".yaml", ".sh", ".py", ".ipynb")
+"""Of files that hold a job, not a model alone."""
 BUILT_INS_KEPT = 512
 """Size of the cache of built-in models, larger than their number: each is read once per process and task."""
 
@@ -235,6 +237,8 @@ def _config_file(path: Path, text: str) -> Path:
         if is_file(path / "adapter_config.json"):
             raise InputError("model", text, "the folder holds a peft adapter: name its base model")
         raise InputError("model", text, f"accepted: a {CONFIG_NAME} or a folder that contains one")
+    if file.suffix in SUFFIXES_OF_JOBS:
+        raise InputError("model", text, f"accepted: a {CONFIG_NAME} or its folder; a training config is read by --config {text}")
     return file
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from peftplan import datafiles
 from peftplan.arch.modules import LINEAR_KINDS, Architecture, Module
-from peftplan.errors import InputError, RefusedError, near_names
+from peftplan.errors import InputError, RefusedError, near_names, nearest
 from peftplan.methods.adaptation import MethodConfig, restricted
 from peftplan.methods.condensed import exact_names
 from peftplan.methods.saved import never_targeted
@@ -300,7 +300,11 @@ def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str, config:
     names = (targets,) if isinstance(targets, str) else targets
     if names and set(names) <= set(config.modules_to_save or ()):
         return "modules_to_save names it too, and a module that is trained as a copy has no adapter; accepted: one of the two"
-    return f"no module of {arch.model_type} matches; {near_names(names, leaves(arch))}"
+    near = near_names(names, leaves(arch))
+    words = {word: None for name in names for word in nearest(name, WORDS)}
+    meant = f"did you mean {' or '.join(words)}? " if words else ""
+    commas = "; names are separated by commas" if any(" " in name.strip() for name in names) else ""
+    return f"no module of {arch.model_type} matches; {meant}{near}{commas}"
 
 
 def leaves(arch: Architecture) -> set[str]:

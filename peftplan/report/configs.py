@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,25 @@ def listed(entries: Sequence[ConfigEntry]) -> list[ConfigEntry]:
     return [entry for entry in entries if entry.tool not in ("other", *LAUNCHERS)] or list(entries)
 
 
-def cells(entry: ConfigEntry) -> tuple[str | int | None, ...]:
-    """One file of many."""
+def names(entries: Iterable[ConfigEntry]) -> dict[str, str]:
+    """Path → the end of it that no other file has: `lora.sh`, or `dpo/lora.sh` beside `kto/lora.sh`."""
+    parts = {entry.file: PurePath(entry.file).parts for entry in entries}
+    ends: dict[str, str] = {}
+    length = 0
+    while left := [file for file in parts if file not in ends]:
+        length += 1
+        shared = Counter(parts[file][-length:] for file in left)
+        alone = (file for file in left if shared[parts[file][-length:]] == 1 or length >= len(parts[file]))
+        ends |= {file: str(PurePath(*parts[file][-length:])) for file in alone}
+    return ends
+
+
+def cells(entry: ConfigEntry, name: str) -> tuple[str | int | None, ...]:
+    """One file of many, under that name."""
     peak = None if entry.peak_allocated is None else SIGNS.get(entry.bound or "", "") + format_bytes(entry.peak_allocated)
     verdict = entry.verdict and entry.verdict.replace("_", " ")
     model = None if entry.model is None else entry.model.rpartition("/")[2]
-    return (PurePath(entry.file).name, entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
+    return (name, entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
 
 
 def note(entry: ConfigEntry) -> str | None:
@@ -71,7 +85,8 @@ def note(entry: ConfigEntry) -> str | None:
 
 def notes(entries: Sequence[ConfigEntry]) -> list[str]:
     """The notes, a line each, for a table that is too narrow for them."""
-    lines = [f"{PurePath(entry.file).name}: {text}" for entry in entries if (text := note(entry)) is not None]
+    called = names(entries)
+    lines = [f"{called[entry.file]}: {text}" for entry in entries if (text := note(entry)) is not None]
     more = len(lines) - MOST_NOTES
     return [*lines[:MOST_NOTES], f"and {more} more notes (--format csv has all)"] if more > 0 else lines
 

@@ -216,11 +216,19 @@ def members(of_family: Sequence[Member], *, fmt: str, gpu: str) -> None:
 
 def configs(entries: Sequence[ConfigEntry], *, fmt: str) -> None:
     """A line for each file; text shows what a folder holds besides training configs as a number alone."""
-    from peftplan.report.configs import COLUMNS, cells, listed, notes, summed
+    from peftplan.report.configs import COLUMNS, cells, listed, names, notes, summed
 
     lines = listed(entries)
+    called = names(lines)
     facts = [fields(entry) for entry in entries]
-    rows(COLUMNS, [cells(entry) for entry in lines], facts, fmt=fmt, below=summed(entries), instead=notes(lines))
+    rows(
+        COLUMNS,
+        [cells(entry, called[entry.file]) for entry in lines],
+        facts,
+        fmt=fmt,
+        below=summed(entries),
+        instead=notes(lines),
+    )
 
 
 def inspection(result: Inspection, *, fmt: str) -> None:

@@ -128,6 +128,14 @@ class QuantConfig(NamedTuple):
         return options | ({"quant_group_size": self.group_size} if known.group_sizes else {})
 
 
+MEANT = {
+    **dict.fromkeys(("4bit", "4-bit", "int4", "bnb-4bit"), "nf4"),
+    **dict.fromkeys(("8bit", "8-bit", "bnb-8bit"), "int8"),
+    **dict.fromkeys(("16bit", "bf16", "fp16", "no", "false"), "none"),
+}
+"""Words that people use → the format, or none."""
+
+
 def parse_quant(
     name: str,
     *,
@@ -154,7 +162,7 @@ def parse_quant(
             raise OptionError(without, fields[without], "nothing is quantized; add --quant nf4, for example")
         return None
     if name not in FORMATS:
-        raise UnknownNameError("quant", name, ["none", *FORMATS])
+        raise UnknownNameError("quant", name, ["none", *FORMATS], meant=MEANT)
     known = FORMATS[name]
     if double_quant and not known.double_quant:
         raise OptionError("double_quant", True, f"{name} has no double quantization; nf4 and fp4 do")

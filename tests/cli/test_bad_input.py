@@ -106,6 +106,13 @@ def refused(*args: str) -> str:
         ("explain-oom", ["FILE is missing"]),
         ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is not an option of prefix-tuning"]),
         # targets: near names are shown
+        ("llama-2-7b", ["command", "it is a model; did you mean peftplan estimate llama-2-7b?"]),
+        ("tiny.json", ["command", "it is a file; did you mean peftplan estimate --config tiny.json?"]),
+        ("estimate run.py", ["MODEL", "a training config is read by --config run.py"]),
+        ("estimate llama-2-7b --quant 4bit", ["--quant", "did you mean nf4? accepted: awq"]),
+        ("estimate llama-2-7b --gpu 24", ["--gpu", "did you mean 24GB? accepted"]),
+        ("estimate llama-2-7b --gpu rtx-4090x2", ["--gpu", "did you mean 2xrtx-4090? accepted"]),
+        ("estimate llama-2-7b --target-modules all", ["did you mean all-linear? it has down_proj", "up_proj, v_proj"]),
         ("estimate llama-2-7b --target-modules q_pro", ["--target-modules", "'q_pro'", "near: q_proj"]),
         ("estimate llama-2-7b --target-modules q_pro,v_pro", ["--target-modules: 'q_pro,v_pro' is not valid"]),
         ("configs nosuch", ["PATH: cannot read 'nosuch': no such file or folder"]),

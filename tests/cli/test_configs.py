@@ -39,6 +39,17 @@ def test_a_folder(tmp_path: Path) -> None:
     assert "3 training configs: 2 counted, 1 with a peak, 1 exact; 2 other files" in shown
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """A folder of examples had six rows with `train.sh`, and notes that could be of any."""
+    for folder in ("dpo", "kto"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "lora.yml").write_text(QLORA + "rl: grpo\n")
+    (tmp_path / "kto" / "full.yml").write_text(QLORA)
+    shown = run("configs", str(tmp_path)).out
+    assert [line.split()[0] for line in shown.splitlines()[2:5]] == ["dpo/lora.yml", "full.yml", "kto/lora.yml"]
+    assert "kto/lora.yml: unsupported: " in shown
+
+
 def test_a_narrow_table_keeps_its_notes_and_counts_launch_files(tmp_path: Path) -> None:
     """The reason stood in a column that 80 columns left out, and a launch file was a row of dashes."""
     (tmp_path / "a.yml").write_text(QLORA + "rl: grpo\n")

@@ -146,9 +146,13 @@ def test_stage_0_is_deepspeed_without_zero(zero: dict[str, Any]) -> None:
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpu": "8xt4", "gpus": 4}, "gpus: the card says how many there are (8x…); accepted: one of the two"),
     ({"gpu": ["2xl4", "8xt4"]}, "gpu: one estimate is for one number of GPUs (got 2x, 8x); run one estimate for each"),
-    ({"strategy": "fsdp2"}, "strategy: 'fsdp2' is not valid; it divides a job over several GPUs"),
+    ({"strategy": "fsdp2"}, "strategy: fsdp2 divides a job over several GPUs; add --gpus 2, for example, or --gpu 2xCARD"),
     ({"strategy": "zero4", "gpus": 2}, "strategy: 'zero4' is not valid; did you mean zero"),
-    ({"gpus": 2, "reshard_after_forward": False}, "reshard_after_forward: False is not valid; DDP has no such parameter"),
+    ({"overlap_comm": True}, "overlap_comm: it takes effect on several GPUs only; add --gpus 2"),
+    (
+        {"gpus": 2, "reshard_after_forward": False},
+        "reshard_after_forward: DDP has no such parameter; accepted: with --strategy fsdp2 or fsdp1",
+    ),
     ({"gpus": 8, "strategy": "fsdp2", "dp_shard_size": 3}, "dp_shard_size: 3 is not valid; accepted: a divisor of the 8 GPUs"),
     ({"gpus": 0}, "gpus must be at least 1 (got 0)"),
     ({"gpus": 2, "strategy": "tp"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),

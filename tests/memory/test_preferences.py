@@ -242,13 +242,21 @@ def test_options_of_vllm_without_it_are_one_warning() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
-        ({"trainer": "trl", "beta": 0.1}, InputError, "SFTTrainer of trl 1.16 has no such option; accepted: trainer trl-dpo"),
+        (
+            {"trainer": "trl", "beta": 0.1},
+            InputError,
+            "SFTTrainer of trl 1.16 has no such option; accepted: with --trainer trl-dpo",
+        ),
         ({"trainer": "trl-reward", "max_completion_length": 9}, InputError, "RewardTrainer of trl 1.16 has no such option"),
         ({"engine": "trace"}, RefusedError, "engine: trace follows a step of one forward, not that of DPOTrainer of trl 1.16"),
         ({"loss": "liger"}, RefusedError, "loss: DPOTrainer of trl 1.16 cannot compute the liger loss; accepted: trl-chunked"),
         ({**GRPO, "max_completion_length": 300}, InputError, "accepted: below the 256 tokens of prompt and completion"),
         ({**GRPO, "max_prompt_length": 9}, InputError, "seq_len is prompt and completion; give one of the two"),
-        ({"use_vllm": True}, InputError, "DPOTrainer of trl 1.16 has no such option; accepted: trainer trl-grpo, trl-rloo"),
+        (
+            {"use_vllm": True},
+            InputError,
+            "DPOTrainer of trl 1.16 has no such option; accepted: with --trainer trl-grpo, trl-rloo",
+        ),
         ({"beta": float("inf")}, InputError, "beta must be a finite number"),
         ({"loss_type": "nonsense"}, InputError, "loss_type: 'nonsense' is not valid; accepted: aot"),
         ({"loss_type": "sigmoid,nonsense"}, InputError, "loss_type: 'nonsense' is not valid"),
