@@ -65,12 +65,13 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "mixture_of_depths": "convert"}, "mixture_of_depths", "ImportError"),
+        ({**LLAMA_FACTORY_FULL, "use_kt": True, "kt_cpu_activation": "retain"}, "kt_cpu_activation", "ValueError"),
         ({**LLAMAFACTORY_V1, "train_dataset": "data/v1_dpo_demo.yaml"}, "train_dataset", "NotImplementedError"),
     ],
 )
 def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
     """ReLoRA was rehearsed: the first step ends, and the second one raises. So was LoRA under ZeRO-3, where the first attention
-    raises."""
+    raises. KTransformers' examples were parsed by llamafactory 0.9.5."""
     plan = read(values)
     assert re.search(rf" raises {raised}: .* \([\w/]+\.py:\d+\)$", {**plan.unsupported, **plan.refused}[key].why)
     assert key in plan.refused or plan.unsupported[key].effect == "unknown"
