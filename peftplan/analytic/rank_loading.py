@@ -105,7 +105,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         one_by_one=bool(distributed.cpu_ram_efficient_loading) and job.setup.device_map != "cpu",  # not of `Params4bit`
         stays={**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        widened=built == "deepseek_v3",
+        widened=built == "deepseek_v3" and job.setup.dtype != "fp32",
         in_4_bits=built == "gpt_oss",
         stacks=kernels.experts is not None,
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),

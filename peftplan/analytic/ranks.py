@@ -89,7 +89,7 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
     if job.distributed.strategy in ZERO:
         return cast_parameters(job, parameters)
     part = shards_of(parameters, job.architecture, job.distributed.model_copy(update={"pp_size": None}))
-    return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)))
+    return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)), job.distributed)
 
 
 def cast_parameters(job: Job, parameters: Parameters) -> Parameters:

@@ -62,12 +62,12 @@ def _knows_merged(job: Job) -> bool:
 
 def _knows_cut(job: Job) -> bool:
     """Whether the loss was rehearsed that reads the head behind the model: over several GPUs, of a head that has no adapter and,
-    where it trains, with gradients that each micro batch reduces, but of a tied head with both."""
+    where it trains, with gradients that each micro batch reduces, but of a tied head, and beside divided experts, with both."""
     adapts = any(module.name == job.architecture.output_embedding for module in job.adaptation.matched)
     if job.distributed is None or not job.is_full_or_lora:
         return False
     defers = (job.setup.gradient_accumulation_steps or 1) > 1 and not job.distributed.sync_each_batch
-    return bool(job.architecture.ties) or not (adapts or (job.method_name == "full" and defers))
+    return bool(job.architecture.ties) or not (adapts or (job.method_name == "full" and defers)) or knows_experts(job)
 
 
 def _knows_teacher(job: Job) -> bool:
@@ -148,11 +148,11 @@ def _knows_mixture(job: Job) -> bool:
 
 def knows_experts(job: Job) -> bool:
     """Whether experts that ranks divide were rehearsed: with another exchange than HybridEP's where all ranks own them once."""
-    setup, distributed, model_type = job.setup, job.distributed, job.architecture.model_type
+    distributed, model_type = job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
     alone = {distributed.tp_size, distributed.cp_size, distributed.dp_shard_size} <= {None, 1}
-    plain = setup.dtype == "bf16" and setup.loss == "full" and _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
+    plain = _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
@@ -195,9 +195,12 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
+    trains = (setup.dtype, setup.loss) == (("fp32", CUT_APART) if shown.pretrains else ("bf16", "full"))
     apart = (shown.stages or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
-    return job.method_name == shown.method and beside and as_often and stepped and owns and aligned and as_long and staged
+    return (
+        job.method_name == shown.method and trains and beside and as_often and stepped and owns and aligned and as_long and staged
+    )
 
 
 def _knows_muon(job: Job) -> bool:

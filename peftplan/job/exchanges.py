@@ -22,6 +22,8 @@ class Exchanged(NamedTuple):
     """Whether stages of a pipeline ran, each of which is no unit of FSDP2 itself."""
     apart: bool = False
     """Whether the model without stages is no unit itself."""
+    pretrains: bool = False
+    """Whether weights were in fp32, and the loss read the head behind the model."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
@@ -57,6 +59,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "deepseek_v3": (
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
+        Exchanged((), ADAMW, False, True, pretrains=True),
     ),
     "nemotron_h": (
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),

@@ -54,13 +54,16 @@ def computing_dtype(distributed: Distributed, autocast: str) -> str | None:
     return distributed.param_dtype or (None if autocast == "none" else autocast)
 
 
-def computing(parameters: Parameters, dtype: str | None) -> Parameters:
-    """The parameters as they are gathered."""
+def computing(parameters: Parameters, dtype: str | None, distributed: Distributed) -> Parameters:
+    """The parameters as they are gathered; experts that a rank owns alone are in no unit, and stay as they are."""
     if dtype is None:
         return parameters
-    return parameters._replace(
-        all=tuple(p if p.quantized or p.dtype not in FLOATS else p._replace(dtype=dtype) for p in parameters.all)
-    )
+
+    def stays(p: Parameter) -> bool:
+        alone = is_divided(p, distributed) and sharing(p, distributed)[1] == 1
+        return p.quantized or p.dtype not in FLOATS or alone
+
+    return parameters._replace(all=tuple(p if stays(p) else p._replace(dtype=dtype) for p in parameters.all))
 
 
 def units_of(
@@ -165,7 +168,8 @@ def grouped(
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
-    towers = {id(p) for p in full.all if layout.tower_in_root and _is_of_frozen_tower(p, arch)}
+    of_towers = [p for p in full.all if layout.tower_in_root and _is_of_tower(p, arch)]
+    towers = {id(p): not p.trainable for p in of_towers}
     layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
     inner = distributed.strategy == "fsdp1" and wraps_mlps(distributed)
     adapted = any(p.owner == "adapter" for p in full.all)
@@ -211,7 +215,7 @@ def grouped(
             before = len(groups[ROOT]) if len(in_root) == p.copies else before
             continue
         if id(p) in towers:
-            groups[ROOT] += [pairs[id(p)]] * p.copies
+            groups[ROOT] += [pairs[id(p)]] * (p.copies if towers[id(p)] else 0)
             continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
@@ -221,9 +225,9 @@ def grouped(
     return groups
 
 
-def _is_of_frozen_tower(p: Parameter, arch: Architecture) -> bool:
-    """Whether layers of a frozen tower beside the text part have this parameter."""
-    return arch.model_type in TEXT_PARTS and p.layers is not None and not p.trainable and not is_in_text_part(arch, p.name)
+def _is_of_tower(p: Parameter, arch: Architecture) -> bool:
+    """Whether layers of a tower beside the text part have this parameter; those that train are units, which no text runs."""
+    return arch.model_type in TEXT_PARTS and p.layers is not None and not is_in_text_part(arch, p.name)
 
 
 def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> frozenset[str]:

@@ -74,6 +74,7 @@ LOOSE = {
     ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
     ("minimax-m2.5", 3, 4): 0.3,
+    ("moonlight-16b-a3b", 3, 2): 0.36,
     ("gemma-4-e2b-it", 10, 1): 0.07,
     ("gemma-4-31b-it", 6, 1): 0.46,
     ("qwen3-vl-4b-instruct", 3, 1): 0.54,
@@ -106,7 +107,8 @@ GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemot
 of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
-ones up to 0.02, of `load` 0.11. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
+ones up to 0.02, of `load` 0.11. Moonlight in fp32 without an exchange: of
+reserved ones 46 MiB. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
 that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
 full, 24 with LoRA of eight; of allocated ones up to 0.035, of such blocks."""
 

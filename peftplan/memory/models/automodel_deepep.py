@@ -24,6 +24,7 @@ from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
+from peftplan.memory.models.automodel_moe import experts as of_all_ranks
 from peftplan.memory.models.automodel_moe import gate as gate_behind
 from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
 from peftplan.memory.models.automodel_moe import mixture as of_own_experts
@@ -149,8 +150,12 @@ def latent_attention(c: Call, x: Tensor) -> Tensor:
     k_pass, values = split(f, kv, ((b, s, heads, d - r), (b, s, heads, v)))
     k = cat(f, (k_pass, ops.expanded(f, k_rot, (b, s, heads, r))), (b, s, heads, d))
     values = ops.copied(f, values, "contiguous", values.dims, viewed=False)
-    q, k, values = (y.view((b, y.dims[2], s, y.dims[3])) for y in (q, k, values))
-    out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None)
+    if c.model.running.kernels.exchange is None:  # torch's attention, on copies by head
+        q, k = (ops.copied(f, y, "contiguous", (b, heads, s, d), viewed=False) for y in (q, k))
+        out = c.attend(q, k, values.view((b, heads, s, v)), rotated=True)
+    else:
+        q, k, values = (y.view((b, y.dims[2], s, y.dims[3])) for y in (q, k, values))
+        out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None)
     return c.linear("self_attn.o_proj", out.view((b, s, heads * v)))
 
 
@@ -163,12 +168,15 @@ def _rotated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "rotary")
 
 
-def shared_mixture(c: Call, x: Tensor, *, after: bool) -> Tensor:
+def shared_mixture(
+    c: Call, x: Tensor, *, after: bool, divided: Callable[[Call, Tensor, Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
     """`MoE.forward`: shared experts before those that ranks divide. `after`: the weights of routing multiply their results."""
     _tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
     weights, indices = corrected_gate(c, x)
     shared = gated_mlp(c, x, "mlp.shared_experts")
-    return ops.add(c.at("mlp"), experts(c, x, weights, indices, after=after), shared)
+    routed = experts(c, x, weights, indices, after=after) if divided is None else divided(c, x, weights, indices)
+    return ops.add(c.at("mlp"), routed, shared)
 
 
 def mixture(
@@ -224,9 +232,10 @@ def experts(
 ) -> Tensor:
     """`forward` of the experts: tokens of all ranks in the order of this rank's experts, and back. `after`: weights multiply
     what the experts give; `activated`: what is between their products, of a gate and up if not said."""
-    f, units, unit = c.at(f"{name}.experts"), c.model.units, experts_of(c.number)
+    name = f"{name}.experts".removeprefix(".")
+    f, units, unit = c.at(name), c.model.units, experts_of(c.number)
     dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
-    params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
+    params = c.model.part(f"{c.style.stack}.{name}", c.number).params
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
     masked = f.new(rows, "int64", "masked_fill")
@@ -250,7 +259,7 @@ def experts(
         del chosen, _
     else:
         product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
-        factors = adapters(c, f"{c.style.stack}.{name}.experts", owned)
+        factors = adapters(c, f"{c.style.stack}.{name}", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
         del chosen
@@ -293,6 +302,14 @@ def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, fac
     return ops.add(f, out, ops.scale(f, wide)), low, wide
 
 
+def deepseek_v3(model: Model) -> Tensor:
+    """`DeepseekV3Model.forward`, whose ranks gather all tokens without an exchange."""
+    style = LATENT._replace(mixture=partial(shared_mixture, after=False))
+    if model.running.kernels.exchange is None:
+        style = style._replace(mixture=partial(shared_mixture, after=False, divided=partial(of_all_ranks, between=gated)))
+    return of_latent(model, style)
+
+
 HEADS = Style(norm=opaque_rms, layer=layer)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
@@ -300,6 +317,6 @@ FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "gpt_oss": gpt_oss,
     "minimax_m2": minimax_m2,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
-    "deepseek_v3": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=False))),
+    "deepseek_v3": deepseek_v3,
 }
 """Model type → the tool's forward of it."""

@@ -176,7 +176,8 @@ def experts(
     """`GroupedExperts.forward`: the sum of what a token's experts add is made in fp32. `between`: their activation, if it is not
     that of gpt-oss, whose matrices are (expert, in, out)."""
     f = c.at(f"{name}.experts")
-    params = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params
+    masters = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params  # in fp32 no unit casts them
+    params: dict[str, Operand] = {matrix: f.to(p, x.dtype) for matrix, p in masters.items()}
     up = params.get("gate_up_proj") or params["up_proj"]
     rows, own, dtype = indices.dims, x.dims, x.dtype
     weights = f.to(weights, "fp32")
