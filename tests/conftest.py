@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's tensors are small here: a second thread only waits
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of the commands that tests start would compile its modules again
 
 HERE = Path(__file__).parent
 NEED_STACK = {HERE / room for room in ("libraries", "trace")}

@@ -55,8 +55,8 @@ class Writer:
         self._kept: dict[tuple[int, ...], list[int]] = {}
         """Sizes of tensors that are allocated together for good → their events."""
         self._handles = 0
-        self._open: list[int] = []
-        """Handles of what is allocated."""
+        self._open: dict[int, None] = {}
+        """Handles of what is allocated, in order."""
         self._until_backward: list[int] = []
         """Those that the end of the first forward frees."""
         self.passing: dict[int, int] = {}
@@ -84,7 +84,7 @@ class Writer:
         handle, sizes = self._handles, self.sizes
         self._events += (events.HOLD, handle, self._num_kinds + sizes.setdefault(nbytes, len(sizes)), 0, 0)
         self._handles = handle + 1
-        self._open.append(handle)
+        self._open[handle] = None
         return handle
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
@@ -96,8 +96,7 @@ class Writer:
     def release(self, storage: int, /) -> None:
         """Free a tensor."""
         self._events += (events.LET_GO, storage, 0, 0, 0)
-        if storage in self._open:
-            self._open.remove(storage)
+        self._open.pop(storage, None)
 
     def loaded(self) -> None:
         """The model is loaded. What loading has not freed goes when the first forward has returned."""
@@ -137,47 +136,51 @@ class Writer:
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
         self._storages = max(self._storages, len(timeline.kind_of))
         self._collect(timeline, kinds)
+        first, last_phase = timeline.windows[0][1], timeline.windows[-1][1]
+        empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}.union(timeline.emptied)
+        stops = empties.union(borders, lasting, self.passing, layers)
+        alive, stacked, latest, streams = self._alive, self._stacked, self._latest, timeline.streams
         covered = 0
-        empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
-            if at in empties or at in timeline.emptied:
-                self.empty_cache()
-            if at in borders:
-                self._begin(borders[at], counts=phases)
-                if borders[at] == "backward" and empties_before:
+            if at in stops:
+                if at in empties:
                     self.empty_cache()
-            if at in lasting:
-                self.take(lasting[at])
-            if self.passing.get(at):
-                self.release(self.allocate(self.passing[at]))
-            if at in layers:
-                self._repeat(layers[at].layers, timeline, kinds)
-                covered = layers[at].last
-            if at < covered or (at < timeline.windows[0][1] and makes_gradients(timeline, at)):  # they exist since the first step
+                if at in borders:
+                    self._begin(borders[at], counts=phases)
+                    if borders[at] == "backward" and empties_before:
+                        self.empty_cache()
+                if at in lasting:
+                    self.take(lasting[at])
+                if self.passing.get(at):
+                    self.release(self.allocate(self.passing[at]))
+                if at in layers:
+                    self._repeat(layers[at].layers, timeline, kinds)
+                    covered = layers[at].last
+            if at < covered or (at < first and makes_gradients(timeline, at)):  # they exist since the first step
                 continue
             if storage in timeline.collected:
                 continue
-            if count > 1 and at >= timeline.windows[-1][1]:
+            if count > 1 and at >= last_phase:
                 covered = self._by_layer(timeline, kinds, at)
             elif count > 0:
-                self._alive[storage] = self._alive.pop(storage, 0) + count
-                stream = timeline.streams.get(storage, 0)
+                alive[storage] = alive.pop(storage, 0) + count
+                stream = streams.get(storage, 0)
                 self._streams = max(self._streams, stream + 1)
-                stack = self._stacked.get(storage, storage)
-                self._latest[stack] = (storage, len(self._events))
+                stack = stacked.get(storage, storage)
+                latest[stack] = (storage, len(self._events))
                 self._events += (events.MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # in two events, so that copied layers can free of these too
                     self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
             elif at < outlives or not outputs_kept(timeline.kinds[kind], count):
-                self._alive[storage] = self._alive.get(storage, 0) + count
-                stack = self._stacked.get(storage, storage)
-                latest, since = self._latest.get(stack, (storage, 0))
-                if at < backward and latest != storage and self._alive.get(latest, 0) == 1 == -count:
-                    self._replace(stack, latest, since, kinds + kind)
+                alive[storage] = alive.get(storage, 0) + count
+                stack = stacked.get(storage, storage)
+                made, since = latest.get(stack, (storage, 0))
+                if at < backward and made != storage and alive.get(made, 0) == 1 == -count:
+                    self._replace(stack, made, since, kinds + kind)
                 else:
                     self._events += (events.FREE, stack, kinds + kind, -count, 0)
             else:
-                self._write(events.OUTPUTS, self._stacked.get(storage, storage))
+                self._write(events.OUTPUTS, stacked.get(storage, storage))
         if len(timeline.events) in borders:  # the last phase allocates nothing
             self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))
@@ -204,7 +207,8 @@ class Writer:
         """A layer frees its input once it has made its output, which lies above it in one stack: the output takes its place."""
         output, between = self._events[since : since + events.WIDTH], self._events[since + events.WIDTH :]
         del self._events[since:]
-        self._latest = {other: (n, at) for other, (n, at) in self._latest.items() if at < since}
+        for other in [other for other, (_, at) in self._latest.items() if at >= since]:
+            del self._latest[other]
         self._write(events.REPEAT, 1)
         self._write(events.LAYER, 1, len(between) // events.WIDTH + 2)
         self._events += (events.OWN, latest, output[2], 1, 0, *between, events.HAND, stack, latest, size, 1)

@@ -210,7 +210,8 @@ def timeline(
     sizes: dict[tuple[int, tuple[str, ...]], int] = {}
     size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
     moves: dict[tuple[int, int], int] = {}
-    move_of = tuple(moves.setdefault((size_of[kind], count), len(moves)) for kind, count in counted_events)
+    of_event = {event: moves.setdefault((size_of[event[0]], event[1]), len(moves)) for event in dict.fromkeys(counted_events)}
+    move_of = tuple(map(of_event.__getitem__, counted_events))
     return Timeline(
         tuple(index),
         tuple(sources),
