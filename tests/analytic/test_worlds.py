@@ -50,9 +50,9 @@ def test_a_world_needs_what_it_needs_by_itself(options: dict[str, object], monke
     COMPILED.clear()
     of_all = {world: at(world, options).requested(POINTS) for world in (2, 4, 6, 64)}
     monkeypatch.setattr(sized, "SHARED", ())
-    for world, by_phase in of_all.items():
+    for world in (4, 6, 64):  # the record is the first world's own
         alone = at(world, options).requested(POINTS)
-        assert {phase: values.tolist() for phase, values in by_phase.items()} == {
+        assert {phase: values.tolist() for phase, values in of_all[world].items()} == {
             phase: values.tolist() for phase, values in alone.items()
         }
 

@@ -234,11 +234,29 @@ def trained(case: Case) -> tuple[set[str], int]:
     return names, adaptation.num_trainable
 
 
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+"""Fields that say how deep a model is."""
+
+
+def wide_config(name: str, *, layers: int = 8) -> dict[str, Any]:
+    """The config of a built-in model with its own widths in at most so many layers."""
+    config = load_config(name)
+    if "attention_types" in config:  # GPT-Neo counts its layers there, in nested lists
+        return config
+    deep = {config[key] for key in DEPTH if isinstance(config.get(key), int) and config[key] > layers}
+    for key, value in config.items():
+        if key in DEPTH and value in deep:
+            config[key] = layers
+        elif isinstance(value, list | str) and len(value) in deep:  # one entry for each layer
+            config[key] = value[:layers]
+    return config
+
+
 @lru_cache(maxsize=1)
 def _at_real_size(name: str, model_class: str) -> Any:
-    """transformers' own built-in model, on the meta device."""
+    """transformers' own built-in model in a few layers, on the meta device."""
     with without_values():
-        return meta.build(load_config(name), model_class)
+        return meta.build(wide_config(name), model_class)
 
 
 def _unless_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,9 +272,9 @@ def without_values() -> AbstractContextManager[Any]:
 
 
 def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[int, int] | Exception]:
-    """Our (trainable, total) and peft's, on the built-in model itself; an error where a side refuses."""
+    """Our (trainable, total) and peft's, on `wide_config` of the built-in model; an error where a side refuses."""
     name = MODELS[case.model_type]
-    arch = load(name)
+    arch = load(wide_config(name))
 
     def ours() -> tuple[int, int]:
         adaptation = _ours(arch, case)
