@@ -20,7 +20,7 @@ PACKAGE = Path(peftplan.__file__).parent
 SOURCES = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "units", "arrays", "datafiles", "versions"),
+    ("errors", "units", "arrays", "datafiles", "scans", "versions"),
     ("dtypes", "files", "validation", "frames", "hardware"),
     ("ledger", "arch", "allocator"),
     ("methods", "storage", "optim", "tape"),

@@ -15,6 +15,7 @@ from peftplan.ledger import Ledger
 from peftplan.memory.batch import of_pictures_or_sound
 from peftplan.memory.optimizer import has_temporaries
 from peftplan.optim import parse_optim
+from peftplan.scans import no_scans
 
 if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
@@ -97,9 +98,10 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
         return kept
     check(job)
     assert not of_any_device(inventory), "each GPU is compiled apart"
-    compiled_job = _of_other_states(inventory, of_rank, step_key) or compile_job(
-        inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late
-    )
+    with no_scans():
+        compiled_job = _of_other_states(inventory, of_rank, step_key) or compile_job(
+            inventory, (*step_key, job.multiprocessors), compute_capability=compute_capability, late=late
+        )
     key = keys[compiled_job.by_processors]
     if of_rank and of_rank[0]:
         earlier = (COMPILED.get(((device, None), *key[1:])) for device in range(of_rank[0]))

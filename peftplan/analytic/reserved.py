@@ -16,6 +16,7 @@ from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.loaded import Loader
 from peftplan.memory.timed import FLUSHED_BYTES
+from peftplan.scans import no_scans
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 
@@ -55,7 +56,9 @@ class Run(NamedTuple):
         key = (when_full, *map(id, self.generations), reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
-            compiled.programs[key] = _write([of_step for of_step, _ in self.steps], reported, self.script, load, self.generations)
+            with no_scans():
+                steps = [of_step for of_step, _ in self.steps]
+                compiled.programs[key] = _write(steps, reported, self.script, load, self.generations)
         written = compiled.programs[key]
         of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
         generated = [n for each in self.generations for n in each.timeline.requested(each.sizes)]

@@ -174,9 +174,9 @@ class Writer:
             elif at < outlives or not outputs_kept(timeline.kinds[kind], count):
                 alive[storage] = alive.get(storage, 0) + count
                 stack = stacked.get(storage, storage)
-                made, since = latest.get(stack, (storage, 0))
-                if at < backward and made != storage and alive.get(made, 0) == 1 == -count:
-                    self._replace(stack, made, since, kinds + kind)
+                newest, since = latest.get(stack, (storage, 0))
+                if at < backward and newest != storage and alive.get(newest, 0) == 1 == -count:
+                    self._replace(stack, newest, since, kinds + kind)
                 else:
                     self._events += (events.FREE, stack, kinds + kind, -count, 0)
             else:

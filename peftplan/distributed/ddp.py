@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
@@ -57,10 +58,17 @@ def copies_outputs(distributed: Distributed | None) -> bool:
 def bucket_sizes(parameters: Parameters, distributed: Distributed) -> tuple[int, ...]:
     """Bytes of each of DDP's buckets, filled in the order in which gradients arrive, the last layer's first. Buckets that stay
     are filled in the order of the model, and made from the last one to the first."""
-    caps = bucket_caps(distributed)
-    if not divided_after(distributed):
-        return _filled((p for p, _ in tensors(p for p in in_module_order(parameters) if p.trainable)), *caps)[::-1]
-    return _filled(_backwards(parameters), *caps)
+    stay = not divided_after(distributed)
+    families = in_module_order(parameters) if stay else parameters.all
+    return _sizes(tuple(p for p in families if p.trainable), bucket_caps(distributed), stay)
+
+
+@lru_cache(maxsize=64)
+def _sizes(trained: tuple[Parameter, ...], caps: tuple[int, int], stay: bool) -> tuple[int, ...]:
+    """Those of trainable families, in their order."""
+    if stay:
+        return _filled((p for p, _ in tensors(trained)), *caps)[::-1]
+    return _filled(_backwards(trained), *caps)
 
 
 def _filled(parameters: Iterable[Parameter], limit: int, cap: int) -> tuple[int, ...]:
@@ -75,9 +83,8 @@ def _filled(parameters: Iterable[Parameter], limit: int, cap: int) -> tuple[int,
     return (*sizes, filled) if filled else tuple(sizes)
 
 
-def _backwards(parameters: Parameters) -> Iterator[Parameter]:
+def _backwards(trained: tuple[Parameter, ...]) -> Iterator[Parameter]:
     """The trainable parameters, the last layer first. A family is repeated for each of its layers."""
-    trained = [p for p in parameters.all if p.trainable]
     layers = sorted({layer for p in trained for layer in p.layers or ()}, reverse=True)
     outside = [p for p in trained if p.layers is None]
     ahead = [p for p in outside if p.in_embedding]

@@ -148,12 +148,14 @@ def timeline(
     index: dict[Kind, int] = {}
     sources: list[str] = []
     kind_of = [0]
-    for n in range(1, len(tape.dims)):
-        kind = Kind(tape.names[n], _category(tape, n, vocab), tape.dtypes[n], tape.dims[n])
-        place = index.setdefault(kind, len(index))
+    savers = tape.savers
+    for n, (name, dtype, dims) in enumerate(zip(tape.names, tape.dtypes, tape.dims, strict=True)):
+        if n == 0:
+            continue
+        place = index.setdefault(Kind(name, _category(tape, n, vocab), dtype, dims), len(index))
         kind_of.append(place)
         if place == len(sources):
-            sources.append(_source(tape.savers.get(n)))
+            sources.append(_source(savers.get(n)))
     kinds = tuple(index)
     events: list[tuple[int, int]] = []
     storages: list[int] = []

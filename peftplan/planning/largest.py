@@ -101,9 +101,13 @@ def _downwards(at: Callable[[int], Probe], seen: dict[int, Probe], bad: int, mos
         here = at(size)
         if not here.accepted:
             lowest = size
-        elif bad - size >= LEAST_ASKED and here.reserved + CAUTION * LEAST_DROP <= here.room:  # a drop is known from all of them
-            if here.reserved + CAUTION * _drop(seen) <= here.room:
-                return lowest, size
+        elif (
+            bad - size >= LEAST_ASKED
+            and here.reserved + CAUTION * LEAST_DROP
+            <= here.room  # else the largest drop, which takes all probes, decides nothing
+            and here.reserved + CAUTION * _drop(seen) <= here.room
+        ):
+            return lowest, size
     return _below(at, lowest), max(bad - most_asked, 1)
 
 

@@ -103,7 +103,7 @@ class Autograd(Allocations):
         else:
             return None
         self._sequence += 1
-        edges = tuple(None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs)
+        edges = tuple([None if i is None or i.node is None else (i.node, i.index, i.dtype) for i in inputs])
         node = Node((self._sequence, 0), self.module, backward, edges, checkpointed=self._frame is not None)
         self.keep(node, *saved)
         return node

@@ -42,7 +42,8 @@ class Tape(Autograd):
         keyword, decide what hooks on it do."""
         if self.modules is None:
             return function(x)
-        own, read = (tuple(p for p in some if p is not None) for some in (parameters, reads))
+        own = tuple([p for p in parameters if p is not None])
+        read = tuple([p for p in reads if p is not None]) if reads else ()
         return self.modules.call(name, layer, own, x, function, by_name=by_name, reads=read)
 
     @overload
