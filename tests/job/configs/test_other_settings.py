@@ -241,6 +241,14 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
     assert f"axolotl 0.19.0 raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
 
 
+@pytest.mark.parametrize(("model", "stays"), [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", False)])
+def test_axolotl_casts_embeddings_back_that_it_knows_by_name(model: str, stays: bool) -> None:
+    """GPT-J's `wte` stays in fp32: two layers, rehearsed, hold 50,400 × 4,096 × 2 bytes more in each phase."""
+    values = {"base_model": model, "attn_implementation": "sdpa", "lora_mlp_kernel": False}
+    plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl")
+    assert {key: row.effect for key, row in plan.unsupported.items()} == ({"load_in_4bit": "raises"} if stays else {})
+
+
 def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
     plan = read_values({**AXOLOTL, "tokens": ["<|im_start|>"]}, file="a.yml", tool="axolotl")
     assert plan.unsupported["tokens"].effect == "raises"
