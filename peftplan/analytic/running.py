@@ -10,6 +10,7 @@ from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
+from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes, as_copied, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
@@ -52,7 +53,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         attention=str(setup.attn_implementation),
         padding=setup.padding,
         use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))
-        and not (setup.by.turns_cache_off or packs_documents(job))
+        and not (setup.by.turns_cache_off or packs_documents(job) or hands_keys_on(job))
         and setup.loss != "trl-chunked",
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=keeps_on_host(job),

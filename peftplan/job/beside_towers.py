@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 WITH_TOWERS: dict[tuple[str, str], tuple[bool, ...]] = {
     ("mistral3", "lora"): (False,),
+    ("mistral3", "full"): (False,),
     ("qwen2_5_vl", "partial"): (False,),
     ("gemma3", "partial"): (False,),
     ("gemma3", "lora"): (False,),
@@ -41,7 +42,14 @@ def _knows_gemma4(job: Job) -> bool:
     plain = setup.dtype == "bf16" and setup.loss == "full" and setup.gradient_accumulation_steps == 1 and not setup.padding
     whole = distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
     attends = setup.attn_implementation == ATTENTION_OF_GEMMA4[job.method_name]
-    return plain and whole and attends and not (setup.gradient_checkpointing and borrows) and not is_mixture(job)
+    return plain and whole and attends and not (setup.gradient_checkpointing and (borrows or is_mixture(job)))
+
+
+def hands_keys_on(job: Job) -> bool:
+    """Whether no cache of keys and values is made, whatever `use_cache` says: layers of Gemma 4 that borrow them find them in
+    what stands for a cache, and its mixture takes none (components/models/gemma4_moe/model.py, `_Gemma4KVShareHolder`)."""
+    borrows = any(a.borrows for block in job.architecture.blocks for a in block.attentions)
+    return job.setup.by.own_lora and job.architecture.model_type == "gemma4" and (borrows or is_mixture(job))
 
 
 def is_mixture(job: Job) -> bool:

@@ -181,6 +181,16 @@ def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]
         modules = tuple(module for module in architecture.modules if module.kind != "Router")
         buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
         architecture = replace(architecture, modules=modules, buffers=buffers)
+    if (
+        architecture.model_type == "gemma4"
+    ):  # its checkpoint's factors multiply the experts (models/gemma4_moe/state_dict_adapter.py)
+        modules = tuple(
+            module._replace(params=tuple(p for p in module.params if p[0] != "per_expert_scale"))
+            if module.kind == "Router"
+            else module
+            for module in architecture.modules
+        )
+        return replace(architecture, modules=modules)
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture
     return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",), logits_ops=())

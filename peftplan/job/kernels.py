@@ -228,6 +228,8 @@ WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
 SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
+DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2")
+"""Mixtures whose experts NeMo Automodel divides among ranks."""
 OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3", "glm4"),
@@ -235,10 +237,8 @@ OF_PACKAGE = {
     "axolotl-fused": ("qwen3",),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
-    **dict.fromkeys(
-        ("deepep", "uccl", "te-linear", "te-experts"),
-        ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2"),
-    ),
+    "deepep": (*DIVIDED, "gemma4"),
+    **dict.fromkeys(("uccl", "te-linear", "te-experts"), DIVIDED),
     "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2"),
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss",),

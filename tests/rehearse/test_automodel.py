@@ -75,7 +75,8 @@ LOOSE = {
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
     ("minimax-m2.5", 3, 4): 0.3,
     ("moonlight-16b-a3b", 3, 2): 0.36,
-    ("gemma-4-e2b-it", 10, 1): 0.07,
+    ("gemma-4-e2b-it", 10, 1): 0.08,
+    ("gemma-4-26b-a4b", 3, 1): 0.29,
     ("gemma-4-31b-it", 6, 1): 0.46,
     ("qwen3-vl-4b-instruct", 3, 1): 0.54,
 }
@@ -98,8 +99,8 @@ Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), o
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
 
-Gemma 4: of E2B 3.2 MB of allocated bytes, with LoRA 10.5 MB; of 31B 5.9 MB of `load`, with LoRA of
-`step` too, and 80 to 90 MiB of reserved ones (0.2 and 0.4 per cent). Qwen3-VL: of `load` 0.31, of reserved ones 66 MiB.
+Gemma 4: of E2B 6.3 MB of allocated bytes, with LoRA 10.5 MB; of 26B-A4B 70 MiB of reserved ones; of 31B 5.9 MB of `load`, with
+LoRA of `step` too, and 80 to 90 MiB of reserved ones (0.2 and 0.4 per cent). Qwen3-VL: of `load` 0.31, of reserved ones 66 MiB.
 
 MiniMax M2.5: of `load` 9.3 MB, an expert of 8 bits that is being stacked; of allocated ones 0.05, of reserved ones 0.09.
 
@@ -445,6 +446,8 @@ def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str |
         ({"gradient_accumulation_steps": 2}, False),
         ({"dtype": "fp32"}, False),
         ({"model": "gemma-4-26b-a4b"}, False),
+        ({"model": "gemma-4-26b-a4b", "kernels": "deepep", "ep_size": 8}, True),
+        ({"model": "gemma-4-26b-a4b", "kernels": "deepep", "ep_size": 8, "gradient_checkpointing": True}, False),
     ],
 )
 def test_gemma4_is_known_as_it_was_rehearsed(options: dict[str, Any], known: bool) -> None:
@@ -452,6 +455,15 @@ def test_gemma4_is_known_as_it_was_rehearsed(options: dict[str, Any], known: boo
     job: dict[str, Any] = {"model": "gemma-4-e2b-it", "method": "partial", "trainable": text, "attn_implementation": "eager"}
     result = peftplan.estimate(**job | options, trainer="automodel-vlm", strategy="fsdp2", gpus=8, seq_len=512)
     assert (result.peaks is not None) is known
+
+
+def test_factors_of_gemma4_multiply_its_experts() -> None:
+    """30 layers have a factor for each of 128 experts, which the tool multiplies into the weights that it reads."""
+    by_tool: dict[str, Any] = {"trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8, "kernels": "deepep", "ep_size": 8}
+    counts = [peftplan.estimate("gemma-4-26b-a4b", method="full", **more).total_parameters for more in ({}, by_tool)]
+    assert counts[0] is not None
+    assert counts[1] is not None
+    assert counts[0] - counts[1] == 30 * 128
 
 
 def test_layers_in_8_bits_are_gathered_in_bytes() -> None:

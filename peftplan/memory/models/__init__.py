@@ -114,6 +114,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models.automodel_nemotron import nemotron_h
 
             return nemotron_h
+        if model_type == "gemma4":
+            from peftplan.memory.models.automodel_gemma4 import gemma4
+
+            return gemma4
         if model_type == "glm4_moe":
             from peftplan.memory.models.automodel_ep import glm4_moe
 

@@ -34,7 +34,7 @@ Stored = dict[bool, tuple[Tensor, Tensor]]
 def gemma4(model: Model, style: Style) -> Tensor:
     """`Gemma4TextModel.forward`."""
     x = inputs(model)
-    return _layers(model, style, x, own_inputs(model, style, x))
+    return layers(model, style, x, own_inputs(model, style, x))
 
 
 def gemma4_of_text(model: Model, style: Style) -> Tensor:
@@ -48,7 +48,7 @@ def gemma4_of_text(model: Model, style: Style) -> Tensor:
     if _has_own_inputs(model, style):
         _embeds = f.new(x.dims, x.dtype, "llm_inputs_embeds")
         embedded = embedded_apart(model, style)
-    return _layers(model, style, x, own_inputs(model, style, x, embedded))
+    return layers(model, style, x, own_inputs(model, style, x, embedded))
 
 
 def _stem(style: Style) -> str:
@@ -82,7 +82,8 @@ def own_inputs(model: Model, style: Style, x: Tensor, embedded: Tensor | None = 
     return ops.scale(f, ops.add(f, projected, embedded.view(dims)))
 
 
-def _layers(model: Model, style: Style, x: Tensor, own: Tensor | None) -> Tensor:
+def layers(model: Model, style: Style, x: Tensor, own: Tensor | None) -> Tensor:
+    """What `Gemma4TextModel.forward` does with the embeddings, and what it gives each layer of its own."""
     f = model.tape
     f.module = _stem(style)
     _positions = f.new((model.seq,), "int64", "position_ids")
@@ -148,7 +149,7 @@ def decoder_layer(c: Call, x: Tensor, own_input: Tensor | None, stored: Stored) 
         x = c.linear("per_layer_projection", x)
         x = c.norm("post_per_layer_input_norm", x)
         x = ops.add(c.at(), residual, x)
-    return ops.scale_(c.at(), x)
+    return ops.scale_(c.at(), x) if c.style.mixture is None else ops.scale(c.at(), x)
 
 
 def attention(c: Call, x: Tensor, stored: Stored) -> Tensor:
@@ -193,11 +194,15 @@ def _moved(x: Tensor) -> Tensor:
 def beside_experts(c: Call, residual: Tensor, x: Tensor) -> Tensor:
     """The MLP's output, normed, and that of the experts, which read what the MLP read before its norm."""
     first = c.norm("post_feedforward_layernorm_1", x)
-    _probabilities, weights, indices = route(c, residual)
-    second = c.norm("pre_feedforward_layernorm_2", residual)
-    second = run_experts(c, second, indices, weights, "experts")
+    second = (c.style.mixture or _experts)(c, residual)
     second = c.norm("post_feedforward_layernorm_2", second)
     return ops.add(c.at(), first, second)
+
+
+def _experts(c: Call, residual: Tensor) -> Tensor:
+    _probabilities, weights, indices = route(c, residual)
+    second = c.norm("pre_feedforward_layernorm_2", residual)
+    return run_experts(c, second, indices, weights, "experts")
 
 
 def route(c: Call, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
