@@ -14,6 +14,7 @@ WIDEST_GROUP = 40
 def by_tool(names: tuple[str, ...], *, brief: bool = False) -> str:
     """Names that share a beginning or an end in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too,
     `[unsloth-]sentence-transformers`. `brief`: of each beginning one group alone."""
+    widest = WIDEST_GROUP - len("|…,") if brief else WIDEST_GROUP
     longer = {name: other for other in names if "-" in other for name in names if name.endswith(f"-{other}")}
     tools: dict[str, list[str]] = {}
     for name in names:
@@ -25,7 +26,7 @@ def by_tool(names: tuple[str, ...], *, brief: bool = False) -> str:
         named = [kind for kind in kinds if kind]
         groups: list[str] = []
         for kind in named:
-            if groups and len(f"{tool}-{groups[-1]}|{kind}") <= WIDEST_GROUP:
+            if groups and len(f"{tool}-{groups[-1]}|{kind}") <= widest:
                 groups[-1] += f"|{kind}"
             else:
                 groups.append(kind)

@@ -368,7 +368,9 @@ def _check_trainer(setup: Setup) -> None:
             "logits_to_keep", setup.logits_to_keep, f"accepted: with loss {' or '.join(LOSSES_OF_SLICES)}, not {setup.loss}"
         )
     if by.drops_outputs and setup.keep_outputs:
-        raise RefusedError(f"keep_outputs: {setup.trainer} drops the outputs in compute_loss")
+        raise RefusedError(
+            f"keep_outputs: {setup.trainer} drops the outputs in compute_loss; add --trainer plain, which keeps them"
+        )
     for name in sorted(OF_PREFERENCES - by.options):
         if getattr(setup, name) not in (None, False):
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)

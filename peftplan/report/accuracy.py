@@ -50,11 +50,11 @@ def summary_cells(rows: Iterable[Summary]) -> list[tuple[str, ...]]:
 def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     """What was checked, in lines: runs on one GPU, then ranks of several."""
     on_one, several = apart(answers)
-    lines = _counted("measured runs", engine, on_one) if on_one or not several else []
+    lines = _counted("measured run", engine, on_one) if on_one or not several else []
     for setup, runs in TITLES.items():
         lines += _verdicts(f"Wrong verdicts, of {runs}", [answer for answer in on_one if answer.record.setup == setup])
     if several:
-        lines += _counted("measured ranks of several GPUs", engine, several)
+        lines += _counted("measured rank", engine, several, of=" of several GPUs")
         states = Counter(answer.record.setup for answer in several)
         lines.append(f"Of these ranks, {', '.join(f'{number} {RANKS[setup]}' for setup, number in sorted(states.items()))}.")
         for setup, state in RANKS.items():
@@ -62,10 +62,10 @@ def headline(engine: str, answers: Sequence[Answer]) -> list[str]:
     return lines
 
 
-def _counted(runs: str, engine: str, answers: Sequence[Answer]) -> list[str]:
+def _counted(run: str, engine: str, answers: Sequence[Answer], *, of: str = "") -> list[str]:
     sums = totals(answers)
     lines = [
-        f"{sums.records} {runs}, engine {engine}: {sums.with_peak} with a stated peak,"
+        f"{sums.records} {run}{'' if sums.records == 1 else 's'}{of}, engine {engine}: {sums.with_peak} with a stated peak,"
         f" {sums.no_peak} with no peak stated, {sums.refused} refused.",
     ]
     if sums.counts_printed:

@@ -48,13 +48,18 @@ def outcome(advice: Advice) -> str:
     return f"{advice.verdict}, {left}"
 
 
-def without_help(gpu: str, advised: Advised) -> str | None:
-    """One sentence where no change makes the job fit; None where one does."""
+def kept_strategy(result: Estimate) -> str | None:
+    """The strategy that was chosen, which no change replaces."""
+    return str(result.assumptions["strategy"]) if "strategy" in result.chosen else None
+
+
+def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> str | None:
+    """One sentence where no change makes the job fit, under that `strategy`; None where one does."""
     if advised.helps:
         return None
     if not advised.counted:
         return f"{card_name(gpu)}: {UNKNOWN}"
-    why = "no change that peftplan knows makes it fit"
+    why = f"no change that peftplan knows makes it fit{f' with --strategy {strategy}' if strategy else ''}"
     if advised.weights_alone is not None:
         why = f"no change helps, since the weights alone take {format_bytes(advised.weights_alone)}"
     other = "no single card of the catalogue would do"

@@ -190,7 +190,11 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
 def _peak_in_words(result: Estimate, screen: Screen) -> str:
     peaks = result.peaks
     if not peaks:
-        return f"no peak: {result.not_modelled[0]}; the counted part takes {format_bytes(result.ledger.bytes())}"
+        from peftplan.report.configs import REHEARSE
+
+        why = result.not_modelled[0]
+        then = f"; {REHEARSE}" if why.endswith("(no formula yet)") else ""
+        return f"no peak: {why}; the counted part takes {format_bytes(result.ledger.bytes())}{then}"
     unit, name = unit_of(peaks.allocated)
     others = [f"{phase} {nbytes / unit:,.2f}" for phase, nbytes in peaks.by_phase.items() if phase != peaks.phase]
     bound = {"at_least": "at least ", "at_most": "at most "}.get(result.bound or "", "")
@@ -200,7 +204,8 @@ def _peak_in_words(result: Estimate, screen: Screen) -> str:
 def changes(result: Estimate, screen: Screen) -> list[Row]:
     """The best changes for the card that misses the least."""
     if not (cards := unfit(result)):
-        return []
+        tight = any(verdict.verdict == "tight" for verdict in result.gpus)
+        return [BLANK, *_divided(screen)] if tight and result.assumptions.get("strategy") == "ddp" else []
     from peftplan.report import advice
 
     nearest, advised = cards[0], advice_on(result, cards[0])
@@ -213,9 +218,16 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
         for brings, change in zip(outcomes, best, strict=True):
             line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change)}"
             rows += wrapped(line, screen.columns, colour=COLOURS.get(change.verdict or ""), indent=" " * (widest + 6))
-    if sentence := advice.without_help(nearest.gpu, advised):
+    if sentence := advice.without_help(nearest.gpu, advised, strategy=advice.kept_strategy(result)):
         rows += wrapped(sentence, screen.columns)
     return [BLANK, *rows]
+
+
+def _divided(screen: Screen) -> list[Row]:
+    """What leaves more room on several GPUs, where the job just fits."""
+    from peftplan.report.fitting import DIVIDES
+
+    return wrapped(DIVIDES, screen.columns)
 
 
 def _notes(result: Estimate, screen: Screen) -> list[Row]:

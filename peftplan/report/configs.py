@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 PROGRAM = "the program's default of "
 """How what is assumed begins where a program's command line decides it."""
+REHEARSE = "`peftplan rehearse` runs your own program, without a GPU"
+"""What to do about a job without a peak."""
 BOUNDS = {
     "at_most": "the peak is at most this",
     "at_least": "the peak is at least this",
-    "unknown": "no peak is stated",
+    "unknown": f"no peak is stated; {REHEARSE}",
 }
 MOST_KEYS = 4
 """Unsupported keys, shown one by one."""
@@ -137,7 +139,7 @@ def unsupported(config: ConfigDocument, *, has_peak: bool = True, most: int | No
         return []
     lines = [f"unsupported: {key}: {row['why']}" for key, row in list(keys.items())[:most]]
     more = len(keys) - len(lines)
-    lines += [f"and {more} more unsupported keys: -v"] if more else []
+    lines += [f"and {more} more unsupported key{'' if more == 1 else 's'}: -v"] if more else []
     bound = config["bound"]
     return [*lines, *([f"so {BOUNDS[bound]}"] if bound and (has_peak or bound == "unknown") else [])]
 

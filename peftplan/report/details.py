@@ -160,7 +160,7 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
         for row in advice.rows(result, advised.changes):
             grid.add_row(*row)
         parts.append(grid)
-    sentence = advice.without_help(gpu, advised)
+    sentence = advice.without_help(gpu, advised, strategy=advice.kept_strategy(result))
     return [*parts, sentence] if sentence else parts
 
 

@@ -40,6 +40,8 @@ RANKING = (
     "Plans are ranked by method, then by tokens per step: full > DoRA > LoRA > QDoRA > QLoRA > IA3 > prompts. "
     "That order is advice; tasks differ."
 )
+DIVIDES = "DDP keeps the whole model on each GPU; --strategy fsdp2 or zero3 divides it among them"
+"""What changes most where several GPUs have too little room."""
 MOST_CARDS = 10
 """Cards that a table shows, the smallest that do."""
 NO_CARD = "No card in the catalogue can run the job."
@@ -91,6 +93,8 @@ def remarks(result: Fit) -> Iterator[str]:
         following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
         beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"
         yield f"{beyond}: {first.binding.text(grows=first.size > 0)}."
+    if not first.size and first.assumptions.get("strategy") == "ddp":
+        yield f"{DIVIDES}."
     if first.fits_again is not None:
         yield (
             f"{word.capitalize()} {first.fits_again:,} fits again: torch's allocator places blocks differently there. "

@@ -70,7 +70,9 @@ def test_an_unknown_teacher_is_named_as_typed() -> None:
 
 
 def test_other_trainers_have_no_teacher() -> None:
-    with pytest.raises(OptionError, match="accepted: with --trainer trl-gkd, trl-gold, trl-distillation, swift-grpo-taught, swift-gkd"):
+    with pytest.raises(
+        OptionError, match="accepted: with --trainer trl-gkd, trl-gold, trl-distillation, swift-grpo-taught, swift-gkd"
+    ):
         peftplan.estimate("smollm2-135m", trainer="trl-dpo", teacher_model="smollm2-360m")
 
 

@@ -1,0 +1,38 @@
+"""What an answer says where it has no number, or where another strategy has more room."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.run import run
+
+FULL = ("llama-3.1-8b", "--method", "full", "--gpu", "8xa100-80gb")
+DIVIDES = "DDP keeps the whole model on each GPU; --strategy fsdp2 or zero3 divides it among them"
+
+
+def words(*args: str) -> str:
+    return " ".join(run(*args).out.split())
+
+
+def test_a_job_without_a_peak_leads_to_a_rehearsal() -> None:
+    shown = words("estimate", "llama-3.1-70b", "--method", "qlora", "--gpu", "2xrtx-4090", "--strategy", "device-map")
+    assert "(no formula yet); the counted part takes 21.99 GiB; `peftplan rehearse` runs your own program" in shown
+
+
+@pytest.mark.parametrize("command", ["estimate", "fit"])
+def test_a_job_that_is_tight_under_ddp_names_what_divides_the_model(command: str) -> None:
+    """8.0 B parameters in bf16 with gradients, buckets and two states: 10 B each, 74.8 GiB on every GPU; FSDP2 needs 25."""
+    assert DIVIDES in words(command, *FULL)
+    assert DIVIDES not in words(command, *FULL, "--strategy", "fsdp2")
+
+
+def test_no_change_helps_under_a_strategy_that_was_chosen() -> None:
+    job = ("estimate", "llama-3.1-70b", "--method", "qlora", "--gpu", "2xrtx-4090")
+    assert "no change that peftplan knows makes it fit with --strategy zero3" in words(*job, "--strategy", "zero3")
+    assert "fits, " in words(*job)
+
+
+def test_no_word_of_the_help_is_broken_in_a_terminal_of_80_columns() -> None:
+    """`llamafactory[-asft|…]` was longer than its column: the line before ended with its first letter."""
+    lines = [line.strip() for line in run("estimate", "--help", columns=80).out.splitlines()]
+    assert [line for line in lines if line.startswith("llamafactory[-")]
