@@ -32,6 +32,7 @@ REHEARSED = {
     "llamafactory-reward": Rehearsed("lora", attention=("sdpa", "flash_attention_2")),
     "axolotl-grpo": Rehearsed("full"),
     "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
+    "swift-embedding-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
     "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm="colocate", one_row=True),
     "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm="colocate", one_row=True, by_file=True),
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm="server"),

@@ -78,7 +78,7 @@ def _permutes_from_host(job: Job) -> bool:
 
 def _shares_completions(job: Job) -> bool:
     """Whether ms-swift's ranks share rows of completions, which they score before each step too."""
-    return job.setup.by.shares_rows
+    return job.setup.by.shares_rows and job.setup.by.generates
 
 
 LONGEST_UNHOSTED = 576

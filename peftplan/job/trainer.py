@@ -47,6 +47,7 @@ TrainerName = Literal[
     "swift-kto",
     "swift-reward",
     "swift-embedding",
+    "swift-embedding-shared-rows",
     "swift-orpo",
     "swift-cpo",
     "swift-grpo",
@@ -225,7 +226,7 @@ class Trainer(NamedTuple):
     """Whether beside rows without a picture the tower of a vision-language model is shown a black one of 32 x 32 pixels, of whose
     features nought is added to the embedded tokens (ms-swift 4.6.0, template/base.py:2450)."""
     shares_rows: bool = False
-    """Whether ranks share a row of all completions without padding, of which each scores the logits of all its own tokens."""
+    """Whether ranks share a row without padding, of all completions or texts; of completions each scores all its own tokens."""
     scores_entropies: bool = False
     """Whether it makes the entropy of every scored token, with gradients, which no loss reads (ms-swift 4.6.0,
     rlhf_trainers/grpo_trainer.py:939)."""

@@ -189,6 +189,15 @@ TRAINERS: dict[TrainerName, Trainer] = {
             embeds_rows=True,
             under_zero2=("none",),
         ),
+        # `sequence_parallel_size`: a rank reads a part of the row, of which all hidden states come together (mixin.py:832).
+        IN_SWIFT._replace(
+            name="swift-embedding-shared-rows",
+            called="EmbeddingTrainer of ms-swift 4.6 whose rows ranks share",
+            scoring=None,
+            embeds_rows=True,
+            shares_rows=True,
+            under_ddp=("none",),
+        ),
         SWIFT_PAIRS._replace(name="swift-orpo", called="ORPOTrainer of ms-swift 4.6"),
         SWIFT_PAIRS._replace(
             name="swift-cpo",

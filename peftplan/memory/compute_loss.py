@@ -377,7 +377,10 @@ def _forward(model: Model) -> list[Tensor]:
         model.units.end_forward()
         outputs = [*head(model, hidden)]
     else:
-        outputs = [*head(model, hidden), *model.outputs]
+        states = [hidden]
+        if running.parts_of_row > 1:  # a hook behind the model, which holds no hidden states by then
+            del hidden
+        outputs = [*head(model, states.pop()), *model.outputs]
         if router_logits:
             from peftplan.memory.router_loss import balanced
 

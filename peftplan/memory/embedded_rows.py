@@ -1,8 +1,9 @@
 """Embeddings of texts that share one row without padding, and a loss of the embeddings.
 
-s tokens of the row; h hidden size. Source: ms-swift 4.6.0, model/patcher.py (`patch_output_normalizer`, in whose place of the
-head the hidden states stay, and `revert_padding_free`). Left out: numbers of each text, such as its embedding and its
-similarities with others (loss/embedding.py).
+s tokens of the row, or of a rank's part of it; h hidden size. Source: ms-swift 4.6.0, model/patcher.py
+(`patch_output_normalizer`, in whose place of the head the hidden states stay, and `revert_padding_free`),
+sequence_parallel/sequence_parallel.py (`gather`). Left out: numbers of each text, such as its embedding and its similarities with
+others (loss/embedding.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,29 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 def last_of_texts(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """No loss, and what stands for all embeddings. Texts are copied out of the row, and put together: each is as long as the
     longest."""
-    f, (rows, _, width) = model.tape, x.dims
+    f, (rows, _, width), num_parts = model.tape, x.dims, model.running.parts_of_row
     f.module = ""
+    if num_parts > 1:  # under DDP the hooks of the model follow accelerate's `convert_outputs_to_fp32`
+        x = _gathered(f, f.to(x, "fp32"), num_parts)
     parts = f.new(x.dims, x.dtype, "cat")
     together = f.new(x.dims, x.dtype, "stack")
     del parts
     last = f.new((rows, width), x.dtype, "index", f.record(_last_backward, (x,), x.dims))
     del together
     return Tensor(None, (), "fp32"), normalized(f, last)
+
+
+def _gathered(f: Tape, part: Tensor, num_parts: int) -> Tensor:
+    """`SequenceParallel.gather`: the row of which each rank has a part."""
+    dims = (num_parts, *part.dims)
+    received = f.new(dims, part.dtype, "all_gather")
+    row = f.new(dims, part.dtype, "cat", f.record(_part_backward, (part,), part.dims))
+    del received
+    return row
+
+
+def _part_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "contiguous")
 
 
 def _last_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:

@@ -81,6 +81,8 @@ class Running(NamedTuple):
     """Whether a frozen tower is shown a small picture before the layers run (`Trainer.shows_picture`)."""
     embeds_rows: bool = False
     """Whether embeddings of texts that share one row are made of the hidden states, in place of logits."""
+    parts_of_row: int = 1
+    """How many ranks' parts of the row are put together before that."""
     without_loss: bool = False
     """Whether the model returns logits alone."""
     logits_to_keep: int | None = None

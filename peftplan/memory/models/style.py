@@ -100,7 +100,8 @@ class Call(NamedTuple):
         by_head, moved = self.style.by_head, self.moved or split
         if by_head and not moved and self.model.running.attention == "eager":  # rotation copies queries and keys alone
             v = ops.heads(self.tape, v, v.dims, clones=True, at_once=not self.style.views_last)
-        return attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
+        out = attend(self.model, a, q, k, v, self.mask, dropout=dropout, rotated=rotated, by_head=by_head, moved=moved)
+        return out if self.model.running.parts_of_row == 1 else ops.copied(self.tape, out, "all_to_all")
 
 
 def narrow_eager(c: Call, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, rotated: bool) -> Tensor:
