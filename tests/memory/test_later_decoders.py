@@ -1,7 +1,12 @@
-"""Decoders of 2025 at the widths of published models, two layers deep: both engines, phase by phase, and what they reserve."""
+"""Decoders of 2025 at the widths of published models, two layers deep: both engines, phase by phase, and what they reserve.
+
+Of all jobs of all models so many run that any two values of options meet, and each value meets each model; `--full-matrix` runs
+them all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ pytest.importorskip("bitsandbytes")
 
 from peftplan.job.sources import load_config
 from tests.memory.engines import shallow
+from tests.pairwise import covering
 from tools.engines import RESERVED, peaks
 
 MINISTRAL: dict[str, Any] = dict(load_config("ministral-3-3b-instruct-2512"))
@@ -49,9 +55,19 @@ TOLERANCE, TOLERANCE_RESERVED = 0.001, 0.005
 LESS_RESERVED = {("Minitron", "full, autocast"): 0.016}
 """Allocated bytes agree; in which blocks they lie does not."""
 
+UNSET = {"dtype": "bf16", "autocast": None, "attn_implementation": "sdpa", "padding": None, "trainer": "transformers"}
+CASES = [(model, job) for model in MODELS for job in JOBS]
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("model", MODELS)
+
+def _factors(case: tuple[str, str]) -> dict[str, Hashable]:
+    """What a case varies: the model, and each option."""
+    return {"model": case[0], **UNSET, **JOBS[case[1]]}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize(("model", "job"), CASES if metafunc.config.option.full_matrix else covering(CASES, _factors))
+
+
 def test_both_engines_agree(model: str, job: str) -> None:
     options = {"trainer": "transformers", **JOBS[job]}
     ours, traced = (peaks(MODELS[model], options, engine) for engine in ("analytic", "trace"))

@@ -10,8 +10,10 @@ from peftplan import estimate
 from peftplan.analytic.compiled import last_step
 from peftplan.planning.question import Question
 from peftplan.units import round512
-from tests.memory.engines import LLAMA, shallow
+from tests.memory import engines
+from tests.memory.engines import shallow
 
+LLAMA = {**engines.LLAMA, "num_hidden_layers": 3}
 ATTENTION = {"target_modules": "attention"}
 JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a trainer moves a layer's buffers with the layer": (LLAMA, {"method": "boft", **ATTENTION}),
@@ -60,9 +62,10 @@ class Moves:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_tensors_reach_the_device_in_the_traces_order(job: str) -> None:
+def test_tensors_reach_the_device_in_the_traces_order(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torch", "transformers", "peft"):
         pytest.importorskip(module)
+    monkeypatch.setattr("peftplan.trace.engine.STEPS", 1)
     config, options = JOBS[job]
     options = {"batch_size": 1, "seq_len": 64, **options}
     question = estimate(config, **options).origin
