@@ -16,11 +16,12 @@ WITH_TOWERS: dict[tuple[str, str], tuple[bool, ...]] = {
     ("gemma3", "lora"): (False,),
     ("gemma4", "partial"): (False, True),
     ("gemma4", "lora"): (False, True),
+    ("gemma4_unified", "full"): (False,),
     ("qwen3_vl", "partial"): (False,),
 }
 """Model type with a tower beside its text part, and method → whether layers were checkpoints in its rehearsals. Two layers of
 Ministral 3 that were, held 1.1 % more than was counted."""
-ATTENTION_OF_GEMMA4 = {"partial": "eager", "lora": "sdpa"}
+ATTENTION_OF_GEMMA4 = {"partial": "eager", "full": "eager", "lora": "sdpa"}
 """Method → the attention with which Gemma 4 was rehearsed."""
 
 
@@ -29,7 +30,7 @@ def knows_tower(job: Job) -> bool:
     architecture, model_type = job.architecture, job.architecture.model_type
     checkpoints = WITH_TOWERS.get((model_type, job.method_name), ())
     rehearsed = job.quant is None and bool(job.setup.gradient_checkpointing) in checkpoints
-    if model_type == "gemma4":
+    if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
     scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
     return rehearsed and (scaled or model_type != "mistral3")

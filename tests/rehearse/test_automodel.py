@@ -76,6 +76,7 @@ LOOSE = {
     ("minimax-m2.5", 3, 4): 0.3,
     ("moonlight-16b-a3b", 3, 2): 0.36,
     ("gemma-4-e2b-it", 10, 1): 0.08,
+    ("gemma-4-12b-it", 6, 1): 0.03,
     ("gemma-4-e4b-it", 14, 1): 0.06,
     ("gemma-4-26b-a4b", 3, 1): 0.38,
     ("gemma-4-31b-it", 6, 1): 0.46,
@@ -100,7 +101,7 @@ Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), o
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
 
-Gemma 4: of E2B 6.3 MB of allocated bytes, with LoRA 10.5 MB; of E4B 13 MB; of 26B-A4B 62 to 70 MiB of reserved ones; of 31B
+Gemma 4: of E2B 6.3 MB of allocated bytes, with LoRA 10.5; of 12B 2.5; of E4B 13; of 26B-A4B 62 to 70 MiB of reserved ones; of 31B
 5.9 MB of `load`, with LoRA of `step` too, and 80 to 90 MiB of reserved ones (0.2 and 0.4 per cent). Qwen3-VL: of `load` 0.31, of
 reserved ones 66 MiB.
 

@@ -704,6 +704,8 @@ BY_DEEPEP = {
         ("google/gemma-4-26B-A4B-it", {"backend": BY_DEEPEP}, {"ep_size": 8}, {}, True),
         ("google/gemma-4-26B-A4B-it", {"backend": BY_DEEPEP}, {"ep_size": 8, "cp_size": 2}, {}, False),
         ("google/gemma-4-26B-A4B-it", {}, {}, {}, False),
+        ("google/gemma-4-12B", {"use_liger_kernel": True}, {}, {}, True),
+        ("google/gemma-4-12B", {"attn_implementation": "sdpa"}, {}, {}, False),
         ("Qwen/Qwen3-VL-8B-Instruct", {"attn_implementation": "sdpa"}, {}, {}, True),
         ("Qwen/Qwen3-VL-8B-Instruct", {"attn_implementation": "flash_attention_2"}, {}, {}, False),
     ],
