@@ -83,8 +83,8 @@ MASKED = "masked-tokens"
 """Cross entropy of tokens that a program masks and the model restores (axolotl's diffusion)."""
 OF_FUNCTION = ("per-token", "eaft", "eaft-behind", SHARED, SHARED_CHUNKS, MASKED)
 """Losses that a program makes of all logits by a function of its own, such as Trainer's `compute_loss_func`."""
-SHARED_ROWS = 2048
-"""Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example)."""
+SHARED_ROWS, OF_CHUNK = 2048, 3
+"""Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example), and how much of a chunk backward takes."""
 RECEIVED: Final = "received-kl"
 """Cross entropy, and divergence from logits that a teacher on other GPUs sends."""
 ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
@@ -151,6 +151,8 @@ class LossSizes(NamedTuple):
             rest = {} if self.at_once is None else {"rest": _rest(n, self.at_once)}
             if self.loss == SHARED_CHUNKS:
                 rest["rows"] = smaller(b * length, SHARED_ROWS)
+                of_second = larger(smaller(b * length - SHARED_ROWS, SHARED_ROWS), 0)
+                rest["rows before"] = larger(OF_CHUNK * of_second + SHARED_ROWS - OF_CHUNK * SHARED_ROWS, 0)
             return {"n": n, "n/2": n // 2, "n/3": n // 3, "n/b": n // b, **rest, **self._of_blocks(length)}
         if self.loss == "liger":
             n, rows = self._liger(b, length)

@@ -171,6 +171,8 @@ def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher
 
         wide = f.to(logits, "fp32") if f.autocast else logits
         del logits
+        if program.copies_outputs:
+            wide = ops.copied(f, wide, "clone", viewed=False)
         loss = (chunked if model.running.loss == SHARED_CHUNKS else of_tokens)(f, wide)
     elif model.running.loss in ("eaft", "eaft-behind"):
         from peftplan.memory.entropy_loss import weighted_behind, weighted_by_entropy

@@ -23,7 +23,10 @@ def _nll_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tenso
 
 
 def chunked(f: Tape, logits: Tensor) -> Tensor:
-    """`ChunkedCrossEntropyLoss`: saves the logits, and computes each chunk once more in backward."""
+    """`ChunkedCrossEntropyLoss`: saves the logits, and computes each chunk once more in backward.
+
+    There the name `grad_chunk` holds the gradient of the chunk before: the second one takes most, unless it is much shorter.
+    """
     node = f.record(_chunks_backward, (logits,), logits.detach())
     rows: Dims = ("rows", logits.dims[-1])
     part = f.new(rows, logits.dtype, "log_softmax")
@@ -35,6 +38,7 @@ def _chunks_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Te
     (logits,) = saved
     gradient = f.new(logits.dims, logits.dtype, "empty_like")
     names = ("log_softmax", "nll_loss_backward", "log_softmax_backward")
+    earlier = f.new(("rows before", logits.dims[-1]), logits.dtype, "grad_chunk of the chunk before")
     parts = [f.new(("rows", logits.dims[-1]), logits.dtype, name) for name in names]
-    del parts
+    del earlier, parts
     return gradient

@@ -71,6 +71,37 @@ def flash_attention() -> None:
 
     kernels = (flash.flash_attn_func, flash.flash_attn_varlen_func, None, flash.pad_input, flash.unpad_input)
     utils._lazy_imports = lambda *_args, **_kwargs: kernels
+    _ring_kernels()
+
+
+def _ring_kernels() -> None:
+    """Those kernels as the parts of a ring call them: gradients go into given buffers (flash-attn 2.8.3)."""
+    import torch
+    from flash_attn import flash_attn_interface as interface
+
+    from peftplan.trace.cuda.flash import QUERY_BLOCK, backward_buffers, expanded_gradients
+
+    def forward(
+        q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
+        softmax_scale: float, causal: bool, window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
+        alibi_slopes: Any = None, return_softmax: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        return torch.empty_like(q), lse, q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+
+    def backward(
+        dout: Any, q: Any, k: Any, v: Any, out: Any, softmax_lse: Any, dq: Any, dk: Any, dv: Any, cu_seqlens_q: Any,
+        cu_seqlens_k: Any, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, causal: bool,
+        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0, alibi_slopes: Any = None,
+        deterministic: bool = False, rng_state: Any = None,
+    ) -> Any:  # fmt: skip
+        rows = q.shape[0] + QUERY_BLOCK * (cu_seqlens_q.shape[0] - 1)
+        delta, queries = backward_buffers(q, rows=(rows,), lse=(q.shape[1], rows))
+        of_keys = expanded_gradients(q, k)
+        del queries, of_keys
+        return delta
+
+    interface._flash_attn_varlen_forward, interface._flash_attn_varlen_backward = forward, backward
 
 
 def known_lengths(length: int) -> None:

@@ -94,6 +94,19 @@ def test_flat_copies_and_chunks_of_another_size_have_no_peak() -> None:
     assert (chunked.options["loss"], chunked.unsupported) == ("shared-rows-chunked", {})
 
 
+@pytest.mark.parametrize(
+    ("changed", "of_chunk", "peak"),
+    [({}, 2048, True), ({"tuner_type": "full"}, 2048, False), ({}, 0, False), ({"model": "Qwen/Qwen3-30B-A3B"}, 2048, False)],
+)
+def test_parts_of_keys_go_round_where_they_are_fewer_than_ranks(changed: dict[str, object], of_chunk: int, peak: bool) -> None:
+    """Qwen2.5 3B has two heads of keys: 8 ranks are four pairs in a ring. It was rehearsed with LoRA and a loss in chunks."""
+    values = {**SWIFT, "model": "Qwen/Qwen2.5-3B-Instruct", "attn_impl": "flash_attn", "padding_free": True, "max_length": 65536}
+    launch = {"kind": "command", "program": "swift sft", "NPROC_PER_NODE": 8, "CELOSS_PARALLEL_SIZE": of_chunk or 1024}
+    plan = read({**values, "per_device_train_batch_size": 4, "sequence_parallel_size": 8, **changed}, **launch)
+    assert (plan.unsupported == {}) is peak
+    assert (plan.options["seq_len"] == 4 * 65536 // 8) is peak
+
+
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
