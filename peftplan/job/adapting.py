@@ -8,6 +8,7 @@ from pydantic import ConfigDict
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.job import sources
 from peftplan.job.setup import Setup
@@ -16,6 +17,8 @@ from peftplan.job.words import MEANINGS
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.methods.targets import LayeredConfig, Names
 
+BESIDE = ("model", "method", "peft_config", "config", "engine", "gpu")
+"""Arguments of `estimate` that are no options of a job."""
 PEFT_TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 """peft's `TaskType`; `PeftConfigMixin.__post_init__` refuses any other."""
 
@@ -43,7 +46,7 @@ def method_of(
         check_fields(raw)
         return None, None, raw | _not_as_text(options)
     if peft_config is None:
-        beside = (*Setup.model_fields, *MEANINGS)
+        beside = (*BESIDE, *Setup.model_fields, *Distributed.model_fields, *MEANINGS)
         method, config = methods.configure("lora" if name is None else name, options, beside=beside)
         return method, config, {}
     raw = {"task_type": None, **peft_config}

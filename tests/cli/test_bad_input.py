@@ -179,6 +179,10 @@ def test_nonsense_is_near_nothing(name: str) -> None:
 def test_a_misspelt_keyword_of_the_setup_is_suggested() -> None:
     with pytest.raises(peftplan.UnknownNameError, match="did you mean batch_size"):
         peftplan.estimate("llama-2-7b", batchsize=3)
+    with pytest.raises(peftplan.UnknownNameError, match="did you mean method"):
+        peftplan.estimate("llama-2-7b", methd="lora")
+    with pytest.raises(peftplan.UnknownNameError, match="did you mean strategy"):
+        peftplan.estimate("llama-2-7b", startegy="fsdp2", gpus=2)
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
