@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -14,12 +17,24 @@ from peftplan.arch.readers import read_config
 NN_KINDS = ("Linear", "Embedding", "LayerNorm", "Conv1d", "Conv2d", "Conv3d")
 
 
+def _unless_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else initialize(tensor, *args, **kwargs)
+
+
+INITIALIZERS = {name: _unless_meta(value) for name, value in vars(torch.nn.init).items() if name[0] != "_" and name[-1] == "_"}
+
+
+def without_values() -> AbstractContextManager[Any]:
+    """Let torch's initializers leave tensors on the meta device as they are, without values. They took a seventh of the time."""
+    return patch.multiple(torch.nn.init, **INITIALIZERS)
+
+
 def build(config: dict[str, Any], model_class: str) -> Any:
     """transformers' `model_class` on the meta device, ties as the config states them."""
     fields = {key: value for key, value in config.items() if key != "model_type"}
     hf_config = transformers.AutoConfig.for_model(config["model_type"], **fields)
     cls = getattr(transformers, model_class)
-    with torch.device("meta"):
+    with torch.device("meta"), without_values():
         model = cls._from_config(hf_config)
         untied = config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
         if config["model_type"] in ("t5", "mt5") and untied and hasattr(model, "lm_head"):

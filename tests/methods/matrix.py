@@ -10,12 +10,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
-from unittest.mock import patch
 
 import peft
 import peft.optimizers
@@ -255,20 +253,7 @@ def wide_config(name: str, *, layers: int = 8) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _at_real_size(name: str, model_class: str) -> Any:
     """transformers' own built-in model in a few layers, on the meta device."""
-    with without_values():
-        return meta.build(wide_config(name), model_class)
-
-
-def _unless_meta(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda tensor, *args, **kwargs: tensor if tensor.is_meta else initialize(tensor, *args, **kwargs)
-
-
-INITIALIZERS = {name: _unless_meta(value) for name, value in vars(torch.nn.init).items() if name[0] != "_" and name[-1] == "_"}
-
-
-def without_values() -> AbstractContextManager[Any]:
-    """Let torch's initializers leave tensors on the meta device as they are, without values. They took a seventh of the time."""
-    return patch.multiple(torch.nn.init, **INITIALIZERS)
+    return meta.build(wide_config(name), model_class)
 
 
 def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[int, int] | Exception]:
@@ -281,7 +266,7 @@ def counts_at_real_size(case: Case) -> tuple[tuple[int, int] | Exception, tuple[
         return adaptation.num_trainable, arch.num_parameters + adaptation.num_added
 
     def pefts() -> tuple[int, int]:
-        with torch.device("meta"), without_values():
+        with torch.device("meta"), meta.without_values():
             adapted = peft.get_peft_model(copied(_at_real_size(name, arch.model_class), {}), _peft_config(arch, case))
         counts: tuple[int, int] = adapted.get_nb_trainable_parameters()
         return counts
@@ -343,7 +328,7 @@ def _device(case: Case) -> str:
 
 def _adapted(base: Any, config: Any, case: Case) -> Any:
     """`get_peft_model` on copies: peft wraps the model and resolves the config in place."""
-    with stand_ins(config.peft_type.value), torch.device(_device(case)), without_values():
+    with stand_ins(config.peft_type.value), torch.device(_device(case)), meta.without_values():
         adapted = peft.get_peft_model(copied(base, {}), copy.deepcopy(config))
     if case.method == "lora-fa":
         peft.optimizers.create_lorafa_optimizer(adapted, r=config.r, lora_alpha=config.lora_alpha, lr=1e-4)
