@@ -119,15 +119,17 @@ def with_loop(job: argparse.Namespace) -> None:
 
 def time_no_kernels() -> None:
     """Let Triton take the first way to run a kernel: the emulated card has no times to compare."""
-    import triton
+    from triton.runtime.autotuner import Autotuner
 
-    autotune = triton.autotune
-    triton.autotune = lambda configs, key, **settings: autotune(configs[:1], key, **settings)
+    def run(self: Any, *args: Any, **settings: Any) -> Any:
+        return self.fn.run(*args, **settings, **self.configs[0].all_kwargs())
+
+    Autotuner.run = run
 
 
 if __name__ == "__main__":
     settings = options()
-    if settings.kernels == "mamba-ssm":  # transformers finds them where they are installed
+    if settings.kernels in ("mamba-ssm", "fla"):  # transformers finds them where they are installed
         time_no_kernels()
         settings.kernels = None
     programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}

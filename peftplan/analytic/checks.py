@@ -40,6 +40,7 @@ SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
     "torchao-float8": ("fsdp2",),
+    "fla": ("fsdp2", "zero2", "zero3"),
     **dict.fromkeys(("te", "te-norm", "torch-norm", "mamba-ssm"), ("fsdp2",)),
     **dict.fromkeys(("deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
 }

@@ -83,15 +83,18 @@ def _check_recorded(job: Job) -> None:
 def check_delta_rule(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a step with a gated delta rule was not compared."""
     setup, model_type = job.setup, job.architecture.model_type
-    if kernels_of(setup.kernels or ()).layers is not None:  # which torch compiles whole
+    kernels = kernels_of(setup.kernels or ())
+    if kernels.layers is not None:  # which torch compiles whole
         return
-    if has_own_code(job) or setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
+    known = job.distributed is None or _shares_delta_rule(job)
+    if has_own_code(job) or setup.by.name not in PLAIN_TRAINERS or not known:
         where = setup.by.called if job.distributed is None else job.distributed.called
-        raise NoEngineError(f"model type {model_type} in torch's operations, under {where} (no formula yet)")
+        how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
+        raise NoEngineError(f"model type {model_type} {how}, under {where} (no formula yet)")
     checkpoints = bool(setup.gradient_checkpointing)
     caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
     unknown = {
-        "kernels": bool(setup.kernels),
+        "other kernels": any(name != "fla.delta_rule" for name in setup.kernels or ()),
         "padding": setup.padding,
         "a cache": caches and not checkpoints and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
         "eager attention": setup.attn_implementation == "eager",  # backward 0.33 % above a trace
@@ -105,4 +108,22 @@ def check_delta_rule(job: Job) -> None:
         f"rows of more than {CHUNK * MOST_CHUNKS:,} tokens": setup.seq_len > CHUNK * MOST_CHUNKS,
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
+        if kernels.delta_rule is not None:
+            raise NoEngineError(f"flash-linear-attention's function with {what} (no formula yet)")
         raise NeedsTraceError(f"the delta rule of model type {model_type} with {what}")
+
+
+def _shares_delta_rule(job: Job) -> bool:
+    """Whether ranks were traced that share a step with one: text models by Trainer in bf16, with the function that a package has.
+
+    Under FSDP2 they name the layers' class: by itself accelerate looks for vision blocks too, which they have not.
+    """
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    by_kernel = setup.by.name == "transformers" and kernels_of(setup.kernels or ()).delta_rule is not None
+    offloads = {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
+    alike = by_kernel and job.quant is None and not offloads and setup.dtype == setup.autocast == "bf16"
+    named = distributed.strategy == "fsdp2" and distributed.transformer_cls_names_to_wrap is not None
+    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+    text = job.architecture.model_type in ("qwen3_5_text", "qwen3_5_moe_text")
+    return alike and text and (named or (dense and distributed.strategy in ("zero2", "zero3")))

@@ -33,6 +33,7 @@ UNDER_DEEPSPEED = (
     *("cohere", "cohere2", "stablelm", "phi", "gptj", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
     *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss"),
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
+    *("qwen3_5_text", "qwen3_5_moe_text"),
 )
 """The same under DeepSpeed."""
 SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
@@ -301,7 +302,9 @@ def is_decoder(job: Job) -> bool:
     architecture = job.architecture
     forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type) or builds(job)
     mixes = (has_own_code(job) or builds(job)) and job.setup.by.layout is AUTOMODEL
-    decoders = architecture.blocks and all(b.stack == "decoder" and (b.attentions or mixes) for b in architecture.blocks)
+    decoders = architecture.blocks and all(
+        b.stack == "decoder" and (b.attentions or b.delta_rule or mixes) for b in architecture.blocks
+    )
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED
     return bool(forward and decoders and architecture.input_embedding and rehearsed)

@@ -114,6 +114,12 @@ class Scan(NamedTuple):
     source: str
 
 
+class Rule(NamedTuple):
+    """The gated delta rule in one function (`memory.delta_kernels`)."""
+
+    source: str
+
+
 class OffloadedActivations(NamedTuple):
     """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`)."""
 
@@ -178,6 +184,7 @@ Part: TypeAlias = (
     | Checkpoint
     | OffloadedActivations
     | Scan
+    | Rule
     | Exchange
     | Balanced
     | Projections

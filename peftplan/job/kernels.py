@@ -30,6 +30,7 @@ from peftplan.job.kernel_facts import (
     PaddingFree,
     Projections,
     Rotary,
+    Rule,
     Scan,
 )
 from peftplan.units import MIB
@@ -110,6 +111,7 @@ KERNELS: dict[str, Kernel] = {
     "mamba-ssm.scan": Scan(
         "mamba-ssm 2.3.2, ops/triton/ssd_combined.py (`MambaSplitConv1dScanCombinedFn`), with causal-conv1d 1.6"
     ),
+    "fla.delta_rule": Rule("flash-linear-attention 0.5.2, ops/gated_delta_rule/chunk.py (`ChunkGatedDeltaRuleFunction`)"),
     "deepep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, as nemo_automodel calls it"),
     "hybridep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/hybrid_ep_buffer.py, as nemo_automodel calls it", hybrid=True),
     "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
@@ -154,6 +156,7 @@ class Kernels(NamedTuple):
     embedding: HostEmbedding | None = None
     activations: OffloadedActivations | None = None
     scan: Scan | None = None
+    delta_rule: Rule | None = None
     exchange: Exchange | None = None
     gate: Balanced | None = None
     dense: Projections | None = None
@@ -230,6 +233,8 @@ SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
+DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Model types with a gated delta rule that flash-linear-attention computes."""
 OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3", "glm4"),
@@ -243,6 +248,7 @@ OF_PACKAGE = {
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,
+    "fla": DELTA_RULES,
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 

@@ -85,7 +85,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--optim-target-modules")
     parser.add_argument("--attn-implementation")
     parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy", "liger"), default="full")
-    parser.add_argument("--kernels", choices=("axolotl", "mamba-ssm"))
+    parser.add_argument("--kernels", choices=("axolotl", "mamba-ssm", "fla"))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
     parser.add_argument("--reward-model")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from peftplan.memory import delta_kernels
 from peftplan.memory.delta_rule import CHUNK, chunked, turned
 from peftplan.memory.models.lfm2 import depthwise
 from peftplan.memory.models.mlps import mlp
@@ -57,7 +58,10 @@ def delta_rule(c: Call, x: Tensor) -> Tensor:
     step = ops.keeps_input(f, ops.add(f, f.to(steps, "fp32"), own["dt_bias"]), "softplus")
     decay = ops.mul(f, rate, step)
     del rate, step
-    y = chunked(f, rule, q, k, v, decay, beta, ceil_div(c.model.length(s), CHUNK))
+    if c.model.running.kernels.delta_rule is not None:
+        y = delta_kernels.by_flash_linear_attention(f, rule, q, k, v, decay, beta)
+    else:
+        y = chunked(f, rule, q, k, v, decay, beta, ceil_div(c.model.length(s), CHUNK))
     if y.dtype == "fp32":  # a view, of which `reshape` makes rows
         y = ops.copied(f, y, "clone")
     y = gated_norm(c, y, gate.view(y.dims))
