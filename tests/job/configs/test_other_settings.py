@@ -241,12 +241,31 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
     assert f"axolotl 0.19.0 raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
 
 
-@pytest.mark.parametrize(("model", "stays"), [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", False)])
+@pytest.mark.parametrize(
+    ("model", "stays"), [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("microsoft/phi-1_5", False)]
+)
 def test_axolotl_casts_embeddings_back_that_it_knows_by_name(model: str, stays: bool) -> None:
-    """GPT-J's `wte` stays in fp32: two layers, rehearsed, hold 50,400 × 4,096 × 2 bytes more in each phase."""
+    """GPT-J's `wte` stays in fp32, and Falcon's linear layers, which bitsandbytes does not quantize: two layers, rehearsed, hold
+    50,400 × 4,096 × 2 and 414,138,368 × 2 bytes more in each phase."""
     values = {"base_model": model, "attn_implementation": "sdpa", "lora_mlp_kernel": False}
     plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl")
     assert {key: row.effect for key, row in plan.unsupported.items()} == ({"load_in_4bit": "raises"} if stays else {})
+
+
+@pytest.mark.parametrize(
+    ("values", "stays"),
+    [
+        ({}, True),
+        ({"deepspeed": "deepspeed_configs/zero2.json"}, True),
+        ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, False),
+        ({"quantize_moe_experts": True}, False),
+        ({"load_in_4bit": False, "adapter": "lora"}, False),
+    ],
+)
+def test_experts_that_are_not_quantized_stay_in_fp32(values: dict[str, object], stays: bool) -> None:
+    """Mixtral of transformers 5: 90 GB of experts in 16 bits are 180 GB."""
+    plan = read_values({**AXOLOTL, "base_model": "mistralai/Mixtral-8x7B-v0.1", **values}, file="a.yml", tool="axolotl")
+    assert ("load_in_4bit" in plan.unsupported) is stays
 
 
 def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
