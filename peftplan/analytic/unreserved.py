@@ -117,10 +117,13 @@ def _prepares_delta_rule(job: Job) -> bool:
     return prepared and any(block.delta_rule is not None for block in job.architecture.blocks)
 
 
+SQUARING = ("axolotl",)
+"""Trainers whose layers in 4 bits hand Arcee's activation what it squares in fp32."""
+
+
 def _squares_in_4_bits(job: Job) -> bool:
-    """Whether axolotl trains Arcee's layers in 4 bits, whose activation squares in fp32."""
-    by_axolotl = job.setup.by.name in ("axolotl",)
-    return by_axolotl and job.architecture.model_type == "arcee" and job.quant is not None
+    """Whether such a trainer trains Arcee in 4 bits."""
+    return job.setup.by.name in SQUARING and job.architecture.model_type == "arcee" and job.quant is not None
 
 
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
@@ -149,7 +152,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_masks_ranks_by_sft, "AdaLoRA by SFTTrainer under ZeRO-3: a rehearsal of three layers reserved 6 % less than the replay"),
     (
         _squares_in_4_bits,
-        "Arcee's activation between layers in 4 bits: a rehearsal of two layers reserved 9 % more than the replay",
+        "Arcee's activation in 4 bits: a rehearsal of two layers reserved 9 % more than the replay",
     ),
     (_permutes_from_host, "BOFT under ZeRO-3: a rehearsal of three layers reserved 13 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
