@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
+SHARING = ("transformers",)
+"""Those of which ranks that share a delta rule were traced."""
 
 
 def check_mixer(job: Job) -> None:
@@ -120,7 +122,7 @@ def _shares_delta_rule(job: Job) -> bool:
     """
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
-    by_kernel = setup.by.name == "transformers" and kernels_of(setup.kernels or ()).delta_rule is not None
+    by_kernel = setup.by.name in SHARING and kernels_of(setup.kernels or ()).delta_rule is not None
     offloads = {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
     alike = by_kernel and job.quant is None and not offloads and setup.dtype == setup.autocast == "bf16"
     named = distributed.strategy == "fsdp2" and distributed.transformer_cls_names_to_wrap is not None
