@@ -20,6 +20,7 @@ NOTEBOOK_BYTES = 32 * 2**20
 """The largest notebook that is read. Its outputs may hold images."""
 MODEL_KEYS = frozenset({"model", "model_name_or_path", "base_model", "model_id_or_path"})
 """Options of commands that name a model."""
+OF_A_MODEL = "the config of a model, not of its training; name it as MODEL"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
@@ -63,6 +64,8 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
         raise RefusedError(f"{file}: its command takes its settings from {document.settings}; name that file")
     if tool == "other":
         own = {"program": Unsupported(document.program, OWN_PROGRAM)} if document.kind == "command" else {}
+        if "model_type" in document.values:
+            own = {"model_type": Unsupported(document.values["model_type"], OF_A_MODEL)}
         return ConfigPlan("other", "", (file,), None, {}, unsupported=own, kind="other")
     return plan_of(document, facts(tool), file=file)
 

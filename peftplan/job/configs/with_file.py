@@ -55,8 +55,10 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     """
     file = plan.files[0]
     if plan.kind != "training":
-        for row in plan.unsupported.values() if plan.tool == "other" else ():
-            raise RefusedError(f"config: {file} runs {row.value}, {row.why}")
+        for key, row in plan.unsupported.items() if plan.tool == "other" else ():
+            raise RefusedError(
+                f"config: {file} is {row.why}" if key == "model_type" else f"config: {file} runs {row.value}, {row.why}"
+            )
         what = (
             "not a training config of a known tool" if plan.tool == "other" else f"a file of {plan.tool}, which trains no model"
         )

@@ -117,6 +117,12 @@ def test_a_script_and_a_notebook(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.ipynb", "train.py"]
 
 
+def test_the_config_of_a_model_is_no_training_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    with pytest.raises(PeftplanError, match=r"config\.json is the config of a model, .*; name it as MODEL"):
+        peftplan.estimate(config=tmp_path / "config.json")
+
+
 def test_names_of_modules_that_are_none() -> None:
     values = {"model._component_": "torchtune.models.qwen2.lora_qwen2_0_5b", "model.lora_attn_modules": [["q_proj"]]}
     with pytest.raises(PeftplanError, match=r"model\.lora_attn_modules: .* accepted: a list of names"):
