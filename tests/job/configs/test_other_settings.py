@@ -268,6 +268,38 @@ def test_experts_that_are_not_quantized_stay_in_fp32(values: dict[str, object], 
     assert ("load_in_4bit" in plan.unsupported) is stays
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "effect"),
+    [
+        ({"adapter": "lora"}, "load_in_4bit", "raises"),
+        ({"adapter": "lora", "deepspeed": "deepspeed_configs/zero1.json"}, "load_in_4bit", "raises"),
+        ({"adapter": "lora", "deepspeed": "deepspeed_configs/zero3_bf16.json"}, "load_in_4bit", None),
+        ({"bnb_config_kwargs": {"llm_int8_skip_modules": ["up_proj"]}}, "bnb_config_kwargs.llm_int8_skip_modules", "raises"),
+        (
+            {"adapter": "lora", "load_in_8bit": True, "bnb_config_kwargs": {"llm_int8_skip_modules": ["up_proj"]}},
+            "bnb_config_kwargs.llm_int8_skip_modules",
+            "lowers",
+        ),
+    ],
+)
+def test_linear_layers_that_axolotl_does_not_quantize(values: dict[str, object], key: str, effect: str | None) -> None:
+    """peft casts to fp32 what is not in 4 or 8 bits, and only qlora reads which modules to leave out."""
+    row = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl").unsupported.get(key)
+    assert (row and row.effect) == effect
+
+
+@pytest.mark.parametrize("quantizes_experts", [True, False])
+def test_glm_4_7_flash_runs_with_qlora_in_place_of_int8(quantizes_experts: bool) -> None:
+    """axolotl reads `bnb_config_kwargs` beside qlora alone, so that no key leaves kv_b_proj out of int8."""
+    values = {"base_model": "zai-org/GLM-4.7-Flash", "adapter": "lora", "load_in_8bit": True, "load_in_4bit": False}
+    plan = read_values(
+        {**AXOLOTL, **values, "lora_qkv_kernel": False, "quantize_moe_experts": quantizes_experts}, file="a.yml", tool="axolotl"
+    )
+    assert plan.refused["load_in_8bit"].instead == {"adapter": "qlora", "load_in_8bit": False, "load_in_4bit": True}
+    assert (plan.options["quant"], plan.options.get("quant_skip_modules")) == ("nf4", None)
+    assert "load_in_8bit" not in plan.unsupported
+
+
 def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
     plan = read_values({**AXOLOTL, "tokens": ["<|im_start|>"]}, file="a.yml", tool="axolotl")
     assert plan.unsupported["tokens"].effect == "raises"

@@ -206,6 +206,7 @@ def test_axolotl_weighs_tokens_by_entropy(values: dict[str, Any], loss: str | No
 EBFT: dict[str, Any] = {
     **AXOLOTL,
     "adapter": "lora",
+    "load_in_4bit": False,
     "rl": "ebft",
     "ebft": {"feature_layers": [0.25, 0.5, 0.75], "embed_method": "last_token", "use_whitening": False, "ce_coef": 0.0},
     "trl": {"num_generations": 4, "max_completion_length": 128, "use_vllm": False, "loss_type": "grpo"},

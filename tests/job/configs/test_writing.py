@@ -11,7 +11,7 @@ import pytest
 
 import peftplan
 from peftplan.datafiles import load
-from peftplan.errors import InputError, PeftplanError
+from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.job.configs.read import read_text, read_values
 from peftplan.job.configs.sayable import fields_of
 from peftplan.job.launch import accelerate, deepspeed
@@ -261,12 +261,15 @@ def test_switches_that_no_option_says_are_off() -> None:
 
 
 def test_layers_that_axolotl_leaves_in_16_bits() -> None:
-    """axolotl 0.19 hands `bnb_config_kwargs` to `BitsAndBytesConfig` (loaders/model.py:823)."""
-    skipped = ("lm_head", "model.layers.1.mlp.down_proj")
-    estimate = peftplan.estimate("llama-3.1-8b", method="qlora", quant_skip_modules=skipped)
+    """axolotl 0.19 hands `bnb_config_kwargs` to `BitsAndBytesConfig` (loaders/model.py:823), and peft casts to fp32 what that
+    leaves out, but for what axolotl casts back."""
+    estimate = peftplan.estimate("llama-3.1-8b", method="qlora", quant_skip_modules=["lm_head"])
     text = export(estimate, to="axolotl").text
-    assert "bnb_config_kwargs:\n  llm_int8_skip_modules: [lm_head, model.layers.1.mlp.down_proj]\n" in text
-    assert read_text(text, file="a.yml").options["quant_skip_modules"] == skipped
+    assert "bnb_config_kwargs:\n  llm_int8_skip_modules: [lm_head]\n" in text
+    assert read_text(text, file="a.yml").options["quant_skip_modules"] == ("lm_head",)
+    skipped = ["lm_head", "model.layers.1.mlp.down_proj"]
+    with pytest.raises(RefusedError, match="quant_skip_modules"):
+        export(peftplan.estimate("llama-3.1-8b", method="qlora", quant_skip_modules=skipped), to="axolotl")
 
 
 def test_options_that_move_no_byte() -> None:
