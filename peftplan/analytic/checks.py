@@ -330,6 +330,8 @@ def _grpo_without_formula(job: Job) -> str | None:
             "of rows that it packs, not longer than the window": setup.batch_size >= FEWEST_PACKED
             and setup.seq_len <= min(_windows(job), default=setup.seq_len),
             "of prompts with scores that Unsloth makes in parts, by the card's free memory": _many_scores(job),
+            f"of completions of more than {loss_sizes.MAX_ROWS:,} tokens with a head that trains": job.method_name == "full"
+            and setup.seq_len - setup.prompt_len > loss_sizes.MAX_ROWS,
         }
         return next((what for what, is_so in missing.items() if is_so), None)
     packed = kernels.padding_free is not None

@@ -19,7 +19,8 @@ ALIASES = "model_aliases.json"
 DTYPES = "checkpoint_dtypes.json"
 """Patterns of names of built-in models → the dtype of their weights and its source, where a config names no dtype."""
 
-
+BY_OLLAMA = {"mistral:7b": "mistral-7b-v0.3"}
+"""Names of Ollama that mean a later release than the name without a colon, which has another vocabulary."""
 MOST_NEAR = 3
 """Models that the error for an unknown name suggests."""
 
@@ -151,7 +152,9 @@ def find(name: str) -> ModelEntry | None:
 def spelled(name: str) -> str | None:
     """The name that `find` knows, of one without an owner that it does not know: llama3-8b, qwen3:8b, or the last part of the
     id of a checkpoint that is listed, such as zephyr-7b-alpha. None if no model or several are meant."""
-    return _by_loose_name().get(_loose(name)) if find(name) is None else name
+    if find(name) is not None:
+        return name
+    return BY_OLLAMA.get(_key(name)) or _by_loose_name().get(_loose(name))
 
 
 class Dtypes(TypedDict):

@@ -20,6 +20,8 @@ _CAPACITY = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|g|mib|mb)", re.IGNORECASE)
 MAX_CAPACITY = 2**20 * GIB
 """No device comes near it: a capacity above it is a slip of the pen."""
 _MAKER = re.compile(r"(nvidia|amd|geforce)+")
+_SIZE = re.compile(r"[4-9]|[1-9][0-9]|[1-3][0-9][0-9]")
+"""Sizes of cards in GB; less is a number of GPUs or an index, and more the name of a card, such as 1650."""
 _COUNTED_BEHIND = re.compile(r"(.+?)[\s-]*[x×*]\s*(\d+)", re.IGNORECASE)
 OTHERS = "; `peftplan gpus` lists them; or a size such as 24GiB"
 """What else is accepted as a card."""
@@ -120,7 +122,7 @@ def find_gpu(name: str) -> Gpu:
 
 def _meant(name: str) -> str | None:
     """What a size without a unit, or a card with the number of GPUs behind it, should have been."""
-    if name.strip().isdecimal():
+    if _SIZE.fullmatch(name.strip()):
         return f"{name.strip()}GB"
     counted = _COUNTED_BEHIND.fullmatch(name.strip())
     return f"{counted[2]}x{counted[1]}" if counted and _key(counted[1]) in _ids_by_key() else None

@@ -205,7 +205,7 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
     """The best changes for the card that misses the least."""
     if not (cards := unfit(result)):
         tight = any(verdict.verdict == "tight" for verdict in result.gpus)
-        return [BLANK, *_divided(screen)] if tight and result.assumptions.get("strategy") == "ddp" else []
+        return _divided(result, screen) if tight else []
     from peftplan.report import advice
 
     nearest, advised = cards[0], advice_on(result, cards[0])
@@ -223,11 +223,12 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
     return [BLANK, *rows]
 
 
-def _divided(screen: Screen) -> list[Row]:
+def _divided(result: Estimate, screen: Screen) -> list[Row]:
     """What leaves more room on several GPUs, where the job just fits."""
-    from peftplan.report.fitting import DIVIDES
+    from peftplan.report.fitting import divided
 
-    return wrapped(DIVIDES, screen.columns)
+    sentence = divided(result.assumptions)
+    return [] if sentence is None else [BLANK, *wrapped(sentence, screen.columns)]
 
 
 def _notes(result: Estimate, screen: Screen) -> list[Row]:

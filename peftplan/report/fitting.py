@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from peftplan.optim import parse_optim
 from peftplan.planning.choosing import Member
 from peftplan.planning.fit_result import CEILINGS, Fit, Plan
 from peftplan.report.cards import card_name
@@ -40,12 +41,21 @@ RANKING = (
     "Plans are ranked by method, then by tokens per step: full > DoRA > LoRA > QDoRA > QLoRA > IA3 > prompts. "
     "That order is advice; tasks differ."
 )
-DIVIDES = "DDP keeps the whole model on each GPU; --strategy fsdp2 or zero3 divides it among them"
-"""What changes most where several GPUs have too little room."""
+NOT_UNDER_FSDP2 = ("adafactor", "galore_adafactor")
+"""Optimizers that FSDP2 refuses, as it does those of bitsandbytes; DeepSpeed runs them."""
 MOST_CARDS = 10
 """Cards that a table shows, the smallest that do."""
 NO_CARD = "No card in the catalogue can run the job."
 WORDS = {"batch_size": "batch size", "seq_len": "sequence length", "r": "rank", "model": "model"}
+
+
+def divided(assumptions: Mapping[str, object]) -> str | None:
+    """What changes most where several GPUs have too little room under DDP; None where nothing was compared that divides it."""
+    if assumptions.get("strategy") != "ddp" or assumptions.get("quant") == "int8":
+        return None
+    optimizer = parse_optim(str(assumptions["optim"]))
+    by_zero = optimizer.package == "bitsandbytes" or optimizer.name in NOT_UNDER_FSDP2
+    return f"DDP keeps the whole model on each GPU; --strategy {'zero3' if by_zero else 'fsdp2 or zero3'} divides it among them"
 
 
 def _over(plan: Plan) -> str:
@@ -93,8 +103,8 @@ def remarks(result: Fit) -> Iterator[str]:
         following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
         beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"
         yield f"{beyond}: {first.binding.text(grows=first.size > 0)}."
-    if not first.size and first.assumptions.get("strategy") == "ddp":
-        yield f"{DIVIDES}."
+    if not first.size and (sentence := divided(first.assumptions)) is not None:
+        yield f"{sentence}."
     if first.fits_again is not None:
         yield (
             f"{word.capitalize()} {first.fits_again:,} fits again: torch's allocator places blocks differently there. "

@@ -91,6 +91,7 @@ def test_the_result_names_the_model_that_was_used(name: str, model: str) -> None
         ("Qwen-3-8B", "qwen3-8b"),
         ("phi4", "phi-4"),
         ("llama3.1:8b", "llama-3.1-8b"),
+        ("mistral:7b", "mistral-7b-v0.3"),
         ("zephyr-7b-alpha", "mistral-7b-v0.1"),
     ],
 )

@@ -111,6 +111,8 @@ def refused(*args: str) -> str:
         ("estimate run.py", ["MODEL", "a training config is read by --config run.py"]),
         ("estimate llama-2-7b --quant 4bit", ["--quant", "did you mean nf4? accepted: awq"]),
         ("estimate llama-2-7b --gpu 24", ["--gpu", "did you mean 24GB? accepted"]),
+        ("estimate llama-2-7b --gpu 0", ["--gpu: '0' is not valid; accepted"]),
+        ("estimate llama-2-7b --gpu 1650", ["--gpu: '1650' is not valid; accepted"]),
         ("estimate llama-2-7b --gpu rtx-4090x2", ["--gpu", "did you mean 2xrtx-4090? accepted"]),
         ("estimate llama-2-7b --target-modules all", ["did you mean all-linear? it has down_proj", "up_proj, v_proj"]),
         ("estimate llama-2-7b --target-modules q_pro", ["--target-modules", "'q_pro'", "near: q_proj"]),

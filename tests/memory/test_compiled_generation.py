@@ -47,7 +47,12 @@ def test_prompts_and_a_row_as_unsloth_ran(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("changed", "why"),
-    [({"batch_size": 8}, "that it packs"), ({"beta": 0.1}, "with a reference"), ({"use_vllm": True}, "beside vLLM")],
+    [
+        ({"batch_size": 8}, "that it packs"),
+        ({"beta": 0.1}, "with a reference"),
+        ({"use_vllm": True}, "beside vLLM"),
+        ({"seq_len": 6000, "max_completion_length": 5000}, "more than 4,096 tokens with a head that trains"),
+    ],
 )
 def test_what_of_it_has_no_formula(changed: dict[str, Any], why: str) -> None:
     result = estimate(MODEL, **{**GRPO, "seq_len": 1024, "max_completion_length": 256, **changed})

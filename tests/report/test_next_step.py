@@ -26,6 +26,18 @@ def test_a_job_that_is_tight_under_ddp_names_what_divides_the_model(command: str
     assert DIVIDES not in words(command, *FULL, "--strategy", "fsdp2")
 
 
+@pytest.mark.parametrize(
+    ("options", "strategies"),
+    [(("--method", "full", "--optim", "adamw_8bit"), "zero3"), (("--method", "qlora", "--quant", "int8"), None)],
+)
+def test_only_strategies_are_named_that_run_the_job(options: tuple[str, ...], strategies: str | None) -> None:
+    """FSDP2 runs neither an optimizer of bitsandbytes nor int8, for which ZeRO-3 has no formula."""
+    shown = words("fit", "llama-3.1-8b", *options, "--gpu", "2x8GiB")
+    assert "does not fit at any batch size" in shown
+    assert ("divides it among them" in shown) is (strategies is not None)
+    assert strategies is None or f"--strategy {strategies} divides" in shown
+
+
 def test_no_change_helps_under_a_strategy_that_was_chosen() -> None:
     job = ("estimate", "llama-3.1-70b", "--method", "qlora", "--gpu", "2xrtx-4090")
     assert "no change that peftplan knows makes it fit with --strategy zero3" in words(*job, "--strategy", "zero3")
