@@ -3,33 +3,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-WITH_TOWERS: dict[tuple[str, str], tuple[bool, ...]] = {
-    ("mistral3", "lora"): (False,),
-    ("mistral3", "full"): (False,),
-    ("qwen2_5_vl", "partial"): (False,),
-    ("gemma3", "partial"): (False,),
-    ("gemma3", "lora"): (False,),
-    ("gemma4", "partial"): (False, True),
-    ("gemma4", "lora"): (False, True),
-    ("gemma4_unified", "full"): (False,),
-    ("qwen3_vl", "partial"): (False,),
+class Shown(NamedTuple):
+    """How a model was rehearsed."""
+
+    trainer: str
+    attention: tuple[str, ...] = ("sdpa", "flash_attention_2")
+    checkpoints: tuple[bool, ...] = (False,)
+    """Whether layers were checkpoints. Two layers of Ministral 3 that were, held 1.1 % more than was counted."""
+
+
+TEXT, IMAGES = "automodel", "automodel-vlm"
+WITH_TOWERS: dict[tuple[str, str], Shown] = {
+    ("mistral3", "lora"): Shown(TEXT),
+    ("mistral3", "full"): Shown(TEXT, ("sdpa",)),
+    ("qwen2_5_vl", "partial"): Shown(IMAGES),
+    ("gemma3", "partial"): Shown(IMAGES, ("eager",)),
+    ("gemma3", "lora"): Shown(IMAGES, ("eager",)),
+    ("gemma4", "partial"): Shown(IMAGES, ("eager",), (False, True)),
+    ("gemma4", "lora"): Shown(IMAGES, ("sdpa",), (False, True)),
+    ("gemma4_unified", "full"): Shown(TEXT, ("eager",)),
+    ("qwen3_vl", "partial"): Shown(IMAGES, ("sdpa",)),
 }
-"""Model type with a tower beside its text part, and method → whether layers were checkpoints in its rehearsals. Two layers of
-Ministral 3 that were, held 1.1 % more than was counted."""
-ATTENTION_OF_GEMMA4 = {"partial": "eager", "full": "eager", "lora": "sdpa"}
-"""Method → the attention with which Gemma 4 was rehearsed."""
+"""By model type with a tower beside its text part, and method."""
 
 
 def knows_tower(job: Job) -> bool:
     """Whether a model with a frozen tower beside its text part was rehearsed so."""
-    architecture, model_type = job.architecture, job.architecture.model_type
-    checkpoints = WITH_TOWERS.get((model_type, job.method_name), ())
-    rehearsed = job.quant is None and bool(job.setup.gradient_checkpointing) in checkpoints
+    setup, architecture, model_type = job.setup, job.architecture, job.architecture.model_type
+    shown = WITH_TOWERS.get((model_type, job.method_name))
+    if shown is None or job.quant is not None or setup.trainer != shown.trainer:
+        return False
+    rehearsed = setup.attn_implementation in shown.attention and bool(setup.gradient_checkpointing) in shown.checkpoints
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
     scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
@@ -37,13 +46,14 @@ def knows_tower(job: Job) -> bool:
 
 
 def _knows_gemma4(job: Job) -> bool:
-    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys."""
+    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; of `gemma4` with checkpoints the dense model of which no
+    layer borrows keys, and the others without."""
     setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
     borrows = any(a.borrows for block in blocks for a in block.attentions)
+    without = borrows or is_mixture(job) or job.architecture.model_type != "gemma4"
     plain = setup.dtype == "bf16" and setup.loss == "full" and setup.gradient_accumulation_steps == 1 and not setup.padding
     whole = distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
-    attends = setup.attn_implementation == ATTENTION_OF_GEMMA4[job.method_name]
-    return plain and whole and attends and not (setup.gradient_checkpointing and (borrows or is_mixture(job)))
+    return plain and whole and bool(setup.gradient_checkpointing) is not without
 
 
 def hands_keys_on(job: Job) -> bool:
