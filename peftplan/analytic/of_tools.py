@@ -74,9 +74,18 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
         "no checkpoints": not setup.gradient_checkpointing,
         "other offloading or checkpoints than --config reads of its tool's files": shown.by_file and not _is_of_file(job),
         f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
+        "ring attention, as its GPUs do not divide the heads of keys": _rings(job),
         "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm != shown.vllm,
     }
     return next((what for what, is_so in differing.items() if is_so), None)
+
+
+def _rings(job: "Job") -> bool:
+    """Whether GPUs that share a row of texts exchange keys in a ring: those that heads are too few for (ms-swift 4.6.0,
+    sequence_parallel/sequence_parallel.py:653)."""
+    shares = job.setup.by.shares_rows and job.setup.by.embeds_rows
+    ranks = job.distributed.world_size if shares and job.distributed is not None else 1
+    return any(a.num_key_value_heads % ranks for block in job.architecture.blocks for a in block.attentions)
 
 
 def _is_of_file(job: "Job") -> bool:

@@ -64,7 +64,8 @@ class ModelEntry(NamedTuple):
         names = [name.lower() for name in (self.name, self.repo_id, *self.aliases, *self.siblings, self.model_type)]
         if any(c in glob for c in "*?["):
             return any(fnmatchcase(name, glob) for name in names)
-        return any(glob in name or glob in _loose(name) for name in names)
+        loose = re.compile(rf"{re.escape(glob)}(?!\d)" if glob[-1:].isdigit() else re.escape(glob))  # no 34b for a 3
+        return any(glob in name or loose.search(_loose(name)) for name in names)
 
     def is_sibling(self, name: str) -> bool:
         """Whether a name that matches this entry belongs to another checkpoint of the same shapes, or to a mirror."""

@@ -102,6 +102,7 @@ def test_patterns() -> None:
     assert {e.model_type for e in catalogue.models("mpt")} == {"mpt"}
     assert catalogue.models("no such model") == ()
     assert set(catalogue.models("llama3")) > set(catalogue.models("llama-3-"))
+    assert not {"llama-30b", "codellama-34b"} & {e.name for e in catalogue.models("llama3")}
     assert catalogue.models("qwen-3-8b") == catalogue.models("qwen3-8b")
 
 

@@ -126,6 +126,14 @@ def test_ranks_put_a_row_of_texts_together(row: dict[str, Any]) -> None:
         assert peaks.by_phase[phase] == pytest.approx(measured, rel=2e-3)
 
 
+@pytest.mark.parametrize("gpus", [3, 16])
+def test_ranks_that_heads_of_keys_are_too_few_for_have_no_formula(gpus: int) -> None:
+    """Qwen3 has eight: of 16 ranks, two groups would exchange keys in a ring, which no rehearsal of embeddings did."""
+    estimate = peftplan.estimate(**options(EMBEDDED[0]) | {"gpus": gpus})
+    assert estimate.peaks is None
+    assert "with ring attention" in estimate.not_modelled[0]
+
+
 def test_a_rank_scores_its_part_of_a_row_of_completions() -> None:
     """4 completions of 64 + 512 tokens over 2 ranks, v = 151,936: logits in 16 bits, those divided by the temperature, and their
     log-probabilities. Of its two heads of keys each rank has one."""
