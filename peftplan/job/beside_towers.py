@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
+
 class Shown(NamedTuple):
     """How a model was rehearsed."""
 
@@ -41,19 +42,20 @@ def knows_tower(job: Job) -> bool:
     rehearsed = setup.attn_implementation in shown.attention and bool(setup.gradient_checkpointing) in shown.checkpoints
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
-    scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
-    return rehearsed and (scaled or model_type != "mistral3")
+    if model_type == "mistral3":  # Ministral 3 3B, whose head is its embedding
+        scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
+        return rehearsed and scaled and bool(architecture.ties)
+    return rehearsed
 
 
 def _knows_gemma4(job: Job) -> bool:
-    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; of `gemma4` with checkpoints the dense model of which no
-    layer borrows keys, and the others without."""
+    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys."""
     setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
     borrows = any(a.borrows for block in blocks for a in block.attentions)
-    without = borrows or is_mixture(job) or job.architecture.model_type != "gemma4"
+    borrows_or_mixes = borrows or is_mixture(job)
     plain = setup.dtype == "bf16" and setup.loss == "full" and setup.gradient_accumulation_steps == 1 and not setup.padding
     whole = distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
-    return plain and whole and bool(setup.gradient_checkpointing) is not without
+    return plain and whole and not (setup.gradient_checkpointing and borrows_or_mixes)
 
 
 def hands_keys_on(job: Job) -> bool:

@@ -422,6 +422,7 @@ def test_each_model_type_was_rehearsed() -> None:
         ({"gradient_checkpointing": True}, "mistral3"),
         ({"trainer": "transformers"}, "mistral3"),
         ({"model": "mistral-small-3.1-24b-instruct-2503"}, "mistral3"),
+        ({"model": "ministral-3-8b-instruct-2512"}, "mistral3"),
     ],
 )
 def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str | None) -> None:
@@ -445,7 +446,7 @@ def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str |
     [
         ({}, True),
         ({"model": "gemma-4-31b-it", "gradient_checkpointing": True}, True),
-        ({"model": "gemma-4-31b-it"}, False),
+        ({"model": "gemma-4-31b-it"}, True),
         ({"model": "gemma-4-12b-it", "trainer": "automodel"}, False),
         ({"model": "qwen3-vl-8b-instruct", "attn_implementation": "sdpa"}, True),
         ({"model": "qwen3-vl-8b-instruct"}, False),
