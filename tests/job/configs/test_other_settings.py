@@ -242,7 +242,8 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
 
 
 @pytest.mark.parametrize(
-    ("model", "stays"), [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("microsoft/phi-1_5", False)]
+    ("model", "stays"),
+    [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("facebook/opt-1.3b", True), ("microsoft/phi-1_5", False)],
 )
 def test_axolotl_casts_embeddings_back_that_it_knows_by_name(model: str, stays: bool) -> None:
     """GPT-J's `wte` stays in fp32, and Falcon's linear layers, which bitsandbytes does not quantize: two layers, rehearsed, hold
