@@ -68,7 +68,7 @@ def test_non_reentrant_checkpoints_leave_stacks_in_8_bits_restored() -> None:
 def test_bitsandbytes_refuses_latent_keys_in_8_bits() -> None:
     """`axolotl train` ended with `Only two or three dimensional matrices are supported for argument A`."""
     refused = read_values(GLM, file="a.yml")
-    assert "raises ValueError" in refused.unsupported["load_in_8bit"].why
+    assert "raises ValueError" in refused.refused["load_in_8bit"].why
     job: dict[str, Any] = {"method": "lora", "quant": "int8", "target_modules": ["o_proj"], "kbit_prepare": False}
     assert "four dimensions" in peftplan.estimate("glm-4.7-flash", **job).not_modelled[0]
     assert peftplan.estimate("glm-4.7-flash", quant_skip_modules=["kv_b_proj", "lm_head"], **job).peaks is not None
