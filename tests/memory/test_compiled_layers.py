@@ -177,7 +177,8 @@ def test_a_record_frees_each_tensor_once_and_leaves_gradients(row: dict[str, Any
     backward = len([event for event in record.training.partition("|")[0].split() if not event.startswith("-")])
     gradients = [event for number, event in alive.items() if number > backward or event == hidden]
     assert gradients.count(hidden) == 1  # the gradient of the input, which may lie in a tensor of forward
-    of_all = {"gemma-3-270m": 7 + 6, "qwen3-0.6b": 7 + 4, "modernbert-large": 4 + 2, "qwen2.5-1.5b": 7 + 3 + 2}  # linear layers, biases, norms
+    of_all = {"gemma-3-270m": 7 + 6, "qwen3-0.6b": 7 + 4, "modernbert-large": 4 + 2, "qwen2.5-1.5b": 7 + 3 + 2}
+    # linear layers, biases, norms
     layer = of_all.get(record.model, 0)
     elsewhere = sum(len(layers) for layers, *_ in record.others)
     modules = len(record.modules) - sum(copies <= elsewhere for copies in record.adapted.values())  # of most layers
