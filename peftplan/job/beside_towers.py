@@ -1,8 +1,6 @@
 """Which vision-language models with a tower that does not train were rehearsed with NeMo Automodel's recipes
 (tests/rehearse/automodel.jsonl)."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
 """By model type with a tower beside its text part, and method."""
 
 
-def knows_tower(job: Job) -> bool:
+def knows_tower(job: "Job") -> bool:
     """Whether a model with a frozen tower beside its text part was rehearsed so."""
     setup, architecture, model_type = job.setup, job.architecture, job.architecture.model_type
     shown = WITH_TOWERS.get((model_type, job.method_name))
@@ -48,7 +46,7 @@ def knows_tower(job: Job) -> bool:
     return rehearsed
 
 
-def _knows_gemma4(job: Job) -> bool:
+def _knows_gemma4(job: "Job") -> bool:
     """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys."""
     setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
     borrows = any(a.borrows for block in blocks for a in block.attentions)
@@ -58,13 +56,13 @@ def _knows_gemma4(job: Job) -> bool:
     return plain and whole and not (setup.gradient_checkpointing and borrows_or_mixes)
 
 
-def hands_keys_on(job: Job) -> bool:
+def hands_keys_on(job: "Job") -> bool:
     """Whether no cache of keys and values is made, whatever `use_cache` says: layers of Gemma 4 that borrow them find them in
     what stands for a cache, and its mixture takes none (components/models/gemma4_moe/model.py, `_Gemma4KVShareHolder`)."""
     borrows = any(a.borrows for block in job.architecture.blocks for a in block.attentions)
     return job.setup.by.own_lora and job.architecture.model_type == "gemma4" and (borrows or is_mixture(job))
 
 
-def is_mixture(job: Job) -> bool:
+def is_mixture(job: "Job") -> bool:
     """Whether a layer has experts."""
     return any(block.mlp.num_experts for block in job.architecture.blocks)

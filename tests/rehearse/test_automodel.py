@@ -533,15 +533,13 @@ def test_layers_in_8_bits_need_a_card_that_multiplies_them(card: str, verdict: s
 
 
 def test_the_recipe_of_pictures_holds_the_logits_in_backward() -> None:
-    """recipes/vlm/finetune.py keeps `out`, which recipes/llm/train_ft.py deletes: 512 x 151,936 logits in 16 bits,
-    and the keys and values of 3 layers, 2 x 512 x 256."""
+    """recipes/vlm/finetune.py keeps `out`, which recipes/llm/train_ft.py deletes: 512 x 151,936 logits in 16 bits. The recipe of
+    texts was not rehearsed with this model."""
     (row,) = (row for row in ROWS if row["model"] == "qwen2.5-vl-3b-instruct")
-    backward = []
-    for trainer in ("automodel", "automodel-vlm"):
-        peaks = peftplan.estimate(**options(row) | {"trainer": trainer}).peaks
-        assert peaks is not None
-        backward.append(peaks.by_phase["backward"])
-    assert backward[1] - backward[0] == 2 * 512 * (151_936 + 3 * 2 * 256)
+    assert peftplan.estimate(**options(row) | {"trainer": "automodel"}).peaks is None
+    peaks = peftplan.estimate(**options(row) | {"trainer": "automodel-vlm"}).peaks
+    assert peaks is not None
+    assert abs(peaks.by_phase["backward"] - row["by_phase"]["backward"]) < 512 * 151_936 * 2 / 10
 
 
 @pytest.mark.parametrize(
