@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from peftplan.analytic.checks import check
@@ -17,6 +14,7 @@ from peftplan.distributed.any_world import Worlds, over_any_world, place_of
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.ledger import Dim
 from peftplan.memory.timeline import Kind, Timeline
+from peftplan.scans import no_scans
 
 SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies whose ranks run the same operations in worlds of many sizes."""
@@ -80,7 +78,7 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     for record in records:
         if (values := record.worlds.at(world, rank or 0)) is not None:
             return OverRanks(record, values)
-    with _uncollected():
+    with no_scans():
         record = _record(of_job, Worlds(world, rank or 0), key, compute_capability)
     _RECORDS[key] = (*records, record)[-RECORDS_KEPT:]
     if len(_RECORDS) > RECORDS_KEPT:
@@ -88,18 +86,6 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     values = record.worlds.at(world, rank or 0)
     assert values is not None, "a record holds for the world that it was made of"
     return OverRanks(record, values)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's collector of circular references, which takes a fifth of the time of a tape and finds none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _record(of_job: Inventory, worlds: Worlds, key: tuple[object, ...], compute_capability: str) -> Record:

@@ -127,7 +127,7 @@ def _tool(file: Path, tool: str | None) -> Tool:
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
     """The entry of a plan."""
     row = ConfigEntry(
-        plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported), refused="; ".join(plan.warnings) or None
+        plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported), refused="; ".join(plan.warnings()) or None
     )
     if plan.kind != "training":
         own = [f"{key.value}: {key.why}" for key in plan.unsupported.values()]

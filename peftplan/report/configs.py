@@ -104,7 +104,7 @@ def summed(entries: Sequence[ConfigEntry]) -> str:
     of_text = sum(entry.scope is not None for entry in peaks)
     training = len(entries) - launching - others
     text = f", {of_text} of text only" if of_text else ""
-    text += f", {changed} with a change, without which the tool raises" if changed else ""
+    text += f", {changed} after a change, without which the tool raises an error" if changed else ""
     figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact{text}" if training else ""
     parts = [_files(training, "training config") + figures]
     parts += [_files(number, what) for number, what in ((launching, "launch file"), (others, "other file")) if number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast, get_args
 
 from peftplan.job.launch import OF_FSDP
@@ -65,11 +66,13 @@ class Refused(NamedTuple):
     """The tool's error, with file and line."""
     instead: Mapping[str, object]
     """Keys and their new values; None removes the key."""
+    option: str | None = None
+    """The option that takes its place where the user sets it."""
 
 
 @dataclass(frozen=True)
 class ConfigPlan:
-    """What a tool's files say. Every key is in one of `read`, `ignored` and `unsupported`."""
+    """What a tool's files say. Every key is in one of `read`, `ignored` and `unsupported`, but those that a change removes."""
 
     tool: Tool
     version: str
@@ -98,13 +101,19 @@ class ConfigPlan:
         """The unsupported keys, less those whose option the user has set."""
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the tool raises for the files as they are, a sentence each."""
+    def refusals(self, chosen: Mapping[str, object] = MappingProxyType({})) -> dict[str, str]:
+        """What the tool raises for the files as they are → the change that runs, in words, less what the user has set."""
         changes: dict[str, dict[str, object]] = {}
-        for row in self.refused.values():
+        for row in self._refused(chosen).values():
             changes.setdefault(row.why, {}).update(row.instead)
-        return tuple(f"{why}; the numbers are those {_change(instead)}" for why, instead in changes.items())
+        return {why: _change(instead) for why, instead in changes.items()}
+
+    def warnings(self, chosen: Mapping[str, object] = MappingProxyType({})) -> tuple[str, ...]:
+        """The same, a sentence each."""
+        return tuple(f"{why}; the numbers are those {change}" for why, change in self.refusals(chosen).items())
+
+    def _refused(self, chosen: Mapping[str, object]) -> dict[str, Refused]:
+        return {key: row for key, row in self.refused.items() if row.option is None or chosen.get(row.option) is None}
 
     def to_dict(self, chosen: Mapping[str, object] | None = None) -> ConfigDocument:
         """The `config` field of an estimate's JSON; nothing is assumed of an option that the user has `chosen`."""
@@ -120,7 +129,10 @@ class ConfigPlan:
             "read": {key: row._asdict() for key, row in self.read.items()},
             "ignored": {key: row._asdict() for key, row in self.ignored.items()},
             "unsupported": {key: row._asdict() for key, row in unsupported.items()},
-            "refused": {key: row._asdict() for key, row in self.refused.items()},
+            "refused": {
+                key: {"value": row.value, "why": row.why, "instead": dict(row.instead)}
+                for key, row in self._refused(chosen).items()
+            },
             "defaults": dict(self.defaults),
             "assumed": {name: text for name, text in self.assumed.items() if name not in chosen},
             "bound": bound(unsupported),

@@ -135,7 +135,7 @@ class Reading:
             self.unsupported[key] = Unsupported(value, row["unsupported"], effect, row.get("option"))
             if "instead" in row:
                 instead = {key if name == "*" else name: new for name, new in row["instead"].items()}
-                self.refused[key] = Refused(value, row["unsupported"], instead)
+                self.refused[key] = Refused(value, row["unsupported"], instead, row.get("option"))
 
     def _to(self, key: str, value: object, row: Row) -> None:
         option = row["to"]
@@ -265,7 +265,7 @@ class Reading:
             value = self.values.get(key, "by default")
             self.unsupported[key] = Unsupported(value, refusal["why"], effect, refusal.get("option"))
             if "instead" in refusal:
-                self.refused[key] = Refused(value, refusal["why"], refusal["instead"])
+                self.refused[key] = Refused(value, refusal["why"], refusal["instead"], refusal.get("option"))
             self.read.pop(key, None)
             self.ignored.pop(key, None)
         settled = [key for key in rule.get("supports", ()) if self.unsupported.pop(key, None)]

@@ -71,8 +71,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
         raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
-    if strict and plan.refused:
-        raise RefusedError(f"config: {file}: {plan.warnings[0]}")
+    for why, change in plan.refusals(chosen_options).items() if strict else ():
+        raise RefusedError(f"config: {file}: {why}; it runs {change}")
     options = dict(plan.options)
     if model is not None and not _is_the_file_s(model, plan) and re.search(r"\d", str(options.get("quant_skip_modules"))):
         del options["quant_skip_modules"]  # layers of the file's model
@@ -89,7 +89,9 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     options |= chosen_options
     of_tool = of_releases(plan.tool, options)
     of_tool |= {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
-    return WithFile(plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool, plan.warnings)
+    return WithFile(
+        plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool, plan.warnings(chosen_options)
+    )
 
 
 def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:

@@ -346,13 +346,22 @@ def test_a_file_with_which_the_tool_raises_is_read_with_the_change_that_runs() -
     }  # fmt: skip
     changed = {key: value for key, value in values.items() if key != "flash_attn_rms_norm"} | switches
     assert plan.options == read({**AXOLOTL, **changed}).options
-    norms, kernels = plan.warnings
+    norms, kernels = plan.warnings()
     assert norms.endswith("the numbers are those without flash_attn_rms_norm")
     assert kernels.endswith("with lora_mlp_kernel: false, lora_qkv_kernel: false, lora_o_kernel: false")
-    assert peftplan.estimate(config=plan).warnings[:2] == plan.warnings
+    assert peftplan.estimate(config=plan).warnings[:2] == plan.warnings()
     assert of_plan(plan).refused == f"{norms}; {kernels}"
-    with pytest.raises(RefusedError, match="no longer has fused norms"):
+    with pytest.raises(RefusedError, match=r"no longer has fused norms .*; it runs without flash_attn_rms_norm$"):
         peftplan.estimate(config=plan, strict=True)
+
+
+def test_an_option_takes_the_place_of_a_key_with_which_the_tool_raises() -> None:
+    values = {"base_model": "EleutherAI/gpt-j-6b", "sequence_len": 512, "attn_implementation": "xformers"}
+    plan = read({**AXOLOTL, **values, "lora_mlp_kernel": False})
+    assert peftplan.estimate(config=plan).warnings[:1] == plan.warnings()
+    chosen = peftplan.estimate(config=plan, attn_implementation="eager")
+    assert chosen.config is not None
+    assert (chosen.config["refused"], [text for text in chosen.warnings if "raises" in text]) == ({}, [])
 
 
 def test_gemma_3_runs_flash_attention_in_the_transformers_that_a_tool_pins() -> None:
