@@ -38,7 +38,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "minimax_m2": (
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
-        Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora"),
+        Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", apart=True),
     ),
     "glm4_moe": (
         Exchanged((), (), False, False, shared=True),

@@ -342,6 +342,7 @@ def test_which_adapters_and_layers_were_rehearsed_where_ranks_divide_experts(opt
         ({"gradient_checkpointing": True}, False),
         ({"kernels": "hybridep,te-linear"}, False),
         ({"ep_size": 4}, False),
+        ({"pp_stage_is_unit": None}, False),
     ],
 )
 def test_what_of_minimax_with_lora_was_rehearsed(options: dict[str, Any], known: bool) -> None:
@@ -352,6 +353,7 @@ def test_what_of_minimax_with_lora_was_rehearsed(options: dict[str, Any], known:
         "target_modules": "every-linear",
         "trainer": "automodel",
         "kernels": "hybridep",
+        "pp_stage_is_unit": False,
     }
     job |= {"strategy": "fsdp2", "gpus": 8, "ep_size": 8, "seq_len": 512, "optim": "adamw_torch"}
     result = peftplan.estimate(cut("minimax-m2.5", 3), **job | options)
