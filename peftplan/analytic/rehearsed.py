@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
-    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora")),
+    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora"), ("falcon_h1", "lora")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2: of Seed-OSS alone
 over all ranks."""
@@ -237,7 +237,7 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
     of_experts = apart and distributed.pp_schedule == INTERLEAVED and knows_experts(job)
     divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
     return (
-        builds(job)
+        (builds(job) or _stages_transformers_modules(job, distributed))
         and whole
         and (ranks_of(distributed) == 1 or (divided and distributed.pp_schedule == INTERLEAVED))
         and job.setup.dtype == "bf16"
@@ -248,6 +248,14 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and job.setup.loss == "full"
         and (job.method_name == "full" or distributed.pp_schedule == INTERLEAVED)  # 1f1b of LoRA: reserved 3.7 % too low
     )
+
+
+def _stages_transformers_modules(job: Job, distributed: Distributed) -> bool:
+    """Whether stages of transformers' modules were rehearsed: of Qwen2 with LoRA and checkpoints, on rows without padding, that
+    take turns."""
+    setup, of_qwen2 = job.setup, (job.architecture.model_type, job.method_name) == ("qwen2", "lora")
+    plain = bool(setup.gradient_checkpointing) and not setup.padding and job.quant is None
+    return setup.by.layout is AUTOMODEL and of_qwen2 and plain and distributed.pp_schedule == INTERLEAVED
 
 
 def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:

@@ -106,6 +106,16 @@ def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) ->
         peftplan.estimate("llama-3.1-8b", **job | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [({}, True), ({"gradient_checkpointing": False}, False), ({"padding": True}, False), ({"model": "qwen3-8b"}, False)],
+)
+def test_what_of_stages_of_transformers_modules_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "qwen2.5-7b", "method": "lora", "trainer": "automodel-hf", "strategy": "fsdp2", "gpus": 8}
+    job |= {"pp_size": 4, "pp_schedule": "interleaved1f1b", "gradient_checkpointing": True, "seq_len": 512}
+    assert (peftplan.estimate(**job | options).peaks is not None) is known
+
+
 def test_a_tied_head_is_refused() -> None:
     with pytest.raises(RefusedError, match="tie_word_embeddings"):
         peftplan.estimate("llama-3.2-1b", method="full", trainer="automodel", strategy="fsdp2", gpus=4, pp_size=2)

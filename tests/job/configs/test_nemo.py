@@ -628,6 +628,33 @@ def test_only_the_benchmark_sets_how_many_rows_its_data_make(recipe: str, refuse
     assert ("raises ValueError" in plan.unsupported["dataset._target_"].why) is refused
 
 
+@pytest.mark.parametrize(
+    ("rows", "model", "known"), [(8, "Qwen/Qwen2.5-32B", True), (4, "Qwen/Qwen2.5-32B", False), (8, "Qwen/Qwen3-8B", False)]
+)
+def test_a_batch_that_stages_divide_is_made_whole(rows: int, model: str, *, known: bool) -> None:
+    """`dataset.batch_size` of what a rank reads, which the rehearsed recipe runs with (tests/rehearse/pipeline.jsonl)."""
+    dataset = {"_target_": MOCK, "seq_len": 512}
+    stages = {
+        "strategy": "fsdp2",
+        "pp_size": 4,
+        "activation_checkpointing": True,
+        "pipeline": IN_STAGES | {"layers_per_stage": 1},
+    }
+    peft = {**NEMO_LORA, "dim": 16, "target_modules": "*_proj"}
+    scheduler = {"local_batch_size": rows, "global_batch_size": 4 * rows}
+    plan = of_nemo(
+        stages,
+        model=NEMO_MODEL | {"pretrained_model_name_or_path": model, "force_hf": True},
+        peft=peft,
+        step_scheduler=scheduler,
+        dataset=dataset,
+        dataloader=UNBATCHED,
+    )
+    assert ("dataset._target_" in plan.refused) is (rows == 8)
+    assert ("dataset._target_" not in plan.unsupported) is known
+    assert not known or plan.refused["dataset._target_"].instead == {"dataset.batch_size": 8}
+
+
 MOCK = "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset"
 UNBATCHED = {"_target_": "torch.utils.data.DataLoader", "batch_size": None}
 
