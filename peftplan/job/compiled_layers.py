@@ -33,6 +33,8 @@ MASK = "2q"
 BLOCK_OF_FLEX = 128
 """Rows of flex attention are padded to a multiple of it (unsloth_zoo, temporary_patches/gpt_oss.py), prompts and completions
 each (unsloth, models/rl.py:3510)."""
+LONG = 1000 * BLOCK_OF_FLEX
+"""Tokens of a row of which this padding is less than 0.1 %."""
 
 
 class Events(NamedTuple):
@@ -63,7 +65,8 @@ class Recorded(NamedTuple):
     (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
     that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
     it is not all. `of_pairs`: the rows are one column of pairs of texts. Not `checkpointed`: a layer's input stays until its
-    backward is done. `dropout`: adapters have one.
+    backward is done. `dropout`: adapters have one. `tiles`: the MLP runs over tiles of tokens, of which the record has two: later
+    ones do what the second does.
     """
 
     model: str
@@ -87,6 +90,7 @@ class Recorded(NamedTuple):
     of_pairs: bool = False
     checkpointed: bool = True
     dropout: bool = False
+    tiles: bool = False
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:
@@ -97,7 +101,7 @@ class Recorded(NamedTuple):
     def of(self) -> tuple[object, ...]:
         """What a job must have for the record to hold."""
         adapted = self.r, set(self.modules)
-        by = self.generates, self.of_pairs, self.checkpointed, self.dropout
+        by = self.generates, self.of_pairs, self.checkpointed, self.dropout, self.tiles
         return (self.model, self.scheme, self.rows, *adapted, self.stored, *by)
 
     def of_layer(self, number: int) -> Events:
@@ -140,13 +144,15 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    by = setup.by.generates, setup.by.embeds, checkpointed, bool(getattr(config, "lora_dropout", 0))
+    by = setup.by.generates, setup.by.embeds, checkpointed, bool(getattr(config, "lora_dropout", 0)), layers.tiles
     wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, *by)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
     if row is not None and row.rows and MASK in row.training and setup.batch_size > 1:
         return None  # recorded of one row
-    padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0)
+    if row is not None and row.tiles and (setup.batch_size > 1 or setup.seq_len < 2 * (job.architecture.hidden_size or 0)):
+        return None  # recorded of one row of two tiles or more
+    padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0 or setup.seq_len >= LONG)
     return None if row is not None and row.first is not None and not padded else row
 
 

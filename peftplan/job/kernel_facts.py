@@ -74,12 +74,14 @@ class CompiledLayers(NamedTuple):
     """Layers that torch compiles whole, as `job.compiled_layers` has records of them.
 
     `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it. `rows`: the rows of a batch stay
-    apart, as a collator of the program's own makes them.
+    apart, as a collator of the program's own makes them. `tiles`: MLPs run over as many tokens at once as a hidden state has
+    numbers.
     """
 
     source: str
     scheme: str = ""
     rows: bool = False
+    tiles: bool = False
 
 
 class PaddingFree(NamedTuple):

@@ -63,6 +63,8 @@ KERNELS: dict[str, Kernel] = {
     "unsloth.lora_o": UNSLOTH_LORA,
     "unsloth-compiled.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)"),
     "unsloth-compiled.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-tiled.layers": CompiledLayers("unsloth_zoo 2026.10.9, tiled_mlp.py (`patch_tiled_mlp`)", tiles=True),
+    "unsloth-tiled.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-rows.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)", rows=True),
     "unsloth-rows.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-padded.decoder": UNSLOTH_DECODER,

@@ -264,6 +264,7 @@ class Reading:
             key, effect = refusal["key"], refusal.get("effect", "unknown")
             value = self.values.get(key, "by default")
             self.unsupported[key] = Unsupported(value, refusal["why"], effect, refusal.get("option"))
+            self.refused.pop(key, None)
             if "instead" in refusal:
                 self.refused[key] = Refused(value, refusal["why"], refusal["instead"], refusal.get("option"))
             self.read.pop(key, None)

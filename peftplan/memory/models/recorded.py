@@ -12,6 +12,7 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
+from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import is_in_text_part
 from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
@@ -37,6 +38,8 @@ TOKENS: dict[str, Dims] = {
 """What stands behind a size in the record → the dims that it is multiplied by."""
 UNTIMED: Mapping[int, Dims | None] = MappingProxyType({})
 LAST_PASS = "/1"
+INDICES = 4
+"""Matrices of a mask of blocks: kv_indices, full_kv_indices, q_indices, full_q_indices."""
 SIZE = re.compile(r"(\d+)(.*)")
 Tensors = dict[int, Tensor]
 """The number of an allocation in the record → its tensor."""
@@ -71,6 +74,22 @@ class LayerState(NamedTuple):
     trained: list[Parameter]
     tuned: Mapping[int, Dims | None]
     kept: Tensor | None
+
+
+class Blocks(Derived):
+    """Blocks of flex attention in a row."""
+
+    def __new__(cls) -> Blocks:
+        """Named by the tokens of a block."""
+        return super().__new__(cls, f"b·s/{FLASH_BLOCK}")
+
+    def __getnewargs__(self) -> tuple[()]:  # type: ignore[override]
+        """What a copy is made of."""
+        return ()
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        """The last one may not be full."""
+        return sizes[f"b·s%{FLASH_BLOCK}"] // FLASH_BLOCK
 
 
 def recorded_layer(c: Call, x: Tensor) -> Tensor:
@@ -168,6 +187,13 @@ def scales(recorded: Recorded) -> list[Dims]:
     result = recorded.of_layer(1).result
     left.remove(next(event for event in left if event.partition("^")[0] == result))
     return [_dims(event) for event in left]
+
+
+def masks_of_blocks(f: Tape, arch: Architecture) -> list[Tensor]:
+    """The masks of flex attention, one for each kind of it, which stay: which blocks of keys a block of queries attends to and
+    the reverse, in part and in full (unsloth_zoo 2026.10.9, flex_attention/utils.py, `reused_compiled_create_block_mask`)."""
+    num_kinds = len({block.attentions[0].window for block in arch.blocks})
+    return [f.new((Blocks(), Blocks()), "int32", "mask of blocks") for _ in range(num_kinds * INDICES)]
 
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
