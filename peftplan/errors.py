@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from functools import lru_cache
 from pathlib import PurePath
 from reprlib import Repr
 from types import BuiltinFunctionType, FunctionType, MappingProxyType
@@ -72,11 +73,16 @@ SHORTEST_BEGINNING = 2
 
 def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = SIMILAR) -> list[str]:
     """The choices that read most like `name`, best first; those that begin with it, its last number whole, before all others."""
-    from difflib import get_close_matches  # needed only once something is wrong
-
     longer = [choice for choice in choices if len(name) >= SHORTEST_BEGINNING and choice.startswith(name)]
     longer = [choice for choice in longer if not (name[-1].isdigit() and choice[len(name) : len(name) + 1].isdigit())]
-    return list(dict.fromkeys((*longer, *get_close_matches(name, choices, n=most, cutoff=cutoff))))[:most]
+    return list(dict.fromkeys((*longer, *_similar(name, tuple(choices), most, cutoff))))[:most]
+
+
+@lru_cache(maxsize=4096)
+def _similar(name: str, choices: tuple[str, ...], most: int, cutoff: float) -> list[str]:
+    from difflib import get_close_matches  # needed only once something is wrong
+
+    return get_close_matches(name, choices, n=most, cutoff=cutoff)
 
 
 def near_names(typed: Iterable[str], known: Iterable[str], *, most: int = 6) -> str:

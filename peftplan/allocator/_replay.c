@@ -8,6 +8,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,7 +30,7 @@
 #define WIDTH 5
 #define PER_DOUBLING 8  /* bins of each doubling of a block's size */
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
-#define STREAMS 8  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
+#define STREAMS 64  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
 #define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
 #define LINE 64  /* bytes of a line of the processor's cache: a block is one */
@@ -97,7 +98,7 @@ typedef struct {
 typedef struct {
     int failed;
     /* the allocator */
-    Block bins[POOLS * BINS], unmapped[POOLS];
+    unsigned pools;  /* of the streams on which the program makes something */
     Block none, taken;  /* always live: what is before the first of a segment and behind the last; what stays for good */
     uint64_t filled[POOLS * BINS / 64 + 1];  /* bins that hold a block */
     Chunk *chunks, *spare_chunks;  /* those in use; those of an earlier run */
@@ -120,6 +121,7 @@ typedef struct {
     Layers layers, before;  /* those about to run, and those that ran last */
     int32_t *open, looked_at;  /* of storages, the last layers that allocate them and have not freed them yet */
     int64_t misses;
+    Block unmapped[POOLS], bins[POOLS * BINS];  /* last, since they are many: those of streams that are not used stay untouched */
 } Run;
 
 /* -- pools of cached blocks ------------------------------------------------------------------------------------------------------ */
@@ -449,7 +451,7 @@ static Block *grow_segment(Run *run, int64_t size, unsigned pool)
 
 APART void release_cached(Run *run)
 {
-    for (Block *head = run->bins; head < run->bins + POOLS * BINS; head++) {
+    for (Block *head = run->bins; head < run->bins + run->pools * BINS; head++) {
         for (Block *block = head->larger, *larger; block != head; block = larger) {
             larger = block->larger;
             if (run->grows) {
@@ -751,7 +753,7 @@ static int note_places(Run *run, Layers *layers)
 {
     int32_t turns = 0;
     layers->num_places = 0;
-    for (unsigned word = 0; word < POOLS * BINS / 64; word++) {
+    for (unsigned word = 0; word < run->pools * BINS / 64; word++) {
         for (uint64_t filled = run->filled[word]; filled; filled &= filled - 1) {
             const Block *head = &run->bins[64 * word + (unsigned)__builtin_ctzll(filled)];
             for (const Block *block = head->larger; block != head; block = block->larger)
@@ -759,7 +761,7 @@ static int note_places(Run *run, Layers *layers)
                     return 0;
         }
     }
-    for (const Block *head = run->unmapped; head < run->unmapped + (run->grows ? POOLS : 0); head++)
+    for (const Block *head = run->unmapped; head < run->unmapped + (run->grows ? run->pools : 0); head++)
         for (const Block *block = head->larger; block != head; block = block->larger)
             if (!note_place(run, layers, block->address, block->size))
                 return 0;
@@ -993,6 +995,8 @@ static void read_events(Run *run, Event *event, const int64_t *from, size_t leng
             run->failed = MALFORMED;
             return;
         }
+        if (event->what == MAKE && 2 * (unsigned)event->d >= run->pools)
+            run->pools = 2 * (unsigned)event->d + 2;
     }
 }
 
@@ -1036,9 +1040,9 @@ static int prepare(Run *run)
     }
     for (size_t at = 0; at < n; at++)
         run->live[at].spare = NONE;
-    for (int bin = 0; bin < POOLS * BINS; bin++)
+    for (unsigned bin = 0; bin < run->pools * BINS; bin++)
         make_ring(&run->bins[bin]);
-    for (int pool = 0; pool < POOLS; pool++)
+    for (unsigned pool = 0; pool < run->pools; pool++)
         make_ring(&run->unmapped[pool]);
     return 1;
 }
@@ -1052,7 +1056,7 @@ static Run *new_run(void)
     kept = NULL;
     if (run == NULL && posix_memalign((void **)&run, LINE, sizeof(Run)) != 0)
         return NULL;
-    memset(run, 0, sizeof(Run));
+    memset(run, 0, offsetof(Run, unmapped));
     run->spare_chunks = chunks;
     return run;
 }
@@ -1062,6 +1066,7 @@ static struct {
     PyObject *bytes;
     Event *events;
     size_t num_sizes, num_storages, num_handles, num_phases; /* of the tables in which its operands are places */
+    unsigned pools;
 } last;
 
 static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t length)
@@ -1069,6 +1074,7 @@ static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t l
     if (last.bytes == bytes && last.num_sizes == run->num_sizes && last.num_storages == run->num_storages &&
         last.num_handles == run->num_handles && last.num_phases == run->num_phases) {
         run->events = last.events;
+        run->pools = last.pools;
         return;
     }
     Event *events = malloc(length / WIDTH * sizeof(Event) + 1);
@@ -1085,6 +1091,7 @@ static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t l
     Py_XDECREF(last.bytes);
     Py_INCREF(bytes);
     last.bytes = bytes;
+    last.pools = run->pools;
     last.events = run->events = events;
     last.num_sizes = run->num_sizes;
     last.num_storages = run->num_storages;
@@ -1173,10 +1180,10 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     run->num_storages = (size_t)storages;
     run->num_handles = (size_t)handles;
     run->num_phases = (size_t)phases;
-    if (!prepare(run))
+    run->pools = 2;  /* of the default stream */
+    find_events(run, events_object, (const int64_t *)events, length);
+    if (!run->failed && !prepare(run))
         run->failed = HOST_FULL;
-    else
-        find_events(run, events_object, (const int64_t *)events, length);
     if (!run->failed)
         run_events(run, run->events, run->events + length / WIDTH);
     close_phase(run);

@@ -71,7 +71,7 @@ def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
     handles: dict[int, int] = {}
     storages: dict[int, tuple[int, int]] = {}
     """Of streams besides the default one: storage and size."""
-    streams = 1
+    streams = {0: 0}
     sizes: dict[int, int] = {}
     phases: dict[str, int] = {}
     events = array("q")
@@ -81,9 +81,8 @@ def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
             before = phase
             events.extend((PHASE, phases.setdefault(phase, len(phases)), 0, 0, 0))
         if kind == "alloc" and stream:
-            streams = max(streams, stream + 1)
             storages[number] = len(storages), sizes.setdefault(nbytes, len(sizes))
-            events.extend((MAKE, *storages[number], 1, stream))
+            events.extend((MAKE, *storages[number], 1, streams.setdefault(stream, len(streams))))
         elif kind == "alloc":
             handle = handles.setdefault(number, len(handles))
             events.extend((HOLD, handle, sizes.setdefault(nbytes, len(sizes)), 0, 0))
@@ -93,7 +92,7 @@ def of_log(log: "Iterable[Event]") -> tuple[Program, list[int]]:
             events.extend((LET_GO, handles[number], 0, 0, 0))
         elif kind == "empty_cache":
             events.extend((EMPTY, 0, 0, 0, 0))
-    return Program(events.tobytes(), len(storages), len(handles), tuple(phases), streams), [*sizes]
+    return Program(events.tobytes(), len(storages), len(handles), tuple(phases), len(streams)), [*sizes]
 
 
 def runs_within(

@@ -9,7 +9,7 @@ from itertools import groupby
 from math import prod
 
 from peftplan.allocator import program as events
-from peftplan.allocator.program import Program
+from peftplan.allocator.program import FREE, MAKE, Program
 from peftplan.depth.copies import Layers
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import Script
@@ -62,7 +62,8 @@ class Writer:
         self.passing: dict[int, int] = {}
         """Event of the next step → bytes that are made and freed before it."""
         self._storages = 0
-        self._streams = 1
+        self._streams = {0: 0}
+        """Stream of a timeline → its number among those on which something is made."""
         self._phases: list[str] = []
         self._alive: dict[int, int] = {}
         """Storage of a step → how many of it are alive, in order of allocation."""
@@ -75,7 +76,9 @@ class Writer:
 
     def program(self) -> Program:
         """What has been written."""
-        return Program(array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases), self._streams)
+        return Program(
+            array("q", self._events).tobytes(), self._storages + 1, self._handles, tuple(self._phases), len(self._streams)
+        )
 
     # -- loading: `memory.load.Memory` -------------------------------------------------------------------------------------------
 
@@ -140,6 +143,7 @@ class Writer:
         empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}.union(timeline.emptied)
         stops = empties.union(borders, lasting, self.passing, layers)
         alive, stacked, latest, streams = self._alive, self._stacked, self._latest, timeline.streams
+        written, follows = self._events, bool(layers)
         covered = 0
         for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
             if at in stops:
@@ -163,24 +167,27 @@ class Writer:
             if count > 1 and at >= last_phase:
                 covered = self._by_layer(timeline, kinds, at)
             elif count > 0:
-                alive[storage] = alive.pop(storage, 0) + count
-                stream = streams.get(storage, 0)
-                self._streams = max(self._streams, stream + 1)
-                stack = stacked.get(storage, storage)
-                latest[stack] = (storage, len(self._events))
-                self._events += (events.MAKE, stack, kinds + kind, 1, stream)
+                stream = self._streams.setdefault(streams[storage], len(self._streams)) if storage in streams else 0
+                stack = storage
+                if follows:
+                    alive[storage] = alive.pop(storage, 0) + count
+                    stack = stacked.get(storage, storage)
+                    latest[stack] = (storage, len(written))
+                written += (MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # in two events, so that copied layers can free of these too
-                    self._events += (events.MAKE, stack, kinds + kind, count - 1, 0)
-            elif at < outlives or not outputs_kept(timeline.kinds[kind], count):
+                    written += (MAKE, stack, kinds + kind, count - 1, 0)
+            elif at >= outlives and outputs_kept(timeline.kinds[kind], count):
+                self._write(events.OUTPUTS, stacked.get(storage, storage))
+            elif not follows:
+                written += (FREE, storage, kinds + kind, -count, 0)
+            else:
                 alive[storage] = alive.get(storage, 0) + count
                 stack = stacked.get(storage, storage)
                 newest, since = latest.get(stack, (storage, 0))
                 if at < backward and newest != storage and alive.get(newest, 0) == 1 == -count:
                     self._replace(stack, newest, since, kinds + kind)
                 else:
-                    self._events += (events.FREE, stack, kinds + kind, -count, 0)
-            else:
-                self._write(events.OUTPUTS, stacked.get(storage, storage))
+                    written += (FREE, stack, kinds + kind, -count, 0)
         if len(timeline.events) in borders:  # the last phase allocates nothing
             self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from peftplan.cli import options
-from peftplan.cli.command import Command, argument, option
+from peftplan.cli.command import POSITIVE, Command, argument, option
 
 
 @click.command("configs", cls=Command)
@@ -14,8 +16,13 @@ from peftplan.cli.command import Command, argument, option
 @option("--engine", default="analytic", metavar="[analytic|trace]", show_default=True, help="what computes the peak")
 @option("--tool", default=None, metavar="NAME", help="the tool of all files, if they do not show it")
 @option("--online", is_flag=True, help="look up models on the Hub that are neither built in nor in the local cache")
+@option(
+    "--processes", type=POSITIVE, default=None, metavar="INT", help="read the files in so many processes  [default: one per core]"
+)
 @options.format_option
-def command(paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | None, online: bool, fmt: str) -> int:
+def command(
+    paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | None, online: bool, processes: int | None, fmt: str
+) -> int:
     """Training configs of other tools, a line each: model, counts, peak, verdict, unsupported keys.
 
     PATH is a file, or a folder whose YAML, JSON, shell, Python and notebook files are read. Nothing in them is executed.
@@ -28,5 +35,6 @@ def command(paths: tuple[str, ...], gpu: str | None, engine: str, tool: str | No
     from peftplan.planning.configs import configs
     from peftplan.report import render
 
-    render.configs(configs(paths, gpu=gpu, engine=engine, tool=tool, online=online), fmt=fmt)  # type: ignore[arg-type]
+    listing = configs(paths, gpu=gpu, engine=engine, tool=tool, online=online, processes=processes or os.cpu_count() or 1)  # type: ignore[arg-type]
+    render.configs(listing, fmt=fmt)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +25,8 @@ from peftplan.validation import paths as listed_paths
 SUFFIXES = (".yml", ".yaml", ".json", ".sh", ".py", ".ipynb")
 """Files of a folder that are read."""
 MOST_FILES = 10_000
+FILES_OF_PROCESS = 16
+"""Files for which another process is started, which takes as long as one or two of them."""
 
 
 class ConfigEntry(NamedTuple):
@@ -55,19 +59,35 @@ def configs(
     engine: Engine = "analytic",
     tool: str | None = None,
     online: bool = False,
+    processes: int = 1,
 ) -> Listing[ConfigEntry]:
     """An entry for each file in `paths`, and for each file in its folders that may contain a training config.
 
     `gpu`: a card, or several of one, for the verdicts. `tool`: the tool of all files. `online`: read the configs of models that
-    are neither built in nor in the local cache from the Hub; without it nothing is downloaded. Raises InputError for a path that
-    does not exist, and for an unknown card, engine or tool.
+    are neither built in nor in the local cache from the Hub; without it nothing is downloaded. `processes`: how many read
+    at once, of many files. Raises InputError for a path that does not exist, and for an unknown card, engine or tool.
     """
     _check(gpu, engine, tool)
-    return Listing(
-        entry(file, gpu=gpu, engine=engine, tool=tool, online=online)
-        for path in listed_paths(paths, field="paths")
-        for file in _files(Path(path))
-    )
+    if processes < 1:
+        raise InputError("processes", processes, "accepted: whole numbers from 1")
+    files = [file for path in listed_paths(paths, field="paths") for file in _files(Path(path))]
+    read = partial(entry, gpu=gpu, engine=engine, tool=tool, online=online)
+    processes = min(processes, len(files) // FILES_OF_PROCESS)
+    return Listing(map(read, files) if processes < 2 else _in_processes(read, files, processes))
+
+
+def _in_processes(read: Callable[[Path], ConfigEntry], files: Sequence[Path], processes: int) -> list[ConfigEntry]:
+    """The entries of `files`, in their order; read one after the other if a process is killed."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(processes, context) as pool:
+            return list(pool.map(read, files, chunksize=4))
+    except BrokenProcessPool:
+        return list(map(read, files))
 
 
 def _check(gpu: str | None, engine: str, tool: str | None) -> None:

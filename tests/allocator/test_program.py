@@ -87,7 +87,7 @@ def test_what_is_left_stays_when_a_step_ends(replayed_by: object) -> None:
 def random_log(draw: random.Random, length: int) -> list[Event]:
     """Tensors of a few sizes on some streams, freed in any order, the cache emptied now and then, in three phases."""
     any_size = (0, 1, 700, MIB, MIB + 1, 39 * MIB // 2, draw.randrange(1, 4096), draw.randrange(MIB, 80 * MIB))
-    sizes, streams = draw.choices(any_size, k=6), draw.choice((1, 1, 2, 4))
+    sizes, streams = draw.choices(any_size, k=6), draw.choice((1, 1, 2, 4, 40))
     frees, empties = draw.uniform(0.3, 0.55), draw.choice((0, 0.01, 0.1))
     log: list[Event] = []
     alive: list[int] = []
@@ -98,7 +98,7 @@ def random_log(draw: random.Random, length: int) -> list[Event]:
         elif draw.random() < empties:
             log.append(Event("empty_cache", phase=phase))
         else:
-            log.append(Event("alloc", number, draw.choice(sizes), draw.randrange(streams), phase))
+            log.append(Event("alloc", number, draw.choice(sizes), 97 * draw.randrange(streams), phase))
             alive.append(number)
     return log
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -87,6 +88,18 @@ def test_files_are_counted_before_any_is_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(planning_configs, "MOST_FILES", 3)
     monkeypatch.setattr(planning_configs, "entry", lambda file, **_: file.name)
     assert list(peftplan.configs(tmp_path)) == ["a.yml", "b.yml", "c.yml"]
+
+
+def test_processes_share_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abcde":
+        (tmp_path / f"{name}.yml").write_text(QLORA)
+    monkeypatch.setattr(planning_configs, "FILES_OF_PROCESS", 2)
+    alone = list(peftplan.configs(tmp_path))
+    monkeypatch.setattr(planning_configs, "_in_processes", Mock(wraps=planning_configs._in_processes))
+    assert list(peftplan.configs(tmp_path, processes=8)) == alone
+    assert planning_configs._in_processes.call_args.args[2] == 2  # type: ignore[attr-defined]
+    with pytest.raises(peftplan.InputError, match="processes: 0 is not valid"):
+        peftplan.configs(tmp_path, processes=0)
 
 
 @pytest.mark.parametrize(
