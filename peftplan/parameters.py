@@ -6,6 +6,7 @@ Counts, weights, gradients and optimizer states are sums over this one list, so 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from typing import Literal, NamedTuple
@@ -113,7 +114,7 @@ def build(
         for param, shape in arch.owned_params(module):
             prepared = upcast or loaded_dtype(arch, f"{module.name}.{param}", dtype=dtype)
             trains = trained.get((module.name, param), frozenset())
-            for is_converted, is_trained, layers in _split(module, weight_layers, trains):
+            for is_converted, is_trained, layers in _split(module.layers or (0,), weight_layers, trains):
                 copies = len(layers)
                 is_quantized = is_converted and len(shape) > (2 if module.kind in OF_EXPERTS else 1)
                 held_dense = (trained_dtype if is_trained else None) or prepared
@@ -241,9 +242,12 @@ def loaded_dtype(arch: Architecture, name: str, *, dtype: str) -> str:
     return "fp32" if any(re.search(pattern, name) for pattern in in_fp32) else dtype
 
 
-def _split(module: Module, quantized: frozenset[int], trained: frozenset[int]) -> list[tuple[bool, bool, frozenset[int]]]:
+@lru_cache(maxsize=1024)
+def _split(
+    of_family: tuple[int, ...], quantized: frozenset[int], trained: frozenset[int]
+) -> list[tuple[bool, bool, frozenset[int]]]:
     """Which layers of a family are (quantized, trained), for each combination that occurs."""
-    every = frozenset(module.layers or (0,))
+    every = frozenset(of_family)
     if trained.isdisjoint(every) and (quantized.isdisjoint(every) or every <= quantized):
         return [(every <= quantized, False, every)]
     groups: dict[tuple[bool, bool], list[int]] = {}

@@ -10,7 +10,7 @@ from peftplan.analytic.families import check_family
 from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
-from peftplan.arch.text_part import has_towers, is_in_text_part
+from peftplan.arch.text_part import is_in_text_part
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
@@ -88,7 +88,7 @@ def check(job: Job) -> None:
     if job.quant is not None and (by_kernel or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
-    if merges and ((job.quant is not None and not _merges_into(job)) or has_towers(job.architecture)):
+    if merges and ((job.quant is not None and not _merges_into(job)) or job.architecture.has_towers):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None and not _reads_8_bits(job):
         raise NoEngineError(why)
@@ -117,7 +117,7 @@ def check(job: Job) -> None:
     check_virtual_tokens(job)
     if job.setup.by.embeds:
         _check_embedding(job)
-    if model_type in OF_TEXT_PARTS or has_towers(job.architecture):
+    if model_type in OF_TEXT_PARTS or job.architecture.has_towers:
         _check_text_part(job)
     _check_kernels(job)
     if job.method.module == "bottleneck":

@@ -10,7 +10,6 @@ from peftplan.analytic.loading import loading_of
 from peftplan.analytic.running import empties_first, limits_of, loss_sizes, segments_grow
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
-from peftplan.arch.text_part import has_towers
 from peftplan.arrays import Fact, Size
 from peftplan.distributed.ddp import divided_after
 from peftplan.dtypes import ITEMSIZE
@@ -114,7 +113,7 @@ class Compiled(NamedTuple):
             count * pinned(ITEMSIZE[dtype] * prod(dim if isinstance(dim, int) else by_name[dim] for dim in dims))
             for dims, dtype, count in self.on_host
         )
-        of_text = {"images_per_sample": 0} if has_towers(self.architecture) else {}
+        of_text = {"images_per_sample": 0} if self.architecture.has_towers else {}
         return of_text | ({"offloaded_bytes": nbytes} if nbytes else {})
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peftplan.allocator.config import LARGE_SEGMENT_SIZE
-from peftplan.arch.text_part import has_towers
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import MASKED
 from peftplan.job.requirements import pair
@@ -107,7 +106,7 @@ def _scores_documents(job: Job) -> bool:
 def _gathers_tower(job: Job) -> bool:
     """Whether ZeRO-3 gathers the tower that ms-swift shows a picture, for an adapter or beside a second model."""
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
-    tower = divided and job.setup.by.shows_picture and has_towers(job.architecture)
+    tower = divided and job.setup.by.shows_picture and job.architecture.has_towers
     return tower and (job.reference == "copy" or job.method_name == "lora")
 
 

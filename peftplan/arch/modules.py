@@ -249,6 +249,10 @@ class PromptDims(NamedTuple):
     num_transformer_submodules: int = 1
 
 
+TOWERS = ("vision", "visual", "audio")
+"""Parts of the names of what reads pictures or sound."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Every weight of a model as named tensors, and the blocks that they form.
@@ -301,6 +305,12 @@ class Architecture:
     def encoder_layers(self) -> int:
         """The number of an encoder's layers."""
         return sum(len(block.layers) for block in self.blocks if block.stack == "encoder")
+
+    @cached_property
+    def has_towers(self) -> bool:
+        """Whether it is a causal language model that reads pictures or sound too."""
+        names = (module.name.split(".") for module in self.modules)
+        return self.task_type == "CAUSAL_LM" and any(word in part for parts in names for part in parts[:2] for word in TOWERS)
 
     def owned_params(self, module: Module) -> tuple[tuple[str, Shape], ...]:
         """Direct parameters of a module, except those tied to another module's."""

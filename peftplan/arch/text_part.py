@@ -61,16 +61,6 @@ def keeps_its_cache(architecture: Architecture) -> bool:
     return architecture.model_type in TEXT_PARTS.keys() - set(CACHE_TURNED_OFF)
 
 
-TOWERS = ("vision", "visual", "audio")
-"""Parts of the names of what reads pictures or sound."""
-
-
-def has_towers(architecture: Architecture) -> bool:
-    """Whether a causal language model reads pictures or sound too."""
-    names = (module.name.split(".") for module in architecture.modules)
-    return architecture.task_type == "CAUSAL_LM" and any(word in part for parts in names for part in parts[:2] for word in TOWERS)
-
-
 def is_in_text_part(architecture: Architecture, module: str) -> bool:
     """Whether a module, or a parameter by its name, runs without images."""
     decoder = str(architecture.input_embedding).rpartition(".")[0]

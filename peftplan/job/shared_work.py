@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from peftplan.arch.modules import Architecture
-from peftplan.arch.text_part import has_towers
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
@@ -318,7 +317,7 @@ def with_trainers_ddp(
             adapts=adapts,
             checkpoints=bool(setup.gradient_checkpointing),
             reentrant=bool(setup.use_reentrant),
-            towers=has_towers(architecture),
+            towers=architecture.has_towers,
         )
     return distributed.model_copy(update={} if searches is None else {"find_unused_parameters": searches})
 

@@ -8,7 +8,6 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
-from peftplan.arch.text_part import has_towers
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.job.inventory import Inventory, inventory
@@ -159,7 +158,7 @@ class Block:
         self.replayed = 0
         first, _ = groups[0]
         self.first = None if isinstance(first, str) else first.first.job
-        of_text = self.first is not None and has_towers(self.first.architecture)
+        of_text = self.first is not None and self.first.architecture.has_towers
         self.warnings = (*(self.first.warnings if self.first else ()), *([NO_PICTURES] if of_text else []))
 
     def points(self) -> dict[str, Ints]:
