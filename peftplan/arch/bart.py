@@ -11,21 +11,10 @@ from dataclasses import replace
 from typing import Literal
 
 from peftplan.arch.bert import classifier
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, num_labels, probability
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    PromptDims,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, PromptDims, embedding, layernorm, linear
 
 BART_TASKS = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 WHISPER_TASKS = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION")

@@ -6,19 +6,10 @@ v vocab_size, p max_position_embeddings. Left out: the pre-training, next-senten
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, dropout_of, num_labels, prompt_dims
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Mlp,
-    Module,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Module, embedding, layernorm, linear
 from peftplan.errors import InputError
 
 TASKS = ("MASKED_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, decoder_model, equal_head_dim, probability, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, embedding, layernorm, linear
+from peftplan.arch.modules import Architecture, Dropout, embedding, layernorm, linear
 from peftplan.errors import InputError, RefusedError
 
 MLP_RATIO = 4

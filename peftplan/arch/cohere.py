@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from peftplan.arch.blocks import Block, Mlp
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, layer_windows, read_dims, windowed_blocks
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model
-from peftplan.arch.modules import Architecture, Block, Mlp, Module, Shape
+from peftplan.arch.modules import Architecture, Module, Shape
 
 TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 

@@ -7,20 +7,10 @@ Source: transformers, `models/deberta_v2/{configuration,modeling}_deberta_v2.py`
 from __future__ import annotations
 
 from peftplan.arch.bert import classifier
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import BERT_DROPOUT, Backbone, attach, check_task, probability, prompt_dims
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, embedding, layernorm, linear
 
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 

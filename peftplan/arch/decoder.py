@@ -6,9 +6,10 @@ Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and `confi
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, probability, rotary_buffers
-from peftplan.arch.modules import Attention, Block, Buffer, Dropout, Mlp, Module, PromptDims, embedding, linear, rmsnorm
+from peftplan.arch.modules import Buffer, Dropout, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError, MissingError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

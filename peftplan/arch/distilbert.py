@@ -6,9 +6,10 @@ Source: transformers, `models/distilbert/{configuration,modeling}_distilbert.py`
 from __future__ import annotations
 
 from peftplan.arch.bert import classifier
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, probability
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Dropout, Mlp, embedding, layernorm, linear
+from peftplan.arch.modules import Architecture, Buffer, Dropout, embedding, layernorm, linear
 from peftplan.errors import InputError
 
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -6,9 +6,10 @@ a subclass of `nn.Linear`; the rotary tables are buffers even with ALiBi.
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, decoder_model, probability, prompt_dims, rotary_buffers
-from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, embedding, layernorm, linear
+from peftplan.arch.modules import Architecture, Dropout, Module, embedding, layernorm, linear
 from peftplan.errors import RefusedError
 
 

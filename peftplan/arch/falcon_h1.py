@@ -5,11 +5,12 @@ Source: transformers, `models/falcon_h1/modeling_falcon_h1.py` and the config cl
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Block, Mlp, StateSpace
 from peftplan.arch.decoder import attention_modules, decoder_backbone, gated_mlp, read_dims, rmsnorms
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model
 from peftplan.arch.llama import BARE
-from peftplan.arch.modules import Architecture, Block, Buffer, Mlp, Module, StateSpace, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Buffer, Module, linear, rmsnorm
 
 NAME = "layers.{}.mamba"
 

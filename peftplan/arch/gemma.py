@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.decoder import (
     Dims,
     attention_modules,
@@ -22,7 +23,7 @@ from peftplan.arch.decoder import (
 )
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, decoder_model
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module
+from peftplan.arch.modules import Architecture, Buffer, Module
 
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from peftplan.arch.blocks import Attention, Block, Mlp, Router
 from peftplan.arch.decoder import (
     Dims,
     decoder_backbone,
@@ -22,7 +23,7 @@ from peftplan.arch.decoder import (
 from peftplan.arch.fields import Fields
 from peftplan.arch.gemma import ACTIVATION, HEAD_DIM, SANDWICH_NORMS
 from peftplan.arch.heads import decoder_model
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, Router, embedding, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Buffer, Module, embedding, linear, rmsnorm
 from peftplan.errors import InputError, NeedsTraceError
 
 GLOBAL_HEAD_DIM = 512

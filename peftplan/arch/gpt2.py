@@ -7,21 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, decoder_model, equal_head_dim, probability, prompt_dims
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    conv1d,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, conv1d, embedding, layernorm, linear
 from peftplan.errors import RefusedError
 
 DROPOUT = 0.1

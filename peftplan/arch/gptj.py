@@ -5,6 +5,7 @@ Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the co
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import (
     Backbone,
@@ -16,19 +17,7 @@ from peftplan.arch.heads import (
     prompt_dims,
     rotary_buffers,
 )
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    PromptDims,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, PromptDims, embedding, layernorm, linear
 from peftplan.errors import RefusedError
 
 NEOX_CLASSIFIER_DROPOUT = 0.1

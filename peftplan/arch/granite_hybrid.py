@@ -5,11 +5,12 @@ Source: transformers, `models/granitemoehybrid/modeling_granitemoehybrid.py` and
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Block, Mlp, StateSpace
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, read_dims, rmsnorms
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model
 from peftplan.arch.llama import BARE
-from peftplan.arch.modules import Architecture, Block, Mlp, Module, StateSpace, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Module, linear, rmsnorm
 from peftplan.arch.moe import NORMS, experts, moe_mlp, router
 from peftplan.errors import InputError
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from peftplan.arch.blocks import Block
 from peftplan.arch.fields import MAX_LABELS, Fields
-from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Buffer, Dropout, Module, PromptDims, linear
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Buffer, Dropout, Module, PromptDims, linear
 from peftplan.errors import InputError, UnknownNameError
 
 TASK_TYPES: dict[str, str] = {

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from math import ceil
 
+from peftplan.arch.blocks import Block, Mlp
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, read_dims, rmsnorms
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model
 from peftplan.arch.llama import BARE
-from peftplan.arch.modules import Architecture, Block, Mlp, Module, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Module, linear, rmsnorm
 from peftplan.errors import InputError
 
 LAYER_TYPES = ("conv", "full_attention")

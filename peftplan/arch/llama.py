@@ -5,6 +5,7 @@ Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the co
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.decoder import (
     Dims,
     attention_modules,
@@ -21,7 +22,7 @@ from peftplan.arch.decoder import (
 )
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, classifier_dropout, decoder_model, partial_rotary_dim, probability
-from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Dropout, Module, linear, rmsnorm
 from peftplan.errors import InputError
 
 BARE = ("CAUSAL_LM", "FEATURE_EXTRACTION")

@@ -5,6 +5,7 @@ Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the co
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Block, Mlp
 from peftplan.arch.decoder import (
     Dims,
     attention_modules,
@@ -19,7 +20,7 @@ from peftplan.arch.decoder import (
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, partial_rotary_dim, probability
 from peftplan.arch.llama import BARE, NO_TOKEN_CLS, plain, uniform_block
-from peftplan.arch.modules import NO_DROPOUT, Architecture, Block, Mlp, Module, layernorm, linear, rmsnorm
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Module, layernorm, linear, rmsnorm
 
 
 def ministral3(c: Fields, task_type: str) -> Architecture:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from peftplan.arch.blocks import Attention
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, rmsnorms
 from peftplan.arch.fields import REQUIRED, Fields
 from peftplan.arch.heads import Backbone, decoder_model
-from peftplan.arch.modules import Architecture, Attention, Buffer, Module, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Buffer, Module, linear, rmsnorm
 from peftplan.arch.moe import NORMS, experts, mixed_blocks, moe_mlp, router
 from peftplan.errors import InputError
 

@@ -5,20 +5,10 @@ Source: transformers, `models/modernbert/{configuration,modeling}_modernbert.py`
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, probability, prompt_dims
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    embedding,
-    layernorm,
-    linear,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, embedding, layernorm, linear
 from peftplan.errors import InputError
 
 TASKS = ("MASKED_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

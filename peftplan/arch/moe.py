@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from peftplan.arch.blocks import Attention, Block, Mlp, Router
 from peftplan.arch.decoder import (
     Dims,
     attention_modules,
@@ -23,7 +24,7 @@ from peftplan.arch.decoder import (
 )
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, partial_rotary_dim
-from peftplan.arch.modules import Architecture, Attention, Block, Buffer, Mlp, Module, Router, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Buffer, Module, linear, rmsnorm
 from peftplan.errors import InputError
 
 NORMS = ("input_layernorm", "post_attention_layernorm")

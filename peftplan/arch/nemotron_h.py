@@ -5,25 +5,12 @@ Source: transformers, `models/nemotron_h/modeling_nemotron_h.py` and the config 
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp, Router, StateSpace
 from peftplan.arch.decoder import first_met
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, decoder_model, probability
 from peftplan.arch.llama import BARE
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Buffer,
-    Dropout,
-    Mlp,
-    Module,
-    PromptDims,
-    Router,
-    StateSpace,
-    embedding,
-    linear,
-    rmsnorm,
-)
+from peftplan.arch.modules import Architecture, Buffer, Dropout, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError
 
 OF_PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}

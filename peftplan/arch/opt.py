@@ -5,9 +5,10 @@ Source: transformers, `models/opt/modeling_opt.py` and `configuration_opt.py`.
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, equal_head_dim, num_labels, probability, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Dropout, Mlp, Module, embedding, layernorm, linear
+from peftplan.arch.modules import Architecture, Dropout, Module, embedding, layernorm, linear
 
 POSITION_OFFSET = 2
 """`OPTLearnedPositionalEmbedding` keeps two rows more than there are positions."""

@@ -5,10 +5,11 @@ Source: transformers, `models/{qwen3_5,qwen3_5_moe}/modeling_*.py` and the confi
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Block, DeltaRule, Mlp
 from peftplan.arch.decoder import Dims, decoder_backbone, first_met, gated_mlp, qk_norms, read_dims, rmsnorms
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, partial_rotary_dim
-from peftplan.arch.modules import Architecture, Block, DeltaRule, Mlp, Module, linear, rmsnorm
+from peftplan.arch.modules import Architecture, Module, linear, rmsnorm
 from peftplan.arch.moe import NORMS, experts, moe_mlp, router
 from peftplan.errors import InputError
 

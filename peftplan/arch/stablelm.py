@@ -5,10 +5,11 @@ Sources: transformers, `models/stablelm/modeling_stablelm.py`, `models/starcoder
 
 from __future__ import annotations
 
+from peftplan.arch.blocks import Block, Mlp
 from peftplan.arch.decoder import Dims, attention_modules, decoder_backbone, gated_mlp, read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import classifier_dropout, decoder_model, equal_head_dim, partial_rotary_dim, probability
-from peftplan.arch.modules import Architecture, Block, Dropout, Mlp, Module, layernorm, linear
+from peftplan.arch.modules import Architecture, Dropout, Module, layernorm, linear
 
 
 def stablelm(c: Fields, task_type: str) -> Architecture:

@@ -10,20 +10,10 @@ from dataclasses import replace
 from typing import Literal
 
 from peftplan.arch.bert import classifier
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, num_labels, probability
-from peftplan.arch.modules import (
-    Architecture,
-    Attention,
-    Block,
-    Dropout,
-    Mlp,
-    Module,
-    PromptDims,
-    embedding,
-    linear,
-    rmsnorm,
-)
+from peftplan.arch.modules import Architecture, Dropout, Module, PromptDims, embedding, linear, rmsnorm
 from peftplan.errors import InputError
 
 TASKS = ("SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import Backbone, attach, check_task, dropout_of, num_labels, prompt_dims
-from peftplan.arch.modules import Architecture, Attention, Block, Mlp, Module, layernorm, linear
+from peftplan.arch.modules import Architecture, Module, layernorm, linear
 from peftplan.errors import InputError
 
 TASKS = ("IMAGE_CLS", "FEATURE_EXTRACTION")

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peftplan.arch.modules import Architecture, Mlp
+from peftplan.arch.blocks import Mlp
+from peftplan.arch.modules import Architecture
 from peftplan.deployment.kv_cache import CacheTensor, growing_bytes
 from peftplan.dtypes import ITEMSIZE
 from peftplan.units import round512

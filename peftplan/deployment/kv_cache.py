@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
-from peftplan.arch.modules import Architecture, Attention, Shape
+from peftplan.arch.blocks import Attention
+from peftplan.arch.modules import Architecture, Shape
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NeedsTraceError, RefusedError
 from peftplan.units import round512

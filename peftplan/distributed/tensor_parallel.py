@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from peftplan.arch.modules import Architecture, Attention
+from peftplan.arch.blocks import Attention
+from peftplan.arch.modules import Architecture
 from peftplan.distributed.expert_parallel import owned, owners, reshaped
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.strategy import Distributed

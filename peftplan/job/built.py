@@ -11,10 +11,11 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from peftplan.arch.blocks import Attention, Block, Mlp
 from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import partial_rotary_dim
-from peftplan.arch.modules import VALUE_HEAD, Architecture, Attention, Block, Buffer, Mlp, Module, linear
+from peftplan.arch.modules import VALUE_HEAD, Architecture, Buffer, Module, linear
 from peftplan.arch.moe import moe_mlp
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError

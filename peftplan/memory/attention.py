@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.requirements import check_flash_dtypes

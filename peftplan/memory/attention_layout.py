@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import number
 from peftplan.tape import ops, products

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from peftplan.arch.modules import DeltaRule
+from peftplan.arch.blocks import DeltaRule
 from peftplan.memory.delta_rule import CHUNK
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor

@@ -9,7 +9,7 @@ FunctionsManual.cpp (`linalg_solve_triangular_backward`), CopySlices (csrc/autog
 
 from __future__ import annotations
 
-from peftplan.arch.modules import DeltaRule
+from peftplan.arch.blocks import DeltaRule
 from peftplan.tape import ops, products
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape

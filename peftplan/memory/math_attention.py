@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Dim
 from peftplan.memory.attention_layout import batched, for_all, repeat_kv

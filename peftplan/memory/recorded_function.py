@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple, TypedDict
 
-from peftplan.arch.modules import StateSpace
+from peftplan.arch.blocks import StateSpace
 from peftplan.arrays import Derived, Size
 from peftplan.datafiles import load
 from peftplan.errors import NeedsTraceError

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import TypeAlias
 
-from peftplan.arch.modules import StateSpace
+from peftplan.arch.blocks import StateSpace
 from peftplan.arrays import Derived, Size, larger, numel_at, smaller
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.arch.modules import StateSpace
+from peftplan.arch.blocks import StateSpace
 from peftplan.memory.state_space import Chunks, Parts
 from tools.rehearsed_jobs import LOOP
 from tools.rehearsed_state_spaces import options as of_row

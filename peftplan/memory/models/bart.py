@@ -6,7 +6,7 @@ out: LayerDrop, which skips layers by chance.
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Attention, Block
+from peftplan.arch.blocks import Attention, Block
 from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation

@@ -5,7 +5,7 @@ Left out: cross-attention, which no task of a lone encoder runs.
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Block
+from peftplan.arch.blocks import Block
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.activations import activation

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.arch.modules import Attention, Block
+from peftplan.arch.blocks import Attention, Block
 from peftplan.depth.stack import run_stack, shared
 from peftplan.errors import NeedsTraceError
 from peftplan.ledger import Dim

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from peftplan.arch.modules import Attention, Block
+from peftplan.arch.blocks import Attention, Block
 from peftplan.depth.sections import seconds_apart
 from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError

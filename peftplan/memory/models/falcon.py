@@ -6,7 +6,7 @@ Source: transformers, models/falcon/modeling_falcon.py.
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.errors import NeedsTraceError
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import batched, for_all, gathered

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.depth.stack import run_stack
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend, repeats_heads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import masks_of, run_layers

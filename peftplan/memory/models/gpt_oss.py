@@ -6,7 +6,7 @@ torch, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backwar
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.memory.attention_layout import batched, gathered, product, repeat_kv
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.experts import experts, top_k

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from peftplan.arch.modules import Router
+from peftplan.arch.blocks import Router
 from peftplan.distributed.fsdp1 import Fsdp1
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.memory.activations import activation

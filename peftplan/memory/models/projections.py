@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.memory import lora_kernels
 from peftplan.memory.models.style import Call
 from peftplan.tape import ops

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from peftplan.arch.modules import Block
+from peftplan.arch.blocks import Block
 from peftplan.job.kernel_facts import Lora
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import by_heads, gathered, product

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.arch.modules import Attention, Block
+from peftplan.arch.blocks import Attention, Block
 from peftplan.depth.stack import SharedLeaf, run_stack, shared
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from peftplan.arch.modules import Attention
+from peftplan.arch.blocks import Attention
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import gathered, product, repeat_kv
 from peftplan.memory.calls import inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.arch.modules import Block
+from peftplan.arch.blocks import Block
 from peftplan.depth.stack import run_stack
 from peftplan.memory.activations import activation
 from peftplan.memory.attention import attend
