@@ -95,11 +95,13 @@ def build(
     quant: QuantConfig | None,
     kbit_prepare: bool,
     trained_dtype: str | None = None,
+    cast_back: tuple[str, ...] = (),
 ) -> Parameters:
     """The parameters once the model is loaded, quantized, prepared and adapted, and has run forward.
 
     `dtype` is what the base is loaded in, `adapter_dtype` what peft leaves the adapter in, `trained_dtype` what the trainer
-    casts trainable parameters to (None: no cast). Raises RefusedError where a quantized weight would have to train.
+    casts trainable parameters to (None: no cast), `cast_back` parts of names of modules that it casts back to `dtype` once they
+    are prepared. Raises RefusedError where a quantized weight would have to train.
     """
     converted = _converted_layers(arch, quant)
     _refuse_quantized_copies(adaptation, converted, quant)
@@ -112,7 +114,8 @@ def build(
     for module in arch.modules:
         weight_layers = converted.get(module.name, frozenset())
         for param, shape in arch.owned_params(module):
-            prepared = upcast or loaded_dtype(arch, f"{module.name}.{param}", dtype=dtype)
+            is_back = any(part in module.name for part in cast_back)
+            prepared = (not is_back and upcast) or loaded_dtype(arch, f"{module.name}.{param}", dtype=dtype)
             trains = trained.get((module.name, param), frozenset())
             for is_converted, is_trained, layers in _split(module.layers or (0,), weight_layers, trains):
                 copies = len(layers)

@@ -40,6 +40,7 @@ def inventory(job: Job) -> Inventory:
         quant=quant,
         kbit_prepare=bool(setup.kbit_prepare),
         trained_dtype=adaptation.trained_dtype or trained_dtype,
+        cast_back=setup.by.casts_back,
     )
     buffers = parameters.buffers(
         architecture,

@@ -69,6 +69,8 @@ TrainerName = Literal[
     "automodel-kd",
     "automodel-kd-beside",
 ]
+TABLES = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
+"""Parts of names of embeddings and heads that axolotl casts (loaders/utils.py:306, `get_linear_embedding_layers`)."""
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
@@ -338,6 +340,11 @@ class Trainer(NamedTuple):
     """The package whose other trainers are not counted."""
     arguments: str | None = None
     """The class of its arguments, where it has one of its own."""
+
+    @property
+    def casts_back(self) -> tuple[str, ...]:
+        """Parts of names of modules that it casts back to 16 bits behind kbit preparation (axolotl, loaders/model.py:486)."""
+        return ("norm", *TABLES) if self.recasts_tables else ()
 
     @property
     def generates(self) -> bool:

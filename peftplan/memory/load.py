@@ -69,6 +69,8 @@ def load_into(
     packed: bool = False,
     stacks: Stacks = NO_STACKS,
     workspace: int | None = None,
+    recast: frozenset[str] = frozenset(),
+    merged: Stacks = NO_STACKS,
 ) -> None:
     """Load tensor by tensor: base, buffers, what kbit preparation (`prepared`) casts, adapters. Arguments as `load_passing`.
 
@@ -79,12 +81,14 @@ def load_into(
     `warms_up`: whether a model loaded to its device comes behind a warm-up block.
     `workspace`: bytes of cuBLAS, which the first norm of DoRA's layers takes for good; None where they are made on the host.
     `moved`: the adapted model is moved module by module, so that what is added to a module follows it.
+    `merged`: stacks of experts that are not quantized, which preparation casts.
+    `recast`: names of what is cast to fp32 before kbit preparation, and back behind it (`memory.recast`).
     `adapters_pass_in`: `dtypes_before` of an adapter, one cast of all its tensors after the other (peft, tuners/tuners_utils.py,
     `_move_adapter_to_device_of_base_layer`, `_get_base_layer_device_and_dtype`, `cast_adapter_dtype`; trl `SFTTrainer.__init__`).
     """
     first, second, last = load_order(parameters, by_name=quant is not None or arrives, moved=moved and not arrives)
-    if stacks:
-        first = sorted(first, key=lambda tensor: _key(as_stored(tensor[0], stacks), tensor[1]))
+    if stacks or merged:
+        first = sorted(first, key=lambda tensor: _key(as_stored(tensor[0], {**stacks, **merged}), tensor[1]))
     base = [p for p in parameters.all if p.owner == "base"]
     if asks_for_room:
         memory.release(memory.allocate(8))
@@ -113,8 +117,9 @@ def load_into(
             _quantize_into(memory, sizes_of[id(p)], [dense, *halves], absmax=absmax[id(p)])
             if is_stack:
                 memory.empty_cache()
-        elif id(p) in widened:
-            narrow.setdefault((p.name, layer), []).append(memory.allocate(arriving[id(p)]))
+        elif id(p) in widened or p.name in recast:
+            arrived = load_stack(memory, p, len(merged.get(p.name, ())), dtype_of(p.name))
+            narrow.setdefault((p.name, layer), []).append(arrived)
         else:
             memory.keep(sizes_of[id(p)])
     for p, _ in second:
@@ -122,11 +127,20 @@ def load_into(
     for p in base:
         if p.name in stacks:
             initialize(memory, p, dtype=dtype, absmax=absmax[id(p)])
+    tables = [(p, layer) for p, layer in tensors(base) if p.name in recast]
+    for p, layer in tables:
+        narrow[p.name, layer].append(memory.allocate(ITEMSIZE["fp32"] * p.numel))
+        memory.release(narrow[p.name, layer].pop(0))
     for p, layer in tensors(base):
-        if (p.name, layer) in narrow:
+        if (p.name, layer) in narrow and p.name not in recast:
             memory.keep(sizes_of[id(p)])
             memory.release(narrow[p.name, layer].pop(0))
-    if prepared or not warms_up:  # newer releases of peft; a reader of its own behind each file
+    if tables and prepared:
+        memory.empty_cache()
+    for p, layer in tables:
+        memory.keep(sizes_of[id(p)])
+        memory.release(narrow[p.name, layer].pop(0))
+    if prepared or tables or not warms_up:  # newer releases of peft; a reader of its own behind each file
         memory.empty_cache()
     for tensor in leaving:
         memory.release(tensor)

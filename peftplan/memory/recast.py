@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.distributed.order import tensors
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.trainer import TABLES
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
+from peftplan.storage import dense
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -18,17 +21,14 @@ if TYPE_CHECKING:
     from peftplan.storage import QuantConfig
 
 SOURCE = "axolotl 0.19.0, loaders/model.py:446"
-TABLES = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
-"""Parts of names of what is cast (loaders/utils.py:306, `get_linear_embedding_layers`)."""
 WHOLE = ("ddp", "zero1", "zero2")
 """Strategies under which a rank casts the whole model on its GPU."""
 
 
 def is_recast(setup: Setup, quant: QuantConfig | None, distributed: Distributed | None, *, adapted: bool) -> bool:
-    """Whether a job casts these on the GPU, and not for good (`kbit_prepare`)."""
+    """Whether a job casts these on the GPU."""
     on_device = quant is not None if distributed is None else distributed.strategy in WHOLE
-    lasts = quant is not None and bool(setup.kbit_prepare)
-    return setup.by.recasts_tables and adapted and on_device and not lasts and setup.dtype != "fp32"
+    return setup.by.recasts_tables and adapted and on_device and setup.dtype != "fp32"
 
 
 def is_table(name: str) -> bool:
@@ -41,12 +41,33 @@ def tables_of(parameters: Parameters) -> tuple[int, ...]:
     return tuple(p.numel for p in parameters.all if p.owner == "base" and is_table(p.name))
 
 
-def load_recast(memory: Memory[Handle], *, load: Loader, of_base: Loader, tables: tuple[int, ...]) -> None:
-    """The casts, beside the base alone; and then loading as it ends. `tables`: elements of what is cast."""
+def unprepared(base: Parameters, *, dtype: str) -> tuple[Parameters, tuple[int, ...]]:
+    """The base as it arrives, and the elements of each weight that kbit preparation leaves in fp32."""
+    lasting = [not p.quantized and p.dtype == "fp32" != dtype for p in base.all]
+    arriving = [
+        p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape)) if lasts else p
+        for p, lasts in zip(base.all, lasting, strict=True)
+    ]
+    wide = [p for p, lasts in zip(base.all, lasting, strict=True) if lasts]
+    return base._replace(all=tuple(arriving)), tuple(p.numel for p, _ in tensors(wide))
+
+
+def load_recast(
+    memory: Memory[Handle], *, load: Loader, of_base: Loader, tables: tuple[int, ...], widened: tuple[int, ...] = ()
+) -> None:
+    """The casts, beside the base alone; and then loading as it ends. `tables`: elements of what is cast and cast back; `widened`:
+    of what kbit preparation casts for good, between the two (peft 0.20, utils/other.py, `prepare_model_for_kbit_training`)."""
     whole = Whole(memory, {})
     of_base(whole)
     copies = [whole.taken(ITEMSIZE["bf16"] * numel) for numel in tables]
     for dtype in ("fp32", "bf16"):
+        if dtype == "bf16":
+            for numel in widened:
+                wide = memory.allocate(ITEMSIZE["fp32"] * numel)
+                memory.release(whole.taken(ITEMSIZE["bf16"] * numel))
+                copies.append(wide)
+            if widened:
+                memory.empty_cache()
         for place, numel in enumerate(tables):
             after = memory.allocate(ITEMSIZE[dtype] * numel)
             memory.release(copies[place])

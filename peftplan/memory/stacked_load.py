@@ -31,6 +31,13 @@ def gathered(parameters: Parameters, quant: QuantConfig | None, model_type: str)
     return {name: matrices.get(name.rpartition(".")[2], ()) for name in stacks}
 
 
+def merged(parameters: Parameters, model_type: str) -> Stacks:
+    """The stacks of experts that bitsandbytes leaves as they are, on the device that the checkpoint is read to."""
+    matrices = EXPERTS.get(model_type, {})
+    stacks = (p.name for p in parameters.all if not p.quantized and len(p.shape) > len(("out", "in")))
+    return {name: of_expert for name in stacks if (of_expert := matrices.get(name.rpartition(".")[2], ()))}
+
+
 def as_stored(p: Parameter, stacks: Stacks) -> Parameter:
     """A family under the name by which the checkpoint orders it: that of the first matrix of a stack."""
     module = p.name.rpartition(".")[0]

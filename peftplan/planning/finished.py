@@ -118,6 +118,7 @@ def file_of(job: Job, fields: Mapping[str, object]) -> AdapterFile:
         quant=job.quant,
         kbit_prepare=bool(job.setup.kbit_prepare),
         trained_dtype=trained_dtype,
+        cast_back=job.setup.by.casts_back,
     )
     saving = adapter_file.Saving(
         peft_type,

@@ -6,7 +6,8 @@ module, with its adapters where a trainer does it; in a plain loop they come lat
 once all are there. Source: transformers `core_model_loading.py` (`convert_and_load_state_dict_in_model`), `modeling_utils.py`
 (`caching_allocator_warmup`), bitsandbytes `functional.py` (`quantize_4bit`), torch `nn/modules/module.py` (`_apply`), peft
 `prepare_model_for_kbit_training`, `tuners/tuners_utils.py` (`_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`).
-Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too.
+Left out: buffers of adapters, such as VeRA's projections, pass in the base's dtype too, and experts that are read one by one,
+which `memory.load` merges: two layers of Qwen 2 MoE that axolotl loads in 4 bits reserve 17 % more.
 """
 
 from __future__ import annotations
@@ -152,23 +153,26 @@ def _on_arrival(
     for name, buffer in _on_device(built, setup, quant):
         if is_here(buffer):
             tracker.register(buffer, "buffers", name)
+    lasting = {name for name in halves if not recasts or not is_table(name)}
     if recasts:
-        _widen(tracker, halves)
-    for name, _, _, parameter in every:
-        if name in halves:
-            tracker.register(parameter, "weights", name)
-            tracker.end(halves[name])
-    if recasts:
-        tracker.end(_dense(tracker, (0,), "uint8", name=EMPTIED, op=EMPTIED))
+        _widen(tracker, halves, {*halves} - lasting)
+    for names in (lasting, {*halves} - lasting):
+        for name, _, _, parameter in every:
+            if name in names:
+                tracker.register(parameter, "weights", name)
+                tracker.end(halves[name])
+        if recasts and names:
+            tracker.end(_dense(tracker, (0,), "uint8", name=EMPTIED, op=EMPTIED))
     passing = dtypes_before(setup, quant) if tuned else ()
     added = [(name, parameter) for name, _, _, parameter in every if built.owners[name] == "adapter_weights"]
     moved = [_Moved(name, parameter, "adapter_weights", True) for name, parameter in added]
     _cast(tracker, sorted(moved, key=lambda part: part.is_copy), passing, _norms(built, setup, quant, passing))
 
 
-def _widen(tracker: Tracker, narrow: dict[str, Storage]) -> None:
+def _widen(tracker: Tracker, narrow: dict[str, Storage], tables: set[str]) -> None:
     """Cast tables of 16 bits to fp32, one after the other, in place of the narrow ones."""
-    for name, before in narrow.items():
+    for name in [name for name in narrow if name in tables]:
+        before = narrow[name]
         narrow[name] = _dense(tracker, tuple(before.shape), "fp32", name=name, op="cast")
         tracker.end(before)
 

@@ -79,7 +79,7 @@ def build(
                 part._attn_implementation_internal = FLASH_ATTENTION
         divide(base)
         original = {id(p) for p in base.parameters()}
-        upcast = _kbit_prepare(base) if quant is not None and setup.kbit_prepare else set()
+        upcast = _kbit_prepare(base, setup.by.casts_back) if quant is not None and setup.kbit_prepare else set()
         checkpoint_layers(base, setup)
         model = _adapted(base, peft_config, task_type, quant, setup)
         if setup.every_n_layers is not None:
@@ -165,12 +165,22 @@ def _mark_quantized(model: Any) -> None:
         config._is_quantized = True
 
 
-def _kbit_prepare(model: Any) -> set[int]:
-    """`prepare_model_for_kbit_training`, whose own checkpointing is left to `build`; ids of the parameters that it cast."""
+def _kbit_prepare(model: Any, casts_back: tuple[str, ...]) -> set[int]:
+    """`prepare_model_for_kbit_training`, whose own checkpointing is left to `build`; ids of the parameters that it cast.
+
+    `casts_back`: parts of names of modules that the trainer casts back. Packed weights stay as they are stored (peft skips
+    `Params4bit`, which stand-ins are not).
+    """
     import peft
 
     before = {id(p): p.dtype for p in model.parameters()}
     peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        if QUANT_TENSORS in module.__dict__:
+            module.weight.data = module.weight.data.to(before[id(module.weight)])
+        elif any(part in name for part in casts_back):
+            for p in module.parameters(recurse=False):
+                p.data = p.data.to(before[id(p)])
     return {id(p) for p in model.parameters() if p.dtype != before[id(p)]}
 
 
