@@ -153,7 +153,7 @@ def recorded(job: "Job") -> "Recorded | None":
     if row is not None and row.tiles and (setup.batch_size > 1 or setup.seq_len < 2 * (job.architecture.hidden_size or 0)):
         return None  # recorded of one row of two tiles or more
     padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0 or setup.seq_len >= LONG)
-    return None if row is not None and row.first is not None and not padded else row
+    return None if row is not None and (row.first is not None or row.tiles) and not padded else row
 
 
 def _all_adapted(job: "Job", copies: Mapping[str, int], row: Recorded) -> bool:
