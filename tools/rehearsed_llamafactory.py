@@ -53,7 +53,8 @@ def _launch_file(path: str) -> dict[str, Any]:
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
-    return {"model": cut(row["values"]["model_name_or_path"], row["layers"]), **plan(row).options}
+    ranks = {"gpus": row["gpus"]} if "gpus" in row else {}
+    return {"model": cut(row["values"]["model_name_or_path"], row["layers"]), **plan(row).options, **ranks}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:

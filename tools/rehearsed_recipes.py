@@ -81,9 +81,20 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             assert teacher is not None
             standins.write_repository(Path(second), teacher.repo_id)
             settings += _checkpoint("teacher_checkpointer", second)
-        command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(config), *settings]
+        written = Path(output, "config.yaml")
+        written.write_text(yaml.safe_dump(_without_formats(config)), encoding="utf-8")
+        command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(written), *settings]
         ranks = int(words[words.index("--gpus") + 1]) if "--gpus" in words else None
         return row | kept_of(rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno()))
+
+
+def _without_formats(config: Path) -> dict[str, Any]:
+    """The config, whose lists of checkpoint files can be replaced: a list does not replace the format of their names."""
+    shipped: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for part in shipped.values():
+        if isinstance(part, dict) and isinstance(part.get("checkpoint_files"), dict):
+            part["checkpoint_files"] = []
+    return shipped
 
 
 def kept_of(result: Rehearsal) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from peftplan.memory.attention import FLASH_CAPABILITY
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-MARGIN = 1.4
+MARGIN = 1.45
 """What a verdict grants such a job, as a share of what the replay reserves: twice the largest difference that was rehearsed."""
 
 
@@ -125,6 +125,12 @@ def _squares_in_4_bits(job: Job) -> bool:
     return job.setup.by.name in SQUARING and job.architecture.model_type == "arcee" and job.quant is not None
 
 
+def _shards_by_llama_factory(job: Job) -> bool:
+    """Whether LLaMA-Factory trains all weights under FSDP1."""
+    flat = job.distributed is not None and job.distributed.strategy == "fsdp1"
+    return flat and job.setup.by.name == "llamafactory" and job.method_name == "full"
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (
@@ -164,6 +170,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _prepares_delta_rule,
         "a delta rule behind peft's kbit preparation: a rehearsal of six layers reserved 10 % more than the replay",
     ),
+    (_shards_by_llama_factory, "LLaMA-Factory under FSDP1: a rehearsal of six layers reserved 22 % more than the replay"),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal of two layers reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""

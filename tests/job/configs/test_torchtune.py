@@ -49,6 +49,9 @@ def test_torchtune_reads_a_teacher() -> None:
         "teacher_model": {"_component_": "torchtune.models.qwen2.qwen2_1_5b"},
         "teacher_checkpointer": {"checkpoint_dir": "/data/Qwen2-1.5B-Instruct"},
     }
+    adapted = {"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_14b_instruct", "lora_attn_modules": ["q_proj"]}
+    plan = read({**TORCHTUNE, **losses, **of_teacher, "teacher_model": adapted, "kd_loss": chunks})
+    assert (plan.unsupported, [*plan.refused]) == ({}, ["teacher_model._component_"])
     plan = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": chunks})
     assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-kd", "torchtune-kl", {})
     assert "release 0.6.1 frees" in plan.assumed["recipe"]
@@ -128,5 +131,7 @@ def test_few_recipes_of_torchtune_choose_layers_for_checkpoints() -> None:
 
 def test_torchtune_divides_by_the_steps_between_logs() -> None:
     """recipes/full_finetune_distributed.py:1077, of `dev/8B_full_experimental.yaml`, rehearsed: TypeError behind a step."""
-    assert "TypeError" in read({**TORCHTUNE, "log_every_n_steps": None}).unsupported["log_every_n_steps"].why
-    assert "log_every_n_steps" not in read({**TORCHTUNE, "log_every_n_steps": 1}).unsupported
+    plan = read({**TORCHTUNE, "log_every_n_steps": None})
+    assert "TypeError" in plan.refused["log_every_n_steps"].why
+    assert plan.refused["log_every_n_steps"].instead == {"log_every_n_steps": 1}
+    assert (plan.unsupported, read({**TORCHTUNE, "log_every_n_steps": 1}).options) == ({}, plan.options)

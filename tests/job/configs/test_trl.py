@@ -272,7 +272,8 @@ trainer = GRPOTrainer(
 
 
 def test_one_completion_of_a_prompt_is_compared_with_none() -> None:
-    """trl's example of CARLA writes as many completions as it has servers, by default one (trl, grpo_config.py:1137)."""
+    """trl's example of CARLA writes as many completions as it has servers, by default one (trl, grpo_config.py:1137);
+    with two servers it runs."""
     source = """
 parser = argparse.ArgumentParser()
 parser.add_argument("--env-urls", nargs="+", default=["https://a.hf.space"])
@@ -280,6 +281,10 @@ args = parser.parse_args()
 GRPOTrainer(model="Qwen/Qwen3-0.6B", args=GRPOConfig(num_generations=len(args.env_urls)))
 """
     assert " raises ValueError" in read_text(source, file="a.py").unsupported["args.num_generations"].why
+    of_servers = "per_device_train_batch_size=len(args.env_urls), steps_per_generation=1, num_generations"
+    plan = read_text(source.replace("num_generations", of_servers), file="a.py")
+    assert " raises ValueError" in plan.refused["args.num_generations"].why
+    assert (plan.unsupported, plan.options["batch_size"]) == ({}, 2)
 
 
 def test_a_trainer_quantizes_the_model_that_it_loads_by_name() -> None:
