@@ -6,14 +6,12 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 
 from contextlib import nullcontext
 
-from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.loss_sizes import ALL_LOGITS, CUT_APART, MASKED, OF_FUNCTION, RECEIVED, SHARED, SHARED_CHUNKS
+from peftplan.job.loss_sizes import OF_FUNCTION, RECEIVED
 from peftplan.job.trainer import Forward, Scoring
-from peftplan.memory.heads import head_of
+from peftplan.memory.loop_loss import loss_by_loop
 from peftplan.memory.model import Model
-from peftplan.memory.models import forward_of
+from peftplan.memory.model_outputs import outputs_of, prepared, wide_logits, widened
 from peftplan.memory.program import Program
-from peftplan.memory.units import BACKBONE, ROOT
 from peftplan.tape import ops
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -36,7 +34,7 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
     if model.running.loss == "torchtune-chunked":
         from peftplan.memory.torchtune_loss import chunked_cross_entropy
 
-        loss = chunked_cross_entropy(model.tape, _forward(model)[1:])
+        loss = chunked_cross_entropy(model.tape, outputs_of(model)[1:])
         model.kept.clear()
         return loss
     if program.trainer.block:
@@ -51,11 +49,11 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
     if program.trainer.embeds_rows:
         from peftplan.memory.embedded_rows import loss_of_texts
 
-        return loss_of_texts(model.tape, _forward(model)[1])
+        return loss_of_texts(model.tape, outputs_of(model)[1])
     if program.trainer.scores_values:
         from peftplan.memory.value_head import loss_of_pairs
 
-        loss = loss_of_pairs(model.tape, *_forward(model))
+        loss = loss_of_pairs(model.tape, *outputs_of(model))
         model.kept.clear()
         return loss
     if program.trainer.sums_rows:
@@ -80,7 +78,7 @@ def _loss_of_embeddings(model: Model, program: Program) -> Tensor:
     embeddings: list[Tensor] = []
     for number, _ in enumerate(program.forwards):
         model.pass_name = f"/{number}"
-        _, hidden, embedding = _forward(model)
+        _, hidden, embedding = outputs_of(model)
         model.kept.clear()
         f.module = ""
         alive.append(hidden.detach())
@@ -93,7 +91,7 @@ def _loss_of_embeddings(model: Model, program: Program) -> Tensor:
 def _plain_loss(model: Model, outputs: list[Tensor], program: Program) -> Tensor:
     """`outputs = model(**batch)`: the outputs of the micro batch before live until this forward has returned."""
     before, model.kept = model.kept, []
-    loss, *others = _forward(model)
+    loss, *others = outputs_of(model)
     outputs[:] = others or [loss]  # either holds the graph, and with it what its nodes do not release
     del before
     if not program.keep_outputs:
@@ -108,12 +106,12 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
     if program.trainer.scoring is not None and model.running.loss == "unsloth":
         from peftplan.memory.unsloth_loss import of_pairs
 
-        return of_pairs(model, _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs))
+        return of_pairs(model, wide_logits(model, program.trainer.scoring, copies=program.copies_outputs))
     if program.trainer.scoring is not None and not program.trainer.teaches:
         from peftplan.memory.pair_logits import loss_of_completions, loss_of_pairs, loss_of_shared_row, loss_of_triples
 
         of_rows = loss_of_triples if program.trainer.rows == TRIPLE else loss_of_pairs
-        logits = _wide_logits(model, program.trainer.scoring, copies=program.copies_outputs)
+        logits = wide_logits(model, program.trainer.scoring, copies=program.copies_outputs)
         scoring, count = program.trainer.scoring, model.running.batch_size
         if program.trainer.shares_rows:
             return loss_of_shared_row(f, logits, count=count)
@@ -122,92 +120,20 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
             return loss_of_completions(f, logits, scoring, count=count, entropies=entropies)
         return of_rows(f, logits, scoring, count=count)
     if program.trainer.teaches and model.running.loss == RECEIVED:
-        return _loss_by_loop(model, program, outputs, reference)
+        return loss_by_loop(model, program, outputs, reference)
     if program.trainer.teaches:
         return _distilled(model, program, reference)
     if program.trainer.anchors:
         return _anchored(model, program, reference)
     if program.trainer.loss_apart or program.trainer.weighs_tokens or model.running.loss in OF_FUNCTION:
-        return _loss_by_loop(model, program, outputs)
-    loss, *others = _prepared(model, program)
+        return loss_by_loop(model, program, outputs)
+    loss, *others = prepared(model, program)
     if program.trainer.sums_tokens and model.running.loss == "trl-chunked":
         from peftplan.memory.chunked_loss import loss_of_trl
 
         loss = loss_of_trl(f, *others)
     model.kept.clear()
     return loss
-
-
-def _loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher: Model | None = None) -> Tensor:
-    """The cross entropy that the loop makes of the logits when the model has returned."""
-    from peftplan.memory.loss import cross_entropy, weighted_tokens, written_over_logits
-
-    f = model.tape
-    if model.running.loss == RECEIVED:
-        from peftplan.memory.received_kl import logits_of_teacher, of_both
-
-        outputs.append(logits_of_teacher(model) if teacher is None else _copied_logits(teacher))
-        _, logits = _forward(model)[:2]
-        outputs.append(logits)
-        f.module = ""
-        return of_both(f, logits, outputs[0])
-    if model.running.loss == MASKED:
-        from peftplan.memory.masked_tokens import of_masked, see_all
-
-        see_all(model)
-    _, logits, *last = _forward(model)
-    if program.trainer.holds_outputs:
-        outputs[:] = [logits]
-    f.module = ""
-    if program.trainer.weighs_tokens:
-        loss = weighted_tokens(f, logits)
-    elif model.running.loss == "per-token":
-        wide = f.to(logits, "fp32")
-        if f.autocast:  # accelerate widens them and drops what the model returned; under DeepSpeed the outputs hold both
-            del logits
-        loss = cross_entropy(f, wide)
-    elif model.running.loss in (SHARED, SHARED_CHUNKS):
-        from peftplan.memory.shared_rows import chunked, of_tokens
-
-        wide = f.to(logits, "fp32") if f.autocast else logits
-        del logits
-        if program.copies_outputs:
-            wide = ops.copied(f, wide, "clone", viewed=False)
-        loss = (chunked if model.running.loss == SHARED_CHUNKS else of_tokens)(f, wide)
-    elif model.running.loss in ("eaft", "eaft-behind"):
-        from peftplan.memory.entropy_loss import weighted_behind, weighted_by_entropy
-
-        wide = f.to(logits, "fp32")
-        del logits
-        loss = (weighted_by_entropy if model.running.loss == "eaft" else weighted_behind)(f, wide)
-    elif model.running.loss == MASKED:
-        wide = f.to(logits, "fp32")
-        del logits
-        loss, model.own_mask = of_masked(f, wide), None
-    elif model.running.loss == "te-parallel":
-        loss = written_over_logits(f, logits)
-    elif model.running.loss == CUT_APART:
-        from peftplan.memory.cut_apart import cut_behind_model
-
-        loss = cut_behind_model(model, logits)
-        del last
-    else:
-        from peftplan.memory.tensor_parallel import whole_logits
-
-        loss = cross_entropy(f, whole_logits(f, logits))
-    if not program.trainer.holds_outputs:
-        model.kept.clear()
-    return loss
-
-
-def _copied_logits(teacher: Model) -> Tensor:
-    """A teacher's logits, `detach().clone()`."""
-    f = teacher.tape
-    with f.no_grad():
-        _, logits = _forward(teacher)[:2]
-    f.module = ""
-    teacher.kept.clear()
-    return f.new(logits.dims, logits.dtype, "clone")
 
 
 def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
@@ -220,19 +146,19 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
         from peftplan.memory.torchtune_kd import loss_of_chunks
 
         with_graph, without = (_run_by(forward, number, model, teacher) for number, forward in enumerate(program.forwards))
-        chunks = _forward(with_graph)[1:]
+        chunks = outputs_of(with_graph)[1:]
         with model.tape.no_grad():
-            of_teacher = _forward(without)[1:]
+            of_teacher = outputs_of(without)[1:]
         return loss_of_chunks(model.tape, chunks, of_teacher)
     f, of_models, in_tiles = model.tape, [], model.running.loss == "trl-chunked"
     own_loss: Tensor | None = None
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, teacher)
         with nullcontext() if forward.trains else f.no_grad():
-            own, logits, *_ = _forward(runs)
+            own, logits, *_ = outputs_of(runs)
             if forward.trains and program.trainer.adds_own_loss:
                 own_loss = own
-            of_models.append(logits if in_tiles else _widened(f, logits, program.trainer.scoring or "softmax"))
+            of_models.append(logits if in_tiles else widened(f, logits, program.trainer.scoring or "softmax"))
             del own, logits
     f.module = ""
     assert teacher is not None
@@ -253,36 +179,12 @@ def _anchored(model: Model, program: Program, reference: Model | None) -> Tensor
     assert reference is not None
     f, (first, second) = model.tape, program.forwards
     with f.no_grad():
-        of_reference = _prepared(_run_by(first, 0, model, reference), program)
-    _own, *outputs = _prepared(_run_by(second, 1, model, reference), program)
+        of_reference = prepared(_run_by(first, 0, model, reference), program)
+    _own, *outputs = prepared(_run_by(second, 1, model, reference), program)
     loss = anchored(f, outputs[0], of_reference[1])
     for runs in (model, reference):
         runs.kept.clear()
     return loss
-
-
-def _prepared(model: Model, program: Program) -> list[Tensor]:
-    """The outputs of a model that accelerate prepared: under autocast fp32 copies of those in 16 bits."""
-    f = model.tape
-    loss, *outputs = _forward(model)
-    f.module = ""
-    if f.autocast and program.trainer.prepares_model:
-        outputs = [f.to(x.detach(), "fp32") if x.dtype in SIXTEEN_BITS else x for x in outputs]
-    if program.copies_outputs:
-        outputs = [ops.copied(f, x, "clone", viewed=False) for x in outputs]
-    return [loss, *outputs]
-
-
-def _wide_logits(model: Model, scoring: Scoring, *, copies: bool) -> Tensor:
-    """The logits of a model that returns no loss."""
-    wide = _widened(model.tape, _forward(model)[1], scoring)
-    return ops.copied(model.tape, wide, "clone", viewed=False) if copies else wide
-
-
-def _widened(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
-    """Logits in fp32, as accelerate returns them where it runs the model under autocast."""
-    f.module = ""
-    return logits if scoring == "rows" and not f.autocast else f.to(logits, "fp32")
 
 
 def _preference_loss(model: Model, program: Program, reference: Model | None) -> Tensor:
@@ -301,7 +203,7 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
         if forward.batch or not labels:
             labels[forward.batch] = _labels(f)
         with nullcontext() if forward.trains else f.no_grad():
-            outputs = _prepared(runs, program)
+            outputs = prepared(runs, program)
             sums.append(sum_of_rows(f, outputs[1]))
         if forward.batch:
             del labels[forward.batch]
@@ -327,7 +229,7 @@ def _loss_of_logits(model: Model, program: Program, reference: Model | None, sco
     for number, forward in enumerate(program.forwards):
         runs = _run_by(forward, number, model, reference)
         with nullcontext() if forward.trains else f.no_grad():
-            logits = _wide_logits(runs, scoring, copies=program.copies_outputs and forward.trains)
+            logits = wide_logits(runs, scoring, copies=program.copies_outputs and forward.trains)
             sums.append(scored_rows(f, logits, scoring, count=model.running.batch_size))
         if forward.of in by.keeps_logits and not forward.batch:
             logits_of[forward.of] = logits.detach()
@@ -356,52 +258,3 @@ def _labels(f: Tape) -> Tensor:
     labels = f.new(("b", "s"), "int64", "masked_fill")
     del prompt
     return labels
-
-
-def _forward(model: Model) -> list[Tensor]:
-    """The loss, and what else the outputs hold."""
-    head = head_of(model)
-    model.units.enter(ROOT)
-    model.units.enter(BACKBONE)
-    running = model.running
-    forward = forward_of(
-        model.arch.model_type,
-        own_modules=running.own_modules,
-        own_decoders=running.own_decoders,
-        compiled=running.recorded is not None and running.kernels.decoder is None and model.arch.blocks[0].stack == "decoder",
-    )
-    if running.router_loss and model.tape.grad_enabled:  # a reference model is not asked for it
-        model.router_logits = []
-    hidden = model.units.leave(BACKBONE, forward(model))
-    router_logits, model.router_logits = model.router_logits, None
-    if model.running.own_modules and model.running.loss != "full":  # the loss projects, behind the model
-        hidden = model.units.leave(ROOT, hidden)
-        model.units.end_forward()
-        outputs = [*head(model, hidden)]
-    else:
-        states = [hidden]
-        if running.parts_of_row > 1:  # a hook behind the model, which holds no hidden states by then
-            del hidden
-        outputs = [*head(model, states.pop()), *model.outputs]
-        if router_logits:
-            from peftplan.memory.router_loss import balanced
-
-            model.load_loss = balanced(model, router_logits)
-            outputs += [] if running.loss == "trl-chunked" else router_logits
-            del router_logits
-        # TRL's loss is of the log-probabilities, LLaMA-Factory v1's of the logits
-        by_trainer = (running.loss == "trl-chunked" or model.tape.keeps_graph) and model.units.hooks_each_output
-        of_model = 1 if running.without_loss or by_trainer else 0
-        outputs[of_model] = model.units.leave(ROOT, outputs[of_model])
-        outputs = model.units.hand_out(outputs)
-        model.units.end_forward()
-    if model.running.peft_type == "ADALORA" and model.running.loss != "trl-chunked":
-        from peftplan.memory.methods.adalora import regularized
-
-        outputs[0] = regularized(model, outputs[0])
-    model.outputs.clear()
-    model.call_locals.clear()
-    if model.running.loss not in ALL_LOGITS:
-        model.kept.clear()
-    model.tape.end_autocast()
-    return outputs
