@@ -89,6 +89,7 @@ FUNCTIONS = {
     "nemotron_h-1": Recorded("nemotron_h", "NemotronHMamba2Mixer", _mamba2(1), _nemotron_h),
     "falcon_h1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), _falcon_h1),
     "falcon_h1-1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1),
+    "falcon_h1-normed": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), partial(_falcon_h1, normed=True)),
     "granitemoehybrid-1": Recorded("granitemoehybrid", "GraniteMoeHybridMambaLayer", _mamba2(1), _granite),
 }
 

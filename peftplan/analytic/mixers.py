@@ -63,7 +63,7 @@ def _check_recorded(job: Job) -> None:
         "weights in fp16": setup.dtype == "fp16",
         "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
         "another release of transformers": job.script.transformers is not None,
-        "an adapter": model_type == "falcon_h1" and job.method_name != "full",
+        "an adapter": model_type == "falcon_h1" and job.method_name != "full" and not knows_recorded(job),
         "checkpoints": model_type == "falcon_h1" and bool(setup.gradient_checkpointing),  # full: forward 2.8 % above a trace
         "weights in fp32 that train under autocast": model_type == "granitemoehybrid"  # reserved 4 % below a trace
         and (setup.dtype, setup.autocast, job.method_name) == ("fp32", "bf16", "full")

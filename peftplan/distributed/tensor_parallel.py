@@ -79,12 +79,17 @@ BY_AUTOMODEL: dict[str, Plan] = {
     "phi": PLANS["phi"],
     "seed_oss": LLAMA,
     "mixtral": ATTENTION,
+    "falcon_h1": {
+        **ATTENTION,
+        **{name.replace("mlp", "feed_forward"): style for name, style in GATED.items()},
+    },
 }
 """Plans of NeMo Automodel for models that it does not build (components/distributed/optimized_tp_plans.py), and those of
 transformers where it has none. With its own, logits stay divided."""
-WHOLE_LOGITS = ("seed_oss", "mixtral")
+WHOLE_LOGITS = ("seed_oss", "mixtral", "falcon_h1")
 """Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`), and so does
-that of all others (`_get_parallel_plan`), which Mixtral has because of its experts, and which leaves them whole."""
+that of all others (`_get_parallel_plan`), which Mixtral has because of its experts, and which leaves them whole. Falcon-H1's
+own plan gathers them too (optimized_tp_plans.py, `_parallelize_falcon_h1`)."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 

@@ -65,6 +65,7 @@ LOOSE = {
     ("gpt-oss-20b", 8, 2): 1.1,
     ("falcon-h1-0.5b-base", 2, 2): 0.29,
     ("falcon-h1-0.5b-base", 4, 2): 0.51,
+    ("falcon-h1-34b-base", 3, 2): 0.25,
     ("gpt-oss-20b", 2, 8): 0.21,
     ("gpt-oss-20b", 2, 2): 0.04,
     ("gpt-oss-20b", 4, 1): 2.4,
@@ -98,7 +99,8 @@ Over packed rows with its experts and norms: of allocated ones 0.05, of reserved
 Qwen2.5 0.5B with torch's norms: of `load` and `step` 0.5 MB, which the allocator leaves of the embedding's segment behind a
 matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
 
-Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB.
+Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB. Of 34B
+with LoRA, of reserved ones 26 MiB.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
 
@@ -252,6 +254,24 @@ def test_what_of_mixtral_was_rehearsed(options: dict[str, Any], known: bool) -> 
 def test_what_of_falcon_h1_was_rehearsed(options: dict[str, Any], known: bool) -> None:
     job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
     result = peftplan.estimate("falcon-h1-0.5b-base", **job | options)
+    assert (result.peaks is not None) is known
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "known"),
+    [
+        ("falcon-h1-34b-base", {}, True),
+        ("falcon-h1-34b-base", {"tp_size": None}, False),
+        ("falcon-h1-34b-base", {"gradient_checkpointing": True}, False),
+        ("falcon-h1-34b-base", {"method": "full", "r": None, "target_modules": None}, False),
+        ("falcon-h1-0.5b-base", {"tp_size": 2}, False),
+    ],
+)
+def test_what_of_falcon_h1_with_lora_was_rehearsed(model: str, options: dict[str, Any], known: bool) -> None:
+    """Where ranks share its matrices, and a norm is in its mixer, which has all of its own on each rank."""
+    job: dict[str, Any] = {"method": "lora", "r": 8, "target_modules": r"(?:.*\.)?.*_proj", "trainer": "automodel"}
+    job |= {"strategy": "fsdp2", "gpus": 8, "tp_size": 4, "seq_len": 512} | options
+    result = peftplan.estimate(cut(model, 2), **{name: value for name, value in job.items() if value is not None})
     assert (result.peaks is not None) is known
 
 
