@@ -1,4 +1,4 @@
-"""Later decoders of the Llama shape: Nemotron, Ministral 3, Seed-OSS, Hunyuan, EXAONE 4, Arcee, ERNIE 4.5.
+"""Later decoders of the Llama shape: Nemotron, Ministral 3, Seed-OSS, Hunyuan, EXAONE 4, Arcee, Apertus, ERNIE 4.5.
 
 Sources: transformers, `models/<model_type>/modeling_<model_type>.py` and the config class's defaults beside it.
 """
@@ -20,7 +20,7 @@ from peftplan.arch.decoder import (
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import decoder_model, partial_rotary_dim, probability
 from peftplan.arch.llama import BARE, NO_TOKEN_CLS, plain, uniform_block
-from peftplan.arch.modules import NO_DROPOUT, Architecture, Module, layernorm, linear, rmsnorm
+from peftplan.arch.modules import NO_DROPOUT, Architecture, Buffer, Module, layernorm, linear, rmsnorm
 
 
 def ministral3(c: Fields, task_type: str) -> Architecture:
@@ -97,6 +97,30 @@ def arcee(c: Fields, task_type: str) -> Architecture:
         blocks=(uniform_block(c, n, n.attention)._replace(mlp=Mlp("plain", n.i, c.str("hidden_act", default="relu2"))),),
     )
     return decoder_model(backbone, c, task_type)
+
+
+def apertus(c: Fields, task_type: str) -> Architecture:
+    """Apertus: norms on heads, an MLP without gate whose xIELU has two trainable numbers and two buffers."""
+    n = read_dims(c)
+    bias = c.bool("attention_bias", default=False)
+    act = c.str("hidden_act", default="xielu")
+    own = tuple((name, (1,)) for name in ("alpha_p", "alpha_n"))
+    backbone = decoder_backbone(
+        c,
+        n,
+        stem="Apertus",
+        layer=(
+            *attention_modules(n, qkv_bias=bias, o_bias=bias),
+            *qk_norms(n),
+            *_up_and_down(n, bias=False),
+            *((Module("layers.{}.mlp.act_fn", "Module", own, n.layers),) if act == "xielu" else ()),
+            *rmsnorms(n, "attention_layernorm", "feedforward_layernorm"),
+        ),
+        blocks=(uniform_block(c, n, n.attention._replace(qk_norm=True))._replace(mlp=Mlp("plain", n.i, act)),),
+    )
+    numbers = [Buffer(f"layers.{{}}.mlp.act_fn.{name}", "model", (), n.layers) for name in ("beta", "eps")] * (act == "xielu")
+    backbone = backbone._replace(buffers=(*numbers, *backbone.buffers))
+    return decoder_model(backbone, c, task_type, tasks=("CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION"))
 
 
 def nemotron(c: Fields, task_type: str) -> Architecture:

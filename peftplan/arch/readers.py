@@ -41,6 +41,7 @@ READERS: dict[str, tuple[str, str, str]] = {
     "exaone4": ("llama_later", "exaone4", "CAUSAL_LM"),
     "nemotron": ("llama_later", "nemotron", "CAUSAL_LM"),
     "arcee": ("llama_later", "arcee", "CAUSAL_LM"),
+    "apertus": ("llama_later", "apertus", "CAUSAL_LM"),
     "ernie4_5": ("llama_later", "ernie4_5", "CAUSAL_LM"),
     "lfm2": ("lfm2", "lfm2", "CAUSAL_LM"),
     "falcon_h1": ("falcon_h1", "falcon_h1", "CAUSAL_LM"),

@@ -31,6 +31,7 @@ from peftplan.job.separate import (
 )
 from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
 from peftplan.job.tasks import CALLED, check_task, without_vllm
+from peftplan.job.trainer import TABLES
 from peftplan.job.words import named_as_typed
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.endless import refuse_endless
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
 
-WIDE_ENDS = ("norm", r"\.gate\.", "embed_tokens", "lm_head")
+WIDE_ENDS = ("norm", r"\.gate\.", *TABLES)
 """What of a model axolotl casts to fp32, by parts of names (axolotl 0.19.0, loaders/model.py:1168, loaders/utils.py:316)."""
 
 

@@ -101,6 +101,7 @@ VARIANTS: dict[str, list[Config]] = {
         {"sliding_window": None, "layer_types": ["full_attention"] * 3, "head_dim": 8},
     ],
     "arcee": [{"attention_bias": True, "mlp_bias": True}, {"head_dim": 8, "num_key_value_heads": None}],
+    "apertus": [{}, {"attention_bias": True, "hidden_act": "relu2", "tie_word_embeddings": True}],
     "ernie4_5": [{}, {"use_bias": True, "tie_word_embeddings": False, "head_dim": 8}],
 }  # fmt: skip
 
@@ -108,6 +109,7 @@ NO_TOKEN_CLS = ("CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 BARE = ("CAUSAL_LM", "FEATURE_EXTRACTION")
 TASKS = dict.fromkeys(VARIANTS, ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"))
 TASKS |= dict.fromkeys(("gemma3_text", "olmo", "olmo2", "hunyuan_v1_dense"), NO_TOKEN_CLS)
+TASKS |= {"apertus": ("CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION")}
 TASKS |= dict.fromkeys(("cohere", "cohere2", "granite", "ernie4_5"), BARE)
 
 EVERY_VARIANT = [(m, v) for m, variants in VARIANTS.items() for v in variants]
@@ -200,6 +202,9 @@ def test_blocks_are_the_real_layers(model_type: str, changes: Config) -> None:
             sliding, real.self_attn.use_rope = real.self_attn.is_sliding, True
             if real.self_attn.sliding_window is not None and not sliding:
                 real.self_attn.sliding_window, real.self_attn.use_rope = None, False
+        if model_type == "apertus":
+            real.input_layernorm, real.post_attention_layernorm = real.attention_layernorm, real.feedforward_layernorm
+            del real.attention_layernorm, real.feedforward_layernorm
         # Mistral, Phi-3 and StarCoder2 read one window from the config in forward; the others store it in the module.
         window = getattr(real.self_attn, "sliding_window", getattr(model.config, "sliding_window", None))
         assert_attention_is_real(block.attentions[0], real.self_attn, window=window)

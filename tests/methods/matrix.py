@@ -47,6 +47,7 @@ MODELS: dict[str, str] = {
     "distilbert": "distilbert-base-uncased", "deberta-v2": "deberta-v3-base", "modernbert": "modernbert-base", "t5": "flan-t5-xl",
     "mt5": "mt5-base", "seed_oss": "seed-oss-36b-instruct", "hunyuan_v1_dense": "hunyuan-0.5b-instruct",
     "exaone4": "exaone-4.0-1.2b", "arcee": "afm-4.5b", "ernie4_5": "ernie-4.5-0.3b-pt", "glm4_moe_lite": "glm-4.7-flash",
+    "apertus": "apertus-8b-instruct-2509",
     "glm": "glm-4-9b", "lfm2": "lfm2-350m", "glm4_moe": "glm-4.5-air", "nemotron_h": "nvidia-nemotron-nano-9b-v2",
     "falcon_h1": "falcon-h1-0.5b-base", "nemotron": "minitron-8b-base",
     "bart": "bart-base", "whisper": "whisper-tiny", "vit": "vit-base-patch16-224",

@@ -89,6 +89,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": _causal("hunyuan_v1_dense", "HunYuanDenseV1", GQA),
     "exaone4": _causal("exaone4", "Exaone4", {**GQA, "sliding_window": 16, "sliding_window_pattern": 2}),
     "arcee": _causal("arcee", "Arcee", GQA),
+    "apertus": _causal("apertus", "Apertus", GQA),
     "lfm2": _causal("lfm2", "Lfm2", {**GQA, "layer_types": ["conv", "full_attention"]}),
     "falcon_h1": _causal("falcon_h1", "FalconH1", {**GQA, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16,
         "mamba_d_state": 16, "mamba_chunk_size": 16}, ["in_proj", "q_proj"]),

@@ -40,6 +40,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "exaone4": ("llama", "exaone4"),
     "nemotron": ("llama", "nemotron"),
     "arcee": ("llama", "arcee"),
+    "apertus": ("llama", "apertus"),
     "ernie4_5": ("llama", "ernie4_5"),
     "starcoder2": ("llama", "starcoder2"),
     "lfm2": ("lfm2", "lfm2"),

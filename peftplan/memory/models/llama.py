@@ -1,7 +1,7 @@
 """Families of the Llama shape, by what they do differently.
 
 Sources: transformers, models/{llama,mistral,ministral3,qwen2,qwen3,granite,olmo,olmo2,olmo3,phi3,glm,glm4,smollm3,starcoder2,
-seed_oss,hunyuan_v1_dense,exaone4,nemotron,arcee,ernie4_5}/modeling_*.py.
+seed_oss,hunyuan_v1_dense,exaone4,nemotron,arcee,apertus,ernie4_5}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -72,4 +72,12 @@ nemotron = partial(
     style=Style(norm=layer_norm_plus_one, rotate=partly_rotary, by_head=True, plain=("mlp.up_proj", "mlp.down_proj")),
 )
 arcee = partial(decoder, style=Style(plain=("mlp.up_proj", "mlp.down_proj")))
+apertus = partial(
+    decoder,
+    style=Style(
+        norms=("attention_layernorm", None, "feedforward_layernorm", None),
+        qk_norm="moved",
+        plain=("mlp.up_proj", "mlp.down_proj"),
+    ),
+)
 ernie4_5 = partial(decoder, style=Style(rotate=in_turn_in_fp32, wide_tables=True))

@@ -7,7 +7,8 @@ from peftplan.memory.activations import activation
 from peftplan.memory.models.style import Call
 from peftplan.tape import ops
 from peftplan.tape.shaping import split
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Gradients, Node, Operand, Tensor
 
 
 def mlp(c: Call, x: Tensor) -> Tensor:
@@ -67,5 +68,42 @@ def plain_mlp(c: Call, x: Tensor) -> Tensor:
     """An MLP without gate."""
     first, second = c.style.plain
     x = c.linear(first, x)
+    if c.block.mlp.activation == "xielu":
+        return c.linear(second, xielu(c, x))
     x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
     return c.linear(second, x)
+
+
+def xielu(c: Call, x: Tensor) -> Tensor:
+    """`XIELUActivation._xielu_python`, whose two numbers autocast takes to fp32 (transformers, activations.py)."""
+    f, own = c.at("mlp.act_fn"), c.model.part(f"{c.style.stack}.mlp.act_fn", c.number).params
+    alpha_p, alpha_n = (_softplus(f, own[name]) for name in ("alpha_p", "alpha_n"))
+    alpha_n = ops.shift(f, alpha_n)
+    is_positive = f.new(x.dims, "bool", "gt")
+    above = ops.mul(f, ops.mul(f, alpha_p, x), x)
+    above = ops.add(f, above, ops.scale(f, x))
+    below = f.new(x.dims, x.dtype, "min", f.record(_min_backward, (x,), x))
+    if f.autocast:
+        below = f.cast(below, "fp32")
+    below = ops.keeps_output(f, below, "expm1", passing=True)
+    below = ops.add(f, below, x)
+    below = ops.mul(f, below, alpha_n)
+    below = ops.add(f, below, ops.scale(f, x))
+    return f.new(x.dims, above.dtype, "where", f.record(_where_backward, (above, below), is_positive))
+
+
+def _softplus(f: Tape, x: Operand) -> Tensor:
+    wide = f.to(x, "fp32") if f.autocast else x
+    return ops.keeps_input(f, wide, "softplus")
+
+
+def _min_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    """A mask, and the gradient where it holds."""
+    mask = f.new(g.dims, "bool", "le")
+    out = f.new(g.dims, g.dtype, "masked_fill")
+    del mask
+    return out
+
+
+def _where_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
+    return f.new(g.dims, g.dtype, "where"), f.new(g.dims, g.dtype, "where")
