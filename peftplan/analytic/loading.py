@@ -16,7 +16,7 @@ from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
 from peftplan.memory.recast import SOURCE as RECAST
-from peftplan.memory.recast import is_recast, is_table, load_recast, tables_of, unprepared
+from peftplan.memory.recast import is_recast, is_table, load_recast
 from peftplan.memory.stacked_load import SOURCE as STACKED
 from peftplan.memory.stacked_load import gathered, merged
 from peftplan.parameters import loaded_dtype
@@ -89,7 +89,6 @@ def loading_of(
     if stacks:
         beyond_end = peak_of(load) - Ledger(loaded).bytes()
         passing = (Line("experts while loading", "temporaries", "uint8", (beyond_end,), 1, STACKED),) if beyond_end > 0 else ()
-    of_base: Loader = partial(load_whole, parameters=base, arrives=True)
     if normed is not None:
         from peftplan.analytic import rank_loading
 
@@ -168,17 +167,13 @@ def loading_of(
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     if dtype != setup.dtype:
         passing = (Line("weights in 16 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, LOAD),)
-    if job.distributed is None and is_recast(setup, job.quant, None, adapted=job.method_name != "full"):
+    if is_recast(setup, job.quant, job.distributed, adapted=job.method_name != "full"):
         tables = frozenset(p.name for p in base.all if is_table(p.name))
-        load = partial(load_whole, recast=tables, merged=merged(base, job.architecture.model_type))
-        beyond_end = peak_of(load) - Ledger(loaded).bytes()
-        passing = (
-            (Line("embedding and head in fp32", "temporaries", "uint8", (beyond_end,), 1, RECAST),) if beyond_end > 0 else ()
-        )
-    elif is_recast(setup, job.quant, job.distributed, adapted=job.method_name != "full"):
-        arriving, widened = unprepared(base, dtype=dtype)
-        of_base = partial(load_whole, parameters=arriving, arrives=True, prepared=False)
-        load = partial(load_recast, load=load, of_base=of_base, tables=tables_of(parameters), widened=widened)
+        load_cast = partial(load_whole, recast=tables, merged=merged(base, job.architecture.model_type))
+        if job.distributed is None:
+            load = load_cast
+        else:
+            load = partial(load_recast, load=load, of_base=partial(load_cast, parameters=base, arrives=True))
         beyond_end = peak_of(load) - Ledger(loaded).bytes()
         passing = (
             (Line("embedding and head in fp32", "temporaries", "uint8", (beyond_end,), 1, RECAST),) if beyond_end > 0 else ()

@@ -115,7 +115,7 @@ def _shift_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return g
 
 
-def keeps_input(f: Tape, x: Tensor, op: str) -> Tensor:
+def keeps_input(f: Tape, x: Operand, op: str) -> Tensor:
     """An activation that saves its input, such as `silu` and `gelu`."""
     return f.new(x.dims, x.dtype, op, f.record(_same_backward, (x,), x))
 
