@@ -72,7 +72,8 @@ def _no_command(name: str) -> PeftplanError:
     if not nearest(name, list(COMMANDS)) and catalogue.spelled(name) is not None:
         return InputError("command", name, f"it is a model; did you mean peftplan estimate {name}?")
     if os.path.isfile(name):
-        return InputError("command", name, f"it is a file; did you mean peftplan estimate --config {name}?")
+        of_model = "" if os.path.basename(name) == "config.json" else "--config "
+        return InputError("command", name, f"it is a file; did you mean peftplan estimate {of_model}{name}?")
     return UnknownNameError("command", name, COMMANDS)
 
 

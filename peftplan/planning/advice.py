@@ -55,7 +55,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
         if worth and (everything or not any(_alike(row.options, other.options) for other in rows)):
-            rows.append(row)
+            open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
+            rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
     smallest = None if fitting else trials.smallest_card()
     return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
 
@@ -177,6 +178,24 @@ def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:
     return _row(trials, before, change)._replace(
         verdict=on_card.verdict, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes
     )
+
+
+def _proven(trials: Trials, before: Sizes, change: Change) -> Advice:
+    """The row of a change whose tensors leave enough room, replayed; of sequences that do not fit, shorter ones that do."""
+    row = _judged(trials, before, change) or _row(trials, before, change)
+    length = change.options.get("seq_len")
+    if row.verdict in FITS or not isinstance(length, int):
+        return row
+    low, high = 0, length // SEQUENCE_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        shorter = _tried(trials, before, {"seq_len": middle * SEQUENCE_STEP}, change.price)
+        judged = None if shorter is None else _judged(trials, before, shorter)
+        if judged is not None and judged.verdict in FITS:
+            low, row = middle, judged
+        else:
+            high = middle
+    return row
 
 
 def _row(trials: Trials, before: Sizes, change: Change) -> Advice:

@@ -150,6 +150,12 @@ def test_what_is_said(command: str, expected: list[str]) -> None:
     assert [text for text in expected if text not in line] == [], line
 
 
+def test_a_models_config_is_a_model(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    assert f"it is a file; did you mean peftplan estimate {config}?" in refused(str(config))
+
+
 @pytest.mark.parametrize("args", [("estimate", ""), ("estimate", " "), ("estimate", "\x00"), ("estimate", "a\nb")])
 def test_odd_names(args: tuple[str, ...]) -> None:
     assert refused(*args).startswith("peftplan: MODEL: ")
