@@ -151,6 +151,8 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     """The optimizers whose steps were rehearsed or traced with such a job."""
     assert job.distributed is not None
     known: tuple[str, ...] = (*SHOWN_OPTIMIZERS, *OF_AUTOMODEL, *OF_DEEPSPEED, *(OF_AXOLOTL if _knows_muon(job) else ()))
+    if _knows_gathered_muon(job):
+        known = (*known, "moonlight_muon")
     if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
@@ -243,12 +245,21 @@ def _knows_8_bits(job: Job) -> bool:
 def _knows_muon(job: Job) -> bool:
     """Whether axolotl's Muon was rehearsed: of matrices in bf16, whose rows all ranks of FSDP2 share; it asserts that all get as
     many."""
+    return _divides_matrices(job) and job.setup.by.own_fsdp2 and job.method_name == "full" and job.setup.dtype == "bf16"
+
+
+def _knows_gathered_muon(job: Job) -> bool:
+    """Whether the Muon of LLaMA-Factory's v1 was rehearsed, which gathers one matrix after the other."""
+    return _divides_matrices(job) and job.setup.by.name == "llamafactory-v1" and job.method_name == "full"
+
+
+def _divides_matrices(job: Job) -> bool:
+    """Whether all ranks of FSDP2 share the rows of each matrix that Muon orthogonalizes, and all get as many."""
     distributed = job.distributed
     if distributed is None or distributed.strategy != "fsdp2" or distributed.shards != distributed.world_size:
         return False
     shapes = [shape for m in job.architecture.modules for name, shape in m.params if by_muon(f"{m.name}.{name}", shape)]
-    divided = all(rows % distributed.shards == 0 for rows, _ in shapes)
-    return divided and job.setup.by.own_fsdp2 and job.method_name == "full" and job.setup.dtype == "bf16"
+    return all(rows % distributed.shards == 0 for rows, _ in shapes)
 
 
 def is_shown_trainer(job: Job) -> bool:

@@ -23,13 +23,37 @@ Projected = tuple[Dims, Dims]
 
 def muon(f: Tape, trained: list[Parameter]) -> None:
     """Muon's matrices, then the parameters of its AdamW."""
-    matrices = [p for p in trained if by_muon(p.name, p.shape)]
     u = g = None
-    for p in matrices:
+    for p in (p for p in trained if by_muon(p.name, p.shape)):
         f.module = p.name
         g = f.new(p.shape, p.dtype, "add")
         u = _orthogonal(f, g)
-    for p in (p for p in trained if p not in matrices):
+    del g
+    _by_adamw(f, trained)
+    del u
+
+
+def muon_of_shards(f: Tape, trained: list[Parameter], ranks: int) -> None:
+    """The same in LLaMA-Factory's v1 (0.9.6.dev0, v1/plugins/trainer_plugins/optimizers/muon_optimizer.py): each rank gathers a
+    matrix of which it holds `1 / ranks` of the rows, and orthogonalizes it."""
+    g_use = g_full = u_full = u_dt = None
+    for p in (p for p in trained if by_muon(p.name, p.shape)):
+        f.module = p.name
+        g_use = f.new(p.shape, p.dtype, "add")
+        rows, columns = p.shape[0] * ranks, p.shape[1]
+        g_full = f.new((rows, columns), p.dtype, "full_tensor")
+        u_full = _orthogonal(f, g_full)
+        chunks = f.many(p.shape, u_full.dtype, "contiguous", ranks) if rows > columns else None
+        u_dt = f.new(p.shape, u_full.dtype, "scatter")
+        del chunks
+    _by_adamw(f, trained)
+    del g_use, g_full, u_full, u_dt
+
+
+def _by_adamw(f: Tape, trained: list[Parameter]) -> None:
+    """The parameters that Muon leaves to AdamW."""
+    g = None
+    for p in (p for p in trained if not by_muon(p.name, p.shape)):
         f.module = p.name
         g = None
         square = f.new(p.shape, p.dtype, "square")
@@ -39,7 +63,7 @@ def muon(f: Tape, trained: list[Parameter]) -> None:
         del root
         g = f.new(p.shape, p.dtype, "div")
         del shifted
-    del u, g
+    del g
 
 
 def _orthogonal(f: Tape, g: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
-from peftplan.memory.looped_steps import LOOPS, Projected, apollo
+from peftplan.memory.looped_steps import LOOPS, Projected, apollo, muon_of_shards
 from peftplan.optim import Optimizer
 from peftplan.optim.torchao import is_matrix
 from peftplan.parameters import Parameter
@@ -104,6 +104,10 @@ def optimizer_step(
         from peftplan.memory.dion_step import muon_in_batches
 
         muon_in_batches(f, trained, ranks)
+        return
+    if optimizer.name == "moonlight_muon" and ranks > 1:
+        muon_of_shards(f, [*_two_layers(trained)], ranks)
+        f.module = ""
         return
     if (loop := LOOPS.get(optimizer.name)) is not None:
         loop(f, [*_two_layers(trained)])

@@ -23,6 +23,8 @@ class Program(NamedTuple):
     collects: bool = False
     """Whether the batches of all micro batches are on the device before a step (`Script.collects_batches`)."""
     keep_gradients: bool = False
+    holds_gradients: bool = False
+    """Whether a variable of the loop keeps the gradients of the step before until backward has ended."""
     updates_ranks: bool = False
     """Whether AdaLoRA's rank allocator is called after the optimizer's step (`Script.updates_ranks`)."""
     left_alone: frozenset[str] = frozenset()

@@ -48,6 +48,10 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     _fetch(model, program)
     if program.keep_gradients:
         model.keep_gradients()
+    stepped = model.parameters.all if program.shards is None else program.shards
+    held: list[Tensor] = []
+    if program.holds_gradients:
+        held = [f.many(p.shape, p.dtype, f"{p.name}.grad of the step before", p.copies) for p in stepped if p.trainable]
     scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     last = _micro_batches(model, program) - 1
@@ -74,9 +78,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             outputs.clear()
             model.kept.clear()
     model.units.before_step()
+    held.clear()
     f.mark("step")
     f.module = ""
-    stepped = model.parameters.all if program.shards is None else program.shards
     if scaler is not None:
         with_gradients = model.with_gradients() if program.shards is None else program.shards
         scaler.unscale(f, {p.dtype for p in with_gradients if p.trainable})

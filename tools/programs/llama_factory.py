@@ -74,6 +74,8 @@ def with_llama_factory_v1(job: argparse.Namespace) -> None:
         settings["peft_config"] = {"name": "lora", **fields}
     if job.method == "qlora":
         settings["quant_config"] = {"name": "bnb", "quantization_bit": 4}
+    if job.optim == "moonlight_muon":  # of 0.9.6.dev0
+        settings["optim_config"] = {"name": "muon"}
     run_sft(
         {
             **settings,

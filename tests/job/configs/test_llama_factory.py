@@ -83,6 +83,17 @@ def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> Non
     assert plan.unsupported["use_apollo"].why == "APOLLO by its own optimizer"
 
 
+def test_muon_of_llama_factory_v1_gathers_one_matrix_after_the_other() -> None:
+    """0.9.6.dev0, v1/plugins/trainer_plugins/optimizers/muon_optimizer.py; 0.9.5 registers no optimizer."""
+    values = {**LLAMAFACTORY_V1, "dist_config": {"name": "fsdp2"}, "optim_config": {"name": "muon"}}
+    plan = read(values)
+    assert (plan.unsupported, plan.options["optim"]) == ({}, "moonlight_muon")
+    assert "release 0.9.5" in plan.assumed["optim"]
+    assert of_plan(plan).peak_allocated is not None
+    for other in ({"dist_config": {"name": "deepspeed"}}, {"peft_config": {"name": "lora"}}):
+        assert "optim_config.name" in read({**values, **other}).unsupported
+
+
 @pytest.mark.parametrize(
     ("where", "kernels"),
     [
