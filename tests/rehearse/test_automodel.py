@@ -99,8 +99,8 @@ Over packed rows with its experts and norms: of allocated ones 0.05, of reserved
 Qwen2.5 0.5B with torch's norms: of `load` and `step` 0.5 MB, which the allocator leaves of the embedding's segment behind a
 matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.
 
-Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB. Of 34B
-with LoRA, of reserved ones 26 MiB.
+Falcon-H1: of forward 1.0 and 6.2 MB, of backward 0.6 and 5.6 (0.16 per cent), of `step` 0.8; of reserved ones 4 and 20 MiB. Of
+34B with LoRA, of reserved ones 26 MiB.
 
 GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 MiB.
 
