@@ -466,7 +466,7 @@ def recipe() -> None:
         triton.autotune = partial(first_config, triton.autotune)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     backend = settings["model"].get("backend", {})
-    if backend.get("attn") == "te" or backend.get("dispatcher") in ("deepep", "uccl_ep"):
+    if "te" in (backend.get("attn"), backend.get("linear")) or backend.get("dispatcher") in ("deepep", "uccl_ep"):
         uncompiled_te.install_for_automodel()
     if backend.get("dispatcher") in ("hybridep", "deepep", "uccl_ep"):
         from transformers import AutoConfig

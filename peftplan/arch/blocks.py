@@ -17,7 +17,7 @@ class Attention(NamedTuple):
     `keys_as_values`: values are the projected keys, normed in another way. `stores`: its keys and values live until the model's
     forward ends, for layers that `borrow` them: these have none of their own.
     `sees_blocks`: the tokens of a picture see each other; the class beside towers makes a mask of it whether there are pictures
-    or not.
+    or not. `num_chosen_keys`: how many keys an indexer chooses for each query (DeepSeek's sparse attention); None: it has none.
     """
 
     num_attention_heads: int
@@ -45,6 +45,7 @@ class Attention(NamedTuple):
     stores: bool = False
     borrows: bool = False
     sees_blocks: bool = False
+    num_chosen_keys: int | None = None
 
 
 class Router(NamedTuple):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2"),
+    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2", "glm_moe_dsa"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -25,7 +25,7 @@ REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = (
     *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
-    "minimax_m2",
+    *("minimax_m2", "glm_moe_dsa"),
 )
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"
@@ -163,7 +163,11 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
-    some are chosen first; Nemotron's without a latent space around its experts."""
+    some are chosen first; Nemotron's without a latent space around its experts; GLM-5's with torch's attention over rows of which
+    an indexer chooses every key."""
+    chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
+    if chosen is not None and (job.setup.seq_len > chosen or job.setup.attn_implementation != "sdpa"):
+        return False
     router = job.architecture.blocks[-1].mlp.router
     compressed = job.architecture.model_type == "deepseek_v3" and router.groups > 1
     return not (compressed or any("_latent_proj" in module.name for module in job.architecture.modules))

@@ -176,8 +176,9 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
 def as_automodel_builds(architecture: Architecture, config: Mapping[str, object], *, balanced: bool = False) -> Architecture:
     """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
     components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
-    if architecture.model_type == "minimax_m2" and not architecture.blocks:
-        architecture = replace(architecture, blocks=_blocks_of_minimax(config, architecture.name), logits_ops=())
+    if architecture.model_type in BLOCKS_BY_AUTOMODEL and not architecture.blocks:
+        blocks = BLOCKS_BY_AUTOMODEL[architecture.model_type](config, architecture.name)
+        architecture = replace(architecture, blocks=blocks, logits_ops=())
     if balanced:
         modules = tuple(module for module in architecture.modules if module.kind != "Router")
         buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
@@ -205,6 +206,18 @@ def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, 
     mlp = moe_mlp(fields, n.i, fields.int("num_local_experts"), fields.int("num_experts_per_tok"), groups=(1, 1), normed=True)
     attention = n.attention._replace(qk_norm=True, rotary_dim=rotary_dim)
     return (Block("decoder", n.layers, (attention,), mlp, "rmsnorm"),)
+
+
+def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
+    """The layers of GLM-5: DeepSeek-V3's, whose queries attend to the keys that an indexer chooses."""
+    keys = Fields(config, name=name).int("index_topk")
+    as_deepseek = read_config(_of_type(config, "deepseek_v3"), name=name).blocks
+    chosen = (tuple(a._replace(num_chosen_keys=keys) for a in block.attentions) for block in as_deepseek)
+    return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
+
+
+BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5}
+"""Model types without a reader whose modules NeMo Automodel builds → their layers."""
 
 
 def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:

@@ -40,6 +40,10 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", apart=True),
     ),
+    "glm_moe_dsa": (
+        Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, stages=True),
+        Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", stages=True),
+    ),
     "glm4_moe": (
         Exchanged((), (), False, False, shared=True),
         Exchanged((), ADAMW, False, True, syncs=True, stages=True),

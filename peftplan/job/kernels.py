@@ -233,7 +233,7 @@ WITH_FORMULA = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers have formulas with the kernels of every package."""
 SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
-DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2")
+DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2", "glm_moe_dsa")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
 DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types with a gated delta rule that flash-linear-attention computes."""
@@ -246,7 +246,7 @@ OF_PACKAGE = {
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4"),
     **dict.fromkeys(("uccl", "te-linear", "te-experts"), DIVIDED),
-    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2"),
+    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa"),
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,

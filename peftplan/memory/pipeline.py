@@ -119,6 +119,13 @@ class HeadApart(Fsdp2):
 
     of_head = False
 
+    def enter(self, name: str) -> None:
+        """Before a unit's forward. The inner model has let the last buffer go when it returned (`FSDPState._post_forward`)."""
+        unit = self.by_name.get(self.joined.get(name, name))
+        if unit is not None and unit.name == TAIL and not self.f.replays:
+            self._copied_out = None
+        super().enter(name)
+
     def _unshard(self, unit: Unit) -> None:
         self.of_head = unit.name == TAIL
         super()._unshard(unit)

@@ -23,6 +23,7 @@ from peftplan.memory.models.automodel_ep import divided, gated, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
+from peftplan.memory.models.automodel_latent import latent_attention, of_latent
 from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
 from peftplan.memory.models.automodel_moe import experts as of_all_ranks
 from peftplan.memory.models.automodel_moe import gate as gate_behind
@@ -34,7 +35,6 @@ from peftplan.memory.models.style import Call, Style
 from peftplan.memory.te_attention import of_documents
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
-from peftplan.tape.shaping import cat, split
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
 
@@ -90,16 +90,6 @@ def flat_attention(c: Call, x: Tensor) -> Tensor:
     return c.linear("self_attn.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
 
 
-def of_latent(model: Model, style: Style) -> Tensor:
-    """`Glm4MoeLiteModel.forward`, `DeepseekV3Model.forward`: one table of complex numbers."""
-    f, width = model.tape, number(model.arch.blocks[0].attentions[0].rotary_dim or 0)
-    f.module = "model"
-    angles = f.new(("b", model.seq, width // 2), "fp32", "einsum")
-    table = f.new(("b", model.seq, width), "fp32", "polar")
-    del angles
-    return run_layers(model, style, [inputs(model)], lambda _: (table,), masks={})
-
-
 def layer(c: Call, x: Tensor) -> Tensor:
     """`Block.forward`."""
     attended = (c.style.attention or attention)(c, c.norm("input_layernorm", x))
@@ -122,50 +112,6 @@ def attention(c: Call, x: Tensor) -> Tensor:
     offset = c.model.part(f"{c.style.stack}.self_attn", c.number).params["sinks"] if a.sinks else None
     out = of_documents(c.at("self_attn"), q, k, v, packed=c.model.running.kernels.attention is not None, offset=offset)
     return c.linear("self_attn.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
-
-
-def latent_attention(c: Call, x: Tensor) -> Tensor:
-    """`MLA.forward`: names hold what was projected until it returns."""
-    a = c.block.attentions[0]
-    (b, s, _), heads, d, r, v = (
-        x.dims,
-        a.num_attention_heads,
-        a.head_dim,
-        number(a.rotary_dim or 0),
-        number(a.value_head_dim or 0),
-    )
-    q = x if c.model.has(f"{c.style.stack}.self_attn.q_proj", c.number) else c.linear("self_attn.q_a_proj", x)
-    q = c.linear("self_attn.q_proj", x) if q is x else c.linear("self_attn.q_b_proj", c.norm("self_attn.q_a_layernorm", q))
-    f = c.at("self_attn")
-    q_pass, q_rot = split(f, q.view((b, s, heads, d)), ((b, s, heads, d - r), (b, s, heads, r)))
-    both = c.linear("self_attn.kv_a_proj_with_mqa", x)
-    width = number(both.dims[-1])
-    latent, k_rot = split(c.at("self_attn"), both, ((b, s, width - r), (b, s, r)))
-    latent = c.norm("self_attn.kv_a_layernorm", latent)
-    f = c.at("self_attn")
-    q_rot, k_rot = rotated(f, q_rot), rotated(f, k_rot.view((b, s, 1, r)))
-    q = cat(f, (q_pass, q_rot), (b, s, heads, d))
-    kv = c.linear("self_attn.kv_b_proj", latent).view((b, s, heads, d - r + v))
-    f = c.at("self_attn")
-    k_pass, values = split(f, kv, ((b, s, heads, d - r), (b, s, heads, v)))
-    k = cat(f, (k_pass, ops.expanded(f, k_rot, (b, s, heads, r))), (b, s, heads, d))
-    values = ops.copied(f, values, "contiguous", values.dims, viewed=False)
-    if c.model.running.kernels.exchange is None:  # torch's attention, on copies by head
-        q, k = (ops.copied(f, y, "contiguous", (b, heads, s, d), viewed=False) for y in (q, k))
-        out = c.attend(q, k, values.view((b, heads, s, v)), rotated=True)
-    else:
-        q, k, values = (y.view((b, y.dims[2], s, y.dims[3])) for y in (q, k, values))
-        out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None)
-    return c.linear("self_attn.o_proj", out.view((b, s, heads * v)))
-
-
-def rotated(f: Tape, x: Tensor) -> Tensor:
-    """`_FusedRope`: keeps the table."""
-    return f.new(x.dims, x.dtype, "rotary", f.record(_rotated_backward, (x,)))
-
-
-def _rotated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return f.new(g.dims, g.dtype, "rotary")
 
 
 def shared_mixture(
@@ -312,11 +258,13 @@ def deepseek_v3(model: Model) -> Tensor:
 
 HEADS = Style(norm=opaque_rms, layer=layer)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
+SPARSE = LATENT._replace(mixture=partial(shared_mixture, after=False, divided=over_hybrid_ep))
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "qwen3_moe": qwen3_moe,
     "gpt_oss": gpt_oss,
     "minimax_m2": minimax_m2,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": deepseek_v3,
+    "glm_moe_dsa": partial(of_latent, style=SPARSE),
 }
 """Model type → the tool's forward of it."""

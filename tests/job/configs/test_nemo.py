@@ -628,6 +628,16 @@ def test_only_the_benchmark_sets_how_many_rows_its_data_make(recipe: str, refuse
     assert ("raises ValueError" in plan.unsupported["dataset._target_"].why) is refused
 
 
+@pytest.mark.parametrize(("linear", "kernels"), [("te", "hybridep,te-linear"), ("torch", "hybridep"), (None, None)])
+def test_which_kernels_of_glm_5_have_a_formula(linear: str | None, kernels: str | None) -> None:
+    backend = {"attn": "sdpa", "rms_norm": "torch_fp32", "dispatcher": "hybridep", "experts": "gmm"}
+    backend |= {} if linear is None else {"linear": linear}
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-5.1", "backend": backend}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 4}, model=model)
+    assert plan.options.get("kernels") == kernels
+    assert ("model.backend.dispatcher" in plan.unsupported) is (kernels is None)
+
+
 @pytest.mark.parametrize(
     ("rows", "model", "known"), [(8, "Qwen/Qwen2.5-32B", True), (4, "Qwen/Qwen2.5-32B", False), (8, "Qwen/Qwen3-8B", False)]
 )
