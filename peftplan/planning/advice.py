@@ -21,6 +21,12 @@ WORTH = 0.02
 """Smaller savings, as a share of the peak, are not shown, unless they change the verdict."""
 MOST_COMBINATIONS = 12
 """Combinations that are evaluated, the cheapest first."""
+EVERY_LAYER = ("fsdp1", "fsdp2", "zero3")
+"""Strategies under which no layer is a copy of another."""
+OF_STATES = ("optim", "adapter_dtype", "offload_optimizer")
+"""Changes of what the optimizer holds."""
+SAVED_OF_STATES = 2
+"""They save at most so many times its states: these, and gradients and temporaries as large."""
 MOST_REPLAYS = 3
 """Combinations, and single changes, that are replayed until one fits; nearly always the first one does."""
 
@@ -38,8 +44,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     least = _least_weights(trials, [options for options, _ in possible])
     if least > trials.room:
         return Advised(weights_alone=least, smallest_card=trials.smallest_card())
-    tried = (_tried(trials, unchanged, options, price) for options, price in possible)
-    saving = [change for change in tried if change is not None and max(change.saving.values()) > 0]
+    tried = _each(job, trials, unchanged, possible)
+    saving = [change for change in tried if max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
     singles = list(refined.values())
     enough = _enough(trials, unchanged, singles, everything=everything)
@@ -59,6 +65,29 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
             rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
     smallest = None if fitting else trials.smallest_card()
     return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
+
+
+def _each(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
+    """The single changes. Where a strategy has every layer run, which takes a second or two for each change of 70B, those are
+    left out that cannot save what is worth showing, and those that do less than one that saves too little.
+    """
+    slow = job.distributed is not None and job.distributed.strategy in EVERY_LAYER
+    peak = max(before.values())
+    little = slow and peak > trials.room and SAVED_OF_STATES * trials.states < WORTH * peak
+    no_room: set[str] = set()
+    changes: list[Change] = []
+    for options, price in reversed(possible) if slow else possible:
+        (name, *others) = options
+        if others == [] and ((little and name in OF_STATES) or name in no_room):
+            continue
+        if slow and options.get("attn_implementation") and job.setup.attn_implementation == "sdpa" and not job.setup.padding:
+            continue  # sdpa runs the same kernel
+        if (change := _tried(trials, before, options, price)) is None:
+            continue
+        changes.append(change)
+        if slow and name in ("gpus", "seq_len") and change.left(before) > trials.room:
+            no_room.add(name)
+    return changes[::-1] if slow else changes
 
 
 def _loses_data_in_vain(change: Change, before: Sizes, room: int) -> bool:

@@ -16,6 +16,8 @@ from peftplan.planning.verdicts import capability, kernels_on, placed_on, verdic
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import TIGHT, Verdict
 
+NEARLY = 0.9
+"""The share of what a job needs on one card that it may need with another one's kernels: cards that have less are not asked."""
 NOT_FOR_RENT = ("laptop", "embedded")
 """Kinds of cards that nobody is sent to."""
 
@@ -29,6 +31,8 @@ class Trials(NamedTuple):
     """The most bytes with which a job fits rather than being tight."""
     reserved: int
     """Bytes that the allocator reserves for the job as it is."""
+    states: int
+    """Bytes of the optimizer's states."""
     runs_flash_attention: bool
     weights: Callable[..., int]
     """Bytes of the base's weights."""
@@ -63,9 +67,11 @@ def trials(
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
         for other in _larger_cards(needed, setup, than=card):
-            if kernels_on(other) == kernels_on(card):
-                on_other = verdict(other, needed, as_here, refused=unmet(setup, pair(capability(other))))
-            else:
+            refused = unmet(setup, pair(capability(other)))
+            on_other = verdict(
+                other, needed if kernels_on(other) == kernels_on(card) else int(NEARLY * needed), as_here, refused=refused
+            )
+            if kernels_on(other) != kernels_on(card) and on_other.verdict == "fits":
                 on_other = judged(remembered(), [other]).gpus[0]
             if on_other.verdict == "fits":
                 return other.id
@@ -77,6 +83,7 @@ def trials(
         room=room,
         roomy=room - math.ceil(TIGHT * on_card.usable_bytes),
         reserved=needed,
+        states=remembered().static.by_category().get("optimizer_states", 0),
         runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, pair(compute_capability)) is None,
         weights=lambda **changes: remembered(**changes).static.by_category()["weights"],
         sizes=sizes,

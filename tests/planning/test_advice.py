@@ -91,13 +91,14 @@ class Trying:
             room=self.room,
             roomy=self.room,
             reserved=100 + self.besides,
+            states=0,
             runs_flash_attention=False,
             weights=lambda **options: self.weights,
             sizes=self.sizes,
             judged=self.judged,
             smallest_card=lambda: "a100-80gb",
         )
-        job = SimpleNamespace(setup=SimpleNamespace(batch_size=1, seq_len=128))
+        job = SimpleNamespace(setup=SimpleNamespace(batch_size=1, seq_len=128), distributed=None)
         return advise(cast("Job", job), trials, everything=everything)
 
 
