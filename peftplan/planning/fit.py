@@ -15,13 +15,14 @@ from peftplan.job.prepare import prepare
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.setup import Engine
 from peftplan.planning.choosing import which_gpu
+from peftplan.planning.divided import divided
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
 from peftplan.planning.fit_result import CEILINGS, Binding, Fit, OtherCard, Plan
 from peftplan.planning.fit_traced import GUESSES, largest_traced
 from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.largest import MOST_ASKED, Largest, Probe, largest
-from peftplan.planning.plans import Options, changes_of, kept_options, ranked
+from peftplan.planning.plans import Options, changes_of, in_order, kept_options, ranked
 from peftplan.planning.question import Question
 from peftplan.planning.verdicts import find_cards
 from peftplan.results.estimate import Estimate
@@ -136,6 +137,11 @@ def fit(
         else:
             changes = changes_of(typed, first, size, methods, fixed, min_seq_len)
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
+        if engine == "analytic" and size != "model" and not first.size:
+            misses = (first,) if len(plans) > 1 else (first, *nearest)
+            more = divided(model, card, typed, misses, {size: search.smallest})
+            (_, *over_gpus), _ = ranked(first, typed, more, plan)
+            plans = in_order(first, (*plans[1:], *over_gpus))
         elsewhere = (
             None
             if engine == "trace" or any(each.size for each in plans)

@@ -53,8 +53,13 @@ def ranked(
     by_room = sorted(near, key=lambda other: -other.headroom_bytes)
     nearest = {other.method: other for other in reversed(by_room)}  # of each method the one that comes nearest
     closest = sorted(by_room, key=lambda other: nearest[other.method] is not other)[:2]
-    others = sorted(_undominated(plans)[1:], key=lambda plan: _rank(plan, by_size=by_size))
-    return (first, *others), tuple(sorted(closest, key=lambda other: -other.headroom_bytes))
+    return in_order(first, plans[1:], by_size=by_size), tuple(sorted(closest, key=lambda other: -other.headroom_bytes))
+
+
+def in_order(first: Plan, others: Iterable[Plan], *, by_size: bool = False) -> tuple[Plan, ...]:
+    """The job as typed, then the plans that gain something by what they change."""
+    useful = _undominated([first, *others])[1:]
+    return (first, *sorted(useful, key=lambda plan: _rank(plan, by_size=by_size)))
 
 
 def kept_options(keep: object, size: str) -> frozenset[str]:

@@ -323,3 +323,14 @@ def test_the_name_of_a_model_is_never_parted() -> None:
     done = run("fit", "llama-3.2-1b,gpt2", "--gpu", "l4", "--max", "model", "--methods", "dora")
     (row,) = (line for line in done.out.splitlines() if line.startswith("as typed"))
     assert "  llama-3.2-1b  " in row
+
+
+def test_over_several_gpus_a_plan_divides_what_does_not_fit() -> None:
+    """DDP keeps the whole model on each card; nothing but another method was tried."""
+    options: dict[str, Any] = {"gpu": "rtx-4090", "gpus": 4, "method": "full"}
+    answer = peftplan.fit("llama-3.1-8b", methods=["full"], **options)
+    (plan,) = (plan for plan in answer.plans if plan.changes == {"strategy": "fsdp2", "offload_params": "cpu"})
+    assert verdict("llama-3.1-8b", **{**options, **plan.changes, "batch_size": plan.batch_size}) == "fits"
+    assert answer.other_card is None
+    typed = peftplan.fit("llama-3.1-8b", methods=["full"], strategy="ddp", **options)
+    assert all("strategy" not in plan.changes for plan in typed.plans)
