@@ -117,12 +117,12 @@ def _prepares_delta_rule(job: Job) -> bool:
 
 
 SQUARING = ("axolotl",)
-"""Trainers whose layers in 4 bits hand Arcee's activation what it squares in fp32, and Apertus's alike."""
+"""Trainers whose layers in 4 bits hand Arcee's activation what it squares in fp32."""
 
 
 def _squares_in_4_bits(job: Job) -> bool:
-    """Whether such a trainer trains Arcee or Apertus in 4 bits."""
-    return job.setup.by.name in SQUARING and job.architecture.model_type in ("arcee", "apertus") and job.quant is not None
+    """Whether such a trainer trains Arcee in 4 bits."""
+    return job.setup.by.name in SQUARING and job.architecture.model_type == "arcee" and job.quant is not None
 
 
 def _shards_by_llama_factory(job: Job) -> bool:
