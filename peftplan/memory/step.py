@@ -49,9 +49,9 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     if program.keep_gradients:
         model.keep_gradients()
     stepped = model.parameters.all if program.shards is None else program.shards
-    held: list[Tensor] = []
+    old_gradients: list[Tensor] = []
     if program.holds_gradients:
-        held = [f.many(p.shape, p.dtype, f"{p.name}.grad of the step before", p.copies) for p in stepped if p.trainable]
+        old_gradients = [f.many(p.shape, p.dtype, f"{p.name}.grad of the step before", p.copies) for p in stepped if p.trainable]
     scaler = Scaler(f) if program.scales and program.trainer.prepares_model else None
     outputs: list[Tensor] = []
     last = _micro_batches(model, program) - 1
@@ -78,7 +78,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             outputs.clear()
             model.kept.clear()
     model.units.before_step()
-    held.clear()
+    old_gradients.clear()
     f.mark("step")
     f.module = ""
     if scaler is not None:

@@ -37,7 +37,9 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
     of_load = 0.05 if "deepspeed" in row["values"] else 0.001  # vectors are cast in another order
-    if row["values"].get("stage") != "rm":  # transformers 5.8 loaded that one: alone too it takes 95 MB more for a while
+    # transformers 5.8 loaded a reward model, which alone too takes 95 MB more for a while, and that of APOLLO, which takes an
+    # embedding and a head more than its weights, below the peak
+    if row["values"].get("stage") != "rm" and "use_apollo" not in row["values"]:
         assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < of_load
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]

@@ -161,6 +161,8 @@ class Effective:
             return self._names(setting["names"])
         if "listed" in setting:
             return ",".join(self._listed(setting["listed"], self.of(setting["listed"])))
+        if "arguments" in setting:
+            return ",".join(f"{name}={self.of(key)}" for name, key in setting["arguments"].items())
         if "key" in setting:
             value = self.of(setting["key"])
             return tuple(value) if isinstance(value, list) else value

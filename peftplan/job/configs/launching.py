@@ -17,7 +17,7 @@ from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
 from peftplan.errors import OptionError, PeftplanError
 from peftplan.job.configs.documents import Values, nested, read_json, word
-from peftplan.job.configs.plan import Unsupported
+from peftplan.job.configs.plan import Refused, Unsupported
 from peftplan.job.launch import accelerate, deepspeed
 from peftplan.job.launch.content import content
 
@@ -85,6 +85,8 @@ class Launched(NamedTuple):
     options: Values
     unsupported: dict[str, Unsupported]
     assumed: dict[str, str]
+    refused: dict[str, Refused]
+    """What the tool raises for, and the number of processes with which it runs."""
 
 
 UNREAD_OF_FSDP = {"axolotl": ("backward_prefetch", "forward_prefetch")}
@@ -93,7 +95,7 @@ UNREAD_OF_FSDP = {"axolotl": ("backward_prefetch", "forward_prefetch")}
 
 def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str], *, file: str) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it."""
-    result = Launched({}, {}, {})
+    result = Launched({}, {}, {}, {})
     of_accelerate = partial(_accelerate, file=file)
     if (config := _values(launch, "accelerate")) is not None:
         _from(result, "accelerate", lambda: of_accelerate(config))
@@ -174,8 +176,11 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
     processes = int(str(result.options.get("gpus", 1)))
     if tool == "swift" and re.fullmatch("[0-9,]+", visible) and visible.count(",") >= processes:
         alone = processes == 1 or not {"deepspeed", "fsdp", "device_map"}.isdisjoint(launch)
-        why = OVER_ITS_GPUS if alone else EACH_OVER_ITS_GPUS
-        result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, why, "unknown", "gpus")
+        if alone:
+            result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, OVER_ITS_GPUS, "unknown", "gpus")
+        else:  # a process for each of them
+            of_each = result.options["gpus"] = visible.count(",") + 1
+            result.refused["NPROC_PER_NODE"] = Refused(processes, EACH_OVER_ITS_GPUS, {"NPROC_PER_NODE": of_each}, "gpus")
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")
 

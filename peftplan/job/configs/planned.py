@@ -32,7 +32,8 @@ def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
         refused |= reading.refused
         instead = {key: value for row in refused.values() for key, value in row.instead.items()}
         reading = read_all(document, tool, file=file, instead=instead)
-    return replace(planned(reading), refused=refused)
+    plan = planned(reading)
+    return replace(plan, refused={**refused, **plan.refused})
 
 
 def _accumulate(reading: Reading, launch: Mapping[str, object]) -> None:
@@ -123,6 +124,7 @@ def planned(reading: Reading) -> ConfigPlan:
         reading.assumed,
         reading.kind,  # type: ignore[arg-type]
         of_ddp,
+        refused=launch.refused,
     )
     for other in ("teacher_model", "reward_model"):
         if other in options:

@@ -62,6 +62,8 @@ class Meant(TypedDict, total=False):
     key: str
     listed: str
     """The key whose names come in one text, between commas."""
+    arguments: Mapping[str, str]
+    """Name → the key of its value: `rank=128`, between commas."""
     product: list[str | int | list[str | int]]
     """Keys and numbers, and lists of them, which stand for their sums."""
     by: str

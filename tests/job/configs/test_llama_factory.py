@@ -79,8 +79,16 @@ def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], 
 
 
 def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> None:
+    """Of layers one after the other, with random projections, the optimizer is that of transformers."""
     plan = read({**LLAMA_FACTORY_FULL, "use_apollo": True, "optim": "adamw_torch"})
     assert plan.unsupported["use_apollo"].why == "APOLLO by its own optimizer"
+    in_turn = {**LLAMA_FACTORY_FULL, "use_apollo": True, "apollo_layerwise": True, "apollo_rank": 64, "pure_bf16": True}
+    plan = read(in_turn)
+    assert (plan.unsupported, plan.refused["use_apollo"].instead) == ({}, {"optim": "adamw_torch"})
+    assert (plan.options["optim"], plan.options["optim_args"]) == ("apollo_adamw_layerwise", "rank=64")
+    assert "lm_head" not in plan.options["optim_target_modules"]
+    for other in ({"apollo_proj": "svd"}, {"apollo_layerwise": False}, {"pure_bf16": False}):
+        assert "use_apollo" in read({**in_turn, "optim": "adamw_torch", **other}).unsupported
 
 
 def test_muon_of_llama_factory_v1_gathers_one_matrix_after_the_other() -> None:

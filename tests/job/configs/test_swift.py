@@ -142,10 +142,9 @@ def test_swift_adapts_the_language_model_alone(model: str, trainable: int) -> No
     ("values", "key", "where"),
     [
         ({"optimizer": "muon"}, "optimizer", "optimizers/muon.py:15"),
-        ({"loss_type": "loss_scale"}, "loss_type", "mixin.py:1115"),
         ({"rope_scaling": "yarn"}, "rope_scaling", "model/register.py:232"),
         ({"init_weights": "lora-ga"}, "init_weights", "train/tuner.py:218"),
-        ({"quant_method": "hqq", "quant_bits": 4}, "quant_method", "quantizers/base.py:290"),
+        ({"quant_method": "hqq", "quant_bits": 8}, "quant_method", "quantizers/base.py:290"),
     ],
 )
 def test_what_swift_itself_raises_is_said(values: dict[str, object], key: str, where: str) -> None:
@@ -369,17 +368,36 @@ def test_completions_that_are_used_again_cost_no_more() -> None:
     assert plan.options == of_plain.options
 
 
-@pytest.mark.parametrize(("visible", "processes", "divided"), [("0,1", None, True), ("0,1,2,3", "2", True), ("0,1", "2", False)])
+@pytest.mark.parametrize(
+    ("values", "instead", "where"),
+    [
+        ({"loss_type": "loss_scale"}, {}, "mixin.py:1115"),
+        ({"quant_method": "hqq", "quant_bits": 4}, {"quant_method": "bnb", "quant_bits": 4}, "quantizers/base.py:290"),
+    ],
+)
+def test_what_swift_raises_for_has_the_peak_of_a_change_that_runs(
+    values: dict[str, object], instead: dict[str, object], where: str
+) -> None:
+    """Each change was rehearsed (tests/rehearse/swift.jsonl): labels are weighted without the name of a loss, which ms-swift no
+    longer has, and bitsandbytes quantizes to 4 bits in place of hqq."""
+    plan, changed = (read({**SWIFT, **each}, kind="command", program="swift sft") for each in (values, instead))
+    assert (plan.unsupported, plan.options) == ({}, changed.options)
+    assert where in "".join(plan.refusals())
+    assert of_plan(plan).peak_allocated == of_plan(changed).peak_allocated is not None
+
+
+@pytest.mark.parametrize(("visible", "processes", "divided"), [("0,1", None, True), ("0,1,2,3", "2", False), ("0,1", "2", False)])
 def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, processes: str | None, divided: bool) -> None:
     """`get_default_device_map` (model/utils.py:242) is `auto` where a process has two GPUs or more (`is_mp`, utils/env.py:71)."""
     environment = {"CUDA_VISIBLE_DEVICES": visible, **({"NPROC_PER_NODE": processes} if processes else {})}
     plan = read(SWIFT, kind="command", program="swift sft", **environment)
     assert ("CUDA_VISIBLE_DEVICES" in plan.unsupported) is divided
     assert (of_plan(plan).peak_allocated is None) is divided
-    raised = [" raises TypeError" in row.why for row in plan.unsupported.values()]  # as a rehearsal with four GPUs did
-    assert raised == [processes is not None] * divided
+    assert [" raises TypeError" in row.why for row in plan.refused.values()] == [True] * (visible == "0,1,2,3")  # as rehearsed
+    if plan.refused:
+        assert plan.options == read(SWIFT, kind="command", program="swift sft", NPROC_PER_NODE="4").options
     beside = read({**SWIFT, "deepspeed": "zero2"}, kind="command", program="swift sft", **environment)
-    assert not any(" raises TypeError" in row.why for row in beside.unsupported.values())
+    assert not beside.refused
 
 
 ASLEEP = {"use_vllm": True, "vllm_mode": "colocate", "sleep_level": 1, "offload_model": True, "offload_optimizer": True}
