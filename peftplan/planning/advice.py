@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from peftplan.errors import PeftplanError
-from peftplan.planning.changes import SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
+from peftplan.planning.changes import OF_GPUS, SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
 from peftplan.planning.trials import Trials
 from peftplan.results.advice import FITS, Advice, Advised
 
@@ -51,7 +51,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     enough = _enough(trials, unchanged, singles, everything=everything)
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
-    fitting += _fewest_gpus(trials, unchanged, singles, fitting)
+    fewest_gpus = _fewest_gpus(trials, unchanged, singles, fitting)
+    fitting += fewest_gpus
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
     changes = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
@@ -60,7 +61,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
-        if worth and (everything or not any(_alike(row.options, other.options) for other in rows)):
+        if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *fewest_gpus))):
             open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
             rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
     smallest = None if fitting else trials.smallest_card()
@@ -78,15 +79,16 @@ def _each(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict
     changes: list[Change] = []
     for options, price in reversed(possible) if slow else possible:
         (name, *others) = options
-        if others == [] and ((little and name in OF_STATES) or name in no_room):
+        kind = "gpus" if options.keys() <= OF_GPUS else name
+        if kind in no_room or (little and name in OF_STATES and not others):
             continue
         if slow and options.get("attn_implementation") and job.setup.attn_implementation == "sdpa" and not job.setup.padding:
             continue  # sdpa runs the same kernel
         if (change := _tried(trials, before, options, price)) is None:
             continue
         changes.append(change)
-        if slow and name in ("gpus", "seq_len") and change.left(before) > trials.room:
-            no_room.add(name)
+        if slow and kind in ("gpus", "seq_len") and change.left(before) > trials.room:
+            no_room.add(kind)
     return changes[::-1] if slow else changes
 
 
@@ -190,9 +192,9 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
 
 def _fewest_gpus(trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
     """The smallest number of GPUs over which the job fits as it is; none if `fitting` has a number already."""
-    if any("gpus" in row.options for row in fitting):
+    if any(OF_GPUS & row.options.keys() for row in fitting):
         return []
-    more_gpus = [change for change in singles if change.options.keys() == {"gpus"} and change.left(before) <= trials.room]
+    more_gpus = [change for change in singles if change.options.keys() <= OF_GPUS and change.left(before) <= trials.room]
     rows = (_judged(trials, before, change) for change in sorted(more_gpus, key=lambda change: change.price))
     return list(islice((row for row in rows if row is not None and row.verdict in FITS), 1))
 

@@ -33,6 +33,10 @@ STRATEGIES: Mapping[str, tuple[tuple[dict[str, object], int], ...]] = {
 }
 """Strategy → changes that divide more over the ranks, or hold it on the host, each with its price."""
 
+GPUS_OF_NODE = 8
+"""GPUs of a machine that is rented."""
+OF_GPUS = frozenset({"gpus", "nodes"})
+"""Options of a change that takes more GPUs."""
 TORCH = ("ddp", "fsdp1", "fsdp2")
 """Strategies of torch's own, beside which FSDP2 is the next step."""
 
@@ -105,7 +109,21 @@ def _of_ranks(job: Job, distributed: Distributed) -> Iterator[tuple[dict[str, ob
             yield {**options, **storage, "device_map": "cpu"}, price
     if distributed.facts.splits_weights:
         for place, times in enumerate((2, 4, 8)):
-            yield {"gpus": (distributed.gpus or 1) * times}, MORE_GPUS + place
+            if more := more_gpus(distributed, times):
+                yield more, MORE_GPUS + place
+
+
+def more_gpus(distributed: Distributed, times: int) -> dict[str, object]:
+    """So many times the GPUs: first those of a node, then more nodes, which one process does not reach (`device_map`)."""
+    gpus, nodes = distributed.gpus or 1, distributed.nodes
+    if nodes == 1 and gpus * times <= GPUS_OF_NODE:
+        return {"gpus": gpus * times}
+    if distributed.strategy == "device-map":
+        return {}
+    total = gpus * nodes * times
+    if nodes > 1 or gpus >= GPUS_OF_NODE or total % GPUS_OF_NODE:
+        return {"nodes": nodes * times}
+    return {"gpus": GPUS_OF_NODE, "nodes": total // GPUS_OF_NODE}
 
 
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:

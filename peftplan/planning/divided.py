@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from peftplan.planning.changes import OF_GPUS
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import job_options, options_for
 from peftplan.results.advice import FITS
@@ -28,6 +29,6 @@ def divided(model: object, gpu: str, typed: Mapping[str, object], misses: Iterab
         options = options_for(miss.method, changed) if "method" in miss.changes else changed
         result = estimate(model, gpu=gpu, **job_options(options, smallest))
         for row in (row for advised in result.advice.values() for row in advised.changes):
-            if row.verdict in FITS and "strategy" in row.options and not {"gpus", "method", "seq_len"} & row.options.keys():
+            if row.verdict in FITS and "strategy" in row.options and not {"method", "seq_len", *OF_GPUS} & row.options.keys():
                 yield {**miss.changes, **row.options}
                 break

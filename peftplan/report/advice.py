@@ -15,16 +15,16 @@ NOW = "(none)"
 UNKNOWN = "no advice: the job has no formulas, and a trace is not repeated with other options"
 
 
-def rows(result: Estimate, changes: Iterable[Advice]) -> list[tuple[str, str, str, str]]:
-    """The job as it is, then each change: its options, the peak where it was replayed, what it saves, the verdict."""
+def rows(result: Estimate, gpu: str, changes: Iterable[Advice]) -> list[tuple[str, str, str, str]]:
+    """The job as it is on a card, then each change: its options, the peak where it was replayed, what it saves, the verdict."""
     assert result.peaks is not None
     unchanged = (NOW, format_bytes(result.peaks.allocated), "", "does not fit")
-    return [unchanged, *map(_row, changes)]
+    return [unchanged, *(_row(advice, gpu) for advice in changes)]
 
 
-def _row(advice: Advice) -> tuple[str, str, str, str]:
+def _row(advice: Advice, gpu: str) -> tuple[str, str, str, str]:
     peak = "" if advice.peak_allocated is None else format_bytes(advice.peak_allocated)
-    return command_line(advice), peak, format_bytes(advice.saving_bytes), _verdict(advice)
+    return command_line(advice, gpu), peak, format_bytes(advice.saving_bytes), _verdict(advice)
 
 
 def _verdict(advice: Advice) -> str:
@@ -68,9 +68,12 @@ def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> 
     return f"{card_name(gpu)}: {why}; {other}"
 
 
-def command_line(advice: Advice) -> str:
-    """The options as they are typed."""
-    return " ".join(_option(name, value) for name, value in advice.options.items())
+def command_line(advice: Advice, gpu: str) -> str:
+    """The options as they are typed, a number of GPUs with the card."""
+    typed = {
+        "gpu" if name == "gpus" else name: f"{value}x{gpu}" if name == "gpus" else value for name, value in advice.options.items()
+    }
+    return " ".join(_option(name, value) for name, value in typed.items())
 
 
 def _option(name: str, value: object) -> str:

@@ -216,7 +216,7 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
         by = " (by formulas)" if result.engine == "trace" else ""
         rows = wrapped(f"to fit {card_name(nearest.gpu)}, {_gib(nearest)[2]} GiB less{by}:", screen.columns)
         for brings, change in zip(outcomes, best, strict=True):
-            line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change)}"
+            line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change, nearest.gpu)}"
             rows += wrapped(line, screen.columns, colour=COLOURS.get(change.verdict or ""), indent=" " * (widest + 6))
     if sentence := advice.without_help(nearest.gpu, advised, strategy=advice.kept_strategy(result)):
         rows += wrapped(sentence, screen.columns)

@@ -157,7 +157,7 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
         columns = (Column(name, right=name != "then") for name in advice.COLUMNS[1:])
         grid = table(Column(advice.title(gpu, result.engine)), *columns)
         grid.columns[0].no_wrap = False
-        for row in advice.rows(result, advised.changes):
+        for row in advice.rows(result, gpu, advised.changes):
             grid.add_row(*row)
         parts.append(grid)
     sentence = advice.without_help(gpu, advised, strategy=advice.kept_strategy(result))

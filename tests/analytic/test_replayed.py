@@ -70,7 +70,7 @@ def test_one_job_has_one_peak(capsys: pytest.CaptureFixture[str]) -> None:
     replayed = [change for change in advised.changes if change.peak_allocated is not None]
     assert replayed
     assert all((change.peak_allocated or 0) + change.saving_bytes == peak for change in replayed)
-    assert advice.rows(on_card, advised.changes)[0][1] == format_bytes(peak)
+    assert advice.rows(on_card, "0.5GiB", advised.changes)[0][1] == format_bytes(peak)
 
 
 def test_an_array_of_sizes_says_that_tails_are_missing() -> None:

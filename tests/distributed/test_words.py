@@ -308,4 +308,6 @@ def test_more_ranks_are_advised() -> None:
     result = peftplan.estimate("llama-2-70b", method="full", gpu="8xh100-80gb", strategy="fsdp2")
     assert [verdict.verdict for verdict in result.gpus] == ["does_not_fit"]
     advised = advice(result)["h100-80gb"]
-    assert [change.options for change in advised.changes if "gpus" in change.options]
+    assert [(change.options, change.verdict) for change in advised.changes if "nodes" in change.options] == [
+        ({"nodes": 2}, "tight")
+    ]

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.prepare import prepare
+from peftplan.planning.changes import more_gpus
+from peftplan.report.advice import command_line
+from peftplan.results.advice import Advice
 from tests.planning.tiny import CONFIG
 
 UNFIT: dict[str, Any] = {"method": "full", "batch_size": 8, "context": 0}
@@ -76,3 +80,24 @@ def test_the_fewest_gpus_that_fit_are_named() -> None:
     assert {"gpus": 4} in [change.options for change in changes if change.verdict == "fits"]
     number = peftplan.estimate("llama-3.1-8b", method="full", gpu="4xl4", strategy="device-map")
     assert number.gpus[0].verdict == "fits"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gpus", "nodes", "expected"),
+    [
+        ("fsdp2", 2, 1, [{"gpus": 4}, {"gpus": 8}, {"gpus": 8, "nodes": 2}]),
+        ("zero3", 8, 1, [{"nodes": 2}, {"nodes": 4}, {"nodes": 8}]),
+        ("fsdp2", 4, 2, [{"nodes": 4}, {"nodes": 8}, {"nodes": 16}]),
+        ("fsdp2", 3, 1, [{"gpus": 6}, {"nodes": 4}, {"gpus": 8, "nodes": 3}]),
+        ("device-map", 4, 1, [{"gpus": 8}, {}, {}]),
+    ],
+)
+def test_more_gpus_are_those_of_machines(strategy: str, gpus: int, nodes: int, expected: list[dict[str, object]]) -> None:
+    """`--gpus 16` beside `--gpu 8xh100-80gb` is an error, and no machine has sixteen."""
+    distributed = prepare("llama-3.1-8b", method="full", strategy=strategy, gpus=gpus, nodes=nodes).distributed
+    assert distributed is not None
+    assert [more_gpus(distributed, times) for times in (2, 4, 8)] == expected
+
+
+def test_a_number_of_gpus_is_typed_with_its_card() -> None:
+    assert command_line(Advice({"gpus": 4}, 0, 0, None), "l4") == "--gpu 4xl4"
