@@ -231,10 +231,10 @@ def _knows_mixtures(job: Job, distributed: Distributed) -> bool:
 def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
     """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
     with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows,
-    also where no other ranks hold the same stage. A stage that is no unit itself: beside experts that ranks divide."""
+    also where no other ranks hold the same stage. Beside experts that ranks divide also one that is no unit itself."""
     whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
     packed, apart = kernels_of(job.setup.kernels or ()).attention is not None, distributed.pp_stage_is_unit is False
-    of_experts = apart and distributed.pp_schedule == INTERLEAVED and knows_experts(job)
+    of_experts = distributed.pp_schedule == INTERLEAVED and knows_experts(job)
     divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
     return (
         (builds(job) or _stages_transformers_modules(job, distributed))

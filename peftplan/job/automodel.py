@@ -163,13 +163,14 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
-    some are chosen first; Nemotron's without a latent space around its experts; GLM-5's with torch's attention over rows of which
-    an indexer chooses every key."""
+    some are chosen first, but in stages without an exchange; Nemotron's without a latent space around its experts; GLM-5's with
+    torch's attention over rows of which an indexer chooses every key."""
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
     if chosen is not None and (job.setup.seq_len > chosen or job.setup.attn_implementation != "sdpa"):
         return False
     router = job.architecture.blocks[-1].mlp.router
-    compressed = job.architecture.model_type == "deepseek_v3" and router.groups > 1
+    grouped = job.architecture.model_type == "deepseek_v3" and router.groups > 1
+    compressed = grouped and (bool(job.setup.kernels) or not _in_stages(job))
     return not (compressed or any("_latent_proj" in module.name for module in job.architecture.modules))
 
 
@@ -200,7 +201,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
     trains = (setup.dtype, setup.loss) == (("fp32", CUT_APART) if shown.pretrains else ("bf16", "full"))
-    apart = (shown.stages or shown.apart) is (distributed.pp_stage_is_unit is False)
+    apart = ((shown.stages and not shown.whole) or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
     return (
         job.method_name == shown.method and trains and beside and as_often and stepped and owns and aligned and as_long and staged

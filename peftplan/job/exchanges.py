@@ -20,6 +20,8 @@ class Exchanged(NamedTuple):
     """Whether several ranks owned the same experts too."""
     stages: bool = False
     """Whether stages of a pipeline ran, each of which is no unit of FSDP2 itself."""
+    whole: bool = False
+    """Whether each of these stages is such a unit."""
     apart: bool = False
     """Whether the model without stages is no unit itself."""
     pretrains: bool = False
@@ -65,6 +67,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
         Exchanged((), ADAMW, False, True, pretrains=True),
+        Exchanged((), ADAMW, False, True, stages=True, whole=True),
     ),
     "nemotron_h": (
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),

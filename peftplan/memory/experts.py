@@ -71,6 +71,17 @@ def row_sum(f: Tape, x: Tensor) -> Tensor:
     return ops.summed(f, x, (*x.dims[:-1], 1), "fp32" if f.autocast else x.dtype)
 
 
+def to_local(f: Tape, weight: Operand) -> Operand:
+    """`DTensor.to_local` of what ranks divide: a node of its own. Where it comes before both products of experts, the gradient of
+    the second waits for that of the first."""
+    node = f.record(_to_local_backward, (weight,))
+    return weight if node is None else Tensor(None, weight.dims, weight.dtype, node)
+
+
+def _to_local_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
+    return g
+
+
 Grouped: TypeAlias = tuple[Operand | None, Operand | None, Tensor, Dims, Dims, bool]
 """What a grouped product saves: x, the weight, the offsets, the dims of x and of the weight, and whether the kernel ran."""
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory.experts import grouped
+from peftplan.memory.experts import grouped, to_local
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, gated, on_all
 from peftplan.memory.models.automodel_moe import projected
 from peftplan.memory.models.style import Call
 from peftplan.memory.units import experts as experts_of
-from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Node, Operand, Tensor
+from peftplan.tape.tensors import Node, Tensor
 
 
 def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         few = c.model.running.rows_of_experts == "few"
         second, _ = projected(f, params, chosen, probabilities, offsets, few=few)
     else:
-        up, down = (local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
+        up, down = (to_local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
         product = partial(grouped, f, kernel=True, bias=None)
         offsets = f.new((owned,), "int32", "to")
         out = product(chosen, up, up.dims[1], offsets=offsets)
@@ -50,13 +49,3 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         second = product(gated(f, out, probabilities), down, down.dims[1], offsets=offsets)
         del out
     return units.leave(unit, combined(f, second, layout, dims))
-
-
-def local(f: Tape, weight: Operand) -> Operand:
-    """`to_local`: its node comes before both products, so the gradient of the second waits for that of the first."""
-    node = f.record(_local_backward, (weight,))
-    return weight if node is None else Tensor(None, weight.dims, weight.dtype, node)
-
-
-def _local_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    return g

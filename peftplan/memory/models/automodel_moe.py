@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from peftplan.memory.calls import inputs
-from peftplan.memory.experts import grouped, taken, top_k
+from peftplan.memory.experts import grouped, taken, to_local, top_k
 from peftplan.memory.fused_attention import FLASH_BLOCK, blocks, number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
@@ -177,11 +177,12 @@ def experts(
     that of gpt-oss, whose matrices are (expert, in, out)."""
     f = c.at(f"{name}.experts")
     masters = c.model.part(f"{c.style.stack}.{name}.experts", c.number).params  # in fp32 no unit casts them
-    params: dict[str, Operand] = {matrix: f.to(p, x.dtype) for matrix, p in masters.items()}
+    ranks = c.block.mlp.num_experts // number((masters.get("gate_up_proj") or masters["up_proj"]).dims[0])
+    owned = {matrix: p if ranks == 1 else to_local(f, p) for matrix, p in masters.items()}
+    params: dict[str, Operand] = {matrix: f.to(p, x.dtype) for matrix, p in owned.items()}
     up = params.get("gate_up_proj") or params["up_proj"]
     rows, own, dtype = indices.dims, x.dims, x.dtype
     weights = f.to(weights, "fp32")
-    ranks = c.block.mlp.num_experts // number(up.dims[0])
     if ranks > 1:
         x, weights, indices = (gathered(f, y, ranks) for y in (x, weights, indices))
     every = indices.dims

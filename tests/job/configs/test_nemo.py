@@ -628,6 +628,16 @@ def test_only_the_benchmark_sets_how_many_rows_its_data_make(recipe: str, refuse
     assert ("raises ValueError" in plan.unsupported["dataset._target_"].why) is refused
 
 
+@pytest.mark.parametrize(
+    ("stages", "model", "loss"), [(2, "deepseek-ai/DeepSeek-V3", "full"), (1, "deepseek-ai/DeepSeek-V3", "cut-apart")]
+)
+def test_stages_without_hidden_states_have_all_logits(stages: int, model: str, loss: str) -> None:
+    fused = {"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"}
+    sharded = {"strategy": "fsdp2", "ep_size": 4, "pp_size": stages}
+    plan = of_nemo(sharded, model=NEMO_MODEL | {"pretrained_model_name_or_path": model}, loss_fn=fused)
+    assert plan.options["loss"] == loss
+
+
 @pytest.mark.parametrize(("linear", "kernels"), [("te", "hybridep,te-linear"), ("torch", "hybridep"), (None, None)])
 def test_which_kernels_of_glm_5_have_a_formula(linear: str | None, kernels: str | None) -> None:
     backend = {"attn": "sdpa", "rms_norm": "torch_fp32", "dispatcher": "hybridep", "experts": "gmm"}
