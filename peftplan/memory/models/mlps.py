@@ -69,8 +69,9 @@ def plain_mlp(c: Call, x: Tensor) -> Tensor:
     first, second = c.style.plain
     x = c.linear(first, x)
     if c.block.mlp.activation == "xielu":
-        return c.linear(second, xielu(c, x))
-    x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
+        x = c.module("mlp.act_fn", x, xielu)
+    else:
+        x = c.module("mlp.act", x, lambda c, x: activation(c.at("mlp.act"), x, c.block.mlp.activation))
     return c.linear(second, x)
 
 
@@ -80,16 +81,24 @@ def xielu(c: Call, x: Tensor) -> Tensor:
     alpha_p, alpha_n = (_softplus(f, own[name]) for name in ("alpha_p", "alpha_n"))
     alpha_n = ops.shift(f, alpha_n)
     is_positive = f.new(x.dims, "bool", "gt")
-    above = ops.mul(f, ops.mul(f, alpha_p, x), x)
-    above = ops.add(f, above, ops.scale(f, x))
-    below = f.new(x.dims, x.dtype, "min", f.record(_min_backward, (x,), x))
-    if f.autocast:
-        below = f.cast(below, "fp32")
-    below = ops.keeps_output(f, below, "expm1", passing=True)
+    above = _plus_half(f, [ops.mul(f, ops.mul(f, alpha_p, x), x)], x)
+    least = f.new(x.dims, x.dtype, "min", f.record(_min_backward, (x,), x))
+    wide = f.cast(least, "fp32") if f.autocast else least
+    below = ops.keeps_output(f, wide, "expm1", passing=True)
+    del wide, least
     below = ops.add(f, below, x)
-    below = ops.mul(f, below, alpha_n)
-    below = ops.add(f, below, ops.scale(f, x))
+    products = [ops.mul(f, below, alpha_n)]
+    del below
+    below = _plus_half(f, products, x)
     return f.new(x.dims, above.dtype, "where", f.record(_where_backward, (above, below), is_positive))
+
+
+def _plus_half(f: Tape, product: list[Tensor], x: Tensor) -> Tensor:
+    """The sum of a product, which ends first, and x times a number."""
+    scaled = ops.scale(f, x)
+    total = ops.add(f, product[0], scaled)
+    product.clear()
+    return total
 
 
 def _softplus(f: Tape, x: Operand) -> Tensor:
@@ -98,10 +107,12 @@ def _softplus(f: Tape, x: Operand) -> Tensor:
 
 
 def _min_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
-    """A mask, and the gradient where it holds."""
-    mask = f.new(g.dims, "bool", "le")
-    out = f.new(g.dims, g.dtype, "masked_fill")
-    del mask
+    """Half the gradient where both are equal, and none where the number is smaller (torch, derivatives.yaml, `minimum`)."""
+    half = f.new(g.dims, g.dtype, "div")
+    equal = f.new(g.dims, "bool", "eq")
+    out = f.new(g.dims, g.dtype, "where")
+    del half, equal
+    _larger = f.new(g.dims, "bool", "gt")
     return out
 
 

@@ -243,21 +243,22 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
 
 @pytest.mark.parametrize(
     ("model", "stays"),
-    [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("facebook/opt-1.3b", True), ("microsoft/phi-1_5", False)],
+    [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("facebook/opt-1.3b", None), ("microsoft/phi-1_5", False)],
 )
-def test_axolotl_casts_embeddings_back_that_it_knows_by_name(model: str, stays: bool) -> None:
+def test_axolotl_casts_embeddings_back_that_it_knows_by_name(model: str, stays: bool | None) -> None:
     """GPT-J's `wte` stays in fp32, and Falcon's linear layers, which bitsandbytes does not quantize: two layers, rehearsed, hold
-    50,400 × 4,096 × 2 and 414,138,368 × 2 bytes more in each phase."""
+    50,400 × 4,096 × 2 and 414,138,368 × 2 bytes more in each phase. None: not rehearsed, a lower bound."""
     values = {"base_model": model, "attn_implementation": "sdpa", "lora_mlp_kernel": False}
     plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl")
-    assert {key: row.effect for key, row in plan.unsupported.items()} == ({"load_in_4bit": "raises"} if stays else {})
+    assert {key: row.effect for key, row in plan.unsupported.items()} == ({"load_in_4bit": "raises"} if stays is None else {})
+    assert stays is None or plan.options["kbit_prepare"] is stays
 
 
 @pytest.mark.parametrize(
     ("values", "stays"),
     [
         ({}, True),
-        ({"deepspeed": "deepspeed_configs/zero2.json"}, True),
+        ({"deepspeed": "deepspeed_configs/zero1.json"}, True),
         ({"deepspeed": "deepspeed_configs/zero3_bf16.json"}, False),
         ({"quantize_moe_experts": True}, False),
         ({"load_in_4bit": False, "adapter": "lora"}, False),
