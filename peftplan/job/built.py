@@ -209,9 +209,14 @@ def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, 
 
 
 def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
-    """The layers of GLM-5: DeepSeek-V3's, whose queries attend to the keys that an indexer chooses."""
-    keys = Fields(config, name=name).int("index_topk")
-    as_deepseek = read_config(_of_type(config, "deepseek_v3"), name=name).blocks
+    """The layers of GLM-5: DeepSeek-V3's, whose queries attend to the keys that an indexer chooses; of no keys, which has no
+    formula, where layers take another one's choice (`indexer_types`)."""
+    fields = Fields(config, name=name)
+    shares = "shared" in fields.strs("indexer_types", default=())
+    keys = 0 if shares else fields.int("index_topk")
+    types = fields.strs("mlp_layer_types", default=())
+    dense = {"first_k_dense_replace": types.count("dense")} if types else {}
+    as_deepseek = read_config({**_of_type(config, "deepseek_v3"), **dense}, name=name).blocks
     chosen = (tuple(a._replace(num_chosen_keys=keys) for a in block.attentions) for block in as_deepseek)
     return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
 

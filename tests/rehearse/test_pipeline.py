@@ -194,8 +194,11 @@ def test_what_of_sparse_attention_was_rehearsed(options: dict[str, Any], known: 
     """An indexer chooses 2,048 keys of each query: here all of them. Its weights get no gradients, and so no states."""
     job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 4, "pp_size": 2}
     job |= {"pp_schedule": "interleaved1f1b", "pp_stage_is_unit": False, "kernels": "hybridep,te-linear", "seq_len": 512}
-    result = peftplan.estimate(cut("glm-5", 5), **job | {"optim": "adamw_torch", "gradient_checkpointing": True} | options)
+    model, job = cut("glm-5", 5), job | {"optim": "adamw_torch", "gradient_checkpointing": True}
+    result = peftplan.estimate(model, **job | options)
     assert (result.peaks is not None) is known
+    shared = peftplan.estimate(model | {"indexer_types": ["full", *["shared"] * 4]}, **job | options)
+    assert shared.peaks is None
     states = [line.name for line in (result.peaks.ledgers["step"].lines if result.peaks else ()) if line.name.endswith("exp_avg")]
     assert any(".q_b_proj" in name for name in states) is known
     assert not any("indexer" in name for name in states)
