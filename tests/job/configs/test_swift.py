@@ -386,6 +386,28 @@ def test_what_swift_raises_for_has_the_peak_of_a_change_that_runs(
     assert of_plan(plan).peak_allocated == of_plan(changed).peak_allocated is not None
 
 
+def test_positions_of_yarn_are_named_as_transformers_5_reads_them() -> None:
+    """The packed row of ms-swift's example of 512,000 tokens: eight ranks share it, with weights on the host."""
+    shared = {
+        "sequence_parallel_size": 8,
+        "deepspeed": "zero3_offload",
+        "packing": True,
+        "max_length": 512_000,
+        "rope_scaling": "yarn",
+        "max_model_len": 512_000,
+        "use_liger_kernel": True,
+        "attn_impl": "flash_attn",
+    }
+    values = {**SWIFT, "model": "Qwen/QwQ-32B", **shared}
+    plan = read(values, kind="command", program="swift sft", NPROC_PER_NODE="8", CELOSS_PARALLEL_SIZE="2048")
+    assert plan.refused["rope_scaling"].instead == {"rope_scaling": None, "rope_scaling.rope_type": "yarn"}
+    assert (plan.unsupported, plan.options["seq_len"]) == ({}, 64_000)
+    assert (of_plan(plan).peak_allocated is None, of_plan(plan).peak_reserved) == (False, None)
+    for other in ({"deepspeed": "zero3"}, {"use_liger_kernel": False}, {"tuner_type": "full"}):
+        more = read({**values, **other}, kind="command", program="swift sft", NPROC_PER_NODE="8", CELOSS_PARALLEL_SIZE="2048")
+        assert "sequence_parallel_size" in more.unsupported
+
+
 @pytest.mark.parametrize(("visible", "processes", "divided"), [("0,1", None, True), ("0,1,2,3", "2", False), ("0,1", "2", False)])
 def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, processes: str | None, divided: bool) -> None:
     """`get_default_device_map` (model/utils.py:242) is `auto` where a process has two GPUs or more (`is_mp`, utils/env.py:71)."""
