@@ -111,7 +111,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
         merged=merges_experts(job),
         in_8_bits=in_8_bits,
-        masks=0 if built in (*SCANNING, "gemma4") else 3,
+        masks=0 if built in (*SCANNING, "gemma4", "ernie4_5_moe") else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
         return policy

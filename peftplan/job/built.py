@@ -16,7 +16,7 @@ from peftplan.arch.decoder import read_dims
 from peftplan.arch.fields import Fields
 from peftplan.arch.heads import partial_rotary_dim
 from peftplan.arch.modules import VALUE_HEAD, Architecture, Buffer, Module, linear
-from peftplan.arch.moe import moe_mlp
+from peftplan.arch.moe import mixed_blocks, moe_mlp
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
 from peftplan.job.kernels import INT8_INT4
@@ -221,7 +221,23 @@ def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ..
     return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
 
 
-BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5}
+ERNIE: dict[str, object] = {"hidden_size": 2560, "intermediate_size": 12288, "num_attention_heads": 20}
+ERNIE |= {"num_hidden_layers": 28, "vocab_size": 103424}
+"""What `Ernie4_5_MoeConfig` says where a config does not."""
+
+
+def _blocks_of_ernie(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
+    """The layers of ERNIE 4.5 with experts: dense ones, then mixtures with shared experts."""
+    fields = Fields({**ERNIE, **config}, name=name)
+    n = read_dims(fields, kv=4)
+    width, first = fields.int("moe_intermediate_size", default=1536), fields.int("moe_layer_start_index", default=1, low=0)
+    experts, chosen = fields.int("moe_num_experts", default=64), fields.int("moe_k", default=6)
+    shared = fields.int("moe_num_shared_experts", default=2) * width
+    mlp = moe_mlp(fields, width, experts, chosen, shared=shared, groups=(1, 1), normed=True)
+    return mixed_blocks(fields, n, [n.attention] * len(n.layers), mlp, n.layers[first:])
+
+
+BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5, "ernie4_5_moe": _blocks_of_ernie}
 """Model types without a reader whose modules NeMo Automodel builds → their layers."""
 
 

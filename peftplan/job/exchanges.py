@@ -42,6 +42,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", apart=True),
     ),
+    "ernie4_5_moe": (Exchanged(("deepep.exchange",), ADAMW, True, False),),
     "glm_moe_dsa": (
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", stages=True),

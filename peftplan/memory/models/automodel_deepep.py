@@ -30,13 +30,24 @@ from peftplan.memory.models.automodel_moe import gate as gate_behind
 from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
 from peftplan.memory.models.automodel_moe import mixture as of_own_experts
 from peftplan.memory.models.decoder import run_layers
+from peftplan.memory.models.llama import in_turn_in_fp32
 from peftplan.memory.models.mlps import gated_mlp
-from peftplan.memory.models.style import Call, Style
+from peftplan.memory.models.style import Call, Rotation, Style
 from peftplan.memory.te_attention import of_documents
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
+
+
+def ernie(model: Model) -> Tensor:
+    """`Ernie4_5_MoeModel.forward`. Left out: what a softmax in place of a sigmoid and the loss of balance make, some numbers for
+    each expert of a token."""
+    f, a = model.tape, model.arch.blocks[0].attentions[0]
+    f.module = "model.rotary_emb"
+    tables = tuple(f.new(("b", model.seq, a.head_dim), "fp32", name) for name in ("cos", "sin"))
+    style = HEADS._replace(attention=partial(attention, turn=in_turn_in_fp32), mixture=partial(shared_mixture, after=False))
+    return run_layers(model, style, [inputs(model)], lambda _: tables, masks={})
 
 
 def of_heads(model: Model, style: Style) -> Tensor:
@@ -99,15 +110,16 @@ def layer(c: Call, x: Tensor) -> Tensor:
     return ops.add(c.at(), x, out)
 
 
-def attention(c: Call, x: Tensor) -> Tensor:
-    """`Qwen3MoeAttention.forward`, `GptOssAttention.forward`."""
+def attention(c: Call, x: Tensor, *, turn: Rotation | None = None) -> Tensor:
+    """`Qwen3MoeAttention.forward`, `GptOssAttention.forward`. `turn`: how queries and keys are rotated, if not by a kernel."""
     a = c.block.attentions[0]
     b, s, _ = x.dims
     heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
     q, k, v = (c.linear(f"self_attn.{name}_proj", x).view((b, s, heads[name], a.head_dim)) for name in heads)
     if a.qk_norm:
         q, k = c.norm("self_attn.q_norm", q), c.norm("self_attn.k_norm", k)
-    q, k = turned(c.at("self_attn"), q, k, c.tables[0])
+    f = c.at("self_attn")
+    q, k = turned(f, q, k, c.tables[0]) if turn is None else turn(f, q, k, *c.tables)[:2]
     q, k, v = (y.view((b, y.dims[2], s, a.head_dim)) for y in (q, k, v))
     offset = c.model.part(f"{c.style.stack}.self_attn", c.number).params["sinks"] if a.sinks else None
     out = of_documents(c.at("self_attn"), q, k, v, packed=c.model.running.kernels.attention is not None, offset=offset)
@@ -265,6 +277,7 @@ FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "minimax_m2": minimax_m2,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": deepseek_v3,
+    "ernie4_5_moe": ernie,
     "glm_moe_dsa": partial(of_latent, style=SPARSE),
 }
 """Model type → the tool's forward of it."""
