@@ -238,7 +238,7 @@ def program_of(job: Job) -> Program:
         accumulation=setup.gradient_accumulation_steps,
         collects=job.script.collects_batches(setup),
         keep_gradients=setup.keep_gradients,
-        holds_gradients=setup.by.name == "llamafactory-v1" and setup.optim == "moonlight_muon",  # 0.9.6.dev0, base_trainer.py:305
+        holds_gradients=setup.by.weighs_tokens and setup.optim == "moonlight_muon",  # 0.9.6.dev0, base_trainer.py:305
         updates_ranks=job.script.updates_ranks(setup),
         forwards=setup.forwards,
         frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,

@@ -250,7 +250,7 @@ def _knows_muon(job: Job) -> bool:
 
 def _knows_gathered_muon(job: Job) -> bool:
     """Whether the Muon of LLaMA-Factory's v1 was rehearsed, which gathers one matrix after the other."""
-    return _divides_matrices(job) and job.setup.by.name == "llamafactory-v1" and job.method_name == "full"
+    return _divides_matrices(job) and job.setup.by.weighs_tokens and job.method_name == "full"
 
 
 def _divides_matrices(job: Job) -> bool:

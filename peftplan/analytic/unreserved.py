@@ -121,6 +121,8 @@ def _prepares_delta_rule(job: Job) -> bool:
     return prepared and any(block.delta_rule is not None for block in job.architecture.blocks)
 
 
+BY_LLAMA_FACTORY = ("llamafactory",)
+"""Trainers of which the replay under FSDP1 was rehearsed and did not hold."""
 SQUARING = ("axolotl",)
 """Trainers whose layers in 4 bits hand Arcee's activation what it squares in fp32."""
 
@@ -139,7 +141,7 @@ def _shares_long_rows(job: Job) -> bool:
 def _shards_by_llama_factory(job: Job) -> bool:
     """Whether LLaMA-Factory trains all weights under FSDP1."""
     flat = job.distributed is not None and job.distributed.strategy == "fsdp1"
-    return flat and job.setup.by.name == "llamafactory" and job.method_name == "full"
+    return flat and job.setup.by.name in BY_LLAMA_FACTORY and job.method_name == "full"
 
 
 def _runs_xielu(job: Job) -> bool:
