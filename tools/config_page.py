@@ -238,7 +238,8 @@ Targets, of the configs whose model is built in: counts for 95 %, and exact peak
         share(_exact(text), len(text))
     }), which is {share(_exact(text), runs)} of the {runs} that their tools do not refuse; {
         changed
-    } more have one after a change ({share(_exact(text) + changed, len(text))} together). Of all training configs {share(_counted(known), len(training))} are counted.
+    } more have one after a change ({share(_exact(text) + changed, len(text))} together).
+Of all training configs {share(_counted(known), len(training))} are counted.
 
 ## Unsupported keys, most frequent first
 
