@@ -155,6 +155,8 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
         known = (*known, "moonlight_muon")
     if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
+    if _knows_paged(job):
+        known = (*known, "paged_adamw_8bit")
     over = STEPPED.get(job.distributed.strategy, ())
     flat, method = job.distributed.strategy == "fsdp1", job.method_name
     if flat and method not in ADAPTED and job.distributed.use_orig_params is False:
@@ -240,6 +242,14 @@ def _knows_8_bits(job: Job) -> bool:
     assert job.distributed is not None
     by_axolotl = job.setup.by.own_fsdp2 and job.distributed.strategy == "fsdp2" and job.method_name == "full"
     return by_axolotl and job.architecture.model_type == "gpt_oss" and job.setup.gradient_accumulation_steps > 1
+
+
+def _knows_paged(job: Job) -> bool:
+    """Whether axolotl trains Mixtral in 4 bits under FSDP1, as bitsandbytes' paged AdamW was rehearsed
+    (tests/rehearse/published.jsonl)."""
+    assert job.distributed is not None
+    by_axolotl = job.setup.by.own_fsdp2 and job.distributed.strategy == "fsdp1" and job.method_name == "qlora"
+    return by_axolotl and job.architecture.model_type == "mixtral" and job.distributed.offload_params != "cpu"
 
 
 def _knows_muon(job: Job) -> bool:
