@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 LIKELY = 0.25
-"""A change is tried first if it leaves room for this share of what the allocator holds beside the tensors without it."""
+"""A change is tried first if it leaves room for this share of what the allocator holds beside the tensors without it, of fewer
+tensors in proportion."""
 WORTH = 0.02
 """Smaller savings, as a share of the peak, are not shown, unless they change the verdict."""
 MOST_COMBINATIONS = 12
@@ -55,7 +56,10 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     fitting += fewest_gpus
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
-    changes = (change for change in singles if everything or not _loses_data_in_vain(change, unchanged, trials.room))
+    in_vain = (  # shorter sequences that do not make the job fit
+        "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed) for change in singles
+    )
+    changes = (change for change, vain in zip(singles, in_vain, strict=True) if everything or not vain)
     rest = [_row(trials, unchanged, change) for change in changes if change.options not in shown_already]
     others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
@@ -90,11 +94,6 @@ def _each(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict
         if slow and kind in ("gpus", "seq_len") and change.left(before) > trials.room:
             no_room.add(kind)
     return changes[::-1] if slow else changes
-
-
-def _loses_data_in_vain(change: Change, before: Sizes, room: int) -> bool:
-    """Whether the change shortens sequences and still does not make the job fit."""
-    return "seq_len" in change.options and change.left(before) > room
 
 
 def _alike(options: Mapping[str, object], others: Mapping[str, object]) -> bool:
@@ -158,7 +157,7 @@ def _tried(trials: Trials, before: Sizes, options: Mapping[str, object], price: 
 def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
     """Single changes and combinations whose tensors leave enough room, the cheapest of those that most likely fit first."""
     peak = max(before.values())
-    roomy = trials.roomy - int(LIKELY * max(trials.reserved - peak, 0))
+    roomy = int(trials.roomy / (1 + LIKELY * max(trials.reserved / peak - 1, 0)))
     if peak <= trials.room:  # only what the allocator holds beside the tensors is too much: to save less than that rarely helps
         roomy = min(roomy, peak - (trials.reserved - trials.room))
     together = combinations(singles, before, roomy) or combinations(singles, before, trials.room)
@@ -176,12 +175,20 @@ def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everyth
 
 
 def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> Iterator[Advice]:
-    """Changes with their verdicts: up to the first that fits, or all if everything is searched."""
+    """Changes with their verdicts: up to the first that fits, or all if everything is searched. Where none does, one whose
+    sequences are made so short that it does: of these, that with the longest."""
+    helps, too_long = False, []
     for change in changes if everything else islice(changes, MOST_REPLAYS):
         if (row := _judged(trials, before, change)) is not None:
             yield row
             if row.verdict == "fits" and not everything:
-                break
+                return
+            helps = helps or row.verdict in FITS
+            too_long += [change] * ("seq_len" in change.options)
+    if not helps:
+        shorter = (_proven(trials, before, change) for change in too_long)
+        fitting = sorted((row for row in shorter if row.verdict in FITS), key=lambda row: -int(str(row.options["seq_len"])))
+        yield from fitting[:1]
 
 
 def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
@@ -220,7 +227,7 @@ def _proven(trials: Trials, before: Sizes, change: Change) -> Advice:
     low, high = 0, length // SEQUENCE_STEP
     while high - low > 1:
         middle = (low + high) // 2
-        shorter = _tried(trials, before, {"seq_len": middle * SEQUENCE_STEP}, change.price)
+        shorter = _tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
         judged = None if shorter is None else _judged(trials, before, shorter)
         if judged is not None and judged.verdict in FITS:
             low, row = middle, judged

@@ -315,3 +315,17 @@ def test_a_change_that_fits_comes_before_one_that_is_tight() -> None:
     assert first.verdict == "fits"
     assert estimate("llama-3.1-8b", method="qlora", gpu="t4").gpus[0].verdict == "tight"
     assert {"method": "qlora"} in [change.options for change in others]
+
+
+@pytest.mark.parametrize(
+    ("model", "job", "first"),
+    [
+        ("bert-base-uncased", {"method": "full", "gpu": "2GiB", "seq_len": 512, "batch_size": 64}, {"optim", "batch_size"}),
+        ("qwen2.5-7b", {"method": "qlora", "gpu": "t4", "seq_len": 8192, "batch_size": 8}, {"batch_size", "seq_len"}),
+    ],
+)
+def test_a_job_far_too_large_is_made_small_by_few_changes(model: str, job: dict[str, Any], first: set[str]) -> None:
+    """Of so large a job the allocator holds more than the card has; of what is left of it, little."""
+    row = estimate(model, **job).advice[job["gpu"]].changes[0]
+    assert row.options.keys() - {"gradient_accumulation_steps"} == first
+    assert estimate(model, **{**job, **row.options}).gpus[0].verdict == row.verdict == "fits"

@@ -26,8 +26,8 @@ def test_of_equal_prices_one_change_comes_before_two(monkeypatch: pytest.MonkeyP
 
 
 def test_what_likely_fits_is_tried_before_what_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The allocator holds 20 beside the tensors; a quarter of that, 5 of the 80, has to be left."""
-    trying = Trying({"cheap": (SAME, 24), "sure": (OTHER, 45)}, room=80, besides=20)
+    """The allocator holds 20 beside 100 of tensors; a quarter of that, 3.9 beside 76.1, has to be left of the 80."""
+    trying = Trying({"cheap": (SAME, 22), "sure": (OTHER, 45)}, room=80, besides=20)
     assert names(trying.advise(monkeypatch))[0] == "sure"
     assert trying.replays[0] == {"sure": True}
 

@@ -308,12 +308,17 @@ def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
     assert plan.unsupported["tokens"].effect == "raises"
 
 
-def test_torchtunes_teacher_has_no_adapter() -> None:
-    """`load_state_dict` of torch 2.13: its weights are missing in a checkpoint of the model."""
-    plan = read_values(
-        {**TORCHTUNE, "teacher_model": {"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_14b_instruct"}}, file="a.yml"
-    )
-    assert "raises RuntimeError" in plan.unsupported["teacher_model._component_"].why
+@pytest.mark.parametrize(
+    ("more", "known"), [({}, True), ({"lora_rank": 64}, False), ({"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_7b"}, False)]
+)
+def test_torchtunes_teacher_has_no_adapter(more: dict[str, object], *, known: bool) -> None:
+    """`load_state_dict` of torch 2.13: its weights are missing in a checkpoint of the model. The published file runs without the
+    adapter; others of its arguments raise TypeError then."""
+    teacher = {"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_14b_instruct", "lora_attn_modules": ["q_proj"], **more}
+    plan = read_values({**TORCHTUNE, "teacher_model": teacher}, file="a.yml")
+    (row,) = (plan.refused if known else plan.unsupported).values()
+    assert "raises RuntimeError" in row.why
+    assert known is not bool(plan.unsupported)
 
 
 @pytest.mark.parametrize(
