@@ -57,7 +57,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
     in_vain = (  # shorter sequences that do not make the job fit
-        "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed) for change in singles
+        "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed)
+        for change in singles
     )
     changes = (change for change, vain in zip(singles, in_vain, strict=True) if everything or not vain)
     rest = [_row(trials, unchanged, change) for change in changes if change.options not in shown_already]

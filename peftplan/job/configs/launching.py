@@ -174,12 +174,14 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
         elif value and name not in result.options:
             result.assumed[name] = f"the launcher's number is {value}; 1 is assumed"
     processes = int(str(result.options.get("gpus", 1)))
-    if tool == "swift" and re.fullmatch("[0-9,]+", visible) and visible.count(",") >= processes:
+    devices = visible.count(",") + 1
+    if tool == "swift" and re.fullmatch("[0-9,]+", visible) and devices > processes:
         alone = processes == 1 or not {"deepspeed", "fsdp", "device_map"}.isdisjoint(launch)
-        if alone:
-            result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, OVER_ITS_GPUS, "unknown", "gpus")
+        if alone or devices % processes:  # what shares rows among the processes may not among more
+            why = OVER_ITS_GPUS if alone else EACH_OVER_ITS_GPUS
+            result.unsupported["CUDA_VISIBLE_DEVICES"] = Unsupported(visible, why, "unknown", "gpus")
         else:  # a process for each of them
-            of_each = result.options["gpus"] = visible.count(",") + 1
+            of_each = result.options["gpus"] = devices
             result.refused["NPROC_PER_NODE"] = Refused(processes, EACH_OVER_ITS_GPUS, {"NPROC_PER_NODE": of_each}, "gpus")
     if result.options.get("nodes") == 1:
         result.options.pop("nodes")

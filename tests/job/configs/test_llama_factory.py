@@ -86,7 +86,7 @@ def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> Non
     plan = read(in_turn)
     assert (plan.unsupported, plan.refused["use_apollo"].instead) == ({}, {"optim": "adamw_torch"})
     assert (plan.options["optim"], plan.options["optim_args"]) == ("apollo_adamw_layerwise", "rank=64")
-    assert "lm_head" not in plan.options["optim_target_modules"]
+    assert "lm_head" not in str(plan.options["optim_target_modules"])
     for other in ({"apollo_proj": "svd"}, {"apollo_layerwise": False}, {"pure_bf16": False}):
         assert "use_apollo" in read({**in_turn, "optim": "adamw_torch", **other}).unsupported
 
@@ -98,8 +98,24 @@ def test_muon_of_llama_factory_v1_gathers_one_matrix_after_the_other() -> None:
     assert (plan.unsupported, plan.options["optim"]) == ({}, "moonlight_muon")
     assert "release 0.9.5" in plan.assumed["optim"]
     assert of_plan(plan).peak_allocated is not None
-    for other in ({"dist_config": {"name": "deepspeed"}}, {"peft_config": {"name": "lora"}}):
+    for other in ({"dist_config": {"name": "deepspeed"}}, {"peft_config": {"name": "lora"}}, {"model": "Qwen/Qwen3-30B-A3B"}):
         assert "optim_config.name" in read({**values, **other}).unsupported
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other", "effect"),
+    [
+        ("offload_params", False, True, "lowers"),
+        ("reshard_after_forward", True, False, "raises"),
+        ("cp_size", 1, 2, "unknown"),
+    ],
+)
+def test_what_of_fsdp2_of_llama_factory_v1_is_not_counted(key: str, default: object, other: object, effect: str) -> None:
+    """v1/plugins/trainer_plugins/distributed/fsdp2.py:158; it had no effect on what was counted."""
+    values = {**LLAMAFACTORY_V1, "dist_config": {"name": "fsdp2", key: default}}
+    assert not read(values).unsupported
+    plan = read({**values, "dist_config": {"name": "fsdp2", key: other}})
+    assert plan.unsupported[f"dist_config.{key}"].effect == effect
 
 
 @pytest.mark.parametrize(
@@ -246,6 +262,8 @@ def test_fp8_by_torchao_has_no_effect_under_fsdp() -> None:
     assert read(moved).options == plan.options
     entry = of_plan(plan)
     assert (entry.peak_allocated is None, entry.peak_reserved) == (False, None)
+    for whole in ({"fsdp": ["full_shard"]}, {"fsdp": True}, {"fsdp_config": {"min_num_params": 1_000_000}}):
+        assert "fsdp" in read({**values, **whole}).unsupported
     other = read({**values, "fsdp_transformer_layer_cls_to_wrap": "MistralDecoderLayer"})
     assert "fsdp_transformer_layer_cls_to_wrap" in other.unsupported
 

@@ -309,7 +309,8 @@ def test_a_list_of_tokens_may_grow_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "known"), [({}, True), ({"lora_rank": 64}, False), ({"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_7b"}, False)]
+    ("more", "known"),
+    [({}, True), ({"lora_rank": 64}, False), ({"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_7b"}, False)],
 )
 def test_torchtunes_teacher_has_no_adapter(more: dict[str, object], *, known: bool) -> None:
     """`load_state_dict` of torch 2.13: its weights are missing in a checkpoint of the model. The published file runs without the

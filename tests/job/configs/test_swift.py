@@ -408,7 +408,10 @@ def test_positions_of_yarn_are_named_as_transformers_5_reads_them() -> None:
         assert "sequence_parallel_size" in more.unsupported
 
 
-@pytest.mark.parametrize(("visible", "processes", "divided"), [("0,1", None, True), ("0,1,2,3", "2", False), ("0,1", "2", False)])
+@pytest.mark.parametrize(
+    ("visible", "processes", "divided"),
+    [("0,1", None, True), ("0,1,2,3", "2", False), ("0,1,2", "2", True), ("0,1", "2", False)],
+)
 def test_a_process_of_swift_with_several_gpus_divides_the_model(visible: str, processes: str | None, divided: bool) -> None:
     """`get_default_device_map` (model/utils.py:242) is `auto` where a process has two GPUs or more (`is_mp`, utils/env.py:71)."""
     environment = {"CUDA_VISIBLE_DEVICES": visible, **({"NPROC_PER_NODE": processes} if processes else {})}
