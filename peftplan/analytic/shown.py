@@ -259,8 +259,10 @@ def _knows_muon(job: Job) -> bool:
 
 
 def _knows_gathered_muon(job: Job) -> bool:
-    """Whether the Muon of LLaMA-Factory's v1 was rehearsed, which gathers one matrix after the other."""
-    return _divides_matrices(job) and job.setup.by.weighs_tokens and job.method_name == "full"
+    """Whether the Muon of LLaMA-Factory's v1 was rehearsed, which gathers one matrix after the other: of Qwen 3."""
+    on_card = job.distributed is not None and job.distributed.offload_params != "cpu"
+    of_qwen = job.architecture.model_type == "qwen3" and job.method_name == "full"
+    return on_card and of_qwen and _divides_matrices(job) and job.setup.by.weighs_tokens
 
 
 def _divides_matrices(job: Job) -> bool:

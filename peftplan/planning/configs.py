@@ -68,7 +68,7 @@ def configs(
     at once, of many files. Raises InputError for a path that does not exist, and for an unknown card, engine or tool.
     """
     _check(gpu, engine, tool)
-    if processes < 1:
+    if not isinstance(processes, int) or processes < 1:
         raise InputError("processes", processes, "accepted: whole numbers from 1")
     files = [file for path in listed_paths(paths, field="paths") for file in _files(Path(path))]
     read = partial(entry, gpu=gpu, engine=engine, tool=tool, online=online)

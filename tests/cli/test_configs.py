@@ -98,8 +98,9 @@ def test_processes_share_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(planning_configs, "_in_processes", Mock(wraps=planning_configs._in_processes))
     assert list(peftplan.configs(tmp_path, processes=8)) == alone
     assert planning_configs._in_processes.call_args.args[2] == 2  # type: ignore[attr-defined]
-    with pytest.raises(peftplan.InputError, match="processes: 0 is not valid"):
-        peftplan.configs(tmp_path, processes=0)
+    for other in (0, 1.5, "2"):
+        with pytest.raises(peftplan.InputError, match="processes: .* is not valid"):
+            peftplan.configs(tmp_path, processes=other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

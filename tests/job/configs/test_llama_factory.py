@@ -103,6 +103,26 @@ def test_muon_of_llama_factory_v1_gathers_one_matrix_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "more", "known"),
+    [
+        ("qwen3-0.6b", {}, True),
+        ("qwen3-0.6b", {"offload_params": "cpu"}, False),
+        ("qwen3-30b-a3b", {}, False),
+        ("llama-3.2-1b", {}, False),
+    ],
+)
+def test_what_of_muon_of_llama_factory_v1_was_rehearsed(model: str, more: dict[str, Any], *, known: bool) -> None:
+    job: dict[str, Any] = {
+        "method": "full",
+        "trainer": "llamafactory-v1",
+        "optim": "moonlight_muon",
+        "strategy": "fsdp2",
+        "gpus": 4,
+    }
+    assert (peftplan.estimate(model, **job, **more).peaks is not None) is known
+
+
+@pytest.mark.parametrize(
     ("key", "default", "other", "effect"),
     [
         ("offload_params", False, True, "lowers"),
