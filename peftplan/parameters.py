@@ -114,7 +114,8 @@ def build(
     for module in arch.modules:
         weight_layers = converted.get(module.name, frozenset())
         for param, shape in arch.owned_params(module):
-            is_back = any(part in module.name for part in cast_back)
+            names = [of.rpartition(".")[0] for of in arch.names_of(f"{module.name}.{param}")] if cast_back else []
+            is_back = any(part in name for part in cast_back for name in names)
             prepared = (not is_back and upcast) or loaded_dtype(arch, f"{module.name}.{param}", dtype=dtype)
             trains = trained.get((module.name, param), frozenset())
             for is_converted, is_trained, layers in _split(module.layers or (0,), weight_layers, trains):
@@ -147,7 +148,7 @@ def build(
                         rests=adaptation.rests and not is_trained,
                     )
                 )
-    base_dtype = {p.name: p.dtype for p in parameters}
+    base_dtype = {name: p.dtype for p in parameters for name in arch.names_of(p.name)}
     fallback = upcast or dtype
     parameters += [_added(t, adapter_dtype, base_dtype, fallback=fallback, trained_dtype=trained_dtype) for t in adaptation.added]
     return Parameters(tuple(parameters), shared(quant) if quantized else (), quantized)

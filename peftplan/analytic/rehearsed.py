@@ -32,6 +32,7 @@ from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_experts
 from peftplan.job.kernels import WITH_FORMULA, kernels_of
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
+from peftplan.memory.recast import WHOLE
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
 
@@ -74,6 +75,9 @@ def without_formula(job: Job) -> str | None:
             return f" and {by.called}, which may need most while it scores"
     if job.setup.keeps_ends_wide and job.method_name == "full" and distributed.strategy not in ("fsdp1", "fsdp2"):
         return f" and norms and embeddings in fp32, as {by.called} keeps them without FlashAttention"
+    prepares = job.quant is not None and bool(job.setup.kbit_prepare)
+    if prepares and by.casts_back and distributed.strategy not in WHOLE:  # axolotl 0.19.0, loaders/model.py:1002
+        return f" and kbit preparation, which {by.called} leaves out there"
     if distributed.strategy == "ddp":
         return None
     if distributed.strategy == "tp":
@@ -252,9 +256,9 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
 
 def _stages_transformers_modules(job: Job, distributed: Distributed) -> bool:
     """Whether stages of transformers' modules were rehearsed: of Qwen2 with LoRA and checkpoints, on rows without padding, that
-    take turns."""
+    take turns, with torch's attention; each stage keeps the mask that an eager one makes."""
     setup, of_qwen2 = job.setup, (job.architecture.model_type, job.method_name) == ("qwen2", "lora")
-    plain = bool(setup.gradient_checkpointing) and not setup.padding and job.quant is None
+    plain = bool(setup.gradient_checkpointing) and not setup.padding and job.quant is None and setup.attn_implementation == "sdpa"
     return setup.by.layout is AUTOMODEL and of_qwen2 and plain and distributed.pp_schedule == INTERLEAVED
 
 

@@ -163,6 +163,10 @@ class Architecture:
         """Names of the parameters that share another's storage and are not counted."""
         return frozenset(alias for alias, _ in self.ties)
 
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """The name of a parameter, and of those that share its storage."""
+        return (name, *(alias for alias, owner in self.ties if owner == name))
+
     @cached_property
     def encoder_layers(self) -> int:
         """The number of an encoder's layers."""

@@ -164,7 +164,9 @@ def prepared(request: Request) -> Job:
         max_positions=architecture.max_positions,
     )
     if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
-        architecture = replace(architecture, keep_in_fp32_strict=(*architecture.keep_in_fp32_strict, *WIDE_ENDS))
+        tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
+        wide = (*architecture.keep_in_fp32_strict, *WIDE_ENDS, *tied)
+        architecture = replace(architecture, keep_in_fp32_strict=wide)
     setup = setup.model_copy(update={"router_loss": router_loss(setup, architecture)})
     if "batch_size" not in setup.model_fields_set:
         replicas = 1 if distributed is None else distributed.replicas

@@ -136,6 +136,9 @@ def _on_arrival(
     every = [part for part in _parts(built) if is_here(part[3])]
     parts = [part for part in every if built.owners[part[0]] == "weights"]
     halves: dict[str, Storage] = {}
+    named = built.model.named_parameters(remove_duplicate=False)  # a tied head's table by both names
+    cast = {id(parameter) for name, parameter in named if recasts and is_table(name)}
+    tables = {name for name, _, _, parameter in parts if id(parameter) in cast}
     tuned = any(isinstance(module, BaseTunerLayer) for module in built.model.modules())
     dtype = arrives_in(setup, full=not tuned)
     parts.sort(key=lambda part: _natural(_base_name(built, part)))
@@ -146,17 +149,16 @@ def _on_arrival(
     for name, module, leaf, parameter in parts:
         if leaf == "weight" and QUANT_TENSORS in module.__dict__:
             _quantized(tracker, name, module, dtype=setup.dtype)
-        elif name in built.upcast or (recasts and is_table(name)) or dtype != setup.dtype:
+        elif name in built.upcast or name in tables or dtype != setup.dtype:
             halves[name] = _dense(tracker, tuple(on_rank(parameter).shape), dtype, name=name)
         else:
             tracker.register(parameter, "weights", name)
     for name, buffer in _on_device(built, setup, quant):
         if is_here(buffer):
             tracker.register(buffer, "buffers", name)
-    lasting = {name for name in halves if not recasts or not is_table(name)}
     if recasts:
-        _widen(tracker, halves, {*halves} - lasting)
-    for names in (lasting, {*halves} - lasting):
+        _widen(tracker, halves, tables)
+    for names in ({*halves} - tables, tables):
         for name, _, _, parameter in every:
             if name in names:
                 tracker.register(parameter, "weights", name)

@@ -104,6 +104,51 @@ def test_both_engines_cast_them() -> None:
     assert (ours.by_phase["load"], ours.reserved) == (traced.by_phase["load"], traced.reserved)
 
 
+def test_a_table_that_the_head_shares_is_cast_by_the_head_s_name() -> None:
+    """GPT-2's is `wte`, which axolotl does not name: 50,257 rows of 768, in 16 bits again behind kbit preparation, and in fp32
+    where all is trained without FlashAttention (loaders/utils.py:239, loaders/model.py:434)."""
+    options: dict[str, Any] = {"trainer": "axolotl", "batch_size": 1, "seq_len": 64}
+    prepared: dict[str, Any] = options | {"method": "qlora", "kbit_prepare": True}
+    ours, traced = (peftplan.estimate("gpt2", engine=engine, **prepared).peaks for engine in ("analytic", "trace"))
+    assert ours is not None
+    assert traced is not None
+    assert {phase: peak / traced.by_phase[phase] for phase, peak in ours.by_phase.items()} == pytest.approx(
+        dict.fromkeys(ours.by_phase, 1), abs=0.001
+    )
+    copies = peftplan.estimate("gpt2", **prepared, modules_to_save="wte,lm_head").ledger
+    assert {line.bytes() for line in copies if "modules_to_save.weight" in line.name and line.category == "adapter_weights"} == {
+        2 * 50_257 * 768
+    }
+    for job, width in ((prepared, 2), (options | {"method": "full"}, 4)):
+        sizes = {line.name: line.bytes() for line in peftplan.estimate("gpt2", **job).ledger if line.category == "weights"}
+        assert sizes["transformer.wte.weight"] == pytest.approx(width * 50_257 * 768, abs=512)
+
+
+@pytest.mark.parametrize(("strategy", "known"), [("zero2", True), ("zero3", False)])
+def test_axolotl_does_not_prepare_under_zero_3(strategy: str, *, known: bool) -> None:
+    job: dict[str, Any] = {"trainer": "axolotl", "method": "qlora", "kbit_prepare": True, "gpus": 2, "strategy": strategy}
+    estimate = peftplan.estimate("smollm2-135m", batch_size=1, seq_len=64, **job)
+    assert (estimate.peaks is not None) is known
+    assert known or "kbit preparation, which" in estimate.not_modelled[0]
+
+
+FALCON: dict[str, Any] = {
+    "base_model": "tiiuae/falcon-7b", "adapter": "qlora", "load_in_4bit": True, "bf16": "auto", "gradient_checkpointing": True,
+    "sequence_len": 512, "micro_batch_size": 1, "optimizer": "adamw_torch", "lora_r": 8, "lora_target_linear": True,
+    "lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False,
+}  # fmt: skip
+CUT = {"plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], "cut_cross_entropy": True}
+
+
+@pytest.mark.parametrize(
+    ("changed", "unknown"),
+    [({}, set()), ({"rl": "dpo"}, {"load_in_4bit"}), ({"reward_model": True}, {"load_in_4bit"}), (CUT, {"cut_cross_entropy"})],
+)
+def test_what_stays_in_fp32_was_rehearsed_of_sft(changed: dict[str, Any], unknown: set[str]) -> None:
+    """Falcon's class has no `self.model`, which the forward that cut cross entropy puts in its place calls."""
+    assert unknown == {*plan({"values": FALCON | changed}).unsupported} & {"load_in_4bit", "cut_cross_entropy"}
+
+
 def test_what_trains_keeps_its_dtype_under_fsdp2() -> None:
     """axolotl replaces accelerate's `fsdp2_prepare_model`, which casts it to fp32; of adapters it makes more units."""
     values: dict[str, Any] = {"base_model": "Qwen/Qwen2.5-0.5B", "sequence_len": 512, "micro_batch_size": 1, "fsdp_version": 2}

@@ -119,7 +119,13 @@ def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize(
     ("options", "known"),
-    [({}, True), ({"gradient_checkpointing": False}, False), ({"padding": True}, False), ({"model": "qwen3-8b"}, False)],
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"padding": True}, False),
+        ({"model": "qwen3-8b"}, False),
+        ({"attn_implementation": "eager"}, False),
+    ],
 )
 def test_what_of_stages_of_transformers_modules_was_rehearsed(options: dict[str, Any], known: bool) -> None:
     job: dict[str, Any] = {"model": "qwen2.5-7b", "method": "lora", "trainer": "automodel-hf", "strategy": "fsdp2", "gpus": 8}
