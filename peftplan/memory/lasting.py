@@ -59,13 +59,14 @@ def kept_on_card(model: Model) -> None:
         largest = max(p.numel for p in model.parameters.all if p.quantized)
         model.lasting.append(f.new((largest,), running.dtype, "buffer of dequantized weights"))
     if running.recorded is not None:
-        from peftplan.memory.models.recorded import masks_of_blocks, scales
+        from peftplan.memory.models.recorded import left_by_first_step, masks_of_blocks, scales
 
         num_layers = sum(len(block.layers) for block in model.arch.blocks)
         of_layer = scales(running.recorded)
         model.lasting += [f.many(dims, "uint8", "scale of fake quantization", num_layers) for dims in of_layer]
         if running.recorded.tiles:  # of shorter rows they take less than 0.3 MB
             model.lasting += masks_of_blocks(f, model.arch)
+            model.lasting += left_by_first_step(f, model.arch, seq=model.seq, dtype=running.dtype)
     for tensor in (*model.buffers, *model.lasting):
         assert tensor.storage is not None
         f.category[tensor.storage.number] = "buffers"

@@ -18,6 +18,7 @@ from peftplan.arrays import Derived, Size, larger
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import NoEngineError
 from peftplan.job.compiled_layers import Recorded
+from peftplan.ledger import Dim
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_MULTIPLE
 from peftplan.memory.models.style import Call
 from peftplan.memory.timed import FLUSHED_BYTES
@@ -194,6 +195,14 @@ def masks_of_blocks(f: Tape, arch: Architecture) -> list[Tensor]:
     the reverse, in part and in full (unsloth_zoo 2026.10.9, flex_attention/utils.py, `reused_compiled_create_block_mask`)."""
     num_kinds = len({block.attentions[0].window for block in arch.blocks})
     return [f.new((Blocks(), Blocks()), "int32", "mask of blocks") for _ in range(num_kinds * INDICES)]
+
+
+def left_by_first_step(f: Tape, arch: Architecture, *, seq: Dim, dtype: str) -> list[Tensor]:
+    """Queries, keys and values of a layer, and a gradient of its input, in cycles of Python's objects that the first step over
+    tiles leaves (rehearsed). They stay until Python collects garbage, which it did not do in the steps after it."""
+    a = arch.blocks[0].attentions[0]
+    widths = (a.num_attention_heads * a.head_dim, *(a.num_key_value_heads * a.head_dim,) * 2, arch.hidden_size)
+    return [f.new(("b", seq, width), dtype, "left by the first step") for width in widths]
 
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
