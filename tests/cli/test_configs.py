@@ -99,7 +99,7 @@ def test_processes_share_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(peftplan.configs(tmp_path, processes=8)) == alone
     assert planning_configs._in_processes.call_args.args[2] == 2  # type: ignore[attr-defined]
     for other in (0, 1.5, "2"):
-        with pytest.raises(peftplan.InputError, match="processes: .* is not valid"):
+        with pytest.raises(peftplan.InputError, match=r"processes: .* is not valid"):
             peftplan.configs(tmp_path, processes=other)  # type: ignore[arg-type]
 
 

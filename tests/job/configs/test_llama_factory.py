@@ -153,6 +153,13 @@ def test_axolotl_leaves_its_kernels_off_under_fsdp1(where: dict[str, Any], kerne
     assert read({**WITH_KERNELS, **shards}).options.get("kernels") == kernels
 
 
+@pytest.mark.parametrize("finetuning_type", ["full", "freeze", "lora"])
+def test_llamafactory_quantizes_for_adapters_alone(finetuning_type: str) -> None:
+    """hparams/parser.py:190 of llamafactory 0.9.5; a peak in 16 bits was stated."""
+    plan = read({**LLAMAFACTORY, "finetuning_type": finetuning_type, "quantization_bit": 4})
+    assert ("quantization_bit" in plan.unsupported) is (finetuning_type != "lora")
+
+
 def test_llamafactory_v1_quantizes_as_its_plugin_does() -> None:
     """v1/plugins/model_plugins/quantization.py:98 and peft.py:175: what the file leaves out."""
     adapter = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all"}

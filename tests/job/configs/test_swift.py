@@ -386,6 +386,13 @@ def test_what_swift_raises_for_has_the_peak_of_a_change_that_runs(
     assert of_plan(plan).peak_allocated == of_plan(changed).peak_allocated is not None
 
 
+@pytest.mark.parametrize("method", ["bnb", "hqq"])
+def test_trainer_refuses_quantized_weights_without_an_adapter(method: str) -> None:
+    """transformers 5.24, trainer_utils.py:133; a peak in 16 bits was stated."""
+    values = {**SWIFT, "tuner_type": "full", "quant_method": method, "quant_bits": 4}
+    assert "quant_method" in read(values, kind="command", program="swift sft").unsupported
+
+
 def test_positions_of_yarn_are_named_as_transformers_5_reads_them() -> None:
     """The packed row of ms-swift's example of 512,000 tokens: eight ranks share it, with weights on the host."""
     shared = {
