@@ -49,7 +49,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     saving = [change for change in tried if max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
     singles = list(refined.values())
-    enough = _enough(trials, unchanged, singles, everything=everything)
+    enough = _enough(job, trials, unchanged, singles, everything=everything)
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
     fewest_gpus = _fewest_gpus(trials, unchanged, singles, fitting)
@@ -142,7 +142,7 @@ def _longest(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
     low, high = shorter // SEQUENCE_STEP, (job.setup.seq_len - 1) // SEQUENCE_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        longer = _tried(trials, before, {"seq_len": middle * SEQUENCE_STEP}, change.price)
+        longer = _tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
         if longer is not None and longer.left(before) <= trials.room:
             low, change = middle, longer
         else:
@@ -155,8 +155,11 @@ def _tried(trials: Trials, before: Sizes, options: Mapping[str, object], price: 
     return None if after is None else Change.between(before, after, options, price)
 
 
-def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
-    """Single changes and combinations whose tensors leave enough room, the cheapest of those that most likely fit first."""
+def _enough(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
+    """Single changes and combinations whose tensors leave enough room, the cheapest of those that most likely fit first.
+
+    Of the shortest sequences they have longer ones, as far as there is room.
+    """
     peak = max(before.values())
     roomy = int(trials.roomy / (1 + LIKELY * max(trials.reserved / peak - 1, 0)))
     if peak <= trials.room:  # only what the allocator holds beside the tensors is too much: to save less than that rarely helps
@@ -172,7 +175,8 @@ def _enough(trials: Trials, before: Sizes, singles: Sequence[Change], *, everyth
     for change in sorted((*alone, *evaluated), key=likely_and_cheap):
         actual = change if change in alone else _tried(trials, before, change.options, change.price)
         if actual is not None and actual.left(before) <= trials.room:
-            yield actual
+            shortest = change not in alone and actual.options.get("seq_len") == SEQUENCE_STEP
+            yield _longest(job, trials, before, actual) if shortest else actual
 
 
 def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> Iterator[Advice]:

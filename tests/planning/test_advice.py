@@ -329,3 +329,11 @@ def test_a_job_far_too_large_is_made_small_by_few_changes(model: str, job: dict[
     row = estimate(model, **job).advice[job["gpu"]].changes[0]
     assert row.options.keys() - {"gradient_accumulation_steps"} == first
     assert estimate(model, **{**job, **row.options}).gpus[0].verdict == row.verdict == "fits"
+
+
+def test_sequences_of_a_combination_are_not_shorter_than_they_must_be() -> None:
+    """A quarter of 131,072 tokens is too long; of the 128 that are tried next, as many are made as there is room for."""
+    job: dict[str, Any] = {"method": "full", "gpu": "rtx-4090", "optim": "sgd", "gradient_checkpointing": True}
+    row = estimate("llama-3.1-8b", seq_len=131_072, **job).advice["rtx-4090"].changes[0]
+    assert int(str(row.options["seq_len"])) > 16_384
+    assert estimate("llama-3.1-8b", **{**job, **row.options}).gpus[0].verdict == row.verdict == "tight"
