@@ -251,7 +251,15 @@ def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and distributed.reshard_after_forward is None
         and job.setup.loss == "full"
         and (job.method_name == "full" or distributed.pp_schedule == INTERLEAVED)  # 1f1b of LoRA: reserved 3.7 % too low
+        and (job.method_name != "lora" or _adapts_each_layer(job))
     )
+
+
+def _adapts_each_layer(job: Job) -> bool:
+    """Whether each layer has an adapter that gets a gradient, so that no stage is without one."""
+    trained = (tensor for tensor in job.adaptation.added if tensor.trainable and ".indexer." not in tensor.name)
+    adapted = {layer for tensor in trained for layer in tensor.layers or ()}
+    return adapted.issuperset(layer for block in job.architecture.blocks for layer in block.layers)
 
 
 def _stages_transformers_modules(job: Job, distributed: Distributed) -> bool:

@@ -175,12 +175,13 @@ def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
     some are chosen first, but in stages without an exchange; Nemotron's without a latent space around its experts; GLM-5's with
     torch's attention over rows of which an indexer chooses every key."""
+    setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
-    if chosen is not None and (job.setup.seq_len > chosen or job.setup.attn_implementation != "sdpa"):
+    if chosen is not None and (setup.seq_len > chosen or setup.padding or not by_torch):
         return False
     router = job.architecture.blocks[-1].mlp.router
-    grouped = job.architecture.model_type == "deepseek_v3" and router.groups > 1
-    compressed = grouped and (bool(job.setup.kernels) or not _in_stages(job))
+    grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1
+    compressed = grouped and (bool(setup.kernels) or not by_torch or not _in_stages(job))
     return not (compressed or any("_latent_proj" in module.name for module in job.architecture.modules))
 
 

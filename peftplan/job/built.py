@@ -210,13 +210,13 @@ def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, 
 
 def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
     """The layers of GLM-5: DeepSeek-V3's, whose queries attend to the keys that an indexer chooses; of no keys, which has no
-    formula, where layers take another one's choice (`indexer_types`)."""
+    formula, where layers take another one's choice (`indexer_types`) or dense ones come behind mixtures."""
     fields = Fields(config, name=name)
-    shares = "shared" in fields.strs("indexer_types", default=())
-    keys = 0 if shares else fields.int("index_topk")
     types = fields.strs("mlp_layer_types", default=())
+    shares = "shared" in fields.strs("indexer_types", default=())
+    keys = 0 if shares or types != tuple(sorted(types)) else fields.int("index_topk")
     dense = {"first_k_dense_replace": types.count("dense")} if types else {}
-    as_deepseek = read_config({**_of_type(config, "deepseek_v3"), **dense}, name=name).blocks
+    as_deepseek = read_config({"n_group": 1, "topk_group": 1, **_of_type(config, "deepseek_v3"), **dense}, name=name).blocks
     chosen = (tuple(a._replace(num_chosen_keys=keys) for a in block.attentions) for block in as_deepseek)
     return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
 
@@ -234,7 +234,9 @@ def _blocks_of_ernie(config: Mapping[str, object], name: str) -> tuple[Block, ..
     experts, chosen = fields.int("moe_num_experts", default=64), fields.int("moe_k", default=6)
     shared = fields.int("moe_num_shared_experts", default=2) * width
     mlp = moe_mlp(fields, width, experts, chosen, shared=shared, groups=(1, 1), normed=True)
-    return mixed_blocks(fields, n, [n.attention] * len(n.layers), mlp, n.layers[first:])
+    step, last = fields.int("moe_layer_interval", default=1), fields.int("moe_layer_end_index", default=-1, low=-1)
+    sparse = (layer for layer in n.layers[first:] if (layer + 1) % step == 0 and last in (-1, *n.layers[layer:]))
+    return mixed_blocks(fields, n, [n.attention] * len(n.layers), mlp, tuple(sparse))
 
 
 BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5, "ernie4_5_moe": _blocks_of_ernie}

@@ -275,9 +275,15 @@ def test_what_of_falcon_h1_was_rehearsed(options: dict[str, Any], known: bool) -
 def test_what_of_ernie_with_experts_was_rehearsed(options: dict[str, Any], known: bool) -> None:
     job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 8, "seq_len": 512}
     job |= {"kernels": "deepep", "optim": "adamw_torch", "gradient_checkpointing": True} | options
-    peaks = peftplan.estimate(cut("ernie-4.5-21b-a3b-pt", 3), **job).peaks
+    model = cut("ernie-4.5-21b-a3b-pt", 3)
+    peaks = peftplan.estimate(model, **job).peaks
     assert (peaks is not None) is known
     assert peaks is None or peaks.reserved is None
+    if peaks is not None:  # one mixture, not two
+        for layers in ({"moe_layer_interval": 2}, {"moe_layer_end_index": 1}):
+            fewer = peftplan.estimate(model | layers, **job).peaks
+            assert fewer is not None
+            assert fewer.allocated < 0.9 * peaks.allocated
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,8 @@ def test_what_a_schedule_does_not_take(options: dict[str, Any], message: str) ->
         ({"padding": True}, False),
         ({"model": "qwen3-8b"}, False),
         ({"attn_implementation": "eager"}, False),
+        ({"target_modules": "lm_head"}, False),
+        ({"layers_to_transform": 0}, False),
     ],
 )
 def test_what_of_stages_of_transformers_modules_was_rehearsed(options: dict[str, Any], known: bool) -> None:
@@ -169,6 +171,7 @@ def test_what_of_a_pipeline_beside_experts_was_rehearsed(options: dict[str, Any]
         ({"kernels": "deepep,te-linear"}, False),
         ({"pp_stage_is_unit": False}, False),
         ({"pp_schedule": "1f1b"}, False),
+        ({"attn_implementation": "eager"}, False),
         ({"sync_each_batch": True, "gradient_accumulation_steps": 2}, False),
         ({"pp_size": None, "pp_schedule": None, "gpus": 4}, False),
     ],
@@ -186,6 +189,7 @@ def test_what_of_groups_of_experts_was_rehearsed(options: dict[str, Any], known:
     [
         ({}, True),
         ({"seq_len": 2049}, False),
+        ({"padding": True}, False),
         ({"gradient_checkpointing": False}, False),
         ({"kernels": "deepep,te-linear"}, False),
         ({"pp_stage_is_unit": None}, False),
@@ -193,6 +197,10 @@ def test_what_of_groups_of_experts_was_rehearsed(options: dict[str, Any], known:
         (
             {"method": "lora", "r": 8, "target_modules": "every-linear", "kernels": "hybridep", "gradient_checkpointing": False},
             True,
+        ),
+        (
+            {"method": "lora", "r": 8, "target_modules": "wq_b,wk", "kernels": "hybridep", "gradient_checkpointing": False},
+            False,
         ),
     ],
 )
@@ -203,8 +211,12 @@ def test_what_of_sparse_attention_was_rehearsed(options: dict[str, Any], known: 
     model, job = cut("glm-5", 5), job | {"optim": "adamw_torch", "gradient_checkpointing": True}
     result = peftplan.estimate(model, **job | options)
     assert (result.peaks is not None) is known
-    shared = peftplan.estimate(model | {"indexer_types": ["full", *["shared"] * 4]}, **job | options)
-    assert shared.peaks is None
+    for other in (
+        {"indexer_types": ["full", *["shared"] * 4]},
+        {"mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse"]},
+        {"n_group": 8, "topk_group": 4},
+    ):
+        assert peftplan.estimate(model | other, **job | options).peaks is None
     states = [line.name for line in (result.peaks.ledgers["step"].lines if result.peaks else ()) if line.name.endswith("exp_avg")]
     assert any(".q_b_proj" in name for name in states) is known
     assert not any("indexer" in name for name in states)
