@@ -168,7 +168,8 @@ def loading_of(
     if dtype != setup.dtype:
         passing = (Line("weights in 16 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, LOAD),)
     if is_recast(setup, job.quant, job.distributed, adapted=job.method_name != "full"):
-        tables = frozenset(p.name for p in base.all if any(map(is_table, job.architecture.names_of(p.name))))
+        dense = [p.name for p in base.all if not p.quantized]
+        tables = frozenset(name for name in dense if any(map(is_table, job.architecture.names_of(name))))
         load_cast = partial(load_whole, recast=tables, merged=merged(base, job.architecture.model_type))
         if job.distributed is None:
             load = load_cast

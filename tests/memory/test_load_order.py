@@ -106,3 +106,11 @@ def _traced(config: dict[str, Any], options: dict[str, Any]) -> list[int]:
             alive[event.id] = round512(event.nbytes)
         noted.append({"alloc": alive.get(event.id, 0), "free": -alive.get(event.id, 0), "empty_cache": 0}[event.kind])
     return noted
+
+
+def test_a_packed_layer_in_a_head_is_not_cast() -> None:
+    """RoBERTa's `lm_head.dense` has the name of what axolotl casts, and is in 4 bits: estimating raised KeyError."""
+    peaks = estimate(shallow("roberta-base", 2), method="qlora", trainer="axolotl", seq_len=128).peaks
+    assert peaks is not None
+    (dense,) = (line for line in peaks.ledgers["load"].lines if line.name == "lm_head.dense.weight")
+    assert dense.bytes() == 768 * 768 // 2
