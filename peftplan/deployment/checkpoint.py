@@ -19,8 +19,8 @@ from peftplan.units import GB
 MAX_SHARD_BYTES = 50 * GB
 """`save_pretrained(max_shard_size="50GB")`, the default of transformers 5."""
 
-PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias", "layer_scalar")
-"""Buffers that are part of a state dict, by the last part of their name (BART, DeepSeek-V3, Gemma 4)."""
+PERSISTENT_BUFFERS = ("final_logits_bias", "e_score_correction_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
+"""Buffers that are part of a state dict, by the last part of their name (BART, DeepSeek-V3, Gemma 4, Apertus)."""
 
 _ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {

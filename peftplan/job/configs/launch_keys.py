@@ -35,7 +35,7 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
         if tool.write.get("program"):
             yield {by_label["fsdp"]: json.dumps({"fsdp": "full_shard auto_wrap", "fsdp_config": bare}), **processes}
             return
-        switch: Values = {version: bare.pop("version")} if version else {by_label["fsdp"]: True}
+        switch: Values = {version: bare.pop("version")} if version else {by_label["fsdp"]: tool.write.get("fsdp", True)}
         yield {**switch, **flat(bare, config), **processes}
     elif distributed.strategy.startswith("zero") and "deepspeed" in by_label:
         inline, key = deepspeed_file(distributed), by_label["deepspeed"]
