@@ -17,7 +17,11 @@ from peftplan.cli.command import POSITIVE, Command, argument, option
 @option("--tool", default=None, metavar="NAME", help="the tool of all files, if they do not show it")
 @option("--online", is_flag=True, help="look up models on the Hub that are neither built in nor in the local cache")
 @option(
-    "--processes", type=POSITIVE, default=None, metavar="INT", help="read the files in so many processes  [default: one per core]"
+    "--processes",
+    type=POSITIVE,
+    default=None,
+    metavar="INT",
+    help="number of processes that read the files  [default: one per core]",
 )
 @options.format_option
 def command(

@@ -17,17 +17,8 @@ if TYPE_CHECKING:
 REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
-    *(
-        "mixtral",
-        "glm4_moe",
-        "qwen3_moe",
-        "glm4_moe_lite",
-        "deepseek_v3",
-        "falcon_h1",
-        "minimax_m2",
-        "glm_moe_dsa",
-        "ernie4_5_moe",
-    ),
+    *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2"),
+    *("glm_moe_dsa", "ernie4_5_moe"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")

@@ -27,9 +27,10 @@ EVERY_LAYER = ("fsdp1", "fsdp2", "zero3")
 OF_STATES = ("optim", "adapter_dtype", "offload_optimizer")
 """Changes of what the optimizer holds."""
 SAVED_OF_STATES = 2
-"""They save at most so many times its states: these, and gradients and temporaries as large."""
+"""They are taken to save at most so many times its states: these, and gradients and temporaries as large."""
 MOST_REPLAYS = 3
-"""Combinations, and single changes, that are replayed until one fits; nearly always the first one does."""
+"""Combinations, and single changes, that are replayed until one fits; nearly always the first one does. As many of the other
+changes are replayed, those that save most."""
 
 
 def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
@@ -45,7 +46,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     least = _least_weights(trials, [options for options, _ in possible])
     if least > trials.room:
         return Advised(weights_alone=least, smallest_card=trials.smallest_card())
-    tried = _each(job, trials, unchanged, possible)
+    tried = _singles(job, trials, unchanged, possible)
     saving = [change for change in tried if max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
     singles = list(refined.values())
@@ -56,11 +57,11 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     fitting += fewest_gpus
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
-    in_vain = (  # shorter sequences that do not make the job fit
-        "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed)
-        for change in singles
-    )
-    changes = (change for change, vain in zip(singles, in_vain, strict=True) if everything or not vain)
+
+    def shortens_in_vain(change: Change) -> bool:
+        return "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed)
+
+    changes = (change for change in singles if everything or not shortens_in_vain(change))
     rest = [_row(trials, unchanged, change) for change in changes if change.options not in shown_already]
     others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
@@ -73,7 +74,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
 
 
-def _each(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
+def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
     """The single changes. Where a strategy has every layer run, which takes a second or two for each change of 70B, those are
     left out that cannot save what is worth showing, and those that do less than one that saves too little.
     """

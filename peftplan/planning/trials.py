@@ -17,7 +17,7 @@ from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import TIGHT, Verdict
 
 NEARLY = 0.9
-"""The share of what a job needs on one card that it may need with another one's kernels: cards that have less are not asked."""
+"""With another card's kernels a job is taken to need at least this share of what it needs here: smaller cards are not asked."""
 NOT_FOR_RENT = ("laptop", "embedded")
 """Kinds of cards that nobody is sent to."""
 
@@ -67,11 +67,10 @@ def trials(
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
         for other in _larger_cards(needed, setup, than=card):
-            refused = unmet(setup, pair(capability(other)))
-            on_other = verdict(
-                other, needed if kernels_on(other) == kernels_on(card) else int(NEARLY * needed), as_here, refused=refused
-            )
-            if kernels_on(other) != kernels_on(card) and on_other.verdict == "fits":
+            other_kernels = kernels_on(other) != kernels_on(card)
+            at_least = int(NEARLY * needed) if other_kernels else needed
+            on_other = verdict(other, at_least, as_here, refused=unmet(setup, pair(capability(other))))
+            if other_kernels and on_other.verdict == "fits":
                 on_other = judged(remembered(), [other]).gpus[0]
             if on_other.verdict == "fits":
                 return other.id

@@ -70,10 +70,8 @@ def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> 
 
 def command_line(advice: Advice, gpu: str) -> str:
     """The options as they are typed, a number of GPUs with the card."""
-    typed = {
-        "gpu" if name == "gpus" else name: f"{value}x{gpu}" if name == "gpus" else value for name, value in advice.options.items()
-    }
-    return " ".join(_option(name, value) for name, value in typed.items())
+    typed = (("gpu", f"{value}x{gpu}") if name == "gpus" else (name, value) for name, value in advice.options.items())
+    return " ".join(_option(name, value) for name, value in typed)
 
 
 def _option(name: str, value: object) -> str:
