@@ -86,6 +86,7 @@ MIXTURE_ADDED = {
     "qwen3_moe": Change("transformers", (4, 51), "models/qwen3_moe"),
     "deepseek_v3": Change("transformers", (4, 51), "models/deepseek_v3"),
     "deepseek_v2": Change("transformers", (4, 54), "models/deepseek_v2"),
+    "ernie4_5_moe": Change("transformers", (4, 54), "models/ernie4_5_moe"),
 }
 """Model type of a mixture whose experts were linear layers → the release that brought it."""
 QUANTIZED_ON_CARD = Change(

@@ -62,9 +62,11 @@ def as_torchtune_builds(architecture: Architecture, config: Mapping[str, object]
     return replace(architecture, buffers=buffers)
 
 
-def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *, in_4_bits: bool) -> Architecture:
+def as_unsloth_loads(
+    architecture: Architecture, config: Mapping[str, object], *, in_4_bits: bool, separate: bool = False
+) -> Architecture:
     """The architecture of the checkpoint that Unsloth loads in its place: Phi-3's is Mistral's there; in 4 bits the experts of
-    gpt-oss are linear layers, and so they are quantized.
+    gpt-oss are linear layers, and so they are quantized. `separate`: beside a transformers that had a list of experts.
 
     Source: unsloth 2026.10.9, models/mapper.py (`unsloth/Phi-3-medium-4k-instruct`), whose printed counts are those of seven
     projections; unsloth_zoo 2026.10.9, temporary_patches/gpt_oss.py (`GptOssExpertsBnb4bit`).
@@ -72,6 +74,10 @@ def as_unsloth_loads(architecture: Architecture, config: Mapping[str, object], *
     if architecture.model_type == "gpt_oss" and in_4_bits:
         modules = (m._replace(kind="ExpertsApart") if m.kind == "ExpertsTransposed" else m for m in architecture.modules)
         return replace(architecture, modules=tuple(modules))
+    if separate and architecture.model_type == "ernie4_5_moe":  # beside that release norms stay in 16 bits
+        in_fp32 = ("e_score_correction_bias",)
+        apart = with_experts_apart(architecture, None)
+        return replace(apart, blocks=_blocks_of_ernie(config, architecture.name), keep_in_fp32_strict=in_fp32)
     if architecture.model_type not in APART:
         return architecture
     a = architecture
@@ -87,6 +93,8 @@ NOT_APART = frozenset(
     }
 )
 """Other model types whose experts were a list of modules in the last release before, models/*/modeling_*.py."""
+STATICS, STATICS_BEFORE = "mlp.gate.moe_statics", "mlp.moe_statics"
+"""Where ERNIE has the corrections of its router's scores, today and then."""
 WITH_PARAMETER = ("deepseek_v2", "deepseek_v3")
 """Model types of mixtures whose router has a parameter, as today, and no linear layer."""
 
@@ -101,12 +109,12 @@ def as_of_release(architecture: Architecture, config: Mapping[str, object], scri
 def with_experts_apart(architecture: Architecture, release: str | None) -> Architecture:
     """The architecture with the modules that it had before transformers 5: three linear layers for each expert, and a linear
     router but in DeepSeek. Others are as today. Raises InputError for a `release` of transformers that had no such model, or
-    another kind of experts in it.
+    another kind of experts in it; None is Unsloth's.
 
     Source: transformers before `versions.EXPERTS_FUSED`, models/mixtral/modeling_mixtral.py (`MixtralBlockSparseTop2MLP`,
-    `MixtralSparseMoeBlock`), models/{qwen2_moe,qwen3_moe,deepseek_v2,deepseek_v3}/modeling_*.py (`…MoeMLP`, `…MoE`).
+    `MixtralSparseMoeBlock`), models/{qwen2_moe,qwen3_moe,deepseek_v2,deepseek_v3,ernie4_5_moe}/modeling_*.py (`…MoeMLP`, `…MoE`).
     """
-    if architecture.model_type in NOT_APART:
+    if architecture.model_type in NOT_APART and release is not None:
         why = f"the experts of {architecture.model_type} were linear layers then, which are not counted"
         raise InputError("transformers", release, f"{why}; accepted: {EXPERTS_FUSED.named} or newer")
     if (added := MIXTURE_ADDED.get(architecture.model_type)) is None:
@@ -119,6 +127,7 @@ def with_experts_apart(architecture: Architecture, release: str | None) -> Archi
     modules: list[Module] = []
     for module in _router_first(architecture.modules) if linear_router else architecture.modules:
         block = module.name.rpartition(".")[0].removesuffix("mlp") + ("block_sparse_moe" if of_mixtral else "mlp")
+        module = module._replace(name=module.name.replace(STATICS, STATICS_BEFORE))
         if module.kind == "Router" and linear_router:
             modules.append(module._replace(name=f"{block}.gate", kind="Linear"))
         elif module.kind == "Experts":
@@ -128,7 +137,8 @@ def with_experts_apart(architecture: Architecture, release: str | None) -> Archi
         else:
             modules.append(module)
     blocks = tuple(block._replace(mlp=block.mlp._replace(apart=True)) for block in architecture.blocks)
-    return replace(architecture, modules=tuple(modules), blocks=blocks)
+    frozen = tuple(name.replace(STATICS, STATICS_BEFORE) for name in architecture.frozen)
+    return replace(architecture, modules=tuple(modules), blocks=blocks, frozen=frozen)
 
 
 def _router_first(modules: Sequence[Module]) -> list[Module]:

@@ -110,6 +110,12 @@ class HostEmbedding(NamedTuple):
     source: str
 
 
+class SeparateExperts(NamedTuple):
+    """Experts of a mixture that are linear layers of their own, in a list, and run one after the other."""
+
+    source: str
+
+
 class Scan(NamedTuple):
     """Mamba 2's mixer behind its first projection, with the last one, in one function (`memory.state_space`)."""
 
@@ -181,6 +187,7 @@ Part: TypeAlias = (
     | Float8
     | Documents
     | HostEmbedding
+    | SeparateExperts
     | Decoder
     | PaddingFree
     | Checkpoint

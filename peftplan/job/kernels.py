@@ -32,6 +32,7 @@ from peftplan.job.kernel_facts import (
     Rotary,
     Rule,
     Scan,
+    SeparateExperts,
 )
 from peftplan.units import MIB
 
@@ -85,6 +86,9 @@ KERNELS: dict[str, Kernel] = {
     ),
     "unsloth-qat-int8-int4.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-offload.embedding": HostEmbedding("unsloth 2026.10.9, models/vision.py (`_install_offload_embedding_hooks`)"),
+    "unsloth-experts.separate": SeparateExperts(
+        "transformers 4.56.2, models/ernie4_5_moe/modeling_ernie4_5_moe.py (`Ernie4_5_MoeSparseMoeBlock`)"
+    ),
     "axolotl-offload.activations": OffloadedActivations(
         "trl, models/activation_offloading.py (`OffloadActivations`), as axolotl 0.19.0 puts it around each step"
     ),
@@ -156,6 +160,7 @@ class Kernels(NamedTuple):
     linear: Float8 | None = None
     attention: Documents | None = None
     embedding: HostEmbedding | None = None
+    separate: SeparateExperts | None = None
     activations: OffloadedActivations | None = None
     scan: Scan | None = None
     delta_rule: Rule | None = None
@@ -251,6 +256,7 @@ OF_PACKAGE = {
     "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,
     "fla": DELTA_RULES,
+    "unsloth-experts": ("ernie4_5_moe",),
 }
 """Package → the model types whose layers have formulas with its kernels, where they are more or others."""
 

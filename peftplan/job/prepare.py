@@ -143,8 +143,10 @@ def prepared(request: Request) -> Job:
 
         quant = quant_of(setup, kind)
         in_4_bits = quant is not None and quant.name in FOUR_BIT
-        architecture = as_unsloth_loads(architecture, model_config, in_4_bits=in_4_bits)
-    if kernels.layers is not None and kernels.decoder is None and not setup.by.embeds:  # there norms stay in 16 bits
+        separate = kernels.separate is not None
+        architecture = as_unsloth_loads(architecture, model_config, in_4_bits=in_4_bits, separate=separate)
+    wide_norms = kernels.decoder is None and kernels.separate is None and not setup.by.embeds
+    if kernels.layers is not None and wide_norms:
         from peftplan.job.built import as_torch_compiles
 
         architecture = as_torch_compiles(architecture, model_config, scheme=kernels.layers.scheme)

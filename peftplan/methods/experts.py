@@ -40,6 +40,8 @@ ROUTER = "gate"
 FUSED: dict[str, tuple[str, str]] = {"mixtral": ("w1", "w3"), "qwen2_moe": ("gate_proj", "up_proj")}
 """The two projections fused in `gate_up_proj`. Both must be targeted, and the rank doubles."""
 GATE_UP = "gate_up_proj"
+FIRST_APART = ".experts.0."
+"""In the names of modules that an expert has for itself."""
 
 
 class ResolvedTargets(NamedTuple):
@@ -72,7 +74,7 @@ def fused_expert_targets(
     """
     parameters = tuple(config.target_parameters or ())
     base = CONVERSIONS.get(arch.model_type)
-    if base is None or any(block.mlp.apart for block in arch.blocks):
+    if base is None or any(FIRST_APART in module.name for module in arch.modules):
         return ResolvedTargets(target_modules, parameters)
     if target_modules == PEFT_DEFAULT:
         if parameters:
