@@ -557,9 +557,9 @@ trainer.train()
 @pytest.mark.parametrize("release", ["4.56.2", "5.3.0"])
 def test_experts_of_ernie_have_an_adapter_each_beside_transformers_4(modules: str, separate: int, release: str) -> None:
     """nb/ERNIE_4_5_21B_A3B_PT-Conversational.ipynb printed 177,545,216 of 22,002,983,104 beside transformers 4.56.2, with 64 x 27
-    experts of 98,304 parameters each: three linear layers between 2,560 and 1,536; a rehearsal of three layers has 13,602,816. The
-    expression that is the default names none of them: 1,286,144 of four layers. Stacked, gate and up share one: four layers that
-    unsloth 2026.10.9 loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too."""
+    experts of 98,304 parameters each: three linear layers between 2,560 and 1,536; a rehearsal of three layers has 13,602,816.
+    The expression that is the default names none of them: 1,286,144 of four layers. Stacked, gate and up share one: four layers
+    that unsloth 2026.10.9 loaded in 4 bits beside transformers 5.17.0 have 16,228,352, which these sums give too."""
     text = f"""
 from unsloth import FastModel
 model, tokenizer = FastModel.from_pretrained("unsloth/ERNIE-4.5-21B-A3B-PT", max_seq_length=2048, load_in_4bit=True)
