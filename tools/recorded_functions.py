@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 
 from peftplan.depth.log import Moment
@@ -47,6 +48,9 @@ class Recorded(NamedTuple):
     name: str
     sizes: Mapping[str, int]
     config: Callable[[Mapping[str, int]], dict[str, Any]]
+    release: str = ""
+    """The transformers of which it was recorded, of one row in bf16, with weights at rest in fp32, but for a norm and the buffer;
+    empty: the one of all records."""
 
 
 def _mamba2(groups: int) -> dict[str, int]:
@@ -90,6 +94,9 @@ FUNCTIONS = {
     "falcon_h1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), _falcon_h1),
     "falcon_h1-1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1),
     "falcon_h1-normed": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), partial(_falcon_h1, normed=True)),
+    "falcon_h1-1-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1, "5.16"),
+    "falcon_h1-1-normed-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), partial(_falcon_h1, normed=True), "5.16"),
+    "falcon_h1-normed-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), partial(_falcon_h1, normed=True), "5.16"),
     "granitemoehybrid-1": Recorded("granitemoehybrid", "GraniteMoeHybridMambaLayer", _mamba2(1), _granite),
 }
 
@@ -131,6 +138,8 @@ DTYPES_OF_RUNS = (
 VARIANTS = [Variant(*dtypes, trains, rows) for dtypes, trains, rows in product(DTYPES_OF_RUNS, (False, True), ROWS)]
 VARIANTS = [v for v in VARIANTS if not (v.trains and v.projected == v.dtype != v.autocast != "none")]
 """Only a quantized layer, beside which no mixer trains, gives its input's dtype under autocast."""
+EARLIER = Variant("bf16", "bf16", "fp32", "bf16", trains=False, rows="one")
+"""The variant that is recorded of an earlier release."""
 
 
 class _Entered(torch.autograd.Function):
@@ -207,7 +216,10 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
         return x
 
     if of.module == "falcon_h1":
-        mixer.register_buffer("mup_vector", torch.empty((1, 1, z), dtype=DTYPES[variant.weights], device="meta"))
+        narrow = DTYPES[variant.dtype if of.release else variant.weights]
+        mixer.register_buffer("mup_vector", torch.empty((1, 1, z), dtype=narrow, device="meta"))
+        if mixer.mamba_rms_norm:
+            mixer.norm.to(narrow)
     mixer.in_proj, mixer.out_proj = _Projection(projected), _Projection(mixed)
     to_fake(mixer, mode, lambda module: ON)
     out: dict[str, Any] = {}
@@ -280,8 +292,11 @@ def text_of(of: Recorded, variant: Variant) -> dict[str, Any]:
 
 def main() -> None:
     """Write the records."""
-    for name in sys.argv[1:] or FUNCTIONS:
-        variants = {str(variant): text_of(FUNCTIONS[name], variant) for variant in VARIANTS}
+    for name in sys.argv[1:] or [name for name, of in FUNCTIONS.items() if not of.release]:
+        of = FUNCTIONS[name]
+        if not transformers.__version__.startswith(of.release):
+            raise SystemExit(f"{name} is recorded of transformers {of.release}")
+        variants = {str(variant): text_of(of, variant) for variant in ([EARLIER] if of.release else VARIANTS)}
         (FOLDER / f"{name}.json").write_text(json.dumps(variants, indent=0) + "\n", encoding="utf-8")
 
 

@@ -153,14 +153,15 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         datasets = [{**SHARED["datasets"][0], "path": f"{output}/rows.jsonl", **of_rows}]
         prepared = {"datasets": datasets, "dataset_prepared_path": f"{output}/data"}
         places = {"base_model": folder, "output_dir": f"{output}/out", **prepared}
-        if masked := "diffusion" in values:
+        masked, streamed = "diffusion" in values, "pretraining_dataset" in values
+        if streamed:
             text = json.dumps({"text": "word " * 8 * values["sequence_len"]})
             Path(output, "rows.jsonl").write_text(f"{text}\n" * ROWS, encoding="utf-8")
             of_text = {"path": "json", "data_files": f"{output}/rows.jsonl", "type": "completion", "field": "text"}
             del places["datasets"]
             places |= {"pretraining_dataset": [of_text]}
         file = Path(output, "config.yml")
-        shared = {key: value for key, value in SHARED.items() if not (masked and key == "datasets")}
+        shared = {key: value for key, value in SHARED.items() if not (streamed and key == "datasets")}
         file.write_text(yaml.safe_dump(shared | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
         packs = OF_ONE_RANK * bool(values.get("sample_packing") and row.get("gpus"))

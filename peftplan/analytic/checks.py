@@ -32,7 +32,6 @@ from peftplan.versions import LATENT_CACHED
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
-    from peftplan.job.setup import Setup
 
 COPYING = ("sgd", "rmsprop", "adagrad")
 """Optimizers of torch that add decayed weights to copies of the gradients (torch, optim/sgd.py:429)."""
@@ -233,7 +232,7 @@ def kernels_without_formula(job: Job) -> str | None:
         return None
     if IN_INT4 in setup.kernels and (job.distributed is None or setup.loss != "liger" or job.method_name != "full"):
         return "fake-quantized layers but of full fine-tuning under FSDP2 with Liger's loss"
-    if job.distributed is not None and not _rehearsed_kernels(setup, job.distributed):
+    if job.distributed is not None and not _rehearsed_kernels(job, job.distributed):
         return f"kernels with {job.distributed.called}"
     if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
         return "an embedding in host memory without layers that torch compiles"
@@ -296,8 +295,13 @@ def _offloads_as_rehearsed(job: Job) -> bool:
     return checkpoints and of_lora and setup.by.own_fsdp2 and setup.attn_implementation == "flash_attention_2"
 
 
-def _rehearsed_kernels(setup: Setup, distributed: Distributed) -> bool:
+def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:
     """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
+    from peftplan.analytic.shown import adapts_by_kernels
+
+    setup = job.setup
+    if distributed.strategy == "zero3" and adapts_by_kernels(job):
+        return True
     if distributed.strategy == "fsdp2" and setup.by.own_fsdp2:
         return all(name.startswith(("liger.", "torchao-int4.")) for name in setup.kernels or ())
     return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in setup.kernels or ())

@@ -53,6 +53,7 @@ def check_mixer(job: Job) -> None:
 def _check_recorded(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a mixer was not recorded."""
     setup, model_type = job.setup, job.architecture.model_type
+    as_rehearsed = knows_recorded(job) or _scans_as_rehearsed(job)
     unknown = {
         "kernels": bool(setup.kernels),
         "padding": setup.padding,
@@ -63,8 +64,10 @@ def _check_recorded(job: Job) -> None:
         "weights in fp16": setup.dtype == "fp16",
         "reentrant checkpoints": bool(setup.gradient_checkpointing and setup.use_reentrant),
         "another release of transformers": job.script.transformers is not None,
-        "an adapter": model_type == "falcon_h1" and job.method_name != "full" and not knows_recorded(job),
-        "checkpoints": model_type == "falcon_h1" and bool(setup.gradient_checkpointing),  # full: forward 2.8 % above a trace
+        "an adapter": model_type == "falcon_h1" and job.method_name != "full" and not as_rehearsed,
+        "checkpoints": model_type == "falcon_h1"
+        and bool(setup.gradient_checkpointing)
+        and not as_rehearsed,  # full: forward 2.8 % above a trace
         "weights in fp32 that train under autocast": model_type == "granitemoehybrid"  # reserved 4 % below a trace
         and (setup.dtype, setup.autocast, job.method_name) == ("fp32", "bf16", "full")
         and bool(setup.gradient_checkpointing),
@@ -75,11 +78,22 @@ def _check_recorded(job: Job) -> None:
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NeedsTraceError(f"the mixer of model type {model_type} with {what}")
-    if knows_recorded(job):
+    if as_rehearsed:
         return
     if has_own_code(job) or job.setup.by.name not in PLAIN_TRAINERS or job.distributed is not None:
         where = job.setup.by.called if job.distributed is None else job.distributed.called
         raise NoEngineError(f"model type {model_type} without mamba-ssm, under {where} (no formula yet)")
+
+
+def _scans_as_rehearsed(job: Job) -> bool:
+    """Whether the scan of an earlier transformers was rehearsed with such a job: QLoRA of Falcon-H1 by axolotl, of one row on one
+    GPU (tests/rehearse/axolotl_scan.jsonl)."""
+    setup = job.setup
+    alone = job.distributed is None and setup.batch_size == 1 and job.architecture.model_type == "falcon_h1"
+    of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
+    groups = {block.state_space.groups for block in job.architecture.blocks if block.state_space is not None}
+    plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full" and groups == {1}
+    return bool(setup.by.scan) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
 
 
 def check_delta_rule(job: Job) -> None:

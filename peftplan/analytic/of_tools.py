@@ -109,5 +109,6 @@ def _masks_as_rehearsed(job: "Job") -> bool:
     """Whether tokens are masked as was rehearsed (tests/rehearse/axolotl_diffusion.jsonl)."""
     setup = job.setup
     alone = job.distributed is None and job.method_name == "full" and job.architecture.model_type == "llama"
-    plain = setup.attn_implementation == "sdpa" and not setup.gradient_checkpointing and not setup.padding
+    checkpoints_alike = not setup.gradient_checkpointing or setup.use_reentrant
+    plain = setup.attn_implementation == "sdpa" and checkpoints_alike and not setup.padding
     return alone and plain and setup.dtype == setup.autocast == "bf16"

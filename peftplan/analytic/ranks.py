@@ -132,7 +132,8 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
     earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
     follows = not job.setup.by.gathers_when_called
-    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows)
+    keeps = job.setup.by.keeps_leftovers
+    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows, keeps=keeps)
     return reference
 
 
@@ -234,8 +235,16 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
         of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
         follows = not job.setup.by.gathers_when_called
-        reloads = job.setup.by.reloads_weights
-        model.units = Zero3(model, job.distributed, dtype=dtype, before=of_before, follows=follows, reloads=reloads)
+        zero3 = Zero3(
+            model,
+            job.distributed,
+            dtype=dtype,
+            before=of_before,
+            follows=follows,
+            reloads=job.setup.by.reloads_weights,
+            keeps=job.setup.by.keeps_leftovers,
+        )
+        model.units = zero3
     return program._replace(shards=masters, steps_in_backward=True)
 
 

@@ -97,6 +97,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * tokens > (tokens_kept(job) or 0),
         older_liger=setup.by.pins_liger,
+        scan=setup.by.scan,
         recorded=recorded(job),
         token_outputs=setup.by.token_outputs,
         shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,

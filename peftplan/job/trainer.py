@@ -307,6 +307,13 @@ class Trainer(NamedTuple):
     traced_on_ranks: bool = False
     """Whether it was traced over several GPUs with methods and optimizers besides LoRA and AdamW
     (tests/distributed/traced_methods.jsonl)."""
+    scan: str = ""
+    """The release of transformers that its package pins, where Mamba 2's scan is another one: it multiplies by broadcasting
+    (axolotl 0.19.0, pyproject.toml; transformers 5.16.1, models/falcon_h1/modeling_falcon_h1.py)."""
+    keeps_leftovers: bool = False
+    """Whether its package pins a DeepSpeed under whose ZeRO-3 weights stay gathered, from a backward to the next forward, that no
+    hook releases, and weights at rest do not wait for the module that made a checkpoint again (axolotl 0.19.0; DeepSpeed 0.18.9,
+    without `release_backward_leftovers` and `update_recompute_parameters`)."""
     pins_liger: bool = False
     """Whether its package needs release 0.8.1 of Liger (axolotl 0.19.0, pyproject.toml)."""
     expandable_segments: bool = False

@@ -69,6 +69,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             hooks_adapted=True,
             wide_ends=True,
             pins_liger=True,
+            scan="5.16",
+            keeps_leftovers=True,
             expandable_segments=True,
         ),
         IN_AXOLOTL._replace(

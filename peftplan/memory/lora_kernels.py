@@ -29,7 +29,7 @@ from peftplan.tape.tensors import Gradients, Node, Tensor
 
 def qkv(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> list[Tensor]:
     """`LoRA_QKV`: three results; saves x, and its copy after dropout, or the mask of each projection."""
-    xs = dropped_of(f, kernel, x, dropout)
+    xs = dropped_of(f, kernel, x, ps, dropout)
     node = record(f, _qkv_backward, kernel, xs, ps, dropout)
     drops = bool(dropout) and kernel.drops_inside
     outs, masks = [], []
@@ -94,7 +94,7 @@ def _projected_backward(
 
 def output(f: Tape, kernel: Lora, x: Tensor, p: Projection, dropout: float) -> Tensor:
     """`LoRA_W`, `LoRA_O`: saves x; the gradient of x is a new tensor."""
-    xs = dropped_of(f, kernel, x, dropout)
+    xs = dropped_of(f, kernel, x, [p], dropout)
     node = record(f, _qkv_backward, kernel, xs, [p], dropout)
     f.module = p.part.name
     drops = bool(dropout) and kernel.drops_inside

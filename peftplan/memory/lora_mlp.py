@@ -28,7 +28,7 @@ from peftplan.tape.tensors import Gradients, Node, Tensor
 def mlp(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> Tensor:
     """`LoRA_MLP`: saves x, the gate before its activation, its partner, and the masks of dropout inside."""
     gate, up, down = ps
-    xs = dropped_of(f, kernel, x, dropout)
+    xs = dropped_of(f, kernel, x, ps, dropout)
     node = record(f, _mlp_backward, kernel, xs, ps, dropout)
     drops = bool(dropout) and kernel.drops_inside
     masks = []

@@ -30,6 +30,12 @@ class Projection(NamedTuple):
     b: Parameter
 
     @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Weight, bias if there is one, A and B."""
+        bias = () if self.part.bias is None else (self.part.bias,)
+        return (self.part.own_weight, *bias, self.a, self.b)
+
+    @property
     def rank(self) -> Dim:
         """Rows of A."""
         return self.a.dims[0]
@@ -178,9 +184,13 @@ def add_through(f: Tape, mask: Tensor, dtype: str) -> None:
     del product, gradient
 
 
-def dropped_of(f: Tape, kernel: Lora, x: Tensor, p: float) -> "Inputs":
-    """The input, and what dropout outside the kernel makes of it."""
-    return x, ops.dropout(f, x, p) if p and kernel.drops_outside else None
+def dropped_of(f: Tape, kernel: Lora, x: Tensor, ps: Sequence[Projection], dropout: float) -> "Inputs":
+    """The input, and what dropout outside the kernel makes of it; before, the kernel reads the parameters of its projections."""
+    if f.modules is not None:
+        for p in ps:
+            for parameter in p.parameters:
+                f.modules.read(p.part.name, p.part.layer, parameter)
+    return x, ops.dropout(f, x, dropout) if dropout and kernel.drops_outside else None
 
 
 def save(f: Tape, node: Node | None, kernel: Lora, xs: "Inputs", ps: Sequence[Projection], *more: Tensor) -> None:

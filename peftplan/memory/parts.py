@@ -125,6 +125,8 @@ class Running(NamedTuple):
     """Whether the inputs of checkpointed layers wait on the host."""
     older_liger: bool = False
     """Whether Liger's loss is that of release 0.8.1 (`memory.liger_loss`)."""
+    scan: str = ""
+    """The release of transformers whose scan of Mamba 2 runs; empty: that of the records."""
     recorded: Recorded | None = None
     """What a layer allocates that torch compiles whole."""
     ring: "Ring | None" = None

@@ -49,8 +49,9 @@ class Zero3(Gathering):
         before: Gathering | None = None,
         follows: bool = True,
         reloads: bool = False,
+        keeps: bool = False,
     ) -> None:
-        super().__init__(model, distributed, dtype=dtype, before=before, follows=follows)
+        super().__init__(model, distributed, dtype=dtype, before=before, follows=follows, keeps=keeps)
         self.reloads = reloads and distributed.offload_params != "cpu"
         self.reloaded: list[list[Tensor]] = []
         self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
@@ -120,6 +121,8 @@ class Zero3(Gathering):
     def end_backward(self) -> None:
         """`independent_gradient_partition_epilogue`, then `release_backward_leftovers`."""
         self.reduce_and_partition()
+        if self.keeps:
+            self.running.clear()
         for module in [*reversed(self.running.values())]:
             self.running.pop(module.name)
             also = self.recomputed.pop(module.name, ())

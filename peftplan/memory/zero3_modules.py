@@ -56,13 +56,21 @@ def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: in
 
 class Gathering(Stage):
     """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was.
-    `follows`: the order that was recorded is used.
+    `follows`: the order that was recorded is used. `keeps`: what no hook releases stays (`Trainer.keeps_leftovers`).
     """
 
     def __init__(
-        self, model: Model, distributed: Distributed, *, dtype: str, before: Gathering | None = None, follows: bool = True
+        self,
+        model: Model,
+        distributed: Distributed,
+        *,
+        dtype: str,
+        before: Gathering | None = None,
+        follows: bool = True,
+        keeps: bool = False,
     ) -> None:
         super().__init__(model, distributed, dtype=dtype)
+        self.keeps = keeps
         hidden_size = model.arch.hidden_size or 0
         self.sharded = sharded_of(model.parameters, distributed, hidden_size)
         self.world_size = distributed.world_size
@@ -197,7 +205,7 @@ class Gathering(Stage):
     def pre_forward(self, module: Module, *, known: Module | None = None) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
         self.coordinator.fetch(module, known=known)
-        if self.f.recomputes and self.running:
+        if self.f.recomputes and self.running and not self.keeps:
             frozen = [p for p in module.parameters if not p.trainable]
             last = next(reversed(self.running))
             self.recomputed.setdefault(last, []).extend(frozen)

@@ -123,7 +123,7 @@ def test_records_end_what_they_begin(file: Path) -> None:
         assert gradients <= alive
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(set(FOLDER.glob("*.json")) - set(FOLDER.glob("*-5.16.json"))), ids=lambda file: file.stem)
 def test_what_is_kept_for_pairs_of_tokens(file: Path) -> None:
     """Backward needs three fp32 numbers for each pair of a chunk's tokens and each head, on one row without autocast: the decay,
     the product of B and C, and that of both."""

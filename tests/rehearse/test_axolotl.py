@@ -472,15 +472,18 @@ def test_layers_of_lisa_take_turns() -> None:
 @pytest.mark.parametrize("row", read(Path(__file__).with_name("axolotl_diffusion.jsonl")), ids=lambda row: row["layers"])
 def test_masked_tokens_are_restored(row: dict[str, Any]) -> None:
     """`diffusion`, of two and four rows in one and all their tokens masked. Of two layers of Llama 3.2 1B a rehearsal reserved
-    9.7 % more than the replay, so nothing is said of reserved bytes; all 16 reserved what it does. Their `load` is 7 MB more."""
+    9.7 % more than the replay, so nothing is said of reserved bytes; all 16 reserved what it does. Their `load` is 7 MB more. Of
+    documents that see their own tokens alone, beside checkpoints, 3 MB less."""
     assert plan(row).unsupported == {}
     job = options(row)
     peaks = peftplan.estimate(**job).peaks
     assert peaks is not None
     near = {"load": 3e-3}
     assert peaks.by_phase == {phase: pytest.approx(n, rel=near.get(phase, 5e-4)) for phase, n in row["by_phase"].items()}
-    assert peaks.allocated == pytest.approx(row["allocated"], rel=7e-5)
-    assert peaks.reserved == (row["reserved"] if row["layers"] == 16 else None)
+    by_document = bool(row["values"].get("gradient_checkpointing"))
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=3e-4 if by_document else 7e-5)
+    reserved = pytest.approx(row["reserved"], rel=1.2e-2 if by_document else 0)
+    assert peaks.reserved == (reserved if row["layers"] == 16 else None)
     of_all = peftplan.estimate(**job | {"loss": "full"}).peaks
     assert of_all is not None
     assert of_all.by_phase["forward"] < 0.95 * row["by_phase"]["forward"]
@@ -490,6 +493,25 @@ def test_masked_tokens_are_restored(row: dict[str, Any]) -> None:
 def test_masked_tokens_of_other_jobs_have_no_peak(other: dict[str, Any]) -> None:
     row = read(Path(__file__).with_name("axolotl_diffusion.jsonl"))[0]
     assert peftplan.estimate(**options(row) | other).peaks is None
+
+
+@pytest.mark.parametrize("row", read(Path(__file__).with_name("axolotl_scan.jsonl")), ids=lambda row: row["values"]["base_model"])
+def test_falcon_h1_scans_as_an_earlier_transformers(row: dict[str, Any]) -> None:
+    """axolotl pins a transformers whose scan multiplies by broadcasting: for each pair of a chunk's tokens it holds as many
+    numbers as a state has. bitsandbytes holds the packed head twice while the tables are cast, which `load` leaves out."""
+    assert plan(row).unsupported == {}
+    job = options(row)
+    peaks = peftplan.estimate(**job).peaks
+    assert peaks is not None
+    near = {"load": 0.07}
+    assert peaks.by_phase == {phase: pytest.approx(n, rel=near.get(phase, 3e-3)) for phase, n in row["by_phase"].items()}
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-3)
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=2e-3)
+    size = job["model"]
+    of_pairs = 2048 * size["mamba_chunk_size"] * size["mamba_n_heads"] * size["mamba_d_state"] * 4
+    assert 2 * of_pairs < peaks.by_phase["backward"] < 3 * of_pairs
+    for other in ({"batch_size": 2}, {"kbit_prepare": False}, {"gpus": 2}):
+        assert peftplan.estimate(**job | other).peaks is None
 
 
 def test_a_reference_is_read_in_fp32_beside_a_policy_in_16_bits() -> None:

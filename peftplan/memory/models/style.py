@@ -14,7 +14,7 @@ from peftplan.memory.norms import rms
 from peftplan.tape import ops
 from peftplan.tape.rotary import rotary
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Tensor
+from peftplan.tape.tensors import Parameter, Tensor
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -57,7 +57,22 @@ class Call(NamedTuple):
 
     def module(self, name: str, x: Tensor, function: "Sublayer", *, by_name: bool = False) -> Tensor:
         """A module of this layer that has no parameters of its own."""
-        return self.tape.call(f"{self.style.stack}.{name}", self.number, (), x, lambda x: function(self, x), by_name=by_name)
+        path, reads = f"{self.style.stack}.{name}", self._read_by_kernels(name)
+        return self.tape.call(path, self.number, (), x, lambda x: function(self, x), by_name=by_name, reads=reads)
+
+    def _read_by_kernels(self, name: str) -> tuple[Parameter, ...]:
+        """The parameters of modules inside that LoRA kernels read without calling these modules, which hooks do not see."""
+        if self.tape.modules is None:
+            return ()
+        kernels = self.model.running.kernels
+        of_attention = (kernels.lora_qkv, ("q_proj", "k_proj", "v_proj")), (kernels.lora_o, (self.style.output,))
+        taken = {"self_attn": of_attention, "mlp": ((kernels.lora_mlp, ("gate_proj", "up_proj", "down_proj")),)}
+        adapted = [
+            self.adapted(kernel, [f"{name}.{part}" for part in parts]) or ()
+            for kernel, parts in taken.get(name, ())
+            if kernel is not None
+        ]
+        return tuple(x for ps in adapted for p in ps for x in p.parameters)
 
     def part(self, function: Callable[[Tensor], Tensor], x: Tensor, *, by_name: bool = False) -> Tensor:
         """A module of this layer, which may be a checkpoint within that of the layer."""
