@@ -294,6 +294,14 @@ def test_a_command_loads_only_what_it_needs(args: list[str], needs: set[str]) ->
     assert "rich" in needs or "rich" not in loaded
 
 
+def test_the_main_job_loads_no_formulas_of_other_jobs() -> None:
+    code = RUN.format(args=["estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "h100"])
+    code = f"{code}\nimport sys\nprint(*[name for name in sys.modules if name.startswith('peftplan.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    of_others = "distributed.strategy analytic.generation deployment.checkpoint memory.delta_rule methods.bottleneck"
+    assert not {f"peftplan.{name}" for name in of_others.split()} & set(done.stdout.splitlines()[-1].split())
+
+
 def test_records_of_the_main_job_evaluate_their_annotations() -> None:
     """Under the `__future__` import a NamedTuple compiles a text for each field: half of what a record costs at the start."""
     code = RUN.format(args=["estimate", "llama-2-70b", "--method", "qlora", "--gpu", "h100", "--format", "json"])

@@ -10,7 +10,6 @@ from peftplan.job.automodel import builds
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.kernels import kernels_of
 from peftplan.memory.attention import MAX_FLASH_HEAD
-from peftplan.methods.bottleneck import BOTTLENECKS
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -31,6 +30,8 @@ def check_family(job: Job) -> None:
         raise RefusedError(f"attn_implementation: flash-attn has no kernel for heads of {widest} numbers; accepted: eager, sdpa")
     if job.adaptation.rests:
         raise NoEngineError(f"layers that take turns in model type {model_type} (no formula yet)")
+    from peftplan.methods.bottleneck import BOTTLENECKS
+
     unknown = {
         "kernels": bool(setup.kernels) and not builds(job),
         f"loss {setup.loss}": setup.loss not in ("full", "trl-chunked"),

@@ -96,11 +96,6 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     return _GENERATIONS[key][1]
 
 
-def largest_of(generations: Iterable[Generation]) -> Generation | None:
-    """The one that takes most; None where there is none."""
-    return max(generations, key=lambda generation: generation.peak[0], default=None)
-
-
 def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:
     """Autocast's casts of weights that require gradients, which it keeps until a token's forward ends."""
     cast = (p for p in parameters.all if p.trainable and p.dtype == "fp32" and len(p.shape) > 1)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from peftplan.allocator.program import OPTIONS, Replayed
 from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.compiled import by_processors, last_step, steps_of
-from peftplan.analytic.generation import generations_of, largest_of
 from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
 from peftplan.analytic.unreserved import MARGIN, beside_replay, unreserved
@@ -17,6 +16,7 @@ from peftplan.ledger import Ledger
 from peftplan.results.estimate import ALL_PHASES, Peaks
 
 if TYPE_CHECKING:
+    from peftplan.analytic.generation import Generation
     from peftplan.job.inventory import Inventory
 
 Moments = tuple[Mapping[str, tuple[int, int]], Mapping[str, int]]
@@ -63,7 +63,7 @@ class InstantPeaks(Peaks):
     def run(self, *, late: bool = False) -> Run:
         """The steps that are replayed. `late`: the GPU is as late as it may be."""
         steps = steps_of(self.inventory, self.compute_capability, late=late)
-        generations = generations_of(self.inventory, steps[-1][0], compute_capability=self.compute_capability)
+        generations = _generations(self.inventory, steps[-1][0], self.compute_capability)
         return Run(steps, self.inventory.job.script, generations)
 
     def runs_within(self, capacity_bytes: int) -> bool:
@@ -130,11 +130,19 @@ def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) ->
         known[id(of)] = of, (peaks, compiled_job.assumed(dims))
     moments, assumed = known[id(of)][1]
     requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
-    generation = largest_of(generations_of(inventory, compiled_job, compute_capability=compute_capability))
-    if generation is not None:
-        requested["generate"] = compiled_job.standing_bytes + generation.peak[0]
+    if generations := _generations(inventory, compiled_job, compute_capability):
+        requested["generate"] = compiled_job.standing_bytes + max(each.peak[0] for each in generations)
     ends = {phase: at for phase, (_, at) in moments.items()}
     return InstantPeaks(inventory, compute_capability, requested, ends, assumed)
+
+
+def _generations(inventory: Inventory, compiled: Compiled, compute_capability: str) -> tuple[Generation, ...]:
+    """What comes before a job's step; most write nothing."""
+    if not inventory.job.setup.by.generates:
+        return ()
+    from peftplan.analytic.generation import generations_of
+
+    return generations_of(inventory, compiled, compute_capability=compute_capability)
 
 
 class _Ledgers(Mapping[str, Ledger]):
@@ -154,10 +162,8 @@ class _Ledgers(Mapping[str, Ledger]):
         if phase == "load":
             return compiled.loading
         if phase == "generate":
-            generations = generations_of(self._peaks.inventory, compiled, compute_capability=self._peaks.compute_capability)
-            generation = largest_of(generations)
-            assert generation is not None
-            return compiled.standing + generation.lines
+            generations = _generations(self._peaks.inventory, compiled, self._peaks.compute_capability)
+            return compiled.standing + max(generations, key=lambda each: each.peak[0]).lines
         return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], dims))
 
     def __iter__(self) -> Iterator[str]:

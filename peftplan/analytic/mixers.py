@@ -11,7 +11,6 @@ from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.automodel import builds, has_own_code, knows_recorded
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
-from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -107,6 +106,8 @@ def check_delta_rule(job: Job) -> None:
         where = setup.by.called if job.distributed is None else job.distributed.called
         how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
         raise NoEngineError(f"model type {model_type} {how}, under {where} (no formula yet)")
+    from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
+
     checkpoints = bool(setup.gradient_checkpointing)
     caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
     unknown = {

@@ -5,11 +5,10 @@ steady one. A script may name other steps (`job.script`). The timeline only coun
 kind; here each of them repeats the events of the last one.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.allocator.program import Program, Replayed, replay
 from peftplan.analytic.compile_job import Compiled, Steps, Written
-from peftplan.analytic.generation import Generation
 from peftplan.analytic.writer import Writer, is_gradient, makes_gradients
 from peftplan.job.inventory import REPLACED
 from peftplan.job.script import NO_SCRIPT, Script
@@ -17,6 +16,9 @@ from peftplan.ledger import Line
 from peftplan.memory.loaded import Loader
 from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.scans import no_scans
+
+if TYPE_CHECKING:
+    from peftplan.analytic.generation import Generation
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 
@@ -26,7 +28,7 @@ class Run(NamedTuple):
 
     steps: Steps
     script: Script = NO_SCRIPT
-    generations: tuple[Generation, ...] = ()
+    generations: "tuple[Generation, ...]" = ()
     """What the policy writes before each step, and what reads it."""
 
     def fits(self, capacity_bytes: int) -> bool:
@@ -65,7 +67,7 @@ class Run(NamedTuple):
         return written.program, generated + [n for step in self.steps for n in of_step[id(step)]] + written.sizes
 
 
-def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generations: tuple[Generation, ...]) -> Written:
+def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generations: "tuple[Generation, ...]") -> Written:
     generated = sum(len(each.timeline.kinds) for each in generations)
     compiled = steps[-1]
     num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
 from peftplan.job.loss_sizes import LossSizes
-from peftplan.memory.delta_rule import CHUNK
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
@@ -41,6 +40,8 @@ DIGITS = 25
 def num_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
     """The number of chunks of a delta rule, digit by digit: its code loops over them."""
     if any(block.delta_rule is not None for block in architecture.blocks):
+        from peftplan.memory.delta_rule import CHUNK
+
         chunks = -(-seq_len // CHUNK)
         yield from ((chunks >> digit) & 1 for digit in range(DIGITS))
 

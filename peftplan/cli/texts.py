@@ -15,7 +15,7 @@ def by_tool(names: tuple[str, ...], *, brief: bool = False) -> str:
     """Names that share a beginning or an end in groups: `swift-dpo|kto`, `trl[-dpo|kto]` where `trl` is a name too,
     `[unsloth-]sentence-transformers`. `brief`: of each beginning one group alone."""
     widest = WIDEST_GROUP - len("|…,") if brief else WIDEST_GROUP
-    longer = {name: other for other in names if "-" in other for name in names if name.endswith(f"-{other}")}
+    longer = {name: end for name in names if "-" in (end := name.partition("-")[2]) and end in names}
     tools: dict[str, list[str]] = {}
     for name in names:
         if name not in longer:

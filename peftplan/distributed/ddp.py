@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from peftplan.distributed.order import in_module_order, tensors
-from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Line
 from peftplan.parameters import Parameter, Parameters
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
 
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes at which a bucket is full by default (torch, `dist._DEFAULT_FIRST_BUCKET_BYTES`, `_DEFAULT_BUCKET_CAP_MB`)."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from pydantic import ConfigDict
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
-from peftplan.distributed.strategy import Distributed
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.job import sources
 from peftplan.job.setup import Setup
@@ -32,6 +31,13 @@ class OptionsOfAnyType(LayeredConfig):
     target_parameters: Names = None
 
 
+def _options_beside() -> Iterator[str]:
+    """The options of `estimate` that are no method's; only an error asks."""
+    from peftplan.distributed.strategy import Distributed
+
+    yield from (*BESIDE, *Setup.model_fields, *Distributed.model_fields, *MEANINGS)
+
+
 def method_of(
     name: str | None, peft_config: Mapping[str, object] | None, options: Mapping[str, object]
 ) -> tuple[methods.Method | None, MethodConfig | None, dict[str, object]]:
@@ -46,8 +52,7 @@ def method_of(
         check_fields(raw)
         return None, None, raw | _not_as_text(options)
     if peft_config is None:
-        beside = (*BESIDE, *Setup.model_fields, *Distributed.model_fields, *MEANINGS)
-        method, config = methods.configure("lora" if name is None else name, options, beside=beside)
+        method, config = methods.configure("lora" if name is None else name, options, beside=_options_beside())
         return method, config, {}
     raw = {"task_type": None, **peft_config}
     _check_peft_task(raw)

@@ -18,8 +18,6 @@ from peftplan.job.requirements import check_flash_dtypes
 from peftplan.ledger import Dim
 from peftplan.memory.attention_layout import by_heads, gathered, joined_width, product, repeat_kv, viewed
 from peftplan.memory.fused_attention import HEAD_MULTIPLE, efficient, flash, number, padded_head
-from peftplan.memory.ring_attention import ring_flash
-from peftplan.memory.te_attention import of_documents, ring_of_documents
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
 from peftplan.tape.tape import Tape
@@ -62,6 +60,8 @@ def attend(
             q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
         return eager(model, a, q, k, v, mask, dropout=dropout, wide=wide, bias=bias, by_head=by_head, cached=cached)
     if model.running.kernels.attention is not None:
+        from peftplan.memory.te_attention import of_documents, ring_of_documents
+
         ring = model.running.ring
         out = of_documents(f, q, k, v) if ring is None else ring_of_documents(f, ring, q, k, v)
         b, heads, s, d = out.dims
@@ -93,6 +93,8 @@ def attend(
     if ring is not None:
         if kernel != "flash":
             raise NoEngineError(f"context parallelism with torch's {kernel} attention (no formula yet)")
+        from peftplan.memory.ring_attention import ring_flash
+
         out = ring_flash(f, ring, q, k, v)
         del q, k, v
         out = ops.copied(f, out, "clone") if ring.joins else out

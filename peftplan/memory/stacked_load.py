@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peftplan.deployment.checkpoint import EXPERTS
 from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.loaded import Handle, Memory
 from peftplan.parameters import Parameter, Parameters
@@ -26,16 +25,23 @@ def gathered(parameters: Parameters, quant: QuantConfig | None, model_type: str)
     """The stacks of experts that bitsandbytes stores."""
     if quant is None or not quant.experts:
         return {}
-    matrices = EXPERTS.get(model_type, {})
+    matrices = _of_experts(model_type)
     stacks = (p.name for p in parameters.all if p.quantized and len(p.shape) > len(("out", "in")))
     return {name: matrices.get(name.rpartition(".")[2], ()) for name in stacks}
 
 
 def merged(parameters: Parameters, model_type: str) -> Stacks:
     """The stacks of experts that bitsandbytes leaves as they are, on the device that the checkpoint is read to."""
-    matrices = EXPERTS.get(model_type, {})
-    stacks = (p.name for p in parameters.all if not p.quantized and len(p.shape) > len(("out", "in")))
+    stacks = [p.name for p in parameters.all if not p.quantized and len(p.shape) > len(("out", "in"))]
+    matrices = _of_experts(model_type) if stacks else {}
     return {name: of_expert for name in stacks if (of_expert := matrices.get(name.rpartition(".")[2], ()))}
+
+
+def _of_experts(model_type: str) -> Stacks:
+    """What one expert's matrices are called in a checkpoint."""
+    from peftplan.deployment.checkpoint import EXPERTS  # a room that most jobs do not need
+
+    return EXPERTS.get(model_type, {})
 
 
 def as_stored(p: Parameter, stacks: Stacks) -> Parameter:

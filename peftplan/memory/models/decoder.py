@@ -15,7 +15,7 @@ from peftplan.depth.stack import run_stack
 from peftplan.errors import NoEngineError
 from peftplan.job.kernel_facts import Rotary
 from peftplan.ledger import Dim
-from peftplan.memory import fused_layers, lora_kernels
+from peftplan.memory import fused_layers
 from peftplan.memory.calls import inputs
 from peftplan.memory.kinds import kinds_of
 from peftplan.memory.masks import causal_mask
@@ -227,6 +227,8 @@ def attention(c: Call, x: Tensor) -> Tensor:
     if by_document:
         x = cat(f, [x], x.dims)  # of the documents' results
     if kernels.lora_o is not None and (ps := c.adapted(kernels.lora_o, [f"self_attn.{c.style.output}"])):
+        from peftplan.memory import lora_kernels
+
         x = lora_kernels.output(f, kernels.lora_o, x, ps[0], c.lora_dropout)
     else:
         x = c.linear(f"self_attn.{c.style.output}", x)

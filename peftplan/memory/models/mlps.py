@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.memory import divided_mlp, fused_layers, lora_mlp
+from peftplan.memory import divided_mlp, fused_layers
 from peftplan.memory.activations import activation
 from peftplan.memory.models.style import Call
 from peftplan.tape import ops
@@ -36,6 +36,8 @@ def gated_mlp(c: Call, x: Tensor, name: str = "mlp") -> Tensor:
     """`LlamaMLP.forward`."""
     kernels = c.model.running.kernels
     if kernels.lora_mlp is not None and (ps := c.adapted(kernels.lora_mlp, [f"{name}.{part}_proj" for part in PARTS])):
+        from peftplan.memory import lora_mlp
+
         return lora_mlp.mlp(c.tape, kernels.lora_mlp, x, ps, c.lora_dropout)
     gate = c.linear(f"{name}.gate_proj", x)
     if kernels.glu is not None:

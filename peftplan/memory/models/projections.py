@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from peftplan.arch.blocks import Attention
-from peftplan.memory import lora_kernels
 from peftplan.memory.models.style import Call
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat, sliced, split
@@ -15,6 +14,8 @@ def projected(c: Call, a: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]
     side = _normed if a.qk_norm and c.style.qk_norm != "rotated" and not norms_in_rotation(c, a) else _by_head
     kernel = c.model.running.kernels.lora_qkv
     if kernel is not None and (ps := c.adapted(kernel, [f"self_attn.{name}_proj" for name in "qkv"])):
+        from peftplan.memory import lora_kernels
+
         q, k, v = lora_kernels.qkv(c.tape, kernel, x, ps, c.lora_dropout)
         q = side(c, a, 0, q)
         k = side(c, a, 1, k)

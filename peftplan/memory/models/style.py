@@ -1,20 +1,22 @@
 """What differs between decoders of the Llama shape, and what one of their layers reads when it is called."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peftplan.arch.blocks import Block
 from peftplan.job.kernel_facts import Lora
 from peftplan.memory.attention import attend
 from peftplan.memory.attention_layout import by_heads, gathered, product
 from peftplan.memory.calls import behind, into_cache
-from peftplan.memory.lora_products import Projection, projections
 from peftplan.memory.model import Model
 from peftplan.memory.norms import rms
 from peftplan.tape import ops
 from peftplan.tape.rotary import rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.memory.lora_products import Projection
 
 Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
 Rotation = Callable[[Tape, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -40,8 +42,10 @@ class Call(NamedTuple):
         """A linear layer of this layer."""
         return self.model.linear(f"{self.style.stack}.{name}", x, self.number)
 
-    def adapted(self, kernel: Lora, names: Sequence[str]) -> list[Projection] | None:
+    def adapted(self, kernel: Lora, names: Sequence[str]) -> "list[Projection] | None":
         """Projections of this layer that a LoRA kernel takes; None where it does not take them."""
+        from peftplan.memory.lora_products import projections
+
         return projections(self.model, kernel, [f"{self.style.stack}.{name}" for name in names], self.number)
 
     @property
