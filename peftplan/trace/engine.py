@@ -16,6 +16,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.hardware.processors import Processors, processors
+from peftplan.job.prepare import WIDE_ENDS
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.libraries.alike import repeating_stacks
@@ -199,7 +200,8 @@ def _run(
 ) -> Traced:
     """One trace of this model as it is."""
     tell("making the model", 0.0)
-    built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, divide=rank.divided)
+    wide = WIDE_ENDS if setup.keeps_ends_wide and peft_config is None and rank.alone else ()
+    built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
     if script.caches_rotary(built.hf_config.model_type):
         cache_rotary(built.base, str(setup.dtype))
     step_inputs = inputs(built.base, setup)

@@ -57,11 +57,12 @@ def build(
     peft_config: Any,
     quant: QuantConfig | None,
     setup: Setup,
+    wide: tuple[str, ...],
     divide: Callable[[Any], None],
 ) -> Built:
     """Build the model that `setup` describes. `peft_config` None trains them all; an `Adaptation` is one that peft lacks.
 
-    `divide` is given the base model before it is adapted.
+    `wide`: patterns of names that the trainer keeps in fp32, beside the class. `divide` is given the base model, not adapted yet.
     """
     with quiet_transformers():
         hf_config = build_config(config, name="model")
@@ -70,7 +71,7 @@ def build(
         hf_config._attn_implementation = known if setup.attn_implementation == FLASH_ATTENTION else setup.attn_implementation
         _leave_to_towers(hf_config)
         base = build_model(config, hf_config, cls, name="model")
-        _load_dtype(base, setup.dtype)
+        _load_dtype(base, setup.dtype, wide)
         if quant is not None:
             quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
             _mark_quantized(base)
@@ -110,19 +111,22 @@ def _count_layers(base: Any, every: int) -> None:
         layer.gradient_checkpointing = number % every == 0
 
 
-def _load_dtype(model: Any, dtype: str) -> None:
+def _load_dtype(model: Any, dtype: str, wide: tuple[str, ...]) -> None:
     """Cast as `from_pretrained(dtype=...)` loads: the dtype, and fp32 for what the class keeps so (`_get_dtype_plan`, 5.24).
 
     It makes each parameter anew, so that what the class freezes trains too (`set_param_for_module`, core_model_loading.py).
     """
     keeps_fp32 = (
         *((model._keep_in_fp32_modules or ()) if dtype == "fp16" else ()),
-        *((model._keep_in_fp32_modules_strict or ()) if dtype != "fp32" else ()),
+        *((*(model._keep_in_fp32_modules_strict or ()), *wide) if dtype != "fp32" else ()),
     )
-    for name, parameter in model.named_parameters():
-        target = torch.float32 if any(re.search(pattern, name) for pattern in keeps_fp32) else TORCH_DTYPES[dtype]
+    aliases: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(parameter, []).append(name)
+    for parameter, names in aliases.items():
+        in_fp32 = any(re.search(pattern, name) for pattern in keeps_fp32 for name in names)
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(target)
+            parameter.data = parameter.data.to(torch.float32 if in_fp32 else TORCH_DTYPES[dtype])
             parameter.requires_grad_(True)
     for module in model.modules():
         for name, buffer in module._buffers.items():

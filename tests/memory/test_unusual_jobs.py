@@ -79,6 +79,9 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausal
         (MIXTRAL, {**OFF, "target_modules": "mlp", "r": 64}),
         # the decoder reads a prefix for as many layers as the encoder has
         (shallow("bart-large", 12), {**OFF, "method": "prefix-tuning", "num_virtual_tokens": 8}),
+        # axolotl leaves norms, embedding and head in fp32, under whatever name they share one table
+        (TIED, {**OFF, "trainer": "axolotl", "method": "full", "dtype": "bf16", "autocast": "bf16"}),
+        (GPT2, {**OFF, "trainer": "axolotl", "method": "full", "dtype": "bf16", "autocast": "bf16"}),
         # the math kernel makes no causal mask for an encoder, and one for each sample of a boolean one
         (MODERNBERT, {**PLAIN, "gpu": "t4", "gradient_checkpointing": True, "task_type": "SEQ_CLS", "seq_len": 512}),
     ],

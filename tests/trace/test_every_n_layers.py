@@ -42,7 +42,9 @@ def test_the_first_layer_is_always_checkpointed() -> None:
 
 def flags(config: dict[str, Any], peft_config: dict[str, Any] | None, task_type: str, every: int) -> dict[str, bool]:
     setup = resolved(parse_setup({"every_n_layers": every}), quantized=False, supports_sdpa=True, use_cache=False)
-    built = build(config, task_type=task_type, peft_config=peft_config, quant=None, setup=setup, divide=lambda _model: None)
+    built = build(
+        config, task_type=task_type, peft_config=peft_config, quant=None, setup=setup, wide=(), divide=lambda _model: None
+    )
     layers = {name: m for name, m in built.base.named_modules() if name.rpartition(".")[2].isdigit()}
     return {name: m.gradient_checkpointing for name, m in layers.items() if hasattr(m, "gradient_checkpointing")}
 
