@@ -107,6 +107,11 @@ class Compiled(NamedTuple):
         by_name = sizes(batch_size * self.rows, self.loss.row(seq_len), virtual_tokens=self.virtual_tokens, loss=self.loss)
         return self.timeline.with_derived(by_name)
 
+    def sized_as(self, other: "Compiled") -> bool:
+        """Whether its sizes are those of another rank's step."""
+        of = [(step.timeline.derived, step.loss, step.rows, step.virtual_tokens) for step in (self, other)]
+        return of[0] == of[1]
+
     def assumed(self, by_name: Mapping[str, int]) -> dict[str, int]:
         """Facts that a result states besides the setup: pinned host bytes of what is offloaded until backward."""
         nbytes = sum(
