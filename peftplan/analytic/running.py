@@ -46,6 +46,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
     tokens = loss.row(setup.seq_len)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
+    uncast = job.script.reads_16_bits(job.architecture.model_type)
     return Running(
         autocast=autocast_of(setup),
         checkpointing=bool(setup.gradient_checkpointing),
@@ -64,7 +65,8 @@ def running_of(job: Job, compute_capability: str) -> Running:
         merged_4bit=setup.merges_for_vllm and job.quant is not None,
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,
-        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not job.architecture.logits_ops,
+        loss_of_16_bits=uncast,
+        logits_in_fp32=job.script.logits_in_fp32 and of_llama and not uncast and not job.architecture.logits_ops,
         card=processors(compute_capability, job.multiprocessors),
         flash=pair(compute_capability) >= FLASH_CAPABILITY,
         peft_type=None if job.method is None else job.method.peft_type,

@@ -67,8 +67,8 @@ class Script(BaseModel):
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
     """The transformers that ran; None: one as in `versions.READ_IN`. Decides `rotary_by_product`, `shifts_logits`,
-    `collects_batches`, `logits_in_fp32`, `loads_in_threads`, `checkpoints_forward`, `experts_apart` and `masks_unpadded`, as
-    Llama's code had it (both losses: of classes called …ForCausalLM)."""
+    `reads_16_bits`, `collects_batches`, `logits_in_fp32`, `loads_in_threads`, `checkpoints_forward`, `experts_apart` and
+    `masks_unpadded`, as Llama's code had it (`shifts_logits` and `logits_in_fp32`: of classes called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
     """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit` and `keeps_4bit_inputs`."""
@@ -104,6 +104,10 @@ class Script(BaseModel):
         """Whether the loss of a causal language model copies the fp32 logits without the last position (`ForCausalLMLoss`:
         `logits[..., :-1, :].contiguous()`), or pads the labels."""
         return versions.LABELS_PADDED.after(self.transformers)
+
+    def reads_16_bits(self, model_type: str) -> bool:
+        """Whether the loss reads the logits without the last position in their own dtype, as the class of the model had it."""
+        return model_type in OF_16_BITS and self.shifts_logits
 
     @property
     def logits_in_fp32(self) -> bool:
@@ -192,6 +196,9 @@ class Script(BaseModel):
 
 REPEATED = ("mistral", "mixtral", "qwen2")
 """Model types whose `…FlashAttention2` repeated grouped keys and values; Llama's never did."""
+OF_16_BITS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "stablelm")
+"""Model types whose classes handed `CrossEntropyLoss` their shifted logits uncast until `versions.LABELS_PADDED` (transformers
+4.48.1, models/*/modeling_*.py; 4.49.0 has `loss_function` in each)."""
 CACHES_IN_CHECKPOINTS = ("gpt_bigcode",)
 """Model types that make their mask with a cache under checkpointing too (each release from 4.55 to 4.57 was run)."""
 POSITIONS_IN_MASKS = frozenset(

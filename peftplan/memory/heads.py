@@ -9,7 +9,7 @@ from importlib import import_module
 from peftplan.arch.modules import VALUE_HEAD
 from peftplan.errors import NeedsTraceError
 from peftplan.job.loss_sizes import CUT_APART
-from peftplan.memory.loss import causal_lm_loss
+from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy, without_last
 from peftplan.memory.model import Model
 from peftplan.memory.units import TAIL
 from peftplan.tape import ops
@@ -25,6 +25,8 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits_of(model, x)
     if model.running.logits_in_fp32:
         logits = model.tape.to(logits, "fp32")
+    if model.running.loss_of_16_bits:
+        return plain_cross_entropy(model.tape, without_last(model.tape, logits)), logits
     shifted = model.batch.get("shift_labels")
     return causal_lm_loss(model.tape, logits, shifts=model.running.shifts_logits, shifted=shifted), logits
 

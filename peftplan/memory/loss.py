@@ -91,14 +91,21 @@ def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False, shifted: Te
     wide = f.to(logits, "fp32")
     if shifted is not None:
         return cross_entropy(f, wide, shifted)
-    batch, seq, vocab = wide.dims
-    less, more = (seq - 1, seq + 1) if isinstance(seq, int) else (f"{seq}-1", f"{seq}+1")
     if shifts:
-        return cross_entropy(f, ops.copied(f, sliced(f, wide, (batch, less, vocab)), "shifted logits", viewed=False))
+        return cross_entropy(f, without_last(f, wide))
+    batch, seq, _ = wide.dims
+    more = seq + 1 if isinstance(seq, int) else f"{seq}+1"
     padded = f.new((batch, more), "int64", "padded labels")
     loss = cross_entropy(f, wide)
     del padded
     return loss
+
+
+def without_last(f: Tape, logits: Tensor) -> Tensor:
+    """`logits[..., :-1, :].contiguous()`."""
+    batch, seq, vocab = logits.dims
+    less = seq - 1 if isinstance(seq, int) else f"{seq}-1"
+    return ops.copied(f, sliced(f, logits, (batch, less, vocab)), "shifted logits", viewed=False)
 
 
 def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ class Running(NamedTuple):
     """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
     shifts_logits: bool = False
     """Whether the loss copies the logits without the last position."""
+    loss_of_16_bits: bool = False
+    """Whether the loss copies them so and reads the copy in their own dtype."""
     logits_in_fp32: bool = False
     """Whether logits are fp32 before any loss."""
     loss: str = "full"

@@ -213,7 +213,7 @@ def _run(
     setup_of_step = rank.prepared(built, setup)
     losses.ask_for_load_loss(built.base.config.get_text_config(), setup)
     losses.install(built.base, loss=setup.loss, prompt=losses.prompt_tokens(built.model), capability=capability)
-    losses.install_older(built.base, shifts=script.shifts_logits, in_fp32=script.logits_in_fp32)
+    losses.install_older(built.base, script)
     lengths = step_inputs.tokens.union(*(of_step.tokens for of_step in earlier))
     workspaces = Workspaces(capability, apart=script.cublaslt_apart, by_rotary=script.rotary_by_product)
     tracker = _tracker(built, replace(step_inputs, tokens=lengths), setup, workspaces, rank.tracker, card)

@@ -114,6 +114,7 @@ def test_ranks_of_two_a100(every: Check) -> None:
         (abs(one.drift), "Mixtral" in answer.record.run.model_name)
         for answer in every.answers
         if answer.case.path.stem == "fms_fsdp1" and answer.record.circumstances.versions
+        if "santacoder" not in answer.record.run.model_name  # open: tests/distributed/test_published.py
         for one in answer.compared
     ]
     assert len(drifts) == 72

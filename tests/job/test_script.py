@@ -213,6 +213,23 @@ def test_an_older_loss_copies_the_logits_without_the_last_position(engine: str) 
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
+def test_some_classes_read_logits_in_16_bits(engine: str) -> None:
+    """transformers 4.48.1, `GPTNeoXForCausalLM.forward`: logits, a copy of all but the last position and its log probabilities
+    in bf16. Today: in bf16, in fp32, and log probabilities in fp32. 50,304 x 4 x 512 x (2 + 4 + 4 - 3 x 2 B) more."""
+    if engine == "trace":
+        for module in ("torch", "transformers", "peft"):
+            pytest.importorskip(module)
+    job: dict[str, Any] = {"trainer": "transformers", "autocast": "none", "batch_size": 4, "seq_len": 512, "engine": engine}
+    today, then = (
+        peftplan.estimate("pythia-160m", method="full", script=Script(transformers=version), **job).peaks
+        for version in (None, "4.48.1")
+    )
+    assert today is not None
+    assert then is not None
+    assert today.by_phase["forward"] - then.by_phase["forward"] == pytest.approx(50_304 * 4 * 512 * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ["analytic", "trace"])
 def test_outputs_that_end_with_backward_are_not_there_in_the_step(engine: str) -> None:
     """The step then has what it has without them, and the other phases what they have with them."""
     if engine == "trace":

@@ -41,6 +41,9 @@ MODELS: dict[str, object] = {
 }
 """Models of the same shapes that peftplan has by name; v0.2 of Mistral 7B is v0.1 without its window."""
 
+TARGETS = {"bigcode/gpt_bigcode-santacoder": ["c_attn"]}
+"""Of the targets that the scenarios name, those that a model has, if not `ATTENTION`."""
+
 
 def of_rank(row: Row, distributed: Options, setup: Options, *, targets: object, script: Options, **more: Any) -> Record:
     """The record of a row: what divides the job, and the options that differ from Trainer's."""
@@ -84,8 +87,6 @@ def fms(row: Row) -> Record:
         raise NotExpressibleError("fms-acceleration's ScatterMoE replaces transformers' experts")
     if "seq" not in row:
         raise NotExpressibleError("the length of the sequences is not recorded")
-    if row["model"] == "bigcode/gpt_bigcode-santacoder":
-        raise NotExpressibleError("the config of the model is not among the published facts")
     quant = four_bit(dtype) if row["method"] == "qlora" else {}
     versions = row.get("versions") or {}
     return of_rank(
@@ -98,7 +99,7 @@ def fms(row: Row) -> Record:
             "use_reentrant": True,
             **quant,
         },
-        targets=ATTENTION,
+        targets=TARGETS.get(row["model"], ATTENTION),
         script={} if versions else OF_JUNE_2024,
         covers="training",
         steps=[{"torch_mem_alloc_bytes_steady": int(row["steady_bytes"]), "framework_config": plugins}],
@@ -217,9 +218,9 @@ def main() -> None:
         (RUNS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{len(lines):4} {name}.jsonl")
     path = RUNS / "not_expressible.jsonl"
-    others = [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if json.loads(line)["id"] not in refused
-    ]
+    imported = {row["id"] for row in rows}
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    others = [line for line in kept if json.loads(line)["id"] not in imported]
     path.write_text("".join([*others, *refused.values()]), encoding="utf-8")
     print(f"{len(refused):4} rows not expressible")
 

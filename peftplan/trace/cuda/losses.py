@@ -22,6 +22,7 @@ import torch
 
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.loss_sizes import CUT, check_halves, check_liger
+from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.trace.cuda.attention import Capability
 from peftplan.trace.cuda.chunked import TOKEN_TILE, VOCAB_TILE, ChunkedLogProbs
@@ -60,19 +61,22 @@ def ask_for_load_loss(config: Any, setup: Setup) -> None:
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def install_older(model: Any, *, shifts: bool, in_fp32: bool) -> None:
-    """A causal language model's own loss as older transformers had it (`job.script`: `shifts_logits`, `logits_in_fp32`)."""
+def install_older(model: Any, script: Script) -> None:
+    """A causal language model's own loss as older transformers had it."""
+    if script.reads_16_bits(model.config.get_text_config().model_type):
+        model.loss_function = _of_shifted_logits
+        return
     head = model.get_output_embeddings() if type(model).__name__.endswith("ForCausalLM") else None
     scaled = any(getattr(model.config.get_text_config(), name, None) for name in SCALED_LOGITS)  # in 16 bits, and cast after it
-    if head is not None and in_fp32 and not scaled:
+    if head is not None and script.logits_in_fp32 and not scaled:
         head.register_forward_hook(lambda module, inputs, logits: logits.float())
-    if head is not None and shifts:
-        model.loss_function = _of_shifted_logits
+    if head is not None and script.shifts_logits:
+        model.loss_function = lambda logits, **others: _of_shifted_logits(logits.float(), **others)
 
 
 def _of_shifted_logits(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
-    """`ForCausalLMLoss` before `versions.LABELS_PADDED`."""
-    logits = logits.float()
+    """`ForCausalLMLoss` before `versions.LABELS_PADDED`, of logits that are fp32 already; the classes in `script.OF_16_BITS` had
+    their own, which cast nothing."""
     shift_logits = logits[..., :-1, :].contiguous()
     shift_labels = labels[..., 1:].contiguous()
     return F.cross_entropy(shift_logits.view(-1, vocab_size), shift_labels.view(-1), ignore_index=IGNORED)
