@@ -297,10 +297,10 @@ def _offloads_as_rehearsed(job: Job) -> bool:
 
 def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:
     """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
-    from peftplan.analytic.shown import adapts_by_kernels
+    from peftplan.analytic.shown import adapts_in_zero3
 
     setup = job.setup
-    if distributed.strategy == "zero3" and adapts_by_kernels(job):
+    if distributed.strategy == "zero3" and adapts_in_zero3(job):
         return True
     if distributed.strategy == "fsdp2" and setup.by.own_fsdp2:
         return all(name.startswith(("liger.", "torchao-int4.")) for name in setup.kernels or ())

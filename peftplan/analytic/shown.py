@@ -155,7 +155,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
         known = (*known, "moonlight_muon")
     if _knows_8_bits(job):
         known = (*known, "adamw_torch_8bit")
-    if job.distributed.strategy == "zero3" and adapts_by_kernels(job):
+    if job.distributed.strategy == "zero3" and adapts_in_zero3(job):
         known = (*known, "adamw_8bit")
     if _knows_paged(job):
         known = (*known, "paged_adamw_8bit")
@@ -254,15 +254,14 @@ def _knows_paged(job: Job) -> bool:
     return by_axolotl and job.architecture.model_type == "mixtral" and job.distributed.offload_params != "cpu"
 
 
-def adapts_by_kernels(job: Job) -> bool:
-    """Whether axolotl trains LoRA of Llama by its kernels, as was rehearsed under ZeRO-3 with bitsandbytes' 8-bit AdamW
-    (tests/rehearse/published.jsonl): in bf16, on the card, with reentrant checkpoints."""
+def adapts_in_zero3(job: Job) -> bool:
+    """Whether axolotl trains LoRA of Llama, by its kernels or without, as was rehearsed under ZeRO-3 with bitsandbytes' 8-bit
+    AdamW (tests/rehearse/published.jsonl): in bf16, on the card, with reentrant checkpoints."""
     setup, distributed = job.setup, job.distributed
-    own = bool(setup.kernels) and all(name.startswith("axolotl.") for name in setup.kernels or ())
-    by_kernels = setup.by.own_fsdp2 and own and job.method_name == "lora"
+    own = setup.by.own_fsdp2 and all(name.startswith("axolotl.") for name in setup.kernels or ())
     plain = job.quant is None and setup.dtype == setup.autocast == "bf16" and job.architecture.model_type == "llama"
     on_card = distributed is not None and {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
-    return by_kernels and plain and on_card and bool(setup.gradient_checkpointing) and setup.use_reentrant
+    return own and job.method_name == "lora" and plain and on_card and bool(setup.gradient_checkpointing) and setup.use_reentrant
 
 
 def _knows_muon(job: Job) -> bool:
