@@ -10,6 +10,7 @@ from peftplan.analytic.shown import (
     SHOWN_OPTIMIZERS,
     UNDER_DEVICE_MAP,
     ZERO,
+    adapts_mixture,
     classifies,
     is_decoder,
     is_dense,
@@ -196,8 +197,11 @@ def _has_units_of_layers(job: Job, distributed: Distributed) -> bool:
 
 
 def _knows_parts(job: Job) -> bool:
-    """Whether checkpoints of modules within those of their layers were rehearsed: by axolotl, of a fully trained model."""
+    """Whether checkpoints of modules within those of their layers were rehearsed: by axolotl, of a fully trained model, or beside
+    GLM's experts in 4 bits."""
     setup = job.setup
+    if adapts_mixture(job):
+        return True
     nested = bool(setup.gradient_checkpointing) and not setup.use_reentrant and not setup.offload_checkpoints
     return nested and setup.by.own_fsdp2 and job.method_name == "full" and job.architecture.model_type in WITH_FORMULA
 

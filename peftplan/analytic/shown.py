@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import builds, has_own_code
 from peftplan.job.beside_towers import knows_tower
+from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
@@ -98,7 +99,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
             return ("full",)
         return ("full", "partial", *(("lora", "qlora") if _adapts_by_v1(job) else ()))
     if by.own_fsdp2 and strategy == "fsdp2":
-        return ("full",)
+        return ("qlora",) if adapts_mixture(job) else ("full",)
     if by.generates and strategy == "zero3":
         return ("full", "lora")
     if by.own_modules and strategy == "fsdp2":
@@ -154,6 +155,8 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if _knows_gathered_muon(job):
         known = (*known, "moonlight_muon")
     if _knows_8_bits(job):
+        known = (*known, "adamw_torch_8bit")
+    if adapts_mixture(job):
         known = (*known, "adamw_torch_8bit")
     if job.distributed.strategy == "zero3" and adapts_in_zero3(job):
         known = (*known, "adamw_8bit")
@@ -252,6 +255,19 @@ def _knows_paged(job: Job) -> bool:
     assert job.distributed is not None
     by_axolotl = job.setup.by.own_fsdp2 and job.distributed.strategy == "fsdp1" and job.method_name == "qlora"
     return by_axolotl and job.architecture.model_type == "mixtral" and job.distributed.offload_params != "cpu"
+
+
+def adapts_mixture(job: Job) -> bool:
+    """Whether axolotl trains GLM-4.7-Flash over 4 bits, its experts too, under FSDP2, as was rehearsed with checkpoints of parts
+    of its layers and torchao's 8-bit AdamW (tests/rehearse/published.jsonl)."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    by_axolotl = setup.by.own_fsdp2 and distributed.strategy == "fsdp2" and not setup.kernels and setup.loss == CUT
+    of_mixture = job.architecture.model_type == "glm4_moe_lite" and job.method_name == "qlora" and bool(setup.quant_experts)
+    parts = bool(distributed.checkpoints_parts) and bool(setup.gradient_checkpointing) and not setup.use_reentrant
+    plain = setup.dtype == setup.autocast == "bf16" and distributed.offload_params in (None, "none")
+    loads = not distributed.cpu_ram_efficient_loading and setup.gradient_accumulation_steps > 1
+    return by_axolotl and of_mixture and parts and plain and loads
 
 
 def adapts_in_zero3(job: Job) -> bool:
