@@ -90,8 +90,7 @@ def _scans_as_rehearsed(job: Job) -> bool:
     setup = job.setup
     alone = job.distributed is None and setup.batch_size == 1 and job.architecture.model_type == "falcon_h1"
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
-    groups = {block.state_space.groups for block in job.architecture.blocks if block.state_space is not None}
-    plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full" and groups == {1}
+    plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full"
     return bool(setup.by.scan) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
 
 
