@@ -49,14 +49,14 @@ class Binding(NamedTuple):
         return cls(beyond.peaks.phase, line.category, name, line.bytes(), card.verdict, card.headroom_bytes)
 
     def text(self, *, grows: bool = True) -> str:
-        """In words: `1.20 GiB short in backward; grows most: log_softmax (logits, 5.87 GiB)`.
+        """In words: `1.20 GiB short in backward; grows most: logits, 5.87 GiB (log_softmax)`.
 
         `grows`: whether the line is the one that grew most; it is the largest one where there is no smaller size.
         """
         room = f"{format_bytes(abs(self.headroom_bytes))} {'short' if self.headroom_bytes < 0 else 'left'} in {self.phase}"
         if self.verdict == "tight" and self.headroom_bytes < 0:
             room += " unless torch releases cached memory"
-        line = f"{self.line} ({self.category}, {format_bytes(self.line_bytes)})"
+        line = f"{self.category.replace('_', ' ')}, {format_bytes(self.line_bytes)} ({self.line})"
         return f"{room}; {'grows most' if grows else 'largest'}: {line}"
 
 

@@ -103,7 +103,8 @@ def remarks(result: Fit) -> Iterator[str]:
         following = first.next_larger or f"{word.capitalize()} {first.size + 1:,}"
         beyond = f"{following} {_would(first.binding.verdict)}" if first.size else "At the smallest"
         yield f"{beyond}: {first.binding.text(grows=first.size > 0)}."
-    if not first.size and (sentence := divided(first.assumptions)) is not None:
+    divides = any("strategy" in plan.changes for plan in result.plans)
+    if not first.size and not divides and (sentence := divided(first.assumptions)) is not None:
         yield f"{sentence}."
     if first.fits_again is not None:
         yield (

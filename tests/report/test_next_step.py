@@ -19,11 +19,17 @@ def test_a_job_without_a_peak_leads_to_a_rehearsal() -> None:
     assert "(no formula yet); the counted part takes 21.99 GiB; `peftplan rehearse` runs your own program" in shown
 
 
-@pytest.mark.parametrize("command", ["estimate", "fit"])
-def test_a_job_that_is_tight_under_ddp_names_what_divides_the_model(command: str) -> None:
+def test_a_job_that_is_tight_under_ddp_names_what_divides_the_model() -> None:
     """8.0 B parameters in bf16 with gradients, buckets and two states: 10 B each, 74.8 GiB on every GPU; FSDP2 needs 25."""
-    assert DIVIDES in words(command, *FULL)
-    assert DIVIDES not in words(command, *FULL, "--strategy", "fsdp2")
+    assert DIVIDES in words("estimate", *FULL)
+    assert DIVIDES not in words("estimate", *FULL, "--strategy", "fsdp2")
+    assert DIVIDES in words("fit", *FULL, "--strategy", "ddp")
+
+
+def test_a_plan_that_divides_the_model_needs_no_advice_to_do_so() -> None:
+    shown = words("fit", *FULL)
+    assert "--strategy fsdp2" in shown
+    assert DIVIDES not in shown
 
 
 @pytest.mark.parametrize(
