@@ -24,6 +24,10 @@ quantizers/auto.py). 4 bits in groups of 128 are what GPTQConfig and AwqConfig w
 """
 RESHARDED = re.compile(r"(?:-(?:sharded|bf16|fp16|\d+GB))+", re.I)
 """End of the name of a copy that holds the same weights in other files."""
+IN_CACHE = re.compile(r"(?:^|/)models--([^/]+)--([^/]+)(?:/snapshots/[^/]+)?$")
+"""A folder of the Hub's local cache, which has the repository's name (huggingface_hub, file_download.py, repo_folder_name)."""
+DOT = "___"
+"""What ModelScope writes for a dot in the name of a folder (modelscope, hub/utils/utils.py, model_id_to_group_owner_name)."""
 APART = re.compile(r"unsloth/phi-|(?:thudm|zai-org)/glm-4-9b$|allenai/olmo-[17]b$", re.I)
 """Repositories whose layers are not those of the built-in model of that name: Unsloth's Phi has separate projections like Llama
 (unsloth 2026.10.9, models/mapper.py); the others, of classes of their own, have q, k and v in one matrix."""
@@ -54,14 +58,15 @@ class Stored(NamedTuple):
 
 def copied_model(text: str) -> str | None:
     """The built-in name or repository id of the model that a repository or folder of this name holds; None for an unknown one."""
-    whole = text.rstrip("/").removesuffix("/original")
+    whole = IN_CACHE.sub(r"/\1/\2", text.rstrip("/").removesuffix("/original")).replace(DOT, ".")
     of_weights = stored(whole)
     whole = of_weights.name if of_weights else RESHARDED.sub("", whole) if RESHARDED.search(whole) else whole
     last = whole.rpartition("/")[2]
     if last == text or APART.match(whole):
         return None
     names = (whole, last, f"{last}-hf", re.sub("-hf$", "", last), re.sub(r"(?<=\d)_(?=\d)", ".", last))
-    return next((name for name in names if catalogue.find(name) is not None), None)
+    known = next((name for name in names if catalogue.find(name) is not None), None)
+    return known if known is not None else catalogue.spelled(last)
 
 
 def by_name(text: str, name: str) -> str:

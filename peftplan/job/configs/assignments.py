@@ -58,7 +58,11 @@ class Assignments(Flow):
             ):
                 pairs += [*zip(elements, values, strict=True)]
             elif elements and isinstance(node.value, ast.Call):
-                pairs += [(each, node.value) for each in elements if isinstance(self.value(node.value), Instance)]
+                value = self.value(node.value)
+                pairs += [(each, node.value) for each in elements if isinstance(value, Instance)]
+                if isinstance(value, list) and len(value) == len(elements):
+                    each_of = (ast.Subscript(node.value, ast.Constant(index), ast.Load()) for index in range(len(value)))
+                    pairs += [*zip(elements, each_of, strict=True)]
             elif not elements:
                 pairs.append((target, node.value))
         bindings = [(target, value, self.fresh(value), self.by_default) for target, value in pairs]

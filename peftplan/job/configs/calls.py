@@ -6,7 +6,7 @@ import ast
 import contextlib
 
 from peftplan.job.configs.bindings import MUTATORS
-from peftplan.job.configs.classes import EVERY, Classes
+from peftplan.job.configs.classes import EVERY
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
@@ -25,6 +25,7 @@ from peftplan.job.configs.functions import (
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains, used_through
+from peftplan.job.configs.parsers import PARSERS, PARSING, Parsers
 
 WANTED = (
     "Config",
@@ -57,16 +58,24 @@ TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none",
 """Texts that a function of the program may take for something else, as the type of an option."""
 
 
-class Calls(Classes):
+class Calls(Parsers):
     """The calls in the order of the text, with the values of their arguments.
 
-    `environment`: variables of packages that the program sets, by their names. `earlier`: an earlier reading, which found what
+    `environment`: variables of packages that the program sets, by their names. `command`: options of the command that runs the
+    program, None where it is not known. `earlier`: an earlier reading, which found what
     functions are called with, and all values of attributes.
     """
 
-    def __init__(self, statements: list[ast.stmt], environment: Values, earlier: Calls | None = None) -> None:
+    def __init__(
+        self,
+        statements: list[ast.stmt],
+        environment: Values,
+        earlier: Calls | None = None,
+        command: Values | None = None,
+    ) -> None:
         super().__init__()
         self.statements = statements
+        self.command = command
         self.untaken: list[Call] = []
         """Calls in ways that the program does not take."""
         self.unused: list[Call] = []
@@ -102,6 +111,7 @@ class Calls(Classes):
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
+            self.of_parser = earlier.of_parser
             self.frozen_before, self.adapting_before, self.parts_before = earlier.frozen, earlier.adapting, earlier.parts
             self.overrides = earlier.overrides
             self.trained_before = earlier.trained | used_through(earlier.trained, earlier.used_by)
@@ -170,6 +180,11 @@ class Calls(Classes):
             self._mutate(node.func.value, last, node)
         if last == "add_argument":
             self._argument(node)
+        if last in PARSERS:
+            self.note_parser(node)
+        if name == "fire.Fire" and node.args and self.command is not None:
+            keywords = [ast.keyword(key, ast.Constant(value)) for key, value in self.command.items()]  # type: ignore[arg-type]
+            self._note_arguments(ast.unparse(node.args[0]), ast.Call(node.args[0], [], keywords))
         self._note_changes(name, node)
         self._note_weights(name, node)
         if (
@@ -264,6 +279,8 @@ class Calls(Classes):
     def _call(self, node: ast.Call) -> object:
         """An object of a class, else as any call."""
         name = self.name_of(node.func)
+        if name.rpartition(".")[2] in PARSING and (objects := self.of_command(node)) is not None:
+            return objects
         if name in self.fields or name.rpartition(".")[2] in ("Namespace", "SimpleNamespace"):
             return self._instance(name, node)
         if name in COPIES and node.args and (of := self.value_of_object(node.args[0])) is not None:
@@ -278,9 +295,18 @@ class Calls(Classes):
     def _instance(self, name: str, node: ast.Call) -> Instance:
         """An object of a class of the program: fields that it is made with, and defaults of the others."""
         fields = Instance(self.fields.get(name, {}))
-        if node.args or any(keyword.arg is None for keyword in node.keywords):
+        spread = [self._vars(keyword.value) for keyword in node.keywords if keyword.arg is None]
+        for each in spread:
+            fields |= each or {}
+        if node.args or None in spread:
             fields = Instance({field: f"<{field}>" for field in fields})
         return Instance({**fields, **{keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}})
+
+    def _vars(self, node: ast.expr) -> Instance | None:
+        """The object in `**vars(args)`."""
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "vars" and len(node.args) == 1:
+            return self.value_of_object(node.args[0])
+        return None
 
     def _argument(self, node: ast.Call) -> None:
         """An option of the command line, with the value that it has unless somebody gives another."""
@@ -292,6 +318,9 @@ class Calls(Classes):
         name = str(keywords.get("dest") or (options or words)[0].lstrip("-").replace("-", "_"))
         switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
         known = options and keywords.get("required") is not True and None not in keywords
+        if options and (value := self.argument_of_command(options, keywords)) is not None:
+            self._field(name, value[0], ast.unparse(node.func)[:200])
+            return
         default = keywords.get("default", switch)
         if isinstance(default, str) and default.lower() in TRUTHS and keywords.get("type", "<str>") != "<str>":
             default = f"<{name}>"

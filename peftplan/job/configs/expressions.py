@@ -29,6 +29,8 @@ CASTS: Mapping[str, Callable[..., object]] = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list, "len": len,
 }  # fmt: skip
 DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
+NAMED_TWICE = {"half": "<torch.float16>", "float": "<torch.float32>", "double": "<torch.float64>"}
+"""Other names that torch has for a dtype."""
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 """Functions of torch and Unsloth that ask whether the card computes in bf16, as each does from compute capability 8.0 on."""
 CAPABLE = re.compile(r"torch\.cuda\.get_device_capability\((0|device)?\)(\[0\] >= 8| >= \(8, 0\))")
@@ -165,6 +167,8 @@ class Expressions:
         if isinstance(owner, dict):
             return _known(owner.get(node.attr), node) if isinstance(owner, Instance) and node.attr in owner else node
         name, of = node.attr, ast.unparse(node.value)[:200]
+        if of == "torch" and name in NAMED_TWICE:
+            return NAMED_TWICE[name]
         if of.partition(".")[0] == "torch" or name not in self.attributes or isinstance(self.names.get(_root(of)), Instance):
             return node
         if len(self.values_of.get(name, ())) > 1 and self.owners[name] != (of, self.function):
@@ -185,7 +189,7 @@ class Expressions:
         """The value of a call that only picks or converts one."""
         called = self.name_of(node.func)
         values = [self.value(each) for each in node.args]
-        if called.endswith("cuda.is_available"):
+        if called.endswith(("cuda.is_available", "cuda.is_bf16_supported")):
             return True
         if called == "getattr" and len(values) > 1 and plain(values[1]) and ast.unparse(node.args[0]) == "torch":
             return f"<torch.{values[1]}>"

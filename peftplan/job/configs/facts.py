@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -136,6 +136,13 @@ class Facts:
 def _included(names: Mapping[str, list[Tool]]) -> Iterator[tuple[str, Facts]]:
     """The tools whose keys a tool takes too, each with what stands before their names."""
     yield from ((prefix, facts(name)) for prefix, tools in names.items() for name in reversed(tools))
+
+
+def launcher_words(words: Iterable[str]) -> list[str]:
+    """Those of a command's words that are torchrun's, accelerate's or DeepSpeed's."""
+    keys = load(f"{FOLDER}/launchers.json", ToolFile)["keys"]
+    patterns = [key for key in keys if "*" in key]
+    return [word for word in words if word in keys or any(fnmatchcase(word, pattern) for pattern in patterns)]
 
 
 @cache

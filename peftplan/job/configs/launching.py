@@ -144,15 +144,15 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
             )
     if launch.get("use_ray") is True:
         launch = {**launch, "gpus": launch.get(OF_AXOLOTL_RAY, 1)}
-    nodes = _before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
+    nodes = before_script(launch.get("nodes", launch.get("skypilot.num_nodes"))) or environment.get("NNODES")
     of_node = str(launch.get("skypilot.accelerators", "")).rpartition(":")[2]  # H100:8
-    stated = map(_before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
+    stated = map(before_script, (launch.get("gpus"), launch.get("distributed.dp_size"), of_node))
     count = next((number for number in stated if re.fullmatch("-?[0-9]{1,10}", str(number))), None) or environment.get(
         "NPROC_PER_NODE", environment.get("nproc_per_node")
     )
     if count is None and (count := launch.get("ci.nproc_per_node")) is not None:
         result.assumed["gpus"] = f"the launcher takes all GPUs of a machine; {count}, as in the tests of NeMo Automodel"
-    if count is None and (count := _before_script(launch.get("processes"))) is not None:
+    if count is None and (count := before_script(launch.get("processes"))) is not None:
         whole = re.fullmatch("[0-9]{1,10}", str(count)) and re.fullmatch("[1-9][0-9]{0,9}", str(nodes))
         count = int(str(count)) // int(str(nodes)) if whole and int(str(count)) % int(str(nodes)) == 0 else count
     if count is None and launch.get("device_map") is None and visible.count(",") and "NPROC_PER_NODE" in environment:
@@ -198,7 +198,7 @@ def _of_ray(ranks: str, of_node: str) -> Values:
     return {"gpus": min(count, per_node), "nodes": max(1, count // per_node)}
 
 
-def _before_script(value: object) -> object:
+def before_script(value: object) -> object:
     """A launcher's last option stands before the script: `--nproc_per_node 8 train.py` is read as both."""
     return value[0] if isinstance(value, list) and value else value
 
@@ -222,21 +222,31 @@ def _from(result: Launched, key: str, options: Callable[[], Mapping[str, object]
 def _named(
     result: Launched, tool: str, key: str, name: object, read: Callable[[object], Mapping[str, object]], file: str
 ) -> None:
-    """A launch file by its name: one that the tool ships, else a file that is there, in the tree of the config."""
+    """A launch file by its name: a file in the tree of the config, one that the tool ships, or one of that name in the tree."""
     text = str(name[0] if isinstance(name, list) else name)
     if text.startswith("{"):
         _from(result, key, lambda: read(read_json(text, file=key).values))
         return
-    if (shipped := _shipped(tool, text)) is not None:
+    path = path_of(text, file)
+    if in_tree(path, file) and os.path.isfile(path):
+        _from(result, key, lambda: read(path))
+    elif (shipped := _shipped(tool, text)) is not None:
         _from(result, key, lambda: read(shipped))
-    elif not in_tree(text, file):
+    elif in_tree(same := path_of(os.path.basename(text), file), file) and os.path.isfile(same):
+        result.assumed[key] = f"{text} is not opened; {same} is read in its place"
+        _from(result, key, lambda: read(same))
+    elif not in_tree(path, file):
         result.unsupported[key] = Unsupported(name, f"{OUTSIDE}; add it with another --config", "unknown")
-    elif os.path.isfile(text):
-        _from(result, key, lambda: read(text))
     else:
         result.unsupported[key] = Unsupported(
             name, "the launch file is not among the files; add it with another --config", "unknown"
         )
+
+
+def path_of(path: str, file: str) -> str:
+    """Where a file is that a config names: from the working directory, else from the config's folder."""
+    beside = os.path.join(os.path.dirname(file), path)
+    return beside if not os.path.isfile(path) and os.path.isfile(beside) else path
 
 
 def in_tree(path: str, file: str) -> bool:

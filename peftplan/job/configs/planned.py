@@ -102,7 +102,8 @@ def planned(reading: Reading) -> ConfigPlan:
     of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), bool)}
     if options.get("strategy", "ddp") != "ddp":
         options = {name: value for name, value in options.items() if name not in OF_DDP}
-    if "strategy" not in options and options.get("gpus", 1) == 1:  # what says how to share, where nothing is shared
+    alone = number_in(options, "gpus") * number_in(options, "nodes") == 1
+    if "strategy" not in options and alone:  # what says how to share, where nothing is shared
         options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}
         if reading.tool.device_map and reading.kind == "training":
             options.setdefault("device_map", reading.tool.device_map)

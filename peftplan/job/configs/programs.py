@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 
+from peftplan import files
+from peftplan.errors import InputError
 from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
-from peftplan.job.configs.documents import BrokenFileError, Call, Document, Values
+from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Call, Document, Values
+from peftplan.job.configs.launching import in_tree, path_of
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
@@ -22,6 +26,8 @@ RELEASE = re.compile(r"[\w.-]+==[\w.]+")
 """A package of one release."""
 DEEP = 10
 """Levels from which on an expression inside others counts too: its text is taken anew at each level."""
+DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.ImportFrom, ast.Import)
+"""Statements of a module that a program takes names from."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
@@ -43,14 +49,36 @@ def of_notebook(text: str, *, file: str) -> Document:
     return _document(_read(trees, settings, file), file)._replace(installs=installs)
 
 
-def of_script(text: str, *, file: str) -> Document:
-    """The calls of a Python script."""
+def of_script(text: str, *, file: str, command: Values | None = None) -> Document:
+    """The calls of a Python script. `command`: words of the command that runs it, in place of its command line's defaults."""
     try:
         tree = ast.parse(_without_magics(text) if text.startswith(DATABRICKS) else text)
     except UNREADABLE as error:
         raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return _document(_read(tree.body, {}, file), file)._replace(comments=comments)
+    return _document(_read(_with_modules(tree.body, file), {}, file, command), file)._replace(comments=comments)
+
+
+def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
+    """The statements, with those of the program's own modules in place of `from module import name`."""
+    joined: list[ast.stmt] = []
+    for each in statements:
+        joined += _of_module(each, file) if isinstance(each, ast.ImportFrom) and each.module else [each]
+    return joined
+
+
+def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
+    """What a module in the program's tree defines: its classes, functions and values; the import itself for any other."""
+    path = path_of(f"{str(node.module).replace('.', '/')}.py", file)
+    if not (in_tree(path, file) and os.path.isfile(path)):
+        return [node]
+    try:
+        tree = ast.parse(files.text(path, field="config", most=MOST_BYTES))
+    except (*UNREADABLE, InputError):
+        return [node]
+    renamed = [alias for alias in node.names if alias.asname]
+    bound = [ast.Assign([ast.Name(str(each.asname), ast.Store())], ast.Name(each.name, ast.Load())) for each in renamed]
+    return [*(each for each in tree.body if isinstance(each, DEFINITIONS)), *bound]
 
 
 def _without_magics(source: str) -> str:
@@ -58,16 +86,16 @@ def _without_magics(source: str) -> str:
     return "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines())
 
 
-def _read(statements: list[ast.stmt], environment: Values, file: str) -> Calls:
+def _read(statements: list[ast.stmt], environment: Values, file: str, command: Values | None = None) -> Calls:
     """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
     parts = _parts(statements)
     if parts > MOST_PARTS:
         what = "statements, calls and deep expressions"
         raise BrokenFileError(file, None, f"{parts:,} {what}; accepted: a program of at most {MOST_PARTS:,}")
-    reader = Calls(statements, environment)
+    reader = Calls(statements, environment, command=command)
     reader.read()
     for _ in range(2):
-        earlier, reader = reader, Calls(statements, environment, earlier=reader)
+        earlier, reader = reader, Calls(statements, environment, earlier=reader, command=command)
         reader.read()
         if reader.same_as(earlier):
             break

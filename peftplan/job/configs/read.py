@@ -10,8 +10,9 @@ from pathlib import Path
 from peftplan import files
 from peftplan.errors import RefusedError
 from peftplan.job.configs.detect import check, tool_of
-from peftplan.job.configs.documents import MOST_BYTES, Document, read_json, read_yaml
-from peftplan.job.configs.facts import facts
+from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Values, read_json, read_yaml
+from peftplan.job.configs.facts import Facts, facts, launcher_words
+from peftplan.job.configs.launching import before_script, in_tree, path_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
 from peftplan.job.configs.planned import by_launch, plan_of
 from peftplan.validation import paths as listed_paths
@@ -20,6 +21,12 @@ NOTEBOOK_BYTES = 32 * 2**20
 """The largest notebook that is read. Its outputs may hold images."""
 MODEL_KEYS = frozenset({"model", "model_name_or_path", "base_model", "model_id_or_path"})
 """Options of commands that name a model."""
+NODES = "NNODES"
+PROCESSES = {
+    "nproc_per_node": "NPROC_PER_NODE", "num_gpus": "NPROC_PER_NODE", "num_processes": "NPROC_PER_NODE",
+    "nnodes": NODES, "num_nodes": NODES, "num_machines": NODES,
+}  # fmt: skip
+"""Words of launchers for numbers of processes → the variables that say the same."""
 OF_A_MODEL = "the config of a model, not of its training; name it as MODEL"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
@@ -59,15 +66,88 @@ def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
 
 
 def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
-    tool = tool or tool_of(document, file=file)
     if document.settings and not MODEL_KEYS & document.values.keys():
-        raise RefusedError(f"{file}: its command takes its settings from {document.settings}; name that file")
+        return _with_settings(document, file, tool)
+    tool = tool or tool_of(document, file=file)
+    if tool == "other" and document.kind == "command" and (plan := _of_program(document, file)) is not None:
+        return plan
     if tool == "other":
         own = {"program": Unsupported(document.program, OWN_PROGRAM)} if document.kind == "command" else {}
         if "model_type" in document.values:
             own = {"model_type": Unsupported(document.values["model_type"], OF_A_MODEL)}
         return ConfigPlan("other", "", (file,), None, {}, unsupported=own, kind="other")
     return plan_of(document, facts(tool), file=file)
+
+
+def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPlan:
+    """The plan of the file that a command names, with the command's own words, which win, and how it launches processes."""
+    path = path_of(command.settings, file)
+    if not (os.path.isfile(path) and in_tree(path, file)):
+        raise RefusedError(f"{file}: its command takes its settings from {command.settings}; name that file")
+    document = read_document(Path(path))
+    tool = tool or tool_of(document, file=path)
+    if tool == "other" or document.kind != "values":
+        raise RefusedError(f"{file}: {command.settings}, from which its command takes its settings, is no training config")
+    words, environment, launch_files = _launch_of(command, facts(tool), file)
+    document = document._replace(
+        values=_overridden(document.values, words),
+        environment={**environment, **command.environment},
+        assumed={**document.assumed, **command.assumed},
+    )
+    plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
+    return replace(plan, files=(file, *plan.files))
+
+
+def _of_program(command: Document, file: str) -> ConfigPlan | None:
+    """The plan of the Python program that a command runs, with the command's words; None where it is not there."""
+    script = command.program.rpartition(" ")[2]
+    path = path_of(script, file)
+    if not script.endswith(".py") or not (os.path.isfile(path) and in_tree(path, file)):
+        return None
+    from peftplan.job.configs import programs
+
+    words, environment, launch_files = _launch_of(command, None, file)
+    try:
+        document = programs.of_script(files.text(path, field="config", most=MOST_BYTES), file=path, command=words)
+    except BrokenFileError:  # it trains in another file
+        return None
+    tool = tool_of(document, file=path)
+    if tool == "other":
+        return None
+    environment = {**environment, **command.environment}
+    document = document._replace(environment=environment, assumed={**document.assumed, **command.assumed})
+    plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
+    return replace(plan, files=(file, *plan.files))
+
+
+def _launch_of(command: Document, tool: Facts | None, file: str) -> tuple[Values, dict[str, str], list[ConfigPlan]]:
+    """The words of a command; and what its launcher's say where the tool does not know them: as variables, and launch files."""
+    words = {key: value for key, value in command.values.items() if key != "config"}
+    if "config_file" in words:
+        words["config_file"] = path_of(str(words["config_file"]), file)
+    launcher = launcher_words(words)
+    if tool is not None:
+        launcher = [key for key in launcher if not tool.known(key)]
+    own = {key: words.pop(key) for key in launcher}
+    stated = {name: before_script(own[name]) for name in PROCESSES if name in own}
+    numbers = {name: int(str(number)) for name, number in stated.items() if str(number).isdecimal()}
+    nodes = next((number for name, number in numbers.items() if PROCESSES[name] == NODES), 1)
+    environment = {
+        PROCESSES[name]: str(number // nodes if name == "num_processes" else number) for name, number in numbers.items()
+    }
+    path = str(own.get("config_file", ""))
+    launch_files = [_plan(Path(path), None)] if os.path.isfile(path) and in_tree(path, file) else []
+    return words, environment, launch_files
+
+
+def _overridden(values: Mapping[str, object], words: Mapping[str, object]) -> dict[str, object]:
+    """The values of a file with those of a command, `model.lora_rank=8` in the mapping `model`."""
+    result = dict(values)
+    for key, value in words.items():
+        first, _, rest = key.partition(".")
+        inner = result.get(first)
+        result[first if rest else key] = _overridden(inner, {rest: value}) if rest and isinstance(inner, Mapping) else value
+    return result
 
 
 def read_document(path: Path) -> Document:

@@ -28,6 +28,10 @@ WRAPPERS = (
 SETTINGS = (".yaml", ".yml")
 ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
 ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
+INLINE = re.compile(r"`\s*#[^`]*`")
+"""A comment between the lines of a command."""
+TRAINING = re.compile("train|tune|sft|dpo|grpo|lora", re.I)
+"""What names of programs that train hold."""
 COMMENT = re.compile(r"\s#[^'\"\\]*$")
 MOST_LINES = 100
 """The most lines of a quoted text or an array."""
@@ -60,9 +64,15 @@ def of_shell(text: str, *, file: str) -> Document:
         of_tools += [command] if tool != "other" else []
         training += [command] if trains(command, tool) else []
     if not training:
-        first = next(iter(of_tools), commands[0])
+        first = next(iter(of_tools), min(commands, key=_unlikely))
         return _with_others(first, [command for command in commands if command is not first], "commands")
     return _with_others(training[0], training[1:], "training commands")
+
+
+def _unlikely(command: Document) -> tuple[bool, bool, bool]:
+    """Sorts first a command that takes settings from a file, then one whose program trains by its name, then a launcher's."""
+    program = command.program
+    return not command.settings, TRAINING.search(program) is None, program.startswith("python")
 
 
 def _with_others(first: Document, others: list[Document], called: str) -> Document:
@@ -111,7 +121,8 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Commands, each with the number of its first line: lines with those that they continue on, without comments."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if not line.lstrip().startswith("#")]
+    uncommented = INLINE.sub("", text).splitlines()
+    lines = [(number, line) for number, line in enumerate(uncommented, 1) if not line.lstrip().startswith("#")]
     index = 0
     while index < len(lines):
         number, end = lines[index][0], index
