@@ -37,12 +37,28 @@ def test_formulas_hold_what_the_tool_holds(row: dict[str, Any]) -> None:
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
     of_load = 0.05 if "deepspeed" in row["values"] else 0.001  # vectors are cast in another order
+    if row.get("deepspeed") == "0.18.4":  # the embedding is gathered while the tool looks at its rows: below the peak
+        of_load = 17.0
     # transformers 5.8 loaded a reward model, which alone too takes 95 MB more for a while, and that of APOLLO, which takes an
     # embedding and a head more than its weights, below the peak
     if row["values"].get("stage") != "rm" and "use_apollo" not in row["values"]:
         assert abs(100 * (peaks.by_phase["load"] / row["by_phase"]["load"] - 1)) < of_load
     steps = peaks.by_phase["step"] / row["by_phase"]["step"] - 1
     assert abs(100 * steps) <= LARGEST["allocated"]
+
+
+def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
+    """All weights of 12 layers under ZeRO-3 with DeepSpeed 0.18.4, the latest that the tool accepts, which leaves weights
+    gathered behind a backward. Without them, as Trainer is counted with 0.19.8, backward has 4 % less."""
+    (row,) = (row for row in EVERY if row.get("deepspeed") == "0.18.4")
+    job = options(row)
+    peaks, released = (peftplan.estimate(**job | {"trainer": name}).peaks for name in ("llamafactory", "transformers"))
+    assert peaks is not None
+    assert released is not None
+    for phase in ("forward", "backward", "step"):
+        assert peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=1e-4)
+    assert peaks.reserved == row["reserved"]
+    assert released.by_phase["backward"] < 0.97 * row["by_phase"]["backward"]
 
 
 def test_weights_are_cast_to_fp32_on_the_gpu() -> None:
