@@ -14,6 +14,7 @@ from peftplan.arch import catalogue, hub
 from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.frames import Listing
 from peftplan.job.configs.detect import check, tool_of
+from peftplan.job.configs.models import is_folder
 from peftplan.job.configs.plan import ConfigPlan, Tool
 from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
@@ -154,7 +155,10 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         other = own[0] if own and plan.tool == "other" else "not a training config"
         return row._replace(error=other if plan.kind == "other" else "a launch file, without a model")
     if plan.model is None:
-        return row._replace(error="no model is named")
+        return row._replace(error=f"it {plan.no_model}")
+    if is_folder(plan.model) and not os.path.exists(plan.model):
+        file = Path(plan.files[0]).name
+        return row._replace(error=f"{plan.model} is not here; name its model: peftplan estimate MODEL --config {file}")
     if not online and not at_hand(plan.model):
         return row._replace(error=f"{plan.model} is neither built in nor in the local cache; --online asks the Hub")
     try:

@@ -69,7 +69,7 @@ def cells(entry: ConfigEntry, name: str) -> tuple[str | int | None, ...]:
     """One file of many, under that name."""
     peak = None if entry.peak_allocated is None else SIGNS.get(entry.bound or "", "") + format_bytes(entry.peak_allocated)
     verdict = entry.verdict and entry.verdict.replace("_", " ")
-    model = None if entry.model is None else entry.model.rpartition("/")[2]
+    model = None if entry.model is None else entry.model.rstrip("/").rpartition("/")[2]
     return (name, entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
 
 

@@ -29,6 +29,7 @@ CASTS: Mapping[str, Callable[..., object]] = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list, "len": len,
 }  # fmt: skip
 DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
+FLOATING = re.compile(r"<torch\.(bfloat16|half|double|float\w*)>")
 NAMED_TWICE = {"half": "<torch.float16>", "float": "<torch.float32>", "double": "<torch.float64>"}
 """Other names that torch has for a dtype."""
 BF16 = ("is_bfloat16_supported", "is_bf16_supported")
@@ -169,6 +170,8 @@ class Expressions:
         name, of = node.attr, ast.unparse(node.value)[:200]
         if of == "torch" and name in NAMED_TWICE:
             return NAMED_TWICE[name]
+        if name == "is_floating_point" and isinstance(owner, str) and DTYPE.fullmatch(owner):
+            return FLOATING.fullmatch(owner) is not None
         if of.partition(".")[0] == "torch" or name not in self.attributes or isinstance(self.names.get(_root(of)), Instance):
             return node
         if len(self.values_of.get(name, ())) > 1 and self.owners[name] != (of, self.function):
@@ -206,6 +209,9 @@ class Expressions:
             return cast_value if not isinstance(cast_value, str) or len(cast_value) <= LONGEST else node
         if called in ("min", "max") and len(values) > 1 and not node.keywords and all(map(_is_number, values)):
             return (min if called == "min" else max)(cast("list[float]", values))
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "split" and len(values) < 2 and not node.keywords:
+            text, by = self.value(node.func.value), values[0] if values else None
+            return text.split(by) if isinstance(text, str) and plain(text) and plain(by) and isinstance(by, str | None) else node
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and values:
             owner, key = self.value(node.func.value), values[0]
             if not isinstance(owner, dict) or isinstance(owner, Instance) or not isinstance(key, (str, int)) or not plain(key):

@@ -37,6 +37,11 @@ def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
     return text, None
 
 
+def is_folder(model: str) -> bool:
+    """Whether a name is that of a folder, not of a built-in model or of a repository (`owner/name`)."""
+    return catalogue.find(model) is None and (model.startswith((".", "~", "/")) or model.endswith("/") or model.count("/") > 1)
+
+
 def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, object], str | None, Unsupported | None]:
     """The options of a file whose model is a repository of stored weights, what is assumed of these, and what is not supported.
 

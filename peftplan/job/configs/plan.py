@@ -97,6 +97,14 @@ class ConfigPlan:
     refused: Mapping[str, Refused] = field(default_factory=dict)
     """Keys with which the tool raises, of which the plan has the changed values."""
 
+    @property
+    def no_model(self) -> str:
+        """Why no model is known, and what to do."""
+        left_open = next((row for row in self.unsupported.values() if row.option == "model"), None)
+        if left_open is None:
+            return "names no model; add MODEL"
+        return f"takes its model from {str(left_open.value).strip('<>')}; add MODEL, or name the script that runs it"
+
     def without(self, chosen: Mapping[str, object]) -> dict[str, Unsupported]:
         """The unsupported keys, less those whose option the user has set."""
         return {key: row for key, row in self.unsupported.items() if row.option is None or chosen.get(row.option) is None}

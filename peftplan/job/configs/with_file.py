@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -11,6 +12,7 @@ from peftplan.arch import catalogue
 from peftplan.distributed.names import OPTIONS
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.facts import facts
+from peftplan.job.configs.models import is_folder
 from peftplan.job.configs.plan import LOADING_AS_TOLD, ConfigPlan, Effect, Tool, Unsupported, bound
 from peftplan.job.configs.sayable import OF_STORAGE
 from peftplan.job.kernels import kernels_of, named_kernels
@@ -64,7 +66,9 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         )
         raise RefusedError(f"config: {file} is {what}; accepted: a training config, then its launch files")
     if model is None and plan.model is None:
-        raise RefusedError(f"config: {file} names no model; add MODEL")
+        raise RefusedError(f"config: {file} {plan.no_model}")
+    if model is None and plan.model is not None and is_folder(plan.model) and not os.path.exists(plan.model):
+        raise RefusedError(f"config: {file}: {plan.model} is not here; add the MODEL that it holds")
     chosen_options = {name: value for name, value in chosen.items() if value is not None}
     check_map(plan.tool, chosen_options)
     unsupported = plan.without(chosen_options)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.read import read_config
+from peftplan.planning.configs import configs
 
 FACTORY = """
 model_name_or_path: Qwen/Qwen2.5-7B-Instruct
@@ -177,3 +179,25 @@ def test_inference_is_no_training(tmp_path: Path) -> None:
     (tmp_path / "chat.yaml").write_text("model_name_or_path: saves/full\ntemplate: llama3\n")
     (tmp_path / "eval.yaml").write_text(FACTORY.replace("do_train: true", "do_train: 0\ndo_eval: 1"))
     assert [read_config(tmp_path / name).kind for name in ("chat.yaml", "eval.yaml")] == ["other", "other"]
+
+
+def test_a_folder_of_another_machine_asks_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "lora.yaml").write_text(FACTORY.replace("Qwen/Qwen2.5-7B-Instruct", "/mnt/models/our-own-chat/"))
+    with pytest.raises(RefusedError, match=r"/mnt/models/our-own-chat/ is not here; add the MODEL that it holds"):
+        peftplan.estimate(config=tmp_path / "lora.yaml")
+    assert peftplan.estimate("qwen2.5-7b", config=tmp_path / "lora.yaml").trainable_parameters
+    (entry,) = configs(tmp_path / "lora.yaml")
+    assert entry.error == "/mnt/models/our-own-chat/ is not here; name its model: peftplan estimate MODEL --config lora.yaml"
+
+
+def test_a_program_without_its_command_says_where_its_model_is(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PARSED.replace('path")', 'path", required=True)'))
+    (entry,) = configs(tmp_path / "train.py")
+    assert entry.error == "it takes its model from args.model_name_or_path; add MODEL, or name the script that runs it"
+
+
+def test_names_in_one_text_are_divided(tmp_path: Path) -> None:
+    program = PARSED.replace('["q_proj"]', 'args.targets.split(",")')
+    (tmp_path / "train.py").write_text(program.replace("args = p", 'parser.add_argument("--targets")\nargs = p'))
+    (tmp_path / "run.sh").write_text("python train.py --model_name_or_path facebook/opt-350m --targets q_proj,v_proj\n")
+    assert read_config(tmp_path / "run.sh").options["target_modules"] == ("q_proj", "v_proj")
