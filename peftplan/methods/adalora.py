@@ -3,7 +3,7 @@
 Per weight (out, in): A (r, in), E (r, 1) for the diagonal of Λ, B (out, r), and the frozen scalar `ranknum`, with r = `init_r`.
 The rank allocator masks singular values while it trains; no tensor shrinks, so `target_r` and the schedule change no size.
 Source: peft, `tuners/adalora/layer.py` (`AdaLoraLayer.update_layer`).
-Left out: on a 16-bit base peft wraps `ranknum` anew when it casts it to fp32, so that it trains by accident: one parameter
+Left out: on a 16-bit base peft makes `ranknum` anew when it casts it to fp32, so that it trains by accident: one parameter
 more per weight, and 512 B for each of its gradient and states.
 """
 

@@ -101,9 +101,21 @@ def _scale_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.alike(g, g.dtype, "mul")
 
 
-def divide(f: Tape, x: Operand, by: Tensor) -> Tensor:
-    """`x / by`, where `by` requires no gradient: saves `by`."""
-    return f.new(x.dims, promoted(x.dtype, by.dtype), "div", f.record(_scale_backward, (x,), by))
+def divide(f: Tape, x: Operand, by: Tensor, *, trained: bool = False) -> Tensor:
+    """`x / by`: saves `by`, and x where `by`, a number, is trained."""
+    node = f.record(_divided_backward, (x,), by, x) if trained else f.record(_scale_backward, (x,), by)
+    return f.new(x.dims, promoted(x.dtype, by.dtype), "div", node)
+
+
+def _divided_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
+    """`-g * ((x / by) / by)`, which is summed once the gradient of x is made (torch, `div_tensor_other_backward`). Temporaries of
+    an expression live until its end."""
+    negated, once, twice = (f.new(g.dims, g.dtype, op) for op in ("neg", "div", "div"))
+    of_by = f.new(g.dims, g.dtype, "mul")
+    del negated, once, twice
+    result = f.new(g.dims, g.dtype, "div")
+    del of_by
+    return result
 
 
 def shift(f: Tape, x: Operand, op: str = "add") -> Tensor:

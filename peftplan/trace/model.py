@@ -210,6 +210,8 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
         freeze_adapter(model, peft_config)
     except Exception as error:  # peft raises whatever its code meets
         raise RefusedError(f"peft {peft.__version__} refuses it: {reason(error)}") from None
+    if autocast:
+        _train_numbers_of_ranks(model)
     target = TORCH_DTYPES[str(setup.adapter_dtype)]
     if setup.by.casts and quant is not None:
         cast_by_trl(model, target)
@@ -219,6 +221,13 @@ def _adapt(base: Any, peft_config: Any, task_type: str | None, quant: QuantConfi
         if id(parameter) not in before and not is_copy and parameter.dtype != target and parameter.is_floating_point():
             parameter.data = parameter.data.to(target)
     return model
+
+
+def _train_numbers_of_ranks(model: Any) -> None:
+    """What peft does to AdaLoRA's `ranknum` on a 16-bit base: it makes it anew in fp32 (`cast_adapter_dtype`)."""
+    for module in model.modules():
+        if hasattr(module, "ranknum") and module.get_base_layer().weight.dtype in (torch.bfloat16, torch.float16):
+            module.ranknum.requires_grad_(True)
 
 
 def cast_by_trl(model: Any, dtype: torch.dtype) -> None:
@@ -242,7 +251,7 @@ def _described(model: Any, base: Any, original: set[int], upcast: set[int], *, p
     for name, parameter in model.named_parameters():
         numel = dense.get(name, parameter.numel())
         total += numel
-        trainable += numel if parameter.requires_grad else 0
+        trainable += numel if parameter.requires_grad and ".ranknum." not in name else 0  # trained by accident
         owners[name] = "weights" if id(parameter) in original else "adapter_weights"
     names = {id(module): name.removeprefix(prefix).removesuffix(".base_layer") for name, module in model.named_modules()}
     cast = frozenset(name for name, parameter in model.named_parameters() if id(parameter) in upcast)

@@ -119,6 +119,18 @@ def test_the_experts_of_a_layer_keep_a_row_for_each_choice() -> None:
     assert activations(five) - activations(four) == n * (norms + attention + router + rows + order) + blocks
 
 
+def test_gpt_oss_without_groups_copies_values_once_they_are_cast() -> None:
+    """DoRA's values are fp32 and lie token by token: autocast casts them, then `matmul` copies them, behind the softmax."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 960, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64, "intermediate_size": 1760}
+    config = {**GPT_OSS, **sizes, "num_local_experts": 4, "num_hidden_layers": 1}
+    options = {"method": "qdora", "trainer": "trl", "gradient_checkpointing": False, "batch_size": 3, "seq_len": 384}
+    ours, traced = (estimate(config, engine=engine, **options).peaks for engine in ("analytic", "trace"))  # type: ignore[arg-type]
+    assert ours is not None
+    assert traced is not None
+    assert ours.reserved == traced.reserved  # 360,710,144 before, 415,236,096 traced
+
+
 def test_backward_makes_the_gradient_of_a_shared_expert_before_that_of_its_gate() -> None:
     """`sigmoid(gate) * shared`: torch makes the second factor's gradient first. With one expert a token, its rows get a view.
 

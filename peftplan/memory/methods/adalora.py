@@ -1,13 +1,14 @@
 """AdaLoRA (peft, tuners/adalora/{layer,bnb,model}.py): its layers, the loss that its model adds, its rank allocator.
 
-r rank at the start. Left out: that on a 16-bit base peft leaves `ranknum` trainable by accident, so that a division keeps as much
-as each layer's output more.
+r rank at the start. On a 16-bit base peft casts `ranknum` to fp32 and so makes it anew, trainable by accident
+(`cast_adapter_dtype`, tuners/tuners_utils.py): a division keeps as much as each layer's output more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.virtual_tokens import PEFT_TASKS, SOUND
 from peftplan.ledger import Dim
 from peftplan.memory.model import Model
@@ -42,7 +43,8 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
         out = f.to(out, result.dtype)
     product = out if part.quant is not None else None  # bnb.py has a name for it, layer.py has none
     out = ops.scale(f, out)
-    out = ops.divide(f, out, ranknum)
+    cast = part.quant is None and running.dtype in SIXTEEN_BITS and running.adapter_buffers == "fp32"
+    out = ops.divide(f, out, ranknum, trained=cast)
     del product
     return ops.add(f, result, out) if part.quant is not None and part.quant.name not in FOUR_BIT else added(f, result, out)
 

@@ -7,7 +7,7 @@ torch, FunctionsManual.cpp (`clamp_backward`, `value_selecting_reduction_backwar
 from __future__ import annotations
 
 from peftplan.arch.blocks import Attention
-from peftplan.memory.attention_layout import batched, gathered, product, repeat_kv
+from peftplan.memory.attention_layout import gathered, product, repeat_kv
 from peftplan.memory.calls import inputs, into_cache
 from peftplan.memory.experts import experts, top_k
 from peftplan.memory.methods.param_wrapper import Stacked, matrix
@@ -78,8 +78,7 @@ def eager(c: Call, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     f, model = c.tape, c.model
     single = a.num_key_value_heads == 1 != a.num_attention_heads  # a view, which `matmul` copies
     keys, values = (repeat_kv(f, x, a, copies=not single) for x in (k, v))
-    if a.num_attention_heads == a.num_key_value_heads and not model.caches:
-        values = batched(model, values)
+    in_order = not single and (bool(model.caches) or a.num_attention_heads != a.num_key_value_heads)
     dims = (*q.dims[:3], k.dims[2])
     scores = ops.scale(f, product(model, q, keys, dims, joined=(True, not single), spread=single))
     if c.mask is not None:
@@ -93,7 +92,7 @@ def eager(c: Call, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     del scores
     weights = ops.dropout(f, weights, model.arch.dropout.attention)
     model.layer_locals.append(weights)
-    return gathered(model, product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, not single), spread=single))
+    return gathered(model, product(model, weights, values, (*q.dims[:3], v.dims[3]), joined=(True, in_order), spread=single))
 
 
 def with_sinks(f: Tape, scores: Tensor, sinks: Parameter) -> Tensor:
