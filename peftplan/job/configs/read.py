@@ -28,6 +28,8 @@ PROCESSES = {
 }  # fmt: skip
 """Words of launchers for numbers of processes → the variables that say the same."""
 OF_A_MODEL = "the config of a model, not of its training; name it as MODEL"
+TRAINERS = ("Trainer", "Seq2SeqTrainer")
+BY_COMMAND = "the program has its settings from its command line; name the shell script that launches it"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
@@ -73,6 +75,8 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
         return plan
     if tool == "other":
         own = {"program": Unsupported(document.program, OWN_PROGRAM)} if document.kind == "command" else {}
+        if document.kind == "calls" and any(call["call"].rpartition(".")[2] in TRAINERS for call in document.calls):
+            own = {"program": Unsupported("Trainer", BY_COMMAND)}
         if "model_type" in document.values:
             own = {"model_type": Unsupported(document.values["model_type"], OF_A_MODEL)}
         return ConfigPlan("other", "", (file,), None, {}, unsupported=own, kind="other")

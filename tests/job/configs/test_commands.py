@@ -201,3 +201,11 @@ def test_names_in_one_text_are_divided(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(program.replace("args = p", 'parser.add_argument("--targets")\nargs = p'))
     (tmp_path / "run.sh").write_text("python train.py --model_name_or_path facebook/opt-350m --targets q_proj,v_proj\n")
     assert read_config(tmp_path / "run.sh").options["target_modules"] == ("q_proj", "v_proj")
+
+
+def test_a_trainer_without_settings_asks_for_its_command(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PROGRAM)
+    (entry,) = configs(tmp_path / "train.py")
+    assert entry.error == "Trainer: the program has its settings from its command line; name the shell script that launches it"
+    with pytest.raises(RefusedError, match="name the shell script that launches it"):
+        peftplan.estimate(config=tmp_path / "train.py")
