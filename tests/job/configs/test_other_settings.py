@@ -136,7 +136,6 @@ def test_axolotls_old_names_of_attention(old: str, name: str, adapter: str | Non
     [
         ({"attn_implementation": "flash_attention_4"}, "attn_implementation"),
         ({"attn_implementation": "kernels-community/other"}, "attn_implementation"),
-        ({"attn_implementation": None, "xformers_attention": True}, "attn_implementation"),
         ({"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"]}, "plugins"),
         ({"lora_target_linear": None}, "adapter"),  # peft raises ValueError
     ],
