@@ -19,7 +19,7 @@ from peftplan.arch.modules import VALUE_HEAD, Architecture, Buffer, Module, line
 from peftplan.arch.moe import mixed_blocks, moe_mlp
 from peftplan.arch.readers import read_config
 from peftplan.errors import InputError
-from peftplan.job.kernels import INT8_INT4
+from peftplan.job.kernels import INT8_INT4, OF_PACKAGE
 from peftplan.methods.adaptation import Adaptation, trained_params
 from peftplan.optim import parse_optim
 from peftplan.versions import EXPERTS_FUSED, MIXTURE_ADDED
@@ -66,7 +66,8 @@ def as_unsloth_loads(
     architecture: Architecture, config: Mapping[str, object], *, in_4_bits: bool, separate: bool = False
 ) -> Architecture:
     """The architecture of the checkpoint that Unsloth loads in its place: Phi-3's is Mistral's there; in 4 bits the experts of
-    gpt-oss are linear layers, and so they are quantized. `separate`: beside a transformers that had a list of experts.
+    gpt-oss are linear layers, and so they are quantized. `separate`: beside a transformers that had a list of experts. Raises
+    InputError for `separate` and another model type than ERNIE's.
 
     Source: unsloth 2026.10.9, models/mapper.py (`unsloth/Phi-3-medium-4k-instruct`), whose printed counts are those of seven
     projections; unsloth_zoo 2026.10.9, temporary_patches/gpt_oss.py (`GptOssExpertsBnb4bit`).
@@ -74,7 +75,10 @@ def as_unsloth_loads(
     if architecture.model_type == "gpt_oss" and in_4_bits:
         modules = (m._replace(kind="ExpertsApart") if m.kind == "ExpertsTransposed" else m for m in architecture.modules)
         return replace(architecture, modules=tuple(modules))
-    if separate and architecture.model_type == "ernie4_5_moe":  # beside that release norms stay in 16 bits
+    if separate:  # beside that release norms stay in 16 bits
+        if architecture.model_type not in OF_PACKAGE["unsloth-experts"]:
+            accepted = f"accepted: only for model type {', '.join(OF_PACKAGE['unsloth-experts'])}, not {architecture.model_type}"
+            raise InputError("kernels", "unsloth-experts", accepted)
         in_fp32 = ("e_score_correction_bias",)
         apart = with_experts_apart(architecture, None)
         return replace(apart, blocks=_blocks_of_ernie(config, architecture.name), keep_in_fp32_strict=in_fp32)

@@ -141,8 +141,9 @@ class Setup(BaseModel):
 
     @property
     def by_unsloth(self) -> bool:
-        """Whether Unsloth loads the model: a job with its loss, or with its layers."""
-        return self.loss == "unsloth" or kernels_of(self.kernels or ()).decoder is not None
+        """Whether Unsloth loads the model: a job with its loss, with its layers, or with experts apart."""
+        kernels = kernels_of(self.kernels or ())
+        return self.loss == "unsloth" or kernels.decoder is not None or kernels.separate is not None
 
     @property
     def packs_completions(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 import peftplan
+from peftplan.errors import InputError
 from peftplan.job.configs.plan import bound
 from peftplan.job.configs.read import read_text, read_values
 from peftplan.job.kernels import named_kernels
@@ -573,6 +575,18 @@ trainer.train()
     beside = 177_545_216 - 64 * 27 * 98_304
     assert result.trainable_parameters == beside + (separate if release.startswith("4") else stacked)
     assert result.total_parameters - result.trainable_parameters == 22_002_983_104 - 177_545_216
+
+
+def test_experts_have_an_adapter_each_without_another_kernel() -> None:
+    """`--kernels unsloth-experts` alone counts as the notebook does, and is refused where there are no such experts."""
+    options: dict[str, Any] = {"method": "qlora", "trainer": "trl", "kernels": "unsloth-experts"}
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    result = peftplan.estimate("ernie-4.5-21b-a3b-pt", target_modules=modules, r=8, **options)
+    assert (result.trainable_parameters, result.total_parameters) == (177_545_216, 22_002_983_104)
+    assert result.peaks is None
+    for model in ("qwen3-30b-a3b", "llama-3.2-1b"):
+        with pytest.raises(InputError, match="'unsloth-experts' is not valid; accepted: only for model type ernie4_5_moe, not"):
+            peftplan.estimate(model, **options)
 
 
 @pytest.mark.parametrize(
