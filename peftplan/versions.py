@@ -50,6 +50,7 @@ def named(package: str) -> str:
     return f"{package} {READ_IN[package]}"
 
 
+RANKNUM_ANEW = Change("peft", (0, 20), "AdaLoRA's `ranknum` trains on a 16-bit base: 0.21.2 was read, 0.19.2 measured")
 SHORTER_ALLOC_CONF = Change("torch", (2, 9), "`PYTORCH_ALLOC_CONF` replaces `PYTORCH_CUDA_ALLOC_CONF`")
 ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (docs/rehearse.md)")
 TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")

@@ -65,6 +65,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         merged_4bit=setup.merges_for_vllm and job.quant is not None,
         rotary_by_product=job.script.rotary_by_product,
         shifts_logits=job.script.shifts_logits and of_llama,
+        freezes_ranknum=job.script.freezes_ranknum,
         loss_of_16_bits=uncast,
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not uncast and not job.architecture.logits_ops,
         card=processors(compute_capability, job.multiprocessors),

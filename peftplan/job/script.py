@@ -55,6 +55,8 @@ class Script(BaseModel):
     units_of_layers: bool = False
     """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
     fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases. Such a job has no peak."""
+    freezes_ranknum: bool = False
+    """Whether AdaLoRA's `ranknum` trains on no base, as before `versions.RANKNUM_ANEW`."""
     allocates_ranks: bool | None = None
     """Whether AdaLoRA's `update_and_allocate` runs after each optimizer step, as peft documents; None: in a plain loop alone. No
     trainer calls it; a callback of yours may. Without it peft computes no sensitivities and masks no ranks."""
@@ -191,7 +193,9 @@ class Script(BaseModel):
         ignored."""
         installed = {package: packages.get(package) or "" for package in EXAMPLES if getattr(self, package) is None}
         readable = {package: version for package, version in installed.items() if re.match(VERSION, version)}
-        return self.model_copy(update=readable) if readable else self
+        peft = packages.get("peft") or ""
+        frozen = {"freezes_ranknum": True} if re.match(VERSION, peft) and versions.RANKNUM_ANEW.after(peft) else {}
+        return self.model_copy(update=readable | frozen) if readable or frozen else self
 
 
 REPEATED = ("mistral", "mixtral", "qwen2")

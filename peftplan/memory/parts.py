@@ -63,6 +63,8 @@ class Running(NamedTuple):
     """Whether cuBLAS makes angles of positions, and so takes its workspace before the first layer."""
     shifts_logits: bool = False
     """Whether the loss copies the logits without the last position."""
+    freezes_ranknum: bool = False
+    """Whether AdaLoRA's `ranknum` trains on no base."""
     loss_of_16_bits: bool = False
     """Whether the loss copies them so and reads the copy in their own dtype."""
     logits_in_fp32: bool = False

@@ -41,7 +41,7 @@ from peftplan.trace.events.workspaces import Workspaces
 from peftplan.trace.fake import FakeOn, fake_batch, fake_device, to_fake
 from peftplan.trace.fake_mode import DenseMode
 from peftplan.trace.inputs import Inputs, inputs
-from peftplan.trace.model import Built, build
+from peftplan.trace.model import Built, build, freeze_numbers_of_ranks
 from peftplan.trace.peft_steps import WithAllocator, allocator_of
 from peftplan.trace.progress import Tell, part, silent
 from peftplan.trace.ranks import rank_of
@@ -202,6 +202,8 @@ def _run(
     tell("making the model", 0.0)
     wide = WIDE_ENDS if setup.keeps_ends_wide and peft_config is None and rank.alone else ()
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
+    if script.freezes_ranknum:
+        freeze_numbers_of_ranks(built.model)
     if script.caches_rotary(built.hf_config.model_type):
         cache_rotary(built.base, str(setup.dtype))
     step_inputs = inputs(built.base, setup)

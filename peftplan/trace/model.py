@@ -230,6 +230,13 @@ def _train_numbers_of_ranks(model: Any) -> None:
             module.ranknum.requires_grad_(True)
 
 
+def freeze_numbers_of_ranks(model: Any) -> None:
+    """AdaLoRA's `ranknum` as older releases of peft leave it."""
+    for module in model.modules():
+        if hasattr(module, "ranknum"):
+            module.ranknum.requires_grad_(False)
+
+
 def cast_by_trl(model: Any, dtype: torch.dtype) -> None:
     """SFTTrainer's cast of what trains on a quantized base, DoRA's magnitudes excepted (trl `SFTTrainer.__init__`)."""
     for name, parameter in model.named_parameters():

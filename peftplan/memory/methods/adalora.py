@@ -43,7 +43,9 @@ def adalora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], ru
         out = f.to(out, result.dtype)
     product = out if part.quant is not None else None  # bnb.py has a name for it, layer.py has none
     out = ops.scale(f, out)
-    cast = part.quant is None and running.dtype in SIXTEEN_BITS and running.adapter_buffers == "fp32"
+    cast = (
+        part.quant is None and not running.freezes_ranknum and running.dtype in SIXTEEN_BITS and running.adapter_buffers == "fp32"
+    )
     out = ops.divide(f, out, ranknum, trained=cast)
     del product
     return ops.add(f, result, out) if part.quant is not None and part.quant.name not in FOUR_BIT else added(f, result, out)
