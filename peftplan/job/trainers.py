@@ -39,7 +39,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             widens=True,
             turns_cache_off=True,
             pins_accelerate=True,
-            keeps_leftovers="full",
+            keeps_leftovers=True,
             search="full",
         ),
         # train/sft/trainer.py:151; accelerate moves it under DeepSpeed, where it was rehearsed.
@@ -71,7 +71,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             wide_ends=True,
             pins_liger=True,
             scan="5.16",
-            keeps_leftovers="all",
+            keeps_leftovers=True,
             expandable_segments=True,
         ),
         IN_AXOLOTL._replace(
