@@ -259,15 +259,18 @@ def _knows_paged(job: Job) -> bool:
 
 def adapts_mixture(job: Job) -> bool:
     """Whether axolotl trains GLM-4.7-Flash over 4 bits, its experts too, under FSDP2, as was rehearsed with checkpoints of parts
-    of its layers and torchao's 8-bit AdamW (tests/rehearse/published.jsonl)."""
+    of its layers and torchao's 8-bit AdamW (tests/rehearse/published.jsonl): packed in bf16, of rows without padding."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     by_axolotl = setup.by.own_fsdp2 and distributed.strategy == "fsdp2" and not setup.kernels and setup.loss == CUT
     of_mixture = job.architecture.model_type == "glm4_moe_lite" and job.method_name == "qlora" and bool(setup.quant_experts)
     parts = bool(distributed.checkpoints_parts) and bool(setup.gradient_checkpointing) and not setup.use_reentrant
     plain = setup.dtype == setup.autocast == "bf16" and distributed.offload_params in (None, "none")
+    stored = job.quant is not None and (job.quant.name, job.quant.quant_storage) == ("nf4", "bf16") and not setup.padding
+    alone = getattr(job.config, "bias", "none") == "none" and not getattr(job.config, "modules_to_save", None)
     loads = not distributed.cpu_ram_efficient_loading and setup.gradient_accumulation_steps > 1
-    return by_axolotl and of_mixture and parts and plain and loads
+    divides = distributed.reshard_after_forward is not False and setup.attn_implementation != "eager"
+    return by_axolotl and of_mixture and parts and plain and stored and alone and loads and divides
 
 
 def adapts_in_zero3(job: Job) -> bool:

@@ -38,3 +38,22 @@ def test_formulas_hold_what_tools_hold_of_published_configs(row: dict[str, Any])
     assert (peaks.reserved is None) == ("arcee" in row["path"])
     if peaks.reserved is not None:
         assert abs(100 * (peaks.reserved / row["reserved"] - 1)) < LARGEST_RESERVED.get(row["path"], 2.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"quant_storage": "uint8"},
+        {"quant": "fp4"},
+        {"reshard_after_forward": False},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"padding": True},
+        {"attn_implementation": "eager"},
+        {"gradient_accumulation_steps": 1},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_experts_in_4_bits_under_fsdp2_have_a_peak_as_rehearsed(other: dict[str, Any]) -> None:
+    (row,) = (row for row in ROWS if row["path"] == "examples/glm47-flash/qlora_fsdp.yaml")
+    assert peftplan.estimate(**rehearsed_axolotl.options(row) | other).peaks is None
