@@ -46,6 +46,12 @@ def runs(program: str, names: Iterable[str]) -> bool:
     return any(name[1:] in program if name.startswith("~") else program.startswith(name) for name in names)
 
 
+def names_program(program: str, tool: Tool) -> bool:
+    """Whether a rule of a tool names a program."""
+    named = (rule.get("when", {}).get("program", ()) for rule in facts(tool).rules)
+    return any(runs(program, map(str, names)) for names in named if isinstance(names, list))
+
+
 def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], values: Mapping[str, object], tool: Tool) -> bool:
     """Whether a case holds: its `kind`, `program` and `not_program`, `all` of its keys, `any` of others, `none` of the rest."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from peftplan import files
 from peftplan.errors import RefusedError
-from peftplan.job.configs.detect import check, tool_of
+from peftplan.job.configs.detect import check, names_program, tool_of
 from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Values, read_json, read_yaml
 from peftplan.job.configs.facts import Facts, facts, launcher_words
 from peftplan.job.configs.launching import before_script, in_tree, path_of
@@ -21,6 +22,8 @@ NOTEBOOK_BYTES = 32 * 2**20
 """The largest notebook that is read. Its outputs may hold images."""
 MODEL_KEYS = frozenset({"model", "model_name_or_path", "base_model", "model_id_or_path"})
 """Options of commands that name a model."""
+OF_SETTINGS = (".yaml", ".yml", ".json")
+"""Ends of names of files of settings, which count beside a model that the command names."""
 NODES = "NNODES"
 PROCESSES = {
     "nproc_per_node": "NPROC_PER_NODE", "num_gpus": "NPROC_PER_NODE", "num_processes": "NPROC_PER_NODE",
@@ -30,6 +33,12 @@ PROCESSES = {
 OF_A_MODEL = "the config of a model, not of its training; name it as MODEL"
 TRAINERS = ("Trainer", "Seq2SeqTrainer")
 BY_COMMAND = "the program has its settings from its command line; name the shell script that launches it"
+RUNNING = ("accelerate", "torchrun", "deepspeed", "python")
+"""Programs that run a script of any tool."""
+SUPERVISED = "trl"
+OTHER_TRAINER = re.compile("dpo|kto|orpo|cpo|bco|grpo|rloo|ppo|gkd|reward|prm|distil", re.I)
+"""What names of programs that run another trainer of TRL hold."""
+BY_NAME = "its name is that of another trainer than SFTTrainer; name it, such as --trainer trl-dpo"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
@@ -68,7 +77,7 @@ def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
 
 
 def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
-    if document.settings and not MODEL_KEYS & document.values.keys():
+    if document.settings.endswith(OF_SETTINGS) or (document.settings and not MODEL_KEYS & document.values.keys()):
         return _with_settings(document, file, tool)
     tool = tool or tool_of(document, file=file)
     if tool == "other" and document.kind == "command" and (plan := _of_program(document, file)) is not None:
@@ -89,16 +98,23 @@ def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPla
     if not (os.path.isfile(path) and in_tree(path, file)):
         raise RefusedError(f"{file}: its command takes its settings from {command.settings}; name that file")
     document = read_document(Path(path))
-    tool = tool or tool_of(document, file=path)
+    of_command = tool_of(command, file=file) if not command.program.startswith(RUNNING) else "other"
+    tool = tool or (of_command if of_command != "other" else tool_of(document, file=path))
     if tool == "other" or document.kind != "values":
         raise RefusedError(f"{file}: {command.settings}, from which its command takes its settings, is no training config")
     words, environment, launch_files = _launch_of(command, facts(tool), file)
+    own = command.program if of_command == tool or names_program(command.program, tool) else ""
     document = document._replace(
         values=_overridden(document.values, words),
+        program=own,
         environment={**environment, **command.environment},
         assumed={**document.assumed, **command.assumed},
     )
     plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
+    if not own and plan.options.get("trainer") == SUPERVISED and OTHER_TRAINER.search(command.program.rpartition("/")[2]):
+        plan = replace(
+            plan, unsupported={**plan.unsupported, "program": Unsupported(command.program, BY_NAME, "unknown", "trainer")}
+        )
     return replace(plan, files=(file, *plan.files))
 
 

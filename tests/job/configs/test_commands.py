@@ -58,6 +58,46 @@ def test_settings_of_a_command_are_read(tmp_path: Path) -> None:
     assert plan.options["method"] == "lora"
 
 
+TRL = "model_name_or_path: facebook/opt-350m\ndataset_name: d\nuse_peft: true\nlora_r: 8\nmax_length: 512\n"
+
+
+def test_settings_count_beside_a_model_that_the_command_names(tmp_path: Path) -> None:
+    (tmp_path / "lora.yaml").write_text(TRL)
+    (tmp_path / "run.sh").write_text("trl sft --config lora.yaml --model_name_or_path facebook/opt-125m --lora_r 32\n")
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.model == "facebook/opt-125m"
+    assert {name: plan.options.get(name) for name in ("method", "r", "seq_len")} == {"method": "lora", "r": 32, "seq_len": 512}
+    (tmp_path / "lora.yaml").unlink()
+    with pytest.raises(RefusedError, match=r"takes its settings from lora\.yaml"):
+        read_config(tmp_path / "run.sh")
+
+
+@pytest.mark.parametrize(
+    ("command", "trainer"),
+    [
+        ("trl sft", "trl"),
+        ("trl dpo", "trl-dpo"),
+        ("trl kto", "trl-kto"),
+        ("accelerate launch trl/scripts/dpo.py", "trl-dpo"),
+        ("accelerate launch scripts/train.py", "trl"),
+    ],
+)
+def test_the_program_decides_who_trains_by_its_settings(tmp_path: Path, command: str, trainer: str) -> None:
+    (tmp_path / "lora.yaml").write_text(TRL)
+    (tmp_path / "run.sh").write_text(f"{command} --config lora.yaml\n")
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.options.get("trainer") == trainer
+    assert not plan.unsupported
+
+
+def test_a_program_named_after_another_trainer_has_no_peak(tmp_path: Path) -> None:
+    (tmp_path / "lora.yaml").write_text(TRL)
+    (tmp_path / "run.sh").write_text("accelerate launch scripts/run_dpo.py --config lora.yaml\n")
+    assert "name it, such as --trainer trl-dpo" in read_config(tmp_path / "run.sh").unsupported["program"].why
+    assert peftplan.estimate(config=tmp_path / "run.sh").peaks is None
+    assert peftplan.estimate(config=tmp_path / "run.sh", trainer="trl-dpo").peaks is not None
+
+
 def test_processes_of_a_command_count_for_a_tool_without_commands_of_its_own(tmp_path: Path) -> None:
     values = "base_model: meta-llama/Llama-3.1-8B\nadapter: lora\nlora_target_linear: true\nsequence_len: 512\n"
     (tmp_path / "lora.yml").write_text(values + "deepspeed: ds/zero2.json\nbf16: true\n")
