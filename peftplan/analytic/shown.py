@@ -275,12 +275,16 @@ def adapts_mixture(job: Job) -> bool:
 
 def adapts_in_zero3(job: Job) -> bool:
     """Whether axolotl trains LoRA of Llama, by its kernels or without, as was rehearsed under ZeRO-3 with bitsandbytes' 8-bit
-    AdamW (tests/rehearse/published.jsonl): in bf16, on the card, with reentrant checkpoints."""
+    AdamW (tests/rehearse/published.jsonl): in bf16, on the card, with reentrant checkpoints; by its kernels where no weights
+    wait to be read again, as axolotl's files say."""
     setup, distributed = job.setup, job.distributed
     own = setup.by.own_fsdp2 and all(name.startswith("axolotl.") for name in setup.kernels or ())
     plain = job.quant is None and setup.dtype == setup.autocast == "bf16" and job.architecture.model_type == "llama"
     on_card = distributed is not None and {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
-    return own and job.method_name == "lora" and plain and on_card and bool(setup.gradient_checkpointing) and setup.use_reentrant
+    sizes = distributed and (distributed.stage3_max_live_parameters, distributed.stage3_max_reuse_distance)
+    shown = not setup.kernels or sizes == (0, 0)
+    checkpointed = bool(setup.gradient_checkpointing) and setup.use_reentrant
+    return own and job.method_name == "lora" and plain and on_card and shown and checkpointed
 
 
 def _knows_muon(job: Job) -> bool:

@@ -57,3 +57,12 @@ def test_formulas_hold_what_tools_hold_of_published_configs(row: dict[str, Any])
 def test_experts_in_4_bits_under_fsdp2_have_a_peak_as_rehearsed(other: dict[str, Any]) -> None:
     (row,) = (row for row in ROWS if row["path"] == "examples/glm47-flash/qlora_fsdp.yaml")
     assert peftplan.estimate(**rehearsed_axolotl.options(row) | other).peaks is None
+
+
+@pytest.mark.parametrize("size", ["stage3_max_live_parameters", "stage3_max_reuse_distance"])
+def test_kernels_under_zero3_have_a_peak_where_no_weights_wait(size: str) -> None:
+    """axolotl's files say 0; with DeepSpeed's defaults its LoRA kernels were not rehearsed, and its layers alone have a peak."""
+    rows = [row for row in ROWS if row["path"] == "examples/llama-3/lora-1b-ray.yml"]
+    of_kernels = {bool(job.get("kernels")): job for job in map(rehearsed_axolotl.options, rows)}
+    assert peftplan.estimate(**of_kernels[True] | {size: 10**9}).peaks is None
+    assert peftplan.estimate(**of_kernels[False] | {size: 10**9}).peaks is not None
