@@ -150,7 +150,7 @@ class Outcome(NamedTuple):
         ours, theirs = self.analytic, self.traced
         if phase == "peak":
             return max(ours[name] for name in PHASES) / max(theirs[name] for name in PHASES) - 1
-        return ours[phase] / theirs[phase] - 1
+        return ours[phase] / theirs[phase] - 1 if phase in ours and phase in theirs else None
 
 
 MADE_UP: dict[str, dict[str, Any]] = {

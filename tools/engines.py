@@ -18,7 +18,7 @@ from peftplan.planning.estimate import estimate
 
 RESERVED = "reserved"
 Peaks = dict[str, int] | str
-"""Bytes by phase and reserved bytes, or why there are none."""
+"""Bytes by phase, and reserved bytes where they are known; or why there are none."""
 
 
 def peaks(config: Mapping[str, Any], options: Mapping[str, Any], engine: Literal["analytic", "trace"]) -> Peaks:
@@ -30,7 +30,8 @@ def peaks(config: Mapping[str, Any], options: Mapping[str, Any], engine: Literal
     except Exception as error:  # a fault of ours: it is reported like a number of one engine alone
         return f"raised: {type(error).__name__}: {error}"
     if estimated.peaks:
-        return {**estimated.peaks.by_phase, RESERVED: estimated.peaks.reserved or 0}
+        reserved = estimated.peaks.reserved
+        return {**estimated.peaks.by_phase, **({} if reserved is None else {RESERVED: reserved})}
     reason = estimated.not_modelled[0]
     return f"no formula: {reason}" if reason.endswith(NeedsTraceError.hint) else f"refused: {reason}"
 

@@ -46,7 +46,8 @@ class Outcome:
         """Analytic ÷ traced − 1, by phase and of the reserved bytes; empty where an engine has no number."""
         if isinstance(self.analytic, str) or isinstance(self.traced, str):
             return {}
-        return {name: self.analytic.get(name, 0) / theirs - 1 for name, theirs in self.traced.items() if theirs}
+        ours = self.analytic
+        return {name: ours[name] / theirs - 1 for name, theirs in self.traced.items() if theirs and name in ours}
 
     def beyond(self) -> float:
         """The farthest drift, in tolerances."""
