@@ -184,6 +184,8 @@ class Calls(Parsers):
             self.note_parser(node)
         if name == "fire.Fire" and node.args and self.command is not None:
             keywords = [ast.keyword(key, ast.Constant(value)) for key, value in self.command.items()]  # type: ignore[arg-type]
+            called = self.functions.get(ast.unparse(node.args[0]))
+            self.words_taken.update(self.command if called is None or called.args.kwarg else parameters(called))
             self._note_arguments(ast.unparse(node.args[0]), ast.Call(node.args[0], [], keywords))
         self._note_changes(name, node)
         self._note_weights(name, node)

@@ -65,6 +65,8 @@ class Document(NamedTuple):
     """What is assumed of a script that has branches or several commands."""
     installs: str = ""
     """The releases that a notebook's lines for the shell install: `transformers==4.56.2 trl==0.22.2`."""
+    unread: tuple[str, ...] = ()
+    """Options of the command that runs a program which the program is not seen to read."""
 
     @property
     def calls(self) -> list[Call]:

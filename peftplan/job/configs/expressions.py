@@ -60,7 +60,7 @@ class Expressions:
         self.aliases: dict[str, str] = {}
         """Name → another name of the same class or function; empty where the program gives it several."""
         self.variables: set[str] = set()
-        """Variables of the environment that the program sets itself."""
+        """Variables of the environment that the program sets itself, or the command that runs it."""
 
     def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
         """Let a name stand for a value of moderate size that is plain, or that holds some that are."""

@@ -51,6 +51,8 @@ class Parsers(Classes):
         """Class of the program → the library's class of settings that it extends."""
         self.parsed: list[str] = []
         """The classes of the program's parser."""
+        self.words_taken: set[str] = set()
+        """Words of the command that a parser of the program takes."""
         self.of_parser: dict[str, ast.Call] = {}
         """Class of settings → the call that stands for its making."""
 
@@ -81,6 +83,7 @@ class Parsers(Classes):
         None where the command is not known."""
         if self.command is None or not self.parsed:
             return None
+        self.words_taken.update(self.command)
         rest = any(each.arg == "return_remaining_strings" and self.value(each.value) is True for each in node.keywords)
         return [*(self._object_of(name) for name in self.parsed), *([[]] if rest else [])]
 
@@ -126,12 +129,18 @@ class Parsers(Classes):
         fields = [each for name in self.parsed for each in self._names(name)]
         return next((word for word in command if [each for each in fields if each.startswith(word)] == [field]), field)
 
+    def unread(self) -> tuple[str, ...]:
+        """Options of the command, a launcher's left out, that no parser of the program takes."""
+        command = self.command or {}
+        return tuple(word for word in command if word not in self.words_taken and word not in launcher_words(command))
+
     def argument_of_command(self, options: list[str], keywords: Mapping[str | None, object]) -> tuple[object] | None:
         """What the command gives an option of the program's own parser; None where it leaves it to the default."""
         command = self.command or {}
         word = next((name for name in option_names(options) if name in command), None)
         if word is None:
             return None
+        self.words_taken.add(word)
         value = command[word]
         action = str(keywords.get("action"))
         if action in ("store_true", "store_false"):

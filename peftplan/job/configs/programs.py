@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Collection
 
 from peftplan import files
 from peftplan.errors import InputError
@@ -49,14 +50,15 @@ def of_notebook(text: str, *, file: str) -> Document:
     return _document(_read(trees, settings, file), file)._replace(installs=installs)
 
 
-def of_script(text: str, *, file: str, command: Values | None = None) -> Document:
-    """The calls of a Python script. `command`: words of the command that runs it, in place of its command line's defaults."""
+def of_script(text: str, *, file: str, command: Values | None = None, variables: Collection[str] = ()) -> Document:
+    """The calls of a Python script. `command`: words of the command that runs it, in place of its command line's defaults;
+    `variables`: names of the environment that the command sets, whose defaults the program does not take."""
     try:
         tree = ast.parse(_without_magics(text) if text.startswith(DATABRICKS) else text)
     except UNREADABLE as error:
         raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return _document(_read(_with_modules(tree.body, file), {}, file, command), file)._replace(comments=comments)
+    return _document(_read(_with_modules(tree.body, file), {}, file, command, variables), file)._replace(comments=comments)
 
 
 def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
@@ -86,16 +88,24 @@ def _without_magics(source: str) -> str:
     return "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines())
 
 
-def _read(statements: list[ast.stmt], environment: Values, file: str, command: Values | None = None) -> Calls:
+def _read(
+    statements: list[ast.stmt],
+    environment: Values,
+    file: str,
+    command: Values | None = None,
+    variables: Collection[str] = (),
+) -> Calls:
     """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
     parts = _parts(statements)
     if parts > MOST_PARTS:
         what = "statements, calls and deep expressions"
         raise BrokenFileError(file, None, f"{parts:,} {what}; accepted: a program of at most {MOST_PARTS:,}")
     reader = Calls(statements, environment, command=command)
+    reader.variables.update(variables)
     reader.read()
     for _ in range(2):
         earlier, reader = reader, Calls(statements, environment, earlier=reader, command=command)
+        reader.variables.update(variables)
         reader.read()
         if reader.same_as(earlier):
             break
@@ -124,4 +134,4 @@ def _document(reader: Calls, file: str) -> Document:
     freezes = reader.freezes(others)
     weights = [Call(call="requires_grad", args=[], kwargs={})] if freezes else []
     weights += [Call(call="parts", args=[], kwargs={})] if reader.changes_parts(others) else []
-    return Document({"calls": calls + reader.lengths + settings + weights}, kind="calls")
+    return Document({"calls": calls + reader.lengths + settings + weights}, kind="calls", unread=reader.unread())

@@ -39,6 +39,7 @@ SUPERVISED = "trl"
 OTHER_TRAINER = re.compile("dpo|kto|orpo|cpo|bco|grpo|rloo|ppo|gkd|reward|prm|distil", re.I)
 """What names of programs that run another trainer of TRL hold."""
 BY_NAME = "its name is that of another trainer than SFTTrainer; name it, such as --trainer trl-dpo"
+NOT_READ = "an option of the command that the program is not seen to read"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
@@ -128,7 +129,8 @@ def _of_program(command: Document, file: str) -> ConfigPlan | None:
 
     words, environment, launch_files = _launch_of(command, None, file)
     try:
-        document = programs.of_script(files.text(path, field="config", most=MOST_BYTES), file=path, command=words)
+        text = files.text(path, field="config", most=MOST_BYTES)
+        document = programs.of_script(text, file=path, command=words, variables=command.environment.keys())
     except BrokenFileError:  # it trains in another file
         return None
     tool = tool_of(document, file=path)
@@ -137,7 +139,8 @@ def _of_program(command: Document, file: str) -> ConfigPlan | None:
     environment = {**environment, **command.environment}
     document = document._replace(environment=environment, assumed={**document.assumed, **command.assumed})
     plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
-    return replace(plan, files=(file, *plan.files))
+    unread = {word: Unsupported(words[word], NOT_READ, "unknown") for word in document.unread}
+    return replace(plan, files=(file, *plan.files), unsupported={**plan.unsupported, **unread})
 
 
 def _launch_of(command: Document, tool: Facts | None, file: str) -> tuple[Values, dict[str, str], list[ConfigPlan]]:

@@ -36,6 +36,8 @@ COMMENT = re.compile(r"\s#[^'\"\\]*$")
 MOST_LINES = 100
 """The most lines of a quoted text or an array."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*)")
+OF_CALLER = re.compile(r"\$[@*]|\$\{[@*][^}]*\}")
+"""All words with which the script itself is called: none are assumed."""
 ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
 SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
 """Numbers with operators of one precedence between them, so that they are taken from the left."""
@@ -230,6 +232,8 @@ def _arguments(words: list[str]) -> dict[str, object]:
     for word in words:
         if re.fullmatch(r"[|&;>]+|\d?>&?\d?", word):
             break
+        if OF_CALLER.fullmatch(word):
+            continue
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")

@@ -173,6 +173,29 @@ def test_a_parser_of_the_program_gets_them_too(tmp_path: Path) -> None:
     assert "r" not in plan.assumed
 
 
+@pytest.mark.parametrize("word", ["--offload", "--lora 4", "--no-bf16"])
+def test_a_word_that_the_program_does_not_read_is_named(tmp_path: Path, word: str) -> None:
+    (tmp_path / "train.py").write_text(PARSED)
+    (tmp_path / "run.sh").write_text(f"python train.py --model_name_or_path facebook/opt-350m {word}\n")
+    name = word.split()[0].lstrip("-").replace("-", "_")
+    assert "not seen to read" in read_config(tmp_path / "run.sh").unsupported[name].why
+
+
+def test_words_of_the_script_s_caller_are_not_those_of_an_option(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PARSED)
+    (tmp_path / "run.sh").write_text('python train.py --model_name_or_path facebook/opt-350m --lora-r 16 "$@"\n')
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.options["r"] == 16
+    assert not plan.unsupported
+
+
+def test_a_variable_that_the_command_sets_has_no_default(tmp_path: Path) -> None:
+    text = PARSED.replace("r=args.lora_r", 'r=int(os.environ.get("LORA_R", 8))').replace("import argparse", "import os, argparse")
+    (tmp_path / "train.py").write_text(text)
+    (tmp_path / "run.sh").write_text("LORA_R=64 python train.py --model_name_or_path facebook/opt-350m\n")
+    assert "lora.r" in read_config(tmp_path / "run.sh").unsupported
+
+
 def test_a_module_beside_the_program_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text("MODEL = {'name': 'facebook/opt-350m', 'r': 16}\n")
     text = "from config import MODEL as M\n" + PROGRAM.replace("model_args.model_name_or_path", "M['name']")
