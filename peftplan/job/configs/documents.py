@@ -59,6 +59,8 @@ class Document(NamedTuple):
     """The text of a recipe's header."""
     settings: str = ""
     """The file from which a command takes its settings."""
+    folder: str = ""
+    """Where a command runs, as the script's `cd` says."""
     line: int | None = None
     """The line of a command."""
     assumed: Mapping[str, str] = {}

@@ -14,7 +14,7 @@ from peftplan.errors import InputError
 from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Call, Document, Values
-from peftplan.job.configs.launching import in_tree, path_of
+from peftplan.job.configs.launching import in_tree
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
@@ -71,7 +71,8 @@ def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
 
 def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
     """What a module in the program's tree defines: its classes, functions and values; the import itself for any other."""
-    path = path_of(f"{str(node.module).replace('.', '/')}.py", file)
+    above = [os.pardir] * (node.level - 1)
+    path = os.path.join(os.path.dirname(file), *above, *f"{node.module}.py".split(".")[:-1]) + ".py"
     if not (in_tree(path, file) and os.path.isfile(path)):
         return [node]
     try:

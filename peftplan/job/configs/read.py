@@ -95,7 +95,7 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
 
 def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPlan:
     """The plan of the file that a command names, with the command's own words, which win, and how it launches processes."""
-    path = path_of(command.settings, file)
+    path = _path_of(command.settings, command, file)
     if not (os.path.isfile(path) and in_tree(path, file)):
         raise RefusedError(f"{file}: its command takes its settings from {command.settings}; name that file")
     document = read_document(Path(path))
@@ -119,10 +119,16 @@ def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPla
     return replace(plan, files=(file, *plan.files))
 
 
+def _path_of(path: str, command: Document, file: str) -> str:
+    """Where a file is that a command names: from the folder where it runs, if it is there."""
+    inside = path_of(os.path.join(command.folder, path), file)
+    return inside if os.path.isfile(inside) else path_of(path, file)
+
+
 def _of_program(command: Document, file: str) -> ConfigPlan | None:
     """The plan of the Python program that a command runs, with the command's words; None where it is not there."""
     script = command.program.rpartition(" ")[2]
-    path = path_of(script, file)
+    path = _path_of(script, command, file)
     if not script.endswith(".py") or not (os.path.isfile(path) and in_tree(path, file)):
         return None
     from peftplan.job.configs import programs
@@ -147,7 +153,7 @@ def _launch_of(command: Document, tool: Facts | None, file: str) -> tuple[Values
     """The words of a command; and what its launcher's say where the tool does not know them: as variables, and launch files."""
     words = {key: value for key, value in command.values.items() if key != "config"}
     if "config_file" in words:
-        words["config_file"] = path_of(str(words["config_file"]), file)
+        words["config_file"] = _path_of(str(words["config_file"]), command, file)
     launcher = launcher_words(words)
     if tool is not None:
         launcher = [key for key in launcher if not tool.known(key)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ def _with_others(first: Document, others: list[Document], called: str) -> Docume
 def commands_of(text: str, *, file: str) -> Iterator[Document]:
     """Every training command of a script, with the variables that were set before it."""
     variables = Variables()
-    count = 0
+    count, folder = 0, ""
     for number, line in _lines(text):
         if (array := ARRAY.fullmatch(line)) is not None:
             before = variables.values.get(array[1], "") if array[2] else ""
@@ -111,13 +112,16 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
                 variables.values |= {match[1]: match[2] for word in words[1:] if (match := ASSIGNMENT.fullmatch(word))}
             elif not words:
                 variables.values |= environment
+            elif words[0] == "cd" and len(words) == 2 and "$" not in words[1]:
+                folder = os.path.join(folder, words[1])
             elif (words := _unwrapped(words)) and count < MOST_COMMANDS:
                 count += 1
                 program, settings, values = _command(words)
                 if values or settings:
                     settled = {**variables.values, **environment}
                     doubts = variables.doubts()
-                    yield Document(values, {}, "command", program, settled, settings=settings, line=number, assumed=doubts)
+                    command_line = Document(values, {}, "command", program, settled, settings=settings, folder=folder)
+                    yield command_line._replace(line=number, assumed=doubts)
             variables.leave(part, behind)
 
 

@@ -205,6 +205,26 @@ def test_a_module_beside_the_program_is_read(tmp_path: Path) -> None:
     assert (plan.model, plan.options["r"]) == ("facebook/opt-350m", 16)
 
 
+def test_a_module_is_the_one_beside_its_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "config.py").write_text("MODEL = 'facebook/opt-1.3b'\n")
+    (tmp_path / "jobs" / "config.py").write_text("MODEL = 'facebook/opt-350m'\n")
+    text = "from config import MODEL\n" + PARSED.replace("args.model_name_or_path", "MODEL")
+    (tmp_path / "jobs" / "train.py").write_text(text)
+    (tmp_path / "jobs" / "above.py").write_text(text.replace("from config", "from ..config"))
+    monkeypatch.chdir(tmp_path)
+    assert read_config("jobs/train.py").model == "facebook/opt-350m"
+    assert read_config("jobs/above.py").model == "facebook/opt-1.3b"
+
+
+def test_a_command_runs_in_the_folder_that_its_script_enters(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "train.py").write_text(PARSED)
+    (tmp_path / "jobs" / "train.py").write_text(PARSED.replace("default=2", "default=4"))
+    (tmp_path / "run.sh").write_text("cd jobs\npython train.py --model_name_or_path facebook/opt-350m\n")
+    assert read_config(tmp_path / "run.sh").options["r"] == 4
+
+
 def test_a_program_of_which_nothing_is_known_stays_one(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("print('no model')\n")
     (tmp_path / "run.sh").write_text("python train.py --lr 1\n")
