@@ -40,6 +40,8 @@ OTHER_TRAINER = re.compile("dpo|kto|orpo|cpo|bco|grpo|rloo|ppo|gkd|reward|prm|di
 """What names of programs that run another trainer of TRL hold."""
 BY_NAME = "its name is that of another trainer than SFTTrainer; name it, such as --trainer trl-dpo"
 NOT_READ = "an option of the command that the program is not seen to read"
+LAUNCH_FILES = ("config_file", "deepspeed_config_file")
+NO_LAUNCH_FILE = "the launch file is not among the files; add it with another --config"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
 
@@ -55,7 +57,10 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
         raise RefusedError("config: name at least one file")
     chosen_tool = None if tool is None else check(tool)
     plans = [_plan(Path(each), chosen_tool if index == 0 else None) for index, each in enumerate(paths)]
-    return joined(plans)
+    plan = joined(plans)
+    if len(plans) > 1:  # they are what was not found
+        plan = replace(plan, unsupported={key: row for key, row in plan.unsupported.items() if row.why != NO_LAUNCH_FILE})
+    return plan
 
 
 def read_values(
@@ -153,7 +158,7 @@ def _launch_of(command: Document, tool: Facts | None, file: str) -> tuple[Values
     """The words of a command; and what its launcher's say where the tool does not know them: as variables, and launch files."""
     words = {key: value for key, value in command.values.items() if key != "config"}
     if "config_file" in words:
-        words["config_file"] = _path_of(str(words["config_file"]), command, file)
+        words["config_file"] = _path_of(str(before_script(words["config_file"])), command, file)
     launcher = launcher_words(words)
     if tool is not None:
         launcher = [key for key in launcher if not tool.known(key)]
@@ -161,12 +166,23 @@ def _launch_of(command: Document, tool: Facts | None, file: str) -> tuple[Values
     stated = {name: before_script(own[name]) for name in PROCESSES if name in own}
     numbers = {name: int(str(number)) for name, number in stated.items() if str(number).isdecimal()}
     nodes = next((number for name, number in numbers.items() if PROCESSES[name] == NODES), 1)
-    environment = {
+    environment = {PROCESSES[name]: str(number) for name, number in stated.items() if name not in numbers}
+    environment |= {
         PROCESSES[name]: str(number // nodes if name == "num_processes" else number) for name, number in numbers.items()
     }
-    path = str(own.get("config_file", ""))
-    launch_files = [_plan(Path(path), None)] if os.path.isfile(path) and in_tree(path, file) else []
+    launch_files = [_launch_file(key, str(before_script(own[key])), command, file) for key in LAUNCH_FILES if key in own]
+    if "mixed_precision" in own:
+        precision = plan_of(Document({"mixed_precision": before_script(own["mixed_precision"])}), facts("accelerate"), file=file)
+        launch_files.append(replace(precision, files=()))
     return words, environment, launch_files
+
+
+def _launch_file(key: str, name: str, command: Document, file: str) -> ConfigPlan:
+    """The plan of a launch file that a command names; without options, and unsupported, where it is not read."""
+    path = _path_of(name, command, file)
+    if os.path.isfile(path) and in_tree(path, file):
+        return _plan(Path(path), None)
+    return ConfigPlan("accelerate", "", (), None, {}, unsupported={key: Unsupported(name, NO_LAUNCH_FILE, "unknown", "strategy")})
 
 
 def _overridden(values: Mapping[str, object], words: Mapping[str, object]) -> dict[str, object]:

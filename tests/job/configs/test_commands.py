@@ -114,6 +114,28 @@ def test_processes_of_a_command_count_for_a_tool_without_commands_of_its_own(tmp
     assert not plan.unsupported
 
 
+def test_a_launch_file_of_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PARSED)
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    run = tmp_path / "run.sh"
+    run.write_text("accelerate launch --config_file ours.yaml train.py --model_name_or_path facebook/opt-350m\n")
+    assert "add it with another --config" in read_config(run).unsupported["accelerate: config_file"].why
+    plan = read_config([run, tmp_path / "zero2.json"])
+    assert plan.options["strategy"] == "zero2"
+    assert not plan.unsupported
+    run.write_text(run.read_text().replace("--config_file ours.yaml", "--deepspeed_config_file zero2.json"))
+    assert read_config(run).options["strategy"] == "zero2"
+
+
+def test_words_of_a_launcher_count_for_a_program(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PARSED)
+    command = "accelerate launch --mixed_precision fp16 --num_processes $GPUS train.py --model_name_or_path facebook/opt-350m\n"
+    (tmp_path / "run.sh").write_text(command)
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.options["autocast"] == "fp16"
+    assert plan.assumed["gpus"] == "the launcher's number is $GPUS; 1 is assumed"
+
+
 def test_a_dotted_word_overrides_a_nested_key(tmp_path: Path) -> None:
     model = "model:\n  _component_: torchtune.models.llama3_1.lora_llama3_1_8b\n  lora_rank: 8\n  lora_alpha: 16\n"
     values = f"{model}  lora_attn_modules: [q_proj]\n  apply_lora_to_mlp: false\nbatch_size: 2\ndtype: bf16\n"
