@@ -121,6 +121,12 @@ def _prepares_delta_rule(job: Job) -> bool:
     return prepared and any(block.delta_rule is not None for block in job.architecture.blocks)
 
 
+def _adapts_by_kernels_in_zero3(job: Job) -> bool:
+    """Whether axolotl's LoRA kernels read weights that ZeRO-3 gathers."""
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    return divided and any(name.startswith("axolotl.") for name in job.setup.kernels or ())
+
+
 BY_LLAMA_FACTORY = ("llamafactory",)
 """Trainers of which the replay under FSDP1 was rehearsed and did not hold."""
 SQUARING = ("axolotl",)
@@ -201,6 +207,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _shares_long_rows,
         "ranks share rows under ZeRO-3 with weights on the host: a rehearsal of six layers reserved 4.7 % more than the replay",
     ),
+    (_adapts_by_kernels_in_zero3, "LoRA kernels under ZeRO-3: a rehearsal of twelve layers reserved 3.6 % more than the replay"),
     (_shards_by_llama_factory, "LLaMA-Factory under FSDP1: a rehearsal of six layers reserved 22 % more than the replay"),
     (
         _loads_ties_by_rank,
