@@ -11,6 +11,7 @@ READ_IN = {
     "peft": "0.21.2",
     "trl": "1.16",
     "accelerate": "1.15",
+    "deepspeed": "0.19.8",
     "bitsandbytes": "0.50.2",
     "liger-kernel": "0.8.5",
     "torchao": "0.18",
@@ -96,6 +97,9 @@ QUANTIZED_ON_CARD = Change(
 LOADING_IN_THREADS = Change("transformers", (5, 0), "`core_model_loading.py` copies weights in threads")
 QUANTIZING_IN_TURN = Change("transformers", (5, 4), "`core_model_loading.py` asks for `has_on_the_fly_quantization`")
 TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ties weights; before, loading did")
+LEFTOVERS_RELEASED = Change(
+    "deepspeed", (0, 19, 3), "ZeRO-3 has `release_backward_leftovers` and `update_recompute_parameters`; 0.19.2 has neither"
+)
 FSDP2_UPCASTS_WHAT_TRAINS = Change("accelerate", (1, 14), "`fsdp2_prepare_model` casts `param.data` of what trains to fp32")
 FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no `model.to(torch.float32)`")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")

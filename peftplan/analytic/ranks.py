@@ -132,7 +132,7 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
     earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
     follows = not job.setup.by.gathers_when_called
-    keeps = job.setup.by.keeps_leftovers
+    keeps = job.keeps_leftovers
     reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows, keeps=keeps)
     return reference
 
@@ -242,7 +242,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             before=of_before,
             follows=follows,
             reloads=job.setup.by.reloads_weights,
-            keeps=job.setup.by.keeps_leftovers,
+            keeps=job.keeps_leftovers,
         )
         model.units = zero3
     return program._replace(shards=masters, steps_in_backward=True)

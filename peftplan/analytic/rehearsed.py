@@ -335,6 +335,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         and not job.setup.by.traced_on_ranks,
         PREFETCHED: waits_by_address(job.architecture, distributed),
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
+        "deepspeed_version": distributed.deepspeed_version is not None and job.keeps_leftovers and not _is_known_of_old(job),
         "reduce_scatter": distributed.reduce_scatter is False,
         APART: _has_experts_apart(job),
         "offload_params": distributed.offload_params == "nvme",
@@ -343,6 +344,11 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "target_modules": any(module.name in tables for module in job.adaptation.matched)
         or any(leaf is not None and tensor.name.startswith(leaf) for tensor in job.adaptation.added),
     }
+
+
+def _is_known_of_old(job: Job) -> bool:
+    """Whether a job by an earlier DeepSpeed is of a kind that was rehearsed (tests/rehearse/llamafactory.jsonl)."""
+    return job.quant is None and job.is_full_or_lora and not (job.setup.by.of_preferences or job.setup.by.taught)
 
 
 def _has_experts_apart(job: Job) -> bool:

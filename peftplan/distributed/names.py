@@ -22,7 +22,7 @@ OF_ZERO = (
 )
 OF_ZERO_3 = (
     *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
-    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "zero3_init"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "zero3_init", "deepspeed_version"),
 )
 
 

@@ -39,11 +39,15 @@ Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 ReduceDtype = Annotated[str, BeforeValidator(lambda v: v if v is None else parse_dtype(v, field="dtype", accepted=MODEL_DTYPES))]
 
 
-def _release(text: str) -> str:
+def _release(field: str, example: str) -> AfterValidator:
     """A release as packages number them. Raises InputError."""
-    if not re.match(r"[0-9]+\.[0-9]+", text):
-        raise InputError("accelerate", text, "accepted: a release, such as 1.15")
-    return text
+
+    def checked(text: str) -> str:
+        if not re.match(r"[0-9]+\.[0-9]+", text):
+            raise InputError(field, text, f"accepted: a release, such as {example}")
+        return text
+
+    return AfterValidator(checked)
 
 
 class Distributed(BaseModel):
@@ -55,7 +59,7 @@ class Distributed(BaseModel):
     gpus: Ranks | None = None
     """GPUs of a node, one process each; of `device-map` all in one process."""
     nodes: Ranks = 1
-    accelerate: Annotated[str, AfterValidator(_release)] | None = None
+    accelerate: Annotated[str, _release("accelerate", "1.15")] | None = None
     """The version of accelerate that prepares the model; None: one that behaves as 1.15."""
     # FSDP
     reshard_after_forward: bool | Annotated[int, Field(ge=2, le=MOST_RANKS)] | None = None
@@ -99,6 +103,9 @@ class Distributed(BaseModel):
     stage3_max_reuse_distance: Size | None = None
     zero3_init: bool | None = None
     """Whether `from_pretrained` makes shards at once (`deepspeed.zero.Init`)."""
+    deepspeed_version: Annotated[str, _release("deepspeed_version", "0.18.9")] | None = None
+    """The release of DeepSpeed that runs ZeRO-3; None: the one that the trainer's package asks for, else one as in
+    `versions.READ_IN`. Decides `Job.keeps_leftovers`."""
     deepspeed_optimizer: bool | None = None
     """Whether DeepSpeed's own fused Adam steps, as where its config names an optimizer."""
     zero_force_ds_cpu_optimizer: bool | None = None

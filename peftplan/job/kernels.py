@@ -87,7 +87,7 @@ KERNELS: dict[str, Kernel] = {
     "unsloth-qat-int8-int4.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-offload.embedding": HostEmbedding("unsloth 2026.10.9, models/vision.py (`_install_offload_embedding_hooks`)"),
     "unsloth-experts.separate": SeparateExperts(
-        "transformers 4.56.2, models/ernie4_5_moe/modeling_ernie4_5_moe.py (`Ernie4_5_MoeSparseMoeBlock`)"
+        "transformers as the notebook pins it, models/ernie4_5_moe/modeling_ernie4_5_moe.py (`Ernie4_5_MoeSparseMoeBlock`)"
     ),
     "axolotl-offload.activations": OffloadedActivations(
         "trl, models/activation_offloading.py (`OffloadActivations`), as axolotl 0.19.0 puts it around each step"

@@ -93,6 +93,7 @@ class StrategyOptions(TypedDict, total=False):
     gpus: int | None
     nodes: int | None
     accelerate: str | None
+    deepspeed_version: str | None
     reshard_after_forward: bool | int | None
     dp_shard_size: int | None
     offload_params: Place | None

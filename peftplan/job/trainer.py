@@ -309,7 +309,7 @@ class Trainer(NamedTuple):
     (tests/distributed/traced_methods.jsonl)."""
     scan: str = ""
     """The release of transformers that its package pins, where Mamba 2's scan is another one: it multiplies by broadcasting
-    (axolotl 0.19.0, pyproject.toml; transformers 5.16.1, models/falcon_h1/modeling_falcon_h1.py)."""
+    (axolotl 0.19.0, pyproject.toml; models/falcon_h1/modeling_falcon_h1.py of that release)."""
     keeps_leftovers: bool = False
     """Whether its package asks for a DeepSpeed under whose ZeRO-3 weights that no hook releases stay gathered until the next
     forward, and weights at rest do not wait for the module that made a checkpoint again (axolotl 0.19.0 and DeepSpeed

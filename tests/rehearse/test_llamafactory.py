@@ -67,6 +67,9 @@ def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
         peaks, released = (peftplan.estimate(**job | {"trainer": name}).peaks for name in ("llamafactory", "transformers"))
         assert peaks is not None
         assert released is not None
+        of_release = peftplan.estimate(**job | {"trainer": "transformers", "deepspeed_version": "0.18.9"}).peaks
+        assert of_release is not None
+        assert of_release.by_phase["backward"] == peaks.by_phase["backward"]
         within = 7e-3 if _adapts_by_zero3(row) else 1e-4
         for phase in ("forward", "backward", "step"):
             assert peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=within)

@@ -23,14 +23,14 @@ OF_SCRIPTS = (
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
     "ignore_bias_buffers",
 )
-"""Fields of TRL's `ScriptArguments` (trl 1.16, scripts/utils.py)."""
+"""Fields of TRL's `ScriptArguments` (trl, scripts/utils.py)."""
 OF_MODELS = (
     *("model_name_or_path", "model_revision", "dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "use_peft"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
     *("lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type"),
     *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
-"""Fields of TRL's `ModelConfig` (trl 1.16, trainer/model_config.py)."""
+"""Fields of TRL's `ModelConfig` (trl, trainer/model_config.py)."""
 OF_TRL = {"ScriptArguments": OF_SCRIPTS, "ModelConfig": OF_MODELS}
 
 

@@ -30,7 +30,7 @@ OF_ARGUMENTS = {"offload_params": "cpu_offload"}
 
 def stated(distributed: Distributed) -> Fields:
     """The options of a strategy that decide what a rank holds, those that are unset included."""
-    options = distributed.model_dump(exclude={"accelerate"})
+    options = distributed.model_dump(exclude={"accelerate", "deepspeed_version"})
     unset = OF_FSDP if distributed.strategy.startswith("fsdp") else {}
     options |= {name: value for name, value in unset.items() if options[name] is None}
     return {**options, "gpus": distributed.gpus or 1} | {name: None for name in PLACES if options[name] == "none"}
