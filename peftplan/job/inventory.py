@@ -204,7 +204,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
 
 def before_merges(job: Job, built: Parameters) -> Parameters:
     """The 4-bit weights as they were loaded, where the trainer merges an adapter into new ones, and DeepSpeed holds the old:
-    those of modules with an adapter (deepspeed 0.19.8, runtime/engine.py:628, `param_names`)."""
+    those of modules with an adapter (deepspeed, runtime/engine.py:628, `param_names`)."""
     replaced = job.setup.merges_for_vllm and job.quant is not None and job.distributed is not None
     names = {f"{module.name}.weight" for module in job.adaptation.matched} if replaced and job.method_name != "full" else ()
     return built._replace(all=tuple(p for p in built.all if p.name in names), shared=())
