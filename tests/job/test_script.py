@@ -325,8 +325,8 @@ def test_weights_copied_in_threads_are_said_not_to_be_modelled() -> None:
 
 def test_a_script_runs_on_a_stack_unless_it_says_another() -> None:
     stack = {"torch": "2.10.0+cu128", "transformers": "5.0.0", "peft": "0.19.1"}
-    assert Script().ran_on(stack) == Script(torch="2.10.0+cu128", transformers="5.0.0")
-    assert Script(torch="2.14").ran_on(stack) == Script(torch="2.14", transformers="5.0.0")
+    assert Script().ran_on(stack) == Script(torch="2.10.0+cu128", transformers="5.0.0", freezes_ranknum=True)
+    assert Script(torch="2.14").ran_on({**stack, "peft": "0.21.2"}) == Script(torch="2.14", transformers="5.0.0")
     assert Script().ran_on({}) == Script().ran_on({"torch": "main"}) == Script()
     today = Script()
     assert not any((today.cublaslt_apart, today.ties_by_address, today.rotary_by_product, today.loads_in_threads))

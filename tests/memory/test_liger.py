@@ -21,6 +21,8 @@ MIXED: dict[str, Any] = {"dtype": "fp32", "autocast": "bf16"}
 WITHIN = 1e-4
 """The lists of small integers (positions) that only the trace has."""
 RESERVED = 0.02
+RANKNUM = 2 * 2 * 5 * 512
+"""Gradient, norm and states of AdaLoRA's `ranknum` in two modules of two layers, which trains by accident and is left out."""
 SEGMENT = 2 * 2**20
 """Bytes that the allocator takes at a time for small tensors."""
 
@@ -86,7 +88,7 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
     config = shallow(model, 2) if isinstance(model, str) else model
     analytic, traced = (estimate(config, engine=engine, **{**SIZES, **options}) for engine in ("analytic", "trace"))
     of_trace = by_phase(traced)
-    assert by_phase(analytic) == {phase: pytest.approx(size, rel=WITHIN, abs=5 * S * 8) for phase, size in of_trace.items()}
+    assert by_phase(analytic) == {phase: pytest.approx(size, rel=WITHIN, abs=5 * S * 8 + RANKNUM) for phase, size in of_trace.items()}
     assert analytic.peaks is not None
     assert traced.peaks is not None
     assert analytic.peaks.reserved == pytest.approx(traced.peaks.reserved, rel=RESERVED, abs=SEGMENT)
