@@ -83,6 +83,7 @@ class GridOptions(OtherWords, total=False):
     gpus: Axis[int | None]
     nodes: Axis[int | None]
     accelerate: Axis[str | None]
+    deepspeed_version: Axis[str | None]
     reshard_after_forward: Axis[bool | int | None]
     dp_shard_size: Axis[int | None]
     offload_params: Axis[Place | None]
