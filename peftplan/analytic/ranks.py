@@ -30,6 +30,7 @@ from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero0 import Zero0
 from peftplan.memory.zero3 import Zero3, switched_off
+from peftplan.memory.zero3_modules import Habits
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
 
@@ -131,9 +132,8 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
     assert job.distributed is not None
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
     earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
-    follows = not job.setup.by.gathers_when_called
-    keeps = job.keeps_leftovers
-    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, before=earlier, follows=follows, keeps=keeps)
+    habits = _habits(job)._replace(reloads=False)
+    reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, habits=habits, before=earlier)
     return reference
 
 
@@ -234,18 +234,13 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         # ends the order (trl, models/utils.py, `add_hooks`), which the next step on rows of the data has again
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
         of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
-        follows = not job.setup.by.gathers_when_called
-        zero3 = Zero3(
-            model,
-            job.distributed,
-            dtype=dtype,
-            before=of_before,
-            follows=follows,
-            reloads=job.setup.by.reloads_weights,
-            keeps=job.keeps_leftovers,
-        )
-        model.units = zero3
+        model.units = Zero3(model, job.distributed, dtype=dtype, habits=_habits(job), before=of_before)
     return program._replace(shards=masters, steps_in_backward=True)
+
+
+def _habits(job: Job) -> Habits:
+    by = job.setup.by
+    return Habits(follows=not by.gathers_when_called, keeps=job.keeps_leftovers, reloads=by.reloads_weights)
 
 
 def _kind_of_units(job: Job) -> type[Fsdp2]:

@@ -335,7 +335,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         and not job.setup.by.traced_on_ranks,
         PREFETCHED: waits_by_address(job.architecture, distributed),
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
-        "deepspeed_version": distributed.deepspeed_version is not None and job.keeps_leftovers and not _is_known_of_old(job),
+        "deepspeed_version": bool(distributed.deepspeed_version) and job.keeps_leftovers and not _knows_earlier_release(job),
         "reduce_scatter": distributed.reduce_scatter is False,
         APART: _has_experts_apart(job),
         "offload_params": distributed.offload_params == "nvme",
@@ -346,7 +346,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
     }
 
 
-def _is_known_of_old(job: Job) -> bool:
+def _knows_earlier_release(job: Job) -> bool:
     """Whether a job by an earlier DeepSpeed is of a kind that was rehearsed (tests/rehearse/llamafactory.jsonl)."""
     return job.quant is None and job.is_full_or_lora and not (job.setup.by.of_preferences or job.setup.by.taught)
 

@@ -12,7 +12,7 @@ from peftplan.distributed.zero import trained_groups
 from peftplan.distributed.zero3 import REDUCE, Module, Sharded
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
-from peftplan.memory.zero3_modules import Gathering
+from peftplan.memory.zero3_modules import Gathering, Habits
 from peftplan.parameters import Parameter as Family
 from peftplan.tape.tensors import Parameter, Tensor
 
@@ -35,24 +35,13 @@ def switched_off(policy: Model, running: Running) -> Model:
 
 
 class Zero3(Gathering):
-    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was.
-    `follows`: as in `Gathering`. `reloads`: the weights that train have come back from the host before the step, beside the flat
-    ones, to which the optimizer's step points them again.
-    """
+    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was."""
 
     def __init__(
-        self,
-        model: Model,
-        distributed: Distributed,
-        *,
-        dtype: str,
-        before: Gathering | None = None,
-        follows: bool = True,
-        reloads: bool = False,
-        keeps: bool = False,
+        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Gathering | None = None
     ) -> None:
-        super().__init__(model, distributed, dtype=dtype, before=before, follows=follows, keeps=keeps)
-        self.reloads = reloads and distributed.offload_params != "cpu"
+        super().__init__(model, distributed, dtype=dtype, habits=habits, before=before)
+        self.reloads = habits.reloads and distributed.offload_params != "cpu"
         self.reloaded: list[list[Tensor]] = []
         self.of_groups = [[self.sharded[key] for key in group] for group in trained_groups(model.parameters, distributed)]
         self.stream = REDUCE if self.overlaps else 0

@@ -7,7 +7,7 @@ so that backward fetches a module before its gradient is computed, and releases 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import is_in_text_part
@@ -54,23 +54,26 @@ def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: in
     return sharded
 
 
+class Habits(NamedTuple):
+    """What a trainer and the DeepSpeed that it asks for decide about gathering."""
+
+    follows: bool = True
+    """Whether the order that was recorded is used."""
+    keeps: bool = False
+    """Whether what no hook releases stays (`Job.keeps_leftovers`)."""
+    reloads: bool = False
+    """Whether the weights that train have come back from the host before the step, beside the flat ones, to which the optimizer's
+    step points them again."""
+
+
 class Gathering(Stage):
-    """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was.
-    `follows`: the order that was recorded is used. `keeps`: what no hook releases stays (`Trainer.keeps_leftovers`).
-    """
+    """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was."""
 
     def __init__(
-        self,
-        model: Model,
-        distributed: Distributed,
-        *,
-        dtype: str,
-        before: Gathering | None = None,
-        follows: bool = True,
-        keeps: bool = False,
+        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Gathering | None = None
     ) -> None:
         super().__init__(model, distributed, dtype=dtype)
-        self.keeps = keeps
+        self.keeps = habits.keeps
         hidden_size = model.arch.hidden_size or 0
         self.sharded = sharded_of(model.parameters, distributed, hidden_size)
         self.world_size = distributed.world_size
@@ -78,14 +81,14 @@ class Gathering(Stage):
         self.coordinator = Coordinator(
             self.f,
             [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order]
-            if before and follows
+            if before and habits.follows
             else None,
             limits(distributed, hidden_size),
             world_size=self.world_size,
             overlaps=self.overlaps,
             offloads=distributed.offload_params == "cpu",
             inside=self._inside,
-            follows=follows,
+            follows=habits.follows,
         )
         self.running: dict[str, Module] = {}
         """Modules that backward has entered and not left, the last one entered last."""

@@ -21,7 +21,7 @@ MOST_UNKNOWN = 2
 """Reasons why a peak is a lower bound that are shown."""
 MOST_NAMES = 8
 """Names of a list that are shown."""
-NO_CARD = "which card? add --gpu NAME; peftplan fit with --which-gpu lists those that fit"
+WHICH_CARD = "which card? add --gpu NAME; peftplan fit with --which-gpu lists those that fit"
 BLANK: Row = ()
 
 COLOURS: dict[str, Colour] = {"fits": "green", "tight": "yellow"}
@@ -244,7 +244,7 @@ def _notes(result: Estimate, screen: Screen) -> list[Row]:
     missing = [what for what in result.not_modelled if not (result.gpus and what == "CUDA context")]
     if peaks:
         lines += [f"not counted: {'; '.join(missing)}"] if missing else []
-        lines += [NO_CARD] if not (result.gpus or result.config or result.distributed) else []
+        lines += [WHICH_CARD] if not (result.gpus or result.config or result.distributed) else []
     rows = [row for line in lines for row in wrapped(line, screen.columns)]
     return [BLANK, *rows] if rows else []
 

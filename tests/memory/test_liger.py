@@ -88,7 +88,7 @@ def test_both_engines_agree(model: Any, options: dict[str, Any]) -> None:
     config = shallow(model, 2) if isinstance(model, str) else model
     analytic, traced = (estimate(config, engine=engine, **{**SIZES, **options}) for engine in ("analytic", "trace"))
     of_trace = by_phase(traced)
-    left_out = 5 * S * 8 + RANKNUM
+    left_out = 5 * S * 8 + (RANKNUM if options["method"] == "adalora" else 0)
     assert by_phase(analytic) == {phase: pytest.approx(size, rel=WITHIN, abs=left_out) for phase, size in of_trace.items()}
     assert analytic.peaks is not None
     assert traced.peaks is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan import Script
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import bound
 from tools.rehearsed_jobs import read
@@ -58,12 +59,13 @@ def _adapts_by_zero3(row: dict[str, Any]) -> bool:
 
 
 def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
-    """All weights of 12 layers under ZeRO-3 with DeepSpeed 0.18.4, the latest that the tool accepts, which leaves weights
-    gathered behind a backward. Without them, as Trainer is counted with 0.19.8, backward has 4 % less."""
+    """DeepSpeed 0.18.4, the latest that the tool accepts, leaves weights gathered behind a backward, and none waits for the
+    module that made a checkpoint again. transformers 5.8 ran, whose checkpoints cover the hooks. As 0.19.8 is counted, all weights
+    have 4 % less in backward, and LoRA of 24 layers 33 % more."""
     rows = [row for row in EVERY if row.get("deepspeed") == "0.18.4"]
     assert {row["values"]["finetuning_type"] for row in rows} == {"full", "lora"}
     for row in rows:
-        job = options(row)
+        job = options(row) | {"script": Script(checkpoints_hooks=True)}
         peaks, released = (peftplan.estimate(**job | {"trainer": name}).peaks for name in ("llamafactory", "transformers"))
         assert peaks is not None
         assert released is not None
@@ -73,7 +75,8 @@ def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
         within = 7e-3 if _adapts_by_zero3(row) else 1e-4
         for phase in ("forward", "backward", "step"):
             assert peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=within)
-        assert released.by_phase["backward"] < 0.97 * row["by_phase"]["backward"]
+        drifts = [abs(released.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")]
+        assert max(drifts) > 0.03
 
 
 def test_weights_are_cast_to_fp32_on_the_gpu() -> None:

@@ -72,7 +72,7 @@ def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
 def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
     """What a module in the program's tree defines: its classes, functions and values; the import itself for any other."""
     above = [os.pardir] * (node.level - 1)
-    path = os.path.join(os.path.dirname(file), *above, *f"{node.module}.py".split(".")[:-1]) + ".py"
+    path = os.path.join(os.path.dirname(file), *above, *str(node.module).split(".")) + ".py"
     if not (in_tree(path, file) and os.path.isfile(path)):
         return [node]
     try:
