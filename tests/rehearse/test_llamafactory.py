@@ -60,8 +60,8 @@ def _adapts_by_zero3(row: dict[str, Any]) -> bool:
 
 def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
     """DeepSpeed 0.18.4, the latest that the tool accepts, leaves weights gathered behind a backward, and none waits for the
-    module that made a checkpoint again. transformers 5.8 ran, whose checkpoints cover the hooks. As 0.19.8 is counted, all weights
-    have 4 % less in backward, and LoRA of 24 layers 33 % more."""
+    module that made a checkpoint again. transformers 5.8 ran, whose checkpoints cover the hooks. As 0.19.8 is counted, all
+    weights have 4 % less in backward, and LoRA of 24 layers 33 % more."""
     rows = [row for row in EVERY if row.get("deepspeed") == "0.18.4"]
     assert {row["values"]["finetuning_type"] for row in rows} == {"full", "lora"}
     for row in rows:
