@@ -58,7 +58,7 @@ def _gathers_for_experts(job: Job) -> bool:
 
 def _ties_beside_experts(job: Job) -> bool:
     """Whether ERNIE's ranks divide its experts beside a table that the head reads too."""
-    return job.architecture.model_type == "ernie4_5_moe"
+    return job.architecture.model_type == "ernie4_5_moe" and job.distributed is not None
 
 
 def _trains_biases(job: Job) -> bool:

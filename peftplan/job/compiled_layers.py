@@ -8,7 +8,8 @@ the next multiple of 8, `2m` the same of one row, `2p` per pair of tokens of one
 `640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward begins. What is left at the end are
 the gradients: that of the input, in bytes per token, and those of what trains. What is left of forward besides its result lasts
 until the layer's next forward: scales of fake quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how
-its partial sums grow with the batch, below 4 MiB.
+its partial sums grow with the batch, below 4 MiB; of experts that run one after the other, how a few numbers per row grow; and of
+rows that became one, what flash attention's backward allocates for each of them besides.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 
@@ -58,15 +59,16 @@ class Recorded(NamedTuple):
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels;
     `3:8t` over a copy of so many bytes. `r`: the rank of adapters; None where all weights train. `modules`: what they adapt.
-    `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last norm
-    is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`. `in_16_bits`: of a base in
-    NF4, the modules left out. `first`: what the first layer does (forward, training, output), whose input is in 16 bits where
-    results are in fp32. `generates`: the rows are prompts with completions that the policy wrote, with a mask of them
-    (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers
-    that do something else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where
-    it is not all. `of_pairs`: the rows are one column of pairs of texts. Not `checkpointed`: a layer's input stays until its
-    backward is done. `dropout`: adapters have one. `tiles`: the MLP runs over tiles of tokens, of which the record has two: later
-    ones do what the second does.
+    `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last
+    norm is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`; with
+    `loss_op_by_op`, uncompiled. `in_16_bits`: of a base in NF4, the modules left out. `first`: what the first layer does
+    (forward, training, output), whose input is in 16 bits where results are in fp32. `generates`: the rows are prompts with
+    completions that the policy wrote, with a mask of them (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch
+    stay apart, each full. `others`: the numbers of layers that do something else, and what (forward, training, output).
+    `adapted`: how many layers have an adapter of this name, where it is not all. `of_pairs`: the rows are one column of pairs
+    of texts. Not `checkpointed`: a layer's input stays until its backward is done. `dropout`: adapters have one. `tiles`: the
+    MLP runs over tiles of tokens, of which the record has two: later ones do what the second does. `unread_mask`: the model
+    makes a mask of all pairs of tokens, which no layer reads, and rotary tables in fp32.
     """
 
     model: str
@@ -91,6 +93,8 @@ class Recorded(NamedTuple):
     checkpointed: bool = True
     dropout: bool = False
     tiles: bool = False
+    unread_mask: bool = False
+    loss_op_by_op: bool = False
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:

@@ -67,6 +67,10 @@ def kept_on_card(model: Model) -> None:
         if running.recorded.tiles:  # of shorter rows they take less than 0.3 MB
             model.lasting += masks_of_blocks(f, model.arch)
             model.lasting += left_by_first_step(f, model.arch, seq=model.seq, dtype=running.dtype)
+        if running.recorded.loss_op_by_op:
+            from peftplan.memory.models.compiled import positions_and_masks
+
+            model.lasting += positions_and_masks(model, running.dtype)  # of the forward in which torch failed to compile the loss
     for tensor in (*model.buffers, *model.lasting):
         assert tensor.storage is not None
         f.category[tensor.storage.number] = "buffers"

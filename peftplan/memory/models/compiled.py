@@ -34,20 +34,30 @@ def compiled_layers(model: Model) -> Tensor:
         del embedded
     states = [x]
     del x
+    tables = positions_and_masks(model, states[0].dtype)
+    decoder = model.arch.input_embedding.rpartition(".")[0]  # type: ignore[union-attr]
+    of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == decoder]
+    style = Style(layer=recorded_layer, norm=_norm, final_norm=next(name for name in of_stack if name.endswith("norm")))
+    return run_layers(model, style, states, lambda _: tuple(tables), masks={})
+
+
+def positions_and_masks(model: Model, dtype: str) -> list[Tensor]:
+    """Rotary tables of each kind of attention, and masks, where the layers are handed any."""
+    f = model.tape
+    assert model.running.recorded is not None
     attentions = {b.attentions[0].window: b.attentions[0] for b in model.arch.blocks if b.attentions[0].positions == "rotary"}
     widths = [a.rotary_dim or a.head_dim for a in attentions.values()]
     if model.arch.model_type == "gpt_oss":  # one for both kinds of attention, as wide as half a head
         widths = [widths[0] // 2]
     f.module = "model.rotary_emb"
     rows = 1 if model.running.recorded.of_pairs or model.running.of_completions else "b"  # without positions in the batch
-    tables = [f.new((rows, "s", width), states[0].dtype, name) for width in widths for name in ("cos", "sin")]
-    if MASK in model.running.recorded.training:  # each kind of attention gets a mask: of a row's documents, or of rows apart
+    unread = model.running.recorded.unread_mask
+    dtype = "fp32" if unread else dtype
+    tables = [f.new((rows, "s", width), dtype, name) for width in widths for name in ("cos", "sin")]
+    if unread or MASK in model.running.recorded.training:  # of each kind of attention: of a row's documents, or of rows apart
         f.module = "model"
         tables += [f.new(("b", "s", "s") if model.running.recorded.rows else ("b·s", "b·s"), "bool", "mask") for _ in attentions]
-    decoder = model.arch.input_embedding.rpartition(".")[0]  # type: ignore[union-attr]
-    of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == decoder]
-    style = Style(layer=recorded_layer, norm=_norm, final_norm=next(name for name in of_stack if name.endswith("norm")))
-    return run_layers(model, style, states, lambda _: tuple(tables), masks={})
+    return tables
 
 
 def _inputs(model: Model) -> Tensor:
