@@ -126,16 +126,19 @@ def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | Non
 
 
 def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocument]:
-    """The job of a file, without its kernels where they have no formula, and the `config` document, which then says so."""
+    """The job of a file, without its kernels where they have no formula, and the `config` document, which then says so. The name
+    that tells how the experts are built stays: it changes the count."""
     if not job.setup.kernels:
         return job, document
     from peftplan.analytic.checks import kernels_without_formula
     from peftplan.job.configs.with_file import effect_of, without_kernels
+    from peftplan.job.kernels import kernels_of
 
     if (why := kernels_without_formula(job)) is None:
         return job, document
     effect = effect_of(job.setup.kernels, quantized=job.quant is not None)
-    return prepared(job.request.changed(kernels=None)), without_kernels(document, why, effect)
+    kept = tuple(name for name in job.setup.kernels if kernels_of((name,)).separate is not None) or None
+    return prepared(job.request.changed(kernels=kept)), without_kernels(document, why, effect, kept=kept)
 
 
 def _of_config(

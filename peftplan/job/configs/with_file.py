@@ -140,12 +140,13 @@ def effect_of(kernels: object, *, quantized: bool) -> Effect:
     return "unknown" if unknown else "raises" if chosen.fake_quant is not None else "lowers"
 
 
-def without_kernels(document: ConfigDocument, why: str, effect: Effect) -> ConfigDocument:
+def without_kernels(document: ConfigDocument, why: str, effect: Effect, *, kept: tuple[str, ...] | None) -> ConfigDocument:
     """The `config` field of a result whose kernels have no formula: the keys that name them are not supported.
 
-    `effect`: theirs on the true peak (`effect_of`).
+    `effect`: theirs on the true peak (`effect_of`). `kept`: names among them that tell how the model is built.
     """
     options = {name: value for name, value in document["options"].items() if name != "kernels"}
+    options |= {} if kept is None else {"kernels": kept}
     kernel_rows = {key: row for key, row in document["read"].items() if row["option"].split(", ") == ["kernels"]}
     read = {key: row for key, row in document["read"].items() if key not in kernel_rows}
     rows = {key: Unsupported(row["value"], f"{why} (no formula yet)", effect, "kernels") for key, row in kernel_rows.items()}
