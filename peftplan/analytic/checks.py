@@ -39,6 +39,7 @@ SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
     "axolotl": ("ddp", "zero1", "zero2"),
     "torchao-float8": ("fsdp2",),
+    "swift-offload": ("fsdp2",),
     "fla": ("fsdp2", "zero2", "zero3"),
     **dict.fromkeys(("te", "te-norm", "torch-norm", "mamba-ssm"), ("fsdp2",)),
     **dict.fromkeys(("deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
@@ -58,6 +59,8 @@ LATENT = "kv_b_proj"
 PROJECTOR = ".multi_modal_projector"
 """A part of a model that gets no gradient where samples have no images."""
 UNSLOTH_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
+FEWEST_OFFLOADED = 3
+"""ms-swift offloads nothing of a model with fewer units (callbacks/activation_cpu_offload.py, `enable_activation_offloading`)."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
@@ -290,9 +293,27 @@ def _offloads_as_rehearsed(job: Job) -> bool:
     """Whether activations go to the host as was rehearsed: of LoRA over 4 bits by axolotl, beside reentrant checkpoints
     (tests/rehearse/axolotl_offload.jsonl)."""
     setup = job.setup
+    if "swift-offload.activations" in (setup.kernels or ()):
+        return _offloads_layers(job)
     checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"
     return checkpoints and of_lora and setup.by.own_fsdp2 and setup.attn_implementation == "flash_attention_2"
+
+
+def _offloads_layers(job: Job) -> bool:
+    """Whether what layers save goes to the host as was rehearsed: of LoRA in bf16 by ms-swift under FSDP2, of a dense model with
+    a head of its own (tests/rehearse/swift.jsonl)."""
+    from peftplan.analytic.shown import is_plain
+    from peftplan.memory.sharded import tied
+
+    setup, distributed = job.setup, job.distributed
+    if distributed is None or distributed.strategy != "fsdp2" or distributed.accelerate is not None:
+        return False
+    enough = sum(len(block.layers) for block in job.architecture.blocks) >= FEWEST_OFFLOADED
+    of_lora = job.quant is None and job.method_name == "lora" and is_plain(job) and not getattr(job.config, "use_dora", False)
+    alike = setup.trainer == "transformers" and setup.attn_implementation == "sdpa" and setup.autocast == "bf16"
+    plain = not (setup.padding or setup.gradient_checkpointing or tied(job.architecture)) and setup.loss == "full"
+    return enough and of_lora and alike and plain and setup.kernels == ("swift-offload.activations",)
 
 
 def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:

@@ -129,9 +129,13 @@ class Rule(NamedTuple):
 
 
 class OffloadedActivations(NamedTuple):
-    """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`)."""
+    """What operations save for backward goes to host memory, but for what several of them save (`tape.offloaded`).
+
+    `by_layer`: layer by layer, and all that a layer saves (`tape.grouped`).
+    """
 
     source: str
+    by_layer: bool = False
 
 
 class FakeQuantized(NamedTuple):

@@ -92,6 +92,7 @@ KERNELS: dict[str, Kernel] = {
     "axolotl-offload.activations": OffloadedActivations(
         "trl, models/activation_offloading.py (`OffloadActivations`), as axolotl 0.19.0 puts it around each step"
     ),
+    "swift-offload.activations": OffloadedActivations("ms-swift 4.6.0, callbacks/activation_cpu_offload.py", by_layer=True),
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
     "axolotl.lora_o": AXOLOTL_LORA,

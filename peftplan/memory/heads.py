@@ -33,9 +33,9 @@ def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def logits_of(model: Model, x: Tensor) -> Tensor:
     """Logits of every position, scaled or soft-capped where the class does."""
-    f = model.tape
-    assert model.arch.output_embedding is not None
-    logits = model.units.leave(TAIL, model.linear(model.arch.output_embedding, model.units.enter_with(TAIL, x)))
+    f, head = model.tape, model.arch.output_embedding
+    assert head is not None
+    logits = model.units.leave(TAIL, model.grouped(model.units.enter_with(TAIL, x), lambda x: model.linear(head, x)))
     f.module = ""
     for op in model.arch.logits_ops:
         if op == "scale":

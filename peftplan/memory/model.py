@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import checkpointed_layers
@@ -15,8 +16,12 @@ from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape import norms, ops, products
+from peftplan.tape.hooks import hooked
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Outputs, Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.tape.grouped import Grouped
 
 
 @dataclass
@@ -190,14 +195,34 @@ class Model(Weights):
         """Whether something of a layer trains."""
         return any(p.trainable and p.layers is not None and layer in p.layers for p in self.parameters.all)
 
+    @property
+    def groups(self) -> Grouped | None:
+        """What offloads all that a module saves; None where nothing does."""
+        kernel = self.running.kernels.activations
+        return cast("Grouped", self.tape.offloaded) if kernel is not None and kernel.by_layer else None
+
+    def grouped(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        """Call a unit of one tensor that is neither a layer nor an embedding."""
+        if (groups := self.groups) is None:
+            return call(x)
+        groups.enter()
+        x = call(x)
+        return hooked(self.tape, x, groups.reload, groups.leave())
+
     def call_layer(self, stack: str, layer: int, call: Callable[..., Outputs], x: Tensor, *others: object) -> Outputs:
         """Call a layer between what its unit does before and after it."""
         try:
             if not self.units.every_layer:
                 return call(layer, x, *others)
             unit = units.layer(layer + (self.arch.encoder_layers if stack == "decoder" else 0))
-            out = call(layer, self.units.enter_with(unit, x), *others)
+            groups = self.groups
+            x = self.units.enter_with(unit, x)
+            if groups is not None:
+                groups.enter()
+            out = call(layer, x, *others)
             hidden, *more = out if isinstance(out, tuple) else (out,)
+            if groups is not None:
+                hidden = hooked(self.tape, hidden, groups.reload, groups.leave())
             hidden = self.units.leave(unit, hidden)
             return (hidden, *more) if more else hidden
         finally:

@@ -33,9 +33,10 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     f.keeps_graph = program.trainer.weighs_tokens
     kernels = model.running.kernels
     if kernels.activations is not None:
+        from peftplan.tape.grouped import Grouped
         from peftplan.tape.offloaded import Offloaded
 
-        f.offloaded = Offloaded(f)
+        f.offloaded = Grouped(f) if kernels.activations.by_layer else Offloaded(f)
     if program.schedule is not None:
         program.schedule.begin()
     elif kernels.decoder is not None or kernels.checkpoint is not None or model.running.own_decoders:

@@ -22,6 +22,7 @@ from peftplan.tape.tensors import Backward, Broadcast, Dims, Node, Operand, Para
 from peftplan.versions import named
 
 if TYPE_CHECKING:
+    from peftplan.tape.grouped import Grouped
     from peftplan.tape.offloaded import Offloaded
 
 T = TypeVar("T")
@@ -81,7 +82,7 @@ class Autograd(Allocations):
         """Detached inputs of reentrant checkpoints with their gradients, where hooks hold them until backward ends."""
         self.modules: Modules | None = None
         """What is done around each module; None: nothing."""
-        self.offloaded: Offloaded | None = None
+        self.offloaded: Offloaded | Grouped | None = None
         """Where what operations save goes to the host."""
 
     @property

@@ -45,6 +45,8 @@ IN_GROUPS = {"allocated": 0.05, "reserved": 0.7}
 """Of weights that reach vLLM in groups."""
 OF_TEXTS = {"allocated": 0.08, "reserved": 2.5}
 """Of embeddings of texts that share a row."""
+OFFLOADED = {"allocated": 0.001, "reserved": 0.3}
+"""Of LoRA over two GPUs, each layer of which saves to the host: 21 of 9,718 MB reserved."""
 OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
 """Of the text parts of vision-language models; under ZeRO-3 reserved bytes of LoRA and beside a second model are not stated."""
 OF_TEXT_PART_PHASES = 0.5
@@ -72,6 +74,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
         if "gpus" in row and row.get("program", "swift sft") == "swift sft" and "deepspeed" not in row["values"]
         else limits
     )
+    limits = OFFLOADED if "fsdp" in row["values"] else limits
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = SHARED_ON_HOST if "rope_scaling" in row["values"] else limits
     limits = OF_TOKENS if row["values"].get("enable_dft_loss") else limits
@@ -86,6 +89,21 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
         assert {phase: number for phase, number in of_phase.items() if abs(number) > OF_TEXT_PART_PHASES} == {}
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
+
+
+def test_what_a_layer_saves_goes_to_the_host() -> None:
+    """Forward peaks at the loss, when the last layer's group has gone too, since the head is the last module: with it there were
+    265 MB more, 4.3 %. Backward has one layer's group and the next one's at once."""
+    (row,) = (row for row in ROWS if "fsdp" in row["values"])
+    job = options(row)
+    assert job["kernels"] == ("swift-offload.activations",)
+    peaks, without = (peftplan.estimate(**job | {"kernels": kernels}).peaks for kernels in (job["kernels"], None))
+    assert peaks is not None
+    assert without is not None
+    for phase, measured in row["by_phase"].items():
+        assert peaks.by_phase[phase] == pytest.approx(measured, rel=1e-5)
+    assert without.by_phase["forward"] > 1.15 * row["by_phase"]["forward"]
+    assert peftplan.estimate(**job | {"gradient_checkpointing": True}).peaks is None
 
 
 def test_a_merged_base_is_there_twice() -> None:

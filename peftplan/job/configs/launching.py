@@ -313,6 +313,10 @@ CHECKPOINTS = "final_state_dict_type"
 """End of the name of a field that says how checkpoints are written."""
 
 
+OFFLOADED = "activation_cpu_offload"
+"""A field of `fsdp_config` that ms-swift adds (4.6.0, trainers/arguments.py:272)."""
+
+
 def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) -> None:
     """FSDP as axolotl and TrainingArguments say it: words, a version and a config; or as ms-swift does, a file by its name."""
     words, version = launch.get("fsdp"), launch.get("fsdp_version")
@@ -324,7 +328,9 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) 
         fields |= {} if version is None else {"version": version}
         fields |= {} if word(words) in ("none", "", "true") else accelerate.of_words(words)
         without = (CHECKPOINTS, *UNREAD_OF_FSDP.get(tool, ()))
-        return accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(without)})
+        offloads = tool == "swift" and fields.pop(OFFLOADED, False) is True
+        passed = accelerate.passed_options({name: field for name, field in fields.items() if not name.endswith(without)})
+        return passed | ({"kernels": ("swift-offload.activations",)} if offloads else {})
 
     def of_file(source: object) -> Values:
         values = content(source, field="fsdp")
