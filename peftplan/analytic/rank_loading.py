@@ -98,7 +98,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
     built = job.architecture.model_type if builds(job) else None
     policy = Loading(
-        groups=grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of),
+        groups=grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of, loads=True),
         buffers=buffers,
         of_one_gpu=whole,
         layout=layout,

@@ -173,6 +173,7 @@ GPUS: dict[str, str] = {
     "--pp-layers-per-stage": "layers per stage; default: those of one stage per rank, of two with interleaved1f1b",
     "--pp-round-stages": "round the number of stages up or down to a multiple of --pp-size",
     "--pp-stage-is-unit/--no-pp-stage-is-unit": "whether a stage is a unit of FSDP2 itself (NeMo Automodel's wrap_outer_model)",
+    "--whole-tower/--no-whole-tower": "each rank holds all of a frozen tower (NeMo Automodel's frozen_sharding: replicate)",
 }
 SHORT_HELP = (
     *("--gpus", "--strategy"),

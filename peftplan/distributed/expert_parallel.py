@@ -11,6 +11,7 @@ import re
 
 from peftplan.distributed.holding import Holding
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.towers import is_whole
 from peftplan.parameters import Parameter
 from peftplan.units import ceil_div
 
@@ -24,6 +25,8 @@ def owners(distributed: Distributed) -> int:
 
 def sharing(p: Parameter, distributed: Distributed) -> tuple[int, int]:
     """The dim of a parameter that FSDP2 divides, and over how many ranks."""
+    if is_whole(p, distributed):
+        return 0, 1
     if is_divided(p, distributed):
         return len(p.shape) - 1, distributed.shards // owners(distributed)
     return 0, distributed.shards

@@ -15,7 +15,7 @@ MOST_RANKS = 2**17
 SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_policy", "transformer_cls_names_to_wrap")
 OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
 OF_PIPELINE = ("pp_schedule", "pp_microbatches", "pp_layers_per_stage", "pp_round_stages")
-OF_OUTER = "pp_stage_is_unit"
+OF_AUTOMODEL = ("pp_stage_is_unit", "whole_tower")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
     *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer", "zero_force_ds_cpu_optimizer"),
@@ -44,7 +44,7 @@ STRATEGIES: dict[StrategyName, Facts] = {
     ),
     "fsdp2": Facts(
         "FSDP2",
-        (*OF_FSDP, "tp_size", "ep_size", "custom_sharded_layers", "checkpoints_parts", "pp_size", *OF_PIPELINE, OF_OUTER),
+        (*OF_FSDP, "tp_size", "ep_size", "custom_sharded_layers", "checkpoints_parts", "pp_size", *OF_PIPELINE, *OF_AUTOMODEL),
         splits_weights=True,
     ),
     "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),

@@ -125,6 +125,8 @@ class Distributed(BaseModel):
     """Whether a stage, or the model where there are none, is a unit of FSDP2 itself. If not, its head is a root beside it, and
     torch's schedule gathers no stage ahead and reduces none behind its last micro batch: the tool does (nemo_automodel 0.7.0,
     components/moe/fsdp_mixin.py), or, with `sync_each_batch`, each backward (`wrap_outer_model`)."""
+    whole_tower: bool | None = None
+    """Whether every rank holds all of a frozen tower beside the text part (`distributed.towers`)."""
 
     @property
     def world_size(self) -> int:

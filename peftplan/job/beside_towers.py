@@ -14,6 +14,8 @@ class Shown(NamedTuple):
     attention: tuple[str, ...] = ("sdpa", "flash_attention_2")
     checkpoints: tuple[bool, ...] = (False,)
     """Whether layers were checkpoints. Two layers of Ministral 3 that were, held 1.1 % more than was counted."""
+    whole: bool = False
+    """Whether each rank held all of the tower of a mixture (`whole_tower`), or shared it."""
 
 
 TEXT, IMAGES = "automodel", "automodel-vlm"
@@ -23,7 +25,7 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
     ("qwen2_5_vl", "partial"): Shown(IMAGES),
     ("gemma3", "partial"): Shown(IMAGES, ("eager",)),
     ("gemma3", "lora"): Shown(IMAGES, ("eager",)),
-    ("gemma4", "partial"): Shown(IMAGES, ("eager",), (False, True)),
+    ("gemma4", "partial"): Shown(IMAGES, ("eager",), (False, True), whole=True),
     ("gemma4", "lora"): Shown(IMAGES, ("sdpa",), (False, True)),
     ("gemma4_unified", "full"): Shown(TEXT, ("eager",)),
     ("qwen3_vl", "partial"): Shown(IMAGES, ("sdpa",)),
@@ -38,6 +40,8 @@ def knows_tower(job: "Job") -> bool:
     if shown is None or job.quant is not None or setup.trainer != shown.trainer:
         return False
     rehearsed = setup.attn_implementation in shown.attention and bool(setup.gradient_checkpointing) in shown.checkpoints
+    if job.distributed is not None and job.distributed.whole_tower and not (shown.whole and is_mixture(job)):
+        return False
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
     if model_type == "mistral3":  # Ministral 3 3B, whose head is its embedding

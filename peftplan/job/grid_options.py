@@ -127,6 +127,7 @@ class GridOptions(OtherWords, total=False):
     pp_layers_per_stage: Axis[int | None]
     pp_round_stages: Axis[Literal["up", "down"] | None]
     pp_stage_is_unit: Axis[bool | None]
+    whole_tower: Axis[bool | None]
     alpha: object
     alpha_pattern: object
     beta1: object

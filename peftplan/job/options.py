@@ -137,6 +137,7 @@ class StrategyOptions(TypedDict, total=False):
     pp_layers_per_stage: int | None
     pp_round_stages: Literal["up", "down"] | None
     pp_stage_is_unit: bool | None
+    whole_tower: bool | None
 
 
 class MethodOptions(TypedDict, total=False):

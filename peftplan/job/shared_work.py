@@ -71,6 +71,9 @@ def check_distributed(
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )
+    if distributed.whole_tower and setup.by.layout is not AUTOMODEL:
+        accepted = f"{setup.by.called} shards towers too; accepted: with trainer automodel or automodel-vlm"
+        raise InputError("whole_tower", distributed.whole_tower, accepted)
     if strategy == "fsdp2" and (distributed.pp_size or 1) > 1:
         _check_pipeline(distributed, setup, architecture)
     if strategy == "fsdp2" and (distributed.cp_size or 1) > 1 and setup.by.traced_on_ranks:

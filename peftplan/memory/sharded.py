@@ -23,6 +23,7 @@ from peftplan.distributed.order import in_module_order
 from peftplan.distributed.shards import gathered_by_torchao
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of
+from peftplan.distributed.towers import is_whole
 from peftplan.distributed.units import Member, Unit
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
@@ -158,12 +159,14 @@ def grouped(
     layout: Layout,
     *,
     calls_adapters: bool = True,
+    loads: bool = False,
 ) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
     torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
     alone (`wraps_mlps`): then layers have no units. `calls_adapters`: modules of an adapter, which are units of FSDP1, run one by
-    one; a kernel that takes their weights finds them gathered with their layer.
+    one; a kernel that takes their weights finds them gathered with their layer. `loads`: with what every rank holds whole, which
+    is loaded as if it were of the root.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
@@ -197,6 +200,8 @@ def grouped(
     groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
+            continue
+        if not loads and is_whole(p, distributed):
             continue
         if id(p) in of_modules or (leaves and p.owner == "adapter"):
             for name in leaves_of(p):

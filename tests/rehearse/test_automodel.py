@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.errors import RefusedError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import REHEARSED_QUANTIZED
 from peftplan.job.beside_towers import WITH_TOWERS
 from peftplan.memory.te_attention import PLANNED
@@ -511,6 +511,9 @@ def test_the_root_gathers_a_frozen_tower(options: dict[str, Any], unknown: str |
         ({"model": "gemma-4-26b-a4b"}, False),
         ({"model": "gemma-4-26b-a4b", "kernels": "deepep", "ep_size": 8}, True),
         ({"model": "gemma-4-26b-a4b", "kernels": "deepep", "ep_size": 8, "gradient_checkpointing": True}, False),
+        ({"model": "gemma-4-26b-a4b", "kernels": "deepep", "ep_size": 8, "whole_tower": True}, True),
+        ({"whole_tower": True}, False),  # of a model without experts
+        ({"model": "gemma-3-4b-it", "whole_tower": True}, False),
     ],
 )
 def test_what_beside_towers_was_rehearsed(options: dict[str, Any], known: bool) -> None:
@@ -519,6 +522,20 @@ def test_what_beside_towers_was_rehearsed(options: dict[str, Any], known: bool) 
     job |= {"trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
     result = peftplan.estimate(**job | options)
     assert (result.peaks is not None) is known
+
+
+def test_a_whole_tower_is_of_no_unit() -> None:
+    """27 layers of 1,152 x 4,304 and 4 x 1,152 x 1,152 and their norms, two tables of 10,240 places, patches of 768 numbers, and
+    a projection to 2,816. One of eight ranks has half of the tables, which have two rows, and an eighth of what else is large."""
+    sizes = {"tower": 27 * (3 * 1152 * 4304 + 4 * 1152 * 1152) + 1152 * 768 + 1152 * 2816, "tables": 2 * 10240 * 1152}
+    job: dict[str, Any] = {"trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8, "kernels": "deepep", "ep_size": 8}
+    job |= {"method": "partial", "trainable": r"^(?!.*vision).*", "attn_implementation": "eager", "seq_len": 512}
+    shared, whole = (peftplan.estimate("gemma-4-26b-a4b", **job, whole_tower=value) for value in (None, True))
+    of_norms = 27 * (4 * (2560 - 512))
+    weights = [e.to_dict()["memory"]["by_category"]["weights"] for e in (shared, whole)]
+    assert weights[1] - weights[0] == 2 * (sizes["tower"] * 7 // 8 + sizes["tables"] // 2) + of_norms
+    with pytest.raises(InputError, match="accepted: with trainer automodel"):
+        peftplan.estimate("llama-3.2-1b", strategy="fsdp2", gpus=8, whole_tower=True)
 
 
 def test_factors_of_gemma4_multiply_its_experts() -> None:

@@ -330,6 +330,9 @@ def test_losses_and_optimizers_of_nemo() -> None:
     assert of_nemo(sharded | {"defer_fsdp_grad_sync": False}).options["sync_each_batch"] is True
     alone = of_nemo(sharded | {"defer_fsdp_grad_sync": False}, step_scheduler={"global_batch_size": 8, "local_batch_size": 1})
     assert "sync_each_batch" not in alone.options
+    towers = [of_nemo(sharded | {"multimodal": {"frozen_sharding": name}}) for name in ("root", "replicate", "per_layer")]
+    assert [plan.options.get("whole_tower") for plan in towers] == [None, True, None]
+    assert [bool(plan.unsupported) for plan in towers] == [False, False, True]
     assert alone.read["distributed.defer_fsdp_grad_sync"].why == "a step has one micro batch"
 
 
