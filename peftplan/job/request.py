@@ -85,6 +85,6 @@ def read_request(
     training = None if training_args is None else ecosystem.training_options(training_args)
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
     of_ddp = {ours: getattr(training_args, f"ddp_{name}", None) for name, ours in OF_DDP.items()}
-    script = script.model_copy(update={name: bool(value) for name, value in of_ddp.items() if value is not None})
+    script = script.model_copy(update={name: value for name, value in of_ddp.items() if value is not None})
     request = request._replace(script=script)
     return request._replace(stored=stored, training=training, adapter=adapter)

@@ -65,6 +65,8 @@ class Script(BaseModel):
     does."""
     static_graph: bool | None = None
     """Whether DDP is told that each step's graph is that of the first, where the option `static_graph` is unset."""
+    bucket_cap_mb: float | None = None
+    """MiB of DDP's buckets, where the option `bucket_cap_mb` is unset."""
     torch: Version | None = None
     """The torch that ran, as `2.10.0`; None: one as in `versions.READ_IN`. Decides `cublaslt_apart` and `ties_by_address`."""
     transformers: Version | None = None
@@ -217,7 +219,7 @@ POSITIONS_IN_MASKS = frozenset(
 """Decoders that pass their positions to `create_causal_mask` in the releases that assume packed sequences. Others built masks
 differently."""
 
-OF_DDP = {"find_unused_parameters": "finds_unused", "static_graph": "static_graph"}
+OF_DDP = {"find_unused_parameters": "finds_unused", "static_graph": "static_graph", "bucket_cap_mb": "bucket_cap_mb"}
 """Options that DDP alone has, and the field of `Script` for those of a file or of TrainingArguments."""
 
 EXAMPLES = {"torch": "2.10", "transformers": "5.3", "bitsandbytes": "0.49"}

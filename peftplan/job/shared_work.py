@@ -200,6 +200,8 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
             "head alone: RuntimeError: aten.mm.out got mixed torch.Tensor and DTensor (liger-kernel, "
             "ops/fused_linear_cross_entropy.py:164); accepted: --loss full, or zero3"
         )
+    if distributed.find_unused_parameters and not distributed.static_graph and setup.gradient_checkpointing:
+        _check_unused(setup, adaptation)
     if distributed.strategy == "fsdp1":
         _check_flat(distributed, setup, adaptation)
     _check_shards(distributed, setup, adaptation)
@@ -211,6 +213,22 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
                 "which does not fit what transformers passes in: RuntimeError in the first forward; accepted: the modules that "
                 f"are colwise, {', '.join(_colwise(architecture))}"
             )
+
+
+def _check_unused(setup: Setup, adaptation: Adaptation) -> None:
+    """Raise RefusedError for reentrant checkpoints of layers in which something trains: their graphs do not hang on the outputs,
+    so DDP takes what trains in them for unused. Two ranks of gloo raise in the first micro batch that reduces, in full and with
+    LoRA, of one layer too, and run where only a head, an embedding or the final norm trains, or with a static graph."""
+    layers = [
+        *(param.layers for param in adaptation.trained),
+        *(tensor.layers for tensor in adaptation.added if tensor.trainable),
+    ]
+    if setup.use_reentrant and any(layers):
+        raise RefusedError(
+            "find_unused_parameters: with reentrant checkpoints DDP marks what trains in a layer ready twice: RuntimeError: "
+            "Expected to mark a variable ready only once (torch, reducer.cpp); accepted: --no-find-unused-parameters (in "
+            "TrainingArguments ddp_find_unused_parameters=False), --no-use-reentrant, or --static-graph without accumulation"
+        )
 
 
 OF_MODULES = (".weight", ".bias")
@@ -307,11 +325,11 @@ def with_trainers_ddp(
     distributed: Distributed, setup: Setup, script: Script, *, adapts: bool, architecture: Architecture
 ) -> Distributed:
     """The strategy with what a tool or its trainer tells DDP unless the option does: whether to look for parameters without
-    gradients, and whether a step's graph never changes."""
+    gradients, whether a step's graph never changes, and how large its buckets are."""
     if distributed.strategy != "ddp":
         return distributed
-    if distributed.static_graph is None:
-        distributed = distributed.model_copy(update={"static_graph": script.static_graph})
+    told = {name: getattr(script, name) for name in ("static_graph", "bucket_cap_mb") if getattr(distributed, name) is None}
+    distributed = distributed.model_copy(update=told)
     if distributed.find_unused_parameters is not None:
         return distributed
     searches = script.finds_unused
@@ -345,5 +363,3 @@ def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, ada
             "method: under DeepSpeed Trainer drops an optimizer that is passed to it (transformers, integrations/deepspeed.py:"
             "658); override create_optimizer. LoRA-FA's then steps over flat partitions as AdamW does"
         )
-    if distributed.find_unused_parameters and setup.gradient_checkpointing and setup.use_reentrant:
-        yield "find_unused_parameters: with reentrant checkpointing DDP marks parameters ready twice and raises"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import PeftplanError
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
 from tools import rehearsed_llamafactory, rehearsed_swift
@@ -24,6 +25,11 @@ FILES: dict[str, dict[str, Any]] = {
     "llamafactory": {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "finetuning_type": "lora", "template": "qwen"},
     "axolotl": {"base_model": "Qwen/Qwen2.5-0.5B", "adapter": "lora", "sequence_len": 512, "micro_batch_size": 1},
 }
+REENTRANT_BY_DEFAULT: dict[str, dict[str, Any]] = {
+    "llamafactory": {"use_reentrant_gc": False},
+    "axolotl": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+"""Tool → what turns its reentrant checkpoints off."""
 
 
 def searches(plan: ConfigPlan, **options: Any) -> object:
@@ -48,7 +54,9 @@ def test_what_the_tool_held(row: dict[str, Any]) -> None:
 )
 def test_a_file_says_it(tool: Any, by_default: bool | None) -> None:
     """TrainingArguments' and axolotl's `ddp_find_unused_parameters`, under DDP alone. TrainingArguments alone train in full."""
-    checkpoints = {"gradient_checkpointing": True}
+    checkpoints: dict[str, Any] = {"gradient_checkpointing": True}
+    if tool in REENTRANT_BY_DEFAULT:  # with which DDP fails where it looks
+        checkpoints |= REENTRANT_BY_DEFAULT[tool]
     assert searches(read_values(FILES[tool] | checkpoints, file="a.yaml", tool=tool), gpus=2) is by_default
     for search in (True, False):
         plan = read_values(FILES[tool] | checkpoints | {"ddp_find_unused_parameters": search}, file="a.yaml", tool=tool)
@@ -66,6 +74,56 @@ def test_training_arguments_say_it() -> None:
         for options in ({"gpus": 2}, {}):
             distributed = peftplan.estimate("qwen2.5-0.5b", training_args=arguments, **options).distributed
             assert distributed is None if not options else distributed.strategy.find_unused_parameters is search
+
+
+REENTRANT = {"gpus": 2, "strategy": "ddp", "gradient_checkpointing": True, "use_reentrant": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora"},
+        {"method": "lora", "layers_to_transform": "0"},
+        {"method": "lora", "trainer": "trl", "gradient_accumulation_steps": 2},
+        {"method": "full", "find_unused_parameters": True},
+    ],
+)
+def test_reentrant_checkpoints_are_refused_where_unused_parameters_are_looked_for(options: dict[str, Any]) -> None:
+    """Two ranks of gloo, torch 2.13: "Expected to mark a variable ready only once", in the first micro batch that reduces."""
+    with pytest.raises(PeftplanError, match="ready twice"):
+        peftplan.estimate("qwen2.5-0.5b", **REENTRANT, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora", "find_unused_parameters": False},
+        {"method": "lora", "static_graph": True},
+        {"method": "lora", "target_modules": "lm_head"},
+        {"method": "full"},
+        {"method": "full", "static_graph": True, "find_unused_parameters": True},
+    ],
+)
+def test_reentrant_checkpoints_that_run_over_two_ranks(options: dict[str, Any]) -> None:
+    """Run over two ranks of gloo too: what trains is outside the checkpoints, DDP does not look, or the graph never changes."""
+    assert peftplan.estimate("qwen2.5-0.5b", **REENTRANT, **options).distributed is not None
+
+
+def test_buckets_are_as_large_as_arguments_and_files_say() -> None:
+    """`ddp_bucket_cap_mb`, under DDP alone: reserved bytes of two ranks are 6 % higher with buckets of 1,000 MiB."""
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(output_dir="x", ddp_bucket_cap_mb=1000, use_cpu=True)
+    plan = read_values(FILES["trl"] | {"ddp_bucket_cap_mb": 1000}, file="a.yaml", tool="trl")
+    for source in ({"training_args": arguments}, {"config": plan}):
+        of_source = {"gpus": 2, **source}
+        distributed = peftplan.estimate("qwen2.5-0.5b", **of_source).distributed
+        assert distributed is not None
+        assert distributed.strategy.bucket_cap_mb == 1000
+        distributed = peftplan.estimate("qwen2.5-0.5b", bucket_cap_mb=50, **of_source).distributed
+        assert distributed is not None
+        assert distributed.strategy.bucket_cap_mb == 50
+        peftplan.estimate("qwen2.5-0.5b", strategy="fsdp2", **of_source)
+    assert not plan.unsupported
 
 
 def told(peaks: Any) -> object:

@@ -163,6 +163,26 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_com": True}}}, "did you mean overlap_comm"),
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}}, "tensor_parallel"),
+    (
+        {"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}},
+        "offload_optimizer: ratio: another value than 1.0 is not counted",
+    ),
+    (
+        {"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin": True}}}},
+        "deepspeed: zero_optimization: offload_optimizer: 'pin' is not valid",
+    ),
+    (
+        {"gpus": 2, "deepspeed": {"bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True}}},
+        "deepspeed: bf16: bf16_master_weights_and_grads: another value than false is not counted",
+    ),
+    (
+        {"gpus": 2, "deepspeed": {"bf16": {"enabled": True}, "fp16": {"enabled": True}}},
+        "bf16 and fp16 are both enabled, which DeepSpeed refuses",
+    ),
+    (
+        {"accelerate_config": {"distributed_type": "FSDP", "num_processes": 2}, "deepspeed": ZERO3},
+        "deepspeed: strategy is fsdp1 in accelerate_config and zero3 here",
+    ),
     ({"gpus": 2, "deepspeed": ZERO3, "strategy": "zero2"}, "strategy: 'zero2' is not valid; deepspeed says zero3"),
     ({"accelerate_config": {"distributed_type": "TPU"}}, "accelerate_config: distributed_type: 'TPU' is not valid"),
     ({"accelerate_config": {"distributed_type": "FSDP", "num_proceses": 2}}, "did you mean num_processes"),

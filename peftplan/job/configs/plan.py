@@ -92,7 +92,7 @@ class ConfigPlan:
     """What the file leaves to the data or the launcher → what is assumed."""
     kind: Literal["training", "launch", "other"] = "training"
     """Whether the file trains a model, launches a job, or does something else."""
-    of_ddp: Mapping[str, bool] = field(default_factory=dict)
+    of_ddp: Mapping[str, bool | float] = field(default_factory=dict)
     """What the file or its tool says of DDP alone, by option (`OF_DDP`), wherever the file is launched."""
     refused: Mapping[str, Refused] = field(default_factory=dict)
     """Keys with which the tool raises, of which the plan has the changed values."""

@@ -38,7 +38,7 @@ class WithFile(NamedTuple):
     model: object
     options: dict[str, object]
     config: ConfigDocument
-    facts: dict[str, bool]
+    facts: Mapping[str, bool | float]
     """What the tool does, as fields of `Script`."""
     warnings: tuple[str, ...] = ()
     """What the tool raises for the file as it is."""
@@ -91,8 +91,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options.pop("device_map", None)  # the tool's on one GPU
     options = {name: value for name, value in options.items() if name not in OF_DDP}  # the user's strategy may be another
     options |= chosen_options
-    of_tool = of_releases(plan.tool, options)
-    of_tool |= {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
+    of_ddp = {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
+    of_tool = {**of_releases(plan.tool, options), **of_ddp}
     return WithFile(
         plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool, plan.warnings(chosen_options)
     )

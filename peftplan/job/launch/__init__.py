@@ -25,8 +25,9 @@ def launch_options(options: Mapping[str, object]) -> tuple[dict[str, object], tu
     for field in given_files:
         read = import_module(f"peftplan.job.launch.{FILES[field]}").options
         for name, value in read(options[field]).items():
-            if name in from_files and from_files[name] != value and name != "strategy":
-                raise OptionError(field, options[field], f"{name} is {from_files[name]} in accelerate_config and {value} here")
+            others = from_files.get(name, value)
+            if others != value and not (name == "strategy" and str(others).startswith(("zero", "ddp"))):
+                raise OptionError(field, options[field], f"{name} is {others} in accelerate_config and {value} here")
             from_files[name] = value
     for name, value in from_files.items():
         own = options.get(name)

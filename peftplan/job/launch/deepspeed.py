@@ -49,6 +49,24 @@ TOP_SILENT = frozenset(
     }
 )  # fmt: skip
 """Fields that change no byte of a GPU."""
+OFFLOAD_SILENT = frozenset(
+    {
+        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read", "pipeline_write",
+        "pipeline", "fast_init", "cpuadam_cores_perc",
+    }
+)  # fmt: skip
+PRECISION_SILENT = frozenset(
+    {
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+        "min_loss_scale", "check_grad_overflow",
+    }
+)  # fmt: skip
+"""Fields of an offload, and of `bf16` and `fp16`, that change no byte of a GPU (runtime/precision_config.py)."""
+OFFLOAD_COUNTED: Options = {"ratio": 1.0, "super_offload": False}
+PRECISION_COUNTED: Options = dict.fromkeys(
+    ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads", "immediate_grad_update"), False
+)
+"""Fields of these that change some, and their only value that is counted, the default."""
 TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
 TOP = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "zero_force_ds_cpu_optimizer", *TOP_FIELDS)
 
@@ -72,13 +90,21 @@ def options(source: object) -> Options:
     _check_gradients(block(raw.get("data_types") or {}, f"{DEEPSPEED}: data_types"))
     for dtype in ("bf16", "fp16"):
         enabled = _enabled(raw.get(dtype) or {})
-        if enabled != "auto" and asks(enabled):
-            read["autocast"] = dtype
+        if not asks(enabled):
+            continue
+        _check_block(dtype, raw[dtype], PRECISION_SILENT, PRECISION_COUNTED)
+        if enabled == "auto":
+            continue
+        if "autocast" in read:
+            raise OptionError(DEEPSPEED, source, "bf16 and fp16 are both enabled, which DeepSpeed refuses (config.py:512)")
+        read["autocast"] = dtype
     for name, value in zero.items():
         if name == "stage" or name in ZERO_SILENT or value is None:
             continue
         if name in ("offload_optimizer", "offload_param"):
             device = str(block(value, f"{DEEPSPEED}: {name}").get("device", "none"))
+            if device != "none":
+                _check_block(f"zero_optimization: {name}", value, OFFLOAD_SILENT, OFFLOAD_COUNTED)
             read["offload_params" if name == "offload_param" else name] = device
         elif name in ZERO_FIELDS:
             read[ZERO_FIELDS[name]] = _zero_value(name, value)
@@ -105,6 +131,16 @@ def _check_gradients(dtypes: Mapping[str, object]) -> None:
     dtype = dtypes.get("grad_accum_dtype")
     if dtype is not None and str(dtype).lower() not in ("bf16", "bfloat16", "fp16", "float16"):
         raise InputError(f"{DEEPSPEED}: data_types", dtype, "wider sums of gradients are not counted; accepted: null, bf16, fp16")
+
+
+def _check_block(name: str, value: object, silent: frozenset[str], counted: Options) -> None:
+    """Raise an error for a field of a block that is not known, or whose value is not counted."""
+    field = f"{DEEPSPEED}: {name}"
+    for key, stated in value.items() if isinstance(value, Mapping) else ():
+        if key not in silent and key not in counted:
+            raise UnknownNameError(field, key, (*silent, *counted))
+        if key in counted and stated not in (None, counted[key]):
+            raise OptionError(f"{field}: {key}", stated, f"another value than {str(counted[key]).lower()} is not counted")
 
 
 def _enabled(value: object) -> object:
