@@ -3,8 +3,9 @@
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
-if not `swift sft`, and the `environment` besides. Rows are as long as `max_length` says, and each token is scored; GRPO's
-completions were written elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
+if not `swift sft`, and the `environment` besides. Rows are as long as `max_length` says, or have `tokens` where a tokenizer joins
+letters of prompts, and each token is scored; GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the CUDA build
+of torch.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
     values, layers = row["values"], row["layers"]
     read = {"model": cut(values["model"], layers), **plan(row).options}
+    read |= {"seq_len": row["tokens"]} if "tokens" in row else {}
     return read | ({"teacher_model": shallow(values["teacher_model"], layers)} if "teacher_model" in read else {})
 
 

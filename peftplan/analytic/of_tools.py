@@ -19,10 +19,12 @@ class Rehearsed(NamedTuple):
     """None: one GPU."""
     model_types: tuple[str, ...] = DENSE
     attention: tuple[str, ...] = ("flash_attention_2",)
-    vllm: str | None = None
+    vllm: tuple[str | None, ...] = (None,)
     """Where vLLM writes completions; None: nowhere."""
     one_row: bool = False
     """Whether a batch is one row."""
+    from_host: bool = False
+    """Whether weights that wait on the host, as states do, are sent in groups (`move_model_batches`)."""
     by_file: bool = False
     """Whether it was rehearsed only as its tool's files are read: with the optimizer's states alone on the host, and under a
     release of transformers whose checkpoints cover the hooks around a layer (`job.configs.with_file.of_releases`)."""
@@ -33,9 +35,12 @@ REHEARSED = {
     "axolotl-grpo": Rehearsed("full"),
     "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
     "swift-embedding-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
-    "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm="colocate", one_row=True),
-    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm="colocate", one_row=True, by_file=True),
-    "swift-grpo-taught": Rehearsed("full", "zero2", vllm="server"),
+    "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm=("colocate",), one_row=True),
+    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm=("colocate",), one_row=True, by_file=True),
+    "swift-grpo-grouped": Rehearsed(
+        "full", "zero3", ("qwen3_moe",), ("sdpa",), vllm=("colocate", "server"), one_row=True, from_host=True
+    ),
+    "swift-grpo-taught": Rehearsed("full", "zero2", vllm=("server",)),
 }
 """Trainer → what was rehearsed of it."""
 TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
@@ -52,7 +57,7 @@ def unlike_rehearsed(job: "Job") -> str | None:
         by_what = f"{job.setup.by.called} with {job.setup.optim}"
         return f"layers that take turns by {by_what} and model type {job.architecture.model_type}"
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
-    if divided and job.setup.by.gathers_when_called and not _is_dense(job):
+    if divided and job.setup.by.gathers_when_called and shown is None and not _is_dense(job):
         return f"a mixture of experts under ZeRO-3 by {job.setup.by.called}"
     if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
         return "a loss of masked tokens, other than in full fine-tuning in bf16 on one GPU without checkpoints"
@@ -73,9 +78,10 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
         f"attention {setup.attn_implementation}": setup.attn_implementation not in shown.attention,
         "no checkpoints": not setup.gradient_checkpointing,
         "other offloading or checkpoints than --config reads of its tool's files": shown.by_file and not _is_of_file(job),
+        "weights that are not sent in groups from the host": shown.from_host and not _sends_groups(job),
         f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
         "ring attention, as its GPUs do not divide the heads of keys": _rings(job),
-        "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm != shown.vllm,
+        "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm not in shown.vllm,
     }
     return next((what for what, is_so in differing.items() if is_so), None)
 
@@ -92,6 +98,13 @@ def _is_of_file(job: "Job") -> bool:
     distributed = job.distributed
     states_alone = distributed is not None and distributed.offload_optimizer == "cpu" and distributed.offload_params == "none"
     return states_alone and bool(job.setup.use_reentrant) and not job.script.checkpoints_forward
+
+
+def _sends_groups(job: "Job") -> bool:
+    """Whether groups of weights are sent that wait on the host, of a policy and its copy, with reentrant checkpoints."""
+    distributed, setup = job.distributed, job.setup
+    on_host = distributed is not None and distributed.offload_optimizer == distributed.offload_params == "cpu"
+    return on_host and setup.move_model_batches is not None and bool(setup.use_reentrant) and job.reference == "copy"
 
 
 def _is_dense(job: "Job") -> bool:

@@ -240,7 +240,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
 
 def _habits(job: Job) -> Habits:
     by = job.setup.by
-    return Habits(follows=not by.gathers_when_called, keeps=job.keeps_leftovers, reloads=by.reloads_weights)
+    follows, full = not by.gathers_when_called, job.method_name == "full"
+    return Habits(follows=follows, keeps_in_backward=full, keeps=job.keeps_leftovers, reloads=by.reloads_weights)
 
 
 def _kind_of_units(job: Job) -> type[Fsdp2]:

@@ -66,7 +66,9 @@ def sent(inventory: Inventory) -> Timeline:
     merged = max((prod(m.shape("weight")) for m in job.adaptation.matched), default=0)
     before: list[Tensor] = []
     for group in _groups(parameters, job.setup.move_model_batches):
+        parts = _parts_from_host(f, job, group)
         gathered = _gathered_of(f, inventory, group)
+        del parts
         if job.setup.move_model_batches is not None:
             _add_adapters(f, job, group)
         elif merged:
@@ -85,6 +87,16 @@ def sent(inventory: Inventory) -> Timeline:
     f.mark("backward")
     before.clear()
     return timeline(f, {}, vocab=None)
+
+
+def _parts_from_host(f: Tape, job: Job, group: Placed) -> list[Tensor]:
+    """What ranks hold of a group's tensors on the host, which comes to the card for the gather (deepspeed,
+    runtime/zero/partition_parameters.py, `_allgather_params_coalesced`). Weights that have left the host are there already."""
+    distributed, setup = job.distributed, job.setup
+    waits = distributed is not None and distributed.strategy == "zero3" and distributed.offload_params == "cpu"
+    if distributed is None or not waits or setup.move_model_batches is None:
+        return []
+    return [f.new((ceil_div(p.numel, distributed.world_size),), p.dtype, f"{p.name} on its way") for p, _ in group]
 
 
 def _add_adapters(f: Tape, job: Job, group: Placed) -> None:

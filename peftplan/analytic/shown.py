@@ -319,13 +319,16 @@ def is_shown_trainer(job: Job) -> bool:
 
 def is_shown_reentrant(job: Job) -> bool:
     """Whether reentrant checkpoints were rehearsed with this strategy: under FSDP2 those between the hooks of a layer, under
-    ZeRO-3 in a step of one forward, of experts that do not train, and of an adapter whose trainer generates."""
+    ZeRO-3 in a step of one forward, of experts that do not train or of which nothing is gathered ahead, and of an adapter whose
+    trainer generates."""
     assert job.distributed is not None
     strategy = job.distributed.strategy
     if strategy == "fsdp2":
         return job.script.checkpoints_forward and job.setup.by.layout is ACCELERATE
     if strategy == "zero3":
-        trains_experts = job.method_name == "full" and job.architecture.model_type in LEAVES
+        trains_experts = (
+            job.method_name == "full" and job.architecture.model_type in LEAVES and not job.setup.by.gathers_when_called
+        )
         writes_with_adapter = job.setup.by.generates and job.method_name == "lora"
         rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
         return not trains_experts and rehearsed

@@ -98,7 +98,10 @@ class Coordinator:
         inside: Callable[[Module], Iterable[Sharded]] = lambda module: module.parameters,
         follows: bool = True,
     ) -> None:
-        """`inside`: the parameters of a module and of all modules inside it. `follows`: an order that was recorded is used."""
+        """`inside`: the parameters of a module and of all modules inside it. `follows`: an order that was recorded is used;
+        otherwise nothing is gathered ahead, and forward frees what backward needs: `__params_to_release` still has what it said
+        of an earlier order, of a forward alone.
+        """
         self.f, self.limits, self.world_size, self.offloads = f, limits, world_size, offloads
         self.inside, self.follows = inside, follows
         self.stream = GATHER if overlaps else 0
@@ -172,7 +175,7 @@ class Coordinator:
             p, place = self.queue.popleft()
             self._latest[p] = place
             fresh.discard(p)
-        most = min(self.limits.max_live - self.live, self.limits.prefetch_bucket)
+        most = min(self.limits.max_live - self.live, self.limits.prefetch_bucket) if self.follows else 0
         ahead: dict[Sharded, None] = {}
         numel = 0
         while self.queue and numel < most:
@@ -236,10 +239,11 @@ class Coordinator:
         also = [*also]
         for p in (*module.parameters, *also):
             p.active.discard(module.name)
-        soon = self._inside_soon() if self.order and module.leaf else None
+        knows = bool(self.order) and (self.follows or self.f.recomputes or self.f.segment < 0)
+        soon = self._inside_soon() if knows and module.leaf else None
         for p in module.parameters:
             needed = self._latest.get(p, -1) > self.step or (self._is_needed_soon(p) if soon is None else p in soon)
-            if not self.order or not (p.persists or needed):
+            if not knows or not (p.persists or needed):
                 self.free(p)
         for p in also:
             if not p.persists:

@@ -53,6 +53,7 @@ TrainerName = Literal[
     "swift-grpo",
     "swift-grpo-reloading",
     "swift-grpo-unhosted",
+    "swift-grpo-grouped",
     "swift-grpo-entropies",
     "swift-grpo-taught",
     "swift-grpo-shared-rows",

@@ -222,6 +222,14 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_zero3=("adapter_off",),
             options=SWIFT_GRPO.options | {"move_model_batches"},
         ),
+        SWIFT_GRPO._replace(
+            name="swift-grpo-grouped",
+            called=f"{SWIFT_GRPO.called} that sends groups of layers",
+            under_ddp=(),
+            under_zero2=(),
+            under_zero3=("copy",),
+            options=SWIFT_GRPO.options | {"move_model_batches"},
+        ),
         # `sequence_parallel_size`, with weights that wait on the host (rlhf_trainers/grpo_trainer.py:1468).
         SWIFT_GRPO._replace(
             name="swift-grpo-shared-rows",

@@ -59,6 +59,8 @@ class Habits(NamedTuple):
 
     follows: bool = True
     """Whether the order that was recorded is used."""
+    keeps_in_backward: bool = False
+    """Whether backward uses it all the same: one forward without an adapter is like the other."""
     keeps: bool = False
     """Whether what no hook releases stays (`Job.keeps_leftovers`)."""
     reloads: bool = False
@@ -81,7 +83,7 @@ class Gathering(Stage):
         self.coordinator = Coordinator(
             self.f,
             [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order]
-            if before and habits.follows
+            if before and (habits.follows or habits.keeps_in_backward)
             else None,
             limits(distributed, hidden_size),
             world_size=self.world_size,

@@ -87,8 +87,31 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     if peaks.assumed.get("images_per_sample") == 0:
         of_phase = {phase: 100 * (peaks.by_phase[phase] / nbytes - 1) for phase, nbytes in row["by_phase"].items()}
         assert {phase: number for phase, number in of_phase.items() if abs(number) > OF_TEXT_PART_PHASES} == {}
+    if "tokens" in row:  # DeepSpeed does not know the order of modules in the first step, which may hold more than later ones
+        row = row | {"allocated": max(row["by_phase"].values())}
     drift = {what: 100 * (getattr(peaks, what) / row[what] - 1) for what in limits}
     assert {what: number for what, number in drift.items() if abs(number) > limits[what]} == {}
+
+
+OF_EXPERTS = [row for row in ROWS if "tokens" in row]
+
+
+@pytest.mark.parametrize("row", OF_EXPERTS, ids=lambda row: row["values"]["vllm_mode"])
+def test_grpo_trains_experts_whose_weights_wait_on_the_host(row: dict[str, Any]) -> None:
+    """Two layers in groups of one, with a reference model. vLLM gets its weights before the step's next forward, so in the
+    rehearsal's *step*: both layers whole, 1.25 GB each, and a seventh or an eighth of one, which came from the host. In backward
+    the weights of attention stay gathered beside the experts': DeepSpeed counts none of a block of experts, whose weights are
+    those of modules inside, on the way to a later use. Without that backward of the server's job had 0.9 % less."""
+    job = options(row)
+    assert job["trainer"] == "swift-grpo-grouped"
+    peaks = peftplan.estimate(**job).peaks
+    assert peaks is not None
+    assert peaks.reserved is None
+    ours = {"forward": peaks.by_phase["forward"], "backward": peaks.by_phase["backward"], "step": peaks.by_phase["generate"]}
+    for phase, nbytes in ours.items():
+        assert nbytes == pytest.approx(row["by_phase"][phase], rel=4e-4)
+    assert peftplan.estimate(**job | {"move_model_batches": None}).peaks is None
+    assert peftplan.estimate(**job | {"offload_params": "none"}).peaks is None
 
 
 def test_what_a_layer_saves_goes_to_the_host() -> None:
