@@ -3,9 +3,9 @@
     python -m tools.rehearsed_axolotl FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, `sizes` of the model in place of its
-own, and `gpus` if more than one. Rows are tokens already, as many as `sequence_len` says; of EBFT they are prompts of so many
-`words`, whose tokens the tool counts, or, in strides, documents that are cut to `sequence_len`. Needs axolotl 0.19.0 with the
-libraries that it pins, and the CUDA build of torch.
+own, `gpus` if more than one, and `one_config` where kernels are not chosen by their time. Rows are tokens already, as many as
+`sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool counts, or, in strides, documents that are
+cut to `sequence_len`. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -84,6 +84,20 @@ ALL_MASKED = (
     "exec(source, vars(trainer)); plugin.DiffusionTrainer = trainer.DiffusionTrainer\n"
 )
 """Every token of a micro batch of one row masked, which the card cannot draw."""
+ONE_CONFIG = (
+    "import triton\nautotune = triton.autotune\n"
+    "triton.autotune = lambda configs, key, **settings: autotune(configs[:1], key, **settings)\n"
+)
+"""Kernels that are not chosen by their time."""
+ONE_DOCUMENT = (
+    "import axolotl.monkeypatch.models.qwen3_next.modeling as modeling\n"
+    "def of_one(kernel):\n"
+    "    return lambda *args, cu_seqlens, **options: kernel(*args, **options)\n"
+    "for name in 'fla_causal_conv1d', 'fla_chunk_gated_delta_rule':\n"
+    "    setattr(modeling, name, of_one(getattr(modeling, name)))\n"
+    "modeling.get_cu_seqlens = lambda position_ids: position_ids.new_zeros(2)\n"
+)
+"""A delta rule of one document a row: the card has no bounds of documents, of which it counts chunks."""
 OF_OLDER_TORCH = {"PYTORCH_CUDA_ALLOC_CONF": OF_LAUNCHER["PYTORCH_ALLOC_CONF"]}
 """The tool sets this one where the other is set, with sizes rounded up to sixteenths of powers of two (utils/__init__.py:95)."""
 
@@ -165,7 +179,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file.write_text(yaml.safe_dump(shared | values | places), encoding="utf-8")
         with_flash = WITH_FLASH if values.get("attn_implementation") == "flash_attention_2" else ""
         packs = OF_ONE_RANK * bool(values.get("sample_packing") and row.get("gpus"))
-        of_values = WITHOUT_SVD * len(strided) + ALL_MASKED * masked
+        of_values = WITHOUT_SVD * len(strided) + ALL_MASKED * masked + ONE_CONFIG * bool(row.get("one_config"))
+        of_values += ONE_DOCUMENT * ("Qwen3-Next" in values["base_model"])
         command = [sys.executable, "-c", of_values + with_flash + packs + PROGRAM, str(file)]
         with patch.dict(os.environ, OF_LAUNCHER | OF_OLDER_TORCH):  # read before the tool sets it, where WITH_FLASH imports torch
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))

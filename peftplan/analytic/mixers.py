@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import between_chunks
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.job.automodel import builds, has_own_code, knows_recorded
+from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code, knows_recorded
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
+from peftplan.job.loss_sizes import CUT
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -31,6 +32,8 @@ def check_mixer(job: Job) -> None:
         return
     if kernels_of(setup.kernels or ()).scan is None:
         _check_recorded(job)
+        return
+    if _scans_apart(job):
         return
     by_tool = has_own_code(job) or builds(job)
     unknown = {
@@ -92,6 +95,19 @@ def _scans_as_rehearsed(job: Job) -> bool:
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
     plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full"
     return bool(setup.by.scan) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
+
+
+def _scans_apart(job: Job) -> bool:
+    """Whether mamba-ssm's functions beside 4-bit projections were rehearsed with such a job: QLoRA of Nemotron 3's attention by
+    axolotl, of one packed row on one GPU, whose experts are stored in 4 bits (tests/rehearse/axolotl_mixers.jsonl)."""
+    setup = job.setup
+    alone = job.distributed is None and setup.batch_size == 1 and setup.kernels == ("mamba-ssm.scan",)
+    of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.quant_experts)
+    of_attention = of_adapter and all(module.name.endswith(OF_ATTENTION) for module in job.adaptation.matched)
+    plain = setup.dtype == setup.autocast == "bf16" and setup.loss == CUT and setup.attn_implementation == "flash_attention_2"
+    checkpoints = bool(setup.gradient_checkpointing) and not setup.use_reentrant
+    by_axolotl = setup.by.own_fsdp2 and job.architecture.model_type == "nemotron_h"
+    return by_axolotl and alone and of_attention and plain and checkpoints
 
 
 def check_delta_rule(job: Job) -> None:

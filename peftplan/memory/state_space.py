@@ -88,7 +88,7 @@ def mixer(model: Model, name: str, layer: int | None, space: StateSpace, x: Tens
     b, s, _ = x.dims
     _convolved = f.new((b, s, space.channels), x.dtype, "causal_conv1d")
     gated = None if gain is not None else f.new((b, s, space.width), x.dtype, "gated scan")
-    scanned, *_intermediate = _scan(f, space, b, s, x.dtype)
+    scanned, *_intermediate = scan(f, space, b, s, x.dtype)
     normed = gated or f.new(scanned.dims, x.dtype, "rms_norm")
     del gated
     rstd = None if gain is None else f.new((b, s, space.groups), "fp32", "rstd")
@@ -101,15 +101,16 @@ def mixer(model: Model, name: str, layer: int | None, space: StateSpace, x: Tens
     return out
 
 
-def _scan(f: Tape, space: StateSpace, b: Dim, s: Dim, dtype: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`_mamba_chunk_scan_combined_fwd`: its result, and what names hold until the function around it returns."""
+def scan(f: Tape, space: StateSpace, b: Dim, s: Dim, dtype: str) -> tuple[Tensor, ...]:
+    """`_mamba_chunk_scan_combined_fwd`: its result, and what names hold until the function around it returns: time steps, sums of
+    the decays, and states."""
     of_states = (b, Chunks(str(s), space.chunk_size), space.num_heads, space.head_dim * space.state_size)
     decays = _cumulated(f, space, b, s)
     states = f.new(of_states, "fp32", "states")
     passed = f.new(of_states, dtype, "states passed"), f.new((b, *of_states[2:]), "fp32", "final states")
     del states
     _products = f.new(_dims_of_products(space, b, s), "fp32", "CB")
-    return f.new((b, s, space.width), dtype, "scan"), (*decays, *passed)
+    return f.new((b, s, space.width), dtype, "scan"), *decays, *passed
 
 
 def _cumulated(f: Tape, space: StateSpace, b: Dim, s: Dim) -> tuple[Tensor, Tensor]:
@@ -150,7 +151,7 @@ def _mixer_backward(f: Tape, node: Node, saved: Saved, g: Tensor) -> Gradients:
         total = f.new(norm.dims, "fp32", "sum")
         grad_norm = f.to(total, norm.dtype)
         del parts, total
-    (grad_d, grad_bias, grad_decay), *_product = _scan_backward(f, space, x, d, dt_bias, gated=norm is None)
+    (grad_d, grad_bias, grad_decay), *_product = scan_backward(f, space, (b, s), x.dtype, d, dt_bias, gated=norm is None)
     grad_weight = f.view_of(f.new(weight.dims, g.dtype, "einsum"))
     grad_out_bias = None if out_bias is None else f.new(out_bias.dims, g.dtype, "sum")
     wide = [None if p is None else f.new(p.dims, "fp32", "zeros") for p in (taps, bias)]
@@ -166,17 +167,18 @@ def _parts_of_norm(space: StateSpace, processors: int) -> int:
     return ceil(processors * ceil(WARPS_OF_ROWS / warps) / space.groups)
 
 
-def _scan_backward(
-    f: Tape, space: StateSpace, x: Tensor, d: Operand, dt_bias: Operand, *, gated: bool
+def scan_backward(
+    f: Tape, space: StateSpace, rows: Dims, dtype: str, d: Operand, dt_bias: Operand, *, gated: bool, apart: bool = False
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """`_mamba_chunk_scan_combined_bwd`: gradients of D, of the time steps' bias and of the decays; those of the rest lie in
-    tensors that it is given. With a gate also its product with the scan, which is made again."""
-    b, s, _ = x.dims
+    tensors that it is given. With a gate also its product with the scan, which is made again; `apart`: of the rows it is given
+    none, and makes it."""
+    b, s = rows
     chunks, n = Chunks(str(s), space.chunk_size), space.num_heads
     of_steps, of_products = _dims_of_steps(space, b, s), _dims_of_products(space, b, s)
     of_states = (b, chunks, n, space.head_dim * space.state_size)
     parts = Parts((b, chunks), space, f.card.number)
-    _dt_in = f.new((b, s, n), x.dtype, "clone")
+    _dt_in = f.new((b, s, n), dtype, "clone")
     _steps = _cumulated(f, space, b, s)
     _products = f.new(of_products, "fp32", "CB")
     states = f.new(of_states, "fp32", "states")
@@ -186,17 +188,18 @@ def _scan_backward(
     product = None
     if gated:
         parts_of_d = f.new(by_rows, "fp32", "dD")
-        product, _grad_scanned = (f.new((b, s, space.width), x.dtype, name) for name in ("outz", "dout_x"))
+        product, _grad_scanned = (f.new((b, s, space.width), dtype, name) for name in ("outz", "dout_x"))
         _grad_d = f.to(f.new(d.dims, "fp32", "sum"), d.dtype)
         del parts_of_d
     grad_states = f.new(of_states, "fp32", "dstates")
-    _narrow = f.new(of_states, x.dtype, "dstates"), None if x.dtype == "fp32" else f.new(of_states, x.dtype, "states")
+    _narrow = f.new(of_states, dtype, "dstates"), None if dtype == "fp32" else f.new(of_states, dtype, "states")
     by_block = f.new((b, n, chunks, ceil(space.head_dim * space.state_size / OF_STATES)), "fp32", "ddA_chunk_cumsum")
     _of_chunks = f.new((b, n, chunks), "fp32", "sum")
     del by_block, grad_states
-    if x.dtype != "fp32":
+    if dtype != "fp32":
         del passed
     parts_of_d = f.new(by_rows, "fp32", "dD")
+    product = f.new((b, s, space.width), dtype, "dx") if apart else product
     _of_steps = f.new(of_steps, "fp32", "ddt")
     grad_d = f.to(f.new(d.dims, "fp32", "sum"), d.dtype)
     del parts_of_d

@@ -58,6 +58,8 @@ class Effective:
         if key == "vocabulary":
             return self._has_vocabulary(accepted)
         if key == "architecture":
+            if isinstance(accepted, Mapping):
+                return self._of_model("model_type") not in accepted["other_than"]
             return isinstance(accepted, list) and self._of_model("model_type") in accepted
         if key == "experts":
             return self._of_model("model_type") in CONVERSIONS

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from peftplan.memory import recorded_function, state_space
+from peftplan.memory import recorded_function, state_space, state_space_apart
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import experts
@@ -34,10 +34,11 @@ def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
 
 
 def layer(c: Call, x: Tensor) -> Tensor:
-    """`NemotronHBlock.forward`, whose local `residual` holds the layer's input."""
+    """`NemotronHBlock.forward`, whose local `residual` holds the layer's input; the norm reads it in its weight's dtype."""
     residual = x
+    x = c.norm("norm", c.tape.to(x, c.model.part(f"{c.style.stack}.norm", c.number).own_weight.dtype))
     part = mamba if c.block.state_space else attention if c.block.attentions else _mlp_of(c)
-    x = c.module("mixer", c.norm("norm", x), part, by_name=bool(c.block.attentions))
+    x = c.module("mixer", x, part, by_name=bool(c.block.attentions))
     return ops.add(c.at(), residual, x)
 
 
@@ -50,7 +51,12 @@ def mamba(c: Call, x: Tensor) -> Tensor:
     assert c.block.state_space is not None
     if c.model.running.kernels.scan is None:
         return recorded_function.mixer(c, "mixer", c.linear("mixer.in_proj", x), dtype=x.dtype)
-    return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, c.linear("mixer.in_proj", x))
+    name, projected = f"{c.style.stack}.mixer", c.linear("mixer.in_proj", x)
+    if c.model.part(f"{name}.out_proj", c.number).quant is not None:  # which mamba-ssm's function cannot multiply
+        rows = state_space_apart.mixer(c.model, name, c.number, c.block.state_space, projected)
+        del projected
+        return c.linear("mixer.out_proj", rows)
+    return state_space.mixer(c.model, name, c.number, c.block.state_space, projected)
 
 
 def attention(c: Call, x: Tensor) -> Tensor:

@@ -280,13 +280,17 @@ def test_axolotls_lisa_draws_layers() -> None:
     assert "lisa_step_interval" in read({**values, "lisa_layers_attribute": "model.model.layers"}).unsupported
 
 
-def test_packed_rows_of_nemotron_h_run_kernels_without_a_formula() -> None:
-    """axolotl's README of the model has people install mamba-ssm, so the file runs; without it the tool raises RuntimeError."""
-    values = {**AXOLOTL, "base_model": "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "sample_packing": True}
+def test_packed_rows_of_nemotron_h_run_kernels() -> None:
+    """axolotl's README of the model has people install mamba-ssm, so the file runs; without it the tool raises RuntimeError. Of
+    its projections in 4 bits it was rehearsed (tests/rehearse/axolotl_mixers.jsonl)."""
+    over_4_bits = {**AXOLOTL, "base_model": "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "sample_packing": True}
+    values = {**over_4_bits, "adapter": "lora", "load_in_4bit": False}
     why = read(values).unsupported["sample_packing"].why
     assert "mamba-ssm" in why
     assert "raises" not in why
     assert "sample_packing" not in read({**values, "use_kernels": True}).unsupported
+    assert "sample_packing" not in read(over_4_bits).unsupported
+    assert read(over_4_bits).options["kernels"] == ("mamba-ssm",)
 
 
 def test_axolotls_ebft_writes_by_a_server_of_vllm() -> None:
