@@ -20,6 +20,9 @@ from programs.preferences import with_preferences, with_rewards, with_teacher
 from programs.without_peft import WITHOUT_PEFT
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+DOCUMENTS = 4
+"""Documents of a packed row."""
+
 
 def with_trl(job: argparse.Namespace) -> None:
     """SFTTrainer, which makes the adapter itself. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
@@ -27,13 +30,15 @@ def with_trl(job: argparse.Namespace) -> None:
 
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
-    config = SFTConfig(max_length=job.seq_len, **arguments(job, shape))
+    packed = {"packing": True} if job.trainer == "trl-packed" else {}
+    config = SFTConfig(max_length=job.seq_len, **packed, **arguments(job, shape))
     model = load(job)
     if job.method in WITHOUT_PEFT:
         WITHOUT_PEFT[job.method](job, model)
-    SFTTrainer(
-        model=model, args=config, train_dataset=rows(job, model).remove_columns("labels"), peft_config=adapter(job)
-    ).train()
+    dataset = rows(job, model).remove_columns("labels")
+    if packed:
+        dataset = dataset.map(lambda row: {"input_ids": row["input_ids"][: job.seq_len // DOCUMENTS]})
+    SFTTrainer(model=model, args=config, train_dataset=dataset, peft_config=adapter(job)).train()
 
 
 def patch_attention(name: str, model: Any = None) -> None:
@@ -132,7 +137,7 @@ if __name__ == "__main__":
     if settings.kernels in ("mamba-ssm", "fla"):  # transformers finds them where they are installed
         time_no_kernels()
         settings.kernels = None
-    programs = {"trl": with_trl, "transformers": with_trainer, "plain": with_loop}
+    programs = {"trl": with_trl, "trl-packed": with_trl, "transformers": with_trainer, "plain": with_loop}
     programs |= {V1: with_llama_factory_v1, "trl-gkd": with_teacher, "trl-gold": with_teacher, "trl-distillation": with_teacher}
     programs["trl-online-dpo"] = with_rewards
     programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)

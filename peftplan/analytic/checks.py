@@ -52,6 +52,8 @@ TRAINERS_OF_TEXT_PARTS = {"trl-dpo": "", "trl-grpo": "qwen2_5_vl", "swift-dpo": 
 TEXT_ALONE = ("plain", "transformers", "trl")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
 for AdaLoRA's, whose loss reads each of its matrices."""
+PACKED = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose packed rows were rehearsed, or have the same masks."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
 LATENT = "kv_b_proj"
@@ -82,6 +84,10 @@ def check(job: Job) -> None:
     shared = job.distributed is not None and job.distributed.strategy == "fsdp2"  # where `under_fsdp2` says so
     if job.reference == "copy" and not known and not shared:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
+    if job.setup.by.leaves_temperature and not _writes_alone(job):
+        raise NoEngineError(f"a step of {job.setup.by.called} but of a dense model in full under sdpa (no formula yet)")
+    if job.setup.by.packs and not _packs_as_rehearsed(job):
+        raise NoEngineError(f"a step of {job.setup.by.called} with this model, method, attention or strategy (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
         raise NoEngineError(f"a step of {job.setup.by.called} but of LoRA on a base in 16 bits (no formula yet)")
     if job.setup.by.block and not _writes_as_rehearsed(job):
@@ -126,6 +132,20 @@ def check(job: Job) -> None:
         from peftplan.methods.bottleneck import refuse_unplaced
 
         refuse_unplaced(job.architecture, job.adaptation)
+
+
+def _writes_alone(job: Job) -> bool:
+    """Whether completions of one prompt each are learned as they were rehearsed."""
+    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
+    return dense and job.setup.attn_implementation == "sdpa" and job.method_name == "full" and not job.architecture.has_towers
+
+
+def _packs_as_rehearsed(job: Job) -> bool:
+    """Whether packed rows were rehearsed so: of a dense decoder in 16 bits or more, under sdpa without windows."""
+    setup, shared = job.setup, job.distributed is not None and job.distributed.strategy != "ddp"
+    whole = all(attention.window is None for block in job.architecture.blocks for attention in block.attentions)
+    plain = setup.attn_implementation == "sdpa" and not setup.padding and setup.kernels is None and job.quant is None
+    return plain and whole and not shared and job.method_name in ("full", "lora") and job.architecture.model_type in PACKED
 
 
 def refused_product(job: Job) -> str | None:

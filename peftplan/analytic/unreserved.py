@@ -80,6 +80,11 @@ def _permutes_from_host(job: Job) -> bool:
     return job.method_name == "boft" and divided and job.quant is None
 
 
+def _learns_what_it_wrote(job: Job) -> bool:
+    """Whether trl's SSDTrainer writes completions beside the states of the optimizer."""
+    return job.setup.by.leaves_temperature
+
+
 def _shares_completions(job: Job) -> bool:
     """Whether ms-swift's ranks share rows of completions, which they score before each step too."""
     return job.setup.by.shares_rows and job.setup.by.generates
@@ -186,6 +191,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "weights that reach vLLM in groups from the host: rehearsals of two layers reserved 2 % more and 3 % less than "
         "the replay",
     ),
+    (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
     (

@@ -171,7 +171,10 @@ class Script(BaseModel):
     def masks_unpadded(self, model_type: str, setup: Setup) -> bool:
         """Whether sdpa gets a mask although the batch has none. Without a cache, some releases take its positions for those
         of packed sequences (`_preprocess_mask_arguments`); later ones check. Checkpointing turns the cache off before masks are
-        made (utils/generic.py, `check_model_inputs`). Trainers other than `plain` have collators that add a mask."""
+        made (utils/generic.py, `check_model_inputs`). Trainers other than `plain` have collators that add a mask, or pack
+        documents."""
+        if setup.by.packs:
+            return setup.attn_implementation == "sdpa"
         version = self.transformers
         ran = versions.PACKED_POSITIONS_CHECKED.after(version) and not versions.PACKED_POSITIONS.after(version)
         checkpointing = bool(setup.gradient_checkpointing)

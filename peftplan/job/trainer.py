@@ -11,6 +11,8 @@ TrainerName = Literal[
     "torchtune-dpo",
     "torchtune-kd",
     "trl",
+    "trl-packed",
+    "trl-ssd",
     "trl-dpo",
     "trl-kto",
     "trl-reward",
@@ -147,6 +149,9 @@ class Trainer(NamedTuple):
     is 0 (trl, `aux_loss_enabled` in each constructor)."""
     always_masks: bool = False
     """Whether every batch has an attention mask, of ones where nothing is padded."""
+    packs: bool = False
+    """Whether a row is documents one behind another, without padding, whose positions tell them apart: sdpa gets a mask of them
+    (transformers, masking_utils.py, `find_packed_sequence_indices`)."""
     loads_on_device: bool = False
     """Whether the model is on its device before the adapter is made; Trainer moves both, unless the model is quantized."""
     loads_in_fp32: bool = False
@@ -225,6 +230,8 @@ class Trainer(NamedTuple):
     """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
     their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
     DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`)."""
+    leaves_temperature: bool = False
+    """Whether the logits of what the policy wrote are scored as they are, not divided by the temperature."""
     shows_picture: bool = False
     """Whether beside rows without a picture the tower of a vision-language model is shown a black one of 32 x 32 pixels, of whose
     features nought is added to the embedded tokens (ms-swift 4.6.0, template/base.py:2450)."""

@@ -103,6 +103,15 @@ GRPO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "ves
 
 OF_TRL = (
     TRL,
+    # Best-fit packing: `batch_size` is that of rows without padding (`DataCollatorForLanguageModeling`).
+    TRL._replace(
+        name="trl-packed",
+        called=f"SFTTrainer of {named('trl')} that packs",
+        packs=True,
+        always_masks=False,
+        traced_on_ranks=False,
+        arguments=None,
+    ),
     # Chosen and rejected completion of a prompt are rows of one batch (`DataCollatorForPreference`).
     OF_PREFERENCES._replace(
         name="trl-dpo",
@@ -173,6 +182,26 @@ OF_TRL = (
     ),
     GENERATING._replace(
         name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, num_generations=2, arguments="RLOOConfig"
+    ),
+    # One completion of each prompt, whose cross entropy is the loss (experimental/ssd/ssd_trainer.py, in trl before 1.11).
+    WITH_ALL_LOGITS._replace(
+        name="trl-ssd",
+        called="SSDTrainer of trl",
+        defaults=WITH_ALL_LOGITS.defaults._replace(device_map="none"),
+        loads_in_fp32=False,
+        narrow_under_zero3=False,
+        reentrant_under_zero3=False,
+        casts=(),
+        collects_batches=False,
+        scoring="rows",
+        leaves_temperature=True,
+        completions_alone=True,
+        writes_under_autocast=True,
+        completion=256,
+        num_generations=1,
+        options=frozenset({"max_completion_length", "max_prompt_length", "steps_per_generation"}),
+        traced_on_ranks=False,
+        arguments="SSDConfig",
     ),
     # The student writes what it learns; both heads are read in tiles (trainer/distillation_trainer.py).
     GENERATING._replace(

@@ -74,12 +74,17 @@ def _indexed_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor
     return f.new(saved[0], g.dtype, "new_zeros")
 
 
-def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int, entropies: int) -> Tensor:
-    """The loss of completions that the policy wrote: their logits, all but the last, are divided by the temperature in place.
+def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int, entropies: int, as_they_are: bool) -> Tensor:
+    """The loss of completions that the policy wrote: their logits, all but the last, are divided by the temperature in place, or
+    stay as they are, and are cut twice (trl, experimental/ssd/ssd_trainer.py, `compute_loss`).
     `entropies`: of so many tokens of a row they are made too, and what they keep for gradients lives until the loss is made.
     """
-    node = f.record(_divided_backward, (logits,), logits.dims)
-    divided = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), _but_last(logits.dims))
+    scored = _but_last(logits.dims)
+    if as_they_are:
+        divided = sliced(f, sliced(f, logits, scored), scored)
+    else:
+        node = f.record(_divided_backward, (logits,), logits.dims)
+        divided = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), scored)
     del logits
     per_token = _log_probs(f, divided, None, scoring, count)
     kept = _entropies(f, divided, count * entropies, several=count > 1) if entropies else []

@@ -139,6 +139,9 @@ def _batch(model: Model, program: Program) -> dict[str, Tensor]:
         return batch
     if program.trainer.always_masks and "attention_mask" not in batch:
         batch["attention_mask"] = f.new(("b", "s"), "int64", "attention_mask")
+    if program.trainer.packs:
+        for name, dtype in (("position_ids", "int64"), ("seq_idx", "int32")):
+            batch[name] = f.new(("b", "s"), dtype, name)
     if program.trainer.weighs_tokens:
         for name, dtype in (("position_ids", "int64"), ("loss_weights", "fp32")):
             batch[name] = f.new(("b", "s"), dtype, name)

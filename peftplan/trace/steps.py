@@ -183,6 +183,9 @@ def _complete_batches(run: Run) -> None:
         if run.setup.by.always_masks and "attention_mask" not in batch:
             with _disable_current_modes():
                 batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if run.setup.by.packs:
+            with _disable_current_modes():
+                batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
         if run.setup.by.turns_cache_off:
             batch["use_cache"] = False  # type: ignore[assignment]
 

@@ -41,6 +41,7 @@ OTHER_TRAINERS = (
     "trl-tpo",
     "trl-grpo",
     "trl-rloo",
+    "trl-ssd",
     "trl-gkd",
     "trl-gold",
     "trl-distillation",
@@ -50,7 +51,7 @@ LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-dpo-packed", "swift-kto", "swift-reward", "swift-orpo", "swift-cpo", "swift-grpo")
 AXOLOTL = ("axolotl-dpo", "axolotl-kto", "axolotl-orpo", "axolotl-cpo", "axolotl-reward")
 V1 = "llamafactory-v1"
-TRAINERS = ("transformers", "trl", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)
+TRAINERS = ("transformers", "trl", "trl-packed", "plain", *OTHER_TRAINERS, *AXOLOTL, *LLAMA_FACTORY, *SWIFT, V1)
 
 
 def options() -> argparse.Namespace:

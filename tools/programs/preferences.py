@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from transformers import (
 
 from .job import AXOLOTL, DTYPES, ROWS, adapter, arguments, load, rows
 
+WRITING = ("grpo", "rloo", "ssd")
+"""Trainers whose policy writes the completions."""
+
 
 def with_preferences(job: argparse.Namespace) -> None:
     """TRL's trainers of pairs, of single completions with a label, and of completions that the model writes itself.
@@ -32,8 +36,8 @@ def with_preferences(job: argparse.Namespace) -> None:
         "precompute_ref_log_probs": job.precompute_ref_log_probs or None,
         "num_generations": job.num_generations,
         "steps_per_generation": job.steps_per_generation,
-        "max_completion_length": job.max_completion_length if name in ("grpo", "rloo") else None,
-        "max_length": None if name in ("grpo", "rloo") else job.seq_len,
+        "max_completion_length": job.max_completion_length if name in WRITING else None,
+        "max_length": None if name in WRITING else job.seq_len,
     }
     shape_config = AutoConfig.from_pretrained(job.model)
     generative = AutoModelForImageTextToText if hasattr(shape_config, "vision_config") else AutoModelForCausalLM
@@ -187,15 +191,16 @@ def with_rewards(job: argparse.Namespace) -> None:
     ).train()
 
 
+EXPERIMENTAL = ("orpo", "cpo", "tpo", "ssd")
+"""Trainers that trl calls experimental; the last one is in trl before 1.11."""
+
+
 def classes(job: argparse.Namespace, name: str) -> tuple[Any, Any]:
     """The class of the arguments and that of the trainer."""
     called = "Reward" if name == "reward" else name.upper()
     if job.trainer in AXOLOTL:
         return of_axolotl(called)
-    import trl
-    from trl.experimental import cpo, orpo, tpo
-
-    home = {"orpo": orpo, "cpo": cpo, "tpo": tpo}.get(name, trl)
+    home = importlib.import_module(f"trl.experimental.{name}" if name in EXPERIMENTAL else "trl")
     return getattr(home, f"{called}Config"), getattr(home, f"{called}Trainer")
 
 
@@ -230,7 +235,7 @@ def texts(job: argparse.Namespace, name: str, tokenizer: Any) -> Dataset:
         completion -= 1  # trl 1.9 cuts a row that is too long down to its first tokens
     prompt = text("ask ", job.seq_len - (job.max_completion_length or job.seq_len - 1) - job.tool_turns)
     others = completion // 2 if job.padding else completion
-    if name in ("grpo", "rloo"):
+    if name in WRITING:
         return Dataset.from_dict({"prompt": [prompt] * ROWS})
     if name == "kto":
         answers = [text("good", completion - 1), text("poor", others - 1)] * (ROWS // 2)
