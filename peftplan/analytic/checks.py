@@ -18,7 +18,7 @@ from peftplan.job.automodel import builds
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
-from peftplan.job.kernels import IN_INT4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
+from peftplan.job.kernels import IN_INT4, IN_MXFP4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -255,6 +255,8 @@ def kernels_without_formula(job: Job) -> str | None:
         return None
     if IN_INT4 in setup.kernels and (job.distributed is None or setup.loss != "liger" or job.method_name != "full"):
         return "fake-quantized layers but of full fine-tuning under FSDP2 with Liger's loss"
+    if IN_MXFP4 in setup.kernels and not _rounds_as_rehearsed(job):
+        return "layers fake-quantized in MXFP4 with these options"
     if job.distributed is not None and not _rehearsed_kernels(job, job.distributed):
         return f"kernels with {job.distributed.called}"
     if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
@@ -336,6 +338,15 @@ def _offloads_layers(job: Job) -> bool:
     return enough and of_lora and alike and plain and setup.kernels == ("swift-offload.activations",)
 
 
+def _rounds_as_rehearsed(job: Job) -> bool:
+    """Whether layers in MXFP4 were rehearsed with such a job: all weights in bf16, Liger's loss and checkpoints, of Llama on one
+    GPU and of Qwen 2.5 under FSDP2 (tests/rehearse/axolotl_mx.jsonl)."""
+    setup, shared = job.setup, job.distributed
+    plain = job.method_name == "full" and setup.loss == "liger" and setup.dtype == setup.autocast == "bf16"
+    known = "llama" if shared is None else "qwen2" if shared.strategy == "fsdp2" else ""
+    return plain and bool(setup.gradient_checkpointing) and job.architecture.model_type == known
+
+
 def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:
     """Whether these kernels were rehearsed on several GPUs (tests/distributed/rank_jobs.jsonl, tests/rehearse/axolotl.jsonl)."""
     from peftplan.analytic.shown import adapts_in_zero3
@@ -344,7 +355,7 @@ def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:
     if distributed.strategy == "zero3" and adapts_in_zero3(job):
         return True
     if distributed.strategy == "fsdp2" and setup.by.own_fsdp2:
-        return all(name.startswith(("liger.", "torchao-int4.")) for name in setup.kernels or ())
+        return all(name.startswith(("liger.", "torchao-int4.", "torchao-mxfp4.")) for name in setup.kernels or ())
     return all(distributed.strategy in SHARED.get(name.partition(".")[0], ()) for name in setup.kernels or ())
 
 

@@ -141,12 +141,14 @@ class OffloadedActivations(NamedTuple):
 class FakeQuantized(NamedTuple):
     """Linear layers whose inputs and weights are rounded to few values in forward, weights by groups of so many of a row.
 
-    `by_range`: gradients reach the least and the greatest value of a group too.
+    `by_range`: gradients reach the least and the greatest value of a group too. `in_mx`: both are stored in 4 bits until backward
+    (`memory.mx_quantized`).
     """
 
     source: str
     group: int
     by_range: bool = False
+    in_mx: bool = False
 
 
 class Float8(NamedTuple):

@@ -113,6 +113,9 @@ KERNELS: dict[str, Kernel] = {
         group=32,
         by_range=True,
     ),
+    "torchao-mxfp4.fake_quant": FakeQuantized(
+        "torchao, prototype/qat/mx.py (`MXFakeQuantizedLinear`), as axolotl 0.19.0 configures it", group=32, in_mx=True
+    ),
     "torchao-float8.linear": Float8("torchao, float8/float8_linear.py (`Float8Linear`)"),
     "te.attention": Documents("transformer-engine 2.20.2, pytorch/attention/dot_product_attention/backends.py (`FusedAttnFunc`)"),
     "mamba-ssm.scan": Scan(
@@ -134,7 +137,7 @@ PACKAGES = tuple(dict.fromkeys(name.partition(".")[0] for name in KERNELS))
 NONE = "none"
 OF_TORCHTUNE = ("torchao.fake_quant",)
 """Kernels of torchtune's recipes, and of no other trainer."""
-IN_INT4 = "torchao-int4.fake_quant"
+IN_INT4, IN_MXFP4 = OF_AXOLOTL = ("torchao-int4.fake_quant", "torchao-mxfp4.fake_quant")
 """Fake-quantized layers that axolotl makes, and no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError, nearest
-from peftplan.job.kernels import IN_INT4, OF_TORCHTUNE, kernels_of, named_kernels
 from peftplan.job.kernels import OF_AUTOMODEL as KERNELS_OF_AUTOMODEL
+from peftplan.job.kernels import OF_AXOLOTL, OF_TORCHTUNE, kernels_of, named_kernels
 from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS, parse_optim
@@ -360,8 +360,9 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(f"kernels: {by.called} runs modules of its own, which only torchao's replace; leave out --kernels")
     if OF_TORCHTUNE[0] in (setup.kernels or ()) and not (by.own_modules or by.own_lora):
         raise RefusedError(f"kernels: {by.called} has no fake-quantized layers of torchao; add --trainer torchtune or automodel")
-    if IN_INT4 in (setup.kernels or ()) and not by.own_fsdp2:
-        raise RefusedError(f"kernels: {by.called} has no {IN_INT4}; add --trainer axolotl")
+    of_axolotl = next((name for name in setup.kernels or () if name in OF_AXOLOTL), None)
+    if of_axolotl is not None and not by.own_fsdp2:
+        raise RefusedError(f"kernels: {by.called} has no {of_axolotl}; add --trainer axolotl")
     if not by.own_lora and (of_tool := next((name for name in setup.kernels or () if name in KERNELS_OF_AUTOMODEL), None)):
         raise RefusedError(f"kernels: {by.called} has no {of_tool}; add --trainer automodel")
     if setup.logits_to_keep is not None and setup.loss not in LOSSES_OF_SLICES:

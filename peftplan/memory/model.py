@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import checkpointed_layers
 from peftplan.ledger import Dim
-from peftplan.memory import fake_quantized, float8, fused_layers, units
+from peftplan.memory import fake_quantized, float8, fused_layers, mx_quantized, units
 from peftplan.memory.parts import Adapter, Part
 from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
@@ -105,6 +105,8 @@ class Model(Weights):
             return products.linear(f, x, rows)
         fake = self.running.kernels.fake_quant
         if fake is not None and self._is_fake_quantized(part) and fake_quantized.quantizes(part, group=fake.group):
+            if fake.in_mx:
+                return mx_quantized.linear(f, part, x)
             dtype = None if fake.by_range else "fp32" if self.running.own_modules else part.own_weight.dtype
             return fake_quantized.linear(f, part, x, self.scales, group=fake.group, scales_dtype=dtype)
         if self.running.kernels.linear is not None and float8.computes(part.own_weight.dims, is_head=self._is_head(part)):

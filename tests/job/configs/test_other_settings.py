@@ -240,6 +240,19 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
     assert f"axolotl 0.19.0 raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
 
 
+def test_axolotl_trains_for_mxfp4_where_torchao_has_no_nvfp4() -> None:
+    """examples/llama-3/3b-qat-nvfp4.yaml, which runs with what 3b-qat-mxfp4.yaml beside it says."""
+    of_liger = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True}
+    values: dict[str, object] = {key: AXOLOTL[key] for key in AXOLOTL if key not in ("adapter", "load_in_4bit")} | of_liger
+    qat = {"activation_dtype": "nvfp4", "weight_dtype": "nvfp4", "group_size": 16}
+    plan = read_values(values | {"qat": qat}, file="a.yml", tool="axolotl")
+    changed = {"activation_dtype": "mxfp4", "weight_dtype": "mxfp4", "group_size": 32}
+    assert plan.refused["qat.weight_dtype"].instead == {f"qat.{key}": value for key, value in changed.items()}
+    in_mx = read_values(values | {"qat": changed}, file="a.yml", tool="axolotl")
+    assert (in_mx.unsupported, in_mx.refused, in_mx.options) == ({}, {}, plan.options)
+    assert plan.options["kernels"] == ("torchao-mxfp4",)
+
+
 @pytest.mark.parametrize(
     ("model", "stays"),
     [("EleutherAI/gpt-j-6b", True), ("tiiuae/falcon-7b", True), ("facebook/opt-1.3b", None), ("microsoft/phi-1_5", False)],
