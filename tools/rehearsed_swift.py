@@ -3,9 +3,9 @@
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
-if not `swift sft`, and the `environment` besides. Rows are as long as `max_length` says, or have `tokens` where a tokenizer joins
-letters of prompts, and each token is scored; GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the CUDA build
-of torch.
+if not `swift sft`, the `environment` besides, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
+`max_length` says, or have `tokens` where a tokenizer joins letters of prompts, and each token is scored; GRPO's completions were
+written elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
 ROWS = 64
+RELEASE = "0.19.8"
+"""The release of DeepSpeed that ran, unless a row names its `deepspeed`."""
 OF_ROW = 2
 """Tokens of a row beside its answer: GKD cuts none (rlhf_trainers/gkd_trainer.py, `_template_context`)."""
 SHARED: dict[str, Any] = {
@@ -76,6 +78,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     values, layers = row["values"], row["layers"]
     read = {"model": cut(values["model"], layers), **plan(row).options}
     read |= {"seq_len": row["tokens"]} if "tokens" in row else {}
+    read |= {"deepspeed_version": row.get("deepspeed", RELEASE)} if "deepspeed_version" in read else {}
     return read | ({"teacher_model": shallow(values["teacher_model"], layers)} if "teacher_model" in read else {})
 
 
