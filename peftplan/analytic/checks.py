@@ -49,7 +49,7 @@ SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
 TRAINERS_OF_TEXT_PARTS = {"trl-dpo": "", "trl-grpo": "qwen2_5_vl", "swift-dpo": "", "swift-grpo": ""}
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl) → how their model types begin."""
-TEXT_ALONE = ("plain", "transformers", "trl")
+TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
 for AdaLoRA's, whose loss reads each of its matrices."""
 PACKED = ("llama", "mistral", "qwen2", "qwen3")

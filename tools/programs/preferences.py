@@ -32,7 +32,7 @@ def with_preferences(job: argparse.Namespace) -> None:
     config_class, trainer_class = classes(job, name)
     settings = {
         "beta": job.beta,
-        "loss_type": job.loss_type,
+        "loss_type": job.loss_type.split(",") if name == "dpo" and job.loss_type else job.loss_type,
         "precompute_ref_log_probs": job.precompute_ref_log_probs or None,
         "num_generations": job.num_generations,
         "steps_per_generation": job.steps_per_generation,

@@ -14,6 +14,7 @@ from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.plan import LAUNCHERS, Ignored, Read, Refused, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.loaded import ATTENTION
+from peftplan.job.trainers import TRAINERS
 from peftplan.validation import listed
 
 WHOLE = frozenset(
@@ -229,7 +230,8 @@ class Reading:
                 self.unsupported[stated_value["key"]] = Unsupported(value, "its value is a placeholder", option=option)
                 continue
             if option == "loss_type" and isinstance(value, tuple):
-                (value, *others) = value
+                adds = any(trainer.many_losses for trainer in TRAINERS.values() if trainer.name == self.options.get("trainer"))
+                (value, *others) = (",".join(value),) if adds else value
                 if others:
                     self.unsupported[option] = Unsupported(value, "a sum of losses is not counted", option=option)
                     self.read.pop(option, None)

@@ -226,6 +226,16 @@ def test_ssd_learns_the_completions_that_it_writes() -> None:
     assert lora.to_dict()["memory"]["peak_allocated"] is None
 
 
+def test_dpo_of_pictures_has_the_peak_of_rows_without_any() -> None:
+    values = {"model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct", "dtype": "bfloat16", "use_peft": True}
+    values |= {"lora_target_modules": "all-linear", "loss_type": ["sigmoid", "bco_pair", "sft"]}
+    plan = read(values, kind="command", program="accelerate launch examples/scripts/mpo_vlm.py")
+    assert (plan.unsupported, plan.options["trainer"], plan.options["device_map"]) == ({}, "trl-dpo", "none")
+    answer = peftplan.estimate(config=plan).to_dict()
+    assert answer["scope"] == "text"
+    assert answer["memory"]["peak_reserved"] > answer["memory"]["peak_allocated"] > 0
+
+
 def test_a_server_of_trl_trains_nothing() -> None:
     plan = read({"model": "Qwen/Qwen2.5-7B", "tensor-parallel-size": 2}, kind="command", program="trl vllm-serve")
     assert plan.kind == "other"
