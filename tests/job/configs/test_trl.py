@@ -232,7 +232,7 @@ def test_dpo_of_pictures_has_the_peak_of_rows_without_any() -> None:
     plan = read(values, kind="command", program="accelerate launch examples/scripts/mpo_vlm.py")
     assert (plan.unsupported, plan.options["trainer"], plan.options["device_map"]) == ({}, "trl-dpo", "none")
     answer = peftplan.estimate(config=plan).to_dict()
-    assert answer["scope"] == "text"
+    assert answer["memory"]["scope"] == "text"
     assert answer["memory"]["peak_reserved"] > answer["memory"]["peak_allocated"] > 0
 
 
