@@ -41,7 +41,8 @@ SHARED = {
     "torchao-float8": ("fsdp2",),
     "swift-offload": ("fsdp2",),
     "fla": ("fsdp2", "zero2", "zero3"),
-    **dict.fromkeys(("te", "te-norm", "torch-norm", "mamba-ssm"), ("fsdp2",)),
+    **dict.fromkeys(("te", "te-norm", "torch-norm"), ("fsdp2",)),
+    "mamba-ssm": ("fsdp2", "zero2"),
     **dict.fromkeys(("deepep", "hybridep", "uccl", "te-linear", "te-experts"), ("fsdp2",)),
 }
 """Package → the strategies under which its kernels were rehearsed."""

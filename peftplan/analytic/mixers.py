@@ -30,6 +30,8 @@ def check_mixer(job: Job) -> None:
     setup, architecture = job.setup, job.architecture
     if recorded(job) is not None:
         return
+    if job.distributed is not None and _scans_under_zero2(job):
+        return
     if kernels_of(setup.kernels or ()).scan is None:
         _check_recorded(job)
         return
@@ -95,6 +97,12 @@ def _scans_as_rehearsed(job: Job) -> bool:
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
     plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full"
     return bool(setup.by.scan) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
+
+
+def _scans_under_zero2(job: Job) -> bool:
+    from peftplan.analytic.shown import scans_under_zero2  # which few jobs need
+
+    return scans_under_zero2(job)
 
 
 def _scans_apart(job: Job) -> bool:

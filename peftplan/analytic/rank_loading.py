@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
 from peftplan.analytic.ranks import SECOND, cast_parameters, second_architecture, second_of, second_on_rank
-from peftplan.analytic.shown import FLAT
+from peftplan.analytic.shown import FLAT, scans_under_zero2
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
@@ -23,6 +23,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.reference_load import load_one_then
 from peftplan.memory.sharded import flat_units, grouped, tied
 from peftplan.memory.sharded_load import Loading, whole_sizes
+from peftplan.memory.stacked_load import merged
 from peftplan.memory.synced import synced
 from peftplan.memory.zero0 import WholeLoading
 from peftplan.memory.zero_load import FlatLoading, PartLoading
@@ -74,7 +75,9 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         cast, world = cast_parameters(job, parameters), distributed.world_size
         trained = groups_of(cast.all, together=bool(distributed.deepspeed_optimizer))
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in trained)
-        return FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
+        flat = FlatLoading(parameters, cast, groups, world, distributed.offload_optimizer == "cpu", whole)
+        # ms-swift loads each rank's model on its device (model/utils.py:242)
+        return flat._replace(stacks=merged(cast, "nemotron_h")) if scans_under_zero2(job) else flat
     layout = job.setup.by.layout
     in_8_bits: tuple[tuple[int, int], ...] = ()
     if job.architecture.model_type in IN_8_BITS and builds(job):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.automodel import builds, has_own_code
+from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -86,6 +86,7 @@ STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, 
 ADAPTED = ("lora", "rslora", "qlora")
 """Methods under FSDP1 with tensors of one dtype alone that train: Adagrad makes its states of shards that are not yet cast, and
 8-bit optimizers take an embedding for any other part of a flat parameter."""
+SCAN = ("mamba-ssm.scan",)
 CLASSIFIERS_UNDER_DEEPSPEED = ("distilbert", "bert", "roberta", "deberta-v2")
 """Encoders that were rehearsed there as classifiers of sequences."""
 
@@ -335,6 +336,20 @@ def is_shown_reentrant(job: Job) -> bool:
     return strategy != "zero0" or job.setup.by.anchors or bool(job.setup.by.under_zero0)
 
 
+def scans_under_zero2(job: Job) -> bool:
+    """Whether LoRA of Nemotron 3's attention trains under ZeRO-2 as was rehearsed by ms-swift (tests/rehearse/swift.jsonl): one
+    row, in bf16 with reentrant checkpoints, and routers without a loss."""
+    setup, distributed = job.setup, job.distributed
+    if distributed is None or distributed.strategy != "zero2" or job.architecture.model_type != "nemotron_h":
+        return False
+    on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
+    of_attention = job.method_name == "lora" and all(module.name.endswith(OF_ATTENTION) for module in job.adaptation.matched)
+    narrow = setup.dtype == setup.autocast == "bf16" and job.quant is None and setup.loss == "full" and not setup.padding
+    checkpoints = bool(setup.gradient_checkpointing) and bool(setup.use_reentrant) and setup.batch_size == 1
+    plain = setup.trainer == "transformers" and setup.attn_implementation == "flash_attention_2" and setup.router_loss is False
+    return on_card and of_attention and narrow and checkpoints and plain and setup.kernels in (None, SCAN)
+
+
 def layer_classes(job: Job) -> tuple[str, ...]:
     """The name of the class of the model's layers."""
     return (f"{job.architecture.model_class.removesuffix('ForCausalLM')}DecoderLayer",)
@@ -368,4 +383,4 @@ def is_decoder(job: Job) -> bool:
     )
     by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED
-    return bool(forward and decoders and architecture.input_embedding and rehearsed)
+    return scans_under_zero2(job) or bool(forward and decoders and architecture.input_embedding and rehearsed)

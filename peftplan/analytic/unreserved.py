@@ -100,6 +100,11 @@ def _trains_long_rows(job: Job) -> bool:
     return hosts and job.setup.seq_len > LONGEST_UNHOSTED
 
 
+def _stacks_on_card(job: Job) -> bool:
+    """Whether ms-swift trains Nemotron 3 under ZeRO-2, whose checkpoint has experts apart."""
+    return job.architecture.model_type == "nemotron_h" and job.distributed is not None and job.distributed.strategy == "zero2"
+
+
 def _sends_from_host(job: Job) -> bool:
     """Whether ms-swift's GRPO sends groups of weights that wait on the host."""
     return "move_model_batches" in job.setup.by.options and job.method_name == "full"
@@ -186,6 +191,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         f"weights that leave the host beside longer rows than {LONGEST_UNHOSTED}: the replay has a third more than is allocated, "
         "and no rehearsal shows it",
     ),
+    (_stacks_on_card, "experts that become stacks on each card: a rehearsal of six layers reserved 10 % more than the replay"),
     (
         _sends_from_host,
         "weights that reach vLLM in groups from the host: rehearsals of two layers reserved 2 % more and 3 % less than "

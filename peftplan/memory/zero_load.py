@@ -15,8 +15,9 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.load import load_order
+from peftplan.memory.load import NO_STACKS, load_order
 from peftplan.memory.loaded import Handle, Loader, Memory
+from peftplan.memory.stacked_load import Stacks
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 
@@ -36,6 +37,9 @@ class FlatLoading(NamedTuple):
     """Loads and adapts a quantized model; None: any other is cast on the host."""
     on_host: bool = False
     """Whether the flat copy is made on the host."""
+    stacks: Stacks = NO_STACKS
+    """Stacks of experts that are made, one by one, of matrices that have all reached the device (transformers,
+    core_model_loading.py, `MergeModulelist`)."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -45,6 +49,8 @@ class FlatLoading(NamedTuple):
                 self._put(memory, p, trained)
         else:
             self._cast_quantized(memory, trained)
+        for p in (p for p in self.cast.all if p.name in self.stacks):
+            memory.release(memory.allocate(ITEMSIZE[p.dtype] * p.numel))
         half = ITEMSIZE[next((p.dtype for p in self.cast.all if p.trainable), "bf16")]
         for names, part in self.groups:
             memory.empty_cache()
