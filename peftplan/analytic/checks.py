@@ -48,7 +48,13 @@ SHARED = {
 """Package → the strategies under which its kernels were rehearsed."""
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
-TRAINERS_OF_TEXT_PARTS = {"trl-dpo": "", "trl-grpo": "qwen2_5_vl", "swift-dpo": "", "swift-grpo": ""}
+TRAINERS_OF_TEXT_PARTS = {
+    "trl-dpo": "",
+    "trl-grpo": "qwen2_5_vl",
+    "swift-dpo": "",
+    "swift-grpo": "",
+    "swift-grpo-reloading": "qwen2_5_vl",
+}
 """Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl) → how their model types begin."""
 TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
@@ -97,7 +103,8 @@ def check(job: Job) -> None:
     if job.quant is not None and (by_kernel or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
-    if merges and ((job.quant is not None and not _merges_into(job)) or job.architecture.has_towers):
+    beside_tower = job.architecture.has_towers and not job.setup.by.reloads_weights
+    if merges and ((job.quant is not None and not _merges_into(job)) or beside_tower):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None and not _reads_8_bits(job):
         raise NoEngineError(why)
@@ -184,6 +191,8 @@ def _check_text_part(job: Job) -> None:
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
     if divided and job.setup.by.shows_picture and architecture.model_type not in SHOWN_PICTURES:
         raise NoRankFormulaError(f"a tower that {job.setup.by.called} shows a picture, of model type {architecture.model_type}")
+    if job.setup.by.reloads_weights and job.distributed is not None and job.distributed.strategy != "zero1":
+        raise NoRankFormulaError(f"weights that wait on the host, of model type {architecture.model_type}")
     if job.setup.loss in loss_sizes.OF_SHARED_ROWS:
         raise NoEngineError(f"rows that ranks share, of model type {architecture.model_type} (no formula yet)")
     known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)

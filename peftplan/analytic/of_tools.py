@@ -43,6 +43,8 @@ REHEARSED = {
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm=("server",)),
 }
 """Trainer → what was rehearsed of it."""
+RELOADED = "qwen2_5_vl"
+"""The model type whose weights were rehearsed to wait on the host under ZeRO-1, fully trained and with LoRA."""
 TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
 """Trainers whose layers may take turns, as in axolotl's, which was rehearsed."""
 
@@ -56,8 +58,10 @@ def unlike_rehearsed(job: "Job") -> str | None:
     if job.adaptation.rests and not _rests_as_rehearsed(job):
         by_what = f"{job.setup.by.called} with {job.setup.optim}"
         return f"layers that take turns by {by_what} and model type {job.architecture.model_type}"
-    divided = job.distributed is not None and job.distributed.strategy == "zero3"
-    if divided and job.setup.by.gathers_when_called and shown is None and not _is_dense(job):
+    strategy, model_type = None if job.distributed is None else job.distributed.strategy, job.architecture.model_type
+    if job.setup.by.reloads_weights and strategy == "zero1" and model_type != RELOADED:
+        return f"model type {model_type} under ZeRO-1 by {job.setup.by.called}"
+    if strategy == "zero3" and job.setup.by.gathers_when_called and shown is None and not _is_dense(job):
         return f"a mixture of experts under ZeRO-3 by {job.setup.by.called}"
     if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
         return "a loss of masked tokens, other than in full fine-tuning in bf16 on one GPU without checkpoints"

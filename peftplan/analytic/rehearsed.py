@@ -65,8 +65,8 @@ def without_formula(job: Job) -> str | None:
     distributed = job.distributed
     assert distributed is not None
     by = job.setup.by
-    under = {"ddp": by.under_ddp, "zero0": by.under_zero0, "zero2": by.under_zero2, "zero3": by.under_zero3}
-    rehearsed = (under | {"fsdp2": by.under_fsdp2}).get(distributed.strategy, ())
+    under = {"ddp": by.under_ddp, "fsdp2": by.under_fsdp2, "zero0": by.under_zero0, "zero1": by.under_zero1}
+    rehearsed = (under | {"zero2": by.under_zero2, "zero3": by.under_zero3}).get(distributed.strategy, ())
     if (by.of_preferences and job.reference not in rehearsed) or (by.anchors and not _knows_anchors(job)):
         return f" and {by.called}"
     if by.taught:

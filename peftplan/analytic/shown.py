@@ -106,7 +106,8 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.own_modules and strategy == "fsdp2":
         return (*SHOWN_METHODS, "dora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()
-    if by.shows_picture and by.sums_rows and strategy == "zero3" and job.architecture.model_type in SHOWN_PICTURES:
+    shown = (by.sums_rows and strategy == "zero3") or (by.reloads_weights and strategy == "zero1")
+    if by.shows_picture and shown and job.architecture.model_type in SHOWN_PICTURES:
         with_tower = ("partial",)  # of a text part: tests/rehearse/swift.jsonl
     if not knows_methods(job):
         return (*SHOWN_METHODS, *with_tower)

@@ -74,6 +74,12 @@ def _masks_ranks_by_sft(job: Job) -> bool:
     return divided and job.method_name == "adalora" and job.setup.loss != "full"
 
 
+def _reloads_weights(job: Job) -> bool:
+    """Whether weights that all train come back from the host beside the flat ones of ZeRO-1."""
+    flat = job.distributed is not None and job.distributed.strategy == "zero1"
+    return flat and job.setup.by.reloads_weights and job.method_name == "partial"
+
+
 def _permutes_from_host(job: Job) -> bool:
     """Whether BOFT's permutations stay on the host under ZeRO-3."""
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
@@ -215,6 +221,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _squares_in_4_bits,
         "Arcee's activation in 4 bits: a rehearsal of two layers reserved 9 % more than the replay",
     ),
+    (_reloads_weights, "weights that come back under ZeRO-1: a rehearsal of four layers reserved 9 % more than the replay"),
     (_permutes_from_host, "BOFT under ZeRO-3: a rehearsal of three layers reserved 13 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
     (

@@ -87,9 +87,21 @@ def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
     own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
     if kernels_of(setup.kernels or ()).experts is not None:
         own = each_apart(own)
+    if setup.by.reloads_weights and job.distributed.strategy == "zero1":
+        own = own._replace(beside=(*own.beside, *_flat_weights(job, own)))
     if job.distributed.strategy == "fsdp1" and own.states_of and parse_optim(str(setup.optim)).made_with_states is True:
         own = own._replace(states_of=own.states_of._replace(all=tuple(_before_cast(p, setup.dtype) for p in own.states_of.all)))
     return own._replace(rank=rank) if rank else own
+
+
+def _flat_weights(job: Job, own: "Holding") -> list[Line]:
+    """The flat weights in 16 bits of ZeRO-1, beside which weights come back from the host as tensors of their own (deepspeed,
+    runtime/zero/stage_1_and_2.py, `flatten_dense_tensors_aligned`; ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1477)."""
+    assert job.distributed is not None
+    assert own.states_of is not None
+    world, dtype = job.distributed.world_size, str(job.setup.autocast)
+    source = "DeepSpeed: bit16_groups_flat"
+    return [Line(f"flat {p.name}", "gathered_weights", dtype, (world * p.numel,), 1, source) for p in own.states_of.all]
 
 
 def _before_cast(p: Parameter, dtype: str) -> Parameter:
@@ -194,6 +206,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + Ledger(() if own is None else own.beside)
         + _optimizer(job, states_of, optimizer)
         + states_made_twice(job, built, optimizer)
+        + (_states_of_first_step(job, states_of, optimizer) if setup.by.reloads_weights else Ledger(()))
         + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
         + _reward_model(job)
@@ -319,6 +332,15 @@ def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer) -> Ledg
     if distributed.strategy in ("zero1", "zero2", "zero3") and (job.quant is not None or divides_first):
         return _optimizer(job, built._replace(all=adapter), optimizer)
     return Ledger(())
+
+
+def _states_of_first_step(job: Job, masters: Parameters, optimizer: Optimizer) -> Ledger:
+    """The states that ZeRO-1 made, beside those that came back from the host: what each weight knows of its states are parts of
+    the first ones (deepspeed, utils/mixed_precision_linkage.py, `lazy_init_hp_params_optimizer_state`; ms-swift 4.6.0,
+    rlhf_trainers/rollout_mixin.py:1535)."""
+    if job.distributed is None or job.distributed.strategy != "zero1":
+        return Ledger(())
+    return Ledger(tuple(line._replace(name=f"of the first step: {line.name}") for line in _optimizer(job, masters, optimizer)))
 
 
 def _optimizer(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:

@@ -229,7 +229,8 @@ class Trainer(NamedTuple):
     reloads_weights: bool = False
     """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
     their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
-    DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`)."""
+    DeepSpeed, stage3.py, `_unflatten_partitioned_parameters`). Under ZeRO-1 all do, and the optimizer's states too, beside the
+    flat weights and the first states (`job.inventory`)."""
     leaves_temperature: bool = False
     """Whether the logits of what the policy wrote are scored as they are, not divided by the temperature."""
     shows_picture: bool = False
@@ -279,6 +280,8 @@ class Trainer(NamedTuple):
     """Of a trainer of preferences or rewards: the references beside which it was rehearsed under DDP."""
     under_zero0: tuple[Reference, ...] = ()
     """The same under DeepSpeed's stage 0."""
+    under_zero1: tuple[Reference, ...] = ()
+    """The same under ZeRO-1."""
     under_zero2: tuple[Reference, ...] = ()
     """The same under ZeRO-2."""
     under_zero3: tuple[Reference, ...] = ()

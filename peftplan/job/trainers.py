@@ -210,7 +210,10 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
         SWIFT_GRPO,
         SWIFT_GRPO._replace(
-            name="swift-grpo-reloading", called=f"{SWIFT_GRPO.called} whose weights wait on the host", reloads_weights=True
+            name="swift-grpo-reloading",
+            called=f"{SWIFT_GRPO.called} whose weights wait on the host",
+            reloads_weights=True,
+            under_zero1=("adapter_off", "copy"),
         ),
         # `deepspeed zero3_offload` with `offload_model`: rotary tables go to the host and back, and take weights along
         # (rlhf_trainers/rollout_mixin.py:1454, :1475).
