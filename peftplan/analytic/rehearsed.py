@@ -173,7 +173,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         and job.quant is not None
         and distributed.offload_params == "cpu"
         and job.setup.loss != "full"
-        and not (is_dense(job) and job.setup.gradient_checkpointing and job.setup.gradient_accumulation_steps == 1),
+        and not (is_dense(job) and job.setup.gradient_checkpointing),
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
         "target_parameters": flat and _adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
