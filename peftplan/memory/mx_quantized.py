@@ -2,7 +2,7 @@
 
 Letters of a record: e elements, h pairs of them, g groups of 32. `4e` allocates numbers of 4 bytes, as many as the letter says;
 `-3` ends the third allocation. Forward keeps codes and scales of both operands, from which it and backward make them anew; a bias
-gets no gradient. Source: torchao 0.17.0, prototype/qat/mx.py (`_MXQuantizedForwardFakeQuantizedBackward`),
+gets no gradient. Source: torchao, prototype/qat/mx.py (`_MXQuantizedForwardFakeQuantizedBackward`),
 prototype/mx_formats/mx_tensor.py (`to_mx`, `_addmm_mx_dispatch`, `to_dtype`) and kernels.py, whose operations were recorded in
 the order in which they allocate. Left out: single numbers.
 """

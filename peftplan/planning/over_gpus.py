@@ -8,9 +8,22 @@ from peftplan.job.job import Job
 from peftplan.parameters import Parameters
 from peftplan.planning.assumed import of_ranks
 from peftplan.results.estimate import Peaks
+from peftplan.versions import QUANTIZED_ON_CARD
 
 if TYPE_CHECKING:
     from peftplan.results.distributed import OverGpus, RankGroup
+
+
+def loading_notes(job: Job, phase: str) -> tuple[str, ...]:
+    """What an older transformers loads otherwise, where loading a quantized base decides the peak of FSDP1."""
+    distributed = job.distributed
+    flat = distributed is not None and distributed.strategy == "fsdp1" and distributed.cpu_ram_efficient_loading
+    if not flat or job.quant is None or phase != "load" or job.script.quantizes_to_host:
+        return ()
+    return (
+        f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, with "
+        "cpu_ram_efficient_loading too; earlier releases move each weight to the host (--transformers 4.57)",
+    )
 
 
 def refused_dtypes(job: Job, built: Parameters) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.job.script import Script
 from peftplan.errors import PeftplanError
 from tools.rank_jobs import compared, rows
 
@@ -93,3 +94,16 @@ def test_a_file_whose_tool_loads_the_model_refuses_it_and_is_not_advised_to_use_
 def test_fsdp1_refuses_routers_in_fp32(model: str) -> None:
     with pytest.raises(PeftplanError, match=r"gate\.weight stays in fp32 beside bf16, which FSDP1 refuses"):
         peftplan.estimate(model, method="lora", target_modules=["o_proj"], strategy="fsdp1", gpus=8)
+
+
+def test_an_older_release_that_loads_through_the_host_is_named() -> None:
+    """Llama 2 70B on two cards of 24 GB, which peft's documentation measures at 19.6 GB each (docs/source/accelerate/fsdp.md)."""
+    job: dict[str, Any] = {"model": "llama-2-70b", "method": "qlora", "r": 8, "seq_len": 2048, "trainer": "trl"}
+    job |= {"strategy": "fsdp1", "gpu": "2xrtx-4090", "offload_params": "cpu", "quant_storage": "bf16"}
+    today = peftplan.estimate(**job, cpu_ram_efficient_loading=True)
+    older = peftplan.estimate(**job, cpu_ram_efficient_loading=True, script=Script.on(transformers="4.57"))
+    assert [verdict.verdict for estimate in (today, older) for verdict in estimate.gpus] == ["does_not_fit", "fits"]
+    told = [any("--transformers 4.57" in note for note in estimate.assumptions.get("notes", ())) for estimate in (today, older)]
+    assert told == [True, False]
+    plain = peftplan.estimate(**job)
+    assert not any("--transformers" in note for note in plain.assumptions.get("notes", ()))
