@@ -1,7 +1,7 @@
 """Mamba 2's mixer where its last projection is quantized: causal-conv1d's function, mamba-ssm's scan, and the gated norm.
 
 Letters: b batch, s sequence, n heads. Both functions save their inputs, which are views of the projection and of the
-convolution's result; the scan also its own result. Gradients of all weights are made, whichever train. Source: transformers as axolotl pins it,
+convolution's result; the scan also its own result. Gradients of all weights are made, whichever train. Source: transformers,
 models/nemotron_h/modeling_nemotron_h.py (`NemotronHMamba2Mixer.forward`); causal_conv1d, causal_conv1d_interface.py
 (`CausalConv1dFn`); mamba-ssm, ops/triton/ssd_combined.py (`MambaChunkScanCombinedFn`). Left out: what Triton's autotuner takes.
 """

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.job.script import Script
 from peftplan.errors import PeftplanError
+from peftplan.job.script import Script
 from tools.rank_jobs import compared, rows
 
 PACKED: dict[str, Any] = {"method": "qlora", "gpus": 2, "strategy": "fsdp2", "quant_storage": "bf16", "device_map": "cpu"}
