@@ -64,6 +64,9 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(_largest(result, everything=verbose))
     if result.managed_bytes:
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
+    if result.distributed and (per_rank := result.distributed.host_bytes):
+        per_node = format_bytes(per_rank * (result.distributed.strategy.gpus or 1))
+        parts.append(f"And {format_bytes(per_rank)} per rank in host memory, {per_node} on a node.")
     if result.gpus:
         verdicts = [
             texts((v.gpu, v.usable_bytes, v.needed_bytes, context(v), v.headroom_bytes, v.words, v.why)) for v in result.gpus

@@ -156,6 +156,12 @@ def test_a_count_that_an_unsupported_key_decides_is_unknown(tmp_path: Path, line
     assert (f"trainable parameters unknown: unsupported keys ({unknown})" in shown) == (unknown is not None)
 
 
+def test_what_a_strategy_keeps_on_the_host_is_said() -> None:
+    """70B in full by FSDP2 with its parameters on the host: 16 bytes of each, half of them on each rank."""
+    result = estimate("llama-3.1-70b", method="full", gpu="2xh100-80gb", strategy="fsdp2", offload_params="cpu")
+    assert "and 525.67 GiB per rank in host memory, 1,051.33 GiB on a node" in lines_of(result)
+
+
 def test_an_incomplete_peak_is_said() -> None:
     unknown = tuple(f"model.part{n}" for n in range(5))
     lines = lines_of(tiny_estimate(incomplete=unknown), columns=200)
