@@ -185,7 +185,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     if result.managed_bytes:
         managed = format_bytes(result.managed_bytes)
         rows += wrapped(f"and {managed} of paged optimizer states in CUDA managed memory", screen.columns)
-    if result.distributed and (per_rank := result.distributed.host_bytes):
+    if result.distributed and (per_rank := result.distributed.host_bytes) >= MIB:  # counts of steps are less
         per_node = format_bytes(per_rank * (result.distributed.strategy.gpus or 1))
         rows += wrapped(f"and {format_bytes(per_rank)} per rank in host memory, {per_node} on a node", screen.columns)
     return rows

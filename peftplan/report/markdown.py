@@ -20,7 +20,7 @@ from peftplan.report.tabular import (
     texts,
 )
 from peftplan.results.estimate import Estimate
-from peftplan.units import format_bytes
+from peftplan.units import MIB, format_bytes
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -64,7 +64,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts.append(_largest(result, everything=verbose))
     if result.managed_bytes:
         parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
-    if result.distributed and (per_rank := result.distributed.host_bytes):
+    if result.distributed and (per_rank := result.distributed.host_bytes) >= MIB:  # counts of steps are less
         per_node = format_bytes(per_rank * (result.distributed.strategy.gpus or 1))
         parts.append(f"And {format_bytes(per_rank)} per rank in host memory, {per_node} on a node.")
     if result.gpus:

@@ -160,6 +160,10 @@ def test_what_a_strategy_keeps_on_the_host_is_said() -> None:
     """70B in full by FSDP2 with its parameters on the host: 16 bytes of each, half of them on each rank."""
     result = estimate("llama-3.1-70b", method="full", gpu="2xh100-80gb", strategy="fsdp2", offload_params="cpu")
     assert "and 525.67 GiB per rank in host memory, 1,051.33 GiB on a node" in lines_of(result)
+    counts_of_steps = estimate("llama-3.2-1b", method="qlora", gpus=2, strategy="zero3", optim="adagrad")
+    assert counts_of_steps.distributed is not None
+    assert counts_of_steps.distributed.host_bytes
+    assert not [line for line in lines_of(counts_of_steps) if "host memory" in line]
 
 
 def test_an_incomplete_peak_is_said() -> None:
