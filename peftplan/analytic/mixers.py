@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import between_chunks
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code, knows_recorded
+from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code, knows_experts, knows_recorded
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT
@@ -122,7 +122,7 @@ def check_delta_rule(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a step with a gated delta rule was not compared."""
     setup, model_type = job.setup, job.architecture.model_type
     kernels = kernels_of(setup.kernels or ())
-    if kernels.layers is not None:  # which torch compiles whole
+    if kernels.layers is not None or knows_experts(job):  # which torch compiles whole, or NeMo Automodel divides
         return
     known = job.distributed is None or _shares_delta_rule(job)
     if has_own_code(job) or setup.by.name not in PLAIN_TRAINERS or not known:
@@ -134,6 +134,7 @@ def check_delta_rule(job: Job) -> None:
     checkpoints = bool(setup.gradient_checkpointing)
     caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
     unknown = {
+        "one projection of queries, keys and values": model_type == "qwen3_next",
         "other kernels": any(name != "fla.delta_rule" for name in setup.kernels or ()),
         "padding": setup.padding,
         "a cache": caches and not checkpoints and not setup.by.turns_cache_off and setup.loss != "trl-chunked",

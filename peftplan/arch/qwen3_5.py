@@ -1,6 +1,6 @@
-"""Qwen 3.5 (text), dense and with experts: each layer is gated attention or a gated delta rule.
+"""Qwen 3.5 (text), dense and with experts, and Qwen 3 Next: each layer is gated attention or a gated delta rule.
 
-Source: transformers, `models/{qwen3_5,qwen3_5_moe}/modeling_*.py` and the config classes' defaults beside them.
+Source: transformers, `models/{qwen3_5,qwen3_5_moe,qwen3_next}/modeling_*.py` and the config classes' defaults beside them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,34 @@ def qwen3_5_moe_text(c: Fields, task_type: str) -> Architecture:
     n = read_dims(c, kv=2, head_dim=HEAD_DIM, width=("moe_intermediate_size",))
     e, shared = c.int("num_experts", default=256), c.int("shared_expert_intermediate_size", default=512)
     mlp = moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=8), shared=shared)
-    modules = (
+    mlp = mlp._replace(router=mlp.router._replace(norm_topk_prob=True))
+    return _model(c, n, mlp, _experts(n, e, shared), task_type, stem="Qwen3_5Moe")
+
+
+def qwen3_next(c: Fields, task_type: str) -> Architecture:
+    """Qwen 3 Next, whose delta rule has two projections in place of four. Raises InputError for layers without experts."""
+    if c.strs("mlp_only_layers", default=()) or c.int("decoder_sparse_step", default=1) != 1:
+        raise InputError(f"{c.name}: mlp_only_layers", "layers without experts", "accepted: experts in every layer")
+    n = read_dims(c, kv=2, head_dim=HEAD_DIM, width=("moe_intermediate_size",))
+    e, shared = c.int("num_experts", default=512), c.int("shared_expert_intermediate_size", default=512)
+    mlp = moe_mlp(c, n.i, e, c.int("num_experts_per_tok", default=10), shared=shared)
+    mlp = mlp._replace(router=mlp.router._replace(norm_topk_prob=c.bool("norm_topk_prob", default=True)))
+    return _model(c, n, mlp, _experts(n, e, shared), task_type, stem="Qwen3Next", joined=True)
+
+
+def _experts(n: Dims, e: int, shared: int) -> tuple[Module, ...]:
+    return (
         router("layers.{}.mlp.gate", e=e, h=n.h, layers=n.layers),
         experts("layers.{}.mlp.experts", e=e, h=n.h, i=n.i, layers=n.layers),
         *gated_mlp(n.h, shared, n.layers, name="layers.{}.mlp.shared_expert"),
         linear("layers.{}.mlp.shared_expert_gate", n.h, 1, layers=n.layers),
     )
-    mlp = mlp._replace(router=mlp.router._replace(norm_topk_prob=True))
-    return _model(c, n, mlp, modules, task_type, stem="Qwen3_5Moe")
 
 
-def _model(c: Fields, n: Dims, mlp: Mlp, of_mlp: tuple[Module, ...], task_type: str, *, stem: str) -> Architecture:
+def _model(
+    c: Fields, n: Dims, mlp: Mlp, of_mlp: tuple[Module, ...], task_type: str, *, stem: str, joined: bool = False
+) -> Architecture:
+    """`joined`: the delta rule has one projection of queries, keys, values and gate, and one of both rates."""
     mixing, attending = _layers(c, n)
     rule = _rule(c)
     blocks = (
@@ -53,7 +70,7 @@ def _model(c: Fields, n: Dims, mlp: Mlp, of_mlp: tuple[Module, ...], task_type: 
         c,
         n,
         stem=stem,
-        layer=first_met((*_mixer(n, rule, mixing), *_attention(c, n, attending), *of_mlp, *rmsnorms(n, *NORMS))),
+        layer=first_met((*_mixer(n, rule, mixing, joined=joined), *_attention(c, n, attending), *of_mlp, *rmsnorms(n, *NORMS))),
         blocks=tuple(block for block in blocks if block.layers),
         rotary_dim=partial_rotary_dim(c, n.d, default=ROTATED),
     )
@@ -84,19 +101,19 @@ def _rule(c: Fields) -> DeltaRule:
     return rule
 
 
-def _mixer(n: Dims, rule: DeltaRule, layers: tuple[int, ...]) -> tuple[Module, ...]:
+def _mixer(n: Dims, rule: DeltaRule, layers: tuple[int, ...], *, joined: bool) -> tuple[Module, ...]:
     """The delta rule between its projections."""
     heads = rule.value_heads
-    return (
+    widths = {"qkv": rule.channels, "z": rule.width, "b": heads, "a": heads}
+    if joined:
+        widths = {"qkvz": rule.channels + rule.width, "ba": 2 * heads}
+    projections = tuple(linear(f"{NAME}.in_proj_{part}", n.h, width, layers=layers) for part, width in widths.items())
+    own = (
         Module(NAME, "Module", (("dt_bias", (heads,)), ("A_log", (heads,))), layers),
         Module(f"{NAME}.conv1d", "Conv1d", (("weight", (rule.channels, 1, rule.taps)),), layers),
-        rmsnorm(f"{NAME}.norm", rule.value_dim, layers),
-        linear(f"{NAME}.out_proj", rule.width, n.h, layers=layers),
-        linear(f"{NAME}.in_proj_qkv", n.h, rule.channels, layers=layers),
-        linear(f"{NAME}.in_proj_z", n.h, rule.width, layers=layers),
-        linear(f"{NAME}.in_proj_b", n.h, heads, layers=layers),
-        linear(f"{NAME}.in_proj_a", n.h, heads, layers=layers),
     )
+    ends = rmsnorm(f"{NAME}.norm", rule.value_dim, layers), linear(f"{NAME}.out_proj", rule.width, n.h, layers=layers)
+    return (*own, *projections, *ends) if joined else (*own, *ends, *projections)
 
 
 def _attention(c: Fields, n: Dims, layers: tuple[int, ...]) -> tuple[Module, ...]:

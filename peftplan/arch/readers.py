@@ -48,6 +48,7 @@ READERS: dict[str, tuple[str, str, str]] = {
     "nemotron_h": ("nemotron_h", "nemotron_h", "CAUSAL_LM"),
     "qwen3_5_text": ("qwen3_5", "qwen3_5_text", "CAUSAL_LM"),
     "qwen3_5_moe_text": ("qwen3_5", "qwen3_5_moe_text", "CAUSAL_LM"),
+    "qwen3_next": ("qwen3_5", "qwen3_next", "CAUSAL_LM"),
     "mixtral": ("moe", "mixtral", "CAUSAL_LM"),
     "qwen2_moe": ("moe", "qwen2_moe", "CAUSAL_LM"),
     "qwen3_moe": ("moe", "qwen3_moe", "CAUSAL_LM"),

@@ -18,7 +18,7 @@ REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
     *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2"),
-    *("glm_moe_dsa", "ernie4_5_moe"),
+    *("glm_moe_dsa", "ernie4_5_moe", "qwen3_next"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -26,7 +26,7 @@ REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = (
     *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
-    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe"),
+    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next"),
 )
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"

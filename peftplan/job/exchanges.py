@@ -64,6 +64,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
         Exchanged(OF_HYBRID, ONE_BY_ONE, True, False),
     ),
+    "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),

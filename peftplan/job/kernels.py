@@ -255,7 +255,7 @@ OF_PACKAGE = {
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4"),
     **dict.fromkeys(("uccl", "te-linear", "te-experts"), DIVIDED),
-    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa"),
+    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa", "qwen3_next"),
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss",),
     "mamba-ssm": SCANNING,

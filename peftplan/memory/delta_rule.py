@@ -33,8 +33,8 @@ def chunked(f: Tape, rule: DeltaRule, q: Tensor, k: Tensor, v: Tensor, decay: Te
         (b, n, number, CHUNK, *d) for d in ((rule.key_dim,), (rule.value_dim,), (), (CHUNK,))
     )
     if rule.key_heads != rule.value_heads:
-        q = _repeated(f, q, (b, s, n, rule.key_dim))
-        k = _repeated(f, k, (b, s, n, rule.key_dim))
+        q = repeated(f, q, (b, s, n, rule.key_dim))
+        k = repeated(f, k, (b, s, n, rule.key_dim))
     views = rule.key_heads == rule.value_heads
     q, k, v, beta = [_by_head(f, q, views), _by_head(f, k, views), _by_head(f, v, True), f.to(beta, "fp32")]
     q = _normed(f, q)
@@ -91,7 +91,7 @@ def _turned_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tens
     return f.view_of(g.view(saved[0]))
 
 
-def _repeated(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+def repeated(f: Tape, x: Tensor, dims: Dims) -> Tensor:
     """`repeat_interleave` over heads: a copy, whose gradient is summed."""
     return f.new(dims, x.dtype, "repeat_interleave", f.record(_repeated_backward, (x,), x.dims))
 

@@ -38,9 +38,10 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tensors import Parameter as TapeParameter
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
-OF_SCANS = re.compile(r"\.mixer\.(dt_bias|A_log|D)$")
-"""What Mamba 2 computes in fp32: beside divided experts a unit of its own (nemo_automodel 0.7.0, models/nemotron_v3/layers.py,
-`NemotronV3MambaFP32Params`; components/distributed/parallelizer_utils.py, `fully_shard_by_dtype`)."""
+OF_SCANS = re.compile(r"\.(mixer|linear_attn)\.(dt_bias|A_log|D)$")
+"""What Mamba 2, or a delta rule's decay, computes in fp32: beside divided experts a unit of its own (nemo_automodel 0.7.0,
+models/nemotron_v3/layers.py, `NemotronV3MambaFP32Params`; models/qwen3_next/layers.py, `Qwen3NextSSMGate`;
+components/distributed/parallelizer_utils.py, `fully_shard_by_dtype`)."""
 BY_TORCHTUNE = {"tok_embeddings": EMBEDDING, "output": TAIL}
 """Names in `custom_sharded_layers` → units."""
 
@@ -184,7 +185,7 @@ def grouped(
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
     in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
     divided = {number for p in full.all if id(p) in in_mlps for number in numbers(p, arch)}
-    scans = {id(p) for p in full.all if divided and OF_SCANS.search(p.name) and arch.model_type == "nemotron_h"}
+    scans = {id(p) for p in full.all if divided and OF_SCANS.search(p.name) and arch.model_type in ("nemotron_h", "qwen3_next")}
     of_scans = {number for p in full.all if id(p) in scans for number in numbers(p, arch)}
     flat = distributed.strategy == "fsdp1"
     of_modules = {id(p): p for p in full.all if flat and (inner or calls_adapters) and OF_MODULES.search(p.name)}

@@ -21,7 +21,7 @@ PROMISED = (
     " glm glm4 bert roberta xlm-roberta distilbert deberta-v2 modernbert t5 mt5 bart vit whisper"
     " ministral3 seed_oss hunyuan_v1_dense exaone4 arcee ernie4_5 glm4_moe glm4_moe_lite lfm2 nemotron_h falcon_h1"
     " gemma4_text gemma4_unified_text olmo3 olmoe nemotron apertus"
-    " qwen3_5_text qwen3_5_moe_text"
+    " qwen3_5_text qwen3_5_moe_text qwen3_next"
 )
 """The model types that the analytic engine promises to know layer by layer."""
 

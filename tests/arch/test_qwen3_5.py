@@ -23,6 +23,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
+OF_TYPE["qwen3_next"] = OF_TYPE["qwen3_5_moe_text"]
 
 
 @pytest.mark.parametrize("model_type", OF_TYPE)

@@ -65,6 +65,7 @@ FORWARDS: dict[str, tuple[str, str]] = {
     "nemotron_h": ("nemotron_h", "nemotron_h"),
     "qwen3_5_text": ("qwen3_5", "qwen3_5_text"),
     "qwen3_5_moe_text": ("qwen3_5", "qwen3_5_moe_text"),
+    "qwen3_next": ("qwen3_5", "qwen3_next"),
     "mixtral": ("moe", "mixtral"),
     "qwen2_moe": ("moe", "qwen2_moe"),
     "qwen3_moe": ("moe", "qwen3_moe"),
@@ -123,6 +124,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models.automodel_ep import glm4_moe
 
             return glm4_moe
+        if model_type == "qwen3_next":
+            from peftplan.memory.models.automodel_next import qwen3_next
+
+            return qwen3_next
         own: dict[str, Forward] = {**OF_AUTOMODEL, **DIVIDED}
         return own[model_type]
     module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]

@@ -37,7 +37,7 @@ def gpt_oss(model: Model) -> Tensor:
 
 def rotary_table(model: Model) -> Tensor:
     """`position_ids_to_freqs_cis`: one table of cosines and sines in fp32."""
-    f, a = model.tape, model.arch.blocks[0].attentions[0]
+    f, a = model.tape, next(a for block in model.arch.blocks for a in block.attentions)
     width = a.rotary_dim or a.head_dim
     f.module = "model"
     _positions = f.new((model.seq,), "int64", "position_ids")

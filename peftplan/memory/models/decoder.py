@@ -149,7 +149,7 @@ def window_of(block: Block) -> int | None:
 
 def rotary_tables(model: Model, dtype: str, a: Attention | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines, as wide as the part of a head that is rotated, of this attention or the first layer's."""
-    a = a or model.arch.blocks[0].attentions[0]
+    a = a or next(a for block in model.arch.blocks for a in block.attentions)
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
     shares = model.running.ring is not None or model.running.kernels.attention is not None
     rows: Dim = "b" if shares else 1  # whose positions come with the batch

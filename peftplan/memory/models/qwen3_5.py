@@ -1,6 +1,7 @@
-"""Qwen 3.5, dense and with experts: gated attention in some layers, a gated delta rule behind a short convolution in the others.
+"""Qwen 3.5, dense and with experts, and Qwen 3 Next: gated attention in some layers, in the others a gated delta rule behind a
+short convolution.
 
-Source: transformers, models/{qwen3_5,qwen3_5_moe}/modeling_*.py.
+Source: transformers, models/{qwen3_5,qwen3_5_moe,qwen3_next}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 from functools import partial
 
 from peftplan.memory import delta_kernels
-from peftplan.memory.delta_rule import CHUNK, chunked, turned
+from peftplan.memory.delta_rule import CHUNK, chunked, repeated, turned
+from peftplan.memory.models.decoder import decoder
 from peftplan.memory.models.lfm2 import depthwise
 from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.moe import qwen2_block
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.models.vision_language import with_grids
 from peftplan.memory.norms import rms_plus_one
+from peftplan.memory.units import in_fp32
 from peftplan.tape import ops
 from peftplan.tape.norms import rms_normed
 from peftplan.tape.rotary import partly_rotary
-from peftplan.tape.shaping import sliced, split
+from peftplan.tape.shaping import cat, sliced, split
 from peftplan.tape.tensors import Tensor
 from peftplan.units import ceil_div
 
@@ -52,12 +55,48 @@ def delta_rule(c: Call, x: Tensor) -> Tensor:
     del projected
     keys = (b, s, rule.key_heads, rule.key_dim)
     q, k, v = split(f, mixed, (keys, keys, (b, s, rule.value_heads, rule.value_dim)))
+    return ruled(c, (q, k, v), rates, steps, gate)
+
+
+def joined_rule(c: Call, x: Tensor) -> Tensor:
+    """`Qwen3NextGatedDeltaNet.forward`, whose names hold both projections until it returns."""
+    rule, name, (b, s, _) = c.block.delta_rule, "linear_attn", x.dims
+    assert rule is not None
+    both, two_rates = c.linear(f"{name}.in_proj_qkvz", x), c.linear(f"{name}.in_proj_ba", x)
+    f, each, values = c.at(name), rule.value_heads // rule.key_heads, rule.value_heads // rule.key_heads * rule.value_dim
+    of_heads = (b, s, rule.key_heads)
+    widths = (rule.key_dim, rule.key_dim, values, values)
+    q, k, v, gate = split(f, both.view((*of_heads, sum(widths))), [(*of_heads, width) for width in widths])
+    rates, steps = split(f, two_rates.view((*of_heads, 2 * each)), ((*of_heads, each), (*of_heads, each)))
+    heads = (b, s, rule.value_heads)
+    v, gate = (ops.copied(f, part, "clone", (*heads, rule.value_dim)) for part in (v, gate))
+    rates, steps = (ops.copied(f, part, "clone", heads) for part in (rates, steps))
+    q, k = (ops.copied(f, part, "clone", (b, s, rule.key_heads * rule.key_dim)) for part in (q, k))
+    v = v.view((b, s, rule.width))
+    joined = cat(f, (q, k, v), (b, s, rule.channels))
+    mixed = ops.keeps_input(c.at(name), sliced(f, depthwise(c, joined, f"{name}.conv1d"), (b, s, rule.channels)), "silu")
+    del joined
+    f, keys = c.at(name), (b, s, rule.key_heads, rule.key_dim)
+    q, k, v = split(f, mixed, (keys, keys, (*heads, rule.value_dim)))
+    return ruled(c, (q, k, v), rates, steps, gate, repeats=True)
+
+
+def ruled(c: Call, qkv: tuple[Tensor, ...], rates: Tensor, steps: Tensor, gate: Tensor, *, repeats: bool = False) -> Tensor:
+    """The delta rule behind its convolution. `repeats`: the function gets as many heads of queries and keys as of values."""
+    (q, k, v), rule, name, f = qkv, c.block.delta_rule, "linear_attn", c.at("linear_attn")
+    del qkv
+    assert rule is not None
+    b, s = v.dims[:2]
     beta = ops.keeps_output(f, rates, "sigmoid")
     own = c.model.part(f"{c.style.stack}.{name}", c.number).params
+    units, unit = c.model.units, in_fp32(c.number)
+    steps = units.enter_with(unit, steps)
     rate = ops.scale(f, ops.keeps_output(f, f.to(own["A_log"], "fp32"), "exp"), "neg")
     step = ops.keeps_input(f, ops.add(f, f.to(steps, "fp32"), own["dt_bias"]), "softplus")
-    decay = ops.mul(f, rate, step)
+    decay = units.leave(unit, ops.mul(f, rate, step))
     del rate, step
+    if repeats and rule.key_heads != rule.value_heads:
+        q, k = (repeated(f, side, (b, s, rule.value_heads, rule.key_dim)) for side in (q, k))
     if c.model.running.kernels.delta_rule is not None:
         y = delta_kernels.by_flash_linear_attention(f, rule, q, k, v, decay, beta)
     else:
@@ -111,6 +150,7 @@ def _within(style: Style) -> Style:
     return style._replace(stack="model.language_model.layers.{}", final_norm="model.language_model.norm")
 
 
+qwen3_next = partial(decoder, style=OF_EXPERTS)
 qwen3_5_text = partial(with_grids, style=STYLE, by_sections=False)
 qwen3_5_moe_text = partial(with_grids, style=OF_EXPERTS, by_sections=False)
 qwen3_5 = partial(with_grids, style=_within(STYLE), by_sections=False)
