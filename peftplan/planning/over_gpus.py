@@ -8,22 +8,31 @@ from peftplan.job.job import Job
 from peftplan.parameters import Parameters
 from peftplan.planning.assumed import of_ranks
 from peftplan.results.estimate import Peaks
-from peftplan.versions import QUANTIZED_ON_CARD
+from peftplan.versions import LEFTOVERS_RELEASED, QUANTIZED_ON_CARD
 
 if TYPE_CHECKING:
     from peftplan.results.distributed import OverGpus, RankGroup
 
 
-def loading_notes(job: Job, phase: str) -> tuple[str, ...]:
-    """What an older transformers loads otherwise, where loading a quantized base decides the peak of FSDP1."""
+def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
+    """What another release of a library holds, where that decides the peak: how FSDP1 loads a quantized base, and how long ZeRO-3
+    keeps weights gathered that do not train."""
     distributed = job.distributed
-    flat = distributed is not None and distributed.strategy == "fsdp1" and distributed.cpu_ram_efficient_loading
-    if not flat or job.quant is None or phase != "load" or job.script.quantizes_to_host:
-        return ()
-    return (
-        f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, with "
-        "cpu_ram_efficient_loading too; earlier releases move each weight to the host (--transformers 4.57)",
-    )
+    if distributed is None:
+        return
+    efficient = distributed.strategy == "fsdp1" and distributed.cpu_ram_efficient_loading
+    if efficient and job.quant is not None and peaks.phase == "load" and not job.script.quantizes_to_host:
+        yield (
+            f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, with "
+            "cpu_ram_efficient_loading too; earlier releases move each weight to the host (--transformers 4.57)"
+        )
+    recomputed = distributed.strategy == "zero3" and job.setup.gradient_checkpointing and job.setup.use_reentrant
+    gathered = peaks.ledgers[peaks.phase].bytes(("gathered_weights",))
+    if recomputed and not job.keeps_leftovers and 2 * gathered > peaks.allocated:
+        yield (
+            f"since {LEFTOVERS_RELEASED.named}, ZeRO-3 keeps more weights gathered while reentrant checkpoints are recomputed; "
+            "earlier releases may hold far less (--deepspeed-version 0.18.9)"
+        )
 
 
 def refused_dtypes(job: Job, built: Parameters) -> str | None:

@@ -13,7 +13,7 @@ from peftplan.job.requirements import pair, refused_batch, unmet
 from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
 from peftplan.job.tasks import without_loss
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
-from peftplan.planning.over_gpus import loading_notes, over_gpus, refused_dtypes
+from peftplan.planning.over_gpus import over_gpus, refused_dtypes, release_notes
 from peftplan.planning.verdicts import capability, card_notes, kernels_on, placed_on, verdict, vllm_of
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
@@ -259,7 +259,7 @@ def _estimated(
     assumed = assumptions(job, quantized=built.quantized)
     notes = card_notes(cards, setup, job.quant)
     if peaks is not None:
-        notes += [*((NO_PICTURES,) if peaks.scope else ()), *loading_notes(job, peaks.phase)]
+        notes += [*((NO_PICTURES,) if peaks.scope else ()), *release_notes(job, peaks)]
     if notes:
         assumed["notes"] = [*assumed.get("notes", ()), *notes]
     if peaks is not None:
