@@ -116,6 +116,8 @@ def check(job: Job) -> None:
         raise NoEngineError(refused)
     if job.quant is not None and job.quant.experts:
         _check_stacks(job)
+    if job.setup.by.own_fsdp2:
+        _check_parameters(job)
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
         raise NeedsTraceError(f"activations of model type {model_type}")
@@ -167,6 +169,15 @@ def refused_product(job: Job) -> str | None:
         f"a step with int8 layers: bitsandbytes raises ValueError for {LATENT}, whose input has four dimensions since "
         f"{LATENT_CACHED.named} (add quant_skip_modules kv_b_proj,lm_head)"
     )
+
+
+def _check_parameters(job: Job) -> None:
+    """Raise NoEngineError for LoRA over parameters by axolotl, whose peft 0.20 makes their whole updates, and holds them beside
+    their sums (tuners/lora/layer.py, `_LoraParameterProxy`); peft 0.21 makes each sum of its factors."""
+    from peftplan.analytic.rehearsed import adapts_parameters
+
+    if adapts_parameters(job):
+        raise NoEngineError("LoRA on parameters with peft 0.20, which axolotl pins (no formula yet)")
 
 
 def _check_stacks(job: Job) -> None:

@@ -139,7 +139,7 @@ def _unknown_to_dense(job: Job, model_types: tuple[str, ...], optimizers: tuple[
     }
 
 
-def _adapts_parameters(job: Job) -> bool:
+def adapts_parameters(job: Job) -> bool:
     """Whether an adapter stands over a parameter (peft, `ParamWrapper`), by name or by peft's defaults."""
     return bool(getattr(job.config, "target_parameters", None) or dict(job.adaptation.resolved).get("target_parameters"))
 
@@ -175,7 +175,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         and job.setup.loss != "full"
         and not (is_dense(job) and job.setup.gradient_checkpointing),
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
-        "target_parameters": flat and _adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
+        "target_parameters": flat and adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
         f"a release before {versions.FSDP2_TAIL_APART.named}": not flat and _has_units_of_layers(job, distributed),
