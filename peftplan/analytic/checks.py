@@ -103,7 +103,7 @@ def check(job: Job) -> None:
     if job.quant is not None and (by_kernel or job.setup.by.teaches or job.setup.by.rewards):
         raise NoEngineError(f"a quantized base under {job.setup.by.called} (no formula yet)")
     merges = job.setup.merges_for_vllm and bool(job.method and job.method.peft_type)
-    beside_tower = job.architecture.has_towers and not job.setup.by.reloads_weights
+    beside_tower = job.architecture.has_towers and not (job.setup.by.reloads_weights or _merges_beside_tower(job))
     if merges and ((job.quant is not None and not _merges_into(job)) or beside_tower):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None and not _reads_8_bits(job):
@@ -420,6 +420,12 @@ def _grpo_without_formula(job: Job) -> str | None:
         "of padded completions": not packed and setup.batch_size > 1,
     }
     return next((what for what, is_so in missing.items() if is_so), None)
+
+
+def _merges_beside_tower(job: Job) -> bool:
+    """Whether a merge beside a tower was rehearsed (tests/rehearse/swift.jsonl): of LoRA of Qwen2.5-VL under DDP."""
+    shared = job.distributed is not None and job.distributed.strategy == "ddp" and job.setup.vllm_mode != "server"
+    return shared and job.method_name == "lora" and job.architecture.model_type == "qwen2_5_vl"
 
 
 def _merges_into(job: Job) -> bool:
