@@ -21,14 +21,15 @@ def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
     if distributed is None:
         return
     efficient = distributed.strategy == "fsdp1" and distributed.cpu_ram_efficient_loading
-    if efficient and job.quant is not None and peaks.phase == "load" and not job.script.quantizes_to_host:
+    if efficient and job.quant is not None and not job.script.quantizes_to_host and peaks.phase == "load":  # read last: a replay
         yield (
             f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, with "
             "cpu_ram_efficient_loading too; earlier releases move each weight to the host (--transformers 4.57)"
         )
     recomputed = distributed.strategy == "zero3" and job.setup.gradient_checkpointing and job.setup.use_reentrant
-    gathered = peaks.ledgers[peaks.phase].bytes(("gathered_weights",))
-    if recomputed and not job.keeps_leftovers and 2 * gathered > peaks.allocated:
+    if not recomputed or job.keeps_leftovers:
+        return
+    if 2 * peaks.ledgers[peaks.phase].bytes(("gathered_weights",)) > peaks.allocated:
         yield (
             f"since {LEFTOVERS_RELEASED.named}, ZeRO-3 keeps more weights gathered while reentrant checkpoints are recomputed; "
             "earlier releases may hold far less (--deepspeed-version 0.18.9)"

@@ -14,7 +14,7 @@ from peftplan.job.inventory import inventory
 from peftplan.job.lines import gradient_lines, weight_lines
 from peftplan.job.prepare import prepare
 from peftplan.parameters import Parameters
-from peftplan.results.estimate import Estimate
+from peftplan.results.estimate import Estimate, Peaks
 
 WORLDS = (2, 3, 4, 8, 16, 64)
 SHARDING = ("fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp")
@@ -209,3 +209,10 @@ def test_biases_that_train_in_fsdp1_without_checkpoints_have_no_reserved_bytes()
     result = peftplan.estimate("qwen2.5-0.5b", **job)
     assert result.peaks is not None
     assert result.peaks.reserved is None
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1", "zero1", "zero2", "zero3"])
+def test_an_estimate_without_a_card_replays_nothing(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """The phase of a peak takes a replay of each rank, up to eight times as long as the estimate without it."""
+    monkeypatch.setattr(Peaks, "phase", property(lambda peaks: pytest.fail("the peak was read")))
+    peftplan.estimate("llama-3.2-1b", method="lora", gpus=8, strategy=strategy)
