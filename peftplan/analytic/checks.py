@@ -19,6 +19,7 @@ from peftplan.job.beside_towers import knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, IN_MXFP4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
+from peftplan.job.requirements import rows_apart
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -59,6 +60,8 @@ TRAINERS_OF_TEXT_PARTS = {
 TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
 for AdaLoRA's, whose loss reads each of its matrices."""
+WRITING_ALONE = ("llama", "qwen2", "qwen3")
+"""Model types whose completions of one prompt each were rehearsed, or that differ from these by norms of heads alone."""
 PACKED = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose packed rows were rehearsed, or have the same masks."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")
@@ -92,7 +95,11 @@ def check(job: Job) -> None:
     if job.reference == "copy" and not known and not shared:
         raise NoEngineError(f"a second model under {job.setup.by.called} (no formula yet)")
     if job.setup.by.leaves_temperature and not _writes_alone(job):
-        raise NoEngineError(f"a step of {job.setup.by.called} but of a dense model in full under sdpa (no formula yet)")
+        raise NoEngineError(
+            f"a step of {job.setup.by.called} but of Llama, Qwen 2 and 3 in full under sdpa in bf16 (no formula yet)"
+        )
+    if (apart := rows_apart(job.setup)) is not None:
+        raise NoEngineError(apart)
     if job.setup.by.packs and not _packs_as_rehearsed(job):
         raise NoEngineError(f"a step of {job.setup.by.called} with this model, method, attention or strategy (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):
@@ -146,8 +153,9 @@ def check(job: Job) -> None:
 
 def _writes_alone(job: Job) -> bool:
     """Whether completions of one prompt each are learned as they were rehearsed."""
-    dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
-    return dense and job.setup.attn_implementation == "sdpa" and job.method_name == "full" and not job.architecture.has_towers
+    setup = job.setup
+    plain = setup.attn_implementation == "sdpa" and setup.kernels is None and setup.autocast == "bf16"
+    return plain and job.method_name == "full" and job.architecture.model_type in WRITING_ALONE
 
 
 def _packs_as_rehearsed(job: Job) -> bool:

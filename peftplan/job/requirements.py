@@ -93,6 +93,16 @@ def refused_batch(setup: Setup, replicas: int) -> str | None:
     )
 
 
+def rows_apart(setup: Setup) -> str | None:
+    """What stands for a batch of several rows where the trainer joins them into one, whose mask is tokens x tokens; None where
+    rows stay rows, or one is all there is (trl, trainer/sft_trainer.py, `DataCollatorForLanguageModeling`)."""
+    if not setup.by.packs or setup.batch_size == 1:
+        return None
+    rows, tokens = setup.batch_size, setup.seq_len
+    joined = f"{setup.by.called} joins {rows} rows of {tokens} tokens into one"
+    return f"{joined}; use --batch-size 1 --seq-len {rows * tokens}"
+
+
 def pair(compute_capability: str) -> tuple[int, int]:
     """(major, minor) of a compute capability such as `8.9`."""
     major, _, minor = compute_capability.partition(".")

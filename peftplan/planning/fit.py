@@ -6,6 +6,7 @@ on, so plans over several cards are plans with other options.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
@@ -193,10 +194,8 @@ def _plan(model: object, gpu: str, search: Search, options: JobOptions, changes:
     size, accepted, smallest = search.size, search.accepted, search.smallest
     ask = _estimates(model, gpu, size, options, smallest)
     start = ask(smallest)
-    if start.peaks is None:
-        raise RefusedError(f"fit: {without_formula(start)}")
-    if start.peaks.unreserved is not None:
-        raise RefusedError(f"fit: reserved bytes are not known: {start.peaks.unreserved}")
+    if (why := _unknown(start)) is not None:
+        raise RefusedError(f"fit: {why}")
 
     def probe(number: int) -> Probe:
         return _probe(ask(number), accepted)
@@ -214,6 +213,10 @@ def _plan(model: object, gpu: str, search: Search, options: JobOptions, changes:
 def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], size: Size, changes: Mapping[str, object]) -> Plan:
     """The plan of an answer, with what keeps it from the next size."""
     beyond = ask(edge.size + 1) if edge.size and not edge.bounded else None if edge.size else answer
+    if beyond is not None and (why := _unknown(beyond)) is not None:
+        plan = Plan.of(answer, edge._replace(bounded=True), size=size, changes=changes, binding=None)
+        number = f"{size.replace('_', ' ')} {edge.size + 1:,}"
+        return plan._replace(warnings=(*plan.warnings, f"from {number} on, nothing is known: {why}"), knows_more=False)
     plan = Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
     if beyond is None or size != "batch_size":
         return plan
@@ -277,8 +280,18 @@ def _ceiling(size: Size, model: object, options: JobOptions) -> int:
     return min(CEILINGS[size], positions or CEILINGS[size])
 
 
+def _unknown(result: Estimate) -> str | None:
+    """Why there is no verdict of a job; None where there is one."""
+    if result.peaks is None:
+        return without_formula(result)
+    why = result.peaks.unreserved
+    return None if why is None else f"reserved bytes are not known: {why}"
+
+
 def _probe(result: Estimate, accepted: tuple[str, ...]) -> Probe:
-    """The estimate on its one card, as `largest` reads it."""
+    """The estimate on its one card, as `largest` reads it; where nothing is known, it does not fit."""
+    if _unknown(result) is not None:
+        return Probe(False, sys.maxsize, sys.maxsize, 0)
     assert result.peaks is not None
     (card,) = result.gpus
     left_over = 0 if "tight" in accepted else -int(-TIGHT * card.usable_bytes // 1)

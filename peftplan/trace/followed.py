@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
 from peftplan.job.loss_sizes import OF_FUNCTION
+from peftplan.job.requirements import rows_apart
 from peftplan.memory.recast import is_recast
 from peftplan.memory.zero3_modules import has_unlisted_leaves, waits_by_address
 from peftplan.optim import parse_optim
@@ -50,6 +51,8 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"engine: trace runs peft's LoRA and loads as transformers does, not {by.called}; accepted: analytic")
     if by.of_preferences:
         raise RefusedError(f"engine: trace follows a step of one forward, not that of {by.called}; accepted: analytic")
+    if (apart := rows_apart(job.setup)) is not None:
+        raise RefusedError(f"batch_size: {apart}")
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
     if job.setup.noisy_embeddings:

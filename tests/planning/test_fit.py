@@ -319,6 +319,18 @@ def test_where_the_search_for_a_length_ends_is_said() -> None:
     assert "does not fit at 1,000 tokens, nor at more: it needs" in " ".join(long.out.split())
 
 
+def test_where_larger_sizes_have_no_peak_the_search_ends() -> None:
+    """Rows of a packed batch become one, and ms-swift's embeddings were rehearsed with one row."""
+    (plan,) = fit("qwen3-0.6b", gpu="24GiB", trainer="trl-packed", seq_len=512, keep=("trainer", "method")).plans[:1]
+    assert (plan.size, plan.bounded, plan.binding, plan.verdict) == (1, True, None, "fits")
+    assert "from batch size 2 on, nothing is known: SFTTrainer" in plan.warnings[-1]
+    options = (
+        "--trainer swift-embedding --gpus 2 --strategy zero2 --attn-implementation flash_attention_2 --gradient-checkpointing"
+    )
+    done = run("fit", "qwen3-0.6b", "--gpu", "24GiB", "--seq-len", "512", "--keep", "method,trainer", *options.split())
+    assert "fits up to batch size 1, and perhaps more; it needs" in " ".join(done.out.split())
+
+
 def test_the_name_of_a_model_is_never_parted() -> None:
     done = run("fit", "llama-3.2-1b,gpt2", "--gpu", "l4", "--max", "model", "--methods", "dora")
     (row,) = (line for line in done.out.splitlines() if line.startswith("as typed"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import RefusedError
 from peftplan.job.configs.read import read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, TRL, read
 
@@ -198,8 +199,10 @@ def test_packed_rows_of_trl_under_sdpa_have_a_mask_of_their_documents() -> None:
     job: dict[str, Any] = {"model": "qwen2.5-0.5b", "method": "lora", "seq_len": 2048}
     lines = peftplan.estimate(**job, trainer="trl-packed").to_dict()["memory"]["lines"]
     assert [line["bytes"] for line in lines if line["name"] == "model attention_mask"] == [2048 * 2048]
-    eager = peftplan.estimate(**job, trainer="trl-packed", attn_implementation="eager")
-    assert eager.to_dict()["memory"]["peak_allocated"] is None
+    for other in ({"attn_implementation": "eager"}, {"batch_size": 2}):
+        assert peftplan.estimate(**job, trainer="trl-packed", **other).to_dict()["memory"]["peak_allocated"] is None
+    with pytest.raises(RefusedError, match="joins 2 rows of 2048 tokens into one; use --batch-size 1 --seq-len 4096"):
+        peftplan.estimate(**job, trainer="trl-packed", batch_size=2, engine="trace")
 
 
 def test_tools_answer_within_the_completions_that_vllm_writes() -> None:
@@ -222,6 +225,8 @@ def test_ssd_learns_the_completions_that_it_writes() -> None:
     memory = peftplan.estimate(config=plan).to_dict()["memory"]
     assert memory["peak_allocated"] > 0
     assert memory["peak_reserved"] is None
+    gpt2 = peftplan.estimate("gpt2", trainer="trl-ssd", method="full")
+    assert gpt2.to_dict()["memory"]["peak_allocated"] is None
     lora = peftplan.estimate("qwen2.5-0.5b", trainer="trl-ssd", method="lora")
     assert lora.to_dict()["memory"]["peak_allocated"] is None
 
