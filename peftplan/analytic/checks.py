@@ -20,6 +20,7 @@ from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, IN_MXFP4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
 from peftplan.job.requirements import rows_apart
+from peftplan.job.trainers import DEFAULT
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -180,12 +181,12 @@ def refused_product(job: Job) -> str | None:
 
 
 def _check_parameters(job: Job) -> None:
-    """Raise NoEngineError for LoRA over parameters by axolotl, whose peft 0.20 makes their whole updates, and holds them beside
-    their sums (tuners/lora/layer.py, `_LoraParameterProxy`); peft 0.21 makes each sum of its factors."""
+    """Raise NoEngineError for LoRA over parameters by axolotl, whose peft makes their whole updates, and holds them beside
+    their sums (tuners/lora/layer.py, `_LoraParameterProxy`); later ones make each sum of its factors."""
     from peftplan.analytic.rehearsed import adapts_parameters
 
     if adapts_parameters(job):
-        raise NoEngineError("LoRA on parameters with peft 0.20, which axolotl pins (no formula yet)")
+        raise NoEngineError("LoRA on parameters with the peft that axolotl pins (no formula yet)")
 
 
 def _check_stacks(job: Job) -> None:
@@ -362,7 +363,7 @@ def _offloads_layers(job: Job) -> bool:
         return False
     enough = sum(len(block.layers) for block in job.architecture.blocks) >= FEWEST_OFFLOADED
     of_lora = job.quant is None and job.method_name == "lora" and is_plain(job) and not getattr(job.config, "use_dora", False)
-    alike = setup.trainer == "transformers" and setup.attn_implementation == "sdpa" and setup.autocast == "bf16"
+    alike = setup.trainer == DEFAULT and setup.attn_implementation == "sdpa" and setup.autocast == "bf16"
     plain = not (setup.padding or setup.gradient_checkpointing or tied(job.architecture)) and setup.loss == "full"
     return enough and of_lora and alike and plain and setup.kernels == ("swift-offload.activations",)
 

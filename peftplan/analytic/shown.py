@@ -10,6 +10,7 @@ from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.loss_sizes import CUT
+from peftplan.job.trainers import DEFAULT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.sharded import tied
 from peftplan.memory.zero3_modules import LEAVES
@@ -347,7 +348,7 @@ def scans_under_zero2(job: Job) -> bool:
     of_attention = job.method_name == "lora" and all(module.name.endswith(OF_ATTENTION) for module in job.adaptation.matched)
     narrow = setup.dtype == setup.autocast == "bf16" and job.quant is None and setup.loss == "full" and not setup.padding
     checkpoints = bool(setup.gradient_checkpointing) and bool(setup.use_reentrant) and setup.batch_size == 1
-    plain = setup.trainer == "transformers" and setup.attn_implementation == "flash_attention_2" and setup.router_loss is False
+    plain = setup.trainer == DEFAULT and setup.attn_implementation == "flash_attention_2" and setup.router_loss is False
     return on_card and of_attention and narrow and checkpoints and plain and setup.kernels in (None, SCAN)
 
 
