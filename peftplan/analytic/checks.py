@@ -355,14 +355,16 @@ def _offloads_as_rehearsed(job: Job) -> bool:
 def _offloads_layers(job: Job) -> bool:
     """Whether what layers save goes to the host as was rehearsed: of LoRA in bf16 by ms-swift under FSDP2, of a dense model with
     a head of its own (tests/rehearse/swift.jsonl)."""
-    from peftplan.analytic.shown import is_plain
+    from peftplan.analytic.shown import is_bare, is_plain
     from peftplan.memory.sharded import tied
 
     setup, distributed = job.setup, job.distributed
     if distributed is None or distributed.strategy != "fsdp2" or distributed.accelerate is not None:
         return False
+    if distributed.reshard_after_forward not in (None, True) or distributed.dp_shard_size not in (None, distributed.world_size):
+        return False
     enough = sum(len(block.layers) for block in job.architecture.blocks) >= FEWEST_OFFLOADED
-    of_lora = job.quant is None and job.method_name == "lora" and is_plain(job) and not getattr(job.config, "use_dora", False)
+    of_lora = job.quant is None and job.method_name == "lora" and is_plain(job) and is_bare(job)
     alike = setup.trainer == DEFAULT and setup.attn_implementation == "sdpa" and setup.autocast == "bf16"
     plain = not (setup.padding or setup.gradient_checkpointing or tied(job.architecture)) and setup.loss == "full"
     return enough and of_lora and alike and plain and setup.kernels == ("swift-offload.activations",)
@@ -374,7 +376,8 @@ def _rounds_as_rehearsed(job: Job) -> bool:
     setup, shared = job.setup, job.distributed
     plain = job.method_name == "full" and setup.loss == "liger" and setup.dtype == setup.autocast == "bf16"
     known = "llama" if shared is None else "qwen2" if shared.strategy == "fsdp2" else ""
-    return plain and bool(setup.gradient_checkpointing) and job.architecture.model_type == known
+    on_card = not setup.offload_checkpoints and (shared is None or shared.offload_params != "cpu")
+    return plain and on_card and bool(setup.gradient_checkpointing) and job.architecture.model_type == known
 
 
 def _rehearsed_kernels(job: Job, distributed: Distributed) -> bool:

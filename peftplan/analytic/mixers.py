@@ -108,6 +108,8 @@ def _scans_under_zero2(job: Job) -> bool:
 def _scans_apart(job: Job) -> bool:
     """Whether mamba-ssm's functions beside 4-bit projections were rehearsed with such a job: QLoRA of Nemotron 3's attention by
     axolotl, of one packed row on one GPU, whose experts are stored in 4 bits (tests/rehearse/axolotl_mixers.jsonl)."""
+    from peftplan.analytic.shown import is_bare  # which few jobs need
+
     setup = job.setup
     alone = job.distributed is None and setup.batch_size == 1 and setup.kernels == ("mamba-ssm.scan",)
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.quant_experts)
@@ -115,7 +117,7 @@ def _scans_apart(job: Job) -> bool:
     plain = setup.dtype == setup.autocast == "bf16" and setup.loss == CUT and setup.attn_implementation == "flash_attention_2"
     checkpoints = bool(setup.gradient_checkpointing) and not setup.use_reentrant
     by_axolotl = setup.by.own_fsdp2 and job.architecture.model_type == "nemotron_h"
-    return by_axolotl and alone and of_attention and plain and checkpoints
+    return by_axolotl and alone and of_attention and plain and checkpoints and is_bare(job)
 
 
 def check_delta_rule(job: Job) -> None:

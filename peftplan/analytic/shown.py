@@ -132,9 +132,12 @@ def _adapts_by_v1(job: Job) -> bool:
     modules."""
     quant, config = job.quant, job.config
     known = quant is None or (quant.name == "nf4" and quant.quant_storage in SIXTEEN_BITS)
-    return (
-        known and config is not None and not getattr(config, "modules_to_save", None) and not getattr(config, "use_dora", False)
-    )
+    return known and config is not None and is_bare(job)
+
+
+def is_bare(job: Job) -> bool:
+    """Whether an adapter has neither DoRA nor saved modules."""
+    return not getattr(job.config, "modules_to_save", None) and not getattr(job.config, "use_dora", False)
 
 
 def shows_dora(job: Job) -> bool:
@@ -349,7 +352,7 @@ def scans_under_zero2(job: Job) -> bool:
     narrow = setup.dtype == setup.autocast == "bf16" and job.quant is None and setup.loss == "full" and not setup.padding
     checkpoints = bool(setup.gradient_checkpointing) and bool(setup.use_reentrant) and setup.batch_size == 1
     plain = setup.trainer == DEFAULT and setup.attn_implementation == "flash_attention_2" and setup.router_loss is False
-    return on_card and of_attention and narrow and checkpoints and plain and setup.kernels in (None, SCAN)
+    return on_card and of_attention and narrow and checkpoints and plain and is_bare(job) and setup.kernels in (None, SCAN)
 
 
 def layer_classes(job: Job) -> tuple[str, ...]:

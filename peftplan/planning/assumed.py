@@ -28,8 +28,9 @@ NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and st
 SAID_ELSEWHERE = {"r", "target_modules", "target_parameters", "lora_alpha"}
 """Fields of a method that a result states elsewhere, or that change no number."""
 
+EXPERTS = ("Experts", "ExpertsTransposed")
 LEFT_OUT = {
-    "the fused experts": ("Experts", "ExpertsTransposed"),
+    "the fused experts": EXPERTS,
     "the layers whose class is derived from nn.Linear": ("LinearSubclass",),
 }
 """Kinds of modules that hold most of a model's weights and that a format may not quantize, in words."""
@@ -158,6 +159,8 @@ def unquantized(architecture: Architecture, quant: QuantConfig, *, cast: bool) -
     then = ", and prepare_model_for_kbit_training casts them to fp32 (--no-kbit-prepare)" if cast else ""
     notes = []
     for what, kinds in LEFT_OUT.items():
+        if kinds == EXPERTS and quant.experts:
+            continue
         left = [m for m in architecture.modules if m.kind in kinds and m.kind not in CONVERTED_KINDS[quant.name]]
         count = sum(m.copies * prod(shape) for m in left for _, shape in m.params)
         share = count / architecture.num_parameters

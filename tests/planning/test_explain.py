@@ -47,6 +47,7 @@ def test_an_estimate_reads_as_one_line() -> None:
     [
         ("mixtral-8x7b", {"method": "qlora"}, "fused experts (45,097,156,608 parameters, 97% of the model) unquantized, and"),
         ("mixtral-8x7b", {"method": "qlora", "trainer": "trl"}, "97% of the model) unquantized"),
+        ("mixtral-8x7b", {"method": "qlora", "trainer": "axolotl", "quant_experts": True}, None),
         ("mixtral-8x7b", {"quant": "fp8"}, None),
         # 32 layers of 4544·4672 + 4544·4544 + 2·4·4544²; transformers 5.24 converts what is exactly nn.Linear
         (
@@ -57,7 +58,7 @@ def test_an_estimate_reads_as_one_line() -> None:
         ("llama-2-7b", {"method": "qlora"}, None),
     ],
 )
-def test_what_a_format_leaves_is_said(model: str, options: dict[str, str], expected: str | None) -> None:
+def test_what_a_format_leaves_is_said(model: str, options: dict[str, object], expected: str | None) -> None:
     notes = [note for note in estimate(model, **options).assumptions.get("notes", ()) if "unquantized" in note]  # type: ignore[arg-type]
     assert bool(notes) == (expected is not None)
     today = [note.partition("; not so before")[0] for note in notes]

@@ -451,7 +451,15 @@ def test_operands_in_mxfp4_are_made_anew(row: dict[str, Any]) -> None:
         assert peaks.by_phase["forward"] - dense.by_phase["forward"] > 20 * numbers
 
 
-@pytest.mark.parametrize("other", [{"loss": "full"}, {"method": "lora"}, {"gradient_checkpointing": False}], ids=str)
+OTHER_THAN_MX: list[dict[str, object]] = [
+    {"loss": "full"},
+    {"method": "lora"},
+    {"gradient_checkpointing": False},
+    {"offload_checkpoints": True},
+]
+
+
+@pytest.mark.parametrize("other", OTHER_THAN_MX, ids=str)
 def test_layers_in_mxfp4_of_other_jobs_have_no_peak(other: dict[str, Any]) -> None:
     job = options(MX[0])
     assert peftplan.estimate(**job).peaks is not None
@@ -577,5 +585,6 @@ def test_mixers_of_packed_rows_run_kernels(row: dict[str, Any]) -> None:
     assert peaks.by_phase == {phase: pytest.approx(n, rel=near.get(phase, 1e-4)) for phase, n in row["by_phase"].items()}
     assert peaks.reserved == pytest.approx(row["reserved"], rel=5e-3)
     others: list[dict[str, Any]] = [{"batch_size": 2}, {"gradient_checkpointing": False}, {"gpus": 2}, {"loss": "full"}]
+    others += [{"use_dora": True}, {"modules_to_save": "lm_head"}]
     for other in (*others, {"use_reentrant": not job.get("use_reentrant", True)}):
         assert peftplan.estimate(**job | other).peaks is None

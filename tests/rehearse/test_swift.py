@@ -139,8 +139,8 @@ def test_a_coefficient_of_routers_makes_no_loss_where_the_class_has_none() -> No
     assert peaks is not None
     for phase, measured in row["by_phase"].items():
         assert peaks.by_phase[phase] == pytest.approx(measured, rel=1.4e-3)
-    assert peftplan.estimate(**job | {"use_reentrant": False}).peaks is None
-    assert peftplan.estimate(**job | {"strategy": "zero1"}).peaks is None
+    for other in ({"use_reentrant": False}, {"strategy": "zero1"}, {"use_dora": True}, {"modules_to_save": "lm_head"}):
+        assert peftplan.estimate(**job | other).peaks is None
 
 
 OF_RELEASE = [row for row in ROWS if row.get("deepspeed") == "0.18.9"]
@@ -177,7 +177,8 @@ def test_what_a_layer_saves_goes_to_the_host(row: dict[str, Any]) -> None:
     for phase, measured in row["by_phase"].items():
         assert peaks.by_phase[phase] == pytest.approx(measured, rel=1e-5)
     assert without.by_phase["forward"] > 1.15 * row["by_phase"]["forward"]
-    assert peftplan.estimate(**job | {"gradient_checkpointing": True}).peaks is None
+    for other in ({"gradient_checkpointing": True}, {"reshard_after_forward": False}, {"modules_to_save": "lm_head"}):
+        assert peftplan.estimate(**job | other).peaks is None
 
 
 def test_flat_weights_of_zero1_stay_beside_those_that_come_back() -> None:
