@@ -165,7 +165,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2}, "tensor_parallel": {"autotp_size": 2}}}, "tensor_parallel"),
     (
         {"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}},
-        "offload_optimizer: ratio: another value than 1.0 is not counted",
+        "offload_optimizer: ratio: 0.3 is not valid; no other value than 1.0 is counted",
     ),
     (
         {"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin": True}}}},
@@ -173,7 +173,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     (
         {"gpus": 2, "deepspeed": {"bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True}}},
-        "deepspeed: bf16: bf16_master_weights_and_grads: another value than false is not counted",
+        "deepspeed: bf16: bf16_master_weights_and_grads: True is not valid; no other value than false is counted",
     ),
     (
         {"gpus": 2, "deepspeed": {"bf16": {"enabled": True}, "fp16": {"enabled": True}}},
@@ -195,6 +195,15 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
         "num_processes: 3 is not valid; accepted: a multiple of the 2 machines",
     ),
 )
+
+
+def test_a_field_that_only_pipelines_read_is_left_out() -> None:
+    block = {"enabled": "auto", "immediate_grad_update": True}
+    same = [
+        peftplan.estimate("gpt2", gpus=2, deepspeed={"zero_optimization": {"stage": 2}, "bf16": bf16}).peaks
+        for bf16 in (block, {"enabled": "auto"})
+    ]
+    assert same[0] == same[1] is not None
 
 
 @pytest.mark.parametrize(("options", "line"), REFUSED, ids=[line[:30] for _, line in REFUSED])

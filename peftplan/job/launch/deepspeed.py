@@ -58,13 +58,15 @@ OFFLOAD_SILENT = frozenset(
 PRECISION_SILENT = frozenset(
     {
         "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
-        "min_loss_scale", "check_grad_overflow",
+        "min_loss_scale", "check_grad_overflow", "immediate_grad_update",
     }
 )  # fmt: skip
-"""Fields of an offload, and of `bf16` and `fp16`, that change no byte of a GPU (runtime/precision_config.py)."""
+"""Fields of an offload, and of `bf16` and `fp16`, that change no byte of a GPU (runtime/precision_config.py). `BF16_Optimizer`
+alone reads `immediate_grad_update`: of pipelines, and of ZeRO-1 whose gradients are summed in fp32 (runtime/engine.py,
+`_do_optimizer_sanity_check`), neither of which is counted."""
 OFFLOAD_COUNTED: Options = {"ratio": 1.0, "super_offload": False}
 PRECISION_COUNTED: Options = dict.fromkeys(
-    ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads", "immediate_grad_update"), False
+    ("bf16_master_weights_and_grads", "bf16_optimizer_states", "fp16_master_weights_and_grads"), False
 )
 """Fields of these that change some, and their only value that is counted, the default."""
 TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
@@ -140,7 +142,7 @@ def _check_block(name: str, value: object, silent: frozenset[str], counted: Opti
         if key not in silent and key not in counted:
             raise UnknownNameError(field, key, (*silent, *counted))
         if key in counted and stated not in (None, counted[key]):
-            raise OptionError(f"{field}: {key}", stated, f"another value than {str(counted[key]).lower()} is not counted")
+            raise InputError(f"{field}: {key}", stated, f"no other value than {str(counted[key]).lower()} is counted")
 
 
 def _enabled(value: object) -> object:
