@@ -134,9 +134,13 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
 
 def effect_of(kernels: object, *, quantized: bool) -> Effect:
     """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables, and
-    compiled layers may dequantize all experts at once, and layers in 8 bits make copies of what they read."""
-    chosen = kernels_of(named_kernels(kernels))
+    compiled layers may dequantize all experts at once, and layers in 8 bits make copies of what they read. Fake-quantized layers
+    need more than others, but beside kernels that save fewer tensors, and in MXFP4, which keeps 4 bits of what it reads."""
+    names = named_kernels(kernels)
+    chosen = kernels_of(names)
     unknown = chosen.padding_free is not None or chosen.linear is not None or (chosen.layers is not None and quantized)
+    if (fake := chosen.fake_quant) is not None:
+        unknown |= fake.in_mx or len(names) > 1
     return "unknown" if unknown else "raises" if chosen.fake_quant is not None else "lowers"
 
 

@@ -250,6 +250,18 @@ def test_axolotl_trains_for_mxfp4_where_torchao_has_no_nvfp4() -> None:
     in_mx = read_values(values | {"qat": changed}, file="a.yml", tool="axolotl")
     assert (in_mx.unsupported, in_mx.refused, in_mx.options) == ({}, {}, plan.options)
     assert plan.options["kernels"] == ("torchao-mxfp4",)
+    for other in ({"weight_dtype": "nvfp4"}, {**qat, "activation_dtype": "int8"}):  # another experiment
+        refused = read_values(values | {"qat": other}, file="a.yml", tool="axolotl")
+        assert (refused.refused, "qat.weight_dtype" in refused.unsupported) == ({}, True)
+
+
+def test_layers_in_mxfp4_without_a_formula_leave_no_bound() -> None:
+    """Liger's kernels, which save less, go with them, and without checkpoints MXFP4 keeps 4 bits of what others keep in 16."""
+    of_liger = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True}
+    values: dict[str, object] = {key: AXOLOTL[key] for key in AXOLOTL if key not in ("adapter", "load_in_4bit")} | of_liger
+    values |= {"base_model": "mistralai/Mistral-7B-v0.1", "qat": {"activation_dtype": "mxfp4", "weight_dtype": "mxfp4"}}
+    memory = peftplan.estimate(config=read_values(values, file="a.yml", tool="axolotl")).to_dict()["memory"]
+    assert memory["peak_allocated"] is None
 
 
 @pytest.mark.parametrize(

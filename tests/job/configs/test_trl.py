@@ -201,6 +201,8 @@ def test_packed_rows_of_trl_under_sdpa_have_a_mask_of_their_documents() -> None:
     assert [line["bytes"] for line in lines if line["name"] == "model attention_mask"] == [2048 * 2048]
     for other in ({"attn_implementation": "eager"}, {"batch_size": 2}):
         assert peftplan.estimate(**job, trainer="trl-packed", **other).to_dict()["memory"]["peak_allocated"] is None
+    for lengths, key in (({"max_seq_length": 4096}, "packing"), ({"max_length": None}, "max_length")):
+        assert read({**packed, **lengths}, kind="command", program="python trl/scripts/sft.py").unsupported.keys() == {key}
     with pytest.raises(RefusedError, match="joins 2 rows of 2048 tokens into one; use --batch-size 1 --seq-len 4096"):
         peftplan.estimate(**job, trainer="trl-packed", batch_size=2, engine="trace")
 
