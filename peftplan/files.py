@@ -36,7 +36,7 @@ def content(path: Path | str, *, field: str, most: int = MOST_BYTES) -> bytes:
     """All bytes of a regular file. Raises InputError where there are more than `most`, UnreadableError for an unreadable file."""
     data = beginning(path, field=field, most=most + 1)
     if len(data) > most:
-        raise InputError(field, str(path), f"accepted: a file of at most {most} bytes")
+        raise InputError(field, str(path), f"accepted: a file of at most {most:,} bytes")
     return data
 
 
