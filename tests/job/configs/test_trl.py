@@ -207,6 +207,19 @@ def test_packed_rows_of_trl_under_sdpa_have_a_mask_of_their_documents() -> None:
         peftplan.estimate(**job, trainer="trl-packed", batch_size=2, engine="trace")
 
 
+@pytest.mark.parametrize(
+    ("attention", "trainer"),
+    [("", "trl-packed"), (', attn_implementation="flash_attention_2"', "trl"), (', attn_implementation="eager"', None)],
+)
+def test_a_script_that_packs_has_one_row(attention: str, trainer: str | None) -> None:
+    lines = [line for line in TRL_SCRIPT.splitlines() if not line.startswith("quantization = ")]
+    script = "\n".join(lines).replace("packing=False", "packing=True").replace(", quantization_config=quantization", attention)
+    plan = read_text(script, file="train.py")
+    assert plan.unsupported.keys() == (set() if trainer else {"args.packing"})
+    if trainer:
+        assert (plan.options["trainer"], plan.options["batch_size"], plan.options["seq_len"]) == (trainer, 1, 4 * 512)
+
+
 def test_tools_answer_within_the_completions_that_vllm_writes() -> None:
     program = "python examples/scripts/grpo_agent.py"
     plan = read({**MODEL, "use_vllm": True, "max_completion_length": 1024}, kind="command", program=program)
