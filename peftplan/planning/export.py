@@ -210,7 +210,8 @@ def _launch_file(job: Job, to: str) -> Exported:
         lost = {name: value for name, value in stated(distributed).items() if theirs.get(name) != value}
         if lost:
             name, value = next(iter(lost.items()))
-            raise RefusedError(f"{name}: a file of {to} has no setting for {value!r}; accepted: {theirs.get(name)}")
+            accepted = "" if theirs.get(name) is None else f"; accepted: {theirs[name]}"
+            raise RefusedError(f"{name}: a file of {to} has no setting for {value!r}{accepted}")
     tool = facts("accelerate" if to == "accelerate" else "deepspeed")
     from importlib.metadata import version
 

@@ -399,3 +399,14 @@ def test_decay_among_arguments_of_an_optimizer_has_no_formula(optim_args: str, h
     estimate = peftplan.estimate("smollm2-135m", optim="sgd", optim_args=optim_args)
     assert (estimate.peaks is not None) is has_peak
     assert has_peak or "weight_decay of sgd" in estimate.not_modelled[0]
+
+
+def test_axolotl_passes_the_size_of_buckets_on_but_to_preferences() -> None:
+    """core/builders/causal.py:229 in axolotl 0.19.0; its rl.py has no such line."""
+    plan = read_values(AXOLOTL | {"ddp_bucket_cap_mb": 100}, file="a.yaml", tool="axolotl")
+    assert not plan.unsupported
+    distributed = peftplan.estimate(config=plan, gpus=2).distributed
+    assert distributed is not None
+    assert distributed.strategy.bucket_cap_mb == 100
+    plan = read_values(AXOLOTL | {"ddp_bucket_cap_mb": 100, "rl": "dpo"}, file="a.yaml", tool="axolotl")
+    assert "ddp_bucket_cap_mb" in plan.unsupported
