@@ -27,7 +27,17 @@ EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
     "nemotron_h": {"up_proj": ("up_proj",), "down_proj": ("down_proj",)},
     **dict.fromkeys(
-        ("olmoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite"),
+        (
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe_text",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe",
+            "glm4_moe_lite",
+        ),
         _ONE_BY_ONE,
     ),
 }

@@ -131,7 +131,7 @@ def test_who_asks_for_it() -> None:
 
 def test_trainers_that_ask_for_it_whatever_the_config_says() -> None:
     """trl 1.16 and, in axolotl 0.19, 1.9: `aux_loss_enabled` of each constructor. LLaMA-Factory and ms-swift write their own."""
-    of_trl = {"trl", "trl-dpo", "trl-kto", "trl-grpo", "trl-rloo"}
+    of_trl = {"trl", "trl-packed", "trl-dpo", "trl-kto", "trl-grpo", "trl-rloo"}
     in_axolotl = {"axolotl-dpo", "axolotl-kto", "axolotl-ebft", "axolotl-grpo"}
     assert {name for name, trainer in TRAINERS.items() if trainer.balances_experts} == of_trl | in_axolotl
 
