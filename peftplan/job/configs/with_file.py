@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import peftplan.methods as methods
 from peftplan.arch import catalogue
-from peftplan.distributed.names import OPTIONS
+from peftplan.distributed.names import ALWAYS, OPTIONS, STRATEGIES
 from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.models import is_folder
@@ -86,6 +86,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options = {name: value for name, value in options.items() if name in Setup.model_fields}
     else:
         options = _with_method(options, chosen_options)
+    options = _with_strategy(options, chosen_options)
     launch = {name: str(value) for name, value in chosen_options.items() if name in OPTIONS}
     if launch not in ({}, {"gpus": "1"}) and options.get("device_map") == facts(plan.tool).device_map:
         options.pop("device_map", None)  # the tool's on one GPU
@@ -117,6 +118,17 @@ def _with_method(options: dict[str, object], chosen: Mapping[str, object]) -> di
         instead = {"quant": "none", **instead}
     changed = any(options.get(name) != value for name, value in instead.items())
     return fitting({**options, **instead}) if changed else options
+
+
+def _with_strategy(options: dict[str, object], chosen: Mapping[str, object]) -> dict[str, object]:
+    """The file's options, without the parameters of its strategy that the user's other one does not have."""
+    words = [str(by.get("strategy") or "") for by in (options, chosen)]
+    facts_of_another = next((facts for name, facts in STRATEGIES.items() if name == words[1] != words[0]), None)
+    if facts_of_another is None:
+        return options
+    unread = () if all(word.startswith("fsdp") for word in words) else OF_FSDP
+    lost = {*OPTIONS, *unread} - {*ALWAYS, *facts_of_another.takes}
+    return {name: value for name, value in options.items() if name not in lost}
 
 
 def _is_the_file_s(model: object, plan: ConfigPlan) -> bool:

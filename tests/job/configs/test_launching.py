@@ -355,3 +355,25 @@ def test_a_launch_file_beside_a_file_of_one_process(launch: dict[str, Any], tmp_
     )
     assert (alone["device_map"], launched.get("device_map")) == ("cuda", None)
     assert peftplan.estimate(config=[tmp_path / "lora.yaml", tmp_path / "launch.json"]).peaks is not None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kept", "left_out"),
+    [
+        ("zero2", {"overlap_comm", "reduce_bucket_size"}, {"sub_group_size", "offload_params"}),
+        ("fsdp2", {"offload_params"}, {"overlap_comm", "sub_group_size", "reduce_bucket_size"}),
+        ("ddp", set[str](), {"overlap_comm", "sub_group_size", "offload_params", "reduce_bucket_size"}),
+    ],
+)
+def test_another_strategy_on_the_command_line_wins_over_the_file(strategy: str, kept: set[str], left_out: set[str]) -> None:
+    """Parameters of the file that the user's strategy does not have go with the file's."""
+    zero3 = {"stage": 3, "overlap_comm": True, "sub_group_size": 1000000, "reduce_bucket_size": 1000000}
+    plan = read_values(
+        LLAMAFACTORY | {"deepspeed": {"zero_optimization": {**zero3, "offload_param": {"device": "cpu"}}}}, file="a.yaml"
+    )
+    assert plan.unsupported == {}
+    assert plan.options["strategy"] == "zero3"
+    distributed = peftplan.estimate(config=plan, gpus=4, strategy=strategy).distributed
+    assert distributed is not None
+    stated = {name for name in kept | left_out if name in distributed.strategy.model_fields_set}
+    assert (distributed.strategy.strategy, stated) == (strategy, kept)
