@@ -58,7 +58,7 @@ def test_a_file_that_is_too_large_or_missing(tmp_path: Path) -> None:
     large = tmp_path / "large.yml"
     with large.open("wb") as file:
         file.truncate(100 * 2**20)
-    with pytest.raises(PeftplanError, match="at most 1048576 bytes"):
+    with pytest.raises(PeftplanError, match="at most 1,048,576 bytes"):
         peftplan.read_config(large)
     with pytest.raises(PeftplanError, match="cannot read"):
         peftplan.read_config(tmp_path / "none.yml")
