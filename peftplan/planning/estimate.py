@@ -130,7 +130,7 @@ def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocume
     that tells how the experts are built stays: it changes the count."""
     if not job.setup.kernels:
         return job, document
-    from peftplan.analytic.checks import kernels_without_formula
+    from peftplan.analytic.kernel_checks import kernels_without_formula
     from peftplan.job.configs.with_file import effect_of, without_kernels
     from peftplan.job.kernels import kernels_of
 
