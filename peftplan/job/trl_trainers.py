@@ -62,13 +62,15 @@ WITH_ALL_LOGITS = TRL._replace(
     sums_tokens=False,
     disables_dropout=True,
 )
+# Those that take the model and its adapter as they are.
+AS_LOADED = WITH_ALL_LOGITS._replace(loads_in_fp32=False, narrow_under_zero3=False, reentrant_under_zero3=False, casts=())
+# Those of them whose policy writes what it learns; a script loads it without a `device_map`.
+WRITING = AS_LOADED._replace(
+    defaults=AS_LOADED.defaults._replace(device_map="none"), collects_batches=False, writes_under_autocast=True
+)
 # Pairs without a reference model (`experimental/orpo`, `experimental/cpo`).
-OF_LOGITS = WITH_ALL_LOGITS._replace(
-    defaults=WITH_ALL_LOGITS.defaults._replace(kbit_prepare=True),
-    loads_in_fp32=False,
-    narrow_under_zero3=False,
-    reentrant_under_zero3=False,
-    casts=(),
+OF_LOGITS = AS_LOADED._replace(
+    defaults=AS_LOADED.defaults._replace(kbit_prepare=True),
     rows=2,
     scoring="kernel",
     options=frozenset({"beta"}),
@@ -184,19 +186,12 @@ OF_TRL = (
         name="trl-rloo", called=f"RLOOTrainer of {named('trl')}", beta=0.05, num_generations=2, arguments="RLOOConfig"
     ),
     # One completion of each prompt, whose cross entropy is the loss (experimental/ssd/ssd_trainer.py, in trl before 1.11).
-    WITH_ALL_LOGITS._replace(
+    WRITING._replace(
         name="trl-ssd",
         called="SSDTrainer of trl",
-        defaults=WITH_ALL_LOGITS.defaults._replace(device_map="none"),
-        loads_in_fp32=False,
-        narrow_under_zero3=False,
-        reentrant_under_zero3=False,
-        casts=(),
-        collects_batches=False,
         scoring="rows",
         leaves_temperature=True,
         completions_alone=True,
-        writes_under_autocast=True,
         completion=256,
         num_generations=1,
         options=frozenset({"max_completion_length", "max_prompt_length", "steps_per_generation"}),
@@ -219,20 +214,13 @@ OF_TRL = (
         arguments="DistillationConfig",
     ),
     # Two completions of each prompt, all of which a reward model scores (experimental/online_dpo/online_dpo_trainer.py).
-    WITH_ALL_LOGITS._replace(
+    WRITING._replace(
         name="trl-online-dpo",
         called=f"OnlineDPOTrainer of {named('trl')}",
-        defaults=WITH_ALL_LOGITS.defaults._replace(device_map="none"),
-        loads_in_fp32=False,
-        narrow_under_zero3=False,
-        reentrant_under_zero3=False,
-        casts=(),
-        collects_batches=False,
         rows=2,
         sums_rows=True,
         scoring="completions",
         forwards=(*LOSS, Forward("reference")),
-        writes_under_autocast=True,
         writes_without_cache=True,
         rewards=True,
         completion=64,

@@ -79,16 +79,16 @@ def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int
     stay as they are, and are cut twice (trl, experimental/ssd/ssd_trainer.py, `compute_loss`).
     `entropies`: of so many tokens of a row they are made too, and what they keep for gradients lives until the loss is made.
     """
-    scored = _but_last(logits.dims)
+    dims = _but_last(logits.dims)
     if as_they_are:
-        divided = sliced(f, sliced(f, logits, scored), scored)
+        scored = sliced(f, sliced(f, logits, dims), dims)
     else:
         node = f.record(_divided_backward, (logits,), logits.dims)
-        divided = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), scored)
+        scored = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), dims)
     del logits
-    per_token = _log_probs(f, divided, None, scoring, count)
-    kept = _entropies(f, divided, count * entropies, several=count > 1) if entropies else []
-    del divided
+    per_token = _log_probs(f, scored, None, scoring, count)
+    kept = _entropies(f, scored, count * entropies, several=count > 1) if entropies else []
+    del scored
     loss = f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
     del kept
     return loss

@@ -216,7 +216,7 @@ def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], si
     if beyond is not None and (why := _unknown(beyond)) is not None:
         plan = Plan.of(answer, edge._replace(bounded=True), size=size, changes=changes, binding=None)
         number = f"{size.replace('_', ' ')} {edge.size + 1:,}"
-        return plan._replace(warnings=(*plan.warnings, f"from {number} on, nothing is known: {why}"), knows_more=False)
+        return plan._replace(warnings=(*plan.warnings, f"from {number} on, nothing is known: {why}"), next_is_known=False)
     plan = Plan.of(answer, edge, size=size, changes=changes, binding=None if beyond is None else Binding.of(answer, beyond))
     if beyond is None or size != "batch_size":
         return plan

@@ -92,7 +92,7 @@ class Plan(NamedTuple):
     warnings: tuple[str, ...]
     next_larger: str | None = None
     """The next larger batch size or model, which does not fit. Where models were searched, `size` counts parameters."""
-    knows_more: bool = True
+    next_is_known: bool = True
     """Whether the next larger size has a verdict; where it has none, `warnings` says why."""
     origin: Origin | None = None
     """The job and its card, as data; `peftplan.export` writes them into another tool's config."""
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
 
     def to_dict(self, size: str) -> PlanDocument:
         """One entry of `plans`; if nothing fits, the searched size is 0 and the model None."""
-        left_out = ["size", "model", "assumptions", "warnings", "knows_more", "origin"]
+        left_out = ["size", "model", "assumptions", "warnings", "next_is_known", "origin"]
         left_out += [] if size == "model" else ["next_larger"]
         facts = {name: value for name, value in self._asdict().items() if name not in left_out}
         facts["binding"] = None if self.binding is None else self.binding._asdict()

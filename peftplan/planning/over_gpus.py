@@ -23,8 +23,8 @@ def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
     efficient = distributed.strategy == "fsdp1" and distributed.cpu_ram_efficient_loading
     if efficient and job.quant is not None and not job.script.quantizes_to_host and peaks.phase == "load":  # read last: a replay
         yield (
-            f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, with "
-            "cpu_ram_efficient_loading too; earlier releases move each weight to the host (--transformers 4.57)"
+            f"since {QUANTIZED_ON_CARD.named}, each GPU holds the whole quantized base until FSDP divides it, even with "
+            "cpu_ram_efficient_loading; earlier releases move each weight to the host (--transformers 4.57)"
         )
     recomputed = distributed.strategy == "zero3" and job.setup.gradient_checkpointing and job.setup.use_reentrant
     if not recomputed or job.keeps_leftovers:

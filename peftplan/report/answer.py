@@ -9,7 +9,7 @@ from peftplan.planning.advising import advice_on, unfit
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, TIED, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
-from peftplan.report.tabular import assumption_rows
+from peftplan.report.tabular import assumption_rows, beside_card
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
 from peftplan.units import GIB, MIB, format_bytes
@@ -182,13 +182,7 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     rows.append(bar(parts, first.usable_bytes if first else None, screen.glyphs))
     of = f"{format_bytes(first.needed_bytes)} of {card_name(first.gpu)}'s {format_bytes(first.usable_bytes)}: " if first else ""
     rows += flowing(legend(parts, screen.glyphs), screen.columns, between=dot, before=of)
-    if result.managed_bytes:
-        managed = format_bytes(result.managed_bytes)
-        rows += wrapped(f"and {managed} of paged optimizer states in CUDA managed memory", screen.columns)
-    if result.distributed and (per_rank := result.distributed.host_bytes) >= MIB:  # counts of steps are less
-        per_node = format_bytes(per_rank * (result.distributed.strategy.gpus or 1))
-        rows += wrapped(f"and {format_bytes(per_rank)} per rank in host memory, {per_node} on a node", screen.columns)
-    return rows
+    return [*rows, *(row for beside in beside_card(result) for row in wrapped(f"and {beside}", screen.columns))]
 
 
 def _peak_in_words(result: Estimate, screen: Screen) -> str:

@@ -82,8 +82,8 @@ def headline(result: Fit, marks: Glyphs) -> str:
     if result.size == "model":
         largest = "the largest there is" if first.bounded else "the largest that does"
         return f"{marks.fits} {job} {verb} with {first.model}, {largest}; it {needs}"
-    more = "" if first.knows_more else ", and perhaps more"
-    if first.bounded and first.knows_more:
+    more = "" if first.next_is_known else ", and perhaps more"
+    if first.bounded and first.next_is_known:
         of_model = result.size == "seq_len" and first.size < CEILINGS["seq_len"]
         more = " (all that the model has)" if of_model else ", and more: the search ended there"
     return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"

@@ -10,6 +10,7 @@ from peftplan.report import configs, peak
 from peftplan.report.tabular import (
     LineFacts,
     assumption_rows,
+    beside_card,
     category_rows,
     context,
     incomplete,
@@ -20,7 +21,7 @@ from peftplan.report.tabular import (
     texts,
 )
 from peftplan.results.estimate import Estimate
-from peftplan.units import MIB, format_bytes
+from peftplan.units import format_bytes
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -62,11 +63,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
     if explain_peak:
         parts.append(_largest(result, everything=verbose))
-    if result.managed_bytes:
-        parts.append(f"And {format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory.")
-    if result.distributed and (per_rank := result.distributed.host_bytes) >= MIB:  # counts of steps are less
-        per_node = format_bytes(per_rank * (result.distributed.strategy.gpus or 1))
-        parts.append(f"And {format_bytes(per_rank)} per rank in host memory, {per_node} on a node.")
+    parts += [f"And {beside}." for beside in beside_card(result)]
     if result.gpus:
         verdicts = [
             texts((v.gpu, v.usable_bytes, v.needed_bytes, context(v), v.headroom_bytes, v.words, v.why)) for v in result.gpus

@@ -2,13 +2,13 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 from peftplan.ledger import EVERY_CATEGORY, Category, Place
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import Verdict
-from peftplan.units import format_bytes
+from peftplan.units import MIB, format_bytes
 
 
 class Column(NamedTuple):
@@ -97,6 +97,16 @@ def not_counted(result: Estimate) -> str:
 
 GROUPED_FROM = 100_000
 """Whole numbers from here on are read with their thousands apart; batch sizes and lengths as people type them."""
+
+
+def beside_card(result: Estimate) -> Iterator[str]:
+    """What a step needs that is on no card: CUDA managed memory, and host memory of a strategy, if more than counts of steps."""
+    if result.managed_bytes:
+        yield f"{format_bytes(result.managed_bytes)} of paged optimizer states in CUDA managed memory"
+    over_gpus = result.distributed
+    if over_gpus is not None and over_gpus.host_bytes >= MIB:
+        per_node = format_bytes(over_gpus.host_bytes * (over_gpus.strategy.gpus or 1))
+        yield f"{format_bytes(over_gpus.host_bytes)} per rank in host memory, {per_node} on a node"
 
 
 def assumption_rows(assumptions: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -99,7 +99,7 @@ def planned(reading: Reading) -> ConfigPlan:
     if reading.tool.launched_precision and reading.options.get("autocast") == "none" and "autocast" in launch.options:
         reading.set({"autocast": launch.options["autocast"]})
     options = fitting(of_trainer({**launch.options, **reading.options, **by_launch(launch.options)}))
-    of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), (bool, int, float))}
+    of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), (int, float))}
     if options.get("strategy", "ddp") != "ddp":
         options = {name: value for name, value in options.items() if name not in OF_DDP}
     alone = number_in(options, "gpus") * number_in(options, "nodes") == 1

@@ -122,12 +122,12 @@ def _with_method(options: dict[str, object], chosen: Mapping[str, object]) -> di
 
 def _with_strategy(options: dict[str, object], chosen: Mapping[str, object]) -> dict[str, object]:
     """The file's options, without the parameters of its strategy that the user's other one does not have."""
-    words = [str(by.get("strategy") or "") for by in (options, chosen)]
-    facts_of_another = next((facts for name, facts in STRATEGIES.items() if name == words[1] != words[0]), None)
-    if facts_of_another is None:
+    of_file, of_user = (str(by.get("strategy") or "") for by in (options, chosen))
+    takes = next((strategy.takes for name, strategy in STRATEGIES.items() if name == of_user != of_file), None)
+    if takes is None:
         return options
-    unread = () if all(word.startswith("fsdp") for word in words) else OF_FSDP
-    lost = {*OPTIONS, *unread} - {*ALWAYS, *facts_of_another.takes}
+    words = () if of_file.startswith("fsdp") and of_user.startswith("fsdp") else OF_FSDP
+    lost = {*OPTIONS, *words} - {*ALWAYS, *takes}
     return {name: value for name, value in options.items() if name not in lost}
 
 
@@ -147,7 +147,7 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
 def effect_of(kernels: object, *, quantized: bool) -> Effect:
     """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables, and
     compiled layers may dequantize all experts at once, and layers in 8 bits make copies of what they read. Fake-quantized layers
-    need more than others, but beside kernels that save fewer tensors, and in MXFP4, which keeps 4 bits of what it reads."""
+    raise it; beside kernels that save fewer tensors, or in MXFP4, which keeps 4 bits of what it reads, nobody knows."""
     names = named_kernels(kernels)
     chosen = kernels_of(names)
     unknown = chosen.padding_free is not None or chosen.linear is not None or (chosen.layers is not None and quantized)
