@@ -2,7 +2,7 @@
 
     python -m tools.rank_jobs --run [NAME ...]     rehearses jobs that have no row yet, with --one the next of them (needs the
                                                    CUDA build of torch); exits 1 where there is none
-    python -m tools.rank_jobs                      compares, and writes the table of docs/how-to/several-gpus.md
+    python -m tools.rank_jobs                      compares, and writes the table of docs/rank-drift.md
 
 Each job of tools/rank_grid.py runs tests/distributed/programs/trainer.py, transformers' Trainer on a small Llama, or a built-in
 model through tools/rehearsed_program.py. Rows lie in tests/distributed/rank_jobs.jsonl. tools/rank_traces.py traces
@@ -37,7 +37,7 @@ PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
 BUILT_IN = ROOT / "tools" / "rehearsed_program.py"
 ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
 KEPT = ROWS.with_name("rank_traces.jsonl")
-PAGE = ROOT / "docs" / "how-to" / "several-gpus.md"
+PAGE = ROOT / "docs" / "rank-drift.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
 CARD = "h200"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")

@@ -1,4 +1,4 @@
-"""Trace one rank of the rehearsed jobs over several GPUs, and keep the bytes for the table of docs/how-to/several-gpus.md.
+"""Trace one rank of the rehearsed jobs over several GPUs, and keep the bytes for the table of docs/rank-drift.md.
 
     python -m tools.rank_traces [NAME ...]         traces jobs that have no kept trace; again, those whose name has one of these
 

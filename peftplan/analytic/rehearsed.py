@@ -1,4 +1,4 @@
-"""Which steps over several GPUs have a formula: those that were rehearsed, strategy by strategy (docs/how-to/several-gpus.md)."""
+"""Which steps over several GPUs have a formula: those that were rehearsed, by strategy (docs/reference/several-gpus.md)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ UNDER_DEEPSPEED = (
 )
 """The same under DeepSpeed."""
 SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
-"""Methods whose steps were rehearsed under FSDP and ZeRO (docs/how-to/several-gpus.md); rsLoRA runs LoRA's operations."""
+"""Methods whose steps were rehearsed under FSDP and ZeRO (docs/reference/several-gpus.md); rsLoRA runs LoRA's operations."""
 OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "partial", "llama-pro", "lora+")
 TRACED_METHODS = {
     "fsdp1": ("oft", "ln-tuning", "lora+"),
