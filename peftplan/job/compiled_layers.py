@@ -58,7 +58,8 @@ class Recorded(NamedTuple):
     """The events of a layer without a graph (`forward`), and with one, up to the end of its backward (`training`).
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels;
-    `3:8t` over a copy of so many bytes. `r`: the rank of adapters; None where all weights train. `modules`: what they adapt.
+    `3:8t` over a copy of so many bytes. `timed`: the layer in whose backward, where it is not the last. `r`: the rank of
+    adapters; None where all weights train. `modules`: what they adapt.
     `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last
     norm is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`; with
     `loss_op_by_op`, uncompiled. `in_16_bits`: of a base in NF4, the modules left out. `first`: what the first layer does
@@ -90,6 +91,7 @@ class Recorded(NamedTuple):
     others: tuple[tuple[Collection[int], str, str, int], ...] = ()
     adapted: Mapping[str, int] = MappingProxyType({})
     of_pairs: bool = False
+    timed: int | None = None
     checkpointed: bool = True
     dropout: bool = False
     tiles: bool = False

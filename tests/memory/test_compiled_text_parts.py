@@ -130,6 +130,40 @@ def test_a_whole_vision_notebook_without_its_pictures() -> None:
     assert peaks.reserved == pytest.approx(26_231_177_216, rel=0.003)
 
 
+QWEN_35 = {
+    **TRAINING, "r": 16,
+    "target_modules": r".*(language_model|visual)\..*(attn|mlp)\.(\w+_proj|in_proj_\w+|qkv|proj|linear_fc\d)",
+}  # fmt: skip
+
+
+def test_layers_of_linear_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.5 4B by FastVisionModel in bf16, text alone, 2 x 2,048 tokens: every fourth layer attends, and kernels of the others
+    are timed last. Adapters of the tower's two layers have a gradient and its states in an estimate, not in this run."""
+    config = with_layers("qwen3.5-4b", 8, monkeypatch)
+    (row,) = compiled_layers.load("compiled_layers.json", list)
+    adapted = {name: {8: 2, 24: 6}[layers] for name, layers in row["adapted"].items()}
+    rows = [{**row, "timed": 6, "adapted": adapted, "others": [([3, 7], *row["others"][0][1:])]}]
+    monkeypatch.setattr(compiled_layers, "load", lambda *_: rows)
+    result = estimate(config, **QWEN_35, batch_size=2, seq_len=2048)
+    peaks = result.peaks
+    assert peaks is not None
+    assert result.trainable_parameters == 8_640_512
+    tower = 2 * 16 * (1024 + 3072 + 2 * 1024 + 2 * (1024 + 4096)) * (4 + 2)
+    by_phase = [peaks.by_phase[phase] - tower for phase in ("forward", "backward", "step")]
+    assert by_phase == pytest.approx((3_939_905_024, 4_177_872_384, 3_312_203_776), rel=0.0007)
+    assert peaks.reserved == pytest.approx(4_586_471_424 + tower, rel=0.01)
+
+
+def test_a_whole_notebook_of_linear_attention() -> None:
+    """Qwen3.5 4B by FastVisionModel, 4 micro batches of 2 x 2,048 tokens, without gradients and states of the tower. One hidden
+    state (21 MB) that eight layers hold is not there in 32: estimates are 0.2 % above."""
+    peaks = estimate("qwen3.5-4b", **{**QWEN_35, "gradient_accumulation_steps": 4}, batch_size=2, seq_len=2048).peaks
+    assert peaks is not None
+    of_tower = 24 * 16 * (1024 + 3072 + 2 * 1024 + 2 * (1024 + 4096)) * (4 + 2)
+    by_phase = [peaks.by_phase[phase] - of_tower for phase in ("forward", "backward", "step")]
+    assert by_phase == pytest.approx((10_118_000_000, 10_356_000_000, 9_490_000_000), rel=0.003)
+
+
 def test_a_length_that_is_not_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearsed with 2 x 1,024 tokens and adapters in the tower, which hold 4 bytes a number and, without pictures, no gradient.
 

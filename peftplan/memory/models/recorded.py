@@ -100,6 +100,7 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
     if not running.flash:  # there Unsloth runs in fp16 with parts in fp32, and compiles parts of layers
         raise NoEngineError("Unsloth's compiled layers on a card before compute capability 8.0 (no formula yet)")
     last = max(layer for block in c.model.arch.blocks for layer in block.layers)
+    timed = last if running.recorded.timed is None else running.recorded.timed
     trained = [p for p in _parameters(c) if p.trainable]
     node = f.record(_backward, (x, *trained))
     f.products.append((len(f.log), "cuBLAS"))
@@ -109,7 +110,7 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
     tuned = {
         n: copied
         for n, copied in map(_timed, running.recorded.tuned)
-        if running.tunes and (n > num_forward if c.number == last else c.number == 0)
+        if running.tunes and (n > num_forward if c.number == timed else c.number == 0)
     }
     if running.recorded.of_pairs:  # each kernel is timed once: in the first forward, and in the backward of the last
         tuned = {n: copied for n, copied in tuned.items() if (n > num_forward) is (c.model.pass_name == LAST_PASS)}
