@@ -13,8 +13,6 @@ from peftplan.job.inventory import of_any_device
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger
 from peftplan.memory.batch import of_pictures_or_sound
-from peftplan.memory.optimizer import has_temporaries
-from peftplan.optim import parse_optim
 from peftplan.scans import no_scans
 
 if TYPE_CHECKING:
@@ -116,20 +114,18 @@ def compiled(inventory: "Inventory", *, compute_capability: str, late: bool = Fa
 
 
 def _of_other_states(inventory: "Inventory", of_rank: "OfRank", step_key: "Key") -> "Compiled | None":
-    """The step of a rank of FSDP1, where the largest rank's is cached: it differs in the states of its optimizer alone, unless
-    that has temporaries of each tensor."""
-    distributed = inventory.job.distributed
-    if distributed is None or distributed.strategy != "fsdp1" or of_rank in (None, (None, None)):
+    """The step of a rank that differs from the largest one in its states alone, where that one's is cached."""
+    if of_rank in (None, (None, None)):
         return None
-    if has_temporaries(parse_optim(str(inventory.job.setup.optim))):
+    from peftplan.analytic.states import own_states, unlike_in_states, without_states
+
+    if not unlike_in_states(inventory.job):
         return None
     counted_for_all = None, None
     of_largest = _kept(((counted_for_all, step_key), (counted_for_all, step_key, inventory.job.multiprocessors)))
-    if of_largest is None or of_largest.early or of_largest.first is not None:
+    if of_largest is None:
         return None
-    lasting = [line for line in inventory.static if line.category == "optimizer_states" and line.place == "device"]
-    states = (line for line in lasting if line.name.rpartition(".")[0] not in of_largest.idle)
-    standing = Ledger((*(line for line in of_largest.standing if line.category != "optimizer_states"), *states))
+    standing = Ledger((*without_states(of_largest.standing), *own_states(inventory, of_largest)))
     return of_largest._replace(standing=standing, standing_bytes=standing.bytes(), programs={})
 
 

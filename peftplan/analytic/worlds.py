@@ -9,10 +9,11 @@ from peftplan.analytic.checks import check
 from peftplan.analytic.compile_job import Compiled, compile_job
 from peftplan.analytic.compiled import key_of_step
 from peftplan.analytic.moments import Moments
+from peftplan.analytic.states import own_states, unlike_in_states, without_states
 from peftplan.arrays import Ints
 from peftplan.distributed.any_world import Worlds, over_any_world, place_of
 from peftplan.job.inventory import Inventory, inventory
-from peftplan.ledger import Dim
+from peftplan.ledger import Dim, Ledger
 from peftplan.memory.timeline import Kind, Timeline
 from peftplan.scans import no_scans
 
@@ -39,6 +40,8 @@ class OverRanks(NamedTuple):
     record: Record
     values: list[int]
     """Every number of the record at this world size, by place."""
+    states: int
+    """Bytes of the states that the record leaves out."""
 
     @property
     def compiled(self) -> Compiled:
@@ -55,7 +58,7 @@ class OverRanks(NamedTuple):
 
     def standing_bytes(self, rank: Ints) -> int:
         """Bytes that last through a step."""
-        return self._at(self.compiled.standing_bytes)
+        return self._at(self.compiled.standing_bytes) + self.states
 
     def loading_bytes(self, rank: Ints) -> int:
         """Bytes at the peak of loading."""
@@ -73,25 +76,34 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     check(job)
     of_any = job._replace(distributed=job.distributed.model_copy(update={"gpus": None}))
     key = (*key_of_step(of_any, compute_capability), job.multiprocessors)
-    world, rank = job.distributed.world_size, of_job.holding and of_job.holding.rank
+    world, rank = job.distributed.world_size, (of_job.holding and of_job.holding.rank) or 0
     records = _RECORDS.get(key, ())
     for record in records:
-        if (values := record.worlds.at(world, rank or 0)) is not None:
-            return OverRanks(record, values)
+        if (values := record.worlds.at(world, rank)) is not None:
+            return _at(record, values, of_job)
     with no_scans():
-        record = _record(of_job, Worlds(world, rank or 0), key, compute_capability)
+        record = _record(of_job, Worlds(world, rank), key, compute_capability)
     _RECORDS[key] = (*records, record)[-RECORDS_KEPT:]
     if len(_RECORDS) > RECORDS_KEPT:
         _RECORDS.popitem(last=False)
-    values = record.worlds.at(world, rank or 0)
-    assert values is not None, "a record holds for the world that it was made of"
-    return OverRanks(record, values)
+    own = record.worlds.at(world, rank)
+    assert own is not None, "a record holds for the world that it was made of"
+    return _at(record, own, of_job)
+
+
+def _at(record: Record, values: list[int], of_job: Inventory) -> OverRanks:
+    """A record at the world size of a job."""
+    states = own_states(of_job, record.compiled) if unlike_in_states(of_job.job) else ()
+    return OverRanks(record, values, Ledger(states).bytes())
 
 
 def _record(of_job: Inventory, worlds: Worlds, key: tuple[object, ...], compute_capability: str) -> Record:
     job, holding = of_job.job, of_job.holding
     assert job.distributed is not None
-    of_any = inventory(job._replace(distributed=over_any_world(job.distributed, worlds)))
+    states_apart = unlike_in_states(job)
+    of_any = inventory(job._replace(distributed=over_any_world(job.distributed, worlds, steps_flat=states_apart)))
+    if states_apart:
+        of_any = of_any._replace(static=Ledger(without_states(of_any.static)))
     if holding is not None and holding.rank is not None and of_any.holding is not None:
         of_any = of_any._replace(holding=of_any.holding._replace(rank=worlds.rank))
     compiled = compile_job(of_any, key, compute_capability=compute_capability, late=False)

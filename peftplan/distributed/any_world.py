@@ -157,15 +157,22 @@ class AnyWorld(Distributed):
     """A strategy whose world size is such a number. Unequal to that of any other record."""
 
     _worlds: Worlds = PrivateAttr()
+    _steps_flat: bool = PrivateAttr()
 
     @property
     def world_size(self) -> int:
         """The number of ranks."""
         return self._worlds.world
 
+    @property
+    def steps_flat(self) -> bool:
+        """As in `over_any_world`."""
+        return self._steps_flat
 
-def over_any_world(distributed: Distributed, worlds: Worlds) -> AnyWorld:
-    """A strategy over the world size of a record."""
+
+def over_any_world(distributed: Distributed, worlds: Worlds, *, steps_flat: bool) -> AnyWorld:
+    """A strategy over the world size of a record. `steps_flat`: whatever tensors lie in FSDP1's flat parameters, which differ
+    from world to world."""
     anywhere = AnyWorld.model_construct(**dict(distributed))
-    anywhere._worlds = worlds
+    anywhere._worlds, anywhere._steps_flat = worlds, steps_flat
     return anywhere

@@ -43,7 +43,7 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
         flat = [*_flat(unit, dtype, members, distributed.shards, place)]
         flat[0] = flat[0]._replace(trainable=trained)
         parameters_of_rank += flat
-        stepped += flat[:1] if distributed.use_orig_params is False else _views(flat[0], members, position)
+        stepped += flat[:1] if distributed.steps_flat else _views(flat[0], members, position)
     return Holding(
         parameters._replace(all=tuple(parameters_of_rank)),
         states_of=parameters._replace(all=tuple(stepped)),

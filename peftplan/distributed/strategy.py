@@ -149,6 +149,11 @@ class Distributed(BaseModel):
         return self.world_size // (self.divided * (self.cp_size or 1) * (self.pp_size or 1))
 
     @property
+    def steps_flat(self) -> bool:
+        """Whether the optimizer sees FSDP1's flat parameters, not views of the tensors in them."""
+        return self.use_orig_params is False
+
+    @property
     def chunks(self) -> int:
         """Micro batches of one run of a pipeline's schedule: as few as NeMo Automodel accepts unless they are set."""
         return self.pp_microbatches or (self.pp_size or 1 if self.strategy == "fsdp2" else 1)

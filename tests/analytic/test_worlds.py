@@ -24,6 +24,10 @@ JOBS: dict[str, dict[str, object]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp1": {"strategy": "fsdp1"},
     "fsdp1, full": {"strategy": "fsdp1", "method": "full"},
+    "fsdp1, full, states in 8 bits": {"strategy": "fsdp1", "method": "full", "optim": "adamw_bnb_8bit"},
+    "fsdp1, full, temporaries of each tensor": {"strategy": "fsdp1", "method": "full", "optim": "adamw_torch"},
+    "fsdp1, states made at once": {"strategy": "fsdp1", "optim": "adagrad"},
+    "fsdp1, one parameter a unit": {"strategy": "fsdp1", "use_orig_params": False},
     "fsdp2": {"strategy": "fsdp2"},
     "fsdp2, full": {"strategy": "fsdp2", "method": "full"},
     "fsdp2, qlora on the host": {"strategy": "fsdp2", "method": "qlora", "offload_params": "cpu"},
@@ -72,12 +76,13 @@ def test_points_equal_single_estimates(strategy: StrategyName) -> None:
             assert nbytes == single.peaks.at_least
 
 
-def test_worlds_share_a_record() -> None:
-    """FSDP2 over 2 to 1,024 GPUs is recorded once."""
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_worlds_share_a_record(strategy: StrategyName) -> None:
+    """FSDP over 2 to 1,024 GPUs is recorded once."""
     COMPILED.clear()
     worlds._RECORDS.clear()
     for world in (2, 16, 1024):
-        at(world, {"strategy": "fsdp2"}).requested(POINTS.take(np.array([1])))
+        at(world, {"strategy": strategy}).requested(POINTS.take(np.array([1])))
     assert [len(records) for records in worlds._RECORDS.values()] == [1]
 
 
