@@ -7,6 +7,7 @@ import click
 from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option
 
+GPUS_HEADING = "Several GPUs"
 METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method"} | {
     "--peft-config": "a peft adapter_config.json: its rows come first, and methods of its type take its fields"
 }
@@ -25,7 +26,8 @@ METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method
 @options.group("Precision and storage", texts.STORAGE)
 @options.group("Training", texts.TRAINING)
 @options.group("Preferences and RL", texts.PREFERENCES)
-@options.group("Several GPUs", texts.GPUS)
+@option("--strategy", "strategies", default="", metavar="NAMES", heading=GPUS_HEADING, help="comma-separated; default: ddp")
+@options.group(GPUS_HEADING, {name: text for name, text in texts.GPUS.items() if name != "--strategy"})
 @options.torch_option
 @options.transformers_option
 @options.context_option
@@ -33,6 +35,7 @@ METHOD = {name: text for name, text in texts.METHOD.items() if name != "--method
 def command(
     model: str | None,
     methods: str,
+    strategies: str,
     gpu: tuple[str, ...],
     plot: str | None,
     engine: str,
@@ -47,6 +50,7 @@ def command(
     \b
     peftplan compare llama-3.1-8b --method lora,dora,qlora,full --gpu l4,a10g,a100-80gb
     peftplan compare qwen3-8b --method lora,ia3 --r 16 --plot methods.png
+    peftplan compare qwen3-8b --method full,lora --strategy ddp,fsdp2,zero3 --gpu 2xrtx-4090,4xrtx-4090,8xrtx-4090
     """
     options.check_format(fmt)
     options.check_model(model, fields)
@@ -58,10 +62,10 @@ def command(
 
         check(plot)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    gpus, number = options.counted(gpu, fields)
-    chosen = options.chosen(fields | number) | options.circumstances(torch, transformers, context)
+    chosen = options.chosen(fields) | options.circumstances(torch, transformers, context)
     with options.computed_by(engine) as by_engine:
-        result = compare(model, methods=names, gpu=gpus, **by_engine, **chosen)
+        shared = {"strategies": strategies} if "," in strategies else {"strategy": strategies} if strategies else {}
+        result = compare(model, methods=names, gpu=gpu, **by_engine, **chosen, **shared)
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

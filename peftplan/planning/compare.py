@@ -1,11 +1,12 @@
-"""`compare`: one job by several methods on several cards, a row for each pair."""
+"""`compare`: one job by several methods on several cards, over several numbers of GPUs: a row for each combination."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from peftplan.errors import MissingExtraError, PeftplanError
+from peftplan.distributed.names import DEFAULT, STRATEGIES
+from peftplan.errors import InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.frames import as_html, dataframe
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Engine
@@ -15,7 +16,9 @@ from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
+from peftplan.planning.verdicts import counted_cards
 from peftplan.results.estimate import SCHEMA_VERSION, Estimate
+from peftplan.validation import listed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from peftplan.job.options import JobOptions, Options
     from peftplan.planning.documents import CompareDocument, ComparedRow
 
+ONE = "one GPU"
+OF_WAYS = ("strategy", "world_size")
+"""What rows say only where several ways to share the job are compared."""
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
 """Training options that do not affect the adapter file."""
 
@@ -51,6 +57,10 @@ class Compared(NamedTuple):
     reason: str | None = None
     """Why a method does not run on the card."""
     warnings: tuple[str, ...] = ()
+    strategy: str | None = None
+    """How GPUs share the job, where several ways are compared."""
+    world_size: int | None = None
+    """How many GPUs, likewise."""
 
 
 class Comparison(NamedTuple):
@@ -60,11 +70,16 @@ class Comparison(NamedTuple):
     rows: tuple[Compared, ...]
     engine: str = "analytic"
     over: str | None = None
-    """How several GPUs share each job; its numbers are then those of the GPU that needs most."""
+    """How several GPUs share each job; its numbers are then those of the GPU that needs most. None where rows say it."""
+
+    @property
+    def of_ways(self) -> bool:
+        """Whether strategies, or numbers of GPUs, are compared."""
+        return any(row.strategy for row in self.rows)
 
     def to_dict(self) -> CompareDocument:
         """The JSON, bytes as integers."""
-        rows = [{**row._asdict(), "warnings": list(row.warnings)} for row in self.rows]
+        rows = [{**self._facts(row), "warnings": list(row.warnings)} for row in self.rows]
         document = {"schema_version": SCHEMA_VERSION, "engine": self.engine, "model": self.model, "rows": rows}
         return cast("CompareDocument", document | ({"over": self.over} if self.over else {}))
 
@@ -72,12 +87,16 @@ class Comparison(NamedTuple):
         """Flat rows, which pandas and polars accept: one column for each category that any row has."""
         categories = [name for name in EVERY_CATEGORY if any(name in (row.by_category or {}) for row in self.rows)]
         rows = [
-            {name: value for name, value in row._asdict().items() if name not in ("by_category", "warnings")}
+            {name: value for name, value in self._facts(row).items() if name not in ("by_category", "warnings")}
             | {"warnings": "; ".join(row.warnings)}
             | {name: None if row.by_category is None else row.by_category.get(name, 0) for name in categories}
             for row in self.rows
         ]
         return cast("list[ComparedRow]", rows)
+
+    def _facts(self, row: Compared) -> dict[str, object]:
+        facts = row._asdict()
+        return facts if self.of_ways else {name: value for name, value in facts.items() if name not in OF_WAYS}
 
     def to_dataframe(self) -> DataFrame:
         """`records()` as a pandas DataFrame."""
@@ -92,11 +111,15 @@ def compare(
     *,
     methods: str | Sequence[str],
     gpu: str | Sequence[str] | None = None,
+    strategies: str | Sequence[str] = (),
     engine: Engine = "analytic",
     progress: Callable[[str, float], None] | None = None,
     **options: Unpack[JobOptions],
 ) -> Comparison:
     """What a job needs with each of `methods` on each card of `gpu`; options as for `estimate`.
+
+    `strategies`: several ways in which GPUs share the job, over as many GPUs as `gpu` counts (`2xl4,8xl4`) or as `gpus` says.
+    Each has rows of its own.
 
     A field of one method (`r`) is left out for methods without such a field. With a `peft_config`, the first rows are that
     adapter; methods of its peft type take its fields, the others only `options`. If the model, the quantization or another option
@@ -105,23 +128,63 @@ def compare(
     Raises UnknownNameError for an unknown method, and what `estimate` raises if no method is possible.
     """
     model = base_of(options.get("peft_config")) if model is None else model
-    jobs = _jobs(model, known_methods(methods), options)
+    ways = _ways(gpu, strategies, options)
+    jobs = [(*job, way) for job in _jobs(model, known_methods(methods), options).items() for way in ways]
     rows: list[Compared] = []
     errors: list[PeftplanError] = []
     name, over = "", None
-    for done, (method, fields) in enumerate(jobs.items()):
+    for done, (method, fields, way) in enumerate(jobs):
+        told = _telling(progress, method, done, len(jobs))
         try:
-            result = estimate(model, gpu=gpu, engine=engine, progress=_telling(progress, method, done, len(jobs)), **fields)
+            result = estimate(model, gpu=way.cards, engine=engine, progress=told, **job_options(fields, way.options))
         except PeftplanError as error:
             errors.append(error)
-            rows.append(Compared(method, error=str(error)))
+            rows.append(Compared(method, error=str(error), **way.facts(len(ways))))
             continue
         name = result.model["name"]
-        over = result.distributed.strategy.called if result.distributed else None
-        rows += _rows(method, result, _adapter_bytes(model, fields))
+        over = result.distributed.strategy.called if result.distributed and len(ways) == 1 else None
+        facts = way.facts(len(ways))
+        rows += [row._replace(**facts) for row in _rows(method, result, _adapter_bytes(model, fields))]
     if errors and len(errors) == len(jobs):
         raise errors[0]
     return Comparison(name, tuple(rows), engine, over)
+
+
+class _Way(NamedTuple):
+    """Cards, and the options that say how many of each share a job, and how."""
+
+    cards: tuple[str, ...] | None
+    options: Mapping[str, object]
+    gpus: int | None
+    strategy: str
+
+    def facts(self, ways: int) -> dict[str, Any]:
+        """What a row says of it, if there are several."""
+        return {"strategy": self.strategy, "world_size": self.gpus or 1} if ways > 1 else {}
+
+
+def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], options: JobOptions) -> list[_Way]:
+    """Every strategy over every number of GPUs. Raises InputError or UnknownNameError."""
+    names = tuple(dict.fromkeys(cast("Sequence[str]", listed(strategies)))) or (None,)
+    for name in names:
+        if name is not None and name not in STRATEGIES:
+            raise UnknownNameError("strategy", name, tuple(STRATEGIES))
+    groups: list[tuple[int | None, tuple[str, ...]]] = counted_cards(gpu) or [(None, ())]
+    number, own = options.get("gpus"), options.get("strategy")
+    if number is not None and (counted := next((count for count, _ in groups if count), None)):
+        raise InputError("gpus", number, f"gpu says how many there are ({counted}x…); accepted: one of the two")
+    if own is not None and names != (None,):
+        raise InputError("strategy", own, "strategies says which there are; accepted: one of the two")
+    return [
+        _Way(
+            cards or None,
+            ({} if name is None else {"strategy": name}) | ({} if count is None else {"gpus": count}),
+            (count or number or 1) * (options.get("nodes") or 1),
+            name or own or (DEFAULT if (count or number or 1) > 1 else ONE),
+        )
+        for name in names
+        for count, cards in groups
+    ]
 
 
 def _jobs(model: object, names: Sequence[str], options: JobOptions) -> dict[str, JobOptions]:

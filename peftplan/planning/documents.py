@@ -124,6 +124,10 @@ class ComparedFacts(TypedDict):
     """Why the method has no numbers."""
     reason: str | None
     """Why the method does not run on the card."""
+    strategy: NotRequired[str]
+    """Where several ways are compared: how the GPUs share the job."""
+    world_size: NotRequired[int]
+    """Likewise: how many GPUs."""
 
 
 class ComparedDocument(ComparedFacts):

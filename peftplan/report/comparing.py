@@ -18,6 +18,12 @@ COLUMNS = (
     Column("adapter", right=True, wide=True),
     Column("peak, against the largest", wide=True),
 )
+OF_WAYS = (
+    *(Column("method"), Column("strategy"), Column("GPUs", right=True), Column("card")),
+    *(Column("needs", right=True), Column("left", right=True), Column("verdict"), Column("peak", right=True, wide=True)),
+    *(Column("trainable", right=True, wide=True), Column("peak, against the largest", wide=True)),
+)
+"""The columns where several ways to share the job are compared."""
 OF_CARDS = ("card", "needs", "left", "verdict")
 BAR = 24
 """Blocks of the longest bar."""
@@ -30,8 +36,46 @@ def heading(result: Comparison) -> str:
     return f"{result.model}: {methods} method{'s' if methods > 1 else ''}{', traced' if result.engine == 'trace' else ''}{over}"
 
 
+def answers(result: Comparison) -> list[str]:
+    """For each method the fewest GPUs that take it, and how; nothing where one way is compared."""
+    methods = dict.fromkeys(row.method for row in result.rows) if result.of_ways else ()
+    return [_fewest(method, [row for row in result.rows if row.method == method and row.verdict]) for method in methods]
+
+
+def _fewest(method: str, rows: list[Compared]) -> str:
+    """The fewest GPUs with the best verdict that any row has."""
+    best = next((verdict for verdict in ("fits", "tight", "unknown") if any(row.verdict == verdict for row in rows)), None)
+    if best is None:
+        return f"{method}: {'fits none of these' if rows else 'no verdict'}"
+    fewest = min(row.world_size or 1 for row in rows if row.verdict == best)
+    by_card: dict[str, list[str]] = {}
+    for row in rows:
+        if (row.verdict, row.world_size) == (best, fewest):
+            by_card.setdefault(row.gpu or "", []).append(row.strategy or "")
+    by = {card: f" by {', '.join(strategies)}" if fewest > 1 else "" for card, strategies in by_card.items()}
+    ways = " · ".join(f"{fewest} × {card}{how}" for card, how in by.items())
+    return f"{method}: {'fits' if best == 'fits' else f'{best} on'} {ways}"
+
+
+def _of_ways(result: Comparison) -> list[tuple[str, ...]]:
+    """A row per method, strategy, number of GPUs and card; what is the same as in the row above is left blank."""
+    largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
+    rows: list[tuple[str, ...]] = []
+    before: tuple[object, object] = (None, None)
+    for row in result.rows:
+        same_method = before[0] == row.method
+        names = ("" if same_method else row.method, "" if before == (row.method, row.strategy) else row.strategy or "")
+        verdict = (row.verdict or ("error" if row.error else "")).replace("_", " ")
+        sizes = (*_needs_and_left(row), verdict, _size(row.peak_allocated), "" if same_method else _count(row))
+        rows.append((*names, str(row.world_size), row.gpu or "", *sizes, bar(row.peak_allocated or 0, largest)))
+        before = (row.method, row.strategy)
+    return rows
+
+
 def cells(result: Comparison) -> list[tuple[str, ...]]:
     """A row per method and card; what is the same as in the row above is left blank."""
+    if result.of_ways:
+        return _of_ways(result)
     largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
     rows: list[tuple[str, ...]] = []
     before = None
@@ -46,6 +90,8 @@ def cells(result: Comparison) -> list[tuple[str, ...]]:
 
 def visible(result: Comparison) -> tuple[tuple[Column, ...], list[tuple[str, ...]]]:
     """Columns and rows; without a card, those of the methods alone, for which every terminal has room."""
+    if result.of_ways:
+        return OF_WAYS, cells(result)
     if any(row.gpu for row in result.rows):
         return COLUMNS, cells(result)
     of_method = [index for index, column in enumerate(COLUMNS) if column.header not in OF_CARDS]
@@ -55,6 +101,8 @@ def visible(result: Comparison) -> tuple[tuple[Column, ...], list[tuple[str, ...
 
 def below(result: Comparison) -> list[str]:
     """The wide columns in lines of their own, one per method, for a terminal that has no room for them."""
+    if result.of_ways:
+        return []
     wide = [index for index, column in enumerate(COLUMNS) if column.wide]
     lines = [("", *(COLUMNS[index].header for index in wide))]
     lines += [(row[0], *(row[index] for index in wide)) for row in cells(result) if row[0]]
@@ -63,15 +111,20 @@ def below(result: Comparison) -> list[str]:
 
 
 def errors(result: Comparison) -> list[str]:
-    """Warnings, and why a method has no numbers or does not run on a card, a line each."""
+    """Warnings, and why a row has no numbers or does not run on a card, a line each."""
     warned = dict.fromkeys((row.method, warning) for row in result.rows for warning in row.warnings)
-    failed = [f"{row.method}: {row.error}" for row in dict.fromkeys(map(_error, result.rows)) if row is not None]
+    failed = dict.fromkeys(f"{_named(row)}: {row.error}" for row in result.rows if row.error)
     refused = dict.fromkeys(f"{row.gpu}: {row.method} does not run: {row.reason}" for row in result.rows if row.reason)
     return [*(f"{method}: warning: {warning}" for method, warning in warned), *failed, *refused]
 
 
-def _error(row: Compared) -> Compared | None:
-    return Compared(row.method, error=row.error) if row.error else None
+def _named(row: Compared) -> str:
+    return f"{row.method} by {row.strategy}" if row.strategy else row.method
+
+
+def label(row: Compared) -> str:
+    """What a bar of a row is called."""
+    return f"{row.method}, {row.world_size} × {row.strategy}" if row.strategy else row.method
 
 
 def _count(row: Compared) -> str:

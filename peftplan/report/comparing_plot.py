@@ -8,9 +8,10 @@ from pathlib import Path
 
 from peftplan.errors import InputError, MissingExtraError, UnknownNameError
 from peftplan.files import replacing
-from peftplan.ledger import CATEGORIES
+from peftplan.ledger import EVERY_CATEGORY
 from peftplan.planning.compare import Comparison
 from peftplan.report.colours import COLOURS
+from peftplan.report.comparing import label
 from peftplan.units import GIB, format_bytes
 
 SUFFIXES = (".png", ".svg")
@@ -40,13 +41,13 @@ def write(result: Comparison, path: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    methods = {row.method: row for row in reversed(result.rows) if row.by_category}
+    methods = {label(row): row for row in reversed(result.rows) if row.by_category}
     cards = {row.gpu: row.usable_bytes for row in result.rows if row.gpu and row.usable_bytes}
     figure = Figure(figsize=(WIDTH, 2.1 + ROW * len(methods)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     left = dict.fromkeys(methods, 0.0)
-    for category in CATEGORIES:
+    for category in EVERY_CATEGORY:
         sizes = {name: (row.by_category or {}).get(category, 0) / GIB for name, row in methods.items()}
         if any(sizes.values()):
             axes.barh(
@@ -71,7 +72,7 @@ def write(result: Comparison, path: str) -> None:
         axes.annotate(card, (usable, 1), offset, xycoords=top, textcoords="offset points", ha="center", va="bottom", fontsize=9)
     axes.set_xlim(0, widest)
     axes.set_xlabel("\n".join(("GiB allocated at the peak", *_of_lines(cards_near, cards))))
-    title = f"{result.model}: peak of a training step by method"
+    title = f"{result.model}: peak of a training step by {'strategy' if result.of_ways else 'method'}"
     axes.set_title(title, loc="left", pad=6 + ROW_OF_NAMES * (1 + max(rows.values(), default=0)))
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     for side in ("top", "right"):

@@ -79,9 +79,10 @@ def comparison(result: Comparison) -> Iterator[Html]:
     """A row per method and card, each method with a bar of its peak by category."""
     largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
     yield markup.paragraph(comparing.heading(result), strong=True)
+    yield from map(markup.paragraph, comparing.answers(result))
     columns, cells = comparing.visible(result)
     bars = (_peak_bar(row, largest) for row in result.rows)
-    drawn = [(*texts[:-1], bar if texts[0] else "") for texts, bar in zip(cells, bars, strict=True)]
+    drawn = [(*texts[:-1], bar if texts[-1] else "") for texts, bar in zip(cells, bars, strict=True)]
     columns = (*columns[:-1], Column("peak by part"))
     yield markup.table(*_verdict_behind("card", columns, drawn))
     categories = {name for row in result.rows for name in row.by_category or {}}

@@ -151,7 +151,7 @@ def comparison(result: Comparison, *, fmt: str) -> None:
         as_json(result.to_dict())
         return
     (columns, cells), below = comparing.visible(result), "\n".join(comparing.errors(result)) or None
-    above, instead = comparing.heading(result), comparing.below(result)
+    above, instead = "\n".join([comparing.heading(result), *comparing.answers(result)]), comparing.below(result)
     rows(columns, cells, result.records(), fmt=fmt, above=above, below=below, instead=instead)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,3 +162,76 @@ def test_every_terminal_shows_the_adapter_and_a_bar_for_each_method(card: str, c
 
 def test_a_notebook_leaves_out_the_columns_of_cards_too() -> None:
     assert "verdict" not in compare("llama-3.2-1b", methods=("lora",))._repr_html_()
+
+
+WAYS = {"methods": ("full", "lora"), "gpu": "2xrtx-4090,8xrtx-4090", "strategies": ("ddp", "fsdp2"), "seq_len": 512}
+
+
+def test_a_row_of_a_strategy_is_what_an_estimate_says() -> None:
+    result = compare("llama-3.2-1b", **WAYS)
+    assert [(row.method, row.strategy, row.world_size) for row in result.rows] == [
+        (method, strategy, gpus) for method in ("full", "lora") for strategy in ("ddp", "fsdp2") for gpus in (2, 8)
+    ]
+    for row in result.rows:
+        assert row.world_size is not None
+        alone = peftplan.estimate(
+            "llama-3.2-1b", method=row.method, gpu=row.gpu, seq_len=512, strategy=row.strategy, gpus=row.world_size
+        )
+        assert (row.needed_bytes, row.verdict) == (alone.gpus[0].needed_bytes, alone.gpus[0].verdict)
+        assert row.peak_allocated == alone.peaks.allocated  # type: ignore[union-attr]
+
+
+def test_ways_say_for_each_method_the_fewest_gpus() -> None:
+    """Llama 3.1 8B in full needs 74 GiB for states alone: over 4 × 24 GB it does not fit, over 16 it does by FSDP2 alone."""
+    result = compare("llama-3.1-8b", methods="full,lora", gpu="4xrtx-4090,16xrtx-4090", strategies="ddp,fsdp2")
+    assert comparing.answers(result) == ["full: fits 16 × rtx-4090 by fsdp2", "lora: fits 4 × rtx-4090 by ddp, fsdp2"]
+    none = compare("llama-3.1-8b", methods="full", gpu="2xrtx-4090", strategies="ddp,fsdp2")
+    assert comparing.answers(none) == ["full: fits none of these"]
+
+
+def test_a_way_that_is_refused_has_a_row_that_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    result = compare("llama-3.2-1b", methods="full", gpu="2xl4", strategies="ddp,fsdp2", offload_params="cpu")
+    assert [row.error is None for row in result.rows] == [False, True]
+    assert comparing.errors(result)[0].startswith("full by ddp: offload_params")
+
+
+def test_one_way_says_what_it_said() -> None:
+    """JSON of one strategy, or of one GPU, has no fields of ways."""
+    for options in ({"gpu": "l4"}, {"gpu": "2xl4", "strategies": "fsdp2"}):
+        result = compare("llama-3.2-1b", methods="lora", **options)  # type: ignore[arg-type]
+        assert "strategy" not in result.to_dict()["rows"][0]
+    assert result.over == "FSDP2 over 2 GPUs"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategies": "ddp,fsdp3", "gpu": "2xl4"}, "fsdp3"),
+        ({"strategies": "ddp,fsdp2", "strategy": "ddp", "gpu": "2xl4"}, "strategies says which there are"),
+        ({"gpu": "2xl4", "gpus": 4}, "gpu says how many there are"),
+        ({"strategies": "ddp,fsdp2", "gpu": "l4"}, "divides a job over several GPUs"),
+    ],
+)
+def test_ways_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PeftplanError, match=message):
+        compare("llama-3.2-1b", methods="lora", **options)
+
+
+def test_ways_on_the_command_line(tmp_path: Path) -> None:
+    words = ["compare", "llama-3.2-1b", "--method", "full", "--strategy", "ddp,fsdp2", "--gpu", "2xl4,4xl4"]
+    rows = json.loads(run(*words, "--format", "json").out)["rows"]
+    assert [(row["strategy"], row["world_size"]) for row in rows] == [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)]
+
+
+def test_a_bar_of_several_gpus_is_as_long_as_its_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what ranks gather and send each other."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_args, **_options: drawn.append(self))
+    result = compare("llama-3.2-1b", methods="full", gpu="2xl4,4xl4", strategies="ddp,fsdp2", seq_len=512)
+    comparing_plot.write(result, str(tmp_path / "a.svg"))
+    ends: dict[float, float] = {}
+    for bar in drawn[0].axes[0].patches:
+        ends[bar.get_y()] = max(ends.get(bar.get_y(), 0.0), bar.get_x() + bar.get_width())
+    peaks = sorted(row.peak_allocated / 2**30 for row in result.rows if row.peak_allocated)
+    assert sorted(ends.values()) == pytest.approx(peaks)
