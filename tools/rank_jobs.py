@@ -2,6 +2,7 @@
 
     python -m tools.rank_jobs --run [NAME ...]     rehearses jobs that have no row yet, with --one the next of them (needs the
                                                    CUDA build of torch); exits 1 where there is none
+    python -m tools.rank_jobs --run --late [NAME ...]  the same of FSDP1, on a card as late as the program lets it be
     python -m tools.rank_jobs                      compares, and writes the table of docs/rank-drift.md
 
 Each job of tools/rank_grid.py runs tests/distributed/programs/trainer.py, transformers' Trainer on a small Llama, or a built-in
@@ -26,6 +27,7 @@ from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.of_ranks import OfRanks
 from peftplan.job.inventory import on_rank
+from peftplan.versions import READ_IN
 from tools.rank_grid import AUTO, LLAMA, cut, jobs
 from tools.rehearsed_jobs import program_words
 
@@ -37,6 +39,8 @@ PROGRAM = ROOT / "tests" / "distributed" / "programs" / "trainer.py"
 BUILT_IN = ROOT / "tools" / "rehearsed_program.py"
 ROWS = ROOT / "tests" / "distributed" / "rank_jobs.jsonl"
 KEPT = ROWS.with_name("rank_traces.jsonl")
+LATE = ROWS.with_name("late_jobs.jsonl")
+"""Rows of jobs on a card as late as the program lets it be (rehearse/card.c, "Time")."""
 PAGE = ROOT / "docs" / "rank-drift.md"
 MARKS = ("<!-- rank jobs -->", "<!-- end of rank jobs -->")
 CARD = "h200"
@@ -75,6 +79,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
         **({"script": peftplan.Script(transformers=row["transformers"])} if "transformers" in row else {}),
+        **({"accelerate": row["accelerate"]} if "accelerate" in row else {}),
         **program.get("ddp", {}),
         **({"find_unused_parameters": False} if "ddp_find_unused_parameters" in program.get("arguments", {}) else {}),
         **({"zero3_init": False} if row["strategy"] == "zero3" else {}),  # the program makes its model first
@@ -95,16 +100,23 @@ def llama(program: dict[str, Any]) -> dict[str, Any]:
     return LLAMA | program.get("config", {})
 
 
-def run(names: list[str], *, most: int | None) -> int:
-    """Rehearse up to this many jobs without a row; returns how many."""
+def run(names: list[str], *, most: int | None, late: bool = False) -> int:
+    """Rehearse up to this many jobs without a row; returns how many. `late`: on a late card, under FSDP1."""
     from peftplan.rehearse import rehearse
 
-    recorded = {row["name"] for row in rows()}
+    if late:
+        os.environ["EMULATED_LATE"] = "1"
+    file = LATE if late else ROWS
+    recorded = {row["name"] for row in rows(file)}
     count = 0
     for each in jobs():
+        if late and each["strategy"] != "fsdp1":
+            continue
         if each["name"] in recorded or (names and not any(name in each["name"] for name in names)):
             continue
         if not version("transformers").startswith(each.get("transformers", "")):
+            continue
+        if not version("accelerate").startswith(each.get("accelerate", READ_IN["accelerate"])):
             continue
         if most is not None and count == most:
             break
@@ -128,8 +140,8 @@ def run(names: list[str], *, most: int | None) -> int:
         if each["strategy"] == "device-map":
             of_devices = sorted(result.ranks, key=lambda rank: rank.device)
             measured["devices"] = [{"peak_by_phase": r.peak_by_phase, "peak_reserved": r.peak_reserved} for r in of_devices]
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(
                 json.dumps({**each, **measured, "seconds": result.seconds, "versions": {n: version(n) for n in LIBRARIES}}) + "\n"
             )
         print(each["name"], measured, file=sys.stderr, flush=True)
@@ -170,9 +182,9 @@ def on_rehearsed_rank(peaks: OfRanks, rank: int) -> InstantPeaks:
     return peaks.of(rank) or analytic_peaks(on_rank(peaks.inventory, rank), compute_capability=peaks.compute_capability)
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(file: Path = ROWS) -> list[dict[str, Any]]:
     """What was rehearsed."""
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def kept_traces() -> dict[str, dict[str, Any]]:
@@ -286,6 +298,6 @@ def write() -> None:
 if __name__ == "__main__":
     if "--run" in sys.argv:
         names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-        sys.exit(not run(names, most=1 if "--one" in sys.argv else None))
+        sys.exit(not run(names, most=1 if "--one" in sys.argv else None, late="--late" in sys.argv))
     else:
         write()

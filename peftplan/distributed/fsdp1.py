@@ -25,8 +25,8 @@ from peftplan.distributed.units import Member, Unit
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
-PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = 1, 2, 3, 4
-"""Streams besides the default one, 0."""
+DEFAULT, PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = range(5)
+STREAMS = 5
 IN_FLIGHT = 2
 """Freed units that the GPU may not have passed when the next one is gathered (`_FreeEventQueue`, under `limit_all_gathers`)."""
 ALIGNMENT = 16
@@ -52,41 +52,58 @@ def flats_of(unit: Unit, ranks: int) -> list[Flat]:
     return flats
 
 
-def _is_apart(unit: Unit) -> bool:
-    """Whether a unit is a module of an adapter: a late GPU passes it with its layer."""
-    return all(member.apart for member in unit.members)
-
-
 class Lag:
-    """What the host has freed and a GPU that is as late as it may be has not passed."""
+    """What the host has freed and a GPU that is as late as it may be has not passed.
+
+    Work is numbered on each stream. A clock says of every stream how far it is: that of a stream tells what has been done once
+    its own work is, as streams wait for each other. Collectives run one after the other, whichever stream they are called on
+    (nccl, src/enqueue.cc, `ncclLaunchPrepare`). The GPU has done what the host has waited for, and no more.
+    """
 
     def __init__(self) -> None:
-        self.read: list[Tensor] = []
-        """Shards that a gather reads, until its unit's layer has run."""
-        self._frees: deque[list[Tensor]] = deque()
-        self._reduced: deque[list[Tensor]] = deque()
+        self._clocks = [[0] * STREAMS for _ in range(STREAMS)]
+        self._collectives = self._done = [0] * STREAMS
+        self._frees: deque[list[int]] = deque()
+        """Clocks of the events of frees that the host has not waited for (`_FreeEventQueue`)."""
+        self._kept: list[tuple[int, int, list[Tensor]]] = []
+        """The stream that reads freed tensors, the number of its last work on them, and these."""
+
+    def _record(self, stream: int) -> list[int]:
+        self._clocks[stream][stream] += 1
+        return [*self._clocks[stream]]
+
+    def _reach(self, stream: int, clock: list[int]) -> None:
+        self._clocks[stream] = [*map(max, self._clocks[stream], clock)]
+
+    def join(self, stream: int, other: int) -> None:
+        """A stream waits for another one."""
+        self._reach(stream, self._record(other))
+
+    def collective(self, stream: int) -> None:
+        """A stream calls a collective."""
+        self._reach(stream, self._collectives)
+        self._collectives = self._record(stream)
+
+    def keep(self, tensors: list[Tensor], stream: int) -> None:
+        """Free tensors of another stream, which this one has read (`record_stream`)."""
+        self._kept.append((stream, self._record(stream)[stream], tensors))
+
+    def free(self, stream: int) -> None:
+        """A unit is freed: the stream that runs then records an event."""
+        self._frees.append(self._record(stream))
 
     def wait(self) -> None:
         """Before a gather the host waits for the last free but one."""
         if len(self._frees) >= IN_FLIGHT:
-            self._frees.popleft()
+            self._pass([*map(max, self._done, self._frees.popleft())])
 
-    def free(self, unsharded: list[Tensor]) -> None:
-        """A unit is freed. With its layer the GPU has passed all reductions but the last, before which the layer may have been
-        gathered.
-        """
-        passed = [self._reduced.popleft() for _ in range(len(self._reduced) - 1)]
-        self._frees.append([*unsharded, *self.read, *(tensor for of_unit in passed for tensor in of_unit)])
-        self.read.clear()
-
-    def reduce(self, gradients: list[Tensor]) -> None:
-        """A unit's flat gradients are being reduced."""
-        self._reduced.append(gradients)
-
-    def clear(self) -> None:
+    def read(self) -> None:
         """The host reads a value: Trainer that of the loss, after each backward (`logging_nan_inf_filter`)."""
-        for tensors in (self.read, self._frees, self._reduced):
-            tensors.clear()
+        self._pass([max(of_stream) for of_stream in zip(*self._clocks, strict=True)])
+
+    def _pass(self, done: list[int]) -> None:
+        self._done = done
+        self._kept = [kept for kept in self._kept if done[kept[0]] < kept[1]]
 
 
 class Fsdp1(Fsdp2):
@@ -121,8 +138,6 @@ class Fsdp1(Fsdp2):
         """`FlatParamHandle.unshard`: the gathered buffer is the flat parameter that the layer runs on."""
         if unit.unsharded or not unit.members:
             return
-        if self.lag is not None and not _is_apart(unit):
-            self.lag.wait()
         for flat in flats_of(unit, self.world_size):
             first, shard = flat.members[0], (flat.numel // self.world_size,)
             narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if first.casts else None
@@ -130,10 +145,14 @@ class Fsdp1(Fsdp2):
             if moved is not None and narrow is None and self.views_shards:
                 unit.unsharded.append(moved)
             del moved
+            if self.lag is not None:
+                self.lag.wait()
             gathered = self._new((flat.numel,), first.dtype, f"{flat.name} gathered", UNSHARD, "gathered_weights")
             unit.unsharded.append(gathered)
-            if self.lag is not None and narrow is not None:
-                self.lag.read.append(narrow)
+            if self.lag is not None:
+                self.lag.join(UNSHARD, PRE_UNSHARD)
+                self.lag.collective(UNSHARD)
+                self.lag.keep([narrow] if narrow is not None else [], UNSHARD)
             del narrow
 
     def enter(self, name: str) -> None:
@@ -156,16 +175,18 @@ class Fsdp1(Fsdp2):
             self._reshard(unit)
         return super().leave(name, x)
 
-    def _reshard(self, unit: Unit) -> None:
+    def _reshard(self, unit: Unit, stream: int = DEFAULT) -> None:
+        """Free a unit on the stream that runs. Where that is the stream of the gather, the unit's own, nothing waits."""
         if self.lag is not None and unit.unsharded:
-            if _is_apart(unit):
-                self.lag.read += unit.unsharded
-            else:
-                self.lag.free(unit.unsharded)
+            if stream != UNSHARD:
+                self.lag.keep(unit.unsharded, stream)
+            self.lag.free(stream)
         unit.unsharded = []
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
         """Nothing is copied out."""
+        if self.lag is not None:
+            self.lag.join(DEFAULT, UNSHARD)
 
     def pre_backward(self, unit: Unit) -> None:
         """The gradient of a unit's output has arrived: gather the unit, and under BACKWARD_PRE the one before it."""
@@ -173,13 +194,15 @@ class Fsdp1(Fsdp2):
             return
         unit.state = "pre_backward"
         self._unshard(unit)
+        self._wait(unit, forward=False)
         self._reshard_late()
         if self.prefetch == "pre":  # of an adapted layer its adapters do it, while its backward runs
             self._gather_before(unit)
 
     def _reshard_late(self) -> None:
         if self._reshards_late is not None:
-            self._reshard(self._reshards_late)
+            of_adapter = all(member.apart for member in self._reshards_late.members)
+            self._reshard(self._reshards_late, UNSHARD if of_adapter else DEFAULT)
             self._reshards_late = None
 
     def _gather_before(self, unit: Unit) -> None:
@@ -192,8 +215,9 @@ class Fsdp1(Fsdp2):
         gradients = {p.name: p for p in unit.parameters() if p.grad is not None}
         flats = [flat for flat in flats_of(unit, self.world_size) if any(m.name in gradients for m in flat.members)]
         whole = [self._flattened(flat, gradients) for flat in flats]
-        if self.in_checkpoints or any(member.trainable and not member.apart for member in unit.members):
-            self._reshard(unit)
+        trains = any(member.trainable and not member.apart for member in unit.members)
+        if self.in_checkpoints or trains:
+            self._reshard(unit, UNSHARD if trains else DEFAULT)
         else:
             self._reshard_late()
             self._reshards_late = unit
@@ -205,8 +229,6 @@ class Fsdp1(Fsdp2):
             unit.whole = whole
             return
         whole, unit.whole = unit.whole or whole, []
-        if self.lag is not None:
-            self.lag.reduce([*whole])
         for number, flat in enumerate(flats):
             self._reduce_grad(unit, flat, whole, number)
 
@@ -218,13 +240,17 @@ class Fsdp1(Fsdp2):
         if self.f.kept_inputs is not None:
             self.f.kept_inputs.clear()
         if self.lag is not None:
-            self.lag.clear()
+            self.lag.read()
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
         """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""
         dtype, packed = flat.members[0].dtype, [member for member in flat.members if member.packed]
         _zeros = [self._new((member.numel,), dtype, f"{member.name} zeros", UNSHARD) for member in packed]
         tensor = self._new((flat.numel,), dtype, f"{flat.name} gradient", UNSHARD)
+        if self.lag is not None:  # autograd's engine: a node's stream waits for that of its inputs, and is recorded with them
+            parts = [gradients[member.name].grad for member in flat.members if member.name in gradients]
+            self.lag.join(UNSHARD, DEFAULT)
+            self.lag.keep([part for part in parts if part is not None], UNSHARD)
         for member in flat.members:
             if member.name in gradients:
                 self._sum_on_unshard(gradients[member.name].grad)
@@ -241,14 +267,21 @@ class Fsdp1(Fsdp2):
 
     def _reduce_grad(self, unit: Unit, flat: Flat, whole: list[Tensor], number: int) -> None:
         first, shard = flat.members[0], (flat.numel // self.world_size,)
-        dtype = self.reduce_dtype or first.dtype
+        dtype, computed = self.reduce_dtype or first.dtype, whole[number]
         if dtype != first.dtype:
             whole[number] = self._new((flat.numel,), dtype, f"{flat.name} gradient, cast", POST_BACKWARD)
         output = self._new(shard, dtype, "reduce-scatter output", POST_BACKWARD)
+        if self.lag is not None and self.replicates:
+            self.lag.keep([output], ALL_REDUCE)
         if dtype != first.master:
             stream = ALL_REDUCE if self.replicates else POST_BACKWARD
             output = self._new(shard, first.master, "reduce-scatter output, cast", stream)
         whole[number] = output  # the flat gradient is freed
+        if self.lag is not None:
+            self.lag.join(POST_BACKWARD, UNSHARD)
+            self.lag.collective(POST_BACKWARD)
+            self.lag.keep([computed], POST_BACKWARD)
+        del computed
         if self.offloads:
             self._saved = [*self._saved, output]
         if self.offloads or len(unit.gradients) > number:

@@ -21,6 +21,7 @@ from peftplan.versions import DTYPE_OF_CHECKPOINT, EXPERTS_FUSED, LOADING_IN_THR
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.results.documents import Assumptions, ModelDocument
+    from peftplan.results.estimate import Peaks
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""
@@ -43,10 +44,10 @@ NOTED = 0.01
 """Less than this share of a model is not worth a note."""
 
 NCCL = "buffers of NCCL, outside torch's allocator"
-RECORDED = "what other ranks of FSDP1, or a GPU that lags behind (record_stream), reserve in addition; verdicts count it"
+RECORDED = "what a GPU that lags behind reserves in addition under FSDP1 (record_stream)"
 OTHER_RANKS = "what other ranks reserve beyond the one with the highest peak; verdicts count it"
 BESIDE_PEAK = {"fsdp1": RECORDED, "zero1": OTHER_RANKS, "zero2": OTHER_RANKS}
-"""Strategy → reserved bytes that verdicts count beside those of the peak."""
+"""Strategy → reserved bytes beside those of the peak. Of FSDP1 formulas state them too."""
 OUTSIDE = ("CUDA context",)
 """What is outside torch's allocator, and so in no peak."""
 
@@ -61,14 +62,15 @@ IN_THREADS = (
 """One job, measured twice in one session, reserved 11,880 and 13,272 MiB (`data/runs/fitcheck_t4.jsonl`)."""
 
 
-def of_ranks(distributed: Distributed) -> tuple[str, ...]:
+def of_ranks(distributed: Distributed, peaks: Peaks | None) -> tuple[str, ...]:
     """What the numbers of a rank leave out. One process runs a device_map, without NCCL."""
     if distributed.strategy == "device-map":
         return ()
-    return (NCCL, BESIDE_PEAK[distributed.strategy]) if distributed.strategy in BESIDE_PEAK else (NCCL,)
+    known = distributed.strategy not in BESIDE_PEAK or (peaks is not None and peaks.by_pace)
+    return (NCCL,) if known else (NCCL, BESIDE_PEAK[distributed.strategy])
 
 
-def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
+def outside(job: Job, capabilities: Iterable[str], peaks: Peaks) -> tuple[str, ...]:
     """What no peak holds: kernels of 16 bits that may be cuDNN's on one of the cards, holes that threads leave while loading."""
     setup = job.setup
     low = not {"fp16", "bf16"}.isdisjoint((setup.dtype, setup.autocast))
@@ -76,7 +78,7 @@ def outside(job: Job, capabilities: Iterable[str]) -> tuple[str, ...]:
     in_threads = job.quant is not None and job.script.loads_in_threads
     return (
         *OUTSIDE,
-        *(of_ranks(job.distributed) if job.distributed else ()),
+        *(of_ranks(job.distributed, peaks) if job.distributed else ()),
         *([BY_CUDNN] if by_cudnn else []),
         *([IN_THREADS] if in_threads else []),
     )

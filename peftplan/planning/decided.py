@@ -63,13 +63,14 @@ class Limits(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, -1 where nothing was replayed,
-    and where reserved bytes are not known."""
+    """Arrays of the points: codes of `WORDS` and `BY` for each card; allocated and reserved bytes, and those of the GPU that
+    reserves most, -1 where nothing was replayed, and where reserved bytes are not known."""
 
     verdicts: Codes
     by: Codes
     allocated: Ints
     reserved: Ints
+    at_most: Ints
     replayed: int
 
 
@@ -98,7 +99,7 @@ def decide(
             state.bound()
         near = np.flatnonzero(state.undecided().any(axis=0))
         state.replay(_spread(near, replays - len(probes)), progress)
-    return Decided(state.verdicts, state.by, state.allocated, state.reserved, state.replayed)
+    return Decided(state.verdicts, state.by, state.allocated, state.reserved, state.at_most, state.replayed)
 
 
 class _State:

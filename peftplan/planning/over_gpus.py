@@ -57,7 +57,7 @@ def over_gpus(of_any: Inventory, peaks: Peaks | None) -> "OverGpus | None":
         job.setup.batch_size,
         job.setup.gradient_accumulation_steps,
         of_any.static.bytes(place="host"),
-        of_ranks(job.distributed),
+        of_ranks(job.distributed, peaks),
         Shares(of_any, peaks),
     )
 

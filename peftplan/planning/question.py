@@ -281,7 +281,7 @@ def _estimated(
         adaptation=job.adaptation,
         lasting=static,
         assumptions=assumed,
-        not_modelled=(f"{counted[0]}", *NOT_COUNTED) if peaks is None else outside(job, map(capability, cards or (None,))),
+        not_modelled=(f"{counted[0]}", *NOT_COUNTED) if peaks is None else outside(job, map(capability, cards or (None,)), peaks),
         gpus=tuple(
             verdict(
                 card,

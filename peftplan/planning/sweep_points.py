@@ -244,8 +244,8 @@ class Block:
 
 
 def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[object]]:
-    count = len(decided.reserved)
-    needed = [None if reserved < 0 else reserved + card.context for reserved in decided.reserved.tolist()]
+    count = len(decided.at_most)
+    needed = [None if reserved < 0 else reserved + card.context for reserved in decided.at_most.tolist()]
     return {
         "gpu": [card.card.id] * count,
         "usable_bytes": [card.usable] * count,

@@ -4,7 +4,8 @@
  * Copies from a card give zeros, one byte EMULATED_BOOL (1: a mask's `all()` is true), 4 or 8 bytes EMULATED_INT (0: so many
  * places of a mask are true). EMULATED_COUNT (1), EMULATED_CAPABILITY ("8.0"), EMULATED_BYTES (85899345920), EMULATED_CONTEXT
  * (115343360, what the driver holds for a process before its first tensor), EMULATED_MULTIPROCESSORS (108) of EMULATED_THREADS
- * (2048) and EMULATED_NAME ("emulated card") describe the cards.
+ * (2048) and EMULATED_NAME ("emulated card") describe the cards. EMULATED_LATE (0): 1 makes the card as late as the program lets it
+ * be, see "Time".
  * Processes that are given the same file as EMULATED_SHARED share their memory. */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -183,6 +184,7 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 }
 
 cudaError_t cudaFree(void *at) {
+    cudaDeviceSynchronize();
     pthread_mutex_lock(&lock);
     for (int i = 0; i < count; i++)
         if (segments[i].at == at) {
@@ -212,10 +214,89 @@ static void said(void *to, size_t bytes) {
     if (bytes == 8) *(long *)to = number("EMULATED_INT", 0);
 }
 
+/* Time. A card is as fast as the host, or, where EMULATED_LATE is 1, as late as it may be: it has done what the host has waited
+ * for, what a stream waited for before that, and nothing else. Work is numbered on each stream; a clock tells how far each stream
+ * is. So torch's allocator keeps what `record_stream` marks as long as it ever may. */
+#define STREAMS 256
+
+struct event { int stream; unsigned long clock[STREAMS]; };
+static cudaStream_t streams[STREAMS]; /* the first one is the default stream */
+static unsigned long clocks[STREAMS][STREAMS], done[STREAMS];
+static int streams_seen = 1;
+static pthread_mutex_t time_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int late(void) {
+    static int stated = -1;
+    return stated < 0 ? stated = number("EMULATED_LATE", 0) : stated;
+}
+
+static int stream_of(cudaStream_t s) {
+    int i = 0;
+    while (i < streams_seen && streams[i] != s) i++;
+    if (i == streams_seen && i < STREAMS) streams[streams_seen++] = s;
+    return i < STREAMS ? i : 0;
+}
+
+static void reach(unsigned long *clock, const unsigned long *other) {
+    for (int i = 0; i < STREAMS; i++)
+        if (other[i] > clock[i]) clock[i] = other[i];
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) {
+    return *e = (cudaEvent_t)calloc(1, late() ? sizeof(struct event) : 64), cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
+cudaError_t cudaEventDestroy(cudaEvent_t e) { return free(e), cudaSuccess; }
+
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) {
+    struct event *event = (struct event *)e;
+    if (!late()) return cudaSuccess;
+    pthread_mutex_lock(&time_lock);
+    event->stream = stream_of(s);
+    clocks[event->stream][event->stream]++;
+    memcpy(event->clock, clocks[event->stream], sizeof event->clock);
+    pthread_mutex_unlock(&time_lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return cudaEventRecordWithFlags(e, s, 0); }
+
+static cudaError_t advance(unsigned long *clock, const unsigned long *other) {
+    pthread_mutex_lock(&time_lock);
+    reach(clock, other);
+    pthread_mutex_unlock(&time_lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags) {
+    return late() ? advance(clocks[stream_of(s)], ((struct event *)e)->clock) : cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t e) { return late() ? advance(done, ((struct event *)e)->clock) : cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return late() ? advance(done, clocks[stream_of(s)]) : cudaSuccess; }
+
+cudaError_t cudaDeviceSynchronize(void) {
+    for (int i = 0; late() && i < streams_seen; i++) advance(done, clocks[i]);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t e) {
+    struct event *event = (struct event *)e;
+    return late() && done[event->stream] < event->clock[event->stream] ? cudaErrorNotReady : cudaSuccess;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t s) {
+    int i = late() ? stream_of(s) : 0;
+    return late() && done[i] < clocks[i][i] ? cudaErrorNotReady : cudaSuccess;
+}
+
 /* The last thing that was written to a card: read back from where it was written, it is still there. So DDP's ranks agree on buckets. */
 static char written[1 << 20];
 static const void *written_at;
 static size_t written_bytes;
+
+static int pin_of(const void *at);
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
     if (on_card(to)) {
@@ -231,6 +312,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     } else {
         said(to, bytes);
     }
+    if (on_card(from) && !on_card(to) && pin_of(to) < 0) cudaStreamSynchronize(stream);
     return cudaSuccess;
 }
 
@@ -364,8 +446,6 @@ static void *handle(void) {
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { return *s = handle(), cudaSuccess; }
 cudaError_t cudaStreamCreate(cudaStream_t *s) { return *s = handle(), cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { return *e = handle(), cudaSuccess; }
-cudaError_t cudaEventCreate(cudaEvent_t *e) { return *e = handle(), cudaSuccess; }
 int cublasCreate_v2(void **h) { return *h = handle(), 0; }
 int cublasLtCreate(void **h) { return *h = handle(), 0; }
 size_t cublasLtGetVersion(void) { return CUDART_VERSION * 10; }

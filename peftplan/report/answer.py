@@ -9,7 +9,7 @@ from peftplan.planning.advising import advice_on, unfit
 from peftplan.report.bar import bar, legend, segments, unit_of
 from peftplan.report.cards import card_name
 from peftplan.report.screen import INDENT, TIED, Colour, Glyphs, Part, Row, Screen, flowing, wrapped
-from peftplan.report.tabular import assumption_rows, beside_card
+from peftplan.report.tabular import assumption_rows, beside_card, reserved_range
 from peftplan.results.estimate import Estimate
 from peftplan.results.verdict import Verdict
 from peftplan.units import GIB, MIB, format_bytes
@@ -182,6 +182,8 @@ def peak(result: Estimate, screen: Screen) -> list[Row]:
     rows.append(bar(parts, first.usable_bytes if first else None, screen.glyphs))
     of = f"{format_bytes(first.needed_bytes)} of {card_name(first.gpu)}'s {format_bytes(first.usable_bytes)}: " if first else ""
     rows += flowing(legend(parts, screen.glyphs), screen.columns, between=dot, before=of)
+    if peaks and (ends := reserved_range(peaks)):
+        rows += wrapped(ends, screen.columns)
     return [*rows, *(row for beside in beside_card(result) for row in wrapped(f"and {beside}", screen.columns))]
 
 

@@ -22,6 +22,7 @@ from peftplan.report.tabular import (
     line_facts,
     needs,
     not_counted,
+    reserved_range,
 )
 from peftplan.report.terminal import GAP, WIDE, console, fitted, show, table
 from peftplan.results.estimate import Estimate, Peaks
@@ -96,6 +97,8 @@ def _peaks(peaks: Peaks) -> list[RenderableType]:
     parts: list[RenderableType] = ["", grid]
     if peaks.reserved is not None:
         parts.append(f"reserved: {peaks.reserved:,} bytes, {format_bytes(peaks.reserved)} ({peaks.reserved_source})")
+    if ends := reserved_range(peaks):
+        parts.append(Text(ends))
     if peaks.unreserved is not None:
         parts.append(Text(f"reserved: not known ({peaks.unreserved})"))
     return parts + [Text(f"incomplete: {what}", style="bold") for what in incomplete(peaks)]

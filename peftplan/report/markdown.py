@@ -59,6 +59,8 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
         rows = [(phase, f"{num_bytes:,}", format_bytes(num_bytes)) for phase, num_bytes in peaks.by_phase.items()]
         reserved_bytes = peaks.reserved
         reserved = [] if reserved_bytes is None else [("reserved", f"{reserved_bytes:,}", format_bytes(reserved_bytes))]
+        if peaks.by_pace and (most := peaks.reserved_at_most) is not None:
+            reserved.append(("reserved at most, by how late the GPU is", f"{most:,}", format_bytes(most)))
         parts.append(table(("peak of each phase", "bytes", ""), (*rows, *reserved)))
         parts += [f"**Incomplete:** {what}" for what in incomplete(peaks)]
     if explain_peak:

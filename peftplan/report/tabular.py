@@ -109,6 +109,16 @@ def beside_card(result: Estimate) -> Iterator[str]:
         yield f"{format_bytes(over_gpus.host_bytes)} per rank in host memory, {per_node} on a node"
 
 
+def reserved_range(peaks: Peaks) -> str | None:
+    """Both ends of the reserved bytes that depend on the GPU's pace, and the reason; None where they do not."""
+    if not peaks.by_pace or peaks.reserved is None or peaks.reserved_at_most is None:
+        return None
+    least, most = format_bytes(peaks.reserved), format_bytes(peaks.reserved_at_most)
+    if least == most:
+        return f"reserved {most}, however late the GPU is (FSDP1's record_stream)"
+    return f"reserved {least} to {most}, by how late the GPU is (FSDP1's record_stream); verdicts count the most"
+
+
 def assumption_rows(assumptions: Mapping[str, object]) -> list[tuple[str, str]]:
     """(name, value) as text: lists joined, booleans as yes and no, names of module families shortened to what is told apart."""
     rows = []

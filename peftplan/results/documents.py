@@ -73,6 +73,9 @@ class MemoryDocument(TypedDict):
     """Comparable with `torch.cuda.max_memory_allocated()`."""
     peak_reserved: int | None
     """Comparable with `torch.cuda.max_memory_reserved()`."""
+    peak_reserved_at_most: NotRequired[int | None]
+    """Under FSDP1, whose reserved bytes depend on the GPU's pace: those of the rank that reserves most with a GPU as late as
+    `limit_all_gathers` lets it be, which verdicts count. `peak_reserved` are those of a GPU that is never late."""
     scope: NotRequired[str]
     """`text` if the peaks count no images."""
     reserved_source: str | None

@@ -105,6 +105,13 @@ class Peaks:
         each = (self, *self.devices, *(of_rank for _, of_rank in self.of_ranks))
         return max((own.reserved for own in each if own.reserved is not None), default=None)
 
+    @property
+    def by_pace(self) -> bool:
+        """Whether reserved bytes depend on how late the GPU is, and `reserved_at_most` is that of the latest one: under FSDP1,
+        where the allocator keeps a block until the GPU has passed it (`record_stream`).
+        """
+        return False
+
     def may_run_within(self, capacity_bytes: int) -> bool:
         """Whether it depends on the GPU's timing if the job runs with this many bytes for the allocator."""
         return False
@@ -335,6 +342,7 @@ class Estimate:
             "peak_phase": peaks.phase if peaks else None,
             "peak_allocated": peaks.allocated if peaks else None,
             "peak_reserved": peaks.reserved if peaks else None,
+            **({"peak_reserved_at_most": peaks.reserved_at_most} if peaks and peaks.by_pace else {}),
             **({"scope": peaks.scope} if peaks and peaks.scope else {}),
             "reserved_source": (peaks.unreserved or peaks.reserved_source) if peaks else None,
             "incomplete": list(peaks.incomplete) if peaks else [],

@@ -12,8 +12,12 @@ from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import find_gpu
 from peftplan.hardware.usable import usable_bytes
 from peftplan.planning.verdicts import verdict
+from peftplan.report.answer import answer
+from peftplan.report.screen import UNICODE, Screen
 from peftplan.results.estimate import Peaks
+from peftplan.units import format_bytes
 from tools.rank_grid import LLAMA
+from tools.rank_jobs import CARD, LATE, options, rows
 
 LAYER = 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048
 """Elements of a layer: q and o, k and v, the MLP, two norms."""
@@ -33,25 +37,51 @@ def reserved_by_pace(peaks: Peaks) -> tuple[int, int]:
     return peaks.reserved, peaks.reserved_at_most
 
 
-@pytest.mark.parametrize("backward_prefetch", ["none", "pre"])
-def test_frozen_layers_wait_one_at_a_time(backward_prefetch: Any) -> None:
-    """The host has waited for the last free but one before it gathers a layer, of 16 bits: one more is there than needed.
-
-    Gradients of the adapter, below 2 MiB a layer, and the rounding of segments are the rest.
+@pytest.mark.parametrize("row", rows(LATE), ids=lambda row: row["name"])
+def test_both_ends_are_rehearsed(row: dict[str, Any]) -> None:
+    """torch's own allocator on a card that is never late, and on one that has done what the host has waited for and no more
+    (`EMULATED_LATE`, rehearse/card.c): the same tensors, and reserved bytes at both ends.
     """
-    reserved, at_most = reserved_by_pace(peaks_of("lora", backward_prefetch=backward_prefetch))
-    assert 2 * LAYER <= at_most - reserved <= 2 * LAYER + 16 * 2**20
+    peaks = peftplan.estimate(**options(row), gpu=CARD).peaks
+    in_time = next(own for own in rows() if own["name"] == row["name"])
+    assert peaks is not None
+    assert row["peak_by_phase"] == in_time["peak_by_phase"]
+    assert reserved_by_pace(peaks) == (in_time["peak_reserved"], row["peak_reserved"])
 
 
-def test_gradients_wait_with_the_layers_that_train() -> None:
-    """A layer and up to two flat gradients of those behind it, in 16 bits; a cast shard of 1/4, and the rounding of segments."""
+def test_a_unit_that_trains_waits_less_than_its_gradients() -> None:
+    """In backward a unit that trains is freed on its own stream, at once. Its flat gradient waits for the reduction that comes
+    behind the next one: of three layers the gradients of two are there beside the third's, and a layer less gathered.
+    """
     reserved, at_most = reserved_by_pace(peaks_of("full"))
-    assert 2 * 2 * LAYER <= at_most - reserved <= 4 * 2 * LAYER
+    assert 2 * 2 * LAYER <= at_most - reserved <= 3 * 2 * LAYER
+
+
+def test_json_and_text_say_both_ends() -> None:
+    result = peftplan.estimate(LLAMA, method="full", gpus=4, strategy="fsdp1", seq_len=512, gpu=CARD)
+    assert result.peaks is not None
+    reserved, at_most = reserved_by_pace(result.peaks)
+    document = result.to_dict()
+    memory = document["memory"]
+    assert (memory["peak_reserved"], memory["peak_reserved_at_most"]) == (reserved, at_most)
+    assert result.gpus[0].needed_bytes == at_most + result.gpus[0].context_bytes
+    text = "\n".join("".join(part.text for part in row) for row in answer(result, Screen(200, UNICODE)))
+    assert f"reserved {format_bytes(reserved)} to {format_bytes(at_most)}, by how late the GPU is" in text
+    assert "record_stream" not in " ".join(result.not_modelled)
+    assert "peak_reserved_at_most" not in peftplan.estimate(LLAMA, method="full", gpus=4, strategy="fsdp2").to_dict()["memory"]
+
+
+def test_a_sweep_needs_what_an_estimate_needs() -> None:
+    options: dict[str, Any] = {"method": "full", "gpus": 4, "strategy": "fsdp1", "gpu": CARD}
+    (row,) = peftplan.sweep([LLAMA], seq_len=[512], **options).records()
+    assert row["needed_bytes"] == peftplan.estimate(LLAMA, seq_len=512, **options).gpus[0].needed_bytes
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_no_verdict_trusts_a_gpu_that_is_never_late(method: str) -> None:
-    """Cards from too small to roomy: `fits` leaves 5 % of the card to the late GPU, `tight` runs there, `unknown` is between."""
+    """From too small to roomy: `fits` leaves 5 % of the card to the late GPU, `tight` runs there, `unknown` is between. Both
+    alternate, as it takes luck to find a block in few segments.
+    """
     peaks = peaks_of(method)
     _, at_most = reserved_by_pace(peaks)
     words: list[str] = []
@@ -67,7 +97,9 @@ def test_no_verdict_trusts_a_gpu_that_is_never_late(method: str) -> None:
             assert room >= at_most or peaks.runs_within(room)
         if word == "does_not_fit":
             assert not peaks.may_run_within(room)
-    assert words in (["does_not_fit", "unknown", "tight", "fits"], ["does_not_fit", "tight", "fits"])
+    first, *between, last, roomy = words
+    assert (first, last, roomy) == ("does_not_fit", "tight", "fits")
+    assert set(between) <= {"unknown", "tight"}
 
 
 def test_other_strategies_wait_for_nothing() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.analytic.of_ranks import OfRanks
 from tools.rank_jobs import PHASES, compared, rows
 
 CELLS = json.loads((Path(__file__).parent / "nine_cells.json").read_text(encoding="utf-8"))["rows"]
@@ -16,10 +17,13 @@ CELLS = json.loads((Path(__file__).parent / "nine_cells.json").read_text(encodin
 
 @pytest.mark.parametrize("cell", CELLS, ids=[f"{method}-{world}" for method, world, *_ in CELLS])
 def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
-    """Allocated bytes of each phase within 0.1 %, QLoRA's step of 8 ranks, where tails of blocks differ, within 0.15 %.
+    """What tensors request at the peak of each phase within 0.1 %, and so what is allocated, but for one cell.
 
-    The cells made their shards before the run began, so reserved bytes are compared within 1 %, and those of QLoRA not at all.
-    Under accelerate, the same nine jobs are rows of `ROWS`, whose reserved bytes are equal.
+    The allocator hands out large blocks whole, with tails of less than 1 MiB each. Which of them have one depends on the free
+    blocks that loading left, and the cells made their shards before the run began. So reserved bytes are compared within 1 %,
+    and those of QLoRA not at all. QLoRA's step over 8 ranks, 0.9 GB, has tails of 2,095,104 B here and of 786,432 B there, as
+    embedding or head alone (131,334,144 B in a block of 132,120,576). Under accelerate, the same nine jobs are rows of `ROWS`:
+    allocated within 0.03 % in each phase, reserved equal.
     """
     method, world, loaded, *by_phase, reserved = cell
     options: dict[str, Any] = {} if method == "full" else {"r": 16}
@@ -30,8 +34,11 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
     assert peaks is not None
     weights = result.static.bytes(("weights", "adapter_weights", "quant_state", "buffers"))
     assert weights == pytest.approx(loaded, rel=1e-3)
+    assert isinstance(peaks, OfRanks)
     for phase, measured in zip(("forward", "backward", "step"), by_phase, strict=True):
-        assert peaks.by_phase[phase] == pytest.approx(measured, rel=1.5e-3 if method == "qlora" else 2e-4), phase
+        assert peaks.requested[phase] == pytest.approx(measured, rel=1e-3), phase
+        tails = 1_308_672 if (method, world, phase) == ("qlora", 8, "step") else 0
+        assert peaks.by_phase[phase] - tails == pytest.approx(measured, rel=1e-3 if method == "qlora" else 2e-4), phase
     if method != "qlora":
         assert peaks.reserved == pytest.approx(reserved, rel=1e-2)
 

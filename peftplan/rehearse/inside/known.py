@@ -288,6 +288,8 @@ def _is_table(tensor: torch.Tensor) -> bool:
 def _read(reading: Callable[..., Any]) -> Callable[..., Any]:
     def read(self: torch.Tensor) -> Any:
         known = of(self)
+        if known is not None:  # who reads a value waits for it
+            torch.cuda.current_stream(self.device).synchronize()
         return reading(self if known is None else known)
 
     return read

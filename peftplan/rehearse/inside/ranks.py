@@ -14,6 +14,8 @@ NAMED = ("nccl", "gloo")
 """Backends under whose name a program finds the fake one."""
 GATHERS = ("all_gather_into_tensor", "all_gather_single")
 """One function, under its older name and its newer one."""
+IN_ORDER = (*GATHERS, "reduce_scatter_tensor", "reduce_scatter_single", "all_reduce")
+"""Collectives of FSDP1."""
 groups: list[int] = []
 """World size of each time that the program initialised its process group."""
 
@@ -120,8 +122,40 @@ def _replace_process_groups(dist: Any) -> None:
     for name, function in replaced.items():
         setattr(dist, name, function)
         setattr(group, name, function)
+    if os.environ.get("EMULATED_LATE") == "1":
+        _run_in_order(dist)
     for name in ("init_process_group", "new_group"):  # imported by name
         setattr(dist.device_mesh, name, replaced[name])
+
+
+def _run_in_order(dist: Any) -> None:
+    """NCCL runs the collectives of a communicator one after the other, on whichever streams a program calls them (nccl,
+    src/enqueue.cc, `ncclLaunchPrepare` and `ncclLaunchFinish`: each waits for the communicator's `deviceStream`).
+
+    The fake backend does nothing, so that a card that is late would never know that it has gone on.
+    """
+    last: dict[int, Any] = {}
+
+    def in_order(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            import torch
+
+            group = id(next((given for given in (*args, *kwargs.values()) if isinstance(given, dist.ProcessGroup)), None))
+            if group in last:
+                torch.cuda.current_stream().wait_event(last[group])
+            result = collective(*args, **kwargs)
+            last[group] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            last[group].record()
+            return result
+
+        return run
+
+    for name in IN_ORDER:
+        if hasattr(dist, name):
+            ordered = in_order(getattr(dist, name))
+            setattr(dist, name, ordered)
+            setattr(dist.distributed_c10d, name, ordered)
 
 
 def _stated(argument: int | None, variable: str, otherwise: int) -> int:
