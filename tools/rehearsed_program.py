@@ -16,7 +16,8 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from programs.job import LLAMA_FACTORY, OPTIMIZERS, SWIFT, V1, adapter, arguments, checkpoints, class_of, load, options, rows
 from programs.llama_factory import with_llama_factory, with_llama_factory_v1
 from programs.ms_swift import with_swift
-from programs.preferences import with_preferences, with_rewards, with_teacher
+from programs.preferences import with_preferences, with_teacher
+from programs.scored import with_rewards, with_values
 from programs.without_peft import WITHOUT_PEFT
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -139,6 +140,6 @@ if __name__ == "__main__":
         settings.kernels = None
     programs = {"trl": with_trl, "trl-packed": with_trl, "transformers": with_trainer, "plain": with_loop}
     programs |= {V1: with_llama_factory_v1, "trl-gkd": with_teacher, "trl-gold": with_teacher, "trl-distillation": with_teacher}
-    programs["trl-online-dpo"] = with_rewards
+    programs |= dict.fromkeys(("trl-online-dpo", "trl-xpo", "trl-nash-md"), with_rewards) | {"trl-ppo": with_values}
     programs |= dict.fromkeys(LLAMA_FACTORY, with_llama_factory) | dict.fromkeys(SWIFT, with_swift)
     programs.get(settings.trainer, with_preferences)(settings)

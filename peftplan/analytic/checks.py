@@ -48,6 +48,8 @@ TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 for AdaLoRA's, whose loss reads each of its matrices."""
 WRITING_ALONE = ("llama", "qwen2", "qwen3")
 """Model types whose completions of one prompt each were rehearsed, or that differ from these by norms of heads alone."""
+REWARDED = ("gpt_neox", "qwen2")
+"""Model types that trl's older online trainers were rehearsed with."""
 PACKED = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose packed rows were rehearsed, or have the same masks."""
 LATENT = "kv_b_proj"
@@ -76,6 +78,11 @@ def check(job: Job) -> None:
     if job.setup.by.leaves_temperature and not _writes_alone(job):
         raise NoEngineError(
             f"a step of {job.setup.by.called} but of Llama, Qwen 2 and 3 in full under sdpa in bf16 (no formula yet)"
+        )
+    if (job.setup.by.scoring == "rows of completions") and not _scores_as_rehearsed(job):
+        raise NoEngineError(
+            f"a step of {job.setup.by.called} but of GPT-NeoX and Qwen 2 in full, loaded in fp32, as its script runs it "
+            "(no formula yet)"
         )
     if (apart := rows_apart(job.setup)) is not None:
         raise NoEngineError(apart)
@@ -135,6 +142,19 @@ def _writes_alone(job: Job) -> bool:
     setup = job.setup
     plain = setup.attn_implementation == "sdpa" and setup.kernels is None and setup.autocast == "bf16"
     return plain and job.method_name == "full" and job.architecture.model_type in WRITING_ALONE
+
+
+def _scores_as_rehearsed(job: Job) -> bool:
+    """Whether trl's older online trainers run models, of which the reward model is one too, as they were rehearsed."""
+    from peftplan.job.teacher import reward_of
+
+    setup, reward = job.setup, reward_of(job)
+    assert reward is not None
+    autocast = "none" if setup.by.values else "bf16"
+    loaded = setup.dtype == "fp32" and setup.autocast == autocast and not setup.use_reentrant
+    plain = loaded and setup.attn_implementation == "sdpa" and setup.kernels is None
+    types = {job.architecture.model_type, reward.architecture.model_type if setup.by.values else REWARDED[0]}
+    return plain and not setup.padding and job.method_name == "full" and types <= set(REWARDED)
 
 
 def _packs_as_rehearsed(job: Job) -> bool:

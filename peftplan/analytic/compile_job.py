@@ -206,7 +206,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         expandable=segments_grow(setup),
         limits=limits_of(job, compute_capability),
         empties_cache=setup.by.empties_cache,
-        empties_after=optimizer.name == "badam",
+        empties_after=optimizer.name == "badam" or setup.by.values,
         empties_before=setup.by.empties_before,
         empties_first=empties_first(setup),
         empties_around=setup.by.sends_at_once and bool(setup.vllm_share) and bool(setup.vllm_enable_sleep_mode),

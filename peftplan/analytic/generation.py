@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from peftplan.analytic.compile_job import Compiled
+from peftplan.analytic.rollout import mixed, rolled_out
 from peftplan.analytic.running import running_of
 from peftplan.analytic.scoring import scored
 from peftplan.analytic.sending import gathered_whole, sent
@@ -82,6 +83,10 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, setup.tool_turns, compute_capability)
     if key not in _GENERATIONS:
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
+        if setup.by.mixes:
+            before.append(_ending(mixed(inventory), {}))
+        if setup.by.values:
+            before += [_ending(*each) for each in rolled_out(inventory, compute_capability)]
         if setup.scored_rows:
             before.append(_ending(*scored(inventory, compute_capability)))
         if setup.by.taught:
@@ -168,7 +173,7 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     of_peft = job.method is None or job.method.peft_type is not None  # whose `generate` calls the model inside
     wrapped = setup.by.writes_under_autocast and not (of_peft and setup.by.rewards)
     autocast = setup.autocast if wrapped and setup.autocast != "none" else None
-    running = running._replace(autocast=autocast, holds_hidden_states=False, of_completions=False)
+    running = running._replace(autocast=autocast, holds_hidden_states=False, returns_hidden_states=False, of_completions=False)
     kept = parameters if autocast else parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
@@ -204,6 +209,8 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
         logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")
         scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))
         del logits
+        if setup.by.values:  # the scores of all tokens, stacked beside those of the rollout before
+            scores += [f.many(("b", arch.vocab_size or 0), "fp32", "scores", 3 * (setup.max_completion_length or 0))]
         scores.clear()
         del grown
         model.batch.clear()

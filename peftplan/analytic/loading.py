@@ -140,6 +140,8 @@ def loading_of(
         reward = reward_of(job)
         assert reward is not None
         load = partial(load_both, load=load, reference=reward.parameters, moved=True)
+        if setup.by.values:
+            load = partial(load_both, load=load, reference=reward.parameters, moved=True)
     if job.distributed is not None:
         from peftplan.analytic import rank_loading, ranks
 

@@ -79,6 +79,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         loss=setup.loss,
         of_completions=setup.packs_completions,
         holds_hidden_states=setup.packs_completions and not _returns_last(job),  # unsloth, models/rl.py:2089
+        returns_hidden_states=setup.by.values,
         scored_rows=setup.scored_rows // setup.rows,
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
@@ -252,11 +253,12 @@ def program_of(job: Job) -> Program:
 
 
 def reference_of(job: Job, policy: Model) -> Model | None:
-    """The reference model on the policy's tape: a second one, or the policy with its adapter switched off.
+    """The reference model on the policy's tape: a second one, or the policy with its adapter switched off. The value model where
+    one trains.
 
     None of its layers is checkpointed (trl `disable_gradient_checkpointing`).
     """
-    if job.reference == "none":
+    if job.reference == "none" and not job.setup.by.values:
         return None
     running = policy.running._replace(peft_type=None, config=None, checkpointing=False, hosted=False)
     if job.setup.by.teaches and job.reference == "copy":
@@ -273,6 +275,12 @@ def reference_of(job: Job, policy: Model) -> Model | None:
             Adaptation(),
             running._replace(use_cache=caches, without_loss=True),
         )
+        return Model(*parts, None, stacks=policy.stacks)
+    if job.setup.by.values:
+        from peftplan.job.teacher import value_of
+
+        values = value_of(job)
+        parts = (policy.tape, values.architecture, values.parameters, Adaptation(), running)
         return Model(*parts, None, stacks=policy.stacks)
     base = tuple(p for p in policy.parameters.all if p.owner == "base")
     if job.setup.by.wide_reference and job.reference == "copy":

@@ -102,6 +102,12 @@ def _learns_what_it_wrote(job: Job) -> bool:
     return job.setup.by.leaves_temperature
 
 
+def _scores_completions(job: Job) -> bool:
+    """Whether one of trl's older online trainers writes completions, some of which with the logits of all tokens so far, or
+    scores them with an emptied cache."""
+    return job.setup.by.scoring == "rows of completions"
+
+
 def _shares_completions(job: Job) -> bool:
     """Whether ms-swift's ranks share rows of completions, which they score before each step too."""
     return job.setup.by.shares_rows and job.setup.by.generates
@@ -219,6 +225,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "LoRA under ZeRO-3 of an earlier DeepSpeed: a rehearsal of twelve layers reserved 8.5 % more than the replay",
     ),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
+    (_scores_completions, "completions of trl's older online trainers: rehearsals reserved 5 % and up to ten times more"),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (_chunks_beside_experts, "a delta rule beside divided experts: a rehearsal reserved 9 % less than the replay"),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),

@@ -210,6 +210,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
         + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
         + _reward_model(job)
+        + _value_model(job, stepping)
         + _scoring_teacher(job)
         + _weights_as_loaded(before_merges(job, on_rank))
     )
@@ -271,6 +272,22 @@ def _reward_model(job: Job) -> Ledger:
     lines = (*weight_lines(reward.parameters), *buffer_lines(reward.parameters))
     source = f"{job.setup.by.called}: reward_model"
     return Ledger(tuple(line._replace(name=f"reward model: {line.name}", source=source) for line in lines))
+
+
+def _value_model(job: Job, optimizer: Optimizer) -> Ledger:
+    """The lines of a value model that trains on one GPU: weights, gradients and states."""
+    if not job.setup.by.values or job.distributed is not None:
+        return Ledger(())
+    from peftplan.job.teacher import value_of
+
+    values = value_of(job).parameters
+    lasting = (
+        *weight_lines(values),
+        *buffer_lines(values),
+        *gradient_lines(values, optimizer),
+        *_optimizer(job, values, optimizer),
+    )
+    return Ledger(tuple(line._replace(name=f"value model: {line.name}") for line in lasting))
 
 
 def as_copied(job: Job, policy: Parameters) -> Parameters:

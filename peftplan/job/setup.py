@@ -163,7 +163,7 @@ class Setup(BaseModel):
     @property
     def generation_rows(self) -> int:
         """Completions that the policy writes at once."""
-        if self.by.rows > 1:
+        if self.by.rows > 1 or (self.by.rewards and not self.by.values):
             return self.rows
         return self.batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
@@ -379,6 +379,8 @@ def _check_trainer(setup: Setup) -> None:
             raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: with --trainer {having}")
     if (by.teaches or by.taught) and "teacher_model" in by.options and setup.teacher_model is None:
         raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
+    if by.values and setup.gradient_checkpointing:
+        raise RefusedError(f"gradient_checkpointing: {by.called} never makes checkpoints; accepted: false")
     if by.rewards and setup.reward_model is None:
         raise RefusedError(f"reward_model: {by.called} needs one; accepted: a model")
     if setup.loss_type is not None:

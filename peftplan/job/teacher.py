@@ -104,6 +104,14 @@ def reward_of(job: Job) -> Teacher | None:
     return _read("reward_model", setup.reward_model, None, setup.dtype, setup.trust_remote_code, False, True)
 
 
+def value_of(job: Job) -> Teacher:
+    """The value model, which begins as the reward model and trains."""
+    reward = reward_of(job)
+    assert reward is not None
+    trained = tuple(p._replace(trainable=True) for p in reward.parameters.all)
+    return reward._replace(parameters=reward.parameters._replace(all=trained))
+
+
 @lru_cache(maxsize=8)
 def _read(
     option: str, name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool, frozen: bool

@@ -25,6 +25,9 @@ TrainerName = Literal[
     "trl-gold",
     "trl-distillation",
     "trl-online-dpo",
+    "trl-nash-md",
+    "trl-xpo",
+    "trl-ppo",
     "llamafactory",
     "llamafactory-asft",
     "llamafactory-dpo",
@@ -85,10 +88,10 @@ Autocast = Literal["none", "bf16", "fp16"]
 DeviceMap = Literal["none", "auto", "cuda", "cpu"]
 """How `from_pretrained` places a model: as it does by itself (a quantized one on the card, another on the host), by accelerate's
 plan, or on one device, such as `cuda` for `{"": 0}` and `cpu` for `{"": "cpu"}`."""
-Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows", "completions"]
+Scoring = Literal["kernel", "flat kernel", "softmax", "divided softmax", "rows", "completions", "rows of completions"]
 """How log-probabilities of labels are made from all logits: by a kernel that reads a slice of them, by one that reads a copy of
 the slice, by `log_softmax` of all, of all divided by a temperature, or of those of completions, or by `logsumexp` of one row
-after another."""
+after another, or of its completion."""
 
 
 class Defaults(NamedTuple):
@@ -218,6 +221,12 @@ class Trainer(NamedTuple):
     """Whether it keeps no KV cache while it writes them, if layers are recomputed."""
     rewards: bool = False
     """Whether a reward model is on the card, which scores completions."""
+    mixes: bool = False
+    """Whether policy and reference write completions together, of a mixture of their logits (trl,
+    experimental/nash_md/nash_md_trainer.py, `GeometricMixtureWrapper`)."""
+    values: bool = False
+    """Whether a value model, of the reward model's weights, trains beside the policy, and both keep all that they compute: the
+    trainer makes no checkpoints (trl, experimental/ppo/ppo_trainer.py)."""
     sends_at_once: bool = False
     """Whether before vLLM writes completions all weights are gathered at once where ranks share them, and a server gets them in
     flat copies; else one by one."""

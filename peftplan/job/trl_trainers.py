@@ -96,6 +96,18 @@ DISTILLING = WITH_ALL_LOGITS._replace(
     options=frozenset({"max_completion_length", "teacher_model"}),
     arguments="GKDConfig",
 )
+# Policy, reference and reward model, all on the card (experimental/nash_md/nash_md_trainer.py, experimental/xpo/xpo_trainer.py).
+REWARDED = WRITING._replace(
+    sums_rows=True,
+    scoring="rows of completions",
+    forwards=(*LOSS, Forward("reference")),
+    writes_without_cache=True,
+    rewards=True,
+    completion=64,
+    beta=0.1,
+    options=frozenset({"max_completion_length", "reward_model"}),
+    traced_on_ranks=False,
+)
 DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
     *("apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -228,5 +240,31 @@ OF_TRL = (
         options=frozenset({"max_completion_length", "loss_type", "reward_model"}),
         loss_types=("sigmoid", "ipo"),
         arguments="OnlineDPOConfig",
+    ),
+    # Completions of the policy, and those of policy and reference together, of which it learns the first (in trl before 1.16).
+    REWARDED._replace(name="trl-nash-md", called="NashMDTrainer of trl", mixes=True, arguments="NashMDConfig"),
+    # Completions of the policy and of the reference, each a batch of its own.
+    REWARDED._replace(
+        name="trl-xpo",
+        called="XPOTrainer of trl",
+        forwards=(*LOSS, *LOSS, Forward("reference"), Forward("reference")),
+        options=REWARDED.options | {"loss_type"},
+        loss_types=("sigmoid", "ipo"),
+        arguments="XPOConfig",
+    ),
+    # Completions of all micro batches are written, and scored by three other models, before the step. Its `Accelerator` gets no
+    # precision, and transformers 5 leaves `bf16` in its arguments, so that nothing runs under autocast.
+    REWARDED._replace(
+        name="trl-ppo",
+        called="PPOTrainer of trl",
+        defaults=REWARDED.defaults._replace(autocast="none", gradient_checkpointing=False, use_cache=None),
+        clips_gradients=False,
+        turns_cache_off=False,
+        writes_under_autocast=False,
+        writes_without_cache=False,
+        values=True,
+        sums_rows=False,
+        completion=53,
+        arguments=None,
     ),
 )

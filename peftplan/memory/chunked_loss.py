@@ -57,12 +57,12 @@ def _zero_padded_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tens
 
 def loss_of_rows(f: Tape, sums: Sequence[Tensor]) -> Tensor:
     """The mean over rows of what a preference loss makes of their log-probabilities."""
-    trained = next(x for x in sums if x.node is not None)
-    return f.new((), "fp32", "mean", f.record(_loss_of_rows_backward, (trained,), trained.dims))
+    trained = tuple(x for x in sums if x.node is not None)
+    return f.new((), "fp32", "mean", f.record(_loss_of_rows_backward, trained, *(x.dims for x in trained)))
 
 
-def _loss_of_rows_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    return f.new(saved[0], g.dtype, "cat")
+def _loss_of_rows_backward(f: Tape, node: Node, saved: tuple[Dims, ...], g: Tensor) -> list[Tensor]:
+    return [f.new(dims, g.dtype, "cat") for dims in saved]
 
 
 def loss_of_trl(f: Tape, log_probs: Tensor, *others: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         return loss_of_blocks(model, block=by.block, rollouts=rollouts, accumulates=accumulates, scores_all=by.scores_documents)
     if program.trainer.embeds:
         return _loss_of_embeddings(model, program)
+    if program.trainer.values:
+        from peftplan.memory.value_model import loss_of_policy_and_values
+
+        assert reference is not None
+        return loss_of_policy_and_values(model, reference, outputs)
     if program.trainer.embeds_rows:
         from peftplan.memory.embedded_rows import loss_of_texts
 

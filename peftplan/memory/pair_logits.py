@@ -83,7 +83,7 @@ def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int
     if as_they_are:
         scored = sliced(f, sliced(f, logits, dims), dims)
     else:
-        node = f.record(_divided_backward, (logits,), logits.dims)
+        node = f.record(_divided_backward, (logits,), logits.dims, dims)
         scored = sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), dims)
     del logits
     per_token = _log_probs(f, scored, None, scoring, count)
@@ -92,6 +92,12 @@ def loss_of_completions(f: Tape, logits: Tensor, scoring: Scoring, *, count: int
     loss = f.new((), "fp32", "mean", f.record(_masked_backward, (per_token,), per_token.dims))
     del kept
     return loss
+
+
+def divided_rows(f: Tape, logits: Tensor, completions: Dims, *, count: int) -> Tensor:
+    """The log-probabilities of completions, whose logits are divided by the temperature in place, row by row."""
+    node = f.record(_divided_backward, (logits,), logits.dims, completions)
+    return _by_rows(f, sliced(f, Tensor(logits.storage, logits.dims, logits.dtype, node), completions), count)
 
 
 def loss_of_shared_row(f: Tape, logits: Tensor, *, count: int) -> Tensor:
@@ -125,10 +131,11 @@ def _but_last(dims: Dims) -> Dims:
     return rows, seq - 1 if isinstance(seq, int) else f"{seq}-1", vocab
 
 
-def _divided_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+def _divided_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor) -> Tensor:
     """Of a slice that is written in place (torch csrc/autograd/functions/tensor.cpp, `CopySlices`)."""
-    result = f.new(saved[0], g.dtype, "CopySlices")
-    parts = [f.new(_but_last(saved[0]), g.dtype, name) for name in ("clone", "div")]
+    whole, part = saved
+    result = f.new(whole, g.dtype, "CopySlices")
+    parts = [f.new(part, g.dtype, name) for name in ("clone", "div")]
     del parts
     return result
 
@@ -138,8 +145,10 @@ def scored_rows(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> Ten
     if scoring == "rows":  # whose labels are turned by one place
         return _summed(f, _log_probs(f, logits, None, scoring, count))
     rows, seq, vocab = logits.dims
-    if scoring == "completions":  # with the token before them
-        return _summed(f, _by_softmax(f, sliced(f, logits, (rows, "n/b", vocab))))
+    if scoring in ("completions", "rows of completions"):  # with the token before them
+        completions = sliced(f, logits, (rows, "n/b", vocab))
+        del logits
+        return _summed(f, _by_softmax(f, completions) if scoring == "completions" else _by_rows(f, completions, count))
     return _summed(f, _log_probs(f, sliced(f, logits, (rows, f"{seq}-1", vocab)), None, scoring, count))
 
 

@@ -74,6 +74,8 @@ class Running(NamedTuple):
     """Whether the loss is that of Unsloth's GRPO."""
     holds_hidden_states: bool = False
     """Whether the input of every layer stays on the card until the model returns, as for Unsloth's GRPO."""
+    returns_hidden_states: bool = False
+    """Whether the outputs hold the input of every layer and the last hidden states."""
     scored_rows: int = 0
     """How many times a batch's rows a forward without gradients reads before the step, in Unsloth's GRPO; 0 where there is none.
     Behind it the last layer's input goes to the host too."""

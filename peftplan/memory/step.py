@@ -50,6 +50,13 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     if program.keep_gradients:
         model.keep_gradients()
     stepped = model.parameters.all if program.shards is None else program.shards
+    rolled_out: list[Tensor] = []
+    if program.trainer.values:
+        from peftplan.memory.value_model import logits_of_rollout, statistics
+
+        assert reference is not None
+        stepped = (*stepped, *reference.parameters.all)
+        rolled_out.append(logits_of_rollout(f, model, program.accumulation))
     old_gradients: list[Tensor] = []
     if program.holds_gradients:
         old_gradients = [f.many(p.shape, p.dtype, f"{p.name}.grad of the step before", p.copies) for p in stepped if p.trainable]
@@ -75,6 +82,8 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         model.units.end_backward()
         loss_in_step = loss if number == last and program.steps_in_backward else None
         del loss, scaled, shares
+        if program.trainer.values and number < last:
+            statistics(f, outputs)
         if program.frees_outputs:
             outputs.clear()
             model.kept.clear()
@@ -102,6 +111,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         allocate(model)
     del loss_in_step
     outputs.clear()
+    rolled_out.clear()
     model.kept.clear()
     model.lingering.clear()
     if teacher is not None:

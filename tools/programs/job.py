@@ -46,6 +46,12 @@ OTHER_TRAINERS = (
     "trl-gold",
     "trl-distillation",
     "trl-online-dpo",
+    "trl-xpo",
+    "trl-nash-md",
+    "trl-ppo",
+    "trl-bco",
+    "trl-sdpo",
+    "trl-sdft",
 )
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-dpo-packed", "swift-kto", "swift-reward", "swift-orpo", "swift-cpo", "swift-grpo")

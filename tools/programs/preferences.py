@@ -169,28 +169,6 @@ def with_teacher(job: argparse.Namespace) -> None:
     ).train()
 
 
-def with_rewards(job: argparse.Namespace) -> None:
-    """TRL's OnlineDPOTrainer as its script runs it: policy and reward model are loaded on the host, in one dtype."""
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    completion = job.max_completion_length or 64
-    model = load(job)
-    reward = AutoModelForSequenceClassification.from_pretrained(job.reward_model, num_labels=1, dtype=DTYPES[job.dtype])
-    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (job.model, job.reward_model)]
-    for tokenizer in tokenizers:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    OnlineDPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=OnlineDPOConfig(max_length=job.seq_len, max_new_tokens=completion, **arguments(job, model)),
-        train_dataset=texts(job, "grpo", tokenizers[0]),
-        processing_class=tokenizers[0],
-        reward_processing_classes=tokenizers[1],
-        peft_config=adapter(job),
-    ).train()
-
-
 EXPERIMENTAL = ("orpo", "cpo", "tpo", "ssd")
 """Trainers that trl calls experimental; the last one is in trl before 1.11."""
 

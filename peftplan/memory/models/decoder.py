@@ -102,7 +102,8 @@ def run_layers(
     masks_by_window = masks_of(model, style, dtype or states[0].dtype) if masks is None else masks
     outputs: list[Tensor] = []
     layer_inputs: list[Tensor] = []
-    holds = model.running.holds_hidden_states
+    returned = model.running.returns_hidden_states
+    holds = model.running.holds_hidden_states or returned
 
     def layer(number: int, x: Tensor, mask: Tensor | None, *own_tables: Tensor) -> Outputs:
         block = blocks[number]
@@ -138,6 +139,8 @@ def run_layers(
     if style.final_norm is not None and model.ends:
         x = style.norm(model, style.final_norm, model.units.enter_with(NORM, x), None)
     outputs.clear()
+    if returned:
+        model.kept += [*layer_inputs, x.detach()]
     layer_inputs.clear()  # which frames refer to
     return x
 

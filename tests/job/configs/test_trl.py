@@ -165,12 +165,36 @@ def test_programs_of_deepspeed_examples_are_not_read_as_trl(key: str) -> None:
     assert read(values, kind="command", program="deepspeed").tool == "other"
 
 
-@pytest.mark.parametrize("script", ["bco", "ppo/ppo_tldr", "xpo", "nash_md"])
-def test_scripts_of_trainers_that_trl_has_no_more(script: str) -> None:
-    """`import trl.experimental.bco` of trl 1.16 raises; the files of the four scripts are those of 1.9."""
-    values = {**MODEL, "reward_model_path": "a/b"}
-    why = read(values, kind="command", program=f"python examples/scripts/{script}.py").unsupported["trainer"].why
-    assert f"raises ModuleNotFoundError: it no longer has trl.experimental.{script.partition('/')[0]}, " in why
+def test_a_script_of_a_trainer_that_trl_has_no_more() -> None:
+    """`import trl.experimental.bco` of trl 1.16 raises."""
+    why = read(MODEL, kind="command", program="python examples/scripts/bco.py").unsupported["trainer"].why
+    assert "raises ModuleNotFoundError: it no longer has trl.experimental.bco, " in why
+
+
+@pytest.mark.parametrize("script", ["xpo", "nash_md"])
+def test_scripts_whose_reference_writes_too_are_counted_for_the_last_trl_that_has_them(script: str) -> None:
+    values = {**MODEL, "reward_model_path": "trl-lib/Qwen2-0.5B-Reward", "max_new_tokens": 53}
+    plan = read(values, kind="command", program=f"python examples/scripts/{script}.py")
+    assert plan.unsupported == {}
+    expected = {"trainer": f"trl-{script.replace('_', '-')}", "dtype": "fp32", "seq_len": 512, "max_completion_length": 53}
+    assert {name: plan.options.get(name) for name in expected} == expected
+    assert "before 1.16" in str(plan.assumed["trainer"])
+    vllm = read({**values, "use_vllm": True}, kind="command", program=f"python examples/scripts/{script}.py")
+    assert vllm.unsupported.keys() == {"use_vllm"}
+
+
+def test_ppo_loads_its_policy_by_another_name_than_its_tokenizer() -> None:
+    """ppo.py: the policy is that of `sft_model_path`, by default Pythia 160M, as the reward model."""
+    values = {"model_name_or_path": "EleutherAI/pythia-1b-deduped", "per_device_train_batch_size": 64}
+    plan = read(values, kind="command", program="python examples/scripts/ppo/ppo.py")
+    assert plan.unsupported == {}
+    expected = {"trainer": "trl-ppo", "reward_model": "EleutherAI/pythia-160m", "seq_len": 512 + 53, "autocast": "none"}
+    assert {name: plan.options.get(name) for name in expected} == expected
+    assert plan.model == "EleutherAI/pythia-160m"
+    in_parts = read(
+        {**values, "local_rollout_forward_batch_size": 1}, kind="command", program="python examples/scripts/ppo/ppo.py"
+    )
+    assert in_parts.unsupported.keys() == {"local_rollout_forward_batch_size"}
 
 
 @pytest.mark.parametrize("script", ["gold", "gkd"])
