@@ -37,6 +37,8 @@ KernelNames = Annotated[tuple[str, ...] | None, BeforeValidator(lambda v: named_
 MOST = 2**31
 """The largest batch size, sequence length and other size that is accepted."""
 Count = Annotated[int, Field(ge=1, le=MOST)]
+Kept = Annotated[Count | None, BeforeValidator(lambda v: None if isinstance(v, int) and v <= 0 else v)]
+"""Checkpoints that are kept: all of them below 1, as in transformers (trainer_utils.py, `rotate_checkpoints`)."""
 
 
 class Setup(BaseModel):
@@ -49,7 +51,7 @@ class Setup(BaseModel):
     num_labels: Count | None = None
     quant: str | None = None
     double_quant: bool | None = None
-    save_total_limit: Count | None = None
+    save_total_limit: Kept = None
     host_memory: Annotated[int | None, _size("host_memory")] = None
     """Bytes of a node."""
     quant_bits: int | None = None

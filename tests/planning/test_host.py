@@ -69,6 +69,15 @@ def test_a_quantized_model_is_not() -> None:
     assert (facts.loading.bytes, facts.loading.largest_tensor) == (0, 32_000 * 4096 * 2)
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_keeps_all_checkpoints(limit: int, tmp_path: Path) -> None:
+    """As in transformers; ms-swift's scripts set -1."""
+    assert peftplan.estimate("gpt2", save_total_limit=limit).host == peftplan.estimate("gpt2").host
+    file = tmp_path / "sft.sh"
+    file.write_text(f"swift sft --model Qwen/Qwen2.5-0.5B --save_total_limit {limit}\n")
+    assert peftplan.read_config(file).options.get("save_total_limit") is None
+
+
 def test_kept_checkpoints_and_one_more() -> None:
     facts = peftplan.estimate("gpt2", save_total_limit=3).host
     assert facts is not None

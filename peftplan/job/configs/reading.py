@@ -27,6 +27,8 @@ WHOLE = frozenset(
     }
 )  # fmt: skip
 """Options that are integers."""
+UNLIMITED = frozenset({"save_total_limit"})
+"""Those of which a number below 1 says that there is no limit, as in transformers (trainer_utils.py, `rotate_checkpoints`)."""
 TEXTS = frozenset({"model", "optim", "method"})
 """Options that are strings."""
 FLASH_KERNELS = (
@@ -177,6 +179,8 @@ class Reading:
         """A value of the option's type. Raises FileError, one line with file, line and key."""
         if option in WHOLE:
             text = str(value)
+            if option in UNLIMITED and re.fullmatch(r"-\d+|0", text):
+                return None
             if isinstance(value, bool) or not re.fullmatch(r"\d+(\.0*)?", text) or not 0 < float(text) < 2**31:
                 raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a whole number of at least 1")
             return int(float(text))
