@@ -102,6 +102,7 @@ LEFTOVERS_RELEASED = Change(
 )
 FSDP2_UPCASTS_WHAT_TRAINS = Change("accelerate", (1, 14), "`fsdp2_prepare_model` casts `param.data` of what trains to fp32")
 FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no `model.to(torch.float32)`")
+FSDP2_FIRST_REHEARSED = Change("accelerate", (1, 8), "the oldest release whose `fsdp2_prepare_model` was rehearsed")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
 INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")

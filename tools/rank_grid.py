@@ -124,9 +124,26 @@ def jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, world)
     for world, method in product((2, 4, 8), ("lora", "qlora", "full")):
         yield job("fsdp2", method, world, model="llama-3.1-8b", layers=32, seq_len=2048)
+    yield from older_jobs()
     yield from zero_jobs()
     for strategy, method, world, more in (*sharded_jobs(), *device_map_jobs(), *tensor_parallel_jobs(), *text_part_jobs()):
         yield job(strategy, method, world, **more)
+
+
+def older_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs of releases of accelerate that make units of layers alone. The newest of them casts nothing to fp32, the others all
+    weights, once their shards are made."""
+    variants: tuple[dict[str, Any], ...] = (
+        {},
+        {"config": {"tie_word_embeddings": True}},
+        {"accumulation": 3},
+        {"fsdp": {"cpu_ram_efficient_loading": True}},
+        {"fsdp": {"reshard_after_forward": False}},
+    )
+    for more, method in product(variants, ("full", "lora")):
+        yield job("fsdp2", method, 4, accelerate="1.12", **more)
+    for release, method in product(("1.13", "1.8"), ("full", "lora")):
+        yield job("fsdp2", method, 4, accelerate=release)
 
 
 def zero_jobs() -> Iterator[dict[str, Any]]:
@@ -358,12 +375,14 @@ def job(
     fsdp: dict[str, Any] | None = None,
     zero: dict[str, Any] | None = None,
     transformers: str | None = None,
+    accelerate: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """One job by its name: what decides it. `transformers`: an older release that runs it."""
+    """One job by its name: what decides it. `transformers`, `accelerate`: older releases that run it."""
     circumstances = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
     name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in circumstances.items())])
-    release = {} if transformers is None else {"transformers": transformers}
+    releases = {"transformers": transformers, "accelerate": accelerate}
+    release = {package: version for package, version in releases.items() if version is not None}
     name = " ".join([name, *(f"{package} {version}" for package, version in release.items())])
     program = {"method": method, **settings}
     if strategy in ("fsdp1", "fsdp2"):

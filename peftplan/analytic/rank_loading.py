@@ -114,6 +114,8 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
         merged=merges_experts(job),
         in_8_bits=in_8_bits,
+        keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
+        casts_shards=versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate) and layout is ACCELERATE and job.quant is None,
         masks=0 if built in (*SCANNING, "gemma4", "ernie4_5_moe") else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":

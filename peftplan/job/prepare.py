@@ -279,7 +279,7 @@ def _traps(
     check_optimizer(distributed, setup, adaptation)
     check_adapter(distributed, setup, architecture, adaptation)
     check_base(distributed, setup, architecture, quant, adaptation)
-    return tuple(traps(distributed, setup, quant, adaptation))
+    return tuple(traps(distributed, setup, architecture, quant, adaptation))
 
 
 def check_rank_allocator(job: Job) -> None:

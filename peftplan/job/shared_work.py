@@ -343,11 +343,19 @@ def with_trainers_ddp(
     return distributed.model_copy(update={} if searches is None else {"find_unused_parameters": searches})
 
 
-def traps(distributed: Distributed, setup: Setup, quant: QuantConfig | None, adaptation: Adaptation) -> Iterator[str]:
+def traps(
+    distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
+) -> Iterator[str]:
     """A warning for each choice that wastes memory without an error, or that routing decides."""
     called = distributed.facts.called
-    if (distributed.ep_size or 1) > 1:
-        yield "ep_size: experts are counted with equal shares of the tokens; uneven routing takes more on some ranks"
+    if (ranks := distributed.ep_size or 1) > 1:
+        mlp = next(block.mlp for block in architecture.blocks if block.mlp.variant == "moe")
+        tokens, own = setup.batch_size * setup.seq_len, mlp.num_experts // ranks
+        in_balance, most = tokens * mlp.num_experts_per_tok, ranks * tokens * min(mlp.num_experts_per_tok, own)
+        yield (
+            f"ep_size: experts are counted with equal shares of the tokens, {in_balance:,} rows a layer on each rank; uneven "
+            f"routing takes more on some ranks, {most:,} rows where all send one rank every token"
+        )
     if distributed.strategy == "fsdp2" and packs_integers(quant):
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):

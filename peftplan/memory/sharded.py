@@ -18,7 +18,7 @@ from peftplan.distributed.expert_parallel import is_divided, owners, sharing
 from peftplan.distributed.flat_parameters import is_in_mlp, is_wrapped, wraps_mlps
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
 from peftplan.distributed.fsdp2 import Fsdp2
-from peftplan.distributed.layout import Layout
+from peftplan.distributed.layout import ACCELERATE, Layout
 from peftplan.distributed.order import in_module_order
 from peftplan.distributed.shards import gathered_by_torchao
 from peftplan.distributed.strategy import Distributed
@@ -92,7 +92,7 @@ def units_of(
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
-    kept = () if layout.frees_root else (ROOT, *ends)
+    kept = () if layout.frees_root or _has_layers_alone(layout, distributed) else (ROOT, *ends)
     units = [
         Unit(
             name,
@@ -243,8 +243,13 @@ def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout
     if layout.ends == "tables":
         tables = () if tied(arch) else ((EMBEDDING, arch.input_embedding), (TAIL, arch.output_embedding))
         return frozenset(unit for unit, table in tables if any(p.trainable and p.name.startswith(f"{table}.") for p in full.all))
-    apart = layout.ends == "units" and not versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    apart = layout.ends == "units" and not _has_layers_alone(layout, distributed)
     return frozenset((EMBEDDING, TAIL) if apart else ())
+
+
+def _has_layers_alone(layout: Layout, distributed: Distributed) -> bool:
+    """Whether accelerate's release makes units of layers alone, and frees the root as it frees them."""
+    return layout is ACCELERATE and distributed.strategy == "fsdp2" and versions.FSDP2_TAIL_APART.after(distributed.accelerate)
 
 
 def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:

@@ -53,10 +53,16 @@ class Loading(NamedTuple):
     of experts."""
     masks: int = 3
     """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
+    keeps_last: bool = False
+    """Whether a variable of accelerate holds the last tensor whole until the model is prepared."""
+    casts_shards: bool = False
+    """Whether all shards are cast to fp32 once they are made (accelerate, before `versions.FSDP2_UPCASTS_ALL`)."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
-        if self.of_one_gpu is not None:
+        if self.casts_shards:
+            self._then_cast(memory)
+        elif self.of_one_gpu is not None:
             self._from_whole(memory)
         elif self.layout.loads == "shards":
             self._empty(memory)
@@ -74,7 +80,33 @@ class Loading(NamedTuple):
             if not self.layout.buffers_first:
                 self._buffers(memory)
         else:
-            self._by_unit(memory)
+            for handle in self._by_unit(memory):
+                memory.release(handle)
+
+    def _then_cast(self, memory: Memory[Handle]) -> None:
+        """Shards are made as they come, and then cast unit by unit; those of the root last until it is done (torch,
+        _fully_shard/_fully_shard.py, `FSDPModule._apply`; _fsdp_param.py, `reset_sharded_param`)."""
+        narrow = Whole(memory, {})
+        made = {name: [(p, _as_made(p, shard)) for p, shard in members] for name, members in self.groups.items()}
+        narrowly = self._replace(groups=made, casts_shards=False)
+        held = [] if self.one_by_one else narrowly._by_unit(narrow)
+        if self.one_by_one:
+            narrowly(narrow)
+        layers = [name for name in self.groups if name != ROOT]
+        first, *others = self.groups[ROOT]
+        of_root = []
+        for name, members in ((ROOT, [first]), *((name, self.groups[name]) for name in layers), (ROOT, others)):
+            cast = [(p, shard) for p, shard in members if p.dtype != shard.dtype]
+            for _, shard in cast:
+                memory.keep(_on_device(shard))
+            before = [nbytes for p, shard in cast for nbytes in _on_device(_as_made(p, shard))]
+            if name == ROOT:
+                of_root += before
+            else:
+                narrow.drop(before)
+        narrow.drop(of_root)
+        for handle in held:
+            memory.release(handle)
 
     def _empty(self, memory: Memory[Handle]) -> None:
         """Shards are made empty, also one of a tied head, which goes when the head is tied again behind the weights."""
@@ -195,10 +227,10 @@ class Loading(NamedTuple):
         for handle in (*last, *stacked):
             memory.release(handle)
 
-    def _by_unit(self, memory: Memory[Handle]) -> None:
+    def _by_unit(self, memory: Memory[Handle]) -> list[Handle]:
         """All of a unit is moved, its buffers last, then each tensor leaves its shard (torch, _fully_shard/_fsdp_init.py,
         `_move_states_to_device`). The root comes last. Of an adapter accelerate's loop over what trains holds the last tensor
-        whole (accelerate, accelerator.py, `_prepare_fsdp2`).
+        whole (accelerate, accelerator.py, `_prepare_fsdp2`). Returns what variables hold until all is prepared.
         """
         held_until_end = []
         trained = [p for name in self._order() for p, _ in self.groups[name] if p.trainable]
@@ -216,12 +248,12 @@ class Loading(NamedTuple):
                 _keep_shard(memory, shard)
             for p, handle in whole:
                 is_end = self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base"
-                if is_end or (p is last and name == layers[-1]):
+                is_last = self.keeps_last and name == ROOT and p is self.groups[name][-1][0]
+                if is_end or is_last or (p is last and name == layers[-1]):
                     held_until_end.append(handle)
                 else:
                     memory.release(handle)
-        for handle in held_until_end:
-            memory.release(handle)
+        return held_until_end
 
     def _from_whole(self, memory: Memory[Handle]) -> None:
         """The whole model is there until all shards are, since `fsdp2_prepare_model` holds its state dict; or a unit, until its
@@ -256,6 +288,11 @@ def load_empty(memory: Memory[Handle], *, load: Loader, head: int) -> None:
     load(memory)
     memory.release(memory.allocate(head))
     memory.empty_cache()
+
+
+def _as_made(p: Parameter, shard: Parameter) -> Parameter:
+    """A shard before it is cast."""
+    return shard._replace(dtype=p.dtype, allocations=tuple(a._replace(dtype=p.dtype) for a in shard.allocations))
 
 
 def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:

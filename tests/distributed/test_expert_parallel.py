@@ -81,8 +81,13 @@ def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
 
 
 def test_equal_shares_of_the_tokens_are_a_warning() -> None:
+    """Of 128 experts a rank owns 4 and a token chooses 8: 2,048 x 8 rows in balance, at worst 32 x 2,048 x 4, as 4 of a token's
+    choices at most are of one rank."""
     warned = [peftplan.estimate("glm-4.5-air", **JOB | {"ep_size": size}, seq_len=2048).warnings for size in (None, 32)]
     assert [any("equal shares of the tokens" in warning for warning in each) for each in warned] == [False, True]
+    (of_experts,) = (warning for warning in warned[1] if "equal shares" in warning)
+    assert "16,384 rows a layer on each rank" in of_experts
+    assert "262,144 rows where all send one rank every token" in of_experts
 
 
 QWEN: dict[str, Any] = {
