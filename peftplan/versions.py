@@ -97,6 +97,11 @@ QUANTIZED_ON_CARD = Change(
 LOADING_IN_THREADS = Change("transformers", (5, 0), "`core_model_loading.py` copies weights in threads")
 QUANTIZING_IN_TURN = Change("transformers", (5, 4), "`core_model_loading.py` asks for `has_on_the_fly_quantization`")
 TIED_AS_MADE = Change("transformers", (5, 1), "`PreTrainedModel._from_config` ties weights; before, loading did")
+ADAPTERS_KEPT = Change(
+    "deepspeed",
+    (0, 19, 2),
+    "`_cast_module_mixed_precision` leaves an adapter beside shards as it is; before, `module.bfloat16()` cast it too",
+)
 LEFTOVERS_RELEASED = Change(
     "deepspeed", (0, 19, 3), "ZeRO-3 has `release_backward_leftovers` and `update_recompute_parameters`; 0.19.2 has neither"
 )

@@ -239,9 +239,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
 
 
 def _habits(job: Job) -> Habits:
+    assert job.distributed is not None
     by = job.setup.by
     follows, full = not by.gathers_when_called, job.method_name == "full"
-    return Habits(follows=follows, keeps_in_backward=full, keeps=job.keeps_leftovers, reloads=by.reloads_weights)
+    return Habits(follows=follows, keeps_in_backward=full, keeps=job.distributed.keeps_leftovers, reloads=by.reloads_weights)
 
 
 def _kind_of_units(job: Job) -> type[Fsdp2]:

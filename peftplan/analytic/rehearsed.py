@@ -346,7 +346,9 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         and not job.setup.by.traced_on_ranks,
         PREFETCHED: waits_by_address(job.architecture, distributed),
         "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
-        "deepspeed_version": bool(distributed.deepspeed_version) and job.keeps_leftovers and not _knows_earlier_release(job),
+        "deepspeed_version": distributed.keeps_leftovers
+        and distributed.deepspeed_version != job.setup.by.deepspeed
+        and not _knows_earlier_release(job),
         "reduce_scatter": distributed.reduce_scatter is False,
         APART: _has_experts_apart(job),
         "offload_params": distributed.offload_params == "nvme",

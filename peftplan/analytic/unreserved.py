@@ -91,12 +91,6 @@ def _permutes_from_host(job: Job) -> bool:
     return job.method_name == "boft" and divided and job.quant is None
 
 
-def _keeps_weights_of_adapters(job: Job) -> bool:
-    """Whether LoRA is trained under ZeRO-3 by an earlier DeepSpeed than the one with which its trainer was rehearsed."""
-    divided = job.distributed is not None and job.distributed.strategy == "zero3"
-    return divided and job.keeps_leftovers and not job.setup.by.keeps_leftovers and job.method_name == "lora"
-
-
 def _learns_what_it_wrote(job: Job) -> bool:
     """Whether trl's SSDTrainer writes completions beside the states of the optimizer."""
     return job.setup.by.leaves_temperature
@@ -219,10 +213,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         _sends_from_host,
         "weights that reach vLLM in groups from the host: rehearsals of two layers reserved 2 % more and 3 % less than "
         "the replay",
-    ),
-    (
-        _keeps_weights_of_adapters,
-        "LoRA under ZeRO-3 of an earlier DeepSpeed: a rehearsal of twelve layers reserved 8.5 % more than the replay",
     ),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
     (_scores_completions, "completions of trl's older online trainers: rehearsals reserved 5 % and up to ten times more"),

@@ -28,6 +28,7 @@ from peftplan.distributed.names import (
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError
 from peftplan.validation import first_error, listed
+from peftplan.versions import ADAPTERS_KEPT, LEFTOVERS_RELEASED
 
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 MOST = 2**31
@@ -105,7 +106,7 @@ class Distributed(BaseModel):
     """Whether `from_pretrained` makes shards at once (`deepspeed.zero.Init`)."""
     deepspeed_version: Annotated[str, _release("deepspeed_version", "0.18.9")] | None = None
     """The release of DeepSpeed that runs ZeRO-3; None: the one that the trainer's package asks for, else one as in
-    `versions.READ_IN`. Decides `Job.keeps_leftovers`."""
+    `versions.READ_IN`."""
     deepspeed_optimizer: bool | None = None
     """Whether DeepSpeed's own fused Adam steps, as where its config names an optimizer."""
     zero_force_ds_cpu_optimizer: bool | None = None
@@ -176,6 +177,17 @@ class Distributed(BaseModel):
     def stage(self, rank: int) -> int:
         """The stage of a pipeline that a rank is of; ranks of one stage are neighbours (transformers, distributed/utils.py)."""
         return rank * (self.pp_size or 1) // self.world_size
+
+    @property
+    def keeps_leftovers(self) -> bool:
+        """Whether the DeepSpeed that runs ZeRO-3 leaves weights gathered that no hook releases, until the next forward, and lets
+        no weight at rest wait for the module that made a checkpoint again."""
+        return self.strategy == "zero3" and LEFTOVERS_RELEASED.after(self.deepspeed_version)
+
+    @property
+    def casts_adapters(self) -> bool:
+        """Whether the DeepSpeed that runs ZeRO-3 casts to 16 bits an adapter that is added to shards too, not the base alone."""
+        return self.strategy == "zero3" and ADAPTERS_KEPT.after(self.deepspeed_version)
 
     @property
     def facts(self) -> Facts:

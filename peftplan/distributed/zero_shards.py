@@ -94,7 +94,8 @@ def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_
 def cast_on_rank(parameters: Parameters, distributed: Distributed, *, autocast: str) -> tuple[Parameter, ...]:
     """The parameters as DeepSpeed leaves them: in 16 bits, but for an adapter that is added to shards, which keeps its dtype
     (runtime/engine.py, `_configure_distributed_model`)."""
-    keeps = distributed.strategy == "zero3" and by_tensor(distributed, quantized=parameters.quantized > 0)
+    divided_first = distributed.strategy == "zero3" and by_tensor(distributed, quantized=parameters.quantized > 0)
+    keeps = divided_first and not distributed.casts_adapters
     return tuple(p if keeps and p.owner == "adapter" else _in_16_bits(p, autocast) for p in parameters.all)
 
 

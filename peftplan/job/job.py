@@ -11,7 +11,6 @@ from peftplan.job.trainer import Reference
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT
-from peftplan.versions import LEFTOVERS_RELEASED
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -73,12 +72,6 @@ class Job(NamedTuple):
     def replicas(self) -> int:
         """The number of ranks that read batches of their own."""
         return 1 if self.distributed is None else self.distributed.replicas
-
-    @property
-    def keeps_leftovers(self) -> bool:
-        """Whether the DeepSpeed that runs ZeRO-3 leaves weights gathered that no hook releases (`Trainer.keeps_leftovers`)."""
-        release = None if self.distributed is None else self.distributed.deepspeed_version
-        return self.setup.by.keeps_leftovers if release is None else LEFTOVERS_RELEASED.after(release)
 
     @property
     def reference(self) -> Reference:

@@ -182,8 +182,10 @@ def prepared(request: Request) -> Job:
             changed_by_trainer,
             check_distributed,
             with_trainers_ddp,
+            with_trainers_deepspeed,
         )
 
+        distributed = with_trainers_deepspeed(distributed, setup)
         check_in_backward(distributed, setup)
         setup = loaded_by_rank(setup, distributed, quant, chosen=set_here.get("device_map"))
         setup = stepped_by_deepspeed(setup, distributed)

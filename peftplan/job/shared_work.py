@@ -321,6 +321,13 @@ def _heads(architecture: Architecture, model_config: Mapping[str, object]) -> It
         yield heads, pairs if isinstance(pairs, int) else heads
 
 
+def with_trainers_deepspeed(distributed: Distributed, setup: Setup) -> Distributed:
+    """The strategy with the release of DeepSpeed that the trainer's package asks for, unless the option names one."""
+    if distributed.strategy != "zero3" or distributed.deepspeed_version is not None:
+        return distributed
+    return distributed.model_copy(update={"deepspeed_version": setup.by.deepspeed or None})
+
+
 def with_trainers_ddp(
     distributed: Distributed, setup: Setup, script: Script, *, adapts: bool, architecture: Architecture
 ) -> Distributed:

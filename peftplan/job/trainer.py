@@ -330,11 +330,9 @@ class Trainer(NamedTuple):
     scan: str = ""
     """The release of transformers that its package pins, where Mamba 2's scan is another one: it multiplies by broadcasting
     (axolotl 0.19.0, pyproject.toml; models/falcon_h1/modeling_falcon_h1.py of that release)."""
-    keeps_leftovers: bool = False
-    """Whether its package asks for a DeepSpeed under whose ZeRO-3 weights that no hook releases stay gathered until the next
-    forward, and weights at rest do not wait for the module that made a checkpoint again (axolotl 0.19.0 and DeepSpeed
-    0.18.9; llamafactory 0.9.5, requirements/deepspeed.txt, and 0.18.4: both without `release_backward_leftovers` and
-    `update_recompute_parameters`)."""
+    deepspeed: str = ""
+    """The release of DeepSpeed that its package asks for, where ZeRO-3 is another one there (axolotl 0.19.0, pyproject.toml;
+    llamafactory 0.9.5, requirements/deepspeed.txt)."""
     pins_liger: bool = False
     """Whether its package needs release 0.8.1 of Liger (axolotl 0.19.0, pyproject.toml)."""
     expandable_segments: bool = False

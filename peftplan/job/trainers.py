@@ -39,7 +39,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             widens=True,
             turns_cache_off=True,
             pins_accelerate=True,
-            keeps_leftovers=True,
+            deepspeed="0.18.4",
             search="full",
         ),
         # train/sft/trainer.py:151; accelerate moves it under DeepSpeed, where it was rehearsed.
@@ -71,7 +71,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             wide_ends=True,
             pins_liger=True,
             scan="5.16",
-            keeps_leftovers=True,
+            deepspeed="0.18.9",
             expandable_segments=True,
         ),
         IN_AXOLOTL._replace(

@@ -62,7 +62,7 @@ class Habits(NamedTuple):
     keeps_in_backward: bool = False
     """Whether backward uses it all the same: one forward without an adapter is like the other."""
     keeps: bool = False
-    """Whether what no hook releases stays (`Job.keeps_leftovers`)."""
+    """Whether what no hook releases stays (`Distributed.keeps_leftovers`)."""
     reloads: bool = False
     """Whether the weights that train have come back from the host before the step, beside the flat ones, to which the optimizer's
     step points them again."""

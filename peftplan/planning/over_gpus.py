@@ -27,7 +27,7 @@ def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
             "cpu_ram_efficient_loading; earlier releases move each weight to the host (--transformers 4.57)"
         )
     recomputed = distributed.strategy == "zero3" and job.setup.gradient_checkpointing and job.setup.use_reentrant
-    if not recomputed or job.keeps_leftovers:
+    if not recomputed or distributed.keeps_leftovers:
         return
     if 2 * peaks.ledgers[peaks.phase].bytes(("gathered_weights",)) > peaks.allocated:
         yield (

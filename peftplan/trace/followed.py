@@ -116,7 +116,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         f"reentrant checkpoints before {FORWARD_CHECKPOINTED.named}": distributed.strategy in ("fsdp2", "zero3")
         and not job.script.checkpoints_forward
         and bool(job.setup.gradient_checkpointing and job.setup.use_reentrant),
-        f"its weights before {versions.LEFTOVERS_RELEASED.named}": distributed.strategy == "zero3" and job.keeps_leftovers,
+        f"its weights before {versions.LEFTOVERS_RELEASED.named}": distributed.keeps_leftovers,
         f"its autocast {job.setup.autocast}": by_deepspeed and job.setup.autocast not in ("bf16", "fp16"),
         f"its weights in {job.setup.dtype}": by_deepspeed and job.setup.dtype != job.setup.autocast,
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),

@@ -63,14 +63,6 @@ def test_the_bar_says_that_the_allocator_holds_less() -> None:
     assert "allocator" not in names
 
 
-def test_lora_by_an_earlier_deepspeed_states_no_reserved_bytes() -> None:
-    """ms-swift's LoRA of 12 layers of Qwen2.5 7B with 0.18.9 reserved 8.5 % more than the replay."""
-    job: dict[str, Any] = {"model": "qwen2.5-7b", "strategy": "zero3", "gpus": 4, "trainer": "transformers", "seq_len": 512}
-    stated = [estimate(**job, deepspeed_version=release).to_dict()["memory"]["peak_reserved"] for release in ("0.18.9", "0.19.8")]
-    assert [each is None for each in stated] == [True, False]
-    assert estimate(**job, method="full", deepspeed_version="0.18.9").to_dict()["memory"]["peak_reserved"] is not None
-
-
 def test_a_search_for_the_largest_size_says_so() -> None:
     with pytest.raises(RefusedError, match="reserved bytes are not known"):
         fit(MODEL, gpu="rtx-4090", **OFFLOADS)

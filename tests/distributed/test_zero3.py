@@ -402,3 +402,13 @@ def test_each_rank_keeps_all_int8_weights_of_a_frozen_base() -> None:
     whole = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14_336 * 4096)
     assert sum(line.bytes() for line in lines if line.name.endswith(".CB")) == whole
     assert sum(line.bytes() for line in lines if line.name == "tails of unsplit blocks") < 20 * 2**20
+
+
+@pytest.mark.parametrize(("release", "itemsize"), [("0.18.9", 2), ("0.19.1", 2), ("0.19.2", 4), ("0.19.8", 4)])
+def test_an_adapter_on_shards_is_cast_by_earlier_releases(release: str, itemsize: int) -> None:
+    """r 16 on q and v of 16 layers, 2,048 wide, with 512 for v: 16 x 16 x (2 x 2,048 + 2,048 + 512) numbers, a quarter each."""
+    job = {"strategy": "zero3", "gpus": 4, "r": 16, "target_modules": ["q_proj", "v_proj"], "deepspeed_version": release}
+    result = peftplan.estimate("llama-3.2-1b", method="lora", **job)
+    (group,) = result.to_dict()["distributed"]["ranks"]
+    adapter = sum(line["bytes"] for line in group["lines"] if line["category"] == "adapter_weights")
+    assert adapter == 16 * 16 * (2 * 2048 + 2048 + 512) // 4 * itemsize

@@ -23,8 +23,8 @@ BADAM = {"allocated": 0.05, "reserved": 0.02}
 UNDER_DEEPSPEED = {"allocated": 0.05, "reserved": 0.15}
 BY_KERNELS = {"allocated": 0.003, "reserved": 2.3}
 """Of experts in kernels of the tool, for which formulas count torch's."""
-BY_ZERO3 = {"allocated": 0.7, "reserved": 1.2}
-"""LoRA with DeepSpeed 0.18.4; of the last step: over four ranks the first one holds 7 % more."""
+BY_ZERO3 = {"allocated": 0.04, "reserved": 0.42}
+"""LoRA with DeepSpeed 0.18.4, which casts the adapter; of the last step: over four ranks the first one holds 7 % more."""
 OF_ENTROPY = {"allocated": 0.02, "reserved": 0.22}
 """Of the weight of a token; the row has 12 tokens of prompts, which are not scored."""
 
@@ -72,7 +72,7 @@ def test_zero3_keeps_what_an_earlier_deepspeed_does() -> None:
         of_release = peftplan.estimate(**job | {"trainer": "transformers", "deepspeed_version": "0.18.9"}).peaks
         assert of_release is not None
         assert of_release.by_phase["backward"] == peaks.by_phase["backward"]
-        within = 7e-3 if _adapts_by_zero3(row) else 1e-4
+        within = 4e-4 if _adapts_by_zero3(row) else 1e-4
         for phase in ("forward", "backward", "step"):
             assert peaks.by_phase[phase] == pytest.approx(row["by_phase"][phase], rel=within)
         drifts = [abs(released.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")]

@@ -16,16 +16,8 @@ TOOLS = {"axolotl": rehearsed_axolotl, "llamafactory": rehearsed_llamafactory, "
 ROWS = read(Path(__file__).with_name("published.jsonl"))
 LARGEST_OF_PHASE = 0.1
 """Per cent of a phase, in models of two layers."""
-FORWARD = {
-    "examples/extras/dft/qwen2_full_sft.yaml": 7.6,
-    "examples/archived/falcon/config-7b.yml": 0.11,
-    "examples/llama-3/lora-1b-ray.yml, twelve layers": 0.38,
-}
+FORWARD = {"examples/extras/dft/qwen2_full_sft.yaml": 7.6, "examples/archived/falcon/config-7b.yml": 0.11}
 """Config → per cent of its forward, which is not the peak: a copy of the logits in bf16 too many; of Falcon 8 MB, unexplained."""
-STEP = {"examples/llama-3/lora-1b-ray.yml": 0.37, "examples/llama-3/lora-1b-ray.yml, twelve layers": 0.83}
-"""Config → per cent of its step, which is not the peak: the flattened gradients of a rank in bf16 (1 and 4.5 MB) too many."""
-BACKWARD = {"examples/llama-3/lora-1b-ray.yml, twelve layers": 0.36}
-"""Config → per cent of its backward: 8 MB, as in its forward, unexplained."""
 LARGEST_RESERVED = {"examples/archived/stablelm-2/1.6b/lora.yml": 5.6}
 """Config → per cent; copies of the embedding and the head that train beside int8, and of what layers in int8 read, leave gaps of
 another order than counted."""
@@ -39,8 +31,6 @@ def test_formulas_hold_what_tools_hold_of_published_configs(row: dict[str, Any])
     assert peaks is not None
     drift = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in PHASES}
     assert abs(drift.pop("forward")) < FORWARD.get(row["path"], LARGEST_OF_PHASE)
-    assert abs(drift.pop("backward")) < BACKWARD.get(row["path"], LARGEST_OF_PHASE)
-    assert abs(drift.pop("step")) < STEP.get(row["path"], LARGEST_OF_PHASE)
     assert {phase: number for phase, number in drift.items() if abs(number) > LARGEST_OF_PHASE} == {}
     by_kernels = row["path"].startswith("examples/llama-3/lora-1b-ray.yml") and "lora_mlp_kernel" not in row["values"]
     assert (peaks.reserved is None) == ("arcee" in row["path"] or (by_kernels and "adapter" in row["values"]))

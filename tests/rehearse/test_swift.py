@@ -48,6 +48,8 @@ OF_TEXTS = {"allocated": 0.08, "reserved": 2.5}
 """Of embeddings of texts that share a row."""
 OFFLOADED = {"allocated": 0.001, "reserved": 0.3}
 """Of LoRA over two GPUs, each layer of which saves to the host: 21 of 9,718 MB reserved."""
+BY_EARLIER_DEEPSPEED = {"allocated": 0.02, "reserved": 1.0}
+"""Of LoRA under ZeRO-3 with the release that the README names: 71 MB reserved of 7.9 GB."""
 OF_SCANS = {"allocated": 0.14}
 """Of LoRA of Nemotron 3 under ZeRO-2, 9 MB in each phase: reserved bytes are not stated."""
 OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
@@ -64,9 +66,9 @@ leaves unsplit, a MiB of each matrix of 2,048 x 11,008; with LoRA 0.04. Where al
 def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     assert not plan(row).unsupported
     chosen = options(row)
-    has_releases = row["values"].get("template") == "qwen2_5_vl" or not {"move_model_batches", "rope_scaling"}.isdisjoint(
-        row["values"]
-    )
+    values = row["values"]
+    has_releases = values.get("template") == "qwen2_5_vl" or not {"move_model_batches", "rope_scaling"}.isdisjoint(values)
+    has_releases = has_releases or "deepspeed" in row
     releases = of_releases("swift", chosen) if has_releases else {}
     peaks = peftplan.estimate(**chosen, script=peftplan.Script(**releases)).peaks
     assert peaks is not None
@@ -83,6 +85,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
         else limits
     )
     limits = OFFLOADED if "fsdp" in row["values"] else limits
+    limits = BY_EARLIER_DEEPSPEED if "deepspeed" in row and values["tuner_type"] == "lora" else limits
     limits = OF_SCANS if row["values"].get("model_type") == "nemotron_h" else limits
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = SHARED_ON_HOST if "rope_scaling" in row["values"] else limits
@@ -146,18 +149,24 @@ def test_a_coefficient_of_routers_makes_no_loss_where_the_class_has_none() -> No
 OF_RELEASE = [row for row in ROWS if row.get("deepspeed") == "0.18.9"]
 
 
-@pytest.mark.parametrize("row", OF_RELEASE, ids=lambda row: row["values"]["model_type"])
+@pytest.mark.parametrize("row", OF_RELEASE, ids=lambda row: f"{row['values']['model_type']} {row['layers']}")
 def test_zero3_is_run_by_the_deepspeed_that_the_readme_names(row: dict[str, Any]) -> None:
-    """Two layers in full over four GPUs. With 0.19.8 forward of GLM-4 held 11 % less."""
+    """Two layers in full, and more with LoRA, over four GPUs. With 0.19.8 forward of GLM-4 held 11 % less."""
     chosen = plan(row)
     assert chosen.options["deepspeed_version"] == "0.18.9"
     assert "0.18.9" in chosen.assumed["deepspeed"]
-    peaks = peftplan.estimate(**options(row)).peaks
+    job = options(row)
+    job |= {"script": peftplan.Script(**of_releases("swift", job))}
+    peaks = peftplan.estimate(**job).peaks
     assert peaks is not None
-    assert peaks.reserved == pytest.approx(row["reserved"], rel=1e-4)
+    adapts = row["values"]["tuner_type"] == "lora"
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=1e-2 if adapts else 1e-4)
     for phase, measured in row["by_phase"].items():
-        assert peaks.by_phase[phase] == pytest.approx(measured, rel=4e-5)
-    released = peftplan.estimate(**options(row) | {"deepspeed_version": "0.19.8"}).peaks
+        if adapts and phase == "load":  # the tool gathers the embedding once more beside whole adapters: below the peak
+            assert 0.985 * measured < peaks.by_phase[phase] < measured
+        else:
+            assert peaks.by_phase[phase] == pytest.approx(measured, rel=5e-4 if adapts else 4e-5)
+    released = peftplan.estimate(**job | {"deepspeed_version": "0.19.8"}).peaks
     assert released is not None
     assert row["values"]["model_type"] != "glm4" or released.by_phase["forward"] < 0.9 * row["by_phase"]["forward"]
 
@@ -334,7 +343,8 @@ def test_weights_leave_the_host_as_rehearsed_or_without_a_peak(
 
 
 def test_a_release_of_deepspeed_that_may_hold_far_less_is_named() -> None:
-    """LoRA of 12 layers over 4 GPUs, rehearsed with 0.18.9: 40 per cent less in backward than with 0.19.8."""
+    """LoRA of 12 layers over 4 GPUs, rehearsed with 0.18.9: 40 per cent less in backward than with 0.19.8. The tool's file alone
+    is counted with the former."""
     values = {"model": "Qwen/Qwen3-32B", "tuner_type": "lora", "target_modules": "all-linear", "deepspeed": "zero3"}
     of_file = read_values(values, file="a.sh", kind="command", program="swift sft", NPROC_PER_NODE=8)
     newest, older = (peftplan.estimate(config=of_file, deepspeed_version=release) for release in ("0.19.8", "0.18.9"))
@@ -343,3 +353,6 @@ def test_a_release_of_deepspeed_that_may_hold_far_less_is_named() -> None:
     assert newest.peaks is not None
     assert older.peaks is not None
     assert older.peaks.allocated < 0.5 * newest.peaks.allocated
+    of_readme = peftplan.estimate(config=of_file).peaks
+    assert of_readme is not None
+    assert of_readme.allocated == older.peaks.allocated
