@@ -20,8 +20,10 @@ DIFFER = {
     # 93,003,776 - 14,041,088 of audio - 155,648 of both + 3,637,248 of keys that layers shared
     "Gemma4_(E4B)-Vision.ipynb": "Unsloth 2026.4 adapted no audio, embed_vision or input_proj",
     "Gemma4_(12B)_Vision.ipynb": "Unsloth adapted no embed_audio then: 143,360 fewer",
-    # r 32 x (1,152 + 2,816 + 768 + 1,152) = 188,416
-    "Gemma4_(26B_A4B)-Vision.ipynb": "Unsloth 2026.4 adapted no embed_vision or input_proj",
+    # 30 layers x 128 experts x r 8 x (2,816 + 1,408 + 704 + 2,816) = 237,895,680
+    "Gemma4_(26B_A4B)-Text.ipynb": "Unsloth 2026.4 adapted no experts",
+    # four times as many with r 32, and r 32 x (1,152 + 2,816 + 768 + 1,152) = 188,416
+    "Gemma4_(26B_A4B)-Vision.ipynb": "Unsloth 2026.4 adapted no experts, embed_vision or input_proj",
     "LFM2.5_(1.2B)-Text_Completion.ipynb": "printed by Unsloth 2025.12, which adapted convolutions and the embedding",
     "Granite4.0_350M.ipynb": "printed by Unsloth 2025.10, which adapted the MLP too; 2026.10 adapts attention alone",
     "gpt-oss-(20B)_A100-GRPO.ipynb": "loads gpt-oss-120b, and prints what gpt-oss-20b has: its output is older",

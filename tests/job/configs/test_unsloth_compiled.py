@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
 import peftplan
 from peftplan.job.configs.read import read_text
+from peftplan.job.sources import load_config
 
 GEMMA2 = """
 from unsloth import FastLanguageModel
@@ -170,3 +172,38 @@ def test_experts_of_transformers_4_have_no_record(installed: str, recorded: bool
     cells = [{"cell_type": "code", "source": [f"!pip install transformers=={installed}\n{MIXTURE}"]}]
     result = peftplan.estimate(config=read_text(json.dumps({"cells": cells}), file="a.ipynb"))
     assert (result.peaks is not None and result.bound is None) is recorded
+
+
+GEMMA_4 = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/gemma-4-26B-A4B-it", max_seq_length=8192, load_in_4bit=True)
+model = FastModel.get_peft_model(model, finetune_vision_layers=False, r=8)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, max_steps=60)).train()
+"""
+OF_EXPERTS = 30 * 128 * 3 * 704 * 2816
+"""Layers, experts, the three matrices of each: 22,837,985,280 of the model's 25.8 billion parameters."""
+
+
+def test_stacks_of_experts_in_4_bits() -> None:
+    """Half a byte a number in place of two: unsloth_zoo, moe_utils_bnb4bit.py:533 (`replace_expert_params_with_bnb_params`)."""
+    plan = read_text(GEMMA_4, file="a.py")
+    in_16_bits = read_text(GEMMA_4.replace("load_in_4bit=True", "load_in_4bit=False"), file="a.py")
+    assert "quant_experts" not in in_16_bits.options
+    both = (peftplan.estimate(config=plan, quant_experts=experts) for experts in (False, True))
+    left_alone, stored = (estimate.to_dict()["memory"]["by_category"]["weights"] for estimate in both)
+    assert left_alone - stored == OF_EXPERTS * 3 // 2
+    assert stored == peftplan.estimate(config=plan).to_dict()["memory"]["by_category"]["weights"]
+
+
+def test_four_layers_have_the_counts_that_unsloth_printed() -> None:
+    """Two of sliding and two of full attention, and two layers of the tower: a rehearsal of unsloth 2026.10.9 beside
+    transformers 5.17.0, in which the router's scores stayed in 16 bits."""
+    plan = read_text(GEMMA_4, file="a.py")
+    config = copy.deepcopy(load_config(str(plan.model)))
+    config["text_config"] |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    config["vision_config"]["num_hidden_layers"] = 2
+    result = peftplan.estimate(config, **plan.options)
+    assert (result.trainable_parameters, result.total_parameters) == (32_983_040, 4_124_497_440)
+    lines = {line["name"]: line["bytes"] for line in result.to_dict()["memory"]["lines"]}
+    assert lines["model.language_model.layers.*.router.proj.weight"] == 4 * 128 * 2816 * 2
+    assert lines["model.embed_vision.embedding_projection.weight"] == 1152 * 2816 * 2
