@@ -1,7 +1,5 @@
 """The setup of a training run: what the user sets, and what its trainer fills in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Literal
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peftplan.tape.grouped import Grouped
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Model(Weights):
     """The modules of a run on one tape. `adapters` wraps the calls of modules that carry adapter tensors."""
 

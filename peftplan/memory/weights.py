@@ -15,7 +15,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Parameter, Tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Weights:
     """The modules of a model as parts, whose parameters are tensors of one tape."""
 

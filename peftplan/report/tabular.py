@@ -1,6 +1,5 @@
 """Rows that every format shares: cells of text for people, facts for programs."""
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
@@ -143,6 +142,8 @@ def _told_apart(target: str) -> str:
 
 def write_csv(facts: Sequence[Mapping[str, object]], stream: IO[str]) -> None:
     """RFC 4180 rows under a header of the facts' names: null is empty, a list of texts is joined by `;`, other nests are JSON."""
+    import csv
+
     writer = csv.DictWriter(stream, tuple(facts[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _csv_cell(value) for name, value in fact.items()} for fact in facts)
