@@ -36,15 +36,11 @@ class InstantPeaks(Peaks):
         ends: Mapping[str, int],
         assumed: Mapping[str, object],
     ) -> None:
-        unknown = unreserved(inventory.job, max(requested, key=lambda phase: requested[phase]), compute_capability)
-        source = SOURCE.format(options=OPTIONS[segments_grow(inventory.job.setup)]) if unknown is None else None
         self.__dict__.update(
             inventory=inventory,
             compute_capability=compute_capability,
             requested=requested,
             ends=ends,
-            reserved_source=source,
-            unreserved=unknown,
             assumed=assumed,
         )
 
@@ -54,6 +50,17 @@ class InstantPeaks(Peaks):
     """Phase → bytes that the tensors at its peak request, before the allocator rounds them to blocks."""
     ends: Mapping[str, int]
     """Phase of a step → the number of events before its peak."""
+
+    @cached_property
+    def unreserved(self) -> str | None:
+        largest = max(self.requested, key=self.requested.__getitem__)
+        return unreserved(self.inventory.job, largest, self.compute_capability)
+
+    @property
+    def reserved_source(self) -> str | None:
+        if self.unreserved is not None:
+            return None
+        return SOURCE.format(options=OPTIONS[segments_grow(self.inventory.job.setup)])
 
     @property
     def largest(self) -> InstantPeaks:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.ranks import SECOND, cast_parameters, second_architecture, second_of, second_on_rank
+from peftplan.analytic.ranks import SECOND, cast_parameters, second_architecture, second_of, second_on_rank, shards_on_rank
 from peftplan.analytic.shown import FLAT, scans_under_zero2
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.layout import ACCELERATE
@@ -49,7 +49,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         return synced(parameters, buffers, distributed, of_one_gpu)
     if distributed.strategy == "fsdp1":
         accumulates = job.setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch
-        stays = whole_sizes(parameters, holding.each or holding.parameters)
+        stays = whole_sizes(parameters, shards_on_rank(inventory))
         on_host = distributed.cpu_ram_efficient_loading and job.script.quantizes_to_host
         whole = of_one_gpu if job.quant and not on_host else None
         return flat_units(model, buffers, accumulates=accumulates, whole=whole, stays=stays)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.running import reference_of
 from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
+from peftplan.distributed.flat_parameters import parts_of
 from peftplan.distributed.fsdp1 import Fsdp1, Lag
 from peftplan.distributed.fsdp2 import COPY_IN_OF_SECOND, Fsdp2, KeptRoot
 from peftplan.distributed.layout import AXOLOTL
@@ -91,6 +92,16 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
         return cast_parameters(job, parameters)
     part = shards_of(parameters, job.architecture, job.distributed.model_copy(update={"pp_size": None}))
     return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)), job.distributed)
+
+
+def shards_on_rank(inventory: Inventory) -> Parameters:
+    """A rank's part of each parameter under FSDP, also where it holds flat ones."""
+    job, parameters, _, holding = inventory
+    assert job.distributed is not None
+    assert holding is not None
+    if job.distributed.strategy != "fsdp1":
+        return holding.parameters
+    return parts_of(parameters, job.distributed, autocast=str(job.setup.autocast))
 
 
 def cast_parameters(job: Job, parameters: Parameters) -> Parameters:
@@ -194,7 +205,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         return _pipelined(inventory, model, program)
     if job.distributed.strategy in FSDP:
         dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
-        shards, in_checkpoints = holding.each or holding.parameters, job.script.checkpoints_units
+        shards, in_checkpoints = shards_on_rank(inventory), job.script.checkpoints_units
         part = shards_of(parameters, job.architecture, job.distributed)
         layout = AXOLOTL if by.own_fsdp2 and job.distributed.strategy == "fsdp2" else by.layout
         model.units = units_of(

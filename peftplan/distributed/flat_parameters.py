@@ -25,30 +25,35 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
     position, _ = distributed.place(rank) if rank else (0, 0)
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     parameters_of_rank: list[Parameter] = []
-    each: list[Parameter] = []
     stepped: list[Parameter] = []
     alone, inner = _alone(parameters), wraps_mlps(distributed)
-    beside = {id(p) for p in beside_trained(parameters, distributed)}
-    for p in parameters.all:
-        trained = p.trainable or id(p) in beside
-        dtype = "fp32" if trained and autocast != "none" and p.dtype in SIXTEEN_BITS else p.dtype
-        if p.quantized:
-            p = _packed_in(p, "fp32") if trained and autocast != "none" else p
-        elif dtype != p.dtype:
-            p = p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape))
-        each.append(_part(p, distributed.shards, place))
+    for p, trained in _cast(parameters, distributed, autocast):
         unit = p.name if p.name in alone else unit_of(p, inner)
         flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
     for (unit, dtype, trained), members in flats.items():
-        flat = [*_flat(unit, dtype, members, distributed.shards, place)]
-        flat[0] = flat[0]._replace(trainable=trained)
+        flat = [*_flat(unit, dtype, members, distributed.shards, place, trained=trained)]
         parameters_of_rank += flat
         stepped += flat[:1] if distributed.steps_flat else _views(flat[0], members, position)
-    return Holding(
-        parameters._replace(all=tuple(parameters_of_rank)),
-        states_of=parameters._replace(all=tuple(stepped)),
-        each=parameters._replace(all=tuple(each)),
-    )
+    on_rank = parameters._replace(all=tuple(parameters_of_rank))
+    return Holding(on_rank, states_of=parameters._replace(all=tuple(stepped)))
+
+
+def parts_of(parameters: Parameters, distributed: Distributed, *, autocast: str) -> Parameters:
+    """1/W of each tensor, as if it alone were flat."""
+    cast, place = _cast(parameters, distributed, autocast), place_of(distributed.offload_params)
+    return parameters._replace(all=tuple(_part(p, distributed.shards, place) for p, _ in cast))
+
+
+def _cast(parameters: Parameters, distributed: Distributed, autocast: str) -> Iterator[tuple[Parameter, bool]]:
+    """The parameters as accelerate casts their flat ones, and whether these train."""
+    beside = {id(p) for p in beside_trained(parameters, distributed)}
+    for p in parameters.all:
+        trained = p.trainable or id(p) in beside
+        if trained and autocast != "none" and p.quantized:
+            p = _packed_in(p, "fp32")
+        elif trained and autocast != "none" and p.dtype in SIXTEEN_BITS:
+            p = p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape))
+        yield p, trained
 
 
 def beside_trained(parameters: Parameters, distributed: Distributed) -> list[Parameter]:
@@ -71,7 +76,6 @@ def is_wrapped(p: Parameter) -> bool:
 
 
 def _part(p: Parameter, shards: int, place: Place) -> Parameter:
-    """1/W of a tensor, as if it alone were flat."""
     return p._replace(
         allocations=tuple(
             a._replace(dims=(ceil_div(prod(a.dims), shards),), place=place) if a.name == "weight" else a for a in p.allocations
@@ -104,7 +108,7 @@ def _packed_in(p: Parameter, dtype: str) -> Parameter:
     return p._replace(allocations=tuple(a._replace(dtype=dtype) if a.name == "weight" else a for a in p.allocations))
 
 
-def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place) -> Iterable[Parameter]:
+def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: Place, *, trained: bool) -> Iterable[Parameter]:
     """The shard of the flat parameter, and those members that stay whole."""
     copies = 1 if unit == ROOT else max(p.copies for p in members)
     numel = sum(_elements(p) * p.copies for p in members) // copies
@@ -116,6 +120,7 @@ def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: P
         shape=shape,
         copies=copies,
         dtype=first.dtype if first.quantized else dtype,
+        trainable=trained,
         allocations=(flat,),
         quantized=False,
     )

@@ -18,8 +18,6 @@ class Holding(NamedTuple):
     beside: tuple[Line, ...] = ()
     states_of: Parameters | None = None
     """The parameters that give optimizer states their shapes, if not `parameters`."""
-    each: Parameters | None = None
-    """The rank's part of each parameter, where `parameters` are flat."""
     on_tape: Category = "gradients"
     """What the step makes and frees."""
     device: int | None = None

@@ -94,7 +94,7 @@ def _fsdp2_shard(p: Parameter, dim: int, shards: int, place: Place) -> Parameter
     gathered = gathered_by_torchao(p)
     for a in p.allocations:
         if a in gathered or (a.name == "weight" and (not p.quantized or a.dtype in FLOATS or a.dtype == "int8")):
-            a = a._replace(dims=_part(a.dims, dim, shards), place=place)
+            a = Allocation(a.name, a.dtype, _part(a.dims, dim, shards), place)
         allocations.append(a)
     return p._replace(shape=_part(p.shape, dim, shards), allocations=tuple(allocations))
 
@@ -108,6 +108,8 @@ def gathered_by_torchao(p: Parameter) -> tuple[Allocation, ...]:
 
     Source: torchao, `NF4Tensor.fsdp_pre_all_gather`.
     """
+    if not p.quantized:
+        return ()
     by_name = {a.name: a for a in p.allocations}
     if not by_name.keys() >= set(GATHERED_BY_TORCHAO):
         return ()

@@ -25,11 +25,8 @@ def of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, 
     else:
         groups = groups_of(cast, together=bool(distributed.deepspeed_optimizer))
         masters = tuple(_masters(group[0].name, partition(group, distributed.world_size), place) for group in groups)
-    beside: tuple[Line, ...] = ()
-    if stage_3:
-        beside = _zero3_beside(cast, distributed, hidden_size, _half(cast, autocast))
-        cast = tuple(_zero3_shard(p, distributed) for p in cast)
     half = _half(cast, autocast)
+    beside = _zero3_beside(cast, distributed, hidden_size, half) if stage_3 else ()
     flat = (sum(m.numel for m in masters),)
     lines = [Line(m.name, "optimizer_states", "fp32", m.shape, 1, m.source, place) for m in masters]
     if masters and place == "device":
@@ -42,7 +39,10 @@ def of_zero(parameters: Parameters, distributed: Distributed, *, autocast: str, 
         largest = (max(p.numel for p in cast if p.trainable),)
         lines.append(Line("updated weights on their way to the device", "weights", half, flat, 1, "DeepSpeed", place))
         lines.append(Line("temp_grad_buffer_for_gpu_offload", "communication", half, largest, 1, "DeepSpeed"))
-    frozen = tuple(p._replace(trainable=False) for p in cast)
+    if stage_3:
+        frozen = tuple(_zero3_shard(p, distributed) for p in cast)
+    else:
+        frozen = tuple(p._replace(trainable=False) if p.trainable else p for p in cast)
     states_of = parameters._replace(all=masters) if masters else None
     on_tape: Category = "gathered_weights" if stage_3 else "gradients"
     return Holding(parameters._replace(all=frozen), (*lines, *beside), states_of, on_tape=on_tape)
@@ -107,12 +107,12 @@ def _in_16_bits(p: Parameter, autocast: str) -> Parameter:
 
 
 def _zero3_shard(p: Parameter, distributed: Distributed) -> Parameter:
-    """A rank's part of a parameter. Of int8 ones the layer keeps all beside it (bitsandbytes, nn/modules.py, `Linear8bitLt`:
-    `state.CB`)."""
+    """A rank's part of a parameter, without gradients: its master has them. Of int8 ones the layer keeps all beside it
+    (bitsandbytes, nn/modules.py, `Linear8bitLt`: `state.CB`)."""
     place = place_of(distributed.offload_params)
     whole = tuple(a._replace(name="CB") for a in p.allocations if p.quantized and a.name == "weight" and a.dtype == "int8")
     sharded = tuple(
         a._replace(dims=(ceil_div(prod(a.dims), distributed.world_size),), place=place) if a.name == "weight" else a
         for a in p.allocations
     )
-    return p._replace(allocations=(*sharded, *whole))
+    return p._replace(trainable=False, allocations=(*sharded, *whole))

@@ -101,7 +101,10 @@ def is_target(p: Parameter, target_modules: Iterable[str]) -> bool:
 
 def _place(p: Parameter) -> Place | None:
     """The host if a weight is offloaded to it: its gradient and states are there too; else None."""
-    return "host" if all(a.place == "host" for a in p.allocations) else None
+    for a in p.allocations:
+        if a.place != "host":
+            return None
+    return "host"
 
 
 def sensitivity_lines(parameters: Parameters) -> Ledger:

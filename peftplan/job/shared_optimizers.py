@@ -76,7 +76,7 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
     shapes = [*(t.shape for t in trained), *(p.shape for p in adaptation.trained)]
     matrices = any(len(shape) > 1 for shape in shapes)
     names = [*(t.name for t in trained), *(f"{p.module}.{p.param}" for p in adaptation.trained)]
-    groups = {bool(UNDECAYED.search(name)) for name in names}
+    undecayed = (bool(UNDECAYED.search(name)) for name in names)
     if optimizer.low_rank and strategy in FLATTENING:
         raise RefusedError(
             f"optim: {optimizer.name} fails in the first step of {distributed.facts.called}, where an optimizer steps over parts "
@@ -113,7 +113,7 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             "gradients are DTensors: RuntimeError: aten.add_.Tensor got mixed torch.Tensor and DTensor "
             f"({optimizer.package}, {line}); accepted: ddp{others}"
         )
-    if optimizer.name == "adagrad" and strategy in ZERO and len(groups) > 1 and setup.by.makes_optimizer:
+    if optimizer.name == "adagrad" and strategy in ZERO and setup.by.makes_optimizer and len(set(undecayed)) > 1:
         raise RefusedError(
             f"optim: adagrad fails in the first step of {distributed.facts.called}: DeepSpeed makes it anew with one group of "
             "all partitions (runtime/zero/stage_1_and_2.py:947, stage3.py:1358), and Trainer's second group, of norms and "

@@ -18,6 +18,8 @@ OFTEN = 8
 
 Wave = tuple[tuple[int, ...], tuple[int, ...]]
 """What is made and then freed: places in a timeline's `moves`."""
+Counts = tuple[tuple[int, int], ...]
+"""Places in a timeline's `moves`, and how often each comes."""
 
 
 class Window(NamedTuple):
@@ -36,17 +38,19 @@ class Waves(NamedTuple):
     windows: tuple[Window, ...] = ()
     lengths: tuple[int, ...] = ()
     """The events of each stretch."""
+    counts: tuple[tuple[Counts, Counts], ...] = ()
+    """What each wave makes and frees, each move once."""
 
     def peaks(self, moves: Sequence[int], standing: int) -> dict[str, tuple[int, int]]:
         """Phase → (highest level, how many events lead to it). `moves`: by how much each changes the level, in bytes."""
         ups, nets = [], []
-        for up, down in self.waves:  # most are one or two moves long
+        for up, down in self.counts:  # most are one or two moves long
             level = 0
-            for move in up:
-                level += moves[move]
+            for move, times in up:
+                level += times * moves[move]
             ups.append(level)
-            for move in down:
-                level += moves[move]
+            for move, times in down:
+                level += times * moves[move]
             nets.append(level)
         tops: list[tuple[int, int]] = []  # of each stretch: above its beginning, and the wave where it is
         rises: list[int] = []
@@ -96,7 +100,9 @@ def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tu
         pieces = min(ways, key=lambda pieces: len(pieces) + sum(map(len, set(pieces))))
         parts.append(Window(phase, first, tuple(stretches.setdefault(piece, len(stretches)) for piece in pieces)))
     of_number = tuple(waves)
-    return Waves(of_number, tuple(stretches), tuple(parts), tuple(_num_events(of_number, stretch) for stretch in stretches))
+    lengths = tuple(_num_events(of_number, stretch) for stretch in stretches)
+    of_each = tuple((tuple(Counter(up).items()), tuple(Counter(down).items())) for up, down in of_number)
+    return Waves(of_number, tuple(stretches), tuple(parts), lengths, of_each)
 
 
 def _pieces(numbers: Sequence[int], border: int | None) -> list[tuple[int, ...]]:
