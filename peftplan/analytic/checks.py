@@ -152,9 +152,10 @@ def _scores_as_rehearsed(job: Job) -> bool:
     assert reward is not None
     autocast = "none" if setup.by.values else "bf16"
     loaded = setup.dtype == "fp32" and setup.autocast == autocast and not setup.use_reentrant
+    loaded &= setup.by.values or bool(setup.gradient_checkpointing)  # else models keep their cache
     plain = loaded and setup.attn_implementation == "sdpa" and setup.kernels is None
     types = {job.architecture.model_type, reward.architecture.model_type if setup.by.values else REWARDED[0]}
-    return plain and not setup.padding and job.method_name == "full" and types <= set(REWARDED)
+    return plain and job.method_name == "full" and types <= set(REWARDED)
 
 
 def _packs_as_rehearsed(job: Job) -> bool:

@@ -52,7 +52,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         checkpointing=bool(setup.gradient_checkpointing),
         checkpoints_parts=bool(job.distributed and job.distributed.checkpoints_parts),
         attention=str(setup.attn_implementation),
-        padding=setup.padding,
+        padding=setup.padding or setup.by.values,  # the prompts of a rollout are padded to the longest
         use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))
         and not (setup.by.turns_cache_off or packs_documents(job) or hands_keys_on(job))
         and setup.loss != "trl-chunked",
