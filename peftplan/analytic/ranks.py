@@ -9,8 +9,9 @@ from peftplan.analytic.running import reference_of
 from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.flat_parameters import parts_of
-from peftplan.distributed.fsdp1 import Fsdp1, Lag
+from peftplan.distributed.fsdp1 import Fsdp1
 from peftplan.distributed.fsdp2 import COPY_IN_OF_SECOND, Fsdp2, KeptRoot
+from peftplan.distributed.lag import Lag
 from peftplan.distributed.layout import AXOLOTL
 from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_stages, stages_of
 from peftplan.distributed.shards import holding
@@ -34,6 +35,7 @@ from peftplan.memory.zero3 import Zero3, switched_off
 from peftplan.memory.zero3_modules import Habits
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
+from peftplan.versions import PACKED_POSITIONS_CHECKED
 
 if TYPE_CHECKING:
     from peftplan.arch.modules import Architecture
@@ -225,6 +227,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
             TensorParallel(model, job.distributed, parameters.all)
         if late and isinstance(model.units, Fsdp1):
             model.units.lag = Lag()
+            model.units.reads_masks = not PACKED_POSITIONS_CHECKED.after(job.script.transformers)
         apart = job.distributed.strategy == "fsdp1" or layout.leaves_apart
         if apart and dtype not in (None, str(job.setup.adapter_dtype)):
             model.running = model.running._replace(adapter_shards=str(job.setup.adapter_dtype))

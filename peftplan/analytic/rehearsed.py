@@ -192,17 +192,15 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _has_units_of_layers(job: Job, distributed: Distributed) -> bool:
-    """Whether accelerate makes units of layers alone where that was not rehearsed: a release that was named, or one that a tool
-    needs."""
-    by_tool = distributed.accelerate is None and (job.script.units_of_layers or job.setup.by.pins_accelerate)
-    return by_tool or (
-        versions.FSDP2_TAIL_APART.after(distributed.accelerate) and not _knows_units_of_layers(job, distributed.accelerate)
-    )
+    """Whether accelerate makes units of layers alone where that was not rehearsed."""
+    older = versions.FSDP2_TAIL_APART.after(distributed.accelerate)
+    return older and not _knows_units_of_layers(job, distributed.accelerate)
 
 
 def _knows_units_of_layers(job: Job, accelerate: str | None) -> bool:
-    """Whether units of layers alone were rehearsed: full fine-tuning and LoRA of dense models in bf16."""
-    plain = is_plain(job) and knows_methods(job) and job.quant is None and job.setup.loss == "full"
+    """Whether units of layers alone were rehearsed: full fine-tuning and LoRA of dense decoders in bf16."""
+    decoder = job.architecture.task_type == "CAUSAL_LM" and not (job.architecture.has_towers or job.architecture.encoder_layers)
+    plain = decoder and is_plain(job) and knows_methods(job) and job.quant is None and job.setup.loss == "full"
     known = job.method_name in ("full", "lora") and not getattr(job.config, "use_dora", False)
     known = known and job.setup.optim in ("adamw_torch", "adamw_torch_fused")
     return plain and known and not versions.FSDP2_FIRST_REHEARSED.after(accelerate)

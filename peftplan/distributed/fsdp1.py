@@ -16,19 +16,16 @@ What another stream still reads is marked with `record_stream`: the allocator gi
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from peftplan.distributed.fsdp2 import Fsdp2
+from peftplan.distributed.lag import ALL_REDUCE, DEFAULT, POST_BACKWARD, PRE_UNSHARD, UNSHARD, Lag
 from peftplan.distributed.units import Member, Unit
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
-DEFAULT, PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = range(5)
-STREAMS = 5
-IN_FLIGHT = 2
-"""Freed units that the GPU may not have passed when the next one is gathered (`_FreeEventQueue`, under `limit_all_gathers`)."""
 ALIGNMENT = 16
 """Bytes at whose multiples each tensor of a flat parameter begins (`_get_aligned_numel`)."""
 
@@ -52,60 +49,6 @@ def flats_of(unit: Unit, ranks: int) -> list[Flat]:
     return flats
 
 
-class Lag:
-    """What the host has freed and a GPU that is as late as it may be has not passed.
-
-    Work is numbered on each stream. A clock says of every stream how far it is: that of a stream tells what has been done once
-    its own work is, as streams wait for each other. Collectives run one after the other, whichever stream they are called on
-    (nccl, src/enqueue.cc, `ncclLaunchPrepare`). The GPU has done what the host has waited for, and no more.
-    """
-
-    def __init__(self) -> None:
-        self._clocks = [[0] * STREAMS for _ in range(STREAMS)]
-        self._collectives = self._done = [0] * STREAMS
-        self._frees: deque[list[int]] = deque()
-        """Clocks of the events of frees that the host has not waited for (`_FreeEventQueue`)."""
-        self._kept: list[tuple[int, int, list[Tensor]]] = []
-        """The stream that reads freed tensors, the number of its last work on them, and these."""
-
-    def _record(self, stream: int) -> list[int]:
-        self._clocks[stream][stream] += 1
-        return [*self._clocks[stream]]
-
-    def _reach(self, stream: int, clock: list[int]) -> None:
-        self._clocks[stream] = [*map(max, self._clocks[stream], clock)]
-
-    def join(self, stream: int, other: int) -> None:
-        """A stream waits for another one."""
-        self._reach(stream, self._record(other))
-
-    def collective(self, stream: int) -> None:
-        """A stream calls a collective."""
-        self._reach(stream, self._collectives)
-        self._collectives = self._record(stream)
-
-    def keep(self, tensors: list[Tensor], stream: int) -> None:
-        """Free tensors of another stream, which this one has read (`record_stream`)."""
-        self._kept.append((stream, self._record(stream)[stream], tensors))
-
-    def free(self, stream: int) -> None:
-        """A unit is freed: the stream that runs then records an event."""
-        self._frees.append(self._record(stream))
-
-    def wait(self) -> None:
-        """Before a gather the host waits for the last free but one."""
-        if len(self._frees) >= IN_FLIGHT:
-            self._pass([*map(max, self._done, self._frees.popleft())])
-
-    def read(self) -> None:
-        """The host reads a value: Trainer that of the loss, after each backward (`logging_nan_inf_filter`)."""
-        self._pass([max(of_stream) for of_stream in zip(*self._clocks, strict=True)])
-
-    def _pass(self, done: list[int]) -> None:
-        self._done = done
-        self._kept = [kept for kept in self._kept if done[kept[0]] < kept[1]]
-
-
 class Fsdp1(Fsdp2):
     """All units of a model, the root first. `prefetch`: when backward gathers ahead, `pre`, `post` or `none`."""
 
@@ -126,8 +69,16 @@ class Fsdp1(Fsdp2):
         tensors that are views of it (`_reset_flat_param_grad_info_if_needed`)."""
         return self.views_shards and not self.offloads
 
+    reads_masks = False
+    """Whether the host does so in each forward, since `versions.PACKED_POSITIONS_CHECKED`."""
     lag: Lag | None = None
     """None: the GPU passes every read at once."""
+
+    @cached_property
+    def _ahead(self) -> set[Unit]:
+        """Units that were gathered before they are needed."""
+        return set()
+
     _saved: Sequence[Tensor] = ()
     """Shards of gradients that the host has copied, which backward keeps until it ends (`_saved_grad_shard`)."""
     _reshards_late: Unit | None = None
@@ -164,7 +115,26 @@ class Fsdp1(Fsdp2):
 
     def _gather_next(self, unit: Unit) -> None:
         if self.prefetches_forward and (following := self.units.index(unit) + 1) < len(self.units):
-            self._unshard(self.units[following])
+            self._gather_ahead(self.units[following])
+
+    def _gather_ahead(self, unit: Unit) -> None:
+        if not unit.unsharded:
+            self._ahead.add(unit)
+        self._unshard(unit)
+
+    def _unshard_again(self, unit: Unit) -> None:
+        """A unit is there: of what is on the host its shard is moved and cast all the same (`FlatParamHandle.pre_unshard`)."""
+        for flat in flats_of(unit, self.world_size):
+            first, shard = flat.members[0], (flat.numel // self.world_size,)
+            moves = self.offloads and first.casts
+            narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if moves else None
+            _moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if moves else None
+            del _moved
+            if self.lag is not None:
+                self.lag.wait()
+                self.lag.join(UNSHARD, PRE_UNSHARD)
+                self.lag.keep([narrow] if narrow is not None else [], UNSHARD)
+            del narrow
 
     def leave(self, name: str, x: Tensor) -> Tensor:
         """After a unit's forward, whose output is `x`. In an adapted layer the last adapter gathers the next one."""
@@ -193,6 +163,9 @@ class Fsdp1(Fsdp2):
         if unit.state == "pre_backward":
             return
         unit.state = "pre_backward"
+        if unit.unsharded and unit not in self._ahead:
+            self._unshard_again(unit)
+        self._ahead.discard(unit)
         self._unshard(unit)
         self._wait(unit, forward=False)
         self._reshard_late()
@@ -207,7 +180,7 @@ class Fsdp1(Fsdp2):
 
     def _gather_before(self, unit: Unit) -> None:
         if unit.indices and (index := unit.indices.pop()) > 0:
-            self._unshard(self._order[index - 1])
+            self._gather_ahead(self._order[index - 1])
 
     def post_backward(self, unit: Unit) -> None:
         """The gradients of a unit are complete: make them flat, free its parameters and reduce the gradients."""
@@ -240,6 +213,13 @@ class Fsdp1(Fsdp2):
         if self.f.kept_inputs is not None:
             self.f.kept_inputs.clear()
         if self.lag is not None:
+            self.lag.join(DEFAULT, POST_BACKWARD)
+            self.lag.join(DEFAULT, ALL_REDUCE)
+            self.lag.read()  # Trainer reads the loss (`logging_nan_inf_filter`)
+
+    def read_mask(self) -> None:
+        """The host reads whether a mask hides anything, before the first layer."""
+        if self.lag is not None and self.reads_masks:
             self.lag.read()
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:

@@ -178,10 +178,10 @@ def prepared(request: Request) -> Job:
         from peftplan.job.shared_bases import loaded_by_rank, unprepared
         from peftplan.job.shared_optimizers import check_in_backward, stepped_by_deepspeed
         from peftplan.job.shared_work import (
+            as_trainers_run,
             asked_checkpoints,
             changed_by_trainer,
             check_distributed,
-            with_trainers_ddp,
             with_trainers_deepspeed,
         )
 
@@ -196,7 +196,7 @@ def prepared(request: Request) -> Job:
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)
         adapts = kind is None or kind.peft_type is not None
-        distributed = with_trainers_ddp(distributed, setup, request.script, adapts=adapts, architecture=architecture)
+        distributed = as_trainers_run(distributed, setup, request.script, adapts=adapts, architecture=architecture)
         check_distributed(distributed, setup, architecture, quant, model_config)
     elif setup.device_map == "cpu":
         raise InputError(

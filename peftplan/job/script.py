@@ -54,7 +54,7 @@ class Script(BaseModel):
     releases."""
     units_of_layers: bool = False
     """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
-    fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases. Such a job has no peak."""
+    fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases (`versions.PINNED_ACCELERATE`)."""
     freezes_ranknum: bool = False
     """Whether AdaLoRA's `ranknum` trains on no base, as before `versions.RANKNUM_ANEW`."""
     allocates_ranks: bool | None = None

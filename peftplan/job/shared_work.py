@@ -19,7 +19,7 @@ from peftplan.job.shared_bases import FLOATS, check_flat_dtypes, packs_integers
 from peftplan.methods.adaptation import Adaptation, AddedTensor
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.storage import QuantConfig
-from peftplan.versions import FSDP2_TAIL_APART, named
+from peftplan.versions import FSDP2_TAIL_APART, PINNED_ACCELERATE, named
 
 ONE_TABLE = ("t5", "mt5", "bart")
 """Model types whose encoder and decoder have each a module around one table of tokens."""
@@ -328,11 +328,14 @@ def with_trainers_deepspeed(distributed: Distributed, setup: Setup) -> Distribut
     return distributed.model_copy(update={"deepspeed_version": setup.by.deepspeed or None})
 
 
-def with_trainers_ddp(
+def as_trainers_run(
     distributed: Distributed, setup: Setup, script: Script, *, adapts: bool, architecture: Architecture
 ) -> Distributed:
     """The strategy with what a tool or its trainer tells DDP unless the option does: whether to look for parameters without
-    gradients, whether a step's graph never changes, and how large its buckets are."""
+    gradients, whether a step's graph never changes, and how large its buckets are; under FSDP2 the accelerate it needs."""
+    if distributed.strategy == "fsdp2" and distributed.accelerate is None:
+        pinned = setup.by.pins_accelerate or script.units_of_layers
+        return distributed.model_copy(update={"accelerate": PINNED_ACCELERATE} if pinned else {})
     if distributed.strategy != "ddp":
         return distributed
     told = {name: getattr(script, name) for name in ("static_graph", "bucket_cap_mb") if getattr(distributed, name) is None}

@@ -18,6 +18,7 @@ def causal_mask(model: Model, dtype: str, window: int | None = None) -> Tensor |
     no longer than the sequence, a prefix, or an older transformers; else none, since the kernels know causal attention.
     """
     f, s, running = model.tape, model.seq, model.running
+    model.units.read_mask()
     if model.own_mask is not None:
         return model.own_mask
     windowed = window is not None and model.key_len >= window

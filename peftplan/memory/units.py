@@ -86,6 +86,9 @@ class Units(Protocol):
     def as_read(self, name: str, parameter: TapeParameter) -> Operand:
         """A part's parameter as the model's forward reads it, which does not call the part."""
 
+    def read_mask(self) -> None:
+        """The host reads whether a mask hides anything."""
+
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
         """What the model returns to its caller."""
 

@@ -31,6 +31,9 @@ class OneDevice:
         """A part's parameter as the model's forward reads it, which does not call the part."""
         return parameter
 
+    def read_mask(self) -> None:
+        """The host reads whether a mask hides anything."""
+
     def hand_out(self, outputs: list[Tensor]) -> list[Tensor]:
         """What the model returns to its caller."""
         return outputs

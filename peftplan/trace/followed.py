@@ -123,7 +123,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its deepspeed_optimizer": by_deepspeed and bool(distributed.deepspeed_optimizer),
         "a loop without Trainer": by_deepspeed and not job.setup.by.prepares_model,
         f"its units before {versions.FSDP2_TAIL_APART.named}": sharded
-        and (job.script.units_of_layers or versions.FSDP2_TAIL_APART.after(distributed.accelerate)),
+        and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": (sharded or by_deepspeed)
         and job.quant is not None

@@ -311,7 +311,16 @@ def test_an_older_accelerate_prepares_a_model_for_fsdp2(values: dict[str, Any]) 
     (utils/fsdp_utils.py, `fsdp2_prepare_model`): LoRA was counted with half the bytes of its base."""
     fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}, "use_reentrant_gc": False, "bf16": True}
     plan = read({**values, **fsdp})
-    assert "a release before accelerate 1.14" in peftplan.estimate(config=plan, gpus=4).not_modelled[0]
+    result = peftplan.estimate(config=plan, gpus=4)
+    assert result.distributed is not None
+    assert result.distributed.strategy.accelerate == "1.11"
+    if values is LLAMAFACTORY:
+        assert result.peaks is not None
+        pinned = peftplan.estimate(config=plan, gpus=4, accelerate="1.11").peaks
+        assert pinned is not None
+        assert result.peaks.by_phase == pinned.by_phase
+    else:  # its weights are in fp32, which was not rehearsed
+        assert "a release before accelerate 1.14" in result.not_modelled[0]
     assert peftplan.estimate(config=plan, gpus=4, accelerate="1.15").peaks is not None
 
 
