@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,7 @@ Key = tuple[object, ...]
 
 def _keys(inventory: "Inventory", compute_capability: str, *, late: bool) -> "tuple[OfRank, Key, tuple[Key, Key]]":
     """Which GPU sees the job, what decides its operations, and its places in the cache: of every such card, of one alone."""
-    step_key = late, *key_of_step(inventory.job, compute_capability)
+    step_key = late, key_of_step(inventory.job, compute_capability)
     of_rank = inventory.holding and (inventory.holding.device, inventory.holding.rank)
     return of_rank, step_key, ((of_rank, step_key), (of_rank, step_key, inventory.job.multiprocessors))
 
@@ -162,11 +163,24 @@ def _needs_as(step: Compiled, other: Compiled | None) -> bool:
 
 
 _OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in ("batch_size", "seq_len")))
-_KEYED: "list[tuple[Job, str, tuple[object, ...]]]" = []
+
+
+class StepKey(tuple[object, ...]):
+    """What decides a step, hashed once."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+
+_KEYED: "list[tuple[Job, str, StepKey]]" = []
 """The job whose key was built last, and the key: one estimate asks for its steps several times, and for those of each rank."""
 
 
-def key_of_step(job: "Job", compute_capability: str) -> tuple[object, ...]:
+def key_of_step(job: "Job", compute_capability: str) -> StepKey:
     """What decides which operations a job runs, for the kernels of a compute capability."""
     for of_job, of_kernels, key in _KEYED:
         if of_job is job and of_kernels == compute_capability:
@@ -179,6 +193,6 @@ def key_of_step(job: "Job", compute_capability: str) -> tuple[object, ...]:
     )
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
-    key = (id(job.architecture), *described, job.script, *facts, job.distributed, *_OF_SETUP(setup))
+    key = StepKey((id(job.architecture), *described, job.script, *facts, job.distributed, *_OF_SETUP(setup)))
     _KEYED[:] = [(job, compute_capability, key)]
     return key
