@@ -194,7 +194,8 @@ def kept_traces() -> dict[str, dict[str, Any]]:
 
 
 def compared(row: dict[str, Any]) -> dict[str, float] | None:
-    """Signed difference of each phase and of reserved bytes, as a share of the rehearsal's; None without a peak by formula."""
+    """Signed difference of each phase and of reserved bytes that are stated, as a share of the rehearsal's; None without a peak
+    by formula."""
     result = peftplan.estimate(**options(row), gpu=CARD)
     peaks = result.peaks
     if peaks is None:
@@ -204,7 +205,7 @@ def compared(row: dict[str, Any]) -> dict[str, float] | None:
     if isinstance(peaks, OfRanks):
         peaks = on_rehearsed_rank(peaks, row.get("rank", 0))
     shares = {phase: peaks.by_phase[phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
-    return {**shares, "reserved": (peaks.reserved or 0) / row["peak_reserved"] - 1}
+    return shares if peaks.reserved is None else {**shares, "reserved": peaks.reserved / row["peak_reserved"] - 1}
 
 
 def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
@@ -242,7 +243,8 @@ def table() -> tuple[list[str], str]:
         name = row["name"]
         estimated = compared(row)
         traced = compared_trace(row, kept[name]) if name in kept else None
-        cells = ["–"] * 5 if estimated is None else [_percent(share) for share in estimated.values()]
+        known = {} if estimated is None else estimated
+        cells = [_percent(known[what]) if what in known else "–" for what in (*PHASES, "reserved")]
         cells += ["–"] * 2 if traced is None else [_percent(_allocated(traced)), _percent(traced["reserved"])]
         lines.append(f"| {_without_json_marks(name)} | {' | '.join(cells)} |")
         for engine, shares in (("estimated", estimated), ("traced", traced)):
@@ -271,7 +273,7 @@ def _summary(title: str, of_jobs: Shares) -> str:
     """Median and worst of all phases of these jobs, and of reserved bytes."""
     differences = {
         "allocated per phase": [shares[phase] for shares in of_jobs for phase in PHASES],
-        "reserved": [shares["reserved"] for shares in of_jobs],
+        "reserved": [shares["reserved"] for shares in of_jobs if "reserved" in shares],
     }
     words = [
         f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {_percent(max(values, key=abs))}"

@@ -176,7 +176,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
         divides_after = job.quant is not None or (job.distributed is not None and job.distributed.strategy == "fsdp2")
-        whole = states_made_twice(job, inventory.parameters, optimizer) if divides_after else Ledger(())
+        whole = states_made_twice(job, inventory.parameters, optimizer, divided=False) if divides_after else Ledger(())
         left = () if job.distributed is None else rank_loading.shards_left(load, Ledger(loaded))
         loading = max(loading + whole, Ledger(loaded + left + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(

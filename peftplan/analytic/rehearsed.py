@@ -10,6 +10,7 @@ from peftplan.analytic.shown import (
     SHOWN_OPTIMIZERS,
     UNDER_DEVICE_MAP,
     ZERO,
+    adapts_leaves,
     adapts_mixture,
     classifies,
     is_decoder,
@@ -353,7 +354,7 @@ def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
         "bias": getattr(job.config, "bias", "none") != "none",
         "target_modules": any(module.name in tables for module in job.adaptation.matched)
-        or any(leaf is not None and tensor.name.startswith(leaf) for tensor in job.adaptation.added),
+        or (leaf is not None and any(t.name.startswith(leaf) for t in job.adaptation.added) and not adapts_leaves(job)),
     }
 
 

@@ -174,7 +174,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
         over = ()
     made_before_cast = flat and method != "full" and (method not in ADAPTED or job.setup.adapter_dtype != "fp32")
     made_of_whole = job.distributed.strategy in ("zero3", "fsdp2") and not (
-        method in ADAPTED and job.quant is None and not job.distributed.cpu_ram_efficient_loading
+        method in ADAPTED and (job.quant is None or _packs_on_card(job)) and not job.distributed.cpu_ram_efficient_loading
     )
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
@@ -183,6 +183,16 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if _knows_lomo(job):
         over = (*over, "lomo", *(("adalomo",) if flat and method in ("full", "lora", "rslora") else ()))
     return (*known, *over) if knows_optimizers(job) else known
+
+
+def _packs_on_card(job: Job) -> bool:
+    """Whether FSDP2 divides 4 bits that were packed on the card beside an adapter in fp32, as Adagrad was rehearsed
+    (tests/rehearse/optimizers.jsonl)."""
+    assert job.distributed is not None
+    assert job.quant is not None
+    stored = job.quant.name == "nf4" and job.quant.quant_storage == "bf16"
+    on_card = job.setup.device_map != "cpu" and job.setup.adapter_dtype == "fp32"
+    return job.distributed.strategy == "fsdp2" and stored and on_card
 
 
 def _knows_lomo(job: Job) -> bool:
@@ -339,6 +349,22 @@ def is_shown_reentrant(job: Job) -> bool:
         rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
         return not trains_experts and rehearsed
     return strategy != "zero0" or job.setup.by.anchors or bool(job.setup.by.under_zero0)
+
+
+ADAPTED_LEAVES = ("mixtral", "qwen3_moe")
+"""Model types whose experts, a module without hooks inside, were rehearsed with LoRA over their stacks and router."""
+
+
+def adapts_leaves(job: Job) -> bool:
+    """Whether LoRA over such experts under ZeRO-3 resembles what was rehearsed: by Trainer in 16 bits, all on the card, without
+    reentrant checkpoints (tests/distributed/rank_jobs.jsonl, tests/rehearse/unreserved.jsonl)."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"} and not distributed.keeps_leftovers
+    reentrant = bool(setup.gradient_checkpointing and setup.use_reentrant)
+    plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full" and not setup.kernels
+    of_type = job.architecture.model_type in ADAPTED_LEAVES and job.method_name == "lora" and job.quant is None and is_bare(job)
+    return of_type and plain and on_card and not reentrant and setup.by.traced_on_ranks and not setup.by.of_preferences
 
 
 def scans_under_zero2(job: Job) -> bool:

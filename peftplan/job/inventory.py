@@ -331,20 +331,25 @@ def optim_arguments(job: Job, optimizer: Optimizer) -> dict[str, str]:
     return named | parse_optim_args(job.setup.optim_args)
 
 
-def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer) -> Ledger:
+def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer, *, divided: bool = True) -> Ledger:
     """What stays of an optimizer whose constructor made states of a whole adapter. DeepSpeed makes another one over its flat
     masters, and the trainer's stays with states on the card (deepspeed, runtime/zero/stage3.py:1358 and stage_1_and_2.py:947).
     Under FSDP2 its states stay on the host, but the parameters that they are of have been moved to the card, and accelerate moves
-    a step of each (optimizer.py, `move_to_device`).
+    a step of each (optimizer.py, `move_to_device`). Beside a quantized base both are on the card. `divided`: the model has been
+    divided since, and those parameters are no longer its own.
     """
     distributed = job.distributed
     if distributed is None or optimizer.made_with_states is not True:
         return Ledger(())
     adapter = tuple(p for p in built.all if p.owner == "adapter" and p.trainable)
     if distributed.strategy == "fsdp2":
-        whole = ((f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter)
-        steps = ((f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter)
-        return Ledger(tuple(Line(n, "optimizer_states", t, dims, k, optimizer.source) for n, t, dims, k in (*whole, *steps)))
+        whole = [(f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter]
+        steps = [(f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter]
+        on_card = job.quant is not None
+        kept = steps if on_card and not divided else (*whole, *steps)
+        states = _optimizer(job, built._replace(all=adapter), optimizer) if on_card else ()
+        lines = (Line(n, "optimizer_states", t, dims, k, optimizer.source) for n, t, dims, k in kept)
+        return Ledger((*lines, *(line for line in states if line.place == "device")))
     divides_first = distributed.strategy == "zero3" and distributed.zero3_init is not False
     if distributed.strategy in ("zero1", "zero2", "zero3") and (job.quant is not None or divides_first):
         return _optimizer(job, built._replace(all=adapter), optimizer)

@@ -70,11 +70,28 @@ def test_adagrad_over_adapters_in_16_bits_has_no_formula_under_fsdp1() -> None:
     assert peftplan.estimate("gemma-3-270m", **options).peaks is not None  # adapters in fp32
 
 
+def test_adagrad_over_4_bits_keeps_what_its_constructor_made() -> None:
+    """r 8 of 24 layers of Qwen2.5 0.5B, 896 wide with 128 for k and v and 4,864 in MLPs: the whole adapter in fp32, and one state
+    of it, which FSDP2 leaves on each card."""
+    options = {"method": "qlora", "quant_storage": "bf16", "strategy": "fsdp2", "optim": "adagrad", "gpus": 4, "seq_len": 64}
+    result = peftplan.estimate("qwen2.5-0.5b", **options)
+    assert result.peaks is not None
+    adapter = 24 * 8 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    whole = [line for line in result.peaks.ledgers["step"] if line.name.endswith(", whole") and "step of" not in line.name]
+    assert sum(line.bytes() for line in whole) == 4 * adapter
+
+
 @pytest.mark.parametrize(
     ("options", "trainers"),
     [
         # of a whole base in 4 bits, which ZeRO-3 divides behind the optimizer's constructor, nothing was rehearsed
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad"}, ("transformers", "trl")),
+        ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad"}, ("transformers",)),
+        ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16"}, ("trl",)),
+        (
+            {"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16", "device_map": "cpu"},
+            ("transformers",),
+        ),
     ],
     ids=str,
 )

@@ -55,11 +55,11 @@ ROWS = [row for row in rows() if "error" not in row]
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
-    """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %, or equal. The jobs named above are beyond
-    that.
+    """Allocated bytes of each phase within 0.1 %, reserved bytes within 0.5 %, or equal, or not stated. The jobs named above are
+    beyond that.
     """
     shares = compared(row)
     assert shares is not None
     for phase in PHASES:
         assert abs(shares[phase]) <= (0.003 if row["name"].startswith(OPEN) else 0.001), (phase, shares)
-    assert abs(shares["reserved"]) <= (0.0 if row["name"].startswith(EQUAL) else 0.005), shares
+    assert abs(shares.get("reserved", 0.0)) <= (0.0 if row["name"].startswith(EQUAL) else 0.005), shares

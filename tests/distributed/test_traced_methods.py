@@ -55,6 +55,7 @@ RESERVED = {
     "full --optim lomo --gradient-acc": 2.6,
     "adalomo": 0.15,
     "qlora --optim adagrad": 0.09,
+    "qlora --quant-storage bf16 --optim adagrad": 1.6,
 }
 """Part of a job → percent that reserved may be apart."""
 

@@ -212,9 +212,20 @@ def test_a_quantized_model_is_whole_before_it_is_divided() -> None:
     assert at_once == made_first
 
 
-@pytest.mark.parametrize(("targets", "has_peak"), [(["q_proj", "v_proj"], True), ("all-linear", False)])
-def test_adapters_of_experts_have_no_peak(targets: Any, *, has_peak: bool) -> None:
-    result = peftplan.estimate("qwen3-30b-a3b", method="lora", gpus=8, strategy="zero3", target_modules=targets)
+@pytest.mark.parametrize(
+    ("model", "options", "has_peak"),
+    [
+        ("qwen3-30b-a3b", {"target_modules": ["q_proj", "v_proj"]}, True),
+        ("qwen3-30b-a3b", {}, True),
+        ("mixtral-8x7b-v0.1", {}, True),
+        ("mixtral-8x7b-v0.1", {"use_reentrant": True}, False),
+        ("mixtral-8x7b-v0.1", {"offload_params": "cpu"}, False),
+        ("qwen1.5-moe-a2.7b", {}, False),
+    ],
+)
+def test_adapters_of_experts_have_a_peak_as_rehearsed(model: str, options: dict[str, Any], *, has_peak: bool) -> None:
+    job = {"target_modules": "all-linear", "method": "lora", "gpus": 8, "strategy": "zero3", "gradient_checkpointing": True}
+    result = peftplan.estimate(model, **job | options)
     assert (result.peaks is not None) == has_peak
     if not has_peak:
         assert "target_modules" in result.to_dict()["not_modelled"][0]
