@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import click
@@ -171,25 +170,11 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-NO_PLUGINS, PLUGINS = "PYDANTIC_DISABLE_PLUGINS", "pydantic.plugin._loader"
-
-
-class NoPlugins(ModuleType):
-    """Pydantic without plugins: stands for its module that looks for them in every installed package. What that one imports is a
-    fifteenth of a cold start, whether it may look or not."""
-
-    @staticmethod
-    def get_plugins() -> tuple[()]:
-        """None."""
-        return ()
-
-
 def run() -> None:
     """The console script: a short process, whose few cycles are not worth the collector's time (a fifth of a cold start)."""
     gc.disable()
-    if "rehearse" not in sys.argv and NO_PLUGINS not in os.environ:  # the program of a rehearsal inherits the environment
-        os.environ[NO_PLUGINS] = "__all__"
-        sys.modules.setdefault(PLUGINS, NoPlugins(PLUGINS))
+    if "rehearse" not in sys.argv:  # whose program inherits the environment
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # or pydantic looks for them in every installed package
     try:
         main()
     finally:

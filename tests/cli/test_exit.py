@@ -6,13 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
 
-from peftplan.cli import COMMANDS, NO_PLUGINS, PLUGINS, LazyGroup, NoPlugins, cli
+from peftplan.cli import COMMANDS, LazyGroup, cli
 from peftplan.job.setup import Setup
 from tests.cli.run import HERE, run
 
@@ -247,21 +246,3 @@ print("PYDANTIC_DISABLE_PLUGINS" in os.environ)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYDANTIC_DISABLE_PLUGINS"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines()[-1] == str(left_out)
-
-
-def test_no_package_is_searched_for_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands for pydantic's module answers as that does where no plugin may be loaded, and spares `importlib.metadata`."""
-    program = """
-import sys
-sys.argv = ["peftplan", "estimate", "smollm2-135m"]
-from peftplan.cli import run
-try:
-    run()
-finally:
-    print("importlib.metadata" in sys.modules)
-"""
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != NO_PLUGINS}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
-    assert done.stdout.splitlines()[-1] == "False"
-    monkeypatch.setenv(NO_PLUGINS, "__all__")
-    assert tuple(import_module(PLUGINS).get_plugins()) == NoPlugins.get_plugins()
