@@ -10,7 +10,6 @@ from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import MASKED, SHARED_CHUNKS
 from peftplan.job.requirements import pair
 from peftplan.memory.attention import FLASH_CAPABILITY
-from peftplan.memory.zero3_modules import LEAVES
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -94,9 +93,12 @@ def _permutes_from_host(job: Job) -> bool:
 
 def _adapts_leaves(job: Job) -> bool:
     """Whether LoRA stands over stacks of experts that ZeRO-3 gathers at once."""
-    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    if job.distributed is None or job.distributed.strategy != "zero3":
+        return False
+    from peftplan.memory.zero3_modules import LEAVES  # which few jobs need
+
     leaf = LEAVES.get(job.architecture.model_type)
-    return divided and leaf is not None and any(tensor.name.startswith(leaf) for tensor in job.adaptation.added)
+    return leaf is not None and any(tensor.name.startswith(leaf) for tensor in job.adaptation.added)
 
 
 def _learns_what_it_wrote(job: Job) -> bool:
