@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import peftplan.versions as versions
 from peftplan.analytic.shown import (
     FLAT,
-    SHOWN_OPTIMIZERS,
     UNDER_DEVICE_MAP,
     ZERO,
     adapts_leaves,
@@ -22,11 +21,11 @@ from peftplan.analytic.shown import (
     knows_methods,
     layer_classes,
     shown_methods,
-    shown_optimizers,
     shows_base,
     shows_dora,
     translates_text,
 )
+from peftplan.analytic.shown_optimizers import SHOWN_OPTIMIZERS, shown_optimizers
 from peftplan.distributed.flat_parameters import wraps_mlps
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
