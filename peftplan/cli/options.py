@@ -87,6 +87,8 @@ def chosen(options: Mapping[str, object]) -> JobOptions:
             raise twice(setters[name], f"--set {word}")
         setters[name] = f"--set {word}"
         set_options[word] = value
+    if "," in str(set_options.get("strategy", "")):
+        raise RefusedError("--strategy: accepted: one name here; `peftplan compare` takes several, comma-separated")
     return cast("JobOptions", set_options)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from peftplan.distributed.names import DEFAULT, STRATEGIES
 from peftplan.errors import InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.frames import as_html, dataframe
+from peftplan.job.launch import FILES, launch_options
 from peftplan.job.prepare import prepare
 from peftplan.job.setup import Engine
 from peftplan.ledger import EVERY_CATEGORY
@@ -142,7 +143,10 @@ def compare(
             rows.append(Compared(method, error=str(error), **way.facts(len(ways))))
             continue
         name = result.model["name"]
-        over = result.distributed.strategy.called if result.distributed and len(ways) == 1 else None
+        shared = result.distributed and result.distributed.strategy
+        over = shared.called if shared and len(ways) == 1 else None
+        if shared:  # which may be that of a file
+            way = way._replace(gpus=shared.world_size, strategy=shared.strategy)
         facts = way.facts(len(ways))
         rows += [row._replace(**facts) for row in _rows(method, result, _adapter_bytes(model, fields))]
     if errors and len(errors) == len(jobs):
@@ -155,17 +159,17 @@ class _Way(NamedTuple):
 
     cards: tuple[str, ...] | None
     options: Mapping[str, object]
-    gpus: int | None
+    gpus: int
     strategy: str
 
     def facts(self, ways: int) -> dict[str, Any]:
         """What a row says of it, if there are several."""
-        return {"strategy": self.strategy, "world_size": self.gpus or 1} if ways > 1 else {}
+        return {"strategy": self.strategy, "world_size": self.gpus} if ways > 1 else {}
 
 
 def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], options: JobOptions) -> list[_Way]:
     """Every strategy over every number of GPUs. Raises InputError or UnknownNameError."""
-    names = tuple(dict.fromkeys(cast("Sequence[str]", listed(strategies)))) or (None,)
+    names = tuple(dict.fromkeys(name for name in cast("Sequence[str]", listed(strategies)) if name)) or (None,)
     for name in names:
         if name is not None and name not in STRATEGIES:
             raise UnknownNameError("strategy", name, tuple(STRATEGIES))
@@ -175,16 +179,21 @@ def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], opti
         raise InputError("gpus", number, f"gpu says how many there are ({counted}x…); accepted: one of the two")
     if own is not None and names != (None,):
         raise InputError("strategy", own, "strategies says which there are; accepted: one of the two")
-    return [
-        _Way(
-            cards or None,
-            ({} if name is None else {"strategy": name}) | ({} if count is None else {"gpus": count}),
-            (count or number or 1) * (options.get("nodes") or 1),
-            name or own or (DEFAULT if (count or number or 1) > 1 else ONE),
-        )
-        for name in names
-        for count, cards in groups
-    ]
+    of_files, _ = launch_options({name: options.get(name) for name in FILES})
+    asked: dict[str, object] = {**of_files, **{name: value for name, value in options.items() if value is not None}}
+    ways: list[_Way] = []
+    for name in names:
+        for count, cards in groups:
+            shared = ({} if name is None else {"strategy": name}) | ({} if count is None else {"gpus": count})
+            ranks = (count or _number(asked.get("gpus"))) * _number(asked.get("nodes"))
+            called = name or cast("str | None", asked.get("strategy")) or (DEFAULT if ranks > 1 else ONE)
+            ways.append(_Way(cards or None, shared, ranks, called))
+    return ways
+
+
+def _number(value: object) -> int:
+    """How many GPUs or nodes an option says, on the command line as text; 1 where it is refused later."""
+    return int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else 1
 
 
 def _jobs(model: object, names: Sequence[str], options: JobOptions) -> dict[str, JobOptions]:

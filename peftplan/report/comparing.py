@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.planning.compare import Compared, Comparison
+from peftplan.planning.compare import ONE, Compared, Comparison
 from peftplan.report.screen import glyphs
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes, format_count
@@ -62,11 +62,14 @@ def _of_ways(result: Comparison) -> list[tuple[str, ...]]:
     largest = max((row.peak_allocated or 0 for row in result.rows), default=0)
     rows: list[tuple[str, ...]] = []
     before: tuple[object, object] = (None, None)
+    counted: set[str] = set()
     for row in result.rows:
         same_method = before[0] == row.method
+        count = "" if row.method in counted else _count(row)
+        counted |= {row.method} if count else set()
         names = ("" if same_method else row.method, "" if before == (row.method, row.strategy) else row.strategy or "")
         verdict = (row.verdict or ("error" if row.error else "")).replace("_", " ")
-        sizes = (*_needs_and_left(row), verdict, _size(row.peak_allocated), "" if same_method else _count(row))
+        sizes = (*_needs_and_left(row), verdict, _size(row.peak_allocated), count)
         rows.append((*names, str(row.world_size), row.gpu or "", *sizes, bar(row.peak_allocated or 0, largest)))
         before = (row.method, row.strategy)
     return rows
@@ -124,7 +127,9 @@ def _named(row: Compared) -> str:
 
 def label(row: Compared) -> str:
     """What a bar of a row is called."""
-    return f"{row.method}, {row.world_size} × {row.strategy}" if row.strategy else row.method
+    if row.strategy in (None, ONE):
+        return f"{row.method}, {ONE}" if row.strategy else row.method
+    return f"{row.method}, {row.world_size} × {row.strategy}"
 
 
 def _count(row: Compared) -> str:

@@ -223,6 +223,38 @@ def test_ways_on_the_command_line(tmp_path: Path) -> None:
     assert [(row["strategy"], row["world_size"]) for row in rows] == [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4)]
 
 
+@pytest.mark.parametrize(("words", "gpus"), [("--gpus 4", 4), ("--gpus 4 --nodes 2", 8), ("--nodes 2", 2)])
+def test_the_number_of_gpus_may_be_an_option(words: str, gpus: int) -> None:
+    done = run("compare", "llama-3.2-1b", "--method", "lora", "--strategy", "ddp,fsdp2", "--gpu", "l4", *words.split())
+    assert f"lora: fits {gpus} × l4 by ddp, fsdp2" in done.out
+
+
+def test_rows_say_what_a_file_says(tmp_path: Path) -> None:
+    """The strategy, and how many GPUs."""
+    zero = {"strategies": (), "gpu": "2xl4,4xl4", "deepspeed": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}}
+    result = compare("llama-3.2-1b", methods="lora", **zero)  # type: ignore[arg-type]
+    assert [(row.strategy, row.world_size) for row in result.rows] == [("zero3", 2), ("zero3", 4)]
+    config = {"distributed_type": "MULTI_GPU", "num_processes": 4, "num_machines": 1, "mixed_precision": "bf16"}
+    result = compare("llama-3.2-1b", methods="lora", gpu="2xl4,l4", accelerate_config=config)
+    assert [(row.strategy, row.world_size, row.verdict) for row in result.rows] == [("ddp", 2, None), ("ddp", 4, "fits")]
+
+
+def test_names_may_end_with_a_comma() -> None:
+    result = compare("llama-3.2-1b", methods="lora,", strategies="fsdp2,", gpu="2xl4")
+    assert result.over == "FSDP2 over 2 GPUs"
+
+
+def test_one_strategy_elsewhere() -> None:
+    done = run("fit", "llama-3.2-1b", "--method", "lora", "--strategy", "ddp,fsdp2", "--gpu", "2xl4")
+    assert "`peftplan compare` takes several" in done.err
+
+
+def test_a_method_without_its_first_way_says_what_it_trains() -> None:
+    result = compare("llama-3.2-1b", methods="qlora", strategies="fsdp1,fsdp2", gpu="2xl4")
+    assert [row.trainable_parameters is None for row in result.rows] == [True, False]
+    assert [cells[8] for cells in comparing.cells(result)] == ["", "5.64 M"]
+
+
 def test_a_bar_of_several_gpus_is_as_long_as_its_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what ranks gather and send each other."""
     figure = pytest.importorskip("matplotlib.figure")
