@@ -27,7 +27,14 @@ def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
             "cpu_ram_efficient_loading; earlier releases move each weight to the host (--transformers 4.57)"
         )
     recomputed = distributed.strategy == "zero3" and job.setup.gradient_checkpointing and job.setup.use_reentrant
-    if not recomputed or distributed.keeps_leftovers:
+    if not recomputed:
+        return
+    if distributed.keeps_leftovers:
+        if job.method_name != "full" and distributed.deepspeed_version != job.setup.by.deepspeed:  # which its package pins
+            yield (
+                f"counted with deepspeed {distributed.deepspeed_version}; since {LEFTOVERS_RELEASED.named}, ZeRO-3 keeps more weights "
+                "gathered while reentrant checkpoints are recomputed, and may hold far more (--deepspeed-version 0.19.8)"
+            )
         return
     if 2 * peaks.ledgers[peaks.phase].bytes(("gathered_weights",)) > peaks.allocated:
         yield (
