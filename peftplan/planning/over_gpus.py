@@ -32,8 +32,8 @@ def release_notes(job: Job, peaks: Peaks) -> Iterator[str]:
     if distributed.keeps_leftovers:
         if job.method_name != "full" and distributed.deepspeed_version != job.setup.by.deepspeed:  # which its package pins
             yield (
-                f"counted with deepspeed {distributed.deepspeed_version}; since {LEFTOVERS_RELEASED.named}, ZeRO-3 keeps more weights "
-                "gathered while reentrant checkpoints are recomputed, and may hold far more (--deepspeed-version 0.19.8)"
+                f"counted with deepspeed {distributed.deepspeed_version}; since {LEFTOVERS_RELEASED.named}, ZeRO-3 keeps more "
+                "weights gathered while reentrant checkpoints are recomputed, and may hold far more (--deepspeed-version 0.19.8)"
             )
         return
     if 2 * peaks.ledgers[peaks.phase].bytes(("gathered_weights",)) > peaks.allocated:
