@@ -110,6 +110,7 @@ FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no 
 PINNED_ACCELERATE = "1.11"
 """The newest accelerate that LLaMA-Factory 0.9.5 runs with."""
 FSDP2_FIRST_REHEARSED = Change("accelerate", (1, 8), "the oldest release whose `fsdp2_prepare_model` was rehearsed")
+FSDP2_IN_GROUPS = Change("accelerate", (1, 10), "`ParallelismConfig`, which makes groups of ranks under FSDP2")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
 INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")

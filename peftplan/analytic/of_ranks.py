@@ -91,9 +91,7 @@ class OfRanks(InstantPeaks):
 
     @property
     def by_pace(self) -> bool:
-        """Not with `forward_prefetch`, which the first step does without: a rehearsal reserved 10 % more than the late end."""
-        distributed = self.inventory.job.distributed
-        return self._waits and distributed is not None and not distributed.forward_prefetch
+        return self._waits and self.unreserved is None
 
     @property
     def _waits(self) -> bool:

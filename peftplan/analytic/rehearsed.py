@@ -178,7 +178,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "target_parameters": flat and adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
-        f"a release before {versions.FSDP2_TAIL_APART.named}": not flat and _has_units_of_layers(job, distributed),
+        f"a release before {_first_known(distributed).named}": not flat and _has_units_of_layers(job, distributed),
         "loss": (job.setup.loss not in losses and job.setup.by.layout is ACCELERATE) or job.setup.loss == "torchtune-chunked",
         "cpu_ram_efficient_loading of tied embeddings": job.setup.by.own_fsdp2  # made twice: reserved +3.9 % of a rehearsal
         and not flat
@@ -197,13 +197,22 @@ def _has_units_of_layers(job: Job, distributed: Distributed) -> bool:
     return older and not _knows_units_of_layers(job, distributed.accelerate)
 
 
+def _first_known(distributed: Distributed) -> versions.Change:
+    """The first release that makes another step than a named one which was not rehearsed."""
+    too_old = versions.FSDP2_FIRST_REHEARSED.after(distributed.accelerate)
+    return versions.FSDP2_FIRST_REHEARSED if too_old else versions.FSDP2_TAIL_APART
+
+
 def _knows_units_of_layers(job: Job, accelerate: str | None) -> bool:
     """Whether units of layers alone were rehearsed: full fine-tuning and LoRA of dense decoders in bf16."""
     decoder = job.architecture.task_type == "CAUSAL_LM" and not (job.architecture.has_towers or job.architecture.encoder_layers)
     plain = decoder and is_plain(job) and knows_methods(job) and job.quant is None and job.setup.loss == "full"
     known = job.method_name in ("full", "lora") and not getattr(job.config, "use_dora", False)
     known = known and job.setup.optim in ("adamw_torch", "adamw_torch_fused")
-    return plain and known and not versions.FSDP2_FIRST_REHEARSED.after(accelerate)
+    assert job.distributed is not None
+    replicas = job.distributed.dp_shard_size is not None and versions.FSDP2_IN_GROUPS.after(accelerate)
+    shares_rows = (job.distributed.cp_size or 1) > 1
+    return plain and known and not replicas and not shares_rows and not versions.FSDP2_FIRST_REHEARSED.after(accelerate)
 
 
 def _knows_parts(job: Job) -> bool:

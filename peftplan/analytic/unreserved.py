@@ -25,6 +25,19 @@ def _offloads_quantized(job: Job) -> bool:
     return flat and job.quant is not None and job.setup.loss != "full"
 
 
+def _gathers_ahead_late(job: Job) -> bool:
+    """Whether FSDP1 gathers ahead in forward, as its first step does not."""
+    return job.distributed is not None and job.distributed.strategy == "fsdp1" and bool(job.distributed.forward_prefetch)
+
+
+def _moves_frozen_shards(job: Job) -> bool:
+    """Whether FSDP1 moves shards from the host that no cast copies. The stream of their gather is recorded with them
+    (torch, `_all_gather_flat_param`), so that a late GPU keeps them into the next step."""
+    distributed = job.distributed
+    offloads = distributed is not None and distributed.strategy == "fsdp1" and distributed.offload_params == "cpu"
+    return offloads and job.method_name != "full"
+
+
 def _packs_for_experts(job: Job) -> bool:
     """Whether Transformer Engine runs Qwen 3's experts over DeepEP."""
     kernels = job.setup.kernels or ()
@@ -208,6 +221,8 @@ def _loads_ties_by_rank(job: Job) -> bool:
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_runs_xielu, "xIELU over a dense base: the replay was 2.5 % above and 5.3 % below traces of two layers"),
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
+    (_gathers_ahead_late, "forward_prefetch under FSDP1: a rehearsal with a late GPU reserved 10 % more than the replay"),
+    (_moves_frozen_shards, "FSDP1 offloads a frozen base: a rehearsal with a late GPU reserved 6 % more than the replay"),
     (
         _packs_for_experts,
         "one tensor for each expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay",

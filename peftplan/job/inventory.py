@@ -345,7 +345,7 @@ def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer, *, divi
     if distributed.strategy == "fsdp2":
         whole = [(f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter]
         steps = [(f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter]
-        on_card = job.quant is not None
+        on_card = job.quant is not None and job.setup.device_map != "cpu"
         kept = steps if on_card and not divided else (*whole, *steps)
         states = _optimizer(job, built._replace(all=adapter), optimizer) if on_card else ()
         lines = (Line(n, "optimizer_states", t, dims, k, optimizer.source) for n, t, dims, k in kept)
