@@ -87,9 +87,9 @@ class Loading(NamedTuple):
         """Shards are made as they come, and then cast unit by unit; those of the root last until it is done (torch,
         _fully_shard/_fully_shard.py, `FSDPModule._apply`; _fsdp_param.py, `reset_sharded_param`)."""
         narrow = Whole(memory, {})
-        made = {name: [(p, _as_made(p, shard)) for p, shard in members] for name, members in self.groups.items()}
-        narrowly = self._replace(groups=made, casts_shards=False)
-        held = [] if self.one_by_one else narrowly._by_unit(narrow)
+        uncast = {name: [(p, _as_made(p, shard)) for p, shard in members] for name, members in self.groups.items()}
+        narrowly = self._replace(groups=uncast, casts_shards=False)
+        until_end = [] if self.one_by_one else narrowly._by_unit(narrow)
         if self.one_by_one:
             narrowly(narrow)
         layers = [name for name in self.groups if name != ROOT]
@@ -105,7 +105,7 @@ class Loading(NamedTuple):
             else:
                 narrow.drop(before)
         narrow.drop(of_root)
-        for handle in held:
+        for handle in until_end:
             memory.release(handle)
 
     def _empty(self, memory: Memory[Handle]) -> None:

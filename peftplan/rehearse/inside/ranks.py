@@ -141,7 +141,7 @@ def _run_in_order(dist: Any) -> None:
         def run(*args: Any, **kwargs: Any) -> Any:
             import torch
 
-            group = id(next((given for given in (*args, *kwargs.values()) if isinstance(given, dist.ProcessGroup)), None))
+            group = id(next((each for each in (*args, *kwargs.values()) if isinstance(each, dist.ProcessGroup)), None))
             if group in last:
                 torch.cuda.current_stream().wait_event(last[group])
             result = collective(*args, **kwargs)
