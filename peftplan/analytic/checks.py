@@ -50,6 +50,8 @@ WRITING_ALONE = ("llama", "qwen2", "qwen3")
 """Model types whose completions of one prompt each were rehearsed, or that differ from these by norms of heads alone."""
 REWARDED = ("gpt_neox", "qwen2")
 """Model types that trl's older online trainers were rehearsed with."""
+REWARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+"""Optimizers that were."""
 PACKED = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose packed rows were rehearsed, or have the same masks."""
 LATENT = "kv_b_proj"
@@ -150,12 +152,13 @@ def _scores_as_rehearsed(job: Job) -> bool:
 
     setup, reward = job.setup, reward_of(job)
     assert reward is not None
-    autocast = "none" if setup.by.values else "bf16"
-    loaded = setup.dtype == "fp32" and setup.autocast == autocast and not setup.use_reentrant
-    loaded &= setup.by.values or bool(setup.gradient_checkpointing)  # else models keep their cache
-    plain = loaded and setup.attn_implementation == "sdpa" and setup.kernels is None
-    types = {job.architecture.model_type, reward.architecture.model_type if setup.by.values else REWARDED[0]}
-    return plain and job.method_name == "full" and types <= set(REWARDED)
+    values, types = setup.by.values, (job.architecture.model_type, reward.architecture.model_type)
+    loaded = setup.dtype == "fp32" and setup.autocast == ("none" if values else "bf16") and job.script.transformers is None
+    plain = bool(setup.gradient_checkpointing) and not setup.use_reentrant and not setup.padding  # else models keep their cache
+    plain = setup.use_cache is not False if values else plain
+    plain &= setup.attn_implementation == "sdpa" and setup.kernels is None and setup.optim in REWARDED_OPTIMIZERS
+    alike = set(types) <= set(REWARDED) and (not values or types[0] == types[1])
+    return loaded and plain and alike and job.method_name == "full"
 
 
 def _packs_as_rehearsed(job: Job) -> bool:

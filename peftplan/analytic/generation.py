@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from peftplan.analytic.compile_job import Compiled
-from peftplan.analytic.rollout import mixed, rolled_out
+from peftplan.analytic.rollout import AT_ONCE, mixed, rolled_out
 from peftplan.analytic.running import running_of
 from peftplan.analytic.scoring import scored
 from peftplan.analytic.sending import gathered_whole, sent
@@ -71,6 +71,9 @@ class Generation(NamedTuple):
         return Ledger(self.timeline.lines(self.peak[1], self.sizes))
 
 
+SAMPLED = 8
+"""Completions that PPOTrainer shows after its first step, by default (trl, `num_sample_generations`,
+`per_device_eval_batch_size`)."""
 _GENERATIONS: OrderedDict[tuple[object, ...], tuple[Compiled, tuple[Generation, ...]]] = OrderedDict()
 
 
@@ -87,6 +90,7 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
             before.append(_ending(mixed(inventory), {}))
         if setup.by.values:
             before += [_ending(*each) for each in rolled_out(inventory, compute_capability)]
+            before += _written(inventory, compute_capability, rows=SAMPLED)
         if setup.scored_rows:
             before.append(_ending(*scored(inventory, compute_capability)))
         if setup.by.taught:
@@ -149,23 +153,24 @@ def _taught(inventory: Inventory) -> Generation:
     return _ending(timeline(f, {}, vocab=None), {})
 
 
-def _written(inventory: Inventory, compute_capability: str) -> list[Generation]:
+def _written(inventory: Inventory, compute_capability: str, *, rows: int | None = None) -> list[Generation]:
     """The prompt's forward with the cache after it, of the first and of the longest turn; without a cache the forwards of five
-    tokens, from the first to the last."""
+    tokens, from the first to the last. `rows`: completions that are no step's."""
     setup = inventory.job.setup
     first, more = setup.prompt_len, setup.seq_len - 1 - setup.prompt_len  # the last token is not fed
     if not (setup.by.writes_without_cache and setup.gradient_checkpointing):
         turns = (first, setup.seq_len) if setup.tool_turns else (first,)
-        return [_forwarded(inventory, compute_capability, turn, cached=turn + more) for turn in turns]
+        return [_forwarded(inventory, compute_capability, turn, cached=turn + more, rows=rows) for turn in turns]
     lengths = sorted({first + more * part // PARTS for part in range(PARTS + 1)})
     return [_forwarded(inventory, compute_capability, length, cached=0) for length in lengths]
 
 
-def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, cached: int) -> Generation:
-    """`cached`: the positions of the full cache."""
+def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, cached: int, rows: int | None = None) -> Generation:
+    """`cached`: the positions of the full cache. `rows`: completions, those of a step by default."""
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
-    rows = setup.generation_rows
+    of_step, rows = rows is None, setup.generation_rows if rows is None else rows
+    rows = min(rows, AT_ONCE) if setup.by.values else rows
     running = running_of(job, compute_capability)._replace(
         checkpointing=False, use_cache=cached > 0, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
     )
@@ -210,7 +215,11 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
         scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))
         del logits
         if setup.by.values:  # the scores of all tokens, stacked beside those of the rollout before
-            scores += [f.many(("b", arch.vocab_size or 0), "fp32", "scores", 3 * (setup.max_completion_length or 0))]
+            drawn, vocab = setup.max_completion_length or 0, arch.vocab_size or 0
+            others = 2 * setup.generation_rows - rows if of_step else setup.generation_rows
+            scores.clear()
+            scores += [f.many(("b", vocab), "fp32", "scores", 2 * drawn)]
+            scores += [f.many((others, vocab), "fp32", "logits of both rollouts", drawn)]
         scores.clear()
         del grown
         model.batch.clear()

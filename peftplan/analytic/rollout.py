@@ -8,7 +8,8 @@ its cache and the hidden states of its layers. The logits of the rollout before 
 reward model keep no cache and no logits, so that they need less.
 
 Source: trl before 1.16, experimental/nash_md/nash_md_trainer.py (`GeometricMixtureWrapper.forward`), experimental/ppo/
-ppo_trainer.py (`batch_generation`, `train`); transformers, generation/utils.py (`_sample`). All completions are scored at once.
+ppo_trainer.py (`batch_generation`, `train`); transformers, generation/utils.py (`_sample`). As many completions as `AT_ONCE` are
+written and scored at once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,9 @@ from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import Adaptation
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims
+
+AT_ONCE = 64
+"""Rows of PPO's `local_rollout_forward_batch_size`, by default."""
 
 
 def mixed(inventory: Inventory) -> Timeline:
@@ -57,7 +61,7 @@ def rolled_out(inventory: Inventory, compute_capability: str) -> Iterator[tuple[
 
 def _referred(inventory: Inventory, compute_capability: str, drawn: Dims) -> tuple[Timeline, Mapping[str, int]]:
     job, parameters, *_ = inventory
-    setup, arch, rows = job.setup, job.architecture, job.setup.generation_rows
+    setup, arch, rows = job.setup, job.architecture, min(job.setup.generation_rows, AT_ONCE)
     running = running_of(job, compute_capability)._replace(autocast=None, loss="full", loss_facts=(), batch_size=rows)
     frozen = parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(several=rows > 1), arch, frozen, Adaptation(), running, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from peftplan.allocator.config import LARGE_SEGMENT_SIZE
+from peftplan.dtypes import ITEMSIZE
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import MASKED, SHARED_CHUNKS
 from peftplan.job.requirements import pair
@@ -241,7 +242,10 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (_adapts_leaves, "LoRA over experts under ZeRO-3: rehearsals of two layers reserved 6.5 and 13 % more than the replay"),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
-    (_scores_completions, "completions of trl's older online trainers: rehearsals reserved 5 % and up to ten times more"),
+    (
+        _scores_completions,
+        "completions of trl's older online trainers: rehearsals reserved up to ten times what the replay does",
+    ),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (_chunks_beside_experts, "a delta rule beside divided experts: a rehearsal reserved 9 % less than the replay"),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
@@ -311,8 +315,11 @@ STREAMS = 32
 
 
 def beside_replay(job: Job, compute_capability: str) -> int:
-    """Bytes that a verdict grants such a job beside its margin: a segment for each stream."""
-    return STREAMS * LARGE_SEGMENT_SIZE if _runs_in_streams(job, compute_capability) else 0
+    """Bytes that a verdict grants such a job beside its margin: a segment for each stream; where policy and reference write
+    together, five tensors of logits for each token, which fit no block of those before it."""
+    setup, streams = job.setup, STREAMS * LARGE_SEGMENT_SIZE if _runs_in_streams(job, compute_capability) else 0
+    logits = ITEMSIZE["fp32"] * setup.generation_rows * setup.seq_len * (job.architecture.vocab_size or 0)
+    return streams + (5 * logits * (setup.max_completion_length or 0) if setup.by.mixes else 0)
 
 
 def unreserved(job: Job, phase: str, compute_capability: str) -> str | None:

@@ -374,9 +374,9 @@ def _check_trainer(setup: Setup) -> None:
             f"keep_outputs: {setup.trainer} drops the outputs in compute_loss; add --trainer plain, which keeps them"
         )
     for name in sorted(OF_PREFERENCES - by.options):
-        if getattr(setup, name) not in (None, False):
+        if (value := getattr(setup, name)) is not None and value is not False:
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
-            raise OptionError(name, getattr(setup, name), f"{by.called} has no such option; accepted: with --trainer {having}")
+            raise OptionError(name, value, f"{by.called} has no such option; accepted: with --trainer {having}")
     if (by.teaches or by.taught) and "teacher_model" in by.options and setup.teacher_model is None:
         raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
     if by.values and setup.gradient_checkpointing:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from peftplan import estimate
+from peftplan.errors import OptionError
+from peftplan.job.trainer import TrainerName
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("scored.jsonl"))
@@ -16,8 +18,7 @@ ROWS = read(Path(__file__).with_name("scored.jsonl"))
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["job"]))
 def test_formulas_hold_what_trl_holds(row: dict[str, Any], tmp_path: Path) -> None:
-    """A rehearsal counts completions into the step before; those of a second micro batch into backward. Qwen2's reference had a
-    cache, of 2.6 MB, which the scripts turn off."""
+    """A rehearsal counts completions into the step before; those of a second micro batch into backward."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(row["reward_config"]), encoding="utf-8")
     drift = drifts({**row, "job": f"{row['job']} --reward-model {config}"}, "analytic")
@@ -26,11 +27,41 @@ def test_formulas_hold_what_trl_holds(row: dict[str, Any], tmp_path: Path) -> No
     assert abs(drift["allocated"]) < 0.1
 
 
-def test_only_what_was_rehearsed_has_a_peak() -> None:
-    job: dict[str, Any] = {"reward_model": "pythia-160m", "dtype": "fp32"}
-    for trainer in ("trl-nash-md", "trl-xpo", "trl-ppo"):
-        assert estimate("pythia-160m", trainer=trainer, method="full", **job).peaks is not None
-        for other in ({"method": "lora"}, {"dtype": "bf16"}, {"strategy": "zero2", "gpus": 2}):
-            assert estimate("pythia-160m", trainer=trainer, **{"method": "full", **job, **other}).peaks is None
-    for trainer in ("trl-nash-md", "trl-xpo"):
-        assert estimate("pythia-160m", trainer=trainer, method="full", **job, gradient_checkpointing=False).peaks is None
+PYTHIA: dict[str, Any] = {"reward_model": "pythia-160m", "dtype": "fp32", "method": "full", "model": "pythia-160m"}
+NOT_REHEARSED: tuple[dict[str, Any], ...] = (
+    *({"method": "lora"}, {"dtype": "bf16"}, {"strategy": "zero2", "gpus": 2}, {"optim": "adafactor"}, {"autocast": "fp16"}),
+    *({"attn_implementation": "eager"}, {"reward_model": "llama-3.2-1b"}, {"model": "gpt2"}),
+)
+OF_PPO: tuple[dict[str, Any], ...] = ({"reward_model": "qwen2.5-0.5b"}, {"use_cache": False}, {"autocast": "bf16"})
+OF_OTHERS: tuple[dict[str, Any], ...] = ({"gradient_checkpointing": False}, {"use_reentrant": True}, {"padding": True})
+
+
+@pytest.mark.parametrize("trainer", ["trl-nash-md", "trl-xpo", "trl-ppo"])
+def test_only_what_was_rehearsed_has_a_peak(trainer: TrainerName) -> None:
+    assert estimate(**{**PYTHIA, "trainer": trainer}).peaks is not None
+    for other in (*NOT_REHEARSED, *(OF_PPO if trainer == "trl-ppo" else OF_OTHERS)):
+        assert estimate(**{**PYTHIA, "trainer": trainer, **other}).peaks is None, other
+
+
+@pytest.mark.parametrize("trainer", ["trl-nash-md", "trl-xpo", "trl-ppo", "trl-online-dpo"])
+def test_a_reference_is_there_whatever_it_weighs(trainer: TrainerName) -> None:
+    """No `beta` leaves it out, also not 0."""
+    with pytest.raises(OptionError, match="beta"):
+        estimate(**{**PYTHIA, "trainer": trainer, "beta": 0.0})
+
+
+def test_ppo_shows_eight_completions_after_its_first_step() -> None:
+    """However few a step has; and it writes at most 64 at once."""
+    job = {**PYTHIA, "trainer": "trl-ppo", "seq_len": 520, "max_completion_length": 512, "batch_size": 1}
+    peaks = [estimate(**{**job, "gradient_accumulation_steps": each}).peaks for each in (1, 64, 65)]
+    few, most, parts = (0 if peak is None else peak.by_phase["generate"] for peak in peaks)
+    completion = 512 * 50304 * 4
+    assert few > 8 * 2 * completion
+    assert 0 < parts - most < 4 * completion
+
+
+def test_logits_that_grow_leave_a_verdict_open() -> None:
+    """Those that policy and reference mix fit no block of the token before: a rehearsal reserved ten times what was allocated."""
+    job = {**PYTHIA, "batch_size": 8, "seq_len": 512, "max_completion_length": 64, "gpu": "h100"}
+    words = [estimate(**{**job, "trainer": trainer}).gpus[0].verdict for trainer in ("trl-xpo", "trl-nash-md")]
+    assert words == ["fits", "unknown"]

@@ -48,7 +48,6 @@ def with_values(job: argparse.Namespace) -> None:
         "response_length": job.max_completion_length or 53,
         "local_rollout_forward_batch_size": 64,
         "total_episodes": 10_000,
-        "num_sample_generations": 0,
     }
     tokenizer = _tokenizers(job)[0]
     tokenizer.padding_side = "left"
