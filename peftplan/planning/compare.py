@@ -180,13 +180,13 @@ def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], opti
     if own is not None and names != (None,):
         raise InputError("strategy", own, "strategies says which there are; accepted: one of the two")
     of_files, _ = launch_options({name: options.get(name) for name in FILES})
-    asked: dict[str, object] = {**of_files, **{name: value for name, value in options.items() if value is not None}}
+    settings: dict[str, object] = {**of_files, **{name: value for name, value in options.items() if value is not None}}
     ways: list[_Way] = []
     for name in names:
         for count, cards in groups:
             shared = ({} if name is None else {"strategy": name}) | ({} if count is None else {"gpus": count})
-            ranks = (count or _number(asked.get("gpus"))) * _number(asked.get("nodes"))
-            called = name or cast("str | None", asked.get("strategy")) or (DEFAULT if ranks > 1 else ONE)
+            ranks = (count or _number(settings.get("gpus"))) * _number(settings.get("nodes"))
+            called = name or cast("str | None", settings.get("strategy")) or (DEFAULT if ranks > 1 else ONE)
             ways.append(_Way(cards or None, shared, ranks, called))
     return ways
 
