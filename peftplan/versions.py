@@ -57,6 +57,7 @@ ONE_WORKSPACE = Change("torch", (2, 12), "cuBLASLt takes cuBLAS's workspaces (do
 TIES_BY_AGE = Change("torch", (2, 13), "the allocator orders equal free blocks by the age of their segment, no longer by address")
 LAYERS_CHECKPOINT = Change("transformers", (4, 52), "`GradientCheckpointingLayer`: checkpointed calls lie in FSDP's units")
 FORWARD_CHECKPOINTED = Change("transformers", (5, 23), "checkpoints cover a layer's `forward`, no longer the hooks around it")
+CONVERTED_IN_TURN = Change("transformers", (5, 23), "under ZeRO-3 converted weights, as stacks of experts, are read one by one")
 FLASH_BESIDE_IMAGES = Change(
     "transformers", (5, 24), "classes of Gemma 3 and 4 that read images set `_supports_flash_attn = False`; before, they did not"
 )

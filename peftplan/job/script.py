@@ -134,6 +134,11 @@ class Script(BaseModel):
         return not self.checkpoints_hooks and not versions.FORWARD_CHECKPOINTED.after(self.transformers)
 
     @property
+    def converts_in_turn(self) -> bool:
+        """Whether ZeRO-3 gathers a stack of experts alone to read it, or all of its module."""
+        return not versions.CONVERTED_IN_TURN.after(self.transformers)
+
+    @property
     def experts_apart(self) -> bool:
         """Whether each expert of a mixture is three linear layers, run one after the other, or part of two fused parameters."""
         return versions.EXPERTS_FUSED.after(self.transformers)

@@ -7,7 +7,7 @@ room for a flat copy beside the model, DeepSpeed flattens on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -144,6 +144,18 @@ def sizes_of(p: Parameter) -> tuple[int, ...]:
     return tuple(a.nbytes for a in p.allocations if a.place == "device")
 
 
+def _by_module(loaded: Iterable[tuple[Parameter, int | None]], alone: Stacks) -> Iterator[list[tuple[Parameter, int | None]]]:
+    """The tensors of each module; those that are `alone`, or of which a layer has several, one by one."""
+
+    def module(numbered: tuple[int, tuple[Parameter, int | None]]) -> tuple[str, int | None, int | None]:
+        number, (p, layer) = numbered
+        several = p.copies > len(p.layers or (layer,))
+        return p.name if p.name in alone else p.name.rpartition(".")[0], layer, number if several else None
+
+    for _, group in groupby(enumerate(loaded), key=module):
+        yield [tensor for _, tensor in group]
+
+
 class PartLoading(NamedTuple):
     """How a rank loads under ZeRO-3: tensor by tensor, or the whole model first where it was made without DeepSpeed."""
 
@@ -161,6 +173,9 @@ class PartLoading(NamedTuple):
     """Elements of a head that is tied to the embedding."""
     reference: Parameters | None = None
     """Those of a second model, which the trainer loads tensor by tensor before it divides a policy that is whole."""
+    converted: Stacks = NO_STACKS
+    """Stacks that are made of a checkpoint's matrices, and read one by one (transformers, integrations/deepspeed.py,
+    `_apply_weight_conversions_to_state_dict`)."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -182,17 +197,19 @@ class PartLoading(NamedTuple):
             memory.release(whole)
 
     def _by_tensor(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
-        """`deepspeed.zero.Init`: each parameter is made whole, then divided. Those of a module are gathered to be loaded."""
+        """`deepspeed.zero.Init`: the parameters of a module are made whole, then divided, and gathered to be loaded."""
         loaded = list(tensors(p for p in cast.all if p.owner == "base"))
         half = ITEMSIZE[self.half]
         of_head = None
-        for p, layer in loaded:
-            self._divide(memory, p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel), trained)
+        for module in _by_module(loaded, NO_STACKS):
+            made = [(p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel)) for p, layer in module]
+            for p, layer, whole in made:
+                self._divide(memory, p, layer, whole, trained)
         if self.tied:
             whole = memory.allocate(half * self.tied)
             of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size))
             memory.release(whole)
-        for _, module in groupby(loaded, key=lambda tensor: (tensor[0].name.rpartition(".")[0], tensor[1])):
+        for module in _by_module(loaded, self.converted):
             wholes = [memory.allocate(self._part(p) * self.distributed.world_size) for p, _ in module]
             for whole in wholes:
                 memory.release(whole)

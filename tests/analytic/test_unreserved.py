@@ -28,9 +28,8 @@ def test_allocated_bytes_are_those_of_a_rehearsal(row: dict[str, Any]) -> None:
     wide = 0.07 if "opt-wide" in row["job"] else 0.26 if any(word in row["job"] for word in ("adalora", RANK_LOADS)) else 0.01
     assert abs(drift["allocated"]) < wide
     assert max(abs(drift[phase]) for phase in ("forward", "backward")) < 0.3
-    # FSDP1's biases are gathered in another order: 0.9 MB, and not the peak; a tied table, and stacks of experts that
-    # `deepspeed.zero.Init` divides, are loaded below the peak
-    assert abs(drift["load"]) < (35 if RANK_LOADS in row["job"] else 14 if "moe" in row["job"] else 0.45)
+    # FSDP1's biases are gathered in another order: 0.9 MB, and not the peak; a tied table is loaded below the peak
+    assert abs(drift["load"]) <= (35 if RANK_LOADS in row["job"] else 0 if "moe" in row["job"] else 0.45)
     assert "reserved" not in drift
 
 

@@ -13,10 +13,11 @@ from peftplan.distributed.zero3 import Coordinator, Limits, Module, Sharded
 from peftplan.job.configs.with_file import of_releases
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import prepare
+from peftplan.job.script import Script
 from peftplan.results.estimate import Estimate
 from peftplan.tape.tape import Tape
 from tools import rank_grid, rank_jobs
-from tools.rank_grid import AUTO
+from tools.rank_grid import AUTO, cut
 
 TRAINED, NORMS = 1_235_814_400, 33 * 2048
 """Parameters of Llama-3.2-1B, and those without weight decay."""
@@ -210,6 +211,18 @@ def test_a_quantized_model_is_whole_before_it_is_divided() -> None:
     made_first, at_once = (estimated(4, method="qlora", zero3_init=init).peaks for init in (None, True))
     assert made_first is not None
     assert at_once == made_first
+
+
+def test_a_module_is_made_whole_at_once_and_its_stacks_are_read_one_by_one() -> None:
+    """Two layers of 128 experts, 2048 wide with 768 in between, over 4 GPUs: both stacks of the last layer stand whole beside a
+    quarter of the first of them and of what came before. Earlier releases of transformers gathered both, beside a quarter of
+    all, to read them."""
+    options: dict[str, Any] = {"method": "lora", "target_modules": ["q_proj"], "gpus": 4, "strategy": "zero3"}
+    model = cut("qwen3-30b-a3b", 2)
+    estimates = [peftplan.estimate(model, **options, **AUTO, script=Script(transformers=release)) for release in (None, "5.22")]
+    in_turn, at_once = (estimated.peaks.by_phase["load"] for estimated in estimates if estimated.peaks is not None)
+    later = 128 * 2048 * 768 + 128 * 2048 + 3 * 2048 + 151_936 * 2048  # stack, router, norms and head
+    assert at_once - in_turn == 2 * later // 4
 
 
 @pytest.mark.parametrize(
