@@ -62,6 +62,8 @@ class Compared(NamedTuple):
     """How GPUs share the job, where several ways are compared."""
     world_size: int | None = None
     """How many GPUs, likewise."""
+    needed_is_upper_bound: bool = False
+    """Whether `needed_bytes` have a margin, since reserved bytes are not known."""
 
 
 class Comparison(NamedTuple):
@@ -96,8 +98,9 @@ class Comparison(NamedTuple):
         return cast("list[ComparedRow]", rows)
 
     def _facts(self, row: Compared) -> dict[str, object]:
-        facts = row._asdict()
-        return facts if self.of_ways else {name: value for name, value in facts.items() if name not in OF_WAYS}
+        bounded = any(each.needed_is_upper_bound for each in self.rows)
+        left_out = (*(() if self.of_ways else OF_WAYS), *(() if bounded else ("needed_is_upper_bound",)))
+        return {name: value for name, value in row._asdict().items() if name not in left_out}
 
     def to_dataframe(self) -> DataFrame:
         """`records()` as a pandas DataFrame."""
@@ -250,6 +253,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
             gpu=card.gpu,
             needed_bytes=card.needed_bytes,
             needed_is_lower_bound=card.lower_bound,
+            needed_is_upper_bound=card.upper_bound,
             usable_bytes=card.usable_bytes,
             headroom_bytes=card.headroom_bytes,
             verdict=card.verdict,

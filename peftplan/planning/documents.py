@@ -128,6 +128,8 @@ class ComparedFacts(TypedDict):
     """Where several ways are compared: how the GPUs share the job."""
     world_size: NotRequired[int]
     """Likewise: how many GPUs."""
+    needed_is_upper_bound: NotRequired[bool]
+    """Where a row has one: whether `needed_bytes` have a margin, since reserved bytes are not known."""
 
 
 class ComparedDocument(ComparedFacts):

@@ -140,6 +140,8 @@ def _needs_and_left(row: Compared) -> tuple[str, str]:
     """What the card needs and has left; where the need is a lower bound, what is left is not known."""
     if row.needed_is_lower_bound:
         return f"at least {_size(row.needed_bytes)}", ""
+    if row.needed_is_upper_bound:
+        return f"at most {_size(row.needed_bytes)}", f"at least {_size(row.headroom_bytes)}"
     return _size(row.needed_bytes), _size(row.headroom_bytes)
 
 

@@ -255,6 +255,18 @@ def test_a_method_without_its_first_way_says_what_it_trains() -> None:
     assert [cells[8] for cells in comparing.cells(result)] == ["", "5.64 M"]
 
 
+def test_a_margin_is_said() -> None:
+    """FSDP1's reserved bytes are not known with forward_prefetch: what an estimate calls an upper bound is one in a row too."""
+    ahead: dict[str, Any] = {"gpu": "4xl4", "forward_prefetch": True, "seq_len": 512, "strategy": "fsdp1"}
+    result = compare("llama-3.2-1b", methods="full", **ahead)
+    alone = peftplan.estimate("llama-3.2-1b", method="full", **ahead | {"gpu": "l4", "gpus": 4}).gpus[0]
+    (row,) = result.to_dict()["rows"]
+    assert alone.upper_bound
+    assert (row["needed_bytes"], row["needed_is_upper_bound"]) == (alone.needed_bytes, True)
+    assert comparing.cells(result)[0][4].startswith("at most ")
+    assert "needed_is_upper_bound" not in compare("llama-3.2-1b", methods="full", gpu="l4").to_dict()["rows"][0]
+
+
 def test_a_bar_of_several_gpus_is_as_long_as_its_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what ranks gather and send each other."""
     figure = pytest.importorskip("matplotlib.figure")
