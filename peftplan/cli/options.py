@@ -66,10 +66,10 @@ format_option = option(
 )
 
 
-def chosen(options: Mapping[str, object]) -> JobOptions:
-    """The options that were set, lists and JSON values parsed, `--set` fields merged in.
+def chosen(options: Mapping[str, object], *, lists: bool = False) -> JobOptions:
+    """The options that were set, lists and JSON values parsed, `--set` fields merged in. `lists`: a value may be several names.
 
-    Raises RefusedError for a field that is set twice.
+    Raises RefusedError for a field that is set twice, and for several strategies.
     """
     set_options: dict[str, object] = {name: value for name, value in options.items() if name != "set" and value is not None}
     for name in INT_LISTS:
@@ -87,8 +87,8 @@ def chosen(options: Mapping[str, object]) -> JobOptions:
             raise twice(setters[name], f"--set {word}")
         setters[name] = f"--set {word}"
         set_options[word] = value
-    if "," in str(set_options.get("strategy", "")):
-        raise RefusedError("--strategy: accepted: one name here; `peftplan compare` takes several, comma-separated")
+    if "," in str(set_options.get("strategy", "")) and not lists:
+        raise RefusedError("--strategy: accepted: one name here; `peftplan compare` and `sweep` take several, comma-separated")
     return cast("JobOptions", set_options)
 
 
@@ -99,7 +99,7 @@ def several(options: Mapping[str, tuple[object, ...]]) -> dict[str, object]:
     by_name: dict[str, list[object]] = {}
     for name, values in options.items():
         for value in values:
-            parsed = chosen({name: None if name == "set" else value, "set": (value,) if name == "set" else ()})
+            parsed = chosen({name: None if name == "set" else value, "set": (value,) if name == "set" else ()}, lists=True)
             for field, each in parsed.items():
                 by_name.setdefault(field, []).append(each)
     return {name: values[0] if len(values) == 1 else Each(values) for name, values in by_name.items()}

@@ -167,3 +167,8 @@ def test_a_file_that_ends_otherwise_needs_a_format(tmp_path: Path) -> None:
     assert ".csv, .jsonl, .ndjson, .parquet, or --format beside it" in refused.err
     assert run("sweep", "gpt2", "--output", str(file), "--format", "jsonl").code == 0
     assert json.loads(file.read_text())["model"] == "gpt2"
+
+
+def test_strategies_may_be_a_list() -> None:
+    done = run("sweep", "llama-3.2-1b", "--method", "lora", "--gpus", "2", "--strategy", "ddp,fsdp2", "--format", "csv")
+    assert [line.split(",")[3] for line in done.out.splitlines()[1:]] == ["ddp", "fsdp2"]

@@ -246,7 +246,7 @@ def test_names_may_end_with_a_comma() -> None:
 
 def test_one_strategy_elsewhere() -> None:
     done = run("fit", "llama-3.2-1b", "--method", "lora", "--strategy", "ddp,fsdp2", "--gpu", "2xl4")
-    assert "`peftplan compare` takes several" in done.err
+    assert "`peftplan compare` and `sweep` take several" in done.err
 
 
 def test_a_method_without_its_first_way_says_what_it_trains() -> None:
