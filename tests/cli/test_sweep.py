@@ -171,4 +171,4 @@ def test_a_file_that_ends_otherwise_needs_a_format(tmp_path: Path) -> None:
 
 def test_strategies_may_be_a_list() -> None:
     done = run("sweep", "llama-3.2-1b", "--method", "lora", "--gpus", "2", "--strategy", "ddp,fsdp2", "--format", "csv")
-    assert [line.split(",")[3] for line in done.out.splitlines()[1:]] == ["ddp", "fsdp2"]
+    assert [line.split(",")[2] for line in done.out.splitlines()[1:]] == ["ddp", "fsdp2"]
