@@ -111,7 +111,7 @@ def test_a_rehearsed_method(row: dict[str, Any]) -> None:
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < exact
     others = APART if "zero3" in row["job"] else UNDER_FSDP1
     in_another_order = (percent for part, percent in others.items() if part in row["job"])
-    assert abs(drift["reserved"]) < next(in_another_order, 0.075)
+    assert abs(drift.get("reserved", 0.0)) < next(in_another_order, 0.075)  # not stated: a late GPU under FSDP1 takes more
     assert abs(drift["step"]) < (0.22 if "--bias" in row["job"] else 0.082)
 
 
