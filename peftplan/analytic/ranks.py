@@ -93,7 +93,7 @@ def parameters_on_rank(inventory: Inventory) -> Parameters:
     if job.distributed.strategy in ZERO:
         return cast_parameters(job, parameters)
     part = shards_of(parameters, job.architecture, job.distributed.model_copy(update={"pp_size": None}))
-    return computing(part, computing_dtype(job.distributed, str(job.setup.autocast)), job.distributed)
+    return computing(part, computing_dtype(job.distributed, str(job.setup.autocast), job.quant), job.distributed)
 
 
 def shards_on_rank(inventory: Inventory) -> Parameters:
@@ -206,7 +206,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     if (job.distributed.pp_size or 1) > 1:
         return _pipelined(inventory, model, program)
     if job.distributed.strategy in FSDP:
-        dtype, by = computing_dtype(job.distributed, str(job.setup.autocast)), job.setup.by
+        dtype, by = computing_dtype(job.distributed, str(job.setup.autocast), job.quant), job.setup.by
         shards, in_checkpoints = shards_on_rank(inventory), job.script.checkpoints_units
         part = shards_of(parameters, job.architecture, job.distributed)
         layout = AXOLOTL if by.own_fsdp2 and job.distributed.strategy == "fsdp2" else by.layout
@@ -287,7 +287,7 @@ def _pipelined(inventory: Inventory, model: Model, program: Program) -> Program:
     assert holding is not None
     rank, layers = holding.rank or 0, num_layers(parameters.all)
     stages = stages_of(job.distributed, layers, rank)
-    models, dtype = [], computing_dtype(job.distributed, str(job.setup.autocast))
+    models, dtype = [], computing_dtype(job.distributed, str(job.setup.autocast), job.quant)
     for number, stage in enumerate(stages):
         arch, of_stage = as_model(model.parameters, model.arch, stage)
         _, shards = as_model(holding.parameters, model.arch, stage)

@@ -20,6 +20,7 @@ from peftplan.analytic.shown import (
     is_shown_trainer,
     knows_methods,
     layer_classes,
+    packs_in_fp32,
     shown_methods,
     shows_base,
     shows_dora,
@@ -168,7 +169,8 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat  # transformers computes in it
         and job.quant is not None
-        and job.quant.quant_storage != (job.setup.dtype if autocast == "none" else autocast),
+        and job.quant.quant_storage != (job.setup.dtype if autocast == "none" else autocast)
+        and not packs_in_fp32(job),
         "offload_params of a quantized base": flat
         and job.quant is not None
         and distributed.offload_params == "cpu"

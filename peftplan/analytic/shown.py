@@ -235,6 +235,19 @@ def is_shown_reentrant(job: Job) -> bool:
     return strategy != "zero0" or job.setup.by.anchors or bool(job.setup.by.under_zero0)
 
 
+def packs_in_fp32(job: Job) -> bool:
+    """Whether QLoRA under FSDP1 over 4 bits that are stored in fp32, as kbit preparation casts norms, was rehearsed: by Trainer,
+    whose units are then gathered in fp32, with checkpoints and all on the card (tests/rehearse/methods.jsonl)."""
+    setup, distributed = job.setup, job.distributed
+    assert distributed is not None
+    stored = job.quant is not None and (job.quant.name, job.quant.quant_storage) == ("nf4", "fp32")
+    on_card = distributed.offload_params in (None, "none") and distributed.use_orig_params is not False
+    of_lora = job.method_name == "qlora" and is_bare(job) and getattr(job.config, "bias", "none") == "none"
+    checkpointed = setup.gradient_checkpointing and not setup.use_reentrant
+    plain = setup.autocast == "bf16" and setup.adapter_dtype == "fp32" and setup.loss == "full"
+    return stored and on_card and of_lora and plain and bool(checkpointed) and knows_methods(job)
+
+
 ADAPTED_LEAVES = ("mixtral", "qwen3_moe")
 """Model types whose experts, a module without hooks inside, were rehearsed with LoRA over their stacks and router."""
 

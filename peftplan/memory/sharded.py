@@ -35,6 +35,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.units import EMBEDDING, IN_FP32, NORM, ROOT, TAIL, experts, in_fp32, layer, number_of
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
+from peftplan.storage.config import QuantConfig
 from peftplan.tape.tensors import Parameter as TapeParameter
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
@@ -51,9 +52,11 @@ FREED_LAST = ("nemotron_h",)
 components/models/nemotron_v3/parallelization.py)."""
 
 
-def computing_dtype(distributed: Distributed, autocast: str) -> str | None:
-    """The dtype in which weights are gathered and compute; None: each in its own."""
-    return distributed.param_dtype or (None if autocast == "none" else autocast)
+def computing_dtype(distributed: Distributed, autocast: str, quant: QuantConfig | None = None) -> str | None:
+    """The dtype in which weights are gathered and compute; None: each in its own. Under FSDP1 Trainer takes that of packed
+    weights (transformers, distributed/fsdp.py, `update_fsdp_plugin_peft`)."""
+    stored = None if quant is None or distributed.strategy != "fsdp1" or autocast == "none" else quant.quant_storage
+    return stored if stored in FLOATS else distributed.param_dtype or (None if autocast == "none" else autocast)
 
 
 def computing(parameters: Parameters, dtype: str | None, distributed: Distributed) -> Parameters:
@@ -117,6 +120,7 @@ def units_of(
         for name, members in groups.items()
         if not members or distributed.shards == 1 or sharing(members[0][0], distributed)[1] > 1
     ]
+    model.tape.runs_on_views = of_fsdp1
     units_in_step = (Fsdp1 if of_fsdp1 else kind)(
         model.tape,
         units,

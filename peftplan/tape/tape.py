@@ -26,6 +26,8 @@ class Tape(Autograd):
         self.autocast = autocast
         self.linear_in_python = False
         """Whether DeepSpeed has replaced `torch.nn.functional.linear`."""
+        self.runs_on_views = False
+        """Whether weights are views of FSDP1's flat parameters, and so no leaves."""
 
     def call(
         self,
@@ -88,7 +90,7 @@ class Tape(Autograd):
 
     def _is_leaf(self, x: Operand) -> bool:
         if type(x) is Parameter:
-            return x.trainable
+            return x.trainable and not self.runs_on_views
         if isinstance(x.node, Parameter):
             return bool(x.node.dims == x.dims)  # a view of a leaf is not a leaf
         return x.storage is not None and (x.storage.number, x.dims) in self.leaves

@@ -163,3 +163,22 @@ def test_lora_of_an_embedding_under_fsdp1(options: dict[str, Any]) -> None:
     """Its tensors lie in a ParameterDict of the root's unit: two ranks of gloo raise ValueError."""
     with pytest.raises(RefusedError, match="uniform dtype"):
         peftplan.estimate("qwen2.5-0.5b", method="lora", strategy="fsdp1", **options, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"use_reentrant": True}, False),
+        ({"offload_params": "cpu"}, False),
+        ({"use_orig_params": False}, False),
+        ({"dtype": "fp16"}, False),
+        ({"bias": "all"}, False),
+        ({"method": "lora", "quant": "nf4"}, False),
+    ],
+    ids=str,
+)
+def test_four_bits_in_fp32_under_fsdp1_were_rehearsed_so(options: dict[str, Any], *, known: bool) -> None:
+    job: dict[str, Any] = {"method": "qlora", "quant_storage": "fp32", "strategy": "fsdp1", "gradient_checkpointing": True}
+    assert (peftplan.estimate("llama-3.2-1b", **{**job, **options}, **SIZES).peaks is not None) is known
