@@ -10,8 +10,8 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.copied_load import SOURCE as COPIED
 from peftplan.memory.dora_load import norms
+from peftplan.memory.load import MOVED_LAST, arrives_in, dtypes_before, load_into, load_passing
 from peftplan.memory.load import SOURCE as LOAD
-from peftplan.memory.load import arrives_in, dtypes_before, load_into, load_passing
 from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
@@ -145,8 +145,9 @@ def loading_of(
     if job.distributed is not None:
         from peftplan.analytic import rank_loading, ranks
 
-        if job.distributed.strategy.startswith("zero") and job.quant is not None and load is load_whole:
-            at_once = tuple(p for p in parameters.buffers if not p.name.endswith("boft_P"))  # `zero_load.moved_last`
+        moves_last = job.distributed.strategy.startswith("zero") or job.distributed.strategy == "fsdp2"
+        if moves_last and job.quant is not None and load is load_whole:
+            at_once = tuple(p for p in parameters.buffers if not p.name.endswith(MOVED_LAST))
             load = partial(load_whole, parameters=parameters._replace(buffers=at_once))
         load = rank_loading.loaded_on_rank(inventory, model, buffers, load, normed)
         if setup.by.taught:

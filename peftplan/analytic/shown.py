@@ -98,6 +98,7 @@ def traced_methods(job: Job) -> tuple[str, ...]:
     if job.setup.by.of_preferences:
         return OF_PREFERENCES
     known = (TRACED_METHODS if job.quant is None else OVER_4_BITS).get(job.distributed.strategy, ())
+    known = (*known, "boft") if job.quant is not None and packs_on_card(job) else known
     return (*known, "qdora") if job.quant is not None and "dora" in known else known
 
 
@@ -233,6 +234,20 @@ def is_shown_reentrant(job: Job) -> bool:
         rehearsed = job.setup.by.reentrant or writes_with_adapter or not job.setup.by.of_preferences
         return not trains_experts and rehearsed
     return strategy != "zero0" or job.setup.by.anchors or bool(job.setup.by.under_zero0)
+
+
+STORED = {"fsdp2": "bf16", "zero3": "uint8"}
+"""Strategy → the dtype of packed weights beside which Adagrad was rehearsed (tests/rehearse/optimizers.jsonl), and BOFT
+(tests/rehearse/methods.jsonl)."""
+
+
+def packs_on_card(job: Job) -> bool:
+    """Whether ranks divide 4 bits that were packed so on the card beside an adapter in fp32."""
+    assert job.quant is not None
+    assert job.distributed is not None
+    stored = job.quant.name == "nf4" and job.quant.quant_storage == STORED.get(job.distributed.strategy)
+    on_card = job.setup.device_map != "cpu" and not job.distributed.cpu_ram_efficient_loading
+    return stored and on_card and (job.setup.dtype, job.setup.adapter_dtype) == ("bf16", "fp32")
 
 
 def packs_in_fp32(job: Job) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.shown import FLAT, FSDP, adapts_in_zero3, adapts_mixture, knows_optimizers
+from peftplan.analytic.shown import FLAT, FSDP, adapts_in_zero3, adapts_mixture, knows_optimizers, packs_on_card
 from peftplan.optim import OF_AUTOMODEL, OF_AXOLOTL, OF_DEEPSPEED, OPTIMIZERS
 from peftplan.optim.community import by_muon
 
@@ -58,7 +58,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
         over = ()
     made_before_cast = flat and method != "full" and (method not in ADAPTED or job.setup.adapter_dtype != "fp32")
     made_of_whole = job.distributed.strategy in ("zero3", "fsdp2") and not (
-        method in ADAPTED and (job.quant is None or _packs_on_card(job)) and not job.distributed.cpu_ram_efficient_loading
+        method in ADAPTED and (job.quant is None or packs_on_card(job)) and not job.distributed.cpu_ram_efficient_loading
     )
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
@@ -67,16 +67,6 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if _knows_lomo(job):
         over = (*over, "lomo", *(("adalomo",) if flat and method in ("full", "lora", "rslora") else ()))
     return (*known, *over) if knows_optimizers(job) else known
-
-
-def _packs_on_card(job: Job) -> bool:
-    """Whether FSDP2 divides 4 bits that were packed on the card beside an adapter in fp32, as Adagrad was rehearsed
-    (tests/rehearse/optimizers.jsonl)."""
-    assert job.distributed is not None
-    assert job.quant is not None
-    stored = job.quant.name == "nf4" and job.quant.quant_storage == "bf16"
-    on_card = job.setup.device_map != "cpu" and job.setup.adapter_dtype == "fp32"
-    return job.distributed.strategy == "fsdp2" and stored and on_card
 
 
 def _knows_lomo(job: Job) -> bool:

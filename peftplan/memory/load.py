@@ -27,6 +27,8 @@ from peftplan.storage.config import FOUR_BIT
 from peftplan.units import round512
 from peftplan.versions import named
 
+MOVED_LAST = "boft_P"
+"""BOFT's permutations, which peft leaves on the host where a model is quantized: DeepSpeed or FSDP2 moves them."""
 SOURCE = f"{named('transformers')}: loading a quantized model"
 Key = tuple[tuple[bool, int, str], ...]
 NO_STACKS: Stacks = {}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.load import MOVED_LAST
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
 from peftplan.memory.sharded import Pairs, is_sharded
@@ -257,12 +258,16 @@ class Loading(NamedTuple):
 
     def _from_whole(self, memory: Memory[Handle]) -> None:
         """The whole model is there until all shards are, since `fsdp2_prepare_model` holds its state dict; or a unit, until its
-        shards are."""
+        shards are. BOFT's permutations, which peft leaves on the host, are moved with their units."""
         assert self.of_one_gpu is not None
         by_unit = self.layout.streams or self.layout.loads == "model"
         whole = Whole(memory, self.stays)
         self.of_one_gpu(whole)
+        layers = {name for name in self.groups if name not in (EMBEDDING, TAIL, ROOT)}
+        on_host = [line for line in self.buffers if line.name.endswith(MOVED_LAST)]
         for name in self._order() if by_unit else self.groups:
+            for line in on_host if name in layers else ():
+                memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),))
             for p, shard in self.groups[name]:
                 memory.keep(
                     tuple(a.nbytes for a in shard.allocations if a.place == "device" and (a.name == "weight" or not p.quantized))

@@ -15,7 +15,7 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.load import NO_STACKS, load_order
+from peftplan.memory.load import MOVED_LAST, NO_STACKS, load_order
 from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.memory.stacked_load import Stacks
 from peftplan.parameters import Parameter, Parameters
@@ -135,7 +135,7 @@ class Passing(Memory[Handle]):
 
 def moved_last(parameters: Parameters) -> tuple[int, ...]:
     """Bytes of BOFT's permutations, which peft leaves on the host and the engine moves when it has cast a quantized model."""
-    moved = (p for p in parameters.buffers if p.name.endswith("boft_P"))
+    moved = (p for p in parameters.buffers if p.name.endswith(MOVED_LAST))
     return tuple(nbytes for p, _ in tensors(moved) for nbytes in sizes_of(p))
 
 

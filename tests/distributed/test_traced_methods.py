@@ -63,11 +63,12 @@ RESERVED = {
 @pytest.mark.parametrize("row", REHEARSED, ids=[row["job"] for row in REHEARSED])
 def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     """Optimizers over a rank's shards, and on one GPU. An adapter is whole before ZeRO-3 divides it, which decides the load of
-    LoRA with r 64. Adagrad's states of a whole adapter stay. Under FSDP1 a tail of a block is left. In the first step a
-    paged optimizer takes 1 MB more, and APOLLO makes the states of one parameter after the step of another, which leaves
-    other tails of blocks. LOMO takes no step. torchao's first step holds more than later ones: it times its kernels. No
-    step ends LOMO's rehearsal, so in full under FSDP it has gathered weights for the checkpoint after the last one, which
-    counts as a forward: SGD's under FSDP2, which ends a step before, reserves what the formula says."""
+    LoRA with r 64; of QLoRA a tail of 0.5 MB is left there, below the peak. Adagrad's states of a whole adapter stay. Under
+    FSDP1 a tail of a block is left. In the first step a paged optimizer takes 1 MB more, and APOLLO makes the states of one
+    parameter after the step of another, which leaves other tails of blocks. LOMO takes no step. torchao's first step holds more
+    than later ones: it times its kernels. No step ends LOMO's rehearsal, so in full under FSDP it has gathered weights for the
+    checkpoint after the last one, which counts as a forward: SGD's under FSDP2, which ends a step before, reserves what the
+    formula says."""
     drift = drifts(row, "analytic")
     assert drift is not None
     apart = next((share for name, share in RESERVED.items() if name in row["job"]), 0)
@@ -77,7 +78,7 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert max(abs(drift[what]) for what in (("backward",) if saves else ("forward", "backward"))) < most
     assert abs(drift["allocated"]) < (1.2 if "torch_4bit" in row["job"] else 0.2 if "apollo" in row["job"] else 0.1)
     assert ("lomo" in row["job"]) == ("step" not in drift)
-    assert "zero3" not in row["job"] or abs(drift["load"]) < 0.0013
+    assert "zero3" not in row["job"] or abs(drift["load"]) < (0.2 if "qlora" in row["job"] else 0.0013)
     assert abs(drift.get("step", 0)) < (0.2 if "fsdp1" in row["job"] or "apollo" in row["job"] else 0.15)
 
 
@@ -182,3 +183,11 @@ def test_lora_of_an_embedding_under_fsdp1(options: dict[str, Any]) -> None:
 def test_four_bits_in_fp32_under_fsdp1_were_rehearsed_so(options: dict[str, Any], *, known: bool) -> None:
     job: dict[str, Any] = {"method": "qlora", "quant_storage": "fp32", "strategy": "fsdp1", "gradient_checkpointing": True}
     assert (peftplan.estimate("llama-3.2-1b", **{**job, **options}, **SIZES).peaks is not None) is known
+
+
+@pytest.mark.parametrize(
+    ("options", "known"), [({}, True), ({"quant_storage": "uint8"}, False), ({"trainer": "trl"}, False)], ids=str
+)
+def test_boft_over_four_bits_was_rehearsed_so(options: dict[str, Any], *, known: bool) -> None:
+    job: dict[str, Any] = {"method": "boft", "quant": "nf4", "quant_storage": "bf16", "strategy": "fsdp2"}
+    assert (peftplan.estimate("qwen2.5-0.5b", **{**job, **options}, **SIZES).peaks is not None) is known
