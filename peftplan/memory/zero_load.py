@@ -202,8 +202,8 @@ class PartLoading(NamedTuple):
         half = ITEMSIZE[self.half]
         of_head = None
         for module in _by_module(loaded, NO_STACKS):
-            made = [(p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel)) for p, layer in module]
-            for p, layer, whole in made:
+            undivided = [(p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel)) for p, layer in module]
+            for p, layer, whole in undivided:
                 self._divide(memory, p, layer, whole, trained)
         if self.tied:
             whole = memory.allocate(half * self.tied)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.distributed.names import DEFAULT, STRATEGIES
 from peftplan.errors import InputError, MissingExtraError, PeftplanError, UnknownNameError
@@ -143,15 +143,14 @@ def compare(
             result = estimate(model, gpu=way.cards, engine=engine, progress=told, **job_options(fields, way.options))
         except PeftplanError as error:
             errors.append(error)
-            rows.append(Compared(method, error=str(error), **way.facts(len(ways))))
+            rows.append(way.named(Compared(method, error=str(error)), len(ways)))
             continue
         name = result.model["name"]
         shared = result.distributed and result.distributed.strategy
         over = shared.called if shared and len(ways) == 1 else None
         if shared:  # which may be that of a file
             way = way._replace(gpus=shared.world_size, strategy=shared.strategy)
-        facts = way.facts(len(ways))
-        rows += [row._replace(**facts) for row in _rows(method, result, _adapter_bytes(model, fields))]
+        rows += [way.named(row, len(ways)) for row in _rows(method, result, _adapter_bytes(model, fields))]
     if errors and len(errors) == len(jobs):
         raise errors[0]
     return Comparison(name, tuple(rows), engine, over)
@@ -165,9 +164,9 @@ class _Way(NamedTuple):
     gpus: int
     strategy: str
 
-    def facts(self, ways: int) -> dict[str, Any]:
-        """What a row says of it, if there are several."""
-        return {"strategy": self.strategy, "world_size": self.gpus} if ways > 1 else {}
+    def named(self, row: Compared, ways: int) -> Compared:
+        """A row that says how its GPUs share the job, if there are several ways."""
+        return row._replace(strategy=self.strategy, world_size=self.gpus) if ways > 1 else row
 
 
 def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], options: JobOptions) -> list[_Way]:

@@ -131,17 +131,14 @@ def test_ranks_of_fsdp_qlora(every: Check) -> None:
     """What it printed of its own FSDP1 loop on two RTX 3090 or 4090. Open: 2 % of allocated bytes, up to 25 % of reserved ones
     (70B with shards on the host)."""
     figures = [one for answer in every.answers if answer.case.path.stem == "fsdp_qlora" for one in answer.overall]
-    assert len(figures) == 20
+    assert len(figures) == 14  # reserved bytes of a frozen base on the host are not stated
     for one in figures:
         least, most = OF_FSDP_QLORA[one.figure]
         assert least < one.drift < most
 
 
 def test_every_run_gets_a_card_that_it_ran_on(every: Check) -> None:
-    """Open: fsdp_qlora's runs with shards on the host, whose stack, kernels and dtypes its page leaves open: +6 to +12 %."""
-    wrong = [answer.record for answer in every.answers if "own" in answer.wrong_verdicts]
-    assert [record.id for record in wrong] == ["pk01615", "pk01624", "pk01626", "pk01627"]
-    assert all(record.run.distributed["offload_params"] == "cpu" for record in wrong)
+    assert [answer.record.id for answer in every.answers if "own" in answer.wrong_verdicts] == []
 
 
 @pytest.fixture
