@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
+from peftplan.analytic.rehearsed_zero import APART, has_experts_apart, unknown_to_zero
 from peftplan.analytic.shown import (
-    FLAT,
     UNDER_DEVICE_MAP,
     ZERO,
-    adapts_leaves,
     adapts_mixture,
     classifies,
     is_decoder,
@@ -33,10 +32,9 @@ from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_experts
 from peftplan.job.kernels import WITH_FORMULA, kernels_of
-from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
+from peftplan.job.loss_sizes import CUT
 from peftplan.memory.recast import WHOLE
 from peftplan.memory.sharded import tied
-from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -51,12 +49,8 @@ over all ranks."""
 SHARING_ROWS = ("llama", "qwen2", "qwen3")
 """Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
 LONGEST_RING = 8
-LOSSES_OVER_FLAT = (CUT, "per-token")
-"""Losses of functions of their own that were rehearsed under ZeRO-1 or ZeRO-2."""
 RINGS_OF_AUTOMODEL = (2, 16)
 """How many ranks share a row, by NeMo Automodel (tests/rehearse/automodel.jsonl)."""
-APART = f"experts as before {versions.EXPERTS_FUSED.named}"
-PREFETCHED = "prefetched experts of gpt-oss, for whose parameters DeepSpeed waits in the order of their addresses"
 REENTRANT = "reentrant checkpoints"
 """Whether the user or the trainer asks for them: TRL does so whatever `use_reentrant` says."""
 
@@ -86,7 +80,7 @@ def without_formula(job: Job) -> str | None:
         return _listed(_unknown_to_tp(job, distributed))
     if distributed.strategy == "device-map":
         return _listed(_unknown_to_device_map(job))
-    unknown = (_unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
+    unknown = (unknown_to_zero(job, distributed) if distributed.strategy in ZERO else _unknown_to_fsdp(job, distributed)) | {
         REENTRANT: job.setup.use_reentrant and bool(job.setup.gradient_checkpointing) and not is_shown_reentrant(job),
         **_unrehearsed(job),
     }
@@ -112,7 +106,7 @@ def _unknown_to_tp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "tp_size": ranks_of(distributed) * (distributed.pp_size or 1) != distributed.world_size,
         "ep_size": distributed.ep_size not in (None, 1),
         "pp_size": distributed.pp_size not in (None, 1),
-        APART: _has_experts_apart(job),
+        APART: has_experts_apart(job),
         f"a vocabulary of {architecture.vocab_size:,}": bool((architecture.vocab_size or 0) % ranks_of(distributed)),
         "target_modules": any(module.name in tables for module in job.adaptation.matched),
         "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
@@ -332,59 +326,6 @@ def _knows_ends(job: Job, distributed: Distributed) -> bool:
         and job.setup.loss == "torchtune-linear"
         and set(distributed.custom_sharded_layers or ()) == BY_TORCHTUNE.keys()
     )
-
-
-def _unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
-    """The same under DeepSpeed."""
-    unknown = {
-        "contiguous_gradients": distributed.contiguous_gradients is False,
-        "deepspeed_optimizer": bool(distributed.deepspeed_optimizer) and distributed.strategy == "zero0",
-        "offload_optimizer": distributed.offload_optimizer == "nvme",
-        "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
-        "loss": job.setup.loss
-        not in ("full", "trl-chunked", "liger", *(LOSSES_OVER_FLAT if distributed.strategy in FLAT else (SHARED, SHARED_CHUNKS))),
-    }
-    if distributed.strategy == "zero0":
-        return unknown | {"a quantized base": job.quant is not None}
-    if distributed.strategy != "zero3":
-        return unknown
-    tables = (job.architecture.input_embedding, job.architecture.output_embedding)
-    leaf = LEAVES.get(job.architecture.model_type)
-    return unknown | {
-        f"experts that {job.setup.by.called} makes a leaf module": has_unlisted_leaves(job.architecture)
-        and not job.setup.by.traced_on_ranks,
-        PREFETCHED: waits_by_address(job.architecture, distributed),
-        "loss": unknown["loss"] or (job.quant is not None and job.setup.loss == "liger"),
-        "deepspeed_version": distributed.keeps_leftovers
-        and distributed.deepspeed_version != job.setup.by.deepspeed
-        and not _knows_earlier_release(job),
-        "reduce_scatter": distributed.reduce_scatter is False,
-        APART: _has_experts_apart(job),
-        "offload_params": distributed.offload_params == "nvme",
-        "modules_to_save": bool(getattr(job.config, "modules_to_save", None)),
-        "bias": getattr(job.config, "bias", "none") != "none",
-        "target_modules": any(module.name in tables for module in job.adaptation.matched)
-        or (leaf is not None and any(t.name.startswith(leaf) for t in job.adaptation.added) and not adapts_leaves(job)),
-    }
-
-
-def _knows_earlier_release(job: Job) -> bool:
-    """Whether a job by an earlier DeepSpeed is of a kind that was rehearsed (tests/rehearse/llamafactory.jsonl)."""
-    return job.quant is None and job.is_full_or_lora and not (job.setup.by.of_preferences or job.setup.by.taught)
-
-
-def _has_experts_apart(job: Job) -> bool:
-    return any(block.mlp.apart for block in job.architecture.blocks)
-
-
-def _in_fp16(job: Job, distributed: Distributed) -> bool:
-    """Whether the job is in fp16 as it was rehearsed, on the GPU."""
-    return job.setup.autocast == "fp16" and distributed.offload_optimizer in (None, "none")
-
-
-def _in_fp32(job: Job, distributed: Distributed) -> bool:
-    """Whether the job is in fp32 as it was rehearsed: of another model DeepSpeed's engine refuses the dtype."""
-    return distributed.strategy == "zero0" and job.setup.autocast == "none" and job.setup.dtype == "fp32"
 
 
 def _unrehearsed(job: Job) -> dict[str, bool]:

@@ -64,8 +64,7 @@ def command(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     chosen = options.chosen(fields) | options.circumstances(torch, transformers, context)
     with options.computed_by(engine) as by_engine:
-        shared = {"strategies": strategies} if "," in strategies else {"strategy": strategies} if strategies else {}
-        result = compare(model, methods=names, gpu=gpu, **by_engine, **chosen, **shared)
+        result = compare(model, methods=names, gpu=gpu, strategies=strategies, **by_engine, **chosen)
     if plot is not None:
         from peftplan.report.comparing_plot import write
 

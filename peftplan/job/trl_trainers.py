@@ -226,20 +226,15 @@ OF_TRL = (
         arguments="DistillationConfig",
     ),
     # Two completions of each prompt, all of which a reward model scores (experimental/online_dpo/online_dpo_trainer.py).
-    WRITING._replace(
+    REWARDED._replace(
         name="trl-online-dpo",
         called=f"OnlineDPOTrainer of {named('trl')}",
         rows=2,
-        sums_rows=True,
         scoring="completions",
-        forwards=(*LOSS, Forward("reference")),
-        writes_without_cache=True,
-        rewards=True,
-        completion=64,
-        beta=0.1,
-        options=frozenset({"max_completion_length", "loss_type", "reward_model"}),
+        options=REWARDED.options | {"loss_type"},
         loss_types=("sigmoid", "ipo"),
         arguments="OnlineDPOConfig",
+        traced_on_ranks=WRITING.traced_on_ranks,
     ),
     # Completions of the policy, and those of policy and reference together, of which it learns the first (in trl before 1.16).
     REWARDED._replace(name="trl-nash-md", called="NashMDTrainer of trl", mixes=True, arguments="NashMDConfig"),

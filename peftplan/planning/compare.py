@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from peftplan.job.options import JobOptions, Options
     from peftplan.planning.documents import CompareDocument, ComparedRow
 
-ONE = "one GPU"
 OF_WAYS = ("strategy", "world_size")
 """What rows say only where several ways to share the job are compared."""
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
@@ -59,9 +58,9 @@ class Compared(NamedTuple):
     """Why a method does not run on the card."""
     warnings: tuple[str, ...] = ()
     strategy: str | None = None
-    """How GPUs share the job, where several ways are compared."""
+    """How GPUs share the job, where several ways are compared; None on one."""
     world_size: int | None = None
-    """How many GPUs, likewise."""
+    """How many GPUs, where several ways are compared."""
     needed_is_upper_bound: bool = False
     """Whether `needed_bytes` have a margin, since reserved bytes are not known."""
 
@@ -78,7 +77,7 @@ class Comparison(NamedTuple):
     @property
     def of_ways(self) -> bool:
         """Whether strategies, or numbers of GPUs, are compared."""
-        return any(row.strategy for row in self.rows)
+        return any(row.world_size for row in self.rows)
 
     def to_dict(self) -> CompareDocument:
         """The JSON, bytes as integers."""
@@ -162,7 +161,7 @@ class _Way(NamedTuple):
     cards: tuple[str, ...] | None
     options: Mapping[str, object]
     gpus: int
-    strategy: str
+    strategy: str | None
 
     def named(self, row: Compared, ways: int) -> Compared:
         """A row that says how its GPUs share the job, if there are several ways."""
@@ -188,7 +187,7 @@ def _ways(gpu: str | Sequence[str] | None, strategies: str | Sequence[str], opti
         for count, cards in groups:
             shared = ({} if name is None else {"strategy": name}) | ({} if count is None else {"gpus": count})
             ranks = (count or _number(settings.get("gpus"))) * _number(settings.get("nodes"))
-            called = name or cast("str | None", settings.get("strategy")) or (DEFAULT if ranks > 1 else ONE)
+            called = name or cast("str | None", settings.get("strategy")) or (DEFAULT if ranks > 1 else None)
             ways.append(_Way(cards or None, shared, ranks, called))
     return ways
 

@@ -124,10 +124,10 @@ class ComparedFacts(TypedDict):
     """Why the method has no numbers."""
     reason: str | None
     """Why the method does not run on the card."""
-    strategy: NotRequired[str]
-    """Where several ways are compared: how the GPUs share the job."""
+    strategy: NotRequired[str | None]
+    """Where several ways are compared: how the GPUs share the job; `null` on one."""
     world_size: NotRequired[int]
-    """Likewise: how many GPUs."""
+    """Where several ways are compared: how many GPUs."""
     needed_is_upper_bound: NotRequired[bool]
     """Where a row has one: whether `needed_bytes` have a margin, since reserved bytes are not known."""
 

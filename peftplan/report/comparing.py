@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.planning.compare import ONE, Compared, Comparison
+from peftplan.planning.compare import Compared, Comparison
 from peftplan.report.screen import glyphs
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes, format_count
@@ -25,6 +25,7 @@ OF_WAYS = (
 )
 """The columns where several ways to share the job are compared."""
 OF_CARDS = ("card", "needs", "left", "verdict")
+ONE = "one GPU"
 BAR = 24
 """Blocks of the longest bar."""
 
@@ -67,7 +68,7 @@ def _of_ways(result: Comparison) -> list[tuple[str, ...]]:
         same_method = before[0] == row.method
         count = "" if row.method in counted else _count(row)
         counted |= {row.method} if count else set()
-        names = ("" if same_method else row.method, "" if before == (row.method, row.strategy) else row.strategy or "")
+        names = ("" if same_method else row.method, "" if before == (row.method, row.strategy) else row.strategy or ONE)
         verdict = (row.verdict or ("error" if row.error else "")).replace("_", " ")
         sizes = (*_needs_and_left(row), verdict, _size(row.peak_allocated), count)
         rows.append((*names, str(row.world_size), row.gpu or "", *sizes, bar(row.peak_allocated or 0, largest)))
@@ -115,10 +116,10 @@ def below(result: Comparison) -> list[str]:
 
 def errors(result: Comparison) -> list[str]:
     """Warnings, and why a row has no numbers or does not run on a card, a line each."""
-    warned = dict.fromkeys((row.method, warning) for row in result.rows for warning in row.warnings)
+    warned = dict.fromkeys((_named(row), warning) for row in result.rows for warning in row.warnings)
     failed = dict.fromkeys(f"{_named(row)}: {row.error}" for row in result.rows if row.error)
-    refused = dict.fromkeys(f"{row.gpu}: {row.method} does not run: {row.reason}" for row in result.rows if row.reason)
-    return [*(f"{method}: warning: {warning}" for method, warning in warned), *failed, *refused]
+    refused = dict.fromkeys(f"{row.gpu}: {_named(row)} does not run: {row.reason}" for row in result.rows if row.reason)
+    return [*(f"{job}: warning: {warning}" for job, warning in warned), *failed, *refused]
 
 
 def _named(row: Compared) -> str:
@@ -127,9 +128,9 @@ def _named(row: Compared) -> str:
 
 def label(row: Compared) -> str:
     """What a bar of a row is called."""
-    if row.strategy in (None, ONE):
-        return f"{row.method}, {ONE}" if row.strategy else row.method
-    return f"{row.method}, {row.world_size} × {row.strategy}"
+    if row.world_size is None:
+        return row.method
+    return f"{row.method}, {row.world_size} × {row.strategy}" if row.strategy else f"{row.method}, {ONE}"
 
 
 def _count(row: Compared) -> str:
@@ -137,11 +138,11 @@ def _count(row: Compared) -> str:
 
 
 def _needs_and_left(row: Compared) -> tuple[str, str]:
-    """What the card needs and has left; where the need is a lower bound, what is left is not known."""
+    """What the card needs and has left, at least; where the need is a lower bound, what is left is not known."""
     if row.needed_is_lower_bound:
         return f"at least {_size(row.needed_bytes)}", ""
     if row.needed_is_upper_bound:
-        return f"at most {_size(row.needed_bytes)}", f"at least {_size(row.headroom_bytes)}"
+        return f"at most {_size(row.needed_bytes)}", _size(row.headroom_bytes)
     return _size(row.needed_bytes), _size(row.headroom_bytes)
 
 

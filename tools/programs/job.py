@@ -49,9 +49,6 @@ OTHER_TRAINERS = (
     "trl-xpo",
     "trl-nash-md",
     "trl-ppo",
-    "trl-bco",
-    "trl-sdpo",
-    "trl-sdft",
 )
 LLAMA_FACTORY = ("llamafactory-dpo", "llamafactory-kto")
 SWIFT = ("swift-dpo", "swift-dpo-packed", "swift-kto", "swift-reward", "swift-orpo", "swift-cpo", "swift-grpo")
