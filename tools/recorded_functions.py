@@ -94,6 +94,7 @@ FUNCTIONS = {
     "falcon_h1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), _falcon_h1),
     "falcon_h1-1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1),
     "falcon_h1-normed": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), partial(_falcon_h1, normed=True)),
+    "falcon_h1-1-normed": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), partial(_falcon_h1, normed=True)),
     "falcon_h1-1-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1, "5.16"),
     "falcon_h1-1-normed-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), partial(_falcon_h1, normed=True), "5.16"),
     "falcon_h1-normed-5.16": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), partial(_falcon_h1, normed=True), "5.16"),

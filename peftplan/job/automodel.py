@@ -232,8 +232,8 @@ def _knows_scan(job: Job) -> bool:
 
 
 def knows_recorded(job: Job) -> bool:
-    """Whether Mamba 2 was rehearsed in operations of torch: of Falcon-H1, fully trained in bf16 over several GPUs, without
-    checkpoints, or with LoRA where ranks share its matrices, and its mixer has a norm."""
+    """Whether Mamba 2 was rehearsed in operations of torch: of Falcon-H1 in bf16 over several GPUs, without checkpoints, fully
+    trained, or with LoRA where its mixer has a norm."""
     setup, distributed = job.setup, job.distributed
     if not setup.by.own_lora or distributed is None or job.architecture.model_type != "falcon_h1" or setup.kernels:
         return False
@@ -241,7 +241,7 @@ def knows_recorded(job: Job) -> bool:
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is distributed.dp_shard_size is None
     shared = distributed.tp_size not in (None, 1)
     normed = any(module.name.endswith("mamba.norm") for module in job.architecture.modules)
-    as_rehearsed = (job.method_name, shared, normed) in (("full", False, False), ("lora", True, True))
+    as_rehearsed = (job.method_name == "full" and not shared) or (job.method_name == "lora" and normed)
     plain = as_rehearsed and setup.dtype == "bf16" and setup.loss == "full" and job.quant is None
     return alone and here and plain and not setup.gradient_checkpointing
 

@@ -232,7 +232,8 @@ def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ..
     shares = "shared" in fields.strs("indexer_types", default=())
     keys = 0 if shares or types != tuple(sorted(types)) else fields.int("index_topk")
     dense = {"first_k_dense_replace": types.count("dense")} if types else {}
-    as_deepseek = read_config({"n_group": 1, "topk_group": 1, **_of_type(config, "deepseek_v3"), **dense}, name=name).blocks
+    of_class = {**_of_type(config, "deepseek_v3"), **dense, "head_dim": None}  # which the class sets itself
+    as_deepseek = read_config({"n_group": 1, "topk_group": 1, **of_class}, name=name).blocks
     chosen = (tuple(a._replace(num_chosen_keys=keys) for a in block.attentions) for block in as_deepseek)
     return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
 

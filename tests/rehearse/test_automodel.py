@@ -68,6 +68,9 @@ LOOSE = {
     ("falcon-h1-0.5b-base", 2, 2): 0.29,
     ("falcon-h1-0.5b-base", 4, 2): 0.51,
     ("falcon-h1-34b-base", 3, 2): 0.25,
+    ("falcon-h1-7b-base", 2, 2): 0.08,
+    ("falcon-h1-1.5b-base", 3, 1): 0.19,
+    ("falcon-h1-1.5b-base", 4, 3): 0.55,
     ("ernie-4.5-21b-a3b-pt", 4, 1): 0.02,
     ("gpt-oss-20b", 2, 8): 0.21,
     ("gpt-oss-20b", 2, 2): 0.04,
@@ -313,14 +316,14 @@ def test_what_of_ernie_with_experts_was_rehearsed(options: dict[str, Any], known
     ("model", "options", "known"),
     [
         ("falcon-h1-34b-base", {}, True),
-        ("falcon-h1-34b-base", {"tp_size": None}, False),
+        ("falcon-h1-34b-base", {"tp_size": None}, True),
         ("falcon-h1-34b-base", {"gradient_checkpointing": True}, False),
         ("falcon-h1-34b-base", {"method": "full", "r": None, "target_modules": None}, False),
         ("falcon-h1-0.5b-base", {"tp_size": 2}, False),
     ],
 )
 def test_what_of_falcon_h1_with_lora_was_rehearsed(model: str, options: dict[str, Any], known: bool) -> None:
-    """Where ranks share its matrices, and a norm is in its mixer, which has all of its own on each rank."""
+    """Where a norm is in its mixer, which each rank has whole where ranks share matrices."""
     job: dict[str, Any] = {"method": "lora", "r": 8, "target_modules": r"(?:.*\.)?.*_proj", "trainer": "automodel"}
     job |= {"strategy": "fsdp2", "gpus": 8, "tp_size": 4, "seq_len": 512} | options
     result = peftplan.estimate(cut(model, 2), **{name: value for name, value in job.items() if value is not None})
@@ -346,7 +349,7 @@ def test_where_reserved_bytes_of_fused_layers_in_8_bits_were_rehearsed(layers: i
 
 def test_falcon_h1_keeps_the_states_of_its_scan_until_the_loss() -> None:
     """In fp32, of 2 rows: 24 heads of 64 x 128 numbers in each of two layers, and the last 4 inputs of 1,792 channels in bf16."""
-    (row,) = (row for row in ROWS if row["model"].startswith("falcon-h1") and row["layers"] == 2)
+    (row,) = (row for row in ROWS if row["model"] == "falcon-h1-0.5b-base" and row["layers"] == 2)
     with_cache, without = (peftplan.estimate(**options(row) | {"use_cache": cache}).peaks for cache in (True, False))
     assert with_cache is not None
     assert without is not None
