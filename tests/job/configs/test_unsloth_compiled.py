@@ -207,3 +207,32 @@ def test_four_layers_have_the_counts_that_unsloth_printed() -> None:
     lines = {line["name"]: line["bytes"] for line in result.to_dict()["memory"]["lines"]}
     assert lines["model.language_model.layers.*.router.proj.weight"] == 4 * 128 * 2816 * 2
     assert lines["model.embed_vision.embedding_projection.weight"] == 1152 * 2816 * 2
+
+
+IN_4_BITS = """
+from unsloth import FastVisionModel
+model, tokenizer = FastVisionModel.from_pretrained("unsloth/MODEL", load_in_4bit=True)
+model = FastVisionModel.get_peft_model(model, finetune_vision_layers=False, r=16, target_modules=["q_proj", "v_proj"])
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, max_steps=60)).train()
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "beside"),
+    [
+        ("gemma-3-27b-it", 411_070_464),
+        ("gemma-3n-E4B-it", 688_676_864),
+        ("gemma-4-E4B-it", 462_094_336),
+        ("gemma-4-31B-it", 552_019_968),
+        ("Llama-3.2-11B-Vision-Instruct", 31_457_280),
+        ("Qwen2-VL-7B-Instruct", 673_710_080),
+    ],
+)
+def test_what_stands_beside_the_text_part_stays_in_16_bits(model: str, beside: int) -> None:
+    """`beside`: numbers in the weights of the model's linear layers, as transformers 5.17.0 builds it, that are not converted by
+    `_unsloth_should_convert_module` with `SKIP_QUANTIZATION_MODULES` of unsloth_zoo 2026.10.9, but for the head. Two bytes each
+    in place of half a byte."""
+    plan = read_text(IN_4_BITS.replace("MODEL", model), file="a.py")
+    both = (peftplan.estimate(config=plan, quant_skip_modules=names) for names in (plan.options["quant_skip_modules"], "lm_head"))
+    kept, converted = (estimate.to_dict()["memory"]["by_category"]["weights"] for estimate in both)
+    assert kept - converted == beside * 3 // 2
