@@ -239,6 +239,14 @@ def test_unsloth_keeps_inputs_of_short_rows_on_the_card(longest: int, hosted: bo
     assert plan.options["offload_checkpoints"] is hosted
 
 
+@pytest.mark.parametrize(("loaded", "hosted"), [("True", False), ("False", False), ('"unsloth"', True)])
+def test_get_peft_model_turns_checkpoints_on_again(loaded: str, hosted: bool) -> None:
+    """Its default is "unsloth" (models/vision.py:4924); the loader alone patches what moves inputs (_utils.py:510)."""
+    source = UNSLOTH.format(settings="", arguments="").replace("max_seq", f"use_gradient_checkpointing={loaded}, max_seq")
+    options = read_text(source, file="a.py").options
+    assert (options["gradient_checkpointing"], options["offload_checkpoints"]) == (True, hosted)
+
+
 def test_of_sft_before_grpo_the_second_is_counted() -> None:
     """It holds all completions of a prompt. A length that only the program knows leaves prompt and completion all of a row."""
     before = """
