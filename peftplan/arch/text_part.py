@@ -1,7 +1,7 @@
 """The text part of vision-language models: the decoder that runs alone where a sample has no image.
 
 Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3,gemma3,gemma4,gemma4_unified,
-llava}/modeling_*.py.
+llava,internvl,lfm2_vl}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ TEXT_PARTS: dict[str, str | None] = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
     "llava": None,
+    "internvl": None,
+    "lfm2_vl": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
 DEFAULTS: dict[str, dict[str, object]] = {

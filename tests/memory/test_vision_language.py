@@ -30,6 +30,8 @@ OTHERS = (
     "smolvlm2-2.2b-instruct",
     "gemma-3-4b-it",
     "llava-1.5-7b",
+    "internvl3-5-1b",
+    "lfm2-vl-450m",
 )
 
 
@@ -47,6 +49,8 @@ def shallow(model: str) -> dict[str, Any]:
     vision: dict[str, Any] = dict(config.get("vision_config") or {})
     for part in (config, text, vision):
         part |= {name: 2 for name in ("num_hidden_layers", "depth") if part.get(name) is not None}
+    if text.get("model_type") == "lfm2":
+        text["layer_types"] = ["conv", "full_attention"]
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0]
     return {**config, **({"text_config": text} if text else {}), **({"vision_config": vision} if vision else {})}
@@ -99,10 +103,11 @@ def test_a_text_part_that_is_not_read_here_has_no_formula(monkeypatch: pytest.Mo
 )
 def test_weights_that_images_alone_train_get_no_gradient(model: str, options: dict[str, Any]) -> None:
     """In full, or with peft's default targets or all layers, weights of the tower train too: without images they have neither
-    gradients nor states. Of a tower in 4 bits kilobytes of loading are left out."""
+    gradients nor states. Of a tower in 4 bits kilobytes of loading are left out, 40 of LFM2-VL."""
     ours, traced = (phases(shallow(model), engine, **options) for engine in ("analytic", "trace"))
     for phase in ("load", "forward", "backward", "step"):
-        assert ours[phase] == pytest.approx(traced[phase], rel=1e-4 if options["method"] == "qlora" else TOLERANCE), phase
+        left_out = {"rel": 1e-4, "abs": 40 * 2**10} if options["method"] == "qlora" else {"rel": TOLERANCE}
+        assert ours[phase] == pytest.approx(traced[phase], **left_out), phase
 
 
 @pytest.mark.parametrize("options", [{"trainer": "swift-dpo"}, {"trainer": "axolotl"}, {"method": "adalora"}])

@@ -91,6 +91,8 @@ OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
     "mistral3": ("vision_language", "mistral3"),
     "gemma3": ("vision_language", "gemma3"),
     "llava": ("vision_language", "mistral3"),
+    "internvl": ("vision_language", "mistral3"),
+    "lfm2_vl": ("lfm2", "lfm2_vl"),
     "gemma4": ("gemma4", "gemma4_with_towers"),
     "gemma4_unified": ("gemma4", "gemma4_with_towers"),
 }

@@ -114,3 +114,6 @@ STYLE = Style(
     final_norm="model.embedding_norm",
 )
 lfm2 = partial(decoder, style=STYLE)
+lfm2_vl = partial(
+    decoder, style=STYLE._replace(stack="model.language_model.layers.{}", final_norm="model.language_model.embedding_norm")
+)
