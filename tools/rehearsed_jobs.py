@@ -158,7 +158,7 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
         return {"error": result.not_modelled[0]}
     written = result.to_dict()
     generates = TRAINERS[options.get("trainer", "transformers")].generates
-    unlike = options.get("strategy") in UNLIKE and not generates
+    unlike = options.get("strategy") in UNLIKE
     memory = written["distributed"]["ranks"][0] if unlike else written["memory"]
     phases = memory["peak_by_phase"]
     generated = phases.pop("generate", None)

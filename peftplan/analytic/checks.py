@@ -154,7 +154,8 @@ def _scores_as_rehearsed(job: Job) -> bool:
     setup, reward = job.setup, reward_of(job)
     assert reward is not None
     values, types = setup.by.values, (job.architecture.model_type, reward.architecture.model_type)
-    loaded = setup.dtype == "fp32" and setup.autocast == ("none" if values else "bf16") and job.script.transformers is None
+    cast = not values or job.distributed is not None  # PPO's `Accelerator` casts as DeepSpeed's alone
+    loaded = setup.dtype == "fp32" and setup.autocast == ("bf16" if cast else "none") and job.script.transformers is None
     plain = bool(setup.gradient_checkpointing) and not setup.use_reentrant and not setup.padding  # else models keep their cache
     plain = setup.use_cache is not False if values else plain
     plain &= setup.attn_implementation == "sdpa" and setup.kernels is None and setup.optim in REWARDED_OPTIMIZERS

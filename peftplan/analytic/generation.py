@@ -85,6 +85,7 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
         return ()
     key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, setup.tool_turns, compute_capability)
     if key not in _GENERATIONS:
+        inventory = _in_16_bits(inventory)
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
         if setup.by.mixes:
             before.append(_ending(mixed(inventory), {}))
@@ -103,6 +104,18 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
         if len(_GENERATIONS) > KEPT:
             _GENERATIONS.popitem(last=False)
     return _GENERATIONS[key][1]
+
+
+def _in_16_bits(inventory: Inventory) -> Inventory:
+    """The job as a rank of DeepSpeed computes it, which has cast the weights."""
+    job = inventory.job
+    by_deepspeed, autocast = job.distributed is not None and job.distributed.strategy.startswith("zero"), job.setup.autocast
+    if not by_deepspeed or autocast in ("none", job.setup.dtype):
+        return inventory
+    from peftplan.analytic.ranks import parameters_on_rank
+
+    cast, setup = parameters_on_rank(inventory), job.setup.model_copy(update={"dtype": autocast, "autocast": "none"})
+    return inventory._replace(job=job._replace(setup=setup), parameters=cast)
 
 
 def _casts(f: Tape, parameters: Parameters, autocast: str) -> Tensor:

@@ -163,9 +163,13 @@ def loading_of(
 
             load = partial(load_shards_behind, load=load, shards=ranks.second_on_rank(job, parameters)[1])
         elif job.reference == "copy" and job.distributed.strategy not in ("ddp", "zero3", "fsdp2"):
+            from peftplan.job.teacher import reward_of
             from peftplan.memory.reference_load import load_after_reference
 
-            load = partial(load_after_reference, load=load, reference=ranks.cast_parameters(job, parameters))
+            cast, reward = ranks.cast_parameters(job, parameters), reward_of(job)
+            scores = () if reward is None else (reward.parameters,)
+            others = (*scores, cast) if setup.by.values else (cast, *scores)
+            load = partial(load_after_reference, load=load, references=others, last=setup.by.values)
         beyond = rank_loading.passing_on_rank(load, Ledger(loaded))
         passing = beyond or (passing if job.distributed.strategy == "ddp" else ())
     if dtype != setup.dtype:

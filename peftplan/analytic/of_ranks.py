@@ -159,7 +159,9 @@ def unlike(of_any: Inventory, reduced: tuple[tuple[str, int | None], ...]) -> Un
         return None
     from peftplan.distributed.zero import reduce_bucket
     from peftplan.distributed.zero_ranks import unlike_ranks
+    from peftplan.job.teacher import trained_together
 
     bucket_size = reduce_bucket(job.distributed, job.architecture.hidden_size or 0)
     dtype = str(job.setup.autocast)
-    return unlike_ranks(of_any.parameters, job.distributed, reduced, bucket_size=bucket_size, dtype=dtype)
+    trained = trained_together(job, of_any.parameters)
+    return unlike_ranks(trained, job.distributed, reduced, bucket_size=bucket_size, dtype=dtype)

@@ -14,6 +14,7 @@ from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.automodel import builds, merges_experts
 from peftplan.job.kernels import SCANNING, kernels_of
+from peftplan.job.teacher import trained_together
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.flat_load import FlatUnits
 from peftplan.memory.lasting import TE_WORKSPACE
@@ -73,6 +74,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         states = (line for line in inventory.static if line.category == "optimizer_states" and line not in holding.beside)
         return WholeLoading(cast_parameters(job, parameters), masters, tuple(states) if masters else ())
     if distributed.strategy in FLAT:
+        parameters = trained_together(job, parameters)
         cast, world = cast_parameters(job, parameters), distributed.world_size
         trained = groups_of(cast.all, together=bool(distributed.deepspeed_optimizer))
         groups = tuple((frozenset(p.name for p in group), partition(group, world)) for group in trained)

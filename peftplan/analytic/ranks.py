@@ -19,7 +19,7 @@ from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of,
 from peftplan.distributed.zero import Key
 from peftplan.distributed.zero_shards import cast_on_rank
 from peftplan.job.setup import Setup
-from peftplan.job.teacher import teacher_of
+from peftplan.job.teacher import teacher_of, trained_together
 from peftplan.memory.bucket_views import BucketViews
 from peftplan.memory.model import Model
 from peftplan.memory.optimizer import has_temporaries
@@ -243,7 +243,8 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
         return program._replace(shards=masters or holding.parameters.all, steps_in_backward=True)
     if job.distributed.strategy in FLAT:
         assert holding.rank is not None, "each rank is compiled apart"
-        model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank)
+        trained = trained_together(job, model.parameters)
+        model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank, trained=trained)
     else:
         # ends the order (trl, models/utils.py, `add_hooks`), which the next step on rows of the data has again
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None

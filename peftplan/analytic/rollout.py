@@ -2,10 +2,10 @@
 
 b completions of a step, s tokens, n of a completion, v vocabulary.
 
-NashMDTrainer, for a token: both models' logits of all tokens before it, in fp32, the mixture's two terms and their sum, and the
-scores of a token. PPOTrainer: the scores of all tokens beside the cache, stacked, and padded; then the reference's forward, with
-its cache and the hidden states of its layers. The logits of the rollout before live until the next ones are there. Value and
-reward model keep no cache and no logits, so that they need less.
+NashMDTrainer, for a token: both models' logits of all tokens before it, in the dtype of the weights, the mixture's two terms and
+their sum, and the scores of a token. PPOTrainer: the scores of all tokens beside the cache, stacked, and padded; then the
+reference's forward, with its cache and the hidden states of its layers. The logits of the rollout before live until the next
+ones are there. Value and reward model keep no cache and no logits, so that they need less.
 
 Source: trl before 1.16, experimental/nash_md/nash_md_trainer.py (`GeometricMixtureWrapper.forward`), experimental/ppo/
 ppo_trainer.py (`batch_generation`, `train`); transformers, generation/utils.py (`_sample`). As many completions as `AT_ONCE` are
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from peftplan.analytic.running import running_of
 from peftplan.analytic.sizes import sizes
+from peftplan.distributed.zero import largest_rank, slots_of
 from peftplan.job.inventory import Inventory
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.memory.heads import logits_of
@@ -24,7 +25,7 @@ from peftplan.memory.models import forward_of
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import Adaptation
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims
+from peftplan.tape.tensors import Dims, Tensor
 
 AT_ONCE = 64
 """Rows of PPO's `local_rollout_forward_batch_size`, by default."""
@@ -35,15 +36,25 @@ def mixed(inventory: Inventory) -> Timeline:
     setup, vocab = inventory.job.setup, inventory.job.architecture.vocab_size or 0
     f = Tape()
     f.mark("forward")
-    trained = [p for p in inventory.parameters.all if p.trainable and setup.gradient_accumulation_steps > 1]
-    gradients = [f.many(p.shape, p.dtype, f"{p.name}.grad", p.copies) for p in trained]
+    gradients = _gradients(f, inventory) if setup.gradient_accumulation_steps > 1 else []
     dims: Dims = (setup.generation_rows, setup.seq_len - 1, vocab)
     scores = f.many((setup.generation_rows, vocab), "fp32", "scores", 3)
-    logits = f.many(dims, "fp32", "logits of both models", 2)
-    mixture = f.many(dims, "fp32", "terms of the mixture and their sum", 3)
+    logits = f.many(dims, setup.dtype, "logits of both models", 2)
+    mixture = f.many(dims, setup.dtype, "terms of the mixture and their sum", 3)
     del gradients, scores, logits, mixture
     f.mark("backward")
     return timeline(f, {}, vocab=None)
+
+
+def _gradients(f: Tape, inventory: Inventory) -> list[Tensor]:
+    """Those of all weights; under ZeRO-2 those of which the rank has a part, in one tensor."""
+    parameters, distributed, holding = inventory.parameters, inventory.job.distributed, inventory.holding
+    if distributed is None or holding is None:
+        return [f.many(p.shape, p.dtype, f"{p.name}.grad", p.copies) for p in parameters.all if p.trainable]
+    slots = slots_of(parameters, distributed)
+    rank = largest_rank(slots) if holding.rank is None else holding.rank
+    reaching = sum(slot.numel * (slot.of_rank(rank) > 0) for slot in slots.values())
+    return [f.new((reaching,), inventory.job.setup.dtype, "gradients of the rank's partition")]
 
 
 def rolled_out(inventory: Inventory, compute_capability: str) -> Iterator[tuple[Timeline, Mapping[str, int]]]:

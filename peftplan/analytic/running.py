@@ -277,11 +277,11 @@ def reference_of(job: Job, policy: Model) -> Model | None:
         )
         return Model(*parts, None, stacks=policy.stacks)
     if job.setup.by.values:
-        from peftplan.job.teacher import value_of
+        from peftplan.job.teacher import VALUES, value_of
 
         values = value_of(job)
         parts = (policy.tape, values.architecture, values.parameters, Adaptation(), running)
-        return Model(*parts, None, stacks=policy.stacks)
+        return Model(*parts, None, stacks=policy.stacks, prefix=VALUES)
     base = tuple(p for p in policy.parameters.all if p.owner == "base")
     if job.setup.by.wide_reference and job.reference == "copy":
         base = as_copied(job, policy.parameters._replace(all=base)).all

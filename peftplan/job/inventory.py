@@ -81,8 +81,9 @@ def _holding(job: Job, built: Parameters, rank: int) -> "Holding | None":
         return None
     from peftplan.distributed.expert_parallel import each_apart
     from peftplan.distributed.shards import holding
+    from peftplan.job.teacher import trained_together
 
-    setup = job.setup
+    setup, built = job.setup, trained_together(job, built)
     upcasts = job.quant is None and not setup.by.own_fsdp2
     own = holding(built, job.distributed, job.architecture, autocast=str(setup.autocast), upcasts=upcasts, rank=rank)
     if kernels_of(setup.kernels or ()).experts is not None:
@@ -231,7 +232,7 @@ def _weights_as_loaded(replaced: Parameters) -> Ledger:
 def _second_model(job: Job, on_rank: Parameters) -> Ledger:
     """The lines of a reference model, or of a teacher."""
     if not job.setup.by.teaches:
-        return reference_lines(as_copied(job, on_rank))
+        return reference_lines(as_copied(job, _of_policy(job, on_rank)))
     from peftplan.job.teacher import teacher_of
 
     teacher = teacher_of(job)
@@ -245,6 +246,15 @@ def _second_model(job: Job, on_rank: Parameters) -> Ledger:
     source = f"{job.setup.by.called}: teacher_model"
     lines = (*weight_lines(shards), *buffer_lines(shards))
     return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
+
+
+def _of_policy(job: Job, on_rank: Parameters) -> Parameters:
+    """Without the value model's."""
+    if not job.setup.by.values:
+        return on_rank
+    from peftplan.job.teacher import VALUES
+
+    return on_rank._replace(all=tuple(p for p in on_rank.all if not p.name.startswith(VALUES)))
 
 
 def _scoring_teacher(job: Job) -> Ledger:
@@ -275,12 +285,14 @@ def _reward_model(job: Job) -> Ledger:
 
 
 def _value_model(job: Job, optimizer: Optimizer) -> Ledger:
-    """The lines of a value model that trains on one GPU: weights, gradients and states."""
-    if not job.setup.by.values or job.distributed is not None:
+    """The lines of a value model that trains: weights, gradients and states. DeepSpeed has those beside the policy's."""
+    if not job.setup.by.values:
         return Ledger(())
     from peftplan.job.teacher import value_of
 
     values = value_of(job).parameters
+    if job.distributed is not None:
+        return Ledger(tuple(line._replace(name=f"value model: {line.name}") for line in buffer_lines(values)))
     lasting = (
         *weight_lines(values),
         *buffer_lines(values),

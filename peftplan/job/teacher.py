@@ -83,11 +83,9 @@ def _teacher(job: Job) -> Teacher:
     assert setup.teacher_model is not None
     student = job.architecture.vocab_size
     rows = student if setup.by.resizes_teacher else None
-    in_16_bits = job.distributed is not None and job.distributed.strategy.startswith("zero") and setup.autocast != "none"
-    dtype = str(setup.autocast) if in_16_bits else setup.dtype  # DeepSpeed casts it
     by = setup.by
     teacher = _read(
-        "teacher_model", setup.teacher_model, rows, dtype, setup.trust_remote_code, by.own_modules, by.freezes_teacher
+        "teacher_model", setup.teacher_model, rows, _dtype(job), setup.trust_remote_code, by.own_modules, by.freezes_teacher
     )
     if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
@@ -96,12 +94,19 @@ def _teacher(job: Job) -> Teacher:
     return teacher
 
 
+def _dtype(job: Job) -> str:
+    """The dtype of a second model, which DeepSpeed casts as it casts the policy."""
+    setup = job.setup
+    in_16_bits = job.distributed is not None and job.distributed.strategy.startswith("zero") and setup.autocast != "none"
+    return str(setup.autocast) if in_16_bits else setup.dtype
+
+
 def reward_of(job: Job) -> Teacher | None:
     """The model that scores completions with one number each; None where the job has none."""
     setup = job.setup
     if setup.reward_model is None:
         return None
-    return _read("reward_model", setup.reward_model, None, setup.dtype, setup.trust_remote_code, False, True)
+    return _read("reward_model", setup.reward_model, None, _dtype(job), setup.trust_remote_code, False, True)
 
 
 def value_of(job: Job) -> Teacher:
@@ -110,6 +115,19 @@ def value_of(job: Job) -> Teacher:
     assert reward is not None
     trained = tuple(p._replace(trainable=True) for p in reward.parameters.all)
     return reward._replace(parameters=reward.parameters._replace(all=trained))
+
+
+VALUES = "value_model."
+"""Before the names of a value model's parameters, where one engine trains them beside the policy's."""
+
+
+def trained_together(job: Job, policy: Parameters) -> Parameters:
+    """The parameters of the module that DeepSpeed trains: the policy's, and behind them those of a value model (trl
+    `PolicyAndValueWrapper`)."""
+    if not job.setup.by.values or job.distributed is None:
+        return policy
+    values = (p._replace(name=VALUES + p.name) for p in value_of(job).parameters.all)
+    return policy._replace(all=(*policy.all, *values))
 
 
 @lru_cache(maxsize=8)

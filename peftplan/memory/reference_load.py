@@ -6,6 +6,8 @@ Source: trl `DPOTrainer.__init__` (`create_model_from_path`, with `device_map="a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from peftplan.allocator.blocks import Block
 from peftplan.allocator.core import Allocator
 from peftplan.distributed.order import tensors
@@ -46,10 +48,15 @@ def load_with_copy(memory: Memory[Handle], load: Loader, policy: Parameters, *, 
     memory.empty_cache()
 
 
-def load_after_reference(memory: Memory[Handle], load: Loader, reference: Parameters) -> None:
-    """Under DeepSpeed: the reference model comes from the host with `prepare_deepspeed`, the policy when training begins."""
-    _keep(memory, reference._replace(all=tuple(p for p in reference.all if p.owner == "base")), moved=True)
-    load(memory)
+def load_after_reference(memory: Memory[Handle], load: Loader, references: Iterable[Parameters], *, last: bool) -> None:
+    """Under DeepSpeed: reference and reward model come from the host with `prepare_deepspeed`, the policy when training begins.
+    `last`: before them."""
+    if last:
+        load(memory)
+    for each in references:
+        _keep(memory, each._replace(all=tuple(p for p in each.all if p.owner == "base")), moved=True)
+    if not last:
+        load(memory)
 
 
 def load_beside_teacher(

@@ -55,7 +55,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         from peftplan.memory.value_model import logits_of_rollout, statistics
 
         assert reference is not None
-        stepped = (*stepped, *reference.parameters.all)
+        stepped = stepped if program.steps_in_backward else (*stepped, *reference.parameters.all)  # DeepSpeed's groups have both
         rolled_out.append(logits_of_rollout(f, model, program.accumulation))
     old_gradients: list[Tensor] = []
     if program.holds_gradients:

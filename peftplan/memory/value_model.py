@@ -37,30 +37,29 @@ def loss_of_policy_and_values(model: Model, critic: Model, outputs: list[Tensor]
     logits = outputs_of(model)[1]
     f.module = ""
     critic.kept.clear()
-    wide, values = f.to(logits, "fp32"), f.to(values, "fp32")
-    del logits
     before.clear()
-    outputs[:] = [wide.detach(), *outputs[1:]]
-    rows, _, vocab = wide.dims
+    outputs[:] = [logits.detach(), *outputs[1:]]
+    rows, _, vocab = logits.dims
     completions: Dims = (rows, "n/b", vocab)
-    per_token = divided_rows(f, wide, completions, count=model.running.batch_size)
-    del wide
-    return f.new((), "fp32", "mean", f.record(_loss_backward, (per_token, values), per_token.dims, values.dims))
+    per_token = divided_rows(f, logits, completions, count=model.running.batch_size)
+    del logits
+    node = f.record(_loss_backward, (per_token, values), *((x.dims, x.dtype) for x in (per_token, values)))
+    return f.new((), "fp32", "mean", node)
 
 
 def statistics(f: Tape, outputs: list[Tensor]) -> None:
     """The entropy behind a micro batch: `softmax` of the logits stays, its product with them does not."""
     rows, _, vocab = outputs[0].dims
-    dims: Dims = (rows, "n/b", vocab)
-    probabilities = f.new(dims, "fp32", "softmax")
+    dims, dtype = (rows, "n/b", vocab), outputs[0].dtype
+    probabilities = f.new(dims, dtype, "softmax")
     outputs[1:] = []
-    exponentials = f.new(dims, "fp32", "exp")
+    exponentials = f.new(dims, dtype, "exp")
     del exponentials
-    product = f.new(dims, "fp32", "mul")
+    product = f.new(dims, dtype, "mul")
     del product
     outputs[1:] = [probabilities]
 
 
-def _loss_backward(f: Tape, node: Node, saved: tuple[Dims, Dims], g: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_backward(f: Tape, node: Node, saved: tuple[tuple[Dims, str], ...], g: Tensor) -> tuple[Tensor, Tensor]:
     of_tokens, of_values = saved
-    return f.new(of_tokens, "fp32", "mul"), f.new(of_values, "fp32", "slice_backward")
+    return f.new(*of_tokens, "mul"), f.new(*of_values, "slice_backward")

@@ -25,6 +25,8 @@ class Weights:
     adaptation: Adaptation
     running: Running
     quant: QuantConfig | None
+    prefix: str = field(default="", kw_only=True)
+    """Before the names of its tensors where another model of the tape has the same."""
     token_adapters: Mapping[str, str] = field(init=False)
     """Module → the module that holds its trained rows."""
     _parts: dict[tuple[str, int | None], Part] = field(init=False, default_factory=dict)
@@ -94,7 +96,8 @@ class Weights:
         parameter = self._parameters.get(key)
         if parameter is None:
             dtype = self.running.dtype if p.quantized else p.dtype
-            parameter = self._parameters[key] = Parameter(p.name, p.shape, dtype, trainable=p.trainable, layer=key[1])
+            name = self.prefix + p.name
+            parameter = self._parameters[key] = Parameter(name, p.shape, dtype, trainable=p.trainable, layer=key[1])
             parameter.grad = self._kept_gradients.get(p.name)
         return parameter
 

@@ -20,6 +20,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.model import Model
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
+from peftplan.parameters import Parameters
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ALLOCATION_ROUNDING, round512
 
@@ -52,12 +53,14 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
 
 
 class Zero(Stage):
-    """Gradients, buckets and flat groups of one rank. `masters`: the fp32 masters of each group."""
+    """Gradients, buckets and flat groups of one rank. `masters`: the fp32 masters of each group, `trained`: what they are of."""
 
-    def __init__(self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str, rank: int) -> None:
+    def __init__(
+        self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str, rank: int, trained: Parameters
+    ) -> None:
         super().__init__(model, distributed, dtype=dtype)
         self.masters = masters
-        self.slots = slots_of(model.parameters, distributed)
+        self.slots = slots_of(trained, distributed)
         self.partitions_gradients = distributed.strategy == "zero2"
         self.scatters = distributed.reduce_scatter is not False
         self.rank = rank

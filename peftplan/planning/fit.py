@@ -121,7 +121,7 @@ def fit(
     accepted = ("fits", "tight") if allow_tight else ("fits",)
     typed = {name: value for name, value in options.items() if name != size}
     search = Search(size, accepted, min_seq_len, engine, progress)
-    if size == "seq_len" and search.smallest > (most := _ceiling(size, model, job_options(typed))):
+    if size == "seq_len" and search.smallest > (most := _ends(search, model, job_options(typed))[1]):
         raise BoundError("min_seq_len", min_seq_len, f"at most {most}, the positions of the model")
 
     def on(card: str) -> Fit:
@@ -140,7 +140,7 @@ def fit(
         plans, nearest = ranked(first, typed, changes, plan, by_size=size == "model")
         if engine == "analytic" and size != "model" and not first.size:
             misses = (first,) if len(plans) > 1 else (first, *nearest)
-            more = divided(model, card, typed, misses, {size: search.smallest})
+            more = divided(model, card, typed, misses, {size: search.smallest_of(first)})
             (_, *over_gpus), _ = ranked(first, typed, more, plan)
             plans = in_order(first, (*plans[1:], *over_gpus))
         elsewhere = (
@@ -167,7 +167,7 @@ def _other_card(model: object, typed: Mapping[str, object], search: Search, plan
     if search.size == "model":
         model = near.model  # a member of the family
     else:
-        options = job_options(options, {search.size: search.smallest})
+        options = job_options(options, {search.size: search.smallest_of(near)})
     cards = which_gpu(model, allow_tight="tight" in search.accepted, **options)
     return OtherCard(cards[0].gpu, near.model, near.changes, cards[0].usable_bytes, cards[0].needed_bytes) if cards else None
 
@@ -186,25 +186,29 @@ class Search(NamedTuple):
         """The size below which nothing is asked."""
         return self.min_seq_len if self.size == "seq_len" and self.min_seq_len else 1
 
+    def smallest_of(self, plan: Plan) -> int:
+        """The size at which a plan was asked that fits at none: longer than its completions where it writes them."""
+        return plan.seq_len if self.size == "seq_len" else self.smallest
+
 
 def _plan(model: object, gpu: str, search: Search, options: JobOptions, changes: Mapping[str, object]) -> Plan:
-    """The plan with the largest size of one job; of size 0, with the verdict at size 1 (or `min_seq_len`), where nothing fits."""
+    """The plan with the largest size of one job; of size 0, with the verdict at the smallest, where nothing fits."""
     if search.engine == "trace":
         return _traced_plan(model, gpu, search, options, changes)
-    size, accepted, smallest = search.size, search.accepted, search.smallest
+    size, accepted, (smallest, ceiling) = search.size, search.accepted, _ends(search, model, options)
     ask = _estimates(model, gpu, size, options, smallest)
     start = ask(smallest)
     if (why := _unknown(start)) is not None:
         raise RefusedError(f"fit: {why}")
 
     def probe(number: int) -> Probe:
-        return _probe(ask(number), accepted)
+        return _probe(ask(max(number, smallest)), accepted)
 
     if not _probe(start, accepted).accepted:
         edge, answer = Largest(0, smallest), start
     else:
         most_asked = MOST_ASKED if not changes else ASKED_OF_OTHERS
-        edge = largest(probe, ceiling=_ceiling(size, model, options), most_asked=most_asked)
+        edge = largest(probe, ceiling=ceiling, most_asked=most_asked)
         edge = edge if edge.size >= smallest else Largest(0, smallest)
         answer = ask(edge.size or smallest)
     return _plan_at(edge, answer, ask, size, changes)
@@ -225,7 +229,7 @@ def _plan_at(edge: Largest, answer: Estimate, ask: Callable[[int], Estimate], si
 
 def _traced_plan(model: object, gpu: str, search: Search, options: JobOptions, changes: Mapping[str, object]) -> Plan:
     """The same by traces, around the answer of the formulas where there are any."""
-    size, seen = search.size, dict[int, Estimate]()
+    size, seen, (smallest, ceiling) = search.size, dict[int, Estimate](), _ends(search, model, options)
     word = size.replace("_", " ")
 
     def ask(number: int) -> Estimate:
@@ -241,11 +245,11 @@ def _traced_plan(model: object, gpu: str, search: Search, options: JobOptions, c
         guess = GUESSES[size]
     edge = largest_traced(
         lambda number: _probe(ask(number), search.accepted),
-        smallest=search.smallest,
-        ceiling=_ceiling(size, model, options),
+        smallest=smallest,
+        ceiling=ceiling,
         guess=guess,
     )
-    return _plan_at(edge, ask(edge.size or search.smallest), ask, size, changes)
+    return _plan_at(edge, ask(edge.size or smallest), ask, size, changes)
 
 
 def _estimates(model: object, gpu: str, size: Size, options: JobOptions, smallest: int) -> Callable[[int], Estimate]:
@@ -274,10 +278,17 @@ def _estimates(model: object, gpu: str, size: Size, options: JobOptions, smalles
     return ask
 
 
-def _ceiling(size: Size, model: object, options: JobOptions) -> int:
-    """Where the search ends: for sequences at the model's table of positions, if it has one."""
-    positions = prepare(model, **options).architecture.max_positions if size == "seq_len" else None
-    return min(CEILINGS[size], positions or CEILINGS[size])
+def _ends(search: Search, model: object, options: JobOptions) -> tuple[int, int]:
+    """The first and the last size that is asked: sequences have one token more than the completions that a job writes, and end at
+    the model's table of positions, if it has one."""
+    if search.size != "seq_len":
+        return search.smallest, CEILINGS[search.size]
+    longest = options.get("max_completion_length")
+    sized = job_options(options, {"seq_len": longest + 1}) if isinstance(longest, int) else options
+    job = prepare(model, **sized)
+    written = job.setup.max_completion_length if job.setup.by.generates else None
+    last = CEILINGS["seq_len"]
+    return max(search.smallest, (written or 0) + 1), min(last, job.architecture.max_positions or last)
 
 
 def _unknown(result: Estimate) -> str | None:

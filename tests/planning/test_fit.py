@@ -13,6 +13,7 @@ from peftplan.arch.catalogue import models
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
 from peftplan.hardware.gpus import gpus
 from peftplan.hardware.usable import usable_bytes
+from peftplan.job.trainer import TrainerName
 from peftplan.planning.choosing import family, which_gpu
 from peftplan.planning.fit import Size, fit
 from peftplan.planning.plans import QUALITY
@@ -346,3 +347,16 @@ def test_over_several_gpus_a_plan_divides_what_does_not_fit() -> None:
     assert answer.other_card is None
     typed = peftplan.fit("llama-3.1-8b", methods=["full"], strategy="ddp", **options)
     assert all("strategy" not in plan.changes for plan in typed.plans)
+
+
+@pytest.mark.parametrize("trainer", ["trl-grpo", "trl-rloo"])
+def test_lengths_are_searched_above_the_completions_that_a_trainer_writes(trainer: TrainerName) -> None:
+    """A row is a prompt and a completion. One token leaves no room for the latter, with which the search began."""
+    job: dict[str, Any] = {"trainer": trainer, "beta": 0.0}
+    by_default = fit("qwen2.5-0.5b", gpu="l4", max="seq_len", **job).plans[0]
+    assert verdict("qwen2.5-0.5b", "l4", seq_len=by_default.size, **job) == "fits"
+    assert verdict("qwen2.5-0.5b", "l4", seq_len=by_default.size + 1, **job) != "fits"
+    long = fit("qwen2.5-0.5b", gpu="l4", max="seq_len", max_completion_length=4096, **job).plans[0]
+    assert long.size > 4096
+    none = fit("qwen2.5-7b", gpu="l4", max="seq_len", method="full", max_completion_length=4096, keep=("method",), **job).plans[0]
+    assert (none.size, none.seq_len) == (0, 4097)

@@ -29,7 +29,8 @@ def test_formulas_hold_what_trl_holds(row: dict[str, Any], tmp_path: Path) -> No
 
 PYTHIA: dict[str, Any] = {"reward_model": "pythia-160m", "dtype": "fp32", "method": "full", "model": "pythia-160m"}
 NOT_REHEARSED: tuple[dict[str, Any], ...] = (
-    *({"method": "lora"}, {"dtype": "bf16"}, {"strategy": "zero2", "gpus": 2}, {"optim": "adafactor"}, {"autocast": "fp16"}),
+    *({"method": "lora"}, {"dtype": "bf16"}, {"strategy": "ddp", "gpus": 2}, {"strategy": "zero3", "gpus": 2}),
+    *({"optim": "adafactor"}, {"autocast": "fp16"}),
     *({"attn_implementation": "eager"}, {"reward_model": "llama-3.2-1b"}, {"model": "gpt2"}),
 )
 OF_PPO: tuple[dict[str, Any], ...] = ({"reward_model": "qwen2.5-0.5b"}, {"use_cache": False}, {"autocast": "bf16"})
@@ -48,6 +49,15 @@ def test_a_reference_is_there_whatever_it_weighs(trainer: TrainerName) -> None:
     """No `beta` leaves it out, also not 0."""
     with pytest.raises(OptionError, match="beta"):
         estimate(**{**PYTHIA, "trainer": trainer, "beta": 0.0})
+
+
+@pytest.mark.parametrize("trainer", ["trl-nash-md", "trl-ppo"])
+def test_deepspeed_casts_every_model(trainer: TrainerName) -> None:
+    """Also those that do not train: a rehearsal held half of what was counted for the reward model."""
+    job = {**PYTHIA, "trainer": trainer, "strategy": "zero2", "gpus": 2, "autocast": "bf16"}
+    lines = estimate(**job).to_dict()["memory"]["lines"]
+    (table,) = (line for line in lines if line["name"] == "reward model: gpt_neox.embed_in.weight")
+    assert table["bytes"] == 2 * 50304 * 768
 
 
 def test_ppo_shows_eight_completions_after_its_first_step() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from .job import DTYPES, adapter, arguments, load
+from .job import DTYPES, adapter, arguments, load, without_kernels
 from .preferences import texts
 
 CALLED = {"trl-online-dpo": "OnlineDPO", "trl-xpo": "XPO", "trl-nash-md": "NashMD", "trl-ppo": "PPO"}
@@ -22,6 +23,7 @@ def with_rewards(job: argparse.Namespace) -> None:
     """OnlineDPOTrainer, XPOTrainer and NashMDTrainer."""
     config_class, trainer_class = _classes(job)
     settings = {"max_length": job.seq_len, "max_new_tokens": job.max_completion_length or 64}
+    training = config_class(**settings, **arguments(job, None))  # first: under ZeRO-3 it decides how models are loaded
     model, reward, tokenizers = load(job), _scoring(job), _tokenizers(job)
     others: dict[str, Any] = {"reward_processing_classes": tokenizers[1]} if job.trainer != "trl-nash-md" else {}
     if job.trainer != "trl-online-dpo":
@@ -31,7 +33,7 @@ def with_rewards(job: argparse.Namespace) -> None:
     trainer_class(
         model=model,
         reward_funcs=reward,
-        args=config_class(**settings, **arguments(job, model)),
+        args=training,
         train_dataset=texts(job, "grpo", tokenizers[0]),
         processing_class=tokenizers[0],
         peft_config=adapter(job),
@@ -52,13 +54,19 @@ def with_values(job: argparse.Namespace) -> None:
     tokenizer = _tokenizers(job)[0]
     tokenizer.padding_side = "left"
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    launched = _launched(job) if (job.strategy or "").startswith("zero") else {}
+    os.environ |= launched
+    of_trainer = arguments(job, None)
+    if launched:
+        del of_trainer["deepspeed"]
+    training = config_class(**settings, **of_trainer)
     value, reward, policy = _scoring(job), _scoring(job), load(job)
     peft = adapter(job)
     dataset = texts(job, "grpo", tokenizer).map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]})
     dataset = dataset.remove_columns("prompt")
     print("prompt", len(dataset[0]["input_ids"]), flush=True)
     trainer_class(
-        args=config_class(**settings, **arguments(job, policy)),
+        args=training,
         processing_class=tokenizer,
         model=policy,
         ref_model=load(job) if peft is None else None,
@@ -73,6 +81,20 @@ def with_values(job: argparse.Namespace) -> None:
 def _spread(values: torch.Tensor, mask: torch.Tensor, **_: object) -> torch.Tensor:
     """The variance of what counts. The emulated card cannot say that something does."""
     return ((values - (values * mask).sum()) ** 2 * mask).sum()
+
+
+def _launched(job: argparse.Namespace) -> dict[str, str]:
+    """What `accelerate launch` sets of the config files for DeepSpeed that trl has: PPOTrainer makes an Accelerator of its own,
+    which reads nothing else."""
+    without_kernels()
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_MIXED_PRECISION": job.autocast or "bf16",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(job.strategy)[-1],
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(job.strategy == "zero3").lower(),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    }
 
 
 def _classes(job: argparse.Namespace) -> tuple[Any, Any]:
