@@ -470,6 +470,7 @@ def fsdp1_jobs() -> Iterator[JobName]:
     flat_on_host: dict[str, Any] = {"use_orig_params": False, "offload_params": "cpu", "cpu_ram_efficient_loading": True}
     yield "fsdp1", "qlora", 4, {"use_reentrant": True, "accumulation": 3, "batch_size": 2, "fsdp": flat_on_host}
     yield "fsdp1", "qlora", 4, {}
+    yield "fsdp1", "lora", 4, {"autocast": "none"}
     for method in METHODS:
         yield "fsdp1", method, 8, {"fsdp": {"dp_shard_size": 4}}
 

@@ -74,7 +74,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **({} if program["method"] == "full" else {"r": program.get("r", 16)}),
         **({"target_modules": targets} if (targets := program.get("target_modules")) else {}),
         **{name: program[name] for name in ("loss", "kernels", "use_reentrant") if name in program},
-        **({"dtype": "fp16", "autocast": "fp16"} if program.get("autocast") == "fp16" else {}),
+        **({"autocast": program["autocast"]} if "autocast" in program else {}),
+        **({"dtype": "fp16"} if program.get("autocast") == "fp16" else {}),
         **{name: size for name, size in program.get("parallel", {}).items() if name in ("dp_shard_size", "cp_size")},
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
@@ -220,13 +221,14 @@ def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
 
 
 def compared_trace(row: dict[str, Any], traced: dict[str, Any]) -> dict[str, float]:
-    """Signed difference of each phase and of reserved bytes of a trace, as a share of the rehearsal's."""
+    """Signed difference of each phase and of reserved bytes that are stated, of a trace, as a share of the rehearsal's."""
     if "devices" in row:
         pairs = zip(traced["devices"], row["devices"], strict=True)
         each = [compared_trace(rehearsed, own) for own, rehearsed in pairs]
         return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
     shares = {phase: traced["peak_by_phase"][phase] / row["peak_by_phase"][phase] - 1 for phase in PHASES}
-    return {**shares, "reserved": traced["peak_reserved"] / row["peak_reserved"] - 1}
+    reserved = traced["peak_reserved"]
+    return shares if reserved is None else {**shares, "reserved": reserved / row["peak_reserved"] - 1}
 
 
 def table() -> tuple[list[str], str]:
@@ -245,7 +247,8 @@ def table() -> tuple[list[str], str]:
         traced = compared_trace(row, kept[name]) if name in kept else None
         known = {} if estimated is None else estimated
         cells = [_percent(known[what]) if what in known else "–" for what in (*PHASES, "reserved")]
-        cells += ["–"] * 2 if traced is None else [_percent(_allocated(traced)), _percent(traced["reserved"])]
+        cells += ["–" if traced is None else _percent(_allocated(traced))]
+        cells += [_percent(traced["reserved"]) if traced and "reserved" in traced else "–"]
         lines.append(f"| {_without_json_marks(name)} | {' | '.join(cells)} |")
         for engine, shares in (("estimated", estimated), ("traced", traced)):
             if shares is not None:

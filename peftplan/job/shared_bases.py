@@ -58,7 +58,22 @@ def check_base(
                 "AttributeError: 'Parameter' object has no attribute 'CB' (nn/modules.py:1182); accepted: nf4, or ddp and zero2"
             )
         _check_flat(distributed, setup, architecture, quant)
+        _check_gathered(distributed, setup, quant, adaptation)
         _check_scaled(distributed, setup, quant, adaptation)
+
+
+def _check_gathered(distributed: Distributed, setup: Setup, quant: QuantConfig, adaptation: Adaptation) -> None:
+    """Raise RefusedError for LoRA in fp32 beside packed weights in 16 bits without autocast: Trainer lets FSDP1 gather all in the
+    dtype of packed weights, and peft casts its input to that of the shard. Rehearsed."""
+    narrow = distributed.strategy == "fsdp1" and quant.name in FOUR_BIT and quant.quant_storage in SIXTEEN_BITS
+    by_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
+    if narrow and by_lora and (setup.autocast, setup.adapter_dtype) == ("none", "fp32"):
+        raise RefusedError(
+            f"autocast: FSDP1 gathers adapters in {quant.quant_storage}, as packed weights are stored (transformers, "
+            "distributed/fsdp.py, `update_fsdp_plugin_peft`), and peft casts their input to fp32: RuntimeError: expected mat1 "
+            f"and mat2 to have the same dtype ({named('peft')}, tuners/lora/bnb.py:549); accepted: --autocast "
+            f"{quant.quant_storage}, or --adapter-dtype {quant.quant_storage}"
+        )
 
 
 def _check_scaled(distributed: Distributed, setup: Setup, quant: QuantConfig, adaptation: Adaptation) -> None:

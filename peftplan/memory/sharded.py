@@ -54,7 +54,8 @@ components/models/nemotron_v3/parallelization.py)."""
 
 def computing_dtype(distributed: Distributed, autocast: str, quant: QuantConfig | None = None) -> str | None:
     """The dtype in which weights are gathered and compute; None: each in its own. Under FSDP1 Trainer takes that of packed
-    weights (transformers, distributed/fsdp.py, `update_fsdp_plugin_peft`)."""
+    weights (transformers, distributed/fsdp.py, `update_fsdp_plugin_peft`). Without autocast all have that dtype: others are
+    refused."""
     stored = None if quant is None or distributed.strategy != "fsdp1" or autocast == "none" else quant.quant_storage
     return stored if stored in FLOATS else distributed.param_dtype or (None if autocast == "none" else autocast)
 

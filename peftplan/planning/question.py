@@ -177,6 +177,8 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
     check_followed(job)
     if (why := without_loss(job.model, job.architecture, job.setup)) is not None:
         raise RefusedError(why)
+    from peftplan.planning.traced_reserved import with_care
+
     traced_on: dict[object, Counted] = {}
 
     def peaks_on(card: "Gpu | None") -> Counted:
@@ -185,7 +187,8 @@ def traced(question: "Question", *, record: bool, progress: Callable[[str, float
             of_card = placed_on(question.inventory, card)
             recorded = record and card == question.first_card
             ranks = traced_ranks(of_card, capability(card))
-            traced_on[key] = _trace(of_card.job, capability(card), ranks=ranks, record=recorded, progress=progress)
+            peaks, runs_within = _trace(of_card.job, capability(card), ranks=ranks, record=recorded, progress=progress)
+            traced_on[key] = Counted(*with_care(of_card, capability(card), peaks, runs_within))
         return traced_on[key]
 
     if not question.open and (peaks := peaks_on(question.first_card).peaks) is not None and peaks.devices:
@@ -213,13 +216,13 @@ def traced_ranks(of_any: "Inventory", compute_capability: str) -> tuple[int, ...
 
 def _trace(
     job: Job, compute_capability: str, *, ranks: tuple[int, ...], record: bool, progress: Callable[[str, float], None] | None
-) -> Counted:
+) -> "tuple[Peaks, Callable[[int], bool]]":
     """The peaks of the trace engine, with the kernels of a card."""
     from peftplan.trace.collector import old_objects_let_be
     from peftplan.trace.traced import trace_peaks, traced_config
 
     with old_objects_let_be():
-        peaks, runs_within = trace_peaks(
+        return trace_peaks(
             config_of(job.model, job.setup),
             architecture=job.architecture,
             peft_config=traced_config(job.method, job.config, job.adapter, job.adaptation),
@@ -233,7 +236,6 @@ def _trace(
             record=record,
             progress=progress,
         )
-    return Counted(peaks, runs_within)
 
 
 def _estimated(

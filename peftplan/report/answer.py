@@ -148,7 +148,9 @@ def _open(result: Estimate) -> str:
     if result.config and result.config["unsupported"]:
         return "unsupported keys in the file"
     if result.peaks:
-        return "the trace could not follow all of it" if result.peaks.unreserved is None else "reserved bytes are not known"
+        if result.peaks.incomplete:
+            return "the trace could not follow all of it"
+        return "reserved bytes are not known" if result.peaks.reserved is None else "what a late GPU reserves is not known"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
 
 

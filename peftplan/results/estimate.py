@@ -68,6 +68,11 @@ class Peaks:
     """Each rank that was traced, with its peaks, where several were."""
     unreserved: str | None = None
     """Why reserved bytes are not known, where allocated ones are."""
+    reserved_with_care: int | None = None
+    """More than what is likely to be reserved, where reserved bytes are not known and a replay comes near."""
+    late: Peaks | None = field(default=None, repr=False, compare=False)
+    """Of a trace under FSDP1, the peaks by formula where they reserve the same if the GPU is never late: they say what a late one
+    reserves."""
 
     @property
     def scope(self) -> str | None:
@@ -95,26 +100,22 @@ class Peaks:
         return None
 
     @property
-    def reserved_with_care(self) -> int | None:
-        """More than what is likely to be reserved, where reserved bytes are not known and a replay comes near."""
-        return None
-
-    @property
     def reserved_at_most(self) -> int | None:
         """Reserved bytes of the GPU that reserves most, under FSDP1 if it is as late as it may be with blocks that are freed."""
         each = (self, *self.devices, *(of_rank for _, of_rank in self.of_ranks))
-        return max((own.reserved for own in each if own.reserved is not None), default=None)
+        late = None if self.late is None else self.late.reserved_at_most
+        return max((own for own in (late, *(of_one.reserved for of_one in each)) if own is not None), default=None)
 
     @property
     def by_pace(self) -> bool:
         """Whether reserved bytes depend on how late the GPU is, and `reserved_at_most` is that of the latest one: under FSDP1,
         where the allocator keeps a block until the GPU has passed it (`record_stream`).
         """
-        return False
+        return self.late is not None
 
     def may_run_within(self, capacity_bytes: int) -> bool:
         """Whether it depends on the GPU's timing if the job runs with this many bytes for the allocator."""
-        return False
+        return self.late is not None and self.late.may_run_within(capacity_bytes)
 
     @property
     def at_least(self) -> int:

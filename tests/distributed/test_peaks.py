@@ -12,7 +12,8 @@ import peftplan
 from peftplan.analytic.of_ranks import OfRanks
 from tools.rank_jobs import PHASES, compared, rows
 
-CELLS = json.loads((Path(__file__).parent / "nine_cells.json").read_text(encoding="utf-8"))["rows"]
+KEPT = json.loads((Path(__file__).parent / "nine_cells.json").read_text(encoding="utf-8"))
+CELLS = KEPT["rows"]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=[f"{method}-{world}" for method, world, *_ in CELLS])
@@ -22,8 +23,8 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
     The allocator hands out large blocks whole, with tails of less than 1 MiB each. Which of them have one depends on the free
     blocks that loading left, and the cells made their shards before the run began. So reserved bytes are compared within 1 %,
     and those of QLoRA not at all. QLoRA's step over 8 ranks, 0.9 GB, has tails of 2,095,104 B here and of 786,432 B there, as
-    embedding or head alone (131,334,144 B in a block of 132,120,576). Under accelerate, the same nine jobs are rows of `ROWS`:
-    allocated within 0.03 % in each phase, reserved equal.
+    embedding or head alone: accelerate leaves those that are counted here (`test_a_cell_that_was_rehearsed_again`). Under
+    Trainer, the same nine jobs are rows of `ROWS`: allocated within 0.03 % in each phase, reserved equal.
     """
     method, world, loaded, *by_phase, reserved = cell
     options: dict[str, Any] = {} if method == "full" else {"r": 16}
@@ -41,6 +42,20 @@ def test_a_rank_of_an_8b_model(cell: list[Any]) -> None:
         assert peaks.by_phase[phase] - tails == pytest.approx(measured, rel=1e-3 if method == "qlora" else 2e-4), phase
     if method != "qlora":
         assert peaks.reserved == pytest.approx(reserved, rel=1e-2)
+
+
+def test_a_cell_that_was_rehearsed_again() -> None:
+    """QLoRA over 8 ranks, sharded by accelerate: within 0.002 % in each phase, reserved equal. Its first row requests the same
+    bytes in fewer tails."""
+    again = KEPT["again"]
+    method, world, loaded, *by_phase, reserved = again["row"]
+    first = next(cell for cell in CELLS if cell[:2] == [method, world])
+    assert loaded - again["tails"] == again["requested_after_load"] == first[2] - 786_432
+    options: dict[str, Any] = {"r": 16, "quant_storage": "bf16", "kbit_prepare": False, "gpu": "a100-80gb"}
+    peaks = peftplan.estimate("llama-3.1-8b", method=method, gpus=world, strategy="fsdp2", **options).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=2e-5)
+    assert peaks.reserved == reserved
 
 
 OPEN = (

@@ -157,6 +157,16 @@ def test_the_host_steps_with_an_optimizer_of_deepspeed() -> None:
     assert kept.peaks is None
 
 
+def test_packed_weights_decide_what_fsdp1_gathers() -> None:
+    """Rehearsed by Trainer over 4 GPUs, without autocast, beside an adapter in fp32: the first LoRA module raises RuntimeError,
+    since its weight is gathered in bf16 and its input is cast to fp32. All in bf16, or autocast, leave one dtype."""
+    options: dict[str, Any] = {"method": "qlora", "strategy": "fsdp1", "quant_storage": "bf16", **SIZES}
+    with pytest.raises(RefusedError, match="accepted: --autocast bf16, or --adapter-dtype bf16"):
+        peftplan.estimate("qwen2.5-0.5b", autocast="none", **options)
+    for others in ({}, {"autocast": "none", "adapter_dtype": "bf16"}):
+        assert peftplan.estimate("qwen2.5-0.5b", **options, **others).peaks is not None
+
+
 @pytest.mark.parametrize(
     "options", [{"target_modules": ("q_proj", "embed_tokens")}, {"trainable_token_indices": (1, 2)}], ids=str
 )

@@ -49,7 +49,8 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     assert peaks is not None
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items() if value is not None}
-    assert len(drifts) == len(stated)
+    adapts_in_order = (row["options"]["method"], row["options"]["pp_schedule"]) == ("lora", "1f1b")
+    assert (peaks.reserved is None) == adapts_in_order  # 0 and +6.8 % by the replay
     beside = SYNCED if row["options"].get("sync_each_batch") else BESIDE_EXPERTS
     beside = OF_SPARSE[row["options"]["ep_size"]] if row["model"] == "glm-5" else beside
     beside = OF_GATHERED if row["model"] == "deepseek-v3" else beside
@@ -241,7 +242,7 @@ def test_a_stage_that_is_no_unit_keeps_what_its_layers_gathered() -> None:
     ("options", "unknown"),
     [
         ({}, None),
-        ({"pp_schedule": "1f1b"}, "pp_size"),
+        ({"pp_schedule": "1f1b"}, None),
         ({"model": "mistral-7b-v0.1"}, "pp_size"),
         ({"tp_size": 2}, "pp_size"),
         ({"gpus": 2}, "pp_size"),

@@ -12,9 +12,11 @@ import peftplan
 from peftplan.job.prepare import prepare
 from peftplan.job.script import Script
 from peftplan.job.sources import load_config
+from peftplan.report.answer import answer
+from peftplan.report.screen import UNICODE, Screen
 from peftplan.trace.followed import RANKS, is_followed
 from tools.rank_grid import LLAMA, cut
-from tools.rank_jobs import PHASES, compared_trace, kept_traces, options, rows
+from tools.rank_jobs import CARD, LATE, PHASES, compared_trace, kept_traces, options, rows
 from tools.rank_traces import traced as traced_again
 
 LINEAR = torch.nn.functional.linear
@@ -25,8 +27,8 @@ OPEN = {name for name in ROWS if name.startswith('zero3 lora 8 use_reentrant=tru
 """A step by trace is 0.34 % below the rehearsed one, and reserves 0.28 % more: 0.9 MB of what blocks hold beyond the bytes asked
 for. Its tensors are those of the formula, whose step is within 0.003 %, and 3 KB more; what is freed before the step leaves other
 gaps."""
-EXPERTS = {name for name in ROWS if name.startswith('zero3 lora 4 model="mixtral-8x7b-v0.1"')}
-"""Reserved bytes beside adapted experts are 6 % below the rehearsed ones; formulas state none."""
+EXPERTS = {name for name in ROWS if name.startswith('zero3 lora 4 model="mixtral-8x7b-v0.1"') and "target_modules" not in name}
+"""Reserved bytes beside adapted experts, 6 % below the rehearsed ones, are not stated."""
 SCALARS = 2**10
 """The most bytes of what is not compared: buffers, and the map in which the reducer notes which parameters were used."""
 SHOWN = (
@@ -84,16 +86,42 @@ def test_a_rehearsed_rank(name: str) -> None:
     assert torch.nn.functional.linear is LINEAR
 
 
+@pytest.mark.parametrize("row", rows(LATE)[:2], ids=lambda row: row["name"])
+def test_a_late_gpu_under_fsdp1(row: dict[str, Any]) -> None:
+    """The formulas reserve what the trace does if the GPU is never late, so they say what a late one reserves: what a rehearsal
+    on a late card did. It decides the verdict."""
+    result = peftplan.estimate(**options(row), gpu=CARD, engine="trace")
+    assert result.peaks is not None
+    assert result.peaks.reserved == ROWS[row["name"]]["peak_reserved"]
+    assert result.to_dict()["memory"]["peak_reserved_at_most"] == row["peak_reserved"]
+    assert result.gpus[0].needed_bytes == row["peak_reserved"] + result.gpus[0].context_bytes
+    assert not any("record_stream" in what for what in result.not_modelled)
+
+
+def test_a_late_gpu_without_a_formula() -> None:
+    """A rehearsal on a late card reserved 10,039,066,624 bytes: reserved bytes are those of a GPU in time, and a verdict has a
+    margin."""
+    row = next(row for name, row in ROWS.items() if name.startswith('fsdp1 full 4 fsdp={"forward_prefetch": true'))
+    result = peftplan.estimate(**options(row), gpu=("80GiB", "12GiB"), engine="trace")
+    assert result.peaks is not None
+    assert result.peaks.reserved == row["peak_reserved"] < 10_039_066_624 < (result.gpus[0].needed_bytes or 0)
+    assert [own.verdict for own in result.gpus] == ["fits", "unknown"]
+    assert "a late GPU" in "".join(part.text for line in answer(result, Screen(200, UNICODE)) for part in line)
+    assert "peak_reserved_at_most" not in result.to_dict()["memory"]
+    assert any("record_stream" in what for what in result.not_modelled)
+
+
 def test_kept_traces() -> None:
-    """Every job that a trace follows has one: allocated bytes within 0.1 %, reserved bytes within 0.15 %. Not those of Liger's
-    kernels, and of other releases of transformers than the one that is traced.
+    """Every job that a trace follows has one: allocated bytes within 0.1 %, reserved bytes, where stated, within 0.15 %.
+    Not those of Liger's kernels, and of other releases of transformers than the one that is traced.
     """
     kept = kept_traces()
     assert kept.keys() >= OPEN
     for name in kept.keys() - OPEN:
         shares = compared_trace(ROWS[name], kept[name])
         assert max(abs(shares[phase]) for phase in PHASES) <= 1e-3, (name, shares)
-        assert abs(shares["reserved"]) <= (0.062 if name in EXPERTS else 1.5e-3), (name, shares)
+        assert ("reserved" in shares) == (name not in EXPERTS)
+        assert abs(shares.get("reserved", 0.0)) <= 1.5e-3, (name, shares)
     untraced = {name for name, row in ROWS.items() if 'kernels="liger"' in name or "transformers" in row}
     followed = {name for name, row in ROWS.items() if is_followed(prepare(**options(row)))} - untraced
     assert kept.keys() == followed
