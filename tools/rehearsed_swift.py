@@ -101,8 +101,8 @@ def arguments(row: dict[str, Any], folder: str, teacher: str, output: str) -> li
     return [word for key, listed in words.items() for word in (f"--{key}", *map(str, listed))]
 
 
-def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """File → the line that its data repeat."""
+def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any] | list[dict[str, Any]]]:
+    """File → the line, or lines, that its data repeat."""
     length, kind = values["max_length"], values.get("rlhf_type")
     answer = {"role": "assistant", "content": "g" * (length - OF_ROW if kind == "gkd" else 8 * length)}
     prompt = [{"role": "user", "content": "a" * length}]
@@ -115,6 +115,10 @@ def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         text = [{"role": "user", "content": "a" * 8 * length}]
         line = {"messages": text, "positive_messages": [text]}
     answers = {"messages": [*prompt, {"role": "assistant", "content": "g" * values.get("max_completion_length", 512)}]}
+    if kind == "kto":  # completions of a batch are scored behind other prompts too, and have to be others
+        asked, letters = line["messages"][0], "ghijklmn"
+        said = [{"messages": [asked, answer | {"content": letter * 8 * length}]} for letter in letters]
+        return {"rows.jsonl": [row | {"label": place % 2 == 0} for place, row in enumerate(said)]}
     return {"rows.jsonl": line} | ({"answers.jsonl": answers} if "chord_sft_dataset" in values else {})
 
 
@@ -132,7 +136,9 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             standins.write_repository(Path(output, "reward"), scores)
         program, kind = row.get("program", SFT), row["values"].get("rlhf_type")
         for name, line in _lines(row["values"]).items():
-            Path(output, name).write_text(f"{json.dumps(line)}\n" * ROWS, encoding="utf-8")
+            lines = line if isinstance(line, list) else [line]
+            text = "".join(f"{json.dumps(each)}\n" for each in lines)
+            Path(output, name).write_text(text * (ROWS // len(lines)), encoding="utf-8")
         with_flash = WITH_FLASH if row["values"].get("attn_impl") == "flash_attn" else ""
         mode = row["values"].get("vllm_mode")
         takes = mode == "server" or any(row["values"].get(key) for key in OF_ENGINE)

@@ -11,7 +11,7 @@ from peftplan.analytic.kernel_checks import kernels_without_formula, reads_8_bit
 from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
-from peftplan.arch.text_part import is_in_text_part
+from peftplan.arch.text_part import SCORED, is_in_text_part
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
@@ -222,6 +222,11 @@ def _check_text_part(job: Job) -> None:
     known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)
     if job.setup.by.of_preferences and (known is None or not architecture.model_type.startswith(known)):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
+    if architecture.task_type == "SEQ_CLS" and architecture.model_type in SCORED:
+        from peftplan.analytic.shown import scores_text  # which few jobs need
+
+        if not scores_text(job):
+            raise NoEngineError(f"a score of model type {architecture.model_type} with {job.setup.by.called} (no formula yet)")
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:

@@ -20,6 +20,7 @@ from peftplan.analytic.shown import (
     knows_methods,
     layer_classes,
     packs_in_fp32,
+    scores_text,
     shown_methods,
     shows_base,
     shows_dora,
@@ -345,6 +346,6 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
         f"quant {setup.quant}": job.quant is not None and not shows_base(job),
         "4-bit weights on the host": setup.device_map == "cpu" and (with_dora or method not in ("lora", "qlora")),  # DoRA: -7.7 %
         f"task {job.architecture.task_type}": job.architecture.task_type not in ("CAUSAL_LM", setup.by.task)
-        and not (classifies(job) or translates),
+        and not (classifies(job) or translates or scores_text(job)),
         f"model type {job.architecture.model_type}": not (is_decoder(job) or classifies(job) or translates),
     }

@@ -295,7 +295,8 @@ def scans_under_zero2(job: Job) -> bool:
 
 def layer_classes(job: Job) -> tuple[str, ...]:
     """The name of the class of the model's layers."""
-    return (f"{job.architecture.model_class.removesuffix('ForCausalLM')}DecoderLayer",)
+    stem = job.architecture.model_class.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+    return (f"{stem}DecoderLayer",)
 
 
 def classifies(job: Job) -> bool:
@@ -308,6 +309,15 @@ def classifies(job: Job) -> bool:
     known = job.distributed.strategy in ZERO and job.architecture.model_type in CLASSIFIERS_UNDER_DEEPSPEED
     methods = ("full",) if job.distributed.strategy == "zero3" else ("full", "lora")
     return known and job.architecture.task_type == "SEQ_CLS" and job.method is not None and job.method.name in methods
+
+
+def scores_text(job: Job) -> bool:
+    """Whether the text part of a vision-language model scores sequences as was rehearsed with ms-swift: with LoRA over 16 bits on
+    one GPU, or under ZeRO-2 (tests/rehearse/swift.jsonl)."""
+    by, strategy = job.setup.by, None if job.distributed is None else job.distributed.strategy
+    by_swift = by.shows_picture and not by.of_preferences and strategy in (None, "zero2")
+    plain = job.method_name == "lora" and job.quant is None and job.setup.dtype == job.setup.autocast == "bf16"
+    return by_swift and plain and job.architecture.has_towers and job.architecture.task_type == "SEQ_CLS"
 
 
 def translates_text(job: Job) -> bool:

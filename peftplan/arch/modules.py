@@ -174,9 +174,10 @@ class Architecture:
 
     @cached_property
     def has_towers(self) -> bool:
-        """Whether it is a causal language model that reads pictures or sound too."""
+        """Whether it is a language model that reads pictures or sound too."""
         names = (module.name.split(".") for module in self.modules)
-        return self.task_type == "CAUSAL_LM" and any(word in part for parts in names for part in parts[:2] for word in TOWERS)
+        of_words = self.task_type in ("CAUSAL_LM", "SEQ_CLS")
+        return of_words and any(word in part for parts in names for part in parts[:2] for word in TOWERS)
 
     def owned_params(self, module: Module) -> tuple[tuple[str, Shape], ...]:
         """Direct parameters of a module, except those tied to another module's."""

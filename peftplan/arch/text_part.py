@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from peftplan.arch.modules import Architecture
+from peftplan.arch.modules import Architecture, linear
 from peftplan.arch.readers import READERS, read_config
 
 TEXT_PARTS: dict[str, str | None] = {
@@ -58,6 +58,28 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     return replace(architecture, blocks=read.blocks, logits_ops=logits_ops)
 
 
+SCORED = ("qwen2_5_vl", "qwen3_vl")
+"""Types of which transformers has no class that scores a sequence: ms-swift makes one (model/patcher.py,
+`_patch_sequence_classification`)."""
+SCORE = "score"
+MADE = "transformers has no class of this model that scores a sequence: a score stands where its head is, as ms-swift makes it"
+
+
+def with_score(architecture: Architecture, labels: int) -> Architecture:
+    """The model with a score in place of its head."""
+    head = architecture.output_embedding
+    modules = (*(m for m in architecture.modules if m.name != head), linear(SCORE, architecture.hidden_size, labels))
+    return replace(
+        architecture,
+        task_type="SEQ_CLS",
+        modules=modules,
+        ties=(),
+        output_embedding=None,
+        notes=(*architecture.notes, MADE),
+        asides=(*architecture.asides, MADE),
+    )
+
+
 def keeps_its_cache(architecture: Architecture) -> bool:
     """Whether the trainer's `use_cache` does not reach the text part, which then makes a cache where no layer is a checkpoint."""
     return architecture.model_type in TEXT_PARTS.keys() - set(CACHE_TURNED_OFF)
@@ -66,4 +88,4 @@ def keeps_its_cache(architecture: Architecture) -> bool:
 def is_in_text_part(architecture: Architecture, module: str) -> bool:
     """Whether a module, or a parameter by its name, runs without images."""
     decoder = str(architecture.input_embedding).rpartition(".")[0]
-    return f"{module}.".startswith((f"{decoder}.", f"{architecture.output_embedding}."))
+    return f"{module}.".startswith((f"{decoder}.", f"{architecture.output_embedding or SCORE}."))

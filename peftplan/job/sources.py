@@ -20,7 +20,7 @@ from peftplan.arch.fields import MAX_LABELS
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS, read_config
-from peftplan.arch.text_part import with_text_part
+from peftplan.arch.text_part import SCORED, with_score, with_text_part
 from peftplan.dtypes import ALIASES, MODEL_DTYPES, SIXTEEN_BITS
 from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError, UnreadableError
 from peftplan.files import is_file
@@ -28,6 +28,8 @@ from peftplan.job.repositories import ASSUMED, TAKEN, config_by_name
 
 SUFFIXES_OF_JOBS = (".yml", ".yaml", ".sh", ".py", ".ipynb")
 """Of files that hold a job, not a model alone."""
+DEFAULT_LABELS = 2
+"""Of a config that names none (transformers, `PretrainedConfig.num_labels`)."""
 BUILT_INS_KEPT = 512
 """Size of the cache of built-in models, larger than their number: each is read once per process and task."""
 
@@ -109,6 +111,8 @@ def load(
         raise UnknownNameError("task_type", task_type, TASK_TYPES)
     _check_labels(num_labels)
     model = _listed(model)
+    if task_type == "SEQ_CLS" and load_config(model).get("model_type") in SCORED:
+        return with_score(load(model, trust_remote_code=trust_remote_code), num_labels or DEFAULT_LABELS)
     if isinstance(model, str) and (entry := catalogue.find(model)):
         return _built_in(entry.name, model if entry.is_sibling(model) else None, task_type, num_labels)
     config, name, source = _config(model)
