@@ -236,3 +236,22 @@ def test_what_stands_beside_the_text_part_stays_in_16_bits(model: str, beside: i
     both = (peftplan.estimate(config=plan, quant_skip_modules=names) for names in (plan.options["quant_skip_modules"], "lm_head"))
     kept, converted = (estimate.to_dict()["memory"]["by_category"]["weights"] for estimate in both)
     assert kept - converted == beside * 3 // 2
+
+
+OF_AUDIO = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/gemma-4-12b-it", load_in_4bit=False)
+model = FastModel.get_peft_model(model, finetune_vision_layers=False, finetune_language_layers=True,
+    finetune_attention_modules=True, finetune_mlp_modules=True, finetune_audio_layers=True, r=8)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=8, max_steps=60)).train()
+"""
+
+
+def test_the_embedder_of_audio_is_adapted() -> None:
+    """`get_peft_regex` of unsloth_zoo 2026.10.9 on four layers of transformers 5.17.0: 26 layers of the language model, which
+    printed 2,740,224, and embed_audio, r x (640 + 3,840) more."""
+    plan = read_text(OF_AUDIO, file="a.py")
+    assert not plan.unsupported
+    config = copy.deepcopy(load_config(str(plan.model)))
+    config["text_config"] |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    assert peftplan.estimate(config, **plan.options).trainable_parameters == 2_740_224 + 8 * (640 + 3_840)
