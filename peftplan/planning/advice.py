@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from peftplan.errors import PeftplanError
-from peftplan.planning.changes import OF_GPUS, SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
+from peftplan.planning.changes import (
+    MORE_GPUS,
+    OF_GPUS,
+    SEQUENCE_STEP,
+    Change,
+    Sizes,
+    combinations,
+    micro_batch,
+    more_gpus,
+    single_changes,
+)
 from peftplan.planning.trials import Trials
 from peftplan.results.advice import FITS, Advice, Advised
 
@@ -53,7 +63,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     enough = _enough(job, trials, unchanged, singles, everything=everything)
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
-    fewest_gpus = _fewest_gpus(trials, unchanged, singles, fitting)
+    fewest_gpus = _fewest_gpus(job, trials, unchanged, singles, fitting)
     fitting += fewest_gpus
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
@@ -203,13 +213,25 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
     return rows if everything else rows[:1]
 
 
-def _fewest_gpus(trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
-    """The smallest number of GPUs over which the job fits as it is; none if `fitting` has a number already."""
+def _fewest_gpus(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
+    """The smallest number of GPUs, doubled each time, over which the job fits as it is; none if `fitting` has one already.
+    More than eight times as many are tried where these are too few."""
     if any(OF_GPUS & row.options.keys() for row in fitting):
         return []
-    more_gpus = [change for change in singles if change.options.keys() <= OF_GPUS and change.left(before) <= trials.room]
-    rows = (_judged(trials, before, change) for change in sorted(more_gpus, key=lambda change: change.price))
+    few = sorted((change for change in singles if change.options.keys() <= OF_GPUS), key=lambda change: change.price)
+    most = few and few[-1].left(before) > trials.room
+    many = _over_machines(job, trials, before) if most else ()
+    enough = (change for change in chain(few, many) if change.left(before) <= trials.room)
+    rows = (_judged(trials, before, change) for change in enough)
     return list(islice((row for row in rows if row is not None and row.verdict in FITS), 1))
+
+
+def _over_machines(job: Job, trials: Trials, before: Sizes) -> Iterator[Change]:
+    """The job over 16, 32 and 64 times the GPUs."""
+    for times in (16, 32, 64):
+        options = {} if job.distributed is None else more_gpus(job.distributed, times)
+        if options and (change := _tried(trials, before, options, MORE_GPUS)) is not None:
+            yield change
 
 
 def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:

@@ -101,3 +101,12 @@ def test_more_gpus_are_those_of_machines(strategy: str, gpus: int, nodes: int, e
 
 def test_a_number_of_gpus_is_typed_with_its_card() -> None:
     assert command_line(Advice({"gpus": 4}, 0, 0, None), "l4") == "--gpu 4xl4"
+
+
+def test_more_than_eight_times_the_gpus_are_tried() -> None:
+    """Llama 3.1 70B in full: 16 L40S are too few (85 GiB each), 32 run."""
+    job = {"method": "full", "strategy": "fsdp2", "gpu": "2xl40s"}
+    changes = peftplan.advice(peftplan.estimate("llama-3.1-70b", **job))["l40s"].changes
+    (number,) = (change for change in changes if "nodes" in change.options)
+    assert (number.options, number.verdict) == ({"gpus": 8, "nodes": 4}, "tight")
+    assert peftplan.estimate("llama-3.1-70b", **job | {"gpu": "8xl40s"}, nodes=4).gpus[0].verdict == "tight"
