@@ -288,9 +288,9 @@ def _writes_as_rehearsed(job: Job) -> bool:
 
 
 def _merges_beside_tower(job: Job) -> bool:
-    """Whether a merge beside a tower was rehearsed (tests/rehearse/swift.jsonl): of LoRA of Qwen2.5-VL under DDP."""
+    """Whether a merge beside a tower was rehearsed (tests/rehearse/swift.jsonl): of LoRA of Qwen2.5-VL and Qwen3.5 under DDP."""
     shared = job.distributed is not None and job.distributed.strategy == "ddp" and job.setup.vllm_mode != "server"
-    return shared and job.method_name == "lora" and job.architecture.model_type == "qwen2_5_vl"
+    return shared and job.method_name == "lora" and job.architecture.model_type in ("qwen2_5_vl", "qwen3_5")
 
 
 def _merges_into(job: Job) -> bool:

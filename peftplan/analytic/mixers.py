@@ -126,8 +126,8 @@ def check_delta_rule(job: Job) -> None:
     kernels = kernels_of(setup.kernels or ())
     if kernels.layers is not None or knows_experts(job):  # which torch compiles whole, or NeMo Automodel divides
         return
-    known = job.distributed is None or _shares_delta_rule(job)
-    if has_own_code(job) or setup.by.name not in PLAIN_TRAINERS or not known:
+    known = setup.by.name in PLAIN_TRAINERS and (job.distributed is None or _shares_delta_rule(job))
+    if has_own_code(job) or not (known or _merges_for_vllm(job)):
         where = setup.by.called if job.distributed is None else job.distributed.called
         how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
         raise NoEngineError(f"model type {model_type} {how}, under {where} (no formula yet)")
@@ -154,6 +154,15 @@ def check_delta_rule(job: Job) -> None:
         if kernels.delta_rule is not None:
             raise NoEngineError(f"flash-linear-attention's function with {what} (no formula yet)")
         raise NeedsTraceError(f"the delta rule of model type {model_type} with {what}")
+
+
+def _merges_for_vllm(job: Job) -> bool:
+    """Whether ms-swift's GRPO was rehearsed so on each of several GPUs: LoRA of a text part that it merges for vLLM
+    (tests/rehearse/swift.jsonl)."""
+    setup, by_swift = job.setup, job.setup.by.sends_at_once and job.setup.by.shows_picture
+    beside = job.setup.merges_for_vllm and job.setup.vllm_mode != "server" and not setup.kernels and not setup.by.taught
+    shared = job.distributed is not None and job.distributed.strategy == "ddp" and not setup.by.reloads_weights
+    return by_swift and beside and shared and job.method_name == "lora" and job.architecture.model_type == "qwen3_5"
 
 
 def _shares_delta_rule(job: Job) -> bool:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peftplan.storage.fused_products import Chip
 
 
-SHOWN_PICTURES = ("qwen2_vl", "qwen2_5_vl")
+SHOWN_PICTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_5")
 """Models that ms-swift embeds the tokens of before it calls them (template/templates/qwen.py, `Qwen2VLTemplate._post_encode`)."""
 OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 """Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""

@@ -38,6 +38,7 @@ print("SEEN", json.dumps({
     "conditions": [bool((x > 0).all()), bool((x < 0).any()), bool(torch.isnan(x).any()), bool(torch.isfinite(x).all())],
     "overflow": (x.sum() == 0).byte().item(),
     "listed": torch.tensor([torch.tensor(3, device="cuda"), torch.tensor(4)], device="cuda").tolist(),
+    "counted": len(torch.arange(torch.tensor([2, 3]).cuda().sum(), device="cuda")),
     "filled": torch.zeros(3, dtype=torch.int64).cuda().index_fill(0, torch.tensor([1]).cuda(), 7).tolist(),
     "checked": torch._check_tensor_all(x[0, 0] == x[0, 1]) is None,
     "mask": [all(mask.cpu().tolist()), all(mask.tolist()), any(torch.isnan(x[0, 0]).tolist())],
@@ -161,6 +162,7 @@ def test_conditions_read_from_the_card_are_sane(tmp_path: Path) -> None:
     assert shown["overflow"] == 0
     assert shown["checked"]
     assert shown["listed"] == [3, 4]
+    assert shown["counted"] == 5
     assert shown["filled"] == [0, 7, 0]
     assert shown["mask"] == [True, True, False]
 

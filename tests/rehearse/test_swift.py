@@ -57,6 +57,8 @@ OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
 OF_TEXT_PART_PHASES = 0.5
 OF_SCORES = {"allocated": 0.13, "reserved": 0.3}
 """Of text parts that score sequences, under ZeRO-2: 6 MB of blocks in which Qwen2.5-VL's weights lie; on one GPU 0.004 %."""
+BESIDE_TOWERS = ("qwen2_5_vl", "qwen3_5")
+"""Templates that show a tower a picture."""
 MERGED_BESIDE_TOWER = {"allocated": 0.11, "reserved": 0.6}
 """Of LoRA of a text part that is merged for vLLM on each of four GPUs: 7 MB of 6.5 GB, and 44 reserved."""
 RELOADED = {"allocated": 0.34, "reserved": 0.01}
@@ -69,7 +71,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     assert not plan(row).unsupported
     chosen = options(row)
     values = row["values"]
-    has_releases = values.get("template") == "qwen2_5_vl" or not {"move_model_batches", "rope_scaling"}.isdisjoint(values)
+    has_releases = values.get("template") in BESIDE_TOWERS or not {"move_model_batches", "rope_scaling"}.isdisjoint(values)
     has_releases = has_releases or "deepspeed" in row
     releases = of_releases("swift", chosen) if has_releases else {}
     peaks = peftplan.estimate(**chosen, script=peftplan.Script(**releases)).peaks
@@ -100,7 +102,7 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = OF_SCORES if row["values"].get("task_type") == "seq_cls" and "deepspeed" in row["values"] else limits
     of_grpo = row["values"].get("rlhf_type") == "grpo"  # whose rehearsals score completions in `load` and `step` too
     limits = RELOADED if row["values"].get("deepspeed") == "zero1" and of_grpo else limits
-    beside_tower = of_grpo and row["values"].get("template") == "qwen2_5_vl" and "deepspeed" not in row["values"]
+    beside_tower = of_grpo and row["values"].get("template") in BESIDE_TOWERS and "deepspeed" not in row["values"]
     limits = MERGED_BESIDE_TOWER if beside_tower else limits
     limits = {what: most for what, most in limits.items() if what == "allocated" or peaks.reserved is not None}
     if peaks.assumed.get("images_per_sample") == 0:
@@ -222,10 +224,11 @@ def test_a_score_stands_where_the_head_is(model_type: str, parameters: str, trai
         assert peftplan.estimate(**job | other).peaks is None
 
 
-def test_where_a_merge_beside_a_tower_was_rehearsed() -> None:
-    of_grpo = (row for row in ROWS if row["values"].get("rlhf_type") == "grpo" and row["values"].get("template") == "qwen2_5_vl")
+@pytest.mark.parametrize("template", BESIDE_TOWERS)
+def test_where_a_merge_beside_a_tower_was_rehearsed(template: str) -> None:
+    of_grpo = (row for row in ROWS if row["values"].get("rlhf_type") == "grpo" and row["values"].get("template") == template)
     job = options(next(row for row in of_grpo if "deepspeed" not in row["values"]))
-    assert (job["model"]["model_type"], job.get("strategy")) == ("qwen2_5_vl", None)
+    assert (job["model"]["model_type"], job.get("strategy")) == (template, None)
     assert peftplan.estimate(**job).peaks is not None
     assert peftplan.estimate(**job | {"strategy": "zero2"}).peaks is None
     assert peftplan.estimate(**job | {"vllm_mode": "server"}).peaks is None

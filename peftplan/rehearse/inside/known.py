@@ -268,8 +268,10 @@ def _numbers(value: Any) -> Any:
 
 
 def _creating(operation: Callable[..., Any]) -> Callable[..., Any]:
+    ends = operation.__name__ == "arange"  # which takes tensors of one number for its ends
+
     def creating(*args: Any, **kwargs: Any) -> Any:
-        result = operation(*map(_numbers, args), **kwargs)
+        result = operation(*(_numbers([arg])[0] if ends else _numbers(arg) for arg in args), **kwargs)
         if result.device.type == "cuda" and result.numel() <= MOST and not hasattr(result, "known"):
             if not result.is_floating_point():
                 _attach(result, operation, args, {**kwargs, "device": "cpu"})
