@@ -378,8 +378,11 @@ class Hub(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        type(self).requests.append((self.command, self.path, self.headers.get("Authorization")))
         owner = self.path.split("/")[1]
+        if owner == "api":  # huggingface_hub itself asks for its list of agents, once a day (utils/_detect_agent.py)
+            self.send_error(404)
+            return
+        type(self).requests.append((self.command, self.path, self.headers.get("Authorization")))
         body = json.dumps(LLAMA).encode()
         status, headers = 200, {"ETag": '"0123"', "X-Repo-Commit": COMMIT}
         if owner == "gated-401":
