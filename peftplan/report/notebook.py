@@ -30,7 +30,7 @@ WHOLE_LINES = Screen(10**6, UNICODE)
 """A notebook folds its lines itself."""
 BESIDES = {**dict.fromkeys(("allocator", WITH_MARGIN), "#9aa0a6"), "context": "#5f6368", "other": "#c4c7cc"}
 """Colours of what lies outside torch's tensors."""
-MOST_ROWS = 400
+MOST_ROWS = 500
 """Rows of a table that a notebook shows."""
 COLOURS: Mapping[str, str] = dict(CATEGORIES.items())
 VERDICT_COLOURS: Mapping[str, Colour] = {"fits": "green", "tight": "yellow", "unknown": "yellow"}
