@@ -173,6 +173,32 @@ def test_a_repository_has_files_of_the_sizes_that_a_notebook_printed() -> None:
     assert _files([*table, *(n for layer in layers for n in layer), *table], 5e9) == pytest.approx([4.97, 4.59, 1.56], abs=0.005)
 
 
+def test_how_much_of_a_vision_model_a_repository_leaves_in_16_bits() -> None:
+    """Qwen3-VL 8B in the order of its modules: of whole MLPs and attentions beside the tower, one and four alone make the sizes
+    that nb/Qwen3_VL_(8B)-Vision-GRPO.ipynb printed."""
+    width, merged, inner = 1152, 4 * 1152, 4304
+    block = [4 * width, 3 * width * (width + 1), width * (width + 1), inner * (width + 1), width * (inner + 1)]
+    merger = [merged * (merged + 1), 4096 * (merged + 1)]
+    tower = [2 * n for n in (width * (3 * 2 * 16 * 16 + 1), 2304 * width, *27 * block, *4 * merger)]
+    table = [2 * 151_936 * 4096]
+    attention, mlp = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)], [(12_288, 4096), (12_288, 4096), (4096, 12_288)]
+
+    def files(mlps: int, attentions: int) -> list[float]:
+        layers = [
+            n
+            for layer in range(36)
+            for shapes, apart in ((attention, range(3, 3 + attentions)), (mlp, range(1, 1 + mlps)))
+            for shape in shapes
+            for n in _stored(shape, packed=layer not in apart)
+        ]
+        return _files([*tower, *table, *layers, *table], 5e9)
+
+    printed = pytest.approx([4.98, 2.72], abs=0.006)
+    assert [(mlps, attentions) for mlps in range(4) for attentions in range(9) if files(mlps, attentions) == printed] == [(1, 4)]
+    of_layers = [name.rpartition(".")[2] for name in REPOSITORIES["unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit"][2:]]
+    assert of_layers == ["mlp", *4 * ["self_attn"]]
+
+
 @pytest.mark.parametrize(
     ("model", "repository", "printed"),
     [
@@ -182,11 +208,13 @@ def test_a_repository_has_files_of_the_sizes_that_a_notebook_printed() -> None:
         ("qwen2.5-vl-7b-instruct", "Qwen2.5-VL-7B-Instruct", 6.90),
         ("gemma-3-4b-it", "gemma-3-4b-it", 4.56),
         ("qwen3-14b", "Qwen3-14B", 4.97 + 4.59 + 1.56),
+        ("qwen3-vl-8b-instruct", "Qwen3-VL-8B-Instruct", 4.98 + 2.72),
     ],
 )
 def test_files_of_repositories_are_as_large_as_notebooks_printed(model: str, repository: str, printed: float) -> None:
     """GB; unslothai/notebooks@bdda2efc, files that Llama3.1_(8B)-GRPO, Meta_Synthetic_Data_Llama3_2_(3B), Qwen2.5_(3B)-GRPO,
-    Qwen2_5_7B_VL_GRPO, Gemma3_(4B)-Vision-GRPO and Qwen3_(14B)-Reasoning-Conversational load, to two digits each."""
+    Qwen2_5_7B_VL_GRPO, Gemma3_(4B)-Vision-GRPO, Qwen3_(14B)-Reasoning-Conversational and Qwen3_VL_(8B)-Vision-GRPO load, to two
+    digits each."""
     result = in_4_bits(model, REPOSITORIES[f"unsloth/{repository}-unsloth-bnb-4bit"])
     lines = result.to_dict()["memory"]["lines"]
     base = sum(line["bytes"] for line in lines if line["category"] in ("weights", "quant_state"))
