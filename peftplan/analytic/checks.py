@@ -40,6 +40,7 @@ TRAINERS_OF_TEXT_PARTS = {
     "trl-grpo": "qwen2_5_vl",
     "swift-dpo": "",
     "swift-dpo-packed": "qwen2_5_vl",
+    "swift-kto": "qwen2_5_vl",
     "swift-grpo": "",
     "swift-grpo-reloading": "qwen2_5_vl",
 }
