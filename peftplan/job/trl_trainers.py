@@ -235,7 +235,6 @@ OF_TRL = (
         options=REWARDED.options | {"loss_type"},
         loss_types=("sigmoid", "ipo"),
         under_ddp=ANY_REFERENCE,
-        under_zero2=(),
         arguments="OnlineDPOConfig",
         traced_on_ranks=WRITING.traced_on_ranks,
     ),

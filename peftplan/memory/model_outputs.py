@@ -83,4 +83,4 @@ def wide_logits(model: Model, scoring: Scoring, *, copies: bool) -> Tensor:
 def widened(f: Tape, logits: Tensor, scoring: Scoring) -> Tensor:
     """Logits in fp32, as accelerate returns them where it runs the model under autocast."""
     f.module = ""
-    return logits if scoring in ("rows", "rows of completions") and not f.autocast else f.to(logits, "fp32")
+    return logits if scoring in ("rows", "completions", "rows of completions") and not f.autocast else f.to(logits, "fp32")
