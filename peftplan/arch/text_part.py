@@ -30,6 +30,9 @@ TEXT_PARTS: dict[str, str | None] = {
     "lfm2_vl": None,
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
+LIKE_LLAMA = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
+NAMED = {"lfm2_vl": ("lfm2",)}
+"""Model type → text models that its `text_config` may name and that have a formula there; of others `LIKE_LLAMA`."""
 DEFAULTS: dict[str, dict[str, object]] = {
     "gemma3_text": {"vocab_size": 262_208, "num_attention_heads": 8},
     "llama": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -50,7 +53,8 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     stated = config.get("text_config")
     text = stated if isinstance(stated, Mapping) else config
     model_type = TEXT_PARTS[architecture.model_type] or text.get("model_type")
-    if model_type not in READERS:
+    named = NAMED.get(architecture.model_type, LIKE_LLAMA)
+    if model_type not in READERS or (TEXT_PARTS[architecture.model_type] is None and model_type not in named):
         return architecture
     of_text = {**DEFAULTS.get(str(model_type), {}), **text, "model_type": model_type, "architectures": None}
     read = read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM")
