@@ -194,7 +194,7 @@ def counted(gpu: tuple[str, ...], fields: Mapping[str, object]) -> tuple[tuple[s
 
     groups = counted_cards(gpu)
     if len(groups) > 1:
-        raise RefusedError("--gpu: one command takes one number of GPUs; run it once for each")
+        raise RefusedError("--gpu: this command takes one number of GPUs (estimate and compare several); run it for each")
     number, names = groups[0] if groups else (None, gpu)
     if number is None:
         return gpu, {}

@@ -67,7 +67,8 @@ def _check_gathered(distributed: Distributed, setup: Setup, quant: QuantConfig, 
     dtype of packed weights, and peft casts its input to that of the shard. Rehearsed."""
     narrow = distributed.strategy == "fsdp1" and quant.name in FOUR_BIT and quant.quant_storage in SIXTEEN_BITS
     by_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
-    if narrow and by_lora and (setup.autocast, setup.adapter_dtype) == ("none", "fp32"):
+    by_trainer = setup.by.collects_batches  # a loop of one's own leaves each weight its dtype
+    if narrow and by_trainer and by_lora and (setup.autocast, setup.adapter_dtype) == ("none", "fp32"):
         raise RefusedError(
             f"autocast: FSDP1 gathers adapters in {quant.quant_storage}, as packed weights are stored (transformers, "
             "distributed/fsdp.py, `update_fsdp_plugin_peft`), and peft casts their input to fp32: RuntimeError: expected mat1 "

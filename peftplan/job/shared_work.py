@@ -64,7 +64,7 @@ def check_distributed(
         )
     _check_wrapped(distributed, setup, architecture)
     if strategy == "device-map" and distributed.nodes > 1:
-        raise InputError("nodes", distributed.nodes, "device_map is one process, which sees the GPUs of one machine; accepted: 1")
+        raise InputError("nodes", distributed.nodes, "one process sees the GPUs of one machine alone; accepted: 1")
     if strategy == "tp":
         _check_tensor_parallel(setup, architecture)
     if distributed.sync_each_batch is not None and setup.gradient_accumulation_steps * distributed.chunks == 1:

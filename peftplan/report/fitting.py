@@ -149,7 +149,7 @@ def plan_cells(result: Fit) -> list[tuple[str, ...]]:
             format_bytes(plan.needed_bytes),
             format_bytes(plan.headroom_bytes),
             _words(plan.verdict),
-            "" if plan.binding is None else f"{plan.binding.category} in {plan.binding.phase}",
+            "" if plan.binding is None else f"{plan.binding.category.replace('_', ' ')} in {plan.binding.phase}",
         )
         for plan in result.plans
     ]

@@ -28,6 +28,8 @@ GAP = 2
 """Blanks between columns."""
 READABLE = 10
 """Letters that a column of words keeps beside long names."""
+LONGEST_WORD = 12
+"""Letters of a word that is not broken beside them, such as *activations*."""
 NO_BREAK = "\ue000"
 """Stands for a blank between a number and its unit. Rich would break a line at any blank, at a non-breaking one too."""
 
@@ -126,7 +128,9 @@ def fitted(table: Table, width: int) -> Table:
     names, *others = table.columns
     for column in others:
         longest = _longest(column)
-        room -= GAP + (longest if column.no_wrap else min(longest, READABLE))
+        if not column.no_wrap:
+            longest = column.min_width = min(longest, max(READABLE, min(_longest_word(column), LONGEST_WORD)))
+        room -= GAP + longest
     if _longest(names) > room:
         names.no_wrap, names.width = False, room
         names._cells = [_folded(cell, room) if isinstance(cell, str) else cell for cell in names.cells]
@@ -152,3 +156,8 @@ def _folded(names: str, room: int) -> str:
 def _longest(column: TableColumn) -> int:
     """Letters of the longest line of a column."""
     return max(len(line) for cell in (column.header, *column.cells, column.footer) for line in str(cell).split("\n"))
+
+
+def _longest_word(column: TableColumn) -> int:
+    """Letters of the longest word of a column."""
+    return max(len(word) for cell in (column.header, *column.cells, column.footer) for word in ("", *str(cell).split()))

@@ -135,7 +135,7 @@ def test_a_grid_of_a_thousand_million_points_is_asked_twice() -> None:
         (("--format", "parquet"), "--output FILE.parquet"),
         (("--output", "/nosuch/folder/grid.csv"), "--output"),
         (("--replays", "some"), "--replays must be a whole number, or all"),
-        (("--gpu", "2xl4,4xt4"), "--gpu: one command takes one number of GPUs"),
+        (("--gpu", "2xl4,4xt4"), "--gpu: this command takes one number of GPUs"),
         (("--gpu", "2xl4", "--gpus", "2,4"), "--gpu says how many there are"),
         (("--plot", "map.gif"), "--plot: 'map.gif'"),
         (("--plot", "map.png", "--r", "4,8"), "several batch sizes or sequence lengths"),

@@ -165,6 +165,8 @@ def test_packed_weights_decide_what_fsdp1_gathers() -> None:
         peftplan.estimate("qwen2.5-0.5b", autocast="none", **options)
     for others in ({}, {"autocast": "none", "adapter_dtype": "bf16"}):
         assert peftplan.estimate("qwen2.5-0.5b", **options, **others).peaks is not None
+    own_loop = peftplan.estimate("qwen2.5-0.5b", autocast="none", trainer="plain", **options)  # gathers each in its dtype
+    assert own_loop.peaks is None
 
 
 @pytest.mark.parametrize(

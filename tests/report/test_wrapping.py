@@ -53,3 +53,10 @@ def test_commands_do_so(command: str, columns: int) -> None:
     done = run(*command.split(), columns=columns)
     assert done.code == 0
     assert PARTED.search(done.out) is None
+
+
+@pytest.mark.parametrize("columns", [120, 140])
+def test_no_word_of_a_table_is_broken_beside_long_names(columns: int) -> None:
+    done = run("fit", "llama-3.1-70b", "--gpu", "2xrtx-4090", columns=columns)
+    assert "activations" in done.out
+    assert not re.search(r"\b(activation|optimizer_states)\s*$", done.out, re.MULTILINE)
