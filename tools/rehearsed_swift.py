@@ -116,9 +116,9 @@ def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any] | list[dict[str, 
         line = {"messages": text, "positive_messages": [text]}
     answers = {"messages": [*prompt, {"role": "assistant", "content": "g" * values.get("max_completion_length", 512)}]}
     if kind == "kto":  # completions of a batch are scored behind other prompts too, and have to be others
-        asked, letters = line["messages"][0], "ghijklmn"
-        said = [{"messages": [asked, answer | {"content": letter * 8 * length}]} for letter in letters]
-        return {"rows.jsonl": [row | {"label": place % 2 == 0} for place, row in enumerate(said)]}
+        question, letters = line["messages"][0], "ghijklmn"
+        talks = [{"messages": [question, answer | {"content": letter * 8 * length}]} for letter in letters]
+        return {"rows.jsonl": [row | {"label": place % 2 == 0} for place, row in enumerate(talks)]}
     return {"rows.jsonl": line} | ({"answers.jsonl": answers} if "chord_sft_dataset" in values else {})
 
 

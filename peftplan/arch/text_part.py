@@ -66,7 +66,7 @@ SCORED = ("qwen2_5_vl", "qwen3_vl")
 """Types of which transformers has no class that scores a sequence: ms-swift makes one (model/patcher.py,
 `_patch_sequence_classification`)."""
 SCORE = "score"
-MADE = "transformers has no class of this model that scores a sequence: a score stands where its head is, as ms-swift makes it"
+OF_SCORE = "transformers has no class of this model that scores a sequence: a score stands where its head is, as ms-swift makes it"
 
 
 def with_score(architecture: Architecture, labels: int) -> Architecture:
@@ -79,8 +79,8 @@ def with_score(architecture: Architecture, labels: int) -> Architecture:
         modules=modules,
         ties=(),
         output_embedding=None,
-        notes=(*architecture.notes, MADE),
-        asides=(*architecture.asides, MADE),
+        notes=(*architecture.notes, OF_SCORE),
+        asides=(*architecture.asides, OF_SCORE),
     )
 
 

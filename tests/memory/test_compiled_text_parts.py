@@ -165,8 +165,8 @@ def test_layers_of_linear_attention(
     assert peaks is not None
     assert result.trainable_parameters == trainable
     tower = 2 * 16 * (1024 + 3072 + 2 * 1024 + 2 * (1024 + 4096)) * (4 + 2)
-    found = [peaks.by_phase[phase] - tower for phase in ("forward", "backward", "step")]
-    assert found == pytest.approx(by_phase, rel=off)
+    beside = [peaks.by_phase[phase] - tower for phase in ("forward", "backward", "step")]
+    assert beside == pytest.approx(by_phase, rel=off)
     assert reserved[0] <= peaks.reserved - tower <= 1.01 * reserved[1]
 
 
