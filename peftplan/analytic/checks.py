@@ -38,13 +38,20 @@ SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 TRAINERS_OF_TEXT_PARTS = {
     "trl-dpo": "",
     "trl-grpo": "qwen2_5_vl",
-    "swift-dpo": "",
+    "swift-text-part": "qwen",
+    "swift-dpo": "qwen",
     "swift-dpo-packed": "qwen2_5_vl",
     "swift-kto": "qwen2_5_vl",
-    "swift-grpo": "",
+    "swift-grpo": "qwen",
     "swift-grpo-reloading": "qwen2_5_vl",
+    "llamafactory": "qwen",
+    "llamafactory-partial": "qwen",
+    "llamafactory-v1": "qwen",
 }
-"""Trainers of preferences that were rehearsed on them (tests/rehearse/preferences.jsonl) → how their model types begin."""
+"""Trainer → how the model types begin that it may train: of preferences those that were rehearsed (tests/rehearse/
+preferences.jsonl, swift.jsonl); of others Qwen's alone where samples without images are changed. ms-swift embeds the tokens of
+InternVL itself (template/templates/internvl.py), and LLaMA-Factory appends those of a picture of 64 x 64 to a batch's first row:
+few of Qwen's, 256 and more of Gemma 3, InternVL and LLaVA (data/collator.py, `fake_images`)."""
 TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
 for AdaLoRA's, whose loss reads each of its matrices."""
@@ -220,8 +227,8 @@ def _check_text_part(job: Job) -> None:
         raise NoRankFormulaError(f"weights that wait on the host, of model type {architecture.model_type}")
     if job.setup.loss in loss_sizes.OF_SHARED_ROWS:
         raise NoEngineError(f"rows that ranks share, of model type {architecture.model_type} (no formula yet)")
-    known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name)
-    if job.setup.by.of_preferences and (known is None or not architecture.model_type.startswith(known)):
+    known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name, None if job.setup.by.of_preferences else "")
+    if known is None or not architecture.model_type.startswith(known):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if architecture.task_type == "SEQ_CLS" and architecture.model_type in SCORED:
         from peftplan.analytic.shown import scores_text  # which few jobs need

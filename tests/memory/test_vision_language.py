@@ -92,6 +92,15 @@ def test_a_text_part_that_is_not_read_here_has_no_formula(monkeypatch: pytest.Mo
     assert "text part" in result.not_modelled[0]
 
 
+@pytest.mark.parametrize("trainer", ["llamafactory", "swift-text-part", "swift-dpo", "swift-grpo"])
+@pytest.mark.parametrize("model", ["gemma-3-4b-it", "llava-1.5-7b", "internvl3-1b", "lfm2-vl-450m"])
+def test_a_trainer_that_changes_samples_without_images_was_not_rehearsed(trainer: str, model: str) -> None:
+    """LLaMA-Factory appends a picture's tokens, 576 of LLaVA's, to the first row; ms-swift embeds those of InternVL itself."""
+    result = peftplan.estimate(shallow(model), method="lora", target_modules=IN_TEXT, trainer=trainer, seq_len=1024)
+    assert result.peaks is None
+    assert "text part" not in result.not_modelled[0]
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
