@@ -3,12 +3,12 @@
     python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
-`options` of the estimate, what else sections of the config say (`recipe`), the `card` if not an A100, and the `rank` that is
-played if not 0. Rows are as long as `seq_len` says, and each token is scored. Where rows are packed, the emulated card, whose
-tensors hold no values, tells no documents apart: attention has no mask there. Experts get equal shares of the tokens, and kernels
-are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of torch, where a recipe says `backend.attn: te`, what
-`tools.uncompiled_te` needs, for flash-attn a package of its name, and for Nemotron-H mamba-ssm and causal-conv1d, of which
-`NEMOTRON_H` names a folder with the code that is published beside its weights.
+`options` of the estimate, what else sections of the config say (`recipe`: LoRA adapts `*_proj` unless its `peft` names others),
+the `card` if not an A100, and the `rank` that is played if not 0. Rows are as long as `seq_len` says, and each token is scored.
+Where rows are packed, the emulated card, whose tensors hold no values, tells no documents apart: attention has no mask there.
+Experts get equal shares of the tokens, and kernels are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of
+torch, where a recipe says `backend.attn: te`, what `tools.uncompiled_te` needs, for flash-attn a package of its name, and for
+Nemotron-H mamba-ssm and causal-conv1d, of which `NEMOTRON_H` names a folder with the code that is published beside its weights.
 """
 
 from __future__ import annotations
