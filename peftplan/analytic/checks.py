@@ -235,6 +235,8 @@ def _check_text_part(job: Job) -> None:
 
         if not scores_text(job):
             raise NoEngineError(f"a score of model type {architecture.model_type} with {job.setup.by.called} (no formula yet)")
+        if not all(is_in_text_part(architecture, name) for name in names):  # a trace builds what transformers has
+            raise NoEngineError(f"a score of {architecture.model_type} and weights outside its text part (no formula yet)")
     if not architecture.blocks:
         raise NeedsTraceError(f"activations of the text part of model type {architecture.model_type}")
     if job.script.transformers is not None:

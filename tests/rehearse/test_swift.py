@@ -382,3 +382,10 @@ def test_the_release_of_deepspeed_that_holds_far_less_or_more_is_named() -> None
     of_readme = peftplan.estimate(config=of_file).peaks
     assert of_readme is not None
     assert of_readme.allocated == older.peaks.allocated
+
+
+def test_a_score_beside_a_tower_that_trains_asks_for_no_trace() -> None:
+    """Which would build a class that transformers does not have."""
+    result = peftplan.estimate("qwen3-vl-4b-instruct", trainer="swift-text-part", method="lora", task_type="SEQ_CLS")
+    assert result.peaks is None
+    assert result.not_modelled[0] == "a score of qwen3_vl and weights outside its text part (no formula yet)"
