@@ -66,7 +66,9 @@ SCORED = ("qwen2_5_vl", "qwen3_vl")
 """Types of which transformers has no class that scores a sequence: ms-swift makes one (model/patcher.py,
 `_patch_sequence_classification`)."""
 SCORE = "score"
-OF_SCORE = "transformers has no class of this model that scores a sequence: a score stands where its head is, as ms-swift makes it"
+OF_SCORE = (
+    "transformers has no class of this model that scores a sequence: a score stands where its head is, as ms-swift makes it"
+)
 
 
 def with_score(architecture: Architecture, labels: int) -> Architecture:
