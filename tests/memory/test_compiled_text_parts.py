@@ -170,6 +170,36 @@ def test_layers_of_linear_attention(
     assert reserved[0] <= peaks.reserved - tower <= 1.01 * reserved[1]
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "by_phase", "reserved"),
+    [
+        (2048, (4_345_415_680, 4_714_372_096, 3_843_248_640), 5_177_868_288),
+        (1500, (4_281_864_192, 4_490_947_584, 3_825_189_888), None),
+    ],
+)
+def test_layers_of_a_repository_in_4_bits(
+    seq_len: int, by_phase: tuple[int, ...], reserved: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3-VL 8B by FastVisionModel beside transformers 4.57.1, text alone, two rows: of six layers one has its MLP, one its
+    attention in 16 bits. One program, 1,500 tokens first. Adapters of the tower as above."""
+    config = with_layers("qwen3-vl-8b-instruct", 6, monkeypatch)
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 1]
+    (row,) = compiled_layers.load("compiled_layers.json", list)
+    layers = "model.language_model.layers."
+    skipped = ["lm_head", "model.visual", f"{layers}1.mlp", f"{layers}3.self_attn"]
+    others = [([1], *row["others"][0][1:]), ([3], *row["others"][1][1:])]
+    monkeypatch.setattr(compiled_layers, "load", lambda *_: [{**row, "in_16_bits": skipped, "others": others}])
+    job = {**QWEN_35, "method": "qlora", "quant_skip_modules": ",".join(skipped)}
+    result = estimate(config, **job, batch_size=2, seq_len=seq_len)
+    peaks = result.peaks
+    assert peaks is not None
+    assert result.trainable_parameters == 7_844_864
+    tower = 2 * 16 * (1152 + 3456 + 2 * 1152 + 2 * (1152 + 4304)) * (4 + 2)
+    beside = [peaks.by_phase[phase] - tower for phase in ("forward", "backward", "step")]
+    assert beside == pytest.approx(by_phase, rel=1e-4)
+    assert reserved is None or peaks.reserved == pytest.approx(reserved, rel=0.001)
+
+
 def test_a_whole_notebook_of_linear_attention() -> None:
     """Qwen3.5 4B by FastVisionModel, 4 micro batches of 2 x 2,048 tokens, without gradients and states of the tower. One hidden
     state (21 MB) that eight layers hold is not there in 32: estimates are 0.2 % above."""
