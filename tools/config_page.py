@@ -178,6 +178,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _is_inferred(case: Case) -> bool:
+    """Whether which layers a repository leaves in 16 bits is inferred from the sizes of its files."""
+    return case.plan.assumed.get("quant_skip_modules", "").startswith("inferred")
+
+
 def page(read: Sequence[Case]) -> str:
     """The page."""
     training = [case for case in read if case.kind == "training"]
@@ -192,7 +197,8 @@ def page(read: Sequence[Case]) -> str:
     keys = Counter((key, *_why(case, key)) for case in known for key in case.entry.unsupported)
     models = Counter(case.plan.model or "none is named" for case in training if not case.known)
     errors = Counter(case.entry.error for case in known if case.entry.error and case.entry.bound != "unknown")
-    inferred = sum(case.plan.assumed.get("quant_skip_modules", "").startswith("inferred") for case in text)
+    inferred = sum(map(_is_inferred, text))
+    inferred_parts = sum(_is_inferred(case) for case in known if case.has_pictures and case.of_text)
     exact = (case.entry for case in text if case.entry.peak_allocated is not None and case.entry.bound is None)
     unreserved = sum(entry.peak_reserved is None for entry in exact)
     runs = sum(refused_by(case) is None for case in text)
@@ -216,7 +222,8 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
 - *after a change*: the same, but the tool raises an error for the config as it is; the peak is that of the config with a change,
   which the estimate names, such as a kernel turned off.
 - *text part*: the same of a vision-language model, by formula or trace, for samples without images (`scope: "text"`): all weights
-  are counted, and what the model computes of text. Files whose samples have images need more.
+  are counted, and what the model computes of text. Files whose samples have images need more. For {inferred_parts} of them,
+  layers in 16 bits are inferred in the same way.
 - *bound*: unsupported keys only lower, or only raise, the peak. *null*: there is no peak, since the effect of a key is not known.
 - *no formula*: neither engine has a peak.
 - *refusal*: an error with its reason. *tool refuses*: the tool or one of its libraries raises an error for this config.
