@@ -4,7 +4,6 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.automodel import builds
-from peftplan.job.inventory import as_copied
 from peftplan.job.kernels import kernels_of
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
@@ -122,10 +121,12 @@ def loading_of(
         load = partial(load_widened, load=load, parameters=parameters, workspaces=workspaces)
         passing = (Line("experts in 4 bits", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, WIDENED),)
     if job.reference == "copy" and setup.by.block:
+        from peftplan.job.second_models import as_copied
         from peftplan.memory.reference_load import load_with_copy
 
         load = partial(load_with_copy, load=load, policy=parameters, copy=as_copied(job, parameters))
     elif job.reference == "copy":
+        from peftplan.job.second_models import as_copied
         from peftplan.job.teacher import teacher_of
         from peftplan.memory.reference_load import load_both
 

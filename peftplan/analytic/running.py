@@ -12,7 +12,7 @@ from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
-from peftplan.job.inventory import adapter_dtypes, as_copied, keeps_on_host
+from peftplan.job.inventory import adapter_dtypes, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
@@ -284,6 +284,8 @@ def reference_of(job: Job, policy: Model) -> Model | None:
         return Model(*parts, None, stacks=policy.stacks, prefix=VALUES)
     base = tuple(p for p in policy.parameters.all if p.owner == "base")
     if job.setup.by.wide_reference and job.reference == "copy":
+        from peftplan.job.second_models import as_copied
+
         base = as_copied(job, policy.parameters._replace(all=base)).all
         running = running._replace(attention="sdpa", dtype="fp32")
     if job.reference == "adapter_off":

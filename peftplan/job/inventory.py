@@ -11,7 +11,6 @@ from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
-from peftplan.storage import dense
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -209,12 +208,18 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + states_made_twice(job, built, optimizer)
         + (_states_of_first_step(job, states_of, optimizer) if setup.by.reloads_weights else Ledger(()))
         + (sensitivity_lines(on_rank) if job.script.updates_ranks(setup) else Ledger(()))
-        + (_second_model(job, on_rank) if job.reference == "copy" else Ledger(()))
-        + _reward_model(job)
-        + _value_model(job, stepping)
-        + _scoring_teacher(job)
+        + _second_models(job, on_rank, stepping)
         + _weights_as_loaded(before_merges(job, on_rank))
     )
+
+
+def _second_models(job: Job, on_rank: Parameters, optimizer: Optimizer) -> Ledger:
+    by = job.setup.by
+    if not (job.reference == "copy" or by.rewards or by.values or by.taught):
+        return Ledger(())
+    from peftplan.job.second_models import second_models
+
+    return second_models(job, on_rank, optimizer, states_of=lambda values: _optimizer(job, values, optimizer))
 
 
 def before_merges(job: Job, built: Parameters) -> Parameters:
@@ -229,103 +234,12 @@ def _weights_as_loaded(replaced: Parameters) -> Ledger:
     return Ledger(tuple(line._replace(name=f"before merges: {line.name}", source=REPLACED) for line in weight_lines(replaced)))
 
 
-def _second_model(job: Job, on_rank: Parameters) -> Ledger:
-    """The lines of a reference model, or of a teacher."""
-    if not job.setup.by.teaches:
-        return reference_lines(as_copied(job, _of_policy(job, on_rank)))
-    from peftplan.job.teacher import teacher_of
-
-    teacher = teacher_of(job)
-    assert teacher is not None
-    shards = teacher.parameters
-    if job.distributed is not None:
-        from peftplan.distributed.shards import holding
-
-        autocast = str(job.setup.autocast)
-        shards = holding(shards, job.distributed, teacher.architecture, autocast=autocast, upcasts=False).parameters
-    source = f"{job.setup.by.called}: teacher_model"
-    lines = (*weight_lines(shards), *buffer_lines(shards))
-    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
-
-
-def _of_policy(job: Job, on_rank: Parameters) -> Parameters:
-    """Without the value model's."""
-    if not job.setup.by.values:
-        return on_rank
-    from peftplan.job.teacher import VALUES
-
-    return on_rank._replace(all=tuple(p for p in on_rank.all if not p.name.startswith(VALUES)))
-
-
-def _scoring_teacher(job: Job) -> Ledger:
-    """The lines of a teacher that scores completions, of which each rank has a part."""
-    if not job.setup.by.taught or job.distributed is None:
-        return Ledger(())
-    from peftplan.job.teacher import divided_teacher_of
-
-    divided = divided_teacher_of(job)
-    assert divided is not None
-    teacher, shards = divided
-    source = f"{job.setup.by.called}: teacher_model"
-    lines = (*weight_lines(shards), *buffer_lines(teacher.parameters))
-    return Ledger(tuple(line._replace(name=f"teacher: {line.name}", source=source) for line in lines))
-
-
-def _reward_model(job: Job) -> Ledger:
-    """The lines of the model that scores completions."""
-    if not job.setup.by.rewards:
-        return Ledger(())
-    from peftplan.job.teacher import reward_of
-
-    reward = reward_of(job)
-    assert reward is not None
-    lines = (*weight_lines(reward.parameters), *buffer_lines(reward.parameters))
-    source = f"{job.setup.by.called}: reward_model"
-    return Ledger(tuple(line._replace(name=f"reward model: {line.name}", source=source) for line in lines))
-
-
-def _value_model(job: Job, optimizer: Optimizer) -> Ledger:
-    """The lines of a value model that trains: weights, gradients and states. DeepSpeed has those beside the policy's."""
-    if not job.setup.by.values:
-        return Ledger(())
-    from peftplan.job.teacher import value_of
-
-    values = value_of(job).parameters
-    if job.distributed is not None:
-        return Ledger(tuple(line._replace(name=f"value model: {line.name}") for line in buffer_lines(values)))
-    lasting = (
-        *weight_lines(values),
-        *buffer_lines(values),
-        *gradient_lines(values, optimizer),
-        *_optimizer(job, values, optimizer),
-    )
-    return Ledger(tuple(line._replace(name=f"value model: {line.name}") for line in lasting))
-
-
-def as_copied(job: Job, policy: Parameters) -> Parameters:
-    """The parameters of a second model that is made of the policy: in its dtypes, or cast to 16 bits (axolotl 0.19.0,
-    core/trainers/ebft/strided.py:461); or one that is read in fp32."""
-    by = job.setup.by
-    if not by.block and not by.wide_reference:
-        return policy
-    dtype = "fp32" if by.wide_reference else job.setup.dtype
-    return policy._replace(all=tuple(p._replace(dtype=dtype, allocations=dense(dtype=dtype, shape=p.shape)) for p in policy.all))
-
-
 def weights_in_vllm(inventory: Inventory) -> int:
     """Bytes of the base's weights: those on this GPU, which Unsloth trains on too, or all of them, of which vLLM has its own."""
     job, built, static, _ = inventory
     if not job.setup.by.sends_at_once:
         return static.bytes(("weights", "quant_state"))
     return sum(p.numel * p.copies for p in built.all if p.owner == "base") * ITEMSIZE[job.setup.dtype]
-
-
-def reference_lines(built: Parameters) -> Ledger:
-    """The weights and buffers of a reference model that is a second model, in the dtypes of the policy (trl
-    `DPOTrainer.__init__`: `ref_model_init_kwargs`)."""
-    lines = (*weight_lines(built), *buffer_lines(built))
-    source = "trl: a second model, loaded as the policy is"
-    return Ledger(tuple(line._replace(name=f"reference model: {line.name}", source=source) for line in lines))
 
 
 def adapter_dtypes(setup: Setup) -> tuple[str, str | None]:

@@ -276,7 +276,8 @@ def _traps(
 ) -> tuple[str, ...]:
     from peftplan.job.shared_bases import check_base
     from peftplan.job.shared_optimizers import check_optimizer
-    from peftplan.job.shared_work import check_adapter, traps
+    from peftplan.job.shared_work import check_adapter
+    from peftplan.job.traps import traps
 
     check_optimizer(distributed, setup, adaptation)
     check_adapter(distributed, setup, architecture, adaptation)

@@ -1,0 +1,45 @@
+"""Choices over several GPUs that run, and waste memory or leave it to routing: a warning for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftplan.arch.modules import Architecture
+from peftplan.distributed.strategy import Distributed
+from peftplan.job.setup import Setup
+from peftplan.job.shared_bases import packs_integers
+from peftplan.methods.adaptation import Adaptation
+from peftplan.storage import QuantConfig
+
+
+def traps(
+    distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
+) -> Iterator[str]:
+    """A warning for each choice that wastes memory without an error, or that routing decides."""
+    called = distributed.facts.called
+    if (ranks := distributed.ep_size or 1) > 1:
+        mlp = next((block.mlp for block in architecture.blocks if block.mlp.variant == "moe"), None)
+        of_rank, most_of_rank = "", ""
+        if mlp is not None:  # whose layers are known
+            tokens, own = setup.batch_size * setup.seq_len, mlp.num_experts // ranks
+            of_rank = f", {tokens * mlp.num_experts_per_tok:,} rows a layer on each rank"
+            most_of_rank = f", {ranks * tokens * min(mlp.num_experts_per_tok, own):,} rows where all send one rank every token"
+        yield (
+            f"ep_size: experts are counted with equal shares of the tokens{of_rank}; uneven routing takes more on some "
+            f"ranks{most_of_rank}"
+        )
+    if distributed.strategy == "fsdp2" and packs_integers(quant):
+        yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
+    if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):
+        yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"
+    rows = min((tensor.shape[0] for tensor in adaptation.added if tensor.trainable and len(tensor.shape) > 1), default=None)
+    if distributed.strategy == "fsdp2" and rows is not None and rows < distributed.shards:
+        yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
+    if distributed.strategy == "fsdp1" and str(setup.optim).startswith("paged_"):
+        yield f"optim: of paged optimizers only paged_adamw_8bit with LoRA was rehearsed under {called}; states count as sharded"
+    own = any(t.group or (".lora_A." in t.name and not t.trainable) for t in adaptation.added)
+    if own and distributed.strategy.startswith("zero") and setup.by.prepares_model:
+        yield (
+            "method: under DeepSpeed Trainer drops an optimizer that is passed to it (transformers, integrations/deepspeed.py:"
+            "658); override create_optimizer. LoRA-FA's then steps over flat partitions as AdamW does"
+        )
