@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
@@ -17,6 +18,7 @@ from peftplan.planning.changes import (
     combinations,
     micro_batch,
     more_gpus,
+    several_gpus,
     single_changes,
 )
 from peftplan.planning.trials import Trials
@@ -38,6 +40,8 @@ OF_STATES = ("optim", "adapter_dtype", "offload_optimizer")
 """Changes of what the optimizer holds."""
 SAVED_OF_STATES = 2
 """They are taken to save at most so many times its states: these, and gradients and temporaries as large."""
+OTHER_TRAINING = frozenset({"method", "target_modules", "seq_len"})
+"""Changes of what is trained, or of its data: where only these help, several GPUs are tried too."""
 MOST_REPLAYS = 3
 """Combinations, and single changes, that are replayed until one fits; nearly always the first one does. As many of the other
 changes are replayed, those that save most."""
@@ -55,7 +59,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     possible = list(single_changes(job, runs_flash_attention=trials.runs_flash_attention))
     least = _least_weights(trials, [options for options, _ in possible])
     if least > trials.room:
-        return Advised(weights_alone=least, smallest_card=trials.smallest_card())
+        return Advised(weights_alone=least, smallest_card=trials.smallest_card(), several_gpus=_several(job, trials, unchanged))
     tried = _singles(job, trials, unchanged, possible)
     saving = [change for change in tried if max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
@@ -80,8 +84,13 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
         if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *fewest_gpus))):
             open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
             rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
-    smallest = None if fitting else trials.smallest_card()
-    return Advised((*fitting, *rows), smallest_card=smallest, everything=everything)
+    as_wanted = any(not row.options.keys() & OTHER_TRAINING for row in fitting)
+    return Advised(
+        (*fitting, *rows),
+        smallest_card=None if fitting else trials.smallest_card(),
+        several_gpus=None if as_wanted else _several(job, trials, unchanged),
+        everything=everything,
+    )
 
 
 def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
@@ -232,6 +241,23 @@ def _over_machines(job: Job, trials: Trials, before: Sizes) -> Iterator[Change]:
         options = {} if job.distributed is None else more_gpus(job.distributed, times)
         if options and (change := _tried(trials, before, options, MORE_GPUS)) is not None:
             yield change
+
+
+def _several(job: Job, trials: Trials, before: Sizes) -> Advice | None:
+    """The fewest GPUs of the card over which a job of one GPU fits; None if none does, or without formulas."""
+    if job.distributed is not None:
+        return None
+    weights = trials.weights()
+    for options in several_gpus(job):
+        ranks = math.prod(value for name, value in options.items() if name in OF_GPUS and isinstance(value, int))
+        if weights > ranks * trials.room:
+            continue
+        change = _tried(trials, before, options, MORE_GPUS)
+        if change is None:
+            return None
+        if change.left(before) <= trials.room and (row := _judged(trials, before, change)) is not None and row.verdict in FITS:
+            return row
+    return None
 
 
 def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:

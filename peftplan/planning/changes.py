@@ -126,6 +126,15 @@ def more_gpus(distributed: Distributed, times: int) -> dict[str, object]:
     return {"gpus": GPUS_OF_NODE, "nodes": total // GPUS_OF_NODE}
 
 
+def several_gpus(job: Job) -> Iterator[dict[str, object]]:
+    """A job of one GPU over 2, 4 and 8 of them and over 2, 4 and 8 such machines, divided by FSDP2."""
+    packed = job.quant is not None and job.quant.name in FOUR_BIT
+    storage: dict[str, object] = {"quant_storage": "bf16", "device_map": "cpu"} if packed else {}
+    for gpus, nodes in ((2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (8, 8)):
+        of_nodes = {"nodes": nodes} if nodes > 1 else {}
+        yield {"gpus": gpus, **of_nodes, "strategy": "fsdp2", **storage}
+
+
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup, quant = job.setup, job.quant
     if setup.kbit_prepare:

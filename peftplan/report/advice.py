@@ -65,7 +65,8 @@ def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> 
     other = "no single card of the catalogue would do"
     if advised.smallest_card is not None:
         other = f"the smallest card it fits is the {card_name(advised.smallest_card)}"
-    return f"{card_name(gpu)}: {why}; {other}"
+    one = "" if advised.several_gpus is None else "one "
+    return f"{one}{card_name(gpu)}: {why}; {other}"
 
 
 def command_line(advice: Advice, gpu: str) -> str:

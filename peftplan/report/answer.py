@@ -212,7 +212,7 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
 
     nearest, advised = cards[0], advice_on(result, cards[0])
     rows = []
-    if best := advised.changes[: None if advised.everything else BEST]:
+    if best := advised.rows(None if advised.everything else BEST):
         outcomes = [advice.outcome(change) for change in best]
         widest = max(map(len, outcomes))
         by = " (by formulas)" if result.engine == "trace" else ""

@@ -156,11 +156,11 @@ def _advice(result: Estimate, gpu: str, advised: Advised) -> list[RenderableType
     from peftplan.report import advice
 
     parts: list[RenderableType] = []
-    if advised.changes:
+    if changes := advised.rows():
         columns = (Column(name, right=name != "then") for name in advice.COLUMNS[1:])
         grid = table(Column(advice.title(gpu, result.engine)), *columns)
         grid.columns[0].no_wrap = False
-        for row in advice.rows(result, gpu, advised.changes):
+        for row in advice.rows(result, gpu, changes):
             grid.add_row(*row)
         parts.append(grid)
     sentence = advice.without_help(gpu, advised, strategy=advice.kept_strategy(result))

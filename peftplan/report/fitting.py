@@ -74,10 +74,10 @@ def headline(result: Fit, marks: Glyphs) -> str:
     if not first.size and first.verdict == "tight":
         return f"{marks.tight} {job} is tight at the smallest {word}, and fits at none: {needs} (--allow-tight accepts it)"
     if not first.size and result.size == "seq_len" and first.seq_len > 1:
-        return f"{marks.fails} {job} does not fit at {first.seq_len:,} tokens, nor at more: it {needs}"
+        return f"{marks.fails} {job} does not fit at {first.seq_len:,} tokens, nor at more: it {needs}{_others(result)}"
     if not first.size:
         where = "with" if result.size == "model" else "at"
-        return f"{marks.fails} {job} does not fit {where} any {word}: {where} the smallest it {needs}"
+        return f"{marks.fails} {job} does not fit {where} any {word}: {where} the smallest it {needs}{_others(result)}"
     verb = "fits" if first.verdict == "fits" else "runs, tightly,"
     if result.size == "model":
         largest = "the largest there is" if first.bounded else "the largest that does"
@@ -87,6 +87,12 @@ def headline(result: Fit, marks: Glyphs) -> str:
         of_model = result.size == "seq_len" and first.size < CEILINGS["seq_len"]
         more = " (all that the model has)" if of_model else ", and more: the search ended there"
     return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"
+
+
+def _others(result: Fit) -> str:
+    """How many of the other plans fit, where the job as typed does not."""
+    count = sum(bool(plan.size) for plan in result.plans[1:])
+    return f"; {count} other plan{'s' if count > 1 else ''} below fit{'' if count > 1 else 's'}" if count else ""
 
 
 def _assumed(plan: Plan) -> str:

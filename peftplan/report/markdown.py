@@ -82,7 +82,7 @@ def estimate(result: Estimate, *, verbose: bool, explain_peak: bool = False) -> 
             from peftplan.report import advice
 
             columns = (advice.title(gpu, result.engine), *advice.COLUMNS[1:])
-            parts += [table(columns, advice.rows(result, gpu, advised.changes))] if advised.changes else []
+            parts += [table(columns, advice.rows(result, gpu, shown))] if (shown := advised.rows()) else []
             parts += [sentence] if (sentence := advice.without_help(gpu, advised, strategy=advice.kept_strategy(result))) else []
     if verbose:
         parts.append(table(LineFacts._fields, [texts(line) for line in line_facts(result)]))

@@ -36,17 +36,25 @@ class Advised(NamedTuple):
     """Bytes of the base's weights, however they are stored here, where these alone are more than the card has."""
     smallest_card: str | None = None
     """The smallest card that the job fits as it is; only looked for where no change helps."""
-
+    several_gpus: Advice | None = None
+    """The fewest GPUs of the card that run a job of one GPU, divided by FSDP2; only looked for where no change helps that leaves
+    the method, its target modules and the data as they are."""
     everything: bool = False
     """Whether all was searched."""
 
     def saving_from(self, peak: int) -> Advised:
         """With the savings of replayed changes counted from the job's own peak, which is replayed too."""
-        counted = (
-            change if (after := change.peak_allocated) is None else change._replace(saving_bytes=peak - after)
-            for change in self.changes
-        )
-        return self._replace(changes=tuple(counted))
+
+        def counted(change: Advice) -> Advice:
+            after = change.peak_allocated
+            return change if after is None else change._replace(saving_bytes=peak - after)
+
+        several = None if self.several_gpus is None else counted(self.several_gpus)
+        return self._replace(changes=tuple(map(counted, self.changes)), several_gpus=several)
+
+    def rows(self, most: int | None = None) -> tuple[Advice, ...]:
+        """The changes, at most so many, and several GPUs last."""
+        return (*self.changes[:most], *([] if self.several_gpus is None else [self.several_gpus]))
 
     @property
     def counted(self) -> bool:

@@ -331,6 +331,7 @@ class Estimate:
             "advice": [change.to_dict() for change in advised.changes] if advised else [],
             "advice_engine": "analytic" if advised and advised.counted else None,
             "smallest_card": advised.smallest_card if advised else None,
+            "several_gpus": advised.several_gpus.to_dict() if advised and advised.several_gpus else None,
             "weights_alone": advised.weights_alone if advised else None,
         }
 

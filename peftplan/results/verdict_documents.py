@@ -74,5 +74,8 @@ class CardDocument(VerdictDocument):
     advice_engine: str | None
     smallest_card: str | None
     """The smallest card that can run the job, if no change helps."""
+    several_gpus: AdviceDocument | None
+    """The fewest GPUs of this card that can run the job, divided by FSDP2, if on one only another method, other target modules or
+    shorter sequences help, or nothing does."""
     weights_alone: int | None
     """Bytes of the base's weights, if these alone exceed the card."""

@@ -13,7 +13,7 @@ from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.planning import advice
 from peftplan.planning.advice import advise
-from peftplan.planning.changes import CLOSE, OTHER, SAME, SEQUENCE_STEP, Change, combinations, single_changes
+from peftplan.planning.changes import CLOSE, MORE_GPUS, OTHER, SAME, SEQUENCE_STEP, Change, combinations, single_changes
 from peftplan.planning.trials import Trials
 from peftplan.report import advice as report
 from peftplan.results.advice import FITS, Advised
@@ -70,6 +70,7 @@ class Trying:
 
     def __init__(self, changes: dict[str, tuple[int, int]], *, room: int, weights: int = 10, besides: int = 0) -> None:
         self.changes, self.room, self.besides, self.weights = changes, room, besides, weights
+        self.several: list[Options] = []
         self.sized: list[Options] = []
         self.replays: list[Options] = []
 
@@ -85,8 +86,9 @@ class Trying:
         return SimpleNamespace(gpus=(verdict,), peaks=SimpleNamespace(allocated=peak))
 
     def advise(self, monkeypatch: pytest.MonkeyPatch, *, everything: bool = False) -> Advised:
-        possible = [({name: True}, price) for name, (price, _) in self.changes.items()]
+        possible = [({name: True}, price) for name, (price, _) in self.changes.items() if name != "gpus"]
         monkeypatch.setattr(advice, "single_changes", lambda job, runs_flash_attention: possible)
+        monkeypatch.setattr(advice, "several_gpus", lambda job: self.several)
         trials = Trials(
             room=self.room,
             roomy=self.room,
@@ -229,14 +231,45 @@ def test_changes_exclude_each_other() -> None:
     assert len(proposed) == 4
 
 
-def test_a_hopeless_job_on_a_card_is_one_line() -> None:
+def test_several_gpus_where_one_needs_another_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest that fit, of those whose ranks can hold the weights."""
+    trying = Trying({"method": (OTHER, 40), "gpus": (MORE_GPUS, 30)}, room=80, weights=100)
+    trying.several = [{"gpus": 1}, {"gpus": 2}]
+    monkeypatch.setattr(advice, "_least_weights", lambda trials, possible: 10)
+    advised = trying.advise(monkeypatch)
+    assert names(advised) == ["method"]
+    assert advised.several_gpus is not None
+    assert (advised.several_gpus.options, advised.several_gpus.verdict) == ({"gpus": 2}, "fits")
+    assert advised.rows(1) == (advised.changes[0], advised.several_gpus)
+
+
+def test_one_gpu_is_enough_where_the_method_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    trying = Trying({"cheap": (SAME, 40)}, room=80)
+    trying.several = [{"gpus": 2}]
+    assert trying.advise(monkeypatch).several_gpus is None
+
+
+def test_a_hopeless_job_on_a_card_names_another_and_several_of_it() -> None:
     """70e9 parameters as nf4 are 32 GiB and more; of the cards of 48 GB none has 5 % left."""
     output = run("estimate", "llama-2-70b", "--method", "qlora", "--r", "16", "--gpu", "rtx-4090", columns=None).out
     assert (
-        "\nRTX 4090: no change helps, since the weights alone take 32.85 GiB; the smallest card it fits is the A100 80GB\n"
+        "\none RTX 4090: no change helps, since the weights alone take 32.85 GiB; the smallest card it fits is the A100 80GB\n"
         in output
     )
-    assert "\nto fit" not in output
+    assert "--gpu 4xrtx-4090 --strategy fsdp2 --quant-storage bf16 --device-map cpu\n" in output
+
+
+@pytest.mark.parametrize(("model", "method", "gpu"), [("llama-2-70b", "qlora", "rtx-4090"), ("llama-3.1-8b", "full", "rtx-4090")])
+def test_several_gpus_are_an_estimate_of_their_own(model: str, method: str, gpu: str) -> None:
+    (advised,) = estimate(model, method=method, gpu=gpu).advice.values()
+    assert advised.several_gpus is not None
+    options: Options = {**advised.several_gpus.options}
+    count = options.pop("gpus")
+    of_these, of_fewer = (estimate(model, method=method, gpu=f"{number}x{gpu}", **options) for number in (count, count // 2))
+    assert of_these.gpus[0].verdict in FITS
+    assert of_these.peaks is not None
+    assert of_these.peaks.allocated == advised.several_gpus.peak_allocated
+    assert of_fewer.gpus[0].verdict == "does_not_fit"
 
 
 def test_the_smallest_card_fits() -> None:
