@@ -1,4 +1,4 @@
-"""Plans that divide a model among GPUs, where the job as typed keeps the whole of it on each of them and does not fit."""
+"""Plans that divide a model among GPUs, where each of them, or the only one, is too small for the whole of it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ if TYPE_CHECKING:
 
 
 def divided(model: object, gpu: str, typed: Mapping[str, object], misses: Iterable[Plan], smallest: Options) -> Iterator[Options]:
-    """What makes plans that do not fit under DDP fit over the same GPUs, by another strategy: as `advice` finds it.
+    """What makes plans that do not fit under DDP fit over the same GPUs, by another strategy, and the job as typed on one GPU
+    over several: as `advice` finds it.
 
     `smallest`: the size at which nothing fits. Nothing where the user chose the strategy.
     """
     if typed.get("strategy") is not None:
         return
     for miss in misses:
-        if miss.assumptions.get("strategy") != "ddp":
+        strategy = miss.assumptions.get("strategy")
+        if strategy is None and not miss.changes:
+            result = estimate(model, gpu=gpu, **job_options(typed, smallest))
+            yield from (row.several_gpus.options for row in result.advice.values() if row.several_gpus is not None)
+        if strategy != "ddp":
             continue
         changed = {**typed, **miss.changes}
         options = options_for(miss.method, changed) if "method" in miss.changes else changed

@@ -145,7 +145,7 @@ def fit(
             plans = in_order(first, (*plans[1:], *over_gpus))
         elsewhere = (
             None
-            if engine == "trace" or any(each.size for each in plans)
+            if engine == "trace" or any(each.size and "gpus" not in each.changes for each in plans)
             else _other_card(model, typed, search, (first, *nearest))
         )
         return Fit(_asked_for(model, first, size), card, size, plans, nearest, engine, elsewhere)

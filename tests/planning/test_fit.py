@@ -109,6 +109,20 @@ def test_a_job_that_never_fits_names_the_smallest_card_that_takes_it() -> None:
     assert fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).other_card is None
 
 
+def test_a_job_that_one_gpu_cannot_run_is_planned_for_several() -> None:
+    """The batch is the largest that direct estimates fit."""
+    result = fit("llama-2-70b", gpu="rtx-4090", method="qlora", methods=["qlora"])
+    (plan,) = (plan for plan in result.plans if "gpus" in plan.changes)
+    options: dict[str, Any] = {name: value for name, value in plan.changes.items() if name != "gpus"}
+    gpu = f"{plan.changes['gpus']}x{result.gpu}"
+    sizes = (plan.size, plan.size + 1)
+    verdicts = [
+        peftplan.estimate("llama-2-70b", method="qlora", gpu=gpu, batch_size=size, **options).gpus[0].verdict for size in sizes
+    ]
+    assert verdicts[0] == "fits" != verdicts[1]
+    assert result.other_card is not None
+
+
 def test_what_is_kept_no_plan_changes() -> None:
     plans = fit("llama-3.2-1b", gpu="rtx-4090", keep=("method", "loss")).plans
     assert {plan.method for plan in plans} == {"lora"}
