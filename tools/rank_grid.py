@@ -461,6 +461,19 @@ def fsdp1_jobs() -> Iterator[JobName]:
     )
     for more, method in product(variants, METHODS):
         yield "fsdp1", method, 4, more
+    for more, method in product(
+        (
+            {"fsdp": {"forward_prefetch": True}},
+            {"fsdp": {"forward_prefetch": True, **ahead}, "accumulation": 3},
+            {"fsdp": {"forward_prefetch": True, **ahead}, "config": {"num_hidden_layers": 8, "vocab_size": 8000}},
+            {"fsdp": {"forward_prefetch": True, "offload_params": "cpu"}},
+            {"fsdp": {"offload_params": "cpu"}, "accumulation": 3},
+            {"fsdp": {"offload_params": "cpu", **ahead}, "checkpointing": False},
+        ),
+        METHODS,
+    ):
+        yield "fsdp1", method, 4, more
+    yield "fsdp1", "qlora", 4, {"fsdp": {"offload_params": "cpu"}}
     for world, method in product((2, 64), METHODS):
         yield "fsdp1", method, world, {"fsdp": ahead}
     for method in METHODS:

@@ -112,15 +112,18 @@ def cast_parameters(job: Job, parameters: Parameters) -> Parameters:
     return parameters._replace(all=cast_on_rank(parameters, job.distributed, autocast=str(job.setup.autocast)))
 
 
-def first_step(inventory: Inventory, recording: Callable[[], Model], program: Program) -> Model | None:
-    """The model after its first step under ZeRO-3, whose coordinator then knows no order; None elsewhere.
+def first_step(inventory: Inventory, recording: Callable[[], Model], program: Program, *, late: bool) -> Model | None:
+    """The model after its first step where that knows no order yet: of ZeRO-3, and of FSDP1 that gathers ahead in forward.
 
-    `recording`: makes the model.
+    `recording`: makes the model. `late`: as in `divided`.
     """
-    if inventory.job.distributed is None or inventory.job.distributed.strategy != "zero3":
+    distributed = inventory.job.distributed
+    if distributed is None or (distributed.strategy != "zero3" and not distributed.gathers_in_order):
         return None
     model = recording()
-    program = divided(inventory, model, program, None)
+    program = divided(inventory, model, program, None, late=late)
+    if isinstance(model.units, Fsdp1):
+        model.units.knows_order = False
     steady_step(model, program, reference=reference_on_rank(inventory.job, model, None))
     return model
 

@@ -62,16 +62,17 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
     )
     kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
-    model = new_model(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
+    new_tape = partial(kind_of_tape, autocast=autocast_of(setup), several=setup.rows > 1)
+    model = new_model(new_tape())
     program = program_of(job)._replace(
         left_alone=frozenset(name for name, _ in trained_again), projected=projected(job, computing)
     )
     first = None
     if job.distributed is not None:
-        first = ranks.first_step(inventory, lambda: new_model(Tape()), program)
+        first = ranks.first_step(inventory, lambda: new_model(new_tape()), program, late=late)
         program = ranks.divided(inventory, model, program, first, late=late)
     elif model.running.recorded is not None or setup.loss == CUT:
-        first = new_model(Tape(autocast=autocast_of(setup), several=setup.rows > 1))
+        first = new_model(new_tape())
         first.running = first.running._replace(tunes=True)
         steady_step(first, program)
     elif setup.optimizer_in_backward or (program.optimizer.step_implementation == "in-backward" and setup.by.prepares_model):

@@ -137,11 +137,13 @@ class Writer:
         layers = {repeated.first: repeated for repeated in timeline.repeated}
         backward = next((start for phase, start, _ in timeline.windows if phase == "backward"), 0)
         outlives = len(timeline.events) if not self.script.outputs_outlive_step else timeline.windows[-1][1]
+        if handed_on := timeline.handed_on:
+            outlives = 0
         self._storages = max(self._storages, len(timeline.kind_of))
         self._collect(timeline, kinds)
         first, last_phase = timeline.windows[0][1], timeline.windows[-1][1]
         empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}.union(timeline.emptied)
-        stops = empties.union(borders, lasting, self.passing, layers)
+        stops = empties.union(borders, lasting, self.passing, layers, timeline.passed)
         alive, stacked, latest, streams = self._alive, self._stacked, self._latest, timeline.streams
         written, follows = self._events, bool(layers)
         covered = 0
@@ -153,6 +155,8 @@ class Writer:
                     self._begin(borders[at], counts=phases)
                     if borders[at] == "backward" and empties_before:
                         self.empty_cache()
+                if at in timeline.passed:
+                    self._write(events.END_OUTPUTS)
                 if at in lasting:
                     self.take(lasting[at])
                 if self.passing.get(at):
@@ -176,7 +180,7 @@ class Writer:
                 written += (MAKE, stack, kinds + kind, 1, stream)
                 if count > 1:  # in two events, so that copied layers can free of these too
                     written += (MAKE, stack, kinds + kind, count - 1, 0)
-            elif at >= outlives and outputs_kept(timeline.kinds[kind], count):
+            elif at >= outlives and (storage in handed_on if handed_on else outputs_kept(timeline.kinds[kind], count)):
                 self._write(events.OUTPUTS, stacked.get(storage, storage))
             elif not follows:
                 written += (FREE, storage, kinds + kind, -count, 0)

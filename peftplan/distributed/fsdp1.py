@@ -23,6 +23,7 @@ from typing import NamedTuple
 from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.lag import ALL_REDUCE, DEFAULT, POST_BACKWARD, PRE_UNSHARD, UNSHARD, Lag
 from peftplan.distributed.units import Member, Unit
+from peftplan.tape.allocations import PASSED
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
@@ -56,6 +57,8 @@ class Fsdp1(Fsdp2):
     prefetch = "none"
     prefetches_forward = False
     """Whether forward gathers the next unit while one runs (`_PrefetchMode.FORWARD`)."""
+    knows_order = True
+    """Whether a forward has run, whose order is recorded until the first backward has ended (`_ExecOrderData.next_iter`)."""
     in_checkpoints = False
     """Whether units lie in reentrant checkpoints. Then a frozen unit's hook holds its detached input, and with it the gradient,
     until backward ends (torch, autograd/graph.py, `register_multi_grad_hook`), and no layer is gathered ahead."""
@@ -75,10 +78,24 @@ class Fsdp1(Fsdp2):
     """None: the GPU passes every read at once."""
 
     @cached_property
+    def _from_host(self) -> dict[Unit, list[Tensor]]:
+        """Shards from the host that a unit's own tensors are views of while it is gathered."""
+        return {}
+
+    @cached_property
     def _ahead(self) -> set[Unit]:
         """Units that were gathered before they are needed."""
         return set()
 
+    @cached_property
+    def _split_early(self) -> set[Unit]:
+        """Units that forward gathered ahead, and split into views before the unit before them ran: autograd, which runs later
+        nodes first, makes their gradients flat behind the backward of that one. Not those of an adapter's modules, a choice that
+        is inferred from rehearsals: 2 MiB less."""
+        return set()
+
+    _whole: Unit | None = None
+    """A unit whose gradients wait for that."""
     _saved: Sequence[Tensor] = ()
     """Shards of gradients that the host has copied, which backward keeps until it ends (`_saved_grad_shard`)."""
     _reshards_late: Unit | None = None
@@ -93,9 +110,10 @@ class Fsdp1(Fsdp2):
             first, shard = flat.members[0], (flat.numel // self.world_size,)
             narrow = self._new(shard, first.dtype, "cast of a shard", PRE_UNSHARD) if first.casts else None
             moved = self._new(shard, first.master, "shard from the host", PRE_UNSHARD) if self.offloads else None
+            read = [tensor for tensor in (narrow, moved) if tensor is not None][:1]
             if moved is not None and narrow is None and self.views_shards:
-                unit.unsharded.append(moved)
-            del moved
+                self._from_host.setdefault(unit, []).append(read.pop())
+            del narrow, moved
             if self.lag is not None:
                 self.lag.wait()
             gathered = self._new((flat.numel,), first.dtype, f"{flat.name} gathered", UNSHARD, "gathered_weights")
@@ -103,19 +121,31 @@ class Fsdp1(Fsdp2):
             if self.lag is not None:
                 self.lag.join(UNSHARD, PRE_UNSHARD)
                 self.lag.collective(UNSHARD)
-                self.lag.keep([narrow] if narrow is not None else [], UNSHARD)
-            del narrow
+                self.lag.keep(read, UNSHARD)
+            del read
 
     def enter(self, name: str) -> None:
         """Before a unit's forward."""
         super().enter(name)
         unit = self.by_name.get(name)
-        if unit is not None and not self.f.replays and not any(member.apart for member in unit.members):
-            self._gather_next(unit)
+        if unit is not None and self.prefetches_forward and self.knows_order and not self.f.replays:
+            for following in self._in_order[unit]:
+                self._gather_ahead(following)
+                self._split_early.add(following)
 
-    def _gather_next(self, unit: Unit) -> None:
-        if self.prefetches_forward and (following := self.units.index(unit) + 1) < len(self.units):
-            self._gather_ahead(self.units[following])
+    @cached_property
+    def _in_order(self) -> dict[Unit, list[Unit]]:
+        """Unit → the one behind it in forward, where there is one: a layer runs before the modules of its adapter."""
+        order: list[Unit] = []
+        apart: list[Unit] = []
+        for unit in self.units:
+            if all(member.apart for member in unit.members):
+                apart.append(unit)
+            else:
+                order += [unit, *apart]
+                apart = []
+        order += apart
+        return {unit: order[number : number + 1] for number, unit in enumerate(order, start=1)}
 
     def _gather_ahead(self, unit: Unit) -> None:
         if not unit.unsharded:
@@ -137,10 +167,8 @@ class Fsdp1(Fsdp2):
             del narrow
 
     def leave(self, name: str, x: Tensor) -> Tensor:
-        """After a unit's forward, whose output is `x`. In an adapted layer the last adapter gathers the next one."""
+        """After a unit's forward, whose output is `x`."""
         unit = self.by_name.get(name)
-        if unit is not None and not self.f.replays and any(member.apart for member in unit.members):
-            self._gather_next(unit)
         if unit is not None and unit.reshards and not self.f.replays:
             self._reshard(unit)
         return super().leave(name, x)
@@ -148,9 +176,11 @@ class Fsdp1(Fsdp2):
     def _reshard(self, unit: Unit, stream: int = DEFAULT) -> None:
         """Free a unit on the stream that runs. Where that is the stream of the gather, the unit's own, nothing waits."""
         if self.lag is not None and unit.unsharded:
+            self.lag.keep(self._from_host.get(unit, []), UNSHARD)  # `_all_gather_flat_param`
             if stream != UNSHARD:
                 self.lag.keep(unit.unsharded, stream)
             self.lag.free(stream)
+        self._from_host.pop(unit, None)
         unit.unsharded = []
 
     def _wait(self, unit: Unit, *, forward: bool) -> None:
@@ -185,6 +215,13 @@ class Fsdp1(Fsdp2):
     def post_backward(self, unit: Unit) -> None:
         """The gradients of a unit are complete: make them flat, free its parameters and reduce the gradients."""
         unit.state = "post_backward"
+        waiting, self._whole = self._whole, None
+        if waiting is not None:
+            self.post_backward(waiting)
+        if unit in self._split_early and any(member.trainable and not member.apart for member in unit.members):
+            self._split_early.remove(unit)
+            self._whole = unit
+            return
         gradients = {p.name: p for p in unit.parameters() if p.grad is not None}
         flats = [flat for flat in flats_of(unit, self.world_size) if any(m.name in gradients for m in flat.members)]
         whole = [self._flattened(flat, gradients) for flat in flats]
@@ -208,6 +245,8 @@ class Fsdp1(Fsdp2):
     def end_backward(self) -> None:
         """`_post_backward_final_callback`."""
         super().end_backward()
+        self._split_early.clear()
+        self.knows_order = True
         self._reshard_late()
         self._saved = ()
         if self.f.kept_inputs is not None:
@@ -217,10 +256,15 @@ class Fsdp1(Fsdp2):
             self.lag.join(DEFAULT, ALL_REDUCE)
             self.lag.read()  # Trainer reads the loss (`logging_nan_inf_filter`)
 
+    def before_step(self) -> None:
+        """What the GPU has not passed stays until the host reads the mask of the next step."""
+        self.f.handed_on = set() if self.lag is None else self.lag.leave()
+
     def read_mask(self) -> None:
         """The host reads whether a mask hides anything, before the first layer."""
         if self.lag is not None and self.reads_masks:
             self.lag.read()
+            self.f.mark(PASSED)
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
         """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""

@@ -65,6 +65,12 @@ class Lag:
         """The host reads a value of the default stream."""
         self._pass([*map(max, self._done, self._record(DEFAULT))])
 
+    def leave(self) -> set[int]:
+        """Let go of what the GPU has not passed; returns the storages."""
+        left = {tensor.storage.number for *_, tensors in self._kept for tensor in tensors if tensor.storage is not None}
+        self._kept = []
+        return left
+
     def _pass(self, done: list[int]) -> None:
         self._done = done
         self._kept = [kept for kept in self._kept if done[kept[0]] < kept[1]]

@@ -179,6 +179,11 @@ class Distributed(BaseModel):
         return rank * (self.pp_size or 1) // self.world_size
 
     @property
+    def gathers_in_order(self) -> bool:
+        """Whether FSDP1 gathers ahead in forward, in the order of the first one."""
+        return self.strategy == "fsdp1" and bool(self.forward_prefetch)
+
+    @property
     def keeps_leftovers(self) -> bool:
         """Whether the DeepSpeed that runs ZeRO-3 leaves weights gathered that no hook releases, until the next forward, and lets
         no weight at rest wait for the module that made a checkpoint again."""

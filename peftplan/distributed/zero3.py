@@ -161,13 +161,17 @@ class Coordinator:
             self.recorded.append(module)
         module = module if known is None else known
         self.all_gather(p for p in module.parameters if p.whole is None and p not in self.inflight)
-        for p in module.parameters:
+        for p in self.in_turn(module):
             p.active.add(module.name)
             if p in self.inflight:
                 self._wait(p)
         if self.order:
             self._prefetch(module)
         self.step += 1
+
+    def in_turn(self, module: Module) -> Sequence[Sharded]:
+        """The order in which a module's parameters are waited for. DeepSpeed's is that of a set, and so of their addresses."""
+        return module.parameters
 
     def _prefetch(self, module: Module) -> None:
         fresh = {p for p in module.parameters if self._latest.get(p, -1) < self.step}

@@ -66,8 +66,10 @@ class LeafUnits:
         out = function(cast("X", self.units.enter_with(unit, cast("Tensor", x))))
         return cast("Y", self.units.leave(unit, cast("Tensor", out)))
 
-    def read(self, name: str, layer: int | None, parameter: TapeParameter) -> None:
-        """Nothing is gathered for a dtype."""
+    def read(self, name: str, layer: int | None, parameter: TapeParameter) -> bool:
+        """Nothing is gathered for a dtype: it is that of the shard, unless forward has gathered this module ahead."""
+        unit = self.units.by_name.get(leaf(parameter.name.rpartition(".")[0], layer))
+        return unit is not None and bool(unit.unsharded)
 
     def whole(self, parameter: TapeParameter) -> Tensor | None:
         """None: a view does not keep what is resized to nothing."""

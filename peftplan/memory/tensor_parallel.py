@@ -76,8 +76,9 @@ class TensorParallel(OneGpu):
         part = self._part(x) if style == "rowwise_split_input" else x  # `tp_forward` holds it until it returns
         return self._summed(function(part))  # type: ignore[arg-type]
 
-    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> bool:
         """Nothing: a rank has its part at all times."""
+        return False
 
     def whole(self, parameter: Parameter) -> Tensor | None:
         """No tensor: nothing is gathered."""

@@ -15,6 +15,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category, Dim, Line
 from peftplan.memory.optimizer import STATES
 from peftplan.memory.waves import Waves, waves_of
+from peftplan.tape.allocations import PASSED
 from peftplan.tape.tape import Tape
 from peftplan.units import ALLOCATION_ROUNDING
 
@@ -83,6 +84,10 @@ class Timeline(NamedTuple):
     """Their windows, and the end once more as the next step's forward, where gradients live until that begins."""
     waves: Waves = Waves()
     """The events as few different waves, which peaks are added up from."""
+    handed_on: frozenset[int] = frozenset()
+    """Storages that live on until the next step's `passed`."""
+    passed: tuple[int, ...] = ()
+    """The event before which what the step before has handed on goes."""
     collected: frozenset[int] = frozenset()
     """Storages of the batches, where those of the step before live until these are on the device."""
     streams: Mapping[int, int] = MappingProxyType({})
@@ -169,6 +174,7 @@ def timeline(
     position = 0
     states: list[int] = []
     emptied: list[int] = []
+    passed: list[int] = []
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
         for n in tape.log[position:at]:
@@ -203,6 +209,8 @@ def timeline(
             states.append(len(events))
         if what == EMPTIED:
             emptied.append(len(events))
+        if what == PASSED:
+            passed.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
     outputs = _outputs(tuple(index), events, windows) if outputs_outlive_step else []
@@ -234,6 +242,8 @@ def timeline(
         counted_events=tuple(counted_events),
         counted=counted,
         waves=waves_of(move_of, [count for _, count in moves], counted),
+        handed_on=frozenset(tape.handed_on),
+        passed=tuple(passed[:1]),
         collected=frozenset(tape.collected),
         streams=tape.streams,
         derived=tuple(sorted({name for _, names in sizes for name in names if isinstance(name, Derived)})),

@@ -195,10 +195,11 @@ class Gathering(Stage):
             self.of_module[module.name] = within or [*module.parameters]
         return self.of_module[module.name]
 
-    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> bool:
         """A module's forward reads a parameter of another one: it is gathered, and from now on with the module."""
         if not self.in_leaf and not self.f.recomputes:
             self.coordinator.gather_alone(self.sharded[self._key(parameter)])
+        return False
 
     def whole(self, parameter: Parameter) -> Tensor | None:
         """The gathered tensor of a parameter."""

@@ -9,6 +9,9 @@ from peftplan.ledger import Category
 from peftplan.tape.column_sums import column_dims
 from peftplan.tape.tensors import Dims, Node, Parameter, Storage, Tensor
 
+PASSED = "passed"
+"""The mark where the host has waited for the GPU in a forward."""
+
 
 class Allocations:
     """The log of one step. `log` holds the number of a storage where it is allocated, and its negative where it is freed."""
@@ -28,6 +31,8 @@ class Allocations:
         """Storage → how many equal tensors its number stands for, if more than one."""
         self.collected: set[int] = set()
         """Storages of the batches, where those of the step before live until these are on the device."""
+        self.handed_on: set[int] = set()
+        """Storages that live from before the optimizer's step to `PASSED` in the next one."""
         self.marks: list[tuple[int, str]] = []
         self.views: set[int] = set()
         """Storages of gradients that autograd's formulas return as views."""

@@ -46,8 +46,9 @@ class Modules(Protocol):
     ) -> Y:
         """Call `function`, which is the module `name` of a layer, on `x`. `reads`: parameters of other modules."""
 
-    def read(self, name: str, layer: int | None, parameter: Parameter) -> None:
-        """The module reads a parameter that is not its own, such as the dtype of a child's."""
+    def read(self, name: str, layer: int | None, parameter: Parameter) -> bool:
+        """The module reads a parameter that is not its own, such as the dtype of a child's. Returns whether FSDP1 has gathered it
+        ahead."""
 
     def whole(self, parameter: Parameter) -> Tensor | None:
         """The gathered tensor that holds a parameter's bytes now."""

@@ -12,6 +12,7 @@ from peftplan.errors import InputError, RefusedError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import find_gpu
 from peftplan.hardware.usable import usable_bytes
+from peftplan.job.script import Script
 from peftplan.planning.verdicts import verdict
 from peftplan.report.answer import answer
 from peftplan.report.screen import UNICODE, Screen
@@ -41,13 +42,17 @@ def reserved_by_pace(peaks: Peaks) -> tuple[int, int]:
 @pytest.mark.parametrize("row", rows(LATE), ids=lambda row: row["name"])
 def test_both_ends_are_rehearsed(row: dict[str, Any]) -> None:
     """torch's own allocator on a card that is never late, and on one that has done what the host has waited for and no more
-    (`EMULATED_LATE`, rehearse/card.c): the same tensors, and reserved bytes at both ends.
+    (`EMULATED_LATE`, rehearse/card.c): the same tensors but for tails of blocks, and reserved bytes at both ends of the first
+    rank, which was rehearsed.
     """
     peaks = peftplan.estimate(**options(row), gpu=CARD).peaks
     in_time = next(own for own in rows() if own["name"] == row["name"])
-    assert peaks is not None
-    assert row["peak_by_phase"] == in_time["peak_by_phase"]
-    assert reserved_by_pace(peaks) == (in_time["peak_reserved"], row["peak_reserved"])
+    assert isinstance(peaks, OfRanks)
+    assert row["peak_by_phase"] == pytest.approx(in_time["peak_by_phase"], rel=3e-4)
+    first = peaks.of(0)
+    assert first is not None
+    assert (first.reserved, first.run(late=True).peaks().reserved) == (in_time["peak_reserved"], row["peak_reserved"])
+    assert (peaks.reserved_at_most or 0) >= row["peak_reserved"]
 
 
 def test_a_unit_that_trains_waits_less_than_its_gradients() -> None:
@@ -72,33 +77,31 @@ def test_json_and_text_say_both_ends() -> None:
     assert "peak_reserved_at_most" not in peftplan.estimate(LLAMA, method="full", gpus=4, strategy="fsdp2").to_dict()["memory"]
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "late"),
-    [
-        ("full", {"backward_prefetch": "pre", "forward_prefetch": True}, 10_039_066_624),
-        ("lora", {"offload_params": "cpu"}, 4_812_963_840),
-    ],
-)
-def test_what_has_no_upper_end(method: str, options: dict[str, Any], late: int) -> None:
-    """Rehearsed over 4 GPUs on a late card: with `forward_prefetch` the first step gathers nothing ahead and leaves blocks of
-    other sizes; shards of a frozen base from the host last into the next step. The replay is below, so a verdict has a margin.
+def test_a_late_gpu_keeps_shards_from_the_host_into_the_next_step() -> None:
+    """The stream of a gather is recorded with what it reads of a frozen base (torch, `_all_gather_flat_param`), and no later work
+    of the default stream waits for that: the next step needs the root's shard anew, a quarter of two tables in bf16. Before
+    transformers 5.0 no forward waits for the GPU, and no rehearsal shows when they go.
     """
-    result = peftplan.estimate(
-        LLAMA,
-        method=method,
-        gpus=4,
-        strategy="fsdp1",
-        seq_len=512,
-        gpu="80GiB",
-        **options,
-        **({} if method == "full" else {"r": 16}),
-    )
-    assert isinstance(result.peaks, OfRanks)
-    assert result.peaks.reserved is result.peaks.reserved_at_most is None
-    assert result.peaks.replayed_at_most < late < result.gpus[0].needed_bytes
-    assert result.gpus[0].verdict == "fits"
-    assert "peak_reserved_at_most" not in result.to_dict()["memory"]
-    assert any("record_stream" in what for what in result.not_modelled)
+    reserved, at_most = reserved_by_pace(peaks_of("lora", offload_params="cpu"))
+    assert 0 <= at_most - reserved - 2 * 128_256 * 2048 * 2 // 4 < 2 * 2**20
+    job: dict[str, Any] = {"method": "lora", "gpus": 4, "strategy": "fsdp1", "seq_len": 512, "offload_params": "cpu"}
+    older = peftplan.estimate(LLAMA, **job, script=Script(transformers="4.57"), gpu="80GiB")
+    assert older.peaks is not None
+    assert older.peaks.reserved is older.peaks.reserved_at_most is None
+    assert older.gpus[0].verdict == "fits"
+    assert any("record_stream" in what for what in older.not_modelled)
+
+
+def test_a_unit_that_is_gathered_ahead_in_forward_keeps_its_gradients_longer() -> None:
+    """It is split into views before the layer before it runs. Autograd runs nodes that were made later first, and so the backward
+    of that layer before it makes the gradients flat: whole ones of two layers are there, where the head is small.
+    """
+    small = LLAMA | {"num_hidden_layers": 8, "vocab_size": 8000}
+    options: dict[str, Any] = {"method": "full", "gpus": 4, "strategy": "fsdp1", "seq_len": 512, "backward_prefetch": "pre"}
+    ahead, in_turn = (peftplan.estimate(small, **options, forward_prefetch=ahead).peaks for ahead in (True, False))
+    assert ahead is not None
+    assert in_turn is not None
+    assert ahead.by_phase["backward"] - in_turn.by_phase["backward"] >= 2 * LAYER
 
 
 def test_a_sweep_needs_what_an_estimate_needs() -> None:

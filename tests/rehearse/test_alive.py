@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,23 @@ def test_a_program_without_a_file_is_where_memory_was_asked_for(runs: str, file:
     thread.join()
     asking = asking_line(code["frame"])  # type: ignore[arg-type]
     assert (asking["file"], asking["line"]) == (file, 2)
+
+
+def test_a_step_of_a_pipeline_begins_with_its_schedule(tmp_path: Path) -> None:
+    """torch's schedule makes buffers, and gathers stages, before the first of its forwards."""
+    pytest.importorskip("torch")
+    from torch.distributed.pipelining import schedules
+
+    from peftplan.rehearse.inside.watch import Watch
+    from peftplan.rehearse.settings import Settings
+
+    watch, phases = Watch(Settings(str(tmp_path), steps=0, rank=0, world_size=1)), []
+    module: Any = ModuleType(schedules.__name__)
+    for name in ("PipelineScheduleSingle", "PipelineScheduleMulti"):
+        assert "step" in vars(getattr(schedules, name))
+        setattr(module, name, type(name, (), {"step": lambda self: phases.append(watch.phase)}))
+    watch.watch_schedules(module)
+    module.PipelineScheduleSingle().step()  # a trial, before there is an optimizer
+    watch.await_forward()
+    module.PipelineScheduleMulti().step()
+    assert phases == ["load", "forward"]

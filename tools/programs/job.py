@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ FLAGS = argparse.BooleanOptionalAction
 CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 AUTOMATIC_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """What transformers and accelerate compute of the model's hidden size."""
+OF_FSDP = ("use_orig_params", "reshard_after_forward", "forward_prefetch")
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = (
@@ -107,7 +109,10 @@ def options() -> argparse.Namespace:
     for name in AUTOMATIC_SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
     parser.add_argument("--zero3-init", action=FLAGS)
-    parser.add_argument("--use-orig-params", action=FLAGS)
+    parser.add_argument("--reshard-after-forward", type=json.loads, choices=(True, False))
+    for name in ("use-orig-params", "forward-prefetch", "sync-each-batch"):
+        parser.add_argument(f"--{name}", action=FLAGS)
+    parser.add_argument("--dp-shard-size", type=int)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
     parser.add_argument("--deepspeed-optimizer", action=FLAGS, default=False)
@@ -200,11 +205,22 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     if strategy.startswith("fsdp"):
         layers = {"transformer_layer_cls_to_wrap": list(model._no_split_modules)}
         offload = " offload" if job.offload_params == "cpu" else ""
-        original = {} if job.use_orig_params is None else {"use_orig_params": job.use_orig_params}
-        return {"fsdp": f"full_shard auto_wrap{offload}", "fsdp_config": {"version": int(strategy[-1]), **layers, **original}}
+        stated = {name: value for name in OF_FSDP if (value := getattr(job, name)) is not None}
+        config = {"version": int(strategy[-1]), **layers, **stated}
+        return {"fsdp": f"full_shard auto_wrap{offload}", "fsdp_config": config, **groups(job)}
     if strategy.startswith("zero"):
         return {"deepspeed": deepspeed(job, int(strategy[-1]))}
     return {}
+
+
+def groups(job: argparse.Namespace) -> dict[str, Any]:
+    """The groups of ranks that share one copy of the model."""
+    if job.dp_shard_size is None:
+        return {}
+    from accelerate.parallelism_config import ParallelismConfig
+
+    replicas = job.gpus * job.nodes // job.dp_shard_size
+    return {"parallelism_config": ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=job.dp_shard_size)}
 
 
 def without_kernels() -> None:
@@ -249,6 +265,7 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         **reentrant,
         "optim": job.optim or "adamw_torch_fused",
         "optim_target_modules": job.optim_target_modules,
+        **({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}} if job.sync_each_batch else {}),
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,

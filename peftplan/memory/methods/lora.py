@@ -23,10 +23,11 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     if part.quant is not None and part.quant.layout in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
     converts = part.quant is None or running.autocast is None
+    shards = running.adapter_shards
     if converts:
-        if f.modules is not None:
-            f.modules.read(part.name, part.layer, a)
-        x = f.to(x, running.adapter_shards or a.dtype)
+        if f.modules is not None and f.modules.read(part.name, part.layer, a):
+            shards = None
+        x = f.to(x, shards or a.dtype)
     config = running.config_as(LoraConfig)
     if config.use_dora:
         from peftplan.memory.methods.dora import dora, dora_of_torchtune
@@ -36,7 +37,7 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     bias = part.params.get("lora_B.bias")
     f.module = f"{part.name}.lora_A"
     dropped = f.call(f"{part.name}.lora_dropout", part.layer, (), x, lambda x: ops.dropout(f, x, config.lora_dropout))
-    if converts and running.adapter_shards:
+    if converts and shards:
         dropped = f.to(dropped, a.dtype)  # as the unit casts what it is called with
     low = f.call(f"{part.name}.lora_A", part.layer, (a,), dropped, lambda x: products.linear(f, x, a))
     del dropped  # an argument of the module

@@ -1,8 +1,8 @@
 """Where a program loads, runs forward, backward and steps its optimizer, found by hooks of torch; what each phase held at most.
 
-`load` ends with the first forward of a module in training mode with gradients, after an optimizer was made. A step goes from a
-forward until the first one after the optimizer has stepped, so that an optimizer that is stepped in parts counts once. Optimizers
-that step inside backward (one per parameter) count once per backward.
+`load` ends with the first forward of a module in training mode with gradients, or the first step of a pipeline's schedule, after
+an optimizer was made. A step goes from a forward until the first one after the optimizer has stepped, so that an optimizer that
+is stepped in parts counts once. Optimizers that step inside backward (one per parameter) count once per backward.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import wraps
 from itertools import chain
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 
 from peftplan.rehearse.figures import Figure, loading
 from peftplan.rehearse.inside import alive, log, report
+from peftplan.rehearse.inside.after_import import AfterImport
 from peftplan.rehearse.inside.counters import Counters
 from peftplan.rehearse.settings import Settings
 
@@ -84,7 +86,11 @@ class Watch:
             self._forward_hook = torch.nn.modules.module.register_module_forward_pre_hook(self._forward)
 
     def _forward(self, module: Any, args: Any) -> None:
-        if self.in_backward or not module.training or not torch.is_grad_enabled():
+        if module.training:
+            self._begin_forward()
+
+    def _begin_forward(self) -> None:
+        if self._forward_hook is None or self.in_backward or not torch.is_grad_enabled():
             return
         self._forward_hook.remove()
         self._forward_hook = None
@@ -94,6 +100,19 @@ class Watch:
         self._end_step()
         if self.phase != "forward":
             self.begin("forward")
+
+    def watch_schedules(self, schedules: ModuleType) -> None:
+        """A step of a pipeline begins with buffers, and with weights that are gathered, before its first forward."""
+        for kind in (schedules.PipelineScheduleSingle, schedules.PipelineScheduleMulti):
+            kind.step = self._watched_schedule(kind.step)
+
+    def _watched_schedule(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._begin_forward()
+            return step(*args, **kwargs)
+
+        return watched
 
     def wrap_optimizer(self, init: Callable[..., None]) -> Callable[..., None]:
         """torch.optim.Optimizer's constructor, watched: what ran before there was one is loading, such as a library's trials."""
@@ -232,6 +251,7 @@ def start(settings: Settings) -> None:
     register_optimizer_step_post_hook(watch.after_step)
     torch.optim.Optimizer.__init__ = watch.wrap_optimizer(torch.optim.Optimizer.__init__)  # type: ignore[method-assign]
     watch.await_forward()
+    sys.meta_path.insert(0, AfterImport({"torch.distributed.pipelining.schedules": watch.watch_schedules}))
     warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")  # the one above
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN brings its own way to the driver
     torch._C._set_cudnn_enabled(False)

@@ -223,11 +223,11 @@ class Fsdp2(OneOfSeveral):
             tracker.register(tensor, "buffers", name)
 
     def mover(self, built: Built, tracker: Tracker) -> Callable[..., None]:
-        """What moves tensors to the device: a function of parameters, buffers and the device."""
+        """What moves tensors to the device, a tied table once: a function of parameters, buffers and the device."""
         names = {id(tensor): name for name, tensor in (*built.model.named_parameters(), *built.model.named_buffers())}
 
         def move(params: list[nn.Parameter], buffers: list[torch.Tensor], device: torch.device) -> None:
-            for tensor in (*params, *buffers):
+            for tensor in dict.fromkeys((*params, *buffers)):
                 name = names[id(tensor)]
                 tensor.data = torch.empty_like(tensor)
                 tracker.register(tensor, built.owners.get(name, "buffers"), name)
