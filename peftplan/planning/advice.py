@@ -245,7 +245,7 @@ def _over_machines(job: Job, trials: Trials, before: Sizes) -> Iterator[Change]:
 
 def _several(job: Job, trials: Trials, before: Sizes) -> Advice | None:
     """The fewest GPUs of the card over which a job of one GPU fits; None if none does, or without formulas."""
-    if job.distributed is not None:
+    if job.distributed is not None or not trials.in_numbers:
         return None
     weights = trials.weights()
     for options in several_gpus(job):

@@ -41,6 +41,8 @@ class Trials(NamedTuple):
     judged: Callable[..., Estimate]
     """Replayed, with the verdict on the card."""
     smallest_card: Callable[[], str | None]
+    in_numbers: bool = True
+    """Whether several of the card stand in one machine: no laptops, no memory that a processor shares."""
 
 
 def trials(
@@ -88,6 +90,7 @@ def trials(
         sizes=sizes,
         judged=lambda **changes: judged(remembered(**changes), [card]),
         smallest_card=smallest_card,
+        in_numbers=not card.unified and card.kind not in NOT_FOR_RENT,
     )
 
 

@@ -259,6 +259,11 @@ def test_a_hopeless_job_on_a_card_names_another_and_several_of_it() -> None:
     assert "--gpu 4xrtx-4090 --strategy fsdp2 --quant-storage bf16 --device-map cpu\n" in output
 
 
+def test_laptops_are_not_counted_together() -> None:
+    (advised,) = estimate("llama-2-70b", method="qlora", gpu="rtx-4090-laptop").advice.values()
+    assert (advised.helps, advised.several_gpus) == (False, None)
+
+
 @pytest.mark.parametrize(("model", "method", "gpu"), [("llama-2-70b", "qlora", "rtx-4090"), ("llama-3.1-8b", "full", "rtx-4090")])
 def test_several_gpus_are_an_estimate_of_their_own(model: str, method: str, gpu: str) -> None:
     (advised,) = estimate(model, method=method, gpu=gpu).advice.values()
