@@ -244,10 +244,11 @@ def _over_machines(job: Job, trials: Trials, before: Sizes) -> Iterator[Change]:
 
 
 def _several(job: Job, trials: Trials, before: Sizes) -> Advice | None:
-    """The fewest GPUs of the card over which a job of one GPU fits; None if none does, or without formulas."""
+    """The fewest GPUs of the card over which a job of one GPU fits, if any without releasing cached memory; None if none does, or
+    without formulas."""
     if job.distributed is not None or not trials.in_numbers:
         return None
-    weights = trials.weights()
+    weights, tight = trials.weights(), None
     for options in several_gpus(job):
         ranks = math.prod(value for name, value in options.items() if name in OF_GPUS and isinstance(value, int))
         if weights > ranks * trials.room:
@@ -255,9 +256,13 @@ def _several(job: Job, trials: Trials, before: Sizes) -> Advice | None:
         change = _tried(trials, before, options, MORE_GPUS)
         if change is None:
             return None
-        if change.left(before) <= trials.room and (row := _judged(trials, before, change)) is not None and row.verdict in FITS:
+        row = _judged(trials, before, change) if change.left(before) <= trials.room else None
+        if row is None or row.verdict not in FITS:
+            continue
+        if (row.headroom_bytes or 0) >= 0:
             return row
-    return None
+        tight = tight or row
+    return tight
 
 
 def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:

@@ -272,9 +272,10 @@ def test_several_gpus_are_an_estimate_of_their_own(model: str, method: str, gpu:
     count = options.pop("gpus")
     of_these, of_fewer = (estimate(model, method=method, gpu=f"{number}x{gpu}", **options) for number in (count, count // 2))
     assert of_these.gpus[0].verdict in FITS
+    assert of_these.gpus[0].headroom_bytes >= 0
     assert of_these.peaks is not None
     assert of_these.peaks.allocated == advised.several_gpus.peak_allocated
-    assert of_fewer.gpus[0].verdict == "does_not_fit"
+    assert of_fewer.gpus[0].headroom_bytes < 0
 
 
 def test_the_smallest_card_fits() -> None:
