@@ -33,7 +33,7 @@ from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolve
 from peftplan.job.tasks import CALLED, check_task, without_vllm
 from peftplan.job.trainer import TABLES
 from peftplan.job.words import named_as_typed
-from peftplan.methods.adaptation import Adaptation, MethodConfig
+from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig
 from peftplan.methods.endless import refuse_endless
 from peftplan.methods.unmatched import unmatched_targets
 from peftplan.optim import OF_DEEPSPEED, parse_optim
@@ -191,7 +191,8 @@ def prepared(request: Request) -> Job:
         setup = stepped_by_deepspeed(setup, distributed)
         if set_here.get("kbit_prepare") is None:
             setup = unprepared(setup, quant, distributed)
-        if quant is None and set_here.get("adapter_dtype") is None:
+        makes_tokens = kind is not None and kind.peft_type in (*PROMPTED, "PREFIX_TUNING")  # in torch's default dtype
+        if quant is None and set_here.get("adapter_dtype") is None and not makes_tokens:
             setup = changed_by_trainer(setup, distributed)
         if kind is None or kind.peft_type:
             setup = asked_checkpoints(setup, distributed, request.script)

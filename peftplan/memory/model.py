@@ -308,7 +308,8 @@ class Model(Weights):
         scaled = scaled or any(buffer.name == f"{name}.embed_scale" for buffer in self.arch.buffers)
         self.tape.module = name
         if self.running.peft_type in PROMPTED:
-            return self._rows(self._original(name), dims, ids, scaled)
+            original = self._original(name)
+            return self.tape.call(name, None, (original,), ids, lambda ids: self._rows(original, dims, ids, scaled))
         part = self.part(name)
         if "lora_embedding_A" in part.params:
             from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding

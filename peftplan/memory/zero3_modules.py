@@ -110,7 +110,9 @@ class Gathering(Stage):
         """Unit → its module, of layers."""
         self.of_module: dict[str, list[Sharded]] = {}
         """Module → its parameters, with those of modules inside."""
-        self.wrapped = ("peft model", "tuner") if model.running.peft_type else ()
+        self.of_prompts = tuple(p for p in own if p.name == "prompt_encoder.embedding.weight")
+        """The parameter of which the wrapper's forward asks the device (peft, peft_model.py, `get_prompt`)."""
+        self.wrapped = () if not model.running.peft_type else ("peft model",) if self.of_prompts else ("peft model", "tuner")
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
         self.of_tuner = tuple(p for p in own if regularizes(model) and p.name.endswith(FACTORS))
@@ -300,6 +302,8 @@ class Gathering(Stage):
         if name == ROOT:
             read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
             inner = [Module(outer, ()) for outer in self.wrapped]
+            if self.of_prompts:
+                inner = [Module(inner[0].name, self.of_prompts)]
             if self.of_tuner:
                 inner[-1] = Module(inner[-1].name, self.of_tuner)
             return [*inner, self._module(ROOT, None, read)]
