@@ -17,9 +17,7 @@ import importlib
 import inspect
 import json
 import os
-import re
 import runpy
-import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +33,7 @@ import yaml
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools import hybrid_ep, uncompiled_te
+from tools.checkpoints import further_pattern, in_4_bits, in_8_bits, rename, rewrite, with_further_tokens
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
@@ -182,6 +181,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
         if (names := PUBLISHED.get(options(row)["model"]["model_type"])) is not None:
             rename(Path(folder) / "model.safetensors", names)
+        if pattern := further_pattern(options(row)["model"]):
+            rewrite(Path(folder) / "model.safetensors", partial(with_further_tokens, row["layers"], pattern))
         if row.get("recipe", {}).get("model", {}).get("trust_remote_code"):
             add_code(Path(folder), Path(os.environ["NEMOTRON_H"]))
         if (quantized := options(row)["model"].get("quantization_config")) is not None:
@@ -204,32 +205,6 @@ PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL, "nemotro
 """Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
 
 
-SAFE_BYTES = {"U8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
-"""Bytes of a number, by the names of safetensors."""
-Tensors = dict[str, dict[str, Any]]
-"""What a checkpoint's header says: name → dtype, shape and where it lies."""
-
-
-def rename(file: Path, names: dict[str, str]) -> None:
-    """Give the tensors of a checkpoint of holes their published names."""
-    prefix = re.compile("|".join(map(re.escape, names)))
-    rewrite(
-        file, lambda tensors: {prefix.sub(lambda start: names[start[0]], name, count=1): row for name, row in tensors.items()}
-    )
-
-
-def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """Change the header of a checkpoint of holes."""
-    with file.open("rb") as written:
-        (length,) = struct.unpack("<Q", written.read(8))
-        tensors = change(json.loads(written.read(length)))
-    end = max(row["data_offsets"][1] for row in tensors.values() if "data_offsets" in row)
-    header = json.dumps(tensors)
-    with file.open("wb") as renamed:
-        renamed.write(struct.pack("<Q", len(header)) + header.encode("ascii"))
-        renamed.truncate(len(header) + 8 + end)
-
-
 LENGTH = ("cache_position[-1] + 1", "cache_position.shape[0]")
 """A number that published code reads from the card, which has none, and another way to say it."""
 
@@ -245,48 +220,6 @@ def add_code(folder: Path, code: Path) -> None:
         "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
     }
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"auto_map": classes}), encoding="utf-8")
-
-
-BLOCK = 128
-"""Rows and columns of a matrix in 8 bits that have one scale."""
-IN_16_BITS = re.compile(r"(^|\.)(embed_tokens|lm_head|gate|\w*norm)\.weight$")
-"""Tensors that stay as they are where matrices are in 8 bits."""
-
-
-def in_8_bits(tensors: Tensors) -> Tensors:
-    """Matrices as DeepSeek's and MiniMax's checkpoints have them, with a scale for each block."""
-    parts: Tensors = {}
-    for name, row in tensors.items():
-        if name.endswith(".weight") and len(row["shape"]) == 2 and IN_16_BITS.search(name) is None:
-            rows, columns = row["shape"]
-            parts[name] = row | {"dtype": "F8_E4M3"}
-            parts[f"{name}_scale_inv"] = {"dtype": "F32", "shape": [-(-rows // BLOCK), -(-columns // BLOCK)]}
-        else:
-            parts[name] = row
-    return placed(parts)
-
-
-def placed(parts: Tensors) -> Tensors:
-    """Tensors one behind the other."""
-    changed: Tensors = {}
-    end = 0
-    for name, fields in parts.items():
-        start, end = end, end + prod(fields.get("shape", [0])) * SAFE_BYTES.get(str(fields.get("dtype")), 0)
-        changed[name] = fields if "dtype" not in fields else {**fields, "data_offsets": [start, end]}
-    return changed
-
-
-def in_4_bits(tensors: Tensors) -> Tensors:
-    """The experts of gpt-oss as they are published: blocks of 32 numbers in 16 bytes, and a byte for the scale of each."""
-    parts: Tensors = {}
-    for name, row in tensors.items():
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            e, h, width = row["shape"]
-            shapes = {"blocks": [e, width, h // 32, 16], "scales": [e, width, h // 32]}
-            parts |= {f"{name}_{part}": {"dtype": "U8", "shape": shape} for part, shape in shapes.items()}
-        else:
-            parts[name] = row
-    return placed(parts)
 
 
 def fused_adam(*arguments: Any, **settings: Any) -> Any:

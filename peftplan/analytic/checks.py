@@ -17,7 +17,7 @@ from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.kernels import kernels_of
-from peftplan.job.requirements import rows_apart
+from peftplan.job.requirements import rows_apart, writes_in_unequal_parts
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -80,6 +80,8 @@ def check(job: Job) -> None:
         raise NoEngineError(f"a step of {job.setup.by.called} on one GPU (no formula yet)")
     if job.adaptation.rests and job.distributed is not None:
         raise NoRankFormulaError(f"layers that take turns under {job.distributed.called}")
+    if (why := loss_sizes.cut_without_formula(job.setup.loss, job.architecture)) is not None:
+        raise NoEngineError(why)
     if (why := unlike_rehearsed(job)) is not None:
         raise NoEngineError(f"{why} (no formula yet)")
     known = job.setup.by.scoring in (None, "rows") or job.setup.by.generates or job.setup.by.beside_copy
@@ -97,6 +99,8 @@ def check(job: Job) -> None:
         )
     if (apart := rows_apart(job.setup)) is not None:
         raise NoEngineError(apart)
+    if writes_in_unequal_parts(job.setup):
+        raise NoEngineError("completions that PPO writes in unequal parts (no formula yet)")
     if job.setup.by.packs and not _packs_as_rehearsed(job):
         raise NoEngineError(f"a step of {job.setup.by.called} with this model, method, attention or strategy (no formula yet)")
     if job.setup.by.reads_features and (job.method_name != "lora" or job.quant is not None):

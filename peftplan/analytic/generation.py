@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from peftplan.analytic.compile_job import Compiled
-from peftplan.analytic.rollout import AT_ONCE, mixed, rolled_out
+from peftplan.analytic.rollout import mixed, rolled_out
 from peftplan.analytic.running import running_of
 from peftplan.analytic.scoring import scored
 from peftplan.analytic.sending import gathered_whole, sent
@@ -33,6 +33,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.deployment.kv_cache import CacheTensor, kv_cache
 from peftplan.job.inventory import Inventory
 from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.requirements import rows_at_once
 from peftplan.ledger import Ledger
 from peftplan.memory.methods import adapter_of
 from peftplan.memory.model import Model
@@ -83,7 +84,15 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
     setup = inventory.job.setup
     if not setup.by.generates or setup.by.block:  # blocks are written within the step
         return ()
-    key = (id(compiled), setup.generation_rows, setup.prompt_len, setup.seq_len, setup.tool_turns, compute_capability)
+    key = (
+        id(compiled),
+        setup.generation_rows,
+        setup.prompt_len,
+        setup.seq_len,
+        setup.tool_turns,
+        setup.rollout_batch_size,
+        compute_capability,
+    )
     if key not in _GENERATIONS:
         inventory = _in_16_bits(inventory)
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
@@ -183,7 +192,7 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     job, parameters, *_ = inventory
     setup, arch = job.setup, job.architecture
     of_step, rows = rows is None, setup.generation_rows if rows is None else rows
-    rows = min(rows, AT_ONCE) if setup.by.values else rows
+    rows = rows_at_once(setup) if setup.by.values and of_step else rows
     running = running_of(job, compute_capability)._replace(
         checkpointing=False, use_cache=cached > 0, loss="full", loss_facts=(), batch_size=rows, seq_len=prompt
     )

@@ -8,7 +8,7 @@ reference's forward, with its cache and the hidden states of its layers. The log
 ones are there. Value and reward model keep no cache and no logits, so that they need less.
 
 Source: trl before 1.16, experimental/nash_md/nash_md_trainer.py (`GeometricMixtureWrapper.forward`), experimental/ppo/
-ppo_trainer.py (`batch_generation`, `train`); transformers, generation/utils.py (`_sample`). As many completions as `AT_ONCE` are
+ppo_trainer.py (`batch_generation`, `train`); transformers, generation/utils.py (`_sample`). `rows_at_once` completions are
 written and scored at once.
 """
 
@@ -19,6 +19,7 @@ from peftplan.analytic.sizes import sizes
 from peftplan.distributed.zero import largest_rank, slots_of
 from peftplan.job.inventory import Inventory
 from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.requirements import rows_at_once
 from peftplan.memory.heads import logits_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of
@@ -26,9 +27,6 @@ from peftplan.memory.timeline import Timeline, timeline
 from peftplan.methods.adaptation import Adaptation
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Tensor
-
-AT_ONCE = 64
-"""Rows of PPO's `local_rollout_forward_batch_size`, by default."""
 
 
 def mixed(inventory: Inventory) -> Timeline:
@@ -72,7 +70,7 @@ def rolled_out(inventory: Inventory, compute_capability: str) -> Iterator[tuple[
 
 def _referred(inventory: Inventory, compute_capability: str, drawn: Dims) -> tuple[Timeline, Mapping[str, int]]:
     job, parameters, *_ = inventory
-    setup, arch, rows = job.setup, job.architecture, min(job.setup.generation_rows, AT_ONCE)
+    setup, arch, rows = job.setup, job.architecture, rows_at_once(job.setup)
     running = running_of(job, compute_capability)._replace(autocast=None, loss="full", loss_facts=(), batch_size=rows)
     frozen = parameters._replace(all=tuple(p._replace(trainable=False) for p in parameters.all))
     model = Model(Tape(several=rows > 1), arch, frozen, Adaptation(), running, None)

@@ -92,6 +92,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         own_decoders=builds(job),
         hooks_inputs=setup.by.hooks_inputs,
         noisy_embeddings=bool(setup.noisy_embeddings),
+        mtp_depths=setup.mtp_depths or 0,
         checkpoints_frozen=setup.by.checkpoints_frozen,
         hooks_adapted=setup.by.hooks_adapted or _asks_gradients(job),
         kernels=kernels_in(setup.kernels or (), job.architecture.model_type),

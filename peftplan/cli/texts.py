@@ -104,6 +104,7 @@ TRAINING: dict[str, str] = {
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
     "--router-loss/--no-router-loss": "add a mixture's load-balancing loss; default: as the trainer or the config says",
+    "--mtp-depths": "further tokens that NeMo Automodel's Nemotron 3 predicts at each position; default: as the config says",
     "--padding/--no-padding": "padded batches, which need an attention mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
@@ -120,6 +121,7 @@ PREFERENCES: dict[str, str] = {
     "--num-generations": "completions per prompt",
     "--steps-per-generation": "micro batches whose completions are generated at once; default: those of one step",
     "--tool-turns/--no-tool-turns": "tools answer completions, after which the policy goes on",
+    "--rollout-batch-size": "completions that PPO writes and scores at once; default: 64",
     "--use-vllm/--no-use-vllm": "generate completions with vLLM instead of transformers",
     "--vllm-mode": "vLLM on the training GPUs, or a server elsewhere; default: colocate",
     "--vllm-gpu-memory-utilization": "share of the card for vLLM; default: 0.3",
@@ -194,6 +196,7 @@ METAVARS: dict[str, str] = {
     **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
     **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
     **dict.fromkeys(("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits"), "INT"),
+    "--mtp-depths": "INT",
     **dict.fromkeys(
         ("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context", "--save-total-limit"), "INT"
     ),
@@ -236,6 +239,7 @@ METAVARS: dict[str, str] = {
     "--max-completion-length": "INT",
     "--beta": "FLOAT",
     **dict.fromkeys(("--max-prompt-length", "--num-generations", "--steps-per-generation"), "INT"),
+    "--rollout-batch-size": "INT",
     "--vllm-mode": "[colocate|server]",
     "--vllm-gpu-memory-utilization": "FLOAT",
     "--move-model-batches": "INTEGER",

@@ -30,6 +30,8 @@ BUILT = (
 )
 """Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"
+MOST_DEPTHS = 2
+"""Further tokens that Nemotron 3 was rehearsed with."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
 
@@ -257,6 +259,13 @@ def _knows_documents(job: Job) -> bool:
     return builds(job) and not alone and setup.dtype == "bf16" and setup.loss == "full"
 
 
+def _knows_further_tokens(job: Job) -> bool:
+    """Whether layers that predict further tokens, if any, were rehearsed: with LoRA and checkpoints on one GPU."""
+    setup = job.setup
+    alone = job.distributed is None and job.method_name == "lora" and bool(setup.gradient_checkpointing)
+    return not setup.mtp_depths or (alone and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full")
+
+
 def _knows_layers(job: Job) -> bool:
     """Whether torchao's layers, if any, were rehearsed: fully trained in bf16, of which ranks share rows of matrices alone; those
     that are fake-quantized of the tool's Llama without checkpoints."""
@@ -291,6 +300,7 @@ def without_formula(job: Job) -> str | None:
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
+        "further tokens as they were not rehearsed": not _knows_further_tokens(job),
         "torchao's layers as they were not rehearsed": not _knows_layers(job),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"

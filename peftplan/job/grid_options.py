@@ -64,6 +64,8 @@ class GridOptions(OtherWords, total=False):
     num_generations: Axis[int | None]
     steps_per_generation: Axis[int | None]
     tool_turns: Axis[bool | None]
+    rollout_batch_size: Axis[int | None]
+    mtp_depths: Axis[int | None]
     use_vllm: Axis[bool | None]
     vllm_mode: Axis[Literal["colocate", "server"] | None]
     vllm_gpu_memory_utilization: Axis[float | None]

@@ -5,12 +5,15 @@ Sources: trl `kernels/chunked_logprob.py`; liger-kernel `ops/fused_linear_cross_
 `fused_losses/fused_linear.py` (`fused_linear_rows`).
 """
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from peftplan.arrays import Fact, Size, larger, smaller
 from peftplan.errors import RefusedError
 from peftplan.units import GIB, ceil_div
 from peftplan.versions import named
+
+if TYPE_CHECKING:
+    from peftplan.arch.modules import Architecture
 
 TOKEN_TILE = 4096
 VOCAB_TILE = 32768
@@ -65,10 +68,10 @@ LOCKED_ROWS, LOCKED_COLUMNS = 128, 64
 """Rows, and columns, of a gradient that share a lock in the kernels of cut cross entropy."""
 
 
-def check_cut(model_type: str, logits_ops: tuple[str, ...]) -> None:
-    """Raises RefusedError for a model whose logits are scaled: how cut cross entropy scales them has not been looked at."""
-    if "scale" in logits_ops:
-        raise RefusedError(f"loss: {CUT} is not counted for {model_type}, whose logits are scaled; accepted: full")
+def cut_without_formula(loss: str, architecture: "Architecture") -> str | None:
+    """Why cut cross entropy has no formula for a model whose logits are scaled: how it scales them was not rehearsed."""
+    scaled = loss == CUT and "scale" in architecture.logits_ops
+    return f"{CUT} of {architecture.model_type}, whose logits are scaled (no formula yet)" if scaled else None
 
 
 def check_halves(*dtypes: str) -> None:

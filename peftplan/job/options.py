@@ -69,6 +69,8 @@ class SetupOptions(TypedDict, total=False):
     num_generations: int | None
     steps_per_generation: int | None
     tool_turns: bool | None
+    rollout_batch_size: int | None
+    mtp_depths: int | None
     use_vllm: bool | None
     vllm_mode: Literal["colocate", "server"] | None
     vllm_gpu_memory_utilization: float | None

@@ -117,3 +117,17 @@ def check_flash_dtypes(query: str, key: str, value: str) -> None:
                 f"attn_implementation: flash_attention_2 raises 'query and {name} must have the same dtype' "
                 f"(here {query} and {dtype}); accepted: eager, sdpa, or an adapter on the query too"
             )
+
+
+AT_ONCE = 64
+"""Rows of PPO's `local_rollout_forward_batch_size`, by default."""
+
+
+def rows_at_once(setup: Setup) -> int:
+    """Completions that PPO writes and scores at once."""
+    return min(setup.generation_rows, setup.rollout_batch_size or AT_ONCE)
+
+
+def writes_in_unequal_parts(setup: Setup) -> bool:
+    """Whether the last of these parts has fewer completions, and so is padded with all of its logits."""
+    return setup.by.values and setup.generation_rows % rows_at_once(setup) > 0

@@ -97,12 +97,13 @@ class Setup(BaseModel):
     num_generations: Annotated[int | None, Field(ge=2, le=MOST)] = None
     steps_per_generation: Count | None = None
     tool_turns: bool | None = None
+    rollout_batch_size: Count | None = None
+    mtp_depths: Annotated[int | None, Field(ge=0, le=MOST)] = None
     use_vllm: bool | None = None
     vllm_mode: Literal["colocate", "server"] | None = None
     vllm_gpu_memory_utilization: Annotated[float | None, Field(gt=0, le=1)] = None
     vllm_enable_sleep_mode: bool | None = None
-    move_model_batches: Count | None = None
-    """Groups of layers in which weights reach vLLM; None: all at once."""
+    move_model_batches: Count | None = None  # groups of layers in which weights reach vLLM
 
     @property
     def by(self) -> Trainer:

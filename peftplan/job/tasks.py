@@ -8,9 +8,9 @@ from dataclasses import replace
 from peftplan.arch.heads import TASK_TYPES
 from peftplan.arch.modules import Architecture
 from peftplan.arch.readers import READERS
-from peftplan.errors import InputError, PeftplanError, RefusedError
+from peftplan.errors import InputError, OptionError, PeftplanError, RefusedError
 from peftplan.job import sources
-from peftplan.job.loss_sizes import CUT, check_cut, check_liger
+from peftplan.job.loss_sizes import check_liger
 from peftplan.job.setup import Setup
 from peftplan.job.trainers import TRAINERS
 from peftplan.methods.saved import SAVED_HEADS
@@ -53,11 +53,12 @@ def check_task(model: object, architecture: Architecture, setup: Setup) -> None:
         )
     if setup.logits_to_keep is not None and (task != CAUSAL or architecture.model_type in ALWAYS_ALL_LOGITS):
         raise InputError("logits_to_keep", setup.logits_to_keep, f"the forward of {model_class} has no such argument")
+    if setup.mtp_depths is not None and not setup.by.own_decoders:
+        accepted = f"{setup.by.called} predicts one token; accepted: with --trainer automodel"
+        raise OptionError("mtp_depths", setup.mtp_depths, accepted)
     if task == CAUSAL:
         if setup.loss == "liger":
             check_liger(architecture.model_type)
-        if setup.loss == CUT:
-            check_cut(architecture.model_type, architecture.logits_ops)
         return
     if setup.loss != "full":
         raise RefusedError(

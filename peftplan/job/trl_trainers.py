@@ -263,5 +263,6 @@ OF_TRL = (
         sums_rows=False,
         completion=53,
         arguments=None,
+        options=REWARDED.options | {"rollout_batch_size"},
     ),
 )

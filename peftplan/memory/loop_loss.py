@@ -65,6 +65,10 @@ def loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher:
         from peftplan.memory.tensor_parallel import whole_logits
 
         loss = cross_entropy(f, whole_logits(f, logits))
+    if model.running.mtp_depths:
+        from peftplan.memory.further_tokens import with_losses
+
+        loss = with_losses(model, loss, last)
     if not program.trainer.holds_outputs:
         model.kept.clear()
     return loss

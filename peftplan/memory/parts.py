@@ -112,6 +112,8 @@ class Running(NamedTuple):
     hooks_inputs: bool = True
     """Whether under checkpointing the embeddings are made to require gradients."""
     noisy_embeddings: bool = False
+    mtp_depths: int = 0
+    """Further tokens that each position predicts."""
     """Whether a hook adds noise to the embeddings, which may be a leaf by then (transformers, integrations/neftune.py)."""
     checkpoints_frozen: bool = True
     """Whether checkpoints cover layers in which nothing trains."""

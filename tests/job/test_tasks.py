@@ -20,7 +20,6 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
         "not BertForMaskedLM; accepted: transformers, llamafactory, llamafactory-partial, axolotl, swift-text-part, plain",
     ),
     ("llama-3.2-1b", {"trainer": "trl", "task_type": "SEQ_CLS"}, "not LlamaForSequenceClassification"),
-    ("aya-23-8b", {"loss": "cut-cross-entropy"}, "is not counted for cohere, whose logits are scaled; accepted: full"),
     ("t5-small", {"loss": "liger"}, "loss: liger replaces the loss of causal language models, not of T5ForConditional"),
 )
 
@@ -31,6 +30,15 @@ def test_both_engines_refuse_at_the_door(model: str, options: dict[str, Any], re
     with pytest.raises(RefusedError) as refused:
         estimate(model, engine=engine, method="full", seq_len=64, **options)
     assert reason in str(refused.value)
+
+
+def test_cut_cross_entropy_of_scaled_logits_has_counts_and_no_peak() -> None:
+    job: dict[str, Any] = {"method": "full", "seq_len": 64, "loss": "cut-cross-entropy"}
+    result = estimate("aya-23-8b", **job)
+    assert (result.peaks, result.total_parameters) == (None, 8_028_033_024)
+    assert result.not_modelled[0].startswith("cut-cross-entropy of cohere, whose logits are scaled")
+    with pytest.raises(RefusedError, match="trace scales no logits of cut cross entropy"):
+        estimate("aya-23-8b", engine="trace", **job)
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])

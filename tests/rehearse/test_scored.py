@@ -61,13 +61,23 @@ def test_deepspeed_casts_every_model(trainer: TrainerName) -> None:
 
 
 def test_ppo_shows_eight_completions_after_its_first_step() -> None:
-    """However few a step has; and it writes at most 64 at once."""
+    """However few a step has."""
     job = {**PYTHIA, "trainer": "trl-ppo", "seq_len": 520, "max_completion_length": 512, "batch_size": 1}
-    peaks = [estimate(**{**job, "gradient_accumulation_steps": each}).peaks for each in (1, 64, 65)]
-    few, most, parts = (0 if peak is None else peak.by_phase["generate"] for peak in peaks)
+    peaks = estimate(**job, gradient_accumulation_steps=1).peaks
     completion = 512 * 50304 * 4
-    assert few > 8 * 2 * completion
-    assert 0 < parts - most < 4 * completion
+    assert peaks is not None
+    assert peaks.by_phase["generate"] > 8 * 2 * completion
+
+
+def test_ppo_writes_and_scores_completions_in_parts() -> None:
+    """Of at most 64. A last one that has fewer is padded, which has no formula: a rehearsal of 8 by threes held 1.0 % more."""
+    job = {**PYTHIA, "trainer": "trl-ppo", "seq_len": 520, "max_completion_length": 512, "batch_size": 1}
+    peaks = [estimate(**job, gradient_accumulation_steps=each).peaks for each in (64, 65, 128)]
+    assert [peak is None for peak in peaks] == [False, True, False]
+    whole, parts = (estimate(**job, gradient_accumulation_steps=64, rollout_batch_size=each).peaks for each in (64, 16))
+    assert whole is not None
+    assert parts is not None
+    assert parts.by_phase["generate"] < whole.by_phase["generate"]
 
 
 def test_logits_that_grow_leave_a_verdict_open() -> None:

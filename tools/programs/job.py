@@ -101,6 +101,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--num-generations", type=int)
     parser.add_argument("--steps-per-generation", type=int)
     parser.add_argument("--tool-turns", action=FLAGS, default=False)
+    parser.add_argument("--rollout-batch-size", type=int)
     parser.add_argument("--use-vllm", action=FLAGS, default=False)
     parser.add_argument("--vllm-mode", choices=("server", "colocate"))
     parser.add_argument("--padding", action=FLAGS, default=False)

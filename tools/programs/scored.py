@@ -48,7 +48,7 @@ def with_values(job: argparse.Namespace) -> None:
     settings = {
         "num_ppo_epochs": 1,
         "response_length": job.max_completion_length or 53,
-        "local_rollout_forward_batch_size": 64,
+        "local_rollout_forward_batch_size": job.rollout_batch_size or 64,
         "total_episodes": 10_000,
     }
     tokenizer = _tokenizers(job)[0]

@@ -269,6 +269,25 @@ def test_ranks_that_share_rows_read_them_once() -> None:
     assert "transformer-engine is installed" in plan.assumed["attn_implementation"]
 
 
+@pytest.mark.parametrize(
+    ("model", "fields", "depths", "unsupported"),
+    [
+        ("NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16", {"num_nextn_predict_layers": 2, "mtp_use_repeated_layer": True}, 2, set()),
+        ("NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16", {"num_nextn_predict_layers": 0}, 0, set()),
+        ("NVIDIA-Nemotron-3-Super-120B-A12B-BF16", {"mtp_loss_scaling_factor": 0.1}, None, set()),
+        ("NVIDIA-Nemotron-3-Super-120B-A12B-BF16", {"num_nextn_predict_layers": 2}, None, {"model.num_nextn_predict_layers"}),
+    ],
+)
+def test_nemo_s_nemotron_predicts_further_tokens(
+    model: str, fields: dict[str, object], depths: int | None, unsupported: set[str]
+) -> None:
+    """As many as its config says, where a file does not; depths that have layers of their own each were not rehearsed."""
+    backend = {"attn": "te", "linear": "torch", "rms_norm": "torch_fp32", "experts": "torch_mm", "dispatcher": "torch"}
+    named = NEMO_MODEL | {"pretrained_model_name_or_path": f"nvidia/{model}", "backend": backend, **fields}
+    plan = of_nemo({"dp_size": 1}, model=named)
+    assert (plan.options.get("mtp_depths"), plan.unsupported.keys()) == (depths, unsupported)
+
+
 def test_rope_fusion_has_no_effect_in_nemo() -> None:
     """components/models/common/utils.py:608: `self.rope_fusion = False`, and dense layers are torch's whatever `linear` says."""
     backend = {"attn": "te", "linear": "te", "rms_norm": "torch_fp32", "rope_fusion": True}

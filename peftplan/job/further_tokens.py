@@ -1,0 +1,70 @@
+"""The layers of Nemotron 3 that predict further tokens (multi-token prediction), as NeMo Automodel builds and runs them.
+
+Source: nemo_automodel 0.7.0, components/models/nemotron_v3/mtp.py (`build_nemotron_v3_mtp`, `NemotronV3MTPSublayer`) and model.py
+(`NemotronHForCausalLM.__init__`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from peftplan.arch.fields import Fields
+from peftplan.arch.modules import Architecture, Module, linear, rmsnorm
+from peftplan.arch.nemotron_h import OF_PATTERN
+from peftplan.arch.readers import read_config
+
+if TYPE_CHECKING:
+    from peftplan.job.setup import Setup
+
+STACK = "mtp.layers."
+LETTERS = {kind: letter for letter, kind in OF_PATTERN.items()} | {"attention": "*", "mamba": "M"}
+
+
+def depths_of(setup: Setup, config: Mapping[str, object]) -> int:
+    """How many further tokens a position predicts: as many as its config says, if the setup does not."""
+    if not setup.by.own_decoders or config.get("model_type") != "nemotron_h" or not _pattern(config):
+        return 0
+    stated = Fields(config, name="config").int("num_nextn_predict_layers", default=0, low=0)
+    return stated if setup.mtp_depths is None else setup.mtp_depths
+
+
+def with_further_tokens(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """The architecture with one such layer for each letter of the config's pattern; all depths share them."""
+    pattern = _pattern(config)
+    apart = {
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": len(pattern),
+        "layers_block_type": None,
+        "layer_types": None,
+    }
+    head = read_config({**config, **apart}, name=architecture.name)
+    modules = tuple(_sublayers(head, len(pattern)))
+    buffers = tuple(
+        buffer._replace(name=buffer.name.replace("model.layers.{}", f"{STACK}{layer}"), layers=None)
+        for buffer in head.buffers
+        for layer in buffer.layers or ()
+    )
+    return replace(architecture, modules=(*architecture.modules, *modules), buffers=(*architecture.buffers, *buffers))
+
+
+def _sublayers(head: Architecture, count: int) -> Iterator[Module]:
+    """Their modules: norms of what the first one reads and the product that joins it, and a norm behind the last one."""
+    h = head.hidden_size
+    for layer in range(count):
+        name = f"{STACK}{layer}"
+        for module in head.modules:
+            if layer in (module.layers or ()):
+                yield module._replace(name=module.name.replace("model.layers.{}", name), layers=None)
+        if layer == 0:
+            yield from (rmsnorm(f"{name}.enorm", h), rmsnorm(f"{name}.hnorm", h), linear(f"{name}.eh_proj", 2 * h, h))
+        if layer == count - 1:
+            yield rmsnorm(f"{name}.final_layernorm", h)
+
+
+def _pattern(config: Mapping[str, object]) -> str:
+    """A letter for each layer of a depth; none where the config has no such layers."""
+    fields = Fields(config, name="config")
+    kinds = fields.strs("mtp_layers_block_type", default=())
+    return fields.str("mtp_hybrid_override_pattern", default="") or "".join(LETTERS.get(kind, "") for kind in kinds)

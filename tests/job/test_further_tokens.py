@@ -1,0 +1,46 @@
+"""Layers of Nemotron 3 that predict further tokens, as NeMo Automodel builds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import peftplan
+from peftplan.errors import OptionError
+
+SUPER: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 32, "ep_size": 32}
+PUBLISHED = 123_611_012_096
+"""Tensors of the repository of Nemotron 3 Super, which has them; transformers' class leaves them out."""
+
+
+def test_all_tensors_of_the_repository_are_counted() -> None:
+    """Embeddings and hidden states of 4,096 numbers are joined; then attention, and 512 experts in a latent space of 1,024."""
+    own = peftplan.estimate("nvidia-nemotron-3-super-120b-a12b-bf16", **SUPER)
+    without = peftplan.estimate("nvidia-nemotron-3-super-120b-a12b-bf16", **SUPER, mtp_depths=0)
+    assert (own.total_parameters, without.total_parameters) == (PUBLISHED, 120_668_687_360)
+    joined = 2 * 4096 * 4096 + 3 * 4096  # and two norms before, one behind
+    attention = 4096 + 2 * 4096 * 4096 + 2 * 4096 * 256
+    experts = 4096 + 512 * 4096 + 2 * 4096 * 5376 + 2 * 4096 * 1024 + 512 * 2 * 1024 * 2688
+    assert own.total_parameters - without.total_parameters == joined + attention + experts
+
+
+def test_depths_share_their_layers() -> None:
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "gradient_checkpointing": True, "kernels": "mamba-ssm"}
+    one, two = (peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", **job, mtp_depths=each) for each in (1, 2))
+    assert one.total_parameters == two.total_parameters
+    assert one.peaks is not None
+    assert two.peaks is not None
+    assert two.peaks.allocated > one.peaks.allocated
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "automodel-hf"])
+def test_other_programs_predict_one_token(trainer: Any) -> None:
+    with pytest.raises(OptionError, match="mtp_depths"):
+        peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", trainer=trainer, mtp_depths=1)
+
+
+def test_what_was_not_rehearsed_has_no_peak() -> None:
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "gradient_checkpointing": True, "kernels": "mamba-ssm"}
+    for other in ({"mtp_depths": 3}, {"gradient_checkpointing": False}, {"method": "full"}):
+        assert peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", **{**job, **other}).peaks is None, other
