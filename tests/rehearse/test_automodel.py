@@ -57,6 +57,7 @@ LOOSE = {
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.06,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 0.04,
     ("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "MEM*EM", 1): 0.02,
+    ("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "M*EME", 1): 0.02,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EMEM", 1): 0.2,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEMEM*EM", 2): 0.03,
     ("qwen3-30b-a3b", 6, 2): 0.05,
