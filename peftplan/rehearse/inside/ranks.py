@@ -112,6 +112,7 @@ def _replace_process_groups(dist: Any) -> None:
         "init_process_group": init_fake,
         "new_group": _of_the_same_backend(dist.new_group),
         **{name: _by_number(getattr(dist, name)) for name in GATHERS if hasattr(dist, name)},
+        "all_gather": _of_alike(dist.all_gather),
         "all_gather_object": _all_gather_object,
         "gather_object": _gather_object,
         "broadcast_object_list": _nothing,
@@ -193,6 +194,21 @@ def _by_number(gather: Callable[..., Any]) -> Callable[..., Any]:
         return gather(output_tensor.view(-1), input_tensor.reshape(-1), *args, **kwargs)
 
     return gather_flat
+
+
+def _of_alike(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """`all_gather`: the other ranks send what this one does, as far as the host knows it, such as the length of a batch."""
+    from peftplan.rehearse.inside import known
+
+    @wraps(gather)
+    def gather_alike(tensor_list: list[Any], tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        result = gather(tensor_list, tensor, *args, **kwargs)
+        if (values := known.of(tensor)) is not None:
+            for each in tensor_list:
+                each.known = values.clone()
+        return result
+
+    return gather_alike
 
 
 def _all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
