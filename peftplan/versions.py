@@ -103,6 +103,7 @@ ADAPTERS_KEPT = Change(
     (0, 19, 2),
     "`_cast_module_mixed_precision` leaves an adapter beside shards as it is; before, `module.bfloat16()` cast it too",
 )
+ULYSSES_TAKEN = Change("deepspeed", (0, 18, 2), "accelerate refuses `sp_size` with an earlier one")
 LEFTOVERS_RELEASED = Change(
     "deepspeed", (0, 19, 3), "ZeRO-3 has `release_backward_leftovers` and `update_recompute_parameters`; 0.19.2 has neither"
 )

@@ -183,6 +183,7 @@ def zero_jobs() -> Iterator[dict[str, Any]]:
     for model, method in product(FAMILIES, ("lora", "full")):
         yield published(model, method, trainer="transformers", seq_len=256)
     yield from zero3_jobs()
+    yield from ulysses_jobs()
     yield from classifying_jobs()
     yield from stage_0_jobs()
     yield from reentrant_jobs()
@@ -361,6 +362,38 @@ FAMILIES = ("gemma-3-270m", "pythia-160m", "gpt2", "opt-125m", "bloom-560m", "qw
 """Built-in models of other kinds than Llama, and of full depth."""
 
 
+ULYSSES: tuple[JobName, ...] = (
+    ("zero2", "lora", 4, {"parallel": {"sp_size": 4}, "seq_len": 4096}),
+    ("zero3", "lora", 8, {"zero": AUTO, "parallel": {"sp_size": 8}, "seq_len": 8192, "model": "llama-3.1-8b", "layers": 2}),
+    (
+        *("zero3", "full", 8),
+        {
+            "zero": AUTO,
+            "parallel": {"sp_size": 4, "dp_replicate_size": 2},
+            "seq_len": 4096,
+            "model": "qwen2.5-7b",
+            "layers": 2,
+        },
+    ),
+    ("zero2", "full", 2, {"parallel": {"sp_size": 2}, "seq_len": 2048}),
+    ("zero3", "lora", 4, {"zero": AUTO, "parallel": {"sp_size": 4}, "seq_len": 4096, "model": "qwen3-0.6b", "layers": 4}),
+    ("zero3", "lora", 2, {"zero": AUTO, "parallel": {"sp_size": 2}, "seq_len": 4096, "model": "qwen2.5-0.5b", "layers": 4}),
+    ("zero3", "lora", 16, {"zero": AUTO, "parallel": {"sp_size": 16}, "seq_len": 8192, "checkpointing": False}),
+    ("zero1", "full", 4, {"parallel": {"sp_size": 2, "dp_replicate_size": 2}, "seq_len": 2048}),
+    ("zero3", "full", 2, {"parallel": {"sp_size": 2}, "seq_len": 2048, "accumulation": 2}),
+    ("zero3", "full", 2, {"zero": AUTO, "parallel": {"sp_size": 2}, "seq_len": 2048, "communication": "bf16"}),
+)
+
+
+def ulysses_jobs() -> Iterator[dict[str, Any]]:
+    """Jobs whose ranks share each row of tokens by DeepSpeed's Ulysses."""
+    for method in METHODS:
+        yield job("zero3", method, 2, zero=AUTO, parallel={"sp_size": 2}, seq_len=2048)
+        yield job("zero3", method, 4, zero=AUTO, parallel={"sp_size": 4}, seq_len=4096, checkpointing=False)
+    for strategy, method, world, more in ULYSSES:
+        yield job(strategy, method, world, **more)
+
+
 def published(model: str, method: str, *, strategy: str = "zero2", **settings: Any) -> dict[str, Any]:
     """A job of a built-in model under ZeRO on 4 ranks, which tools/rehearsed_program.py runs with DeepSpeed's config."""
     settings = {"method": method, "r": 16, "batch_size": 2, **settings}
@@ -380,6 +413,7 @@ def job(
     **settings: Any,
 ) -> dict[str, Any]:
     """One job by its name: what decides it. `transformers`, `accelerate`: older releases that run it."""
+    communication = settings.get("communication")
     circumstances = {**settings, **({"fsdp": fsdp} if fsdp else {}), **({"zero": zero} if zero else {})}
     name = " ".join([strategy, method, str(world), *(f"{k}={json.dumps(v)}" for k, v in circumstances.items())])
     releases = {"transformers": transformers, "accelerate": accelerate}
@@ -407,6 +441,8 @@ def job(
         program["arguments"] = {"ddp_find_unused_parameters": False}
     if strategy.startswith("zero"):
         program["arguments"] = {"deepspeed": deepspeed(int(strategy[-1]), zero or {}, settings.get("autocast", "bf16"))}
+        if communication is not None:
+            program["arguments"]["deepspeed"]["seq_parallel_communication_data_type"] = communication
     return {"name": name, "strategy": strategy, "world": world, "program": program, "fsdp": fsdp or {}, **release}
 
 

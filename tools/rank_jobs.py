@@ -76,7 +76,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         **{name: program[name] for name in ("loss", "kernels", "use_reentrant") if name in program},
         **({"autocast": program["autocast"]} if "autocast" in program else {}),
         **({"dtype": "fp16"} if program.get("autocast") == "fp16" else {}),
-        **{name: size for name, size in program.get("parallel", {}).items() if name in ("dp_shard_size", "cp_size")},
+        **{name: size for name, size in program.get("parallel", {}).items() if name in ("dp_shard_size", "cp_size", "sp_size")},
         **({"reduce_dtype": "fp32"} if "policy" in program else {}),
         **row["fsdp"],
         **({"script": peftplan.Script(transformers=row["transformers"])} if "transformers" in row else {}),

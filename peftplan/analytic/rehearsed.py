@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.rehearsed_zero import APART, has_experts_apart, unknown_to_zero
+from peftplan.analytic.rehearsed_zero import APART, SHARING_ROWS, has_experts_apart, unknown_to_zero
 from peftplan.analytic.shown import (
     UNDER_DEVICE_MAP,
     ZERO,
@@ -47,8 +47,6 @@ DIVIDED_BY_AUTOMODEL = (
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2: of Seed-OSS alone
 over all ranks."""
-SHARING_ROWS = ("llama", "qwen2", "qwen3")
-"""Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl)."""
 LONGEST_RING = 8
 RINGS_OF_AUTOMODEL = (2, 16)
 """How many ranks share a row, by NeMo Automodel (tests/rehearse/automodel.jsonl)."""

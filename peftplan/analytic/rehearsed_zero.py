@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.shown import FLAT, adapts_leaves
+from peftplan.analytic.shown import FLAT, adapts_leaves, is_like_traced
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 APART = f"experts as before {versions.EXPERTS_FUSED.named}"
 PREFETCHED = "prefetched experts of gpt-oss, for whose parameters DeepSpeed waits in the order of their addresses"
+SHARING_ROWS = ("llama", "qwen2", "qwen3")
+"""Model types whose rows were rehearsed shared by ranks (tests/distributed/shared_rows.jsonl, rank_jobs.jsonl)."""
 LOSSES_OVER_FLAT = (CUT, "per-token")
 """Losses of functions of their own that were rehearsed under ZeRO-1 or ZeRO-2."""
 
@@ -26,6 +28,7 @@ def unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "deepspeed_optimizer": bool(distributed.deepspeed_optimizer) and distributed.strategy == "zero0",
         "offload_optimizer": distributed.offload_optimizer == "nvme",
         "autocast": job.setup.autocast != "bf16" and not _in_fp16(job, distributed) and not _in_fp32(job, distributed),
+        "sp_size": distributed.sp_size not in (None, 1) and not _knows_ulysses(job, distributed),
         "loss": job.setup.loss
         not in ("full", "trl-chunked", "liger", *(LOSSES_OVER_FLAT if distributed.strategy in FLAT else (SHARED, SHARED_CHUNKS))),
     }
@@ -51,6 +54,23 @@ def unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
         "target_modules": any(module.name in tables for module in job.adaptation.matched)
         or (leaf is not None and any(t.name.startswith(leaf) for t in job.adaptation.added) and not adapts_leaves(job)),
     }
+
+
+def _knows_ulysses(job: Job, distributed: Distributed) -> bool:
+    """Whether rows were rehearsed that ranks share by Ulysses: single ones, by Trainer with torch's attention, of a dense model
+    without windows, with gradients that are summed as they are reduced."""
+    setup, blocks = job.setup, job.architecture.blocks
+    return (
+        distributed.strategy in (*FLAT, "zero3")
+        and is_like_traced(job)
+        and job.architecture.model_type in SHARING_ROWS
+        and not any(a.window for block in blocks for a in block.attentions)
+        and job.is_full_or_lora
+        and (setup.attn_implementation, setup.loss, setup.rows) == ("sdpa", "full", 1)
+        and not (setup.padding or setup.by.sums_tokens or (setup.use_reentrant and setup.gradient_checkpointing))
+        and distributed.reduce_scatter is not False
+        and job.script.checkpoints_forward  # older releases of transformers were not rehearsed
+    )
 
 
 def _knows_earlier_release(job: Job) -> bool:

@@ -93,6 +93,9 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
     for name, multiple in (("s", TABLE_MULTIPLE), ("b·s", TABLE_MULTIPLE), ("b·s", 32), ("b·s", FLASH_BLOCK)):
         by_name[f"{name}%{multiple}"] = -(-by_name[name] // multiple) * multiple
+    if loss.shared_by > 1:  # what ranks together have of a row
+        by_name["row"] = s * loss.shared_by
+        by_name |= {f"row%{m}": -(-by_name["row"] // m) * m for m in MULTIPLES}
     for name in ("s", "b·s"):
         by_name[f"{name}>{MASK_MULTIPLE}"] = (by_name[name] // MASK_MULTIPLE + 1) * MASK_MULTIPLE
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

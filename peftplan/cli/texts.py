@@ -168,6 +168,8 @@ GPUS: dict[str, str] = {
     "--zero3-init/--no-zero3-init": "ZeRO-3: from_pretrained shards the model while it loads",
     "--tp-size": "ranks per tensor-parallel group",
     "--cp-size": "ranks that share one sequence (context parallelism)",
+    "--sp-size": "DeepSpeed: ranks that share one sequence by Ulysses (accelerate's sp_size)",
+    "--seq-parallel-communication-data-type": "DeepSpeed: dtype in which ranks that share a sequence reduce; default: fp32",
     "--ep-size": "ranks that share the experts",
     "--pp-size": "GPUs that share the stages of a pipeline",
     "--pp-schedule": "order of the pipeline's forwards and backwards; default: 1f1b",
@@ -214,10 +216,12 @@ METAVARS: dict[str, str] = {
     "--quant-storage": "[uint8|bf16|fp16|fp32]",
     **dict.fromkeys(("--gpus", "--nodes", "--dp-shard-size", "--min-num-params", "--allgather-bucket-size"), "INT"),
     **dict.fromkeys(("--sub-group-size", "--stage3-max-live-parameters", "--stage3-max-reuse-distance"), "INT"),
-    **dict.fromkeys(("--tp-size", "--cp-size", "--ep-size", "--pp-size", "--pp-microbatches", "--pp-layers-per-stage"), "INT"),
+    **dict.fromkeys(
+        ("--tp-size", "--cp-size", "--sp-size", "--ep-size", "--pp-size", "--pp-microbatches", "--pp-layers-per-stage"), "INT"
+    ),
     **dict.fromkeys(("--reduce-bucket-size", "--stage3-prefetch-bucket-size"), "INT|auto"),
     "--stage3-param-persistence-threshold": "INT|auto",
-    **dict.fromkeys(("--param-dtype", "--reduce-dtype"), "[bf16|fp16|fp32]"),
+    **dict.fromkeys(("--param-dtype", "--reduce-dtype", "--seq-parallel-communication-data-type"), "[bf16|fp16|fp32]"),
     **dict.fromkeys(("--offload-params", "--offload-optimizer"), _choices(Place)),
     **dict.fromkeys(("--accelerate-config", "--deepspeed"), "FILE"),
     **dict.fromkeys(("--accelerate", "--deepspeed-version"), "VERSION"),

@@ -19,6 +19,7 @@ OF_AUTOMODEL = ("pp_stage_is_unit", "whole_tower")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
     *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("sp_size", "seq_parallel_communication_data_type"),
 )
 OF_ZERO_3 = (
     *("offload_params", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
@@ -48,7 +49,7 @@ STRATEGIES: dict[StrategyName, Facts] = {
         splits_weights=True,
     ),
     "fsdp1": Facts("FSDP1", (*OF_FSDP, "backward_prefetch", "forward_prefetch", "use_orig_params"), splits_weights=True),
-    "zero0": Facts("DeepSpeed without ZeRO", ("deepspeed_optimizer",)),
+    "zero0": Facts("DeepSpeed without ZeRO", ("deepspeed_optimizer", "sp_size", "seq_parallel_communication_data_type")),
     "zero1": Facts("ZeRO-1", OF_ZERO),
     "zero2": Facts("ZeRO-2", OF_ZERO),
     "zero3": Facts("ZeRO-3", (*OF_ZERO, *OF_ZERO_3), splits_weights=True),

@@ -111,9 +111,13 @@ class Distributed(BaseModel):
     """Whether DeepSpeed's own fused Adam steps, as where its config names an optimizer."""
     zero_force_ds_cpu_optimizer: bool | None = None
     """Whether accelerate makes DeepSpeed's own optimizer of any that steps on the host; None: as DeepSpeed does, it does."""
+    seq_parallel_communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
+    """The dtype in which ranks that share rows reduce gradients."""
     # other dimensions
     tp_size: Ranks | None = None
     cp_size: Ranks | None = None
+    sp_size: Ranks | None = None
+    """Ranks that share each row by DeepSpeed's Ulysses (accelerate's `sp_backend: deepspeed`)."""
     ep_size: Ranks | None = None
     pp_size: Ranks | None = None
     pp_schedule: Schedule | None = None
@@ -147,7 +151,18 @@ class Distributed(BaseModel):
         """The number of ranks that read their own batches."""
         if self.strategy == "device-map":
             return 1
-        return self.world_size // (self.divided * (self.cp_size or 1) * (self.pp_size or 1))
+        return self.world_size // (self.divided * self.sharing * (self.pp_size or 1))
+
+    @property
+    def sharing(self) -> int:
+        """The number of ranks that share a row of tokens, in a ring or by Ulysses."""
+        return (self.cp_size or 1) * (self.sp_size or 1)
+
+    @property
+    def parts(self) -> int:
+        """The parts into which they divide it: two for each rank of a ring."""
+        ring = self.cp_size or 1
+        return 2 * ring if ring > 1 else self.sharing
 
     @property
     def steps_flat(self) -> bool:
@@ -163,6 +178,13 @@ class Distributed(BaseModel):
     def divided(self) -> int:
         """The number of ranks that share a matrix: under tensor parallelism all of a pipeline's stage unless `tp_size` is set."""
         return self.tp_size or (self.world_size // (self.pp_size or 1) if self.strategy == "tp" else 1)
+
+    def reduced_in(self, dtype: str) -> str:
+        """The dtype in which DeepSpeed reduces gradients of this one: under Ulysses fp32, unless its file says otherwise
+        (runtime/constants.py), which ZeRO-1 and ZeRO-2 do not read (runtime/zero/stage_1_and_2.py:2373)."""
+        if self.sp_size in (None, 1):
+            return dtype
+        return (self.strategy == "zero3" and self.seq_parallel_communication_data_type) or "fp32"
 
     def place(self, rank: int) -> tuple[int, int]:
         """A rank's place in its shard group, and among those that share a matrix, which are neighbours (accelerate,
@@ -250,7 +272,7 @@ def _check_taken(distributed: Distributed, options: Mapping[str, object]) -> Non
 
 def _check_divisible(distributed: Distributed) -> None:
     world = distributed.world_size
-    for name in ("dp_shard_size", "tp_size", "cp_size", "ep_size", "pp_size"):
+    for name in ("dp_shard_size", "tp_size", "cp_size", "sp_size", "ep_size", "pp_size"):
         size = getattr(distributed, name)
         if size is not None and world % size:
             raise InputError(name, size, f"accepted: a divisor of the {world} GPUs")

@@ -84,7 +84,8 @@ def _half(cast: tuple[Parameter, ...], autocast: str) -> str:
 
 def _zero3_beside(cast: tuple[Parameter, ...], distributed: Distributed, hidden_size: int, half: str) -> tuple[Line, ...]:
     """The reduce bucket, which exists from construction on, and the small parameters that stay gathered."""
-    bucket = Line("reduce bucket", "communication", half, (reduce_bucket(distributed, hidden_size),), 1, "DeepSpeed, stage3.py")
+    elements, dtype = reduce_bucket(distributed, hidden_size), distributed.reduced_in(half)
+    bucket = Line("reduce bucket", "communication", dtype, (elements,), 1, "DeepSpeed, stage3.py")
     most = persistence(distributed, hidden_size)
     small = [p for p in cast if p.numel <= most and not p.quantized]
     source = "DeepSpeed, stage3.py: param_persistence_threshold"

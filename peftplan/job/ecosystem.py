@@ -166,8 +166,11 @@ def _sharding(args: object) -> dict[str, object]:
         options |= read(fields)
     if parallel := getattr(args, "parallelism_config", None):
         sizes = {name: getattr(parallel, name, None) for name in PARALLELISM_FIELDS}
-        handler = getattr(parallel, "cp_handler", None)
-        options |= accelerate.parallel_options(sizes | {"cp_comm_strategy": getattr(handler, "cp_comm_strategy", None)})
+        ring, ulysses = (getattr(parallel, name, None) for name in ("cp_handler", "sp_handler"))
+        sizes["cp_comm_strategy"] = getattr(ring, "cp_comm_strategy", None)
+        sizes["sp_attn_implementation"] = getattr(ulysses, "sp_attn_implementation", None)
+        read = accelerate.ulysses_options if getattr(args, "deepspeed", None) else accelerate.parallel_options
+        options |= read(sizes)
     if deepspeed := getattr(args, "deepspeed", None):
         options["deepspeed"] = deepspeed
     return options

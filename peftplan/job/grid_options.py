@@ -122,6 +122,8 @@ class GridOptions(OtherWords, total=False):
     zero_force_ds_cpu_optimizer: Axis[bool | None]
     tp_size: Axis[int | None]
     cp_size: Axis[int | None]
+    sp_size: Axis[int | None]
+    seq_parallel_communication_data_type: Axis[str | None]
     ep_size: Axis[int | None]
     pp_size: Axis[int | None]
     pp_schedule: Axis[Schedule | None]

@@ -122,6 +122,8 @@ class LossSizes(NamedTuple):
     """What prompts, and completions, are each padded to a multiple of in training."""
     shared_by: int = 1
     """Ranks that share a row."""
+    parts: int = 1
+    """Equal parts into which these divide it."""
     trains_head: bool = False
     """Whether the head, or a copy of it, trains."""
     hidden_bytes: int = WIDE
@@ -137,8 +139,8 @@ class LossSizes(NamedTuple):
         return prompt + self._padded(self.completion)
 
     def uneven(self, seq_len: Size) -> Fact:
-        """Whether the ranks that share a row, each of which takes two parts of it, would get unlike ones."""
-        return self.shared_by > 1 and seq_len % (2 * self.shared_by) > 0
+        """Whether the ranks that share a row would get unlike parts of it."""
+        return self.shared_by > 1 and seq_len % self.parts > 0
 
     def _padded(self, tokens: int) -> int:
         return ceil_div(tokens, self.multiple) * self.multiple

@@ -132,6 +132,8 @@ class StrategyOptions(TypedDict, total=False):
     zero_force_ds_cpu_optimizer: bool | None
     tp_size: int | None
     cp_size: int | None
+    sp_size: int | None
+    seq_parallel_communication_data_type: str | None
     ep_size: int | None
     pp_size: int | None
     pp_schedule: Schedule | None

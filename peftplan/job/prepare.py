@@ -203,6 +203,10 @@ def prepared(request: Request) -> Job:
         adapts = kind is None or kind.peft_type is not None
         distributed = as_trainers_run(distributed, setup, request.script, adapts=adapts, architecture=architecture)
         check_distributed(distributed, setup, architecture, quant, model_config)
+        if distributed.sp_size not in (None, 1):
+            from peftplan.job.ulysses import check_ulysses
+
+            check_ulysses(distributed, setup, architecture)
     elif setup.device_map == "cpu":
         raise InputError(
             "device_map", "cpu", "accepted on one GPU: none, auto, cuda; under FSDP2 cpu leaves 4-bit weights on the host"

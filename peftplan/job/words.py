@@ -66,6 +66,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_named("nodes", "nnodes", "num_machines", "num_nodes"),
     **_named("tp_size", "tensor_parallel_size"),
     **_named("cp_size", "context_parallel_size"),
+    **_named("sp_size"),
     **_named("dp_shard_size", "hybrid_shard_size"),
     **_named("offload_params", "offload_param", "fsdp_offload_params", true="cpu", false="none"),
     **_named("offload_optimizer", "offload_optimizer_device"),

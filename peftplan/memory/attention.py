@@ -55,6 +55,8 @@ def attend(
     `moved`: the gradients of keys and values need no copy: a cache copied them, or one projection's gradient joins all three.
     """
     f = model.tape
+    if model.running.ulysses > 1 and q.dims[2] == "s":
+        return _by_ulysses(model, a, q, k, v)
     if model.running.attention == "eager":
         if not by_head:
             q, k, v = by_heads(f, q, k, v, rotated=rotated, moved=moved)
@@ -121,6 +123,22 @@ def attend(
         out = ops.copied(f, out, "clone")
     b, heads, s, d = out.dims
     return out.view((b, s, joined_width(heads, d)))
+
+
+def _by_ulysses(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of whole rows to the heads of one of the ranks that share them."""
+    from peftplan.memory.ulysses import by_all_heads
+
+    if model.tape.several:
+        raise NoEngineError("more than one row that ranks share by Ulysses (no formula yet)")
+    ranks = model.running.ulysses
+    kv_heads = max(1, a.num_key_value_heads // ranks)
+    local = a._replace(num_attention_heads=a.num_attention_heads // ranks, num_key_value_heads=kv_heads)
+
+    def of_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(model, local, q, k, v, by_head=local.num_attention_heads > 1)
+
+    return by_all_heads(model.tape, ranks, q, k, v, of_rows)
 
 
 def by_xformers(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ WHISPER_INPUT = "model.encoder.conv1"
 MEL_FRAMES_PER_POSITION = 2
 """Whisper's second convolution has stride 2."""
 
+ROW = "row"
+"""Tokens of all ranks that share a row."""
+
 
 def of_pictures_or_sound(arch: Architecture) -> bool:
     """Whether a batch holds what is large: another step may then find other room for it, as for gradients of a whole model."""
@@ -36,6 +39,9 @@ def shared(model: Model) -> list[Tensor]:
     Source: transformers, trainer.py (`_prepare_context_parallel_inputs`); torch, _attention.py (`context_parallel`).
     """
     ring, f = model.running.ring, model.tape
+    if model.running.ulysses > 1:  # `UlyssesSPDataLoaderAdapter.refill`
+        model.batch["shift_labels"] = f.new(("b", "s"), "int64", "shift_labels")
+        return [f.new(("b", "s"), "int64", f"share of {name}") for name in ("input_ids", "position_ids")]
     if ring is None:
         return []
     whole, share = ("b", "s", ring.ranks), ("b", "s")
@@ -48,6 +54,9 @@ def _tensors(model: Model) -> Iterator[tuple[str, str, tuple[Dim, ...]]]:
     arch, ring = model.arch, model.running.ring
     if ring is not None:  # a mask of ones as collators add it; positions alone, in another order, would make one of all pairs
         yield from ((name, "int64", ("b", "s", ring.ranks)) for name in ("input_ids", "labels", "attention_mask"))
+        return
+    if model.running.ulysses > 1:  # of the rank's own row, which the data loader below DeepSpeed's holds
+        yield from ((name, "int64", ("b", ROW)) for name in ("input_ids", "labels", "position_ids"))
         return
     if arch.picture:
         yield "pixel_values", _dtype(model), ("b", *arch.picture)

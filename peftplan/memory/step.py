@@ -82,6 +82,8 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         model.units.end_backward()
         loss_in_step = loss if number == last and program.steps_in_backward else None
         del loss, scaled, shares
+        if model.running.ulysses > 1:
+            del model.batch["shift_labels"]
         if program.trainer.values and number < last:
             statistics(f, outputs)
         if program.frees_outputs:

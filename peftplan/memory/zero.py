@@ -28,8 +28,8 @@ REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
 
 
-def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[int]:
-    """Elements of the flat copies in which a bucket is reduced (`allreduce_and_scatter`).
+def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[tuple[int, bool]]:
+    """Elements of the tensors in which a bucket is reduced, and whether each is a flat copy (`allreduce_and_scatter`).
 
     Neighbours of one rank are a piece, and a single piece is not copied.
     """
@@ -39,16 +39,15 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
         low, high = reduced[0].ends
         for first, last in (slot.ends for slot in reduced):
             low, high = smaller(low, first), larger(high, last)
-        return [numel] if high > low else []
+        return [(numel, bool(high > low))]
     parts = (part for slot in reduced if scatters for part in slot.parts)
     pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
-    copies = []
+    copies: list[tuple[int, bool]] = []
     while pieces:
         small: list[int] = []
         while pieces and sum(small) <= bucket_size:
             small.append(pieces.pop(0))
-        if len(small) > 1:
-            copies.append(sum(small))
+        copies.append((sum(small), len(small) > 1))
     return copies
 
 
@@ -108,8 +107,11 @@ class Zero(Stage):
         """Reduce the bucket, copied in one piece unless all of it is one rank's; then keep what is this rank's."""
         reduced = [self.slots[key] for key in self.bucketed]
         stream = REDUCE if self.overlaps else 0
-        for numel in flattened(reduced, self.bucket_size, scatters=self.scatters):
-            self._new((numel,), self.dtype, "flattened bucket", stream)
+        for numel, is_copy in flattened(reduced, self.bucket_size, scatters=self.scatters):
+            flat = self._new((numel,), self.dtype, "flattened bucket", stream) if is_copy else None
+            if self.reduced_dtype is not None:
+                self._new((numel,), self.reduced_dtype, "bucket in the dtype of the reduction", stream)
+            del flat
         if self.offloads:
             self.copy_to_host(stream)
         elif self.of_rank is None and sum(slot.of_rank(self.rank) for slot in reduced) > 0:

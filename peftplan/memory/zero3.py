@@ -87,13 +87,16 @@ class Zero3(Gathering):
 
     def reduce_and_partition(self) -> None:
         """`__reduce_and_partition_ipg_grads`: interleave the gradients' parts in one tensor, unless one that divides evenly."""
-        flat = None
+        flat, dtype = None, self.reduced_dtype or self.dtype
+        large = (self.bucketed[0].numel,) if self.reduced_dtype and self.large is not None else None
+        wide = None if large is None else self._new(large, dtype, "gradient in the dtype of the reduction", self.stream)
         if len(self.bucketed) > 1 or any(p.numel % self.world_size for p in self.bucketed):
             numel = sum(p.part for p in self.bucketed) * self.world_size
-            flat = self._new((numel,), self.dtype, "interleaved gradients", self.stream)
+            flat = self._new((numel,), dtype, "interleaved gradients", self.stream)
+        narrow = [self._new((p.part,), self.dtype, "reduced gradient", self.stream) for p in self.bucketed if self.reduced_dtype]
         if self.offloads:
             self._to_host()
-        del flat
+        del flat, wide, narrow
         self.large = None
         self.bucketed.clear()
         self.num_bucketed = 0

@@ -305,6 +305,6 @@ class PartLoading(NamedTuple):
             for handle in wide:
                 memory.release(handle)
             memory.release(memory.allocate(single * max(sizes, default=0)))
-        memory.keep((half * reduce_bucket(self.distributed, self.hidden_size),))
+        memory.keep((ITEMSIZE[self.distributed.reduced_in(self.half)] * reduce_bucket(self.distributed, self.hidden_size),))
         if self.distributed.offload_optimizer != "cpu":
             memory.keep((half * sum(sizes),))

@@ -25,6 +25,8 @@ class Stage(OneGpu):
         self.model, self.models, self.dtype = model, [model], dtype
         self.bucket_size = reduce_bucket(distributed, model.arch.hidden_size or 0)
         """Elements."""
+        self.reduced_dtype = None if (reduced := distributed.reduced_in(dtype)) == dtype else reduced
+        """The dtype in which gradients are reduced, where it is another one."""
         self.overlaps = overlaps(distributed)
         self.offloads = distributed.offload_optimizer == "cpu"
         self.syncs = True

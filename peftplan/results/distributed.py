@@ -107,8 +107,9 @@ class OverGpus:
         """What the numbers are of, as a person reads it."""
         if self.strategy.strategy == "device-map":
             return f"{self.strategy.called}: bytes of the GPU that needs most; batch size {self.batch_size}"
+        ranks = "rank" if self.strategy.sharing == 1 else f"{self.strategy.sharing} ranks, which share each row"
         return (
-            f"{self.strategy.called}: bytes of the largest rank; batch size {self.batch_size} per rank, "
+            f"{self.strategy.called}: bytes of the largest rank; batch size {self.batch_size} per {ranks}, "
             f"{self.global_batch_size} per step"
         )
 

@@ -94,6 +94,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its ep_size": distributed.ep_size not in (None, 1),
         "its pp_size": distributed.pp_size not in (None, 1),
         "its cp_size": distributed.cp_size not in (None, 1),
+        "its sp_size": distributed.sp_size not in (None, 1),
         "its custom_sharded_layers": distributed.custom_sharded_layers is not None,
         "its dp_shard_size": flat and distributed.shards != distributed.world_size,
         "4-bit weights on the host": job.setup.device_map == "cpu",

@@ -20,7 +20,7 @@ from peftplan.job.setup import OF_PREFERENCES
 
 CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
-SHARING = ("tp_size", "pp_size", "cp_size")
+SHARING = ("tp_size", "pp_size", "cp_size", "sp_size")
 """Options whose ranks share the rows of a batch."""
 
 

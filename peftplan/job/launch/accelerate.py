@@ -7,8 +7,9 @@ Sources: accelerate, commands/config/config_args.py (`ClusterConfig`), utils/dat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
-from peftplan.errors import InputError, OptionError, UnknownNameError
+from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.launch import OF_FSDP, deepspeed
 from peftplan.job.launch.content import asks, block, content, switch, whole
 from peftplan.versions import FSDP_BY_PLUGIN, FSDP_OF_VERSION_2, STRATEGY_BY_RESHARD, named
@@ -61,8 +62,10 @@ WORDS: dict[str, dict[str, object]] = {
     "offload_params": {"true": "cpu", "false": "none"},
 }
 """Option → their values for ours."""
-PARALLELISM = {"dp_shard_size": "dp_shard_size", "tp_size": "tp_size", "cp_size": "cp_size"}
-
+PARALLELISM = {"dp_shard_size": "dp_shard_size", "tp_size": "tp_size", "cp_size": "cp_size", "sp_size": "sp_size"}
+ULYSSES_ATTENTION = "parallelism_config_sp_attn_implementation"
+OF_ULYSSES = ("sp_attn_implementation", "sp_seq_length", "sp_seq_length_is_variable")
+"""What its file says of rows that ranks share by Ulysses besides how many they are; the lengths change no byte."""
 GATHERED = "allgather"
 """How ranks that share rows get the keys and values of the others, unless a config says otherwise."""
 
@@ -91,7 +94,9 @@ def options(source: object) -> Options:
         return settings
     settings |= {"gpus": processes // nodes} | ({"nodes": nodes} if nodes > 1 else {})
     if kind == "DEEPSPEED":
-        return settings | _plugin(block(raw.get("deepspeed_config"), f"{ACCELERATE}: deepspeed_config"))
+        plugin = _plugin(block(raw.get("deepspeed_config"), f"{ACCELERATE}: deepspeed_config"))
+        shared = block(raw.get("parallelism_config"), f"{ACCELERATE}: parallelism_config")
+        return settings | plugin | ulysses_options({ULYSSES_ATTENTION: "sdpa", **shared}, processes)
     settings["strategy"] = KINDS[kind]
     if kind == "FSDP":
         settings |= fsdp_options(block(raw.get("fsdp_config"), f"{ACCELERATE}: fsdp_config"))
@@ -243,7 +248,7 @@ def parallel_options(fields: Mapping[str, object]) -> Options:
     sharding: Options = {}
     for name, value in fields.items():
         plain = name.removeprefix("parallelism_config_")
-        if value is None or plain == "dp_replicate_size" or plain.endswith("_backend"):
+        if value is None or plain in ("dp_replicate_size", *OF_ULYSSES) or plain.endswith("_backend"):
             continue
         if plain == "cp_comm_strategy":
             if value != GATHERED:
@@ -255,6 +260,31 @@ def parallel_options(fields: Mapping[str, object]) -> Options:
         elif plain not in PARALLELISM and size != 1:
             raise UnknownNameError(f"{ACCELERATE}: parallelism_config", name, PARALLELISM)
     return sharding
+
+
+def ulysses_options(fields: Mapping[str, object], processes: int | None = None) -> Options:
+    """What `parallelism_config` says beside DeepSpeed, which divides the weights over all ranks, whatever `dp_shard_size` is.
+    Nothing where no ranks share rows. `processes`: ranks, where they are known.
+
+    Raises RefusedError for numbers of ranks that DeepSpeed's check of batch sizes refuses, and for attention that is not named.
+    """
+    plain = {name.removeprefix("parallelism_config_"): value for name, value in fields.items()}
+    if (ranks := parallel_options(plain).get("sp_size")) is None:
+        return {}
+    dp, sp = [whole(plain.get(f"dp_{kind}_size") or 1, ACCELERATE) for kind in ("replicate", "shard")], int(str(ranks))
+    if processes is not None and prod(dp) * sp != processes:
+        raise RefusedError(
+            f"{ACCELERATE}: {named('deepspeed')} refuses it: AssertionError: Check batch related parameters; dp_replicate_size x "
+            f"dp_shard_size x sp_size is {prod(dp) * sp}; accepted: {processes}, the number of processes"
+        )
+    if (attention := plain.get("sp_attn_implementation")) is None:
+        raise RefusedError(
+            f"{ACCELERATE}: {named('deepspeed')} refuses it: ValueError: core_attn_implementation='None' does not match "
+            "model config (ulysses_sp.py:461); accepted: a DeepSpeedSequenceParallelConfig that names sp_attn_implementation"
+        )
+    return {name: value for name, value in parallel_options(plain).items() if name != "dp_shard_size"} | {
+        "attn_implementation": attention
+    }
 
 
 def _worded(option: str, value: object, field: str) -> object:
@@ -272,8 +302,13 @@ def _worded(option: str, value: object, field: str) -> object:
     return switch(value, field)
 
 
-PLUGIN_SILENT = frozenset({"deepspeed_multinode_launcher", "deepspeed_hostfile", "zero3_save_16bit_model", "gradient_clipping"})
-"""Fields of `deepspeed_config` that change no byte of a GPU."""
+PLUGIN_SILENT = frozenset(
+    {
+        "deepspeed_multinode_launcher", "deepspeed_hostfile", "zero3_save_16bit_model", "gradient_clipping",
+        "seq_parallel_communication_data_type",
+    }
+)  # fmt: skip
+"""Fields of `deepspeed_config` that change no byte of a GPU; the last one accelerate does not pass to DeepSpeed."""
 
 
 def _plugin(fields: Mapping[str, object]) -> Options:

@@ -70,7 +70,8 @@ PRECISION_COUNTED: Options = dict.fromkeys(
 )
 """Fields of these that change some, and their only value that is counted, the default."""
 TOP_FIELDS = {"train_micro_batch_size_per_gpu": "batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps"}
-TOP = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "zero_force_ds_cpu_optimizer", *TOP_FIELDS)
+REDUCED = "seq_parallel_communication_data_type"
+TOP = (REDUCED, "zero_optimization", "fp16", "bf16", "optimizer", "data_types", "zero_force_ds_cpu_optimizer", *TOP_FIELDS)
 
 
 def options(source: object) -> Options:
@@ -85,6 +86,8 @@ def options(source: object) -> Options:
         raise OptionError(DEEPSPEED, source, "accepted: a config with zero_optimization and its stage")
     read: Options = {"strategy": strategy_of(zero.get("stage", 0))}
     read |= {ours: raw[name] for name, ours in TOP_FIELDS.items() if raw.get(name) not in (None, "auto")}
+    if raw.get(REDUCED) is not None:
+        read[REDUCED] = raw[REDUCED]
     if raw.get("optimizer") is not None:
         read["deepspeed_optimizer"] = _own_adam(raw["optimizer"])
     if raw.get("zero_force_ds_cpu_optimizer") is False:

@@ -89,6 +89,8 @@ def accelerate_file(distributed: Distributed | None, autocast: str) -> Fields:
         }
     sizes = {name: getattr(distributed, ours) for name, ours in accelerate.PARALLELISM.items()}
     if parallel := {f"parallelism_config_{name}": size for name, size in sizes.items() if size is not None}:
+        if distributed.sp_size is not None:  # DeepSpeed checks the product of all
+            parallel["parallelism_config_dp_replicate_size"] = distributed.replicas
         fields["parallelism_config"] = parallel
     return fields
 
@@ -111,6 +113,8 @@ def deepspeed_file(distributed: Distributed) -> Fields:
     if options.get("deepspeed_optimizer"):
         auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
         fields["optimizer"] = {"type": "AdamW", "params": auto}
+    if (reduced := options.get(deepspeed.REDUCED)) is not None:
+        fields[deepspeed.REDUCED] = reduced
     if options.get("zero_force_ds_cpu_optimizer") is False:
         fields["zero_force_ds_cpu_optimizer"] = False
     return fields

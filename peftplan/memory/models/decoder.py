@@ -43,7 +43,8 @@ def decoder(model: Model, style: Style) -> Tensor:
     behind_masks = style.mixture is not None  # where GraniteMoe multiplies, and Granite before
     if style.multiplied and not behind_masks:
         embedded = x = ops.scale(f, x)
-    _positions = None if replaced or model.running.ring is not None else f.new((model.seq,), "int64", "position_ids")
+    of_batch = model.running.ring is not None or model.running.ulysses > 1
+    _positions = None if replaced or of_batch else f.new((model.seq,), "int64", "position_ids")
     if model.running.kernels.padding_free is not None:
         model.batch["positions"] = f.new(("b", model.seq), "int32", "to")
     windows = {block.attentions[0].window for block in model.arch.blocks} if style.tables_by_window else {None}
@@ -154,7 +155,8 @@ def rotary_tables(model: Model, dtype: str, a: Attention | None = None) -> tuple
     """Cosines and sines, as wide as the part of a head that is rotated, of this attention or the first layer's."""
     a = a or next(a for block in model.arch.blocks for a in block.attentions)
     width = a.head_dim if a.rotary_dim is None else a.rotary_dim
-    shares = model.running.ring is not None or model.running.kernels.attention is not None
+    running = model.running
+    shares = running.ring is not None or running.ulysses > 1 or running.kernels.attention is not None
     rows: Dim = "b" if shares else 1  # whose positions come with the batch
     f, dims = model.tape, (rows, model.seq, width)
     model.units.enter(ROTARY)

@@ -21,7 +21,8 @@ class Tokens(Dataset):
     def __getitem__(self, index):
         row = torch.zeros(job.get("seq_len", 512), dtype=torch.int64)
         masked = {"attention_mask": torch.ones_like(row)} if "cp_size" in job.get("parallel", {}) else {}
-        return {"input_ids": row, "labels": row.clone(), **masked}
+        placed = {"position_ids": torch.arange(len(row))} if "sp_size" in job.get("parallel", {}) else {}
+        return {"input_ids": row, "labels": row.clone(), **masked, **placed}
 
 
 def cut(name, layers):
@@ -80,7 +81,12 @@ if "cp_size" in job.get("parallel", {}):  # the emulated card does not hold the 
 if "parallel" in job:
     from accelerate.parallelism_config import ParallelismConfig
 
-    job["arguments"]["parallelism_config"] = ParallelismConfig(**job["parallel"])
+    handler = {}
+    if "sp_size" in job["parallel"]:
+        from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+        handler = {"sp_handler": DeepSpeedSequenceParallelConfig(sp_attn_implementation=model.config._attn_implementation)}
+    job["arguments"]["parallelism_config"] = ParallelismConfig(**job["parallel"], **handler)
 arguments = TrainingArguments(
     output_dir="out",
     per_device_train_batch_size=job.get("batch_size", 1),
