@@ -83,9 +83,12 @@ def arguments(
     doubts: dict[str, str] = {}
     calls = list(calls)
     trained_last = {kinds[call["call"]] for call in calls if call["call"] in last}
+    is_loaded = False
     for call in calls:
         kind = kinds.get(call["call"]) or _of_class(call["call"], kinds)
-        if kind is None or kind in values or (kind in trained_last and call["call"] not in last):
+        is_after = is_loaded and loads_model(call["call"])
+        is_loaded = is_loaded or _loads_by_name(call)
+        if kind is None or kind in values or is_after or (kind in trained_last and call["call"] not in last):
             times = sum(key.startswith(f"later.{call['call']}") for key in values) + 1
             values[f"later.{call['call']}#{times}"] = "call"
             continue
@@ -102,6 +105,12 @@ def arguments(
 def loads_model(name: str) -> bool:
     """Whether a call of this name loads a model: `AutoModelForCausalLM.from_pretrained`, `LlamaForCausalLM.from_pretrained`."""
     return name.endswith("from_pretrained") and re.search("Model|For[A-Z]", name) is not None
+
+
+def _loads_by_name(call: Call) -> bool:
+    """Whether a trainer is called with the name of its model, which it loads itself: what is loaded below is another one."""
+    model = call["kwargs"].get("model", next(iter(call["args"]), None))
+    return trains(call["call"]) and isinstance(model, str) and not model.startswith("<")
 
 
 def _of_class(name: str, kinds: Mapping[str, str]) -> str | None:

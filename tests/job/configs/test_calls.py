@@ -336,6 +336,17 @@ def test_of_several_models_and_adapters_those_that_are_trained_count(trained: st
     assert (plan.model, plan.options["r"]) == ("Qwen/Qwen2.5-0.5B", 4)
 
 
+def test_a_model_loaded_below_a_trainer_that_loads_its_own_is_another() -> None:
+    """As notebooks of TRL do to try what they trained: `model_name` is theirs by then."""
+    program = (
+        "from trl import SFTConfig, SFTTrainer\nfrom transformers import AutoModelForCausalLM\nname = 'Qwen/Qwen2.5-0.5B'\n"
+        "SFTTrainer(model=name, args=SFTConfig(model_init_kwargs={'dtype': 'bfloat16'})).train()\nname = 'me/trained'\n"
+        "AutoModelForCausalLM.from_pretrained(name, dtype='float32')\n"
+    )
+    plan = read_text(program, file="run.py")
+    assert (plan.model, plan.options["dtype"]) == ("Qwen/Qwen2.5-0.5B", "bf16")
+
+
 @pytest.mark.parametrize(
     ("written", "rank"),
     [
