@@ -33,6 +33,17 @@ def test_an_action_runs_once_after_the_module_and_before_its_importer_goes_on(
         importlib.import_module("imported_never")
 
 
+def test_two_actions_follow_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finder asked the other one, without end."""
+    (tmp_path / "imported_for_two.py").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[str] = []
+    finders = [AfterImport({"imported_for_two": lambda _module, name=name: seen.append(name)}) for name in ("first", "second")]
+    monkeypatch.setattr(sys, "meta_path", [*finders, *sys.meta_path])
+    importlib.import_module("imported_for_two")
+    assert sorted(seen) == ["first", "second"]
+
+
 @pytest.mark.parametrize("newest", [True, False])
 def test_guards_of_old_and_new_releases_of_torch_are_left_out_for_our_functions(newest: bool) -> None:
     """torch 2.8 compares identities in `ID_MATCH`; later ones do it in `id_match_unchecked`, which that calls."""

@@ -16,11 +16,14 @@ class AfterImport(MetaPathFinder):
         self.actions = dict(actions)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of another finder, for a name that has an action; its module's code is followed by the action."""
+        """The spec of a finder behind this one, for a name that has an action; its module's code is followed by the action.
+
+        Those before it have found nothing, and may be of this kind too, with another action for the name.
+        """
         if name not in self.actions:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next((spec for finder in behind if (spec := finder.find_spec(name, path, target)) is not None), None)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
