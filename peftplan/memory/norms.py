@@ -5,6 +5,9 @@ Sources: transformers, models/{llama,olmo,olmo2,gemma,gemma4,nemotron,cohere}/mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 from peftplan.errors import NoEngineError
 from peftplan.memory.activations import power
 from peftplan.memory.model import Model
@@ -12,6 +15,21 @@ from peftplan.tape import ops
 from peftplan.tape.norms import layernorm, rms_normed
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
+
+Norm = Callable[[Model, str, Tensor, "int | None"], Tensor]
+
+
+def called(norm: Norm) -> Norm:
+    """A norm as a module that is called, where hooks are around modules."""
+
+    @wraps(norm)
+    def call(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
+        if model.tape.modules is None:
+            return norm(model, name, x, layer)
+        own = model.part(name, layer)
+        return model.tape.call(name, layer, (own.weight, own.bias), x, lambda x: norm(model, name, x, layer))
+
+    return call
 
 
 def rms(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -24,6 +42,7 @@ def rms_cast_last(model: Model, name: str, x: Tensor, layer: int | None) -> Tens
     return model.rmsnorm(name, x, layer, cast_last=True)
 
 
+@called
 def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`GemmaRMSNorm`: `(1 + weight)`, computed after the normalized x, multiplies in fp32. A kernel in its place writes the
     gradient into a tensor of its own (unsloth, kernels/rms_layernorm.py: `ctx.reuse_grad and not ctx.GEMMA`)."""
@@ -41,6 +60,7 @@ def rms_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tenso
     return narrow
 
 
+@called
 def rms_by_power(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`Gemma4RMSNorm`: `pow(mean, -0.5)`, which keeps the mean; the weight, where there is one, multiplies in fp32."""
     f, kernel = model.tape, model.running.kernels.rms_norm
@@ -60,6 +80,7 @@ def layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     return model.layernorm(name, x, layer)
 
 
+@called
 def layer_norm_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`NemotronLayerNorm1P`: `weight + 1`, and under autocast all in its dtype, in which the norm then runs."""
     f, part = model.tape, model.part(name, layer)
@@ -76,6 +97,7 @@ def layer_norm_plus_one(model: Model, name: str, x: Tensor, layer: int | None) -
         f.autocast = autocast
 
 
+@called
 def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`OlmoLayerNorm`: in fp32, without parameters."""
     f = model.tape
@@ -84,6 +106,7 @@ def bare_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Te
     return narrow
 
 
+@called
 def written_layer_norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
     """`CohereLayerNorm`: the difference to the mean is made twice, once for the variance; the weight multiplies in fp32."""
     f = model.tape
