@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ MODEL, METHOD, CARD = "llama-3.1-8b", "qlora", "a100-80gb"
 LENGTHS = 1000
 RANKS = 100
 STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+METHODS = ("lora", "full")
 WORLDS = tuple(2**n for n in range(1, 11))
 ARRAYS_BAR_S, WORLDS_BAR_S, ROWS_BAR_S, MEMORY_BAR_GIB = 1.0, 2.0, 20.0, 1.0
 
@@ -47,21 +48,21 @@ def arrays(points: int) -> float:
     return time.process_time() - start
 
 
-def over_worlds(points: int, strategy: str) -> float:
-    """Processor seconds for the requested bytes of so many points of a process's first job, LoRA, without its imports."""
+def over_worlds(points: int, strategy: str, method: str) -> float:
+    """Processor seconds for the requested bytes of so many points of a process's first job, without its imports."""
     axes = (np.arange(1, points // (LENGTHS * len(WORLDS)) + 1), np.arange(8, 8 * LENGTHS + 8, 8))
     grid = Points(*(axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")))
     start = time.process_time()
     for world in WORLDS:
-        options = {"method": "lora", "gpus": world, "strategy": strategy}
+        options = {"method": method, "gpus": world, "strategy": strategy}
         sized = Sized(lambda rank, options=options: counted(MODEL, **options), (), compute_capability="8.0")
         sized.requested(grid)
     return time.process_time() - start
 
 
-def apart(points: int, strategy: str) -> float:
+def apart(points: int, strategy: str, method: str) -> float:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--points", str(points), "--strategy", strategy]
+    command = [sys.executable, __file__, "--points", str(points), "--strategy", strategy, "--method", method]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -109,15 +110,17 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=10**6)
     parser.add_argument("--sample", type=int, default=500)
     parser.add_argument("--strategy", choices=STRATEGIES, help="print the seconds of the points of one strategy alone")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="that of these points")
     arguments = parser.parse_args()
     if arguments.strategy:
-        print(over_worlds(arguments.points, arguments.strategy))
+        print(over_worlds(arguments.points, arguments.strategy, arguments.method))
         return 0
     print("| what | measured | bar |\n| --- | --- | --- |")
     print(f"| requested bytes of {arguments.points:,} points | {arrays(arguments.points):.2f} s | ≤ {ARRAYS_BAR_S} s |")
-    for strategy in STRATEGIES:
-        seconds = apart(arguments.points, strategy)
-        print(f"| those of {arguments.points:,} points over 2 to 1,024 GPUs, {strategy} | {seconds:.2f} s | ≤ {WORLDS_BAR_S} s |")
+    for strategy, method in product(STRATEGIES, METHODS):
+        seconds = apart(arguments.points, strategy, method)
+        job = f"{strategy}, {method}"
+        print(f"| those of {arguments.points:,} points over 2 to 1,024 GPUs, {job} | {seconds:.2f} s | ≤ {WORLDS_BAR_S} s |")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "grid.csv"
         seconds, gib, summary = rows(arguments.points, output)

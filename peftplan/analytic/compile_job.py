@@ -1,6 +1,7 @@
 """Compile a job: run its step once on a tape with symbolic sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,12 +24,14 @@ from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import Optimizer, parse_optim
 from peftplan.optim.torchao import FLUSHED
 from peftplan.parameters import Parameters
+from peftplan.scans import no_scans
 from peftplan.units import pinned
 
 if TYPE_CHECKING:
     from peftplan.allocator import program as events
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
+    from peftplan.memory.model import Model
 
 
 class Compiled(NamedTuple):
@@ -64,8 +67,8 @@ class Compiled(NamedTuple):
     """Each workspace, with the index of the event before which it is allocated."""
     on_host: tuple[tuple[tuple[Dim, ...], str, int], ...] = ()
     """Dims, dtype and count of the tensors that are offloaded to the host until backward."""
-    first: "Compiled | None" = None
-    """The first step, where it allocates otherwise than all later ones."""
+    first: "Callable[[], Compiled] | None" = None
+    """The first step, where it allocates otherwise than all later ones; recorded when a replay reads it."""
     expandable: bool = False
     """Whether the allocator's segments grow."""
     limits: Limits = NO_LIMITS
@@ -144,7 +147,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         from peftplan.analytic import rank_loading, ranks
 
         setup = ranks.setup_on_rank(job)
-    model, first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
+    model, first, left_by_first = steady.run(inventory, step_key, compute_capability=compute_capability, late=late)
     seen = model.tape if job.distributed is None else ranks.seen(inventory, model.tape)
     of_step = timeline(
         seen,
@@ -214,14 +217,30 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         timed=_timed(of_step),
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),
-        by_processors=model.running.chip is not None or any(each.tape.asks_card for each in (model, first) if each),
+        by_processors=model.running.chip is not None
+        or any(each.tape.asks_card for each in (model, first) if each)
+        or (left_by_first is not None and left_by_first.asks_card),
     )
+    if inventory.holding is None or inventory.holding.device is None:  # all GPUs of a `device_map` see one tape
+        model.tape.drop()
+
+    def as_first(after: "Model") -> Compiled:
+        of_first = timeline(after.tape, after.stacks, vocab=architecture.vocab_size)
+        workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
+        workspaces = tuple((at, line) for at, line in workspaces if line != normed)
+        return compiled_job._replace(timeline=of_first, workspaces=workspaces)
+
+    @cache
+    def run_apart() -> Compiled:
+        with no_scans():
+            return as_first(steady.first_step(inventory, compute_capability=compute_capability))
+
+    if left_by_first is not None:
+        return compiled_job._replace(first=run_apart)
     if first is None:
         return compiled_job
-    of_first = timeline(first.tape, first.stacks, vocab=architecture.vocab_size)
-    workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
-    workspaces = tuple((at, line) for at, line in workspaces if line != normed)
-    return compiled_job._replace(first=compiled_job._replace(timeline=of_first, workspaces=workspaces))
+    compiled_first = as_first(first)
+    return compiled_job._replace(first=lambda: compiled_first)
 
 
 def _cloned(optimizer: Optimizer, inventory: "Inventory") -> tuple[Line, ...]:
@@ -237,7 +256,7 @@ def _timed(of_step: Timeline) -> tuple[int, ...]:
     """Behind the first output of a function of Nemotron's experts that NeMo Automodel compiles (`relu2_deepep`)."""
     kinds = {number for number, kind in enumerate(of_step.kinds) if kind.name.rpartition(" ")[2] == "relu2"}
     outputs = (at + 1 for at, (kind, count) in enumerate(of_step.events) if count > 0 and kind in kinds)
-    return tuple(islice(outputs, 1))
+    return tuple(islice(outputs, 1)) if kinds else ()
 
 
 def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:

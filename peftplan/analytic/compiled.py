@@ -56,7 +56,7 @@ def steps_of(inventory: "Inventory", compute_capability: str, *, late: bool = Fa
     last = last_step(inventory, compute_capability, late=late)
     before = [last_step(earlier, compute_capability, late=late) for earlier in _earlier(inventory)]
     of_last, sizes_of_last = last
-    first = last if of_last.first is None else (of_last.first, sizes_of_last)
+    first = last if of_last.first is None else (of_last.first(), sizes_of_last)
     full = job.method is not None and job.method.name == "full"
     alone = (full or of_pictures_or_sound(job.architecture)) and not before  # as the trace does
     strategy = None if job.distributed is None else job.distributed.strategy

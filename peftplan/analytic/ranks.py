@@ -32,7 +32,8 @@ from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero0 import Zero0
 from peftplan.memory.zero3 import Zero3, switched_off
-from peftplan.memory.zero3_modules import Habits
+from peftplan.memory.zero3_modules import Earlier, Habits
+from peftplan.memory.zero_anywhere import ZeroAnywhere
 from peftplan.parameters import Parameters
 from peftplan.tape.tape import Tape
 from peftplan.versions import PACKED_POSITIONS_CHECKED
@@ -113,23 +114,23 @@ def cast_parameters(job: Job, parameters: Parameters) -> Parameters:
 
 
 def first_step(inventory: Inventory, recording: Callable[[], Model], program: Program, *, late: bool) -> Model | None:
-    """The model after its first step where that knows no order yet: of ZeRO-3, and of FSDP1 that gathers ahead in forward.
+    """The model after its first step under FSDP1 that gathers ahead in forward, which knows no order yet; None elsewhere.
 
-    `recording`: makes the model. `late`: as in `divided`.
+    `recording`: makes the model. `late`: as in `divided`. That of ZeRO-3: `first_steps`.
     """
     distributed = inventory.job.distributed
-    if distributed is None or (distributed.strategy != "zero3" and not distributed.gathers_in_order):
+    if distributed is None or distributed.strategy == "zero3" or not distributed.gathers_in_order:
         return None
     model = recording()
     program = divided(inventory, model, program, None, late=late)
-    if isinstance(model.units, Fsdp1):
-        model.units.knows_order = False
+    assert isinstance(model.units, Fsdp1)
+    model.units.knows_order = False
     steady_step(model, program, reference=reference_on_rank(inventory.job, model, None))
     return model
 
 
-def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | None:
-    """The reference model as a rank runs it: under ZeRO-3 with hooks around its modules. `before`: the policy of the step before.
+def reference_on_rank(job: Job, policy: Model, before: Earlier | None) -> Model | None:
+    """The reference model as a rank runs it: under ZeRO-3 with hooks around its modules. `before`: what the step before left.
 
     A second model has an engine of its own (trl `prepare_deepspeed`), which transformers has not yet told what `auto` means;
     DeepSpeed leaves such fields out (runtime/config_utils.py, `DeepSpeedConfigModel`). Behind the first forward of a
@@ -147,8 +148,7 @@ def reference_on_rank(job: Job, policy: Model, before: Model | None) -> Model | 
         return switched_off(policy, reference.running)
     assert job.distributed is not None
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
-    earlier = before.units.reference if before is not None and isinstance(before.units, Zero3) else None
-    habits = _habits(job)._replace(reloads=False)
+    habits, earlier = _habits(job)._replace(reloads=False), before and before.reference
     reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, habits=habits, before=earlier)
     return reference
 
@@ -188,10 +188,10 @@ def second_of(job: Job, parameters: Parameters) -> Parameters:
     return cast._replace(all=tuple(p._replace(trainable=False) for p in cast.all if p.owner == "base"))
 
 
-def divided(inventory: Inventory, model: Model, program: Program, before: Model | None, *, late: bool = False) -> Program:
+def divided(inventory: Inventory, model: Model, program: Program, before: Earlier | None, *, late: bool = False) -> Program:
     """The program of the step on this rank. It also sets `model.units`, which gathers and reduces around its parts.
 
-    `before`: the model after the first step, where there is one. `late`: the GPU is as late as FSDP1 lets it be.
+    `before`: what the first step left, where it differs. `late`: the GPU is as late as FSDP1 lets it be.
     """
     job, parameters, _, holding = inventory
     if job.distributed is not None and job.distributed.strategy == "tp":
@@ -247,11 +247,13 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Model 
     if job.distributed.strategy in FLAT:
         assert holding.rank is not None, "each rank is compiled apart"
         trained = trained_together(job, model.parameters)
-        model.units = Zero(model, masters, job.distributed, dtype=dtype, rank=holding.rank, trained=trained)
+        plain = job.distributed.offload_optimizer != "cpu" and job.distributed.reduced_in(dtype) == dtype
+        kind = ZeroAnywhere if plain and type(holding.rank) is not int else Zero
+        model.units = kind(model, masters, job.distributed, dtype=dtype, rank=holding.rank, trained=trained)
     else:
         # ends the order (trl, models/utils.py, `add_hooks`), which the next step on rows of the data has again
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
-        of_before = before.units if before is not None and isinstance(before.units, Zero3) and not writes else None
+        of_before = None if writes else before
         model.units = Zero3(model, job.distributed, dtype=dtype, habits=_habits(job), before=of_before)
     return program._replace(shards=masters, steps_in_backward=True)
 

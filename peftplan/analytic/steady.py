@@ -1,6 +1,6 @@
 """A steady step on the tape: the model that a job describes, after the code of its step has run."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,16 +19,20 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.tape.tape import Tape
 
 if TYPE_CHECKING:
+    from peftplan.analytic.first_steps import Known
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
+    from peftplan.memory.program import Program
 
-_RUN: "dict[tuple[object, ...], tuple[Model, Model | None]]" = {}
+
+Steps = tuple[Model, Model | None, "Known | None"]
+"""The model after a steady step; after the first one where that differs; and what that leaves where it is run when it is read."""
+
+_RUN: "dict[tuple[object, ...], Steps]" = {}
 """The last step over a `device_map`, by its `step_key`: all GPUs see the same one."""
 
 
-def run(
-    inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool
-) -> "tuple[Model, Model | None]":
+def run(inventory: "Inventory", step_key: tuple[object, ...], *, compute_capability: str, late: bool) -> "Steps":
     """As `_steady`, which runs once for all GPUs of a `device_map`. `step_key`: what decides the step."""
     if inventory.holding is None or inventory.holding.device is None:
         return _steady(inventory, compute_capability=compute_capability, late=late)
@@ -38,8 +42,16 @@ def run(
     return _RUN[step_key]
 
 
-def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "tuple[Model, Model | None]":
-    """The model after its steady step, and after the first one where that differs."""
+def first_step(inventory: "Inventory", *, compute_capability: str) -> Model:
+    """The model after the first step, where that is run apart."""
+    from peftplan.analytic import first_steps
+
+    new_model, program = _prepared(inventory, compute_capability=compute_capability)
+    return first_steps.first_step(inventory, new_model, program)
+
+
+def _prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Callable[[], Model], Program]":
+    """What makes a job's model on a new tape, and the program of its step."""
     job, parameters, _, _ = inventory
     setup, computing, on_rank = job.setup, parameters.all, job.architecture
     if job.distributed is not None:
@@ -50,7 +62,8 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
     if setup.by.disables_dropout and on_rank.model_type in OF_MODULES:
         on_rank = replace(on_rank, dropout=NO_DROPOUT)
     trained_again = _trained_again(job, parameters)
-    new_model = partial(
+    kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
+    on_tape = partial(
         Model,
         arch=on_rank,
         parameters=parameters._replace(
@@ -61,28 +74,36 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         quant=job.quant,
         adapter=adapter_of(job.method and job.method.peft_type, own_lora=setup.by.own_lora),
     )
-    kind_of_tape = Tape if job.distributed is None else ranks.tape_of(job)
-    new_tape = partial(kind_of_tape, autocast=autocast_of(setup), several=setup.rows > 1)
-    model = new_model(new_tape())
     program = program_of(job)._replace(
         left_alone=frozenset(name for name, _ in trained_again), projected=projected(job, computing)
     )
-    first = None
-    if job.distributed is not None:
-        first = ranks.first_step(inventory, lambda: new_model(new_tape()), program, late=late)
-        program = ranks.divided(inventory, model, program, first, late=late)
-    elif model.running.recorded is not None or setup.loss == CUT:
-        first = new_model(new_tape())
-        first.running = first.running._replace(tunes=True)
-        steady_step(first, program)
-    elif setup.optimizer_in_backward or (program.optimizer.step_implementation == "in-backward" and setup.by.prepares_model):
-        from peftplan.memory.stepped import stepping_in_backward
+    return lambda: on_tape(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1)), program
 
-        model.units = stepping_in_backward(model.tape, program.optimizer.name, program.projected)
-    alone = job.distributed is None
-    reference = reference_of(job, model) if alone else ranks.reference_on_rank(job, model, first)
+
+def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "Steps":
+    """The model after its steady step, and after the first one where that differs."""
+    job, setup = inventory.job, inventory.job.setup
+    new_model, program = _prepared(inventory, compute_capability=compute_capability)
+    model, first, known = new_model(), None, None
+    if job.distributed is not None:
+        from peftplan.analytic import first_steps, ranks
+
+        first = ranks.first_step(inventory, new_model, program, late=late)
+        known = first_steps.left_by_first(inventory, new_model, program)
+        program = ranks.divided(inventory, model, program, known and known.earlier, late=late)
+        reference = ranks.reference_on_rank(job, model, known and known.earlier)
+    else:
+        if model.running.recorded is not None or setup.loss == CUT:
+            first = new_model()
+            first.running = first.running._replace(tunes=True)
+            steady_step(first, program)
+        elif setup.optimizer_in_backward or (program.optimizer.step_implementation == "in-backward" and setup.by.prepares_model):
+            from peftplan.memory.stepped import stepping_in_backward
+
+            model.units = stepping_in_backward(model.tape, program.optimizer.name, program.projected)
+        reference = reference_of(job, model)
     steady_step(model, program, reference=reference)
-    return model, first
+    return model, first, known
 
 
 def projected(job: "Job", parameters: Iterable[Parameter]) -> dict[str, Projected]:

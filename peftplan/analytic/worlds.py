@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic.checks import check
 from peftplan.analytic.compile_job import Compiled, compile_job
 from peftplan.analytic.compiled import key_of_step
-from peftplan.analytic.moments import Moments
+from peftplan.analytic.of_ranks import unlike
 from peftplan.analytic.states import own_states, unlike_in_states, without_states
 from peftplan.arrays import Ints
 from peftplan.distributed.any_world import Worlds, over_any_world, place_of
-from peftplan.job.inventory import Inventory, inventory
+from peftplan.job.inventory import Inventory, inventory, of_any_device, on_rank
 from peftplan.ledger import Dim, Ledger
 from peftplan.memory.timeline import Kind, Timeline
 from peftplan.scans import no_scans
+from peftplan.units import round512
+
+if TYPE_CHECKING:
+    from peftplan.analytic.moments import Moments
 
 SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies whose ranks run the same operations in worlds of many sizes."""
@@ -24,14 +31,23 @@ RECORDS_KEPT = 32
 _RECORDS: OrderedDict[tuple[object, ...], tuple[Record, ...]] = OrderedDict()
 
 
-class Record(NamedTuple):
-    """A step recorded at one world size. Dims that follow from it are named sizes, such as `@17`."""
+_NAMED: deque[tuple[Record, Ints, Ints, dict[str, Ints]]] = deque(maxlen=8)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A step recorded at one world size."""
 
     worlds: Worlds
     compiled: Compiled
-    moments: Moments
-    places: tuple[int, ...]
-    """Of these dims."""
+
+    @cached_property
+    def moments(self) -> tuple[Moments, tuple[int, ...]]:
+        """Its moments, where dims that follow from the world size are named sizes, such as `@17`; and the places of these."""
+        from peftplan.analytic.moments import Moments
+
+        places: dict[int, None] = {}
+        return Moments(_named(self.compiled.timeline, places)), tuple(places)
 
 
 class OverRanks(NamedTuple):
@@ -50,11 +66,28 @@ class OverRanks(NamedTuple):
 
     def moments(self) -> Moments:
         """The moments of the step."""
-        return self.record.moments.at({_name(place): self.values[place] for place in self.record.places})
+        of_any, places = self.record.moments
+        return of_any.at({_name(place): self.values[place] for place in places})
+
+    def requested(self, batch_size: int, seq_len: int) -> dict[str, int]:
+        """Phase → bytes that the tensors at its peak request, as of `analytic_peaks`."""
+        sizes, timeline = self.compiled.sizes(batch_size, seq_len), self.compiled.timeline
+        rounded = [round512(self._at(nbytes) * prod([sizes[name] for name in names])) for nbytes, names in timeline.sizes]
+        standing = self._at(self.compiled.standing_bytes) + self.states
+        peaks = timeline.waves.peaks([count * rounded[place] for place, count in timeline.moves], standing)
+        return {"load": self._at(self.compiled.loading_bytes), **{phase: nbytes for phase, (nbytes, _) in peaks.items()}}
 
     def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> dict[str, Ints]:
-        """Name → sizes for arrays of one length."""
-        return self.compiled.sizes(batch_size, seq_len)
+        """Name → sizes for arrays of one length; those of the last points are kept, for other ranks and worlds."""
+        for record, batches, lengths, kept in _NAMED:
+            same = record is self.record and len(batches) == len(batch_size)
+            if same and (batches == batch_size).all() and (lengths == seq_len).all():
+                return kept
+        by_name = self.compiled.sizes(batch_size, seq_len)
+        used = {str(dim) for _, dims in self.record.moments[0].sizes for dim in dims}
+        sizes = {name: size for name, size in by_name.items() if name in used}
+        _NAMED.append((self.record, batch_size, seq_len, sizes))
+        return sizes
 
     def standing_bytes(self, rank: Ints) -> int:
         """Bytes that last through a step."""
@@ -74,7 +107,7 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     job = of_job.job
     assert job.distributed is not None
     check(job)
-    of_any = job._replace(distributed=job.distributed.model_copy(update={"gpus": None}))
+    of_any = job._replace(distributed=job.distributed.model_copy(update={"gpus": None, "nodes": 1}))
     key = (*key_of_step(of_any, compute_capability), job.multiprocessors)
     world, rank = job.distributed.world_size, (of_job.holding and of_job.holding.rank) or 0
     records = _RECORDS.get(key, ())
@@ -89,6 +122,18 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     own = record.worlds.at(world, rank)
     assert own is not None, "a record holds for the world that it was made of"
     return _at(record, own, of_job)
+
+
+def requested(of_job: Inventory, compute_capability: str) -> dict[str, int]:
+    """`analytic_peaks(...).requested` of a job that may share its record with others."""
+    ranks: tuple[int | None, ...] = (None,)
+    if of_any_device(of_job):
+        compared = unlike(of_job, over_ranks(on_rank(of_job, 0), compute_capability).compiled.reduced)
+        assert compared is not None
+        ranks = compared.largest
+    each = (over_ranks(of_job if rank is None else on_rank(of_job, rank), compute_capability) for rank in ranks)
+    setup = of_job.job.setup
+    return max((of.requested(setup.batch_size, setup.seq_len) for of in each), key=lambda by_phase: max(by_phase.values()))
 
 
 def _at(record: Record, values: list[int], of_job: Inventory) -> OverRanks:
@@ -106,10 +151,7 @@ def _record(of_job: Inventory, worlds: Worlds, key: tuple[object, ...], compute_
         of_any = of_any._replace(static=Ledger(without_states(of_any.static)))
     if holding is not None and holding.rank is not None and of_any.holding is not None:
         of_any = of_any._replace(holding=of_any.holding._replace(rank=worlds.rank))
-    compiled = compile_job(of_any, key, compute_capability=compute_capability, late=False)
-    places: dict[int, None] = {}
-    moments = Moments(_named(compiled.timeline, places))
-    return Record(worlds, compiled, moments, tuple(places))
+    return Record(worlds, compile_job(of_any, key, compute_capability=compute_capability, late=False))
 
 
 def _named(timeline: Timeline, places: dict[int, None]) -> Timeline:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import prod
 
 from peftplan.allocator import program as events
 from peftplan.allocator.program import FREE, MAKE, Program
-from peftplan.depth.copies import Layers
+from peftplan.depth.copies import Layers, layers_of, stack_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import Script
 from peftplan.ledger import Line
 from peftplan.memory.timeline import Timeline, outputs_kept
-
-_LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
-"""The layer's place in a name: `{}` for all layers, or the number of the only layer that has the tensor."""
 
 
 def is_gradient(timeline: Timeline, kind: int) -> bool:
@@ -29,18 +25,6 @@ def makes_gradients(timeline: Timeline, at: int) -> bool:
     """Whether an event makes gradients of parameters."""
     kind, count = timeline.events[at]
     return count > 0 and is_gradient(timeline, kind)
-
-
-def _stack(name: str) -> str:
-    """The part of a name before the layer's number; all of it if it has none."""
-    return _LAYER.split(name, maxsplit=1)[0]
-
-
-def _layers(name: str, copies: int) -> range:
-    """The numbers of the layers that have a tensor."""
-    number = _LAYER.search(name)
-    first = int(number[0]) if number and number[0] != "{}" else 0
-    return range(first, first + copies)
 
 
 class Writer:
@@ -119,8 +103,10 @@ class Writer:
 
     def take(self, lines: Iterable[Line]) -> None:
         """Allocate lines for good, layer by layer."""
-        for _, group in groupby(lines, key=lambda line: _stack(line.name)):
-            of_stack = [(_layers(line.name, line.copies), self._size(ITEMSIZE[line.dtype] * prod(line.shape))) for line in group]
+        for _, group in groupby(lines, key=lambda line: stack_of(line.name)):
+            of_stack = [
+                (layers_of(line.name, line.copies), self._size(ITEMSIZE[line.dtype] * prod(line.shape))) for line in group
+            ]
             for layer in range(max(layers.stop for layers, _ in of_stack)):
                 for layers, size in of_stack:
                     if layer in layers:
@@ -144,54 +130,46 @@ class Writer:
         first, last_phase = timeline.windows[0][1], timeline.windows[-1][1]
         empties = {end for phase, _, end in timeline.windows if phase == "backward" and self._empties}.union(timeline.emptied)
         stops = empties.union(borders, lasting, self.passing, layers, timeline.passed)
-        alive, stacked, latest, streams = self._alive, self._stacked, self._latest, timeline.streams
-        written, follows = self._events, bool(layers)
+        ends = sorted({0, *(at for at in stops if at < len(timeline.events)), first, last_phase, outlives, len(timeline.events)})
         covered = 0
-        for at, ((kind, count), storage) in enumerate(zip(timeline.events, timeline.storages, strict=True)):
-            if at in stops:
-                if at in empties:
+        for start, end in pairwise(ends):
+            if start in stops:
+                if start in empties:
                     self.empty_cache()
-                if at in borders:
-                    self._begin(borders[at], counts=phases)
-                    if borders[at] == "backward" and empties_before:
+                if start in borders:
+                    self._begin(borders[start], counts=phases)
+                    if borders[start] == "backward" and empties_before:
                         self.empty_cache()
-                if at in timeline.passed:
+                if start in timeline.passed:
                     self._write(events.END_OUTPUTS)
-                if at in lasting:
-                    self.take(lasting[at])
-                if self.passing.get(at):
-                    self.release(self.allocate(self.passing[at]))
-                if at in layers:
-                    self._repeat(layers[at].layers, timeline, kinds)
-                    covered = layers[at].last
-            if at < covered or (at < first and makes_gradients(timeline, at)):  # they exist since the first step
+                if start in lasting:
+                    self.take(lasting[start])
+                if self.passing.get(start):
+                    self.release(self.allocate(self.passing[start]))
+                if start in layers:
+                    self._repeat(layers[start].layers, timeline, kinds)
+                    covered = layers[start].last
+            if not layers and first <= start and end <= min(last_phase, outlives):
+                self._copy(timeline, kinds, start, end)
                 continue
-            if storage in timeline.collected:
-                continue
-            if count > 1 and at >= last_phase:
-                covered = self._by_layer(timeline, kinds, at)
-            elif count > 0:
-                stream = self._streams.setdefault(streams[storage], len(self._streams)) if storage in streams else 0
-                stack = storage
-                if follows:
-                    alive[storage] = alive.pop(storage, 0) + count
-                    stack = stacked.get(storage, storage)
-                    latest[stack] = (storage, len(written))
-                written += (MAKE, stack, kinds + kind, 1, stream)
-                if count > 1:  # in two events, so that copied layers can free of these too
-                    written += (MAKE, stack, kinds + kind, count - 1, 0)
-            elif at >= outlives and (storage in handed_on if handed_on else outputs_kept(timeline.kinds[kind], count)):
-                self._write(events.OUTPUTS, stacked.get(storage, storage))
-            elif not follows:
-                written += (FREE, storage, kinds + kind, -count, 0)
-            else:
-                alive[storage] = alive.get(storage, 0) + count
-                stack = stacked.get(storage, storage)
-                newest, since = latest.get(stack, (storage, 0))
-                if at < backward and newest != storage and alive.get(newest, 0) == 1 == -count:
-                    self._replace(stack, newest, since, kinds + kind)
+            for at in range(start, end):
+                if at < covered or (at < first and makes_gradients(timeline, at)):  # they exist since the first step
+                    continue
+                (kind, count), storage = timeline.events[at], timeline.storages[at]
+                if storage in timeline.collected:
+                    continue
+                if count > 1 and at >= last_phase:
+                    covered = self._by_layer(timeline, kinds, at)
+                elif (
+                    count < 0
+                    and at >= outlives
+                    and (storage in handed_on if handed_on else outputs_kept(timeline.kinds[kind], count))
+                ):
+                    self._write(events.OUTPUTS, self._stacked.get(storage, storage))
+                elif layers:
+                    self._follow(timeline, kinds, at, replaces=at < backward)
                 else:
-                    written += (FREE, stack, kinds + kind, -count, 0)
+                    self._copy(timeline, kinds, at, at + 1)
         if len(timeline.events) in borders:  # the last phase allocates nothing
             self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))
@@ -201,6 +179,42 @@ class Writer:
             self._begin(phase, counts=phases)
         if self.script.empties_cache:
             self._write(events.EMPTY)
+
+    def _copy(self, timeline: Timeline, kinds: int, start: int, end: int) -> None:
+        """Write events as they are, where no layer is copied."""
+        write, collected, streams = self._events.extend, timeline.collected, timeline.streams
+        for (kind, count), storage in zip(timeline.events[start:end], timeline.storages[start:end], strict=True):
+            if storage in collected:
+                continue
+            if count < 0:
+                write((FREE, storage, kinds + kind, -count, 0))
+                continue
+            stream = self._streams.setdefault(streams[storage], len(self._streams)) if storage in streams else 0
+            write((MAKE, storage, kinds + kind, 1, stream))
+            if count > 1:
+                write((MAKE, storage, kinds + kind, count - 1, 0))
+
+    def _follow(self, timeline: Timeline, kinds: int, at: int, *, replaces: bool) -> None:
+        """Write an event between copied layers. `replaces`: what is freed may have its successor in its place."""
+        (kind, count), storage = timeline.events[at], timeline.storages[at]
+        alive, written = self._alive, self._events
+        if count > 0:
+            alive[storage] = alive.pop(storage, 0) + count
+            stack = self._stacked.get(storage, storage)
+            self._latest[stack] = (storage, len(written))
+            streams = timeline.streams
+            stream = self._streams.setdefault(streams[storage], len(self._streams)) if storage in streams else 0
+            written += (MAKE, stack, kinds + kind, 1, stream)
+            if count > 1:  # in two events, so that copied layers can free of these too
+                written += (MAKE, stack, kinds + kind, count - 1, 0)
+            return
+        alive[storage] = alive.get(storage, 0) + count
+        stack = self._stacked.get(storage, storage)
+        newest, since = self._latest.get(stack, (storage, 0))
+        if replaces and newest != storage and alive.get(newest, 0) == 1 == -count:
+            self._replace(stack, newest, since, kinds + kind)
+        else:
+            written += (FREE, stack, kinds + kind, -count, 0)
 
     def _collect(self, timeline: Timeline, kinds: int) -> None:
         """Allocate a step's batches, then free those of the step before."""
@@ -249,9 +263,9 @@ class Writer:
         run = []
         for (kind, count), storage in zip(timeline.events[at:], timeline.storages[at:], strict=True):
             name = timeline.kinds[kind].name
-            if count < 1 or _stack(name) != _stack(timeline.kinds[timeline.events[at][0]].name):
+            if count < 1 or stack_of(name) != stack_of(timeline.kinds[timeline.events[at][0]].name):
                 break
-            run.append((_layers(name, count), storage, kinds + kind))
+            run.append((layers_of(name, count), storage, kinds + kind))
         for layer in range(max(layers.stop for layers, *_ in run)):
             for layers, storage, size in run:
                 if layer in layers:

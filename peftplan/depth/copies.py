@@ -7,6 +7,7 @@ between two boundaries. For four equal layers, of which 0 and 3 are run, the log
     backward    layer 3 | 2 copies of layer 3 | layer 0
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
@@ -14,6 +15,9 @@ from typing import NamedTuple
 
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims
+
+_LAYER = re.compile(r"(?<=\.)(\d+|\{\})(?=\.)")
+"""The layer's place in a name: `{}` for all layers, or the number of the only layer that has the tensor."""
 
 
 class Stack(NamedTuple):
@@ -155,3 +159,15 @@ def _elements(dims: Dims) -> tuple[int, list[str]]:
 
 def _same(tape: Tape, one: int, other: int) -> bool:
     return tape.names[one] == tape.names[other] and _of_one_pass(tape, one, other)
+
+
+def stack_of(name: str) -> str:
+    """The part of a name before the layer's number; all of it if it has none."""
+    return _LAYER.split(name, maxsplit=1)[0]
+
+
+def layers_of(name: str, copies: int) -> range:
+    """The numbers of the layers that have a tensor."""
+    number = _LAYER.search(name)
+    first = int(number[0]) if number and number[0] != "{}" else 0
+    return range(first, first + copies)

@@ -5,6 +5,7 @@ two boundaries, times their number (`depth.copies`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
@@ -154,13 +155,18 @@ def timeline(
     sources: list[str] = []
     kind_of = [0]
     savers = tape.savers
-    for n, (name, dtype, dims) in enumerate(zip(tape.names, tape.dtypes, tape.dims, strict=True)):
+    stated, freed_in = tape.category.get, tape.freed.get
+    seen: dict[tuple[object, ...], int] = {}  # what decides a kind → its place
+    for n, (name, dtype, dims, made_in) in enumerate(zip(tape.names, tape.dtypes, tape.dims, tape.made_in, strict=True)):
         if n == 0:
             continue
-        place = index.setdefault(Kind(name, _category(tape, n, vocab), dtype, dims), len(index))
+        category = stated(n)
+        key = name, dtype, dims, (made_in > 0 and freed_in(n) != made_in) if category is None else category
+        if (place := seen.get(key)) is None:
+            place = seen[key] = index.setdefault(Kind(name, _category(tape, n, vocab), dtype, dims), len(index))
+            if place == len(sources):
+                sources.append(_source(savers.get(n)))
         kind_of.append(place)
-        if place == len(sources):
-            sources.append(_source(savers.get(n)))
     kinds = tuple(index)
     events: list[tuple[int, int]] = []
     storages: list[int] = []
@@ -169,22 +175,29 @@ def timeline(
     repeated: list[Repeated] = []
     standing_for: dict[int, int] = {}
     counts = tape.counts
-    allocated = [(kind, counts.get(n, 1)) for n, kind in enumerate(kind_of)]
-    freed = [(kind, -count) for kind, count in allocated]
+    makes, frees = [(kind, 1) for kind in range(len(kinds))], [(kind, -1) for kind in range(len(kinds))]
+    allocated, freed = list(map(makes.__getitem__, kind_of)), list(map(frees.__getitem__, kind_of))
+    for n, count in counts.items():
+        allocated[n], freed[n] = (kind_of[n], count), (kind_of[n], -count)
+    numbers = list(range(len(kind_of)))
+    event_of = [*allocated, *freed[:0:-1]]  # what the log holds → its event: below 0 a storage that is freed, from the end
+    storage_of = [*numbers, *numbers[:0:-1]]  # the same of its storage: each number once in memory
     position = 0
     states: list[int] = []
     emptied: list[int] = []
     passed: list[int] = []
     shifts = [(0, 0)]  # of events against the log, from a position on
     for at, what in (*tape.marks, (len(tape.log), "")):
-        for n in tape.log[position:at]:
-            if n > 0:
-                events.append(allocated[n])
-            elif -n in standing_for and -n not in counts:
-                events.append((kind_of[-n], -1 - standing_for.pop(-n)))
-            else:
-                events.append(freed[-n])
-        storages += map(abs, tape.log[position:at])
+        part = tape.log[position:at]
+        if standing_for:
+            for n in part:
+                if n < 0 and -n in standing_for and -n not in counts:
+                    events.append((kind_of[-n], -1 - standing_for.pop(-n)))
+                else:
+                    events.append(event_of[n])
+        else:
+            events += map(event_of.__getitem__, part)
+        storages += map(storage_of.__getitem__, part)
         position = at
         here = copies.get((at, what), ())
         before = len(events)
@@ -213,10 +226,14 @@ def timeline(
             passed.append(len(events))
     ends = [start for _, start in starts[1:]] + [len(events)]
     windows = tuple((phase, start, end) for (phase, start), end in zip(starts, ends, strict=True))
-    outputs = _outputs(tuple(index), events, windows) if outputs_outlive_step else []
-    counted_events, counted = _after_outputs(outputs, events, windows)
+    of_step = tuple(events)
+    outputs = _outputs(tuple(index), of_step, windows) if outputs_outlive_step else []
+    counted_events, counted = _after_outputs(outputs, of_step, windows)
     counted += ((PHASES[0], len(counted_events), len(counted_events)),) * keeps_gradients
-    products = {workspace: at + max(more for start, more in shifts if start <= at) for workspace, at in _products(tape).items()}
+    products = {
+        workspace: at + max(more for start, more in shifts if start <= at)
+        for workspace, at in _products(tape, kinds, kind_of).items()
+    }
     sizes: dict[tuple[int, tuple[str, ...]], int] = {}
     size_of = tuple(sizes.setdefault(_size(kind), len(sizes)) for kind in index)
     moves: dict[tuple[int, int], int] = {}
@@ -225,7 +242,7 @@ def timeline(
     return Timeline(
         tuple(index),
         tuple(sources),
-        tuple(events),
+        of_step,
         windows,
         products,
         tuple(storages),
@@ -239,7 +256,7 @@ def timeline(
         size_of=size_of,
         moves=tuple(moves),
         move_of=move_of,
-        counted_events=tuple(counted_events),
+        counted_events=counted_events,
         counted=counted,
         waves=waves_of(move_of, [count for _, count in moves], counted),
         handed_on=frozenset(tape.handed_on),
@@ -255,14 +272,14 @@ def outputs_kept(kind: Kind, count: int) -> bool:
     return count < 0 and kind.category != "temporaries"
 
 
-def _outputs(kinds: Sequence[Kind], events: Sequence[Event], windows: Sequence[Window]) -> list[Event]:
+def _outputs(kinds: Sequence[Kind], events: tuple[Event, ...], windows: Sequence[Window]) -> list[Event]:
     """What is freed once the last backward has returned, as events that make it."""
     return [(kind, -count) for kind, count in events[windows[-1][1] :] if outputs_kept(kinds[kind], count)]
 
 
 def _after_outputs(
-    outputs: list[Event], events: list[Event], windows: tuple[Window, ...]
-) -> tuple[list[Event], tuple[Window, ...]]:
+    outputs: list[Event], events: tuple[Event, ...], windows: tuple[Window, ...]
+) -> tuple[tuple[Event, ...], tuple[Window, ...]]:
     """The events of a step that begins with the outputs of the one before and frees these where its forward has returned."""
     if not outputs:
         return events, windows
@@ -270,29 +287,34 @@ def _after_outputs(
     freed = [(kind, -count) for kind, count in outputs]
     shift = 2 * len(outputs)
     moved = ((phase, first + shift, last + shift) for phase, first, last in later)
-    return [*outputs, *events[:end], *freed, *events[end:]], ((forward, start + len(outputs), end + shift), *moved)
+    return (*outputs, *events[:end], *freed, *events[end:]), ((forward, start + len(outputs), end + shift), *moved)
 
 
 PRODUCTS = {"linear": "cuBLAS", "mm": "cuBLAS", "bmm": "cuBLAS", "addmm": "cuBLASLt"}
 """Matrix products → the library that computes them: those that add a bias go to cuBLASLt."""
 
 
-def _products(tape: Tape) -> dict[tuple[str, str], int]:
+def _products(tape: Tape, kinds: Sequence[Kind], kind_of: Sequence[int]) -> dict[tuple[str, str], int]:
     """Library and thread of each workspace → where in the log the first product takes it, once its result is there.
 
     Autograd's backward, and what it recomputes, runs in a thread of its own, with handles of its own.
     """
     first_product: dict[tuple[str, str], int] = {}
-    thread = "forward"
-    starts = {at: what for at, what in tape.marks if what in PHASES}
-    library_of = [PRODUCTS.get(name.rpartition(" ")[2]) for name in tape.names]
+    of_kind = [PRODUCTS.get(kind.name.rpartition(" ")[2]) for kind in kinds]
+    library_of = list(map(of_kind.__getitem__, kind_of))
     for n, name in tape.made_as.items():
         library_of[n] = PRODUCTS.get(name.rpartition(" ")[2])
-    for at, n in enumerate(tape.log):
-        if at in starts:
-            thread = "backward" if starts[at] == "backward" else "forward"
-        if n > 0 and (library := library_of[n]) is not None:
-            first_product.setdefault((library, thread), at + 1)
+    libraries = {library for library in library_of[1:] if library is not None}
+    starts = [(0, ""), *((at, what) for at, what in tape.marks if what in PHASES), (len(tape.log), "")]
+    for (start, what), (end, _) in pairwise(starts):
+        thread = "backward" if what == "backward" else "forward"
+        sought = {library for library in libraries if (library, thread) not in first_product}
+        for at, n in enumerate(tape.log[start:end] if sought else (), start + 1):
+            if n > 0 and (library := library_of[n]) in sought:
+                first_product[str(library), thread] = at
+                sought.discard(library)
+                if not sought:
+                    break
     phases = [(at, what) for at, what in tape.marks if what in PHASES]
     for at, library in tape.products:
         phase = max((start, what) for start, what in phases if start <= at)[1]

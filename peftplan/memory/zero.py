@@ -10,22 +10,22 @@ buffers come from a stream of its own, whose blocks the allocator keeps apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from peftplan.arrays import larger, smaller
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, Slot, slots_of
-from peftplan.dtypes import ITEMSIZE
 from peftplan.memory.model import Model
 from peftplan.memory.zero_stage import Stage
 from peftplan.parameters import Parameter as Family
 from peftplan.parameters import Parameters
 from peftplan.tape.tensors import Parameter, Tensor
-from peftplan.units import ALLOCATION_ROUNDING, round512
 
 REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
+OfRank = tuple[int, Tensor]
+"""The last group of which the rank has a part, and gradients of its partition: they are freed there."""
 
 
 def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[tuple[int, bool]]:
@@ -36,9 +36,7 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
     reduced = [*reduced]
     numel = sum(slot.numel for slot in reduced)
     if scatters and 0 < numel <= bucket_size:  # all pieces are one copy, in whatever order
-        low, high = reduced[0].ends
-        for first, last in (slot.ends for slot in reduced):
-            low, high = smaller(low, first), larger(high, last)
+        low, high = ends_of(reduced)
         return [(numel, bool(high > low))]
     parts = (part for slot in reduced if scatters for part in slot.parts)
     pieces = [sum(numel for _, numel in of_rank) for _, of_rank in groupby(parts, lambda part: part[0])]
@@ -49,6 +47,14 @@ def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> l
             small.append(pieces.pop(0))
         copies.append((sum(small), len(small) > 1))
     return copies
+
+
+def ends_of(reduced: Sequence[Slot]) -> tuple[int, int]:
+    """The first and the last rank that have a part of some tensors."""
+    low, high = reduced[0].ends
+    for first, last in (slot.ends for slot in reduced):
+        low, high = smaller(low, first), larger(high, last)
+    return low, high
 
 
 class Zero(Stage):
@@ -67,9 +73,9 @@ class Zero(Stage):
         """The tensors in the order in which their gradients are reduced."""
         self.bucketed: list[Key] = []
         self.buffers: list[Tensor] = []
-        self.of_rank: Tensor | None = None
+        self.of_rank: list[OfRank] = []
         """Gradients of this backward that belong to the rank: `grads_in_partition`."""
-        self.averaged: list[Tensor] = []
+        self.averaged: list[OfRank] = []
         """Those of all backwards of the step."""
         self.others: list[Tensor] = []
         """Gradients of other ranks that are larger than the bucket: ZeRO-1 leaves them in place until all are reduced."""
@@ -114,14 +120,20 @@ class Zero(Stage):
             del flat
         if self.offloads:
             self.copy_to_host(stream)
-        elif self.of_rank is None and sum(slot.of_rank(self.rank) for slot in reduced) > 0:
-            reaching = sum(slot.numel * (slot.of_rank(self.rank) > 0) for slot in self.slots.values())
-            self.of_rank = self._new((reaching,), self.dtype, "gradients of the rank's partition", stream, "gradients")
+        elif not self.of_rank and any(slot.of_rank(self.rank) for slot in reduced):
+            reaching = [slot for slot in self.slots.values() if slot.of_rank(self.rank)]
+            self._keep(sum(slot.numel for slot in reaching), last_group=max(slot.group for slot in reaching))
         if self.large is not None and not (self.partitions_gradients or reduced[0].of_rank(self.rank)):
             self.others.append(self.large)
         self.large = None
         self.bucketed.clear()
         self.num_bucketed = 0
+
+    def _keep(self, numel: int, *, last_group: int) -> None:
+        """The gradients of the rank's partition in one tensor; `last_group`: as in `OfRank`."""
+        stream = REDUCE if self.overlaps else 0
+        kept = self._new((numel,), self.dtype, "gradients of the rank's partition", stream, "gradients")
+        self.of_rank.append((last_group, kept))
 
     def copy_to_host(self, stream: int) -> None:
         """`copy_grads_in_partition` where the optimizer is on the host: norms in fp64, then casts to fp32, at a boundary."""
@@ -139,9 +151,8 @@ class Zero(Stage):
             if (p := by_key.get(key)) is not None and p.grad is not None:
                 self.reduce_independent(p)
         self.reduce_ipg_grads()
-        if not self.averaged and self.of_rank is not None:
-            self.averaged = [self.of_rank]
-        self.of_rank = None  # later ones have been added to the first
+        self.averaged = self.averaged or self.of_rank
+        self.of_rank = []  # later ones have been added to the first
         self.others.clear()
         self.buffers.clear()
 
@@ -151,22 +162,14 @@ class Zero(Stage):
         """`scaled_global_norm`: the norm of each gradient of the rank, cast to fp64; then the first group is flattened."""
         if self.offloads:
             return
-        self._norms([slot.of_rank(self.rank) for slot in self.slots.values()])
+        self._norms()
         self.norms.clear()
         self._flatten(0)
 
-    def _norms(self, numels: list[int]) -> None:
-        """The norm of each gradient, of a rank that stays open at once: as much as all of them need at their highest."""
-        if type(self.rank) is int:
-            for numel in filter(None, numels):
-                self._norm(numel, 0)
-            return
-        highest = there = 0
-        for numel in numels:
-            some = numel > 0
-            highest = larger(highest, some * (there + round512(ITEMSIZE["fp64"] * numel) + ALLOCATION_ROUNDING))
-            there += some * ALLOCATION_ROUNDING
-        self._new((highest,), "uint8", "norms at their highest", 0, "temporaries")
+    def _norms(self) -> None:
+        """The norm of each gradient."""
+        for numel in filter(None, (slot.of_rank(self.rank) for slot in self.slots.values())):
+            self._norm(numel, 0)
 
     def groups(self, trained: list[Family]) -> Iterator[list[Family]]:
         """What the optimizer steps over, group by group; nothing where it is on the host."""
@@ -181,10 +184,7 @@ class Zero(Stage):
         """The gradients of a group in one tensor, cast to fp32. The last group's free those of the rank's partition."""
         parts = sum(slot.of_rank(self.rank) > 0 for slot in self.slots.values() if slot.group == group)
         numel = self.masters[group].numel
-        flat = None
-        if type(self.rank) is not int or parts > 1:
-            flat = self._new((numel * (parts > 1),), self.dtype, "flat gradients", 0, "gradients")
+        flat = self._new((numel,), self.dtype, "flat gradients", 0, "gradients") if parts > 1 else None
         self.flat = self._new((numel,), "fp32", "fp32 gradients", 0, "gradients")
         del flat
-        if not sum(slot.of_rank(self.rank) for slot in self.slots.values() if slot.group > group):
-            self.averaged.clear()
+        self.averaged = [(last_group, kept) for last_group, kept in self.averaged if last_group > group]

@@ -12,7 +12,7 @@ from peftplan.distributed.zero import trained_groups
 from peftplan.distributed.zero3 import REDUCE, Module, Sharded
 from peftplan.memory.model import Model
 from peftplan.memory.parts import Running
-from peftplan.memory.zero3_modules import Gathering, Habits
+from peftplan.memory.zero3_modules import Earlier, Gathering, Habits
 from peftplan.parameters import Parameter as Family
 from peftplan.tape.tensors import Parameter, Tensor
 
@@ -35,10 +35,10 @@ def switched_off(policy: Model, running: Running) -> Model:
 
 
 class Zero3(Gathering):
-    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: those of the step before, if there was."""
+    """Gathered parameters, gradients, buckets and flat groups of one rank. `before`: what the step before left, if there was."""
 
     def __init__(
-        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Gathering | None = None
+        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Earlier | None = None
     ) -> None:
         super().__init__(model, distributed, dtype=dtype, habits=habits, before=before)
         self.reloads = habits.reloads and distributed.offload_params != "cpu"

@@ -6,7 +6,7 @@ so that backward fetches a module before its gradient is computed, and releases 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 from peftplan.arch.modules import Architecture
@@ -68,11 +68,22 @@ class Habits(NamedTuple):
     step points them again."""
 
 
+class Earlier(NamedTuple):
+    """What a step leaves to the next one, in whatever world: which modules ran."""
+
+    order: tuple[tuple[str, tuple[int, ...], bool], ...]
+    """In their order: the name, the numbers of the parameters, and whether it is a leaf, as of `Module`."""
+    readers: frozenset[str]
+    """As of `Gathering`."""
+    reference: Earlier | None
+    """The same of a second model."""
+
+
 class Gathering(Stage):
-    """The modules of one rank, whose parameters are gathered while they run. `before`: those of the step before, if there was."""
+    """The modules of one rank, whose parameters are gathered while they run. `before`: what the step before left."""
 
     def __init__(
-        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Gathering | None = None
+        self, model: Model, distributed: Distributed, *, dtype: str, habits: Habits, before: Earlier | None = None
     ) -> None:
         super().__init__(model, distributed, dtype=dtype)
         self.keeps = habits.keeps
@@ -82,7 +93,7 @@ class Gathering(Stage):
         own = list(self.sharded.values())
         self.coordinator = Coordinator(
             self.f,
-            [m._replace(parameters=tuple(own[p.number] for p in m.parameters)) for m in before.order]
+            [Module(name, tuple([own[number] for number in numbers]), leaf) for name, numbers, leaf in before.order]
             if before and (habits.follows or habits.keeps_in_backward)
             else None,
             limits(distributed, hidden_size),
@@ -98,7 +109,7 @@ class Gathering(Stage):
         """Module → frozen parameters that were gathered for a recomputation while backward was in it."""
         self.remaining: dict[str, int] = {}
         """Module → backwards until it is released (`ds_grads_remaining`): each call sets it to that of its own."""
-        self.readers: set[str] = before.readers if before else set()
+        self.readers: set[str] = set(before.readers) if before else set()
         """Modules that have run: of these it is known which parameters of other ones they read."""
         self.persisting = before is not None
         """Whether the step begins with the parameters that the one before has gathered at its end."""
@@ -122,9 +133,11 @@ class Gathering(Stage):
         self.f.modules, self.f.linear_in_python = self, True
 
     @property
-    def order(self) -> Sequence[Module]:
-        """The order in which modules ran."""
-        return self.coordinator.recorded or self.coordinator.order
+    def left(self) -> Earlier:
+        """What the step leaves to the next one."""
+        ran = self.coordinator.recorded or self.coordinator.order
+        order = tuple([(module.name, tuple([p.number for p in module.parameters]), module.leaf) for module in ran])
+        return Earlier(order, frozenset(self.readers), None if self.reference is None else self.reference.left)
 
     def call(
         self,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from peftplan.analytic import worlds
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.hardware.gpus import Gpu, gpus
-from peftplan.job.inventory import Inventory
+from peftplan.job.inventory import Inventory, in_stages
 from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
-from peftplan.planning.changes import Sizes
+from peftplan.planning.changes import OF_GPUS, Sizes
 from peftplan.planning.verdicts import capability, kernels_on, placed_on, verdict
 from peftplan.results.estimate import Estimate, Peaks
 from peftplan.results.verdict import TIGHT, Verdict
@@ -64,7 +65,10 @@ def trials(
     needed = on_card.needed_bytes - on_card.context_bytes
 
     def sizes(**changes: object) -> Sizes:
-        return analytic_peaks(placed_on(remembered(**changes), card), compute_capability=compute_capability).requested
+        changed = placed_on(remembered(**changes), card)
+        if _shares_record(changed, changes):
+            return worlds.requested(changed, compute_capability)
+        return analytic_peaks(changed, compute_capability=compute_capability).requested
 
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
@@ -92,6 +96,19 @@ def trials(
         smallest_card=smallest_card,
         in_numbers=not card.unified and card.kind not in NOT_FOR_RENT,
     )
+
+
+def _shares_record(changed: Inventory, changes: Mapping[str, object]) -> bool:
+    """Whether a step is recorded for all ranks or worlds at once: ranks of ZeRO-1 and ZeRO-2 that keep other gradients, and
+    numbers of GPUs. Not where a record would hold for few: sub groups of ZeRO-3, and parts that go to the host.
+    """
+    job = changed.job
+    if job.distributed is None or not changes or job.setup.by.generates or in_stages(job):
+        return False
+    strategy, full = job.distributed.strategy, job.method_name == "full"
+    if strategy in ("zero1", "zero2"):
+        return full and job.distributed.offload_optimizer != "cpu"
+    return strategy in worlds.SHARED and changes.keys() <= OF_GPUS and not (strategy == "zero3" and full)
 
 
 def _larger_cards(needed: int, setup: Setup, *, than: Gpu) -> Iterator[Gpu]:

@@ -73,6 +73,11 @@ class Allocations:
         self.log.append(number)
         return Tensor(Storage(self, number), dims, dtype, node)
 
+    def drop(self) -> None:
+        """Free the log at once, not when Python next looks for cycles of references."""
+        for each in (self.log, self.dims, self.dtypes, self.names, self.made_in, self.freed, self.made_as, self.marks):
+            each.clear()
+
     @property
     def card(self) -> Processors:
         """The multiprocessors, for a kernel that sizes a buffer."""

@@ -33,6 +33,10 @@ JOBS: dict[str, dict[str, object]] = {
     "fsdp2, qlora on the host": {"strategy": "fsdp2", "method": "qlora", "offload_params": "cpu"},
     "fsdp2, hybrid": {"strategy": "fsdp2", "dp_shard_size": 2},
     "zero1": {"strategy": "zero1", "gradient_accumulation_steps": 2},
+    "zero1, full, tensors larger than the bucket": {"strategy": "zero1", "method": "full", "reduce_bucket_size": 10**7},
+    "zero1, full, all-reduced whole": {"strategy": "zero1", "method": "full", "reduce_scatter": False},
+    "zero2, full, accumulated": {"strategy": "zero2", "method": "full", "gradient_accumulation_steps": 4},
+    "zero2, full, overlapping": {"strategy": "zero2", "method": "full", "overlap_comm": True, "reduce_bucket_size": 10**8},
     "zero2": {"strategy": "zero2"},
     "zero2, full, in small buckets": {"strategy": "zero2", "method": "full", "reduce_bucket_size": 10**7},
     "zero2, dealt out in turn": {"strategy": "zero2", "round_robin_gradients": True},
@@ -76,14 +80,14 @@ def test_points_equal_single_estimates(strategy: StrategyName) -> None:
             assert nbytes == single.peaks.at_least
 
 
-@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
-def test_worlds_share_a_record(strategy: StrategyName) -> None:
-    """FSDP over 2 to 1,024 GPUs is recorded once."""
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero1, full, tensors larger than the bucket"])
+def test_worlds_share_a_record(name: str) -> None:
+    """FSDP over 2 to 1,024 GPUs is recorded once at each batch size; so is ZeRO-1, each of whose ranks keeps other gradients."""
     COMPILED.clear()
     worlds._RECORDS.clear()
     for world in (2, 16, 1024):
-        at(world, {"strategy": strategy}).requested(POINTS.take(np.array([1])))
-    assert [len(records) for records in worlds._RECORDS.values()] == [1]
+        at(world, JOBS[name]).requested(POINTS.take(np.array([1])))
+    assert {len(records) for records in worlds._RECORDS.values()} == {1}
 
 
 def test_numbers_follow_from_the_world_size() -> None:

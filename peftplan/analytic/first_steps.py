@@ -1,0 +1,79 @@
+"""The first step under ZeRO-3, whose coordinator does not know the order of the modules yet: what it leaves, and the step itself.
+
+The order is that of the model's code. It does not depend on how many ranks there are, what they hold on the host, or how their
+optimizer steps: jobs that differ in these alone share it. So the first step is run again only where a replay reads it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from peftplan.analytic import ranks
+from peftplan.arch.modules import Architecture
+from peftplan.job.setup import Setup
+from peftplan.memory.step import steady_step
+from peftplan.memory.zero3 import Zero3
+from peftplan.memory.zero3_modules import Earlier
+
+if TYPE_CHECKING:
+    from peftplan.job.inventory import Inventory
+    from peftplan.memory.model import Model
+    from peftplan.memory.program import Program
+
+KEPT = 64
+"""Orders that are kept."""
+NOT_OF_ORDER = ("gpus", "nodes", "offload_optimizer", "offload_params")
+"""Fields of a strategy that do not decide the order."""
+_OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in ("optim", "optim_args")))
+
+
+class Known(NamedTuple):
+    """What a first step leaves. `architecture`: whose id is in the key, which must stay alive."""
+
+    architecture: Architecture
+    earlier: Earlier
+    asks_card: bool
+    """Whether the multiprocessors of a card decide one of its buffers."""
+
+
+_KNOWN: OrderedDict[tuple[object, ...], Known] = OrderedDict()
+_LAST: list[tuple[Inventory, Model]] = []
+"""The job whose first step was run last, and its model: a replay may read it next."""
+
+
+def left_by_first(inventory: Inventory, new_model: Callable[[], Model], program: Program) -> Known | None:
+    """What the first step of a job leaves to the second under ZeRO-3; None elsewhere."""
+    job = inventory.job
+    if job.distributed is None or job.distributed.strategy != "zero3":
+        return None
+    model = new_model()
+    strategy = tuple((name, value) for name, value in job.distributed if name not in NOT_OF_ORDER)
+    described = repr(job.config and vars(job.config)), repr(job.quant), model.running._replace(config=None)
+    trained = tuple((p.name, p.layers) for p in model.parameters.all if p.trainable)
+    method = job.method and job.method.name
+    key = (id(job.architecture), method, *described, job.script, strategy, trained, _OF_SETUP(job.setup))
+    if key not in _KNOWN:
+        _run(inventory, model, program)
+        assert isinstance(model.units, Zero3)
+        _KNOWN[key] = Known(job.architecture, model.units.left, model.tape.asks_card)
+        if len(_KNOWN) > KEPT:
+            _KNOWN.popitem(last=False)
+    return _KNOWN[key]
+
+
+def first_step(inventory: Inventory, new_model: Callable[[], Model], program: Program) -> Model:
+    """The model after the first step of a job under ZeRO-3."""
+    for of, model in _LAST:
+        if of is inventory:
+            return model
+    return _run(inventory, new_model(), program)
+
+
+def _run(inventory: Inventory, model: Model, program: Program) -> Model:
+    program = ranks.divided(inventory, model, program, None)
+    steady_step(model, program, reference=ranks.reference_on_rank(inventory.job, model, None))
+    _LAST[:] = [(inventory, model)]
+    return model

@@ -1,0 +1,100 @@
+"""ZeRO-1 and ZeRO-2 on the tape, of a rank and a world that stay open (`distributed.any_world`).
+
+What only some ranks hold has no elements on the others, so that no question is asked whose answer would differ: every rank and
+world has the same record. The levels are those of `memory.zero`, but not every event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from peftplan.arrays import larger, smaller
+from peftplan.distributed.zero import Key, Slot
+from peftplan.dtypes import ITEMSIZE
+from peftplan.memory.zero import REDUCE, Zero, ends_of
+from peftplan.units import ALLOCATION_ROUNDING, round512
+
+
+def flattened_anywhere(reduced: Sequence[Slot], bucket_size: int) -> list[int]:
+    """As `flattened` with scatters: 0 for a copy that is not made. Only a single tensor is larger than the bucket."""
+    numel = sum(slot.numel for slot in reduced)
+    if numel <= bucket_size:
+        low, high = ends_of(reduced)
+        return [numel * (high > low)]
+    (slot,) = reduced
+    start, end = slot.start, slot.start + numel
+    copies = []
+    for _ in range(numel // bucket_size + 1):
+        until = smaller((start + bucket_size) // slot.partition * slot.partition + slot.partition, end)
+        first_piece = start // slot.partition * slot.partition + slot.partition
+        copies.append((until - start) * (first_piece < until))
+        start = until
+    return copies
+
+
+class ZeroAnywhere(Zero):
+    """The same for every rank of every world, with the optimizer on the device and gradients reduced in their own dtype."""
+
+    began = 0
+    """1 once gradients of the rank's partition are there."""
+
+    @cached_property
+    def own(self) -> dict[Key, int]:
+        """The elements of each tensor that belong to the rank."""
+        return {key: slot.of_rank(self.rank) for key, slot in self.slots.items()}
+
+    @cached_property
+    def kept_until(self) -> list[tuple[int, int]]:
+        """Each group, and the elements of the gradients that the rank keeps until it: 0 but for one group."""
+        reaching = sum(slot.numel * (self.own[key] > 0) for key, slot in self.slots.items())
+        kept, later = [], 0
+        for group in reversed(range(len(self.masters))):
+            there = sum(self._of_group(group)) > 0
+            kept.append((group, reaching * there * (1 - later)))
+            later = larger(later, there)
+        return kept
+
+    def _of_group(self, group: int) -> Iterator[int]:
+        return (self.own[key] for key, slot in self.slots.items() if slot.group == group)
+
+    def reduce_ipg_grads(self) -> None:
+        reduced = [self.slots[key] for key in self.bucketed]
+        large, self.large = self.large, None
+        if not reduced:
+            return
+        stream = REDUCE if self.overlaps else 0
+        for numel in flattened_anywhere(reduced, self.bucket_size) if self.scatters else ():
+            self._new((numel,), self.dtype, "flattened bucket", stream)
+        of_rank = sum(self.own[key] for key in self.bucketed)
+        begins = (of_rank > 0) * (1 - self.began)
+        self.began += begins
+        for last_group, numel in self.kept_until:
+            self._keep(numel * begins, last_group=last_group)
+        if large is not None and not self.partitions_gradients:
+            numel, dtype = reduced[0].numel, large.dtype
+            del large
+            self.others.append(self._new((numel * (of_rank == 0),), dtype, "gradient of other ranks", 0, "gradients"))
+        self.bucketed.clear()
+        self.num_bucketed = 0
+
+    def end_backward(self) -> None:
+        super().end_backward()
+        self.began = 0
+
+    def _norms(self) -> None:
+        """As much as the norms of all gradients need at their highest."""
+        highest = there = 0
+        for numel in self.own.values():
+            some = numel > 0
+            highest = larger(highest, some * (there + round512(ITEMSIZE["fp64"] * numel) + ALLOCATION_ROUNDING))
+            there += some * ALLOCATION_ROUNDING
+        self._new((highest,), "uint8", "norms at their highest", 0, "temporaries")
+
+    def _flatten(self, group: int) -> None:
+        parts = sum(numel > 0 for numel in self._of_group(group))
+        numel = self.masters[group].numel
+        flat = self._new((numel * (parts > 1),), self.dtype, "flat gradients", 0, "gradients")
+        self.flat = self._new((numel,), "fp32", "fp32 gradients", 0, "gradients")
+        del flat
+        self.averaged = [(last_group, kept) for last_group, kept in self.averaged if last_group > group]
