@@ -53,13 +53,19 @@ class Level:
     """A memory that only counts."""
 
     def __init__(self) -> None:
-        self.now = self.peak = 0
+        self.now = self._highest = 0
+        self._rises = False
+
+    @property
+    def peak(self) -> int:
+        """The most bytes so far."""
+        return larger(self._highest, self.now)
 
     def allocate(self, nbytes: int) -> int:
         """Count a tensor; what frees it is its size."""
         nbytes = round512(nbytes)
         self.now += nbytes
-        self.peak = larger(self.peak, self.now)
+        self._rises = True
         return nbytes
 
     def keep(self, sizes: tuple[int, ...], /) -> None:
@@ -69,6 +75,8 @@ class Level:
 
     def release(self, tensor: int, /) -> None:
         """Count one less."""
+        if self._rises:  # the level is highest where it turns
+            self._highest, self._rises = self.peak, False
         self.now -= tensor
 
     def empty_cache(self) -> None:

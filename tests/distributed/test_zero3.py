@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.analytic import compiled
+from peftplan.analytic import compiled, first_steps
 from peftplan.analytic.of_ranks import OfRanks
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import refused_dtypes, trained_groups
@@ -457,3 +457,26 @@ def test_an_adapter_on_shards_is_cast_by_earlier_releases(release: str, itemsize
     (group,) = result.to_dict()["distributed"]["ranks"]
     adapter = sum(line["bytes"] for line in group["lines"] if line["category"] == "adapter_weights")
     assert adapter == 16 * 16 * (2 * 2048 + 2048 + 512) // 4 * itemsize
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gpus": 16}, {"optim": "adamw_8bit"}, {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_params": "cpu"}],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_jobs_share_the_order_of_their_modules(method: str, options: dict[str, Any]) -> None:
+    """What the first step of one job leaves is what another job's own leaves, which differs in ranks, host or optimizer alone."""
+    job = {"method": method, "strategy": "zero3", "gpus": 8}
+    first_steps._KNOWN.clear()
+    peftplan.estimate("qwen2.5-0.5b", **job)
+    assert len(first_steps._KNOWN) == 1
+    compiled.COMPILED.clear()
+    shared = peftplan.estimate("qwen2.5-0.5b", **job | options).peaks
+    assert len(first_steps._KNOWN) == 1
+    compiled.COMPILED.clear()
+    first_steps._KNOWN.clear()
+    alone = peftplan.estimate("qwen2.5-0.5b", **job | options).peaks
+    assert shared is not None
+    assert alone is not None
+    assert (shared.by_phase, shared.reserved) == (alone.by_phase, alone.reserved)
