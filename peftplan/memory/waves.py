@@ -95,8 +95,11 @@ def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tu
     parts = []
     for phase, first, end in ((None, 0, begins), *windows):
         numbers = [waves.setdefault(wave, len(waves)) for wave in _cut(move_of[first:end], counts)]
-        often = {n: wave for wave, n in Counter(numbers).items() if n >= OFTEN}  # those that come as often cut alike
-        ways = [_pieces(numbers, wave) for wave in (None, *often.values())]
+        places: dict[int, list[int]] = {}
+        for at, wave in enumerate(numbers):
+            places.setdefault(wave, []).append(at)
+        often = {len(of_wave): of_wave for of_wave in places.values() if len(of_wave) >= OFTEN}  # as many cut alike
+        ways = [_pieces(numbers, cuts) for cuts in ([], *often.values())]
         pieces = min(ways, key=lambda pieces: len(pieces) + sum(map(len, set(pieces))))
         parts.append(Window(phase, first, tuple(stretches.setdefault(piece, len(stretches)) for piece in pieces)))
     of_number = tuple(waves)
@@ -105,9 +108,9 @@ def waves_of(move_of: Sequence[int], counts: Sequence[int], windows: Sequence[tu
     return Waves(of_number, tuple(stretches), tuple(parts), lengths, of_each)
 
 
-def _pieces(numbers: Sequence[int], border: int | None) -> list[tuple[int, ...]]:
+def _pieces(numbers: Sequence[int], cuts: Sequence[int]) -> list[tuple[int, ...]]:
     """What is between the occurrences of a wave, each at the beginning of its piece."""
-    cuts = [at for at, wave in enumerate(numbers) if wave == border and at]
+    cuts = cuts[1:] if cuts and cuts[0] == 0 else cuts
     return [tuple(numbers[a:b]) for a, b in zip([0, *cuts], [*cuts, len(numbers)], strict=True)]
 
 
