@@ -103,7 +103,7 @@ def _shares_record(changed: Inventory, changes: Mapping[str, object]) -> bool:
     numbers of GPUs. Not where a record would hold for few: sub groups of ZeRO-3, and parts that go to the host.
     """
     job = changed.job
-    if job.distributed is None or not changes or job.setup.by.generates or in_stages(job):
+    if job.distributed is None or not changes or job.setup.by.generates or in_stages(job) or job.distributed.sharing > 1:
         return False
     strategy, full = job.distributed.strategy, job.method_name == "full"
     if strategy in ("zero1", "zero2"):
