@@ -36,8 +36,8 @@ OF_SPARSE = {
 """Per cent of GLM-5, by how many ranks divide its experts: 14 and 23 MB, most of them blocks that the allocator leaves unsplit;
 of reserved ones 1.1 GiB, where gradients of 32 experts have 2.4 GB in each of three layers, and 66 MiB."""
 LARGEST_OF_PHASE = 0.15
-"""Per cent of forward and of backward. A rehearsal counts what a schedule makes before the first forward, its buffers and what it
-gathers, to the phase before: to loading, and to the step."""
+"""Per cent of forward and of backward. These rehearsals counted what a schedule makes before the first forward, its buffers and
+what it gathers, to the phase before, to loading and to the step, as no later one does (`Watch.watch_schedules`)."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['options']['method']} rank {row['rank']}" for row in ROWS])
