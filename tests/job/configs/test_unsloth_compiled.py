@@ -255,3 +255,23 @@ def test_the_embedder_of_audio_is_adapted() -> None:
     config = copy.deepcopy(load_config(str(plan.model)))
     config["text_config"] |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
     assert peftplan.estimate(config, **plan.options).trainable_parameters == 2_740_224 + 8 * (640 + 3_840)
+
+
+OF_QWEN_3_5 = """
+from unsloth import FastLanguageModel
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/Qwen3.5-35B-A3B", max_seq_length=2048, load_in_4bit=False)
+model = FastLanguageModel.get_peft_model(model, r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
+    "up_proj", "down_proj", "gate_up_proj"], use_gradient_checkpointing=True)
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, max_steps=50)).train()
+"""
+
+
+def test_experts_of_qwen_3_5_are_adapted() -> None:
+    """unsloth 2026.10.9 beside transformers 5.2.0 on an emulated card: two layers, the second of which attends. A layer's 256
+    experts have 8 x (2,048 + 1,024 + 512 + 2,048) numbers each, the shared one an adapter of its own beside them."""
+    plan = read_text(OF_QWEN_3_5, file="a.py")
+    config = copy.deepcopy(load_config(str(plan.model)))
+    config["text_config"] |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    result = peftplan.estimate(config, **plan.options)
+    assert result.trainable_parameters == 23_363_584
+    assert not any("gate_up_proj" in warning for warning in result.warnings)
