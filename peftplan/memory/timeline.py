@@ -176,7 +176,7 @@ def timeline(
     standing_for: dict[int, int] = {}
     counts = tape.counts
     makes, frees = [(kind, 1) for kind in range(len(kinds))], [(kind, -1) for kind in range(len(kinds))]
-    allocated, freed = list(map(makes.__getitem__, kind_of)), list(map(frees.__getitem__, kind_of))
+    allocated, freed = [(0, 1), *map(makes.__getitem__, kind_of[1:])], [(0, -1), *map(frees.__getitem__, kind_of[1:])]
     for n, count in counts.items():
         allocated[n], freed[n] = (kind_of[n], count), (kind_of[n], -count)
     numbers = list(range(len(kind_of)))
@@ -301,7 +301,7 @@ def _products(tape: Tape, kinds: Sequence[Kind], kind_of: Sequence[int]) -> dict
     """
     first_product: dict[tuple[str, str], int] = {}
     of_kind = [PRODUCTS.get(kind.name.rpartition(" ")[2]) for kind in kinds]
-    library_of = list(map(of_kind.__getitem__, kind_of))
+    library_of = [None, *map(of_kind.__getitem__, kind_of[1:])]
     for n, name in tape.made_as.items():
         library_of[n] = PRODUCTS.get(name.rpartition(" ")[2])
     libraries = {library for library in library_of[1:] if library is not None}

@@ -598,3 +598,9 @@ def test_groups_of_weights_are_one_or_more() -> None:
     values = {"rlhf_type": "grpo", "model": "Qwen/Qwen2.5-7B-Instruct", "use_vllm": True, "deepspeed": "zero3_offload"}
     plan = read(values | {"move_model_batches": 0}, kind="command", program="swift rlhf", NPROC_PER_NODE="4")
     assert "ZeroDivisionError" in plan.unsupported["move_model_batches"].why
+
+
+def test_nothing_is_sent_where_ranks_hold_whole_weights() -> None:
+    """A loop of GRPO that gathers nothing has no tensors of its own."""
+    options: dict[str, Any] = {"trainer": "swift-grpo", "strategy": "zero2", "gpus": 2, "use_vllm": True, "vllm_mode": "colocate"}
+    assert peftplan.estimate("qwen2.5-0.5b", method="full", dtype="bf16", **options).peaks is not None
