@@ -32,6 +32,21 @@ def test_quantizers_of_torchtune(group: int, component: str, kernels: tuple[str,
     assert (named_kernels(plan.options.get("kernels")) or None) == kernels
 
 
+SIZES = {"vocab_size": 32000, "num_layers": 22, "num_heads": 32, "num_kv_heads": 4, "embed_dim": 2048, "norm_eps": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "known"),
+    [({}, True), ({"intermediate_dim": 5632}, True), ({"embed_dim": 4096}, False), ({"num_layers": 11}, False)],
+)
+def test_a_builder_whose_sizes_are_those_of_its_checkpoint(sizes: dict[str, int], known: bool) -> None:
+    """TinyLlama's: 8/3 x 2,048 is rounded up to a multiple of 256 (models/llama2/_model_utils.py, `scale_hidden_dim_for_mlp`)."""
+    model = {"_component_": "torchtune.models.llama2.llama2", "max_seq_len": 2048, **SIZES, **sizes}
+    plan = read({**TORCHTUNE, "model": model, "checkpointer": {"checkpoint_dir": "models/TinyLlama_v1.1"}})
+    assert bool(plan.unsupported) is not known
+    assert plan.model == "tinyllama/tinyllama-v1.1"
+
+
 def test_torchtune_reads_pairs_for_a_loss_of_preferences() -> None:
     """Others of its losses of pairs, and full fine-tuning with a second model, have no peak."""
     pairs = {**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}
