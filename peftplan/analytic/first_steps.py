@@ -40,11 +40,13 @@ class Known(NamedTuple):
 
 
 _KNOWN: OrderedDict[tuple[object, ...], Known] = OrderedDict()
-_LAST: list[tuple[Inventory, Model]] = []
-"""The job whose first step was run last, and its model: a replay may read it next."""
+_LAST: list[tuple[Inventory, str, Model]] = []
+"""The job whose first step was run last, for which kernels, and its model: a replay may read it next."""
 
 
-def left_by_first(inventory: Inventory, new_model: Callable[[], Model], program: Program) -> Known | None:
+def left_by_first(
+    inventory: Inventory, new_model: Callable[[], Model], program: Program, *, compute_capability: str
+) -> Known | None:
     """What the first step of a job leaves to the second under ZeRO-3; None elsewhere."""
     job = inventory.job
     if job.distributed is None or job.distributed.strategy != "zero3":
@@ -56,7 +58,7 @@ def left_by_first(inventory: Inventory, new_model: Callable[[], Model], program:
     method = job.method and job.method.name
     key = (id(job.architecture), method, *described, job.script, strategy, trained, _OF_SETUP(job.setup))
     if key not in _KNOWN:
-        _run(inventory, model, program)
+        _run(inventory, model, program, compute_capability)
         assert isinstance(model.units, Zero3)
         _KNOWN[key] = Known(job.architecture, model.units.left, model.tape.asks_card)
         if len(_KNOWN) > KEPT:
@@ -64,16 +66,16 @@ def left_by_first(inventory: Inventory, new_model: Callable[[], Model], program:
     return _KNOWN[key]
 
 
-def first_step(inventory: Inventory, new_model: Callable[[], Model], program: Program) -> Model:
-    """The model after the first step of a job under ZeRO-3."""
-    for of, model in _LAST:
-        if of is inventory:
+def first_step(inventory: Inventory, new_model: Callable[[], Model], program: Program, *, compute_capability: str) -> Model:
+    """The model after the first step of a job under ZeRO-3, for the kernels of a compute capability."""
+    for of, of_kernels, model in _LAST:
+        if of is inventory and of_kernels == compute_capability:
             return model
-    return _run(inventory, new_model(), program)
+    return _run(inventory, new_model(), program, compute_capability)
 
 
-def _run(inventory: Inventory, model: Model, program: Program) -> Model:
+def _run(inventory: Inventory, model: Model, program: Program, compute_capability: str) -> Model:
     program = ranks.divided(inventory, model, program, None)
     steady_step(model, program, reference=ranks.reference_on_rank(inventory.job, model, None))
-    _LAST[:] = [(inventory, model)]
+    _LAST[:] = [(inventory, compute_capability, model)]
     return model

@@ -47,7 +47,7 @@ def first_step(inventory: "Inventory", *, compute_capability: str) -> Model:
     from peftplan.analytic import first_steps
 
     new_model, program = _prepared(inventory, compute_capability=compute_capability)
-    return first_steps.first_step(inventory, new_model, program)
+    return first_steps.first_step(inventory, new_model, program, compute_capability=compute_capability)
 
 
 def _prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Callable[[], Model], Program]":
@@ -89,7 +89,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         from peftplan.analytic import first_steps, ranks
 
         first = ranks.first_step(inventory, new_model, program, late=late)
-        known = first_steps.left_by_first(inventory, new_model, program)
+        known = first_steps.left_by_first(inventory, new_model, program, compute_capability=compute_capability)
         program = ranks.divided(inventory, model, program, known and known.earlier, late=late)
         reference = ranks.reference_on_rank(job, model, known and known.earlier)
     else:

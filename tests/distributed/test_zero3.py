@@ -480,3 +480,18 @@ def test_jobs_share_the_order_of_their_modules(method: str, options: dict[str, A
     assert shared is not None
     assert alone is not None
     assert (shared.by_phase, shared.reserved) == (alone.by_phase, alone.reserved)
+
+
+def test_cards_of_other_kernels_share_no_first_step() -> None:
+    """The multiprocessors of neither card are known, so that both see one job; the order of its modules is known before."""
+    job = {"method": "lora", "strategy": "zero3", "batch_size": 2, "seq_len": 512}
+    cards = ["v100-32gb", "h20"]
+    alone = [peftplan.estimate("llama-3.2-1b", gpus=2, gpu=card, **job).gpus[0].needed_bytes for card in cards]
+    assert alone[0] != alone[1]
+    for known in (), ("h20",), ("v100-32gb",):
+        compiled.COMPILED.clear()
+        first_steps._KNOWN.clear()
+        for card in known:
+            peftplan.estimate("llama-3.2-1b", gpus=4, gpu=card, **job)
+        together = peftplan.estimate("llama-3.2-1b", gpus=2, gpu=cards, **job)
+        assert [card.needed_bytes for card in together.gpus] == alone
