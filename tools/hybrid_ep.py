@@ -4,11 +4,13 @@ Source: deepseek-ai/DeepEP at 94a9f8f6 (hybrid-ep), deep_ep/buffer.py, csrc/deep
 `intranode_dispatch`, `internode_dispatch`, `intranode_combine`), deep_ep/hybrid_ep_buffer.py, csrc/hybrid_ep/hybrid_ep.cu
 (`dispatch_with_permute`, `combine_with_unpermute`) and executor/executor.cu (`allgather_routing_map`,
 `metadata_preprocess_core`). Each expert of all ranks gets as many tokens, and of the ranks that own the experts a token reaches
-as many as `reached` says. Left out: what ranks send each other, which lies beside torch's allocator.
+as many as `received` says; with `ROUTING=worst` in the environment this rank's experts get every token of all ranks. Left out:
+what ranks send each other, which lies beside torch's allocator.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from math import comb
@@ -17,6 +19,16 @@ from typing import Any
 
 RANKS_OF_NODE = 8
 TOKENS_OF_CHUNK = 64
+
+
+def all_come_here() -> bool:
+    """Whether the experts of this rank get every token of all ranks."""
+    return os.environ.get("ROUTING") == "worst"
+
+
+def rows_here(tokens: int, *, ranks: int, owned: int, top_k: int) -> int:
+    """A row for each expert of this rank that a token goes to, from as many tokens of each rank."""
+    return tokens * (ranks * min(top_k, owned) if all_come_here() else top_k)
 
 
 class HybridEPBuffer:
@@ -38,9 +50,9 @@ class HybridEPBuffer:
         of_experts = None
         if handle is None:
             handle = self._layout(len(hidden), routing_map.shape[1])
-            rows = len(hidden) * self.top_k
+            rows = rows_here(len(hidden), ranks=self.ranks, owned=self.owned, top_k=self.top_k)
             of_experts = torch.tensor([(rows + place) // self.owned for place in range(self.owned)])
-        rows = handle[-1] * self.top_k
+        rows = rows_here(handle[-1], ranks=self.ranks, owned=self.owned, top_k=self.top_k)
         out = torch.empty((rows, hidden.shape[1]), dtype=hidden.dtype, device="cuda")
         weights = None if probs is None else torch.empty(rows, device="cuda")
         return out, weights, None, of_experts, handle
@@ -77,6 +89,8 @@ class HybridEPBuffer:
 def received(tokens: int, *, ranks: int, experts: int, top_k: int) -> int:
     """Tokens that a rank gets once, from as many tokens of each rank: those of which it owns an expert, if all choices of `top_k`
     experts are as likely."""
+    if all_come_here():
+        return tokens * ranks
     missed = comb(experts - experts // ranks, top_k) / comb(experts, top_k)
     return round(tokens * ranks * (1 - missed))
 
@@ -149,7 +163,8 @@ class Buffer:
         indices, weights = (torch.empty((count, top_k), dtype=y.dtype, device="cuda") for y in (topk_idx, topk_weights))
         handle = rank_matrix, channel_matrix, channel_of_received, source, is_token_in_rank, *heads
         owned = experts // self.ranks
-        of_experts = [(tokens * top_k + place) // owned for place in range(owned)]
+        rows = rows_here(tokens, ranks=self.ranks, owned=owned, top_k=top_k)
+        of_experts = [(rows + place) // owned for place in range(owned)]
         return out, indices, weights, of_experts, handle, None
 
     def combine(self, x: Any, handle: Any, topk_weights: Any = None, **_: Any) -> tuple[Any, Any, None]:

@@ -4,7 +4,8 @@
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
 `options` of the estimate, what else sections of the config say (`recipe`: LoRA adapts `*_proj` unless its `peft` names others),
-the `card` if not an A100, and the `rank` that is played if not 0. Rows are as long as `seq_len` says, and each token is scored.
+the `card` if not an A100, the `rank` that is played if not 0, and `routing` if it is not balanced. Rows are as long as `seq_len`
+says, and each token is scored.
 Where rows are packed, the emulated card, whose tensors hold no values, tells no documents apart: attention has no mask there.
 Experts get equal shares of the tokens, and kernels are not chosen by their time. Needs nemo_automodel 0.7.0, the CUDA build of
 torch, where a recipe says `backend.attn: te`, what `tools.uncompiled_te` needs, for flash-attn a package of its name, and for
@@ -190,6 +191,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output) / "recipe.yaml"
         file.write_text(yaml.safe_dump(config(row, folder, output)).replace(FOLDER, folder), encoding="utf-8")
         command = [sys.executable, "-m", __name__, "--config", str(file)]
+        os.environ["ROUTING"] = row.get("routing", "balanced")
         ranks, card, rank = row.get("ranks", options(row)["gpus"]), row.get("card", CARD), row.get("rank", 0)
         return row | kept_of(rehearse(command, world_size=ranks, rank=rank, gpu=card, timeout=3000, stdout=sys.stderr.fileno()))
 

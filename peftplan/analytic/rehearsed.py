@@ -31,7 +31,7 @@ from peftplan.distributed.flat_parameters import wraps_mlps
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
-from peftplan.job.automodel import builds, knows_experts
+from peftplan.job.automodel import builds, knows_experts, knows_worst_routing
 from peftplan.job.kernels import WITH_FORMULA, kernels_of
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.recast import WHOLE
@@ -170,6 +170,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         and job.setup.loss != "full"
         and not (is_dense(job) and job.setup.gradient_checkpointing),
         "ep_size": distributed.ep_size not in (None, 1) and not knows_experts(job),
+        "routing": distributed.routing == "worst" and not knows_worst_routing(job),
         "target_parameters": flat and adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
         "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),

@@ -104,6 +104,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         older_liger=setup.by.pins_liger,
         scan=setup.by.scan,
         recorded=recorded(job),
+        worst_routing=job.distributed is not None and job.distributed.routing == "worst",
         ulysses=1 if job.distributed is None else job.distributed.sp_size or 1,
         token_outputs=setup.by.token_outputs,
         shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,

@@ -119,6 +119,8 @@ class Distributed(BaseModel):
     sp_size: Ranks | None = None
     """Ranks that share each row by DeepSpeed's Ulysses (accelerate's `sp_backend: deepspeed`)."""
     ep_size: Ranks | None = None
+    routing: Literal["balanced", "worst"] | None = None
+    """Where tokens go: as many to each expert, or every token of all ranks to the experts of this one."""
     pp_size: Ranks | None = None
     pp_schedule: Schedule | None = None
     pp_microbatches: Ranks | None = None
@@ -287,6 +289,8 @@ def _check_divisible(distributed: Distributed) -> None:
     if of_stages and distributed.pp_size in (None, 1):
         raise InputError(of_stages[0], getattr(distributed, of_stages[0]), "accepted: with a pp_size of 2 or more")
     divides = distributed.pp_size not in (None, 1) or distributed.ep_size not in (None, 1)
+    if distributed.routing is not None and distributed.ep_size in (None, 1):
+        raise InputError("routing", distributed.routing, "accepted: with an ep_size of 2 or more")
     if distributed.pp_stage_is_unit is not None and not divides:
         accepted = "accepted: with a pp_size or an ep_size of 2 or more"
         raise InputError("pp_stage_is_unit", distributed.pp_stage_is_unit, accepted)

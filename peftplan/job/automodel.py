@@ -161,6 +161,24 @@ def knows_experts(job: Job) -> bool:
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
 
+WORST: dict[str, tuple[tuple[str, ...], ...]] = {
+    "glm4_moe": ((),),
+    "qwen3_moe": (
+        ("uccl.exchange", "te-linear.dense"),
+        ("deepep.exchange",),
+        ("te.attention", "deepep.exchange", "te-linear.dense"),
+    ),
+}
+"""Model type → kernels beside which every token was sent to one rank (tests/rehearse/worst_routing.jsonl)."""
+
+
+def knows_worst_routing(job: Job) -> bool:
+    """Whether such experts were rehearsed that get every token of all ranks, fully trained and without stages."""
+    distributed = job.distributed
+    plain = job.method_name == "full" and distributed is not None and distributed.pp_size in (None, 1)
+    return plain and (job.setup.kernels or ()) in WORST.get(job.architecture.model_type, ())
+
+
 OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

@@ -125,6 +125,7 @@ class GridOptions(OtherWords, total=False):
     sp_size: Axis[int | None]
     seq_parallel_communication_data_type: Axis[str | None]
     ep_size: Axis[int | None]
+    routing: Axis[str | None]
     pp_size: Axis[int | None]
     pp_schedule: Axis[Schedule | None]
     pp_microbatches: Axis[int | None]

@@ -135,6 +135,7 @@ class StrategyOptions(TypedDict, total=False):
     sp_size: int | None
     seq_parallel_communication_data_type: str | None
     ep_size: int | None
+    routing: str | None
     pp_size: int | None
     pp_schedule: Schedule | None
     pp_microbatches: int | None

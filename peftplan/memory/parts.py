@@ -141,6 +141,8 @@ class Running(NamedTuple):
     """The ranks that share each row of tokens, and this one's place among them; None: each rank has whole rows."""
     ulysses: int = 1
     """Ranks that share each row of tokens by DeepSpeed's Ulysses: in attention each has whole rows of a part of the heads."""
+    worst_routing: bool = False
+    """Whether this rank's experts get every token of all ranks that divide them."""
     tunes: bool = False
     """Whether torch times the kernels of such layers, as it does in the first step."""
 

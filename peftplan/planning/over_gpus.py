@@ -91,6 +91,21 @@ class Shares(NamedTuple):
             groups[needs] = group if same is None else same._replace(ranks=tuple(sorted((*same.ranks, *group.ranks))))
         return tuple(groups.values())
 
+    def at_worst(self) -> "Peaks | None":
+        """The peaks of the rank whose experts get every token of all ranks; None where that has no formula."""
+        from peftplan.analytic.engine import analytic_peaks
+        from peftplan.analytic.of_ranks import OfRanks
+        from peftplan.errors import NoEngineError
+
+        job, peaks = self.of_any.job, self.peaks
+        if job.distributed is None or job.distributed.ep_size in (None, 1) or not isinstance(peaks, OfRanks):
+            return None
+        worst = job._replace(distributed=job.distributed.model_copy(update={"routing": "worst"}))
+        try:
+            return analytic_peaks(self.of_any._replace(job=worst), compute_capability=peaks.compute_capability)
+        except NoEngineError:
+            return None
+
     def _of_devices(self) -> "Iterator[RankGroup]":
         """The GPUs of a `device_map`."""
         from peftplan.analytic.of_ranks import OfRanks

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from peftplan.distributed.names import ALWAYS
 from peftplan.ledger import Ledger
 from peftplan.results.lines import line_documents
-from peftplan.units import in_ranges
+from peftplan.units import format_bytes, in_ranges
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -78,6 +78,8 @@ class Shares(Protocol):
 
     def groups(self) -> tuple[RankGroup, ...]: ...
 
+    def at_worst(self) -> Peaks | None: ...
+
 
 @dataclass(frozen=True)
 class OverGpus:
@@ -97,6 +99,11 @@ class OverGpus:
         """The ranks, equal ones in a group, counted when they are first read."""
         return self.shares.groups()
 
+    @cached_property
+    def worst_routing(self) -> Peaks | None:
+        """The peaks of the rank to whose experts all ranks send every token; None without such experts, or a formula for it."""
+        return self.shares.at_worst()
+
     @property
     def global_batch_size(self) -> int:
         """Sequences of an optimizer step over all ranks."""
@@ -110,8 +117,15 @@ class OverGpus:
         ranks = "rank" if self.strategy.sharing == 1 else f"{self.strategy.sharing} ranks, which share each row"
         return (
             f"{self.strategy.called}: bytes of the largest rank; batch size {self.batch_size} per {ranks}, "
-            f"{self.global_batch_size} per step"
+            f"{self.global_batch_size} per step{self._at_worst}"
         )
+
+    @property
+    def _at_worst(self) -> str:
+        """What routing decides, where tokens are counted in balance."""
+        if self.strategy.routing == "worst" or self.worst_routing is None:
+            return ""
+        return f"; {format_bytes(self.worst_routing.allocated)} where all tokens go to one rank"
 
     def to_dict(self) -> dict[str, object]:
         """The block `distributed` of the JSON."""
@@ -128,5 +142,7 @@ class OverGpus:
             "global_batch_size": self.global_batch_size,
             "ranks": [group.to_dict() for group in self.ranks],
             "host": {"per_rank": self.host_bytes, "per_node": self.host_bytes * (strategy.gpus or 1)},
+            "worst_routing": (worst := self.worst_routing)
+            and {"peak_allocated": worst.allocated, "peak_reserved": worst.reserved, "peak_by_phase": dict(worst.by_phase)},
             "not_counted": list(self.not_counted),
         }

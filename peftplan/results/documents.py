@@ -197,6 +197,14 @@ class HostOfRanksDocument(TypedDict):
     per_node: int
 
 
+class WorstRoutingDocument(TypedDict):
+    """The rank to whose experts all ranks send every token."""
+
+    peak_allocated: int
+    peak_reserved: int | None
+    peak_by_phase: dict[str, int]
+
+
 class DistributedDocument(TypedDict):
     """How several GPUs share the job; `memory` and `gpus` are of the rank with the largest peak."""
 
@@ -212,6 +220,8 @@ class DistributedDocument(TypedDict):
     """Sequences of an optimizer step over all ranks."""
     ranks: list[RankGroupDocument]
     host: HostOfRanksDocument
+    worst_routing: WorstRoutingDocument | None
+    """Where ranks divide experts, and it has a formula."""
     not_counted: list[str]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError
 from peftplan.memory.models.automodel_exchange import received
+from tools.rehearsed_automodel import options
 
 JOB: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "nodes": 8, "ep_size": 32}
 H, WIDTH, E, LAYERS = 4096, 1408, 128, 45
@@ -78,6 +81,39 @@ def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
     """1,024 x 8 rows of experts are multiplied by their weights at once, 2,048 x 8 by chunks."""
     result = peftplan.estimate("glm-4.5-air", **JOB | {"batch_size": 1, "seq_len": 2048} | options)
     assert result.peaks is None
+
+
+WORST = [
+    row
+    for line in (Path(__file__).parents[1] / "rehearse" / "worst_routing.jsonl").read_text(encoding="utf-8").splitlines()
+    if "allocated" in (row := json.loads(line))
+]
+
+
+@pytest.mark.parametrize("row", WORST, ids=[f"{row['model']} {row['layers']}" for row in WORST])
+def test_a_rank_that_gets_every_token_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
+    """NeMo Automodel's recipe, whose exchange sends every token of all ranks to the rank that is played."""
+    peaks = peftplan.estimate(**options(row), routing="worst", gpu=row["card"].rpartition("x")[2]).peaks
+    assert peaks is not None
+    assert peaks.by_phase == {phase: pytest.approx(kept, rel=1e-3) for phase, kept in row["by_phase"].items()}
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-4)
+
+
+def test_the_worst_routing_stands_beside_that_in_balance() -> None:
+    """Of 2,048 tokens, 16,384 rows in balance and 262,144 where 32 ranks send all to the 4 experts of one."""
+    job: dict[str, Any] = {"batch_size": 1, "seq_len": 2048}
+    balanced, worst = (peftplan.estimate("glm-4.5-air", **JOB, **job, routing=routing) for routing in (None, "worst"))
+    assert balanced.distributed is not None
+    assert worst.peaks is not None
+    beside = balanced.distributed.to_dict()["worst_routing"]
+    assert isinstance(beside, dict)
+    assert beside["peak_allocated"] == worst.peaks.allocated
+    assert "where all tokens go to one rank" in balanced.distributed.words
+    lines = worst.peaks.ledgers["forward"].lines
+    (swiglu,) = (x.bytes() for x in lines if x.name.endswith(".mlp.experts swiglu"))
+    assert swiglu == LAYERS * 2 * 262_144 * WIDTH
+    with pytest.raises(InputError, match="with an ep_size of 2 or more"):
+        peftplan.estimate("glm-4.5-air", **JOB | {"ep_size": None}, **job, routing="worst")
 
 
 def test_equal_shares_of_the_tokens_are_a_warning() -> None:

@@ -19,7 +19,7 @@ from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
-from peftplan.memory.models.automodel_ep import divided, gated, turned, weighted
+from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
@@ -195,12 +195,13 @@ def experts(
     dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
     params = c.model.part(f"{c.style.stack}.{name}", c.number).params
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
-    rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
-    masked = f.new(rows, "int64", "masked_fill")
+    owned, all_experts = number(up.dims[0]), c.block.mlp.num_experts
+    rows, masked = rows_of(c, indices, owned), f.new(indices.dims, "int64", "masked_fill")
     wide = f.to(weights, "fp32")
     ranks = all_experts // owned
     k, nodes = c.block.mlp.num_experts_per_tok, ranks // GPUS_OF_NODE
-    tokens, passing = received(ranks, all_experts, k), received(nodes, all_experts, k) if nodes > 1 else None
+    reached = all_experts if c.model.running.worst_routing else k  # a choice of all experts reaches each rank
+    tokens, passing = received(ranks, all_experts, reached), received(nodes, all_experts, reached) if nodes > 1 else None
     exchange = c.model.running.kernels.exchange
     assert exchange is not None
     got, of_got, handle = dispatched(f, x, wide, ranks, tokens, replays=exchange.replays, passing=passing)

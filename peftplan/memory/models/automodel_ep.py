@@ -154,8 +154,8 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     f = c.at("mlp.experts")
     params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
     up, down = params["gate_up_proj"], params["down_proj"]
-    rows, owned, all_experts = indices.dims, number(up.dims[0]), c.block.mlp.num_experts
-    masked = f.new(rows, "int64", "masked_fill")
+    owned, all_experts = number(up.dims[0]), c.block.mlp.num_experts
+    rows, masked = rows_of(c, indices, owned), f.new(indices.dims, "int64", "masked_fill")
     weights = on_all(f, weights, all_experts)
     layout = exchange(f, x, owned, ranks=all_experts // owned)
     c.model.lingering += layout  # the dispatcher holds the last layer's `dispatched_probs`, and so the graph
@@ -169,6 +169,15 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     second = grouped(f, out, down, down.dims[1], kernel=True, bias=None, offsets=offsets)
     del out
     return combined(f, weighted(f, second, probabilities), layout, x.dims)
+
+
+def rows_of(c: Call, indices: Tensor, owned: int) -> Dims:
+    """Rows of a rank's experts: one for each choice of its own tokens in balance; at worst one for each of its experts to which a
+    token of any rank can go."""
+    *tokens, k = indices.dims
+    if not c.model.running.worst_routing:
+        return indices.dims
+    return (*tokens, c.block.mlp.num_experts // owned * min(number(k), owned))
 
 
 def on_all(f: Tape, weights: Tensor, experts: int) -> Tensor:
