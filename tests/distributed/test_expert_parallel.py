@@ -83,11 +83,8 @@ def test_what_was_not_rehearsed_has_no_peak(options: dict[str, Any]) -> None:
     assert result.peaks is None
 
 
-WORST = [
-    row
-    for line in (Path(__file__).parents[1] / "rehearse" / "worst_routing.jsonl").read_text(encoding="utf-8").splitlines()
-    if "allocated" in (row := json.loads(line))
-]
+ROWS = (Path(__file__).parents[1] / "rehearse" / "worst_routing.jsonl").read_text(encoding="utf-8").splitlines()
+WORST: list[dict[str, Any]] = list(map(json.loads, ROWS))
 
 
 @pytest.mark.parametrize("row", WORST, ids=[f"{row['model']} {row['layers']}" for row in WORST])
@@ -95,8 +92,10 @@ def test_a_rank_that_gets_every_token_holds_what_the_recipe_holds(row: dict[str,
     """NeMo Automodel's recipe, whose exchange sends every token of all ranks to the rank that is played."""
     peaks = peftplan.estimate(**options(row), routing="worst", gpu=row["card"].rpartition("x")[2]).peaks
     assert peaks is not None
-    assert peaks.by_phase == {phase: pytest.approx(kept, rel=1e-3) for phase, kept in row["by_phase"].items()}
-    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-4)
+    near = {phase: 4e-3 if phase == "step" else 1e-3 for phase in row["by_phase"]}
+    assert peaks.by_phase == {phase: pytest.approx(kept, rel=near[phase]) for phase, kept in row["by_phase"].items()}
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=3e-4)
+    assert peaks.unreserved is not None
 
 
 def test_the_worst_routing_stands_beside_that_in_balance() -> None:
