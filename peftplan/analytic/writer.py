@@ -186,7 +186,7 @@ class Writer:
         for (kind, count), storage in zip(timeline.events[start:end], timeline.storages[start:end], strict=True):
             if storage in collected:
                 continue
-            if count < 0:
+            if count <= 0:  # 0: what lies on the host
                 write((FREE, storage, kinds + kind, -count, 0))
                 continue
             stream = self._streams.setdefault(streams[storage], len(self._streams)) if storage in streams else 0

@@ -175,6 +175,15 @@ def test_offloading_never_takes_more_of_the_device(strategy: str, options: dict[
     assert with_it.distributed.host_bytes > 0
 
 
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_what_lies_on_the_host_takes_nothing_of_a_block(strategy: str) -> None:
+    """Nothing in the step is larger than 1 MiB: such blocks are split at 512 bytes, and have no tails. Norms on the host were
+    two blocks more."""
+    peaks = estimated(strategy, 4, offload_params="cpu", method="full").peaks
+    assert peaks is not None
+    assert "tails of unsplit blocks" not in [line.name for line in peaks.ledgers["step"].lines]
+
+
 def test_uint8_storage_is_not_sharded() -> None:
     """q / 2 bytes on every rank: 973,078,528 quantized parameters of Llama-3.2-1B."""
     stored = {
