@@ -107,7 +107,7 @@ def _why(case: Case, key: str) -> tuple[str, str]:
     return (
         (
             "kernels of a package, without a formula for this model or launch",
-            effect_of(case.plan.options.get("kernels"), quantized=bool(case.plan.options.get("quant"))),
+            effect_of(case.plan.options.get("kernels")),
         )
         if row is None
         else (row.why, row.effect)

@@ -136,7 +136,7 @@ def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocume
 
     if (why := kernels_without_formula(job)) is None:
         return job, document
-    effect = effect_of(job.setup.kernels, quantized=job.quant is not None)
+    effect = effect_of(job.setup.kernels)
     kept = tuple(name for name in job.setup.kernels if kernels_of((name,)).separate is not None) or None
     return prepared(job.request.changed(kernels=kept)), without_kernels(document, why, effect, kept=kept)
 

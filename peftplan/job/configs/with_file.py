@@ -144,13 +144,13 @@ def of_trainer(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if name not in lacking}
 
 
-def effect_of(kernels: object, *, quantized: bool) -> Effect:
-    """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables, and
-    compiled layers may dequantize all experts at once, and layers in 8 bits make copies of what they read. Fake-quantized layers
-    raise it; beside kernels that save fewer tensors, or in MXFP4, which keeps 4 bits of what it reads, nobody knows."""
+def effect_of(kernels: object) -> Effect:
+    """What kernels do to the peak of the model's own code: they save fewer tensors; rows without padding have larger tables,
+    models whose layers torch compiles may have another loss, and layers in 8 bits make copies of what they read. Fake-quantized
+    layers raise it; beside kernels that save fewer tensors, or in MXFP4, which keeps 4 bits of what it reads, nobody knows."""
     names = named_kernels(kernels)
     chosen = kernels_of(names)
-    unknown = chosen.padding_free is not None or chosen.linear is not None or (chosen.layers is not None and quantized)
+    unknown = any(of is not None for of in (chosen.padding_free, chosen.linear, chosen.layers))
     if (fake := chosen.fake_quant) is not None:
         unknown |= fake.in_mx or len(names) > 1
     return "unknown" if unknown else "raises" if chosen.fake_quant is not None else "lowers"

@@ -52,7 +52,7 @@ def positions_and_masks(model: Model, dtype: str) -> list[Tensor]:
     f.module = "model.rotary_emb"
     rows = 1 if model.running.recorded.of_pairs or model.running.of_completions else "b"  # without positions in the batch
     unread = model.running.recorded.unread_mask
-    dtype = "fp32" if unread else dtype
+    dtype = "fp32" if model.running.recorded.wide_tables else dtype
     tables = [f.new((rows, "s", width), dtype, name) for width in widths for name in ("cos", "sin")]
     if unread or MASK in model.running.recorded.training:  # of each kind of attention: of a row's documents, or of rows apart
         f.module = "model"

@@ -275,3 +275,28 @@ def test_experts_of_qwen_3_5_are_adapted() -> None:
     result = peftplan.estimate(config, **plan.options)
     assert result.trainable_parameters == 23_363_584
     assert not any("gate_up_proj" in warning for warning in result.warnings)
+
+
+OUTE = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/Llama-OuteTTS-1.0-1B", max_seq_length=2048, load_in_4bit=False)
+model = FastModel.get_peft_model(model, r=128, target_modules=["q_proj", "v_proj"], use_gradient_checkpointing="unsloth")
+SFTTrainer(model=model, max_seq_length=2048, args=SFTConfig(per_device_train_batch_size=2, max_steps=60)).train()
+"""
+
+
+def test_llama_of_speech_has_a_loss_by_function() -> None:
+    """A chunk of 1,024 of 4,096 tokens, its gradient beside it, and a mask of all pairs of tokens."""
+    result = peftplan.estimate(config=read_text(OUTE, file="a.py"))
+    assert (result.trainable_parameters, result.bound) == (13_631_488, None)
+    assert result.peaks is not None
+    lines = {line.name.rpartition("model ")[2]: line.bytes() for line in result.peaks.ledgers["forward"].lines}
+    assert lines["logits, in chunks"] == lines["gradient of logits"] == 1024 * 134_400 * 2
+    assert lines["mask"] == 4096**2
+
+
+def test_nobody_knows_what_layers_without_a_record_do() -> None:
+    """Models of Unsloth's FastModel may have the loss by function, of which a chunk takes more."""
+    result = peftplan.estimate(config=read_text(OUTE.replace("r=128", "r=64"), file="a.py"))
+    assert result.config is not None
+    assert (result.peaks, result.config["bound"]) == (None, "unknown")
