@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
+from peftplan.job.further_tokens import attends_then_mixes
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
@@ -280,8 +281,10 @@ def _knows_documents(job: Job) -> bool:
 def _knows_further_tokens(job: Job) -> bool:
     """Whether layers that predict further tokens, if any, were rehearsed: with LoRA and checkpoints on one GPU."""
     setup = job.setup
+    if not setup.mtp_depths:
+        return True
     alone = job.distributed is None and job.method_name == "lora" and bool(setup.gradient_checkpointing)
-    return not setup.mtp_depths or (alone and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full")
+    return alone and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full" and attends_then_mixes(job.architecture)
 
 
 def _knows_layers(job: Job) -> bool:

@@ -20,19 +20,24 @@ if TYPE_CHECKING:
 
 STACK = "mtp.layers."
 LETTERS = {kind: letter for letter, kind in OF_PATTERN.items()} | {"attention": "*", "mamba": "M"}
+NONE_BUILT = "the model that runs has no layers that predict further tokens: mtp_depths changes nothing"
 
 
-def depths_of(setup: Setup, config: Mapping[str, object]) -> int:
-    """How many further tokens a position predicts: as many as its config says, if the setup does not."""
-    if not setup.by.own_decoders or config.get("model_type") != "nemotron_h" or not _pattern(config):
+def depths_of(setup: Setup, config: Mapping[str, object], *, quantized: bool) -> int:
+    """How many further tokens a position predicts: as many as its config says, if the setup does not. Over a base in 4 bits
+    transformers' model runs, which has no such layers (_transformers/model_init.py, `_init_model`)."""
+    if quantized or not setup.by.own_decoders or config.get("model_type") != "nemotron_h" or not _pattern(config):
         return 0
     stated = Fields(config, name="config").int("num_nextn_predict_layers", default=0, low=0)
     return stated if setup.mtp_depths is None else setup.mtp_depths
 
 
-def with_further_tokens(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """The architecture with one such layer for each letter of the config's pattern; all depths share them."""
+def with_further_tokens(architecture: Architecture, config: Mapping[str, object], *, shared: bool) -> Architecture:
+    """The architecture with one such layer for each letter of the config's pattern. `shared`: all depths have the same ones;
+    those of as many depths as the config says have their own each."""
     pattern = _pattern(config)
+    each = len(pattern)
+    pattern *= 1 if shared else Fields(config, name="config").int("num_nextn_predict_layers", low=1)
     apart = {
         "hybrid_override_pattern": pattern,
         "num_hidden_layers": len(pattern),
@@ -40,7 +45,7 @@ def with_further_tokens(architecture: Architecture, config: Mapping[str, object]
         "layer_types": None,
     }
     head = read_config({**config, **apart}, name=architecture.name)
-    modules = tuple(_sublayers(head, len(pattern)))
+    modules = tuple(_sublayers(head, len(pattern), each))
     buffers = tuple(
         buffer._replace(name=buffer.name.replace("model.layers.{}", f"{STACK}{layer}"), layers=None)
         for buffer in head.buffers
@@ -49,17 +54,25 @@ def with_further_tokens(architecture: Architecture, config: Mapping[str, object]
     return replace(architecture, modules=(*architecture.modules, *modules), buffers=(*architecture.buffers, *buffers))
 
 
-def _sublayers(head: Architecture, count: int) -> Iterator[Module]:
-    """Their modules: norms of what the first one reads and the product that joins it, and a norm behind the last one."""
+def attends_then_mixes(architecture: Architecture) -> bool:
+    """Whether a depth is a layer of attention and one of experts, as in all that were published."""
+    names = {module.name for module in architecture.modules if module.name.startswith(STACK)}
+    layers = {name.removeprefix(STACK).split(".")[0] for name in names}
+    return layers == {"0", "1"} and {f"{STACK}0.mixer.q_proj", f"{STACK}1.mixer.gate"} <= names
+
+
+def _sublayers(head: Architecture, count: int, each: int) -> Iterator[Module]:
+    """Their modules, `each` of a depth: norms of what its first one reads and the product that joins it, and a norm behind its
+    last one."""
     h = head.hidden_size
     for layer in range(count):
         name = f"{STACK}{layer}"
         for module in head.modules:
             if layer in (module.layers or ()):
                 yield module._replace(name=module.name.replace("model.layers.{}", name), layers=None)
-        if layer == 0:
+        if layer % each == 0:
             yield from (rmsnorm(f"{name}.enorm", h), rmsnorm(f"{name}.hnorm", h), linear(f"{name}.eh_proj", 2 * h, h))
-        if layer == count - 1:
+        if layer % each == each - 1:
             yield rmsnorm(f"{name}.final_layernorm", h)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import OptionError
+from peftplan.job.sources import load_config
 
 SUPER: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 32, "ep_size": 32}
 PUBLISHED = 123_611_012_096
@@ -44,3 +45,32 @@ def test_what_was_not_rehearsed_has_no_peak() -> None:
     job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "gradient_checkpointing": True, "kernels": "mamba-ssm"}
     for other in ({"mtp_depths": 3}, {"gradient_checkpointing": False}, {"method": "full"}):
         assert peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", **{**job, **other}).peaks is None, other
+
+
+def test_depths_of_a_config_have_layers_of_their_own() -> None:
+    """nemo_automodel, components/models/common/mtp/mtp.py (`MTPConfig.num_physical_depths`), without `use_repeated_layer`."""
+    config = {**load_config("nvidia-nemotron-3.5-lightning-30b-a3b-bf16")}
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel"}
+    none, one, two = (
+        peftplan.estimate({**config, "num_nextn_predict_layers": depths}, **job).total_parameters for depths in (0, 1, 2)
+    )
+    assert two - none == 2 * (one - none)
+
+
+@pytest.mark.parametrize("kinds", [["mamba", "moe"], ["attention"], ["moe", "attention"], ["attention", "mlp"]])
+def test_a_depth_of_other_layers_has_no_peak(kinds: list[str]) -> None:
+    config = {**load_config("nvidia-nemotron-3.5-lightning-30b-a3b-bf16"), "mtp_layers_block_type": kinds}
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "gradient_checkpointing": True, "kernels": "mamba-ssm"}
+    result = peftplan.estimate(config, **job)
+    assert result.peaks is None
+    assert any("further tokens" in line for line in result.not_modelled)
+
+
+@pytest.mark.parametrize(
+    ("model", "quant"), [("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "nf4"), ("nvidia-nemotron-3-nano-30b-a3b-bf16", None)]
+)
+def test_models_without_such_layers_say_so(model: str, quant: Any) -> None:
+    """Over a base in 4 bits the recipe runs transformers' model (_transformers/model_init.py:1239)."""
+    result = peftplan.estimate(model, method="lora", trainer="automodel", quant=quant, mtp_depths=1)
+    assert result.total_parameters == 31_584_865_216
+    assert any("mtp_depths changes nothing" in note for note in result.assumptions["notes"])
