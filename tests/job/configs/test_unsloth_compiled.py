@@ -300,3 +300,47 @@ def test_nobody_knows_what_layers_without_a_record_do() -> None:
     result = peftplan.estimate(config=read_text(OUTE.replace("r=128", "r=64"), file="a.py"))
     assert result.config is not None
     assert (result.peaks, result.config["bound"]) == (None, "unknown")
+
+
+TARGETS = OF_QWEN_3_5[OF_QWEN_3_5.index("target_modules=") : OF_QWEN_3_5.index("use_gradient")]
+"""What the program above names."""
+
+
+def test_experts_of_qwen_3_5_are_adapted_where_nothing_is_named() -> None:
+    """unsloth 2026.10.9 beside transformers 5.2.0 on an emulated card: two layers and two of the tower, r 4. `FastModel` adapts
+    the gate of the shared expert too; `FastLanguageModel` takes the seven projections."""
+    text = OF_QWEN_3_5.replace(TARGETS, "").replace("r=8", "r=4")
+    plan = read_text(text.replace("FastLanguageModel", "FastModel"), file="a.py")
+    config = copy.deepcopy(load_config(str(plan.model)))
+    config["text_config"] |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    config["vision_config"]["depth"] = 2
+    assert peftplan.estimate(config, **plan.options).trainable_parameters == 11_947_528
+    seven = read_text(text, file="a.py")
+    assert peftplan.estimate(config, **seven.options).trainable_parameters == 23_363_584 / 2
+
+
+@pytest.mark.parametrize("model", ["unsloth/Qwen3-VL-30B-A3B-Instruct", "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen1.5-MoE-A2.7B"])
+def test_experts_that_were_not_counted_leave_no_peak(model: str) -> None:
+    named = read_text(OF_QWEN_3_5.replace("unsloth/Qwen3.5-35B-A3B", model), file="a.py")
+    attending = read_text(
+        OF_QWEN_3_5.replace("unsloth/Qwen3.5-35B-A3B", model).replace(TARGETS, 'target_modules=["q_proj"], '), file="a.py"
+    )
+    assert named.unsupported.keys() == {"experts"}
+    assert peftplan.estimate(config=named).peaks is None
+    assert not attending.unsupported
+
+
+@pytest.mark.parametrize(
+    ("call", "switch", "adapted"),
+    [
+        ("FastLanguageModel", "", 184_811_520),
+        ("FastLanguageModel", "finetune_vision_layers=True, ", 202_899_456),
+        ("FastModel", "", 202_899_456),
+        ("FastModel", "finetune_vision_layers=False, ", 184_811_520),
+    ],
+)
+def test_names_are_of_the_language_model_where_towers_are_switched_off(call: str, switch: str, adapted: int) -> None:
+    """The notebook of Magistral printed 184,811,520; `FastLanguageModel` switches the tower off itself (models/llama.py:4604)."""
+    text = OF_QWEN_3_5.replace("unsloth/Qwen3.5-35B-A3B", "unsloth/Magistral-Small-2509").replace('"gate_up_proj"', "")
+    plan = read_text(text.replace("r=8, ", f"r=32, {switch}").replace("FastLanguageModel", call), file="a.py")
+    assert peftplan.estimate(config=plan).trainable_parameters == adapted
