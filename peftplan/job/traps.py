@@ -19,15 +19,19 @@ def traps(
     called = distributed.facts.called
     if (ranks := distributed.ep_size or 1) > 1:
         mlp = next((block.mlp for block in architecture.blocks if block.mlp.variant == "moe"), None)
-        of_rank, most_of_rank = "", ""
+        of_rank, most_of_rank, of_worst = "", "", ""
         if mlp is not None:  # whose layers are known
             tokens, own = setup.batch_size * setup.seq_len, mlp.num_experts // ranks
             of_rank = f", {tokens * mlp.num_experts_per_tok:,} rows a layer on each rank"
-            most_of_rank = f", {ranks * tokens * min(mlp.num_experts_per_tok, own):,} rows where all send one rank every token"
-        yield (
-            f"ep_size: experts are counted with equal shares of the tokens{of_rank}; uneven routing takes more on some "
-            f"ranks{most_of_rank}"
-        )
+            most = f", {ranks * tokens * min(mlp.num_experts_per_tok, own):,} rows"
+            most_of_rank, of_worst = f"{most} where all send one rank every token", f"{most} a layer"
+        if distributed.routing == "worst":
+            yield f"routing: experts are counted on the rank to which all others send every token{of_worst}"
+        else:
+            yield (
+                f"ep_size: experts are counted with equal shares of the tokens{of_rank}; uneven routing takes more on some "
+                f"ranks{most_of_rank}"
+            )
     if distributed.strategy == "fsdp2" and packs_integers(quant):
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):

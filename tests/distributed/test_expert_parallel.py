@@ -108,6 +108,8 @@ def test_the_worst_routing_stands_beside_that_in_balance() -> None:
     assert isinstance(beside, dict)
     assert beside["peak_allocated"] == worst.peaks.allocated
     assert "where all tokens go to one rank" in balanced.distributed.words
+    (warning,) = (each for each in worst.warnings if "experts are counted" in each)
+    assert warning == "routing: experts are counted on the rank to which all others send every token, 262,144 rows a layer"
     lines = worst.peaks.ledgers["forward"].lines
     (swiglu,) = (x.bytes() for x in lines if x.name.endswith(".mlp.experts swiglu"))
     assert swiglu == LAYERS * 2 * 262_144 * WIDTH
