@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.read import read_text, read_values
+from peftplan.planning.configs import of_plan
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, TRL, read
 
 TRL_SCRIPT = """
@@ -433,3 +434,16 @@ def test_a_file_of_another_trainer_is_not_read_as_sft(other: dict[str, object], 
     """trl 1.16, trainer/sft_trainer.py:1042: SFTTrainer has `nll` and `dft`, whose sum is of the same numbers."""
     values = {"model_name_or_path": "Qwen/Qwen3-0.6B", "use_peft": True, "max_length": 512, **other}
     assert ("trainer" not in read_values(values, file=file, tool="trl").unsupported) is known
+
+
+def test_a_strategy_of_packing_that_trl_renamed_is_counted_by_its_new_name() -> None:
+    values = {
+        "model_name_or_path": "Qwen/Qwen3-0.6B",
+        "attn_implementation": "flash_attention_2",
+        "packing": True,
+        "max_length": 4096,
+    }
+    plans = [read({**values, "packing_strategy": strategy}, tool="trl") for strategy in ("ffd", "bfd")]
+    renamed, named = (of_plan(plan) for plan in plans)
+    assert renamed.peak_allocated == named.peak_allocated is not None
+    assert (renamed.refused is not None, named.refused) == (True, None)
