@@ -95,7 +95,7 @@ class Shares(NamedTuple):
         """The peaks of the rank whose experts get every token of all ranks; None where that has no formula."""
         from peftplan.analytic.engine import analytic_peaks
         from peftplan.analytic.of_ranks import OfRanks
-        from peftplan.errors import NoEngineError
+        from peftplan.errors import NeedsTraceError
 
         job, peaks = self.of_any.job, self.peaks
         if job.distributed is None or job.distributed.ep_size in (None, 1) or not isinstance(peaks, OfRanks):
@@ -103,7 +103,7 @@ class Shares(NamedTuple):
         worst = job._replace(distributed=job.distributed.model_copy(update={"routing": "worst"}))
         try:
             return analytic_peaks(self.of_any._replace(job=worst), compute_capability=peaks.compute_capability)
-        except NoEngineError:
+        except NeedsTraceError:
             return None
 
     def _of_devices(self) -> "Iterator[RankGroup]":

@@ -214,7 +214,7 @@ def test_packed_rows_of_trl_are_one_row_under_flash_attention() -> None:
         plan = read({**packed, **lengths}, kind="command", program="trl sft")
         assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, seq_len)
         assert not plan.unsupported
-    for other in ({"attn_implementation": "eager"}, {"attn_implementation": "flex_attention"}, {"packing_strategy": "ffd"}):
+    for other in ({"attn_implementation": "eager"}, {"attn_implementation": "flex_attention"}):
         assert {"packing"} <= read({**packed, **other}, kind="command", program="trl sft").unsupported.keys()
 
 
