@@ -309,7 +309,12 @@ class Model(Weights):
         self.tape.module = name
         if self.running.peft_type in PROMPTED:
             original = self._original(name)
-            return self.tape.call(name, None, (original,), ids, lambda ids: self._rows(original, dims, ids, scaled))
+
+            def looked_up(ids: Tensor | None) -> Tensor:
+                self.tape.module = name  # which a gather in front changes
+                return self._rows(original, dims, ids, scaled)
+
+            return self.tape.call(name, None, (original,), ids, looked_up)
         part = self.part(name)
         if "lora_embedding_A" in part.params:
             from peftplan.memory.methods.embeddings import check_lora_embedding, lora_embedding

@@ -495,3 +495,12 @@ def test_cards_of_other_kernels_share_no_first_step() -> None:
             peftplan.estimate("llama-3.2-1b", gpus=4, gpu=card, **job)
         together = peftplan.estimate("llama-3.2-1b", gpus=2, gpu=cards, **job)
         assert [card.needed_bytes for card in together.gpus] == alone
+
+
+def test_a_prompt_s_rows_are_named_after_their_table() -> None:
+    """A gather in front of the table does not take its name."""
+    peaks = peftplan.estimate("qwen3-0.6b", method="p-tuning", num_virtual_tokens=12, strategy="zero3", gpus=8, seq_len=300).peaks
+    assert peaks is not None
+    names = {line.name for line in peaks.ledgers["forward"].lines}
+    assert "prompt_encoder.embedding embedding" in names
+    assert "embedding" not in names

@@ -256,7 +256,7 @@ def test_a_method_without_its_first_way_says_what_it_trains() -> None:
 
 
 def test_a_margin_is_said() -> None:
-    """FSDP1's reserved bytes are not known where earlier transformers offload a frozen base: what an estimate calls an upper bound
+    """Earlier transformers offload a frozen base under FSDP1 without known reserved bytes: what an estimate calls an upper bound
     is one in a row too."""
     offloaded: dict[str, Any] = {"gpu": "4xl4", "offload_params": "cpu", "seq_len": 512, "strategy": "fsdp1"}
     offloaded["script"] = peftplan.Script(transformers="4.57.1")
