@@ -198,8 +198,9 @@ def _choices(of: object) -> str:
 METAVARS: dict[str, str] = {
     **dict.fromkeys(("--method", "--optim", "--attn-implementation", "--task-type"), "NAME"),
     **dict.fromkeys(("--r", "--lora-alpha", "--num-virtual-tokens", "--num-labels", "--batch-size", "--seq-len"), "INT"),
-    **dict.fromkeys(("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits"), "INT"),
-    "--mtp-depths": "INT",
+    **dict.fromkeys(
+        ("--gradient-accumulation-steps", "--every-n-layers", "--logits-to-keep", "--quant-bits", "--mtp-depths"), "INT"
+    ),
     **dict.fromkeys(
         ("--quant-group-size", "--quant-blocksize", "--adapters", "--context", "--encoder-context", "--save-total-limit"), "INT"
     ),

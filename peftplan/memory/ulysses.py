@@ -30,8 +30,8 @@ def by_all_heads(
     of_ranks = f.new((ranks, b, s), "int64", "position_ids of each rank")
     _positions = f.new((b, ROW), "int64", "position_ids")
     got = [_exchanged(f, ranks, x) for x in (q, k, v)]
-    for number_of, x in enumerate(got):
-        got[number_of] = _by_head(f, x)
+    for place, x in enumerate(got):
+        got[place] = _by_head(f, x)
         del x
     out = attend(*got)
     del of_ranks

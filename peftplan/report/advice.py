@@ -59,14 +59,14 @@ def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> 
         return None
     if not advised.counted:
         return f"{card_name(gpu)}: {UNKNOWN}"
-    why = f"no change that peftplan knows makes it fit{f' with --strategy {strategy}' if strategy else ''}"
+    alone = "" if advised.several_gpus is None else " on one card"
+    why = f"no change that peftplan knows makes it fit{alone}{f' with --strategy {strategy}' if strategy else ''}"
     if advised.weights_alone is not None:
-        why = f"no change helps, since the weights alone take {format_bytes(advised.weights_alone)}"
+        why = f"no change helps{alone}, since the weights alone take {format_bytes(advised.weights_alone)}"
     other = "no single card of the catalogue would do"
     if advised.smallest_card is not None:
         other = f"the smallest card it fits is the {card_name(advised.smallest_card)}"
-    one = "" if advised.several_gpus is None else "one "
-    return f"{one}{card_name(gpu)}: {why}; {other}"
+    return f"{card_name(gpu)}: {why}; {other}"
 
 
 def command_line(advice: Advice, gpu: str) -> str:

@@ -92,7 +92,7 @@ def headline(result: Fit, marks: Glyphs) -> str:
 def _others(result: Fit) -> str:
     """How many of the other plans fit, where the job as typed does not."""
     count = sum(bool(plan.size) for plan in result.plans[1:])
-    return f"; {count} other plan{'s' if count > 1 else ''} below fit{'' if count > 1 else 's'}" if count else ""
+    return f"; {count} of the plans below {'fit' if count > 1 else 'fits'}" if count else ""
 
 
 def _assumed(plan: Plan) -> str:
