@@ -68,7 +68,7 @@ def draw(dice: random.Random, checks: int) -> Row | None:
         longest = min(LONGEST, sized.first.job.architecture.max_positions or LONGEST)
         lengths = sorted({int(2 ** dice.uniform(5, 14)) for _ in range(64)} & set(range(1, longest + 1)))
         points = Points(*(axis.ravel() for axis in np.meshgrid(BATCHES, lengths, indexing="ij")))
-        requested = np.maximum.reduce(list(sized.requested(points).values()))
+        requested = sized.most_requested(points)
     except PeftplanError:
         return None
     room = dice.choice(ROOMS) * GIB

@@ -5,8 +5,9 @@ Needs numpy (extra `sweep`). Exact while float64 represents every integer, up to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
 from peftplan.arrays import Floats, Ints
 from peftplan.dtypes import ITEMSIZE
@@ -60,29 +61,28 @@ class Moments:
             turns = np.append(makes[start:end], False) < np.append(
                 True, makes[start:end]
             )  # what follows frees, what precedes makes
-            rows = np.unique(levels[start : end + 1][turns], axis=0)
+            rows = levels[start : end + 1][turns]
             if phase in self.by_phase:
-                rows = np.unique(np.vstack([rows, self.by_phase[phase]]), axis=0)
-            self.by_phase[phase] = _extreme(_undominated(rows)).astype(np.float64)
+                rows = np.vstack([rows, self.by_phase[phase].astype(np.int64)])
+            self.by_phase[phase] = _largest(rows)
 
     def at(self, constants: Mapping[str, int]) -> Moments:
         """The same moments with some of the named sizes as numbers."""
         index: dict[Size, int] = {}
+        as_numbers = {phase: rows.astype(np.int64) @ self._columns(index, constants) for phase, rows in self.by_phase.items()}
+        return _of(index, {phase: _largest(rows) for phase, rows in as_numbers.items()})
+
+    def _columns(self, index: dict[Size, int], constants: Mapping[str, int]) -> Ints:
+        """What one tensor of each column adds to those of `index`, which gets what it lacks."""
         column, units = [], []
         for nbytes, dims in self.sizes:
             numbers = prod([constants[str(dim)] for dim in dims if dim in constants])
             size, times = _of_bytes((nbytes or ALLOCATION_ROUNDING) * numbers, tuple(dim for dim in dims if dim not in constants))
             column.append(index.setdefault(size, len(index)))
             units.append(times)
-        merged = np.zeros((len(self.sizes), len(index)), dtype=np.int64)
-        merged[np.arange(len(column)), column] = units
-        moments = Moments.__new__(Moments)
-        moments.sizes = tuple(index)
-        moments.by_phase = {
-            phase: _extreme(_undominated(np.unique(rows.astype(np.int64) @ merged, axis=0))).astype(np.float64)
-            for phase, rows in self.by_phase.items()
-        }
-        return moments
+        columns = np.zeros((len(self.sizes), len(index)), dtype=np.int64)
+        columns[np.arange(len(column)), column] = units
+        return columns
 
     def peaks(self, dims_by_name: Mapping[str, Ints], standing: int) -> dict[str, Ints]:
         """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
@@ -107,6 +107,43 @@ class Moments:
                     raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
                 by_phase[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
         return by_phase
+
+
+class Part(NamedTuple):
+    """A job of several of which the one that needs most counts. `constants`: as in `Moments.at`."""
+
+    moments: Moments
+    constants: Mapping[str, int]
+    standing: int
+    """Bytes beside its moments."""
+    loading: int
+    """Bytes at the peak of loading."""
+
+
+def overall(parts: Sequence[Part]) -> Moments:
+    """The moments at which one of the jobs can need most of all, as those of one phase."""
+    index: dict[Size, int] = {(0, ()): 0}
+    added = []
+    for of, constants, standing, loading in parts:
+        columns = of._columns(index, constants)
+        rows = np.vstack([*of.by_phase.values()]).astype(np.int64) @ columns
+        rows[:, 0] += -(-standing // ALLOCATION_ROUNDING)
+        loaded = np.zeros((1, len(index)), dtype=np.int64)
+        loaded[0, 0] = -(-loading // ALLOCATION_ROUNDING)
+        added += [rows, loaded]
+    as_wide = [np.pad(rows, ((0, 0), (0, len(index) - rows.shape[1]))) for rows in added]
+    return _of(index, {"overall": _largest(np.vstack(as_wide))})
+
+
+def _of(index: Mapping[Size, int], by_phase: dict[str, Floats]) -> Moments:
+    moments = Moments.__new__(Moments)
+    moments.sizes, moments.by_phase = tuple(index), by_phase
+    return moments
+
+
+def _largest(rows: Ints) -> Floats:
+    """The rows at which a peak can be."""
+    return _extreme(_undominated(np.unique(rows, axis=0))).astype(np.float64)
 
 
 def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:

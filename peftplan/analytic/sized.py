@@ -10,7 +10,7 @@ from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.compiled import compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
-from peftplan.analytic.moments import Moments
+from peftplan.analytic.moments import Moments, overall
 from peftplan.analytic.of_ranks import unlike
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
@@ -62,7 +62,9 @@ class Sized:
             )
         self.of_each = self._of_each() if of_any_device(self.first) else ()
         """The GPUs that need unlike amounts."""
-        self._ranked: dict[tuple[int, int | None], tuple[Ranked | OverRanks, Moments]] = {}
+        self._ranked: dict[tuple[int, int | None], Ranked | OverRanks] = {}
+        self._moments: dict[int, Moments] = {}
+        """By identity of what `_ranked` keeps."""
         self._on_lines: dict[int, bool] = {}
 
     def _of_each(self) -> tuple[Sized, ...]:
@@ -88,8 +90,8 @@ class Sized:
         if self.of_each:
             return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Ints] = {}
-        for where, ranked, moments in self._alike_in_parts(points):
-            part = points.take(where)
+        for where, ranked in self._alike_in_parts(points):
+            part, moments = points.take(where), self._moments_of(ranked)
             rank = part.rank if part.rank is not None else np.zeros(len(part), dtype=np.int64)
             standing = ranked.standing_bytes(rank)
             peaks = {
@@ -99,6 +101,23 @@ class Sized:
             for phase, values in {"load": ranked.loading_bytes(rank), **peaks}.items():
                 by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[where] = values
         return by_phase
+
+    def most_requested(self, points: Points) -> Ints:
+        """The bytes of `requested` in the phase with most of them, for each point."""
+        alike = [list(sized._alike(points)) for sized in self.of_each or (self,)]
+        most: Ints = np.empty(len(points), dtype=np.int64)
+        for groups in zip(*alike, strict=False):
+            (where, _), *others = groups
+            each = [ranked for _, ranked in groups if isinstance(ranked, OverRanks)]
+            if len(each) < len(alike) or not all(np.array_equal(where, other) for other, _ in others):
+                of_phases: Ints = np.maximum.reduce(list(self.requested(points).values()))
+                return of_phases
+            moments = overall([ranked.part() for ranked in each])
+            for at in _in_parts(where):
+                part = points.take(at)
+                named = [ranked.named(part.batch_size, part.seq_len, part.batch_size) for ranked in each]
+                most[at] = moments.peaks({name: sizes for names in named for name, sizes in names.items()}, 0)["overall"]
+        return most
 
     def trainable(self, points: Points) -> Ints:
         """The number of trainable parameters at each point."""
@@ -125,14 +144,14 @@ class Sized:
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks, Moments]]:
+    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks]]:
         """The groups of `_alike` in parts of at most `POINTS_AT_ONCE` points."""
-        for where, ranked, moments in self._alike(points):
-            for start in range(0, len(where), POINTS_AT_ONCE):
-                yield where[start : start + POINTS_AT_ONCE], ranked, moments
+        for where, ranked in self._alike(points):
+            for part in _in_parts(where):
+                yield part, ranked
 
-    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks, Moments]]:
-        """Groups of points that run the same operations: their indices, the job there, and its moments."""
+    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks]]:
+        """Groups of points that run the same operations: their indices, and the job there."""
         first = self._resized(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
         facts = self._ranked_alone(first).compiled.facts(points.batch_size, points.seq_len)
         codes = np.zeros(len(points), dtype=np.int64)
@@ -142,16 +161,16 @@ class Sized:
             where = np.flatnonzero(codes == code)
             batch_size, seq_len = int(points.batch_size[where[0]]), int(points.seq_len[where[0]])
             if (of_all := self._on_all_ranks(int(code), batch_size, seq_len)) is not None:
-                yield where, *of_all
+                yield where, of_all
                 continue
             assert points.rank is not None, "a job at its own rank alone has no line to leave"
             for rank in np.unique(points.rank[where]):
-                yield where[points.rank[where] == rank], *self._on_one_rank(int(code), batch_size, seq_len, int(rank))
+                yield where[points.rank[where] == rank], self._on_one_rank(int(code), batch_size, seq_len, int(rank))
 
     def _rank_at(self, points: Points, at: int) -> int | None:
         return None if points.rank is None else int(points.rank[at])
 
-    def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> tuple[Ranked | OverRanks, Moments] | None:
+    def _on_all_ranks(self, code: int, batch_size: int, seq_len: int) -> Ranked | OverRanks | None:
         """The job at all ranks; None if a dim is not linear in the rank."""
         if len(set(self.ranks)) < 2:
             return self._on_one_rank(code, batch_size, seq_len, self.ranks[0] if self.ranks else None)
@@ -159,15 +178,18 @@ class Sized:
             ranked = of_all_ranks(lambda rank: self._compiled(batch_size, seq_len, rank), self.ranks)
             self._on_lines[code] = ranked is not None
             if ranked is not None:
-                self._ranked[code, None] = ranked, Moments(ranked.timeline)
+                self._ranked[code, None] = ranked
         return self._ranked.get((code, None))
 
-    def _on_one_rank(self, code: int, batch_size: int, seq_len: int, rank: int | None) -> tuple[Ranked | OverRanks, Moments]:
+    def _on_one_rank(self, code: int, batch_size: int, seq_len: int, rank: int | None) -> Ranked | OverRanks:
         if (code, rank) not in self._ranked:
-            ranked = self._ranked_alone(self._resized(batch_size, seq_len, rank))
-            moments = ranked.moments() if isinstance(ranked, OverRanks) else Moments(ranked.timeline)
-            self._ranked[code, rank] = ranked, moments
+            self._ranked[code, rank] = self._ranked_alone(self._resized(batch_size, seq_len, rank))
         return self._ranked[code, rank]
+
+    def _moments_of(self, ranked: Ranked | OverRanks) -> Moments:
+        if id(ranked) not in self._moments:
+            self._moments[id(ranked)] = ranked.moments() if isinstance(ranked, OverRanks) else Moments(ranked.timeline)
+        return self._moments[id(ranked)]
 
     def _ranked_alone(self, of_job: Inventory) -> Ranked | OverRanks:
         """A job at its own rank."""
@@ -175,6 +197,10 @@ class Sized:
         if of_ranks and not is_compiled(of_job, self.compute_capability):
             return over_ranks(of_job, self.compute_capability)
         return of_one_rank(compiled(of_job, compute_capability=self.compute_capability))
+
+
+def _in_parts(where: Ints) -> list[Ints]:
+    return [where[start : start + POINTS_AT_ONCE] for start in range(0, len(where), POINTS_AT_ONCE)]
 
 
 def _of_fullest(each: Sequence[dict[str, Ints]]) -> dict[str, Ints]:

@@ -22,7 +22,7 @@ from peftplan.scans import no_scans
 from peftplan.units import round512
 
 if TYPE_CHECKING:
-    from peftplan.analytic.moments import Moments
+    from peftplan.analytic.moments import Moments, Part
 
 SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies whose ranks run the same operations in worlds of many sizes."""
@@ -66,8 +66,19 @@ class OverRanks(NamedTuple):
 
     def moments(self) -> Moments:
         """The moments of the step."""
-        of_any, places = self.record.moments
-        return of_any.at({_name(place): self.values[place] for place in places})
+        return self.record.moments[0].at(self._numbers)
+
+    def part(self) -> Part:
+        """The step beside those of other GPUs, for `overall`."""
+        from peftplan.analytic.moments import Part
+
+        standing = self._at(self.compiled.standing_bytes) + self.states
+        return Part(self.record.moments[0], self._numbers, standing, self._at(self.compiled.loading_bytes))
+
+    @property
+    def _numbers(self) -> dict[str, int]:
+        """The named sizes of the record that are numbers at this world size."""
+        return {_name(place): self.values[place] for place in self.record.moments[1]}
 
     def requested(self, batch_size: int, seq_len: int) -> dict[str, int]:
         """Phase → bytes that the tensors at its peak request, as of `analytic_peaks`."""

@@ -228,7 +228,7 @@ class Block:
         self, sized: Sized, points: Points, cards: Sequence[Gpu], replays: int | None, tell: Callable[[int, float], None]
     ) -> dict[str, dict[str, list[object]]]:
         """Card → column → values, for cards that run the same kernels."""
-        requested = np.maximum.reduce(list(sized.requested(points).values()))
+        requested = sized.most_requested(points)
         limits = [Limits.of(card, sized) for card in cards]
         decided = decide(sized, points, requested, limits, replays=replays, progress=lambda share: tell(self.count, share))
         self.replayed += decided.replayed

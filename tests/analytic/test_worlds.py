@@ -57,12 +57,14 @@ def test_a_world_needs_what_it_needs_by_itself(options: dict[str, object], monke
     """Worlds that divide the shapes, worlds that do not, and more ranks than a LoRA matrix has rows."""
     COMPILED.clear()
     of_all = {world: at(world, options).requested(POINTS) for world in (2, 4, 6, 64)}
+    most = {world: at(world, options).most_requested(POINTS).tolist() for world in of_all}
     monkeypatch.setattr(sized, "SHARED", ())
     for world in (4, 6, 64):  # the record is the first world's own
         alone = at(world, options).requested(POINTS)
         assert {phase: values.tolist() for phase, values in of_all[world].items()} == {
             phase: values.tolist() for phase, values in alone.items()
         }
+        assert most[world] == np.maximum.reduce(list(alone.values())).tolist()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3"])
