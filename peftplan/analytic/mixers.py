@@ -12,14 +12,15 @@ from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code, knows_exp
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT
+from peftplan.job.trainers import DEFAULT
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
-SHARING = ("transformers",)
-"""Those of which ranks that share a delta rule were traced."""
+SHARING = ("transformers", "trl")
+"""Those of which ranks that share a delta rule were rehearsed (tests/rehearse/delta_ranks.jsonl)."""
 
 
 def check_mixer(job: Job) -> None:
@@ -166,16 +167,17 @@ def _merges_for_vllm(job: Job) -> bool:
 
 
 def _shares_delta_rule(job: Job) -> bool:
-    """Whether ranks were traced that share a step with one: text models by Trainer in bf16, with the function that a package has.
+    """Whether ranks were rehearsed that share a step with one: by Trainer and SFTTrainer in bf16, all on the card.
 
-    Under FSDP2 they name the layers' class: by itself accelerate looks for vision blocks too, which they have not.
+    Under FSDP2 they name the layers' class: by itself accelerate looks for vision blocks too, which text models have not.
     """
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
-    by_kernel = setup.by.name in SHARING and kernels_of(setup.kernels or ()).delta_rule is not None
-    offloads = {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
-    alike = by_kernel and job.quant is None and not offloads and setup.dtype == setup.autocast == "bf16"
-    named = distributed.strategy == "fsdp2" and distributed.transformer_cls_names_to_wrap is not None
+    on_card = not {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
+    alike = setup.by.name in SHARING and on_card and setup.dtype == setup.autocast == "bf16"
+    if kernels_of(setup.kernels or ()).delta_rule is not None:  # which was traced with Trainer alone
+        alike = alike and setup.by.name == DEFAULT and job.quant is None and not job.architecture.has_towers
+    named = distributed.transformer_cls_names_to_wrap is not None or job.architecture.has_towers
     dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
-    text = job.architecture.model_type in ("qwen3_5_text", "qwen3_5_moe_text")
-    return alike and text and (named or (dense and distributed.strategy in ("zero2", "zero3")))
+    shared = {"ddp": True, "fsdp2": named, "zero2": dense, "zero3": dense}
+    return alike and shared.get(distributed.strategy, False)

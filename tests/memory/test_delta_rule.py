@@ -111,14 +111,27 @@ def test_a_tower_that_a_tool_shows_a_picture_has_no_formula() -> None:
     assert "under Seq2SeqTrainer of ms-swift" in str(estimated.not_modelled)
 
 
+def drifts(name: str) -> dict[str, dict[str, float]]:
+    """Job → the drift of the formulas from what a program held."""
+    rows = read(Path(__file__).parents[1] / "rehearse" / name)
+    each = {row["job"]: drift for engine, row, drift in compared(rows, engines(rows)) if engine == "analytic" and drift}
+    assert len(each) == len(rows)
+    return each
+
+
 def test_as_programs() -> None:
     """Rehearsed, to 0.26 %; in a plain loop 0.53 % are tails of blocks, which a trace leaves out too. A base in 4 bits that peft
     prepared has no reserved bytes."""
-    rows = read(Path(__file__).parents[1] / "rehearse" / "delta_rules.jsonl")
-    drifts = {row["job"]: drift for engine, row, drift in compared(rows, engines(rows)) if engine == "analytic"}
-    assert len(drifts) == len(rows) == 12
-    for job, drift in drifts.items():
-        assert drift is not None
+    for job, drift in drifts("delta_rules.jsonl").items():
         assert abs(drift["allocated"]) <= (0.6 if "plain" in job else 0.3)
         assert ("reserved" not in drift) is ("transformers --method qlora" in job)
         assert abs(drift.get("reserved", 0)) <= 0.7
+
+
+def test_as_programs_on_ranks() -> None:
+    """Rehearsed under DDP, FSDP2 and ZeRO. QLoRA by SFTTrainer has 1.3 % in tails of blocks, on one GPU too, as a trace has."""
+    for job, drift in drifts("delta_ranks.jsonl").items():
+        limit = 1.3 if "trl --method qlora" in job else 0.3
+        assert max(abs(drift[phase]) for phase in ("allocated", "load", "forward", "backward", "step")) <= limit
+        assert ("reserved" not in drift) is ("fsdp2" in job and "qlora" in job)
+        assert abs(drift.get("reserved", 0)) <= 0.01

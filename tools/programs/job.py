@@ -113,6 +113,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--reshard-after-forward", type=json.loads, choices=(True, False))
     for name in ("use-orig-params", "forward-prefetch", "sync-each-batch"):
         parser.add_argument(f"--{name}", action=FLAGS)
+    parser.add_argument("--transformer-cls-names-to-wrap")
     parser.add_argument("--dp-shard-size", type=int)
     parser.add_argument("--offload-params", choices=("none", "cpu"), default="none")
     parser.add_argument("--offload-optimizer", choices=("none", "cpu"), default="none")
@@ -204,7 +205,8 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     """TrainingArguments' fields for several GPUs."""
     strategy = job.strategy or "ddp"
     if strategy.startswith("fsdp"):
-        layers = {"transformer_layer_cls_to_wrap": list(model._no_split_modules)}
+        named = job.transformer_cls_names_to_wrap
+        layers = {"transformer_layer_cls_to_wrap": named.split(",") if named else list(model._no_split_modules)}
         offload = " offload" if job.offload_params == "cpu" else ""
         stated = {name: value for name in OF_FSDP if (value := getattr(job, name)) is not None}
         config = {"version": int(strategy[-1]), **layers, **stated}
