@@ -4,10 +4,10 @@ Counts, weights, gradients and optimizer states are sums over this one list, so 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -152,6 +152,23 @@ def build(
     fallback = upcast or dtype
     parameters += [_added(t, adapter_dtype, base_dtype, fallback=fallback, trained_dtype=trained_dtype) for t in adaptation.added]
     return Parameters(tuple(parameters), shared(quant) if quantized else (), quantized)
+
+
+WITH_IMAGES = " (with images)"
+
+
+def apart(built: Parameters, layers: frozenset[int]) -> Parameters:
+    """Families of what trains in layers that run with images alone, which get no gradient without them, under a name of their
+    own."""
+
+    def parts(p: Parameter) -> Iterator[Parameter]:
+        both = p.layers or frozenset()
+        for name, its in ((p.name, both - layers), (p.name + WITH_IMAGES, both & layers)):
+            if its:
+                yield p._replace(name=name, copies=len(its), layers=its)
+
+    split = (parts(p) if p.trainable and p.layers is not None and p.layers & layers else (p,) for p in built.all)
+    return built._replace(all=tuple(chain.from_iterable(split)))
 
 
 def buffers(

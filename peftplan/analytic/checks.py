@@ -11,7 +11,7 @@ from peftplan.analytic.kernel_checks import kernels_without_formula, reads_8_bit
 from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
-from peftplan.arch.text_part import SCORED, is_in_text_part
+from peftplan.arch.text_part import SCORED, is_in_text_part, layers_of_images
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
@@ -222,7 +222,7 @@ def _check_text_part(job: Job) -> None:
     """Raise for what of a vision-language model does not run, or was not compared, where samples have no images."""
     adaptation, architecture = job.adaptation, job.architecture
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
-    if job.distributed is not None and not _knows_shared(job, job.distributed):
+    if job.distributed is not None and (layers_of_images(architecture) or not _knows_shared(job, job.distributed)):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
     if divided and job.setup.by.shows_picture and architecture.model_type not in SHOWN_PICTURES:

@@ -1,7 +1,7 @@
 """The text part of vision-language models: the decoder that runs alone where a sample has no image.
 
 Sources: transformers, models/{qwen2_vl,qwen2_5_vl,qwen3_vl,qwen3_vl_moe,idefics3,smolvlm,mistral3,gemma3,gemma4,gemma4_unified,
-llava,internvl,lfm2_vl}/modeling_*.py.
+llava,internvl,lfm2_vl,mllama}/modeling_*.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from peftplan.arch.blocks import Block
 from peftplan.arch.modules import Architecture, linear
 from peftplan.arch.readers import READERS, read_config
 
@@ -28,6 +29,7 @@ TEXT_PARTS: dict[str, str | None] = {
     "llava": None,
     "internvl": None,
     "lfm2_vl": None,
+    "mllama": "llama",
 }
 """Model type → that of a text model with the same layers; None: the one that its `text_config` names."""
 LIKE_LLAMA = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
@@ -59,7 +61,24 @@ def with_text_part(architecture: Architecture, config: Mapping[str, object]) -> 
     of_text = {**DEFAULTS.get(str(model_type), {}), **text, "model_type": model_type, "architectures": None}
     read = read_config(of_text, name=architecture.model_type, task_type="CAUSAL_LM")
     logits_ops = read.logits_ops if architecture.model_type in CAPPED else architecture.logits_ops
-    return replace(architecture, blocks=read.blocks, logits_ops=logits_ops)
+    blocks = _but_layers(read.blocks, text.get("cross_attention_layers"))
+    return replace(architecture, blocks=blocks, logits_ops=logits_ops)
+
+
+def _but_layers(blocks: tuple[Block, ...], skipped: object) -> tuple[Block, ...]:
+    """The layers that run without images: Llama 3.2 skips those that attend to one (`MllamaTextModel.forward`)."""
+    if not isinstance(skipped, list):
+        return blocks
+    return tuple(block._replace(layers=tuple(i for i in block.layers if i not in skipped)) for block in blocks)
+
+
+def layers_of_images(architecture: Architecture) -> frozenset[int]:
+    """The layers of a decoder that run with images alone: Llama 3.2's that attend to one."""
+    if architecture.model_type != "mllama" or not architecture.blocks:
+        return frozenset()
+    decoder = str(architecture.input_embedding).rpartition(".")[0]
+    of_decoder = (m.layers for m in architecture.modules if m.name.startswith(f"{decoder}.") and m.layers is not None)
+    return frozenset().union(*of_decoder).difference(*(block.layers for block in architecture.blocks))
 
 
 SCORED = ("qwen2_5_vl", "qwen3_vl")

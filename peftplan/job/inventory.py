@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
+from peftplan.arch.text_part import layers_of_images
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
@@ -49,6 +50,8 @@ def inventory(job: Job) -> Inventory:
         on_host=keeps_on_host(job),
     )
     built = built._replace(buffers=buffers)
+    if layers := layers_of_images(architecture):
+        built = parameters.apart(built, layers)
     if kernels_of(setup.kernels or ()).embedding is not None:
         built = built._replace(all=tuple(_on_host(p) if p.in_embedding and p.owner == "base" else p for p in built.all))
     own = _holding(job, built, _largest_rank(job, built))

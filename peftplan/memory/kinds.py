@@ -13,7 +13,8 @@ def kinds_of(model: Model, stack: str = "decoder") -> tuple[int, ...]:
     block_of = {layer: index for index, b in enumerate(model.arch.blocks) if b.stack == stack for layer in b.layers}
     if model.running.recorded is not None and (model.running.recorded.others or model.running.kernels.decoder is not None):
         return tuple(map(model.running.recorded.kind, sorted(block_of)))
-    partial = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < len(block_of)]
+    some = [p.layers for p in model.parameters.all if p.layers is not None and len(p.layers) < len(block_of)]
+    partial = [layers for layers in some if not block_of.keys().isdisjoint(layers)]
     if any(block.delta_rule is not None for block in model.arch.blocks):
         partial = [layers for layers in partial if not _of_blocks(model, layers)]
     return sections.kinds(block_of, partial)

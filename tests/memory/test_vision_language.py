@@ -20,6 +20,7 @@ from peftplan.trace import pictures
 from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
 
 IN_TEXT = r".*(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+ALL = "all-linear"
 EAGER = {**TRAINER, "attn_implementation": "eager"}
 TRL = {"trainer": "trl", "padding": True}
 OTHERS = (
@@ -38,7 +39,7 @@ OTHERS = (
 @pytest.fixture(autouse=True)
 def _text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trace of models that it gives images, without them."""
-    for model_type in ("gemma3", "llava"):
+    for model_type in ("gemma3", "llava", "mllama"):
         monkeypatch.delitem(pictures.BESIDE_TEXT, model_type)
 
 
@@ -51,6 +52,9 @@ def shallow(model: str) -> dict[str, Any]:
         part |= {name: 2 for name in ("num_hidden_layers", "depth") if part.get(name) is not None}
     if text.get("model_type") == "lfm2":
         text["layer_types"] = ["conv", "full_attention"]
+    if config["model_type"] == "mllama":
+        text |= {"num_hidden_layers": 5, "cross_attention_layers": [1, 4]}
+        vision |= {"num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 2 * vision["hidden_size"]}
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0]
     return {**config, **({"text_config": text} if text else {}), **({"vision_config": vision} if vision else {})}
@@ -68,11 +72,14 @@ def shallow(model: str) -> dict[str, Any]:
         ),
         *((model, OFF) for model in (*OTHERS, "mistral-small-3.1-24b-instruct-2503")),
         *((model, {**PLAIN, "padding": True}) for model in OTHERS),
+        *(("llama-3.2-11b-vision-instruct", options) for options in (TRAINER, PLAIN, EAGER, TRL, {**TRAINER, "method": "qlora"})),
+        *(("llama-3.2-11b-vision-instruct", {**options, "target_modules": ALL}) for options in (TRAINER, PLAIN)),
+        ("llama-3.2-11b-vision-instruct", {**OFF, "method": "full"}),
         *(("ministral-3-3b-instruct-2512", options) for options in (TRAINER, PLAIN, OFF, {**TRAINER, "method": "qlora"})),
     ],
 )
 def test_the_text_part_peaks_where_the_trace_does(model: str, options: dict[str, Any]) -> None:
-    options = {"method": "lora", "target_modules": IN_TEXT, **options}
+    options = {"method": "lora", **({} if options.get("method") == "full" else {"target_modules": IN_TEXT}), **options}
     ours, traced = (phases(shallow(model), engine, **options) for engine in ("analytic", "trace"))
     for phase in ("load", "forward", "backward", "step"):
         assert ours[phase] == pytest.approx(traced[phase], rel=TOLERANCE), phase

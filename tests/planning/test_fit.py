@@ -259,10 +259,12 @@ def test_the_largest_member_of_a_family() -> None:
     (text,) = family("qwen3-vl", gpu="l4", methods="lora")
     assert text.verdict is not None
     assert (text.model, text.verdict.scope) == ("qwen3-vl-4b-instruct", "text")
-    (some,) = family("llama", gpu="rtx-4090", methods="lora")  # 8B fits, 13B does not, 11B has pictures and no formula
+    (some,) = family("llama", gpu="rtx-4090", methods="lora")  # 8B fits, 13B and 11B with its pictures do not
     assert some.model == "llama-3-8b"
-    assert str(some.error).startswith("llama-3.2-11b-vision-instruct, llama-3.2-11b-vision: no formula for")
-    assert fitting.member_cells([some])[0][1] == "at least llama-3-8b"
+    (some,) = family("lfm2", gpu="a100-80gb", methods="lora")  # 2.6B fits, 8B-A1B has no formula
+    assert some.model == "lfm2-2.6b"
+    assert str(some.error).startswith("lfm2-8b-a1b: no formula for")
+    assert fitting.member_cells([some])[0][1] == "at least lfm2-2.6b"
     for wrong in ({"gpu": "nosuch"}, {"gpu": "l4,t4"}, {"gpu": "l4", "dtype": "nosuch"}, {"gpu": "l4", "methods": ("nosuch",)}):
         with pytest.raises(InputError):
             family("qwen3", **wrong)

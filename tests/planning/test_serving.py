@@ -113,7 +113,7 @@ def test_more_of_it_takes_no_less(fields: dict[str, int]) -> None:
     assert serving(**{"r": 2, **fields}).total > less.total
 
 
-@pytest.mark.parametrize("model", ["paligemma-3b-pt-224", "llama-3.2-11b-vision-instruct", "llama-3.2-11b-vision"])
+@pytest.mark.parametrize("model", ["paligemma-3b-pt-224", "gemma-3n-e2b-it"])
 def test_without_the_extra_a_model_of_pictures_says_that_its_cache_is_missing(model: str) -> None:
     with patch.dict(sys.modules, dict.fromkeys(("torch", "transformers", "peft"))):
         result = peftplan.serving(model, r=8, context=4096)
@@ -123,6 +123,14 @@ def test_without_the_extra_a_model_of_pictures_says_that_its_cache_is_missing(mo
     assert result.not_modelled[0] == "the KV cache"
     assert f"sum without the KV cache  {result.total:,}" in shown.out
     assert "peftplan[trace]" in shown.out
+
+
+def test_layers_that_attend_to_pictures_cache_nothing_of_text() -> None:
+    with patch.dict(sys.modules, dict.fromkeys(("torch", "transformers", "peft"))):
+        result = peftplan.serving("llama-3.2-11b-vision-instruct", r=8, context=4096)
+    assert result.cache is not None, result.refused
+    # 32 of its 40 layers, 8 key-value heads of 128, keys and values, 2 bytes each; a trace has the same
+    assert result.cache.num_bytes == 32 * 2 * 4096 * 8 * 128 * 2
 
 
 def test_with_the_extra_the_cache_of_a_model_of_pictures_is_in_the_sum() -> None:

@@ -93,6 +93,7 @@ OF_TEXT_PARTS: dict[str, tuple[str, str]] = {
     "llava": ("vision_language", "mistral3"),
     "internvl": ("vision_language", "mistral3"),
     "lfm2_vl": ("lfm2", "lfm2_vl"),
+    "mllama": ("vision_language", "mistral3"),
     "gemma4": ("gemma4", "gemma4_with_towers"),
     "gemma4_unified": ("gemma4", "gemma4_with_towers"),
 }

@@ -99,6 +99,7 @@ def run_layers(
     and so of masks, where it is not that of the input; `masks`: those that are there already.
     """
     blocks = {layer: block for block in model.arch.blocks for layer in block.layers}
+    numbers = sorted(blocks)  # of a model that skips layers without images: those that run
     states = states if isinstance(states, list) else [states]
     masks_by_window = masks_of(model, style, dtype or states[0].dtype) if masks is None else masks
     outputs: list[Tensor] = []
@@ -106,7 +107,8 @@ def run_layers(
     returned = model.running.returns_hidden_states
     holds = model.running.holds_hidden_states or returned
 
-    def layer(number: int, x: Tensor, mask: Tensor | None, *own_tables: Tensor) -> Outputs:
+    def layer(place: int, x: Tensor, mask: Tensor | None, *own_tables: Tensor) -> Outputs:
+        number = numbers[place]
         block = blocks[number]
         if holds:
             layer_inputs.append(x.detach())
@@ -114,9 +116,9 @@ def run_layers(
         out = (style.layer or serial)(call, x)
         return (out, *model.layer_locals[-1:]) if style.hands_out_weights else out
 
-    def its_mask(number: int) -> tuple[Tensor | None, ...]:
-        window = window_of(blocks[number])
-        return model.units.beside(number, masks_by_window.get(window), tables(window))
+    def its_mask(place: int) -> tuple[Tensor | None, ...]:
+        window = window_of(blocks[numbers[place]])
+        return model.units.beside(place, masks_by_window.get(window), tables(window))
 
     kinds = kinds_of(model)
     if style.hands_out_weights and not model.past:  # a prefix trains before every layer
