@@ -18,7 +18,7 @@ Tensors = dict[str, dict[str, Any]]
 
 def rename(file: Path, names: dict[str, str]) -> None:
     """Give the tensors of a checkpoint of holes their published names."""
-    prefix = re.compile("|".join(map(re.escape, names)))
+    prefix = re.compile(f"^(?:{'|'.join(map(re.escape, names))})")
     rewrite(
         file, lambda tensors: {prefix.sub(lambda start: names[start[0]], name, count=1): row for name, row in tensors.items()}
     )
@@ -75,6 +75,18 @@ def in_8_bits(tensors: Tensors) -> Tensors:
         else:
             parts[name] = row
     return placed(parts)
+
+
+def with_attending_layer(tensors: Tensors) -> Tensors:
+    """The tensors beside those of Qwen 3.5's layer that predicts a further token, which has the shapes of one of attention."""
+    stack = "model.language_model.layers."
+    of_queries = next(name for name in tensors if name.startswith(stack) and name.endswith(".self_attn.q_proj.weight"))
+    layer = of_queries.removesuffix("self_attn.q_proj.weight")
+    parts = tensors | {f"mtp.layers.0.{name.removeprefix(layer)}": row for name, row in tensors.items() if name.startswith(layer)}
+    norm = tensors[f"{layer}input_layernorm.weight"]
+    parts |= {f"mtp.{name}.weight": norm for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    (width,) = norm["shape"]
+    return placed(parts | {"mtp.fc.weight": norm | {"shape": [width, 2 * width]}})
 
 
 def placed(parts: Tensors) -> Tensors:

@@ -15,7 +15,8 @@ from peftplan.arch.text_part import SCORED, is_in_text_part, layers_of_images
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
-from peftplan.job.beside_towers import knows_tower
+from peftplan.job.beside_towers import knows_tower, trains_tower
+from peftplan.job.further_tokens import STACK
 from peftplan.job.kernels import kernels_of
 from peftplan.job.requirements import rows_apart, writes_in_unequal_parts
 from peftplan.job.virtual_tokens import check_virtual_tokens
@@ -254,7 +255,8 @@ def _check_text_part(job: Job) -> None:
     head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
     if by_tool and job.method_name == "full":  # where `knows_tower` says so
         return
-    names = tuple(name for name in names if not (by_tool and PROJECTOR in name))  # it gets no gradient without images
+    if by_tool:  # a projector gets no gradient without images, and neither does a tower
+        names = tuple(n for n in names if not (PROJECTOR in n or n.startswith(STACK) or trains_tower(job)))
     if not all(is_in_text_part(architecture, name) and (by_tool or not name.startswith(head)) for name in names):
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.sizes import between_chunks
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.errors import NeedsTraceError, NoEngineError
-from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code, knows_experts, knows_recorded
+from peftplan.job.automodel import OF_ATTENTION, builds, knows_experts
+from peftplan.job.automodel_scans import has_own_code, knows_recorded
+from peftplan.job.beside_towers import knows_tower
 from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT
@@ -125,7 +127,8 @@ def check_delta_rule(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a step with a gated delta rule was not compared."""
     setup, model_type = job.setup, job.architecture.model_type
     kernels = kernels_of(setup.kernels or ())
-    if kernels.layers is not None or knows_experts(job):  # which torch compiles whole, or NeMo Automodel divides
+    by_tool = setup.by.own_lora and (knows_experts(job) or knows_tower(job))
+    if kernels.layers is not None or by_tool:  # which torch compiles whole, or NeMo Automodel builds
         return
     known = setup.by.name in PLAIN_TRAINERS and (job.distributed is None or _shares_delta_rule(job))
     if has_own_code(job) or not (known or _merges_for_vllm(job)):

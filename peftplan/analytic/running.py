@@ -9,7 +9,8 @@ from peftplan.arch.text_part import keeps_its_cache
 from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, has_own_code, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
+from peftplan.job.automodel import builds, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
+from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
 from peftplan.job.inventory import adapter_dtypes, keeps_on_host

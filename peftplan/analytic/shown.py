@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from peftplan.analytic.running import SHOWN_PICTURES
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.dtypes import SIXTEEN_BITS
-from peftplan.job.automodel import OF_ATTENTION, builds, has_own_code
+from peftplan.job.automodel import OF_ATTENTION, builds
+from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.loss_sizes import CUT
 from peftplan.job.trainers import DEFAULT

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
 from peftplan.job.further_tokens import attends_then_mixes
@@ -27,9 +28,9 @@ REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = (
     *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
-    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next"),
+    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "qwen3_5"),
 )
-"""Of `REHEARSED`, those that the tool builds of modules of its own (`memory.models.automodel`)."""
+"""Of `REHEARSED`, and of vision-language models, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"
 MOST_DEPTHS = 2
 """Further tokens that Nemotron 3 was rehearsed with."""
@@ -238,35 +239,6 @@ def _knows_muon(job: Job) -> bool:
     return shared and builds(job) and job.method_name == "full" and job.setup.dtype == "bf16"
 
 
-def has_own_code(job: Job) -> bool:
-    """Whether the published code of a model runs in place of that of transformers, which has the same tensors."""
-    return job.setup.trust_remote_code and job.architecture.model_type == "nemotron_h"
-
-
-def _knows_scan(job: Job) -> bool:
-    """Whether Mamba 2 was rehearsed so, in bf16: of published code without checkpoints, of which attention gets none; of the
-    tool's modules LoRA on one GPU, with them."""
-    setup = job.setup
-    alone = builds(job) and job.distributed is None and job.method_name == "lora" and setup.kernels == ("mamba-ssm.scan",)
-    rehearsed = alone if setup.gradient_checkpointing else has_own_code(job)
-    return rehearsed and setup.dtype == "bf16" and setup.loss == "full"
-
-
-def knows_recorded(job: Job) -> bool:
-    """Whether Mamba 2 was rehearsed in operations of torch: of Falcon-H1 in bf16 over several GPUs, without checkpoints, fully
-    trained, or with LoRA where its mixer has a norm."""
-    setup, distributed = job.setup, job.distributed
-    if not setup.by.own_lora or distributed is None or job.architecture.model_type != "falcon_h1" or setup.kernels:
-        return False
-    alone = {distributed.cp_size, distributed.pp_size, distributed.ep_size} <= {None, 1}
-    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is distributed.dp_shard_size is None
-    shared = distributed.tp_size not in (None, 1)
-    normed = any(module.name.endswith("mamba.norm") for module in job.architecture.modules)
-    as_rehearsed = (job.method_name == "full" and not shared) or (job.method_name == "lora" and normed)
-    plain = as_rehearsed and setup.dtype == "bf16" and setup.loss == "full" and job.quant is None
-    return alone and here and plain and not setup.gradient_checkpointing
-
-
 def packs_documents(job: Job) -> bool:
     """Whether Transformer Engine's attention tells the documents of a row apart; it takes no cache of keys and values."""
     return kernels_of(job.setup.kernels or ()).attention is not None
@@ -279,9 +251,10 @@ def _knows_documents(job: Job) -> bool:
 
 
 def _knows_further_tokens(job: Job) -> bool:
-    """Whether layers that predict further tokens, if any, were rehearsed: with LoRA and checkpoints on one GPU."""
+    """Whether layers that predict further tokens, if any, were rehearsed: with LoRA and checkpoints on one GPU, or one of
+    Qwen 3.5."""
     setup = job.setup
-    if not setup.mtp_depths:
+    if not setup.mtp_depths or (job.architecture.model_type == "qwen3_5" and setup.mtp_depths == 1):
         return True
     alone = job.distributed is None and job.method_name == "lora" and bool(setup.gradient_checkpointing)
     return alone and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full" and attends_then_mixes(job.architecture)
@@ -329,7 +302,7 @@ def without_formula(job: Job) -> str | None:
         f"{architecture.model_type} as it was not rehearsed": (
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
             and (builds(job) or architecture.model_type not in TRANSFORMERS_TOO)
-            and not (knows_experts(job) or _knows_scan(job) or _knows_merged(job) or knows_recorded(job))
+            and not (knows_experts(job) or knows_scan(job, built=builds(job)) or _knows_merged(job) or knows_recorded(job))
         ),
         "torch's RMSNorm, other than in full fine-tuning under FSDP2": TORCH_NORM in (setup.kernels or ())
         and (job.distributed is None or job.method_name != "full"),

@@ -16,11 +16,13 @@ class Shown(NamedTuple):
     """Whether layers were checkpoints. Two layers of Ministral 3 that were, held 1.1 % more than was counted."""
     whole: bool = False
     """Whether each rank held all of the tower of a mixture (`whole_tower`), or shared it."""
+    trains: bool = False
+    """Whether the tower trained too, which gets no gradient of rows without pictures."""
 
 
 TEXT, IMAGES = "automodel", "automodel-vlm"
 WITH_TOWERS: dict[tuple[str, str], Shown] = {
-    ("mistral3", "lora"): Shown(TEXT),
+    ("mistral3", "lora"): Shown(TEXT, trains=True),
     ("mistral3", "full"): Shown(TEXT, ("sdpa",)),
     ("qwen2_5_vl", "partial"): Shown(IMAGES),
     ("gemma3", "partial"): Shown(IMAGES, ("eager",)),
@@ -29,6 +31,8 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
     ("gemma4", "lora"): Shown(IMAGES, ("sdpa",), (False, True)),
     ("gemma4_unified", "full"): Shown(TEXT, ("eager",)),
     ("qwen3_vl", "partial"): Shown(IMAGES, ("sdpa",)),
+    ("mistral3", "partial"): Shown(IMAGES, ("eager",)),
+    ("internvl", "partial"): Shown(IMAGES, ("sdpa",)),
 }
 """By model type with a tower beside its text part, and method."""
 
@@ -44,10 +48,15 @@ def knows_tower(job: "Job") -> bool:
         return False
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
-    if model_type == "mistral3":  # Ministral 3 3B, whose head is its embedding
-        scaled = all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
-        return rehearsed and scaled and bool(architecture.ties)
+    if model_type == "mistral3":  # Ministral 3
+        return rehearsed and all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
     return rehearsed
+
+
+def trains_tower(job: "Job") -> bool:
+    """Whether a tower that trains was rehearsed."""
+    shown = WITH_TOWERS.get((job.architecture.model_type, job.method_name))
+    return shown is not None and shown.trains
 
 
 def _knows_gemma4(job: "Job") -> bool:

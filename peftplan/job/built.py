@@ -197,9 +197,7 @@ def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]
         modules = tuple(module for module in architecture.modules if module.kind != "Router")
         buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
         architecture = replace(architecture, modules=modules, buffers=buffers)
-    if (
-        architecture.model_type == "gemma4"
-    ):  # its checkpoint's factors multiply the experts (models/gemma4_moe/state_dict_adapter.py)
+    if architecture.model_type == "gemma4":  # factors multiply the experts (models/gemma4_moe/state_dict_adapter.py)
         modules = tuple(
             module._replace(params=tuple(p for p in module.params if p[0] != "per_expert_scale"))
             if module.kind == "Router"
@@ -207,11 +205,12 @@ def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]
             for module in architecture.modules
         )
         return replace(architecture, modules=modules)
-    if architecture.model_type == "qwen3_next":  # models/qwen3_next/layers.py (`_install_ssm_gate`)
+    if architecture.model_type in ("qwen3_next", "qwen3_5"):  # models/qwen3_next/layers.py (`_install_ssm_gate`)
         return replace(architecture, keep_in_fp32_strict=("A_log", "dt_bias"))
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture
-    return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias",), logits_ops=())
+    of_mamba = ("A_log", "dt_bias", r"\.D$") if architecture.model_type == "nemotron_h" else ()
+    return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias", *of_mamba), logits_ops=())
 
 
 def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, ...]:

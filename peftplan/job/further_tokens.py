@@ -1,7 +1,8 @@
-"""The layers of Nemotron 3 that predict further tokens (multi-token prediction), as NeMo Automodel builds and runs them.
+"""The layers of Nemotron 3 and Qwen 3.5 that predict further tokens (multi-token prediction), as NeMo Automodel builds and runs
+them.
 
 Source: nemo_automodel 0.7.0, components/models/nemotron_v3/mtp.py (`build_nemotron_v3_mtp`, `NemotronV3MTPSublayer`) and model.py
-(`NemotronHForCausalLM.__init__`).
+(`NemotronHForCausalLM.__init__`); qwen3_5/model.py (`build_qwen3_5_dense_mtp`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peftplan.arch.readers import read_config
 if TYPE_CHECKING:
     from peftplan.job.setup import Setup
 
-STACK = "mtp.layers."
+STACK, OF_TEXT_PART = "mtp.layers.", "model.language_model.layers.{}"
 LETTERS = {kind: letter for letter, kind in OF_PATTERN.items()} | {"attention": "*", "mamba": "M"}
 NONE_BUILT = "the model that runs has no layers that predict further tokens: mtp_depths changes nothing"
 
@@ -26,7 +27,12 @@ NONE_BUILT = "the model that runs has no layers that predict further tokens: mtp
 def depths_of(setup: Setup, config: Mapping[str, object], *, quantized: bool) -> int:
     """How many further tokens a position predicts: as many as its config says, if the setup does not. Over a base in 4 bits
     transformers' model runs, which has no such layers (_transformers/model_init.py, `_init_model`)."""
-    if quantized or not setup.by.own_decoders or config.get("model_type") != "nemotron_h" or not _pattern(config):
+    if quantized or not setup.by.own_decoders:
+        return 0
+    if config.get("model_type") == "qwen3_5" and isinstance(text := config.get("text_config"), Mapping):
+        stated = Fields(text, name="text_config").int("mtp_num_hidden_layers", default=0, low=0)
+        return stated if setup.mtp_depths is None else setup.mtp_depths
+    if config.get("model_type") != "nemotron_h" or not _pattern(config):
         return 0
     stated = Fields(config, name="config").int("num_nextn_predict_layers", default=0, low=0)
     return stated if setup.mtp_depths is None else setup.mtp_depths
@@ -35,6 +41,8 @@ def depths_of(setup: Setup, config: Mapping[str, object], *, quantized: bool) ->
 def with_further_tokens(architecture: Architecture, config: Mapping[str, object], *, shared: bool) -> Architecture:
     """The architecture with one such layer for each letter of the config's pattern. `shared`: all depths have the same ones;
     those of as many depths as the config says have their own each."""
+    if architecture.model_type == "qwen3_5":
+        return _with_attending_layer(architecture)
     pattern = _pattern(config)
     each = len(pattern)
     pattern *= 1 if shared else Fields(config, name="config").int("num_nextn_predict_layers", low=1)
@@ -52,6 +60,16 @@ def with_further_tokens(architecture: Architecture, config: Mapping[str, object]
         for layer in buffer.layers or ()
     )
     return replace(architecture, modules=(*architecture.modules, *modules), buffers=(*architecture.buffers, *buffers))
+
+
+def _with_attending_layer(architecture: Architecture) -> Architecture:
+    """The architecture with one more layer of attention, which joins what it reads and ends in a norm."""
+    h, layer = architecture.hidden_size or 0, f"{STACK}0"
+    attending = next(block.layers[0] for block in architecture.blocks if block.delta_rule is None)
+    before = tuple(module for module in architecture.modules if attending in (module.layers or ()))
+    own = (m._replace(name=m.name.replace(OF_TEXT_PART, layer), layers=None) for m in before if OF_TEXT_PART in m.name)
+    joining = (rmsnorm(f"{layer}.enorm", h), rmsnorm(f"{layer}.hnorm", h), linear(f"{layer}.eh_proj", 2 * h, h))
+    return replace(architecture, modules=(*architecture.modules, *own, *joining, rmsnorm(f"{layer}.final_layernorm", h)))
 
 
 def attends_then_mixes(architecture: Architecture) -> bool:

@@ -32,7 +32,7 @@ def chunked(f: Tape, rule: DeltaRule, q: Tensor, k: Tensor, v: Tensor, decay: Te
     by_keys, by_values, by_tokens, of_pairs = (
         (b, n, number, CHUNK, *d) for d in ((rule.key_dim,), (rule.value_dim,), (), (CHUNK,))
     )
-    if rule.key_heads != rule.value_heads:
+    if q.dims[2] != n:
         q = repeated(f, q, (b, s, n, rule.key_dim))
         k = repeated(f, k, (b, s, n, rule.key_dim))
     views = rule.key_heads == rule.value_heads

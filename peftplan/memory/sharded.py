@@ -26,13 +26,14 @@ from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.distributed.towers import is_whole
 from peftplan.distributed.units import Member, Unit
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.further_tokens import STACK
 from peftplan.ledger import Ledger
 from peftplan.memory import float8
 from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.leaf_units import LeafUnits, is_leaf, leaves_of, parameters_of
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, IN_FP32, NORM, ROOT, TAIL, experts, in_fp32, layer, number_of
+from peftplan.memory.units import EMBEDDING, FURTHER, IN_FP32, NORM, ROOT, TAIL, experts, in_fp32, layer, number_of
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage.config import QuantConfig
@@ -40,8 +41,8 @@ from peftplan.tape.tensors import Parameter as TapeParameter
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
 OF_SCANS = re.compile(r"\.(mixer|linear_attn)\.(dt_bias|A_log|D)$")
-"""What Mamba 2, or a delta rule's decay, computes in fp32: beside divided experts a unit of its own (nemo_automodel 0.7.0,
-models/nemotron_v3/layers.py, `NemotronV3MambaFP32Params`; models/qwen3_next/layers.py, `Qwen3NextSSMGate`;
+"""What Mamba 2, or a delta rule's decay, computes in fp32: a unit of its own where it is stored so (nemo_automodel 0.7.0,
+models/nemotron_v3/layers.py, `NemotronV3MambaFP32Params`; models/{qwen3_next/layers,qwen3_5_moe/cp_linear_attn}.py, `SSMGate`;
 components/distributed/parallelizer_utils.py, `fully_shard_by_dtype`)."""
 BY_TORCHTUNE = {"tok_embeddings": EMBEDDING, "output": TAIL}
 """Names in `custom_sharded_layers` → units."""
@@ -91,8 +92,8 @@ def units_of(
     calls_adapters = not (kernels.lora_mlp or kernels.lora_qkv or kernels.lora_o)
     groups = grouped(model.arch, full, shards, distributed, layout, calls_adapters=calls_adapters)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None and model.arch.model_type not in FREED_LAST
-    ends_of_stacks = {layer(model.arch.encoder_layers - 1), next(name for name in reversed(groups) if name != TAIL)}
-    last = ends_of_stacks if keeps_last else set()
+    behind = next(name for name in reversed(groups) if name not in (TAIL, FURTHER))
+    last = {layer(model.arch.encoder_layers - 1), behind, FURTHER} if keeps_last else set()
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
@@ -178,7 +179,8 @@ def grouped(
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
     of_towers = [p for p in full.all if layout.tower_in_root and _is_of_tower(p, arch)]
-    towers = {id(p): not p.trainable for p in of_towers}
+    trained = {p.name.partition("{}")[0] for p in of_towers if p.trainable}
+    towers = {id(p): p.name.partition("{}")[0] not in trained for p in of_towers}
     layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
     inner = distributed.strategy == "fsdp1" and wraps_mlps(distributed)
     adapted = any(p.owner == "adapter" for p in full.all)
@@ -190,7 +192,7 @@ def grouped(
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
     in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
     divided = {number for p in full.all if id(p) in in_mlps for number in numbers(p, arch)}
-    scans = {id(p) for p in full.all if divided and OF_SCANS.search(p.name) and arch.model_type in ("nemotron_h", "qwen3_next")}
+    scans = {id(p) for p in full.all if "A_log" in arch.keep_in_fp32_strict and OF_SCANS.search(p.name)}
     of_scans = {number for p in full.all if id(p) in scans for number in numbers(p, arch)}
     flat = distributed.strategy == "fsdp1"
     of_modules = {id(p): p for p in full.all if flat and (inner or calls_adapters) and OF_MODULES.search(p.name)}
@@ -205,21 +207,19 @@ def grouped(
     )
     groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
-        if p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)]):
-            continue
-        if not loads and is_whole(p, distributed):
+        unshared = p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)])
+        if unshared or (not loads and is_whole(p, distributed)):
             continue
         if id(p) in of_modules or (leaves and p.owner == "adapter"):
             for name in leaves_of(p):
                 groups.setdefault(name, []).append(pairs[id(p)])
             continue
-        if id(p) in in_mlps:
-            for number in numbers(p, arch):
-                groups[experts(number)].append(pairs[id(p)])
+        if p.name.startswith(STACK):
+            groups.setdefault(FURTHER, []).append(pairs[id(p)])
             continue
-        if id(p) in scans:
+        if (unit := experts if id(p) in in_mlps else in_fp32 if id(p) in scans else None) is not None:
             for number in numbers(p, arch):
-                groups[in_fp32(number)].append(pairs[id(p)])
+                groups[unit(number)].append(pairs[id(p)])
             continue
         if leaves and p.layers:
             in_root += [(number, pairs[id(p)]) for number in sorted(p.layers)]

@@ -11,8 +11,9 @@ from peftplan.tape.tensors import Operand, Tensor
 from peftplan.tape.tensors import Parameter as TapeParameter
 
 ROTARY = "model.rotary_emb"
-ROOT, BACKBONE, EMBEDDING, NORM, TAIL = "root", "backbone", "embedding", "norm", "tail"
-"""The whole model; all of it but the head; the input embedding; the final norm; the head. A layer is called by its number."""
+ROOT, BACKBONE, EMBEDDING, NORM, TAIL, FURTHER = "root", "backbone", "embedding", "norm", "tail", "further tokens"
+"""The whole model; all of it but the head; the input embedding; the final norm; the head; the layer that predicts further tokens.
+A layer is called by its number."""
 
 
 def layer(number: int) -> str:

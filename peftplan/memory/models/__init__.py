@@ -127,10 +127,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models.automodel_ep import glm4_moe
 
             return glm4_moe
-        if model_type == "qwen3_next":
-            from peftplan.memory.models.automodel_next import qwen3_next
+        if model_type in ("qwen3_next", "qwen3_5"):
+            from peftplan.memory.models import automodel_next
 
-            return qwen3_next
+            return automodel_next.qwen3_next if model_type == "qwen3_next" else automodel_next.qwen3_5
         own: dict[str, Forward] = {**OF_AUTOMODEL, **DIVIDED}
         return own[model_type]
     module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]

@@ -34,7 +34,8 @@ def nemotron_h(model: Model) -> Tensor:
 def layer(c: Call, x: Tensor) -> Tensor:
     """`NemotronV3Block.forward`, whose `mixer` is a checkpoint on one GPU (components/distributed/activation_checkpointing.py,
     `apply_submodule_checkpointing`)."""
-    part = mamba if c.block.state_space else attention if c.block.attentions else mixture
+    apart = mixture if c.block.mlp.variant == "moe" else partial(squared_mlp, name="mixer")
+    part = mamba if c.block.state_space else attention if c.block.attentions else apart
     out = checkpointed(c, partial(part, c), c.norm("norm", x))
     return ops.add(c.at(), x, out)
 
@@ -49,11 +50,17 @@ def mamba(c: Call, x: Tensor) -> Tensor:
 
 
 def attention(c: Call, x: Tensor) -> Tensor:
-    """`NemotronV3Attention.forward`."""
+    """`NemotronV3Attention.forward`: Transformer Engine's beside experts, and torch's in dense models."""
     a, (b, s, _) = c.block.attentions[0], x.dims
     heads = {"q": a.num_attention_heads, "k": a.num_key_value_heads, "v": a.num_key_value_heads}
-    q, k, v = (c.linear(f"mixer.{name}_proj", x).view((b, heads[name], s, a.head_dim)) for name in heads)
-    out = of_documents(c.at("mixer"), q, k, v, packed=c.model.running.kernels.attention is not None)
+    if any(block.mlp.variant == "moe" for block in c.model.arch.blocks):
+        q, k, v = (c.linear(f"mixer.{name}_proj", x).view((b, heads[name], s, a.head_dim)) for name in heads)
+        out = of_documents(c.at("mixer"), q, k, v, packed=c.model.running.kernels.attention is not None)
+    else:
+        q, k, v = (c.linear(f"mixer.{name}_proj", x).view((b, s, heads[name], a.head_dim)) for name in heads)
+        f = c.at("mixer")
+        q, k, v = (ops.copied(f, y, "contiguous", (b, y.dims[2], s, a.head_dim), viewed=False) for y in (q, k, v))
+        out = c.attend(q, k, v, rotated=True)
     return c.linear("mixer.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
 
 
@@ -62,14 +69,18 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     _tokens = c.at("mixer").new(x.dims[:-1], "bool", "ones")
     weights, indices = gate(c, x, "mixer", counts=False)
     weights = c.at("mixer.gate").to(weights, x.dtype)
-    shared = c.linear("mixer.shared_experts.up_proj", x)
-    shared = activation(c.at("mixer.shared_experts"), shared, c.block.mlp.activation)
-    shared = c.linear("mixer.shared_experts.down_proj", shared)
+    shared = squared_mlp(c, x, "mixer.shared_experts")
     if c.model.running.kernels.exchange is None:
         mixed = experts(c, x, weights, indices, "mixer", between=squared)
     else:
         mixed = divided_experts(c, x, weights, indices, "mixer", activated=squared)
     return ops.add(c.at("mixer"), mixed, shared)
+
+
+def squared_mlp(c: Call, x: Tensor, name: str) -> Tensor:
+    """`MLP.forward` without a gate."""
+    x = activation(c.at(name), c.linear(f"{name}.up_proj", x), c.block.mlp.activation)
+    return c.linear(f"{name}.down_proj", x)
 
 
 def squared(f: Tape, x: Tensor, weights: Tensor) -> Tensor:

@@ -1,26 +1,31 @@
-"""Qwen 3 Next as NeMo Automodel builds it: gated attention or a gated delta rule, and experts that go through HybridEP's exchange
-beside a gated one that all tokens take.
+"""Qwen 3 Next and Qwen 3.5 as NeMo Automodel builds them: gated attention or a gated delta rule, and either experts that go
+through HybridEP's exchange beside a gated one that all tokens take, or a dense MLP.
 
 The decays of the delta rule are a unit of FSDP2 in fp32; the rule itself runs in operations of torch. Source: nemo_automodel
-0.7.0, components/models/qwen3_next/{model,layers}.py, components/moe/layers.py (`Gate`, `MoE`).
+0.7.0, components/models/qwen3_next/{model,layers}.py, qwen3_5/model.py (`Qwen3_5DenseBlock`, `Qwen3_5DenseTextBackbone`),
+qwen3_5_moe/cp_linear_attn.py (`CPAwareGatedDeltaNet`), components/moe/layers.py (`Gate`, `MoE`, `MLP`).
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 from peftplan.memory.activations import activation
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel import checkpointed, opaque_rms
 from peftplan.memory.models.automodel_deepep import gate_before
 from peftplan.memory.models.automodel_ep import turned
 from peftplan.memory.models.automodel_hybrid import experts
 from peftplan.memory.models.automodel_moe import rotary_table
 from peftplan.memory.models.decoder import run_layers
-from peftplan.memory.models.qwen3_5 import joined_rule
+from peftplan.memory.models.mlps import gated_mlp
+from peftplan.memory.models.qwen3_5 import delta_rule, joined_rule
 from peftplan.memory.models.style import Call, Style
+from peftplan.memory.models.vision_language import LANGUAGE, tables_of_grids
 from peftplan.memory.norms import rms_plus_one
 from peftplan.tape import ops
-from peftplan.tape.shaping import split
+from peftplan.tape.shaping import cat, split
 from peftplan.tape.tensors import Tensor
 
 FINAL_NORM = "model.norm"
@@ -30,6 +35,35 @@ def qwen3_next(model: Model) -> Tensor:
     """`Qwen3NextModel.forward`."""
     table = rotary_table(model)
     return run_layers(model, STYLE, [inputs(model)], lambda _: (table,), masks={})
+
+
+def qwen3_5(model: Model) -> Tensor:
+    """`Qwen3_5Model.forward` of text alone: the mask of the batch multiplies what a delta rule reads."""
+    x = inputs(model)
+    f, rows = model.tape, ("b", model.seq)
+    f.module = "model.language_model"
+    _places = f.new((model.seq,), "int64", "cache_position")
+    _padding = f.new(rows, "bool", "padding_mask")
+    cos, sin = tables_of_grids(model, x.dtype, by_sections=False)
+    f.module = "model.language_model"
+    table = cat(f, (cos, sin), cos.dims)
+    del cos, sin
+    return run_layers(model, OF_TEXT_PART, [x], lambda _: (table,), masks={})
+
+
+def dense_layer(c: Call, x: Tensor) -> Tensor:
+    """`Qwen3_5DenseBlock.forward`, whose norms, mixer and MLP are checkpoints each."""
+    mixer = attention if c.block.delta_rule is None else masked_rule
+    mixed = checkpointed(c, partial(mixer, c), checkpointed(c, partial(c.norm, "input_layernorm"), x))
+    x = ops.add(c.at(), x, mixed)
+    del mixed
+    out = checkpointed(c, partial(gated_mlp, c), checkpointed(c, partial(c.norm, "post_attention_layernorm"), x))
+    return ops.add(c.at(), x, out)
+
+
+def masked_rule(c: Call, x: Tensor) -> Tensor:
+    """`CPAwareGatedDeltaNet.forward`."""
+    return delta_rule(c, ops.scale(c.at("linear_attn"), x), repeats=True)
 
 
 def norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
@@ -88,3 +122,4 @@ def projected(c: Call, name: str, x: Tensor) -> Tensor:
 
 
 STYLE = Style(norm=norm, layer=layer)
+OF_TEXT_PART = LANGUAGE._replace(norm=rms_plus_one, layer=dense_layer, checkpoints_parts=True)

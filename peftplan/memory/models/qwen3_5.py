@@ -39,8 +39,8 @@ def layer(c: Call, x: Tensor) -> Tensor:
     return ops.add(c.at(), residual, x)
 
 
-def delta_rule(c: Call, x: Tensor) -> Tensor:
-    """`Qwen3_5GatedDeltaNet.forward`, whose names hold its projections until it returns."""
+def delta_rule(c: Call, x: Tensor, *, repeats: bool = False) -> Tensor:
+    """`Qwen3_5GatedDeltaNet.forward`, whose names hold its projections until it returns. `repeats`: see `ruled`."""
     rule, name, (b, s, _) = c.block.delta_rule, "linear_attn", x.dims
     assert rule is not None
     projected = turned(c.tape, c.linear(f"{name}.in_proj_qkv", x))
@@ -55,7 +55,7 @@ def delta_rule(c: Call, x: Tensor) -> Tensor:
     del projected
     keys = (b, s, rule.key_heads, rule.key_dim)
     q, k, v = split(f, mixed, (keys, keys, (b, s, rule.value_heads, rule.value_dim)))
-    return ruled(c, (q, k, v), rates, steps, gate)
+    return ruled(c, (q, k, v), rates, steps, gate, repeats=repeats)
 
 
 def joined_rule(c: Call, x: Tensor) -> Tensor:

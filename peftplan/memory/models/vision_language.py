@@ -27,11 +27,11 @@ def with_grids(model: Model, style: Style, *, by_sections: bool) -> Tensor:
     model.tape.module = "model.language_model"
     _positions = model.tape.new((model.seq,), "int64", "position_ids")
     masks = masks_of(model, style, x.dtype)
-    tables = _tables(model, x.dtype, by_sections=by_sections)
+    tables = tables_of_grids(model, x.dtype, by_sections=by_sections)
     return run_layers(model, style, x, lambda _window: tables, masks=masks)
 
 
-def _tables(model: Model, dtype: str, *, by_sections: bool) -> tuple[Tensor, Tensor]:
+def tables_of_grids(model: Model, dtype: str, *, by_sections: bool) -> tuple[Tensor, Tensor]:
     """`Qwen2_5_VLRotaryEmbedding.forward`: cosines and sines of each sequence."""
     a = next(block.attentions[0] for block in model.arch.blocks if block.attentions)
     f, width = model.tape, a.rotary_dim or a.head_dim

@@ -1,0 +1,68 @@
+"""Formulas against NeMo Automodel's recipes of models with a tower, and of its dense Nemotron 3, rehearsed as rank 0 of 8
+(`tools.rehearsed_automodel`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from tools.rehearsed_automodel import options
+
+ROWS = [json.loads(line) for line in Path(__file__).with_name("automodel_vl.jsonl").read_text(encoding="utf-8").splitlines()]
+LARGEST = {"allocated": 0.02, "reserved": 0.1}
+LARGEST_OF_PHASE = 0.05
+RESERVED = {"internvl3-5-4b": 0.95, "internvl3-5-8b": 0.55}
+"""Per cent: at most 94 MiB of segments of a frozen tower."""
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[f"{row['model']} {row['layers']} {row['options']['method']}" for row in ROWS])
+def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
+    peaks = peftplan.estimate(**options(row), gpu="a100-80gb").peaks
+    assert peaks is not None
+    stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
+    drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items() if value is not None}
+    most = LARGEST | {"reserved": RESERVED.get(row["model"], LARGEST["reserved"])}
+    assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
+    by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
+    assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"model": "ministral-3-3b-instruct-2512"}, True),
+        ({"model": "mistral-small-3.1-24b-instruct-2503"}, False),  # whose queries are not scaled
+        ({"attn_implementation": "sdpa"}, False),
+        ({"gradient_checkpointing": True}, False),
+        ({"model": "internvl3-5-4b", "attn_implementation": "sdpa"}, True),
+        ({"model": "internvl3-5-4b", "attn_implementation": "eager"}, False),
+        ({"trainable": ".*"}, False),  # with the tower
+    ],
+)
+def test_what_of_ministral_and_internvl_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "ministral-3-8b-instruct-2512", "method": "partial", "attn_implementation": "eager"}
+    job |= {"trainable": r"^(?!.*(?:vision|visual|image_encoder)).*", "trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8}
+    assert (peftplan.estimate(**job | options, seq_len=512).peaks is not None) is known
+
+
+def test_a_tower_with_adapters_is_not_gathered() -> None:
+    """Each of 24 layers of Devstral Small's tower has adapters of seven matrices, so that each is a unit, and no text runs it."""
+    job: dict[str, Any] = {
+        "model": "devstral-small-2-24b-instruct-2512",
+        "method": "lora",
+        "trainer": "automodel",
+        "seq_len": 512,
+    }
+    job |= {"strategy": "fsdp2", "gpus": 8, "r": 8}
+    gathered = []
+    for more in ({}, {"exclude_modules": ".*(vision_tower|multi_modal_projector).*"}):
+        peaks = peftplan.estimate(**job, target_modules="every-linear", **more).peaks
+        assert peaks is not None
+        lines = (line for line in peaks.ledgers["forward"].lines if line.category == "gathered_weights")
+        gathered.append(sum(line.bytes() for line in lines if "vision_tower.transformer.layers" in line.name))
+    assert gathered == [0, 2 * 24 * (4 * 1024 * 1024 + 3 * 1024 * 4096 + 2 * 1024)]
