@@ -19,7 +19,7 @@ from programs.ms_swift import with_swift
 from programs.preferences import with_preferences, with_teacher
 from programs.scored import with_rewards, with_values
 from programs.without_peft import WITHOUT_PEFT
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
 DOCUMENTS = 4
 """Documents of a packed row."""
@@ -29,17 +29,20 @@ def with_trl(job: argparse.Namespace) -> None:
     """SFTTrainer, which makes the adapter itself. Its arguments come first: under ZeRO-3 they decide how the model is loaded."""
     from trl import SFTConfig, SFTTrainer
 
+    config = AutoConfig.from_pretrained(job.model)
+    wanted = class_of(job, config)
     with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.model))
+        shape = wanted(config)
     packed = {"packing": True} if job.trainer == "trl-packed" else {}
-    config = SFTConfig(max_length=job.seq_len, **packed, **arguments(job, shape))
-    model = load(job)
+    training = SFTConfig(max_length=job.seq_len, **packed, **arguments(job, shape))
+    model = load(job, wanted)
     if job.method in WITHOUT_PEFT:
         WITHOUT_PEFT[job.method](job, model)
     dataset = rows(job, model).remove_columns("labels")
     if packed:
         dataset = dataset.map(lambda row: {"input_ids": row["input_ids"][: job.seq_len // DOCUMENTS]})
-    SFTTrainer(model=model, args=config, train_dataset=dataset, peft_config=adapter(job)).train()
+    texts = {"processing_class": AutoTokenizer.from_pretrained(job.model)} if hasattr(config, "vision_config") else {}
+    SFTTrainer(model=model, args=training, train_dataset=dataset, peft_config=adapter(job), **texts).train()
 
 
 def patch_attention(name: str, model: Any = None) -> None:

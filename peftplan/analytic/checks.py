@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 COPYING = ("sgd", "rmsprop", "adagrad")
 """Optimizers of torch that add decayed weights to copies of the gradients (torch, optim/sgd.py:429)."""
-SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
-"""Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
 TRAINERS_OF_TEXT_PARTS = {
     "trl-dpo": "",
     "trl-grpo": "qwen2_5_vl",
@@ -250,7 +248,7 @@ def _check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if kernels_of(job.setup.kernels or ()).layers is not None:
         return
-    if job.distributed is None and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
+    if _knows_idle(job, names) and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
         return
     head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
     if by_tool and job.method_name == "full":  # where `knows_tower` says so
@@ -261,10 +259,21 @@ def _check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"weights that train outside the text part of model type {architecture.model_type}")
 
 
+def _knows_idle(job: Job, names: tuple[str, ...]) -> bool:
+    """Whether weights that train outside a text part were rehearsed, on one GPU or on a rank like this one."""
+    if job.distributed is None:
+        return True
+    from peftplan.analytic.idle_towers import knows_idle
+
+    return knows_idle(job, job.distributed, names)
+
+
 def _knows_shared(job: Job, distributed: Distributed) -> bool:
     """Whether a text part was rehearsed on a rank like this one."""
+    from peftplan.analytic.idle_towers import knows_base  # which few jobs need
+
     by_tool = job.setup.by.own_lora and knows_tower(job)
-    return by_tool or (distributed.strategy in SHARED_TEXT_PARTS and job.quant is None)
+    return by_tool or knows_base(job, distributed.strategy)
 
 
 def _check_kernels(job: Job) -> None:

@@ -23,7 +23,7 @@ def check_family(job: Job) -> None:
     if model_type not in GEMMA4 or kernels_of(setup.kernels or ()).layers is not None:
         return
     by_tool = job.setup.by.own_lora and knows_tower(job)
-    if job.distributed is not None and not by_tool and (job.distributed.strategy != "ddp" or job.quant is not None):
+    if job.distributed is not None and not by_tool and not _knows_shared(job, job.distributed.strategy):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {model_type}")
     widest = max((a.head_dim for block in job.architecture.blocks for a in block.attentions), default=0)
     if setup.attn_implementation == "flash_attention_2" and widest > MAX_FLASH_HEAD:
@@ -46,3 +46,12 @@ def check_family(job: Job) -> None:
         raise NeedsTraceError(f"model type {model_type} with {what}")
     if setup.by.name not in PLAIN_TRAINERS and not by_tool:
         raise NoEngineError(f"model type {model_type} and {setup.by.called} (no formula yet)")
+
+
+def _knows_shared(job: Job, strategy: str) -> bool:
+    """Whether Gemma 4 was rehearsed on a rank like this one (tests/rehearse/idle_towers.jsonl): dense under ZeRO, without keys
+    that layers borrow."""
+    blocks = job.architecture.blocks
+    plain = not any(block.mlp.variant == "moe" or a.borrows for block in blocks for a in block.attentions)
+    by_deepspeed = strategy in ("zero1", "zero2", "zero3") and plain
+    return job.quant is None and (strategy == "ddp" or by_deepspeed)

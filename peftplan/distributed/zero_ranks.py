@@ -5,9 +5,9 @@ those of another one cannot need more, whatever the batch and the sequence are. 
 
     backward   gradients of all tensors that reach into its partition, from the reduction of the first of them on; under ZeRO-1
                also large gradients of other ranks, which stay until all are reduced; with the optimizer on the host norms and
-               fp32 copies of its parts while they are reduced
+               fp32 copies of its parts while they are reduced; at the end zeros for parameters that got no gradient
     step       norms of its parts in fp64, one after the other; the gradients of a group in one piece, where it has two or more
-               parts of it; those of its partition until the last group of which it has a part
+               parts of it; those of its partition until the last group of which it has a part, and zeros until that of each
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, as `memory.zero` runs it.
 """
@@ -162,15 +162,25 @@ class Step:
         return round512(self.itemsize * numel)
 
     def _stepping(self, parts: Sequence[Part], gradients: int) -> Iterator[int]:
-        """Bytes at the highest norm, and while the gradients of each group are flattened and behind it."""
+        """Bytes behind the last reduction and at the highest norm, and while the gradients of each group are flattened and behind
+        it."""
+        zeros: Counter[int] = Counter()
+        for part in parts:
+            zeros[part.slot.group] += 0 if part.reduced else self._rounded(part.slot.numel)
+        there = gradients + zeros.total()
         norms = (number * ALLOCATION_ROUNDING + round512(ITEMSIZE["fp64"] * part.numel) for number, part in enumerate(parts))
-        yield gradients + max(norms, default=0)
-        of_group = Counter(part.slot.group for part in parts)
+        yield there
+        yield there + max(norms, default=0)
+        for group, _ in enumerate(self.partitions):  # those of a later backward, which are added to the first
+            yield there + zeros[group - 1] + zeros[group]
+        of_group, of_gradients = Counter(part.slot.group for part in parts), {part.slot.group for part in parts if part.reduced}
         for group, numel in enumerate(self.partitions):
-            yield gradients + (self._rounded(numel) if of_group[group] > 1 else 0)
-            if not any(later > group for later in of_group):
+            yield there + (self._rounded(numel) if of_group[group] > 1 else 0)
+            if not any(later > group for later in of_gradients):
+                there -= gradients
                 gradients = 0
-            yield gradients
+            there -= zeros[group]
+            yield there
 
     def _to_host(self, parts: Sequence[Part]) -> Iterator[int]:
         """Bytes at the highest norm of each bucket and behind it: norms stay, and each is there beside its fp64 copy."""

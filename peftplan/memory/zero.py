@@ -4,7 +4,8 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; methods have its names.
 buffers come from a stream of its own, whose blocks the allocator keeps apart.
 
     backward   a gradient arrives: copied into the bucket and freed | bucket full: copied once more in one piece, all-reduced; the
-               rank keeps those gradients of which a part is its own, in one tensor
+               rank keeps those gradients of which a part is its own, in one tensor | at the end: zeros for parameters of its
+               partition that got no gradient
     step       group by group: gradients in one flat tensor, cast to fp32, step over the masters
 """
 
@@ -25,7 +26,7 @@ from peftplan.tape.tensors import Parameter, Tensor
 REDUCE = 1
 """The stream of the reduction; 0 is the default one."""
 OfRank = tuple[int, Tensor]
-"""The last group of which the rank has a part, and gradients of its partition: they are freed there."""
+"""The last group of which the rank has a gradient, and gradients of its partition: they are freed there."""
 
 
 def flattened(reduced: Iterable[Slot], bucket_size: int, *, scatters: bool) -> list[tuple[int, bool]]:
@@ -60,6 +61,9 @@ def ends_of(reduced: Sequence[Slot]) -> tuple[int, int]:
 class Zero(Stage):
     """Gradients, buckets and flat groups of one rank. `masters`: the fp32 masters of each group, `trained`: what they are of."""
 
+    anywhere = False
+    """Whether the rank stays open."""
+
     def __init__(
         self, model: Model, masters: tuple[Family, ...], distributed: Distributed, *, dtype: str, rank: int, trained: Parameters
     ) -> None:
@@ -79,6 +83,8 @@ class Zero(Stage):
         """Those of all backwards of the step."""
         self.others: list[Tensor] = []
         """Gradients of other ranks that are larger than the bucket: ZeRO-1 leaves them in place until all are reduced."""
+        self.has_zeros = False
+        """Whether zeros stand for the gradients of this step that some parameters do not get."""
         self.f.accumulated = self.accumulated
 
     # -- backward ----------------------------------------------------------------------------------------------------------------
@@ -121,13 +127,20 @@ class Zero(Stage):
         if self.offloads:
             self.copy_to_host(stream)
         elif not self.of_rank and any(slot.of_rank(self.rank) for slot in reduced):
-            reaching = [slot for slot in self.slots.values() if slot.of_rank(self.rank)]
-            self._keep(sum(slot.numel for slot in reaching), last_group=max(slot.group for slot in reaching))
+            reaching = {key: slot for key, slot in self.slots.items() if slot.of_rank(self.rank)}
+            unused = self._unused()
+            last = max(slot.group for key, slot in reaching.items() if key not in unused)
+            self._keep(sum(slot.numel for slot in reaching.values()), last_group=last)
         if self.large is not None and not (self.partitions_gradients or reduced[0].of_rank(self.rank)):
             self.others.append(self.large)
         self.large = None
         self.bucketed.clear()
         self.num_bucketed = 0
+
+    def _unused(self) -> set[Key]:
+        """The tensors that the model's forward has not read, which get no gradient."""
+        used, own = {key for key, _ in self.model.used_by_layer()}, {p.name for p in self.model.parameters.all}
+        return {key for key in self.slots if key[0] in own and key not in used}
 
     def _keep(self, numel: int, *, last_group: int) -> None:
         """The gradients of the rank's partition in one tensor; `last_group`: as in `OfRank`."""
@@ -151,10 +164,26 @@ class Zero(Stage):
             if (p := by_key.get(key)) is not None and p.grad is not None:
                 self.reduce_independent(p)
         self.reduce_ipg_grads()
-        self.averaged = self.averaged or self.of_rank
+        self.averaged = [*(self.averaged or self.of_rank), *self._zeros()]
         self.of_rank = []  # later ones have been added to the first
         self.others.clear()
         self.buffers.clear()
+
+    def _zeros(self) -> list[OfRank]:
+        """`get_all_grad_tensors`: zeros for parameters of the rank that got no gradient; those of a later backward are added to
+        the first ones, group by group."""
+        idle = [] if self.offloads else [slot for key, slot in self.slots.items() if key not in self.order]
+        if not self.has_zeros:
+            self.has_zeros = True
+            return [(slot.group, zeros) for slot in idle for zeros in self._zeros_for(slot)]
+        for number, _ in enumerate(self.masters if idle else ()):
+            _added = [zeros for slot in idle if slot.group == number for zeros in self._zeros_for(slot)]
+        return []
+
+    def _zeros_for(self, slot: Slot) -> list[Tensor]:
+        """Those for all of a parameter of which a part is the rank's."""
+        numel = slot.numel * (slot.of_rank(self.rank) > 0)
+        return [self._new((numel,), self.dtype, "zeros for a gradient", 0, "gradients")] if self.anywhere or numel else []
 
     # -- step --------------------------------------------------------------------------------------------------------------------
 

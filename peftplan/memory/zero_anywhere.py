@@ -6,7 +6,7 @@ world has the same record. The levels are those of `memory.zero`, but not every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 
 from peftplan.arrays import larger, smaller
@@ -36,6 +36,7 @@ def flattened_anywhere(reduced: Sequence[Slot], bucket_size: int) -> list[int]:
 class ZeroAnywhere(Zero):
     """The same for every rank of every world, with the optimizer on the device and gradients reduced in their own dtype."""
 
+    anywhere = True
     began = 0
     """1 once gradients of the rank's partition are there."""
 
@@ -49,14 +50,15 @@ class ZeroAnywhere(Zero):
         """Each group, and the elements of the gradients that the rank keeps until it: 0 but for one group."""
         reaching = sum(slot.numel * (self.own[key] > 0) for key, slot in self.slots.items())
         kept, later = [], 0
+        unused = self._unused()
         for group in reversed(range(len(self.masters))):
-            there = sum(self._of_group(group)) > 0
+            there = sum(self._of_group(group, unused)) > 0
             kept.append((group, reaching * there * (1 - later)))
             later = larger(later, there)
         return kept
 
-    def _of_group(self, group: int) -> Iterator[int]:
-        return (self.own[key] for key, slot in self.slots.items() if slot.group == group)
+    def _of_group(self, group: int, unused: Container[Key] = ()) -> Iterator[int]:
+        return (self.own[key] for key, slot in self.slots.items() if slot.group == group and key not in unused)
 
     def reduce_ipg_grads(self) -> None:
         reduced = [self.slots[key] for key in self.bucketed]

@@ -16,6 +16,20 @@ from peftplan.job.prepare import prepare
 CAPABILITY = "9.0"
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 6144}
 
+TOWER = {"hidden_size": 128, "intermediate_size": 300, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+
+
+def beside_tower(text: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3 with a Llama's sizes. Its tower, which is first in the model, trains and gets no gradient."""
+    kinds = {"layer_types": ["full_attention"] * text["num_hidden_layers"], "head_dim": 64, "model_type": "gemma3_text"}
+    return {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": text | kinds,
+        "vision_config": {**TOWER, "model_type": "siglip_vision_model", "num_hidden_layers": text["num_hidden_layers"]},
+        "mm_tokens_per_image": 4,
+    }
+
 
 def drawn(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A small Llama and a job of ZeRO-1 or ZeRO-2."""
@@ -65,6 +79,19 @@ def test_no_rank_requests_more(seed: int) -> None:
     assert isinstance(peaks, OfRanks)
     each = all_ranks(peaks)
     assert max(peaks.requested.values()) == max(max(of_rank.requested.values()) for of_rank in each)
+    compared = [each[rank] for rank in peaks.ranks_compared]
+    for phase in peaks.requested:
+        assert max(of_rank.requested[phase] for of_rank in each) == max(of_rank.requested[phase] for of_rank in compared)
+
+
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_no_rank_with_a_tower_requests_more(seed: int) -> None:
+    """Zeros stand for the gradients that the tower does not get, on the ranks whose partition it is in."""
+    model, options = drawn(seed)
+    options |= {"gpus": min(options["gpus"], 12), "gradient_accumulation_steps": seed % 3 + 1}
+    peaks = analytic_peaks(inventory(prepare(beside_tower(model), **options)), compute_capability=CAPABILITY)
+    assert isinstance(peaks, OfRanks)
+    each = all_ranks(peaks)
     compared = [each[rank] for rank in peaks.ranks_compared]
     for phase in peaks.requested:
         assert max(of_rank.requested[phase] for of_rank in each) == max(of_rank.requested[phase] for of_rank in compared)

@@ -113,13 +113,17 @@ def _folder(name: str) -> Path | None:
 
 def write_checkpoint(folder: Path) -> int:
     """Write `model.safetensors` for the config of a folder: true names, shapes and dtypes, and no data. Its length in bytes."""
+    from unittest.mock import patch
+
     import torch
     import transformers
+    from transformers.integrations import deepspeed
 
     from peftplan.libraries.meta import untie
 
     config = transformers.AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
+    # a tower is made by `_from_config`, which would divide it under ZeRO-3
+    with torch.device("meta"), patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None):
         model = getattr(transformers, config.architectures[0])(config)
         untie(model, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     dtype = config.dtype or torch.float32
