@@ -10,6 +10,7 @@ from peftplan.analytic.ranks import SECOND, cast_parameters, second_architecture
 from peftplan.analytic.shown import FLAT, scans_under_zero2
 from peftplan.distributed.ddp import bucket_sizes
 from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.job.automodel import builds, merges_experts
@@ -25,6 +26,7 @@ from peftplan.memory.reference_load import load_one_then
 from peftplan.memory.sharded import flat_units, grouped, tied
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.stacked_load import merged
+from peftplan.memory.state_dict_load import ByStateDict
 from peftplan.memory.synced import synced
 from peftplan.memory.zero0 import WholeLoading
 from peftplan.memory.zero_load import FlatLoading, PartLoading
@@ -103,12 +105,16 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     # A dense model arrives in the order of accelerate's units with any tool: embedding, layers and head.
     by_units_of = layout if whole is not None and (layout.streams or layout.leaves_apart) else ACCELERATE
     built = job.architecture.model_type if builds(job) else None
+    one_by_one = bool(distributed.cpu_ram_efficient_loading) and job.setup.device_map != "cpu"  # not of `Params4bit`
+    casts_shards = versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate) and layout is ACCELERATE and job.quant is None
+    if one_by_one and layout is ACCELERATE and job.quant is None and not casts_shards:
+        return _by_state_dict(job, parameters, holding.parameters, buffers)
     policy = Loading(
         groups=grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of, loads=True),
         buffers=buffers,
         of_one_gpu=whole,
         layout=layout,
-        one_by_one=bool(distributed.cpu_ram_efficient_loading) and job.setup.device_map != "cpu",  # not of `Params4bit`
+        one_by_one=one_by_one,
         stays={**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         widened=built == "deepseek_v3" and job.setup.dtype != "fp32",
@@ -118,7 +124,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         merged=merges_experts(job),
         in_8_bits=in_8_bits,
         keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
-        casts_shards=versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate) and layout is ACCELERATE and job.quant is None,
+        casts_shards=casts_shards,
         masks=0 if built in (*SCANNING, "gemma4", "ernie4_5_moe") else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
@@ -129,6 +135,16 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     second = policy._replace(groups=units, buffers=theirs, stays=whole_sizes(full, shards))
     own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
     return partial(load_one_then, first=own, second=second)
+
+
+def _by_state_dict(job: Job, full: Parameters, shards: Parameters, buffers: Ledger) -> ByStateDict:
+    """How the first rank loads for all. `shards`: what it has of each parameter."""
+    assert job.distributed is not None
+    shard_of = {id(p): shard for p, shard in zip(full.all, shards.all, strict=True)}
+    pairs = [(p, shard_of[id(p)]) for p, _ in tensors(in_module_order(full))]
+    name = f"{job.architecture.input_embedding}.weight"
+    table = [pair for pair in pairs if tied(job.architecture) and pair[0].name == name]
+    return ByStateDict(pairs, table, buffers, job.distributed.shards)
 
 
 def _matrices_of_stages(job: Job, parameters: Parameters, own: Parameters, rank: int) -> tuple[tuple[int, int], ...]:

@@ -230,13 +230,6 @@ def _runs_xielu(job: Job) -> bool:
     return job.architecture.model_type == "apertus" and job.quant is None
 
 
-def _loads_ties_by_rank(job: Job) -> bool:
-    """Whether accelerate's FSDP2 loads a table that the head reads too on the first rank alone, for Trainer or SFTTrainer."""
-    distributed, by = job.distributed, job.setup.by
-    by_rank = distributed is not None and distributed.strategy == "fsdp2" and bool(distributed.cpu_ram_efficient_loading)
-    return by_rank and by.traced_on_ranks and not by.own_fsdp2 and job.quant is None and bool(job.architecture.ties)
-
-
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_runs_xielu, "xIELU over a dense base: the replay was 2.5 % above and 5.3 % below traces of two layers"),
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
@@ -305,11 +298,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (_adapts_by_kernels_in_zero3, "LoRA kernels under ZeRO-3: a rehearsal of twelve layers reserved 3.6 % more than the replay"),
     (_shards_by_llama_factory, "LLaMA-Factory under FSDP1: a rehearsal of six layers reserved 22 % more than the replay"),
-    (
-        _loads_ties_by_rank,
-        "cpu_ram_efficient_loading of tied embeddings under FSDP2: rehearsals of a few layers reserved 1 and 8 % less than the "
-        "replay",
-    ),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal of two layers reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""

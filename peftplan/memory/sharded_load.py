@@ -76,7 +76,7 @@ class Loading(NamedTuple):
             for name in (name for name in ordered if name in self.groups):
                 for p, shard in self.groups[name]:
                     whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
-                    _keep_shard(memory, shard)
+                    keep_shard(memory, shard)
                     memory.release(whole)
             if not self.layout.buffers_first:
                 self._buffers(memory)
@@ -116,7 +116,7 @@ class Loading(NamedTuple):
         if self.widened:
             self._widened(memory)
         for _, shard in (pair for members in self.groups.values() for pair in members if not self.widened):
-            _keep_shard(memory, shard)
+            keep_shard(memory, shard)
         tables = [shard for p, shard in self.groups.get(TAIL, ()) if len(p.shape) > 1 and p.owner == "base"]
         of_head = [memory.allocate(n) for shard in tables for n in _on_device(shard)] if EMBEDDING not in self.groups else []
         self._buffers(memory)
@@ -246,7 +246,7 @@ class Loading(NamedTuple):
             if name == ROOT:
                 self._buffers(memory, beside=of_layers)
             for _, shard in self.groups[name]:
-                _keep_shard(memory, shard)
+                keep_shard(memory, shard)
             for p, handle in whole:
                 is_end = self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base"
                 is_last = self.keeps_last and name == ROOT and p is self.groups[name][-1][0]
@@ -300,7 +300,7 @@ def _as_made(p: Parameter, shard: Parameter) -> Parameter:
     return shard._replace(dtype=p.dtype, allocations=tuple(a._replace(dtype=p.dtype) for a in shard.allocations))
 
 
-def _keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
+def keep_shard(memory: Memory[Handle], shard: Parameter) -> None:
     """A shard is made on the device, also one that goes to the host."""
     memory.keep(_on_device(shard))
     for a in shard.allocations:

@@ -1,0 +1,45 @@
+"""How the first rank loads under FSDP2 with accelerate's `cpu_ram_efficient_loading`: tensor by tensor, for all ranks.
+
+Source: accelerate, utils/fsdp_utils.py (`fsdp2_load_full_state_dict`); torch, distributed/tensor/placement_types.py
+(`Shard._split_tensor`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from peftplan.dtypes import ITEMSIZE
+from peftplan.ledger import Ledger
+from peftplan.memory.loaded import Handle, Memory
+from peftplan.memory.sharded import Pairs
+from peftplan.memory.sharded_load import keep_shard
+
+
+class ByStateDict(NamedTuple):
+    """What the rank loads, in order."""
+
+    pairs: Pairs
+    """Each tensor with its shard, as the state dict has them."""
+    table: Pairs
+    """A table that the head reads too: it comes again as the head's, and goes when the weights are tied again."""
+    buffers: Ledger
+    ranks: int
+
+    def __call__(self, memory: Memory[Handle]) -> None:
+        """Each tensor is moved whole, and its shard copied, beside copies of the chunks that are padded to as many rows."""
+        again = []
+        for number, (p, shard) in enumerate((*self.pairs, *self.table)):
+            of_shard = ITEMSIZE[shard.dtype] * shard.numel
+            whole = [memory.allocate(ITEMSIZE[shard.dtype] * p.numel)]
+            whole += [memory.allocate(of_shard) for _ in range(self.ranks - p.numel // shard.numel)]
+            if number < len(self.pairs):
+                keep_shard(memory, shard)
+            else:
+                again.append(memory.allocate(of_shard))
+            for handle in whole:
+                memory.release(handle)
+        for line in self.buffers:
+            memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
+        for handle in again:
+            memory.release(handle)
