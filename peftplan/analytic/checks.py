@@ -264,16 +264,18 @@ def _knows_idle(job: Job, names: tuple[str, ...]) -> bool:
     if job.distributed is None:
         return True
     from peftplan.analytic.idle_towers import knows_idle
+    from peftplan.analytic.text_parts import knows_wrapped
 
-    return knows_idle(job, job.distributed, names)
+    return knows_wrapped(job) or knows_idle(job, job.distributed, names)
 
 
 def _knows_shared(job: Job, distributed: Distributed) -> bool:
     """Whether a text part was rehearsed on a rank like this one."""
     from peftplan.analytic.idle_towers import knows_base  # which few jobs need
+    from peftplan.analytic.text_parts import knows_wrapped
 
     by_tool = job.setup.by.own_lora and knows_tower(job)
-    return by_tool or knows_base(job, distributed.strategy)
+    return by_tool or knows_base(job, distributed.strategy) or knows_wrapped(job)
 
 
 def _check_kernels(job: Job) -> None:

@@ -109,8 +109,10 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     casts_shards = versions.FSDP2_UPCASTS_ALL.after(distributed.accelerate) and layout is ACCELERATE and job.quant is None
     if one_by_one and layout is ACCELERATE and job.quant is None and not casts_shards:
         return _by_state_dict(job, parameters, holding.parameters, buffers)
+    by_accelerate = layout is ACCELERATE  # other tools' weights arrive with a tower's layers beside the text's
+    shards = holding.parameters
     policy = Loading(
-        groups=grouped(job.architecture, parameters, holding.parameters, distributed, by_units_of, loads=True),
+        groups=grouped(job.architecture, parameters, shards, distributed, by_units_of, loads=True, towers_apart=by_accelerate),
         buffers=buffers,
         of_one_gpu=whole,
         layout=layout,

@@ -27,6 +27,7 @@ from peftplan.analytic.shown import (
     translates_text,
 )
 from peftplan.analytic.shown_optimizers import SHOWN_OPTIMIZERS, shown_optimizers
+from peftplan.analytic.text_parts import knows_wrapped
 from peftplan.distributed.flat_parameters import wraps_mlps
 from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
@@ -155,9 +156,8 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "param_dtype": distributed.param_dtype not in (None, autocast, job.setup.by.layout.param_dtype),
         "backward_prefetch": distributed.backward_prefetch == "post",  # a step was 19.5 % above its rehearsal
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
-        "transformer_cls_names_to_wrap": classes is not None
-        and classes != layer_classes(job)
-        and not _knows_mixtures(job, distributed),
+        "transformer_cls_names_to_wrap": classes not in (None, layer_classes(job))
+        and not (knows_wrapped(job) or _knows_mixtures(job, distributed)),
         "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat  # transformers computes in it

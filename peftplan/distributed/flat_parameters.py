@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from peftplan.distributed.holding import Holding, place_of
+from peftplan.distributed.order import tensors
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.wrapped import ROOT, family_of, is_beside_text
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.ledger import Allocation, Place
 from peftplan.parameters import Parameter, Parameters
@@ -14,7 +16,6 @@ from peftplan.storage import dense
 from peftplan.units import ceil_div
 
 MIXTURE = "MixtralSparseMoeBlock"
-ROOT = "root"
 
 
 def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str, rank: int) -> Holding:
@@ -26,14 +27,18 @@ def of_fsdp1(parameters: Parameters, distributed: Distributed, *, autocast: str,
     flats: dict[tuple[str, str, bool], list[Parameter]] = {}
     parameters_of_rank: list[Parameter] = []
     stepped: list[Parameter] = []
-    alone, inner = _alone(parameters), wraps_mlps(distributed)
+    alone = _alone(parameters)
     for p, trained in _cast(parameters, distributed, autocast):
-        unit = p.name if p.name in alone else unit_of(p, inner)
+        unit = p.name if p.name in alone else unit_of(p, distributed)
         flats.setdefault((unit, p.dtype if not p.quantized else _packed(p), trained), []).append(p)
+    loaded = {p.name: p.dtype for p in parameters.all}
     for (unit, dtype, trained), members in flats.items():
         flat = [*_flat(unit, dtype, members, distributed.shards, place, trained=trained)]
+        if unit != ROOT and is_beside_text(members[0].name) and loaded[members[0].name] != dtype and place == "device":
+            parameters_of_rank.append(_before_cast(flat[0], loaded[members[0].name]))
         parameters_of_rank += flat
-        stepped += flat[:1] if distributed.steps_flat else _views(flat[0], members, position)
+        apart = [p._replace(copies=1) for p, _ in tensors(members)] if unit == ROOT else members
+        stepped += flat[:1] if distributed.steps_flat else _views(flat[0], apart, position)
     on_rank = parameters._replace(all=tuple(parameters_of_rank))
     return Holding(on_rank, states_of=parameters._replace(all=tuple(stepped)))
 
@@ -59,9 +64,14 @@ def _cast(parameters: Parameters, distributed: Distributed, autocast: str) -> It
 def beside_trained(parameters: Parameters, distributed: Distributed) -> list[Parameter]:
     """What is frozen in a unit that trains: its tensors are views of the flat parameter, so backward makes gradients of all of
     them (`_use_unsharded_views`)."""
-    alone, inner = _alone(parameters), wraps_mlps(distributed)
-    trained = {(unit_of(p, inner), p.layers) for p in parameters.all if p.trainable and p.name not in alone}
-    return [p for p in parameters.all if not p.trainable and (unit_of(p, inner), p.layers) in trained]
+    alone = _alone(parameters)
+    units = [(p, unit_of(p, distributed)) for p in parameters.all]
+    trained = {(unit, _layers(p, unit)) for p, unit in units if p.trainable and p.name not in alone}
+    return [p for p, unit in units if not p.trainable and (unit, _layers(p, unit)) in trained]
+
+
+def _layers(p: Parameter, unit: str) -> frozenset[int] | None:
+    return None if unit == ROOT else p.layers
 
 
 def _alone(parameters: Parameters) -> set[str]:
@@ -93,10 +103,12 @@ def is_in_mlp(p: Parameter) -> bool:
     return "{}.mlp." in p.name
 
 
-def unit_of(p: Parameter, inner: bool) -> str:
-    """The unit that a parameter belongs to: its layer, or the root. `inner`: the MLP of its layer alone is one."""
+def unit_of(p: Parameter, distributed: Distributed) -> str:
+    """The unit that a parameter belongs to: its layer, or the root. Where MLPs are wrapped, that of its layer alone is one."""
+    if (of_tower := family_of(p, distributed)) is not None:
+        return of_tower
     head, layered, _ = p.name.partition("{}")
-    return head + layered if layered and (not inner or is_in_mlp(p)) else ROOT
+    return head + layered if layered and (not wraps_mlps(distributed) or is_in_mlp(p)) else ROOT
 
 
 def _packed(p: Parameter) -> str:
@@ -128,6 +140,12 @@ def _flat(unit: str, dtype: str, members: list[Parameter], shards: int, place: P
         rest = tuple(a for a in p.allocations if a.name != "weight")
         if rest and p.quantized:
             yield p._replace(shape=(0,), trainable=False, allocations=rest)
+
+
+def _before_cast(flat: Parameter, dtype: str) -> Parameter:
+    """The shard of a unit that no text runs, as it was loaded: modules' own tensors stay views of it (`_use_sharded_views`)."""
+    allocations = tuple(a._replace(dtype=dtype) for a in flat.allocations)
+    return flat._replace(name=f"{flat.name}, before it is cast", dtype=dtype, trainable=False, allocations=allocations)
 
 
 def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator[Parameter]:

@@ -267,9 +267,11 @@ class Fsdp1(Fsdp2):
             self.f.mark(PASSED)
 
     def _flattened(self, flat: Flat, gradients: dict[str, Parameter]) -> Tensor:
-        """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was."""
-        dtype, packed = flat.members[0].dtype, [member for member in flat.members if member.packed]
-        _zeros = [self._new((member.numel,), dtype, f"{member.name} zeros", UNSHARD) for member in packed]
+        """The backward of the split into views: one tensor of all gradients, on the stream of the gather, as the split was. Of
+        what got none they are zeros, and the optimizer steps over them too."""
+        dtype, without = flat.members[0].dtype, [member for member in flat.members if member.name not in gradients]
+        _zeros = [self._new((member.numel,), dtype, f"{member.name} zeros", UNSHARD) for member in without]
+        self.reduced |= {member.name for member in flat.members if member.trainable}
         tensor = self._new((flat.numel,), dtype, f"{flat.name} gradient", UNSHARD)
         if self.lag is not None:  # autograd's engine: a node's stream waits for that of its inputs, and is recorded with them
             parts = [gradients[member.name].grad for member in flat.members if member.name in gradients]
@@ -279,7 +281,6 @@ class Fsdp1(Fsdp2):
             if member.name in gradients:
                 self._sum_on_unshard(gradients[member.name].grad)
                 gradients[member.name].grad = None
-                self.reduced.add(member.name)
         return tensor
 
     def _sum_on_unshard(self, gradient: Tensor | None) -> None:

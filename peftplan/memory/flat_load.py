@@ -29,6 +29,8 @@ class FlatShard(NamedTuple):
     gathered: int
     in_masters: int
     """Of the gathered parameter in the dtype of the shard; 0 if that is the dtype in which it is gathered."""
+    never_runs: bool = False
+    """Whether modules of a tower have it, which no text runs: their tensors stay views of the shard before it is cast."""
 
 
 class FlatUnits(NamedTuple):
@@ -59,7 +61,7 @@ class FlatUnits(NamedTuple):
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load flat parameter by flat parameter."""
-        to_cast = []
+        to_cast: list[tuple[Handle | None, int]] = []
         model = None if self.of_one_gpu is None else Whole(memory, self.stays)
         if self.of_one_gpu is not None and model is not None:
             self.of_one_gpu(model)
@@ -69,7 +71,10 @@ class FlatUnits(NamedTuple):
             tensors = [memory.allocate(nbytes) if model is None else model.taken(nbytes) for nbytes in flat.tensors]
             send(memory, flat_tensors(("", nbytes) for nbytes in flat.tensors))
             whole = memory.allocate(flat.whole)
-            if flat.cast or flat.on_host:
+            if flat.never_runs:
+                memory.keep((flat.shard,))
+                to_cast.append((None, flat.cast))
+            elif flat.cast or flat.on_host:
                 shard = memory.allocate(flat.shard)
                 if flat.on_host:
                     memory.release(shard)
@@ -86,5 +91,6 @@ class FlatUnits(NamedTuple):
             memory.keep((nbytes,))
         if self.accumulates:
             self.first_run(memory)
-        for shard, _ in to_cast if not self.leaves_shards else ():
-            memory.release(shard)
+        for uncast, _ in to_cast if not self.leaves_shards else ():
+            if uncast is not None:
+                memory.release(uncast)

@@ -13,7 +13,6 @@ from math import prod
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
-from peftplan.arch.text_part import TEXT_PARTS, is_in_text_part
 from peftplan.distributed.expert_parallel import is_divided, owners, sharing
 from peftplan.distributed.flat_parameters import is_in_mlp, is_wrapped, wraps_mlps
 from peftplan.distributed.fsdp1 import Flat, Fsdp1, flats_of
@@ -25,6 +24,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ranks_of
 from peftplan.distributed.towers import is_whole
 from peftplan.distributed.units import Member, Unit
+from peftplan.distributed.wrapped import is_beside_text, units_of_tower
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.further_tokens import STACK
 from peftplan.ledger import Ledger
@@ -167,20 +167,21 @@ def grouped(
     *,
     calls_adapters: bool = True,
     loads: bool = False,
+    towers_apart: bool = True,
 ) -> dict[str, Pairs]:
     """Unit → its parameters, in the order in which torch finds the units: the root first.
 
     torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
     alone (`wraps_mlps`): then layers have no units. `calls_adapters`: modules of an adapter, which are units of FSDP1, run one by
     one; a kernel that takes their weights finds them gathered with their layer. `loads`: with what every rank holds whole, which
-    is loaded as if it were of the root.
+    is loaded as if it were of the root. `towers_apart`: layers of a tower are not counted among those of the text.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
     ends = _ends(arch, full, distributed, layout) if distributed.strategy == "fsdp2" else frozenset()
-    of_towers = [p for p in full.all if layout.tower_in_root and _is_of_tower(p, arch)]
-    trained = {p.name.partition("{}")[0] for p in of_towers if p.trainable}
-    towers = {id(p): p.name.partition("{}")[0] not in trained for p in of_towers}
+    trained = {p.name.partition("{}")[0] for p in full.all if p.trainable}
+    of_towers = ((p, units_of_tower(p, distributed, layout, trained)) for p in full.all if towers_apart)
+    towers = {id(p): units for p, units in of_towers if units is not None}
     layers = sorted({number for p in full.all if p.owner == "base" and id(p) not in towers for number in numbers(p, arch)})
     inner = distributed.strategy == "fsdp1" and wraps_mlps(distributed)
     adapted = any(p.owner == "adapter" for p in full.all)
@@ -205,7 +206,8 @@ def grouped(
         )
         for number in layers
     )
-    groups |= {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
+    apart: dict[str, Pairs] = {name: [] for names in towers.values() for name in names if name != ROOT}
+    groups |= apart | {name: [] for names in of_layers for name in names} | ({TAIL: []} if TAIL in ends or TAIL in named else {})
     for p in in_module_order(full):
         unshared = p.quantized and p.name.endswith("weight") and not is_sharded(*pairs[id(p)])
         if unshared or (not loads and is_whole(p, distributed)):
@@ -226,7 +228,8 @@ def grouped(
             before = len(groups[ROOT]) if len(in_root) == p.copies else before
             continue
         if id(p) in towers:
-            groups[ROOT] += [pairs[id(p)]] * (p.copies if towers[id(p)] else 0)
+            for name in towers[id(p)]:
+                groups[name].append(pairs[id(p)])
             continue
         for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
@@ -234,11 +237,6 @@ def grouped(
     if TAIL in groups:  # accelerate names the norm first, also where the table is the embedding's (utils/fsdp_utils.py:874)
         groups[TAIL].sort(key=lambda pair: pair[0].name.rpartition(".")[0] != norm)
     return groups
-
-
-def _is_of_tower(p: Parameter, arch: Architecture) -> bool:
-    """Whether layers of a tower beside the text part have this parameter; those that train are units, which no text runs."""
-    return arch.model_type in TEXT_PARTS and p.layers is not None and not is_in_text_part(arch, p.name)
 
 
 def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout: Layout) -> frozenset[str]:
@@ -388,4 +386,5 @@ def _flat_shard(flat: Flat, fsdp: Fsdp1) -> FlatShard:
         fsdp.offloads,
         ITEMSIZE[first.dtype] * flat.numel,
         ITEMSIZE[first.master] * flat.numel if first.casts else 0,
+        never_runs=cast > 0 and not fsdp.offloads and flat.name != f"{ROOT}.flat_param" and is_beside_text(first.name),
     )

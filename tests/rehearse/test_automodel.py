@@ -500,7 +500,6 @@ def test_each_model_type_was_rehearsed() -> None:
         ({}, None),
         ({"method": "qlora"}, "mistral3"),
         ({"gradient_checkpointing": True}, "mistral3"),
-        ({"trainer": "transformers"}, "mistral3"),
         ({"model": "mistral-small-3.1-24b-instruct-2503"}, "mistral3"),
     ],
 )

@@ -324,13 +324,13 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         peftplan.estimate("llama-3.2-1b", method="lora", gpus=4, strategy="zero2", engine="trace")
 
 
-LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma3DecoderLayer", "SiglipEncoderLayer")}
+LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer")}
 
 
 @pytest.mark.parametrize(
     ("model", "options", "hint"),
     [
-        ("gemma-3-4b-pt", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
+        ("gemma-4-31b", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
         ("gemma-3-4b-pt", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
         ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "adamw_torch_4bit"}, "no formula yet)"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),

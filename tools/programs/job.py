@@ -31,7 +31,7 @@ FLAGS = argparse.BooleanOptionalAction
 CLASSIFIERS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 AUTOMATIC_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """What transformers and accelerate compute of the model's hidden size."""
-OF_FSDP = ("use_orig_params", "reshard_after_forward", "forward_prefetch")
+OF_FSDP = ("use_orig_params", "reshard_after_forward", "forward_prefetch", "cpu_ram_efficient_loading")
 PER_SAMPLE = ("ForSequenceClassification", "ForImageClassification")
 """Ends of names of classes that want one label per sample."""
 OTHER_TRAINERS = (
@@ -111,7 +111,7 @@ def options() -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
     parser.add_argument("--zero3-init", action=FLAGS)
     parser.add_argument("--reshard-after-forward", type=json.loads, choices=(True, False))
-    for name in ("use-orig-params", "forward-prefetch", "sync-each-batch"):
+    for name in ("use-orig-params", "forward-prefetch", "sync-each-batch", "cpu-ram-efficient-loading"):
         parser.add_argument(f"--{name}", action=FLAGS)
     parser.add_argument("--transformer-cls-names-to-wrap")
     parser.add_argument("--dp-shard-size", type=int)
@@ -205,7 +205,8 @@ def sharding(job: argparse.Namespace, model: Any) -> dict[str, Any]:
     """TrainingArguments' fields for several GPUs."""
     strategy = job.strategy or "ddp"
     if strategy.startswith("fsdp"):
-        named = job.transformer_cls_names_to_wrap
+        if named := job.transformer_cls_names_to_wrap:
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = named  # as `accelerate launch` does, and peft reads it
         layers = {"transformer_layer_cls_to_wrap": named.split(",") if named else list(model._no_split_modules)}
         offload = " offload" if job.offload_params == "cpu" else ""
         stated = {name: value for name in OF_FSDP if (value := getattr(job, name)) is not None}

@@ -44,7 +44,11 @@ def behind(adapter: Bottleneck, module: nn.Module, args: Any, output: Any) -> An
 
 
 def only(job: argparse.Namespace, model: Any) -> None:
-    """Biases, or the last layers, train."""
+    """Biases, or what a pattern names, or the last layers train."""
+    if named := [value.removeprefix("trainable=") for value in job.set if value.startswith("trainable=")]:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in named))
+        return
     last = model.config.num_hidden_layers - job.trainable_layers
     for name, parameter in model.named_parameters():
         number = re.search(r"\.(\d+)\.", name)
