@@ -31,6 +31,10 @@ RELEASE = "0.19.8"
 """The release of DeepSpeed that ran, unless a row names its `deepspeed`."""
 OF_ROW = 2
 """Tokens of a row beside its answer: GKD cuts none (rlhf_trainers/gkd_trainer.py, `_template_context`)."""
+WORDS = {"GENERATIVE_RERANKER_POSITIVE_TOKEN": "g", "GENERATIVE_RERANKER_NEGATIVE_TOKEN": "p"}
+"""The words that generative rerankers score: the tokenizer has letters alone."""
+OTHERS = 7
+"""Texts that do not answer an example's query."""
 SHARED: dict[str, Any] = {
     "use_hf": True,
     "dataset": "rows.jsonl",
@@ -49,6 +53,8 @@ WITH_FLASH = "from tools.programs.ms_swift import flash_attention; flash_attenti
 """Pictures are attended to by the lengths of their patches, which the card cannot say to kernels that need them on the host."""
 WITH_UNSLOTH = "import unsloth; "
 """As `swift/cli/sft.py` does, before anything of ms-swift."""
+WITH_TEXTS = ("embedding", "reranker", "generative_reranker")
+"""Tasks that tell apart the texts of a row."""
 OF_TEXTS = "from tools.programs.ms_swift import known_texts; known_texts({max_length}); "
 OF_PAIRS = "from tools.programs.ms_swift import known_lengths; known_lengths({max_length}); "
 OF_GKD = "from tools.programs.ms_swift import numbers_by_kernel; numbers_by_kernel(); "
@@ -114,6 +120,8 @@ def _lines(values: dict[str, Any]) -> dict[str, dict[str, Any] | list[dict[str, 
     if values.get("task_type") == "embedding":
         text = [{"role": "user", "content": "a" * 8 * length}]
         line = {"messages": text, "positive_messages": [text]}
+    if str(values.get("task_type")).endswith("reranker"):
+        line = {"messages": prompt, "positive_messages": [[answer]], "negative_messages": [[answer]] * OTHERS}
     answers = {"messages": [*prompt, {"role": "assistant", "content": "g" * values.get("max_completion_length", 512)}]}
     if kind == "kto":  # completions of a batch are scored behind other prompts too, and have to be others
         question, letters = line["messages"][0], "ghijklmn"
@@ -151,11 +159,11 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             + with_server
             + of_gkd
             + (OF_PAIRS.format(**row["values"]) if kind == "dpo" and row["values"].get("padding_free") else "")
-            + (OF_TEXTS.format(**row["values"]) if row["values"].get("task_type") == "embedding" else "")
+            + (OF_TEXTS.format(**row["values"]) if row["values"].get("task_type") in WITH_TEXTS else "")
             + PROGRAMS[program].format(**{"max_completion_length": 512} | row["values"])
         )
         command = [sys.executable, "-c", code, *arguments(row, folder, teacher, output)]
-        with patch.dict(os.environ, row.get("environment", {})):
+        with patch.dict(os.environ, WORDS | row.get("environment", {})):
             return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
 
 

@@ -35,6 +35,7 @@ REHEARSED = {
     "axolotl-grpo": Rehearsed("full"),
     "swift-embedding": Rehearsed("lora", "zero2", ("qwen3",), one_row=True),
     "swift-embedding-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
+    "swift-generative-reranker-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
     "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm=("colocate",), one_row=True),
     "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm=("colocate",), one_row=True, by_file=True),
     "swift-grpo-grouped": Rehearsed(
@@ -93,8 +94,7 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
 def _rings(job: "Job") -> bool:
     """Whether GPUs that share a row of texts exchange keys in a ring: those that heads are too few for (ms-swift 4.6.0,
     sequence_parallel/sequence_parallel.py:653)."""
-    shares = job.setup.by.shares_rows and job.setup.by.embeds_rows
-    ranks = job.distributed.world_size if shares and job.distributed is not None else 1
+    ranks = job.distributed.world_size if job.setup.by.shares_texts and job.distributed is not None else 1
     return any(a.num_key_value_heads % ranks for block in job.architecture.blocks for a in block.attentions)
 
 

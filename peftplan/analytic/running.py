@@ -110,7 +110,8 @@ def running_of(job: Job, compute_capability: str) -> Running:
         token_outputs=setup.by.token_outputs,
         shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,
         embeds_rows=setup.by.embeds_rows,
-        parts_of_row=job.distributed.world_size if job.distributed and setup.by.embeds_rows and setup.by.shares_rows else 1,
+        scores_words=setup.by.scores_words,
+        parts_of_row=job.distributed.world_size if job.distributed and setup.by.shares_texts else 1,
         without_loss=not setup.by.adds_own_loss
         and (
             setup.by.scoring is not None

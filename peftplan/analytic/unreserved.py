@@ -230,6 +230,17 @@ def _runs_xielu(job: Job) -> bool:
     return job.architecture.model_type == "apertus" and job.quant is None
 
 
+def _scores_by_large_table(job: Job) -> bool:
+    """Whether ms-swift's generative reranker trains a table that is larger than a bucket of ZeRO-2's gradients."""
+    trains = job.setup.by.scores_words is not None and job.method_name == "full"
+    if not trains or job.distributed is None or job.distributed.strategy != "zero2":
+        return False
+    from peftplan.distributed.zero import reduce_bucket  # which few jobs need
+
+    hidden_size = job.architecture.hidden_size
+    return job.architecture.vocab_size * hidden_size > reduce_bucket(job.distributed, hidden_size)
+
+
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_runs_xielu, "xIELU over a dense base: the replay was 2.5 % above and 5.3 % below traces of two layers"),
     (_offloads_quantized, "FSDP1 offloads a quantized base: a rehearsal reserved 7 % less than the replay"),
@@ -238,10 +249,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         f"FSDP1 offloads a frozen base before {PACKED_POSITIONS_CHECKED.named}, whose forward does not wait for the GPU: no late "
         "rehearsal",
     ),
-    (
-        _packs_for_experts,
-        "one tensor for each expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay",
-    ),
+    (_packs_for_experts, "one tensor per expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay"),
     (_sends_all_to_one, "all tokens go to one rank: rehearsals reserved from 5 % less to 13 % more than the replay"),
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
     (
@@ -258,10 +266,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_adapts_leaves, OF_LEAVES),
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
-    (
-        _scores_completions,
-        "completions of trl's older online trainers: rehearsals reserved up to ten times what the replay does",
-    ),
+    (_scores_completions, "completions of trl's older online trainers: rehearsals reserved up to ten times what the replay does"),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
     (_chunks_beside_experts, "a delta rule beside divided experts: a rehearsal reserved 9 % less than the replay"),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
@@ -276,10 +281,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "than the replay",
     ),
     (_masks_ranks_by_sft, "AdaLoRA by SFTTrainer under ZeRO-3: a rehearsal of three layers reserved 6 % less than the replay"),
-    (
-        _squares_in_4_bits,
-        "Arcee's activation in 4 bits: a rehearsal of two layers reserved 9 % more than the replay",
-    ),
+    (_squares_in_4_bits, "Arcee's activation in 4 bits: a rehearsal of two layers reserved 9 % more than the replay"),
     (_reloads_weights, "weights that come back under ZeRO-1: a rehearsal of four layers reserved 9 % more than the replay"),
     (_permutes_from_host, "BOFT under ZeRO-3: a rehearsal of three layers reserved 13 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
@@ -288,10 +290,8 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "a tower that ms-swift shows a picture under ZeRO-3, with LoRA or a second model: rehearsals reserved 18 % less and 4 % "
         "more than the replay",
     ),
-    (
-        _prepares_delta_rule,
-        "a delta rule behind peft's kbit preparation: a rehearsal of six layers reserved 10 % more than the replay",
-    ),
+    (_prepares_delta_rule, "a delta rule behind kbit preparation: a rehearsal of six layers reserved 10 % more than the replay"),
+    (_scores_by_large_table, "a reranker's table beyond DeepSpeed's bucket: a rehearsal reserved 14 % less than the replay"),
     (
         _shares_long_rows,
         "ranks share rows under ZeRO-3 with weights on the host: a rehearsal of six layers reserved 4.7 % more than the replay",

@@ -160,6 +160,18 @@ SWIFT_PAIRS = IN_SWIFT._replace(  # without a reference model
 )
 
 
+# Scores of texts (trainers/reranker_trainer.py): those of a batch are rows.
+SWIFT_RERANKER = Trainer(
+    "swift-generative-reranker",
+    "RerankerTrainer of ms-swift 4.6",
+    losses=("full",),
+    task="CAUSAL_LM",
+    scores_words="rows",
+    search="all",
+    traced_on_ranks=True,
+)
+
+
 SWIFT_GRPO = IN_SWIFT._replace(
     name="swift-grpo",
     called="GRPOTrainer of ms-swift 4.6",

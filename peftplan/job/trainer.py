@@ -53,6 +53,9 @@ TrainerName = Literal[
     "swift-reward",
     "swift-embedding",
     "swift-embedding-shared-rows",
+    "swift-generative-reranker",
+    "swift-generative-reranker-packed",
+    "swift-generative-reranker-shared-rows",
     "swift-orpo",
     "swift-cpo",
     "swift-grpo",
@@ -77,6 +80,7 @@ TrainerName = Literal[
 ]
 TABLES = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
 """Parts of names of embeddings and heads that axolotl casts (loaders/utils.py:306, `get_linear_embedding_layers`)."""
+WordScores = Literal["rows", "texts of a row"]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
@@ -213,6 +217,8 @@ class Trainer(NamedTuple):
     """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
     embeds_rows: bool = False
     """Whether it is made of embeddings of texts that share one row."""
+    scores_words: WordScores | None = None
+    """Of which texts it scores two words at the end, in place of all logits: each a row, or all those of one row."""
     skips_autocast: bool = False
     """Whether on one GPU it calls the model's parts past the forward that accelerate wraps (trl `_ForwardRedirection`)."""
     writes_under_autocast: bool = False
@@ -381,6 +387,11 @@ class Trainer(NamedTuple):
     def of_preferences(self) -> bool:
         """Whether it trains on preferences, rewards or embeddings: a step is more than a forward with its loss."""
         return bool(self.options) or self.rows > 1 or self.embeds or self.embeds_rows
+
+    @property
+    def shares_texts(self) -> bool:
+        """Whether ranks share a row of texts, whose hidden states each puts together behind the layers."""
+        return self.shares_rows and (self.embeds_rows or self.scores_words is not None)
 
     def searches(self, *, adapts: bool, checkpoints: bool, reentrant: bool, towers: bool) -> bool | None:
         """Whether DDP looks for parameters without gradients; None: torch's default."""

@@ -20,6 +20,7 @@ from peftplan.job.tool_trainers import (
     SWIFT_GKD,
     SWIFT_GRPO,
     SWIFT_PAIRS,
+    SWIFT_RERANKER,
     TORCHTUNE_RECIPE,
 )
 from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer, TrainerName
@@ -200,6 +201,19 @@ TRAINERS: dict[TrainerName, Trainer] = {
             embeds_rows=True,
             shares_rows=True,
             under_ddp=("none",),
+        ),
+        SWIFT_RERANKER,
+        # Texts without padding, one behind the other (`padding_free`, `packing`; trainers/mixin.py:825).
+        SWIFT_RERANKER._replace(
+            name="swift-generative-reranker-packed",
+            called="RerankerTrainer of ms-swift 4.6 without padding",
+            scores_words="texts of a row",
+        ),
+        SWIFT_RERANKER._replace(
+            name="swift-generative-reranker-shared-rows",
+            called="RerankerTrainer of ms-swift 4.6 whose rows ranks share",
+            scores_words="texts of a row",
+            shares_rows=True,
         ),
         SWIFT_PAIRS._replace(name="swift-orpo", called="ORPOTrainer of ms-swift 4.6"),
         SWIFT_PAIRS._replace(

@@ -21,17 +21,18 @@ def last_token(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     f.module = ""
     if model.seq == "k":
         pooled = ops.selected(f, logits, (logits.dims[0], logits.dims[2]))
-        pooled = _indexed(f, pooled, pooled.dims)
+        pooled = indexed(f, pooled, pooled.dims)
         return plain_cross_entropy(f, pooled), pooled
     mask, numbers = f.new(("b", model.seq), "int32", "non_pad_mask"), f.new((model.seq,), "int32", "token_indices")
     last = f.new(("b",), "int64", "last_non_pad_token")
-    pooled = _indexed(f, logits, ("b", logits.dims[2]))
+    pooled = indexed(f, logits, ("b", logits.dims[2]))
     loss = plain_cross_entropy(f, pooled)
     del mask, numbers, last
     return loss, pooled
 
 
-def _indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+def indexed(f: Tape, x: Tensor, dims: Dims) -> Tensor:
+    """Rows by their numbers."""
     return f.new(dims, x.dtype, "index", f.record(_indexed_backward, (x,), x.dims))
 
 

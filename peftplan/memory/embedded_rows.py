@@ -15,21 +15,26 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 
 
 def last_of_texts(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
-    """No loss, and what stands for all embeddings. Texts are copied out of the row, and put together: each is as long as the
-    longest."""
+    """No loss, and what stands for all embeddings. Each text is as long as the longest."""
     f, (rows, _, width), num_parts = model.tape, x.dims, model.running.parts_of_row
     f.module = ""
     if num_parts > 1:  # under DDP the hooks of the model follow accelerate's `convert_outputs_to_fp32`
-        x = _gathered(f, f.to(x, "fp32"), num_parts)
-    parts = f.new(x.dims, x.dtype, "cat")
-    together = f.new(x.dims, x.dtype, "stack")
-    del parts
-    last = f.new((rows, width), x.dtype, "index", f.record(_last_backward, (x,), x.dims))
+        x = gathered(f, f.to(x, "fp32"), num_parts)
+    together = texts_apart(f, x)
+    last = f.new((rows, width), x.dtype, "index", f.record(_last_backward, (together,), x.dims))
     del together
     return Tensor(None, (), "fp32"), normalized(f, last)
 
 
-def _gathered(f: Tape, part: Tensor, num_parts: int) -> Tensor:
+def texts_apart(f: Tape, x: Tensor) -> Tensor:
+    """`revert_padding_free`: texts are copied out of the row, then together into one tensor."""
+    parts = f.new(x.dims, x.dtype, "cat")
+    together = f.new(x.dims, x.dtype, "stack", f.record(_apart_backward, (x,), x.dims))
+    del parts
+    return together
+
+
+def gathered(f: Tape, part: Tensor, num_parts: int) -> Tensor:
     """`SequenceParallel.gather`: the row of which each rank has a part."""
     dims = (num_parts, *part.dims)
     received = f.new(dims, part.dtype, "all_gather")
@@ -43,10 +48,13 @@ def _part_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor
 
 
 def _last_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
-    """Zeros for the texts, and for the whole row once for each of them, which are added up."""
-    texts = f.new(saved[0], g.dtype, "index_put")
+    return f.new(saved[0], g.dtype, "index_put")
+
+
+def _apart_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    """Zeros for the whole row, once for each of the texts, which are added up."""
     total, of_text = (f.new(saved[0], g.dtype, name) for name in ("slice_backward", "slice_backward of one text"))
-    del texts, of_text
+    del of_text
     return total
 
 

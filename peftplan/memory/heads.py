@@ -124,6 +124,8 @@ def _head_of(model: Model) -> Head:
         return _imported(("embedded_pairs", "pooled"))
     if model.running.embeds_rows:
         return _imported(("embedded_rows", "last_of_texts"))
+    if model.running.scores_words is not None:
+        return _imported(("reranker", "score_of_words"))
     if model.has(VALUE_HEAD):
         return _imported(("value_head", "with_values"))
     if loss == CUT_APART:

@@ -35,7 +35,7 @@ def outputs_of(model: Model) -> list[Tensor]:
         outputs = [*head(model, hidden)]
     else:
         states = [hidden]
-        if running.parts_of_row > 1:  # a hook behind the model, which holds no hidden states by then
+        if running.takes_texts_apart:  # a hook behind the model, which holds no hidden states by then
             del hidden
         outputs = [*head(model, states.pop()), *model.outputs]
         if router_logits:

@@ -8,6 +8,7 @@ from peftplan.hardware.processors import A100, Processors
 from peftplan.job.compiled_layers import Recorded
 from peftplan.job.exchanges import Rows
 from peftplan.job.kernels import Kernels
+from peftplan.job.trainer import WordScores
 from peftplan.ledger import Dim
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig
@@ -87,6 +88,8 @@ class Running(NamedTuple):
     """Whether a frozen tower is shown a small picture before the layers run (`Trainer.shows_picture`)."""
     embeds_rows: bool = False
     """Whether embeddings of texts that share one row are made of the hidden states, in place of logits."""
+    scores_words: WordScores | None = None
+    """Of which texts two words are scored at the end (`Trainer.scores_words`)."""
     parts_of_row: int = 1
     """How many ranks' parts of the row are put together before that."""
     without_loss: bool = False
@@ -150,6 +153,11 @@ class Running(NamedTuple):
         """The method's config, in the class of the method that asks."""
         assert isinstance(self.config, kind)
         return self.config
+
+    @property
+    def takes_texts_apart(self) -> bool:
+        """Whether a hook behind the layers hands on other hidden states than they gave."""
+        return self.parts_of_row > 1 or self.scores_words == "texts of a row"
 
     @property
     def tokens(self) -> int:

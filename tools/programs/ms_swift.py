@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .job import ROWS, arguments, deepspeed
 
 PAIRED = ("dpo", "orpo", "cpo", "reward")
 """Trainers of chosen and rejected completions."""
+OTHERS = 7
+"""Texts of a list that do not answer its query, where the environment states no fewer."""
 OF_TEMPLATE = 148
 """Tokens of Qwen's chat template around a prompt, a token for each byte."""
 
@@ -113,21 +116,28 @@ def known_lengths(length: int) -> None:
 
 
 def known_texts(length: int) -> None:
-    """Where the texts of a row begin and end, and that every second one is of a new pair."""
+    """Where the texts of a row begin and end, that every second one is of a new pair, and which answers the query of a list."""
     import torch
-    from swift.loss import embedding
+    from swift.loss import embedding, reranker
     from swift.trainers import mixin
 
     revert, parse = mixin.revert_padding_free, embedding._parse_multi_negative_sentences
+    listwise = reranker.ListwiseRerankerLoss.__call__
 
     def reverted(outputs: Any, inputs: Any, *args: Any) -> Any:
-        rows = outputs["logits"].shape[1] // length
+        rows = outputs["last_hidden_state" if "last_hidden_state" in outputs else "logits"].shape[1] // length
         return revert(outputs, {"position_ids": torch.arange(length, device="cpu").repeat(1, rows)}, *args)
 
     mixin.revert_padding_free = reverted
     embedding._parse_multi_negative_sentences = lambda texts, labels, *args: parse(
         texts, torch.ones(len(labels), device="cpu"), *args
     )
+
+    def scored(loss: Any, outputs: Any, labels: Any, **kwargs: Any) -> Any:
+        listed = 1 + int(os.environ.get("MAX_NEGATIVE_SAMPLES", OTHERS))
+        return listwise(loss, outputs, (torch.arange(len(labels), device="cpu") % listed == 0).long(), **kwargs)
+
+    reranker.ListwiseRerankerLoss.__call__ = scored
 
 
 def numbers_by_kernel() -> None:

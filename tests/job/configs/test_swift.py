@@ -308,6 +308,41 @@ def test_embeddings_of_texts_that_share_a_row(values: dict[str, object], unsuppo
 
 
 @pytest.mark.parametrize(
+    ("values", "texts", "expected"),
+    [
+        ({}, None, {"trainer": "swift-generative-reranker", "batch_size": 2 * 8, "seq_len": 1000}),
+        ({}, 3, {"trainer": "swift-generative-reranker", "batch_size": 2 * 4, "seq_len": 1000}),
+        ({"padding_free": True}, 1, {"trainer": "swift-generative-reranker-packed", "batch_size": 1, "seq_len": 2 * 2 * 1000}),
+        ({"padding_free": True, "max_length": None}, None, {"batch_size": 1, "seq_len": 2 * 8 * 2048}),
+        ({"packing": True}, None, {"trainer": "swift-generative-reranker-packed", "batch_size": 1, "seq_len": 1000}),
+        (
+            {"padding_free": True, "sequence_parallel_size": 4, "tuner_type": "full", "deepspeed": None},
+            None,
+            {"trainer": "swift-generative-reranker-shared-rows", "batch_size": 1, "seq_len": 2 * 8 * 1000 // 4},
+        ),
+    ],
+)
+def test_a_reranker_reads_all_texts_of_a_list(values: dict[str, object], texts: int | None, expected: dict[str, object]) -> None:
+    """template/base.py:1940: one that answers the query, and at most MAX_NEGATIVE_SAMPLES that do not, 7 unless set."""
+    sizes = {"max_length": 1000, "per_device_train_batch_size": 2, "attn_impl": "flash_attn", "deepspeed": "zero2"}
+    job = {"model": "Qwen/Qwen3-Reranker-0.6B", "task_type": "generative_reranker", "loss_type": "listwise_reranker"}
+    environment = {"NPROC_PER_NODE": "4"} | ({"MAX_NEGATIVE_SAMPLES": str(texts)} if texts else {})
+    plan = read({**SWIFT, **job, **sizes, **values}, kind="command", program="swift sft", **environment)
+    assert not plan.unsupported
+    assert expected.items() <= plan.options.items()
+
+
+@pytest.mark.parametrize(
+    ("values", "positives"), [({"loss_type": "cross_entropy"}, None), ({"quant_bits": 4, "quant_method": "bnb"}, None), ({}, 2)]
+)
+def test_rerankers_that_were_not_rehearsed(values: dict[str, object], positives: int | None) -> None:
+    job = {"model": "Qwen/Qwen3-Reranker-0.6B", "task_type": "generative_reranker", "loss_type": "pointwise_reranker"}
+    environment = {"MAX_POSITIVE_SAMPLES": str(positives)} if positives else {}
+    plan = read({**SWIFT, **job, **values}, kind="command", program="swift sft", **environment)
+    assert "task_type" in plan.unsupported
+
+
+@pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({"rlhf_type": "kto"}, {"trainer": "swift-kto"}),
