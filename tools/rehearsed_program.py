@@ -34,7 +34,8 @@ def with_trl(job: argparse.Namespace) -> None:
     with torch.device("meta"):
         shape = wanted(config)
     packed = {"packing": True} if job.trainer == "trl-packed" else {}
-    training = SFTConfig(max_length=job.seq_len, **packed, **arguments(job, shape))
+    offloads = {"activation_offloading": True} if job.kernels == "trl-offload" else {}
+    training = SFTConfig(max_length=job.seq_len, **packed, **offloads, **arguments(job, shape))
     model = load(job, wanted)
     if job.method in WITHOUT_PEFT:
         WITHOUT_PEFT[job.method](job, model)

@@ -17,6 +17,7 @@ from peftplan.units import GIB
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
+    from peftplan.job.setup import Setup
 
 SHARED = {
     "liger": ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"),
@@ -38,6 +39,16 @@ FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
 
 
+def _embeds_compiled(setup: Setup) -> bool:
+    return setup.by.embeds and kernels_of(setup.kernels or ()).layers is not None
+
+
+def _patches_layers(job: Job) -> bool:
+    """Whether Liger's kernels of layers run in pairs of one GPU, as was rehearsed (tests/rehearse/preferences.jsonl)."""
+    of_liger = all(name.startswith("liger.") for name in job.setup.kernels or ())
+    return job.setup.by.patches_layers and of_liger and job.distributed is None
+
+
 def kernels_without_formula(job: Job) -> str | None:
     """Why a step with the job's kernels has no formula; None where it has one."""
     setup, architecture = job.setup, job.architecture
@@ -48,7 +59,7 @@ def kernels_without_formula(job: Job) -> str | None:
         kernels = kernels_of(setup.kernels or ())
         if kernels.decoder is None or kernels.padding_free is not None:
             return "Unsloth's ORPO with layers of the model's own, or that torch compiles"
-    elif setup.kernels and setup.by.of_preferences and not (setup.by.embeds and kernels_of(setup.kernels).layers is not None):
+    elif setup.kernels and setup.by.of_preferences and not (_embeds_compiled(setup) or _patches_layers(job)):
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:
         return None
@@ -91,12 +102,15 @@ def kernels_without_formula(job: Job) -> str | None:
 
 def _offloads_as_rehearsed(job: Job) -> bool:
     """Whether activations go to the host as was rehearsed: of LoRA over 4 bits by axolotl, beside reentrant checkpoints
-    (tests/rehearse/axolotl_offload.jsonl)."""
+    (tests/rehearse/axolotl_offload.jsonl), and by SFTTrainer, beside others (tests/rehearse/trl_offload.jsonl)."""
     setup = job.setup
     if "swift-offload.activations" in (setup.kernels or ()):
         return _offloads_layers(job)
-    checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"
+    if "trl-offload.activations" in (setup.kernels or ()):
+        alone = len(setup.kernels or ()) == 1 and setup.by.sums_tokens and job.distributed is None
+        return of_lora and alone and bool(setup.gradient_checkpointing) and not setup.use_reentrant
+    checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     return checkpoints and of_lora and setup.by.own_fsdp2 and setup.attn_implementation == "flash_attention_2"
 
 

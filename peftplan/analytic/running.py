@@ -23,7 +23,7 @@ from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
 from peftplan.memory.attention import FLASH_CAPABILITY
 from peftplan.memory.model import Model
-from peftplan.memory.parts import Running
+from peftplan.memory.parts import NO_KERNELS, Running
 from peftplan.memory.program import Program
 from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig
 from peftplan.optim import parse_optim
@@ -294,6 +294,8 @@ def reference_of(job: Job, policy: Model) -> Model | None:
 
         base = as_copied(job, policy.parameters._replace(all=base)).all
         running = running._replace(attention="sdpa", dtype="fp32")
+    if job.setup.by.patches_layers and job.reference == "copy":  # rotation is a function of the model's file, which both call
+        running = running._replace(kernels=NO_KERNELS._replace(rope=running.kernels.rope))
     if job.reference == "adapter_off":
         base = tuple(p._replace(trainable=False) for p in base)
     if job.setup.by.anchors:  # called without labels, and with a KV cache (model/model_utils/kv_cache.py:31)

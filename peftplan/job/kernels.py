@@ -92,6 +92,7 @@ KERNELS: dict[str, Kernel] = {
     "axolotl-offload.activations": OffloadedActivations(
         "trl, models/activation_offloading.py (`OffloadActivations`), as axolotl 0.19.0 puts it around each step"
     ),
+    "trl-offload.activations": OffloadedActivations("trl, models/activation_offloading.py (`OffloadActivations`)"),
     "swift-offload.activations": OffloadedActivations("ms-swift 4.6.0, callbacks/activation_cpu_offload.py", by_layer=True),
     "axolotl.lora_mlp": AXOLOTL_LORA,
     "axolotl.lora_qkv": AXOLOTL_LORA,
@@ -251,6 +252,7 @@ OF_PACKAGE = {
     "liger": (*WITH_FORMULA, "smollm3", "glm4"),
     "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss", "hunyuan_v1_dense"),
     "axolotl-fused": ("qwen3",),
+    "trl-offload": (*WITH_FORMULA, "cohere2"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4"),

@@ -225,6 +225,8 @@ class Trainer(NamedTuple):
     """Whether the model that writes completions is the one that accelerate wraps."""
     writes_without_cache: bool = False
     """Whether it keeps no KV cache while it writes them, if layers are recomputed."""
+    patches_layers: bool = False
+    """Whether it was rehearsed with Liger's kernels of layers, which replace the policy's modules alone."""
     rewards: bool = False
     """Whether a reward model is on the card, which scores completions."""
     mixes: bool = False

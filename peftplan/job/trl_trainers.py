@@ -135,6 +135,7 @@ OF_TRL = (
         forwards=(*LOSS, Forward("reference")),
         loss_types=DPO_LOSSES,
         many_losses=True,
+        patches_layers=True,
         under_ddp=ANY_REFERENCE,
         under_zero2=ANY_REFERENCE,
         under_zero3=("adapter_off", "copy"),

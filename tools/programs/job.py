@@ -91,7 +91,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--optim-target-modules")
     parser.add_argument("--attn-implementation")
     parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy", "liger"), default="full")
-    parser.add_argument("--kernels", choices=("axolotl", "mamba-ssm", "fla"))
+    parser.add_argument("--kernels", choices=("axolotl", "liger", "trl-offload", "mamba-ssm", "fla"))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
     parser.add_argument("--reward-model")
@@ -273,7 +273,7 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,
-        "use_liger_kernel": job.loss == "liger",
+        "use_liger_kernel": "liger" in (job.loss, job.kernels),
         "report_to": "none",
         **(sharding(job, model) if job.strategy or "WORLD_SIZE" in os.environ else {}),
     }

@@ -301,6 +301,22 @@ def test_a_recipe_of_pairs_whose_trainer_the_user_names() -> None:
     assert by_flag.peaks == by_script.peaks
 
 
+def test_dpo_pads_rows_although_it_is_told_not_to() -> None:
+    """trainer/dpo_trainer.py:733 warns, and pads; SFTTrainer does not."""
+    rows = {**TRL, "beta": 0.05, "padding_free": True}
+    assert not read_values(rows, file="recipes/smollm3/dpo/apo.yaml").unsupported
+    assert "padding_free" in read_values({**TRL, "padding_free": True}, file="recipes/smollm3/sft/sft.yaml").unsupported
+
+
+def test_liger_leaves_model_types_alone_that_it_does_not_know() -> None:
+    """liger-kernel, transformers/monkey_patch.py: `_apply_liger_kernel_to_instance` logs that, and returns."""
+    names = {
+        model: read_values({**TRL, "model_name_or_path": model, "use_liger_kernel": True}, file="a.yaml").options["kernels"]
+        for model in ("CohereLabs/tiny-aya-global", "Qwen/Qwen3-0.6B")
+    }
+    assert names == {"CohereLabs/tiny-aya-global": (), "Qwen/Qwen3-0.6B": "liger"}
+
+
 def test_the_handbook_s_old_name_of_flash_attention() -> None:
     recipe = {**TRL, "use_flash_attention_2": True}
     assert read(recipe).options["attn_implementation"] == "flash_attention_2"

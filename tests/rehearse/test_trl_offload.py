@@ -1,0 +1,25 @@
+"""TRL's `activation_offloading` beside checkpoints, against SFTTrainer on the emulated card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peftplan
+from tools.rehearsed_jobs import compared, read
+
+ROWS = read(Path(__file__).with_name("trl_offload.jsonl"))
+ALONE = {"model": "qwen3-0.6b", "trainer": "trl", "kernels": "trl-offload"}
+
+
+def test_formulas_hold_what_sft_trainer_holds() -> None:
+    drifts = [drift for _, _, drift in compared(ROWS, ("analytic",)) if drift is not None]
+    assert len(drifts) == len(ROWS)
+    assert max(abs(drift["allocated"]) for drift in drifts) <= 0.015
+    assert max(abs(drift["reserved"]) for drift in drifts) <= 0.5
+
+
+def test_the_rest_was_not_rehearsed() -> None:
+    """Of LoRA over 4 bits alone, and beside no other kernels."""
+    assert peftplan.estimate(**ALONE, method="qlora").peaks is not None
+    for options in ({"method": "lora"}, {"method": "qlora", "kernels": "trl-offload,liger"}, {"method": "qlora", "gpus": 2}):
+        assert peftplan.estimate(**ALONE | options).peaks is None
