@@ -28,6 +28,7 @@ from peftplan.memory.program import Program
 from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig
 from peftplan.optim import parse_optim
 from peftplan.storage.modules import CONVERTED_KINDS
+from peftplan.tape.split_keys import most_tokens
 from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
     check_router_loss(job.setup, job.script)
     setup, loss, chip = job.setup, loss_sizes(job), chip_of(job, compute_capability)
+    split = tokens_split(job, compute_capability)
     tokens = loss.row(setup.seq_len)
     of_llama = job.architecture.model_class.endswith("ForCausalLM")  # others had a loss of their own, such as GPT2LMHeadModel
     uncast = job.script.reads_16_bits(job.architecture.model_type)
@@ -100,6 +102,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rows_of_experts=rows_of(job),
         chip=chip,
         fuses_first=setup.rows * (tokens + loss.virtual_tokens) <= (fused_first(job, chip) or 0),
+        splits_keys=setup.rows * (tokens + loss.virtual_tokens) <= (split or 0),
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * tokens > (tokens_kept(job) or 0),
         older_liger=setup.by.pins_liger,
@@ -222,7 +225,8 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
 def limits_of(job: Job, compute_capability: str) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
-    mosts = tokens_kept(job), fused_first(job, chip_of(job, compute_capability)), tokens_at_once(job), tokens_unchunked(job)
+    fused = fused_first(job, chip_of(job, compute_capability))
+    mosts = tokens_kept(job), fused, tokens_at_once(job), tokens_unchunked(job), tokens_split(job, compute_capability)
     tokens = [most for most in mosts if most is not None]
     rows = () if (longest := longest_row(job)) is None else (longest,)
     return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))
@@ -237,6 +241,15 @@ def fused_first(job: Job, chip: Chip | None) -> int | None:
     n, k = reversed(first.shape("weight")) if first.kind == "Conv1D" else first.shape("weight")
     most = chip.most_tokens(n=n, k=k, dtype=str(job.quant.compute_dtype), blocksize=job.quant.blocksize)
     return most or None
+
+
+def tokens_split(job: Job, compute_capability: str) -> int | None:
+    """Tokens of a batch up to which torch's FlashAttention may split keys; None where it never does."""
+    if job.setup.attn_implementation != "sdpa" or pair(compute_capability) < FLASH_CAPABILITY:
+        return None
+    heads = {(a.num_attention_heads, a.head_dim) for block in job.architecture.blocks for a in block.attentions}
+    card, virtual = processors(compute_capability, job.multiprocessors), getattr(job.config, "num_virtual_tokens", None) or 0
+    return most_tokens(heads, card, virtual_tokens=virtual) or None
 
 
 def program_of(job: Job) -> Program:

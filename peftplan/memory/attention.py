@@ -101,7 +101,8 @@ def attend(
         del q, k, v
         out = ops.copied(f, out, "clone") if ring.joins else out
     elif kernel == "flash":
-        out = flash(f, q, k, v, copies_output=by_head and model.running.attention == "sdpa")
+        of_torch = model.running.attention == "sdpa"
+        out = flash(f, q, k, v, copies_output=by_head and of_torch, splits=of_torch and not dropout and model.running.splits_keys)
         del q, k, v  # autocast's copies
         if head != out.dims[3]:
             out = sliced(f, out, (*out.dims[:3], head))

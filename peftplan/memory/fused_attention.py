@@ -13,6 +13,7 @@ from typing import TypeAlias
 from peftplan.ledger import Dim
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
+from peftplan.tape.split_keys import HEAD_OF_PARTS, SplitKeys
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 from peftplan.units import ceil_div
@@ -47,11 +48,11 @@ def blocks(dim: Dim, size: int) -> Dim:
     return ceil_div(dim, size) if isinstance(dim, int) else f"{dim}/{size}"
 
 
-def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = False) -> Tensor:
+def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = False, splits: bool = False) -> Tensor:
     """FlashAttention-2: keeps q, k, v, its output and an fp32 logsumexp; dims (b, a, s, d), (b, g, k, d).
 
     `copies_output`: backward copies the output, as torch's does where it lies head by head like the queries
-    (attention_backward.cu), and flash-attn's never does.
+    (attention_backward.cu), and flash-attn's never does. `splits`: keys may be split (`tape.split_keys`).
     """
     b, a, s, d = q.dims
     if number(d) % HEAD_MULTIPLE:
@@ -59,6 +60,11 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = Fal
     node = f.record(_flash_backward, (q, k, v), q.detach(), k.detach(), v.detach(), copies_output)
     out = f.new((b, s, a, q.dims[3]), q.dtype, "flash attention", node)
     logsumexp = f.new((b, a, s), "fp32", "logsumexp")
+    if splits:
+        parts = SplitKeys((b, a, s), k.dims[2], number(q.dims[3]), f.card)
+        of_parts = [f.new((parts, b, a, s, *head), "fp32", "parts") for head in ((), (padded(q.dims[3], HEAD_OF_PARTS),))]
+        while of_parts:
+            of_parts.pop(0)
     f.keep(node, out.detach(), logsumexp, f.new((2,), "int64", "rng state"), f.new((), "int64", "unused"))
     return out.view((b, a, s, d))
 

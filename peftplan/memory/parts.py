@@ -130,6 +130,8 @@ class Running(NamedTuple):
     """The card by which bitsandbytes chooses how it multiplies 4-bit weights; None where it dequantizes them all."""
     fuses_first: bool = False
     """Whether the first product of this batch is fused: the first one that is not then takes cuBLAS's workspace."""
+    splits_keys: bool = False
+    """Whether torch's FlashAttention may split the keys of this batch."""
     rotary_rows: Dim = 0
     """Rows of the rotary tables that such a package keeps."""
     hosted: bool = False

@@ -227,7 +227,7 @@ def _run(
     to_fake(built.model, mode, rank.device_of(built, on))
     with (
         rank.started(tracker),
-        _as_on_card(mode, capability, device=on.type),
+        _as_on_card(mode, capability, card, device=on.type),
         nullcontext() if selected is None else selected,
         tracker,
         fused_on(None if script.dequantizes_4bit else Chip(*capability, card.number), keeps_inputs=script.keeps_4bit_inputs),
@@ -277,11 +277,11 @@ def _run(
 
 
 @contextmanager
-def _as_on_card(mode: DenseMode, capability: Capability, *, device: str) -> Iterator[None]:
+def _as_on_card(mode: DenseMode, capability: Capability, card: Processors, *, device: str) -> Iterator[None]:
     """Fake tensors, with torch, transformers and flash-attn behaving as on a card."""
     with (
         mode,
-        attention_on(capability),
+        attention_on(capability, card),
         dispatched_as_on_cuda() if device == "cpu" else nullcontext(),
         as_on_cuda(device),
         flash_attn_installed(),

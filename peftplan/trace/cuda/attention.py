@@ -3,9 +3,8 @@
 Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
 Source: torch aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
 buffers are those of the flash-attn package, `flash.py`), mem_eff_attention/kernel_backward.h, and the choice between them,
-cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: flash decoding's split accumulators
-(batches too small to fill the card), cuDNN's kernel, nested tensors, dK and dV in fp32 of the memory-efficient backward of heads
-above 128 (under 100 KiB per head and sequence).
+cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: cuDNN's kernel, nested tensors, dK
+and dV in fp32 of the memory-efficient backward of heads above 128 (under 100 KiB per head and sequence).
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ from typing import Any
 
 import torch
 
+from peftplan.hardware.processors import A100, Processors
+from peftplan.tape import split_keys
+from peftplan.tape.split_keys import HEAD_OF_PARTS
 from peftplan.trace.cuda.flash import backward_buffers, expanded_gradients, pad_last
 from peftplan.trace.cuda.math_attention import math_kernel
 from peftplan.units import ceil_div
@@ -57,6 +59,7 @@ def sdpa(
     enable_gqa: bool = False,
     *,
     capability: Capability,
+    card: Processors = A100,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as CUDA runs it on a card of this compute capability."""
     kernel = choose(query, key, value, attn_mask, enable_gqa=enable_gqa, capability=capability)
@@ -65,7 +68,7 @@ def sdpa(
     if kernel == "flash":
         head = query.shape[-1]
         padded = [pad_last(t, HEAD_MULTIPLE) for t in (query, key, value)]
-        flash: torch.Tensor = Flash.apply(*padded)  # type: ignore[no-untyped-call]
+        flash: torch.Tensor = Flash.apply(*padded, None if dropout_p else card)  # type: ignore[no-untyped-call]
         return flash[..., :head]
     efficient: torch.Tensor = Efficient.apply(query, key, value, prepared_mask(attn_mask, query, key))  # type: ignore[no-untyped-call]
     return efficient
@@ -120,10 +123,17 @@ class Flash(torch.autograd.Function):
     """FlashAttention-2: keeps q, k, v, the output, an fp32 logsumexp per query and head, and a random state of two tensors."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        b, h, s, _ = q.shape
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, card: Processors | None) -> torch.Tensor:
+        b, h, s, d = q.shape
         out = torch.empty_like(q)
         lse = q.new_empty(b, h, s, dtype=torch.float32)
+        if card is not None and (parts := split_keys.parts_of(b * h, s, k.shape[2], d, card)):
+            of_parts = [
+                q.new_empty(parts, b, h, s, *head, dtype=torch.float32)
+                for head in ((), (ceil_div(d, HEAD_OF_PARTS) * HEAD_OF_PARTS,))
+            ]
+            while of_parts:
+                of_parts.pop(0)
         rng_state, unused = q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)
         ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
         return out
@@ -138,7 +148,7 @@ class Flash(torch.autograd.Function):
         rows = ceil_div(s, FLASH_BLOCK) * FLASH_BLOCK
         temporaries = backward_buffers(q, rows=(b, rows), lse=(b, h, rows)), expanded_gradients(q, k)
         del copies, temporaries, saved
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
 
 class Efficient(torch.autograd.Function):

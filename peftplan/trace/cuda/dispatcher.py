@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from peftplan.hardware.processors import A100, Processors
 from peftplan.trace.cuda.attention import Capability, sdpa
 
 Rule = Callable[..., Any]
@@ -69,9 +70,9 @@ def dispatched_as_on_cuda() -> Iterator[None]:
 
 
 @contextmanager
-def attention_on(capability: Capability) -> Iterator[None]:
+def attention_on(capability: Capability, card: Processors = A100) -> Iterator[None]:
     """Let `scaled_dot_product_attention` be the kernels of a card, below autocast, which keeps the cast of a leaf."""
-    with _registered({"scaled_dot_product_attention": (partial(sdpa, capability=capability), COMPOSITE)}):
+    with _registered({"scaled_dot_product_attention": (partial(sdpa, capability=capability, card=card), COMPOSITE)}):
         yield
 
 
