@@ -21,7 +21,7 @@ from peftplan.job.router_loss import check_router_loss
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
-from peftplan.memory.attention import FLASH_CAPABILITY
+from peftplan.memory.attention import FLASH_CAPABILITY, MAX_FLASH_HEAD
 from peftplan.memory.model import Model
 from peftplan.memory.parts import NO_KERNELS, Running
 from peftplan.memory.program import Program
@@ -247,7 +247,8 @@ def tokens_split(job: Job, compute_capability: str) -> int | None:
     """Tokens of a batch up to which torch's FlashAttention may split keys; None where it never does."""
     if job.setup.attn_implementation != "sdpa" or pair(compute_capability) < FLASH_CAPABILITY:
         return None
-    heads = {(a.num_attention_heads, a.head_dim) for block in job.architecture.blocks for a in block.attentions}
+    attentions = (a for block in job.architecture.blocks for a in block.attentions)
+    heads = {(a.num_attention_heads, a.head_dim) for a in attentions if a.head_dim <= MAX_FLASH_HEAD}
     card, virtual = processors(compute_capability, job.multiprocessors), getattr(job.config, "num_virtual_tokens", None) or 0
     return most_tokens(heads, card, virtual_tokens=virtual) or None
 
