@@ -49,9 +49,7 @@ def check_family(job: Job) -> None:
 
 
 def _knows_shared(job: Job, strategy: str) -> bool:
-    """Whether Gemma 4 was rehearsed on a rank like this one (tests/rehearse/idle_towers.jsonl): dense under ZeRO, without keys
-    that layers borrow."""
-    blocks = job.architecture.blocks
-    plain = not any(block.mlp.variant == "moe" or a.borrows for block in blocks for a in block.attentions)
-    by_deepspeed = strategy in ("zero1", "zero2", "zero3") and plain
-    return job.quant is None and (strategy == "ddp" or by_deepspeed)
+    """Whether Gemma 4 was rehearsed on a rank like this one (tests/rehearse/idle_towers.jsonl): dense under ZeRO."""
+    if any(block.mlp.variant == "moe" for block in job.architecture.blocks):
+        return strategy == "ddp" and job.quant is None
+    return strategy in ("ddp", "zero1", "zero2", "zero3")

@@ -19,8 +19,8 @@ METHODS = ("full", "lora", "rslora", "qlora")
 
 
 def knows_base(job: Job, strategy: str) -> bool:
-    """Whether a text part was rehearsed there over such a base: in 16 bits, or in 4 under DeepSpeed."""
-    in_4_bits = job.method_name == "qlora" and strategy != "ddp" and job.setup.by.name in TRAINERS
+    """Whether a text part was rehearsed there over such a base, in 16 bits or in 4."""
+    in_4_bits = job.method_name == "qlora" and job.setup.by.name in TRAINERS
     return strategy in SHARED_TEXT_PARTS and (job.quant is None or in_4_bits)
 
 

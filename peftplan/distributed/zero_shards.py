@@ -6,9 +6,10 @@ from functools import lru_cache
 from math import prod
 
 from peftplan.distributed.holding import FLOATS, Holding, place_of
-from peftplan.distributed.order import tensors
+from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import UNDECAYED, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
+from peftplan.distributed.zero import UNDECAYED, Key, by_tensor, groups_of, partition, persistence, reduce_bucket, trained_groups
+from peftplan.distributed.zero3 import Sharded
 from peftplan.ledger import Allocation, Category, Line, Place
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage import dense
@@ -59,6 +60,17 @@ def of_zero_0(parameters: Parameters, distributed: Distributed, *, autocast: str
     masters = tuple(p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape)) for p in cast.all if p.trainable)
     lines = tuple(Line(f"fp32 master of {p.name}", "optimizer_states", "fp32", p.shape, p.copies, source) for p in masters)
     return Holding(cast, lines, parameters._replace(all=masters))
+
+
+def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
+    """Every tensor of a model, in the order of `named_parameters()`."""
+    world, most = distributed.world_size, persistence(distributed, hidden_size)
+    sharded: dict[Key, Sharded] = {}
+    for p, layer in tensors(in_module_order(parameters)):
+        stored = next(a for a in p.allocations if a.name == "weight")
+        numel, dtype = (stored.numel, stored.dtype) if p.quantized else (p.numel, p.dtype)
+        sharded[p.name, layer] = Sharded(len(sharded), p.name, numel, ceil_div(numel, world), dtype, p.trainable, numel <= most)
+    return sharded
 
 
 @lru_cache(maxsize=64)

@@ -11,22 +11,22 @@ from typing import NamedTuple, cast
 
 from peftplan.arch.modules import Architecture
 from peftplan.arch.text_part import is_in_text_part
-from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
-from peftplan.distributed.zero import Key, gathers_ahead, limits, persistence
+from peftplan.distributed.zero import gathers_ahead, limits
 from peftplan.distributed.zero3 import Coordinator, Module, Sharded
+from peftplan.distributed.zero_shards import sharded_of
 from peftplan.memory.methods.adalora import FACTORS, regularizes
 from peftplan.memory.model import Model
 from peftplan.memory.units import BACKBONE, EMBEDDING, NORM, ROOT, TAIL
 from peftplan.memory.units import layer as unit_of_layer
 from peftplan.memory.zero_stage import Stage
-from peftplan.parameters import Parameters
 from peftplan.tape.hooks import hooked
 from peftplan.tape.tape import X, Y
 from peftplan.tape.tensors import Parameter, Tensor
-from peftplan.units import ceil_div
 
 LAYER = "model.layers.{}"
+WRAPPER, TABLE_OF_LAYERS = "model", "embed_tokens_per_layer"
+"""The module around a decoder beside towers, and Gemma 4's table of what each layer reads beside the hidden states."""
 LEAVES = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), f"{LAYER}.mlp")
 """Model type → the block of experts that is a module without hooks inside: all of it is gathered at once, and its gradients stay
 until the block's backward has ended (runtime/zero/leaf_module_config.py)."""
@@ -43,15 +43,8 @@ def waits_by_address(architecture: Architecture, distributed: Distributed) -> bo
     return architecture.model_type == "gpt_oss" and gathers_ahead(distributed, architecture.hidden_size or 0)
 
 
-def sharded_of(parameters: Parameters, distributed: Distributed, hidden_size: int) -> dict[Key, Sharded]:
-    """Every tensor of a model, in the order of `named_parameters()`."""
-    world, most = distributed.world_size, persistence(distributed, hidden_size)
-    sharded: dict[Key, Sharded] = {}
-    for p, layer in tensors(in_module_order(parameters)):
-        stored = next(a for a in p.allocations if a.name == "weight")
-        numel, dtype = (stored.numel, stored.dtype) if p.quantized else (p.numel, p.dtype)
-        sharded[p.name, layer] = Sharded(len(sharded), p.name, numel, ceil_div(numel, world), dtype, p.trainable, numel <= most)
-    return sharded
+def _decoder(architecture: Architecture) -> str:
+    return str(architecture.input_embedding).rpartition(".")[0]
 
 
 class Habits(NamedTuple):
@@ -126,6 +119,8 @@ class Gathering(Stage):
         self.wrapped = () if not model.running.peft_type else ("peft model",) if self.of_prompts else ("peft model", "tuner")
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
+        self.reads_table = model.arch.has_towers and model.has(f"{_decoder(model.arch)}.{TABLE_OF_LAYERS}")
+        """Whether the module around the decoder reads a row of its embedding, of a token that stands for pictures."""
         self.of_tuner = tuple(p for p in own if regularizes(model) and p.name.endswith(FACTORS))
         """The parameters that the tuner's forward reads, for a loss of its own: it has them from the second step on."""
         self.reference: Gathering | None = None
@@ -259,7 +254,8 @@ class Gathering(Stage):
             self._gather_persistent()
             self.coordinator.reset_step()
         for module in self._parts(name):
-            self.pre_forward(module, known=Module(module.name, ()) if name == ROOT and name not in self.readers else module)
+            unread = name in (ROOT, BACKBONE) and name not in self.readers
+            self.pre_forward(module, known=Module(module.name, ()) if unread else module)
         self.readers.add(name)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
@@ -311,7 +307,8 @@ class Gathering(Stage):
         if name == EMBEDDING:
             return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
         if name == BACKBONE:  # OPT's head calls `model.decoder` itself
-            return [Module(embedding.rpartition(".")[0], ())]
+            around = [self._module(WRAPPER, None, [self.model.part(embedding).own_weight])] if self.reads_table else []
+            return [*around, Module(_decoder(self.model.arch), ())]
         if name == ROOT:
             read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
             inner = [Module(outer, ()) for outer in self.wrapped]

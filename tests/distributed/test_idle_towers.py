@@ -13,7 +13,7 @@ from tools.rank_grid import AUTO
 from tools.rehearsed_jobs import PHASES, drifts, read
 
 ROWS = read(Path(__file__).parents[1] / "rehearse" / "idle_towers.jsonl")
-LARGEST = {"reserved": 0.4, **dict.fromkeys(("allocated", *PHASES), 0.05)}
+LARGEST = {"reserved": 0.4, **dict.fromkeys(("allocated", *PHASES), 0.06)}
 """Per cent."""
 
 

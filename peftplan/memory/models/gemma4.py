@@ -46,6 +46,8 @@ def gemma4_of_text(model: Model, style: Style) -> Tensor:
     x = inputs(model)
     _embeds = embedded = None
     if _has_own_inputs(model, style):
+        if f.modules is not None:  # `pad_embedding`
+            f.modules.read("model", None, model.part(str(model.arch.input_embedding)).own_weight)
         _embeds = f.new(x.dims, x.dtype, "llm_inputs_embeds")
         embedded = embedded_apart(model, style)
     return layers(model, style, x, own_inputs(model, style, x, embedded))
