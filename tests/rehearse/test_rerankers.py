@@ -27,9 +27,11 @@ OF_LORA = {"allocated": 7.1e-4, "phase": 3.9e-3, "reserved": 0.021}
 
 @pytest.mark.parametrize("row", ROWS, ids=[" ".join(f"{key}={value}" for key, value in row["values"].items()) for row in ROWS])
 def test_formulas_hold_what_rerankers_hold(row: dict[str, Any]) -> None:
-    """Of a head that scores two words, whose gradient is as large as the table. The loss of a list takes as much as of points."""
+    """Of a head that scores two words, whose gradient is as large as the table, or of a text part with a score of its own. The
+    loss of a list takes as much as of points."""
     assert not plan(row).unsupported
-    limits = OF_LORA if row["values"]["tuner_type"] == "lora" else {"allocated": 7e-5, "phase": 1e-3, "reserved": 2e-3}
+    adapts_ranks = (row["values"]["tuner_type"], row["values"].get("deepspeed")) == ("lora", "zero2")
+    limits = OF_LORA if adapts_ranks else {"allocated": 2e-4, "phase": 1e-3, "reserved": 2.1e-3}
     peaks = _peaks(row)
     assert peaks["peak_allocated"] == pytest.approx(row["allocated"], rel=limits["allocated"])
     assert peaks["peak_by_phase"] == pytest.approx(row["by_phase"], rel=limits["phase"])
@@ -39,4 +41,5 @@ def test_formulas_hold_what_rerankers_hold(row: dict[str, Any]) -> None:
 
 def test_a_table_beyond_the_bucket_leaves_reserved_bytes_open() -> None:
     """ms-swift's zero2 sums up gradients 200 M numbers at a time; Qwen3 4B's table has 388 M."""
-    assert [_peaks(row)["peak_reserved"] is None for row in ROWS if row["values"]["loss_type"] == "listwise_reranker"] == [True]
+    of_zero2 = [row for row in ROWS if row["values"].get("deepspeed") == "zero2"]
+    assert [_peaks(row)["peak_reserved"] is None for row in of_zero2] == [False, False, True, False]

@@ -332,6 +332,18 @@ def test_a_reranker_reads_all_texts_of_a_list(values: dict[str, object], texts: 
     assert expected.items() <= plan.options.items()
 
 
+@pytest.mark.parametrize(("padding_free", "unsupported"), [(True, set()), (False, {"task_type", "loss_type"})])
+def test_a_text_part_gets_a_score(padding_free: bool, unsupported: set[str]) -> None:
+    """model/register.py:313, as of `seq_cls`; rows with padding were not rehearsed."""
+    job = {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "task_type": "reranker", "loss_type": "pointwise_reranker"}
+    sizes = {"max_length": 1000, "per_device_train_batch_size": 2, "attn_impl": "flash_attn", "padding_free": padding_free}
+    plan = read({**SWIFT, **job, **sizes}, kind="command", program="swift sft", MAX_NEGATIVE_SAMPLES="1")
+    assert plan.unsupported.keys() == unsupported
+    if padding_free:
+        expected = {"trainer": "swift-text-part", "task_type": "SEQ_CLS", "num_labels": 1, "seq_len": 2 * 2 * 1000}
+        assert expected.items() <= plan.options.items()
+
+
 @pytest.mark.parametrize(
     ("values", "positives"), [({"loss_type": "cross_entropy"}, None), ({"quant_bits": 4, "quant_method": "bnb"}, None), ({}, 2)]
 )
