@@ -285,10 +285,6 @@ def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str
 def _taken_by_norms(job: "Job", parameters: Parameters, workspaces: tuple[tuple[int, Line], ...]) -> Line | None:
     """The workspace that DoRA's layers take while they are made beside a base on the device."""
     there = job.quant is not None or (job.setup.adapter_on_device and job.distributed is None)
-    if not there and job.distributed is not None and job.distributed.strategy == "zero3":
-        from peftplan.distributed.zero import by_tensor
-
-        there = by_tensor(job.distributed, quantized=False)
     if not (there and norms(parameters, job.quant, dtype=job.setup.dtype, passing=())):
         return None
     return next((line for _, line in workspaces if line.name == "cuBLAS workspace, forward thread"), None)

@@ -70,7 +70,6 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             table if tied(job.architecture) else 0,
             second_of(job, parameters) if job.reference == "copy" else None,
             merged(parameters, job.architecture.model_type) if job.script.converts_in_turn else {},
-            None if normed is None else normed.bytes(),
         )
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None

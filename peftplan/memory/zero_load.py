@@ -15,7 +15,6 @@ from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.zero import Key, by_tensor, reduce_bucket, trained_groups
 from peftplan.dtypes import ITEMSIZE
-from peftplan.memory.dora_load import MAGNITUDE, norms
 from peftplan.memory.load import MOVED_LAST, NO_STACKS, load_order
 from peftplan.memory.loaded import Handle, Loader, Memory
 from peftplan.memory.stacked_load import Stacks
@@ -177,8 +176,6 @@ class PartLoading(NamedTuple):
     converted: Stacks = NO_STACKS
     """Stacks that are made of a checkpoint's matrices, and read one by one (transformers, integrations/deepspeed.py,
     `_apply_weight_conversions_to_state_dict`)."""
-    workspace: int | None = None
-    """Bytes of cuBLAS's that the first product of DoRA's layers takes."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -216,29 +213,16 @@ class PartLoading(NamedTuple):
             wholes = [memory.allocate(self._part(p) * self.distributed.world_size) for p, _ in module]
             for whole in wholes:
                 memory.release(whole)
-        if of_head is not None and not self.workspace:
+        if of_head is not None:
             memory.release(of_head)
         self._buffers(memory, cast)
         self._adapt(memory, cast, trained)
-        if of_head is not None and self.workspace:  # Python's garbage collector takes it, of five rehearsals in three this late
-            memory.release(of_head)
 
     def _adapt(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
         """peft makes an adapter whole, on the card and in the dtype of the base, then casts it (tuners/tuners_utils.py,
         `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`); DeepSpeed divides it when its engine is made."""
         ordered = list(tensors(p for p in in_module_order(cast) if p.owner == "adapter"))
-        of_dora = norms(cast, None, dtype=self.half, passing=(self.half,)) if self.workspace else {}
-        base, untaken = {p.name: p for p in cast.all if p.owner == "base"}, [self.workspace]
-        wholes = []
-        for p, _ in ordered:
-            beside = []
-            if (norm := of_dora.get(p.name)) is not None:  # of a layer that is gathered (`gather_params_ctx`)
-                weight = base[f"{p.name.partition(MAGNITUDE)[0]}.weight"]
-                beside = [memory.allocate(self._part(weight) * self.distributed.world_size)]
-                beside += norm.take(memory, lambda: memory.keep((untaken.pop() or 0,)) if untaken else None)
-            wholes.append(memory.allocate(ITEMSIZE[self.half] * p.numel))
-            for tensor in beside:
-                memory.release(tensor)
+        wholes = [memory.allocate(ITEMSIZE[self.half] * p.numel) for p, _ in ordered]
         for number, (p, _) in enumerate(ordered):
             if p.dtype != self.half:
                 wide = memory.allocate(ITEMSIZE[p.dtype] * p.numel)
