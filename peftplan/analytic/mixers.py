@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
-SHARING = ("transformers", "trl")
-"""Those of which ranks that share a delta rule were rehearsed (tests/rehearse/delta_ranks.jsonl)."""
+WITH_DELTA_RULE = {
+    **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp2", "zero2", "zero3")),
+    "plain": (),
+}
+"""Trainer → the strategies under which its steps with a gated delta rule were rehearsed, beside those on one GPU
+(tests/rehearse/delta_rules.jsonl, delta_ranks.jsonl)."""
 
 
 def check_mixer(job: Job) -> None:
@@ -130,7 +134,7 @@ def check_delta_rule(job: Job) -> None:
     by_tool = setup.by.own_lora and (knows_experts(job) or knows_tower(job))
     if kernels.layers is not None or by_tool:  # which torch compiles whole, or NeMo Automodel builds
         return
-    known = setup.by.name in PLAIN_TRAINERS and (job.distributed is None or _shares_delta_rule(job))
+    known = setup.by.name in WITH_DELTA_RULE and (job.distributed is None or _shares_delta_rule(job))
     if has_own_code(job) or not (known or _merges_for_vllm(job)):
         where = setup.by.called if job.distributed is None else job.distributed.called
         how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
@@ -140,7 +144,6 @@ def check_delta_rule(job: Job) -> None:
     checkpoints = bool(setup.gradient_checkpointing)
     caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
     unknown = {
-        "one projection of queries, keys and values": model_type == "qwen3_next",
         "other kernels": any(name != "fla.delta_rule" for name in setup.kernels or ()),
         "padding": setup.padding,
         "a cache": caches and not checkpoints and not setup.by.turns_cache_off and setup.loss != "trl-chunked",
@@ -170,17 +173,18 @@ def _merges_for_vllm(job: Job) -> bool:
 
 
 def _shares_delta_rule(job: Job) -> bool:
-    """Whether ranks were rehearsed that share a step with one: by Trainer and SFTTrainer in bf16, all on the card.
+    """Whether ranks were rehearsed that share a step with one: in bf16, all on the card, and without experts under ZeRO.
 
     Under FSDP2 they name the layers' class: by itself accelerate looks for vision blocks too, which text models have not.
     """
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     on_card = not {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
-    alike = setup.by.name in SHARING and on_card and setup.dtype == setup.autocast == "bf16"
+    alike = on_card and setup.dtype == setup.autocast == "bf16" and job.architecture.model_type != "qwen3_next"
+    known = alike and distributed.strategy in WITH_DELTA_RULE[setup.by.name]
     if kernels_of(setup.kernels or ()).delta_rule is not None:  # which was traced with Trainer alone
-        alike = alike and setup.by.name == DEFAULT and job.quant is None and not job.architecture.has_towers
-    named = distributed.transformer_cls_names_to_wrap is not None or job.architecture.has_towers
+        known = known and setup.by.name == DEFAULT and job.quant is None and not job.architecture.has_towers
+    if distributed.strategy == "fsdp2":
+        return known and (distributed.transformer_cls_names_to_wrap is not None or job.architecture.has_towers)
     dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
-    shared = {"ddp": True, "fsdp2": named, "zero2": dense, "zero3": dense}
-    return alike and shared.get(distributed.strategy, False)
+    return known and (dense or distributed.strategy == "ddp")

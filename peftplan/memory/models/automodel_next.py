@@ -73,7 +73,7 @@ def norm(model: Model, name: str, x: Tensor, layer: int | None) -> Tensor:
 
 def layer(c: Call, x: Tensor) -> Tensor:
     """`Block.forward`."""
-    mixer = attention if c.block.delta_rule is None else joined_rule
+    mixer = attention if c.block.delta_rule is None else partial(joined_rule, repeats=True)
     mixed = mixer(c, c.norm("input_layernorm", x))
     x = ops.add(c.at(), x, mixed)
     out = mixture(c, c.norm("post_attention_layernorm", x))

@@ -26,9 +26,10 @@ from peftplan.tape.tensors import Tensor
 from peftplan.units import ceil_div
 
 
-def layer(c: Call, x: Tensor) -> Tensor:
-    """`Qwen3_5DecoderLayer.forward`."""
-    name, mixer = ("self_attn", attention) if c.block.delta_rule is None else ("linear_attn", delta_rule)
+def layer(c: Call, x: Tensor, *, joined: bool = False) -> Tensor:
+    """`Qwen3_5DecoderLayer.forward`, and `Qwen3NextDecoderLayer.forward`, whose projections are `joined`."""
+    rule = joined_rule if joined else delta_rule
+    name, mixer = ("self_attn", attention) if c.block.delta_rule is None else ("linear_attn", rule)
     residual = x
     x = c.norm("input_layernorm", x)
     x = c.module(name, x, mixer, by_name=True)
@@ -58,7 +59,7 @@ def delta_rule(c: Call, x: Tensor, *, repeats: bool = False) -> Tensor:
     return ruled(c, (q, k, v), rates, steps, gate, repeats=repeats)
 
 
-def joined_rule(c: Call, x: Tensor) -> Tensor:
+def joined_rule(c: Call, x: Tensor, *, repeats: bool = False) -> Tensor:
     """`Qwen3NextGatedDeltaNet.forward`, whose names hold both projections until it returns."""
     rule, name, (b, s, _) = c.block.delta_rule, "linear_attn", x.dims
     assert rule is not None
@@ -78,7 +79,7 @@ def joined_rule(c: Call, x: Tensor) -> Tensor:
     del joined
     f, keys = c.at(name), (b, s, rule.key_heads, rule.key_dim)
     q, k, v = split(f, mixed, (keys, keys, (*heads, rule.value_dim)))
-    return ruled(c, (q, k, v), rates, steps, gate, repeats=True)
+    return ruled(c, (q, k, v), rates, steps, gate, repeats=repeats)
 
 
 def ruled(c: Call, qkv: tuple[Tensor, ...], rates: Tensor, steps: Tensor, gate: Tensor, *, repeats: bool = False) -> Tensor:
@@ -150,7 +151,7 @@ def _within(style: Style) -> Style:
     return style._replace(stack="model.language_model.layers.{}", final_norm="model.language_model.norm")
 
 
-qwen3_next = partial(decoder, style=OF_EXPERTS)
+qwen3_next = partial(decoder, style=OF_EXPERTS._replace(layer=partial(layer, joined=True)))
 qwen3_5_text = partial(with_grids, style=STYLE, by_sections=False)
 qwen3_5_moe_text = partial(with_grids, style=OF_EXPERTS, by_sections=False)
 qwen3_5 = partial(with_grids, style=_within(STYLE), by_sections=False)
