@@ -131,7 +131,10 @@ def check_delta_rule(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a step with a gated delta rule was not compared."""
     setup, model_type = job.setup, job.architecture.model_type
     kernels = kernels_of(setup.kernels or ())
-    by_tool = setup.by.own_lora and (knows_experts(job) or knows_tower(job))
+    from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
+
+    beside_tower = setup.seq_len <= CHUNK * MOST_CHUNKS and knows_tower(job)
+    by_tool = setup.by.own_lora and (knows_experts(job) or beside_tower)
     if kernels.layers is not None or by_tool:  # which torch compiles whole, or NeMo Automodel builds
         return
     known = setup.by.name in WITH_DELTA_RULE and (job.distributed is None or _shares_delta_rule(job))
@@ -139,8 +142,6 @@ def check_delta_rule(job: Job) -> None:
         where = setup.by.called if job.distributed is None else job.distributed.called
         how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
         raise NoEngineError(f"model type {model_type} {how}, under {where} (no formula yet)")
-    from peftplan.memory.delta_rule import CHUNK, MOST_CHUNKS
-
     checkpoints = bool(setup.gradient_checkpointing)
     caches = bool(setup.use_cache) or keeps_its_cache(job.architecture)
     unknown = {

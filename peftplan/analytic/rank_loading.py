@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 IN_8_BITS = ("minimax_m2",)
 """Model types that are published in 8 bits."""
+OF_MIXERS = re.compile(r"language_model\.layers\.\{\}\.(?:self|linear)_attn\..*proj.*\.weight$")
 PUBLISHED_DTYPE = "bf16"
 """What `dtype="auto"` loads: the dtype in which most models are published."""
 
@@ -127,6 +129,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         in_8_bits=in_8_bits,
         keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         casts_shards=casts_shards,
+        drawn=_largest_drawn(holding.parameters) if built == "qwen3_5" else 0,
         masks=0 if built in (*SCANNING, "gemma4", "ernie4_5_moe") else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
@@ -156,6 +159,12 @@ def _matrices_of_stages(job: Job, parameters: Parameters, own: Parameters, rank:
     stored = [on_stages(own.all, job.architecture, (stage,)) for stage in stages] or [iter(own.all)]
     sizes = [[(sum(a.nbytes for a in p.allocations), p.copies) for p in of if p.layers and len(p.shape) > 1] for of in stored]
     return tuple((sum(nbytes * copies for nbytes, copies in of), max(nbytes for nbytes, _ in of)) for of in sizes)
+
+
+def _largest_drawn(own: Parameters) -> int:
+    """Numbers of a rank's largest part of a matrix of attention or of a delta rule (nemo_automodel 0.7.0,
+    components/models/qwen3_5/model.py, `Qwen3_5DenseBlock.init_weights`)."""
+    return max(p.numel for p in own.all if p.layers and len(p.shape) > 1 and OF_MIXERS.search(p.name))
 
 
 def tied_bytes(job: Job, parameters: Parameters) -> int:

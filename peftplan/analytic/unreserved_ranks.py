@@ -48,9 +48,11 @@ def _ties_beside_experts(job: Job) -> bool:
     return job.architecture.model_type == "ernie4_5_moe" and job.distributed is not None
 
 
-def _chunks_beside_experts(job: Job) -> bool:
-    """Whether ranks divide Qwen 3 Next's experts beside a delta rule in operations of torch."""
-    return job.architecture.model_type == "qwen3_next" and job.distributed is not None
+def _chunks_between_units(job: Job) -> bool:
+    """Whether ranks share Qwen 3 Next, or NeMo Automodel's Qwen 3.5, whose delta rule runs in operations of torch: of eight
+    layers of Qwen3.5 27B reserved bytes were 5.9 % above the replay, of four within 0.15 %."""
+    by_tool = job.architecture.model_type == "qwen3_5" and job.setup.by.own_decoders
+    return (by_tool or job.architecture.model_type == "qwen3_next") and job.distributed is not None
 
 
 def _trains_biases(job: Job) -> bool:
@@ -174,7 +176,7 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_stacks_on_card, "experts that become stacks on each card: a rehearsal of six layers reserved 10 % more than the replay"),
     (adapts_leaves, OF_LEAVES),
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
-    (_chunks_beside_experts, "a delta rule beside divided experts: a rehearsal reserved 9 % less than the replay"),
+    (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
     (
         _gathers_for_experts,

@@ -31,6 +31,8 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
     ("gemma4", "lora"): Shown(IMAGES, ("sdpa",), (False, True)),
     ("gemma4_unified", "full"): Shown(TEXT, ("eager",)),
     ("qwen3_vl", "partial"): Shown(IMAGES, ("sdpa",)),
+    ("qwen3_5", "partial"): Shown(IMAGES, ("sdpa",), (False, True), trains=True),
+    ("qwen3_5", "lora"): Shown(IMAGES, ("sdpa",), (True,)),
     ("mistral3", "partial"): Shown(IMAGES, ("eager",)),
     ("internvl", "partial"): Shown(IMAGES, ("sdpa",)),
 }
@@ -48,6 +50,8 @@ def knows_tower(job: "Job") -> bool:
         return False
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
+    if model_type == "qwen3_5":
+        return rehearsed and _alone_in_bf16(job) and not setup.kernels
     if model_type == "mistral3":  # Ministral 3
         return rehearsed and all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
     return rehearsed
@@ -61,12 +65,18 @@ def trains_tower(job: "Job") -> bool:
 
 def _knows_gemma4(job: "Job") -> bool:
     """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys."""
-    setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
+    setup, blocks = job.setup, job.architecture.blocks
     borrows = any(a.borrows for block in blocks for a in block.attentions)
     borrows_or_mixes = borrows or is_mixture(job)
-    plain = setup.dtype == "bf16" and setup.loss == "full" and setup.gradient_accumulation_steps == 1 and not setup.padding
-    whole = distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
-    return plain and whole and not (setup.gradient_checkpointing and borrows_or_mixes)
+    at_once = setup.gradient_accumulation_steps == 1
+    return _alone_in_bf16(job) and at_once and not (setup.gradient_checkpointing and borrows_or_mixes)
+
+
+def _alone_in_bf16(job: "Job") -> bool:
+    """Whether ranks of FSDP2 alone share a model in bf16, of rows without padding."""
+    setup, distributed = job.setup, job.distributed
+    plain = setup.dtype == "bf16" and setup.loss == "full" and not setup.padding
+    return plain and distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
 
 
 def hands_keys_on(job: "Job") -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from peftplan.memory.load import MOVED_LAST
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
 from peftplan.memory.sharded import Pairs, is_sharded
-from peftplan.memory.units import EMBEDDING, ROOT, TAIL, is_of_experts
+from peftplan.memory.units import EMBEDDING, FURTHER, ROOT, TAIL, is_of_experts
 from peftplan.parameters import Parameter, Parameters
 
 OF_ENGINE = re.compile(r"_proj(_with_mqa)?\.weight$")
@@ -54,6 +55,8 @@ class Loading(NamedTuple):
     of experts."""
     masks: int = 3
     """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
+    drawn: int = 0
+    """Numbers of the largest matrix that `nn.init.trunc_normal_` draws by three masks once all weights are there."""
     keeps_last: bool = False
     """Whether a variable of accelerate holds the last tensor whole until the model is prepared."""
     casts_shards: bool = False
@@ -110,17 +113,23 @@ class Loading(NamedTuple):
             memory.release(handle)
 
     def _empty(self, memory: Memory[Handle]) -> None:
-        """Shards are made empty, also one of a tied head, which goes when the head is tied again behind the weights."""
+        """Shards are made empty, also one of a tied head, which goes when the head is tied again, before a layer for a
+        further token is there."""
         if self.workspaces:
             self._drawn(memory)
         if self.widened:
             self._widened(memory)
-        for _, shard in (pair for members in self.groups.values() for pair in members if not self.widened):
+        own = (members for name, members in self.groups.items() if name != FURTHER and not self.widened)
+        for _, shard in chain.from_iterable(own):
             keep_shard(memory, shard)
         tables = [shard for p, shard in self.groups.get(TAIL, ()) if len(p.shape) > 1 and p.owner == "base"]
         of_head = [memory.allocate(n) for shard in tables for n in _on_device(shard)] if EMBEDDING not in self.groups else []
         self._buffers(memory)
         for handle in of_head:
+            memory.release(handle)
+        for _, shard in self.groups.get(FURTHER, ()):
+            keep_shard(memory, shard)
+        for handle in [memory.allocate(self.drawn) for _ in range(3)] if self.drawn else ():
             memory.release(handle)
         if any(map(is_of_experts, self.groups)) and not self.in_8_bits:
             for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:

@@ -15,6 +15,10 @@ from tools.rehearsed_automodel import options
 ROWS = [json.loads(line) for line in Path(__file__).with_name("automodel_vl.jsonl").read_text(encoding="utf-8").splitlines()]
 LARGEST = {"allocated": 0.02, "reserved": 0.1}
 LARGEST_OF_PHASE = 0.05
+OF_DELTA_RULE = 0.18
+"""Per cent, of Qwen 3.5, whose further token has one hidden state less at the peak than was rehearsed."""
+TIED_LOAD = 6.3
+"""Per cent of `load`, of Qwen3.5 4B: 32 MB too much beside a tied head that goes while the weights come."""
 RESERVED = {"internvl3-5-4b": 0.95, "internvl3-5-8b": 0.55}
 """Per cent: at most 94 MiB of segments of a frozen tower."""
 
@@ -25,10 +29,14 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     assert peaks is not None
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items() if value is not None}
+    of_rule = row["model"].startswith("qwen3.5")
     most = LARGEST | {"reserved": RESERVED.get(row["model"], LARGEST["reserved"])}
+    most |= {"allocated": OF_DELTA_RULE} if of_rule else {}
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
-    assert all(abs(drift) <= LARGEST_OF_PHASE for drift in by_phase.values()), by_phase
+    load = TIED_LOAD if row["model"] == "qwen3.5-4b" else 0.26 if of_rule else LARGEST_OF_PHASE
+    assert abs(by_phase.pop("load")) <= load, load
+    assert all(abs(drift) <= (OF_DELTA_RULE if of_rule else LARGEST_OF_PHASE) for drift in by_phase.values()), by_phase
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,38 @@ def test_what_of_ministral_and_internvl_was_rehearsed(options: dict[str, Any], k
     job: dict[str, Any] = {"model": "ministral-3-8b-instruct-2512", "method": "partial", "attn_implementation": "eager"}
     job |= {"trainable": r"^(?!.*(?:vision|visual|image_encoder)).*", "trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8}
     assert (peftplan.estimate(**job | options, seq_len=512).peaks is not None) is known
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"mtp_depths": 0}, True),
+        ({"mtp_depths": 2}, False),
+        ({"padding": True}, False),
+        ({"tp_size": 2}, False),
+        ({"loss": "cut-apart"}, False),
+        ({"kernels": "fla"}, False),
+        ({"trainer": "automodel"}, False),
+        ({"seq_len": 262_144}, False),
+    ],
+)
+def test_what_of_qwen_3_5_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "qwen3.5-27b", "method": "partial", "trainable": r"^(?!.*visual).*", "seq_len": 512}
+    job |= {"trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8, "attn_implementation": "sdpa"}
+    peaks = peftplan.estimate(**job | options, gradient_checkpointing=True).peaks
+    assert (peaks is not None) is known
+    assert peaks is None or peaks.reserved is None
+
+
+def test_a_layer_predicts_a_further_token() -> None:
+    """As many numbers as are published beside Qwen3.5 4B: 8,192, 2 x 1,024, 4,096, 3 x 9,216 and 2 x 2,560 rows of 2,560, two
+    norms of heads and five of hidden states."""
+    beside = (8192 + 2 * 1024 + 4096 + 3 * 9216 + 2 * 2560) * 2560 + 2 * 256 + 5 * 2560
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel-vlm", "strategy": "fsdp2", "gpus": 8, "seq_len": 512}
+    counts = [peftplan.estimate("qwen3.5-4b", **job, mtp_depths=depths).total_parameters for depths in (None, 0)]
+    assert counts == [4_539_265_536 + beside, 4_539_265_536]
+    assert beside == 120_599_552
 
 
 def test_a_tower_with_adapters_is_not_gathered() -> None:
