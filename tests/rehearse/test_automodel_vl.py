@@ -17,8 +17,6 @@ LARGEST = {"allocated": 0.02, "reserved": 0.1}
 LARGEST_OF_PHASE = 0.05
 OF_DELTA_RULE = 0.18
 """Per cent, of Qwen 3.5, whose further token has one hidden state less at the peak than was rehearsed."""
-TIED_LOAD = 6.3
-"""Per cent of `load`, of Qwen3.5 4B: 32 MB too much beside a tied head that goes while the weights come."""
 RESERVED = {"internvl3-5-4b": 0.95, "internvl3-5-8b": 0.55}
 """Per cent: at most 94 MiB of segments of a frozen tower."""
 
@@ -34,7 +32,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     most |= {"allocated": OF_DELTA_RULE} if of_rule else {}
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in row["by_phase"].items()}
-    load = TIED_LOAD if row["model"] == "qwen3.5-4b" else 0.26 if of_rule else LARGEST_OF_PHASE
+    load = 0.29 if of_rule else LARGEST_OF_PHASE  # up to 3.2 MB of blocks that the allocator leaves unsplit
     assert abs(by_phase.pop("load")) <= load, load
     assert all(abs(drift) <= (OF_DELTA_RULE if of_rule else LARGEST_OF_PHASE) for drift in by_phase.values()), by_phase
 
