@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 UNDER_FSDP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "internvl", "llava")
+ADAPTED = ("gemma4", "gemma4_unified")
+"""The same under FSDP2 with LoRA."""
 METHODS = (*SHOWN_METHODS, "partial")
 LOSSES = ("full", "trl-chunked")
 """Liger's reads the shard of the head, a unit of its own where accelerate finds no final norm (`_find_final_norm`)."""
@@ -23,7 +25,10 @@ def knows_wrapped(job: Job) -> bool:
     """Whether a text part was rehearsed so: by Trainer or SFTTrainer in 16 bits, with units of its towers' layers, or with towers
     in the root's."""
     setup, distributed = job.setup, job.distributed
-    if distributed is None or distributed.strategy not in FSDP or job.architecture.model_type not in UNDER_FSDP:
+    if distributed is None or distributed.strategy not in FSDP:
+        return False
+    adapted = distributed.strategy == "fsdp2" and job.architecture.model_type in ADAPTED and job.method_name in ("lora", "rslora")
+    if not (adapted or job.architecture.model_type in UNDER_FSDP):
         return False
     classes = distributed.transformer_cls_names_to_wrap
     of_text = classes is None or any(name.endswith(TEXT_LAYER) for name in classes)

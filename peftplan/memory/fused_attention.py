@@ -130,7 +130,11 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
 
 
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
-    """A gradient of the mask comes for each sample and head."""
+    """A gradient of the mask comes for each sample and head.
+
+    Left out where heads are larger than `RF_HEAD`: accumulators of dK and dV, 64 rows of a head for each of at most 200 splits of
+    samples, heads and keys (`workspace_elements_gk`, `num_splits_key`), so at most 52 MB of heads of 512.
+    """
     q, k, v, is_view = saved[:4]
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")

@@ -11,7 +11,7 @@ from peftplan.arch import catalogue
 from peftplan.errors import RefusedError
 
 MODELS = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b", "paligemma-3b-pt-224")
-WITH_FORMULA = ("gemma-3-4b", "llava-1.5-7b")
+WITH_FORMULA = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b")
 
 
 @pytest.mark.parametrize("name", MODELS)
