@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.analytic.shown import FLAT
 from peftplan.arch.text_part import is_in_text_part
 from peftplan.errors import NoEngineError
 
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
+MIXTURE = "qwen3_vl_moe"
+"""Of a type with experts LoRA was rehearsed under ZeRO-2."""
 TRAINERS = ("transformers", "trl")
 METHODS = ("full", "lora", "rslora", "qlora")
 
 
 def knows_base(job: Job, strategy: str) -> bool:
     """Whether a text part was rehearsed there over such a base, in 16 bits or in 4."""
+    if job.architecture.model_type == MIXTURE and (job.quant is not None or strategy != "ddp"):
+        plain_lora = job.method_name in ("lora", "rslora") and job.quant is None
+        return plain_lora and strategy in FLAT and job.setup.by.name in TRAINERS
     in_4_bits = job.method_name == "qlora" and job.setup.by.name in TRAINERS
     return strategy in SHARED_TEXT_PARTS and (job.quant is None or in_4_bits)
 

@@ -32,7 +32,7 @@ UNDER_DEEPSPEED = (
     *("cohere", "cohere2", "stablelm", "phi", "gptj", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
     *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss"),
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
-    *("gemma4", "gemma4_unified", "mistral3"),
+    *("gemma4", "gemma4_unified", "mistral3", "qwen3_vl_moe", "internvl"),
     *("qwen3_5", "qwen3_5_text", "qwen3_5_moe_text"),
 )
 """The same under DeepSpeed."""
