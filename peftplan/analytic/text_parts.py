@@ -11,7 +11,7 @@ from peftplan.dtypes import SIXTEEN_BITS
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-UNDER_FSDP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "internvl", "llava")
+UNDER_FSDP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "internvl", "llava", "qwen3_5")
 ADAPTED = ("gemma4", "gemma4_unified")
 """The same under FSDP2 with LoRA."""
 METHODS = (*SHOWN_METHODS, "partial")
