@@ -55,6 +55,12 @@ def _chunks_between_units(job: Job) -> bool:
     return (by_tool or job.architecture.model_type == "qwen3_next") and job.distributed is not None
 
 
+def _trains_dense_scans(job: Job) -> bool:
+    """Whether ranks train all of NeMo Automodel's dense Nemotron 3."""
+    by_tool = job.architecture.model_type == "nemotron_h" and job.setup.by.own_lora and job.method_name == "full"
+    return by_tool and job.distributed is not None and not any(block.mlp.num_experts for block in job.architecture.blocks)
+
+
 def _trains_biases(job: Job) -> bool:
     """Whether biases train beside LoRA in FSDP1's flat parameters, without checkpoints or beside packed weights."""
     flat = job.distributed is not None and job.distributed.strategy == "fsdp1"
@@ -177,6 +183,10 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (adapts_leaves, OF_LEAVES),
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
     (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),
+    (
+        _trains_dense_scans,
+        "mamba-ssm's functions in full fine-tuning of a dense model: a rehearsal reserved 25 % more than the replay",
+    ),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
     (
         _gathers_for_experts,

@@ -15,11 +15,22 @@ def has_own_code(job: Job) -> bool:
 
 def knows_scan(job: Job, *, built: bool) -> bool:
     """Whether Mamba 2 was rehearsed so, in bf16: of published code without checkpoints, of which attention gets none; of the
-    tool's modules (`built`) LoRA on one GPU, with them."""
+    tool's modules (`built`) LoRA on one GPU, with them, and dense models under FSDP2 without (automodel_vl.jsonl)."""
     setup = job.setup
     alone = built and job.distributed is None and job.method_name == "lora" and setup.kernels == ("mamba-ssm.scan",)
-    rehearsed = alone if setup.gradient_checkpointing else has_own_code(job)
+    rehearsed = alone if setup.gradient_checkpointing else has_own_code(job) or (built and _is_dense_of_ranks(job))
     return rehearsed and setup.dtype == "bf16" and setup.loss == "full"
+
+
+def _is_dense_of_ranks(job: Job) -> bool:
+    """Whether ranks of FSDP2 share a model without experts, and nothing else."""
+    distributed, blocks = job.distributed, job.architecture.blocks
+    if distributed is None or distributed.strategy != "fsdp2" or any(block.mlp.num_experts for block in blocks):
+        return False
+    others = {distributed.tp_size, distributed.cp_size, distributed.pp_size, distributed.dp_shard_size}
+    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
+    known = job.method_name in ("full", "lora") and job.quant is None and job.setup.attn_implementation == "sdpa"
+    return known and here and others <= {None, 1} and job.setup.kernels == ("mamba-ssm.scan",)
 
 
 def knows_recorded(job: Job) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 
 from peftplan.memory import state_space
 from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import checkpointed, opaque_rms
@@ -60,7 +61,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
         q, k, v = (c.linear(f"mixer.{name}_proj", x).view((b, s, heads[name], a.head_dim)) for name in heads)
         f = c.at("mixer")
         q, k, v = (ops.copied(f, y, "contiguous", (b, y.dims[2], s, a.head_dim), viewed=False) for y in (q, k, v))
-        out = c.attend(q, k, v, rotated=True)
+        out = attend(c.model, a, q, k, v, by_head=True)
     return c.linear("mixer.o_proj", out.view((b, s, a.num_attention_heads * a.head_dim)))
 
 
