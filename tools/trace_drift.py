@@ -27,8 +27,9 @@ from peftplan.accuracy.drift import Answer, summaries
 from peftplan.accuracy.engines import OVERALL, RUNS, ask, read_cases
 from peftplan.allocator.replay import replay
 from peftplan.errors import RefusedError
+from peftplan.job.resolving import resolved
 from peftplan.job.script import Script
-from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.setup import parse_setup
 from peftplan.job.sources import load_config
 from peftplan.libraries.meta import quiet_transformers
 from peftplan.report.markdown import table

@@ -16,6 +16,7 @@ from peftplan.job.kernels import kernels_of
 from peftplan.job.launch import OF_FSDP
 from peftplan.job.request import Request, read_request
 from peftplan.job.requirements import accepted_batch
+from peftplan.job.resolving import check_logits_to_keep, resolved
 from peftplan.job.router_loss import router_loss
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.separate import (
@@ -29,7 +30,7 @@ from peftplan.job.separate import (
     stored_format,
     task_of_adapter,
 )
-from peftplan.job.setup import Setup, check_logits_to_keep, parse_setup, resolved
+from peftplan.job.setup import Setup, parse_setup
 from peftplan.job.tasks import CALLED, check_task, without_vllm
 from peftplan.job.trainer import TABLES
 from peftplan.job.words import named_as_typed

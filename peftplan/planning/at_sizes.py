@@ -9,7 +9,8 @@ from peftplan.arrays import Ints, Objects
 from peftplan.errors import InputError, MissingExtraError, RefusedError
 from peftplan.hardware.gpus import Gpu
 from peftplan.job.inventory import Inventory
-from peftplan.job.setup import MOST, check_length, check_logits_to_keep
+from peftplan.job.resolving import check_length, check_logits_to_keep
+from peftplan.job.setup import MOST
 from peftplan.planning.decided import BY, WORDS, Decided, Limits, decide
 from peftplan.planning.verdicts import by_kernels, capability, placed_on
 from peftplan.results.grid import Grid

@@ -10,7 +10,8 @@ from peftplan.job.inventory import Inventory, inventory, on_each_device, weights
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepared
 from peftplan.job.requirements import pair, refused_batch, unmet
-from peftplan.job.setup import AdviceSearch, Engine, check_length, check_logits_to_keep, parse_setup
+from peftplan.job.resolving import check_length, check_logits_to_keep
+from peftplan.job.setup import AdviceSearch, Engine, parse_setup
 from peftplan.job.tasks import without_loss
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
 from peftplan.planning.over_gpus import over_gpus, refused_dtypes, release_notes

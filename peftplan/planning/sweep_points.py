@@ -12,7 +12,8 @@ from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.prepare import check_rank_allocator, prepare
-from peftplan.job.setup import MOST, Setup, check_length, check_logits_to_keep, parse_setup
+from peftplan.job.resolving import check_length, check_logits_to_keep
+from peftplan.job.setup import MOST, Setup, parse_setup
 from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.axes import Values
 from peftplan.planning.for_method import ONE_POINT, options_for

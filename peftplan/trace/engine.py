@@ -97,7 +97,7 @@ def traces(
     """Run two optimizer steps of the model of a Hugging Face `config` on fake tensors, three of a full fine-tuning.
 
     `peft_config`: a peft config object, an adapter_config dict, or the `Adaptation` of a method that peft lacks; None trains all
-    parameters. `setup` is resolved (`job.setup.resolved`). `device` is a compute capability: it decides kernels;
+    parameters. `setup` is resolved (`job.resolving.resolved`). `device` is a compute capability: it decides kernels;
     with `multiprocessors` it decides which products with 4-bit weights are fused and the size of some buffers (`processors`).
     `script`: what the program did besides, and with which versions; its emptied caches and its allocator are the replay's.
     `distributed`: the strategy of which each of `ranks` is traced; None for one GPU.

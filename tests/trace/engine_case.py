@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftplan.job.resolving import resolved
 from peftplan.job.script import NO_SCRIPT, Script
-from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.setup import parse_setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import parse_quant
 from peftplan.trace.engine import Traced, trace

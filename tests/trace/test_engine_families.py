@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peftplan
 from peftplan.errors import InputError, PeftplanError, RefusedError
-from peftplan.job.setup import Setup, parse_setup, resolved
+from peftplan.job.resolving import resolved
+from peftplan.job.setup import Setup, parse_setup
 from peftplan.storage import parse_quant
 from peftplan.trace import engine
 from peftplan.trace.cuda.experts import experts_on

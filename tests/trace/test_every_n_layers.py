@@ -13,7 +13,8 @@ pytest.importorskip("peft")
 
 from peftplan.depth.expand import in_order, same
 from peftplan.errors import InputError
-from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.resolving import resolved
+from peftplan.job.setup import parse_setup
 from peftplan.trace import engine
 from peftplan.trace.model import build
 from tests.memory.families import T5

@@ -11,7 +11,8 @@ pytest.importorskip("peft")
 import torch
 
 from peftplan.errors import InputError
-from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.resolving import resolved
+from peftplan.job.setup import parse_setup
 from peftplan.trace.cuda.hosted import SavedOnHost
 from tests.trace.engine_case import HIDDEN, llama, lora, traced
 

@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 import transformers.masking_utils
 
 from peftplan.errors import RefusedError
-from peftplan.job.setup import Setup, parse_setup, resolved
+from peftplan.job.resolving import resolved
+from peftplan.job.setup import Setup, parse_setup
 from peftplan.libraries.replacing import replaced
 from peftplan.trace.checkpointing import checkpoint_layers
 

@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from peftplan.errors import RefusedError
-from peftplan.job.setup import parse_setup, resolved
+from peftplan.job.resolving import resolved
+from peftplan.job.setup import parse_setup
 from peftplan.planning.estimate import estimate
 from peftplan.trace.cuda import chunked, losses
 from peftplan.trace.model import cast_by_trl
