@@ -248,7 +248,12 @@ def tokens_split(job: Job, compute_capability: str) -> int | None:
     if job.setup.attn_implementation != "sdpa" or pair(compute_capability) < FLASH_CAPABILITY:
         return None
     attentions = (a for block in job.architecture.blocks for a in block.attentions)
-    heads = {(a.num_attention_heads, a.head_dim) for a in attentions if a.head_dim <= MAX_FLASH_HEAD}
+    ranks = 1  # that divide heads
+    if job.distributed is not None:
+        from peftplan.distributed.tensor_parallel import ranks_of
+
+        ranks = ranks_of(job.distributed) * (job.distributed.sp_size or 1)
+    heads = {(max(1, a.num_attention_heads // ranks), a.head_dim) for a in attentions if a.head_dim <= MAX_FLASH_HEAD}
     card, virtual = processors(compute_capability, job.multiprocessors), getattr(job.config, "num_virtual_tokens", None) or 0
     return most_tokens(heads, card, virtual_tokens=virtual) or None
 

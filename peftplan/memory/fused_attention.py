@@ -13,14 +13,11 @@ from typing import TypeAlias
 from peftplan.ledger import Dim
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
-from peftplan.tape.split_keys import HEAD_OF_PARTS, SplitKeys
+from peftplan.tape.split_keys import SplitKeys, rounded_head
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 from peftplan.units import ceil_div
 
-FLASH_SMALL_HEAD = 128
-FLASH_HEAD_STEPS = (32, 64)
-"""What heads up to `FLASH_SMALL_HEAD`, and larger ones, are rounded up to in the accumulator of dQ."""
 FLASH_BLOCK = 128
 """Queries of flash's fp32 accumulators are rounded up to it (`seqlen_q_rounded`)."""
 HEAD_MULTIPLE = 8
@@ -62,7 +59,7 @@ def flash(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, copies_output: bool = Fal
     logsumexp = f.new((b, a, s), "fp32", "logsumexp")
     if splits:
         parts = SplitKeys((b, a, s), k.dims[2], number(q.dims[3]), f.card)
-        of_parts = [f.new((parts, b, a, s, *head), "fp32", "parts") for head in ((), (padded(q.dims[3], HEAD_OF_PARTS),))]
+        of_parts = [f.new((parts, b, a, s, *head), "fp32", "parts") for head in ((), (rounded_head(number(q.dims[3])),))]
         while of_parts:
             of_parts.pop(0)
     f.keep(node, out.detach(), logsumexp, f.new((2,), "int64", "rng state"), f.new((), "int64", "unused"))
@@ -87,7 +84,7 @@ def _flash_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> 
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk, dv = f.new(keys, q.dtype, "dk"), f.new(keys, q.dtype, "dv")
     delta = f.new((b, a, rounded), "fp32", "delta")
-    accumulator = f.new((b, rounded, a, padded(d, FLASH_HEAD_STEPS[number(d) > FLASH_SMALL_HEAD])), "fp32", "dq accumulator")
+    accumulator = f.new((b, rounded, a, rounded_head(number(d))), "fp32", "dq accumulator")
     if k.dims[1] != a:
         expanded = [f.new((b, k.dims[2], a, d), q.dtype, "expanded dk, dv") for _ in "kv"]
         del expanded

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peftplan.ledger import Dim
-from peftplan.memory.fused_attention import FLASH_BLOCK, FLASH_HEAD_STEPS, FLASH_SMALL_HEAD, number, padded
+from peftplan.memory.fused_attention import FLASH_BLOCK, number, padded
+from peftplan.tape.split_keys import rounded_head
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
@@ -149,7 +150,7 @@ def _flash_backward(f: Tape, queries: Dims, keys: Dims, dtype: str, ring: Ring, 
     dk, dv = f.new(keys, dtype, "dk"), f.new(keys, dtype, "dv")
     rounded = padded(s, FLASH_BLOCK)
     delta = f.new((b, a, rounded), "fp32", "delta")
-    accumulator = f.new((b, rounded, a, padded(d, FLASH_HEAD_STEPS[number(d) > FLASH_SMALL_HEAD])), "fp32", "dq accumulator")
+    accumulator = f.new((b, rounded, a, rounded_head(number(d))), "fp32", "dq accumulator")
     if keys[2] != a:
         expanded = [f.new((b, keys[1], a, d), dtype, "expanded dk, dv") for _ in "kv"]
         del expanded

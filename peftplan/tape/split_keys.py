@@ -28,8 +28,15 @@ GOOD = 85
 FINE = 10**9
 """What a filling is a whole number of parts of."""
 MOST_PARTS = 128
-HEAD_OF_PARTS = 32
-"""Heads of the results of parts are rounded up to it (`head_size_rounded`)."""
+SMALL_HEAD = 128
+HEAD_STEPS = (32, 64)
+"""What heads up to `SMALL_HEAD`, and larger ones, are rounded up to in fp32 (`head_size_rounded`)."""
+
+
+def rounded_head(head: int) -> int:
+    """Head size of an fp32 result of parts, and of the accumulator of dQ."""
+    step = HEAD_STEPS[head > SMALL_HEAD]
+    return ceil_div(head, step) * step
 
 
 def block_of_keys(head: int) -> int:

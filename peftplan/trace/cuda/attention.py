@@ -15,7 +15,7 @@ import torch
 
 from peftplan.hardware.processors import A100, Processors
 from peftplan.tape import split_keys
-from peftplan.tape.split_keys import HEAD_OF_PARTS
+from peftplan.tape.split_keys import rounded_head
 from peftplan.trace.cuda.flash import backward_buffers, expanded_gradients, pad_last
 from peftplan.trace.cuda.math_attention import math_kernel
 from peftplan.units import ceil_div
@@ -128,10 +128,7 @@ class Flash(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(b, h, s, dtype=torch.float32)
         if card is not None and (parts := split_keys.parts_of(b * h, s, k.shape[2], d, card)):
-            of_parts = [
-                q.new_empty(parts, b, h, s, *head, dtype=torch.float32)
-                for head in ((), (ceil_div(d, HEAD_OF_PARTS) * HEAD_OF_PARTS,))
-            ]
+            of_parts = [q.new_empty(parts, b, h, s, *head, dtype=torch.float32) for head in ((), (rounded_head(d),))]
             while of_parts:
                 of_parts.pop(0)
         rng_state, unused = q.new_empty(2, dtype=torch.int64), q.new_empty((), dtype=torch.int64)

@@ -18,6 +18,7 @@ import torch
 from peftplan.dtypes import parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.job.requirements import check_flash_dtypes
+from peftplan.tape.split_keys import rounded_head
 from peftplan.units import ceil_div
 
 HALF = (torch.float16, torch.bfloat16)
@@ -26,13 +27,6 @@ HEAD_MULTIPLE = 8
 """Heads are padded to it."""
 QUERY_BLOCK = 128
 """Queries in fp32 accumulators are rounded up to it; an unpadded batch gets as many more per sequence."""
-SMALL_HEAD, SMALL_HEAD_STEP, HEAD_STEP = 128, 32, 64
-
-
-def rounded_head(head: int) -> int:
-    """Head size of the fp32 accumulator (`head_size_rounded`)."""
-    step = SMALL_HEAD_STEP if head <= SMALL_HEAD else HEAD_STEP
-    return ceil_div(head, step) * step
 
 
 def pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
