@@ -58,7 +58,9 @@ def kernels_without_formula(job: Job) -> str | None:
     elif setup.of_hidden_pairs:
         kernels = kernels_of(setup.kernels or ())
         if kernels.decoder is None or kernels.padding_free is not None:
-            return "Unsloth's ORPO with layers of the model's own, or that torch compiles"
+            return "pairs that Unsloth scores, with layers of the model's own or in one row"
+        if setup.by.sums_rows and (job.reference != "adapter_off" or (row := recorded(job)) is None or not row.bare):
+            return f"Unsloth's DPO of {architecture.name}: its layers, with adapters and without, were not recorded"
     elif setup.kernels and setup.by.of_preferences and not (_embeds_compiled(setup) or _patches_layers(job)):
         return f"kernels with {setup.by.called}"
     if not setup.kernels or setup.kernels == OF_TORCHTUNE:

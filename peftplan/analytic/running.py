@@ -82,7 +82,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         loss=setup.loss,
         of_completions=setup.packs_completions,
         holds_hidden_states=setup.packs_completions and not _returns_last(job),  # unsloth, models/rl.py:2089
-        returns_hidden_states=setup.by.values,
+        returns_hidden_states=setup.by.values or (setup.of_hidden_pairs and setup.by.sums_rows),
         scored_rows=setup.scored_rows // setup.rows,
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
@@ -117,7 +117,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         parts_of_row=job.distributed.world_size if job.distributed and setup.by.shares_texts else 1,
         without_loss=not setup.by.adds_own_loss
         and (
-            setup.by.scoring is not None
+            (setup.by.scoring is not None or setup.of_hidden_pairs)
             or setup.by.loss_apart
             or setup.by.teaches
             or setup.by.embeds_rows
@@ -184,7 +184,7 @@ def loss_sizes(job: Job) -> LossSizes:
         if job.setup.by.completions_alone or not job.setup.by.compares_at_once
         else None,
         by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
-        of_pairs=job.setup.of_hidden_pairs,
+        of_pairs=job.setup.of_hidden_pairs and not job.setup.by.sums_rows,
         at_once=job.setup.by.compares_at_once,
         block=job.setup.by.block,
         before=job.setup.seq_len - 2 * (job.setup.max_completion_length or 0) if job.setup.by.block else 0,

@@ -96,7 +96,7 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
         if model.running.recorded is not None or setup.loss == CUT:
             first = new_model()
             first.running = first.running._replace(tunes=True)
-            steady_step(first, program)
+            steady_step(first, program, reference=reference_of(job, first))
         elif setup.optimizer_in_backward or (program.optimizer.step_implementation == "in-backward" and setup.by.prepares_model):
             from peftplan.memory.stepped import stepping_in_backward
 

@@ -69,7 +69,8 @@ class Recorded(NamedTuple):
     `adapted`: how many layers have an adapter of this name, where it is not all. `of_pairs`: the rows are one column of pairs
     of texts. Not `checkpointed`: a layer's input stays until its backward is done. `dropout`: adapters have one. `tiles`: the
     MLP runs over tiles of tokens, of which the record has two: later ones do what the second does. `unread_mask`: the model
-    makes a mask of all pairs of tokens, which no layer reads. `wide_tables`: its rotary tables are in fp32.
+    makes a mask of all pairs of tokens, which no layer reads. `wide_tables`: its rotary tables are in fp32. `bare`: the
+    forward of a reference, without adapters.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Recorded(NamedTuple):
     unread_mask: bool = False
     wide_tables: bool = False
     loss_op_by_op: bool = False
+    bare: str = ""
 
     @property
     def stored(self) -> tuple[str, bool, set[str]] | None:

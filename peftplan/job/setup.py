@@ -151,7 +151,7 @@ class Setup(BaseModel):
     @property
     def of_hidden_pairs(self) -> bool:
         """Whether Unsloth makes the log-probabilities of pairs of their hidden states."""
-        return self.by.scoring is not None and self.loss == "unsloth"
+        return self.loss == "unsloth" and (self.by.scoring is not None or self.by.sums_rows)
 
     @property
     def scored_rows(self) -> int:

@@ -131,6 +131,7 @@ OF_TRL = (
     OF_PREFERENCES._replace(
         name="trl-dpo",
         called=f"DPOTrainer of {named('trl')}",
+        losses=("trl-chunked", "unsloth"),
         rows=2,
         forwards=(*LOSS, Forward("reference")),
         loss_types=DPO_LOSSES,

@@ -209,6 +209,11 @@ def _preference_loss(model: Model, program: Program, reference: Model | None) ->
         if forward.batch or not labels:
             labels[forward.batch] = _labels(f)
         with nullcontext() if forward.trains else f.no_grad():
+            if runs.running.loss == "unsloth":
+                from peftplan.memory.unsloth_loss import of_hidden_rows
+
+                sums.append(of_hidden_rows(runs))
+                continue
             outputs = prepared(runs, program)
             sums.append(sum_of_rows(f, outputs[1]))
         if forward.batch:

@@ -172,7 +172,7 @@ class Model(Weights):
     @property
     def keeps_last(self) -> bool:
         """Whether the input of the last checkpointed layer stays on the card all the same."""
-        return self.running.hosted and self.running.kernels.checkpoint is not None and not self.running.scored_rows
+        return self.running.hosted and self.running.kernels.checkpoint is not None and not self.running.scores_first
 
     @property
     def last_apart(self) -> bool:

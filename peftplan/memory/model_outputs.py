@@ -56,7 +56,7 @@ def outputs_of(model: Model) -> list[Tensor]:
         outputs[0] = regularized(model, outputs[0])
     model.outputs.clear()
     model.call_locals.clear()
-    if model.running.loss not in ALL_LOGITS:
+    if model.running.loss not in ALL_LOGITS and not running.returns_hidden_states:
         model.kept.clear()
     model.tape.end_autocast()
     return outputs

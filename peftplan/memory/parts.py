@@ -166,6 +166,12 @@ class Running(NamedTuple):
         """Tokens of the batch."""
         return self.batch_size * self.seq_len
 
+    @property
+    def scores_first(self) -> bool:
+        """Whether a reference reads in the first pass too: its first layer counts as the last (unsloth_zoo,
+        gradient_checkpointing.py, `LAST_GC_INDEX`)."""
+        return bool(self.scored_rows) or self.returns_hidden_states
+
 
 class Part:
     """One module of one layer: its parameters by name, and the kind of class it is."""

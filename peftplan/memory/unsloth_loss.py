@@ -11,10 +11,11 @@ from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.loss_sizes import CHUNK_FACTS, HALF, SPLIT_COLUMNS, WIDE
 from peftplan.ledger import Dim
 from peftplan.memory import fake_quantized
-from peftplan.memory.chunked_loss import rows_of
+from peftplan.memory.chunked_loss import rows_of, sum_of_rows
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import projection
 from peftplan.memory.model import Model
+from peftplan.memory.model_outputs import outputs_of
 from peftplan.memory.trained_head import of_trained_head
 from peftplan.tape import ops
 from peftplan.tape.shaping import sliced
@@ -130,6 +131,51 @@ def of_pairs(model: Model, x: Tensor) -> Tensor:
     return loss
 
 
+def of_hidden_rows(model: Model) -> Tensor:
+    """The log-probability of each row's completion, from the hidden states of a model that returns those of every layer.
+
+    accelerate's copies in fp32 of all of them live until the rows are summed. Left out: masks, and numbers of tokens. Raises
+    NeedsTraceError for a head that trains or has a bias.
+
+    Source: `DPOTrainer.concatenated_forward` of trl before 0.29 (`output_hidden_states`), unsloth 2026.10.9,
+    models/rl_replacements.py (`dpo_trainer_chunked_logprobs`, `_unsloth_dpo_hidden_logps`); unsloth_zoo 2026.10.9,
+    fused_losses/fused_linear.py (`_logprobs_impl` with `want_u`, `_lp_backward`).
+    """
+    f = model.tape
+    hidden = outputs_of(model)[1]
+    f.module = ""
+    wide = f.to(hidden, "fp32")
+    layers = [f.new(hidden.dims, "fp32", "hidden states of a layer") for _ in model.kept]
+    del hidden
+    head = projection(model)  # which drops what the outputs held
+    weight = model.table(head.name, head)
+    if head.bias is not None or weight.node is not None:
+        raise NeedsTraceError(f"Unsloth's DPO of {model.arch.model_type} with a head that trains or has a bias")
+    log_probs = _log_probs(model, wide, weight)
+    summed = sum_of_rows(f, log_probs)
+    del wide, layers, log_probs
+    return summed
+
+
+def _log_probs(model: Model, hidden: Tensor, weight: Operand) -> Tensor:
+    """`fused_linear_logprobs` of the tokens of completions, with zeros for others."""
+    f, into_hidden = model.tape, hidden.node is not None
+    node = f.record(_log_probs_backward, (hidden,))
+    with f.no_grad():
+        numbers = f.many(hidden.dims[:-1], "fp32", "lse, mean, logps", 3)
+        gradient = f.new(hidden.dims, hidden.dtype, "u") if into_hidden else None
+        _in_parts(model, hidden, weight, f.autocast or weight.dtype, trains=(into_hidden, None), copies=True, lasts=False)
+    log_probs = f.new(hidden.dims[:-1], "fp32", "logps", node)
+    del numbers
+    f.keep(node, gradient)
+    return log_probs
+
+
+def _log_probs_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    """What forward made, each row of it scaled into a tensor of its own (`fused_linear_scale_rows`)."""
+    return f.new(saved[0].dims, saved[0].dtype, "scaled")
+
+
 def _chunks(model: Model, name: str) -> tuple[Dim, ...]:
     """Tokens of each chunk, of those between the first and the last one or two."""
     facts, at = model.running.loss_facts, OF_TILES[name]
@@ -141,8 +187,6 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand, *, copies: boo
     together, into whose gradient a chunk's product is written (`_logprobs_impl`).
     """
     f = model.tape
-    vocab = weight.dims[0]
-    assert isinstance(vocab, int)
     dtype = f.autocast or weight.dtype
     into_hidden, into_weight = hidden.node is not None, weight.node is not None
     node = f.record(_cross_entropy_backward, (hidden, weight))
@@ -152,19 +196,27 @@ def _cross_entropy(model: Model, hidden: Tensor, weight: Operand, *, copies: boo
         grad_weight = f.new(weight.dims, weight.dtype, "acc_w") if into_weight else None
         stored = None if weight.dtype == dtype else f.new(weight.dims, dtype, "to")
         log_probs = f.new(("n",), "fp32", "lp_all")
-        modern = model.running.flash
-        fp32 = dtype == "fp16" or (dtype == "bf16" and modern)
-        many = ceil_div(vocab, SPLIT_COLUMNS) > FEW_SPLITS
-        if fp32 and modern and many and model.running.loss_facts[TILED_FROM] and not into_weight:
-            _tiled(model, hidden, vocab, dtype, copies=copies)
-        else:
-            _chunked(model, hidden, weight, dtype, fp32=fp32, trains=(into_hidden, grad_weight), copies=copies)
+        _in_parts(model, hidden, weight, dtype, trains=(into_hidden, grad_weight), copies=copies, lasts=copies)
         wide = f.new(("n",), "fp64", "to")
         wide = f.new(("n",), "fp64", "neg")
     loss = f.new((), "fp32", "sum", node)
     del wide, log_probs, stored, indices
     f.keep(node, grad_hidden, grad_weight)
     return loss
+
+
+def _in_parts(
+    model: Model, hidden: Tensor, weight: Operand, dtype: str, *, trains: tuple[bool, Tensor | None], copies: bool, lasts: bool
+) -> None:
+    """Logits tile by tile or chunk by chunk. `trains`: whether the hidden states have a gradient, and the weight's."""
+    vocab, modern = weight.dims[0], model.running.flash
+    assert isinstance(vocab, int)
+    fp32 = dtype == "fp16" or (dtype == "bf16" and modern)
+    many = ceil_div(vocab, SPLIT_COLUMNS) > FEW_SPLITS
+    if fp32 and modern and many and model.running.loss_facts[TILED_FROM] and trains[1] is None:
+        _tiled(model, hidden, vocab, dtype, copies=copies)
+    else:
+        _chunked(model, hidden, weight, dtype, fp32=fp32, trains=trains, copies=copies, lasts=lasts)
 
 
 def _logits(f: Tape, dims: tuple[Dim, ...], dtype: str) -> Tensor:
@@ -196,9 +248,18 @@ def _chosen(f: Tape, rows: Dim, hidden: Tensor, dtype: str) -> Tensor:
 
 
 def _chunked(
-    model: Model, hidden: Tensor, weight: Operand, dtype: str, *, fp32: bool, trains: tuple[bool, Tensor | None], copies: bool
+    model: Model,
+    hidden: Tensor,
+    weight: Operand,
+    dtype: str,
+    *,
+    fp32: bool,
+    trains: tuple[bool, Tensor | None],
+    copies: bool,
+    lasts: bool,
 ) -> None:
-    """One buffer of a chunk's logits, which become their gradient in place."""
+    """One buffer of a chunk's logits, which become their gradient in place. `lasts`: whether the product with it lasts until the
+    next chunk's (`_ce_impl`)."""
     f, (vocab, width) = model.tape, weight.dims
     assert isinstance(vocab, int)
     into_hidden, grad_weight = trains
@@ -221,8 +282,7 @@ def _chunked(
             if copies:
                 narrow = f.to(product.detach(), hidden.dtype)
                 del narrow
-            else:
-                product = None
+            product = product if lasts else None
         if grad_weight is not None:
             _into(f, weight, rows, dtype)
     del chunk, targets, product, buffer

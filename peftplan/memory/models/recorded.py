@@ -116,10 +116,11 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
         tuned = {n: copied for n, copied in tuned.items() if (n > num_forward) is (c.model.pass_name == LAST_PASS)}
     tensors: Tensors = {}
     if node is None:
-        if tuned:  # Unsloth tries the layer with a graph first
+        bare = running.recorded.bare if running.peft_type is None else ""
+        if tuned and not bare:  # Unsloth tries the layer with a graph first
             _run(f, forward.split(), tensors, tuned)
             tensors.clear()
-        _run(f, events.forward.split(), tensors)
+        _run(f, (bare or events.forward).split(), tensors)
         out = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor.dims[-1] == _dims(events.result)[-1])
     else:
         _run(f, forward.split(), tensors)

@@ -42,6 +42,42 @@ def test_orpo_without_the_length_of_completions_leaves_no_peak() -> None:
     assert "args.call" in notebook(ORPO.format(lengths="")).unsupported
 
 
+DPO = """
+from unsloth import FastLanguageModel, PatchDPOTrainer
+PatchDPOTrainer()
+model, tokenizer = FastLanguageModel.from_pretrained("unsloth/zephyr-sft-bnb-4bit", max_seq_length=4096, load_in_4bit=True)
+model = FastLanguageModel.get_peft_model(model, r=64, lora_alpha=64, use_gradient_checkpointing="unsloth")
+from trl import DPOConfig, DPOTrainer
+trainer = DPOTrainer(model=model, ref_model=None, beta=0.1, train_dataset=dataset, tokenizer=tokenizer, max_prompt_length=512,
+    max_length=1024, args=DPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4, optim="adamw_8bit"))
+trainer.train()
+"""
+
+
+def test_pairs_of_dpo_return_the_hidden_states_of_every_layer() -> None:
+    """trl 0.22.2, trainer/dpo_trainer.py:1526 (`output_hidden_states`)."""
+    plan = notebook(DPO)
+    assert not plan.unsupported
+    assert (plan.options["trainer"], plan.options["seq_len"], plan.options["kernels"]) == ("trl-dpo", 1024, "unsloth-padded")
+    assert "0.22.2" in plan.assumed["trl"]
+    result = peftplan.estimate(config=plan)
+    assert (result.peaks is not None, result.bound, result.trainable_parameters) == (True, None, 167_772_160)
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ("max_length=1024, ", ""),
+        ("ref_model=None", "ref_model=other"),
+        ("load_in_4bit=True", "load_in_4bit=False"),
+        ('optim="adamw_8bit"', 'optim="adamw_8bit", precompute_ref_log_probs=True'),
+    ],
+)
+def test_dpo_that_was_not_rehearsed_leaves_no_peak(written: str, instead: str) -> None:
+    """Rows of a length that is not said; another model as reference; weights in 16 bits; no reference in a step."""
+    assert "args.call" in notebook(DPO.replace(written, instead)).unsupported
+
+
 GRPO_IN_FP8 = """
 from unsloth import FastLanguageModel
 model, tokenizer = FastLanguageModel.from_pretrained(
