@@ -34,6 +34,13 @@ class Derived(str):
         raise NotImplementedError
 
 
+def dim_at(dim: int | str, sizes: Mapping[str, Size]) -> Size:
+    """A number, or a named size at these sizes."""
+    if isinstance(dim, Derived):
+        return dim.at(sizes)
+    return dim if isinstance(dim, int) else sizes[dim]  # type: ignore[return-value]
+
+
 def smaller(a: Size, b: Size | int) -> Size:
     """The smaller of two sizes, at each point."""
     return a - (a > b) * (a - b)

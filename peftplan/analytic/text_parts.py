@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 UNDER_FSDP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "internvl", "llava", "qwen3_5")
-ADAPTED = ("gemma4", "gemma4_unified")
-"""The same under FSDP2 with LoRA."""
+UNDER_FSDP2 = ("gemma4", "gemma4_unified")
+"""The same under FSDP2 in full and with LoRA."""
 METHODS = (*SHOWN_METHODS, "partial")
 LOSSES = ("full", "trl-chunked")
 """Liger's reads the shard of the head, a unit of its own where accelerate finds no final norm (`_find_final_norm`)."""
@@ -27,8 +27,9 @@ def knows_wrapped(job: Job) -> bool:
     setup, distributed = job.setup, job.distributed
     if distributed is None or distributed.strategy not in FSDP:
         return False
-    adapted = distributed.strategy == "fsdp2" and job.architecture.model_type in ADAPTED and job.method_name in ("lora", "rslora")
-    if not (adapted or job.architecture.model_type in UNDER_FSDP):
+    unquantized = job.method_name in ("full", "lora", "rslora")
+    under_fsdp2 = distributed.strategy == "fsdp2" and job.architecture.model_type in UNDER_FSDP2 and unquantized
+    if not (under_fsdp2 or job.architecture.model_type in UNDER_FSDP):
         return False
     classes = distributed.transformer_cls_names_to_wrap
     of_text = classes is None or any(name.endswith(TEXT_LAYER) for name in classes)

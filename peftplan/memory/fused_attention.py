@@ -127,11 +127,7 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
 
 
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
-    """A gradient of the mask comes for each sample and head.
-
-    Left out where heads are larger than `RF_HEAD`: accumulators of dK and dV, 64 rows of a head for each of at most 200 splits of
-    samples, heads and keys (`workspace_elements_gk`, `num_splits_key`), so at most 52 MB of heads of 512.
-    """
+    """A gradient of the mask comes for each sample and head."""
     q, k, v, is_view = saved[:4]
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")
@@ -146,8 +142,13 @@ def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gra
         del product
     else:
         delta = f.new((b, a, s), "fp32", "delta")
-        tiles = (blocks(s, EFFICIENT_BLOCK), blocks(d, EFFICIENT_BLOCK))
-        workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
+        if max(number(d), number(v.dims[3])) > RF_HEAD:
+            from peftplan.tape.efficient_backward import Workspace
+
+            workspace = f.new((b, a, Workspace(q.dims, v.dims[2:])), "fp32", "accumulators")
+        else:
+            tiles = (blocks(s, EFFICIENT_BLOCK), blocks(d, EFFICIENT_BLOCK))
+            workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
         del workspace
     del delta, g
     return dq, dk, dv, None if of_mask is None else of_mask.view((b, a, s, k.dims[2]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from peftplan.arrays import Derived, Size, larger
+from peftplan.arrays import Derived, Size, dim_at, larger
 from peftplan.hardware.processors import Processors
 from peftplan.ledger import Dim
 from peftplan.units import ceil_div
@@ -100,11 +100,5 @@ class SplitKeys(Derived):
 
     def at(self, sizes: Mapping[str, Size]) -> Size:
         """The parts at these sizes, which may be arrays as well as integers."""
-
-        def size(dim: Dim) -> Size:
-            if isinstance(dim, Derived):
-                return dim.at(sizes)
-            return dim if isinstance(dim, int) else sizes[dim]  # type: ignore[return-value]
-
-        b, a, s = self.queries
-        return parts_of(size(b) * size(a), size(s), size(self.keys), self.head, self.card)
+        b, a, s = (dim_at(dim, sizes) for dim in self.queries)
+        return parts_of(b * a, s, dim_at(self.keys, sizes), self.head, self.card)

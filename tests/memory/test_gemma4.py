@@ -49,6 +49,7 @@ ON, OFF = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 EVEN, ODD = {"batch_size": 2, "seq_len": 256}, {"batch_size": 3, "seq_len": 250}
 EAGER = {"attn_implementation": "eager"}
 DDP: dict[str, Any] = {"gpus": 4, "strategy": "ddp"}
+WRAPPED = {"transformer_cls_names_to_wrap": ("Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer")}
 IN_TEXT = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 TOLERANCE = 0.001
 """Lists of small integers that only the trace has."""
@@ -116,7 +117,7 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
-        ({"gpus": 4, "strategy": "zero2"}, "over 4 GPUs and model type gemma4"),
+        ({"gpus": 4, "strategy": "fsdp1", **WRAPPED}, "over 4 GPUs and transformer_cls_names_to_wrap"),
         ({"trainer": "trl-dpo"}, "model type gemma4 and"),
         ({"trainer": "swift-text-part"}, "model type gemma4 and Seq2SeqTrainer of ms-swift"),
         ({"use_reentrant": True}, "model type gemma4 with reentrant checkpoints"),

@@ -180,7 +180,8 @@ def _heads(c: Call, side: str, x: Tensor, heads: int) -> Tensor:
     x = c.linear(f"self_attn.{side}_proj", x)
     dims = (*x.dims[:2], heads, a.head_dim)
     by_head = c.model.joins or c.model.running.attention == "eager" or repeats_heads(c.model, a, c.mask)
-    return ops.heads(f, x, dims, clones=side == "v" and by_head and heads > 1)
+    of_values = "k" if a.keys_as_values else "v"
+    return ops.heads(f, x, dims, clones=side == of_values and by_head and heads > 1)
 
 
 def _turned(c: Call, x: Tensor) -> Tensor:
@@ -198,12 +199,14 @@ def beside_experts(c: Call, residual: Tensor, x: Tensor) -> Tensor:
     first = c.norm("post_feedforward_layernorm_1", x)
     second = (c.style.mixture or _experts)(c, residual)
     second = c.norm("post_feedforward_layernorm_2", second)
+    c.model.layer_locals += [first, second]  # names of the layer's forward
     return ops.add(c.at(), first, second)
 
 
 def _experts(c: Call, residual: Tensor) -> Tensor:
-    _probabilities, weights, indices = route(c, residual)
-    second = c.norm("pre_feedforward_layernorm_2", residual)
+    flat = ops.reshaped(c.at(), residual)  # whose gradients are added up apart
+    _probabilities, weights, indices = route(c, flat)
+    second = c.norm("pre_feedforward_layernorm_2", flat)
     return run_experts(c, second, indices, weights, "experts")
 
 

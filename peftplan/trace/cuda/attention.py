@@ -3,8 +3,7 @@
 Letters: b batch, h query heads, g key/value heads, s queries, k keys, d head size.
 Source: torch aten/src/ATen/native/transformers/cuda/attention.cu, attention_backward.cu, flash_attn/flash_api.cpp (whose
 buffers are those of the flash-attn package, `flash.py`), mem_eff_attention/kernel_backward.h, and the choice between them,
-cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: cuDNN's kernel, nested tensors, dK
-and dV in fp32 of the memory-efficient backward of heads above 128 (under 100 KiB per head and sequence).
+cuda/sdp_utils.cpp; what is returned and kept also in torch/_meta_registrations.py. Left out: cuDNN's kernel, nested tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from peftplan.hardware.processors import A100, Processors
-from peftplan.tape import split_keys
+from peftplan.tape import efficient_backward, split_keys
 from peftplan.tape.split_keys import rounded_head
 from peftplan.trace.cuda.flash import backward_buffers, expanded_gradients, pad_last
 from peftplan.trace.cuda.math_attention import math_kernel
@@ -177,8 +176,12 @@ class Efficient(torch.autograd.Function):
             delta = (grad * out.transpose(1, 2)).sum(-1).transpose(1, 2).contiguous()
         else:
             delta = q.new_empty(b, h, s, dtype=torch.float32)
-            tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK)
-            workspace = q.new_empty(b * h * tiles * (TILE_HEADER + EFFICIENT_BLOCK**2), dtype=torch.float32)
+            if max(d, v.shape[3]) > RF_HEAD:
+                elements = efficient_backward.workspace(b * h, s, k.shape[2], d, v.shape[3])
+            else:
+                tiles = ceil_div(s, EFFICIENT_BLOCK) * ceil_div(d, EFFICIENT_BLOCK)
+                elements = tiles * (TILE_HEADER + EFFICIENT_BLOCK**2)
+            workspace = q.new_empty(b * h * elements, dtype=torch.float32)
             del delta, workspace
         del grad, lse, mask
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), of_mask
