@@ -14,6 +14,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.zero import groups_of, partition
+from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import builds, merges_experts
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.teacher import trained_together
@@ -72,6 +73,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             table if tied(job.architecture) else 0,
             second_of(job, parameters) if job.reference == "copy" else None,
             merged(parameters, job.architecture.model_type) if job.script.converts_in_turn else {},
+            in_fp32=job.setup.dtype == "fp32" and job.setup.autocast in SIXTEEN_BITS,
         )
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None

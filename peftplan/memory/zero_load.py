@@ -176,6 +176,9 @@ class PartLoading(NamedTuple):
     converted: Stacks = NO_STACKS
     """Stacks that are made of a checkpoint's matrices, and read one by one (transformers, integrations/deepspeed.py,
     `_apply_weight_conversions_to_state_dict`)."""
+    in_fp32: bool = False
+    """Whether the model is loaded in fp32: `Init` casts each tensor when torch has made it, on the device (DeepSpeed,
+    partition_parameters.py, `zero_wrapper_for_fp_tensor_constructor`)."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Load tensor by tensor."""
@@ -202,11 +205,11 @@ class PartLoading(NamedTuple):
         half = ITEMSIZE[self.half]
         of_head = None
         for module in _by_module(loaded, NO_STACKS):
-            undivided = [(p, layer, memory.allocate(ITEMSIZE[p.dtype] * p.numel)) for p, layer in module]
+            undivided = [(p, layer, self._cast_when_new(memory, p.numel, p.dtype)) for p, layer in module]
             for p, layer, whole in undivided:
                 self._divide(memory, p, layer, whole, trained)
         if self.tied:
-            whole = memory.allocate(half * self.tied)
+            whole = self._cast_when_new(memory, self.tied, self.half)
             of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size))
             memory.release(whole)
         for module in _by_module(loaded, self.converted):
@@ -217,6 +220,13 @@ class PartLoading(NamedTuple):
             memory.release(of_head)
         self._buffers(memory, cast)
         self._adapt(memory, cast, trained)
+
+    def _cast_when_new(self, memory: Memory[Handle], numel: int, dtype: str) -> Handle:
+        wide = memory.allocate(ITEMSIZE["fp32"] * numel) if self.in_fp32 else None
+        whole = memory.allocate(ITEMSIZE[dtype] * numel)
+        if wide is not None:
+            memory.release(wide)
+        return whole
 
     def _adapt(self, memory: Memory[Handle], cast: Parameters, trained: dict[Key, tuple[int, Handle | None]]) -> None:
         """peft makes an adapter whole, on the card and in the dtype of the base, then casts it (tuners/tuners_utils.py,

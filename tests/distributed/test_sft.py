@@ -21,6 +21,7 @@ def test_formulas_hold_what_the_trainer_holds(row: dict[str, Any]) -> None:
     drift = drifts(row, "analytic")
     assert drift is not None
     assert max(abs(drift[what]) for what in ("allocated", "forward", "backward")) < (0.02 if "packed" in row["job"] else 0.003)
+    assert abs(drift["load"]) < 0.07
     assert abs(drift["step"]) < 0.13
     assert abs(drift["reserved"]) < next((most for word, most in RESERVED.items() if word in row["job"]), 0.001)
 

@@ -111,7 +111,7 @@ def options() -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", choices=("auto",))
     parser.add_argument("--zero3-init", action=FLAGS)
     parser.add_argument("--reshard-after-forward", type=json.loads, choices=(True, False))
-    for name in ("use-orig-params", "forward-prefetch", "sync-each-batch", "cpu-ram-efficient-loading"):
+    for name in ("use-orig-params", "forward-prefetch", "sync-each-batch", "cpu-ram-efficient-loading", "find-unused-parameters"):
         parser.add_argument(f"--{name}", action=FLAGS)
     parser.add_argument("--transformer-cls-names-to-wrap")
     parser.add_argument("--dp-shard-size", type=int)
@@ -270,6 +270,7 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "optim": job.optim or "adamw_torch_fused",
         "optim_target_modules": job.optim_target_modules,
         **({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}} if job.sync_each_batch else {}),
+        "ddp_find_unused_parameters": job.find_unused_parameters,
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,
