@@ -231,7 +231,8 @@ def _check_text_part(job: Job) -> None:
     if job.setup.loss in loss_sizes.OF_SHARED_ROWS:
         raise NoEngineError(f"rows that ranks share, of model type {architecture.model_type} (no formula yet)")
     known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name, None if job.setup.by.of_preferences else "")
-    if known is None or not architecture.model_type.startswith(known):
+    unlike = bool(layers_of_images(architecture)) and job.setup.by.of_preferences  # rehearsed: 4 % less than a formula says
+    if known is None or unlike or not architecture.model_type.startswith(known):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
     if architecture.task_type == "SEQ_CLS" and architecture.model_type in SCORED:
         from peftplan.analytic.shown import scores_text  # which few jobs need
