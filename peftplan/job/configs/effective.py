@@ -72,6 +72,8 @@ class Effective:
         value = self.of(key)
         if accepted == "fraction":
             return isinstance(value, float) and not value.is_integer()
+        if accepted == "whole":
+            return value is None or self._numbers([key]) is not None
         if accepted in ("set", "unset"):
             return (word(value) not in NOTHING) is (accepted == "set")
         if isinstance(accepted, str):

@@ -116,9 +116,10 @@ class Rule(TypedDict, total=False):
     when: Mapping[str, Accepted]
     """Key → a list of accepted values, or the name of one in `lists`, `repositories` (any name of one there), `set` or `unset`,
     for which the tool's defaults count, `said` or `unsaid`: by the file, `null`: said to be nothing, `fraction`: a number that is
-    not whole, or `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`, `{"at_least": number, "times": key}`: its
-    product with another key's, or `{"multiple_of": key, "times": key}`, or of `key_value_heads`, the model's, `{"multiple_of":
-    key}`. `file` and `program` are what is read, `header` its comments, `installs` how releases begin that a notebook installs;
+    not whole, `whole`: nothing or a whole number, or `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`,
+    `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`, or of
+    `key_value_heads`, the model's, `{"multiple_of": key}`. `file` and `program` are what is read, `header` its comments,
+    `installs` how releases begin that a notebook installs;
     `architecture` is the model's `model_type`, or another than those in `{"other_than": [names]}`, `checkpoint` the dtype in its
     config, `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts` are its own: `["fused"]` where peft
     takes names of projections for their parameters."""

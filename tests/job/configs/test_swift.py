@@ -345,11 +345,17 @@ def test_a_text_part_gets_a_score(padding_free: bool, unsupported: set[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "positives"), [({"loss_type": "cross_entropy"}, None), ({"quant_bits": 4, "quant_method": "bnb"}, None), ({}, 2)]
+    ("values", "environment"),
+    [
+        ({"loss_type": "cross_entropy"}, {}),
+        ({"quant_bits": 4, "quant_method": "bnb"}, {}),
+        ({}, {"MAX_POSITIVE_SAMPLES": "2"}),
+        ({}, {"MAX_NEGATIVE_SAMPLES": "few"}),  # was counted as none
+        ({}, {"MAX_NEGATIVE_SAMPLES": "-1"}),
+    ],
 )
-def test_rerankers_that_were_not_rehearsed(values: dict[str, object], positives: int | None) -> None:
+def test_rerankers_that_were_not_rehearsed(values: dict[str, object], environment: dict[str, str]) -> None:
     job = {"model": "Qwen/Qwen3-Reranker-0.6B", "task_type": "generative_reranker", "loss_type": "pointwise_reranker"}
-    environment = {"MAX_POSITIVE_SAMPLES": str(positives)} if positives else {}
     plan = read({**SWIFT, **job, **values}, kind="command", program="swift sft", **environment)
     assert "task_type" in plan.unsupported
 
