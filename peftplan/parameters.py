@@ -157,9 +157,9 @@ def build(
 WITH_IMAGES = " (with images)"
 
 
-def apart(built: Parameters, layers: frozenset[int]) -> Parameters:
-    """Families of what trains in layers that run with images alone, which get no gradient without them, under a name of their
-    own."""
+def apart(built: Parameters, layers: frozenset[int], *, decoder: str) -> Parameters:
+    """Families of what trains in layers of a decoder that run with images alone, which get no gradient without them, under a name
+    of their own."""
 
     def parts(p: Parameter) -> Iterator[Parameter]:
         both = p.layers or frozenset()
@@ -167,7 +167,10 @@ def apart(built: Parameters, layers: frozenset[int]) -> Parameters:
             if its:
                 yield p._replace(name=name, copies=len(its), layers=its)
 
-    split = (parts(p) if p.trainable and p.layers is not None and p.layers & layers else (p,) for p in built.all)
+    def is_part(p: Parameter) -> bool:
+        return p.trainable and p.layers is not None and not p.layers.isdisjoint(layers) and p.name.startswith(f"{decoder}.")
+
+    split = (parts(p) if is_part(p) else (p,) for p in built.all)
     return built._replace(all=tuple(chain.from_iterable(split)))
 
 

@@ -16,6 +16,7 @@ from peftplan.arch.readers import READERS
 from peftplan.job import sources
 from peftplan.job.sources import load_config
 from peftplan.libraries.cache import traced_cache
+from peftplan.parameters import WITH_IMAGES
 from peftplan.trace import pictures
 from tests.memory.engines import OFF, PLAIN, TOLERANCE, TRAINER, phases
 
@@ -185,3 +186,11 @@ def test_the_cache_of_the_text_part_is_what_the_model_makes(model: str) -> None:
     traced = traced_cache(config, task_type="CAUSAL_LM", batch_size=1, context=64, dtype="bf16")
     assert cache is not None
     assert sum(tensor.num_bytes for tensor in cache.tensors) == sum(tensor.num_bytes for tensor in traced)
+
+
+def test_layers_of_images_are_the_decoders() -> None:
+    """A tower's layers with the same numbers were called so too."""
+    lines = peftplan.estimate("llama-3.2-11b-vision-instruct", method="full", seq_len=512).static.lines
+    names = {line.name for line in lines if line.name.endswith(WITH_IMAGES)}
+    assert names
+    assert all(name.startswith("model.language_model.") for name in names)
