@@ -32,7 +32,7 @@ JOBS = {
     "A mixture of experts": "mixtral-8x7b --method qlora --gpu h100-80gb",
     "A size instead of a card": "qwen3-8b --seq-len 8192 --gpu 24GiB",
     "A vision-language model of samples without images": "qwen2.5-vl-7b-instruct --gpu l4",
-    "A model whose peak only a trace knows": "llama-3.2-11b-vision --gpu l4",
+    "A model whose peak only a trace knows": "gemma-3n-e2b-it --gpu l4",
 }
 
 
