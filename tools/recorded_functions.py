@@ -224,7 +224,7 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
     mixer.in_proj, mixer.out_proj = _Projection(projected), _Projection(mixed)
     to_fake(mixer, mode, lambda module: ON)
     out: dict[str, Any] = {}
-    with _as_on_card(mode, (8, 0), device="cpu"), tracker:
+    with _as_on_card(mode, (8, 0), A100, device="cpu"), tracker:
         for tensor in (*mixer.parameters(), *mixer.buffers()):
             tracker.register(tensor, "weights", "")
         for kind in ("checkpointed", "training"):

@@ -73,7 +73,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
             table if tied(job.architecture) else 0,
             second_of(job, parameters) if job.reference == "copy" else None,
             merged(parameters, job.architecture.model_type) if job.script.converts_in_turn else {},
-            in_fp32=job.setup.dtype == "fp32" and job.setup.autocast in SIXTEEN_BITS,
+            in_fp32=job.setup.dtype == "fp32" and job.setup.autocast in SIXTEEN_BITS and not job.setup.by.full_in_fp32,
         )
     if distributed.strategy == "zero0":
         masters = holding.states_of is not None

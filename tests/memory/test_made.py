@@ -48,7 +48,7 @@ def made_by_formulas(job: Job, formulas: Compiled, sizes: dict[str, int]) -> Cou
             kind = timeline.kinds[number]
             module, _, operation = kind.name.partition(" ")
             shape = tuple(named[dim] if isinstance(dim, str) else dim for dim in kind.dims)
-            if count > 0 and kind.dtype in FLOATS:
+            if count > 0 and kind.dtype in FLOATS and 0 not in shape:
                 of_module = "." in module or module in modules
                 tensors[module_name(module if operation and of_module else ""), shape_name(shape, sizes), kind.dtype] += count
     return tensors

@@ -74,13 +74,13 @@ def attention(c: Call, x: Tensor) -> Tensor:
 def turned(f: Tape, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """`_compiled_apply_rotary_emb_qk`: keeps both sides of the table in the dtype of q, or the table where it has that."""
     half, width = (*table.dims[:-1], number(table.dims[-1]) // 2), number(table.dims[-1])
-    kept = [table] if table.dtype == q.dtype else [f.new(half, q.dtype, name) for name in ("cos", "sin")]
-    node = f.record(_turned_backward, (q, k), width, kept)
+    kept = (table,) if table.dtype == q.dtype else (f.new(half, q.dtype, name) for name in ("cos", "sin"))
+    node = f.record(_turned_backward, (q, k), width, *kept)
     out = f.new(q.dims, q.dtype, "rotary", node), f.new(k.dims, k.dtype, "rotary")
     return out[0], Tensor(out[1].storage, k.dims, k.dtype, node, 1)
 
 
-def _turned_backward(f: Tape, node: Node, saved: tuple[int, list[Tensor]], g: Tensor, h: Tensor) -> Gradients:
+def _turned_backward(f: Tape, node: Node, saved: tuple[int, Tensor], g: Tensor, h: Tensor) -> Gradients:
     """The gradients come by heads, and are copied first; k before q, each beside what is turned of it."""
     copies, width = [f.new(x.dims, x.dtype, "contiguous") for x in (g, h)], saved[0]
     grads = []
