@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARED_TEXT_PARTS = ("ddp", "zero1", "zero2", "zero3")
 """Strategies under which text parts of vision-language models were rehearsed (tests/distributed/rank_jobs.jsonl)."""
 MIXTURE = "qwen3_vl_moe"
-"""Of a type with experts LoRA was rehearsed under ZeRO-2."""
+"""The type with experts, of which LoRA was rehearsed under ZeRO-2."""
 TRAINERS = ("transformers", "trl")
 METHODS = ("full", "lora", "rslora", "qlora")
 

@@ -173,6 +173,11 @@ class Architecture:
         return sum(len(block.layers) for block in self.blocks if block.stack == "encoder")
 
     @cached_property
+    def decoder(self) -> str:
+        """The name of the module that embeds the tokens and runs the layers."""
+        return str(self.input_embedding).rpartition(".")[0]
+
+    @cached_property
     def has_towers(self) -> bool:
         """Whether it is a language model that reads pictures or sound too."""
         names = (module.name.split(".") for module in self.modules)

@@ -76,8 +76,8 @@ def layers_of_images(architecture: Architecture) -> frozenset[int]:
     """The layers of a decoder that run with images alone: Llama 3.2's that attend to one."""
     if architecture.model_type != "mllama" or not architecture.blocks:
         return frozenset()
-    decoder = str(architecture.input_embedding).rpartition(".")[0]
-    of_decoder = (m.layers for m in architecture.modules if m.name.startswith(f"{decoder}.") and m.layers is not None)
+    decoder = f"{architecture.decoder}."
+    of_decoder = (m.layers for m in architecture.modules if m.name.startswith(decoder) and m.layers is not None)
     return frozenset().union(*of_decoder).difference(*(block.layers for block in architecture.blocks))
 
 
@@ -112,5 +112,4 @@ def keeps_its_cache(architecture: Architecture) -> bool:
 
 def is_in_text_part(architecture: Architecture, module: str) -> bool:
     """Whether a module, or a parameter by its name, runs without images."""
-    decoder = str(architecture.input_embedding).rpartition(".")[0]
-    return f"{module}.".startswith((f"{decoder}.", f"{architecture.output_embedding or SCORE}."))
+    return f"{module}.".startswith((f"{architecture.decoder}.", f"{architecture.output_embedding or SCORE}."))

@@ -49,9 +49,9 @@ def family_of(p: Parameter, distributed: Distributed) -> str | None:
 
 
 def units_of_tower(p: Parameter, distributed: Distributed, layout: Layout, trained: Container[str]) -> tuple[str, ...] | None:
-    """The unit of each tensor of a tower, the name of a module or the root's; None of others, and outside layers. NeMo Automodel
-    gives the root those of stacks of layers that do not train; those of others are in units which no text runs. `trained`: how
-    the names of stacks begin of which a tensor trains."""
+    """The unit of each tensor of a tower, by the name of its module or the root's; None for tensors of no tower, and for those
+    outside layers that the root has. NeMo Automodel gives the root each stack of layers in which nothing trains, and other stacks
+    units that no row of text runs. `trained`: the beginnings of the names of stacks in which something trains."""
     family = family_of(p, distributed)
     if family is None or (p.layers is None and (family == ROOT or layout.tower_in_root)):
         return None

@@ -51,7 +51,7 @@ def inventory(job: Job) -> Inventory:
     )
     built = built._replace(buffers=buffers)
     if layers := layers_of_images(architecture):
-        built = parameters.apart(built, layers, decoder=str(architecture.input_embedding).rpartition(".")[0])
+        built = parameters.apart(built, layers, decoder=architecture.decoder)
     if kernels_of(setup.kernels or ()).embedding is not None:
         built = built._replace(all=tuple(_on_host(p) if p.in_embedding and p.owner == "base" else p for p in built.all))
     own = _holding(job, built, _largest_rank(job, built))

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from peftplan.ledger import Dim
 from peftplan.tape import ops
+from peftplan.tape.efficient_backward import TILE_HEADER, Workspace
 from peftplan.tape.shaping import sliced
 from peftplan.tape.split_keys import SplitKeys, rounded_head
 from peftplan.tape.tape import Tape
@@ -29,8 +30,6 @@ MASK_GRADIENT_MULTIPLE = 16
 LSE_MULTIPLE = 32
 """Queries of the memory-efficient logsumexp are padded to it (`kAlignLSE`)."""
 EFFICIENT_BLOCK = 64
-TILE_HEADER = 4
-"""Numbers before each tile of dQ: a lock, a counter, and padding to 128 bits (`GradQTempStorage`, kernel_backward.h)."""
 RF_HEAD = 128
 """Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
 
@@ -143,8 +142,6 @@ def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gra
     else:
         delta = f.new((b, a, s), "fp32", "delta")
         if max(number(d), number(v.dims[3])) > RF_HEAD:
-            from peftplan.tape.efficient_backward import Workspace
-
             workspace = f.new((b, a, Workspace(q.dims, v.dims[2:])), "fp32", "accumulators")
         else:
             tiles = (blocks(s, EFFICIENT_BLOCK), blocks(d, EFFICIENT_BLOCK))

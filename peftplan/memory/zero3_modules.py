@@ -43,10 +43,6 @@ def waits_by_address(architecture: Architecture, distributed: Distributed) -> bo
     return architecture.model_type == "gpt_oss" and gathers_ahead(distributed, architecture.hidden_size or 0)
 
 
-def _decoder(architecture: Architecture) -> str:
-    return str(architecture.input_embedding).rpartition(".")[0]
-
-
 class Habits(NamedTuple):
     """What a trainer and the DeepSpeed that it asks for decide about gathering."""
 
@@ -119,7 +115,7 @@ class Gathering(Stage):
         self.wrapped = () if not model.running.peft_type else ("peft model",) if self.of_prompts else ("peft model", "tuner")
         self.of_loss = model.arch.output_embedding if model.running.loss in ("trl-chunked", "liger") else None
         """A module whose parameters the model's forward reads itself, for the loss."""
-        self.reads_table = model.arch.has_towers and model.has(f"{_decoder(model.arch)}.{TABLE_OF_LAYERS}")
+        self.reads_table = model.arch.has_towers and model.has(f"{model.arch.decoder}.{TABLE_OF_LAYERS}")
         """Whether the module around the decoder reads a row of its embedding, of a token that stands for pictures."""
         self.of_tuner = tuple(p for p in own if regularizes(model) and p.name.endswith(FACTORS))
         """The parameters that the tuner's forward reads, for a loss of its own: it has them from the second step on."""
@@ -308,7 +304,7 @@ class Gathering(Stage):
             return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
         if name == BACKBONE:  # OPT's head calls `model.decoder` itself
             around = [self._module(WRAPPER, None, [self.model.part(embedding).own_weight])] if self.reads_table else []
-            return [*around, Module(_decoder(self.model.arch), ())]
+            return [*around, Module(self.model.arch.decoder, ())]
         if name == ROOT:
             read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
             inner = [Module(outer, ()) for outer in self.wrapped]

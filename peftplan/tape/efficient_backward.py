@@ -20,7 +20,7 @@ from peftplan.units import ceil_div
 QUERIES, KEYS, COLUMNS = 128, 64, 64
 """Of a block (`kBlockSizeI`, `kBlockSizeJ`), and columns of a tile of dQ."""
 TILE_HEADER = 4
-"""Numbers before each tile of dQ: a lock, a counter, and padding to 128 bits (`GradQTempStorage`)."""
+"""Numbers before each tile of dQ: a lock, a counter, and padding to 128 bits (`GradQTempStorage`, kernel_backward.h)."""
 MOST_PARTS = 200
 """Parts of the keys of all samples and heads, unless each has one."""
 

@@ -35,8 +35,7 @@ def compiled_layers(model: Model) -> Tensor:
     states = [x]
     del x
     tables = positions_and_masks(model, states[0].dtype)
-    decoder = model.arch.input_embedding.rpartition(".")[0]  # type: ignore[union-attr]
-    of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == decoder]
+    of_stack = [m.name for m in model.arch.modules if m.layers is None and m.name.rpartition(".")[0] == model.arch.decoder]
     style = Style(layer=recorded_layer, norm=_norm, final_norm=next(name for name in of_stack if name.endswith("norm")))
     return run_layers(model, style, states, lambda _: tuple(tables), masks={})
 
