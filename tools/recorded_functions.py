@@ -53,9 +53,9 @@ class Recorded(NamedTuple):
     empty: the one of all records."""
 
 
-def _mamba2(groups: int) -> dict[str, int]:
+def _mamba2(groups: int, chunks: int = 5) -> dict[str, int]:
     """Sizes of Mamba 2: chunks c of l tokens, g groups of r heads, p numbers of a head, n of a state."""
-    sizes = {"c": 5, "l": 29, "g": groups, "r": 7, "p": 11, "n": 13}
+    sizes = {"c": chunks, "l": 29, "g": groups, "r": 7, "p": 11, "n": 13}
     width, states = sizes["g"] * sizes["r"] * sizes["p"], sizes["g"] * sizes["n"]
     projected = 2 * width + 2 * states + sizes["g"] * sizes["r"]
     return sizes | {
@@ -90,6 +90,7 @@ def _granite(s: Mapping[str, int]) -> dict[str, Any]:
 
 FUNCTIONS = {
     "nemotron_h": Recorded("nemotron_h", "NemotronHMamba2Mixer", _mamba2(3), _nemotron_h),
+    "nemotron_h-one-chunk": Recorded("nemotron_h", "NemotronHMamba2Mixer", _mamba2(3, chunks=1), _nemotron_h),
     "nemotron_h-1": Recorded("nemotron_h", "NemotronHMamba2Mixer", _mamba2(1), _nemotron_h),
     "falcon_h1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(3), _falcon_h1),
     "falcon_h1-1": Recorded("falcon_h1", "FalconH1Mixer", _mamba2(1), _falcon_h1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.sizes import between_chunks
+from peftplan.analytic.sizes import between_chunks, knows_one_chunk
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.errors import NeedsTraceError, NoEngineError
 from peftplan.job.automodel import OF_ATTENTION, builds, knows_experts
@@ -65,6 +65,7 @@ def _check_recorded(job: Job) -> None:
     """Raise NeedsTraceError or NoEngineError where a mixer was not recorded."""
     setup, model_type = job.setup, job.architecture.model_type
     as_rehearsed = knows_recorded(job) or _scans_as_rehearsed(job)
+    chunks = "whole chunks" if knows_one_chunk(job.architecture) else "two or more whole chunks"
     unknown = {
         "kernels": bool(setup.kernels),
         "padding": setup.padding,
@@ -85,7 +86,7 @@ def _check_recorded(job: Job) -> None:
         f"method {job.method_name}": job.method_name not in ("full", "lora", "qlora"),
         "groups of heads": model_type == "granitemoehybrid"
         and any(block.state_space is not None and block.state_space.groups > 1 for block in job.architecture.blocks),
-        f"{setup.seq_len} tokens, which are not two or more whole chunks": any(between_chunks(setup.seq_len, job.architecture)),
+        f"{setup.seq_len} tokens, which are not {chunks}": any(between_chunks(setup.seq_len, job.architecture)),
     }
     if (what := next((what for what, is_so in unknown.items() if is_so), None)) is not None:
         raise NeedsTraceError(f"the mixer of model type {model_type} with {what}")

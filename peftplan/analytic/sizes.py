@@ -1,6 +1,7 @@
 """The named sizes of a job, and the facts about batch and sequence that decide which operations run."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture
@@ -27,10 +28,27 @@ def windows_of(architecture: Architecture) -> tuple[int, ...]:
 
 
 def between_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
-    """Whether a length is one chunk of Mamba 2, or not a whole number of them, for each chunk size of a model."""
-    spaces = {block.state_space.chunk_size for block in architecture.blocks if block.state_space is not None}
-    for chunk in sorted(spaces):
-        yield (seq_len % chunk > 0) | (seq_len == chunk)
+    """Whether Mamba 2 has no record of a length, for each chunk size of a model: it is not a whole number of chunks, or one chunk
+    of a mixer that was recorded with more alone."""
+    for chunk in _chunk_sizes(architecture):
+        yield seq_len % chunk > 0
+    yield from () if knows_one_chunk(architecture) else one_chunk(seq_len, architecture)
+
+
+def one_chunk(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:
+    """Whether a length is one chunk of Mamba 2, for each chunk size of a model."""
+    for chunk in _chunk_sizes(architecture):
+        yield seq_len == chunk
+
+
+def knows_one_chunk(architecture: Architecture) -> bool:
+    """Whether a mixer was recorded with one chunk too: Nemotron H's, of several groups of heads."""
+    spaces = [block.state_space for block in architecture.blocks if block.state_space is not None]
+    return architecture.model_type == "nemotron_h" and all(space.groups > 1 for space in spaces)
+
+
+def _chunk_sizes(architecture: Architecture) -> list[int]:
+    return sorted({block.state_space.chunk_size for block in architecture.blocks if block.state_space is not None})
 
 
 DIGITS = 25
@@ -75,7 +93,7 @@ def shape_facts(
         *(tokens > most for most in limits.of_batch),
         *(seq_len > most for most in limits.of_row),
     )
-    chunked: Iterator[Fact] = between_chunks(seq_len, architecture)
+    chunked: Iterator[Fact] = chain(between_chunks(seq_len, architecture), one_chunk(seq_len, architecture))
     looped: Iterator[Fact] = num_chunks(seq_len, architecture)
     return (batch_size > 1, *limited, *ragged, *exceeded, *chunked, *looped, *loss.facts(batch_size, loss.length(seq_len)))
 

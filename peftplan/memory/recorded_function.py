@@ -129,7 +129,8 @@ def mixer(c: Call, name: str, x: Tensor, *, dtype: str) -> Tensor:
     release = f"-{c.model.running.scan}" if c.model.running.scan else ""
     dtypes = {p.dtype for part, p in parameters.items() if not (release and part == "norm.weight")}  # which axolotl casts back
     normed = c.model.arch.model_type == "falcon_h1" and "norm.weight" in parameters  # that of others always is
-    record = f"{c.model.arch.model_type}{'-1' if space.groups == 1 else ''}{'-normed' if normed else ''}{release}"
+    chunks = "-one-chunk" if c.model.length(c.model.seq) == space.chunk_size else ""
+    record = f"{c.model.arch.model_type}{'-1' if space.groups == 1 else ''}{'-normed' if normed else ''}{chunks}{release}"
     if f.offloaded is not None or len(dtypes) > 1 or (trained and len(trained) < len(parameters)):
         raise NeedsTraceError(f"a mixer of model type {c.model.arch.model_type} with weights of more than one kind")
     rows = "several" if f.several else "one"

@@ -59,7 +59,7 @@ def test_what_a_layer_keeps() -> None:
     ("model", "options", "missing"),
     [
         ("nvidia-nemotron-nano-9b-v2", {"padding": True}, "padding"),
-        ("nvidia-nemotron-nano-9b-v2", {"seq_len": 2000}, "2000 tokens, which are not two or more whole chunks"),
+        ("nvidia-nemotron-nano-9b-v2", {"seq_len": 2000}, "2000 tokens, which are not whole chunks"),
         ("nvidia-nemotron-nano-9b-v2", {"gpus": 2, "strategy": "fsdp2"}, "FSDP2"),
         ("falcon-h1-7b-base", {}, "an adapter"),
         ("granite-4.0-h-tiny", {"trainer": "plain"}, "a cache"),
