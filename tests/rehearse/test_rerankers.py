@@ -23,6 +23,9 @@ def _peaks(row: dict[str, Any]) -> dict[str, Any]:
 
 OF_LORA = {"allocated": 7.1e-4, "phase": 3.9e-3, "reserved": 0.021}
 """Of LoRA under ZeRO-2, as of ms-swift's embeddings of texts that share a row."""
+OF_PADDED = {"allocated": 4e-3, "phase": 5e-3, "reserved": 0.043}
+"""Of ModernBERT's texts, which are taken as padded, while the rehearsed ones fill `max_length`: for these transformers makes no
+mask of the padding. Without it, a byte for each row and pair of tokens, phases are within 0.002 % and reserved bytes equal."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[" ".join(f"{key}={value}" for key, value in row["values"].items()) for row in ROWS])
@@ -32,6 +35,7 @@ def test_formulas_hold_what_rerankers_hold(row: dict[str, Any]) -> None:
     assert not plan(row).unsupported
     adapts_ranks = (row["values"]["tuner_type"], row["values"].get("deepspeed")) == ("lora", "zero2")
     limits = OF_LORA if adapts_ranks else {"allocated": 2e-4, "phase": 1e-3, "reserved": 2.1e-3}
+    limits = OF_PADDED if plan(row).options.get("padding") else limits
     peaks = _peaks(row)
     assert peaks["peak_allocated"] == pytest.approx(row["allocated"], rel=limits["allocated"])
     assert peaks["peak_by_phase"] == pytest.approx(row["by_phase"], rel=limits["phase"])

@@ -49,8 +49,9 @@ def bidirectional_mask(model: Model, dtype: str, window: int | None = None, *, c
     of_all: Dims = (1, 1, model.seq if cross else s, s)
     by_sample: Dims = ("b", *of_all[1:])
     eager = running.attention == "eager"
-    seen = near_keys(f, of_all, padded=running.padding, last="bitwise_and" if eager else "attention_mask") if windowed else None
-    if running.padding:
+    masked = running.padding or "attention_mask" in model.batch
+    seen = near_keys(f, of_all, padded=masked, last="bitwise_and" if eager else "attention_mask") if windowed else None
+    if masked:
         seen = f.new(by_sample, "bool", "bitwise_and" if eager else "attention_mask")
     return f.new(by_sample, dtype, "attention_mask") if eager else seen
 

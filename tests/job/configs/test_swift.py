@@ -332,6 +332,16 @@ def test_a_reranker_reads_all_texts_of_a_list(values: dict[str, object], texts: 
     assert expected.items() <= plan.options.items()
 
 
+def test_texts_that_an_encoder_scores_are_padded() -> None:
+    job = {"model": "iic/gte-reranker-modernbert-base", "task_type": "reranker", "loss_type": "listwise_reranker"}
+    values = {**SWIFT, **job, "tuner_type": "full", "max_length": 256, "per_device_train_batch_size": 2}
+    plan = read(values, kind="command", program="swift sft")
+    assert not plan.unsupported
+    assert {"task_type": "SEQ_CLS", "num_labels": 1, "padding": True, "batch_size": 2 * 8}.items() <= plan.options.items()
+    for other in ({"tuner_type": "lora"}, {"deepspeed": "zero2"}, {"padding_free": True}):
+        assert "task_type" in read({**values, **other}, kind="command", program="swift sft").unsupported
+
+
 @pytest.mark.parametrize(("padding_free", "unsupported"), [(True, set()), (False, {"task_type", "loss_type"})])
 def test_a_text_part_gets_a_score(padding_free: bool, unsupported: set[str]) -> None:
     """model/register.py:313, as of `seq_cls`; rows with padding were not rehearsed."""
