@@ -21,7 +21,7 @@ import numpy as np
 from peftplan.analytic.sized import Points, Sized
 from peftplan.errors import PeftplanError
 from peftplan.planning.decided import PROBES, SEGMENTS, _spread
-from peftplan.planning.sweep_points import counted
+from peftplan.planning.sweep_grid import counted
 from peftplan.units import GIB
 from tools.analytic_grid import DRAWN
 from tools.fit_triples import _models

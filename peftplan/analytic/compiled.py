@@ -193,6 +193,6 @@ def key_of_step(job: "Job", compute_capability: str) -> StepKey:
     )
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
-    key = StepKey((id(job.architecture), *described, job.script, *facts, job.distributed, *_OF_SETUP(setup)))
+    key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *_OF_SETUP(setup)))
     _KEYED[:] = [(job, compute_capability, key)]
     return key

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic import ranks
 from peftplan.arch.modules import Architecture
+from peftplan.distributed.any_world import as_recorded
 from peftplan.job.setup import Setup
 from peftplan.memory.step import steady_step
 from peftplan.memory.zero3 import Zero3
@@ -53,10 +54,10 @@ def left_by_first(
         return None
     model = new_model()
     strategy = tuple((name, value) for name, value in job.distributed if name not in NOT_OF_ORDER)
-    described = repr(job.config and vars(job.config)), repr(job.quant), model.running._replace(config=None)
+    described = repr(job.config and vars(job.config)), repr(job.quant), as_recorded(model.running._replace(config=None))
     trained = tuple((p.name, p.layers) for p in model.parameters.all if p.trainable)
     method = job.method and job.method.name
-    key = (id(job.architecture), method, *described, job.script, strategy, trained, _OF_SETUP(job.setup))
+    key = (id(job.architecture), method, *described, job.script, strategy, trained, as_recorded(_OF_SETUP(job.setup)))
     if key not in _KNOWN:
         _run(inventory, model, program, compute_capability)
         assert isinstance(model.units, Zero3)

@@ -26,6 +26,10 @@ EXACT = 2**53 // ALLOCATION_ROUNDING
 CHUNK = 2**14
 """Points per matrix product, so that its operands fit a processor's cache."""
 
+KEPT = 16
+"""Of moments, those with other numbers that were asked for last."""
+COMPARED = 2**7
+"""Rows that are compared at a time with those that are largest so far."""
 MOST_PAIRED = 2**11
 """Rows that are compared in pairs."""
 MULTIPLIER = 6364136223846793005
@@ -42,7 +46,11 @@ times the named sizes, each rounded up.
 class Moments:
     """The moments of each phase at which its peak can be, at any size."""
 
+    _at: dict[tuple[tuple[Size, ...], bytes], Moments]
+    """Those of `at`, as they were asked for last."""
+
     def __init__(self, timeline: Timeline) -> None:
+        self._at = {}
         index: dict[Size, int] = {}
         column: list[int] = []
         units: list[int] = []
@@ -69,8 +77,14 @@ class Moments:
     def at(self, constants: Mapping[str, int]) -> Moments:
         """The same moments with some of the named sizes as numbers."""
         index: dict[Size, int] = {}
-        as_numbers = {phase: rows.astype(np.int64) @ self._columns(index, constants) for phase, rows in self.by_phase.items()}
-        return _of(index, {phase: _largest(rows) for phase, rows in as_numbers.items()})
+        columns = self._columns(index, constants)
+        key = tuple(index), columns.tobytes()
+        if key not in self._at:  # of ranks that differ by less than a tensor is rounded up, once
+            as_numbers = {phase: rows.astype(np.int64) @ columns for phase, rows in self.by_phase.items()}
+            self._at[key] = _of(index, {phase: _largest(rows) for phase, rows in as_numbers.items()})
+            if len(self._at) > KEPT:
+                del self._at[next(iter(self._at))]
+        return self._at[key]
 
     def _columns(self, index: dict[Size, int], constants: Mapping[str, int]) -> Ints:
         """What one tensor of each column adds to those of `index`, which gets what it lacks."""
@@ -92,17 +106,19 @@ class Moments:
         length = len(next(iter(dims_by_name.values())))
         by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
         used = {str(dim) for _, dims in self.sizes for dim in dims}
-        for start in range(0, length, CHUNK):
-            points = min(CHUNK, length - start)
-            part = {name: dims_by_name[name][start : start + CHUNK].astype(np.float64) for name in used}
-            blocks = np.empty((len(self.sizes), points))
-            for row, (number, dims) in enumerate(self.sizes):
-                numel: float | Floats = 1.0
+        chunk = min(CHUNK, length)
+        units, levels = (np.empty((rows, chunk)) for rows in (len(self.sizes), max(map(len, self.by_phase.values()))))
+        for start in range(0, length, chunk):
+            points = min(chunk, length - start)
+            part = {name: dims_by_name[name][start : start + points].astype(np.float64) for name in used}
+            for row, (number, dims) in zip(units[:, :points], self.sizes, strict=True):
+                row[:] = number / ALLOCATION_ROUNDING if number else 1
                 for dim in dims:
-                    numel = numel * part[str(dim)]
-                blocks[row] = np.ceil(numel * (number / ALLOCATION_ROUNDING)) if number else numel
+                    row *= part[str(dim)]
+                if number:
+                    np.ceil(row, out=row)
             for phase, rows in self.by_phase.items():
-                best = (rows @ blocks).max(axis=0)
+                best = np.matmul(rows, units[:, :points], out=levels[: len(rows), :points]).max(axis=0)
                 if best.max() > EXACT:
                     raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
                 by_phase[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
@@ -143,7 +159,7 @@ def _of(index: Mapping[Size, int], by_phase: dict[str, Floats]) -> Moments:
 
 def _largest(rows: Ints) -> Floats:
     """The rows at which a peak can be."""
-    return _extreme(_undominated(np.unique(rows, axis=0))).astype(np.float64)
+    return _extreme(_undominated(rows)).astype(np.float64)
 
 
 def _size(dtype: str, dims: tuple[Dim, ...]) -> tuple[Size, int]:
@@ -160,14 +176,18 @@ def _of_bytes(number: int, symbols: tuple[Dim, ...]) -> tuple[Size, int]:
 
 
 def _undominated(rows: Ints) -> Ints:
-    """The rows that no other row dominates, that is, has at least as many tensors of every size."""
-    order = np.argsort(-rows.sum(axis=1), kind="stable")
-    largest, number = np.empty_like(rows), 0
-    for row in rows[order]:
-        if not (largest[:number] >= row).all(axis=1).any():
-            largest[number] = row
-            number += 1
-    return largest[:number]
+    """The rows that no other row dominates, that is, has at least as many tensors of every size; equal ones once."""
+    rest = rows[np.argsort(-rows.sum(axis=1), kind="stable")]
+    largest = rest[:0]
+    for start in range(0, len(rest), COMPARED):
+        part = rest[start : start + COMPARED]
+        part = part[~(largest[:, None] >= part).all(axis=2).any(axis=0)]
+        more = []
+        while len(part):
+            more.append(part[:1])
+            part = part[(part > part[0]).any(axis=1)]
+        largest = np.vstack([largest, *more])
+    return largest
 
 
 def _extreme(rows: Ints) -> Ints:

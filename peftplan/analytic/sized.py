@@ -87,37 +87,44 @@ class Sized:
 
     def requested(self, points: Points) -> dict[str, Ints]:
         """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are most."""
-        if self.of_each:
-            return _of_fullest([sized.requested(points) for sized in self.of_each])
         by_phase: dict[str, Ints] = {}
-        for where, ranked in self._alike_in_parts(points):
-            part, moments = points.take(where), self._moments_of(ranked)
-            rank = part.rank if part.rank is not None else np.zeros(len(part), dtype=np.int64)
-            standing = ranked.standing_bytes(rank)
-            peaks = {
-                phase: values + standing
-                for phase, values in moments.peaks(ranked.named(part.batch_size, part.seq_len, rank), 0).items()
-            }
-            for phase, values in {"load": ranked.loading_bytes(rank), **peaks}.items():
-                by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[where] = values
+        for where, each in self._alike(points):
+            for at in _in_parts(where):
+                for phase, values in self._of_fullest(each, points.take(at)).items():
+                    by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[at] = values
         return by_phase
 
     def most_requested(self, points: Points) -> Ints:
         """The bytes of `requested` in the phase with most of them, for each point."""
-        alike = [list(sized._alike(points)) for sized in self.of_each or (self,)]
         most: Ints = np.empty(len(points), dtype=np.int64)
-        for groups in zip(*alike, strict=False):
-            (where, _), *others = groups
-            each = [ranked for _, ranked in groups if isinstance(ranked, OverRanks)]
-            if len(each) < len(alike) or not all(np.array_equal(where, other) for other, _ in others):
-                of_phases: Ints = np.maximum.reduce(list(self.requested(points).values()))
-                return of_phases
-            moments = overall([ranked.part() for ranked in each])
+        for where, each in self._alike(points):
+            over = [ranked for ranked in each if isinstance(ranked, OverRanks)]
+            moments = overall([ranked.part() for ranked in over]) if len(over) == len(each) else None
             for at in _in_parts(where):
                 part = points.take(at)
-                named = [ranked.named(part.batch_size, part.seq_len, part.batch_size) for ranked in each]
+                if moments is None:
+                    most[at] = np.maximum.reduce(list(self._of_fullest(each, part).values()))
+                    continue
+                named = [ranked.named(part.batch_size, part.seq_len, part.batch_size) for ranked in over]
                 most[at] = moments.peaks({name: sizes for names in named for name, sizes in names.items()}, 0)["overall"]
         return most
+
+    def _of_fullest(self, each: Sequence[Ranked | OverRanks], points: Points) -> dict[str, Ints]:
+        """At each point the phases of the GPU whose overall peak is largest; `each`: the job on every GPU that is compared."""
+        rank = points.rank if points.rank is not None else np.zeros(len(points), dtype=np.int64)
+        above: dict[object, dict[str, Ints]] = {}
+        by_phases = []
+        for ranked in each:
+            moments = self._moments_of(ranked)
+            of = id(moments if isinstance(ranked, OverRanks) else ranked)  # ranks of one record have the same named sizes
+            if of not in above:
+                above[of] = moments.peaks(ranked.named(points.batch_size, points.seq_len, rank), 0)
+            standing, loading = ranked.standing_bytes(rank), np.broadcast_to(ranked.loading_bytes(rank), len(points))
+            by_phases.append({"load": loading, **{phase: peak + standing for phase, peak in above[of].items()}})
+        if len(by_phases) == 1:
+            return by_phases[0]
+        fullest = np.argmax([np.maximum.reduce(list(by_phase.values())) for by_phase in by_phases], axis=0)
+        return {phase: np.choose(fullest, [of[phase] for of in by_phases]) for phase in by_phases[0]}
 
     def trainable(self, points: Points) -> Ints:
         """The number of trainable parameters at each point."""
@@ -144,28 +151,40 @@ class Sized:
     def _compiled(self, batch_size: int, seq_len: int, rank: int | None) -> Compiled:
         return compiled(self._resized(batch_size, seq_len, rank), compute_capability=self.compute_capability)
 
-    def _alike_in_parts(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks]]:
-        """The groups of `_alike` in parts of at most `POINTS_AT_ONCE` points."""
-        for where, ranked in self._alike(points):
-            for part in _in_parts(where):
-                yield part, ranked
-
-    def _alike(self, points: Points) -> Iterator[tuple[Ints, Ranked | OverRanks]]:
-        """Groups of points that run the same operations: their indices, and the job there."""
-        first = self._resized(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
-        facts = self._ranked_alone(first).compiled.facts(points.batch_size, points.seq_len)
-        codes = np.zeros(len(points), dtype=np.int64)
-        for bit, fact in enumerate(facts):
-            codes += np.broadcast_to(fact, len(points)).astype(np.int64) << bit
-        for code in np.unique(codes):
-            where = np.flatnonzero(codes == code)
-            batch_size, seq_len = int(points.batch_size[where[0]]), int(points.seq_len[where[0]])
-            if (of_all := self._on_all_ranks(int(code), batch_size, seq_len)) is not None:
+    def _alike(self, points: Points) -> Iterator[tuple[Ints, list[Ranked | OverRanks]]]:
+        """Groups of points that run the same operations: their indices, and the job there, on every GPU that is compared."""
+        each = self.of_each or (self,)
+        of_steps: dict[int, tuple[Compiled, Ints]] = {}
+        codes = [sized._codes(points, of_steps) for sized in each]
+        joint = codes[0]
+        for other in codes[1:]:
+            if other is not joint:
+                joint = np.unique(joint, return_inverse=True)[1] * (int(other.max()) + 1) + other
+        for code in np.unique(joint):
+            where = np.flatnonzero(joint == code)
+            sizes = int(points.batch_size[where[0]]), int(points.seq_len[where[0]])
+            of_code = [(sized, int(codes_of[where[0]])) for sized, codes_of in zip(each, codes, strict=True)]
+            on_all = [sized._on_all_ranks(code, *sizes) for sized, code in of_code]
+            of_all = [ranked for ranked in on_all if ranked is not None]
+            if len(of_all) == len(each):
                 yield where, of_all
                 continue
             assert points.rank is not None, "a job at its own rank alone has no line to leave"
             for rank in np.unique(points.rank[where]):
-                yield where[points.rank[where] == rank], self._on_one_rank(int(code), batch_size, seq_len, int(rank))
+                here = where[points.rank[where] == rank]
+                yield here, [sized._on_one_rank(code, *sizes, int(rank)) for sized, code in of_code]
+
+    def _codes(self, points: Points, of_steps: dict[int, tuple[Compiled, Ints]]) -> Ints:
+        """A number for each point, the same of points that run the same operations. `of_steps`: by identity of the step that says
+        what decides them, the numbers of it."""
+        first = self._resized(int(points.batch_size[0]), int(points.seq_len[0]), self._rank_at(points, 0))
+        step = self._ranked_alone(first).compiled
+        if id(step) not in of_steps:
+            codes: Ints = np.zeros(len(points), dtype=np.int64)
+            for bit, fact in enumerate(step.facts(points.batch_size, points.seq_len)):
+                codes += np.broadcast_to(fact, len(points)).astype(np.int64) << bit
+            of_steps[id(step)] = step, codes
+        return of_steps[id(step)][1]
 
     def _rank_at(self, points: Points, at: int) -> int | None:
         return None if points.rank is None else int(points.rank[at])
@@ -201,12 +220,6 @@ class Sized:
 
 def _in_parts(where: Ints) -> list[Ints]:
     return [where[start : start + POINTS_AT_ONCE] for start in range(0, len(where), POINTS_AT_ONCE)]
-
-
-def _of_fullest(each: Sequence[dict[str, Ints]]) -> dict[str, Ints]:
-    """At each point the phases of the GPU whose overall peak is largest."""
-    fullest = np.argmax([np.maximum.reduce(list(by_phase.values())) for by_phase in each], axis=0)
-    return {phase: np.stack([of[phase] for of in each])[fullest, np.arange(len(fullest))] for phase in each[0]}
 
 
 def checked(name: str, values: Sequence[object]) -> Ints:

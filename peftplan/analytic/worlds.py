@@ -72,8 +72,7 @@ class OverRanks(NamedTuple):
         """The step beside those of other GPUs, for `overall`."""
         from peftplan.analytic.moments import Part
 
-        standing = self._at(self.compiled.standing_bytes) + self.states
-        return Part(self.record.moments[0], self._numbers, standing, self._at(self.compiled.loading_bytes))
+        return Part(self.record.moments[0], self._numbers, self._standing, self._loading)
 
     @property
     def _numbers(self) -> dict[str, int]:
@@ -84,9 +83,8 @@ class OverRanks(NamedTuple):
         """Phase → bytes that the tensors at its peak request, as of `analytic_peaks`."""
         sizes, timeline = self.compiled.sizes(batch_size, seq_len), self.compiled.timeline
         rounded = [round512(self._at(nbytes) * prod([sizes[name] for name in names])) for nbytes, names in timeline.sizes]
-        standing = self._at(self.compiled.standing_bytes) + self.states
-        peaks = timeline.waves.peaks([count * rounded[place] for place, count in timeline.moves], standing)
-        return {"load": self._at(self.compiled.loading_bytes), **{phase: nbytes for phase, (nbytes, _) in peaks.items()}}
+        peaks = timeline.waves.peaks([count * rounded[place] for place, count in timeline.moves], self._standing)
+        return {"load": self._loading, **{phase: nbytes for phase, (nbytes, _) in peaks.items()}}
 
     def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> dict[str, Ints]:
         """Name → sizes for arrays of one length; those of the last points are kept, for other ranks and worlds."""
@@ -102,10 +100,18 @@ class OverRanks(NamedTuple):
 
     def standing_bytes(self, rank: Ints) -> int:
         """Bytes that last through a step."""
-        return self._at(self.compiled.standing_bytes) + self.states
+        return self._standing
 
     def loading_bytes(self, rank: Ints) -> int:
         """Bytes at the peak of loading."""
+        return self._loading
+
+    @property
+    def _standing(self) -> int:
+        return self._at(self.compiled.standing_bytes) + self.states
+
+    @property
+    def _loading(self) -> int:
         return self._at(self.compiled.loading_bytes)
 
     def _at(self, number: int) -> int:
@@ -119,20 +125,20 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     assert job.distributed is not None
     check(job)
     of_any = job._replace(distributed=job.distributed.model_copy(update={"gpus": None, "nodes": 1}))
-    key = (*key_of_step(of_any, compute_capability), job.multiprocessors)
-    world, rank = job.distributed.world_size, (of_job.holding and of_job.holding.rank) or 0
+    key = (*key_of_step(of_any, compute_capability)[1:], job.multiprocessors)  # a record says what it goes by of the batch size
+    own = job.distributed.world_size, (of_job.holding and of_job.holding.rank) or 0, job.setup.batch_size
     records = _RECORDS.get(key, ())
     for record in records:
-        if (values := record.worlds.at(world, rank)) is not None:
+        if (values := record.worlds.at(*own)) is not None:
             return _at(record, values, of_job)
     with no_scans():
-        record = _record(of_job, Worlds(world, rank), key, compute_capability)
+        record = _record(of_job, Worlds(*own), key, compute_capability)
     _RECORDS[key] = (*records, record)[-RECORDS_KEPT:]
     if len(_RECORDS) > RECORDS_KEPT:
         _RECORDS.popitem(last=False)
-    own = record.worlds.at(world, rank)
-    assert own is not None, "a record holds for the world that it was made of"
-    return _at(record, own, of_job)
+    values = record.worlds.at(*own)
+    assert values is not None, "a record holds for the world that it was made of"
+    return _at(record, values, of_job)
 
 
 def requested(of_job: Inventory, compute_capability: str) -> dict[str, int]:
@@ -157,7 +163,9 @@ def _record(of_job: Inventory, worlds: Worlds, key: tuple[object, ...], compute_
     job, holding = of_job.job, of_job.holding
     assert job.distributed is not None
     states_apart = unlike_in_states(job)
-    of_any = inventory(job._replace(distributed=over_any_world(job.distributed, worlds, steps_flat=states_apart)))
+    distributed = over_any_world(job.distributed, worlds, steps_flat=states_apart)
+    setup = job.setup.model_copy(update={"batch_size": worlds.batch_size})
+    of_any = inventory(job._replace(distributed=distributed, setup=setup))
     if states_apart:
         of_any = of_any._replace(static=Ledger(without_states(of_any.static)))
     if holding is not None and holding.rank is not None and of_any.holding is not None:

@@ -1,4 +1,5 @@
-"""A rank of a world whose size stays open: whole numbers that remember how they follow from the world size and the rank.
+"""A rank of a world whose size stays open: whole numbers that remember how they follow from the world size, the rank and the
+number of rows.
 
 A step is recorded for one rank of one world. Where the code goes by such a number, which of two is larger or whether it is zero,
 the answer is kept: the record holds for every other rank and world size that give the same answers, each number computed anew.
@@ -7,46 +8,69 @@ the answer is kept: the record holds for every other rank and world size that gi
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from pydantic import PrivateAttr
 
 from peftplan.distributed.strategy import Distributed
 
+LATEST_KEPT = 16
 Op = Callable[[int, int], int]
 
 
 class Worlds:
-    """Numbers computed from a world size and a rank, in order, and what the code went by."""
+    """Numbers computed from a world size, a rank and a batch size, in order, and what the code went by."""
 
-    def __init__(self, world: int, rank: int = 0) -> None:
-        self._values: list[int] = [world, rank]
+    def __init__(self, world: int, rank: int = 0, batch_size: int = 1) -> None:
+        own = world, rank, batch_size
+        self._values: list[int] = [*own]
         self._steps: list[tuple[Op | None, int, int]] = []
         """Of every further number: an operation and the places of its operands, or a whole number."""
-        self._places: dict[tuple[Op | None, int, int], int] = {}
+        self.wholes: dict[int, int] = {}
+        """The places of whole numbers."""
+        self.results: dict[tuple[Op, int, int | None], Number] = {}
+        """An operation and the places of its operands → the number that it gave."""
         self._answers: dict[int, int] = {}
         """A number's place → its value, where the code went by it."""
+        self._of_batch: dict[int, None] = {2: None}
+        """The places of numbers that follow from the batch size."""
         self._closed = False
-        self._last: tuple[tuple[int, int], list[int] | None] = (world, rank), self._values
-        self.world, self.rank = cast(int, Number(self, 0)), cast(int, Number(self, 1))
+        self._latest: dict[tuple[int, int], list[int]] = {(world, rank): self._values}
+        """Ranks of worlds that were asked for last → every number there, at some batch size."""
+        self.world, self.rank, self.batch_size = (cast(int, Number(self, place)) for place in range(len(own)))
 
-    def at(self, world: int, rank: int) -> list[int] | None:
+    def at(self, world: int, rank: int, batch_size: int = 1) -> list[int] | None:
         """Every number for a rank of a world, by place; None where the step is another one. The record ends here."""
         self._closed = True
-        if self._last[0] != (world, rank):
-            self._last = (world, rank), self._evaluated(world, rank)
-        return self._last[1]
-
-    def _evaluated(self, world: int, rank: int) -> list[int] | None:
-        values = [world, rank]
-        add = values.append
+        values = self._latest.get((world, rank))
         try:
-            for op, a, b in self._steps:
-                add(a if op is None else op(values[a], values[b]))
+            if values is None:
+                values = self._evaluated([world, rank, batch_size])
+            elif values[2] != batch_size:
+                values = self._with_batch([*values], batch_size)
         except ZeroDivisionError:  # behind an answer that differs
             return None
+        self._latest[world, rank] = values
+        if len(self._latest) > LATEST_KEPT:
+            del self._latest[next(iter(self._latest))]
         return values if all(values[place] == value for place, value in self._answers.items()) else None
+
+    def _evaluated(self, values: list[int]) -> list[int]:
+        """All numbers, which follow from the first ones."""
+        add = values.append
+        for op, a, b in self._steps:
+            add(a if op is None else op(values[a], values[b]))
+        return values
+
+    def _with_batch(self, values: list[int], batch_size: int) -> list[int]:
+        """All numbers at another batch size."""
+        values[2] = batch_size
+        for place in [*self._of_batch][1:]:
+            op, a, b = self._steps[place - 3]
+            assert op is not None
+            values[place] = op(values[a], values[b])
+        return values
 
     def answer(self, place: int) -> int:
         """The value of a number that the code goes by."""
@@ -65,25 +89,41 @@ class Worlds:
         left, right = self._place(a), self._place(b)
         if left is None or right is None:
             return NotImplemented
-        return Number(self, self._step(op, left, right, int(op(self._values[left], self._values[right]))))
+        number = self.results.get((op, left, right))
+        if number is None:
+            place = self._add((op, left, right), int(op(self._values[left], self._values[right])))
+            number = self.results[op, left, right] = Number(self, place)
+        return number
 
     def _place(self, number: object) -> int | None:
         if type(number) is Number:
             assert number.worlds is self, "numbers of two records meet"
             return number.place
-        return self._step(None, number, 0, number) if type(number) in (int, bool) else None  # type: ignore[arg-type]
+        if type(number) not in (int, bool):
+            return None
+        whole = cast(int, number)
+        if whole not in self.wholes:
+            self.wholes[whole] = self._add((None, whole, 0), whole)
+        return self.wholes[whole]
 
-    def _step(self, op: Op | None, a: int, b: int, value: int) -> int:
-        place = self._places.setdefault((op, a, b), len(self._values))
-        if place == len(self._values):
-            assert not self._closed, "a number of a record that has ended is computed with"
-            self._steps.append((op, a, b))
-            self._values.append(value)
+    def _add(self, step: tuple[Op | None, int, int], value: int) -> int:
+        assert not self._closed, "a number of a record that has ended is computed with"
+        place = len(self._values)
+        op, a, b = step
+        if op is not None and (a in self._of_batch or b in self._of_batch):
+            self._of_batch[place] = None
+        self._steps.append(step)
+        self._values.append(value)
         return place
 
 
 def _forwards(op: Op) -> Callable[[Number, object], object]:
-    return lambda self, other: self.worlds.computed(op, self, other)
+    def apply(self: Number, other: object) -> object:
+        worlds = self.worlds
+        known = worlds.results.get((op, self.place, worlds.wholes.get(other))) if type(other) is int else None
+        return worlds.computed(op, self, other) if known is None else known
+
+    return apply
 
 
 def _backwards(op: Op) -> Callable[[Number, object], object]:
@@ -151,6 +191,11 @@ class Number:
 def place_of(number: object) -> int | None:
     """The place of such a number in its record; None for a number that is the same in all worlds."""
     return number.place if type(number) is Number else None
+
+
+def as_recorded(numbers: Iterable[object]) -> tuple[object, ...]:
+    """These values, with such numbers as whole ones: those of the world size that was recorded."""
+    return tuple([number.worlds.value(number.place) if type(number) is Number else number for number in numbers])
 
 
 class AnyWorld(Distributed):

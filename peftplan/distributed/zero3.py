@@ -193,6 +193,8 @@ class Coordinator:
     def all_gather(self, parameters: Iterable[Sharded]) -> None:
         """`all_gather_coalesced`: one buffer per dtype; a single parameter is a view of its buffer."""
         parameters = sorted(parameters, key=_number)
+        if not parameters:
+            return
         self.live += sum(p.numel for p in parameters)
         if len(parameters) == 1:
             (p,) = parameters

@@ -116,7 +116,7 @@ def tokens_unchunked(job: Job) -> int | None:
 def rows_of(job: Job) -> Rows:
     """How many rows of experts a batch has."""
     tokens = job.setup.rows * job.setup.seq_len
-    if tokens <= (tokens_at_once(job) or 0):
+    if (few := tokens_at_once(job)) is not None and tokens <= few:
         return "few"
     return "most" if (most := tokens_unchunked(job)) is not None and tokens > most else "many"
 

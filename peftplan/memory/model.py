@@ -374,7 +374,7 @@ def _is_adapted(part: Part) -> bool:
 def _leaf_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[()]:
     """`requires_grad_` makes it a leaf, which keeps its `.grad`: of a slice of several sequences a copy (`accumulate_grad.h`)."""
     whole = g.dims if g.storage is None else f.dims[g.storage.number]
-    sliced = f.several and len(whole) == len(g.dims) and whole != g.dims
+    sliced = len(whole) == len(g.dims) and whole != g.dims and f.several
     kept = f.new(g.dims, g.dtype, "clone") if sliced else g
     if kept.storage is not None and f.keeps_graph:
         f.category[kept.storage.number] = "activations"  # lives beyond the step, as the leaf does

@@ -108,6 +108,8 @@ class Gathering(Stage):
         """Whether such a block runs."""
         self.layers = {unit_of_layer(number): LAYER.format(number) for block in model.arch.blocks for number in block.layers}
         """Unit → its module, of layers."""
+        self.called: dict[tuple[str, int | None, tuple[Parameter, ...]], Module] = {}
+        """Name, layer and parameters of a module that has been called → the module."""
         self.of_module: dict[str, list[Sharded]] = {}
         """Module → its parameters, with those of modules inside."""
         self.of_prompts = tuple(p for p in own if p.name == "prompt_encoder.embedding.weight")
@@ -144,7 +146,7 @@ class Gathering(Stage):
         """Call a module on `x`; `by_name`: it takes it as a keyword, which hooks do not see. `reads`: as in `read`."""
         if self.in_leaf or name == self.model.arch.input_embedding:  # which is a unit of its own
             return function(x)
-        if (inside := self.of_leaf.get(name.format(layer))) is not None:
+        if self.of_leaf and (inside := self.of_leaf.get(name.format(layer))) is not None:
             leaf = Module(name.format(layer), tuple(inside), leaf=True)
             return cast("Y", self._call_leaf(leaf, x, cast("Callable[[X], Tensor]", function)))
         module = self._module(name, layer, (*parameters, *reads))
@@ -211,8 +213,12 @@ class Gathering(Stage):
         """The gathered tensor of a parameter."""
         return self.sharded[self._key(parameter)].whole
 
-    def _module(self, name: str, layer: int | None, parameters: Iterable[Parameter]) -> Module:
-        return Module(name.format(layer), tuple(dict.fromkeys(self.sharded[self._key(p)] for p in parameters)))
+    def _module(self, name: str, layer: int | None, parameters: tuple[Parameter, ...]) -> Module:
+        key = name, layer, parameters
+        if key not in self.called:
+            own = dict.fromkeys([self.sharded[p.name, p.layer] for p in parameters])
+            self.called[key] = Module(name.format(layer), tuple(own))
+        return self.called[key]
 
     def pre_forward(self, module: Module, *, known: Module | None = None) -> None:
         """`pre_sub_module_forward_function`. Frozen parameters of a recomputation belong to the module that backward is in."""
@@ -301,12 +307,12 @@ class Gathering(Stage):
         embedding = self.model.arch.input_embedding
         assert embedding is not None
         if name == EMBEDDING:
-            return [self._module(embedding, None, [self.model.part(embedding).own_weight])]
+            return [self._module(embedding, None, (self.model.part(embedding).own_weight,))]
         if name == BACKBONE:  # OPT's head calls `model.decoder` itself
-            around = [self._module(WRAPPER, None, [self.model.part(embedding).own_weight])] if self.reads_table else []
+            around = [self._module(WRAPPER, None, (self.model.part(embedding).own_weight,))] if self.reads_table else []
             return [*around, Module(self.model.arch.decoder, ())]
         if name == ROOT:
-            read = () if self.of_loss is None else self.model.part(self.of_loss).params.values()
+            read = () if self.of_loss is None else tuple(self.model.part(self.of_loss).params.values())
             inner = [Module(outer, ()) for outer in self.wrapped]
             if self.of_prompts:
                 inner = [Module(inner[0].name, self.of_prompts)]

@@ -16,7 +16,8 @@ from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedEr
 from peftplan.job.words import MEANINGS
 from peftplan.planning.axes import Values, separated, values_of
 from peftplan.planning.for_method import ONE_POINT, base_of, known_methods
-from peftplan.planning.sweep_points import MOST_REFUSED, SIZES, Chunk, Grid, first_of
+from peftplan.planning.sweep_grid import MOST_REFUSED, SIZES, Grid, first_of
+from peftplan.planning.sweep_points import Chunk, blocks
 from peftplan.planning.verdicts import find_cards
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Sweep:
         warnings: dict[str, None] = {}
         total = self._grid.num_points()
         for job in self._grid.jobs():
-            for block in job.blocks(self._cards):
+            for block in blocks(job, self._cards):
                 points += block.count
                 share = None if self._replays is None else self._replays * points // total - replayed
                 for chunk in block.rows(self.columns, share, self._telling(rows)):

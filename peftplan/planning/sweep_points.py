@@ -1,23 +1,19 @@
-"""The points of a sweep: a grid of options, the jobs that differ in more than sizes, and blocks of a job's points as arrays."""
+"""The points of a sweep: blocks of a job's points, evaluated as arrays, and their rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
-from math import prod
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 from peftplan.arrays import Ints
-from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
-from peftplan.job.inventory import Inventory, inventory
-from peftplan.job.prepare import check_rank_allocator, prepare
+from peftplan.errors import MissingExtraError, PeftplanError
 from peftplan.job.resolving import check_length, check_logits_to_keep
-from peftplan.job.setup import MOST, Setup, parse_setup
 from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.axes import Values
-from peftplan.planning.for_method import ONE_POINT, options_for
-from peftplan.planning.verdicts import by_kernels, capability, placed_on
+from peftplan.planning.for_method import ONE_POINT
+from peftplan.planning.sweep_grid import Job, whole
+from peftplan.planning.verdicts import by_kernels, capability
 
 try:
     import numpy as np
@@ -36,116 +32,13 @@ if TYPE_CHECKING:
 
     from peftplan.hardware.gpus import Gpu
     from peftplan.job.job import Job as JobOfInventory
-    from peftplan.job.options import Options
 
-SIZES = ("batch_size", "seq_len", "r")
-"""Options that are evaluated as arrays."""
 BLOCK = 2**18
 """Points that are held at a time."""
 CHUNK = 2**15
 """Points whose rows are made at a time."""
-MOST_REFUSED = 200
-"""Jobs that are asked for one that makes sense before any row is made."""
-
-Value = TypeVar("Value")
 Chunk = dict[str, list[object]]
 """Rows as columns: name → a list of values."""
-OF_RANKS = ("gpus", "nodes", "strategy")
-"""Options that have a column wherever they are set: without them a row reads as one of a single GPU."""
-
-
-class Grid(NamedTuple):
-    """The grid: every combination of models, methods and the values of each axis; `single` are options with one value."""
-
-    models: Values
-    methods: Sequence[str]
-    axes: Mapping[str, Values]
-    single: Mapping[str, object]
-
-    def own(self, method: str, options: Mapping[str, Value]) -> dict[str, Value]:
-        """The options that a method has; all of them where it is the only one, to be refused."""
-        return options_for(method, options) if len(self.methods) > 1 else dict(options)
-
-    def num_points(self) -> int:
-        """Points."""
-        per_model = sum(prod(len(values) for values in self.own(method, self.axes).values()) for method in self.methods)
-        return len(self.models) * per_model
-
-    def text(self) -> str:
-        """The axes and how many values each has."""
-        by_name: dict[str, Sequence[object]] = {"model": self.models, "method": self.methods, **self.axes}
-        return " × ".join(f"{name.replace('_', ' ')} {len(values):,}" for name, values in by_name.items() if len(values) > 1)
-
-    def of_jobs(self) -> list[str]:
-        """The options that differ between jobs, and `OF_RANKS`."""
-        return [name for name in (*self.axes, *self.of_ranks()) if name not in SIZES]
-
-    def of_ranks(self) -> dict[str, object]:
-        """Those of `OF_RANKS` that have one value."""
-        return {name: self.single[name] for name in OF_RANKS if self.single.get(name) is not None}
-
-    def check(self, name: str, values: Values) -> None:
-        """Raise for a value that no job takes, so that a typing error is no row."""
-        if name in SIZES:
-            for value in (values[0], values[-1]) if isinstance(values, range) else values:
-                _whole(name, value)
-            return
-        for value in values[:MOST_REFUSED]:
-            if name in Setup.model_fields:
-                parse_setup({name: value})
-            try:
-                self._any_job({name: value})
-            except UnknownNameError:
-                raise
-            except PeftplanError:
-                continue
-
-    def _any_job(self, changed: Mapping[str, object]) -> None:
-        """Check a job of the first method that has these options, or that refuses them if none has."""
-        method = next((method for method in self.methods if changed.keys() <= self.own(method, changed).keys()), self.methods[0])
-        method_option = {"method": method} if method else {}
-        counted(self.models[0], **{**self.own(method, self.single), **changed, **method_option})
-
-    def jobs(self) -> Iterator[Job]:
-        """One for each model, method, and combination of the options that are no sizes."""
-        for model, method in product(self.models, self.methods):
-            axes = self.own(method, self.axes)
-            sizes = {name: axes.pop(name) for name in SIZES if name in axes}
-            single = self.own(method, self.single) | ({"method": method} if method else {})
-            for values in product(*axes.values()):
-                point = dict(zip(axes, values, strict=True))
-                yield Job(model, method, {**single, **point}, {**self.of_ranks(), **point}, sizes)
-
-
-class Job(NamedTuple):
-    """A job with the sizes that its points take. `shown`: the options of its columns."""
-
-    model: object
-    method: str
-    options: Mapping[str, object]
-    shown: Mapping[str, object]
-    sizes: Mapping[str, Values]
-
-    def __len__(self) -> int:
-        return prod(len(values) for values in self.sizes.values())
-
-    def counted(self, rank: int | None = None, *, card: Gpu | None = None) -> Inventory:
-        """The job with its parameters on a card, at its own rank or another."""
-        return placed_on(counted(self.model, **self.options, **({} if rank is None else {"r": rank})), card)
-
-    def blocks(self, cards: Sequence[Gpu]) -> Iterator[Block]:
-        """Its points, so many at a time."""
-        groups = [(self._sized(group[0] if group else None), group) for group in by_kernels(cards)]
-        for start in range(0, len(self), BLOCK):
-            yield Block(self, start, min(BLOCK, len(self) - start), groups, cards)
-
-    def _sized(self, card: Gpu | None) -> Sized | str:
-        """The job at all sizes on a card, or why there is none."""
-        ranks = cast("Sequence[int]", self.sizes.get("r", ()))
-        try:
-            return Sized(partial(self.counted, card=card), ranks, compute_capability=capability(card))
-        except PeftplanError as refused:
-            return str(refused)
 
 
 class Block:
@@ -258,50 +151,27 @@ def _on_card(card: Limits, number: int, decided: Decided) -> dict[str, list[obje
     }
 
 
-def counted(model: object, **options: object) -> Inventory:
-    """A checked job with its parameters and what lasts. Raises what `estimate` raises."""
-    job = prepare(model, **cast("Options", options))
-    check_rank_allocator(job)
-    return inventory(job)
+def blocks(job: Job, cards: Sequence[Gpu]) -> Iterator[Block]:
+    """The points of a job, so many at a time."""
+    groups = [(_sized(job, group[0] if group else None), group) for group in by_kernels(cards)]
+    for start in range(0, len(job), BLOCK):
+        yield Block(job, start, min(BLOCK, len(job) - start), groups, cards)
+
+
+def _sized(job: Job, card: Gpu | None) -> Sized | str:
+    """The job at all sizes on a card, or why there is none."""
+    ranks = cast("Sequence[int]", job.sizes.get("r", ()))
+    try:
+        return Sized(partial(job.counted, card=card), ranks, compute_capability=capability(card))
+    except PeftplanError as refused:
+        return str(refused)
 
 
 def _values_at(name: str, values: Values, places: Ints) -> Ints:
     """Values of an axis at some places; a range is not written out."""
     if isinstance(values, range):
         return values.start + values.step * places.astype(np.int64)
-    return np.array([_whole(name, value) for value in values], dtype=np.int64)[places]
-
-
-def _whole(name: str, value: object) -> int:
-    """A size. Raises BoundError or InputError."""
-    text = value.strip() if isinstance(value, str) else value
-    if isinstance(text, str) and text.lstrip("-").isdecimal():
-        text = int(text)
-    if isinstance(text, bool) or not (isinstance(text, int) or hasattr(text, "__index__")):
-        raise InputError(name, value, "accepted: whole numbers")
-    number = int(text)
-    if number < 1:
-        raise BoundError(name, number, "at least 1")
-    if number > MOST:
-        raise BoundError(name, number, f"at most {MOST:,}")
-    return number
-
-
-def first_of(jobs: Iterable[Job]) -> None:
-    """Raise the error of the first job where no job makes sense."""
-    first: PeftplanError | None = None
-    for job in jobs:
-        try:
-            checked = job.counted(None if "r" not in job.sizes else _whole("r", job.sizes["r"][0])).job
-            if "seq_len" in job.sizes:
-                values = job.sizes["seq_len"]
-                shortest = values[0] if isinstance(values, range) else min(_whole("seq_len", value) for value in values)
-                check_length(shortest, checked.architecture.max_positions)
-            return
-        except PeftplanError as error:
-            first = first or error
-    assert first is not None
-    raise first
+    return np.array([whole(name, value) for value in values], dtype=np.int64)[places]
 
 
 def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Ints]:

@@ -197,7 +197,7 @@ class Autograd(Allocations):
     def _apply(self, node: Node) -> None:
         grads, node.grads = node.grads, [None]
         self.module = node.module
-        if self.several and node.folds and self.is_permuted(grads[0]):  # `reshape`, in the backward of `view`
+        if node.folds and self.is_permuted(grads[0]) and self.several:  # `reshape`, in the backward of `view`
             grads[0] = self.new(grads[0].dims, grads[0].dtype, "clone")  # type: ignore[union-attr]
         saved, node.saved = node.saved, ()
         if saved is RELEASED:

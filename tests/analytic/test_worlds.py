@@ -15,7 +15,7 @@ from peftplan.analytic.sized import Points, Sized  # noqa: E402
 from peftplan.arrays import larger, smaller  # noqa: E402
 from peftplan.distributed.any_world import Worlds, place_of  # noqa: E402
 from peftplan.distributed.names import StrategyName  # noqa: E402
-from peftplan.planning.sweep_points import counted  # noqa: E402
+from peftplan.planning.sweep_grid import counted  # noqa: E402
 from peftplan.units import ceil_div, round512  # noqa: E402
 
 MODEL = "qwen2.5-0.5b"
@@ -90,6 +90,24 @@ def test_worlds_share_a_record(name: str) -> None:
     for world in (2, 16, 1024):
         at(world, JOBS[name]).requested(POINTS.take(np.array([1])))
     assert {len(records) for records in worlds._RECORDS.values()} == {1}
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero1, full, tensors larger than the bucket", "fsdp2, qlora on the host"])
+def test_batch_sizes_share_a_record_where_no_operation_goes_by_them(name: str) -> None:
+    """One sequence and two run the same operations of Qwen 2, whose heads are not copied."""
+    COMPILED.clear()
+    worlds._RECORDS.clear()
+    at(4, JOBS[name]).requested(Points(np.array([1, 2, 3]), np.array([1000, 1000, 2000])))
+    assert [len(records) for records in worlds._RECORDS.values()] == [1]
+
+
+def test_numbers_follow_from_the_batch_size_too() -> None:
+    """Two rows of 8 tokens in a world of 8 are 16; in the same world three are 24, and a batch of one row runs another step."""
+    of = Worlds(8, 3, 2)
+    tokens = of.batch_size * 8
+    assert of.batch_size > 1
+    place = place_of(tokens) or 0
+    assert [(of.at(8, 3, rows) or {place: None})[place] for rows in (2, 3, 1)] == [16, 24, None]
 
 
 def test_numbers_follow_from_the_world_size() -> None:
