@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
+from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import PeftplanError
 from peftplan.planning.changes import (
     MORE_GPUS,
@@ -36,10 +37,15 @@ MOST_COMBINATIONS = 12
 """Combinations that are evaluated, the cheapest first."""
 EVERY_LAYER = ("fsdp1", "fsdp2", "zero3")
 """Strategies under which no layer is a copy of another."""
+OF_LOSS = frozenset({"loss", "trainer"})
+"""Changes of the loss, of which TRL has one of its own."""
 OF_STATES = ("optim", "adapter_dtype", "offload_optimizer")
 """Changes of what the optimizer holds."""
 SAVED_OF_STATES = 2
 """They are taken to save at most so many times its states: these, and gradients and temporaries as large."""
+SAVED_OF_LOGITS = 4
+"""Changes of the loss are taken to save at most so many times the logits in fp32: these, their gradient, and temporaries as
+large."""
 OTHER_TRAINING = frozenset({"method", "target_modules", "seq_len"})
 """Changes of what is trained, or of its data: where only these help, several GPUs are tried too."""
 MOST_REPLAYS = 3
@@ -95,26 +101,34 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
 
 def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
     """The single changes. Where a strategy has every layer run, which takes a second or two for each change of 70B, those are
-    left out that cannot save what is worth showing, and those that do less than one that saves too little.
+    left out that cannot save what is worth showing, those that do less than one that saves too little, and further methods
+    behind one that suffices.
     """
-    slow = job.distributed is not None and job.distributed.strategy in EVERY_LAYER
-    peak = max(before.values())
-    little = slow and peak > trials.room and SAVED_OF_STATES * trials.states < WORTH * peak
-    no_room: set[str] = set()
+    if job.distributed is None or job.distributed.strategy not in EVERY_LAYER:
+        return [change for options, price in possible if (change := _tried(trials, before, options, price)) is not None]
+    setup, peak = job.setup, max(before.values())
+    most = WORTH * peak if peak > trials.room else 0
+    logits = SAVED_OF_LOGITS * ITEMSIZE["fp32"] * setup.rows * setup.seq_len * (job.architecture.vocab_size or 0)
+    little = {
+        **dict.fromkeys(OF_STATES, SAVED_OF_STATES * trials.states < most),
+        **dict.fromkeys(OF_LOSS, logits < most),
+        "attn_implementation": setup.attn_implementation == "sdpa" and not setup.padding,  # it runs the same kernel
+    }
+    methods = [change for change in possible if "method" in change[0]]
+    decided: set[str] = set()
     changes: list[Change] = []
-    for options, price in reversed(possible) if slow else possible:
+    for options, price in (*(change for change in reversed(possible) if change not in methods), *methods):
         (name, *others) = options
         kind = "gpus" if options.keys() <= OF_GPUS else name
-        if kind in no_room or (little and name in OF_STATES and not others):
+        if kind in decided or (little.get(kind) and not set(others) - OF_LOSS):
             continue
-        if slow and options.get("attn_implementation") and job.setup.attn_implementation == "sdpa" and not job.setup.padding:
-            continue  # sdpa runs the same kernel
         if (change := _tried(trials, before, options, price)) is None:
             continue
         changes.append(change)
-        if slow and kind in ("gpus", "seq_len") and change.left(before) > trials.room:
-            no_room.add(kind)
-    return changes[::-1] if slow else changes
+        if kind in (("method",) if change.left(before) <= trials.room else ("gpus", "seq_len")):
+            decided.add(kind)
+    in_order = [options for options, _ in possible]
+    return sorted(changes, key=lambda change: in_order.index(dict(change.options)))
 
 
 def _alike(options: Mapping[str, object], others: Mapping[str, object]) -> bool:
