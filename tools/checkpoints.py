@@ -89,6 +89,31 @@ def with_attending_layer(tensors: Tensors) -> Tensors:
     return placed(parts | {"mtp.fc.weight": norm | {"shape": [width, 2 * width]}})
 
 
+OF_EXPERT = re.compile(r"(model\..*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def with_stacked_experts(tensors: Tensors) -> Tensors:
+    """The tensors with one of all experts of a layer for what projects up, and one for what projects down, but of a layer that
+    predicts a further token."""
+    parts: Tensors = {}
+    experts = [place for name in tensors if (place := OF_EXPERT.fullmatch(name))]
+    count = 1 + max(int(place[2]) for place in experts)
+    for name, row in tensors.items():
+        if (place := OF_EXPERT.fullmatch(name)) is None:
+            parts[name] = row
+        elif place[2] == "0" and place[3] != "up":
+            rows, columns = row["shape"]
+            gated = place[3] == "gate"
+            parts[f"{place[1]}.{'gate_up' if gated else 'down'}_proj"] = row | {"shape": [count, (1 + gated) * rows, columns]}
+    return placed(parts)
+
+
+def with_columns_first(tensors: Tensors) -> Tensors:
+    """The tensors with stacks of experts whose dims are (expert, in, out)."""
+    turned = {name: row for name, row in tensors.items() if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))}
+    return placed(tensors | {name: row | {"shape": [row["shape"][place] for place in (0, 2, 1)]} for name, row in turned.items()})
+
+
 def placed(parts: Tensors) -> Tensors:
     """Tensors one behind the other."""
     changed: Tensors = {}

@@ -31,8 +31,8 @@ import yaml
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools import automodel_unsaid as unsaid
-from tools import hybrid_ep, uncompiled_te
-from tools.checkpoints import further_pattern, in_4_bits, in_8_bits, rename, rewrite, with_attending_layer, with_further_tokens
+from tools import checkpoints, hybrid_ep, uncompiled_te
+from tools.checkpoints import further_pattern, in_4_bits, in_8_bits, rename, rewrite, with_further_tokens
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
@@ -74,7 +74,12 @@ def rows(length: int, count: int, *, translated: bool = False, masked: bool = Tr
     return Rows(length, count, translated=translated, masked=masked)
 
 
-KINDS_OF_TOKENS = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids"}
+KINDS_OF_TOKENS = {
+    "gemma3": "token_type_ids",
+    "gemma4": "mm_token_type_ids",
+    "qwen3_vl": "mm_token_type_ids",
+    "qwen3_vl_moe": "mm_token_type_ids",
+}
 """Model type → what its processor says of each token: whether it is one of a picture."""
 
 
@@ -182,8 +187,8 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             rename(Path(folder) / "model.safetensors", names)
         if pattern := further_pattern(options(row)["model"]):
             rewrite(Path(folder) / "model.safetensors", partial(with_further_tokens, row["layers"], pattern))
-        if options(row)["model"]["model_type"] == "qwen3_5":
-            rewrite(Path(folder) / "model.safetensors", with_attending_layer)
+        for change in CHANGED.get(options(row)["model"]["model_type"], ()):
+            rewrite(Path(folder) / "model.safetensors", change)
         if row.get("recipe", {}).get("model", {}).get("trust_remote_code"):
             add_code(Path(folder), Path(os.environ["NEMOTRON_H"]))
         if (quantized := options(row)["model"].get("quantization_config")) is not None:
@@ -205,6 +210,13 @@ LLAVA = {
 QWEN_VL = {"model.language_model.": "model.", "model.visual.": "visual."}
 PUBLISHED = {"mistral3": LLAVA, "gemma3": LLAVA, "qwen2_5_vl": QWEN_VL, "nemotron_h": {"model.": "backbone."}}
 """Model type → how names of transformers' model begin → how they do in the published checkpoint, which is what the tool reads."""
+
+CHANGED = {
+    "qwen3_5": (checkpoints.with_attending_layer,),
+    "qwen3_5_moe": (checkpoints.with_attending_layer, checkpoints.with_stacked_experts),
+    "qwen3_vl_moe": (checkpoints.with_columns_first,),
+}
+"""Model type → how its published checkpoint differs from what transformers' model would save."""
 
 
 LENGTH = ("cache_position[-1] + 1", "cache_position.shape[0]")

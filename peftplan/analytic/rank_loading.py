@@ -16,6 +16,7 @@ from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.zero import groups_of, partition
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.automodel import builds, merges_experts
+from peftplan.job.further_tokens import STACK
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.teacher import trained_together
 from peftplan.ledger import Ledger, Line
@@ -131,7 +132,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         in_8_bits=in_8_bits,
         keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         casts_shards=casts_shards,
-        drawn=_largest_drawn(holding.parameters) if built == "qwen3_5" else 0,
+        passing=PASSING[built](holding.parameters) if built in PASSING else (),
         masks=0 if built in (*SCANNING, "gemma4", "ernie4_5_moe") else 3,
     )
     if job.reference != "copy" or layout.loads != "tensors":
@@ -163,10 +164,21 @@ def _matrices_of_stages(job: Job, parameters: Parameters, own: Parameters, rank:
     return tuple((sum(nbytes * copies for nbytes, copies in of), max(nbytes for nbytes, _ in of)) for of in sizes)
 
 
-def _largest_drawn(own: Parameters) -> int:
-    """Numbers of a rank's largest part of a matrix of attention or of a delta rule (nemo_automodel 0.7.0,
-    components/models/qwen3_5/model.py, `Qwen3_5DenseBlock.init_weights`)."""
-    return max(p.numel for p in own.all if p.layers and len(p.shape) > 1 and OF_MIXERS.search(p.name))
+def _masks(own: Parameters) -> tuple[int, ...]:
+    """Three masks by which `nn.init.trunc_normal_` draws a rank's largest part of a matrix of attention or of a delta rule
+    (nemo_automodel 0.7.0, components/models/qwen3_5/model.py, `Qwen3_5DenseBlock.init_weights`)."""
+    return (max(p.numel for p in own.all if p.layers and len(p.shape) > 1 and OF_MIXERS.search(p.name)),) * 3
+
+
+def _stacked_further(own: Parameters) -> tuple[int, ...]:
+    """Experts of a layer that predicts a further token are read one by one, gate and up of each are joined, and all stacked
+    (the same, qwen3_5_moe/state_dict_adapter.py, `from_hf`), where the checkpoint has them so, as that of Qwen3.5 35B-A3B."""
+    stacks = [p for p in own.all if p.name.startswith(STACK) and len(p.shape) > 2]
+    return tuple(sum(a.nbytes for a in p.allocations) for p in stacks for _ in range(2 + p.name.endswith("gate_up_proj")))
+
+
+PASSING = {"qwen3_5": _masks, "qwen3_5_moe": _stacked_further}
+"""Model type → what is there together, in bytes, once a rank has all weights."""
 
 
 def tied_bytes(job: Job, parameters: Parameters) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
 
+from peftplan.job.further_tokens import OF_QWEN
 from peftplan.job.loss_sizes import SHARED_CHUNKS
 from peftplan.versions import PACKED_POSITIONS_CHECKED
 
@@ -51,7 +52,7 @@ def _ties_beside_experts(job: Job) -> bool:
 def _chunks_between_units(job: Job) -> bool:
     """Whether ranks share Qwen 3 Next, or NeMo Automodel's Qwen 3.5, whose delta rule runs in operations of torch: of eight
     layers of Qwen3.5 27B reserved bytes were 5.9 % above the replay, of four within 0.15 %."""
-    by_tool = job.architecture.model_type == "qwen3_5" and job.setup.by.own_decoders
+    by_tool = job.architecture.model_type in OF_QWEN and job.setup.by.own_decoders
     return (by_tool or job.architecture.model_type == "qwen3_next") and job.distributed is not None
 
 
@@ -65,6 +66,12 @@ def _trains_dense_scans(job: Job) -> bool:
     """Whether ranks train all of NeMo Automodel's dense Nemotron 3."""
     by_tool = job.architecture.model_type == "nemotron_h" and job.setup.by.own_lora and job.method_name == "full"
     return by_tool and job.distributed is not None and not any(block.mlp.num_experts for block in job.architecture.blocks)
+
+
+def _trains_further_tokens(job: Job) -> bool:
+    """Whether ranks train all of a Nemotron 3 that predicts further tokens, and divide its experts."""
+    shared = job.architecture.model_type == "nemotron_h" and job.distributed is not None
+    return shared and bool(job.setup.mtp_depths) and job.method_name == "full"
 
 
 def _trains_biases(job: Job) -> bool:
@@ -193,6 +200,10 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         _trains_dense_scans,
         "mamba-ssm's functions in full fine-tuning of a dense model: a rehearsal reserved 25 % more than the replay",
+    ),
+    (
+        _trains_further_tokens,
+        "further tokens in full fine-tuning beside divided experts: a rehearsal reserved 4.8 % more than the replay",
     ),
     (_ties_beside_experts, "a tied head beside divided experts: a rehearsal reserved 12 % more than the replay"),
     (

@@ -8,7 +8,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
-from peftplan.job.further_tokens import attends_then_mixes
+from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
@@ -28,7 +28,7 @@ REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = (
     *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
-    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "qwen3_5"),
+    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"),
 )
 """Of `REHEARSED`, and of vision-language models, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"
@@ -186,8 +186,8 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
-    some are chosen first, but in stages without an exchange; Nemotron's without a latent space around its experts; GLM-5's with
-    torch's attention over rows of which an indexer chooses every key."""
+    some are chosen first, but in stages without an exchange; GLM-5's with torch's attention over rows of which an indexer chooses
+    every key."""
     setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
     if chosen is not None and (setup.seq_len > chosen or setup.padding or not by_torch):
@@ -195,7 +195,7 @@ def _reads_as_rehearsed(job: Job) -> bool:
     router = job.architecture.blocks[-1].mlp.router
     grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1
     compressed = grouped and (bool(setup.kernels) or not by_torch or not _in_stages(job))
-    return not (compressed or any("_latent_proj" in module.name for module in job.architecture.modules))
+    return not compressed
 
 
 def _adapts_as_rehearsed(job: Job) -> bool:
@@ -254,10 +254,11 @@ def _knows_further_tokens(job: Job) -> bool:
     """Whether layers that predict further tokens, if any, were rehearsed: with LoRA and checkpoints on one GPU, or one of
     Qwen 3.5."""
     setup = job.setup
-    if not setup.mtp_depths or (job.architecture.model_type == "qwen3_5" and setup.mtp_depths == 1):
+    if not setup.mtp_depths or (job.architecture.model_type in OF_QWEN and setup.mtp_depths == 1):
         return True
     alone = job.distributed is None and job.method_name == "lora" and bool(setup.gradient_checkpointing)
-    return alone and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full" and attends_then_mixes(job.architecture)
+    beside = alone or (knows_experts(job) and not packs_documents(job))
+    return beside and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full" and attends_then_mixes(job.architecture)
 
 
 def _knows_layers(job: Job) -> bool:

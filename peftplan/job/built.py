@@ -205,7 +205,7 @@ def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]
             for module in architecture.modules
         )
         return replace(architecture, modules=modules)
-    if architecture.model_type in ("qwen3_next", "qwen3_5"):  # models/qwen3_next/layers.py (`_install_ssm_gate`)
+    if architecture.model_type in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):  # models/qwen3_next/layers.py (`_install_ssm_gate`)
         return replace(architecture, keep_in_fp32_strict=("A_log", "dt_bias"))
     if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
         return architecture

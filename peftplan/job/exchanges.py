@@ -37,6 +37,11 @@ OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
+    "qwen3_5_moe": tuple(
+        Exchanged(("deepep.exchange",), ADAMW, checkpoints, True, method)
+        for method, checkpoints in (("partial", False), ("partial", True), ("lora", False))
+    ),
+    "qwen3_vl_moe": (Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, False, True, "partial"),),
     "minimax_m2": (
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
@@ -75,6 +80,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),
+        Exchanged(("te-norm.rms_norm", *OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False, "lora"),
         Exchanged(("te.attention", *OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora"),
         Exchanged(OF_NEMOTRON, ANY_ADAM, False, True, "lora", shared=True),
     ),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftplan.job.setup import Setup
 
 STACK, OF_TEXT_PART = "mtp.layers.", "model.language_model.layers.{}"
+OF_QWEN = ("qwen3_5", "qwen3_5_moe")
 LETTERS = {kind: letter for letter, kind in OF_PATTERN.items()} | {"attention": "*", "mamba": "M"}
 NONE_BUILT = "the model that runs has no layers that predict further tokens: mtp_depths changes nothing"
 
@@ -29,7 +30,7 @@ def depths_of(setup: Setup, config: Mapping[str, object], *, quantized: bool) ->
     transformers' model runs, which has no such layers (_transformers/model_init.py, `_init_model`)."""
     if quantized or not setup.by.own_decoders:
         return 0
-    if config.get("model_type") == "qwen3_5" and isinstance(text := config.get("text_config"), Mapping):
+    if config.get("model_type") in OF_QWEN and isinstance(text := config.get("text_config"), Mapping):
         stated = Fields(text, name="text_config").int("mtp_num_hidden_layers", default=0, low=0)
         return stated if setup.mtp_depths is None else setup.mtp_depths
     if config.get("model_type") != "nemotron_h" or not _pattern(config):
@@ -41,7 +42,7 @@ def depths_of(setup: Setup, config: Mapping[str, object], *, quantized: bool) ->
 def with_further_tokens(architecture: Architecture, config: Mapping[str, object], *, shared: bool) -> Architecture:
     """The architecture with one such layer for each letter of the config's pattern. `shared`: all depths have the same ones;
     those of as many depths as the config says have their own each."""
-    if architecture.model_type == "qwen3_5":
+    if architecture.model_type in OF_QWEN:
         return _with_attending_layer(architecture)
     pattern = _pattern(config)
     each = len(pattern)

@@ -28,10 +28,17 @@ def hidden_and_last(model: Model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return Tensor(None, (), "fp32"), x, last
 
 
-def cut_behind_model(model: Model, x: Tensor) -> Tensor:
-    """The sum over all tokens, divided by their number on all ranks."""
+def cut_behind_model(model: Model, x: Tensor, *further: Tensor) -> Tensor:
+    """The sum over all tokens, divided by their number on all ranks. `further`: hidden states of further tokens, each of which
+    has a loss of its own with the same weight."""
     f, head = model.tape, projection(model)
     weight = model.table(head.name, head)
+    loss = _of_tokens(f, x, weight)
+    depths = [_of_tokens(f, y, weight) for y in further]
+    return ops.add(f, loss, ops.scale(f, depths[0])) if depths else loss
+
+
+def _of_tokens(f: Tape, x: Tensor, weight: Operand) -> Tensor:
     hidden = ops.reshaped(f, x)
     _drop_valid_tokens(f)
     node = f.record(_backward, (hidden, weight), hidden, weight)

@@ -9,49 +9,54 @@ Source: nemo_automodel 0.7.0, components/models/common/mtp/mtp.py (`MTPModule.fo
 
 from __future__ import annotations
 
-from peftplan.job.further_tokens import STACK
+from peftplan.job.further_tokens import OF_QWEN, STACK
+from peftplan.job.loss_sizes import CUT_APART
+from peftplan.memory.cut_apart import hidden_and_last
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel_nemotron import STYLE, attention, mixture
+from peftplan.memory.models.automodel_vision import GATED, gated_layer, joined_table
 from peftplan.memory.models.qwen3_5 import STYLE as OF_ATTENTION
 from peftplan.memory.models.qwen3_5 import layer as attending_layer
 from peftplan.memory.models.style import Call
 from peftplan.memory.models.vision_language import tables_of_grids
-from peftplan.memory.units import EMBEDDING, FURTHER
+from peftplan.memory.units import EMBEDDING, FURTHER, further
 from peftplan.tape import ops
 from peftplan.tape.shaping import cat
 from peftplan.tape.tensors import Tensor
 
 
 def logits_and_depths(model: Model, x: Tensor) -> tuple[Tensor, ...]:
-    """The logits of every position, and the hidden states of each depth."""
-    logits = logits_of(model, x)
+    """The logits of every position, or hidden states and logits of the last where the loss reads the head itself, and the hidden
+    states of each depth."""
+    own = hidden_and_last(model, x) if model.running.loss == CUT_APART else (Tensor(None, (), "fp32"), logits_of(model, x))
     depths, of_depth = [], _depth
-    if model.arch.model_type == "qwen3_5":
+    if model.arch.model_type in OF_QWEN:
         _words, of_depth = _embedded(model), _attending_depth  # of which the mask's shape is taken
     for _ in range(model.running.mtp_depths):
         x = of_depth(model, x)
         depths.append(x)
-    return Tensor(None, (), "fp32"), logits, *depths
+    return *own, *depths
 
 
 def _depth(model: Model, x: Tensor) -> Tensor:
     """The layers of a depth, of which the last one ends in a norm."""
-    assert model.arch.input_embedding is not None
-    embedded = model.embedding(model.arch.input_embedding, ("b", "s"))
+    embedded = _embedded(model)
     sparse = next(block for block in model.arch.blocks if block.mlp.variant == "moe")
     blocks = (next(block for block in model.arch.blocks if block.attentions), sparse)
     calls = [Call(model, STYLE._replace(stack=f"{STACK}{n}"), block, n, (), None) for n, block in enumerate(blocks)]
     first, last = calls
+    x, embedded = model.units.enter_with_all(further(first.style.stack), x, embedded)
     e, h = first.norm("enorm", embedded), first.norm("hnorm", x)
     both = cat(first.at(), (e, h), (*h.dims[:-1], 2 * int(h.dims[-1])))
     del embedded, e, h
     x = first.linear("eh_proj", both)
     del both
-    for call, part in zip(calls, (attention, mixture), strict=True):
-        x = ops.add(call.at(), x, part(call, call.norm("norm", x)))
-    return last.norm("final_layernorm", x)
+    x = ops.add(first.at(), x, attention(first, first.norm("norm", x)))
+    x = model.units.enter_with(further(last.style.stack), model.units.leave(further(first.style.stack), x))
+    x = ops.add(last.at(), x, mixture(last, last.norm("norm", x)))
+    return model.units.leave(further(last.style.stack), last.norm("final_layernorm", x))
 
 
 def _embedded(model: Model) -> Tensor:
@@ -61,18 +66,28 @@ def _embedded(model: Model) -> Tensor:
 
 
 def _attending_depth(model: Model, x: Tensor) -> Tensor:
-    """A layer of transformers' attention, which has rotary tables of its own."""
+    """A layer of transformers' attention, or of the tool's before experts, which is a checkpoint where others are. It has rotary
+    tables of its own."""
     embedded = _embedded(model)
     block = next(block for block in model.arch.blocks if block.delta_rule is None)
+    mixes = block.mlp.variant == "moe"
+    c = Call(model, (GATED if mixes else OF_ATTENTION)._replace(stack=f"{STACK}0"), block, 0, (), None)
     x, embedded = model.units.enter_with_all(FURTHER, x, embedded)
-    c = Call(model, OF_ATTENTION._replace(stack=f"{STACK}0"), block, 0, (), None)
+    out = model.checkpoint(_attended, c, x, embedded) if mixes and model.running.checkpointing else _attended(c, x, embedded)
+    assert isinstance(out, Tensor)
+    return model.units.leave(FURTHER, out)
+
+
+def _attended(c: Call, x: Tensor, embedded: Tensor) -> Tensor:
+    """What the layer gives behind its last norm."""
+    mixes = c.block.mlp.variant == "moe"
     e, h = c.norm("enorm", embedded), c.norm("hnorm", x)
     both = cat(c.at(), (e, h), (*h.dims[:-1], 2 * int(h.dims[-1])))
     x = c.linear("eh_proj", both)
     del both, e, h
-    tables = tables_of_grids(model, x.dtype, by_sections=False)
-    x = attending_layer(c._replace(tables=tables), x)
-    return model.units.leave(FURTHER, c.norm("final_layernorm", x))
+    tables = (joined_table(c.model, x.dtype),) if mixes else tables_of_grids(c.model, x.dtype, by_sections=False)
+    x = (gated_layer if mixes else attending_layer)(c._replace(tables=tables), x)
+    return c.norm("final_layernorm", x)
 
 
 def with_losses(model: Model, loss: Tensor, depths: list[Tensor]) -> Tensor:

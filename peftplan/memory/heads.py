@@ -128,10 +128,10 @@ def _head_of(model: Model) -> Head:
         return _imported(("reranker", "score_of_words"))
     if model.has(VALUE_HEAD):
         return _imported(("value_head", "with_values"))
-    if loss == CUT_APART:
-        return _imported(("cut_apart", "hidden_and_last"))
     if model.running.mtp_depths:
         return _imported(("further_tokens", "logits_and_depths"))
+    if loss == CUT_APART:
+        return _imported(("cut_apart", "hidden_and_last"))
     if loss in ("torchtune-kl", "torchtune-chunked"):
         return _imported(("torchtune_loss", "chunks_of_logits"))
     if model.running.without_loss and loss in ("trl-chunked", "unsloth"):

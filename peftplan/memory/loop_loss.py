@@ -27,7 +27,7 @@ def loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher:
         see_all(model)
     _, logits, *last = outputs_of(model)
     if program.trainer.holds_outputs:
-        outputs[:] = [logits]
+        outputs[:] = [logits, *last]
     f.module = ""
     if program.trainer.weighs_tokens:
         loss = weighted_tokens(f, logits)
@@ -59,8 +59,8 @@ def loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher:
     elif model.running.loss == CUT_APART:
         from peftplan.memory.cut_apart import cut_behind_model
 
-        loss = cut_behind_model(model, logits)
-        del last
+        loss = cut_behind_model(model, logits, *last[1:])
+        last.clear()
     else:
         from peftplan.memory.tensor_parallel import whole_logits
 

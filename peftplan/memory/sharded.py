@@ -33,7 +33,7 @@ from peftplan.memory.flat_load import FlatShard, FlatUnits
 from peftplan.memory.leaf_units import LeafUnits, is_leaf, leaves_of, parameters_of
 from peftplan.memory.loaded import Loader
 from peftplan.memory.model import Model
-from peftplan.memory.units import EMBEDDING, FURTHER, IN_FP32, NORM, ROOT, TAIL, experts, in_fp32, layer, number_of
+from peftplan.memory.units import EMBEDDING, FURTHER, IN_FP32, NORM, ROOT, TAIL, experts, further, in_fp32, layer, number_of
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
 from peftplan.storage.config import QuantConfig
@@ -92,7 +92,7 @@ def units_of(
     calls_adapters = not (kernels.lora_mlp or kernels.lora_qkv or kernels.lora_o)
     groups = grouped(model.arch, full, shards, distributed, layout, calls_adapters=calls_adapters)
     keeps_last = layout.keeps_last and distributed.reshard_after_forward is None and model.arch.model_type not in FREED_LAST
-    behind = next(name for name in reversed(groups) if name not in (TAIL, FURTHER))
+    behind = next(name for name in reversed(groups) if name != TAIL and not name.startswith(FURTHER))
     last = {layer(model.arch.encoder_layers - 1), behind, FURTHER} if keeps_last else set()
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
@@ -217,7 +217,7 @@ def grouped(
                 groups.setdefault(name, []).append(pairs[id(p)])
             continue
         if p.name.startswith(STACK):
-            groups.setdefault(FURTHER, []).append(pairs[id(p)])
+            groups.setdefault(further(p.name, divided=is_divided(p, distributed)), []).append(pairs[id(p)])
             continue
         if (unit := experts if id(p) in in_mlps else in_fp32 if id(p) in scans else None) is not None:
             for number in numbers(p, arch):

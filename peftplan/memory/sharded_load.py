@@ -55,8 +55,8 @@ class Loading(NamedTuple):
     of experts."""
     masks: int = 3
     """Masks of the head's size that `nn.init.trunc_normal_` takes; none where the head is drawn by `normal_`."""
-    drawn: int = 0
-    """Numbers of the largest matrix that `nn.init.trunc_normal_` draws by three masks once all weights are there."""
+    passing: tuple[int, ...] = ()
+    """Bytes of tensors that are there together once all weights are: see `analytic.rank_loading`."""
     keeps_last: bool = False
     """Whether a variable of accelerate holds the last tensor whole until the model is prepared."""
     casts_shards: bool = False
@@ -119,7 +119,7 @@ class Loading(NamedTuple):
             self._drawn(memory)
         if self.widened:
             self._widened(memory)
-        own = (members for name, members in self.groups.items() if name != FURTHER and not self.widened)
+        own = (members for name, members in self.groups.items() if not (name.startswith(FURTHER) or self.widened))
         for _, shard in chain.from_iterable(own):
             keep_shard(memory, shard)
         tables = [shard for p, shard in self.groups.get(TAIL, ()) if len(p.shape) > 1 and p.owner == "base"]
@@ -127,9 +127,9 @@ class Loading(NamedTuple):
         self._buffers(memory)
         for handle in of_head:
             memory.release(handle)
-        for _, shard in self.groups.get(FURTHER, ()):
+        for _, shard in chain.from_iterable(pairs for name, pairs in self.groups.items() if name.startswith(FURTHER)):
             keep_shard(memory, shard)
-        for handle in [memory.allocate(self.drawn) for _ in range(3)] if self.drawn else ():
+        for handle in [memory.allocate(nbytes) for nbytes in self.passing]:
             memory.release(handle)
         if any(map(is_of_experts, self.groups)) and not self.in_8_bits:
             for masks in [[memory.allocate(shard.numel) for _ in range(self.masks)] for shard in tables]:

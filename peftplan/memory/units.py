@@ -12,8 +12,8 @@ from peftplan.tape.tensors import Parameter as TapeParameter
 
 ROTARY = "model.rotary_emb"
 ROOT, BACKBONE, EMBEDDING, NORM, TAIL, FURTHER = "root", "backbone", "embedding", "norm", "tail", "further tokens"
-"""The whole model; all of it but the head; the input embedding; the final norm; the head; the layer that predicts further tokens.
-A layer is called by its number."""
+"""The whole model; all of it but the head; the input embedding; the final norm; the head; the first layer that predicts further
+tokens. A layer is called by its number."""
 
 
 def layer(number: int) -> str:
@@ -27,6 +27,13 @@ EXPERTS = " experts"
 def experts(number: int) -> str:
     """The name of the unit of a layer's experts, where ranks divide them."""
     return layer(number) + EXPERTS
+
+
+def further(name: str, *, divided: bool = False) -> str:
+    """The name of the unit of a layer that predicts further tokens, by that of one of its modules (`mtp.layers.1.…`), or, where
+    ranks divide them, of its experts."""
+    number = name.split(".")[2]
+    return FURTHER + (f" {number}" if number != "0" else "") + EXPERTS * divided
 
 
 IN_FP32 = " in fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import TypeVar
 
 from peftplan.tape.tape import Tape
@@ -18,9 +19,11 @@ def hooked(f: Tape, x: Tensor, hook: Callable[[T], None], of: T) -> Tensor:
 
 
 def all_hooked(f: Tape, xs: tuple[Tensor, ...], hook: Callable[[T], None], of: T) -> tuple[Tensor, ...]:
-    """The same of several, whose gradients call it when the last has arrived."""
-    node = f.record(_all_hook_backward, xs, hook, of)
-    return xs if node is None else tuple(Tensor(x.storage, x.dims, x.dtype, node, number) for number, x in enumerate(xs))
+    """The same of several, whose gradients call it when the last has arrived; others are handed on as they are."""
+    node, number = f.record(_all_hook_backward, tuple(x for x in xs if x.node is not None), hook, of), count()
+    return (
+        xs if node is None else tuple(x if x.node is None else Tensor(x.storage, x.dims, x.dtype, node, next(number)) for x in xs)
+    )
 
 
 def _all_hook_backward(f: Tape, node: Node, saved: tuple[Callable[[T], None], T], *gradients: Tensor) -> Gradients:

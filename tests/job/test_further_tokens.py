@@ -47,6 +47,28 @@ def test_what_was_not_rehearsed_has_no_peak() -> None:
         assert peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", **{**job, **other}).peaks is None, other
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"mtp_depths": 0}, True),
+        ({"mtp_depths": 3}, False),
+        ({"gradient_accumulation_steps": 2}, False),
+        ({"method": "full"}, False),
+        ({"kernels": "mamba-ssm,deepep,te-linear", "gradient_accumulation_steps": 2}, True),
+        ({"kernels": "mamba-ssm,deepep,te-linear", "method": "full"}, True),
+        ({"kernels": "te,mamba-ssm,deepep,te-linear", "gradient_accumulation_steps": 2}, False),
+        ({"kernels": "te,mamba-ssm,deepep,te-linear", "gradient_accumulation_steps": 2, "mtp_depths": 0}, True),
+    ],
+)
+def test_what_was_rehearsed_beside_divided_experts(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"method": "lora", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 8, "seq_len": 512}
+    job |= {"kernels": "te-norm,mamba-ssm,deepep,te-linear", "mtp_depths": 2}
+    peaks = peftplan.estimate("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", **job | options).peaks
+    assert (peaks is not None) is known
+    assert peaks is None or (peaks.reserved is None) is (options.get("method") == "full")
+
+
 def test_depths_of_a_config_have_layers_of_their_own() -> None:
     """nemo_automodel, components/models/common/mtp/mtp.py (`MTPConfig.num_physical_depths`), without `use_repeated_layer`."""
     config = {**load_config("nvidia-nemotron-3.5-lightning-30b-a3b-bf16")}

@@ -131,6 +131,10 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models import automodel_next
 
             return automodel_next.qwen3_next if model_type == "qwen3_next" else automodel_next.qwen3_5
+        if model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
+            from peftplan.memory.models import automodel_vision
+
+            return automodel_vision.qwen3_vl_moe if model_type == "qwen3_vl_moe" else automodel_vision.qwen3_5_moe
         own: dict[str, Forward] = {**OF_AUTOMODEL, **DIVIDED}
         return own[model_type]
     module, function = FORWARDS.get(model_type) or OF_TEXT_PARTS[model_type]

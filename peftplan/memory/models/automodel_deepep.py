@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from peftplan.job.further_tokens import STACK
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import number
@@ -35,6 +36,7 @@ from peftplan.memory.models.mlps import gated_mlp
 from peftplan.memory.models.style import Call, Rotation, Style
 from peftplan.memory.te_attention import of_documents
 from peftplan.memory.units import experts as experts_of
+from peftplan.memory.units import further
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
@@ -191,7 +193,8 @@ def experts(
     """`forward` of the experts: tokens of all ranks in the order of this rank's experts, and back. `after`: weights multiply
     what the experts give; `activated`: what is between their products, of a gate and up if not said."""
     name = f"{name}.experts".removeprefix(".")
-    f, units, unit = c.at(name), c.model.units, experts_of(c.number)
+    f, units, stack = c.at(name), c.model.units, c.style.stack
+    unit = further(stack, divided=True) if stack.startswith(STACK) else experts_of(c.number)
     dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
     params = c.model.part(f"{c.style.stack}.{name}", c.number).params
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]

@@ -66,15 +66,19 @@ def attention(c: Call, x: Tensor) -> Tensor:
 
 
 def mixture(c: Call, x: Tensor) -> Tensor:
-    """`MoE.forward`: the router in fp32, whose weights are cast to the hidden states' dtype, and a shared expert."""
+    """`MoE.forward`: the router in fp32, whose weights are cast to the hidden states' dtype, and a shared expert. Experts may
+    read what a product gave, in a space of fewer numbers."""
     _tokens = c.at("mixer").new(x.dims[:-1], "bool", "ones")
+    latent = c.model.has(f"{c.style.stack}.mixer.fc1_latent_proj", c.number)
+    read = c.linear("mixer.fc1_latent_proj", x) if latent else x
     weights, indices = gate(c, x, "mixer", counts=False)
     weights = c.at("mixer.gate").to(weights, x.dtype)
     shared = squared_mlp(c, x, "mixer.shared_experts")
     if c.model.running.kernels.exchange is None:
-        mixed = experts(c, x, weights, indices, "mixer", between=squared)
+        mixed = experts(c, read, weights, indices, "mixer", between=squared)
     else:
-        mixed = divided_experts(c, x, weights, indices, "mixer", activated=squared)
+        mixed = divided_experts(c, read, weights, indices, "mixer", activated=squared)
+    mixed = c.linear("mixer.fc2_latent_proj", mixed) if latent else mixed
     return ops.add(c.at("mixer"), mixed, shared)
 
 

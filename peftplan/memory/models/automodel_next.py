@@ -11,12 +11,13 @@ from __future__ import annotations
 from functools import partial
 
 from peftplan.memory.activations import activation
+from peftplan.memory.attention import attend
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import checkpointed, opaque_rms
-from peftplan.memory.models.automodel_deepep import gate_before
+from peftplan.memory.models.automodel_deepep import experts, gate_before
 from peftplan.memory.models.automodel_ep import turned
-from peftplan.memory.models.automodel_hybrid import experts
+from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_moe import rotary_table
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.mlps import gated_mlp
@@ -38,7 +39,8 @@ def qwen3_next(model: Model) -> Tensor:
 
 
 def qwen3_5(model: Model) -> Tensor:
-    """`Qwen3_5Model.forward` of text alone: the mask of the batch multiplies what a delta rule reads."""
+    """`Qwen3_5Model.forward` of text alone: the mask of the batch multiplies what a delta rule reads. What the model returns
+    holds the last hidden states too (`Qwen3_5ForConditionalGeneration.forward`)."""
     x = inputs(model)
     f, rows = model.tape, ("b", model.seq)
     f.module = "model.language_model"
@@ -48,7 +50,9 @@ def qwen3_5(model: Model) -> Tensor:
     f.module = "model.language_model"
     table = cat(f, (cos, sin), cos.dims)
     del cos, sin
-    return run_layers(model, OF_TEXT_PART, [x], lambda _: (table,), masks={})
+    hidden = run_layers(model, OF_TEXT_PART, [x], lambda _: (table,), masks={})
+    model.kept.append(hidden.detach())
+    return hidden
 
 
 def dense_layer(c: Call, x: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def attention(c: Call, x: Tensor) -> Tensor:
     f = c.at("self_attn")
     q, k = turned(f, q, k, c.tables[0])
     q, k, v = (ops.copied(f, y, "contiguous", (b, y.dims[2], s, a.head_dim), viewed=False) for y in (q, k, v))
-    y = c.attend(q, k, v, rotated=True)
+    y = attend(c.model, a, q, k, v, by_head=True)
     f = c.at("self_attn")
     y = ops.mul(f, y, ops.keeps_output(f, gate, "sigmoid"))
     return c.linear("self_attn.o_proj", y)
@@ -110,7 +114,9 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     del product
     share = ops.keeps_output(c.at("mlp"), c.linear("mlp.shared_expert_gate", x), "sigmoid")
     shared = ops.mul(c.at("mlp"), share, shared)
-    return ops.add(c.at("mlp"), experts(c, x, weights, indices), shared)
+    exchange = c.model.running.kernels.exchange
+    divided = over_hybrid_ep if exchange is not None and exchange.hybrid else experts
+    return ops.add(c.at("mlp"), divided(c, x, weights, indices), shared)
 
 
 def projected(c: Call, name: str, x: Tensor) -> Tensor:
