@@ -451,6 +451,7 @@ def test_full_fine_tuning_is_in_bf16_where_nothing_is_said(argument: str, dtypes
         ("gemma-4-E4B-it", "finetune_vision_layers=False", True, 34_881_536),
         ("gemma-3n-E4B-it", "finetune_vision_layers=False", True, 37_191_680),
         ("gemma-3n-E4B-it", "finetune_vision_layers=False, finetune_audio_layers=True", True, 47_611_904),
+        ("gemma-3n-E4B-it", 'target_modules="all-linear"', True, 47_677_440),
         ("gemma-4-E2B-it", 'target_modules="all-linear"', True, 35_745_792),
         ("gemma-4-E4B-it", 'target_modules="all-linear"', True, 46_501_888),
         ("gemma-4-E2B-it", "", False, None),
@@ -458,7 +459,7 @@ def test_full_fine_tuning_is_in_bf16_where_nothing_is_said(argument: str, dtypes
 )
 def test_unsloth_adapts_these_layers_of_gemma(model: str, arguments: str, supported: bool, trained: int | None) -> None:
     """Parameters of rank 16 on the linear layers that `get_peft_regex` of unsloth_zoo 2026.10.9 matches in transformers' model on
-    the meta device: 205, 258 and 215 layers of language models, 349, 454 and 507 with towers and embedders.
+    the meta device: 205, 258 and 215 layers of language models, 349, 350, 454 and 507 with towers and embedders.
     """
     source = UNSLOTH.format(settings="", arguments="").replace("FastLanguageModel", "FastModel").replace("Llama-3.2-1B", model)
     plan = read_text(source.replace("r=16", f"r=16, {arguments}"), file="a.py")
