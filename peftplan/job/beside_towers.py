@@ -33,6 +33,8 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
     ("qwen3_vl", "partial"): Shown(IMAGES, ("sdpa",)),
     ("qwen3_5", "partial"): Shown(IMAGES, ("sdpa",), (False, True), trains=True),
     ("qwen3_5", "lora"): Shown(IMAGES, ("sdpa",), (True,)),
+    ("qwen3_5_moe", "partial"): Shown(IMAGES, ("sdpa",), (False, True)),
+    ("qwen3_5_moe", "lora"): Shown(IMAGES, ("sdpa",)),
     ("mistral3", "partial"): Shown(IMAGES, ("eager",)),
     ("internvl", "partial"): Shown(IMAGES, ("sdpa",)),
 }
