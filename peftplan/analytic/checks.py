@@ -230,7 +230,9 @@ def _check_text_part(job: Job) -> None:
         raise NoRankFormulaError(f"weights that wait on the host, of model type {architecture.model_type}")
     if job.setup.loss in loss_sizes.OF_SHARED_ROWS:
         raise NoEngineError(f"rows that ranks share, of model type {architecture.model_type} (no formula yet)")
-    known = TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name, None if job.setup.by.of_preferences else "")
+    compiled = kernels_of(job.setup.kernels or ()).layers is not None
+    recorded = compiled and job.setup.packs_completions  # of this model, or its step has no formula
+    known = "" if recorded else TRAINERS_OF_TEXT_PARTS.get(job.setup.by.name, None if job.setup.by.of_preferences else "")
     unlike = bool(layers_of_images(architecture)) and job.setup.by.of_preferences  # rehearsed: 4 % less than a formula says
     if known is None or unlike or not architecture.model_type.startswith(known):
         raise NoEngineError(f"model type {architecture.model_type} and {job.setup.by.called} (no formula yet)")
@@ -247,7 +249,7 @@ def _check_text_part(job: Job) -> None:
         raise NoEngineError(f"model type {architecture.model_type} with another release of transformers (no formula yet)")
     if getattr(job.config, "num_virtual_tokens", None):
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
-    if kernels_of(job.setup.kernels or ()).layers is not None:
+    if compiled:
         return
     if _knows_idle(job, names) and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
         return

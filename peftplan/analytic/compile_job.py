@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic import steady
 from peftplan.analytic.loading import loading_of
-from peftplan.analytic.running import empties_first, limits_of, loss_sizes, segments_grow
+from peftplan.analytic.running import limits_of, loss_sizes, segments_grow
 from peftplan.analytic.sizes import NO_LIMITS, Limits, shape_facts, sizes
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
@@ -16,6 +16,7 @@ from peftplan.distributed.ddp import divided_after
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.context import CUBLASLT_WORKSPACE_BYTES, cublas_workspace_bytes
 from peftplan.job.inventory import states_made_twice
+from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.dora_load import norms
@@ -80,7 +81,7 @@ class Compiled(NamedTuple):
     empties_before: bool = False
     """Whether they are given back before each backward."""
     empties_first: bool = False
-    """Whether they are given back before each backward of the first step."""
+    """Whether they are given back before each backward of the first step, as the kernels' package does."""
     empties_around: bool = False
     """Whether it is emptied before and behind what vLLM, which sleeps otherwise, gets and writes (ms-swift 4.6.0,
     rlhf_trainers/rollout_mixin.py:1198, utils.py:1747)."""
@@ -211,7 +212,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_cache=setup.by.empties_cache,
         empties_after=optimizer.name == "badam" or setup.by.values,
         empties_before=setup.by.empties_before,
-        empties_first=empties_first(setup),
+        empties_first=kernels_of(setup.kernels or ()).sets_up_allocator,
         empties_around=setup.by.sends_at_once and bool(setup.vllm_share) and bool(setup.vllm_enable_sleep_mode),
         flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
         timed=_timed(of_step),

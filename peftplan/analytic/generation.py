@@ -144,6 +144,12 @@ def _attended(f: Tape, arch: Architecture, keys: CacheTensor) -> None:
         del repeated
 
 
+def _cached(f: Tape, cache: Iterable[CacheTensor], autocast: str | None) -> list[Tensor]:
+    """The full cache."""
+    name = "KV cache, {} of {} attention"
+    return [f.many(("b", *c.shape[1:]), _cached_dtype(c, autocast), name.format(c.part, c.kind), c.layers) for c in cache]
+
+
 def _cached_dtype(tensor: CacheTensor, autocast: str | None) -> str:
     """Rotated keys are in the dtype of the hidden states; values are as autocast's product makes them."""
     return autocast if autocast and tensor.part == "values" else tensor.dtype
@@ -205,12 +211,14 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     model = Model(Tape(autocast=autocast), arch, kept, job.adaptation, running, job.quant, adapter=adapter)
     f = model.tape
     functions = running.recorded is not None and job.method_name == "full"
+    whole = functions or running.kept_caches > 0  # from the first token on
     cache = kv_cache(arch, batch_size=rows, context=cached, encoder_context=0, dtype=setup.dtype) if cached else ()
     f.mark("forward")
     gathered = gathered_whole(f, inventory)
     with f.no_grad():
         for name in ("input_ids", "attention_mask"):
             model.batch[name] = f.new(("b", "s"), "int64", name)
+        grown = [] if functions or not whole else _cached(f, cache, autocast)
         hidden = _prompt(inventory, model, cache)
         assert arch.output_embedding is not None
         logits = model.linear(arch.output_embedding, sliced(f, hidden, ("b", 1, hidden.dims[-1])))
@@ -220,18 +228,17 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
         f.end_autocast()
         f.mark("backward")
         model.kept.clear()
-        grown = [_casts(f, parameters, autocast)] if autocast and cached else []
-        for tensor in cache:
-            name = f"KV cache, {tensor.part} of {tensor.kind} attention"
-            grown.append(f.many(("b", *tensor.shape[1:]), _cached_dtype(tensor, autocast), name, tensor.layers))
+        grown += [_casts(f, parameters, autocast)] if autocast and cached else []
+        if functions or not whole:
+            grown += _cached(f, cache, autocast)
         largest = max(cache, key=lambda tensor: tensor.num_bytes // tensor.layers, default=None)
         if largest is not None and running.attention == "sdpa" and (autocast or setup.dtype) == "fp32":
             _attended(f, arch, largest)
-        if functions and largest is not None:  # the cache is whole from the first token on
+        if functions and largest is not None:
             of_queries: Dims = ("b", arch.blocks[0].attentions[0].num_attention_heads, *largest.shape[2:])
             repeated = [f.new(of_queries, largest.dtype, name) for name in ("keys repeated", "values repeated")]
             del repeated
-        growing = None if largest is None or functions else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
+        growing = None if largest is None or whole else f.new(("b", *largest.shape[1:]), largest.dtype, "cat")
         del growing
         logits = f.new(("b", 1, arch.vocab_size or 0), setup.dtype, "linear")
         scores.append(f.new(("b", arch.vocab_size or 0), "fp32", "scores"))

@@ -12,7 +12,7 @@ from peftplan.hardware.processors import processors
 from peftplan.job.automodel import builds, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import hands_keys_on
-from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, recorded
+from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, keeps_cache, recorded
 from peftplan.job.inventory import adapter_dtypes, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
@@ -84,6 +84,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         holds_hidden_states=setup.packs_completions and not _returns_last(job),  # unsloth, models/rl.py:2089
         returns_hidden_states=setup.by.values or (setup.of_hidden_pairs and setup.by.sums_rows),
         scored_rows=setup.scored_rows // setup.rows,
+        kept_caches=setup.generation_rows // setup.rows if keeps_cache(job) else 0,
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
         logits_to_keep=_scored(setup),
         router_loss=bool(setup.router_loss),
@@ -337,8 +338,3 @@ def segments_grow(setup: Setup) -> bool:
     sleeps = setup.packs_completions and setup.vllm_enable_sleep_mode  # unsloth_zoo, __init__.py:335
     by_kernels = setup.expandable_segments is None and kernels_of(setup.kernels or ()).sets_up_allocator
     return setup.segments_grow or (by_kernels and not sleeps)
-
-
-def empties_first(setup: Setup) -> bool:
-    """Whether the kernels' package gives cached segments back before each backward of the first step."""
-    return kernels_of(setup.kernels or ()).sets_up_allocator

@@ -59,18 +59,17 @@ class Recorded(NamedTuple):
 
     `output`: which allocation of `training` is the layer's result. `tuned`: after which of them the first step times kernels;
     `3:8t` over a copy of so many bytes. `timed`: the layer in whose backward, where it is not the last. `r`: the rank of
-    adapters; None where all weights train. `modules`: what they adapt.
-    `scheme`: that of the fake quantization. `multiplied`: the embedding is multiplied. `wide_norm`: the result of the last
-    norm is in fp32, as its weight is. `by_function`: the loss is that of `memory.unsloth_function_loss`; with
-    `loss_op_by_op`, uncompiled. `in_16_bits`: of a base in NF4, the modules left out. `first`: what the first layer does
-    (forward, training, output), whose input is in 16 bits where results are in fp32. `generates`: the rows are prompts with
-    completions that the policy wrote, with a mask of them (unsloth_zoo, `grpo_accumulated_loss`). `rows`: the rows of a batch
-    stay apart, each full. `others`: the numbers of layers that do something else, and what (forward, training, output).
-    `adapted`: how many layers have an adapter of this name, where it is not all. `of_pairs`: the rows are one column of pairs
-    of texts. Not `checkpointed`: a layer's input stays until its backward is done. `dropout`: adapters have one. `tiles`: the
-    MLP runs over tiles of tokens, of which the record has two: later ones do what the second does. `unread_mask`: the model
-    makes a mask of all pairs of tokens, which no layer reads. `wide_tables`: its rotary tables are in fp32. `bare`: the
-    forward of a reference, without adapters.
+    adapters; None where all weights train. `modules`: what they adapt. `scheme`: that of the fake quantization. `multiplied`: the
+    embedding is multiplied. `wide_norm`: the result of the last norm is in fp32, as its weight is. `by_function`: the loss is
+    that of `memory.unsloth_function_loss`; with `loss_op_by_op`, uncompiled. `in_16_bits`: of a base in NF4, the modules left
+    out. `first`: what the first layer does (forward, training, output), whose input is in 16 bits where results are in fp32.
+    `generates`: the rows are prompts with completions that the policy wrote, with a mask of them and no pictures (unsloth_zoo,
+    `grpo_accumulated_loss`). `rows`: the rows of a batch stay apart, each full. `others`: the numbers of layers that do something
+    else, and what (forward, training, output). `adapted`: how many layers have an adapter of this name, where it is not all.
+    `of_pairs`: the rows are one column of pairs of texts. Not `checkpointed`: a layer's input stays until its backward is done.
+    `dropout`: adapters have one. `tiles`: the MLP runs over tiles of tokens, of which the record has two: later ones do what the
+    second does. `unread_mask`: the model makes a mask of all pairs of tokens, which no layer reads. `wide_tables`: its rotary
+    tables are in fp32. `bare`: the forward of a reference, without adapters.
     """
 
     model: str
@@ -153,7 +152,8 @@ def recorded(job: "Job") -> "Recorded | None":
         return None
     quant = None if job.quant is None else (job.quant.name, job.quant.double_quant, set(job.quant.skip_modules or ()))
     rank = getattr(config, "r", None) if modules else None
-    by = setup.by.generates, setup.by.embeds, checkpointed, bool(getattr(config, "lora_dropout", 0)), layers.tiles
+    of_texts = setup.by.generates and not job.architecture.has_towers  # rows with pictures stay apart, as where nobody writes
+    by = of_texts, setup.by.embeds, checkpointed, bool(getattr(config, "lora_dropout", 0)), layers.tiles
     wanted = (job.architecture.name, layers.scheme, layers.rows, rank, modules, quant, *by)
     rows = (record(Recorded, row) for row in load("compiled_layers.json", list[dict[str, object]]))
     row = next((row for row in rows if row.of == wanted and _all_adapted(job, copies, row)), None)
@@ -169,3 +169,9 @@ def _all_adapted(job: "Job", copies: Mapping[str, int], row: Recorded) -> bool:
     """Whether as many layers are adapted as in the record."""
     num_layers = sum(len(block.layers) for block in job.architecture.blocks)
     return all(number == row.adapted.get(name, num_layers) for name, number in copies.items())
+
+
+def keeps_cache(job: "Job") -> bool:
+    """Whether the cache in which the policy wrote its completions lasts: Unsloth asks transformers for a static one, which the
+    model holds (unsloth 2026.10.9, models/vision.py:2077; transformers, generation/utils.py, `_cache`)."""
+    return job.setup.packs_completions and job.architecture.has_towers and not job.setup.use_vllm

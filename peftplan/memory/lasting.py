@@ -6,10 +6,13 @@ nemo_automodel, components/models/llama/rope_utils.py (`_build_cache`).
 
 from __future__ import annotations
 
+from math import prod
+
+from peftplan.deployment.kv_cache import STATE, kv_cache
 from peftplan.job.kernels import DELTA_RULES, SCANNING
 from peftplan.memory.model import Model
 from peftplan.storage.config import FOUR_BIT
-from peftplan.tape.tensors import Dims
+from peftplan.tape.tensors import Dims, Tensor
 from peftplan.units import MIB
 
 TE_WORKSPACE = 32 * MIB + 1024
@@ -71,6 +74,18 @@ def kept_on_card(model: Model) -> None:
             from peftplan.memory.models.compiled import positions_and_masks
 
             model.lasting += positions_and_masks(model, running.dtype)  # of the forward in which torch failed to compile the loss
+    if running.kept_caches:
+        model.lasting += static_cache(model)
     for tensor in (*model.buffers, *model.lasting):
         assert tensor.storage is not None
         f.category[tensor.storage.number] = "buffers"
+
+
+def static_cache(model: Model) -> list[Tensor]:
+    """The cache of all rows that are written at once, of their greatest length. Left out: the last token is not fed."""
+    f, running = model.tape, model.running
+    of_token = kv_cache(model.arch, batch_size=running.kept_caches, context=1, encoder_context=0, dtype=running.dtype)
+    name, tokens = "static cache", {STATE: ()}
+    return [
+        f.many(("b", *tokens.get(c.kind, (model.seq,)), prod(c.shape)), c.dtype, f"{name}, {c.part}", c.layers) for c in of_token
+    ]

@@ -80,6 +80,8 @@ class Running(NamedTuple):
     scored_rows: int = 0
     """How many times a batch's rows a forward without gradients reads before the step, in Unsloth's GRPO; 0 where there is none.
     Behind it the last layer's input goes to the host too."""
+    kept_caches: int = 0
+    """How many times a batch's rows the cache has that lasts from generation on; 0 where there is none."""
     loss_facts: tuple[Fact, ...] = ()
     """The facts of the batch that decide which operations the loss runs (`LossSizes.facts`)."""
     token_outputs: tuple[str, ...] = ()

@@ -60,6 +60,7 @@ def test_pairs_of_dpo_return_the_hidden_states_of_every_layer() -> None:
     assert not plan.unsupported
     assert (plan.options["trainer"], plan.options["seq_len"], plan.options["kernels"]) == ("trl-dpo", 1024, "unsloth-padded")
     assert "0.22.2" in plan.assumed["trl"]
+    assert "2.13" in plan.assumed["torch"]
     result = peftplan.estimate(config=plan)
     assert (result.peaks is not None, result.bound, result.trainable_parameters) == (True, None, 167_772_160)
 
