@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.job.loss_sizes import MASKED
+from peftplan.job.loss_sizes import CHORD, MASKED
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
@@ -44,6 +44,8 @@ REHEARSED = {
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm=("server",)),
 }
 """Trainer → what was rehearsed of it."""
+WITH_ANSWERS = Rehearsed("full", "zero3", ("qwen2",), ("sdpa",), vllm=("colocate",))
+"""What was rehearsed of completions beside rows whose answers are given."""
 RELOADED = "qwen2_5_vl"
 """The model type whose weights were rehearsed to wait on the host under ZeRO-1, fully trained and with LoRA."""
 TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
@@ -52,7 +54,7 @@ TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
 
 def unlike_rehearsed(job: "Job") -> str | None:
     """What of a job its trainer was not rehearsed with; None where all of it was."""
-    shown = REHEARSED.get(job.setup.by.name)
+    shown = WITH_ANSWERS if job.setup.loss_type == CHORD else REHEARSED.get(job.setup.by.name)
     differs = None if shown is None else _differs(job, shown)
     if differs is not None:
         return f"a step of {job.setup.by.called} with {differs}"

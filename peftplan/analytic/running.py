@@ -15,7 +15,7 @@ from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, keeps_cache, recorded
 from peftplan.job.inventory import adapter_dtypes, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
-from peftplan.job.loss_sizes import OF_FUNCTION, LossSizes
+from peftplan.job.loss_sizes import CHORD, OF_FUNCTION, LossSizes
 from peftplan.job.requirements import pair
 from peftplan.job.router_loss import check_router_loss
 from peftplan.job.setup import Setup
@@ -114,6 +114,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         token_outputs=setup.by.token_outputs,
         shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,
         embeds_rows=setup.by.embeds_rows,
+        reads_answer=setup.loss_type == CHORD,
         scores_words=setup.by.scores_words,
         parts_of_row=job.distributed.world_size if job.distributed and setup.by.shares_texts else 1,
         without_loss=not setup.by.adds_own_loss
@@ -192,6 +193,7 @@ def loss_sizes(job: Job) -> LossSizes:
         shared_by=1 if job.distributed is None else job.distributed.sharing,
         parts=1 if job.distributed is None else job.distributed.parts,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and row is not None and flex else 1,
+        answers=job.setup.loss_type == CHORD,
         trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),
         hidden_bytes=ITEMSIZE["fp32" if row is not None and row.wide_norm else job.setup.dtype],
     )

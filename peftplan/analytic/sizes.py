@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
-from peftplan.job.loss_sizes import LossSizes
+from peftplan.job.loss_sizes import OF_ANSWER, LossSizes
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
@@ -116,4 +116,8 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
         by_name |= {f"row%{m}": -(-by_name["row"] // m) * m for m in MULTIPLES}
     for name in ("s", "b·s"):
         by_name[f"{name}>{MASK_MULTIPLE}"] = (by_name[name] // MASK_MULTIPLE + 1) * MASK_MULTIPLE
+    if loss.answers:
+        answer = s - (loss.completion or 0)
+        of_row = sizes(b // b, answer, virtual_tokens=virtual_tokens, loss=loss._replace(answers=False, completion=None))
+        by_name |= {f"{OF_ANSWER}{name}": size for name, size in of_row.items()}
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

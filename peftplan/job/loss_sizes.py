@@ -94,6 +94,12 @@ ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
 
+CHORD: Final = "chord"
+"""The loss of completions, and of rows whose answers are given."""
+OF_ANSWER = "answer "
+"""What named sizes of a row whose answer is given begin with."""
+
+
 class LossSizes(NamedTuple):
     """The inputs of a loss's sizes besides the batch.
 
@@ -126,6 +132,8 @@ class LossSizes(NamedTuple):
     """Equal parts into which these divide it."""
     trains_head: bool = False
     """Whether the head, or a copy of it, trains."""
+    answers: bool = False
+    """Whether a row whose answer is given is read beside completions, as long as a prompt."""
     hidden_bytes: int = WIDE
     """Bytes of a number of the hidden states that reach the loss."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
+from peftplan.job.loss_sizes import CHORD
 from peftplan.job.tool_trainers import (
     AUTOMODEL_KD,
     AUTOMODEL_RECIPE,
@@ -228,6 +229,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             called=f"{SWIFT_GRPO.called} whose weights wait on the host",
             reloads_weights=True,
             under_zero1=("adapter_off", "copy"),
+            loss_types=(*SWIFT_GRPO.loss_types, CHORD),
         ),
         # `deepspeed zero3_offload` with `offload_model`: rotary tables go to the host and back, and take weights along
         # (rlhf_trainers/rollout_mixin.py:1454, :1475).

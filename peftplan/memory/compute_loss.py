@@ -123,7 +123,13 @@ def _loss_apart(model: Model, program: Program, reference: Model | None, outputs
         if program.trainer.generates:
             entropies = (model.running.logits_to_keep or 1) - 1 if program.trainer.scores_entropies else 0
             as_they_are = program.trainer.leaves_temperature
-            return loss_of_completions(f, logits, scoring, count=count, entropies=entropies, as_they_are=as_they_are)
+            loss = loss_of_completions(f, logits, scoring, count=count, entropies=entropies, as_they_are=as_they_are)
+            if model.running.reads_answer:
+                from peftplan.memory.answers import with_answers
+
+                del logits
+                return with_answers(model, loss)
+            return loss
         return of_rows(f, logits, scoring, count=count)
     if program.trainer.teaches and model.running.loss == RECEIVED:
         return loss_by_loop(model, program, outputs, reference)

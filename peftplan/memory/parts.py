@@ -90,6 +90,8 @@ class Running(NamedTuple):
     """Whether a frozen tower is shown a small picture before the layers run (`Trainer.shows_picture`)."""
     embeds_rows: bool = False
     """Whether embeddings of texts that share one row are made of the hidden states, in place of logits."""
+    reads_answer: bool = False
+    """Whether a row whose answer is given is read beside completions, as CHORD does."""
     scores_words: WordScores | None = None
     """Of which texts two words are scored at the end (`Trainer.scores_words`)."""
     parts_of_row: int = 1

@@ -11,7 +11,7 @@ utils/checkpoint.py (`_CheckpointFrame`). It needs CPython, which counts referen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -72,6 +72,8 @@ class Autograd(Allocations):
         self.lasting: set[int] = set()
         """Storages that the backward of a layer allocates and that live until the backward of all layers is done."""
         self._sequence = 0
+        self._before_others = (0, several)
+        """Where the model began to read other rows, and whether those before are several."""
         self._frame: Frame | None = None
         self._casts: dict[Parameter | int, Operand] = {}
         self._replaying: Frame | None = None
@@ -163,6 +165,11 @@ class Autograd(Allocations):
             self._frame.chosen.append(tuple(x.detach() for x in results))
         return results
 
+    def read_another(self, sizes: Mapping[str, str]) -> None:
+        """From here on the model reads one row, of these sizes, until backward has reached the rows before."""
+        self._before_others = (self._sequence, self.several)
+        self.sizes_read, self.several = sizes, False
+
     def backward(self, root: Tensor) -> None:
         """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.
 
@@ -189,6 +196,8 @@ class Autograd(Allocations):
             del root
         while order:
             node = order.pop()
+            if self.sizes_read and node.sequence[0] <= self._before_others[0]:
+                self.sizes_read, self.several = {}, self._before_others[1]
             if any(node.grads):
                 self._apply(node)
         if self.offloaded is not None and not self.nested:

@@ -332,6 +332,20 @@ def test_a_reranker_reads_all_texts_of_a_list(values: dict[str, object], texts: 
     assert expected.items() <= plan.options.items()
 
 
+def test_grpo_reads_a_row_whose_answer_is_given() -> None:
+    """CHORD (rlhf_trainers/utils.py:1633), with weights that wait on the host, as in ms-swift's example."""
+    waiting = {"use_vllm": True, "vllm_mode": "colocate", "offload_model": True, "offload_optimizer": True, "sleep_level": 1}
+    answers = {"chord_sft_dataset": "a", "chord_sft_per_device_train_batch_size": 1, "chord_mu_peak": 0.9}
+    job = {"rlhf_type": "grpo", "tuner_type": "full", "deepspeed": "zero3", "beta": 0.0}
+    values = {**SWIFT, **job, **waiting, **answers, "chord_mu_decay_steps": 200, "chord_mu_valley": 0.05}
+    plan = read(values, kind="command", program="swift rlhf", NPROC_PER_NODE="8")
+    assert not plan.unsupported
+    assert (plan.options["trainer"], plan.options["loss_type"]) == ("swift-grpo-reloading", "chord")
+    for other in ({"chord_sft_per_device_train_batch_size": 2}, {"deepspeed": "zero2"}, {"chord_enable_phi_function": True}):
+        plan = read({**values, **other}, kind="command", program="swift rlhf", NPROC_PER_NODE="8")
+        assert {"chord_sft_dataset", "chord_sft_per_device_train_batch_size"} <= plan.unsupported.keys()
+
+
 def test_texts_that_an_encoder_scores_are_padded() -> None:
     job = {"model": "iic/gte-reranker-modernbert-base", "task_type": "reranker", "loss_type": "listwise_reranker"}
     values = {**SWIFT, **job, "tuner_type": "full", "max_length": 256, "per_device_train_batch_size": 2}
