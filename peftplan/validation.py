@@ -10,6 +10,7 @@ from contextlib import suppress
 from pydantic import ValidationError
 
 from peftplan.errors import BoundError, InputError, MissingError, UnknownNameError
+from peftplan.units import MIB
 
 KINDS: Mapping[str, str] = {
     "int_parsing": "a whole number",
@@ -40,11 +41,11 @@ UNITS = {"tib": 2**40, "gib": 2**30, "mib": 2**20, "tb": 10**12, "gb": 10**9, "m
 
 
 def size_in_bytes(value: object, *, field: str) -> int:
-    """Bytes of a size such as `512GiB` or `512 GB`; a bare number is bytes. Raises InputError."""
+    """Bytes of a size such as `512GiB` or `512 GB`, at least 1 MiB; a bare number is bytes. Raises InputError."""
     text = SIZE.fullmatch(str(value).strip()) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
     size = round(float(text[1]) * UNITS[(text[2] or "").lower()]) if text is not None else 0
-    if not 1 <= size <= 2**60:
-        raise InputError(field, value, "accepted: a size such as 512GiB, 512GB or a number of bytes")
+    if not MIB <= size <= 2**60:
+        raise InputError(field, value, "accepted: a size such as 512GiB, 512GB or a number of bytes, at least 1 MiB")
     return size
 
 

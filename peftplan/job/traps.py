@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from peftplan.arch.modules import Architecture
@@ -10,6 +11,9 @@ from peftplan.job.setup import Setup
 from peftplan.job.shared_bases import packs_integers
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
+
+STEM = re.compile(r"(.+?)(?:For[A-Z]|LMHead|Model$)")
+"""What the names of a model's modules begin with, such as `Llama` of `LlamaForCausalLM`."""
 
 
 def traps(
@@ -36,6 +40,11 @@ def traps(
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):
         yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"
+    if distributed.strategy in ("fsdp1", "fsdp2") and (strange := _of_other_models(distributed, architecture)):
+        yield (
+            f"transformer_cls_names_to_wrap: no module of {architecture.model_class} is called {', '.join(strange)}; FSDP's "
+            "plugin of accelerate then raises ValueError: Could not find the transformer layer class"
+        )
     rows = min((tensor.shape[0] for tensor in adaptation.added if tensor.trainable and len(tensor.shape) > 1), default=None)
     if distributed.strategy == "fsdp2" and rows is not None and rows < distributed.shards:
         yield f"gpus: {distributed.shards} ranks share tensors of {rows} rows, of which each rank still holds one"
@@ -47,3 +56,14 @@ def traps(
             "method: under DeepSpeed Trainer drops an optimizer that is passed to it (transformers, integrations/deepspeed.py:"
             "658); override create_optimizer. LoRA-FA's then steps over flat partitions as AdamW does"
         )
+
+
+def _of_other_models(distributed: Distributed, architecture: Architecture) -> list[str]:
+    """Classes to wrap whose names are those of another model's modules: `LlamaDecoderLayer` where the model is Qwen 2."""
+    stem = STEM.match(architecture.model_class)
+    if stem is None or architecture.has_towers:  # whose parts have names of their own
+        return []
+    ends = ("Layer", "Block")
+    return [
+        name for name in distributed.transformer_cls_names_to_wrap or () if name.endswith(ends) and not name.startswith(stem[1])
+    ]

@@ -35,7 +35,7 @@ WORTH = 0.02
 """Smaller savings, as a share of the peak, are not shown, unless they change the verdict."""
 MOST_COMBINATIONS = 12
 """Combinations that are evaluated, the cheapest first."""
-EVERY_LAYER = ("fsdp1", "fsdp2", "zero3")
+EVERY_LAYER = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies under which no layer is a copy of another."""
 OF_LOSS = frozenset({"loss", "trainer"})
 """Changes of the loss, of which TRL has one of its own."""

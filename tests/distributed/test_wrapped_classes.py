@@ -45,6 +45,21 @@ def test_accelerate_refuses_classes_that_a_model_lacks(name: str) -> None:
     assert (stated.peaks is not None) == (name in WITH_FORMULA)
 
 
+@pytest.mark.parametrize("name", ["LlamaDecoderLayer", "Qwen2DecoderLayer"])
+def test_a_class_of_another_model_is_warned_of(name: str) -> None:
+    """As accelerate looks for it: in no Qwen 2 is a layer of Llama."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    dataclasses = pytest.importorskip("accelerate.utils.dataclasses")
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(num_hidden_layers=1, hidden_size=64, vocab_size=128))
+    is_there = dataclasses.get_module_class_from_name(model, name) is not None
+    job = {"method": "lora", "gpus": 8, "strategy": "fsdp2", "transformer_cls_names_to_wrap": name}
+    warned = any(
+        "Could not find the transformer layer class" in text for text in peftplan.estimate("qwen2.5-0.5b", **job).warnings
+    )
+    assert warned is not is_there
+
+
 def test_a_model_with_all_classes_is_not_refused() -> None:
     """Gemma 4 E4B has the audio tower whose class Gemma 4 31B lacks."""
     assert peftplan.estimate("gemma-4-e4b-it", method="lora", gpus=8, strategy="fsdp2").peaks is None

@@ -149,7 +149,7 @@ def test_a_node_without_the_memory_does_not_run_the_job() -> None:
     assert "host memory" in run("estimate", *options, "--gpus", "8", "--host-memory", "1GB").out
 
 
-@pytest.mark.parametrize("size", ["5xx", "0", "-1GiB", "GiB", "1e3GiB", "9" * 30])
+@pytest.mark.parametrize("size", ["5xx", "0", "64", "-1GiB", "GiB", "1e3GiB", "9" * 30])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
     refused = run("estimate", "gpt2", f"--host-memory={size}")
     assert refused.code == 2
