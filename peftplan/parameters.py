@@ -27,6 +27,9 @@ CASTS_BIAS = ("nf4", "fp4")
 nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input, which `memory.quantized.linear8bit`
 knows and these counts do not: 2 B per element between fp32 and 16 bits."""
 
+PACKED_BIAS = ("gptq", "awq")
+"""Formats whose layers keep their bias in fp16, as a buffer, which nothing casts (gptqmodel, nn_modules/qlinear/__init__.py)."""
+
 OF_EXPERTS = {*STACKS, "ExpertsApart"}
 """Kinds of modules whose weights have three dimensions, and their biases two."""
 
@@ -124,6 +127,8 @@ def build(
                 held_dense = (trained_dtype if is_trained else None) or prepared
                 if is_converted and quant is not None and quant.name in CASTS_BIAS and module.kind not in STACKS:
                     held_dense = str(quant.compute_dtype)
+                if is_converted and quant is not None and quant.name in PACKED_BIAS:
+                    held_dense = "fp16"
                 if is_quantized and is_trained:
                     raise RefusedError(
                         f"{module.name}.{param} is stored as {quant and quant.name} and cannot train; use --quant none"

@@ -13,6 +13,7 @@ READ_IN = {
     "accelerate": "1.15",
     "deepspeed": "0.19.8",
     "bitsandbytes": "0.50.2",
+    "gptqmodel": "7.7.0",
     "liger-kernel": "0.8.5",
     "torchao": "0.18",
     "galore-torch": "1.0",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +20,7 @@ from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Loader
+from peftplan.memory.timed import COMPILED, UNPACKED
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import Optimizer, parse_optim
 from peftplan.optim.torchao import FLUSHED
@@ -254,10 +254,15 @@ def _cloned(optimizer: Optimizer, inventory: "Inventory") -> tuple[Line, ...]:
 
 
 def _timed(of_step: Timeline) -> tuple[int, ...]:
-    """Behind the first output of a function of Nemotron's experts that NeMo Automodel compiles (`relu2_deepep`)."""
-    kinds = {number for number, kind in enumerate(of_step.kinds) if kind.name.rpartition(" ")[2] == "relu2"}
-    outputs = (at + 1 for at, (kind, count) in enumerate(of_step.events) if count > 0 and kind in kinds)
-    return tuple(islice(outputs, 1)) if kinds else ()
+    """Behind the first output of a function of Nemotron's experts that NeMo Automodel compiles (`relu2_deepep`), and
+    for each shape of gptqmodel's `dequantize_weight`."""
+    ops = {number: kind.name.rpartition(" ")[2] for number, kind in enumerate(of_step.kinds)}
+    compiled = {number: of_step.kinds[number].dims if op == UNPACKED else () for number, op in ops.items() if op in COMPILED}
+    first: dict[tuple[Dim, ...], int] = {}
+    for at, (kind, count) in enumerate(of_step.events) if compiled else ():
+        if count > 0 and kind in compiled:
+            first.setdefault(compiled[kind], at + 1)
+    return tuple(first.values())
 
 
 def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:

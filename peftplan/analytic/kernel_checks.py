@@ -33,6 +33,12 @@ SHARED = {
 WITH_EAGER = ("axolotl.", "torchao-float8.")
 """Packages whose kernels were rehearsed beside eager attention."""
 UNSLOTH_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
+PACKED_BITS = {"gptq": (4, 8), "awq": (4,)}
+"""Format of gptqmodel → the bits whose kernels were rehearsed."""
+FEWEST_DENSE = 129
+"""Tokens from which awq's product in training dequantizes its weight (gptqmodel, /modules/triton/scheduler.py, `legacy_plan`)."""
+SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
+"""Model types in which awq divides what an activation returns (transformers, integrations/awq.py, `AWQ_SCALES_MAPPINGS`)."""
 FEWEST_OFFLOADED = 3
 """ms-swift offloads nothing of a model with fewer units (callbacks/activation_cpu_offload.py, `enable_activation_offloading`)."""
 FEWEST_PACKED = 2
@@ -201,6 +207,21 @@ def _grpo_without_formula(job: Job) -> str | None:
         "of padded completions": not packed and setup.batch_size > 1,
     }
     return next((what for what, is_so in missing.items() if is_so), None)
+
+
+def reads_packed(job: Job) -> bool:
+    """Whether gptqmodel's kernels make the products of a plain LoRA on one GPU as was rehearsed (tests/rehearse/packed.jsonl)."""
+    setup, quant = job.setup, job.quant
+    if quant is None or quant.bits not in PACKED_BITS.get(quant.name, ()) or job.distributed is not None or setup.kernels:
+        return False
+    if job.method is None or job.method.peft_type != "LORA" or getattr(job.config, "use_dora", False):
+        return False
+    if setup.by_unsloth or setup.by.own_modules or setup.by.own_decoders or setup.by.scoring is not None:
+        return False
+    if any(block.mlp.variant == "moe" or block.state_space or block.delta_rule for block in job.architecture.blocks):
+        return False
+    tokens = setup.batch_size * setup.seq_len
+    return quant.name == "gptq" or (tokens >= FEWEST_DENSE and job.architecture.model_type not in SCALED_ACTIVATIONS)
 
 
 def reads_8_bits(job: Job) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
+from peftplan.job.repositories import PACKED
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.copied_load import SOURCE as COPIED
@@ -18,7 +19,7 @@ from peftplan.memory.recast import SOURCE as RECAST
 from peftplan.memory.recast import is_recast, is_table, load_recast
 from peftplan.memory.stacked_load import SOURCE as STACKED
 from peftplan.memory.stacked_load import gathered, merged
-from peftplan.parameters import loaded_dtype
+from peftplan.parameters import PREPARED, loaded_dtype
 
 if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
@@ -47,6 +48,7 @@ def loading_of(
     doubled = job.quant is not None and bool(job.quant.double_quant)
     # A repository in 4 bits (unsloth, models/mapper.py). Left out in SFT, where reserved bytes were rehearsed without it.
     packed = setup.packs_completions and kernels_of(setup.kernels or ()).layers is not None
+    packed = packed or (job.quant is not None and job.quant.name in PACKED)
     passing = load_passing(
         parameters,
         buffers,
@@ -65,7 +67,7 @@ def loading_of(
         quant=job.quant,
         dtype=dtype,
         dtype_of=dtype_of,
-        prepared=job.quant is not None and bool(setup.kbit_prepare),
+        prepared=job.quant is not None and bool(setup.kbit_prepare) and job.quant.name in PREPARED,
         adapters_pass_in=_passed_in(job),
         moved=job.quant is None and not setup.by.loads_on_device,
         arrives=arrives,

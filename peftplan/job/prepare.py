@@ -173,6 +173,8 @@ def prepared(request: Request) -> Job:
         use_cache=bool(model_config.get("use_cache", True)),
         max_positions=architecture.max_positions,
     )
+    if quant is not None and quant.name == "awq" and setup.dtype == "bf16":
+        setup = setup.model_copy(update={"dtype": "fp16"})  # transformers, quantizers/quantizer_awq.py, `update_dtype`
     if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
         tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
         wide = (*architecture.keep_in_fp32_strict, *WIDE_ENDS, *tied)

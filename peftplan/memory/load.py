@@ -9,7 +9,7 @@ does the same tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -18,6 +18,7 @@ from peftplan.distributed.order import by_module, tensors
 from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
 from peftplan.job.setup import Setup
 from peftplan.ledger import Ledger, Line
+from peftplan.memory.arriving import MADE_LATER, WARMUP_BYTES, sizes_on_device, warm_up
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Handle, Memory
 from peftplan.memory.stacked_load import Stacks, as_stored, initialize, load_stack
@@ -34,8 +35,6 @@ Key = tuple[tuple[bool, int, str], ...]
 NO_STACKS: Stacks = {}
 SMALL_SEGMENT = 2 * 2**20
 """What the allocator takes for a small tensor (torch, CUDACachingAllocator.cpp, `kSmallBuffer`)."""
-WARMUP_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "fp8": 1.0}
-"""Bytes per element that the warm-up counts for a quantized weight (transformers, `quantized_element_size`)."""
 
 
 def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
@@ -43,6 +42,8 @@ def dtypes_before(setup: Setup, quant: QuantConfig | None) -> tuple[str, ...]:
     compute, if it is one of 16 bits; and peft's fp32 where TRL casts it again.
     """
     base = setup.dtype if quant is None else setup.compute_dtype if quant.name in FOUR_BIT else quant.quant_storage
+    if quant is not None and quant.name == "gptq":
+        base = "fp16"  # of its scales (gptqmodel, `_LinearWeightMetadata.dtype`)
     narrow = (base,) if base in SIXTEEN_BITS else ()
     return (*narrow, "fp32") if setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16" else narrow
 
@@ -96,14 +97,15 @@ def load_into(
         memory.release(memory.allocate(8))
     if quant is not None or arrives:
         if warms_up:
-            block = _warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if asks_for_room else 0)
+            block = warm_up(base, quant, dtype=dtype) - (SMALL_SEGMENT if asks_for_room else 0)
             memory.release(memory.allocate(max(0, block)))
         for a in parameters.shared:
             memory.keep((a.nbytes,))
     doubled = quant is not None and bool(quant.double_quant)
     copied = quant is not None and quant.name == "int8"  # by way of the host (bitsandbytes, `Int8Params._quantize`)
     families = {id(p): p for p, _ in (*first, *second, *last)}
-    sizes_of = {key: tuple(a.nbytes for a in p.allocations if a.place == "device") for key, p in families.items()}
+    by_name = quant is not None and quant.name not in WARMUP_BYTES
+    sizes_of = {key: sizes_on_device(p, by_name=by_name) for key, p in families.items()}
     arriving = {id(p): ITEMSIZE[dtype if p.quantized else dtype_of(p.name)] * p.numel for p in base}
     absmax = {id(p): _absmax_bytes(p) if doubled else 0 for p in base if p.quantized}
     widened = {id(p) for p in base if not p.quantized and _loaded(p, dtype_of(p.name)) < _bytes(p)}
@@ -126,6 +128,8 @@ def load_into(
             memory.keep(sizes_of[id(p)])
     for p, _ in second:
         memory.keep(sizes_of[id(p)])
+    for p, _ in tensors(p for p in base if p.quantized) if by_name else ():
+        memory.keep(tuple(a.nbytes for a in p.allocations if a.name in MADE_LATER))
     for p in base:
         if p.name in stacks:
             initialize(memory, p, dtype=dtype, absmax=absmax[id(p)])
@@ -205,13 +209,6 @@ def _with_first_module(buffers: list[Parameter], added: list[Parameter]) -> list
         return buffers
     module, layers = first.name.rpartition(".")[0], first.layers and frozenset({min(first.layers)})
     return [p if "." in p.name else p._replace(name=f"{module}.{p.name}", layers=layers) for p in buffers]
-
-
-def _warm_up(base: Iterable[Parameter], quant: QuantConfig | None, *, dtype: str) -> int:
-    """Bytes of the block that is reserved first: all weights as they will be stored, in whole elements of fp16."""
-    packed = 0.0 if quant is None else WARMUP_BYTES[quant.name]
-    total = sum(p.copies * p.numel * (packed if p.quantized else ITEMSIZE[dtype]) for p in base)
-    return int(total // ITEMSIZE["fp16"]) * ITEMSIZE["fp16"]
 
 
 def _quantize_into(memory: Memory[Handle], sizes: tuple[int, ...], temporaries: list[Handle], *, absmax: int) -> None:

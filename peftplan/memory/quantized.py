@@ -249,5 +249,24 @@ def restoring(n: int, blocksize: int, itemsize: int) -> tuple[int, ...]:
     return (*(size * n // 2 for size in halves for _ in range(2)), itemsize * n // blocksize, itemsize * n)
 
 
-QUANTIZED = {"nf4": linear4bit, "fp4": linear4bit, "int8": linear8bit, TORCHAO_NF4: linear_of_torchao}
+def _of_gptqmodel(name: str) -> Callable[[Tape, Part, Tensor, Running], Tensor]:
+    """A layer of `packed`, which few jobs need."""
+
+    def layer(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:
+        from peftplan.memory import packed
+
+        out: Tensor = getattr(packed, name)(f, part, x, running)
+        return out
+
+    return layer
+
+
+QUANTIZED = {
+    "nf4": linear4bit,
+    "fp4": linear4bit,
+    "int8": linear8bit,
+    "gptq": _of_gptqmodel("linear_of_gptq"),
+    "awq": _of_gptqmodel("linear_of_awq"),
+    TORCHAO_NF4: linear_of_torchao,
+}
 """Layouts whose layers the engines run; the others have no peak (`storage.without_peak`), or train nowhere."""

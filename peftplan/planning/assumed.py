@@ -10,6 +10,7 @@ from peftplan import parameters
 from peftplan.arch.modules import Architecture
 from peftplan.dtypes import AS_LOADED, OF_CHECKPOINT
 from peftplan.job.job import Job
+from peftplan.job.repositories import PACKED
 from peftplan.job.script import EXAMPLES
 from peftplan.job.sources import checkpoint_dtype, load_config
 from peftplan.job.tasks import OF_TOKENS, PICTURES, head_notes, task_notes
@@ -100,6 +101,10 @@ def config_facts(config: MethodConfig | None, adapter: Mapping[str, object]) -> 
     return config.model_dump(mode="json", exclude_none=True) if config is not None else dict(adapter)
 
 
+COMPILED_UP_TO = 1024
+"""Tokens up to which a kernel that gptqmodel compiles multiplies awq's packed weights (nn_modules/qlinear/gemm_awq.py)."""
+
+
 def assumptions(job: Job, *, quantized: int) -> Assumptions:
     """Every value that the numbers rest on, defaults included; of the method's fields those that were set."""
     setup, quant, architecture, adaptation = job.setup, job.quant, job.architecture, job.adaptation
@@ -144,8 +149,15 @@ def _dtype_notes(job: Job) -> Iterator[str]:
 
 
 def _load_notes(job: Job) -> Iterator[str]:
-    """A note that the peak of loading depends on the checkpoint: torchtune divides tensor by tensor, in the order of its files.
-    Rehearsals read one file, sorted by names (tests/rehearse/torchtune.jsonl)."""
+    """Notes on the kernels that a program must load, and that the peak of loading depends on the checkpoint: torchtune divides
+    tensor by tensor, in the order of its files. Rehearsals read one file, sorted by names (tests/rehearse/torchtune.jsonl)."""
+    if job.quant is not None and job.quant.name in PACKED:
+        yield (
+            f"{job.quant.name} is counted as the kernels that train keep it: load with backend auto_trainable "
+            f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' own choice raises in training"
+        )
+        if job.quant.name == "awq" and job.setup.batch_size * job.setup.seq_len <= COMPILED_UP_TO:
+            yield f"awq up to {COMPILED_UP_TO:,} tokens is counted without nvcc, with which gptqmodel compiles another kernel"
     distributed = job.distributed
     if job.setup.by.own_modules and distributed is not None and distributed.offload_params != "cpu":
         yield (

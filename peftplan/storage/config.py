@@ -11,7 +11,8 @@ class Format(NamedTuple):
 
     `untrainable` says why adapters cannot be trained on top (None: they can). `compute_capability` is the oldest GPU on
     which transformers keeps the format: below it the weights are dequantized while loading. `kernels` names those whose
-    temporaries no engine models (None: every engine does). `raises` says why transformers does not load the format today.
+    temporaries no engine models (None: every engine does), but for what is `known` by formula. `raises` says why
+    transformers does not load the format today.
     """
 
     library: str
@@ -25,9 +26,11 @@ class Format(NamedTuple):
     untrainable: str | None = None
     compute_capability: tuple[int, int] | None = None
     kernels: str | None = None
+    known: str = ""
     raises: str | None = None
 
 
+OF_GPTQMODEL = ", but for plain LoRA in a dense model on one GPU by formula, above 128 tokens in awq"
 _BNB_4BIT = Format(
     library="bitsandbytes",
     bits=(4,),
@@ -62,8 +65,9 @@ FORMATS: dict[str, Format] = {
         group_sizes=(128, -1, 16, 32, 64, 256, 512, 1024),
         skip_modules=False,
         kernels="gptqmodel",
+        known=OF_GPTQMODEL,
     ),
-    "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64), kernels="gptqmodel"),
+    "awq": Format(library="gptqmodel", bits=(4,), group_sizes=(128, -1, 32, 64), kernels="gptqmodel", known=OF_GPTQMODEL),
     "hqq": Format(
         library="hqq",
         bits=(4, 8, 3, 2, 1),
@@ -78,7 +82,7 @@ FORMATS: dict[str, Format] = {
 
 Sources: `quantize_4bit` and `quantize_blockwise` in bitsandbytes/functional.py 0.50.2 (block sizes),
 `BitsAndBytesConfig`, `FineGrainedFP8Config`, `Mxfp4Config`, `GPTQConfig`, `AwqConfig`, `HqqConfig` in
-transformers/utils/quantization_config.py 5.24.0, `TritonV2Linear` and `AwqGEMMTritonLinear` in gptqmodel 7.7.0 (the
+transformers/utils/quantization_config.py 5.24.0, `TritonV2Linear` and `AwqGEMMTritonLinear` in gptqmodel (the
 CUDA kernels that `auto_trainable` picks). transformers has no option for the block size of nf4 and fp4: it is 64
 unless bitsandbytes is called directly.
 """
@@ -223,6 +227,6 @@ def without_peak(quant: QuantConfig) -> str | None:
     if kernels is None:
         return None
     raises = FORMATS[quant.name].raises
-    why = raises or f"no engine models what the kernels of {kernels} allocate"
+    why = raises or f"no engine models what the kernels of {kernels} allocate{FORMATS[quant.name].known}"
     instead = "plan with nf4 or int8" if raises else "measure one step on a GPU, or plan with nf4 or int8"
     return f"a step with {quant.name} layers: {why}. Counts and stored bytes are exact; for a peak, {instead}"

@@ -1,4 +1,4 @@
-"""Weights packed by gptqmodel (gptq, awq; version 7.7.0) and by hqq (version 0.2.8): integers, scales, zeros.
+"""Weights packed by gptqmodel (gptq, awq) and by hqq (version 0.2.8): integers, scales, zeros.
 
 o output features, i input features, b bits, g group size.
 """

@@ -25,8 +25,9 @@ from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.job.setup import Setup
 from peftplan.ledger import Category
 from peftplan.libraries.quantized import QUANT_TENSORS
+from peftplan.memory.arriving import WARMUP_BYTES
 from peftplan.memory.dora_load import MAGNITUDE, OF_A_LAYER, Norm
-from peftplan.memory.load import SMALL_SEGMENT, WARMUP_BYTES, arrives_in, dtypes_before
+from peftplan.memory.load import SMALL_SEGMENT, arrives_in, dtypes_before
 from peftplan.memory.recast import is_table
 from peftplan.parameters import SAVED_COPY
 from peftplan.storage import QuantConfig, category, shared

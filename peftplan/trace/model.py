@@ -73,7 +73,7 @@ def build(
         base = build_model(config, hf_config, cls, name="model")
         _load_dtype(base, setup.dtype, wide)
         if quant is not None:
-            quantize(base, _quantized(base, quant), quant, dtype=setup.dtype)
+            quantize(base, quantized_names(base, quant), quant, dtype=setup.dtype)
             _mark_quantized(base)
         if setup.attn_implementation == FLASH_ATTENTION:
             for part in (base.config, *_sub_configs(base.config)):
@@ -148,7 +148,7 @@ def _sub_configs(config: Any) -> Iterable[Any]:
     return [sub for key in config.sub_configs if (sub := getattr(config, key)) is not None]
 
 
-def _quantized(model: Any, quant: QuantConfig) -> set[str]:
+def quantized_names(model: Any, quant: QuantConfig) -> set[str]:
     """Names of the modules that transformers quantizes in this model."""
     head = model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}

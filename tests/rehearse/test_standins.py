@@ -51,6 +51,26 @@ def test_the_real_loader_reads_a_checkpoint_of_holes(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_blocks * 512 < nbytes
 
 
+@pytest.mark.parametrize(
+    ("method", "shapes"),
+    [
+        ("gptq", {"g_idx": [96], "qweight": [12, 64], "qzeros": [3, 8], "scales": [3, 64]}),
+        ("awq", {"qweight": [96, 8], "qzeros": [3, 8], "scales": [3, 64]}),
+    ],
+)
+def test_linear_layers_are_packed_as_the_config_says(method: str, shapes: dict[str, list[int]], tmp_path: Path) -> None:
+    """96 inputs of 4 bits are 12 words of 32 bits and 3 groups of 32; 64 outputs are 8 words."""
+    stored = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 32}}
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, **stored}), encoding="utf-8")
+    standins.write_checkpoint(tmp_path)
+    with (tmp_path / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    down = "model.layers.1.mlp.down_proj."
+    assert {name.removeprefix(down): row["shape"] for name, row in header.items() if name.startswith(down)} == shapes
+    assert header["model.norm.weight"]["dtype"] == "BF16"
+    assert header[f"{down}scales"]["dtype"] == "F16"
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_a_head_of_its_own_follows_the_config(stated: bool, tmp_path: Path) -> None:
     """The config class of T5 forces ties on; what a checkpoint ships beside its embedding stays untied if it differs."""

@@ -29,7 +29,7 @@ ESTIMATES: dict[str, Callable[[], Any]] = {
     "kept-gradients": lambda: peftplan.estimate("gpt2", trainer="plain", keep_gradients=True, quant="int8"),
     "script": lambda: peftplan.estimate("gpt2", trainer="plain", script=Script(earlier_seq_lens=(64, 96), torch="2.10")),
     "adapter": lambda: peftplan.estimate("gpt2", peft_config={"peft_type": "IA3", "task_type": "CAUSAL_LM"}, gpu="t4"),
-    "no-peak": lambda: peftplan.estimate("llama-3.1-8b", method="lora", quant="gptq", gpu="t4"),
+    "no-peak": lambda: peftplan.estimate("llama-3.1-8b", method="lora", quant="hqq", gpu="t4"),
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "fit": lambda: peftplan.fit(CONFIG, gpu="0.25GiB", methods=["lora"]),

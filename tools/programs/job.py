@@ -19,7 +19,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AwqConfig,
     BitsAndBytesConfig,
+    GPTQConfig,
 )
 
 from .without_peft import WITHOUT_PEFT
@@ -71,7 +73,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trainable-layers", type=int, default=2)
     parser.add_argument("--lora-dropout", type=float, default=0.0)
     parser.add_argument("--target-modules", default="all-linear")
-    parser.add_argument("--quant", choices=("nf4", "int8"))
+    parser.add_argument("--quant", choices=("nf4", "int8", "gptq", "awq"))
+    parser.add_argument("--quant-bits", type=int, default=4)
+    parser.add_argument("--quant-group-size", type=int, default=128)
     parser.add_argument("--double-quant", action=FLAGS)
     parser.add_argument("--quant-storage", default="uint8", choices=("uint8", *DTYPES))
     parser.add_argument("--kbit-prepare", action=FLAGS, default=True)
@@ -153,13 +157,33 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
         )
     if job.quant == "int8":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
+    name = job.model
+    if job.quant in ("gptq", "awq"):
+        name, quantization = packed(job)
     attention = {"attn_implementation": job.attn_implementation} if job.attn_implementation else {}
     if job.trainer.endswith("-reward"):
         attention["num_labels"] = 1
     device_map = job.device_map or ("auto" if job.trainer in AXOLOTL else "none")
     if device_map != "none":
         attention["device_map"] = device_map
-    return auto_class.from_pretrained(job.model, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
+    return auto_class.from_pretrained(name, dtype=DTYPES[job.dtype], quantization_config=quantization, **attention)
+
+
+def packed(job: argparse.Namespace) -> tuple[str, Any]:
+    """A folder with the model's config as a repository of packed weights has it, and which kernels to load them for.
+
+    No kernels are compiled for the machine, as without nvcc: most do not train, and are rejected after that.
+    """
+    from gptqmodel.utils.cpp import TorchOpsJitExtension
+
+    TorchOpsJitExtension.load = lambda self: False
+    config = AutoConfig.from_pretrained(job.model)
+    common = {"quant_method": job.quant, "bits": job.quant_bits, "group_size": job.quant_group_size}
+    of_gptq = {"desc_act": False, "sym": True}
+    config.quantization_config = {**common, **(of_gptq if job.quant == "gptq" else {"zero_point": True, "version": "gemm"})}
+    config.save_pretrained("packed")
+    backend = {"backend": "auto_trainable"}
+    return "packed", GPTQConfig(bits=job.quant_bits, **backend) if job.quant == "gptq" else AwqConfig(**backend)
 
 
 def adapter(job: argparse.Namespace) -> Any:

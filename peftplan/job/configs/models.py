@@ -11,7 +11,18 @@ from peftplan.job.configs.documents import FileError
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.launching import OUTSIDE, in_tree
 from peftplan.job.configs.plan import Effect, Unsupported
-from peftplan.job.repositories import LAYERS_IN_16_BITS, by_name, copied_model, stored
+from peftplan.job.repositories import LAYERS_IN_16_BITS, PACKED, by_name, copied_model, stored
+from peftplan.versions import named as release
+
+QUANTIZED_OTHERWISE = (
+    "the file asks bitsandbytes to quantize a repository that is quantized otherwise: transformers raises an error"
+)
+UNTRAINED = (
+    f"{release('gptqmodel')} raises NotImplementedError: transformers asks it for the fastest kernels, Marlin's, which do not "
+    "train (nn_modules/qlinear/__init__.py:569; without nvcc ModuleNotFoundError, marlin.py:345); a program that loads with "
+    "backend auto_trainable has a peak"
+)
+"""No tool that is read here passes a backend on to `GPTQConfig` or `AwqConfig`."""
 
 
 def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
@@ -53,8 +64,9 @@ def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, obje
     why = weights.unsupported
     if weights.options and options.get("method") == "full":
         why = "the repository holds quantized weights, which a full fine-tuning does not train"
-    if weights.options.get("quant") in ("gptq", "awq") and options.get("quant") in ("nf4", "fp4", "int8"):
-        why = "the file asks bitsandbytes to quantize a repository that is quantized otherwise: transformers raises an error"
+    elif weights.options.get("quant") in PACKED:
+        of_bitsandbytes = options.get("quant") in ("nf4", "fp4", "int8")
+        why = QUANTIZED_OTHERWISE if of_bitsandbytes else UNTRAINED
     effect: Effect = "raises" if why == LAYERS_IN_16_BITS else "unknown"
     unsupported = None if why is None else Unsupported(text, why, effect, "quant")
     if not weights.options:

@@ -15,14 +15,16 @@ from peftplan.tape.tensors import Tensor
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`result + lora_B(lora_A(dropout(x))) * scaling`, with x in the adapter's dtype: each module copies it.
 
-    On a 4-bit base the result is cloned first, and x is cast only without autocast.
+    On a 4-bit base the result is cloned first, and x is cast only without autocast. gptq's layer is as one without quantization
+    (peft, tuners/lora/gptq.py).
     """
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     dtype = result.dtype
     if part.quant is not None and part.quant.layout in FOUR_BIT:
         result = ops.copied(f, result, "clone", viewed=False)
-    converts = part.quant is None or running.autocast is None
+    dense = part.quant is None or part.quant.layout == "gptq"
+    converts = dense or running.autocast is None
     shards = running.adapter_shards
     if converts:
         if f.modules is not None and f.modules.read(part.name, part.layer, a):
@@ -46,8 +48,8 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     del low
     f.module = part.name
     out = ops.scale(f, out)
-    if part.quant is not None and converts:
+    if not dense and converts:
         out = f.to(out, dtype)
     result = ops.add(f, result, out)
     del out
-    return result if part.quant is not None else f.to(result, dtype)
+    return f.to(result, dtype) if dense else result

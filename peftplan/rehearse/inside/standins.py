@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from peftplan.rehearse.inside import holes, texts
 from peftplan.rehearse.inside.after_import import AfterImport
 
 REVISION = "0" * 40
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+PACKED = ("gptq", "awq")
+SAVED = ("qweight", "qzeros", "scales", "g_idx")
+"""What a checkpoint holds of a packed layer."""
+Kind: TypeAlias = tuple[str, Any, Any]
+"""A tensor's name, dtype and shape."""
 
 
 def start(say: Callable[[str], None]) -> None:
@@ -125,10 +130,36 @@ def write_checkpoint(folder: Path) -> int:
     # a tower is made by `_from_config`, which would divide it under ZeRO-3
     with torch.device("meta"), patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None):
         model = getattr(transformers, config.architectures[0])(config)
-        untie(model, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        untie(model, raw)
     dtype = config.dtype or torch.float32
     kinds = ((name, dtype if tensor.is_floating_point() else tensor.dtype, tensor.shape) for name, tensor in _saved(model))
-    return holes.write(folder / "model.safetensors", kinds, {"format": "pt"}, different={"lm_head.weight"})
+    stored = _packed(model, kinds, raw) if (raw.get("quantization_config") or {}).get("quant_method") in PACKED else kinds
+    return holes.write(folder / "model.safetensors", stored, {"format": "pt"}, different={"lm_head.weight"})
+
+
+def _packed(model: Any, kinds: Iterable[Kind], raw: Mapping[str, Any]) -> Iterator[Kind]:
+    """The tensors of a checkpoint whose linear layers gptq or awq has packed; a table of shifts is made as they are loaded."""
+    import torch
+
+    from peftplan.job.separate import stored_format
+    from peftplan.storage import parse_quant, stored
+    from peftplan.trace.model import quantized_names
+
+    options: dict[str, Any] = {name.removeprefix("quant_"): value for name, value in stored_format(raw, {}).items()}
+    quant = parse_quant(options.pop("quant"), **options)
+    assert quant is not None
+    packed = quantized_names(model, quant)
+    for name, dtype, shape in kinds:
+        module, _, param = name.rpartition(".")
+        if module not in packed:
+            yield name, dtype, shape
+        elif param == "bias":
+            yield name, torch.float16, shape
+        else:
+            for a in stored(quant, shape=tuple(shape), dtype="fp16", kind=type(model.get_submodule(module)).__name__):
+                if a.name in SAVED:
+                    yield f"{module}.{a.name}", {"int32": torch.int32, "fp16": torch.float16}[a.dtype], a.dims
 
 
 def _saved(model: Any) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,57 @@
+"""LoRA over weights that gptqmodel packed: programs of transformers, TRL or torch alone on the emulated card (packed.jsonl).
+
+Each loads with `backend="auto_trainable"`, and without a compiler of CUDA (`tools/programs/job.py`, `packed`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import peftplan
+from tools.rehearsed_jobs import drifts, read
+
+ROWS = read(Path(__file__).with_name("packed.jsonl"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["job"]))
+def test_formulas_hold_what_gptqmodel_holds(row: dict[str, Any]) -> None:
+    """A rehearsal's peak is that of all steps: of a small job the 256 MiB with which the first step times gptq's kernels, which
+    our reserved bytes alone have."""
+    drift = drifts(row, "analytic")
+    assert drift is not None
+    assert abs(drift["backward"]) < 0.002
+    assert max(abs(drift[phase]) for phase in ("load", "forward", "step")) < 0.05
+    assert abs(drift["reserved"]) < 0.01
+    assert row["allocated"] == max(row["by_phase"].values()) or "gptq" in row["job"]
+
+
+def test_gptq_keeps_dequantized_weights_until_backward() -> None:
+    """Without checkpoints, beside what the same base in 16 bits keeps: of 32 layers 4 × 4096² + 3 × 4096 × 11008 numbers of
+    2 bytes, but for the first layer's q, k and v, whose input asks for no gradient."""
+    options: dict[str, Any] = {"method": "lora", "gradient_checkpointing": False, "seq_len": 256, "device_map": "cuda"}
+    packed, dense = (
+        peftplan.estimate("llama-2-7b", quant=quant, **options).to_dict()["memory"]["by_category"]["activations"]
+        for quant in ("gptq", "none")
+    )
+    assert packed - dense == 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) - 3 * 4096**2)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("qwen2.5-0.5b", {"quant": "gptq", "quant_bits": 3}),
+        ("qwen2.5-0.5b", {"quant": "awq", "seq_len": 128}),
+        ("qwen2.5-0.5b", {"quant": "awq", "method": "dora"}),
+        ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "ddp", "gpus": 2}),
+        ("pythia-160m", {"quant": "awq"}),
+        ("olmoe-1b-7b-0924", {"quant": "gptq"}),
+    ],
+)
+def test_what_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any]) -> None:
+    """Fused products, activations that awq scales, other adapters and ranks, experts."""
+    result = peftplan.estimate(model, **{"method": "lora", "seq_len": 256, **options})
+    assert result.peaks is None
+    assert "gptqmodel" in result.not_modelled[0]
