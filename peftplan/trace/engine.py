@@ -16,7 +16,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.hardware.processors import Processors, processors
-from peftplan.job.prepare import WIDE_ENDS
+from peftplan.job.prepare import wide_ends
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.libraries.alike import repeating_stacks
@@ -200,7 +200,7 @@ def _run(
 ) -> Traced:
     """One trace of this model as it is."""
     tell("making the model", 0.0)
-    wide = WIDE_ENDS if setup.keeps_ends_wide and peft_config is None and rank.alone else ()
+    wide = wide_ends(config["model_type"]) if setup.keeps_ends_wide and peft_config is None and rank.alone else ()
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
     if script.freezes_ranknum:
         freeze_numbers_of_ranks(built.model)
