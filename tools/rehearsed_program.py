@@ -34,7 +34,7 @@ def with_trl(job: argparse.Namespace) -> None:
     with torch.device("meta"):
         shape = wanted(config)
     packed = {"packing": True} if job.trainer == "trl-packed" else {}
-    offloads = {"activation_offloading": True} if job.kernels == "trl-offload" else {}
+    offloads = {"activation_offloading": True} if "trl-offload" in (job.kernels or "") else {}
     training = SFTConfig(max_length=job.seq_len, **packed, **offloads, **arguments(job, shape))
     model = load(job, wanted)
     if job.method in WITHOUT_PEFT:

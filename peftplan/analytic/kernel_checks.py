@@ -52,9 +52,11 @@ def _embeds_compiled(setup: Setup) -> bool:
 
 
 def _patches_layers(job: Job) -> bool:
-    """Whether Liger's kernels of layers run in pairs of one GPU, as was rehearsed (tests/rehearse/preferences.jsonl)."""
+    """Whether Liger's kernels of layers run in pairs of one GPU, or score completions there without a reference, as was rehearsed
+    (tests/rehearse/preferences.jsonl)."""
     of_liger = all(name.startswith("liger.") for name in job.setup.kernels or ())
-    return job.setup.by.patches_layers and of_liger and job.distributed is None
+    compares = job.setup.by.generates and len(job.setup.forwards) > 1
+    return job.setup.by.patches_layers and of_liger and job.distributed is None and not compares
 
 
 def kernels_without_formula(job: Job) -> str | None:
@@ -118,7 +120,8 @@ def _offloads_as_rehearsed(job: Job) -> bool:
         return _offloads_layers(job)
     of_lora = job.quant is not None and job.quant.name in FOUR_BIT and job.method is not None and job.method.peft_type == "LORA"
     if "trl-offload.activations" in (setup.kernels or ()):
-        alone = len(setup.kernels or ()) == 1 and setup.by.sums_tokens and job.distributed is None
+        by_liger = all(name.startswith(("liger.", "trl-offload.")) for name in setup.kernels or ())
+        alone = by_liger and setup.by.sums_tokens and job.distributed is None
         return of_lora and alone and bool(setup.gradient_checkpointing) and not setup.use_reentrant
     checkpoints = bool(setup.gradient_checkpointing) and setup.use_reentrant and not setup.offload_checkpoints
     return checkpoints and of_lora and setup.by.own_fsdp2 and setup.attn_implementation == "flash_attention_2"

@@ -194,6 +194,7 @@ OF_TRL = (
         num_generations=8,
         options=GENERATING.options | {"loss_type", "tool_turns"},
         loss_types=GRPO_LOSSES,
+        patches_layers=True,
         under_zero3=("none",),
         arguments="GRPOConfig",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -104,3 +105,11 @@ def test_jobs_without_a_formula_say_why(options: dict[str, object], why: str) ->
 def test_a_sequence_above_the_window_has_none() -> None:
     result = estimate("mistral-7b-v0.1", method="lora", kernels="unsloth", seq_len=8192)
     assert result.not_modelled[0] == "unsloth's kernels with a sequence above the window of 4,096 tokens (no formula yet)"
+
+
+def test_liger_scores_completions_without_a_reference() -> None:
+    """Rehearsed on one GPU (tests/rehearse/preferences.jsonl): TRL's GRPO takes Liger's layers alone (grpo_trainer.py:1051)."""
+    job: dict[str, Any] = {"trainer": "trl-grpo", "method": "lora", "kernels": "liger", "batch_size": 4, "num_generations": 4}
+    assert estimate("qwen2.5-0.5b", seq_len=256, **job).peaks is not None
+    for other in ({"beta": 0.04}, {"gpus": 2, "strategy": "ddp"}):
+        assert estimate("qwen2.5-0.5b", seq_len=256, **job | other).peaks is None

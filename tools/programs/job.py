@@ -77,6 +77,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quant-bits", type=int, default=4)
     parser.add_argument("--quant-group-size", type=int, default=128)
     parser.add_argument("--double-quant", action=FLAGS)
+    parser.add_argument("--compute-dtype", choices=tuple(DTYPES))
     parser.add_argument("--quant-storage", default="uint8", choices=("uint8", *DTYPES))
     parser.add_argument("--kbit-prepare", action=FLAGS, default=True)
     parser.add_argument("--bias", choices=("none", "all", "lora_only"), default="none")
@@ -95,7 +96,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--optim-target-modules")
     parser.add_argument("--attn-implementation")
     parser.add_argument("--loss", choices=("full", "per-token", "eaft", "cut-cross-entropy", "liger"), default="full")
-    parser.add_argument("--kernels", choices=("axolotl", "liger", "trl-offload", "mamba-ssm", "fla"))
+    parser.add_argument("--kernels", choices=("axolotl", "liger", "trl-offload", "liger,trl-offload", "mamba-ssm", "fla"))
     parser.add_argument("--max-completion-length", type=int)
     parser.add_argument("--teacher-model")
     parser.add_argument("--reward-model")
@@ -152,7 +153,7 @@ def load(job: argparse.Namespace, auto_class: Any = AutoModelForCausalLM) -> Any
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=job.quant != "nf4" if job.double_quant is None else job.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[job.dtype],
+            bnb_4bit_compute_dtype=DTYPES[job.compute_dtype or job.dtype],
             bnb_4bit_quant_storage=DTYPES.get(job.quant_storage, torch.uint8),
         )
     if job.quant == "int8":
@@ -298,7 +299,7 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,
-        "use_liger_kernel": "liger" in (job.loss, job.kernels),
+        "use_liger_kernel": "liger" in (job.loss, *(job.kernels or "").split(",")),
         "report_to": "none",
         **(sharding(job, model) if job.strategy or "WORLD_SIZE" in os.environ else {}),
     }
