@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from peftplan.arch import catalogue
 from peftplan.job.configs.documents import FileError
-from peftplan.job.configs.facts import Facts
+from peftplan.job.configs.facts import Facts, facts
 from peftplan.job.configs.launching import OUTSIDE, in_tree
 from peftplan.job.configs.plan import Effect, Unsupported
 from peftplan.job.repositories import LAYERS_IN_16_BITS, PACKED, by_name, copied_model, stored
@@ -61,15 +61,19 @@ def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, obje
     weights = stored(text.rstrip("/"))
     if weights is None:
         return dict(options), None, None
-    why = weights.unsupported
+    why, assumed = weights.unsupported, weights.assumed
     if weights.options and options.get("method") == "full":
         why = "the repository holds quantized weights, which a full fine-tuning does not train"
     elif weights.options.get("quant") in PACKED:
         of_bitsandbytes = options.get("quant") in ("nf4", "fp4", "int8")
         why = QUANTIZED_OTHERWISE if of_bitsandbytes else UNTRAINED
+    skips = facts("unsloth").in_16_bits.get(text.rstrip("/").lower()) if why == LAYERS_IN_16_BITS else None
+    if skips is not None:
+        why, assumed = None, f"{assumed}, but for {', '.join(skips)}"
     effect: Effect = "raises" if why == LAYERS_IN_16_BITS else "unknown"
     unsupported = None if why is None else Unsupported(text, why, effect, "quant")
     if not weights.options:
         return dict(options), None, unsupported
     own = {name: value for name, value in options.items() if name not in ("quant", "double_quant", "quant_bits", "compute_dtype")}
-    return {**own, **weights.options}, weights.assumed, unsupported
+    own |= {} if skips is None else {"quant_skip_modules": tuple(skips)}
+    return {**own, **weights.options}, assumed, unsupported

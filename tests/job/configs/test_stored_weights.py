@@ -76,6 +76,14 @@ def test_what_is_not_known_of_them(text: str, why: str) -> None:
     assert why in read_text(text, file="a.yml").unsupported["model_name_or_path"].why
 
 
+def test_layers_in_16_bits_are_those_of_the_list_that_is_known() -> None:
+    """As Unsloth's own files have them; the name of another repository of Unsloth's says nothing of its layers."""
+    plan = read_text(TRL.replace("NAME", "unsloth/qwen3-14b-unsloth-bnb-4bit"), file="a.yml")
+    skipped = ("lm_head", *(f"model.layers.{number}.mlp" for number in (3, 37, 38)))
+    assert (dict(plan.unsupported), plan.options["quant_skip_modules"]) == ({}, skipped)
+    assert "model.layers.37.mlp" in plan.assumed["model"]
+
+
 @pytest.mark.parametrize(
     "name", ["ybelkada/Mistral-7B-v0.1-bf16-sharded", "yahma/llama-7b-hf", "vilsonrodrigues/falcon-7b-sharded"]
 )
