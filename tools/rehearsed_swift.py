@@ -4,8 +4,9 @@
 
 FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
 if not `swift sft`, the `environment` besides, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
-`max_length` says, or have `tokens` where a tokenizer joins letters of prompts, and each token is scored; GRPO's completions were
-written elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
+`max_length` says, or have `tokens` where a tokenizer joins letters of prompts, and each token is scored, or those `labelled` where
+a template adds others (Qwen 3.5's thoughts, which are empty); GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and
+the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     values, layers = row["values"], row["layers"]
     read = {"model": cut(values["model"], layers), **plan(row).options}
     read |= {"seq_len": row["tokens"]} if "tokens" in row else {}
+    read |= {"logits_to_keep": row["labelled"]} if "labelled" in row else {}
     read |= {"deepspeed_version": row.get("deepspeed", RELEASE)} if "deepspeed_version" in read else {}
     return read | ({"teacher_model": shallow(values["teacher_model"], layers)} if "teacher_model" in read else {})
 

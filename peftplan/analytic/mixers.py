@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
 WITH_DELTA_RULE = {
-    **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp2", "zero2", "zero3")),
+    **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
     "plain": (),
+    "swift-text-part": ("zero2",),
 }
 """Trainer → the strategies under which its steps with a gated delta rule were rehearsed, beside those on one GPU
 (tests/rehearse/delta_rules.jsonl, delta_ranks.jsonl)."""
@@ -139,6 +140,7 @@ def check_delta_rule(job: Job) -> None:
     if kernels.layers is not None or by_tool:  # which torch compiles whole, or NeMo Automodel builds
         return
     known = setup.by.name in WITH_DELTA_RULE and (job.distributed is None or _shares_delta_rule(job))
+    known = known and (not setup.by.shows_picture or job.method_name == "lora")
     if has_own_code(job) or not (known or _merges_for_vllm(job)):
         where = setup.by.called if job.distributed is None else job.distributed.called
         how = "with flash-linear-attention" if kernels.delta_rule is not None else "in torch's operations"
@@ -182,7 +184,8 @@ def _shares_delta_rule(job: Job) -> bool:
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     on_card = not {distributed.offload_params, distributed.offload_optimizer} - {None, "none"}
-    alike = on_card and setup.dtype == setup.autocast == "bf16" and job.architecture.model_type != "qwen3_next"
+    alike = on_card and setup.dtype == setup.autocast == "bf16"
+    alike = alike and (job.architecture.model_type != "qwen3_next" or distributed.strategy == "fsdp2")
     known = alike and distributed.strategy in WITH_DELTA_RULE[setup.by.name]
     if kernels_of(setup.kernels or ()).delta_rule is not None:  # which was traced with Trainer alone
         known = known and setup.by.name == DEFAULT and job.quant is None and not job.architecture.has_towers

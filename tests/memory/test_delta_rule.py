@@ -104,11 +104,21 @@ def test_what_was_not_compared_has_no_formula(options: dict[str, Any]) -> None:
     assert "delta rule" in str(estimated.not_modelled)
 
 
-def test_a_tower_that_a_tool_shows_a_picture_has_no_formula() -> None:
-    config, options = JOBS["text part"]
-    estimated = estimate(config, **{**options, "trainer": "swift-text-part"})
+BY_SWIFT: dict[str, Any] = {"trainer": "swift-text-part", "batch_size": 2, "seq_len": 200}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [FULL, {**LORA, **IN_TEXT, "strategy": "ddp", "gpus": 2}, {**LORA, **IN_TEXT, "strategy": "zero3", "gpus": 2}],
+    ids=str,
+)  # fmt: skip
+def test_beside_a_tower_that_a_tool_shows_a_picture_lora_alone_has_a_formula(options: dict[str, Any]) -> None:
+    """On one GPU and under ZeRO-2, as was rehearsed (tests/rehearse/swift.jsonl)."""
+    config = {**with_tower(DENSE), "tie_word_embeddings": False}
+    assert estimate(config, **LORA, **IN_TEXT, **BY_SWIFT).peaks is not None
+    estimated = estimate(config, **options, **BY_SWIFT)
     assert estimated.peaks is None
-    assert "under Seq2SeqTrainer of ms-swift" in str(estimated.not_modelled)
+    assert "(no formula yet)" in str(estimated.not_modelled)
 
 
 def drifts(name: str) -> dict[str, dict[str, float]]:
@@ -129,9 +139,10 @@ def test_as_programs() -> None:
 
 
 def test_as_programs_on_ranks() -> None:
-    """Rehearsed under DDP, FSDP2 and ZeRO. QLoRA by SFTTrainer has 1.3 % in tails of blocks, on one GPU too, as a trace has."""
+    """Rehearsed under DDP, FSDP2 and ZeRO. QLoRA by SFTTrainer has 1.3 % in tails of blocks, on one GPU too, as a trace has;
+    Qwen 3 Next in full under FSDP2 0.4 % in the step and in forward, 1 MB, and 0.11 % at its peak. ZeRO-1 reserves 0.07 % more."""
     for job, drift in drifts("delta_ranks.jsonl").items():
-        limit = 1.3 if "trl --method qlora" in job else 0.3
+        limit = 1.3 if "trl --method qlora" in job else 0.4 if "qwen3-next" in job else 0.3
         assert max(abs(drift[phase]) for phase in ("allocated", "load", "forward", "backward", "step")) <= limit
-        assert ("reserved" not in drift) is ("fsdp2" in job and "qlora" in job)
-        assert abs(drift.get("reserved", 0)) <= 0.01
+        assert ("reserved" not in drift) is ("fsdp2" in job and ("qlora" in job or "qwen3-next" in job))
+        assert abs(drift.get("reserved", 0)) <= (0.07 if "zero1" in job else 0.01)
