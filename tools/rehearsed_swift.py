@@ -4,9 +4,9 @@
 
 FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
 if not `swift sft`, the `environment` besides, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
-`max_length` says, or have `tokens` where a tokenizer joins letters of prompts, and each token is scored, or those `labelled` where
-a template adds others (Qwen 3.5's thoughts, which are empty); GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and
-the CUDA build of torch.
+`max_length` says, or have `tokens` where a tokenizer joins letters of prompts. Each token is scored, or so many as are `labelled`
+(Qwen 3.5's template adds empty thoughts without labels). GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the
+CUDA build of torch.
 """
 
 from __future__ import annotations

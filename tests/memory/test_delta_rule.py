@@ -140,7 +140,8 @@ def test_as_programs() -> None:
 
 def test_as_programs_on_ranks() -> None:
     """Rehearsed under DDP, FSDP2 and ZeRO. QLoRA by SFTTrainer has 1.3 % in tails of blocks, on one GPU too, as a trace has;
-    Qwen 3 Next in full under FSDP2 0.4 % in the step and in forward, 1 MB, and 0.11 % at its peak. ZeRO-1 reserves 0.07 % more."""
+    Qwen 3 Next in full under FSDP2 0.4 % in forward and in the step, 1 MB, and 0.11 % at its peak. ZeRO-1 reserves 0.07 % more.
+    """
     for job, drift in drifts("delta_ranks.jsonl").items():
         limit = 1.3 if "trl --method qlora" in job else 0.4 if "qwen3-next" in job else 0.3
         assert max(abs(drift[phase]) for phase in ("allocated", "load", "forward", "backward", "step")) <= limit
