@@ -192,15 +192,15 @@ class Batch(NamedTuple):
         rounded = {f"t%{multiple}": -(-tokens // multiple) * multiple for multiple in MULTIPLES}
         by_row = {f"r%{multiple}": self.rows * -(-self.length // multiple) * multiple for multiple in (BLOCK, CHUNK)}
         second, of_row = ((n // ALIGNED + 1) * ALIGNED for n in (tokens, self.length))
-        return {"t": tokens, **rounded, **by_row, "q": tokens * second, "m": tokens * of_row, "p": tokens * self.length}
+        pairs = {"q": tokens * second, "m": tokens * of_row, "p": tokens * self.length}
+        return {"t": tokens, **rounded, **by_row, **pairs, "a": tokens + (tokens - 1) * -(-tokens // ALIGNED) * ALIGNED}
 
 
 def text_of(first: Sequence[Event], second: Sequence[Event], batches: tuple[Batch, Batch]) -> str:
     """The events of tensors that the first part makes: `8t` bytes per token, `8t%128` per token up to a multiple of 128, `2q` per
-    pair of tokens, the second ones up to the next multiple of 8, `2p` per pair of a row, `2m` as `2q` but of a row, `8t^100` per
-    token of 100 at least, a constant, `-n` the end of the n-th, `|` before backward."""
-    number: dict[int, int] = {}
-    words: list[str] = []
+    pair of tokens, the second ones up to the next multiple of 8, `2a` up to a multiple of 8, `2p` per pair of a row, `2m` as `2q`
+    but of a row, `8t^100` per token of 100 at least, a constant, `-n` the end of the n-th, `|` before backward."""
+    number, words = dict[int, int](), list[str]()
     own, sizes = ([event.size for event in _own(part) if not event.ends] for part in (first, second))
     pairs = _in_order(own, sizes, batches)
     seen: Counter[int] = Counter()

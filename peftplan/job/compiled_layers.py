@@ -4,12 +4,12 @@ torch's partitioner decides what such a layer keeps for backward, and inductor w
 widths of the layer and of its adapters. So a record holds for one model, rank and set of adapted modules, or for one model of
 which all trains, with or without fake-quantized weights. It is a list of events: `8t` allocates 8 bytes per token, `8t%128` 8
 bytes per token of a batch up to a multiple of 128, `8r%128` of each row, `2q` 2 bytes per pair of tokens, the second ones up to
-the next multiple of 8, `2m` the same of one row, `2p` per pair of tokens of one row, `8t^100` 8 bytes per token of 100 at least,
-`640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward begins. What is left at the end are
-the gradients: that of the input, in bytes per token, and those of what trains. What is left of forward besides its result lasts
-until the layer's next forward: scales of fake quantization. Left out: inductor's padding of rows, below 1 kB a tensor, and how
-its partial sums grow with the batch, below 4 MiB; of experts that run one after the other, how a few numbers per row grow; and of
-rows that became one, what flash attention's backward allocates for each of them besides.
+the next multiple of 8, `2a` up to a multiple of 8, `2m` as `2q` but of one row, `2p` per pair of tokens of one row, `8t^100` 8
+bytes per token of 100 at least, `640` allocates 640 bytes, `-3` frees what was allocated third, and `|` stands where backward
+begins. What is left at the end are the gradients: that of the input, in bytes per token, and those of what trains. What is left
+of forward besides its result lasts until the layer's next forward: scales of fake quantization. Left out: inductor's padding of
+rows, below 1 kB a tensor, and how its partial sums grow with the batch, below 4 MiB; of experts that run one after the other, how
+a few numbers per row grow; and of rows that became one, what flash attention's backward allocates for each of them besides.
 Source: `data/compiled_layers.json`, made by `tools/compiled_layers.py` from two rehearsals of unequal length.
 """
 

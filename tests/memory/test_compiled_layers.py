@@ -210,3 +210,9 @@ def test_tokens_up_to_a_multiple_are_told_apart() -> None:
     """4,000 tokens are 4,096 and 2,500 are 2,560, of 64 bytes each."""
     first, second = ([Event(1, size, BACKWARD, tunes=False)] for size in (262_144, 163_840))
     assert text_of(first, second, (Batch(2, 2_000), Batch(1, 2_500))) == "| 64t%128"
+
+
+def test_rows_of_a_mask_up_to_a_multiple_are_told_apart() -> None:
+    """All pairs of 1,500 tokens in 16 bits, with 1,504 to a row but the last; 2,048 are a multiple of 8 as they are."""
+    first, second = ([Event(1, size, RECOMPUTED, tunes=False)] for size in (2 * 2_048**2, 2 * (1_499 * 1_504 + 1_500)))
+    assert text_of(first, second, (Batch(1, 2_048), Batch(1, 1_500))) == "2a"

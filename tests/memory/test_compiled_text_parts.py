@@ -87,49 +87,6 @@ def test_layers_of_which_a_repository_leaves_some_in_16_bits(
     assert peaks.reserved == pytest.approx(reserved, rel=0.012)
 
 
-GEMMA_12B = {
-    **TRAINING, "r": 32,
-    "target_modules": r".*language_model\.layers\..*\.(?:[qkvo]|gate|up|down)_proj|.*embed_audio\.embedding_projection",
-}  # fmt: skip
-LEFT_OUT = (96_791_552, 110_412_288, 75_755_520)
-"""Keys and values of the last two layers, and what their graph holds of the backward before, until Python collects it."""
-
-
-@pytest.mark.parametrize(
-    ("types", "by_phase", "reserved"),
-    [
-        ("sssssf", (5_804_609_536, 5_804_410_880, 5_133_705_728), 6_079_643_648),
-        ("sfsf", (4_888_854_528, 4_888_655_872, 4_217_950_720), 5_129_633_792),
-    ],
-)
-def test_what_is_left_out_does_not_grow_with_depth(
-    types: str, by_phase: tuple[int, ...], reserved: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gemma 4 12B by FastVisionModel, text alone, 1 x 2,048 tokens: sliding and full attention, and the last layer of each hands
-    on keys and values."""
-    config = with_layers("gemma-4-12b-it", len(types), monkeypatch)
-    config["text_config"]["layer_types"] = ["full_attention" if kind == "f" else "sliding_attention" for kind in types]
-    (row,) = (row for row in compiled_layers.load("compiled_layers.json", list) if row["model"] == config["model_type"])
-    numbers = ([n for n, kind in enumerate(types[:-1]) if kind == "f"], [len(types) - 2], [len(types) - 1])
-    others = [(where, *events) for where, (_, *events) in zip(numbers, row["others"], strict=True)]
-    rows = [{**row, "others": others, "adapted": {"v_proj": types.count("s")}}]
-    monkeypatch.setattr(compiled_layers, "load", lambda *_: rows)
-    peaks = estimate(config, **GEMMA_12B, batch_size=1, seq_len=2048).peaks
-    assert peaks is not None
-    short = [ran - peaks.by_phase[phase] for phase, ran in zip(("forward", "backward", "step"), by_phase, strict=True)]
-    assert short == pytest.approx(LEFT_OUT, abs=100_000)
-    assert peaks.reserved == pytest.approx(reserved, rel=0.011)
-
-
-def test_a_whole_vision_notebook_without_its_pictures() -> None:
-    """Gemma 4 12B, 4 micro batches of 1 x 2,048 tokens; of its 48 layers Python collects in time what is left out above."""
-    peaks = estimate("gemma-4-12b-it", **{**GEMMA_12B, "gradient_accumulation_steps": 4}, batch_size=1, seq_len=2048).peaks
-    assert peaks is not None
-    by_phase = (25_956_888_064, 25_962_776_064, 25_285_984_256)
-    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.001)
-    assert peaks.reserved == pytest.approx(26_231_177_216, rel=0.003)
-
-
 QWEN_35 = {
     **TRAINING, "r": 16,
     "target_modules": r".*(language_model|visual)\..*(attn|mlp)\.(\w+_proj|in_proj_\w+|qkv|proj|linear_fc\d)",

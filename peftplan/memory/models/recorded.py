@@ -33,6 +33,7 @@ TOKENS: dict[str, Dims] = {
     **{f"t%{multiple}": (f"b·s%{multiple}",) for multiple in (32, FLASH_BLOCK)},
     **{f"r%{multiple}": ("b", f"s%{multiple}") for multiple in (FLASH_BLOCK, CHUNK)},
     "q": ("b·s", f"b·s>{MASK_MULTIPLE}"),
+    "a": ("b·s", f"b·s%{MASK_MULTIPLE}"),
     "p": ("b", "s", "s"),
     "m": ("b", "s", f"s>{MASK_MULTIPLE}"),
 }
@@ -213,7 +214,8 @@ def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     node.context = None
     f.products.append((len(f.log), "cuBLAS"))  # of a thread of its own
     _run(f, events, tensors, tuned, num_before)
-    of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1)
+    widths = [ITEMSIZE[dtype] * g.dims[-1] for dtype in ("bf16", "fp32")]  # not keys and values that layers hand on
+    of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor.dims[-1] in widths)
     gradients = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
     to_input = Tensor(of_input.storage, g.dims, _dtype(of_input, g.dims))
     return [to_input, *(_gradient_of(f, parameter, gradients) for parameter in trained)]
