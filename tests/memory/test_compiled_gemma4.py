@@ -14,6 +14,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.job import compiled_layers
+from peftplan.job.configs.read import read_text
 from tests.memory.test_compiled_layers import GEMMA
 from tests.memory.test_compiled_text_parts import TRAINING, with_layers
 
@@ -92,3 +93,18 @@ def test_layers_of_text_in_one_row(
     short = [1 - peaks.by_phase[phase] / ran for phase, ran in zip(("forward", "backward"), by_phase, strict=False)]
     assert all(0 < part < 0.009 for part in short)
     assert reserved is None or peaks.reserved == pytest.approx(reserved, rel=0.002)
+
+
+NOTEBOOK = """
+from unsloth import FastModel
+model, tokenizer = FastModel.from_pretrained(model_name="unsloth/MODEL", max_seq_length=1024, load_in_4bit=False)
+model = FastModel.get_peft_model(model, finetune_vision_layers=False, r=8, use_gradient_checkpointing="unsloth")
+SFTTrainer(model=model, args=SFTConfig(per_device_train_batch_size=1, max_steps=60)).train()
+"""
+
+
+@pytest.mark.parametrize(("model", "reentrant"), [("gemma-4-E2B-it", False), ("gemma-4-E4B-it", False), ("gemma-4-31B-it", True)])
+def test_checkpoints_of_layers_that_borrow_keys(model: str, reentrant: bool) -> None:
+    """A rehearsal of E2B with nine layers ran its forward again in `unpack_hook` (torch, utils/checkpoint.py)."""
+    options = read_text(NOTEBOOK.replace("MODEL", model), file="a.py").options
+    assert (options["use_reentrant"], options["offload_checkpoints"]) == (reentrant, reentrant)
