@@ -95,6 +95,15 @@ def test_layers_of_text_in_one_row(
     assert reserved is None or peaks.reserved == pytest.approx(reserved, rel=0.002)
 
 
+def test_a_whole_notebook_of_text() -> None:
+    """All 48 layers, 4 micro batches of 1 x 2,048 tokens, with transformers 5.10.1; no record was made of it."""
+    peaks = estimate("gemma-4-12b-it", **{**IN_ONE_ROW, "gradient_accumulation_steps": 4}, batch_size=1, seq_len=2048).peaks
+    assert peaks is not None
+    by_phase = (24_969_648_128, 24_970_731_520, 24_298_760_704)
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.002)
+    assert peaks.reserved == pytest.approx(25_167_921_152, rel=0.004)
+
+
 NOTEBOOK = """
 from unsloth import FastModel
 model, tokenizer = FastModel.from_pretrained(model_name="unsloth/MODEL", max_seq_length=1024, load_in_4bit=False)
