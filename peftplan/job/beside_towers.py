@@ -35,6 +35,7 @@ WITH_TOWERS: dict[tuple[str, str], Shown] = {
     ("qwen3_5", "lora"): Shown(IMAGES, ("sdpa",), (True,)),
     ("qwen3_5_moe", "partial"): Shown(IMAGES, ("sdpa",), (False, True)),
     ("qwen3_5_moe", "lora"): Shown(IMAGES, ("sdpa",)),
+    ("qwen3_vl_moe", "partial"): Shown(IMAGES, ("sdpa",)),
     ("mistral3", "partial"): Shown(IMAGES, ("eager",)),
     ("internvl", "partial"): Shown(IMAGES, ("sdpa",)),
 }

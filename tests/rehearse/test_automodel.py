@@ -91,6 +91,8 @@ LOOSE = {
     ("gemma-4-e4b-it", 14, 1): 0.06,
     ("gemma-4-26b-a4b", 3, 1): 0.38,
     ("gemma-4-31b-it", 6, 1): 0.46,
+    ("qwen3-vl-30b-a3b-instruct", 3, 1): 0.08,
+    ("qwen3-vl-30b-a3b-instruct", 4, 2): 0.11,
     ("qwen3-vl-4b-instruct", 3, 1): 0.54,
     ("qwen3-vl-8b-instruct", 3, 1): 0.18,
 }
@@ -116,7 +118,7 @@ GLM-4.7-Flash with checkpoints: of allocated bytes 4.9 MB; of reserved ones 244 
 
 Gemma 4: of E2B 6.3 MB of allocated bytes, with LoRA 10.5; of 12B 2.5; of E4B 13; of 26B-A4B 62 to 70 MiB of reserved ones; of 31B
 5.9 MB of `load`, with LoRA of `step` too, and 80 to 90 MiB of reserved ones (0.2 and 0.4 per cent). Qwen3-VL: of `load` 0.31, of
-reserved ones 66 MiB.
+reserved ones 66 MiB; of 30B-A3B 7.5 MB of allocated ones.
 
 ERNIE 4.5: of allocated ones 0.8 MB, of forward 4.8 (0.13 per cent); reserved ones are not stated.
 

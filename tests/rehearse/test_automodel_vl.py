@@ -97,6 +97,9 @@ def test_what_of_qwen_3_5_was_rehearsed(options: dict[str, Any], known: bool) ->
         ({"padding": True}, False),
         ({"trainable": ".*"}, False),  # with the tower
         ({"optim": "sgd"}, False),
+        ({"model": "qwen3-vl-30b-a3b-instruct"}, False),
+        ({"model": "qwen3-vl-30b-a3b-instruct", "kernels": "deepep,te-linear"}, True),
+        ({"model": "qwen3-vl-30b-a3b-instruct", "kernels": "deepep,te-linear", "gradient_checkpointing": True}, False),
     ],
 )
 def test_what_of_mixtures_was_rehearsed(options: dict[str, Any], known: bool) -> None:

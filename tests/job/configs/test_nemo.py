@@ -288,6 +288,43 @@ def test_nemo_s_nemotron_predicts_further_tokens(
     assert (plan.options.get("mtp_depths"), plan.unsupported.keys()) == (depths, unsupported)
 
 
+@pytest.mark.parametrize(
+    ("ep_size", "backend", "kernels"),
+    [
+        (32, {}, "mamba-ssm,deepep,te-linear"),
+        (8, {"attn": "te", "linear": "te", "experts": "gmm", "dispatcher": "deepep"}, "mamba-ssm,deepep,te-linear"),
+        (8, {"attn": "te", "linear": "te", "rms_norm": "te"}, "te-norm,mamba-ssm,deepep,te-linear"),
+        (64, {}, None),
+    ],
+)
+def test_nemo_divides_the_experts_of_nemotron(ep_size: int, backend: dict[str, str], kernels: str | None) -> None:
+    """Without a `backend` the tool takes Transformer Engine and DeepEP where they are installed."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16"}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": ep_size}, model=model | ({"backend": backend} if backend else {}))
+    assert (plan.options.get("kernels"), plan.unsupported == {}) == (kernels, kernels is not None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "distributed", "known"),
+    [
+        ({}, {}, True),
+        ({"linear": "te"}, {}, False),
+        ({"dispatcher": "hybridep"}, {}, False),
+        ({"attn": "te"}, {}, False),
+        ({}, {"pp_size": 2}, False),
+        ({}, {"cp_size": 2}, False),
+    ],
+)
+def test_nemo_builds_the_mixture_of_qwen_3_5(backend: dict[str, str], distributed: dict[str, int], known: bool) -> None:
+    parts = {"attn": "sdpa", "linear": "torch", "experts": "gmm", "dispatcher": "deepep", "enable_hf_state_dict_adapter": True}
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "Qwen/Qwen3.5-35B-A3B", "backend": parts | backend}
+    model |= {"text_config": {"num_nextn_predict_layers": 1}}
+    loss = {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8, **distributed}, model=model, loss_fn=loss, recipe="FinetuneRecipeForVLM")
+    assert ("model" not in plan.unsupported) is known
+    assert plan.options["mtp_depths"] == 1
+
+
 def test_rope_fusion_has_no_effect_in_nemo() -> None:
     """components/models/common/utils.py:608: `self.rope_fusion = False`, and dense layers are torch's whatever `linear` says."""
     backend = {"attn": "te", "linear": "te", "rms_norm": "torch_fp32", "rope_fusion": True}
