@@ -3,6 +3,8 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.job.loss_sizes import CUT_APART
+
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
@@ -54,7 +56,9 @@ def knows_tower(job: "Job") -> bool:
     if model_type in ("gemma4", "gemma4_unified"):
         return rehearsed and _knows_gemma4(job)
     if model_type == "qwen3_5":
-        return rehearsed and _alone_in_bf16(job) and not setup.kernels
+        at_once = setup.gradient_accumulation_steps == 1 and not (setup.gradient_checkpointing or architecture.ties)
+        cut = setup.loss == CUT_APART and job.method_name == "partial" and at_once
+        return rehearsed and _alone_in_bf16(job, cut=cut) and not setup.kernels
     if model_type == "mistral3":  # Ministral 3
         return rehearsed and all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
     return rehearsed
@@ -75,10 +79,11 @@ def _knows_gemma4(job: "Job") -> bool:
     return _alone_in_bf16(job) and at_once and not (setup.gradient_checkpointing and borrows_or_mixes)
 
 
-def _alone_in_bf16(job: "Job") -> bool:
-    """Whether ranks of FSDP2 alone share a model in bf16, of rows without padding."""
+def _alone_in_bf16(job: "Job", *, cut: bool = False) -> bool:
+    """Whether ranks of FSDP2 alone share a model in bf16, of rows without padding, with the loss of all logits, or one that is
+    `cut` apart where that was rehearsed."""
     setup, distributed = job.setup, job.distributed
-    plain = setup.dtype == "bf16" and setup.loss == "full" and not setup.padding
+    plain = setup.dtype == "bf16" and (setup.loss == "full" or cut) and not setup.padding
     return plain and distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
 
 
