@@ -154,7 +154,8 @@ def _load_notes(job: Job) -> Iterator[str]:
     if job.quant is not None and job.quant.name in PACKED:
         yield (
             f"{job.quant.name} is counted as the kernels that train keep it: load with backend auto_trainable "
-            f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' own choice raises in training"
+            f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' own choice raises in training, "
+            "and name target_modules: peft's all-linear finds no packed layer"
         )
         if job.quant.name == "awq" and job.setup.batch_size * job.setup.seq_len <= COMPILED_UP_TO:
             yield f"awq up to {COMPILED_UP_TO:,} tokens is counted without nvcc, with which gptqmodel compiles another kernel"
