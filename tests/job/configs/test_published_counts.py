@@ -17,6 +17,8 @@ DIFFER = {
     "Gemma4_(E2B)-Text.ipynb": OWN_KEYS,  # 589,824 more
     "Gemma4_(E4B)-Text.ipynb": OWN_KEYS,  # 909,312 more
     "Gemma3N_(4B)-Audio.ipynb": f"{OWN_KEYS}, by another call: 2025.7.5 has no finetune_audio_layers",
+    # 95,354,880 - 20,840,448 of audio - 131,072 of embed_vision + 2,457,600 of keys that layers shared
+    "Gemma3N_(4B)-Vision.ipynb": "Unsloth 2025.7 adapted the language model alone",
     # 93,003,776 - 14,041,088 of audio - 155,648 of both + 3,637,248 of keys that layers shared
     "Gemma4_(E4B)-Vision.ipynb": "Unsloth 2026.4 adapted no audio, embed_vision or input_proj",
     "Gemma4_(12B)_Vision.ipynb": "Unsloth adapted no embed_audio then: 143,360 fewer",
