@@ -24,7 +24,7 @@ PLAIN_TRAINERS = ("plain", "transformers", "trl")
 WITH_DELTA_RULE = {
     **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
     "plain": (),
-    "swift-text-part": ("zero2",),
+    "swift-text-part": ("ddp", "zero2"),
 }
 """Trainer → the strategies under which its steps with a gated delta rule were rehearsed, beside those on one GPU
 (tests/rehearse/delta_rules.jsonl, delta_ranks.jsonl)."""

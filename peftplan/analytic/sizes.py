@@ -109,7 +109,7 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
     by_name |= {f"{name}{more:+}": by_name[name] + more for name in ("s", "k") for more in (3, 2, 1, -1)}
     by_name |= {"b/2": b // 2, "b/3": b // 3, "4b": 4 * b}
     by_name |= {f"b·{name}": b * by_name[name] for name in ("s", "k")}
-    of_batch = (TABLE_MULTIPLE, 32, FLASH_BLOCK, MASK_MULTIPLE)
+    of_batch: tuple[int, ...] = (TABLE_MULTIPLE, 32, FLASH_BLOCK, MASK_MULTIPLE)
     for name, multiple in (("s", TABLE_MULTIPLE), *(("b·s", multiple) for multiple in of_batch)):
         by_name[f"{name}%{multiple}"] = -(-by_name[name] // multiple) * multiple
     if loss.shared_by > 1:  # what ranks together have of a row

@@ -56,6 +56,8 @@ OF_TEXT_PARTS = {"allocated": 0.05, "reserved": 0.3}
 """Of the text parts of vision-language models; under ZeRO-3 reserved bytes of LoRA and beside a second model are not stated."""
 OF_LABELLED = {"allocated": 0.18, "reserved": 0.7}
 """Of KTO's under ZeRO-2: 11 MB of 6.0 GB in forward and backward."""
+COPIED_TEXT_PARTS = {"allocated": 0.11, "reserved": 0.5}
+"""Of Qwen 3.5's text part with LoRA and a copy of the model on each GPU: 5 MB of 5 GB, from loading on."""
 OF_TEXT_PART_PHASES = 0.5
 OF_SCORES = {"allocated": 0.13, "reserved": 0.3}
 """Of text parts that score sequences, under ZeRO-2: 6 MB of blocks in which Qwen2.5-VL's weights lie; on one GPU 0.004 %."""
@@ -111,6 +113,8 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = WITH_ANSWERS if "chord_sft_dataset" in row["values"] else limits
     beside_tower = of_grpo and row["values"].get("template") in BESIDE_TOWERS and "deepspeed" not in row["values"]
     limits = MERGED_BESIDE_TOWER if beside_tower else limits
+    copied = row["values"].get("template") == "qwen3_5" and "gpus" in row and "deepspeed" not in row["values"]
+    limits = COPIED_TEXT_PARTS if copied and not of_grpo else limits
     limits = {what: most for what, most in limits.items() if what == "allocated" or peaks.reserved is not None}
     if peaks.assumed.get("images_per_sample") == 0:
         phases = ("forward", "backward") if scores_first else tuple(row["by_phase"])
