@@ -43,7 +43,7 @@ FEWEST_OFFLOADED = 3
 """ms-swift offloads nothing of a model with fewer units (callbacks/activation_cpu_offload.py, `enable_activation_offloading`)."""
 FEWEST_PACKED = 2
 """Unsloth's GRPO packs so many completions or more into one row (`_pack_active`)."""
-WITH_PICTURES, ROWS_WITH_PICTURES = ("qwen3_vl",), 2
+WITH_PICTURES, ROWS_WITH_PICTURES = ("qwen3_vl", "qwen3_5"), 2
 """What was rehearsed: the cache in which Unsloth writes two rows lasts through the step, and that of three does not."""
 
 
@@ -194,7 +194,7 @@ def _grpo_without_formula(job: Job) -> str | None:
             "of rows that it packs, not longer than the window": setup.batch_size >= FEWEST_PACKED
             and not job.architecture.has_towers  # rows with pictures stay apart
             and setup.seq_len <= min(_windows(job), default=setup.seq_len),
-            "of rows with pictures, but two of Qwen3-VL": job.architecture.has_towers
+            "of rows with pictures, but two of Qwen3-VL or Qwen3.5": job.architecture.has_towers
             and not (job.architecture.model_type in WITH_PICTURES and setup.generation_rows == ROWS_WITH_PICTURES),
             "of prompts with scores that Unsloth makes in parts, by the card's free memory": _many_scores(job),
             f"of completions of more than {loss_sizes.MAX_ROWS:,} tokens with a head that trains": job.method_name == "full"

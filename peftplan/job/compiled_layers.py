@@ -173,5 +173,7 @@ def _all_adapted(job: "Job", copies: Mapping[str, int], row: Recorded) -> bool:
 
 def keeps_cache(job: "Job") -> bool:
     """Whether the cache in which the policy wrote its completions lasts: Unsloth asks transformers for a static one, which the
-    model holds (unsloth 2026.10.9, models/vision.py:2077; transformers, generation/utils.py, `_cache`)."""
-    return job.setup.packs_completions and job.architecture.has_towers and not job.setup.use_vllm
+    model holds (unsloth 2026.10.9, models/vision.py:2077; transformers, generation/utils.py, `_cache`). Linear attention has
+    none: its cache grows, and ends with the generation."""
+    grows = any(block.delta_rule is not None for block in job.architecture.blocks)
+    return job.setup.packs_completions and job.architecture.has_towers and not (job.setup.use_vllm or grows)

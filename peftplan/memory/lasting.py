@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import prod
 
-from peftplan.deployment.kv_cache import STATE, kv_cache
+from peftplan.deployment.kv_cache import kv_cache
 from peftplan.job.kernels import DELTA_RULES, SCANNING
 from peftplan.memory.model import Model
 from peftplan.storage.config import FOUR_BIT
@@ -85,7 +85,4 @@ def static_cache(model: Model) -> list[Tensor]:
     """The cache of all rows that are written at once, of their greatest length. Left out: the last token is not fed."""
     f, running = model.tape, model.running
     of_token = kv_cache(model.arch, batch_size=running.kept_caches, context=1, encoder_context=0, dtype=running.dtype)
-    name, tokens = "static cache", {STATE: ()}
-    return [
-        f.many(("b", *tokens.get(c.kind, (model.seq,)), prod(c.shape)), c.dtype, f"{name}, {c.part}", c.layers) for c in of_token
-    ]
+    return [f.many(("b", model.seq, prod(c.shape)), c.dtype, f"static cache, {c.part}", c.layers) for c in of_token]
