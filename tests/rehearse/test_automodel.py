@@ -57,7 +57,7 @@ LOOSE = {
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.06,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EME", 1): 0.04,
     ("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "MEM*EM", 1): 0.02,
-    ("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "M*EME", 1): 0.02,
+    ("nvidia-nemotron-3.5-lightning-30b-a3b-bf16", "M*EME", 1): 0.31,
     ("nvidia-nemotron-3-super-120b-a12b-bf16", "MEM*EM", 1): 0.02,
     ("nvidia-nemotron-3-super-120b-a12b-bf16", "MEM*EM", 2): 0.5,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EMEM", 1): 0.2,
@@ -132,7 +132,7 @@ ones up to 0.02, of `load` 0.11. Moonlight in fp32 without an exchange: of
 reserved ones 46 MiB. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
 that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
 full, 24 with LoRA of eight; of allocated ones up to 0.035, of such blocks, and so 3.5 Lightning. Nemotron 3 Super: of
-allocated ones 2.1 MB in full; of reserved ones 74 MiB with LoRA."""
+allocated ones 2.1 MB in full; of reserved ones 74 MiB with LoRA, and of five layers of Lightning 24."""
 
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
