@@ -132,15 +132,14 @@ def _in_words(verdict: Verdict, result: Estimate) -> str:
         return f"does not run: {SOURCE.sub('', verdict.reason or '')}"
     if verdict.verdict == "does_not_fit":
         least = "at least " if verdict.lower_bound else ""
-        return f"needs {least}{needed} GiB of {usable}, {left} short{scope}"
+        return f"does not fit{scope}, needs {least}{needed} GiB of {usable}, {left} short"
     if verdict.verdict == "unknown":
         if result.config and result.config["bound"] == "unknown":
             return f"unknown{scope}: {_open(result)}"
         return f"unknown{scope}, needs at {'most' if verdict.upper_bound else 'least'} {needed} GiB of {usable}: {_open(result)}"
     if verdict.runs_by_releasing_cache:
         return f"tight{scope}, needs {needed} GiB of {usable}: runs only because the allocator releases cached memory"
-    word = "" if verdict.verdict == "fits" and not scope else f"{verdict.verdict}{scope}, "
-    return f"{word}{'at least ' if verdict.upper_bound else ''}{left} GiB left"
+    return f"{verdict.verdict}{scope}, {'at least ' if verdict.upper_bound else ''}{left} GiB left"
 
 
 def _open(result: Estimate) -> str:

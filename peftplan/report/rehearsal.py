@@ -60,7 +60,7 @@ def _verdict(verdict: Verdict, result: Rehearsal, screen: Screen) -> list[Row]:
         words = f"unknown, since no optimizer step was completed; it used {format_bytes(verdict.needed_bytes)} of {size} GiB"
     else:
         released = ", after releasing cached memory" if verdict.runs_by_releasing_cache else ""
-        words = f"{format_bytes(verdict.headroom_bytes)} left of {size} GiB{released}"
+        words = f"{verdict.verdict}, {format_bytes(verdict.headroom_bytes)} left of {size} GiB{released}"
     assumed = f" (context {verdict.context_bytes / 2**20:,.0f} MiB assumed)" if verdict.context_assumed else ""
     mark = marks.get(verdict.verdict, glyphs.unknown)
     return wrapped(f"{mark} {card_name(verdict.gpu)}: {words}{assumed}", screen.columns, colour=LOOKS.get(verdict.verdict))

@@ -64,7 +64,7 @@ def test_an_answer_has_at_most_25_lines(job: str, columns: int | None) -> None:
 def test_numbers_of_gpus_have_one_answer() -> None:
     """All verdicts stand first, each below how its GPUs share the job; then a peak for each number."""
     lines = run("estimate", *JOBS[-2].split(), columns=100).out.splitlines()
-    assert lines[1:3] == ["one GPU", "✓ RTX 4090: 3.0 GiB left"]
+    assert lines[1:3] == ["one GPU", "✓ RTX 4090: fits, 3.0 GiB left"]
     assert lines[5].startswith("DDP over 8 GPUs")
     assert lines[6].startswith("✓ H100 80GB")
     assert [line.partition(":")[0] for line in lines if ": peak " in line] == ["1 GPU", "8 GPUs"]
@@ -99,8 +99,8 @@ CARD = Verdict("rtx-4090", 24 * GIB, "", "fits", 10 * GIB, GIB // 2, "")
 @pytest.mark.parametrize(
     ("verdict", "words"),
     [
-        (CARD, "✓ RTX 4090: 14.0 GiB left"),
-        (CARD._replace(context_assumed=True), "✓ RTX 4090: 14.0 GiB left (context 512 MiB assumed)"),
+        (CARD, "✓ RTX 4090: fits, 14.0 GiB left"),
+        (CARD._replace(context_assumed=True), "✓ RTX 4090: fits, 14.0 GiB left (context 512 MiB assumed)"),
         (CARD._replace(scope="text"), "✓ RTX 4090: fits, text only, 14.0 GiB left"),
         (CARD._replace(verdict="tight", needed_bytes=23 * GIB), "! RTX 4090: tight, 1.0 GiB left"),
         (CARD._replace(verdict="tight", needed_bytes=24 * GIB - 2**24), "! RTX 4090: tight, 0.02 GiB left"),
@@ -108,10 +108,13 @@ CARD = Verdict("rtx-4090", 24 * GIB, "", "fits", 10 * GIB, GIB // 2, "")
             CARD._replace(verdict="tight", needed_bytes=25 * GIB, runs_by_releasing_cache=True),
             "! RTX 4090: tight, needs 25.0 GiB of 24.0: runs only because the allocator releases cached memory",
         ),
-        (CARD._replace(verdict="does_not_fit", needed_bytes=33 * GIB), "✗ RTX 4090: needs 33.0 GiB of 24.0, 9.0 short"),
+        (
+            CARD._replace(verdict="does_not_fit", needed_bytes=33 * GIB),
+            "✗ RTX 4090: does not fit, needs 33.0 GiB of 24.0, 9.0 short",
+        ),
         (
             CARD._replace(verdict="does_not_fit", needed_bytes=33 * GIB, lower_bound=True),
-            "✗ RTX 4090: needs at least 33.0 GiB of 24.0, 9.0 short",
+            "✗ RTX 4090: does not fit, needs at least 33.0 GiB of 24.0, 9.0 short",
         ),
         (
             CARD._replace(verdict="does_not_run", reason="flash-attn needs 8.0 (source, line 1); use sdpa", context_assumed=True),
@@ -198,7 +201,7 @@ def test_a_stream_without_block_letters_gets_ascii(monkeypatch: pytest.MonkeyPat
     assert screen.glyphs() is ASCII
     shown = "\n".join(lines_of(estimate("llama-2-7b", gpu=["t4", "a100-80gb"]), glyphs=ASCII))
     assert shown.isascii()
-    assert "\nx T4: needs " in shown
+    assert "\nx T4: does not fit, needs " in shown
     assert "\n+ A100 80GB: " in shown
 
 

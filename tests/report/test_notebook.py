@@ -58,7 +58,7 @@ def test_an_estimate_says_what_the_command_says() -> None:
     shown = re.sub(r"<style>.*?</style>|<[^>]*>", "", result._repr_html_())
     assert f"{result.trainable_parameters:,}" in shown
     assert "✓ L4:" in shown
-    assert "✗ 16MiB: needs" in shown
+    assert "✗ 16MiB: does not fit, needs" in shown
 
 
 def test_widths_of_a_bar_are_shares_of_it() -> None:
