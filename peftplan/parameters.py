@@ -16,7 +16,7 @@ from peftplan.dtypes import ITEMSIZE, parse_dtype
 from peftplan.errors import RefusedError
 from peftplan.ledger import Allocation, Place
 from peftplan.methods.adaptation import Adaptation, AddedBuffer, AddedTensor
-from peftplan.storage import STACKS, QuantConfig, dense, quantized_modules, shared, stored
+from peftplan.storage import FORMATS, STACKS, QuantConfig, dense, quantized_modules, shared, stored
 
 PREPARED = ("nf4", "fp4", "int8", "fp8", "mxfp4", "awq")
 """Formats for which `prepare_model_for_kbit_training` casts what stayed in 16 bits to fp32; gptq and hqq are left as they are
@@ -28,7 +28,8 @@ nn/modules.py). Left out: int8's layers cast theirs to the dtype of their input,
 knows and these counts do not: 2 B per element between fp32 and 16 bits."""
 
 PACKED_BIAS = ("gptq", "awq")
-"""Formats whose layers keep their bias in fp16, as a buffer, which nothing casts (gptqmodel, nn_modules/qlinear/__init__.py)."""
+"""Formats whose layers keep their bias in fp16, as a buffer, which nothing casts, and which peft's `bias` does not train
+(gptqmodel, nn_modules/qlinear/__init__.py)."""
 
 OF_EXPERTS = {*STACKS, "ExpertsApart"}
 """Kinds of modules whose weights have three dimensions, and their biases two."""
@@ -124,10 +125,12 @@ def build(
             for is_converted, is_trained, layers in _split(module.layers or (0,), weight_layers, trains):
                 copies = len(layers)
                 is_quantized = is_converted and len(shape) > (2 if module.kind in OF_EXPERTS else 1)
+                in_buffer = is_converted and not is_quantized and quant is not None and quant.name in PACKED_BIAS
+                is_trained = is_trained and not in_buffer
                 held_dense = (trained_dtype if is_trained else None) or prepared
                 if is_converted and quant is not None and quant.name in CASTS_BIAS and module.kind not in STACKS:
                     held_dense = str(quant.compute_dtype)
-                if is_converted and quant is not None and quant.name in PACKED_BIAS:
+                if in_buffer:
                     held_dense = "fp16"
                 if is_quantized and is_trained:
                     raise RefusedError(
@@ -298,9 +301,10 @@ def _refuse_quantized_copies(adaptation: Adaptation, converted: Mapping[str, fro
         module, _, param = _base_name(tensor).rpartition(".")
         layers = converted.get(module, frozenset()) & frozenset(tensor.layers or (0,))
         if param == "weight" and layers:
+            has_list = FORMATS[quant.name].skip_modules
+            remedy = f"add it to quant_skip_modules: {module.rpartition('.')[2]}" if has_list else "use --quant none"
             raise RefusedError(
-                f"{module} is stored as {quant.name}, and a trainable copy of it (modules_to_save) cannot train; "
-                f"add it to quant_skip_modules: {module.rpartition('.')[2]}"
+                f"{module} is stored as {quant.name}, and a trainable copy of it (modules_to_save) cannot train; {remedy}"
             )
 
 

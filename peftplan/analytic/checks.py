@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import peftplan.methods as methods
 from peftplan.analytic.families import check_family
-from peftplan.analytic.kernel_checks import kernels_without_formula, reads_8_bits, reads_packed
+from peftplan.analytic.kernel_checks import WRITTEN, kernels_without_formula, reads_8_bits, reads_packed
 from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
 from peftplan.analytic.running import SHOWN_PICTURES
@@ -113,6 +113,8 @@ def check(job: Job) -> None:
     beside_tower = job.architecture.has_towers and not (job.setup.by.reloads_weights or _merges_beside_tower(job))
     if merges and ((job.quant is not None and not _merges_into(job)) or beside_tower):
         raise NoEngineError(f"an adapter that {job.setup.by.called} merges for vLLM, of this base (no formula yet)")
+    if job.quant is not None and job.quant.name == "gptq" and job.architecture.model_type in WRITTEN:
+        raise NoEngineError(f"gptq of {job.architecture.model_type}, which transformers does not load (AttributeError)")
     if job.quant is not None and (why := without_peak(job.quant)) is not None and not (reads_8_bits(job) or reads_packed(job)):
         raise NoEngineError(why)
     if job.setup.noisy_embeddings and any(block.stack != "decoder" for block in job.architecture.blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.arrays import Fact, Size
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
@@ -39,6 +40,9 @@ FEWEST_DENSE = 129
 """Tokens from which awq's product in training dequantizes its weight (gptqmodel, /modules/triton/scheduler.py, `legacy_plan`)."""
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 """Model types in which awq divides what an activation returns (transformers, integrations/awq.py, `AWQ_SCALES_MAPPINGS`)."""
+WRITTEN = ("gpt2", "gpt_bigcode")
+"""Model types whose class writes first values into the weight of `c_proj`, of which a packed layer has the shape alone:
+transformers raises AttributeError as it loads gptq (models/gpt2/modeling_gpt2.py:449)."""
 FEWEST_OFFLOADED = 3
 """ms-swift offloads nothing of a model with fewer units (callbacks/activation_cpu_offload.py, `enable_activation_offloading`)."""
 FEWEST_PACKED = 2
@@ -212,6 +216,11 @@ def _grpo_without_formula(job: Job) -> str | None:
     return next((what for what, is_so in missing.items() if is_so), None)
 
 
+def fused_by_awq(job: Job, tokens: Size) -> Fact:
+    """Whether awq multiplies so few tokens by its packed weight itself: at most `FEWEST_DENSE - 1`."""
+    return (tokens < FEWEST_DENSE) & (job.quant is not None and job.quant.name == "awq")
+
+
 def reads_packed(job: Job) -> bool:
     """Whether gptqmodel's kernels make the products of a plain LoRA on one GPU as was rehearsed (tests/rehearse/packed.jsonl)."""
     setup, quant = job.setup, job.quant
@@ -221,10 +230,12 @@ def reads_packed(job: Job) -> bool:
         return False
     if setup.by_unsloth or setup.by.own_modules or setup.by.own_decoders or setup.by.scoring is not None:
         return False
+    if str(getattr(job.config, "bias", "none")).endswith("_only"):  # of a layer whose bias is a buffer, which gets a gradient
+        return False
     if any(block.mlp.variant == "moe" or block.state_space or block.delta_rule for block in job.architecture.blocks):
         return False
-    tokens = setup.batch_size * setup.seq_len
-    return quant.name == "gptq" or (tokens >= FEWEST_DENSE and job.architecture.model_type not in SCALED_ACTIVATIONS)
+    few = bool(fused_by_awq(job, setup.batch_size * setup.seq_len))
+    return quant.name == "gptq" or not (few or job.architecture.model_type in SCALED_ACTIVATIONS)
 
 
 def reads_8_bits(job: Job) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftplan.analytic.kernel_checks import FEWEST_DENSE
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.distributed.ddp import copies_outputs
@@ -229,7 +230,8 @@ def limits_of(job: Job, compute_capability: str) -> Limits:
     """Numbers of tokens above which the kernels of a job allocate otherwise."""
     of_tables = rotary_rows(job)[1]
     fused = fused_first(job, chip_of(job, compute_capability))
-    mosts = tokens_kept(job), fused, tokens_at_once(job), tokens_unchunked(job), tokens_split(job, compute_capability)
+    packed = FEWEST_DENSE - 1 if job.quant is not None and job.quant.name == "awq" else None
+    mosts = tokens_kept(job), fused, packed, tokens_at_once(job), tokens_unchunked(job), tokens_split(job, compute_capability)
     tokens = [most for most in mosts if most is not None]
     rows = () if (longest := longest_row(job)) is None else (longest,)
     return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))

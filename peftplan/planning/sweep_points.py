@@ -21,6 +21,7 @@ except ImportError:
     raise MissingExtraError("sweep (numpy)", "sweep") from None
 
 from peftplan.analytic.checks import check
+from peftplan.analytic.kernel_checks import fused_by_awq
 from peftplan.analytic.sized import Points, Sized
 from peftplan.analytic.sizes import between_chunks
 from peftplan.job.kernels import kernels_of
@@ -180,7 +181,7 @@ def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Int
     most, least = job.architecture.max_positions, job.setup.logits_to_keep
     long = points.seq_len > most if most is not None else np.zeros(len(points), dtype=bool)
     short = points.seq_len < least if least is not None else np.zeros(len(points), dtype=bool)
-    uneven = _between_chunks(job, points)
+    uneven = _between_chunks(job, points) | fused_by_awq(job, points.batch_size * points.seq_len)
     if not (long | short | uneven).any():
         return None, np.arange(len(points))
     errors: list[str | None] = [None] * len(points)
@@ -188,7 +189,8 @@ def _refused(sized: Sized, points: Points) -> tuple[list[str | None] | None, Int
         try:
             check_length(int(points.seq_len[at]), most)
             check_logits_to_keep(least, int(points.seq_len[at]))
-            check(job._replace(setup=job.setup.model_copy(update={"seq_len": int(points.seq_len[at])})))
+            sizes = {"batch_size": int(points.batch_size[at]), "seq_len": int(points.seq_len[at])}
+            check(job._replace(setup=job.setup.model_copy(update=sizes)))
         except PeftplanError as error:
             errors[at] = _without_formula(error)
     return errors, np.flatnonzero(~(long | short | uneven))

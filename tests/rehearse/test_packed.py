@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import peftplan
+from peftplan.errors import NoEngineError
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("packed.jsonl"))
@@ -49,6 +50,7 @@ def test_gptq_keeps_dequantized_weights_until_backward() -> None:
         ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "ddp", "gpus": 2}),
         ("pythia-160m", {"quant": "awq"}),
         ("olmoe-1b-7b-0924", {"quant": "gptq"}),
+        ("qwen2.5-0.5b", {"quant": "gptq", "bias": "lora_only"}),
     ],
 )
 def test_what_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any]) -> None:
@@ -56,3 +58,42 @@ def test_what_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any])
     result = peftplan.estimate(model, **{"method": "lora", "seq_len": 256, **options})
     assert result.peaks is None
     assert "gptqmodel" in result.not_modelled[0]
+
+
+def test_sizes_without_a_formula_beside_others() -> None:
+    """awq's fused products, in a sweep and at arrays of sizes."""
+    options: dict[str, Any] = {"method": "lora", "quant": "awq", "target_modules": "q_proj"}
+    rows = list(peftplan.sweep("qwen2.5-0.5b", **options, batch_size=[1, 2], seq_len=[128, 64, 256]))
+    known = {(row["batch_size"], row["seq_len"]) for row in rows if row["peak_allocated"] is not None}
+    assert known == {(1, 256), (2, 128), (2, 256)}
+    with pytest.raises(NoEngineError, match="above 128 tokens"):
+        peftplan.estimate("qwen2.5-0.5b", **options, seq_len=256).at(seq_len=[256, 64])
+
+
+def test_what_gptqmodel_keeps_as_buffers_does_not_train() -> None:
+    """Biases of packed layers: of Qwen 2.5's attention none is left, of OPT's 12 layers those of two norms, and the last's."""
+    options: dict[str, Any] = {"method": "lora", "quant": "gptq", "seq_len": 256, "target_modules": "q_proj"}
+    ours, plain = (peftplan.estimate("qwen2.5-0.5b", **options, bias=bias).trainable_parameters for bias in ("all", "none"))
+    assert ours == plain
+    ours, plain = (peftplan.estimate("opt-125m", **options, bias=bias).trainable_parameters for bias in ("all", "none"))
+    assert ours - plain == (2 * 12 + 1) * 768
+
+
+def test_a_trainable_copy_of_a_packed_layer_names_what_helps() -> None:
+    with pytest.raises(peftplan.RefusedError, match="cannot train; use --quant none"):
+        peftplan.estimate("qwen2.5-0.5b", method="lora", quant="gptq", target_modules="v_proj", modules_to_save="q_proj")
+
+
+def test_transformers_does_not_load_gpt2_packed() -> None:
+    """Rehearsed: `'_LinearWeightMetadata' object has no attribute 'normal_'`."""
+    result = peftplan.estimate("gpt2", method="lora", quant="gptq", target_modules="c_attn", seq_len=256)
+    assert "AttributeError" in result.not_modelled[0]
+
+
+@pytest.mark.parametrize("tool", ["trl", "ms-swift", "trl-script", "llamafactory", "axolotl"])
+@pytest.mark.parametrize("quant", ["gptq", "awq"])
+def test_no_file_of_a_tool_quantizes_so(tool: Any, quant: str) -> None:
+    """`bnb_4bit_quant_type` is bitsandbytes', which has nf4 and fp4 alone."""
+    result = peftplan.estimate("qwen2.5-0.5b", method="lora", quant=quant, target_modules=["q_proj", "v_proj"], seq_len=256)
+    with pytest.raises(peftplan.RefusedError, match=r"quant: .* no setting for"):
+        peftplan.export(result, to=tool)

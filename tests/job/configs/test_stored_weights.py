@@ -180,3 +180,19 @@ def test_the_name_of_a_repository_that_cannot_be_read_says_what_it_holds(monkeyp
         peftplan.estimate("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", method="lora")
     with pytest.raises(PeftplanError, match="name the repository that stores 16 bits"):
         peftplan.estimate("unsloth/llama-3-8b-bnb-4bit", method="full")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (TRL.replace("NAME", "Qwen/Qwen2.5-7B") + "load_in_4bit: true\nbnb_4bit_quant_type: gptq\n", "bnb_4bit_quant_type"),
+        (
+            LLAMA_FACTORY.replace("NAME", "Qwen/Qwen2.5-7B") + "quantization_bit: 4\nquantization_type: awq\n",
+            "quantization_type",
+        ),
+    ],
+)
+def test_bitsandbytes_has_two_types_of_4_bits(text: str, key: str) -> None:
+    """`quantize_4bit` raises ValueError for others."""
+    plan = read_text(text, file="a.yml")
+    assert "its types of 4 bits are nf4 and fp4" in plan.unsupported[key].why
