@@ -82,6 +82,17 @@ def test_the_fewest_gpus_that_fit_are_named() -> None:
     assert number.gpus[0].verdict == "fits"
 
 
+def test_a_method_that_nearly_fills_the_card_does_not_hide_one_that_fits() -> None:
+    """The tensors of LoRA leave a tenth of a T4, and the allocator holds more beside them."""
+    job: dict[str, Any] = {"strategy": "fsdp2", "gpu": "2xt4", "batch_size": 2, "seq_len": 1024}
+    changes = peftplan.advice(peftplan.estimate("llama-3.1-8b", method="full", **job))["t4"].changes
+    assert ({"method": "qlora"}, "fits") in [(change.options, change.verdict) for change in changes]
+    (lora,) = peftplan.estimate("llama-3.1-8b", method="lora", **job).gpus
+    assert lora.verdict == "tight"
+    assert lora.headroom_bytes is not None
+    assert lora.headroom_bytes < 0
+
+
 @pytest.mark.parametrize(
     ("strategy", "gpus", "nodes", "expected"),
     [
