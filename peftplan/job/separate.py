@@ -74,8 +74,11 @@ def stored_format(model_config: Options, set_here: Options) -> dict[str, object]
         return {}
     method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
     if method in PACKED:
-        of_gptq = {"quant_bits": stored.get("bits", 4)} if method == "gptq" else {}
-        as_stored = {"quant": method, "quant_group_size": stored.get("group_size", 128), **of_gptq}
+        _refuse_other_layouts(stored, COUNTED[method])
+        own = {"quant_bits": stored.get("bits", 4)} if method == "gptq" else {}
+        if method == "awq" and stored.get("modules_to_not_convert"):
+            own = {"quant_skip_modules": stored["modules_to_not_convert"]}
+        as_stored = {"quant": method, "quant_group_size": stored.get("group_size", 128), **own}
     elif stored.get("load_in_4bit") or stored.get("load_in_8bit"):
         from peftplan.job import ecosystem
 
@@ -88,6 +91,28 @@ def stored_format(model_config: Options, set_here: Options) -> dict[str, object]
             "loads them as they are stored; leave it out, or name the repository that stores 16 bits"
         )
     return as_stored
+
+
+COUNTED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "gptq": {
+        "checkpoint_format": (None, "gptq", "gptq_v2"),
+        "format": (None, "gptq", "gptq_v2"),
+        "dynamic": (None, {}),
+        "modules_in_block_to_quantize": (None, []),
+        "lm_head": (None, False),
+    },
+    "awq": {"version": (None, "gemm", "GEMM"), "format": (None, "gemm", "GEMM")},
+}
+"""Fields of a stored format that say which layers are packed, or how, and the values with which they are counted."""
+
+
+def _refuse_other_layouts(stored: Options, counted: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise InputError for a field that packs layers otherwise than is counted."""
+    for field, accepted in counted.items():
+        value = getattr(stored.get(field), "value", stored.get(field))
+        if value not in accepted:
+            names = ", ".join(str(each) for each in accepted if isinstance(each, str)) or "none"
+            raise InputError(f"quantization_config.{field}", value, f"layers packed so are not counted; accepted: {names}")
 
 
 def task_of_adapter(adapter: Options) -> dict[str, str]:

@@ -157,6 +157,8 @@ def _load_notes(job: Job) -> Iterator[str]:
             f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' own choice raises in training, "
             "and name target_modules: peft's all-linear finds no packed layer"
         )
+        if job.setup.device_map == "none" and not job.setup.by.loads_on_device:
+            yield "without a device_map gptqmodel picks kernels for the CPU, which hold other bytes while the model is loaded"
         if job.quant.name == "awq" and job.setup.batch_size * job.setup.seq_len <= COMPILED_UP_TO:
             yield f"awq up to {COMPILED_UP_TO:,} tokens is counted without nvcc, with which gptqmodel compiles another kernel"
     distributed = job.distributed

@@ -12,6 +12,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import NoEngineError
+from peftplan.job.sources import load_config
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("packed.jsonl"))
@@ -97,3 +98,29 @@ def test_no_file_of_a_tool_quantizes_so(tool: Any, quant: str) -> None:
     result = peftplan.estimate("qwen2.5-0.5b", method="lora", quant=quant, target_modules=["q_proj", "v_proj"], seq_len=256)
     with pytest.raises(peftplan.RefusedError, match=r"quant: .* no setting for"):
         peftplan.export(result, to=tool)
+
+
+@pytest.mark.parametrize(
+    ("quant_method", "field", "value"),
+    [
+        ("gptq", "dynamic", {"-:.*down.*": {}}),
+        ("gptq", "checkpoint_format", "marlin"),
+        ("gptq", "lm_head", True),
+        ("awq", "version", "gemv_fast"),
+    ],
+)
+def test_layers_that_a_repository_packs_otherwise_are_not_counted(quant_method: str, field: str, value: object) -> None:
+    config = {**load_config("qwen2.5-0.5b"), "quantization_config": {"quant_method": quant_method, field: value}}
+    with pytest.raises(peftplan.InputError, match=rf"quantization_config\.{field}"):
+        peftplan.estimate(config, method="lora", target_modules="q_proj")
+
+
+def test_what_an_awq_repository_leaves_in_16_bits() -> None:
+    """Of 24 layers, a weight of 896 × 4864, of which 4 bits were a number, 2 bytes a scale, and half a byte a zero, in blocks of
+    512 bytes."""
+    stored = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "modules_to_not_convert": ["down_proj"]}
+    config = {**load_config("qwen2.5-0.5b"), "quantization_config": stored}
+    options: dict[str, Any] = {"method": "lora", "target_modules": "q_proj", "kbit_prepare": False, "seq_len": 256}
+    ours = peftplan.estimate(config, **options).to_dict()["memory"]["persistent"]
+    all_packed = peftplan.estimate("qwen2.5-0.5b", quant="awq", **options).to_dict()["memory"]["persistent"]
+    assert ours - all_packed == 24 * 896 * 4864 * 2 - 24 * (896 * 4864 // 2 + 896 * 38 * 2 + 34 * 512)
