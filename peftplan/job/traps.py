@@ -13,7 +13,10 @@ from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
 
 STEM = re.compile(r"(.+?)(?:For[A-Z]|LMHead|Model$)")
-"""What the names of a model's modules begin with, such as `Llama` of `LlamaForCausalLM`."""
+"""What the names of a model's modules begin with, such as `Llama` of `LlamaForCausalLM`. A capital follows: `Gemma2DecoderLayer`
+is no layer of Gemma, nor `Qwen2MoeDecoderLayer` one of Qwen 2."""
+NAMELESS = ("TransformerBlock", "ConvLayer")
+"""Layers whose names do not begin so: DistilBERT's, and what DeBERTa has before its layers."""
 
 
 def traps(
@@ -59,11 +62,10 @@ def traps(
 
 
 def _of_other_models(distributed: Distributed, architecture: Architecture) -> list[str]:
-    """Classes to wrap whose names are those of another model's modules: `LlamaDecoderLayer` where the model is Qwen 2."""
+    """Classes to wrap whose names are those of another model's modules, such as `LlamaDecoderLayer` where the model is Qwen 2."""
     stem = STEM.match(architecture.model_class)
     if stem is None or architecture.has_towers:  # whose parts have names of their own
         return []
-    ends = ("Layer", "Block")
-    return [
-        name for name in distributed.transformer_cls_names_to_wrap or () if name.endswith(ends) and not name.startswith(stem[1])
-    ]
+    own = re.compile(rf"{re.escape(stem[1])}(?!Moe)[A-Z]\w*")
+    layers = (name for name in distributed.transformer_cls_names_to_wrap or () if name.endswith(("Layer", "Block")))
+    return [name for name in layers if name not in NAMELESS and not own.fullmatch(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import peftplan
 from peftplan.arch import catalogue
 from peftplan.errors import RefusedError
+from peftplan.job.prepare import prepare
 
 MODELS = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b", "paligemma-3b-pt-224")
 WITH_FORMULA = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b")
@@ -58,6 +60,25 @@ def test_a_class_of_another_model_is_warned_of(name: str) -> None:
         "Could not find the transformer layer class" in text for text in peftplan.estimate("qwen2.5-0.5b", **job).warnings
     )
     assert warned is not is_there
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("distilbert-base-uncased", "TransformerBlock"),
+        ("gpt2", "GPT2Block"),
+        ("gemma-7b", "Gemma2DecoderLayer"),
+        ("qwen2.5-0.5b", "Qwen2MoeDecoderLayer"),
+        ("phi-2", "Phi3DecoderLayer"),
+    ],
+)
+def test_names_that_begin_like_those_of_another_model_are_told_apart(model: str, name: str) -> None:
+    """The witness is the file of transformers in which the model's classes are."""
+    transformers = pytest.importorskip("transformers")
+    code = import_module(getattr(transformers, prepare(model, method="full").architecture.model_class).__module__)
+    job = {"method": "full", "gpus": 8, "strategy": "fsdp2", "transformer_cls_names_to_wrap": name}
+    warned = any("Could not find the transformer layer class" in text for text in peftplan.estimate(model, **job).warnings)
+    assert warned is not hasattr(code, name)
 
 
 def test_a_model_with_all_classes_is_not_refused() -> None:
