@@ -9,7 +9,10 @@ from peftplan.arch import catalogue
 NF4: Mapping[str, object] = {"quant": "nf4", "double_quant": True, "compute_dtype": "bf16"}
 OF_NF4 = "NF4 with double quantization, as Unsloth's repositories of this name have it"
 LAYERS_IN_16_BITS = "the repository leaves some layers in 16 bits"
+EXPERTS_IN_4_BITS = "the repository stores each expert as layers in 4 bits of Unsloth's, which transformers fuses in 16 bits"
 STORED: tuple[tuple[str, Mapping[str, object], str, str | None], ...] = (
+    (r"(?<=gpt-oss-20b)-unsloth-bnb-4bit", NF4, OF_NF4, EXPERTS_IN_4_BITS),
+    (r"(?<=gpt-oss-120b)-unsloth-bnb-4bit", NF4, OF_NF4, EXPERTS_IN_4_BITS),
     (r"-unsloth-bnb-4bit", NF4, OF_NF4, LAYERS_IN_16_BITS),
     (r"-bnb-4bit", NF4, OF_NF4, None),
     (r"-gptq-(?:int)?8(?:-?bits?)?", {"quant": "gptq", "quant_bits": 8}, "8 bits in groups of 128, by its name", None),

@@ -84,6 +84,14 @@ def test_layers_in_16_bits_are_those_of_the_list_that_is_known() -> None:
     assert "model.layers.37.mlp" in plan.assumed["model"]
 
 
+def test_experts_that_unsloth_alone_stores_in_4_bits() -> None:
+    """gpt-oss 20B takes 14.9 GiB in Unsloth; counted as nf4 is, its experts stay in 16 bits, in 75.8 GiB of fp32 with TRL."""
+    text = TRL.replace("NAME", "unsloth/gpt-oss-20b-unsloth-bnb-4bit") + "lora_target_modules: [q_proj]\n"
+    plan = read_text(text, file="a.yml")
+    assert "each expert" in plan.unsupported["model_name_or_path"].why
+    assert peftplan.estimate(config=plan).peaks is None
+
+
 @pytest.mark.parametrize(
     "name", ["ybelkada/Mistral-7B-v0.1-bf16-sharded", "yahma/llama-7b-hf", "vilsonrodrigues/falcon-7b-sharded"]
 )
