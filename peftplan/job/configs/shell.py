@@ -44,6 +44,8 @@ SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d
 """Numbers with operators of one precedence between them, so that they are taken from the left."""
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 MOST_COMMANDS = 200
+LONGEST = 2**16
+"""Characters of a command with its variables filled in; Linux takes no word above 2**17 bytes (`MAX_ARG_STRLEN`)."""
 
 
 def of_shell(text: str, *, file: str) -> Document:
@@ -94,12 +96,13 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
     for number, line in _lines(text):
         if (array := ARRAY.fullmatch(line)) is not None:
             before = variables.values.get(array[1], "") if array[2] else ""
-            variables.values[array[1]] = f"{before} {_filled(array[3], variables.values)}"
+            variables.values[array[1]] = f"{before} {_short(_filled(array[3], variables.values), file=file, line=number)}"
             continue
         for part, behind in parts_of(line):
             command = variables.enter(part)
+            filled = _short(_filled(command, variables.values), file=file, line=number)
             try:
-                words = _words(_filled(command, variables.values))
+                words = _words(filled)
             except ValueError as error:
                 if any(command.lstrip().startswith(name) for name, _ in PROGRAMS):
                     raise BrokenFileError(file, number, f"not a shell command: {error}") from None
@@ -179,6 +182,13 @@ def _filled(text: str, variables: Mapping[str, str]) -> str:
 
     with_arrays = ELEMENTS.sub(lambda match: variables.get(match[1], match[0]), text)
     return ARITHMETIC.sub(total, VARIABLE.sub(value, with_arrays))
+
+
+def _short(text: str, *, file: str, line: int) -> str:
+    """The text, if a shell could run it. Variables that repeat each other double their length in every line."""
+    if len(text) > LONGEST:
+        raise BrokenFileError(file, line, f"accepted: a command of at most {LONGEST:,} characters, its variables filled in")
+    return text
 
 
 def _unwrapped(words: list[str]) -> list[str]:

@@ -98,6 +98,15 @@ def test_a_shell_script(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("assigned", ["A=$A$A", "A=($A $A)"])
+def test_variables_that_double(tmp_path: Path, assigned: str) -> None:
+    """Sixty lines of this were 2**60 times as long."""
+    path = tmp_path / "train.sh"
+    path.write_text("A=aaaaaaaaaa\n" + f"{assigned}\n" * 60 + "swift sft --model Qwen/Qwen2.5-7B-Instruct --tuner_type $A\n")
+    with pytest.raises(PeftplanError, match=r"train\.sh:1[0-9]: accepted: a command of at most 65,536 characters"):
+        peftplan.read_config(path)
+
+
 def test_a_script_and_a_notebook(tmp_path: Path) -> None:
     source = (
         "from unsloth import FastLanguageModel\nlength = 1024\n"

@@ -496,6 +496,29 @@ def test_what_of_nemo_changes_memory_without_a_formula() -> None:
         assert ("torch raises ValueError" in unsupported["dataset._target_"].why) is raises
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "ranks", "bound"),
+    [({}, 1, None), ({"foreach": True}, 1, None), ({"amsgrad": False}, 1, None)]
+    + [({"foreach": False}, 1, "at_most"), ({"amsgrad": True}, 1, "at_least")]
+    + [({"foreach": False}, 2, None)],  # `_foreach_for_mesh` (components/optim/optimizer.py:669)
+)
+def test_what_changes_the_step_of_adam_in_nemo(optimizer: dict[str, bool], ranks: int, bound: str | None) -> None:
+    """`false` was read as off, and a third state as a number of the optimizer."""
+    of_adam = {"_target_": "torch.optim.Adam", "lr": 1e-5, **optimizer}
+    plan = of_nemo({"strategy": "fsdp2", "tp_size": ranks}, model=NEMO_OWN, optimizer=of_adam)
+    assert plan.to_dict()["bound"] == bound
+
+
+def test_rows_of_the_loader_of_nemo() -> None:
+    """`loader_kwargs.pop("batch_size", schedule.local_batch_size)` (recipes/_typed_config.py:296); the scheduler that accumulates
+    reads its own key (components/training/step_scheduler.py)."""
+    sharded: dict[str, object] = {"strategy": "fsdp2"}
+    plan = of_nemo(sharded, dataloader={"batch_size": 16})
+    assert (plan.options["batch_size"], plan.options["gradient_accumulation_steps"], plan.unsupported) == (16, 2, {})
+    pictures = of_nemo(sharded, recipe="FinetuneRecipeForVLM", dataloader={"batch_size": 16})
+    assert "dataloader.batch_size" in pictures.unsupported
+
+
 def test_what_nemo_freezes_of_a_vision_language_model_does_not_train() -> None:
     """The witness counts the parameters of transformers' Gemma 3 whose module NeMo's patterns find (model_utils.py:603)."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
