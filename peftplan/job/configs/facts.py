@@ -79,7 +79,8 @@ class Facts:
         return {}
 
     def _row_of(self, key: str) -> Known | None:
-        default, at = self.schema.get(key, (None, ""))
+        _, at_above = self.schema.get(key.partition(".")[0], (None, ""))
+        default, at = self.schema.get(key, (None, at_above))
         row = self.rows.get(key) or next((row for name, row in self._patterns() if fnmatchcase(key, name)), None)
         if row is None and "." in key:
             above = key.rpartition(".")[0]
@@ -90,7 +91,7 @@ class Facts:
             return Known(row, row.get("default", default), row.get("at", at))
         if key in self.schema or key.partition(".")[0] in self.schema:
             return Known(
-                {"unsupported": f"its effect on memory is not known ({at or self.schema[key.partition('.')[0]][1]})"},
+                {"unsupported": f"its effect on memory is not known ({at})"},
                 default,
                 at,
             )
@@ -159,7 +160,8 @@ def facts(tool: Tool) -> Facts:
         rows |= {prefix + key: row for key, row in other.rows.items()}
         schema |= {prefix + key: (default, f"{other.tool} {other.version}, {at}") for key, (default, at) in other.schema.items()}
     for why, keys in raw.get("ignored", {}).items():
-        rows |= {key: {"ignored": why} for key in keys}
+        places = keys if isinstance(keys, dict) else {}
+        rows |= {key: {"ignored": why, "at": places[key]} if places.get(key) else {"ignored": why} for key in keys}
     own = raw.get("keys", {})
     rows = {**{key: row for key, row in own.items() if "*" not in key}, **rows, **own}  # a tool's own words come first
     schema |= {key: (default, at) for key, (default, at) in raw.get("schema", {}).items()}

@@ -199,12 +199,13 @@ Write = TypedDict(
 
 
 class ToolFile(TypedDict, total=False):
-    """The data file of a tool. `includes`: tools whose keys it takes too, by what stands before these; `ignored`: why → keys."""
+    """The data file of a tool. `includes`: tools whose keys it takes too, by what stands before these; `ignored`: why →
+    keys, or why → key → the tool's file and line."""
 
     version: str
     detect: list[Case]
     includes: list[Tool] | dict[str, list[Tool]]
-    ignored: dict[str, list[str]]
+    ignored: dict[str, list[str] | dict[str, str]]
     keys: dict[str, Row]
     schema: dict[str, tuple[object, str]]
     rules: list[Rule]

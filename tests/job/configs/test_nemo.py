@@ -498,9 +498,14 @@ def test_what_of_nemo_changes_memory_without_a_formula() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "ranks", "bound"),
-    [({}, 1, None), ({"foreach": True}, 1, None), ({"amsgrad": False}, 1, None)]
-    + [({"foreach": False}, 1, "at_most"), ({"amsgrad": True}, 1, "at_least")]
-    + [({"foreach": False}, 2, None)],  # `_foreach_for_mesh` (components/optim/optimizer.py:669)
+    [
+        ({}, 1, None),
+        ({"foreach": True}, 1, None),
+        ({"amsgrad": False}, 1, None),
+        ({"foreach": False}, 1, "at_most"),
+        ({"amsgrad": True}, 1, "at_least"),
+        ({"foreach": False}, 2, None),  # `_foreach_for_mesh` (components/optim/optimizer.py:669)
+    ],
 )
 def test_what_changes_the_step_of_adam_in_nemo(optimizer: dict[str, bool], ranks: int, bound: str | None) -> None:
     """`false` was read as off, and a third state as a number of the optimizer."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
+
 from peftplan.job.configs.documents import flat
 from peftplan.job.configs.plan import TOOLS
+from peftplan.job.configs.read import read_values
 from tests.job.configs.published import plan, records
 
 READ_AS = {
@@ -52,3 +57,28 @@ def test_each_key_is_in_one_group() -> None:
         assert len(groups) == len(set(groups)), record["path"]
         removed = {key for row in read.refused.values() for key, value in row.instead.items() if value is None}
         assert keys.keys() - removed <= set(groups), (record["path"], keys.keys() - set(groups))
+
+
+WITHOUT_LINE = {
+    "axolotl": 3, "llamafactory": 1, "nemo-automodel": 5, "peft": 13, "swift": 1, "torchtune": 3, "transformers-examples": 3,
+    "trl": 8, "unsloth": 15,
+}  # fmt: skip
+"""Tool → keys that five of its files or more have and that are without effect, although no line of the tool is known for them.
+They may only become fewer."""
+
+
+def test_where_the_tool_reads_a_key_without_effect() -> None:
+    files: Counter[tuple[str, str]] = Counter()
+    for record in records():
+        read = plan(record)
+        if read.kind == "training":
+            files.update((read.tool, key) for key, row in read.ignored.items() if not row.at)
+    often = Counter(tool for (tool, _), count in files.items() if count >= 5)
+    assert dict(often) == WITHOUT_LINE
+
+
+@pytest.mark.parametrize("key", ["optimizer.differentiable", "optimizer.min_8bit_size", "optimizer.is_paged", "optimizer.betaz"])
+@pytest.mark.parametrize("tool", ["torchtune", "nemo-automodel"])
+def test_an_argument_of_the_optimizer_that_no_list_has(tool: str, key: str) -> None:
+    """All arguments were numbers without effect; these decide states, or the optimizer has no such argument."""
+    assert key in read_values({key: 1}, file="a.yml", tool=tool).unsupported
