@@ -221,8 +221,12 @@ def read_text(text: str, *, file: str) -> ConfigPlan:
 
 
 def joined(plans: list[ConfigPlan]) -> ConfigPlan:
-    """One plan of a training file and the launch files behind it."""
+    """One plan of a training file and the launch files behind it. Ranks of DDP may shard by a later file.
+
+    Raises RefusedError if two launch files shard in different ways.
+    """
     first, *others = plans
+    named: tuple[str, object] | None = None
     for other in others:
         if other.tool not in LAUNCHERS:
             raise RefusedError(f"config: {other.files[0]} is a file of {other.tool}; accepted after the first: launch files")
@@ -232,6 +236,14 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
         firm = {k: v for k, v in first.options.items() if k not in first.assumed}
         if other.tool == "accelerate" and facts(first.tool).launched_precision and firm.get("autocast") == "none":
             del firm["autocast"]
+        strategy, whose = other.options.get("strategy"), (*other.files, "the command")[0]
+        if named is not None and strategy not in (None, "ddp", named[1]):
+            if named[1] != "ddp":
+                raise RefusedError(f"config: {named[0]} names {named[1]}, {whose} {strategy}; accepted: one strategy")
+            if firm.get("strategy") == "ddp":
+                del firm["strategy"]
+        if strategy is not None and (named is None or named[1] == "ddp"):
+            named = (whose, strategy)
         first = replace(
             first,
             files=first.files + other.files,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import peftplan
-from peftplan.errors import InputError
+from peftplan.errors import InputError, RefusedError
 from peftplan.job.configs.read import read_config, read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
@@ -279,6 +279,20 @@ def test_a_launch_file_wins_over_processes_that_were_assumed(tmp_path: Path) -> 
     training.write_text("base_model: gpt2\nadapter: lora\nfsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true\n")
     launch.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
     assert read_config([training, launch]).options["gpus"] == 4
+
+
+def test_two_launch_files(tmp_path: Path) -> None:
+    """The first one's strategy was read alone: over ranks of DDP, ZeRO-3 of a second file was dropped."""
+    training, ranks, sharded, shards = (tmp_path / name for name in ("a.yml", "ranks.yaml", "z3.json", "fsdp.yaml"))
+    training.write_text("base_model: gpt2\nadapter: lora\n")
+    ranks.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
+    shards.write_text("distributed_type: FSDP\nnum_machines: 1\nnum_processes: 4\nfsdp_config: {fsdp_version: 2}\n")
+    sharded.write_text(json.dumps(ZERO3))
+    for files, strategy in (([ranks, sharded], "zero3"), ([sharded, ranks], "zero3"), ([ranks, shards], "fsdp2")):
+        read = read_config([training, *files]).options
+        assert (read["strategy"], read["gpus"]) == (strategy, 4)
+    with pytest.raises(RefusedError, match=r"fsdp\.yaml names fsdp2, .*z3\.json zero3; accepted: one strategy"):
+        read_config([training, shards, sharded])
 
 
 def test_example_scripts_of_transformers(tmp_path: Path) -> None:
