@@ -12,6 +12,7 @@ from peftplan.job.compiled_layers import recorded
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, IN_MXFP4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
 from peftplan.job.trainers import DEFAULT
+from peftplan.memory.packed import FEWEST_DENSE
 from peftplan.storage.config import FOUR_BIT
 from peftplan.units import GIB
 
@@ -36,8 +37,6 @@ WITH_EAGER = ("axolotl.", "torchao-float8.")
 UNSLOTH_LORA = frozenset({"unsloth.lora_mlp", "unsloth.lora_qkv", "unsloth.lora_o"})
 PACKED_BITS = {"gptq": (4, 8), "awq": (4,)}
 """Format of gptqmodel → the bits whose kernels were rehearsed."""
-FEWEST_DENSE = 129
-"""Tokens from which awq's product in training dequantizes its weight (gptqmodel, /modules/triton/scheduler.py, `legacy_plan`)."""
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 """Model types in which awq divides what an activation returns (transformers, integrations/awq.py, `AWQ_SCALES_MAPPINGS`)."""
 WRITTEN = ("gpt2", "gpt_bigcode")

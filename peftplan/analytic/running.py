@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.kernel_checks import FEWEST_DENSE
 from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
 from peftplan.arch.text_part import keeps_its_cache
 from peftplan.distributed.ddp import copies_outputs
@@ -24,6 +23,7 @@ from peftplan.job.tasks import as_told, rotary_positions
 from peftplan.ledger import Dim
 from peftplan.memory.attention import FLASH_CAPABILITY, MAX_FLASH_HEAD
 from peftplan.memory.model import Model
+from peftplan.memory.packed import FEWEST_DENSE
 from peftplan.memory.parts import NO_KERNELS, Running
 from peftplan.memory.program import Program
 from peftplan.methods.adaptation import PROMPTED, Adaptation, MethodConfig

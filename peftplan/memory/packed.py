@@ -1,6 +1,6 @@
 """Linear layers of gptqmodel on a packed weight, in training (nn_modules/qlinear).
 
-Left out: the fused product of awq, for so few tokens that no job here has them (`analytic.kernel_checks.FEWEST_DENSE`).
+Left out: the fused product of awq, for so few tokens that no job here has them (`FEWEST_DENSE`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 IN_16_BITS = "fp16"
 """The dtype of the scales, in which a weight is dequantized."""
+FEWEST_DENSE = 129
+"""Tokens from which awq's product in training dequantizes its weight (gptqmodel, /modules/triton/scheduler.py, `legacy_plan`)."""
 
 
 def linear_of_gptq(f: Tape, part: Part, x: Tensor, running: Running) -> Tensor:

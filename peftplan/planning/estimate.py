@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from peftplan.errors import OptionError, RefusedError, UnknownNameError
+from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import check_rank_allocator, prepare, prepared
 from peftplan.job.script import NO_SCRIPT, Script
@@ -95,15 +95,20 @@ def estimate(
             )
             script = script.model_copy(update=of_tool)
             peft_config = our_options.pop("peft_config", peft_config)
-        job = prepare(
-            model,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            training_args=training_args,
-            script=script,
-            strict=strict,
-            **our_options,
-        )
+        try:
+            job = prepare(
+                model,
+                peft_config=peft_config,
+                quantization_config=quantization_config,
+                training_args=training_args,
+                script=script,
+                strict=strict,
+                **our_options,
+            )
+        except InputError as error:
+            if config_document is None or options.get(error.field) is not None:
+                raise
+            raise _of_key(error, config_document) from None
         if config_document is not None and options.get("kernels") is None:
             job, config_document = _with_formula(job, config_document)
         if of_file:
@@ -114,6 +119,13 @@ def estimate(
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)
+
+
+def _of_key(error: InputError, document: ConfigDocument) -> InputError:
+    """The error under the name of the file and of its key that sets the option."""
+    rows = {key: row for key, row in document["read"].items() if error.field in row["option"].split(", ")}
+    keys = sorted(rows, key=lambda key: (rows[key]["value"] != error.value, len(rows[key]["option"])))
+    return error.named(f"{document['files'][0]}: {keys[0]}") if keys else error
 
 
 def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:

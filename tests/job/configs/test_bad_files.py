@@ -143,6 +143,20 @@ def test_a_model_whose_name_is_no_path() -> None:
     assert read_values({"base_model": "x" * 5000, "adapter": "lora"}, file="a.yml", tool="axolotl").model == "x" * 5000
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lora_target_modules: '(((('", r"a\.yml: lora_target_modules: '\(\(\(\(' is not valid; not a regular expression"),
+        ("lora_dropout: 7", r"a\.yml: lora_dropout must be below 1\.0 \(got 7\)"),
+        ("lora_r: 999999999", r"a\.yml: lora_r must be at most 1,048,576"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_named_by_its_key(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.yml").write_text(f"{AXOLOTL}micro_batch_size: 1\n{line}\n")
+    with pytest.raises(PeftplanError, match=message):
+        peftplan.estimate(config=tmp_path / "a.yml")
+
+
 @pytest.mark.parametrize("optimizer", ["nonsense", 5, ["adamw_torch"]])
 def test_an_optimizer_that_no_rule_knows_cannot_be_said(optimizer: object) -> None:
     """It was read as the default, and the peak stood without a bound."""
