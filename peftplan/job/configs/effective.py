@@ -89,6 +89,8 @@ class Effective:
             return not all(any(self._equal(each, known) for known in accepted["other_than"]) for each in entries)
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
+        if "no_multiple_of" in accepted:
+            return any(number % accepted["no_multiple_of"] for number in self._numbers([key]) or ())
         if key == "key_value_heads":
             (ranks,) = self._numbers([accepted["multiple_of"]]) or [0]
             heads = self._of_model("num_key_value_heads")
@@ -99,12 +101,15 @@ class Effective:
         (unit,) = self._numbers([accepted["multiple_of"]]) or [0]
         return product > 0 and unit > 0 and product % unit == 0
 
-    def _numbers(self, keys: Sequence[str | int]) -> list[int] | None:
-        """The whole numbers under these keys, or themselves; None where one has another value."""
+    def _numbers(self, keys: Sequence[str | int], padded: Mapping[str, int] | None = None) -> list[int] | None:
+        """The whole numbers under these keys, or themselves; None where one has another value. `padded`: key → of what its number
+        becomes the next multiple."""
         texts = [str(abs(key) if isinstance(key, int) else self.of(key)) for key in keys]
         if not all(re.fullmatch("[0-9]{1,10}", text) for text in texts):
             return None
-        return [key if isinstance(key, int) else int(text) for key, text in zip(keys, texts, strict=True)]
+        units = [1 if isinstance(key, int) else (padded or {}).get(key, 1) for key in keys]
+        known = [key if isinstance(key, int) else int(text) for key, text in zip(keys, texts, strict=True)]
+        return [-(-number // unit) * unit for number, unit in zip(known, units, strict=True)]
 
     def _has_vocabulary(self, accepted: Accepted) -> bool:
         """Whether the rows of the model's embedding are, or are not known to be, a multiple of a number."""
@@ -172,7 +177,8 @@ class Effective:
             return tuple(value) if isinstance(value, list) else value
         if "product" in setting:
             parts = self._numbers([setting.get("by", 1)])
-            sums = [self._numbers(key if isinstance(key, list) else [key]) for key in setting["product"]]
+            padded = setting.get("padded")
+            sums = [self._numbers(key if isinstance(key, list) else [key], padded) for key in setting["product"]]
             known = [sum(numbers) for numbers in sums if numbers is not None]
             return None if len(known) < len(sums) or not parts else -(-prod(known) // max(*parts, 1))
         numbers = self._numbers(setting["sum"])

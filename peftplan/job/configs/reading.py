@@ -261,10 +261,10 @@ class Reading:
         if options := ", ".join((*rule.get("set", {}), *rule.get("add", {}))):
             for key in set_keys:
                 before = self.read.get(key)
-                rest = [before.option] if before and before.option and before.option != options else []
+                named = dict.fromkeys((f"{before.option}, {options}" if before and before.option else options).split(", "))
                 reason = f"{why} ({at})" if at and why else why or at
                 whys = [text for text in (before.why if before and before.option else "", reason) if text]
-                self.read[key] = Read(self.values[key], ", ".join([*rest, options]), "; ".join(dict.fromkeys(whys)))
+                self.read[key] = Read(self.values[key], ", ".join(named), "; ".join(dict.fromkeys(whys)))
                 self.ignored.pop(key, None)
         if (refusal := rule.get("unsupported")) is not None:
             key, effect = refusal["key"], refusal.get("effect", "unknown")

@@ -27,6 +27,10 @@ from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIF
         ),
         # packing: one row of micro_batch_size × sequence_len
         ({**AXOLOTL, "sample_packing": True}, "axolotl", {"batch_size": 1, "seq_len": 8192}),
+        # rows are padded up to a multiple of 64
+        ({**AXOLOTL, "sequence_len": 900}, "axolotl", {"batch_size": 2, "seq_len": 960, "padding": True}),
+        ({**AXOLOTL, "sequence_len": 900, "sample_packing": True}, "axolotl", {"batch_size": 1, "seq_len": 1920}),
+        ({**AXOLOTL, "sequence_len": 900, "pad_to_sequence_len": False}, "axolotl", {"batch_size": 2, "seq_len": 900}),
         ({**AXOLOTL, "base_model": "google/gemma-4-E2B-it"}, "axolotl", {"use_reentrant": False}),
         # the sequence, the batch, the optimizer and checkpointing that axolotl's schema has by default
         (
