@@ -45,8 +45,8 @@ def traps(
         yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"
     if distributed.strategy in ("fsdp1", "fsdp2") and (strange := _of_other_models(distributed, architecture)):
         yield (
-            f"transformer_cls_names_to_wrap: no module of {architecture.model_class} is called {', '.join(strange)}; FSDP's "
-            "plugin of accelerate then raises ValueError: Could not find the transformer layer class"
+            f"transformer_cls_names_to_wrap: no module of {architecture.model_class} is called {', '.join(strange)}; "
+            "accelerate's FSDP plugin then raises ValueError: Could not find the transformer layer class"
         )
     rows = min((tensor.shape[0] for tensor in adaptation.added if tensor.trainable and len(tensor.shape) > 1), default=None)
     if distributed.strategy == "fsdp2" and rows is not None and rows < distributed.shards:

@@ -153,12 +153,12 @@ def _load_notes(job: Job) -> Iterator[str]:
     tensor by tensor, in the order of its files. Rehearsals read one file, sorted by names (tests/rehearse/torchtune.jsonl)."""
     if job.quant is not None and job.quant.name in PACKED:
         yield (
-            f"{job.quant.name} is counted as the kernels that train keep it: load with backend auto_trainable "
-            f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' own choice raises in training, "
-            "and name target_modules: peft's all-linear finds no packed layer"
+            f"{job.quant.name} is counted with kernels that can train: load it with backend auto_trainable "
+            f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' default raises an error in "
+            "training, and name target_modules, since peft's all-linear finds no packed layer"
         )
         if job.setup.device_map == "none" and not job.setup.by.loads_on_device:
-            yield "without a device_map gptqmodel picks kernels for the CPU, which hold other bytes while the model is loaded"
+            yield "without a device_map, gptqmodel picks kernels for the CPU, which hold other bytes while the model loads"
         if job.quant.name == "awq" and job.setup.batch_size * job.setup.seq_len <= COMPILED_UP_TO:
             yield f"awq up to {COMPILED_UP_TO:,} tokens is counted without nvcc, with which gptqmodel compiles another kernel"
     distributed = job.distributed

@@ -102,8 +102,8 @@ class Effective:
         return product > 0 and unit > 0 and product % unit == 0
 
     def _numbers(self, keys: Sequence[str | int], padded: Mapping[str, int] | None = None) -> list[int] | None:
-        """The whole numbers under these keys, or themselves; None where one has another value. `padded`: key → of what its number
-        becomes the next multiple."""
+        """The whole numbers under these keys, or themselves; None where one has another value. `padded`: key → the number to
+        whose next multiple its value is rounded up."""
         texts = [str(abs(key) if isinstance(key, int) else self.of(key)) for key in keys]
         if not all(re.fullmatch("[0-9]{1,10}", text) for text in texts):
             return None
