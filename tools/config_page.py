@@ -215,6 +215,14 @@ its repository, path, commit and licence). {kinds["training"]:,} of them train a
     } run Megatron, and
 {kinds["other"]} do something else (inference, export, evaluation, data, tools that peftplan does not read).
 
+**Of {len(text)} configs of built-in text models, {share(_exact(text) + changed, len(text))} have an exact peak: {
+        _exact(text)
+    } as they are, {changed} after a change that the
+answer names. Of all {len(known)} configs of built-in models, {share(_counted(known), len(known))} have a count. Of {
+        len(known) - len(text)
+    } configs of vision-language
+models, {sum(case.of_text for case in known)} have a peak of their text part.**
+
 - *counted*: the number of parameters is known.
 - *exact peak*: no key is unsupported. *by trace*: the same, but only `--engine trace` has the peak. For {inferred} of
   them, the layers that Unsloth leaves in 16 bits are inferred from the sizes of a repository's files. For {unreserved} of them,
@@ -242,11 +250,10 @@ The others of the configs whose model is built in:
 {table(("tool", "bound", "null", "no formula", "refusal", "tool refuses"), [each[:1] + each[STATED:] for each in rows])}
 
 Targets, of the configs whose model is built in: counts for 95 %, and exact peaks for 90 % of the text models. Counts are at
-{_counted(known)} of {len(known)} ({share(_counted(known), len(known))}), exact peaks at {_exact(text)} of {len(text)} ({
+{_counted(known)} of {len(known)} ({share(_counted(known), len(known))}). Without those after a change, exact peaks are at {
         share(_exact(text), len(text))
-    }), which is {share(_exact(text), runs)} of the {runs} that their tools do not refuse; {
-        changed
-    } more have one after a change ({share(_exact(text) + changed, len(text))} together).
+    } of all text
+configs, and at {share(_exact(text), runs)} of the {runs} that their tools do not refuse.
 Of all training configs {share(_counted(known), len(training))} are counted.
 
 ## Unsupported keys, most frequent first

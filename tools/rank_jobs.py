@@ -232,7 +232,7 @@ def compared_trace(row: dict[str, Any], traced: dict[str, Any]) -> dict[str, flo
 
 
 def table() -> tuple[list[str], str]:
-    """The comparison as Markdown, and its summary: all jobs by both engines, then a line per strategy."""
+    """The comparison as Markdown, and its summary: a row for all jobs, then one per strategy, by both engines."""
     lines = [
         "| job | load | forward | backward | step | reserved | trace allocated | trace reserved |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -253,14 +253,12 @@ def table() -> tuple[list[str], str]:
         for engine, shares in (("estimated", estimated), ("traced", traced)):
             if shares is not None:
                 every[engine].setdefault(row["strategy"], []).append(shares)
-    totals = [_summary(f"all, {engine}", [*chain.from_iterable(by_strategy.values())]) for engine, by_strategy in every.items()]
-    strategies = [
-        _summary(f"{strategy}{', traced' if engine == 'traced' else ''}", shares)
-        for strategy in every["estimated"]
-        for engine in every
-        if (shares := every[engine].get(strategy))
-    ]
-    return lines, "\n".join([*totals, *strategies])
+    totals = {engine: [*chain.from_iterable(by_strategy.values())] for engine, by_strategy in every.items()}
+    engines = "".join(f" {what} jobs | allocated: median | worst | reserved: median | worst |" for what in every)
+    summary = [f"| strategy |{engines}", f"| --- |{' ---: |' * 5 * len(every)}", _line("all", [*totals.values()])]
+    for strategy in every["estimated"]:
+        summary.append(_line(strategy, [of_engine.get(strategy, []) for of_engine in every.values()]))
+    return lines, "\n".join(summary)
 
 
 def _allocated(shares: dict[str, float]) -> float:
@@ -272,17 +270,18 @@ def _percent(share: float) -> str:
     return f"{round(100 * share, 4) + 0.0:+.4f} %"  # no negative zero
 
 
-def _summary(title: str, of_jobs: Shares) -> str:
-    """Median and worst of all phases of these jobs, and of reserved bytes."""
-    differences = {
-        "allocated per phase": [shares[phase] for shares in of_jobs for phase in PHASES],
-        "reserved": [shares["reserved"] for shares in of_jobs if "reserved" in shares],
-    }
-    words = [
-        f"{what}: median {100 * median(map(abs, values)):.4f} %, worst {_percent(max(values, key=abs))}"
-        for what, values in differences.items()
-    ]
-    return f"- {title}, {len(of_jobs)} jobs: {'; '.join(words)}."
+def _line(strategy: str, by_engine: list[Shares]) -> str:
+    """For each engine the number of jobs, median and worst of all their phases, and of reserved bytes."""
+    cells = [strategy]
+    for of_jobs in by_engine:
+        allocated = [shares[phase] for shares in of_jobs for phase in PHASES]
+        reserved = [shares["reserved"] for shares in of_jobs if "reserved" in shares]
+        cells += [str(len(of_jobs)), *_median_and_worst(allocated), *_median_and_worst(reserved)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _median_and_worst(values: list[float]) -> tuple[str, str]:
+    return (f"{100 * median(map(abs, values)):.4f} %", _percent(max(values, key=abs))) if values else ("–", "–")
 
 
 def _without_json_marks(name: str) -> str:
