@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
 from peftplan.job.trainers import CHUNKED, ONE_FORWARD
+from peftplan.methods import METHODS
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.for_method import options_for
 from peftplan.validation import listed
@@ -87,7 +88,8 @@ def changes_of(
     """What the other plans change: the method, what saves memory, a shorter sequence, and these together."""
     by_adapter = typed.get("peft_config") is not None or "method" in fixed
     others: list[dict[str, object]] = [{}]
-    names = QUALITY if methods is None else methods
+    by_quant = typed.get("quant") is not None  # beside it, a method that only quantizes the base differs by its name alone
+    names = [name for name in QUALITY if not (by_quant and METHODS[name].quant)] if methods is None else methods
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
     own_loss = first.assumptions["trainer"] not in ONE_FORWARD or first.assumptions.get("kernels")
     saves = [change for change in SAVES if not (own_loss and change is CHUNKED)]

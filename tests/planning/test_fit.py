@@ -82,6 +82,11 @@ def test_other_plans_say_what_they_change_and_are_ranked() -> None:
         )
 
 
+def test_a_base_that_is_stored_in_few_bits_gets_no_second_plan_for_its_quantized_method() -> None:
+    plan = peftplan.fit("llama-3.1-8b", method="lora", quant="gptq", gpu="rtx-4090")
+    assert {each.method for each in plan.plans} == {"lora"}
+
+
 def test_a_job_that_never_fits_names_what_comes_nearest() -> None:
     result = fit("llama-2-70b", gpu="rtx-4090", method="lora", methods=("full", "qlora"))
     first = result.plans[0]
