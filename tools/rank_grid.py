@@ -588,4 +588,4 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
     config = config | {field: min(layers, whole)}
     if borrowing := config.get("num_kv_shared_layers"):
         config["num_kv_shared_layers"] = borrowing * config[field] // whole
-    return config | ({"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {})
+    return config | {name: value[:layers] for name, value in config.items() if isinstance(value, list) and len(value) == whole}

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.towers import of_tower
 from peftplan.errors import InputError
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
@@ -43,8 +44,8 @@ class Action(NamedTuple):
 
 
 def num_layers(parameters: Iterable[Parameter]) -> int:
-    """The layers of a decoder."""
-    return 1 + max((max(p.layers) for p in parameters if p.layers), default=0)
+    """The layers of a decoder, beside a tower's."""
+    return 1 + max((max(p.layers) for p in parameters if p.layers and not of_tower(p)), default=0)
 
 
 def stages_of(distributed: Distributed, layers: int, rank: int) -> tuple[Stage, ...]:
@@ -78,14 +79,17 @@ def _count(distributed: Distributed, layers: int) -> int:
 
 
 def on_stages(parameters: Iterable[Parameter], architecture: Architecture, stages: Iterable[Stage]) -> Iterator[Parameter]:
-    """The parameters of stages: their layers, the embedding on the first one, all else on the last one, which has a tied
-    embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`)."""
+    """The parameters of stages: their layers, the embedding and towers on the first one, all else on the last one, which has a
+    tied embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`)."""
     everything, stages = [*parameters], [*stages]
     here = frozenset(layer for stage in stages for layer in stage.layers)
     first, last = any(stage.first for stage in stages), any(stage.last for stage in stages)
     tied = all(p.name != f"{architecture.output_embedding}.weight" for p in everything)
     for p in everything:
-        if p.layers is not None:
+        if of_tower(p):
+            if first:
+                yield p
+        elif p.layers is not None:
             if kept := p.layers & here:
                 yield p._replace(layers=kept, copies=p.copies * len(kept) // len(p.layers))
         elif (first if p.in_embedding else last) or (tied and last):
@@ -98,12 +102,15 @@ def as_model(parameters: Parameters, architecture: Architecture, stage: Stage) -
 
     of_stage = on_stages(parameters.all, architecture, (stage,))
     renumbered = (
-        p if p.layers is None else p._replace(layers=frozenset(n - stage.layers[0] for n in p.layers)) for p in of_stage
+        p if p.layers is None or of_tower(p) else p._replace(layers=frozenset(n - stage.layers[0] for n in p.layers))
+        for p in of_stage
     )
     blocks = []
     for block in architecture.blocks:
         if kept := tuple(n - stage.layers[0] for n in block.layers if n in stage.layers):
             blocks.append(block._replace(layers=kept))
+    if not any(block.attentions for block in blocks):  # each stage makes the tables of positions
+        blocks += [block._replace(layers=()) for block in architecture.blocks if block.attentions][:1]
     return replace(architecture, blocks=tuple(blocks)), parameters._replace(all=tuple(renumbered))
 
 

@@ -18,6 +18,11 @@ NAMES = (
 OF_TOWERS = re.compile(rf"(?:^|\.)(?:{'|'.join(NAMES)})\.")
 
 
+def of_tower(p: Parameter) -> bool:
+    """Whether a parameter is one of a tower, or maps what a tower computes to the text part."""
+    return OF_TOWERS.search(p.name) is not None
+
+
 def is_whole(p: Parameter, distributed: Distributed) -> bool:
     """Whether every rank holds all of a parameter, which is of no unit."""
-    return bool(distributed.whole_tower) and not p.trainable and OF_TOWERS.search(p.name) is not None
+    return bool(distributed.whole_tower) and not p.trainable and of_tower(p)
