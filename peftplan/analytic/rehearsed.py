@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
+from peftplan.analytic.divided_by_automodel import knows_division, knows_pipeline
 from peftplan.analytic.rehearsed_zero import APART, SHARING_ROWS, has_experts_apart, unknown_to_zero
 from peftplan.analytic.shown import (
     UNDER_DEVICE_MAP,
@@ -29,11 +30,10 @@ from peftplan.analytic.shown import (
 from peftplan.analytic.shown_optimizers import SHOWN_OPTIMIZERS, shown_optimizers
 from peftplan.analytic.text_parts import knows_wrapped
 from peftplan.distributed.flat_parameters import wraps_mlps
-from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
-from peftplan.distributed.pipeline import INTERLEAVED
-from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, PLANS, ranks_of
+from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_experts, knows_worst_routing
-from peftplan.job.kernels import WITH_FORMULA, kernels_of
+from peftplan.job.kernels import WITH_FORMULA
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.recast import WHOLE
 from peftplan.memory.sharded import tied
@@ -42,12 +42,6 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.job.job import Job
 
-DIVIDED_BY_AUTOMODEL = (
-    *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
-    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora"), ("falcon_h1", "lora")),
-)
-"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2: of Seed-OSS alone
-over all ranks."""
 LONGEST_RING = 8
 RINGS_OF_AUTOMODEL = (2, 16)
 """How many ranks share a row, by NeMo Automodel (tests/rehearse/automodel.jsonl)."""
@@ -158,7 +152,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "wrap_policy": distributed.wrap_policy not in (None, "transformer"),
         "transformer_cls_names_to_wrap": classes not in (None, layer_classes(job))
         and not (knows_wrapped(job) or _knows_mixtures(job, distributed)),
-        "tp_size": ranks_of(distributed) > 1 and not _knows_division(job, distributed),
+        "tp_size": ranks_of(distributed) > 1 and not knows_division(job, distributed),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat  # transformers computes in it
         and job.quant is not None
@@ -173,7 +167,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "routing": distributed.routing == "worst" and not knows_worst_routing(job),
         "target_parameters": flat and adapts_parameters(job),  # peft reads lora_A and lora_B while FSDP1 holds them as shards
         "bias": flat and getattr(job.config, "bias", "none") != "none" and not _knows_biases(job, distributed),
-        "pp_size": distributed.pp_size not in (None, 1) and not _knows_pipeline(job, distributed),
+        "pp_size": distributed.pp_size not in (None, 1) and not knows_pipeline(job, distributed),
         f"a release before {_first_known(distributed).named}": not flat and _has_units_of_layers(job, distributed),
         "loss": (job.setup.loss not in losses and job.setup.by.layout is ACCELERATE) or job.setup.loss == "torchtune-chunked",
         "cpu_ram_efficient_loading of tied embeddings": job.setup.by.own_fsdp2  # made twice: reserved +3.9 % of a rehearsal
@@ -221,23 +215,6 @@ def _knows_parts(job: Job) -> bool:
     return nested and setup.by.own_fsdp2 and job.method_name == "full" and job.architecture.model_type in WITH_FORMULA
 
 
-def _knows_division(job: Job, distributed: Distributed) -> bool:
-    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own or of one
-    for which it has a plan of its own."""
-    architecture, config = job.architecture, job.config
-    tables = (architecture.input_embedding, architecture.output_embedding)
-    return (
-        (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
-        and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
-        and (distributed.world_size > ranks_of(distributed) or architecture.model_type == "seed_oss")
-        and not architecture.ties
-        and not (architecture.vocab_size or 0) % ranks_of(distributed)
-        and not getattr(config, "lora_dropout", 0)
-        and not any(module.name in tables for module in job.adaptation.matched)
-        and job.setup.loss == "full"
-    )
-
-
 def _knows_biases(job: Job, distributed: Distributed) -> bool:
     """Whether biases were rehearsed that train beside LoRA, in the units of their layers: of dense models in bf16."""
     return is_plain(job) and distributed.use_orig_params is not False and knows_methods(job)
@@ -249,44 +226,6 @@ def _knows_mixtures(job: Job, distributed: Distributed) -> bool:
     checkpointed = bool(setup.use_reentrant and setup.gradient_checkpointing) and not job.script.experts_apart
     adapted = job.architecture.model_type == "mixtral" and job.quant is not None and setup.by.own_fsdp2
     return wraps_mlps(distributed) and flat and checkpointed and adapted
-
-
-def _knows_pipeline(job: Job, distributed: Distributed) -> bool:
-    """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
-    with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows,
-    also where no other ranks hold the same stage. Beside experts that ranks divide also one that is no unit itself."""
-    whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
-    packed, apart = kernels_of(job.setup.kernels or ()).attention is not None, distributed.pp_stage_is_unit is False
-    of_experts = distributed.pp_schedule == INTERLEAVED and knows_experts(job)
-    divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
-    return (
-        (builds(job) or _stages_transformers_modules(job, distributed))
-        and whole
-        and (ranks_of(distributed) == 1 or (divided and distributed.pp_schedule == INTERLEAVED))
-        and job.setup.dtype == "bf16"
-        and distributed.offload_params in (None, "none")
-        and not any(a.window for block in job.architecture.blocks for a in block.attentions)
-        and (of_experts or not (apart or distributed.sync_each_batch or (distributed.ep_size or 1) > 1))
-        and distributed.reshard_after_forward is None
-        and job.setup.loss == "full"
-        and (job.method_name in ("full", "lora") or distributed.pp_schedule == INTERLEAVED)
-        and (job.method_name != "lora" or _adapts_each_layer(job))
-    )
-
-
-def _adapts_each_layer(job: Job) -> bool:
-    """Whether each layer has an adapter that gets a gradient, so that no stage is without one."""
-    trained = (tensor for tensor in job.adaptation.added if tensor.trainable and ".indexer." not in tensor.name)
-    adapted = {layer for tensor in trained for layer in tensor.layers or ()}
-    return adapted.issuperset(layer for block in job.architecture.blocks for layer in block.layers)
-
-
-def _stages_transformers_modules(job: Job, distributed: Distributed) -> bool:
-    """Whether stages of transformers' modules were rehearsed: of Qwen2 with LoRA and checkpoints, on rows without padding, that
-    take turns, with torch's attention; each stage keeps the mask that an eager one makes."""
-    setup, of_qwen2 = job.setup, (job.architecture.model_type, job.method_name) == ("qwen2", "lora")
-    plain = bool(setup.gradient_checkpointing) and not setup.padding and job.quant is None and setup.attn_implementation == "sdpa"
-    return setup.by.layout is AUTOMODEL and of_qwen2 and plain and distributed.pp_schedule == INTERLEAVED
 
 
 def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:

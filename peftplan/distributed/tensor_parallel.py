@@ -77,7 +77,7 @@ BY_AUTOMODEL: dict[str, Plan] = {
         "mlp.down_proj": "rowwise_whole_input",
     },
     "phi": PLANS["phi"],
-    "seed_oss": LLAMA,
+    **dict.fromkeys(("seed_oss", "ministral3", "gemma4"), LLAMA),
     "mixtral": ATTENTION,
     "falcon_h1": {
         **ATTENTION,
@@ -90,6 +90,9 @@ WHOLE_LOGITS = ("seed_oss", "mixtral", "falcon_h1")
 """Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`), and so does
 that of all others (`_get_parallel_plan`), which Mixtral has because of its experts, and which leaves them whole. Falcon-H1's
 own plan gathers them too (optimized_tp_plans.py, `_parallelize_falcon_h1`)."""
+COPIED_SUMS = ("gemma4",)
+"""Model types whose sums over ranks are no DTensors, but copies of copies, of which the latest is held
+(components/models/gemma4_moe/parallelization.py, `_ReduceFromTensorParallelRegion`)."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 
 

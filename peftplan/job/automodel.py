@@ -20,7 +20,7 @@ REHEARSED = (
     *("mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "cohere2", "granite", "olmo2", "starcoder2"),
     *("llama", "qwen2", "qwen3", "t5", "glm", "ernie4_5", "seed_oss", "gpt2", "gpt_oss", "nemotron_h"),
     *("mixtral", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "falcon_h1", "minimax_m2"),
-    *("glm_moe_dsa", "ernie4_5_moe", "qwen3_next"),
+    *("glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "ministral3"),
 )
 """Model types whose jobs in 16 and 32 bits were rehearsed."""
 REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
@@ -28,7 +28,7 @@ REHEARSED_QUANTIZED = (*REHEARSED, "qwen2_moe")
 REHEARSED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *OF_AUTOMODEL)
 BUILT = (
     *("llama", "qwen2", "qwen3", "gpt_oss", "glm4_moe", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h"),
-    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"),
+    *("minimax_m2", "glm_moe_dsa", "ernie4_5_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "ministral3"),
 )
 """Of `REHEARSED`, and of vision-language models, those that the tool builds of modules of its own (`memory.models.automodel`)."""
 TORCH_NORM = "torch-norm.rms_norm"
@@ -276,6 +276,14 @@ def _knows_layers(job: Job) -> bool:
     return alone and plain and (kernels.fake_quant is None or of_llama)
 
 
+def _knows_ministral(job: Job) -> bool:
+    """Whether Ministral 3 of the tool's own was rehearsed: LoRA with checkpoints, over ranks that share matrices."""
+    setup, distributed = job.setup, job.distributed
+    shared = distributed is not None and distributed.divided > 1 and {distributed.cp_size, distributed.pp_size} <= {None, 1}
+    alone = job.method_name == "lora" and setup.dtype == "bf16" and bool(setup.gradient_checkpointing)
+    return shared and alone and setup.attn_implementation == "sdpa" and not setup.kernels
+
+
 def _in_stages(job: Job) -> bool:
     """Whether stages of a pipeline run the model, each of which makes a mask of padded rows for itself."""
     return job.distributed is not None and (job.distributed.pp_size or 1) > 1
@@ -303,6 +311,7 @@ def without_formula(job: Job) -> str | None:
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
         and not (_knows_mixture(job) or knows_experts(job)),
+        "Ministral 3 as it was not rehearsed": architecture.model_type == "ministral3" and not _knows_ministral(job),
         f"{architecture.model_type} as it was not rehearsed": (
             architecture.model_type in {*EXCHANGES, *SCANNING, *MERGED} - {"gpt_oss"}
             and (builds(job) or architecture.model_type not in TRANSFORMERS_TOO)

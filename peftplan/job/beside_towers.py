@@ -71,20 +71,29 @@ def trains_tower(job: "Job") -> bool:
 
 
 def _knows_gemma4(job: "Job") -> bool:
-    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys."""
-    setup, blocks = job.setup, job.architecture.blocks
+    """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys, also over
+    ranks that share matrices, which reduce the gradients of several micro batches once."""
+    setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
     borrows = any(a.borrows for block in blocks for a in block.attentions)
     borrows_or_mixes = borrows or is_mixture(job)
+    if distributed is not None and distributed.divided > 1:
+        once = not distributed.sync_each_batch and bool(setup.gradient_checkpointing)
+        return _alone_in_bf16(job, divided=True) and once and not borrows_or_mixes
     at_once = setup.gradient_accumulation_steps == 1
     return _alone_in_bf16(job) and at_once and not (setup.gradient_checkpointing and borrows_or_mixes)
 
 
-def _alone_in_bf16(job: "Job", *, cut: bool = False) -> bool:
+def _alone_in_bf16(job: "Job", *, cut: bool = False, divided: bool = False) -> bool:
     """Whether ranks of FSDP2 alone share a model in bf16, of rows without padding, with the loss of all logits, or one that is
-    `cut` apart where that was rehearsed."""
+    `cut` apart where that was rehearsed. `divided`: or whether others share its matrices too."""
     setup, distributed = job.setup, job.distributed
     plain = setup.dtype == "bf16" and (setup.loss == "full" or cut) and not setup.padding
-    return plain and distributed is not None and {distributed.tp_size, distributed.cp_size, distributed.pp_size} <= {None, 1}
+    return (
+        plain
+        and distributed is not None
+        and {distributed.cp_size, distributed.pp_size} <= {None, 1}
+        and (divided or distributed.divided == 1)
+    )
 
 
 def hands_keys_on(job: "Job") -> bool:

@@ -44,7 +44,7 @@ def kept_on_card(model: Model) -> None:
         from peftplan.memory.models.automodel_ep import last_map
 
         model.lasting = last_map(model)
-    elif decoder is not None or (running.own_decoders and model.arch.model_type not in (*SCANNING, *DELTA_RULES)):
+    elif decoder is not None or (running.own_decoders and model.arch.model_type not in (*SCANNING, *DELTA_RULES, "ministral3")):
         a = model.arch.blocks[0].attentions[0]
         width = a.head_dim if a.rotary_dim is None else a.rotary_dim
         of_gemma = model.arch.model_type in ("gemma", "gemma2")  # unsloth, models/gemma.py (`_set_cos_sin_cache`)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, WHOLE_LOGITS, Style, plans_of, ranks_of, style_of
+from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, COPIED_SUMS, WHOLE_LOGITS, Style, plans_of, ranks_of, style_of
 from peftplan.memory import divided_mlp
 from peftplan.memory.model import Model
 from peftplan.memory.rank_parts import gather, gathered
@@ -43,6 +43,9 @@ class TensorParallel(OneGpu):
         self.plans = plans_of(distributed)
         self.whole_dims = {p.name: p.shape for p in whole}
         self.is_tied = tied(model.arch)
+        self.copies_sums = self.plans is BESIDE_FSDP2 and model.arch.model_type in COPIED_SUMS
+        self.latest: Tensor | None = None
+        """The latest of these sums, which the tool holds."""
         model.tape.modules = self
 
     def call(
@@ -66,7 +69,8 @@ class TensorParallel(OneGpu):
     def _divided(self, style: Style, parameters: tuple[Parameter, ...], x: X, function: Callable[[X], Tensor]) -> Tensor:
         """Call a layer of this style on `x`."""
         if style == "embedding_rowwise":
-            return self._looked_up(function, x, parameters[0])
+            looked_up = self._looked_up_here if self.copies_sums else self._looked_up
+            return looked_up(function, x, parameters[0])
         assert isinstance(x, Tensor)
         if style.startswith("colwise"):
             out = function(self._summed_in_backward(x))  # type: ignore[arg-type]
@@ -125,6 +129,17 @@ class TensorParallel(OneGpu):
         node = f.record(_whole_table_backward, (table,), self.whole_dims[table.name], table.dims if self.is_tied else None)
         return f.new(rows.dims, rows.dtype, "all_reduce", node)
 
+    def _looked_up_here(self, function: Callable[[X], Tensor], ids: X, table: Parameter) -> Tensor:
+        """The same of a table that is no DTensor then: its gradient is the rank's part."""
+        f = self.f
+        shifted = f.new(("b", "s"), "int64", "sub")
+        mask = f.new(("b", "s"), "bool", "bitwise_or")
+        _masked = f.new(("b", "s"), "int64", "masked_fill")
+        del shifted
+        rows = function(ids)
+        rows = f.new(rows.dims, rows.dtype, "masked_fill", f.record(_masked_backward, (rows,), mask))
+        return self._summed(rows)
+
     def _summed_in_backward(self, x: Tensor) -> Tensor:
         return self._viewed(x, _copied_backward)
 
@@ -133,7 +148,11 @@ class TensorParallel(OneGpu):
         return x if node is None else Tensor(x.storage, x.dims, x.dtype, node)
 
     def _summed(self, x: Tensor) -> Tensor:
-        return self.f.new(x.dims, x.dtype, "all_reduce", self._record(_handed_on, x))
+        if not self.copies_sums:
+            return self.f.new(x.dims, x.dtype, "all_reduce", self._record(_handed_on, x))
+        _sum = self.f.new(x.dims, x.dtype, "all_reduce")
+        self.latest = self.f.new(x.dims, x.dtype, "clone", self._record(_handed_on, x))
+        return self.latest
 
     def gathered(self, x: Tensor) -> Tensor:
         """The parts of all ranks."""
@@ -164,6 +183,10 @@ def whole_logits(f: Tape, logits: Tensor) -> Tensor:
     if not isinstance(f.modules, TensorParallel) or f.modules.model.arch.model_type in WHOLE_LOGITS:
         return logits
     return f.modules.gathered(f.to(logits, "fp32"))
+
+
+def _masked_backward(f: Tape, node: Node, saved: tuple[Tensor], g: Tensor) -> Tensor:
+    return f.new(g.dims, g.dtype, "masked_fill")
 
 
 def _copied_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:

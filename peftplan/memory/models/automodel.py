@@ -1,7 +1,7 @@
 """Decoders that NeMo Automodel builds of modules of its own: rotary embedding in fp32, and an RMSNorm that saves its input alone.
 
-Source: nemo_automodel 0.7.0, components/models/{llama,qwen2,qwen3}/model.py, llama/rope_utils.py (`apply_rotary_pos_emb`),
-common/utils.py (`_float32_rms_norm_impl`, whose backward torch compiles into one kernel).
+Source: nemo_automodel 0.7.0, components/models/{llama,qwen2,qwen3,mistral3}/model.py, llama/rope_utils.py
+(`apply_rotary_pos_emb`), common/utils.py (`_float32_rms_norm_impl`, whose backward torch compiles into one kernel).
 """
 
 from __future__ import annotations
@@ -70,5 +70,10 @@ def checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
 
 OWN = Style(layer=layer_of_parts, rotate=rotated_in_fp32, wide_tables=True, checkpoints_parts=True)
 of_llama = partial(decoder, style=OWN._replace(norm=opaque_rms, holds_projected=True))
-FORWARDS = {"llama": of_llama, "qwen2": of_llama, "qwen3": partial(decoder, style=OWN)}
+FORWARDS = {
+    "llama": of_llama,
+    "qwen2": of_llama,
+    "qwen3": partial(decoder, style=OWN),
+    "ministral3": partial(decoder, style=Style(layer=layer_of_parts, checkpoints_parts=True)),
+}
 """model type → the tool's forward of it."""

@@ -831,7 +831,8 @@ BY_DEEPEP = {
     [
         ("google/gemma-4-E2B-it", {"use_liger_kernel": True, "text_config": {"use_cache": True}}, {}, {}, True),
         ("google/gemma-4-31B-it", {"text_config": {"use_cache": False}}, {"activation_checkpointing": True}, {}, True),
-        ("google/gemma-4-31B-it", {}, {"tp_size": 4}, {}, False),
+        ("google/gemma-4-31B-it", {}, {"tp_size": 4}, {}, True),
+        ("google/gemma-4-31B-it", {}, {"tp_size": 8}, {}, False),
         ("google/gemma-4-31B-it", {}, {"cp_size": 2}, {}, False),
         ("google/gemma-4-31B-it", {}, {}, {"packed_sequence": {"pretokenize": True, "pack_size": 2048}}, False),
         ("google/gemma-4-31B-it", {"attn_implementation": "te"}, {}, {}, False),

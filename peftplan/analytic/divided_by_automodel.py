@@ -1,0 +1,84 @@
+"""Which models were rehearsed with NeMo Automodel over ranks that share matrices, or take turns (tests/rehearse/automodel*.jsonl,
+tests/rehearse/pipeline.jsonl)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftplan.distributed.layout import AUTOMODEL
+from peftplan.distributed.pipeline import INTERLEAVED
+from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, ranks_of
+from peftplan.job.automodel import builds, knows_experts
+from peftplan.job.kernels import kernels_of
+
+if TYPE_CHECKING:
+    from peftplan.distributed.strategy import Distributed
+    from peftplan.job.job import Job
+
+DIVIDED_BY_AUTOMODEL = (
+    *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
+    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora"), ("falcon_h1", "lora"), ("ministral3", "lora")),
+    ("gemma4", "partial"),
+)
+"""Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
+OVER_ALL_RANKS = ("seed_oss", "ministral3")
+"""Those of them whose matrices all ranks shared."""
+ADAPTED_HEADS = ("ministral3",)
+"""Those of them whose divided head had an adapter too."""
+TIED_HEADS = ("gemma4",)
+"""Those of them whose divided head was the embedding."""
+
+
+def knows_division(job: Job, distributed: Distributed) -> bool:
+    """Whether matrices were rehearsed that ranks share beside FSDP2: by NeMo Automodel, of a model of its own or of one
+    for which it has a plan of its own."""
+    architecture, config = job.architecture, job.config
+    head = () if architecture.model_type in ADAPTED_HEADS else (architecture.output_embedding,)
+    return (
+        (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
+        and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
+        and (distributed.world_size > ranks_of(distributed) or architecture.model_type in OVER_ALL_RANKS)
+        and (not architecture.ties or architecture.model_type in TIED_HEADS)
+        and not (architecture.vocab_size or 0) % ranks_of(distributed)
+        and not getattr(config, "lora_dropout", 0)
+        and not any(module.name in (architecture.input_embedding, *head) for module in job.adaptation.matched)
+        and job.setup.loss == "full"
+    )
+
+
+def knows_pipeline(job: Job, distributed: Distributed) -> bool:
+    """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
+    with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows,
+    also where no other ranks hold the same stage. Beside experts that ranks divide also one that is no unit itself."""
+    whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
+    packed, apart = kernels_of(job.setup.kernels or ()).attention is not None, distributed.pp_stage_is_unit is False
+    of_experts = distributed.pp_schedule == INTERLEAVED and knows_experts(job)
+    divided = packed and job.architecture.model_type == "llama" and job.method_name == "full"
+    return (
+        (builds(job) or _stages_transformers_modules(job, distributed))
+        and whole
+        and (ranks_of(distributed) == 1 or (divided and distributed.pp_schedule == INTERLEAVED))
+        and job.setup.dtype == "bf16"
+        and distributed.offload_params in (None, "none")
+        and not any(a.window for block in job.architecture.blocks for a in block.attentions)
+        and (of_experts or not (apart or distributed.sync_each_batch or (distributed.ep_size or 1) > 1))
+        and distributed.reshard_after_forward is None
+        and job.setup.loss == "full"
+        and (job.method_name in ("full", "lora") or distributed.pp_schedule == INTERLEAVED)
+        and (job.method_name != "lora" or _adapts_each_layer(job))
+    )
+
+
+def _adapts_each_layer(job: Job) -> bool:
+    """Whether each layer has an adapter that gets a gradient, so that no stage is without one."""
+    trained = (tensor for tensor in job.adaptation.added if tensor.trainable and ".indexer." not in tensor.name)
+    adapted = {layer for tensor in trained for layer in tensor.layers or ()}
+    return adapted.issuperset(layer for block in job.architecture.blocks for layer in block.layers)
+
+
+def _stages_transformers_modules(job: Job, distributed: Distributed) -> bool:
+    """Whether stages of transformers' modules were rehearsed: of Qwen2 with LoRA and checkpoints, on rows without padding, that
+    take turns, with torch's attention; each stage keeps the mask that an eager one makes."""
+    setup, of_qwen2 = job.setup, (job.architecture.model_type, job.method_name) == ("qwen2", "lora")
+    plain = bool(setup.gradient_checkpointing) and not setup.padding and job.quant is None and setup.attn_implementation == "sdpa"
+    return setup.by.layout is AUTOMODEL and of_qwen2 and plain and distributed.pp_schedule == INTERLEAVED
