@@ -5,9 +5,9 @@ Numpy is needed for their types alone: it is an extra, and one size needs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,14 +41,34 @@ def dim_at(dim: int | str, sizes: Mapping[str, Size]) -> Size:
     return dim if isinstance(dim, int) else sizes[dim]  # type: ignore[return-value]
 
 
+class Recorded:
+    """A whole number that remembers how it follows from others (`distributed.any_world`)."""
+
+    __slots__ = ()
+
+    def computed(self, op: Callable[[int, int], int], a: object, b: object) -> Any:
+        """The result of an operation, as another such number."""
+        raise NotImplementedError
+
+
 def smaller(a: Size, b: Size | int) -> Size:
     """The smaller of two sizes, at each point."""
-    return a - (a > b) * (a - b)
+    if type(a) is int and type(b) is int:
+        return a if a < b else b
+    recorded = _recorded(a, b)
+    return a - (a > b) * (a - b) if recorded is None else recorded.computed(min, a, b)
 
 
 def larger(a: Size, b: Size | int) -> Size:
     """The larger of two sizes, at each point."""
-    return a + (b > a) * (b - a)
+    if type(a) is int and type(b) is int:
+        return a if a > b else b
+    recorded = _recorded(a, b)
+    return a + (b > a) * (b - a) if recorded is None else recorded.computed(max, a, b)
+
+
+def _recorded(a: object, b: object) -> Recorded | None:
+    return a if isinstance(a, Recorded) else b if isinstance(b, Recorded) else None
 
 
 def numel_at(dims: Sequence[int | str], sizes: Mapping[str, Size]) -> Size:

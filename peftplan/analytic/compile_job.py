@@ -108,8 +108,11 @@ class Compiled(NamedTuple):
 
     def sizes(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
         """Name → size for a batch size and a sequence length, numbers or arrays."""
-        by_name = sizes(batch_size * self.rows, self.loss.row(seq_len), virtual_tokens=self.virtual_tokens, loss=self.loss)
-        return self.timeline.with_derived(by_name)
+        return self.timeline.with_derived(self.sizes_read(batch_size, seq_len))
+
+    def sizes_read(self, batch_size: Size, seq_len: Size) -> dict[str, Size]:
+        """The same without those that are computed from others."""
+        return sizes(batch_size * self.rows, self.loss.row(seq_len), virtual_tokens=self.virtual_tokens, loss=self.loss)
 
     def sized_as(self, other: "Compiled") -> bool:
         """Whether its sizes are those of another rank's step."""

@@ -5,11 +5,13 @@ Needs numpy (extra `sweep`). Exact while float64 represents every integer, up to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import NamedTuple
 
-from peftplan.arrays import Floats, Ints
+from peftplan.analytic.lazy import values_of
+from peftplan.arrays import Derived, Floats, Ints
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import InputError, MissingExtraError
 from peftplan.ledger import Dim
@@ -23,13 +25,17 @@ except ImportError:
 
 EXACT = 2**53 // ALLOCATION_ROUNDING
 """The largest peak that stays exact in float64, in units of `ALLOCATION_ROUNDING` bytes."""
-CHUNK = 2**14
-"""Points per matrix product, so that its operands fit a processor's cache."""
+CHUNK = 2**13
+"""Points per matrix product, so that its result fits a processor's cache."""
+EXCEEDING = 2**6
+"""Rows that are compared with all others at points: the first ones have most tensors."""
+SLACK = 1e-9
+"""More than the rounding errors of float64 where one row is compared with another at all points."""
 
 KEPT = 16
 """Of moments, those with other numbers that were asked for last."""
-COMPARED = 2**7
-"""Rows that are compared at a time with those that are largest so far."""
+COMPARED = 2**4
+"""Rows that are compared at a time with all that have no more."""
 MOST_PAIRED = 2**11
 """Rows that are compared in pairs."""
 MULTIPLIER = 6364136223846793005
@@ -59,12 +65,12 @@ class Moments:
             column.append(index.setdefault(size, len(index)))
             units.append(times)
         self.sizes = tuple(index)
-        steps = np.zeros((len(timeline.counted_events), len(index)), dtype=np.int64)
-        for at, (kind, count) in enumerate(timeline.counted_events):
-            steps[at, column[kind]] += count * units[kind]
-        levels = np.vstack([np.zeros((1, len(index)), dtype=np.int64), np.cumsum(steps, axis=0)])
+        kinds, counts = np.array(timeline.counted_events, dtype=np.int64).reshape(-1, 2).T
+        levels = np.zeros((len(kinds) + 1, len(index)), dtype=np.int64)
+        levels[np.arange(1, len(kinds) + 1), np.array(column)[kinds]] = counts * np.array(units)[kinds]
+        np.cumsum(levels, axis=0, out=levels)
         self.by_phase: dict[str, Floats] = {}
-        makes = np.array([count >= 0 for _, count in timeline.counted_events], dtype=bool)
+        makes = counts >= 0
         for phase, start, end in timeline.counted:
             turns = np.append(makes[start:end], False) < np.append(
                 True, makes[start:end]
@@ -98,57 +104,115 @@ class Moments:
         columns[np.arange(len(column)), column] = units
         return columns
 
-    def peaks(self, dims_by_name: Mapping[str, Ints], standing: int) -> dict[str, Ints]:
-        """Phase → bytes at its peak for every point, as int64. `named`: arrays of one length. `standing`: bytes to add.
+    def peaks(self, points: At, standing: Ints | int) -> dict[str, Ints]:
+        """Phase → bytes at its peak for every point, as int64. `standing`: bytes to add.
 
         Raises InputError if a peak exceeds 8 PiB.
         """
-        length = len(next(iter(dims_by_name.values())))
-        by_phase = {phase: np.empty(length, dtype=np.int64) for phase in self.by_phase}
-        used = {str(dim) for _, dims in self.sizes for dim in dims}
-        chunk = min(CHUNK, length)
-        units, levels = (np.empty((rows, chunk)) for rows in (len(self.sizes), max(map(len, self.by_phase.values()))))
-        for start in range(0, length, chunk):
-            points = min(chunk, length - start)
-            part = {name: dims_by_name[name][start : start + points].astype(np.float64) for name in used}
-            for row, (number, dims) in zip(units[:, :points], self.sizes, strict=True):
-                row[:] = number / ALLOCATION_ROUNDING if number else 1
-                for dim in dims:
-                    row *= part[str(dim)]
-                if number:
-                    np.ceil(row, out=row)
-            for phase, rows in self.by_phase.items():
-                best = np.matmul(rows, units[:, :points], out=levels[: len(rows), :points]).max(axis=0)
-                if best.max() > EXACT:
-                    raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
-                by_phase[phase][start : start + points] = best.astype(np.int64) * ALLOCATION_ROUNDING + standing
+        units = points.units(self.sizes)
+        by_phase = {}
+        for phase, rows in self.by_phase.items():
+            possible, starts = points.possible(self.sizes, rows), range(0, points.num_points, CHUNK)
+            most = np.concatenate([(possible @ units[:, start : start + CHUNK]).max(axis=0) for start in starts])
+            if most.max() > EXACT:
+                raise InputError("seq_len", "a grid", "accepted: batches and sequences with a peak below 8 PiB")
+            by_phase[phase] = most.astype(np.int64) * ALLOCATION_ROUNDING + standing
         return by_phase
 
 
+class At(Mapping[str, "Ints"]):
+    """Named sizes at many points. What tensors take there is evaluated once for all moments."""
+
+    def __init__(self, num_points: int, by_name: Mapping[str, Ints]) -> None:
+        """`by_name`: arrays, or `lazy` ones."""
+        self.num_points, self.by_name = num_points, by_name
+        self._read: dict[str, Ints] = {}
+        self._units: dict[tuple[Size, ...], Floats] = {}
+        self._ranges: dict[tuple[tuple[Size, ...], int], tuple[Floats, Floats]] = {}
+
+    def units(self, sizes: tuple[Size, ...]) -> Floats:
+        """How many units a tensor of each size takes at each point."""
+        if sizes not in self._units:
+            products: dict[tuple[Dim, ...], Floats] = {}
+            units = self._units[sizes] = np.empty((len(sizes), self.num_points))
+            for row, (number, dims) in zip(units, sizes, strict=True):
+                if dims not in products:
+                    products[dims] = reduce(
+                        np.multiply, [self[dim] for dim in dims if isinstance(dim, str)], np.ones(self.num_points)
+                    )
+                np.multiply(products[dims], number / ALLOCATION_ROUNDING if number else 1, out=row)
+                if number:
+                    np.ceil(row, out=row)
+        return self._units[sizes]
+
+    def __getitem__(self, name: str) -> Ints:
+        if name not in self._read:
+            self._read[name] = name.at(self) if isinstance(name, Derived) else values_of(self.by_name[name])
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def possible(self, sizes: tuple[Size, ...], rows: Floats) -> Floats:
+        """The rows that can be largest at one of the points: those that no other row exceeds at all of them.
+
+        Each size takes between a least and a most multiple of what the largest of them takes at the same point.
+        """
+        units = self.units(sizes)
+        variable = [bool(dims) for _, dims in sizes]
+        largest = int(np.argmax(rows.max(axis=0) * units[:, 0] * variable))
+        if (sizes, largest) not in self._ranges:
+            ratios = units / np.maximum(units[largest], 1)
+            self._ranges[sizes, largest] = ratios.min(axis=1), ratios.max(axis=1)
+        least, most = self._ranges[sizes, largest]
+        beyond = rows[:EXCEEDING, None] - rows
+        exceeds = beyond @ (least + most) > abs(beyond) @ (most - least + SLACK * most)
+        return rows[~exceeds.any(axis=0)]
+
+
 class Part(NamedTuple):
-    """A job of several of which the one that needs most counts. `constants`: as in `Moments.at`."""
+    """A job of several of which the one that needs most counts."""
 
     moments: Moments
-    constants: Mapping[str, int]
     standing: int
     """Bytes beside its moments."""
     loading: int
     """Bytes at the peak of loading."""
 
+    def rows(self, index: Mapping[Size, int]) -> Ints:
+        """Bytes at each moment, and at last those of loading, for one of each size of `index`, whose first one is a unit."""
+        moments = np.vstack([*self.moments.by_phase.values()])
+        rows = np.zeros((len(moments) + 1, len(index)), dtype=np.int64)
+        rows[:-1, [index[size] for size in self.moments.sizes]] = moments * ALLOCATION_ROUNDING
+        rows[:, 0] += [*[self.standing] * len(moments), self.loading]
+        return rows
+
 
 def overall(parts: Sequence[Part]) -> Moments:
     """The moments at which one of the jobs can need most of all, as those of one phase."""
-    index: dict[Size, int] = {(0, ()): 0}
-    added = []
-    for of, constants, standing, loading in parts:
-        columns = of._columns(index, constants)
-        rows = np.vstack([*of.by_phase.values()]).astype(np.int64) @ columns
-        rows[:, 0] += -(-standing // ALLOCATION_ROUNDING)
-        loaded = np.zeros((1, len(index)), dtype=np.int64)
-        loaded[0, 0] = -(-loading // ALLOCATION_ROUNDING)
-        added += [rows, loaded]
-    as_wide = [np.pad(rows, ((0, 0), (0, len(index) - rows.shape[1]))) for rows in added]
-    return _of(index, {"overall": _largest(np.vstack(as_wide))})
+    index = _index(parts)
+    rows = np.vstack([part.rows(index) for part in parts])
+    return _of(index, {"overall": _largest(-(-rows // ALLOCATION_ROUNDING))})
+
+
+def largest_of(parts: Sequence[Part]) -> list[int]:
+    """The places of the jobs that can need most: not of one that needs no more than an earlier one, whatever the sizes are."""
+    index = _index(parts)
+    kept: dict[int, Ints] = {}
+    for place, part in enumerate(parts):
+        rows = part.rows(index)
+        if not any(np.any((earlier >= rows[:, None]).all(axis=2), axis=1).all() for earlier in kept.values()):
+            kept[place] = rows
+    return [*kept]
+
+
+def _index(parts: Sequence[Part]) -> dict[Size, int]:
+    """Every size that a tensor of one of the jobs has → its place."""
+    sizes: dict[Size, None] = {(0, ()): None, **dict.fromkeys(size for part in parts for size in part.moments.sizes)}
+    return {size: place for place, size in enumerate(sizes)}
 
 
 def _of(index: Mapping[Size, int], by_phase: dict[str, Floats]) -> Moments:
@@ -178,16 +242,12 @@ def _of_bytes(number: int, symbols: tuple[Dim, ...]) -> tuple[Size, int]:
 def _undominated(rows: Ints) -> Ints:
     """The rows that no other row dominates, that is, has at least as many tensors of every size; equal ones once."""
     rest = rows[np.argsort(-rows.sum(axis=1), kind="stable")]
-    largest = rest[:0]
-    for start in range(0, len(rest), COMPARED):
-        part = rest[start : start + COMPARED]
-        part = part[~(largest[:, None] >= part).all(axis=2).any(axis=0)]
-        more = []
-        while len(part):
-            more.append(part[:1])
-            part = part[(part > part[0]).any(axis=1)]
-        largest = np.vstack([largest, *more])
-    return largest
+    largest = [rest[:0]]
+    while len(rest):
+        first, rest = rest[:COMPARED], rest[COMPARED:]
+        largest.append(first[~np.triu((first[:, None] >= first).all(axis=2), 1).any(axis=0)])
+        rest = rest[~(largest[-1][:, None] >= rest).all(axis=2).any(axis=0)]
+    return np.vstack(largest)
 
 
 def _extreme(rows: Ints) -> Ints:

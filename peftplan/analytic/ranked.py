@@ -12,6 +12,8 @@ from math import prod
 from typing import NamedTuple
 
 from peftplan.analytic.compile_job import Compiled
+from peftplan.analytic.lazy import lazy
+from peftplan.analytic.moments import At
 from peftplan.arrays import Ints
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import MissingExtraError
@@ -44,10 +46,10 @@ class Ranked(NamedTuple):
     loaded: tuple[Line, ...]
     passing: int
 
-    def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> dict[str, Ints]:
-        """Name → sizes for arrays of one length."""
+    def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> At:
+        """The named sizes at arrays of one length."""
         by_rank = {name: slope * rank + intercept for name, (slope, intercept) in self.dims.items()}
-        return {**self.compiled.sizes(batch_size, seq_len), **by_rank}
+        return At(len(rank), {**self.compiled.sizes_read(lazy(batch_size), lazy(seq_len)), **by_rank})
 
     def standing_bytes(self, rank: Ints) -> Ints:
         """Bytes that last through a step, at each rank."""

@@ -10,7 +10,7 @@ from peftplan.analytic.compile_job import Compiled
 from peftplan.analytic.compiled import compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
-from peftplan.analytic.moments import Moments, overall
+from peftplan.analytic.moments import At, Moments, largest_of, overall
 from peftplan.analytic.of_ranks import unlike
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
@@ -18,6 +18,7 @@ from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_each_device, on_rank
 from peftplan.job.setup import MOST
+from peftplan.scans import no_scans
 
 try:
     import numpy as np
@@ -85,6 +86,7 @@ class Sized:
         """The job as one of its GPUs sees it."""
         return Sized(lambda rank: at_rank(rank, gpu), self.ranks, compute_capability=self.compute_capability)
 
+    @no_scans()
     def requested(self, points: Points) -> dict[str, Ints]:
         """Phase → bytes that the tensors at its peak request, for each point, as int64; on the GPU where they are most."""
         by_phase: dict[str, Ints] = {}
@@ -94,6 +96,7 @@ class Sized:
                     by_phase.setdefault(phase, np.empty(len(points), dtype=np.int64))[at] = values
         return by_phase
 
+    @no_scans()
     def most_requested(self, points: Points) -> Ints:
         """The bytes of `requested` in the phase with most of them, for each point."""
         most: Ints = np.empty(len(points), dtype=np.int64)
@@ -106,7 +109,8 @@ class Sized:
                     most[at] = np.maximum.reduce(list(self._of_fullest(each, part).values()))
                     continue
                 named = [ranked.named(part.batch_size, part.seq_len, part.batch_size) for ranked in over]
-                most[at] = moments.peaks({name: sizes for names in named for name, sizes in names.items()}, 0)["overall"]
+                points_there = At(len(part), {name: sizes for of in named for name, sizes in of.by_name.items()})
+                most[at] = moments.peaks(points_there, 0)["overall"]
         return most
 
     def _of_fullest(self, each: Sequence[Ranked | OverRanks], points: Points) -> dict[str, Ints]:
@@ -167,7 +171,8 @@ class Sized:
             on_all = [sized._on_all_ranks(code, *sizes) for sized, code in of_code]
             of_all = [ranked for ranked in on_all if ranked is not None]
             if len(of_all) == len(each):
-                yield where, of_all
+                parts = [ranked.part() for ranked in of_all if isinstance(ranked, OverRanks)]
+                yield where, [of_all[place] for place in largest_of(parts)] if len(parts) == len(each) else of_all
                 continue
             assert points.rank is not None, "a job at its own rank alone has no line to leave"
             for rank in np.unique(points.rank[where]):

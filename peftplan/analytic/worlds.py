@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.analytic.checks import check
 from peftplan.analytic.compile_job import Compiled, compile_job
 from peftplan.analytic.compiled import key_of_step
+from peftplan.analytic.lazy import lazy
 from peftplan.analytic.of_ranks import unlike
 from peftplan.analytic.states import own_states, unlike_in_states, without_states
 from peftplan.arrays import Ints
@@ -22,7 +23,7 @@ from peftplan.scans import no_scans
 from peftplan.units import round512
 
 if TYPE_CHECKING:
-    from peftplan.analytic.moments import Moments, Part
+    from peftplan.analytic.moments import At, Moments, Part
 
 SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies whose ranks run the same operations in worlds of many sizes."""
@@ -31,7 +32,7 @@ RECORDS_KEPT = 32
 _RECORDS: OrderedDict[tuple[object, ...], tuple[Record, ...]] = OrderedDict()
 
 
-_NAMED: deque[tuple[Record, Ints, Ints, dict[str, Ints]]] = deque(maxlen=8)
+_NAMED: deque[tuple[Record, Ints, Ints, At]] = deque(maxlen=16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class OverRanks(NamedTuple):
         """The step beside those of other GPUs, for `overall`."""
         from peftplan.analytic.moments import Part
 
-        return Part(self.record.moments[0], self._numbers, self._standing, self._loading)
+        return Part(self.moments(), self._standing, self._loading)
 
     @property
     def _numbers(self) -> dict[str, int]:
@@ -86,15 +87,15 @@ class OverRanks(NamedTuple):
         peaks = timeline.waves.peaks([count * rounded[place] for place, count in timeline.moves], self._standing)
         return {"load": self._loading, **{phase: nbytes for phase, (nbytes, _) in peaks.items()}}
 
-    def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> dict[str, Ints]:
-        """Name → sizes for arrays of one length; those of the last points are kept, for other ranks and worlds."""
+    def named(self, batch_size: Ints, seq_len: Ints, rank: Ints) -> At:
+        """The named sizes at arrays of one length; those of the last points are kept, for other ranks and worlds."""
+        from peftplan.analytic.moments import At
+
         for record, batches, lengths, kept in _NAMED:
             same = record is self.record and len(batches) == len(batch_size)
             if same and (batches == batch_size).all() and (lengths == seq_len).all():
                 return kept
-        by_name = self.compiled.sizes(batch_size, seq_len)
-        used = {str(dim) for _, dims in self.record.moments[0].sizes for dim in dims}
-        sizes = {name: size for name, size in by_name.items() if name in used}
+        sizes = At(len(rank), self.compiled.sizes_read(lazy(batch_size), lazy(seq_len)))
         _NAMED.append((self.record, batch_size, seq_len, sizes))
         return sizes
 
@@ -128,7 +129,7 @@ def over_ranks(of_job: Inventory, compute_capability: str) -> OverRanks:
     key = (*key_of_step(of_any, compute_capability)[1:], job.multiprocessors)  # a record says what it goes by of the batch size
     own = job.distributed.world_size, (of_job.holding and of_job.holding.rank) or 0, job.setup.batch_size
     records = _RECORDS.get(key, ())
-    for record in records:
+    for record in reversed(records):  # the next world is like the last one most often
         if (values := record.worlds.at(*own)) is not None:
             return _at(record, values, of_job)
     with no_scans():

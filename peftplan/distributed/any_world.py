@@ -13,6 +13,7 @@ from typing import cast
 
 from pydantic import PrivateAttr
 
+from peftplan.arrays import Recorded
 from peftplan.distributed.strategy import Distributed
 
 LATEST_KEPT = 16
@@ -84,11 +85,10 @@ class Worlds:
 
     def computed(self, op: Op, a: object, b: object) -> object:
         """The result of an operation: another number, but a float where an operand is one."""
-        if isinstance(a, float) or isinstance(b, float):
-            return op(float(a), float(b))  # type: ignore[arg-type]
         left, right = self._place(a), self._place(b)
         if left is None or right is None:
-            return NotImplemented
+            floats = isinstance(a, float) or isinstance(b, float)
+            return op(float(a), float(b)) if floats else NotImplemented  # type: ignore[arg-type]
         number = self.results.get((op, left, right))
         if number is None:
             place = self._add((op, left, right), int(op(self._values[left], self._values[right])))
@@ -99,12 +99,12 @@ class Worlds:
         if type(number) is Number:
             assert number.worlds is self, "numbers of two records meet"
             return number.place
-        if type(number) not in (int, bool):
+        if type(number) is not int and type(number) is not bool:
             return None
-        whole = cast(int, number)
-        if whole not in self.wholes:
-            self.wholes[whole] = self._add((None, whole, 0), whole)
-        return self.wholes[whole]
+        place = self.wholes.get(number)
+        if place is None:
+            place = self.wholes[number] = self._add((None, number, 0), number)
+        return place
 
     def _add(self, step: tuple[Op | None, int, int], value: int) -> int:
         assert not self._closed, "a number of a record that has ended is computed with"
@@ -130,7 +130,7 @@ def _backwards(op: Op) -> Callable[[Number, object], object]:
     return lambda self, other: self.worlds.computed(op, other, self)
 
 
-class Number:
+class Number(Recorded):
     """A whole number, for code that computes with whole numbers. What it does not define goes by its value (`Worlds.answer`)."""
 
     __slots__ = ("place", "worlds")
@@ -141,6 +141,10 @@ class Number:
     @property  # type: ignore[misc]
     def __class__(self) -> type[int]:  # type: ignore[override]
         return int
+
+    def computed(self, op: Op, a: object, b: object) -> object:
+        """The result of an operation, in the record of this number."""
+        return self.worlds.computed(op, a, b)
 
     __add__, __radd__ = _forwards(operator.add), _backwards(operator.add)
     __sub__, __rsub__ = _forwards(operator.sub), _backwards(operator.sub)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from peftplan.arrays import larger, smaller
@@ -115,6 +116,7 @@ def groups_of(parameters: Iterable[Parameter], *, together: bool = False) -> lis
     return [groups[key] for key in sorted(groups)]
 
 
+@lru_cache(maxsize=8)
 def trained_groups(parameters: Parameters, distributed: Distributed) -> list[list[Key]]:
     """The sub groups of the optimizer, each with its tensors in order (`_create_fp16_sub_groups`)."""
     ordered = list(tensors(in_module_order(parameters)))
@@ -132,10 +134,11 @@ def _sub_groups(
     """The tensors of a group as ZeRO-3's optimizer steps over them: until a rank's parts fill a sub group (stage3.py,
     `_create_fp16_sub_groups`)."""
     most = SUB_GROUP if distributed.sub_group_size is None else distributed.sub_group_size
+    world_size = distributed.world_size
     filled, numel = [], 0
     for p, layer in group:
         filled.append((p, layer))
-        numel += ceil_div(p.numel, distributed.world_size)
+        numel += ceil_div(p.numel, world_size)
         if numel >= most:
             yield filled
             filled, numel = [], 0
