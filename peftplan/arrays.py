@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ class Recorded:
 
     __slots__ = ()
 
-    def computed(self, op: Callable[[int, int], int], a: object, b: object) -> Any:
+    def computed(self, op: Callable[[int, int], int], a: object, b: object) -> object:
         """The result of an operation, as another such number."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ def smaller(a: Size, b: Size | int) -> Size:
     if type(a) is int and type(b) is int:
         return a if a < b else b
     recorded = _recorded(a, b)
-    return a - (a > b) * (a - b) if recorded is None else recorded.computed(min, a, b)
+    return a - (a > b) * (a - b) if recorded is None else cast("Size", recorded.computed(min, a, b))
 
 
 def larger(a: Size, b: Size | int) -> Size:
@@ -64,7 +64,7 @@ def larger(a: Size, b: Size | int) -> Size:
     if type(a) is int and type(b) is int:
         return a if a > b else b
     recorded = _recorded(a, b)
-    return a + (b > a) * (b - a) if recorded is None else recorded.computed(max, a, b)
+    return a + (b > a) * (b - a) if recorded is None else cast("Size", recorded.computed(max, a, b))
 
 
 def _recorded(a: object, b: object) -> Recorded | None:
