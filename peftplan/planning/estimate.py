@@ -89,8 +89,9 @@ def estimate(
             our_options["gpus"] = count
         config_document: ConfigDocument | None = None
         of_file: tuple[str, ...] = ()
+        places: Mapping[str, str] = {}
         if config is not None:
-            model, our_options, config_document, of_tool, of_file = _of_config(
+            model, our_options, config_document, of_tool, of_file, places = _of_config(
                 config, tool, model, our_options, objects=peft_config is not None, strict=strict
             )
             script = script.model_copy(update=of_tool)
@@ -108,7 +109,7 @@ def estimate(
         except InputError as error:
             if config_document is None or options.get(error.field) is not None:
                 raise
-            raise _of_key(error, config_document) from None
+            raise _of_key(error, config_document, places) from None
         if config_document is not None and options.get("kernels") is None:
             job, config_document = _with_formula(job, config_document)
         if of_file:
@@ -121,11 +122,11 @@ def estimate(
     return analytic(question)
 
 
-def _of_key(error: InputError, document: ConfigDocument) -> InputError:
-    """The error under the name of the file and of its key that sets the option."""
+def _of_key(error: InputError, document: ConfigDocument, places: Mapping[str, str]) -> InputError:
+    """The error under the name of the file, with its line, and of its key that sets the option."""
     rows = {key: row for key, row in document["read"].items() if error.field in row["option"].split(", ")}
     keys = sorted(rows, key=lambda key: (rows[key]["value"] != error.value, len(rows[key]["option"])))
-    return error.named(f"{document['files'][0]}: {keys[0]}") if keys else error
+    return error.named(f"{places.get(keys[0], document['files'][0])}: {keys[0]}") if keys else error
 
 
 def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:

@@ -14,6 +14,8 @@ BETWEEN = re.compile(r"&&|\|\||;;&?|;|(?<=\s)&(?=\s|$)")
 """What stands between two commands of one line."""
 KEYWORD = re.compile(r"\s*(if|then|elif|else|fi|case|esac|do|done|while|until|for|\{|!)(?=\s|$)")
 TEST = re.compile(r"\s*(\[|\(\(|test\s)")
+NEVER = re.compile(r"\s*(?:false|\[\[? (?:0 (?:==?|-eq) 1|1 (?:==?|-eq) 0) \]\]?)\s*")
+"""A condition that never holds."""
 OF_WORDS = re.compile(r"\s|^-")
 """In a value that is more than one word of a command, or that is an option of its own."""
 OF_LAUNCHES = frozenset({"NPROC_PER_NODE", "nproc_per_node", "NNODES", "CUDA_VISIBLE_DEVICES"})
@@ -66,6 +68,18 @@ class Variables:
         self.values: dict[str, str] = {}
         self._doubted: dict[str, str] = {}
         self._blocks: list[Block] = []
+        self._dead: list[bool] = []
+        """Of each block: whether its branch never runs."""
+
+    @property
+    def in_block(self) -> bool:
+        """Whether commands run only in a branch."""
+        return bool(self._blocks)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether commands never run."""
+        return any(self._dead)
 
     def doubts(self) -> dict[str, str]:
         """Variables that depend on a branch, of which a value is read → what is assumed."""
@@ -80,13 +94,13 @@ class Variables:
         while (match := KEYWORD.match(part)) is not None:
             word, part = match[1], part[match.end() :]
             if word in ("if", "case"):
-                self._open(word)
+                self._open(word, is_dead=NEVER.fullmatch(part) is not None)
             elif word in ("elif", "else"):
                 self._next("if", is_last=word == "else")
             elif word in ("fi", "esac"):
                 self._close("if" if word == "fi" else "case")
-            elif word == "for" and (name := re.match(r"\s*([A-Za-z_]\w*)\s", part)):
-                self.values[name[1]] = f"${name[1]}"
+            elif word == "for" and (name := re.match(r"\s*([A-Za-z_]\w*)\s+(?:in\s+([^\s*?$`;]+)\s*$)?", part)):
+                self.values[name[1]] = (name[2] or f"${name[1]}").strip("'\"")
         return part
 
     def leave(self, part: str, behind: str) -> None:
@@ -95,14 +109,15 @@ class Variables:
             self._next("case")
         elif behind == ")" and part.split()[-1:] == ["*"]:
             self._next("case", is_last=True, ends=False)
-        elif behind in ("&&", "||") and TEST.match(part):
-            self._open("test")
+        elif behind in ("&&", "||") and (TEST.match(part) or NEVER.fullmatch(part)):
+            self._open("test", is_dead=behind == "&&" and NEVER.fullmatch(part) is not None)
         elif behind == "||":
             self._next("test", is_last=True)
         elif behind in (";", "&", ""):
             self._close("test")
 
-    def _open(self, word: str) -> None:
+    def _open(self, word: str, *, is_dead: bool) -> None:
+        self._dead.append(is_dead)
         self._blocks.append(Block(word, dict(self.values), [dict(self.values)]))
 
     def _next(self, word: str, *, is_last: bool = False, ends: bool = True) -> None:
@@ -110,6 +125,7 @@ class Variables:
         if not self._blocks or self._blocks[-1].word != word:
             return
         block = self._blocks[-1]
+        self._dead[-1] = False
         if ends:
             block.ends.append(self.values)
             self.values = dict(block.before)
@@ -120,6 +136,7 @@ class Variables:
         if not self._blocks or self._blocks[-1].word != word:
             return
         block = self._blocks.pop()
+        self._dead.pop()
         is_empty = word == "case" and self.values == block.before  # behind the last `;;`
         ends = block.ends if is_empty else [*block.ends, self.values]
         self.values = {}

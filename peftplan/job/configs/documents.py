@@ -20,6 +20,9 @@ MOST_BYTES = 2**20
 MOST_NODES = 10_000
 """The most values in one file, with aliases followed."""
 MOST_DEPTH = 50
+CELL = 1_000_000
+"""How far the lines of two cells of a notebook are apart, which begin at this times the cell's number."""
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:\n]')
 NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 """Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""
 
@@ -46,7 +49,7 @@ class Call(PlainCall, total=False):
 
 
 class Document(NamedTuple):
-    """The values of a file. `lines`: dotted key → line, where it is known."""
+    """The values of a file. `lines`: dotted key → line, where it is known; of calls, `call.argument`."""
 
     values: Values
     lines: Mapping[str, int] = {}
@@ -76,11 +79,18 @@ class Document(NamedTuple):
         return cast("list[Call]", self.values["calls"])
 
 
+def place(file: str, line: int | None) -> str:
+    """A file and its line; of a notebook, the cell and the line in it."""
+    if line is None or line < CELL:
+        return file if line is None else f"{file}:{line}"
+    return f"{file}: cell {line // CELL}, line {line % CELL}"
+
+
 class FileError(InputError):
     """Something wrong in a file: `axolotl.yml:12: micro_batch_size: [1, 2] is not valid; …`."""
 
     def __init__(self, file: str, line: int | None, field: str, value: object, accepted: str) -> None:
-        where = file if line is None else f"{file}:{line}"
+        where = place(file, line)
         super().__init__(f"{where}: {field}" if field else where, value, accepted)
 
 
@@ -106,26 +116,15 @@ def nested(values: Values) -> Values:
 
 
 def number_in(values: Mapping[str, object], key: str) -> int:
-    """The whole number under a key, 1 where there is none."""
+    """The positive whole number under a key, 1 where there is none."""
     number = values.get(key)
-    return number if isinstance(number, int) else 1
+    return number if isinstance(number, int) and number > 0 else 1
 
 
 def read_json(text: str, *, file: str) -> Document:
     """The object of a JSON file."""
-
-    def unique(pairs: list[tuple[str, object]]) -> Values:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BrokenFileError(file, None, f"{quoted(twice)} appears twice in one object")
-        return values
-
     try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except BrokenFileError:
-        raise
+        values = json.loads(text)
     except RecursionError:
         raise BrokenFileError(file, None, f"accepted: at most {MOST_DEPTH} levels") from None
     except ValueError as error:
@@ -134,7 +133,33 @@ def read_json(text: str, *, file: str) -> Document:
     if not isinstance(values, dict):
         raise BrokenFileError(file, None, "accepted: a JSON object")
     _check_size(values, file)
-    return Document(values)
+    return Document(values, _lines_of_json(text, file))
+
+
+def _lines_of_json(text: str, file: str) -> dict[str, int]:
+    """Dotted key → line of a valid JSON text. Raises BrokenFileError for a key that appears twice in one object."""
+    lines: dict[str, int] = {}
+    above: list[str] = []  # the keys of the objects and lists that are open, "" in a list
+    names: list[set[str]] = []
+    line, last = 1, ("", 1)
+    for match in JSON_TOKEN.finditer(text):
+        token = match[0]
+        line += token == "\n"
+        if token[0] == '"':
+            last = (json.loads(token, strict=False), line)
+        elif token == ":":
+            if last[0] in names[-1]:
+                raise BrokenFileError(file, last[1], f"{quoted(last[0])} appears twice in one object")
+            names[-1].add(last[0])
+            above[-1] = last[0]
+            lines.setdefault(".".join(filter(None, above)), last[1])
+        elif token in "{[":
+            above.append("")
+            names.append(set())
+        elif token in "}]":
+            above.pop()
+            names.pop()
+    return lines
 
 
 def _check_size(values: object, file: str) -> None:

@@ -25,11 +25,20 @@ class Effective:
         self.values, self.tool, self.document, self.file = values, tool, document, file
         self.defaults: Values = {}
         """Values that rules give to keys which the file leaves out, before the tool's usual ones."""
+        self.unknown: dict[str, str] = {}
+        """Keys of which the tool's component knows nothing → why (`components`)."""
         self._inside: dict[str, list[str]] = {}
         """Mapping → the names of its keys."""
         for name in values:
             for dot in (at for at, char in enumerate(name) if char == "."):
                 self._inside.setdefault(name[:dot], []).append(name)
+
+    def line(self, key: str) -> int | None:
+        """The line of a key, of the call that it is an argument of, or of the command."""
+        kind, _, name = key.partition(".")
+        call = str(self.values.get(f"{kind}.call"))
+        lines = self.document.lines
+        return next((lines[each] for each in (key, f"{call}.{name}", call) if each in lines), self.document.line)
 
     def of(self, key: str) -> object:
         """The value of a key; the names of its keys where it is a mapping."""
@@ -146,7 +155,7 @@ class Effective:
         if not isinstance(setting, Mapping):
             return tuple(setting) if isinstance(setting, list) else setting
         if "all" in setting:
-            return self.document.values
+            return {name: value for name, value in self.document.values.items() if name not in self.unknown}
         if "tags" in setting:
             return self._tags(setting["tags"], in_layers=bool(self.of(setting["in_layers"])) if "in_layers" in setting else False)
         if "pattern" in setting:
@@ -217,7 +226,7 @@ class Effective:
         listed: list[object] = [] if value is None else value if isinstance(value, list) else [value]
         names = [name for name in listed if isinstance(name, str)]
         if len(names) < len(listed):
-            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a list of names")
+            raise FileError(self.file, self.line(key), key, value, "accepted: a list of names")
         return names
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -64,6 +64,9 @@ class Facts:
     """The same of accelerate, where one of its releases prepares a model for FSDP2 in another way than the newest."""
     launched_precision: bool = False
     """Whether accelerate's launch decides the mixed precision where the tool has none."""
+    components: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """As in `ToolFile`."""
 
     def known(self, key: str) -> Known | None:
         """The row of a dotted key: its own, a pattern's, or that of the mapping which it is in; None for no key of the tool."""
@@ -188,4 +191,6 @@ def facts(tool: Tool) -> Facts:
         next(iter(raw.get("transformers", ())), None),
         next(iter(raw.get("accelerate", ())), None),
         "launched_precision" in raw,
+        raw.get("components", {}),
+        raw.get("sections", {}),
     )

@@ -117,8 +117,10 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         _named(result, tool, "spectrum_config_path", names, _spectrum, file)
     _fsdp(result, tool, launch, file)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
-    if own_strategy in STRATEGIES:
+    if str(own_strategy) in STRATEGIES:
         result.options["strategy"] = own_strategy
+    elif word(sharing := launch.get("distributed.strategy")) != "none":
+        result.unsupported["distributed.strategy"] = Unsupported(sharing, "not counted", "unknown", "strategy")
     for fact, what in DIVIDED.items():
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
@@ -223,7 +225,7 @@ def _named(
     result: Launched, tool: str, key: str, name: object, read: Callable[[object], Mapping[str, object]], file: str
 ) -> None:
     """A launch file by its name: a file in the tree of the config, one that the tool ships, or one of that name in the tree."""
-    text = str(name[0] if isinstance(name, list) else name)
+    text = str(name[0] if isinstance(name, list) and name else name)
     if text.startswith("{"):
         _from(result, key, lambda: read(read_json(text, file=key).values))
         return

@@ -96,6 +96,8 @@ class ConfigPlan:
     """What the file or its tool says of DDP alone, by option (`OF_DDP`), wherever the file is launched."""
     refused: Mapping[str, Refused] = field(default_factory=dict)
     """Keys with which the tool raises, of which the plan has the changed values."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Key → its file and line."""
 
     @property
     def no_model(self) -> str:

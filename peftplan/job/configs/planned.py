@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from peftplan.distributed.names import ALWAYS, OPTIONS
-from peftplan.job.configs.documents import Document, number_in
+from peftplan.job.configs.documents import Document, number_in, place
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.launching import launched, of_comments
 from peftplan.job.configs.models import named, weights_of
@@ -126,6 +126,7 @@ def planned(reading: Reading) -> ConfigPlan:
         reading.kind,  # type: ignore[arg-type]
         of_ddp,
         refused=launch.refused,
+        places={key: place(reading.file, reading.effective.line(key)) for key in reading.values},
     )
     for other in ("teacher_model", "reward_model"):
         if other in options:

@@ -13,7 +13,7 @@ from peftplan import files
 from peftplan.errors import InputError
 from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
-from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Call, Document, Values
+from peftplan.job.configs.documents import CELL, MOST_BYTES, BrokenFileError, Call, Document, Values
 from peftplan.job.configs.launching import in_tree
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
@@ -36,15 +36,15 @@ def of_notebook(text: str, *, file: str) -> Document:
     """The calls of a notebook's code cells. Lines for the shell and magics are left out, and cells that are no Python."""
     try:
         cells = json.loads(text)["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        sources = {at: "".join(cell["source"]) for at, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
-    settings = {name: value for source in sources for name, value in MAGIC.findall(source)}
+    settings = {name: value for source in sources.values() for name, value in MAGIC.findall(source)}
     trees = []
-    for source in sources:
+    for number, source in sources.items():
         with contextlib.suppress(*UNREADABLE):
-            trees += ast.parse(_without_magics(source)).body
-    joined = (source.replace("\\\n", " ") for source in sources)
+            trees += [ast.increment_lineno(each, number * CELL) for each in ast.parse(_without_magics(source)).body]
+    joined = (source.replace("\\\n", " ") for source in sources.values())
     lines = (line for source in joined for line in source.splitlines() if line.lstrip().startswith(("!", "%pip")))
     installs = " ".join(release for line in lines for release in RELEASE.findall(line))
     return _document(_read(trees, settings, file), file)._replace(installs=installs)
@@ -80,6 +80,8 @@ def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
     except (*UNREADABLE, InputError):
         return [node]
     renamed = [alias for alias in node.names if alias.asname]
+    for each in ast.walk(tree):
+        vars(each).pop("lineno", None)  # of another file
     bound = [ast.Assign([ast.Name(str(each.asname), ast.Store())], ast.Name(each.name, ast.Load())) for each in renamed]
     return [*(each for each in tree.body if isinstance(each, DEFINITIONS)), *bound]
 
@@ -135,4 +137,11 @@ def _document(reader: Calls, file: str) -> Document:
     freezes = reader.freezes(others)
     weights = [Call(call="requires_grad", args=[], kwargs={})] if freezes else []
     weights += [Call(call="parts", args=[], kwargs={})] if reader.changes_parts(others) else []
-    return Document({"calls": calls + reader.lengths + settings + weights}, kind="calls", unread=reader.unread())
+    lines: dict[str, int] = {}
+    for call in calls:
+        node = reader.nodes.get(id(call))
+        nodes = {each.arg: each.value for each in node.keywords} if node is not None else {}
+        of_call = {call["call"]: node, **{f"{call['call']}.{name}": value for name, value in nodes.items()}}
+        numbers = {name: getattr(each, "lineno", None) for name, each in of_call.items()}
+        lines |= {name: number for name, number in numbers.items() if number is not None and name not in lines}
+    return Document({"calls": calls + reader.lengths + settings + weights}, lines, "calls", unread=reader.unread())

@@ -112,6 +112,7 @@ def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPla
     own = command.program if of_command == tool or names_program(command.program, tool) else ""
     document = document._replace(
         values=_overridden(document.values, words),
+        lines={key: line for key, line in document.lines.items() if key not in words},
         program=own,
         environment={**environment, **command.environment},
         assumed={**document.assumed, **command.assumed},
@@ -203,7 +204,7 @@ def read_document(path: Path) -> Document:
 
 def document_of_text(text: str, *, file: str) -> Document:
     """The values of a text, by the ending of its file's name."""
-    suffix = Path(file).suffix
+    suffix, text = Path(file).suffix, text.removeprefix("\ufeff")
     if suffix in (".ipynb", ".py"):
         from peftplan.job.configs import programs
 
@@ -254,5 +255,6 @@ def joined(plans: list[ConfigPlan]) -> ConfigPlan:
             ignored={**first.ignored, **{f"{other.tool}: {key}": row for key, row in other.ignored.items()}},
             unsupported={**first.unsupported, **{f"{other.tool}: {key}": row for key, row in other.unsupported.items()}},
             refused={**first.refused, **{f"{other.tool}: {key}": row for key, row in other.refused.items()}},
+            places={**first.places, **{f"{other.tool}: {key}": at for key, at in other.places.items()}},
         )
     return first

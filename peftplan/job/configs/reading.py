@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from peftplan.errors import nearest, quoted
+from peftplan.job.configs.components import unknown_names
 from peftplan.job.configs.documents import Document, FileError, Values, by_word, flat, read_json, word
 from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known
@@ -79,6 +80,7 @@ class Reading:
         for key in [key for key, value in instead.items() if value is None]:
             self.values.pop(key, None)
         self.effective = Effective(self.values, tool, document, file)
+        self.effective.unknown |= unknown_names(self.values, tool)
         self.options: Values = {}
         self.launch: Values = {}
         self.read: dict[str, Read] = {}
@@ -92,8 +94,11 @@ class Reading:
 
     def key(self, key: str, value: object) -> None:
         """Put one key into its group."""
+        self._check_mapping(key.rpartition(".")[0])
         known = self.tool.known(key)
-        if known is None:
+        if key in self.effective.unknown:
+            self.unsupported[key] = Unsupported(value, self.effective.unknown[key])
+        elif known is None:
             near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
             self.unsupported[key or "an empty key"] = Unsupported(
@@ -112,6 +117,13 @@ class Reading:
             self._left_open(key, value, known.row)
         else:
             self._known(key, value, known)
+
+    def _check_mapping(self, key: str) -> None:
+        """Raises FileError for a mapping under a key whose option is a number or a text."""
+        option = self.tool.rows.get(key, {}).get("to", "")
+        if option in WHOLE | TEXTS:
+            inner = {name[len(key) + 1 :]: value for name, value in self.values.items() if name.startswith(f"{key}.")}
+            self._typed(key, option, inner)
 
     def _object(self, key: str, value: object) -> object:
         """The value of a command line's argument; of a field that is a mapping, JSON. Launch files are read as a whole."""
@@ -182,10 +194,10 @@ class Reading:
             if option in UNLIMITED and re.fullmatch(r"-\d+|0", text):
                 return None
             if isinstance(value, bool) or not re.fullmatch(r"\d+(\.0*)?", text) or not 0 < float(text) < 2**31:
-                raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a whole number of at least 1")
+                raise FileError(self.file, self.effective.line(key), key, value, "accepted: a whole number of at least 1")
             return int(float(text))
         if option in TEXTS and not isinstance(value, str):
-            raise FileError(self.file, self.document.lines.get(key), key, value, "accepted: a string")
+            raise FileError(self.file, self.effective.line(key), key, value, "accepted: a string")
         return tuple(value) if isinstance(value, list) else value
 
     def _sets(self, key: str, value: object, known: Known) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 
 from peftplan.errors import RefusedError
-from peftplan.job.configs.branches import PIECES, Variables, parts_of
+from peftplan.job.configs.branches import Variables, parts_of
 from peftplan.job.configs.detect import tool_of, trains
 from peftplan.job.configs.documents import BrokenFileError, Document, as_number
+from peftplan.job.configs.shell_lines import Line, script_of, words_of
+from peftplan.job.configs.shell_lines import commands as shell_lines
 
 PROGRAMS = (
     ("swift", 1), ("megatron", 1), ("trl", 1), ("llamafactory-cli", 1), ("axolotl", 1), ("tune", 1),
@@ -23,26 +24,31 @@ LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "python", "python3")
 """Programs that run a script: words before it are theirs, words behind it are the script's."""
 WRAPPERS = (
     "nohup", "exec", "env", "time", "nice", "sudo", "srun", "mpirun", "numactl", "stdbuf", "uv", "poetry", "pipenv", "conda",
-    "apptainer", "singularity", "docker", "bash", "sh",
+    "apptainer", "singularity", "docker", "podman", "bash", "sh", "zsh", "timeout", "eval", "uvx", "pipx", "tmux", "screen",
+    "ssh", "mpiexec", "nsys", "taskset", "command",
 )  # fmt: skip
 """Programs that run the command which stands behind their own words."""
 SETTINGS = (".yaml", ".yml")
 ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
 ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
-INLINE = re.compile(r"`\s*#[^`]*`")
-"""A comment between the lines of a command."""
 TRAINING = re.compile("train|tune|sft|dpo|grpo|lora", re.I)
 """What names of programs that train hold."""
-COMMENT = re.compile(r"\s#[^'\"\\]*$")
-MOST_LINES = 100
-"""The most lines of a quoted text or an array."""
-VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*)")
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*|\d)")
 OF_CALLER = re.compile(r"\$[@*]|\$\{[@*][^}]*\}")
 """All words with which the script itself is called: none are assumed."""
 ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
 SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
 """Numbers with operators of one precedence between them, so that they are taken from the left."""
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+ASSIGNED = re.compile(r"\$\{([A-Za-z_]\w*):?=([^}]*)\}")
+"""A value that a variable takes where it has none."""
+DECLARING = ("export", "local", "declare", "readonly", "typeset")
+HELP = frozenset({"--help", "-h", "--version"})
+"""Words with which a program trains nothing."""
+EXIT = re.compile(r"exit(\s+0)?\s*")
+WRITTEN = "the script runs no training command; one in a file that it writes is read"
+MOST_DEPTH = 5
+"""Functions that call each other."""
 MOST_COMMANDS = 200
 LONGEST = 2**16
 """Characters of a command with its variables filled in; Linux takes no word above 2**17 bytes (`MAX_ARG_STRLEN`)."""
@@ -90,75 +96,76 @@ def _with_others(first: Document, others: list[Document], called: str) -> Docume
 
 
 def commands_of(text: str, *, file: str) -> Iterator[Document]:
-    """Every training command of a script, with the variables that were set before it."""
-    variables = Variables()
-    count, folder = 0, ""
-    for number, line in _lines(text):
-        if (array := ARRAY.fullmatch(line)) is not None:
-            before = variables.values.get(array[1], "") if array[2] else ""
-            variables.values[array[1]] = f"{before} {_short(_filled(array[3], variables.values), file=file, line=number)}"
-            continue
-        for part, behind in parts_of(line):
-            command = variables.enter(part)
-            filled = _short(_filled(command, variables.values), file=file, line=number)
-            try:
-                words = _words(filled)
-            except ValueError as error:
-                if any(command.lstrip().startswith(name) for name, _ in PROGRAMS):
-                    raise BrokenFileError(file, number, f"not a shell command: {error}") from None
-                words = []
-            environment: dict[str, str] = {}
-            while words and (match := ASSIGNMENT.fullmatch(words[0])):
-                environment[match[1]] = match[2]
-                words.pop(0)
-            if words[:1] == ["export"]:
-                variables.values |= {match[1]: match[2] for word in words[1:] if (match := ASSIGNMENT.fullmatch(word))}
-            elif not words:
-                variables.values |= environment
-            elif words[0] == "cd" and len(words) == 2 and "$" not in words[1]:
-                folder = os.path.join(folder, words[1])
-            elif (words := _unwrapped(words)) and count < MOST_COMMANDS:
-                count += 1
-                program, settings, values = _command(words)
-                if values or settings:
-                    settled = {**variables.values, **environment}
-                    doubts = variables.doubts()
-                    command_line = Document(values, {}, "command", program, settled, settings=settings, folder=folder)
-                    yield command_line._replace(line=number, assumed=doubts)
-            variables.leave(part, behind)
+    """Every training command of a script, with the variables that were set before it.
+
+    Of a script that runs none, those of its functions, which another script may call, or of a file that it writes.
+    """
+    script = script_of(text)
+    commands = list(_Commands(script.functions, file).read(script.lines))
+    for body in script.functions.values() if not commands else ():
+        commands += _Commands(script.functions, file).read(body)
+    if commands:
+        yield from commands
+        return
+    written = _Commands({}, file).read(script_of("\n".join(script.written)).lines)
+    yield from (each._replace(assumed={**each.assumed, "command": WRITTEN}) for each in written)
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Commands, each with the number of its first line: lines with those that they continue on, without comments."""
-    uncommented = INLINE.sub("", text).splitlines()
-    lines = [(number, line) for number, line in enumerate(uncommented, 1) if not line.lstrip().startswith("#")]
-    index = 0
-    while index < len(lines):
-        number, end = lines[index][0], index
-        parts = [lines[index][1]]
-        while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts):
-            end += 1
-            parts.append(COMMENT.sub("", lines[end][1]))
-        if _goes_on(parts) and not parts[0].rstrip().endswith("\\"):  # no quote or bracket closes what this line opens
-            end, parts = index, parts[:1]
-        yield number, " ".join(part.rstrip().removesuffix("\\") for part in parts)
-        index = end + 1
+class _Commands:
+    """Reads the commands of a script in their order."""
 
+    def __init__(self, functions: Mapping[str, list[str]], file: str) -> None:
+        self.functions, self.file = functions, file
+        self.variables = Variables()
+        self.count, self.folder = 0, ""
 
-def _goes_on(parts: list[str]) -> bool:
-    """Whether a command goes on in the next line: behind a backslash, in a quoted text, or in an array."""
-    if parts[-1].rstrip().endswith("\\"):
-        return True
-    text = " ".join(part.rstrip().removesuffix("\\") for part in parts)
-    if re.match(r"\s*\w+\+?=\(", text) and not text.rstrip().endswith(")"):
-        return True
-    if not re.match(r"\s*(?:export )?\w+=", text):
-        return False
-    try:
-        _words(text)
-    except ValueError:
-        return True
-    return False
+    def read(self, lines: list[str], depth: int = 0) -> Iterator[Document]:
+        """The training commands of these lines."""
+        for line in shell_lines(lines):
+            if depth == 0 and not self.variables.in_block and EXIT.fullmatch(line.text):
+                return
+            values = self.variables.values
+            if (array := ARRAY.fullmatch(line.text)) is not None:
+                before = values.get(array[1], "") if array[2] else ""
+                values[array[1]] = f"{before} {_short(_filled(array[3], values), file=self.file, line=line.number)}"
+                continue
+            for part, behind in parts_of(line.text):
+                command = self.variables.enter(part)
+                if not self.variables.is_dead:
+                    yield from self._command(command, line, depth)
+                self.variables.leave(part, behind)
+
+    def _command(self, command: str, line: Line, depth: int) -> Iterator[Document]:
+        values = self.variables.values
+        for name, default in ASSIGNED.findall(command):
+            values.setdefault(name, default)
+        filled = _short(_filled(command, values), file=self.file, line=line.number)
+        try:
+            words = words_of(filled)
+        except ValueError as error:
+            if any(command.lstrip().startswith(name) for name, _ in PROGRAMS):
+                raise BrokenFileError(self.file, line.number, f"not a shell command: {error}") from None
+            words = []
+        environment: dict[str, str] = {}
+        while words and (match := ASSIGNMENT.fullmatch(words[0])):
+            environment[match[1]] = match[2]
+            words.pop(0)
+        if words[:1] and words[0] in DECLARING:
+            values |= {match[1]: match[2] for word in words[1:] if (match := ASSIGNMENT.fullmatch(word))}
+        elif not words:
+            values |= environment
+        elif words[0] == "cd" and len(words) == 2 and "$" not in words[1]:
+            self.folder = os.path.join(self.folder, words[1])
+        elif words[0] in self.functions and depth < MOST_DEPTH:
+            values |= {**environment, **{str(at): word for at, word in enumerate(words[1:], 1) if not OF_CALLER.fullmatch(word)}}
+            yield from self.read(self.functions[words[0]], depth + 1)
+        elif (words := _unwrapped(words)) and self.count < MOST_COMMANDS and not HELP.intersection(words):
+            self.count += 1
+            program, settings, arguments = _command(words)
+            if arguments or settings:
+                settled = {**values, **environment}
+                document = Document(arguments, line.arguments, "command", program, settled, settings=settings, folder=self.folder)
+                yield document._replace(line=line.number, assumed=self.variables.doubts())
 
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:
@@ -200,17 +207,13 @@ def _unwrapped(words: list[str]) -> list[str]:
             return [each.rpartition("/")[2], *words[index + 1 :]]
         if " " in each and words[0] in WRAPPERS:  # of `bash -c`
             try:
-                return _unwrapped(_words(each))
+                commands = [_unwrapped(words_of(part)) for part, _ in parts_of(each)]
             except ValueError:
                 return []
+            return next(filter(None, commands), [])
         if words[0] not in WRAPPERS:
             break
     return _unwrapped(words[words.index("|") + 1 :]) if "|" in words else []
-
-
-def _words(text: str) -> list[str]:
-    """The words of a command; `#` in a word, as in `swift/self-cognition#500`, is part of it. Raises ValueError."""
-    return shlex.split(PIECES.sub(lambda match: "" if match[0].startswith("#") and len(match[0]) > 1 else match[0], text))
 
 
 def _command(words: list[str]) -> tuple[str, str, dict[str, object]]:

@@ -203,7 +203,8 @@ Write = TypedDict(
 
 class ToolFile(TypedDict, total=False):
     """The data file of a tool. `includes`: tools whose keys it takes too, by what stands before these; `ignored`: why →
-    keys, or why → key → the tool's file and line."""
+    keys, or why → key → the tool's file and line; `components`: dotted path → file with line, and names of arguments
+    between spaces; `sections`: the same of mappings that name no component, or take more than theirs."""
 
     version: str
     detect: list[Case]
@@ -227,3 +228,5 @@ class ToolFile(TypedDict, total=False):
     transformers: list[str]
     accelerate: list[str]
     launched_precision: list[str]
+    components: dict[str, list[str]]
+    sections: dict[str, list[str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import peftplan.methods as methods
@@ -42,6 +43,8 @@ class WithFile(NamedTuple):
     """What the tool does, as fields of `Script`."""
     warnings: tuple[str, ...] = ()
     """What the tool raises for the file as it is."""
+    places: Mapping[str, str] = MappingProxyType({})
+    """Key → its file and line."""
 
 
 def check_map(tool: str, options: Mapping[str, object]) -> None:
@@ -74,7 +77,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     unsupported = plan.without(chosen_options)
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
-        raise RefusedError(f"config: {file}: {key} is not supported: {row.why}")
+        raise RefusedError(f"config: {plan.places.get(key, file)}: {key} is not supported: {row.why}")
     for why, change in plan.refusals(chosen_options).items() if strict else ():
         raise RefusedError(f"config: {file}: {why}; it runs {change}")
     options = dict(plan.options)
@@ -94,9 +97,9 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     options |= chosen_options
     of_ddp = {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
     of_tool = {**of_releases(plan.tool, options), **of_ddp}
-    return WithFile(
-        plan.model if model is None else model, options, plan.to_dict(chosen_options), of_tool, plan.warnings(chosen_options)
-    )
+    read_from = plan.model if model is None else model
+    warnings = plan.warnings(chosen_options)
+    return WithFile(read_from, options, plan.to_dict(chosen_options), of_tool, warnings, plan.places)
 
 
 def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from peftplan.job.configs.read import read_values
 
 AXOLOTL = "base_model: gpt2\nadapter: lora\n"
 
+SCRIPT = """from trl import SFTTrainer, SFTConfig
+trainer = SFTTrainer(
+    'gpt2',
+    args=SFTConfig(per_device_train_batch_size='two'))
+"""
+NOTEBOOK = json.dumps({"cells": [{"cell_type": "markdown", "source": "x"}, {"cell_type": "code", "source": SCRIPT}]})
 LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
@@ -28,6 +35,13 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a.yml", AXOLOTL + "micro_batch_size: two\n", r"a\.yml:3: micro_batch_size: 'two'"),
         ("a.yml", AXOLOTL + "micro_batch_size: 0\n", r"a\.yml:3: micro_batch_size: 0"),
         ("a.yml", "base_model: [gpt2]\nadapter: lora\n", r"a\.yml:1: base_model: \['gpt2'\] is not .* a string"),
+        ("a.yml", "base_model: {a: b}\nadapter: lora\n", r"a\.yml:1: base_model: \{'a': 'b'\} is not .* a string"),
+        ("a.yml", AXOLOTL + "micro_batch_size: {a: 1}\n", r"a\.yml:3: micro_batch_size: \{'a': 1\} .* whole"),
+        ("a.json", '{"base_model": "gpt2", "adapter": "lora",\n"x": {"}": 1},\n"micro_batch_size": "two"}', r"a\.json:3: micro"),
+        ("a.json", '{"base_model": "gpt2", "adapter": "lora",\n"micro_batch_size": 1, "lora_dropout": 7}', r"a\.json:2: lora_d"),
+        ("a.sh", "swift sft \\\n --model gpt2 \\\n --lora_rank two\n", r"a\.sh:3: lora_rank: 'two'"),
+        ("a.py", SCRIPT, r"a\.py:4: args\.per_device_train_batch_size: 'two'"),
+        ("a.ipynb", NOTEBOOK, r"a\.ipynb: cell 2, line 4: args\.per_device_train_batch_size: 'two'"),
         ("a.yml", AXOLOTL + "adapter: qlora\n", r"a\.yml:3: adapter appears twice"),
         ("a.yml", AXOLOTL + "x: !!python/object/apply:os.system ['true']\n", r"a\.yml:3: .*tag .*python"),
         ("a.yml", AXOLOTL + "x: !!binary aGk=\n", r"a\.yml:3: .*tag"),
@@ -37,7 +51,7 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a.yml", "[" * 2000, r"a\.yml"),
         ("a.yml", "name: a workflow\non: push\n", r"a\.yml is not a training config"),
         ("a.json", "{", r"a\.json:1: not JSON"),
-        ("a.json", '{"a": 1, "a": 2}', r"a\.json: 'a' appears twice"),
+        ("a.json", '{"a": 1, "a": 2}', r"a\.json:1: 'a' appears twice"),
         ("a.json", "[1]", r"a\.json: accepted: a JSON object"),
         ("a.sh", "echo hello\n", r"a\.sh: accepted: a script with a training command"),
         ("a.py", "import torch (\n", r"a\.py:1: not Python"),
@@ -146,9 +160,9 @@ def test_a_model_whose_name_is_no_path() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("lora_target_modules: '(((('", r"a\.yml: lora_target_modules: '\(\(\(\(' is not valid; not a regular expression"),
-        ("lora_dropout: 7", r"a\.yml: lora_dropout must be below 1\.0 \(got 7\)"),
-        ("lora_r: 999999999", r"a\.yml: lora_r must be at most 1,048,576"),
+        ("lora_target_modules: '(((('", r"a\.yml:4: lora_target_modules: '\(\(\(\(' is not valid; not a regular expression"),
+        ("lora_dropout: 7", r"a\.yml:4: lora_dropout must be below 1\.0 \(got 7\)"),
+        ("lora_r: 999999999", r"a\.yml:4: lora_r must be at most 1,048,576"),
     ],
 )
 def test_a_value_that_an_option_does_not_take_is_named_by_its_key(tmp_path: Path, line: str, message: str) -> None:

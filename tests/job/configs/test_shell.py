@@ -207,3 +207,51 @@ def test_a_number_of_processes_that_is_not_known_is_one_and_said() -> None:
     sharded = read_text(f"NPROC_PER_NODE=$N {command} --deepspeed zero2\n", file="a.sh")
     assert sharded.assumed["gpus"] == "the launcher decides; 8 are assumed"
     assert "gpus" not in read_text(f"{command}\n", file="a.sh").assumed
+
+
+COMMAND = "swift sft --model Qwen/Qwen2.5-7B-Instruct --lora_rank"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"cat <<EOF\n{COMMAND} 9\nEOF\n{COMMAND} 4\n",
+        f"cat > run.sh << 'EOF'\n{COMMAND} 9\nEOF\n{COMMAND} 4\n",
+        f": <<-X\n\t{COMMAND} 9\n\tX\n{COMMAND} 4\n",
+        f": '\n{COMMAND} 9\n'\n{COMMAND} 4\n",
+        f"echo '\n{COMMAND} 9\n'\n{COMMAND} 4\n",
+        f"echo {COMMAND} 9\n# {COMMAND} 9\n{COMMAND} 4\n",
+        f"if false; then\n{COMMAND} 9\nelse\n{COMMAND} 4\nfi\n",
+        f"if [ 0 = 1 ]; then\n{COMMAND} 9\nfi\n{COMMAND} 4\n",
+        f"false && {COMMAND} 9\n{COMMAND} 4\n",
+        f"old() {{\n{COMMAND} 9\n}}\n{COMMAND} 4\n",
+        f"swift sft --help\n{COMMAND} 4\n",
+        f"{COMMAND} 4\nexit 0\n{COMMAND} 9\n",
+        f"train() {{\n  local rank=$1\n  {COMMAND} $rank\n}}\ntrain 4\n",
+        f"function main {{\n{COMMAND} 4\n}}\nmain \"$@\"\n",
+        f"for rank in 4; do\n{COMMAND} $rank\ndone\n",
+        f": ${{RANK:=4}}\n{COMMAND} $RANK\n",
+        f"{COMMAND} ${{RANK:-4}}\n",
+        "swift sft \\\n  --model Qwen/Qwen2.5-7B-Instruct \\\n  # --lora_rank 9 \\\n  --lora_rank 4 # not 9\n",
+        f"nohup {COMMAND} 4 > log 2>&1 &\n",
+        f"srun -N 2 bash -c '{COMMAND} 4'\n",
+        f"sbatch <<EOF\n#!/bin/bash\n{COMMAND} 4\nEOF\n",
+        f"timeout 10h uv run {COMMAND} 4\n",
+        f"docker run --gpus all image bash -lc \"cd /w && {COMMAND} 4\"\n",
+        f"\ufeff{COMMAND} 4\r\n",
+        "torchrun --nproc_per_node 2 -m swift.cli.sft --model Qwen/Qwen2.5-7B-Instruct --tuner_type lora --lora_rank 4\n",
+        "python -m torch.distributed.run swift/cli/sft.py --model Qwen/Qwen2.5-7B-Instruct --tuner_type lora --lora_rank 4\n",
+    ],
+)  # fmt: skip
+def test_which_command_trains(tmp_path: Path, text: str) -> None:
+    """The one of rank 4 runs, and no other: those of rank 9 are texts, or in a branch or a function that never runs."""
+    path = tmp_path / "run.sh"
+    path.write_text(text, encoding="utf-8")
+    plan = peftplan.read_config(path)
+    assert (plan.options["r"], plan.unsupported, plan.assumed.get("command")) == (4, {}, None)
+
+
+def test_a_command_in_a_file_that_the_script_writes(tmp_path: Path) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"cat > job.sh <<EOF\n{COMMAND} 4\nEOF\nqsub job.sh\n")
+    assert "a file that it writes" in peftplan.read_config(path).assumed["command"]

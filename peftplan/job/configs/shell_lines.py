@@ -1,0 +1,131 @@
+"""The lines of a shell script that run: commands with the lines that they continue on, without texts and functions."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from peftplan.job.configs.branches import PIECES
+
+INLINE = re.compile(r"`\s*#[^`]*`")
+"""A comment between the lines of a command."""
+COMMENT = re.compile(r"\s#[^'\"\\]*$")
+MOST_LINES = 100
+"""The most lines of a quoted text or an array."""
+HERE = re.compile(r"(?<!<)<<-?\s*(['\"\\]?)(\w+)\1(?!<)")
+"""The beginning of lines that a command reads, up to one of this word alone."""
+RUNS_TEXT = re.compile(r"\s*(?:\S+=\S*\s+)*(?:sudo |exec |srun |env )*(?:bash|sh|zsh|sbatch|qsub|ssh|docker|podman|kubectl)\b")
+"""A command that runs the text which it is given."""
+WRITES = re.compile(r">|\btee\b")
+FUNCTION = re.compile(r"(\s*)(?:function\s+([\w:-]+)\s*(?:\(\s*\))?|([\w:-]+)\s*\(\s*\))\s*\{?\s*(?:#.*)?")
+QUOTING = re.compile(r"\s*(?:(?:export |local )?\w+=|(?::|echo|printf)\s)")
+"""The beginning of a command that may hold a quoted text of several lines."""
+ARGUMENT = re.compile(r"(?:^|\s)(?:--([A-Za-z][\w.-]*)|([A-Za-z_][\w.]*)=)")
+
+
+class Line(NamedTuple):
+    """A command, the number of its first line, and the lines of its arguments."""
+
+    number: int
+    text: str
+    arguments: Mapping[str, int] = MappingProxyType({})
+
+
+class Script(NamedTuple):
+    """What a script runs; what it writes into files; and its functions, by name. Lines keep their numbers."""
+
+    lines: list[str]
+    written: list[str]
+    functions: dict[str, list[str]]
+
+
+def script_of(text: str) -> Script:
+    """The parts of a script."""
+    lines, written = _without_texts(INLINE.sub("", text).splitlines())
+    return Script(*_without_functions(lines, written))
+
+
+def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
+    """The lines without the texts that commands such as `cat <<EOF` are given; and those that go into a file."""
+    runs, written = list(lines), [""] * len(lines)
+    index = 0
+    while index < len(lines):
+        match = HERE.search(lines[index])
+        if match is None or lines[index].lstrip().startswith("#"):
+            index += 1
+            continue
+        start = index + 1
+        end = next((at for at in range(start, len(lines)) if lines[at].strip() == match[2]), None)
+        index = start if end is None else end + 1
+        if end is None:
+            continue
+        runs[end] = ""
+        if not RUNS_TEXT.match(lines[start - 1]):
+            runs[start:end] = [""] * (end - start)
+            if WRITES.search(lines[start - 1]):
+                written[start:end] = lines[start:end]
+    return runs, written
+
+
+def _without_functions(lines: list[str], written: list[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    runs, functions = list(lines), dict[str, list[str]]()
+    index = 0
+    while index < len(lines):
+        match = FUNCTION.fullmatch(lines[index])
+        start = index
+        index += 1
+        if match is None:
+            continue
+        closing = f"{match[1]}}}"
+        end = next((at for at in range(index, len(lines)) if lines[at].rstrip() == closing), None)
+        if end is not None:
+            body = [""] * len(lines)
+            body[index:end] = [line.removeprefix("{") if at == 0 else line for at, line in enumerate(lines[index:end])]
+            functions[match[2] or match[3]] = body
+            runs[start : end + 1] = [""] * (end + 1 - start)
+            index = end + 1
+    return runs, written, functions
+
+
+def commands(script: list[str]) -> Iterator[Line]:
+    """Commands: lines with those that they continue on, without comments."""
+    lines = [(number, line) for number, line in enumerate(script, 1) if line and not line.lstrip().startswith("#")]
+    index = 0
+    while index < len(lines):
+        number, end = lines[index][0], index
+        parts = [lines[index][1]]
+        while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts):
+            end += 1
+            parts.append(COMMENT.sub("", lines[end][1]))
+        if _goes_on(parts) and not parts[0].rstrip().endswith("\\"):  # no quote or bracket closes what this line opens
+            end, parts = index, parts[:1]
+        arguments: Mapping[str, int] = MappingProxyType({})
+        for part, (at, _) in zip(parts, lines[index:], strict=False):
+            names = ((option or key).replace("-", "_") for option, key in ARGUMENT.findall(part))
+            arguments = {**dict.fromkeys(names, at), **arguments}
+        yield Line(number, " ".join(part.rstrip().removesuffix("\\") for part in parts), arguments)
+        index = end + 1
+
+
+def _goes_on(parts: list[str]) -> bool:
+    """Whether a command goes on in the next line: behind a backslash, in a quoted text, or in an array."""
+    if parts[-1].rstrip().endswith("\\"):
+        return True
+    text = " ".join(part.rstrip().removesuffix("\\") for part in parts)
+    if re.match(r"\s*\w+\+?=\(", text) and not text.rstrip().endswith(")"):
+        return True
+    if not QUOTING.match(text):
+        return False
+    try:
+        words_of(text)
+    except ValueError:
+        return True
+    return False
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a command; `#` in a word, as in `swift/self-cognition#500`, is part of it. Raises ValueError."""
+    return shlex.split(PIECES.sub(lambda match: "" if match[0].startswith("#") and len(match[0]) > 1 else match[0], text))
