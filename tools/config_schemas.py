@@ -31,6 +31,10 @@ READ: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "trl": ("trl", {"trainer/*_config.py": ("*",), "scripts/utils.py": ("ScriptArguments", "DatasetMixtureConfig")}),
     "swift": ("swift", {"arguments/**/*.py": ("*",), "trainers/arguments.py": ("*",), "rlhf_trainers/arg*.py": ("*",)}),
     "transformers": ("transformers", {"training_args.py": ("TrainingArguments",)}),
+    "peft": (
+        "peft",
+        {"config.py": ("PeftConfigMixin", "PeftConfig"), "tuners/lora/config.py": ("*",), "tuners/*/config.py": ("*",)},
+    ),
     "unsloth": (
         "unsloth",
         {

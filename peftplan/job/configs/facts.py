@@ -82,8 +82,7 @@ class Facts:
         return {}
 
     def _row_of(self, key: str) -> Known | None:
-        _, at_above = self.schema.get(key.partition(".")[0], (None, ""))
-        default, at = self.schema.get(key, (None, at_above))
+        default, at = self.schema.get(key, (None, self._place_above(key)))
         row = self.rows.get(key) or next((row for name, row in self._patterns() if fnmatchcase(key, name)), None)
         if row is None and "." in key:
             above = key.rpartition(".")[0]
@@ -99,6 +98,13 @@ class Facts:
                 at,
             )
         return None
+
+    def _place_above(self, key: str) -> str:
+        """Where the tool defines the mapping that a key is in."""
+        while key := key.rpartition(".")[0]:
+            if key in self.schema:
+                return self.schema[key][1]
+        return ""
 
     @cached_property
     def options_by_default(self) -> tuple[tuple[str, dict[str, object], str], ...]:
@@ -157,7 +163,8 @@ def facts(tool: Tool) -> Facts:
     prefixed = includes if isinstance(includes, dict) else {"": includes}
     commanded = any(case.get("kind") == "command" for case in raw.get("detect", ()))
     launcher = load(f"{FOLDER}/launchers.json", ToolFile) if commanded else ToolFile()
-    rows: dict[str, Row] = dict(launcher.get("keys", {}))
+    launched = launcher.get("keys", {})
+    rows: dict[str, Row] = dict(launched)
     schema: dict[str, tuple[object, str]] = {}
     for prefix, other in _included(prefixed):
         rows |= {prefix + key: row for key, row in other.rows.items()}
@@ -168,6 +175,7 @@ def facts(tool: Tool) -> Facts:
     own = raw.get("keys", {})
     rows = {**{key: row for key, row in own.items() if "*" not in key}, **rows, **own}  # a tool's own words come first
     schema |= {key: (default, at) for key, (default, at) in raw.get("schema", {}).items()}
+    rows |= {key: {**row, "at": schema[key][1]} for key, row in rows.items() if key in schema and row is launched.get(key)}
     return Facts(
         tool,
         raw["version"],
