@@ -1,8 +1,8 @@
 """Rehearse a tool twice, with and without its keys that are said not to change memory, and keep what both runs held.
 
-    python -m tools.toggled_keys TOOL     completes the rows of TOOL that hold no result yet
+    python -m tools.toggled_keys TOOL [FILE]     completes the rows of TOOL that hold no result yet
 
-Rows stand in `FILE`, one of JSON per job: `tool`, `sides`, the values of both runs, and `by`, how they are told apart:
+Rows stand in `KEPT`, or FILE, one of JSON per job: `tool`, `sides`, the values of both runs, and `by`, how they are told apart:
 
 - `rehearsal`: a `job` of `tools.rehearsed_TOOL` runs on the emulated card with the values of each side. The row keeps `peaks`.
 - `resolved config`: for keys that no job reaches, such as paths of data. The tool resolves its config with each pair of values
@@ -22,13 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peftplan.job.configs.documents import flat
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.plan import Tool
 from tools import resolved_configs
 
-FILE = Path(__file__).parents[1] / "tests" / "rehearse" / "toggled_keys.jsonl"
+KEPT = Path(__file__).parents[1] / "tests" / "rehearse" / "toggled_keys.jsonl"
 REASONS = {
     "call": "a call of a program beside those of its training",
+    "megatron": "an argument of Megatron's commands, whose packages do not run here",
     "trains": "the switch of the training itself, without which nothing is counted",
 }
 """Why neither a rehearsal nor a resolved config can have a key at two values."""
@@ -46,18 +48,21 @@ class Toggled(NamedTuple):
 
 TOOLS: dict[Tool, Toggled] = {
     "llamafactory": Toggled("llamafactory", "tools.rehearsed_llamafactory", resolved_configs.llamafactory),
+    "llamafactory-v1": Toggled("llamafactory", "tools.rehearsed_llamafactory_v1", resolved_configs.llamafactory_v1),
+    "transformers-examples": Toggled("transformers", "tools.rehearsed_examples", resolved_configs.examples),
+    "axolotl": Toggled("axolotl", "tools.rehearsed_axolotl", resolved_configs.axolotl),
+    "swift": Toggled("ms-swift", "tools.rehearsed_swift", resolved_configs.swift),
 }
 
 
-def rows(tool: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a tool, or all."""
-    every = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    return [row for row in every if tool in (None, row["tool"])]
+def rows(file: Path = KEPT) -> list[dict[str, Any]]:
+    """All rows."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def keys(row: Mapping[str, Any]) -> Iterator[str]:
     """The keys at which both sides of a row differ; one that a side leaves out is not one that it says to be empty."""
-    left, right = row["sides"]
+    left, right = map(flat, row["sides"])
     absent = object()
     yield from (key for key in left | right if left.get(key, absent) != right.get(key, absent))
 
@@ -69,24 +74,25 @@ def jobs(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def completed(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with what both sides held, or the fields at which they differ."""
+    """The row with what both sides held, or the fields at which they differ; as it was where a side did not reach its steps."""
     tool = TOOLS[row["tool"]]
-    row = row | {"release": version(tool.package), "torch": version("torch"), "transformers": version("transformers")}
+    with_versions = row | {"release": version(tool.package), "torch": version("torch"), "transformers": version("transformers")}
     if row["by"] == "rehearsal":
-        run = import_module(tool.jobs).run
-        return row | {"peaks": [{what: ran[what] for what in ("allocated", "reserved")} for ran in map(run, jobs(row))]}
+        ran = [import_module(tool.jobs).run(job) for job in jobs(row)]
+        if any("allocated" not in each for each in ran):
+            return row
+        return with_versions | {"peaks": [{what: each[what] for what in ("allocated", "reserved")} for each in ran]}
     if row["by"] == "resolved config":
-        return row | {"fields": {key: _differing(tool, row, key) for key in keys(row)}}
+        names = dict.fromkeys(key.partition(".")[0] for key in keys(row))
+        return with_versions | {"fields": {name: _differing(tool, row, name) for name in names}}
     return row | {"release": facts(row["tool"]).version}
 
 
-def _differing(tool: Toggled, row: Mapping[str, Any], key: str) -> list[str]:
-    """The fields of the resolved config that differ where only this key does."""
-    left, right = (
-        tool.resolved({name: value for name, value in job["values"].items() if name == key or name not in set(keys(row))})
-        for job in jobs(row)
-    )
-    return sorted(name for name in {*left, *right} if _plain(left.get(name)) != _plain(right.get(name)))
+def _differing(tool: Toggled, row: Mapping[str, Any], name: str) -> list[str]:
+    """The fields of the resolved config that differ where only this value does."""
+    values = row["job"]["values"]
+    left, right = (flat(tool.resolved(values | {key: side[key] for key in side if key == name})) for side in row["sides"])
+    return sorted(field for field in {*left, *right} if _plain(left.get(field)) != _plain(right.get(field)))
 
 
 def _plain(value: object) -> str:
@@ -94,14 +100,14 @@ def _plain(value: object) -> str:
     return json.dumps(value, default=lambda each: type(each).__name__, sort_keys=True)
 
 
-def complete(tool: str) -> None:
+def complete(tool: str, file: Path) -> None:
     """Complete the rows of a tool and write the file again after each."""
-    every = rows()
+    every = rows(file)
     for place, row in enumerate(every):
         if row["tool"] == tool and "release" not in row:
             every[place] = completed(row)
-            FILE.write_text("".join(f"{json.dumps(each)}\n" for each in every), encoding="utf-8")
+            file.write_text("".join(f"{json.dumps(each)}\n" for each in every), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    complete(sys.argv[1])
+    complete(sys.argv[1], Path([*sys.argv, KEPT][2]))

@@ -92,6 +92,9 @@ class Effective:
     def _has_product(self, key: str, accepted: Product) -> bool:
         if "same_as" in accepted:
             return word(self.of(key)) == word(self.of(accepted["same_as"])) not in NOTHING
+        if "outside" in accepted:
+            own = self._of_model(accepted["outside"])
+            return isinstance(own, list) and word(self.of(key)) not in map(word, [*own, *accepted["other_than"]])
         if "other_than" in accepted:
             value = self.of(key)
             entries = [each for each in (value if isinstance(value, list) else [value]) if word(each) not in NOTHING]
@@ -106,7 +109,7 @@ class Effective:
             return isinstance(heads, int) and ranks > 0 and heads % ranks == 0
         product = prod(self._numbers([key, *filter(None, [accepted.get("times")])]) or [0])
         if "at_least" in accepted:
-            return product >= accepted["at_least"]
+            return product >= (self._numbers([accepted["at_least"]]) or [0])[0]
         (unit,) = self._numbers([accepted["multiple_of"]]) or [0]
         return product > 0 and unit > 0 and product % unit == 0
 

@@ -45,13 +45,15 @@ class Row(TypedDict, total=False):
 
 class Product(TypedDict, total=False):
     """A condition on the product of a key with another one, `times`, or on the key itself: `below`, `same_as` another one,
-    `other_than` these values: of a list, one entry is."""
+    `other_than` these values: of a list, one entry is; besides, `outside` a list in the model's config. `at_least` a number or
+    another key."""
 
     below: int
+    outside: str
     other_than: list[object]
     same_as: str
     times: str
-    at_least: int
+    at_least: int | str
     multiple_of: str
     no_multiple_of: int
 

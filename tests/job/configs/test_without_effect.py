@@ -1,0 +1,67 @@
+"""Keys that were listed as without effect, although some of their values change what a step holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
+
+
+def axolotl(**values: Any) -> ConfigPlan:
+    settings = {"base_model": "NousResearch/Llama-2-7b-hf", "micro_batch_size": 1, "sequence_len": 512}
+    return read_values(settings | values, file="a.yml", tool="axolotl")
+
+
+def swift(**values: Any) -> ConfigPlan:
+    settings = {"model": "Qwen/Qwen2.5-7B-Instruct", "packing": True, "max_length": 2048}
+    return read_values(settings | values, file="a.sh", tool="swift", kind="command", program="swift sft", NPROC_PER_NODE="2")
+
+
+@pytest.mark.parametrize("key", ["model_type", "type_of_model"])
+@pytest.mark.parametrize(
+    ("values", "supported"),
+    [
+        ({"*": "LlamaForCausalLM"}, True),
+        ({"*": "AutoModelForCausalLM"}, True),
+        ({"*": "AutoModelForSequenceClassification"}, False),
+        ({"*": "AutoModelForSequenceClassification", "reward_model": True}, True),
+        ({"*": "MistralForCausalLM"}, False),
+        ({"*": "MistralForCausalLM", "trust_remote_code": True}, True),  # model.py:1058: the automatic class
+    ],
+)
+def test_axolotl_loads_another_class_than_the_model_s(key: str, values: dict[str, Any], supported: bool) -> None:
+    plan = axolotl(**{key if name == "*" else name: value for name, value in values.items()})
+    assert (key in plan.ignored, key in plan.unsupported) == (supported, not supported)
+
+
+def test_llamafactory_v1_loads_another_head() -> None:
+    for model_class, supported in (("llm", True), ("cls", False), ("other", False)):
+        plan = read_values({"model": "Qwen/Qwen3-0.6B", "model_class": model_class}, file="a.yaml", tool="llamafactory-v1")
+        assert ("model_class" in plan.unsupported) is not supported
+
+
+def test_a_key_that_axolotl_drops_cannot_be_said() -> None:
+    assert axolotl(gptq_groupsize=None).ignored["gptq_groupsize"].at
+    assert "gptq_groupsize" in axolotl(gptq_groupsize=128).unsupported
+
+
+@pytest.mark.parametrize("key", ["dpo_use_logits_to_keep", "dpo_norm_loss", "dpo_generate_during_eval"])
+def test_axolotl_raises_for_options_that_trl_had(key: str) -> None:
+    plan = axolotl(rl="dpo", **{key: False})
+    assert plan.refused[key].instead == {key: None}
+
+
+def test_a_watched_model_raises_the_peak() -> None:
+    assert axolotl(wandb_watch="all").unsupported["wandb_watch"].effect == "raises"
+    assert "wandb_watch" in axolotl(wandb_watch="false").ignored
+
+
+def test_packed_rows_of_their_own_length() -> None:
+    """ms-swift packs texts of at most max_length tokens up to packing_length; a shorter one leaves the longest text."""
+    assert swift(packing_length=8192).options["seq_len"] == 8192
+    assert swift(packing_length=1024).options["seq_len"] == 2048
+    assert "packing_length" in swift(packing_length=1024, packing=False).ignored
+    assert "packing_length" in swift(packing_length=8192, sequence_parallel_size=2).unsupported
