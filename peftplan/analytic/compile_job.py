@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cache
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic import steady
@@ -20,11 +21,10 @@ from peftplan.job.loss_sizes import LossSizes
 from peftplan.ledger import Dim, Ledger, Line
 from peftplan.memory.dora_load import norms
 from peftplan.memory.loaded import Loader
-from peftplan.memory.timed import COMPILED, UNPACKED
+from peftplan.memory.timed import timed
 from peftplan.memory.timeline import Timeline, timeline
 from peftplan.optim import Optimizer, parse_optim
-from peftplan.optim.torchao import FLUSHED
-from peftplan.parameters import Parameters
+from peftplan.parameters import Parameter, Parameters
 from peftplan.scans import no_scans
 from peftplan.units import pinned
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from peftplan.job.inventory import Inventory
     from peftplan.job.job import Job
     from peftplan.memory.model import Model
+
+
+NOTHING: Mapping[int, tuple[int, ...]] = MappingProxyType({})
 
 
 class Compiled(NamedTuple):
@@ -89,10 +92,8 @@ class Compiled(NamedTuple):
     """Whether the card's multiprocessors decide a kernel or the size of a buffer."""
     leaves_shards: bool = False
     """Whether what loading does not free goes when the first forward has returned."""
-    flushed: int = 0
-    """Bytes that the first step allocates and frees while it times the kernels of its optimizer."""
-    timed: tuple[int, ...] = ()
-    """Events before which the first step allocates and frees `FLUSHED_BYTES`, while it times a kernel of the model."""
+    timed: Mapping[int, tuple[int, ...]] = NOTHING
+    """What `memory.timed.timed` returns."""
     idle: frozenset[str] = frozenset()
     """Families without gradients, and so without optimizer states."""
     reduced: "tuple[tuple[str, int | None], ...]" = ()
@@ -164,6 +165,9 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.makes(line))
+    if early and job.distributed is not None and job.distributed.strategy == "fsdp2":  # those of shards come with the first step
+        twice = states_made_twice(job, inventory.parameters, optimizer)
+        early = tuple(line for line in early if line in twice)
     idle = frozenset(() if early else model.units.idle(model.idle()))
     if idle:  # a parameter without a gradient has no state
         states = (line for line in lasting if line.category == "optimizer_states")
@@ -182,7 +186,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        divides_after = job.quant is not None or (job.distributed is not None and job.distributed.strategy == "fsdp2")
+        on_fsdp2 = job.distributed is not None and job.distributed.strategy == "fsdp2"
+        divides_after = job.quant is not None or (on_fsdp2 and job.method_name != "full")  # else they are what is being divided
         whole = states_made_twice(job, inventory.parameters, optimizer, divided=False) if divides_after else Ledger(())
         left = () if job.distributed is None else rank_loading.shards_left(load, Ledger(loaded))
         loading = max(loading + whole, Ledger(loaded + left + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
@@ -217,8 +222,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         empties_before=setup.by.empties_before,
         empties_first=kernels_of(setup.kernels or ()).sets_up_allocator,
         empties_around=setup.by.sends_at_once and bool(setup.vllm_share) and bool(setup.vllm_enable_sleep_mode),
-        flushed=FLUSHED if _allocates_in_step(optimizer, inventory) else 0,
-        timed=_timed(of_step),
+        timed=timed(of_step, optimizer, _stepped(inventory)),
         idle=idle,
         reduced=() if job.distributed is None else ranks.reduced(model),
         by_processors=model.running.chip is not None
@@ -256,25 +260,10 @@ def _cloned(optimizer: Optimizer, inventory: "Inventory") -> tuple[Line, ...]:
     return (Line(f"{largest.name} clone", "temporaries", largest.dtype, largest.shape, 1, optimizer.source),)
 
 
-def _timed(of_step: Timeline) -> tuple[int, ...]:
-    """Behind the first output of a function of Nemotron's experts that NeMo Automodel compiles (`relu2_deepep`), and
-    for each shape of gptqmodel's `dequantize_weight`."""
-    ops = {number: kind.name.rpartition(" ")[2] for number, kind in enumerate(of_step.kinds)}
-    compiled = {number: of_step.kinds[number].dims if op == UNPACKED else () for number, op in ops.items() if op in COMPILED}
-    first: dict[tuple[Dim, ...], int] = {}
-    for at, (kind, count) in enumerate(of_step.events) if compiled else ():
-        if count > 0 and kind in compiled:
-            first.setdefault(compiled[kind], at + 1)
-    return tuple(first.values())
-
-
-def _allocates_in_step(optimizer: Optimizer, inventory: "Inventory") -> bool:
-    """Whether a kernel that its optimizer compiles for a parameter needs temporaries."""
-    parameters = (
-        inventory.parameters if inventory.holding is None else inventory.holding.states_of or inventory.holding.parameters
-    )
-    of_one = optimizer.temporaries
-    return of_one is not None and any(of_one(p.shape) for p in parameters.all if p.trainable)
+def _stepped(inventory: "Inventory") -> list[Parameter]:
+    """What the optimizer steps over."""
+    parameters, holding = inventory.parameters, inventory.holding
+    return [p for p in (parameters if holding is None else holding.states_of or holding.parameters).all if p.trainable]
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

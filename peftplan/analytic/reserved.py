@@ -14,7 +14,6 @@ from peftplan.job.inventory import REPLACED
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.ledger import Line
 from peftplan.memory.loaded import Loader
-from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.scans import no_scans
 
 if TYPE_CHECKING:
@@ -106,8 +105,7 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.take(line for line in compiled.standing if line.source == REPLACED)
         lasting = _lasting(states, of_step) if number == 1 else {}
         empties_before = compiled.empties_before or (compiled.empties_first and number == 1)
-        timed = dict.fromkeys(of_step.timed, FLUSHED_BYTES) | dict.fromkeys(of_step.timeline.states[:1], compiled.flushed)
-        writer.passing = timed if number == 1 else {}
+        writer.passing = of_step.timed if number == 1 else {}
         writer.step(of_step.timeline, kinds, lasting, phases=number > len(steps) - reported, empties_before=empties_before)
         if keeps_gradients:
             writer.leave(n for n, kind in enumerate(of_step.timeline.kind_of) if is_gradient(of_step.timeline, kind))

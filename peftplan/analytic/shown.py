@@ -32,10 +32,12 @@ UNDER_DEEPSPEED = (
     *("cohere", "cohere2", "stablelm", "phi", "gptj", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
     *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss"),
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
-    *("gemma4", "gemma4_unified", "mistral3", "qwen3_vl_moe", "internvl"),
+    *("gemma4", "gemma4_unified", "mistral3", "qwen3_vl_moe", "internvl", "llava", "idefics3", "mllama", "lfm2_vl"),
     *("qwen3_5", "qwen3_5_text", "qwen3_5_moe_text"),
 )
 """The same under DeepSpeed."""
+CONVOLVING = ("lfm2_vl",)
+"""Model types with a short convolution in the place of some layers' attention."""
 SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
 """Methods whose steps were rehearsed under FSDP and ZeRO (docs/reference/several-gpus.md); rsLoRA runs LoRA's operations."""
 OF_LAYERS = ("dora", "loha", "lokr", "ia3", "oft", "ln-tuning", "bitfit", "partial", "llama-pro", "lora+")
@@ -333,9 +335,10 @@ def is_decoder(job: Job) -> bool:
     architecture = job.architecture
     forward = (FORWARDS | OF_TEXT_PARTS).get(architecture.model_type) or builds(job)
     mixes = (has_own_code(job) or builds(job)) and job.setup.by.layout is AUTOMODEL
+    by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
+    mixes = mixes or (by_deepspeed and architecture.model_type in CONVOLVING)
     decoders = architecture.blocks and all(
         b.stack == "decoder" and (b.attentions or b.delta_rule or mixes) for b in architecture.blocks
     )
-    by_deepspeed = job.distributed is not None and job.distributed.strategy in ZERO
     rehearsed = not by_deepspeed or architecture.model_type in UNDER_DEEPSPEED
     return scans_under_zero2(job) or bool(forward and decoders and architecture.input_embedding and rehearsed)

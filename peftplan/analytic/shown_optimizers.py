@@ -16,22 +16,20 @@ SHOWN_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 """Optimizers whose steps were rehearsed under every strategy."""
 BY_NAME = {name: optimizer for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced}
 """The optimizers whose steps an engine reproduces."""
-UNKNOWN_TO_PARTITIONS = ("adamw_torch_4bit",)
-OVER_PARTITIONS = tuple(name for name in BY_NAME if name not in UNKNOWN_TO_PARTITIONS)
-"""Optimizers whose step over DeepSpeed's flat partitions is that of one GPU over vectors: each way to step (fused, foreach, a
-kernel or a loop for each parameter) was traced or rehearsed there (tests/rehearse/optimizers.jsonl)."""
+OVER_PARTITIONS = tuple(BY_NAME)
+"""Optimizers whose step over DeepSpeed's flat partitions, and over views of FSDP1's flat parameters, is that of one GPU over
+vectors: each way to step (fused, foreach, a kernel or a loop for each parameter) was traced or rehearsed there
+(tests/rehearse/optimizers.jsonl)."""
 TAKING_DTENSORS = ("torch", "schedulefree", "torch-optimi")
 """Packages whose optimizers step over DTensors."""
 OVER_DTENSORS = (
     *(name for name, optimizer in BY_NAME.items() if optimizer.package in TAKING_DTENSORS),
-    *("adamw_torch_8bit", "grokadamw"),
+    *("adamw_torch_8bit", "adamw_torch_4bit", "grokadamw"),
 )
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
 ON_HOST = ("torch", "schedulefree")
 """Packages whose optimizers were traced or rehearsed on the host."""
-OVER_VIEWS = tuple(name for name in OVER_PARTITIONS if BY_NAME[name].package != "torchao")
-"""Those whose step over the views of FSDP1's flat parameters was rehearsed: a kernel, lists and a loop."""
-STEPPED = {"fsdp1": OVER_VIEWS, "fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3"), OVER_PARTITIONS)}
+STEPPED = {"fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3", "fsdp1"), OVER_PARTITIONS)}
 """Strategy → the optimizers that have a formula there."""
 ADAPTED = ("lora", "rslora", "qlora")
 """Methods under FSDP1 with tensors of one dtype alone that train: Adagrad makes its states of shards that are not yet cast, and
@@ -57,8 +55,9 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if flat and method not in ADAPTED and job.distributed.use_orig_params is False:
         over = ()
     made_before_cast = flat and method != "full" and (method not in ADAPTED or job.setup.adapter_dtype != "fp32")
+    kept = method in ADAPTED or (method == "full" and job.distributed.strategy == "fsdp2")
     made_of_whole = job.distributed.strategy in ("zero3", "fsdp2") and not (
-        method in ADAPTED and (job.quant is None or packs_on_card(job)) and not job.distributed.cpu_ram_efficient_loading
+        kept and (job.quant is None or packs_on_card(job)) and not job.distributed.cpu_ram_efficient_loading
     )
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")

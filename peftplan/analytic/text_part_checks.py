@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.idle_towers import knows_base, knows_idle
 from peftplan.analytic.running import SHOWN_PICTURES
+from peftplan.analytic.shown import ZERO
 from peftplan.analytic.text_parts import knows_wrapped
 from peftplan.arch.text_part import SCORED, is_in_text_part, layers_of_images
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
@@ -46,7 +47,8 @@ def check_text_part(job: Job) -> None:
     """Raise for what of a vision-language model does not run, or was not compared, where samples have no images."""
     adaptation, architecture = job.adaptation, job.architecture
     names = (*(tensor.name for tensor in adaptation.added), *(param.module for param in adaptation.trained))
-    if job.distributed is not None and (layers_of_images(architecture) or not _knows_shared(job, job.distributed)):
+    images_alone = job.distributed is not None and job.distributed.strategy not in ZERO and layers_of_images(architecture)
+    if job.distributed is not None and (images_alone or not _knows_shared(job, job.distributed)):
         raise NoRankFormulaError(f"a step with {job.distributed.called} and model type {architecture.model_type}")
     divided = job.distributed is not None and job.distributed.strategy == "zero3"
     if divided and job.setup.by.shows_picture and architecture.model_type not in SHOWN_PICTURES:

@@ -13,6 +13,7 @@ from peftplan.depth.copies import Layers, layers_of, stack_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.script import Script
 from peftplan.ledger import Line
+from peftplan.memory.timed import FLUSHED_BYTES
 from peftplan.memory.timeline import Timeline, outputs_kept
 
 
@@ -43,8 +44,8 @@ class Writer:
         """Handles of what is allocated, in order."""
         self._until_backward: list[int] = []
         """Those that the end of the first forward frees."""
-        self.passing: dict[int, int] = {}
-        """Event of the next step → bytes that are made and freed before it."""
+        self.passing: Mapping[int, tuple[int, ...]] = {}
+        """Event of the next step before which a kernel is timed → bytes of the copies over which it runs."""
         self._storages = 0
         self._streams = {0: 0}
         """Stream of a timeline → its number among those on which something is made."""
@@ -144,8 +145,8 @@ class Writer:
                     self._write(events.END_OUTPUTS)
                 if start in lasting:
                     self.take(lasting[start])
-                if self.passing.get(start):
-                    self.release(self.allocate(self.passing[start]))
+                if start in self.passing:
+                    self._time(self.passing[start])
                 if start in layers:
                     self._repeat(layers[start].layers, timeline, kinds)
                     covered = layers[start].last
@@ -173,12 +174,18 @@ class Writer:
         if len(timeline.events) in borders:  # the last phase allocates nothing
             self._begin(borders[len(timeline.events)], counts=phases)
         self.take(lasting.get(len(timeline.events), ()))
-        if self.passing.get(len(timeline.events)):
-            self.release(self.allocate(self.passing[len(timeline.events)]))
+        if len(timeline.events) in self.passing:
+            self._time(self.passing[len(timeline.events)])
         for phase, _, _ in timeline.counted[len(timeline.windows) :]:
             self._begin(phase, counts=phases)
         if self.script.empties_cache:
             self._write(events.EMPTY)
+
+    def _time(self, copies: tuple[int, ...]) -> None:
+        """A kernel runs over copies of what it changes, then beside the buffer that clears the card's cache."""
+        for beside in ((), (FLUSHED_BYTES,)):
+            for handle in [self.allocate(nbytes) for nbytes in (*beside, *copies)]:
+                self.release(handle)
 
     def _copy(self, timeline: Timeline, kinds: int, start: int, end: int) -> None:
         """Write events as they are, where no layer is copied."""

@@ -261,17 +261,20 @@ def optim_arguments(job: Job, optimizer: Optimizer) -> dict[str, str]:
 
 
 def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer, *, divided: bool = True) -> Ledger:
-    """What stays of an optimizer whose constructor made states of a whole adapter. DeepSpeed makes another one over its flat
-    masters, and the trainer's stays with states on the card (deepspeed, runtime/zero/stage3.py:1358 and stage_1_and_2.py:947).
-    Under FSDP2 its states stay on the host, but the parameters that they are of have been moved to the card, and accelerate moves
-    a step of each (optimizer.py, `move_to_device`). Beside a quantized base both are on the card. `divided`: the model has been
-    divided since, and those parameters are no longer its own.
+    """What stays of an optimizer whose constructor made states of a whole adapter, under FSDP2 of all weights too. DeepSpeed
+    makes another one over its flat masters, and the trainer's stays with states on the card (deepspeed,
+    runtime/zero/stage3.py:1358 and stage_1_and_2.py:947). Under FSDP2 its states stay on the host, but the parameters that
+    they are of have been moved to the card, and accelerate moves a step of each (optimizer.py, `move_to_device`). Beside a
+    quantized base both are on the card. `divided`: the model has been divided since, and those parameters are no longer its
+    own.
     """
     distributed = job.distributed
     if distributed is None or optimizer.made_with_states is not True:
         return Ledger(())
     adapter = tuple(p for p in built.all if p.owner == "adapter" and p.trainable)
     if distributed.strategy == "fsdp2":
+        if job.method_name == "full":  # which accelerate casts before it divides them
+            adapter = tuple(p._replace(dtype="fp32") for p in built.all if p.trainable)
         whole = [(f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter]
         steps = [(f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter]
         on_card = job.quant is not None and job.setup.device_map != "cpu"

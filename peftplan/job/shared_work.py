@@ -121,6 +121,7 @@ def _check_shared_rows(ranks: int, setup: Setup, architecture: Architecture) -> 
 NOT_IN_MODEL = {
     "gemma3": ("SiglipTextEmbeddings", None, "Gemma3DecoderLayer,SiglipEncoderLayer"),
     "gemma4": ("Gemma4AudioLayer", "audio_tower", "Gemma4TextDecoderLayer,Gemma4VisionEncoderLayer"),
+    "lfm2_vl": ("Siglip2TextEmbeddings", None, "Lfm2DecoderLayer,Siglip2EncoderLayer"),
     "llava": ("CLIPTextEmbeddings", None, "LlamaDecoderLayer,CLIPEncoderLayer"),
     "paligemma": ("SiglipTextEmbeddings", None, "GemmaDecoderLayer,SiglipEncoderLayer"),
 }

@@ -13,7 +13,6 @@ from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import NeedsTraceError, NoEngineError, RefusedError
 from peftplan.memory.looped_steps import LOOPS, Projected, apollo, muon_of_shards
 from peftplan.optim import Optimizer
-from peftplan.optim.torchao import is_matrix
 from peftplan.parameters import Parameter
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
@@ -39,6 +38,8 @@ LORAFA_REPLACES = ("adamw_torch", "adamw_torch_fused")
 
 def has_temporaries(optimizer: Optimizer) -> bool:
     """Whether a step has temporaries of each tensor."""
+    if optimizer.temporaries is not None:
+        return True
     return optimizer.step_implementation not in IN_PLACE and FOREACH_COPIES.get(optimizer.name) != 0
 
 
@@ -65,8 +66,6 @@ def optimizer_step(
     if freezes_a and optimizer.name in LORAFA_REPLACES:
         _lorafa_step(f, trained)
         return
-    if optimizer.temporaries is not None and ranks == 1 and any(p.owner == "base" and is_matrix(p.shape) for p in trained):
-        raise NoEngineError(f"the first step of {optimizer.name} over matrices of the base, which times kernels (no formula yet)")
     if not trained:
         return
     if optimizer.name == "lomo" and ranks > 1:  # after backward, over shards: no hook runs

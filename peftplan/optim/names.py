@@ -26,6 +26,7 @@ from peftplan.optim.community import (
 )
 from peftplan.optim.low_rank import apollo_adamw, galore_adafactor, galore_adamw, galore_adamw_8bit, galore_adamw_8bit_layerwise
 from peftplan.optim.optimizer import (
+    CopiesFunction,
     Optimizer,
     SharedFunction,
     StatesFunction,
@@ -37,7 +38,7 @@ from peftplan.optim.optimizer import (
     StepImplementation as Step,
 )
 from peftplan.optim.torch_optim import adagrad, adamw, adamw_fused, deepspeed_adam, deepspeed_lion, rmsprop, sgd
-from peftplan.optim.torchao import step_in_4_bits, step_in_8_bits, torchao
+from peftplan.optim.torchao import copies_in_4_bits, copies_in_8_bits, step_in_4_bits, step_in_8_bits, torchao
 from peftplan.versions import named
 
 Reads = Mapping[str, Callable[[str], object]]
@@ -65,8 +66,8 @@ def _bnb(name: str, cls: str, states: StatesFunction, reads: Reads) -> Optimizer
     return Optimizer(name, "bitsandbytes", f"bitsandbytes.optim.{cls}", "kernel", states, reads, code_tables)
 
 
-def _ao(name: str, cls: str, states: StatesFunction, temporaries: StepFunction) -> Optimizer:
-    return Optimizer(name, "torchao", f"torchao.optim.{cls}", "kernel", states, TORCHAO, temporaries=temporaries)
+def _ao(name: str, cls: str, states: StatesFunction, temporaries: StepFunction, copies: CopiesFunction) -> Optimizer:
+    return Optimizer(name, "torchao", f"torchao.optim.{cls}", "kernel", states, TORCHAO, temporaries=temporaries, copies=copies)
 
 
 def _free(name: str, cls: str, states: StatesFunction) -> Optimizer:
@@ -104,8 +105,8 @@ _ROWS = (
     _bnb("rmsprop_bnb", "RMSprop", bnb(one_state, bits=32), {}),
     _bnb("rmsprop_bnb_32bit", "RMSprop", bnb(one_state, bits=32), {}),
     _bnb("rmsprop_bnb_8bit", "RMSprop", bnb(one_state, bits=8), {}),
-    _ao("adamw_torch_4bit", "AdamW4bit", torchao(bits=4), step_in_4_bits),
-    _ao("adamw_torch_8bit", "AdamW8bit", torchao(bits=8), step_in_8_bits),
+    _ao("adamw_torch_4bit", "AdamW4bit", torchao(bits=4), step_in_4_bits, copies_in_4_bits),
+    _ao("adamw_torch_8bit", "AdamW8bit", torchao(bits=8), step_in_8_bits, copies_in_8_bits),
     _galore("galore_adamw", "GaLoreAdamW", galore_adamw, "for-loop", nothing_shared),
     _galore("galore_adamw_layerwise", "GaLoreAdamW", galore_adamw, "in-backward", nothing_shared),
     _galore("galore_adamw_8bit", "GaLoreAdamW8bit", galore_adamw_8bit, "for-loop", code_tables),

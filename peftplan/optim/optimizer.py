@@ -34,6 +34,8 @@ StatesFunction = Callable[[Param, OptimArgs], tuple[Allocation, ...]]
 SharedFunction = Callable[[Iterable[Allocation]], tuple[Allocation, ...]]
 StepFunction = Callable[[tuple[int, ...]], tuple[Allocation, ...]]
 """What the step of one parameter of a shape allocates at once, and frees."""
+CopiesFunction = Callable[[tuple[int, ...], int], tuple[int, ...] | None]
+"""Bytes of what a kernel changes, by argument, that steps over a parameter of a shape and an itemsize; None if none is timed."""
 
 
 def nothing_shared(states: Iterable[Allocation]) -> tuple[Allocation, ...]:
@@ -73,6 +75,7 @@ class Optimizer(NamedTuple):
     `made_with_states`: the constructor creates the states of all its parameters, or the one of this name; others create them at
     the first gradient.
     `temporaries`: those of a kernel that is compiled for each shape; None if the step works in place or has a formula of its own.
+    `copies`: what a compiled kernel runs over while the first step times it; None if nothing is compiled.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Optimizer(NamedTuple):
     states_for_frozen: bool = False
     made_with_states: bool | str = False
     temporaries: StepFunction | None = None
+    copies: CopiesFunction | None = None
 
     def unknown(self, optim_args: OptimArgs) -> str | None:
         """Why no engine knows what a step needs besides the states; None if one does."""

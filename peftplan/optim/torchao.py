@@ -64,6 +64,21 @@ def step_in_4_bits(shape: tuple[int, ...]) -> tuple[Allocation, ...]:
     return (*scales, *(Allocation(name, "fp32", shape) for name in MOMENTS), *wide)
 
 
+def copies_in_8_bits(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
+    """Both moments' codes and the parameter, or both moments and the parameter, each as an input and as an output. The kernel of
+    a vector in 8 bits has one way to run, and is not timed."""
+    n = prod(shape)
+    if not is_quantized(n):
+        return 2 * (itemsize * n,) * 3
+    return 2 * (n, n, itemsize * n) if is_matrix(shape) else None
+
+
+def copies_in_4_bits(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...] | None:
+    """The codes of one moment, two of which share a byte, in the only kernel of several that is timed."""
+    n = prod(shape)
+    return (n // 2,) if is_quantized(n) else copies_in_8_bits(shape, itemsize)
+
+
 def is_matrix(shape: tuple[int, ...]) -> bool:
     """Whether a parameter is a matrix with quantized states, which several kernels step."""
     return len(shape) > 1 and is_quantized(prod(shape))

@@ -69,8 +69,8 @@ def check_followed(job: Job) -> None:
     whole = distributed is None or distributed.strategy == "ddp"
     if optimizer.temporaries is not None and whole and any(is_matrix(p.shape) for p in job.adaptation.trained):
         raise RefusedError(
-            f"optim: {optimizer.name} over matrices of the base: no engine knows what its first step holds while it times its "
-            "kernels; accepted: an adapter, fsdp2 or ZeRO"
+            f"optim: {optimizer.name} over matrices of the base: a trace does not know what its first step holds while it times "
+            "its kernels; accepted: analytic, an adapter, fsdp2 or ZeRO"
         )
     if distributed is not None and (unknown := _unknown_to_rank(job, distributed)):
         followed = "one GPU, DDP, FSDP1, FSDP2, ZeRO-1, ZeRO-2, ZeRO-3, tensor parallelism and device_map"

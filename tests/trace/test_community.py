@@ -79,14 +79,16 @@ def test_grokadamw_holds_nothing_on_the_device_between_parameters() -> None:
 
 
 @pytest.mark.parametrize("engine", ["analytic", "trace"])
-def test_torchao_over_whole_matrices_has_no_peak_in_any_engine(engine: str) -> None:
+def test_torchao_over_whole_matrices_reserves_more_in_its_first_step(engine: str) -> None:
     """Rehearsed: the first step of a Llama of 24 M parameters holds 600.9 MB while it times its kernels, later ones 285.9."""
     options: dict[str, Any] = {"method": "full", "optim": "adamw_torch_8bit", "seq_len": 8}
     if engine == "trace":
-        with pytest.raises(RefusedError, match="while it times its"):
+        with pytest.raises(RefusedError, match="while it times its kernels"):
             estimate(llama(), engine=engine, **options)
     else:
-        assert estimate(llama(), engine=engine, **options).peaks is None
+        peaks = estimate(llama(), engine=engine, **options).peaks
+        assert peaks is not None
+        assert peaks.reserved is None
 
 
 @pytest.mark.parametrize("name", [name for name, optimizer in OPTIMIZERS.items() if optimizer.untraced])

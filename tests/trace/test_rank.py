@@ -332,7 +332,6 @@ LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma4TextDecoderLayer", "
     [
         ("gemma-4-26b-a4b", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
         ("gemma-4-26b-a4b", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
-        ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "adamw_torch_4bit"}, "no formula yet)"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),
         ("olmoe-1b-7b-0924", {"strategy": "fsdp1"}, "target_parameters"),  # peft's defaults: of experts
         ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "adagrad", "quant": "nf4"}, "no formula yet)"),
