@@ -149,6 +149,7 @@ def main(args: list[str] | None = None) -> None:
         names = [name.lstrip("-") for name in error.possibilities or ()]  # click compares the dashes too, which all have
         alike = [f"--{name}" for name in nearest(error.option_name.lstrip("-"), names)]
         near = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        near = "; `peftplan estimate` and `peftplan export` take it" if error.option_name == "--config" else near
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.MissingParameter as error:
         _stop(f"{error.param.human_readable_name if error.param else 'an argument'} is missing (see --help)")

@@ -196,6 +196,7 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
     is set, which only peft itself can count; InputError for values that are not accepted.
     """
     from peftplan.methods.adaptation import NeedsPeftError
+    from peftplan.methods.targets import OURS
 
     if raw.get("peft_type") is None:
         raise MissingError("peft_type", "every adapter_config.json states it")
@@ -213,7 +214,9 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
         raise NeedsPeftError(f"{peft_type} with {', '.join(unknown)}")
     known = {key: value for key, value in fields.items() if key in cls.model_fields and value is not None}
     if "target_modules" in cls.model_fields:
-        known.setdefault("target_modules", "peft-default")
+        targets = known.setdefault("target_modules", "peft-default")
+        if raw.get("target_modules") is not None and isinstance(targets, str) and targets in OURS:
+            known["target_modules"] = [targets]
     return method, validated(cls, known)
 
 

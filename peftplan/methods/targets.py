@@ -30,6 +30,8 @@ LINEAR_NAMES = "linear-names"
 PEFT_DEFAULT = "peft-default"
 WORDS = (ALL_LINEAR, EVERY_LINEAR, LINEAR_NAMES, PEFT_DEFAULT, "attention", "mlp")
 """Words for `target_modules`: peft's own `all-linear`, and ours. They are resolved to lists of names, which are printed."""
+OURS = frozenset(WORDS) - {ALL_LINEAR}
+"""Those that are a name or a pattern to peft and to other tools."""
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _ATTENTION = re.compile(r"(attn|attention)", re.IGNORECASE)
@@ -301,7 +303,7 @@ def _nothing_matched(arch: Architecture, targets: tuple[str, ...] | str, config:
     if names and set(names) <= set(config.modules_to_save or ()):
         return "modules_to_save names it too, and a module that is trained as a copy has no adapter; accepted: one of the two"
     near = near_names(names, leaves(arch))
-    words = {word: None for name in names for word in nearest(name, WORDS)}
+    words = {word: None for name in names for word in nearest(name, WORDS) if word != name}
     meant = f"did you mean {' or '.join(words)}? " if words else ""
     commas = "; names are separated by commas" if any(" " in name.strip() for name in names) else ""
     return f"no module of {arch.model_type} matches; {meant}{near}{commas}"

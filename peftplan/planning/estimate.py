@@ -90,7 +90,9 @@ def estimate(
         config_document: ConfigDocument | None = None
         of_file: tuple[str, ...] = ()
         places: Mapping[str, str] = {}
+        chosen: set[str] = set()
         if config is not None:
+            chosen = {name for name, value in {**our_options, "model": model}.items() if value is not None}
             model, our_options, config_document, of_tool, of_file, places = _of_config(
                 config, tool, model, our_options, objects=peft_config is not None, strict=strict
             )
@@ -106,16 +108,16 @@ def estimate(
                 strict=strict,
                 **our_options,
             )
+            if config_document is not None and options.get("kernels") is None:
+                job, config_document = _with_formula(job, config_document)
+            if of_file:
+                job = job._replace(warnings=(*of_file, *job.warnings))
+            check_rank_allocator(job)
+            counted = inventory(job)
         except InputError as error:
-            if config_document is None or options.get(error.field) is not None:
+            if config_document is None or error.field.partition(".")[0] in chosen:
                 raise
             raise _of_key(error, config_document, places) from None
-        if config_document is not None and options.get("kernels") is None:
-            job, config_document = _with_formula(job, config_document)
-        if of_file:
-            job = job._replace(warnings=(*of_file, *job.warnings))
-        check_rank_allocator(job)
-        counted = inventory(job)
     question = Question(counted, tuple(find_cards(gpu, context=context)), advice, config_document)
     if engine == "trace":
         return traced(question, record=record, progress=progress)
@@ -124,9 +126,14 @@ def estimate(
 
 def _of_key(error: InputError, document: ConfigDocument, places: Mapping[str, str]) -> InputError:
     """The error under the name of the file, with its line, and of its key that sets the option."""
-    rows = {key: row for key, row in document["read"].items() if error.field in row["option"].split(", ")}
+    option = error.field.partition(".")[0]
+    rows = {key: row for key, row in document["read"].items() if option in row["option"].split(", ")}
     keys = sorted(rows, key=lambda key: (rows[key]["value"] != error.value, len(rows[key]["option"])))
-    return error.named(f"{places.get(keys[0], document['files'][0])}: {keys[0]}") if keys else error
+    return (
+        error.named(f"{places.get(keys[0], document['files'][0])}: {keys[0]}")
+        if keys
+        else error.named(f"{document['files'][0]}: {error.field}")
+    )
 
 
 def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:

@@ -31,7 +31,10 @@ from peftplan.results.estimate import Estimate
 from peftplan.units import format_bytes
 
 TOOLS: tuple[str, ...] = get_args(ExportTool)
-SUFFIXES = {"yaml": "yml", "shell": "sh", "python": "py", "json": "json"}
+ENDINGS = {
+    "yaml": (".yml", ".yaml"), "shell": (".sh", ".bash"), "python": (".py",), "json": (".json",), "notebook": (".ipynb",),
+}  # fmt: skip
+"""Format → the ends of names by which a file is read as one; another name is that of YAML, JSON or a shell script."""
 SOURCE = re.compile(r" \([^()]*\)")
 NOTHING = Read(None, "")
 
@@ -81,6 +84,16 @@ def check_tool(to: str) -> None:
         raise UnknownNameError("to", to, TOOLS)
 
 
+def check_ending(file: str | os.PathLike[str], to: ExportTool) -> None:
+    """Raise InputError for a name by whose ending the file would be read as one of another kind."""
+    form = facts("swift" if to == "ms-swift" else to).write.get("format", "yaml")
+    ending = os.path.splitext(file)[1]
+    others = (each for name, endings in ENDINGS.items() for each in endings if name != form)
+    if ending in others or (form == "python" and ending not in ENDINGS[form]):
+        names = " or ".join(ENDINGS[form])
+        raise InputError("output", os.fspath(file), f"it would not be read as {form}; accepted: a name that ends in {names}")
+
+
 def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str] | None = None) -> Exported:
     """The config of another training tool for an estimate, or for a plan that `fit` found.
 
@@ -93,6 +106,8 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
     for a job that the tool cannot run or express, one line each.
     """
     check_tool(to)
+    if file is not None:
+        check_ending(file, to)
     question = job.origin
     if not isinstance(question, Question):
         raise RefusedError("job: its inputs are not known; accepted: a result of estimate, or a plan of fit")
@@ -102,7 +117,7 @@ def export(job: Estimate | Plan, *, to: ExportTool, file: str | os.PathLike[str]
         return _launch_file(exporting, to)
     tool = facts("swift" if to == "ms-swift" else to)
     parts = written(exporting, tool, chosen=chosen)
-    name = os.fspath(file or f"{to}.{SUFFIXES[tool.write.get('format', 'yaml')]}")
+    name = os.fspath(file or f"{to}{ENDINGS[tool.write.get('format', 'yaml')][0]}")
     run, environment = _run(exporting, tool.write, name), _environment(exporting.distributed)
     values, comments = _completed(parts, tool.write)
     plan = read_text(text_of(Parts((run,), values, comments), tool, environment=environment), file=name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from peftplan.errors import quoted
+from peftplan.errors import one_line, quoted
 from peftplan.job.configs.plan import LAUNCHERS
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes
@@ -38,6 +39,10 @@ COLUMNS = (
     Column("note", wide=True),
 )
 MOST_NAMES = 3
+NO_CONFIG = re.compile(
+    "not a (?:training config|notebook)|accepted: (?:a program that|a script with|keys and values|a JSON object)"
+)
+"""Errors of files that are whole, but train nothing."""
 MOST_NOTES = 20
 SIGNS = {"at_most": "≤ ", "at_least": "≥ "}
 SIGN_MEANS = {
@@ -70,7 +75,7 @@ def cells(entry: ConfigEntry, name: str) -> tuple[str | int | None, ...]:
     peak = None if entry.peak_allocated is None else SIGNS.get(entry.bound or "", "") + format_bytes(entry.peak_allocated)
     verdict = entry.verdict and entry.verdict.replace("_", " ")
     model = None if entry.model is None else entry.model.rstrip("/").rpartition("/")[2]
-    return (name, entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
+    return (one_line(name), entry.tool, model, entry.trainable_parameters, peak, verdict, note(entry))
 
 
 def note(entry: ConfigEntry) -> str | None:
@@ -88,7 +93,7 @@ def note(entry: ConfigEntry) -> str | None:
 def notes(entries: Sequence[ConfigEntry]) -> list[str]:
     """The notes, a line each, for a table that is too narrow for them."""
     called = names(entries)
-    lines = [f"{called[entry.file]}: {text}" for entry in entries if (text := note(entry)) is not None]
+    lines = [f"{one_line(called[entry.file])}: {text}" for entry in entries if (text := note(entry)) is not None]
     more = len(lines) - MOST_NOTES
     return [*lines[:MOST_NOTES], f"and {more} more notes (--format csv has all)"] if more > 0 else lines
 
@@ -108,8 +113,14 @@ def summed(entries: Sequence[ConfigEntry]) -> str:
     figures = f": {counted} counted, {len(peaks)} with a peak, {exact} exact{text}" if training else ""
     parts = [_files(training, "training config") + figures]
     parts += [_files(number, what) for number, what in ((launching, "launch file"), (others, "other file")) if number]
+    broken = [entry for entry in entries if entry.tool == "other" and entry.error and not NO_CONFIG.search(entry.error)]
+    unread: list[str] = []
+    if broken and training:
+        named = ", ".join(one_line(PurePath(entry.file).name) for entry in broken[:MOST_NAMES])
+        more = "" if len(broken) <= MOST_NAMES else f" and {len(broken) - MOST_NAMES} more"
+        unread = [f"cannot be read: {named}{more} (--format json says why)"]
     legend = [f"{SIGNS[bound]}{text}" for bound, text in SIGN_MEANS.items() if any(entry.bound == bound for entry in peaks)]
-    return "\n".join(["; ".join(parts), *legend])
+    return "\n".join(["; ".join(parts), *unread, *legend])
 
 
 def _files(number: int, what: str) -> str:

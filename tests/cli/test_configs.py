@@ -139,3 +139,13 @@ def test_a_card_that_says_how_many_there_are_wins_over_the_command_in_the_commen
     assert [entry.error for entry in entries] == [None, None, None]
     alone, two, eight = (entry.peak_allocated or 0 for entry in entries)
     assert alone == two > eight > 0
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """They were silently counted among other files; a line break in a name broke the table."""
+    (tmp_path / "a\nb.yml").write_text(QLORA)
+    (tmp_path / "twice.yml").write_text(f"{QLORA}lora_r: 9\n")
+    (tmp_path / "workflow.yml").write_text("on: push\n")
+    done = run("configs", str(tmp_path))
+    assert "a b.yml" in done.out
+    assert "cannot be read: twice.yml (--format json says why)\n" in done.out

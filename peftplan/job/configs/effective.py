@@ -101,6 +101,9 @@ class Effective:
             return not all(any(self._equal(each, known) for known in accepted["other_than"]) for each in entries)
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
+        if "more_than" in accepted:
+            numbers = self._numbers([key, accepted["more_than"]])
+            return numbers is not None and numbers[0] > numbers[1]
         if "no_multiple_of" in accepted:
             return any(number % accepted["no_multiple_of"] for number in self._numbers([key]) or ())
         if key == "key_value_heads":

@@ -16,6 +16,7 @@ from peftplan.job.configs.plan import LAUNCHERS, Ignored, Read, Refused, Unsuppo
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.loaded import ATTENTION
 from peftplan.job.trainers import TRAINERS
+from peftplan.methods.targets import OURS
 from peftplan.validation import listed
 
 WHOLE = frozenset(
@@ -168,7 +169,7 @@ class Reading:
             elif value not in ATTENTION:
                 self.unsupported[key] = Unsupported(value, "this attention is not known here", option=option)
                 return
-        self.set({option: self._typed(key, option, ours)})
+        self.set({option: self._typed(key, option, _names(value) if option == "target_modules" and ours is value else ours)})
         self.read[key] = Read(value, option, why)
         if key in self.by_default:
             self.assumed[option] = f"the program's default of {', '.join(self.by_default[key])}"
@@ -253,6 +254,8 @@ class Reading:
                     self.read.pop(option, None)
             if option in WHOLE and isinstance(value, tuple) and isinstance(stated_value, Mapping):
                 value = self._typed(stated_value.get("key", option), option, value)
+            if option == "target_modules" and isinstance(stated_value, Mapping) and "key" in stated_value:
+                value = _names(value)
             self.set({option: value})
             if not any(self.values.get(key) is not None for key in when):
                 schema = (self.tool.schema[key][1] for key in when if key in self.tool.schema)
@@ -301,6 +304,11 @@ class Reading:
             if key in self.read and "names" in row and row["names"] not in self.options:
                 value = self.read.pop(key).value
                 self.unsupported[key] = Unsupported(value, f"{quoted(value)} is not known to peftplan", option=row["names"])
+
+
+def _names(targets: object) -> object:
+    """Target modules as the tool reads them: a word of ours is a name to it."""
+    return (targets,) if isinstance(targets, str) and word(targets) in OURS else targets
 
 
 def _open(value: object) -> bool:

@@ -54,6 +54,8 @@ class Product(TypedDict, total=False):
     same_as: str
     times: str
     at_least: int | str
+    more_than: str
+    """The key whose number is smaller."""
     multiple_of: str
     no_multiple_of: int
 
@@ -123,8 +125,8 @@ class Rule(TypedDict, total=False):
     for which the tool's defaults count, `said` or `unsaid`: by the file, `null`: said to be nothing, `fraction`: a number that is
     not whole, `whole`: nothing or a whole number, or `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`,
     `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`, or of
-    `key_value_heads`, the model's, `{"multiple_of": key}`, or `{"no_multiple_of": number}`. `file` and `program` are what
-    is read, `header` its comments, `installs` how releases begin that a notebook installs;
+    `key_value_heads`, the model's, `{"multiple_of": key}`, or `{"no_multiple_of": number}`, or `{"more_than": key}`.
+    `file` and `program` are what is read, `header` its comments, `installs` how releases begin that a notebook installs;
     `architecture` is the model's `model_type`, or another than those in `{"other_than": [names]}`, `checkpoint` the dtype in its
     config, `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts` are its own: `["fused"]` where peft
     takes names of projections for their parameters."""

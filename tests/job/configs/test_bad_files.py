@@ -178,3 +178,13 @@ def test_an_optimizer_that_no_rule_knows_cannot_be_said(optimizer: object) -> No
     plan = read_values(values, file="a.yml", tool="axolotl")
     assert "is not known to peftplan" in plan.unsupported["optimizer"].why
     assert plan.without({"optim": "sgd"}).get("optimizer") is None
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp", "peft-default"])
+def test_words_of_ours_are_names_to_a_tool(tmp_path: Path, name: str) -> None:
+    """`lora_target_modules: attention` was read as our word for four projections; peft matches it with names, and finds none."""
+    (tmp_path / "a.yml").write_text(f"{AXOLOTL}micro_batch_size: 1\nlora_r: 8\nlora_target_modules: {name}\n")
+    with pytest.raises(PeftplanError, match=r"a\.yml:5: lora_target_modules: .*no module of gpt2 matches|not a layer"):
+        peftplan.estimate(config=tmp_path / "a.yml")
+    with pytest.raises(PeftplanError, match=r"no module of gpt2 matches|is not a layer that can be adapted"):
+        peftplan.estimate("gpt2", peft_config={"peft_type": "LORA", "target_modules": name})

@@ -321,3 +321,28 @@ def test_the_optimizer_that_accelerate_makes_is_not_written() -> None:
     """transformers has no `deepspeed_cpu_adam`: it steps in place of what the file names."""
     job: dict[str, Any] = {"method": "lora", "strategy": "zero3", "gpus": 8, "offload_optimizer": "cpu"}
     assert "\noptim: adamw_torch\n" in export(peftplan.estimate("llama-3.1-8b", **job), to="llamafactory").text
+
+
+READ_BACK = {"axolotl": (".yml", ".yaml", ".txt", "", ".x"), "trl-script": (".py",), "ms-swift": (".sh", ".txt", "", ".x")}
+
+
+@pytest.mark.parametrize("ending", [".yml", ".yaml", ".json", ".sh", ".py", ".ipynb", ".txt", "", ".x"])
+@pytest.mark.parametrize("tool", READ_BACK)
+def test_every_ending_is_read_back_or_refused(tmp_path: Path, tool: Any, ending: str) -> None:
+    """`trl-script -o x.trl-script` was written, and read as YAML: peftplan goes by the ending."""
+    file = tmp_path / f"x{ending}"
+    job = peftplan.estimate("llama-3.2-1b", r=4)
+    if ending not in READ_BACK[tool]:
+        with pytest.raises(InputError, match=r"accepted: a name that ends in \."):
+            export(job, to=tool, file=file)
+        return
+    file.write_text(export(job, to=tool, file=file).text, encoding="utf-8")
+    assert peftplan.read_config(file).options["r"] == 4
+
+
+@pytest.mark.parametrize("tool", ["axolotl", "llamafactory", "ms-swift"])
+def test_words_of_ours_are_written_as_names(tool: Any) -> None:
+    """`peft-default` was written as it is, a module's name to these tools."""
+    text = export(peftplan.estimate("llama-3.2-1b", target_modules="peft-default"), to=tool).text
+    assert "q_proj" in text
+    assert "peft-default" not in text

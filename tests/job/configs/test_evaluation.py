@@ -1,0 +1,48 @@
+"""Evaluations with more rows than a training step has: their bytes are not counted, so that the peak is a lower bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftplan.job.configs.plan import Tool, bound
+from peftplan.job.configs.read import read_values
+
+ROWS = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+NEMO = {
+    "step_scheduler.local_batch_size": 2,
+    "validation_dataset._target_": "nemo_automodel.components.datasets.llm.squad.make_squad_dataset",
+}
+
+
+@pytest.mark.parametrize(
+    ("tool", "values", "key"),
+    [
+        ("trl", {**ROWS, "eval_strategy": "steps"}, "per_device_eval_batch_size"),
+        ("trl", {"per_device_train_batch_size": 2, "eval_strategy": "steps"}, "per_device_eval_batch_size"),  # 8 by default
+        ("llamafactory", {**ROWS, "eval_strategy": "steps"}, "per_device_eval_batch_size"),
+        ("swift", {**ROWS, "val_dataset": "mine"}, "per_device_eval_batch_size"),
+        ("axolotl", {"micro_batch_size": 2, "eval_batch_size": 4, "val_set_size": 0.1}, "eval_batch_size"),
+        ("torchtune", {"batch_size": 2, "batch_size_val": 4, "run_val_every_n_steps": 10}, "batch_size_val"),
+        ("nemo-automodel", {**NEMO, "validation_dataloader.batch_size": 4}, "validation_dataloader.batch_size"),
+    ],
+)
+def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: str) -> None:
+    plan = read_values(values, file="a.yml", tool=tool)
+    assert plan.unsupported[key].effect == "raises"
+    assert bound({key: plan.unsupported[key]}) == "at_least"
+
+
+@pytest.mark.parametrize(
+    ("tool", "values", "key"),
+    [
+        ("trl", ROWS, "per_device_eval_batch_size"),  # eval_strategy is `no` by default
+        ("trl", {**ROWS, "eval_strategy": "steps", "per_device_eval_batch_size": 2}, "per_device_eval_batch_size"),
+        ("swift", {**ROWS, "val_dataset": "mine", "eval_strategy": "no"}, "per_device_eval_batch_size"),
+        ("swift", ROWS, "per_device_eval_batch_size"),
+        ("axolotl", {"micro_batch_size": 2, "val_set_size": 0.1}, "eval_batch_size"),  # axolotl takes micro_batch_size
+        ("torchtune", {"batch_size": 2, "batch_size_val": 4}, "batch_size_val"),
+        ("nemo-automodel", NEMO, "validation_dataloader.batch_size"),
+    ],
+)
+def test_no_evaluation_or_no_more_rows(tool: Tool, values: dict[str, object], key: str) -> None:
+    assert key not in read_values(values, file="a.yml", tool=tool).unsupported
