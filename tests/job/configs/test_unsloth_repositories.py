@@ -199,6 +199,23 @@ def test_how_much_of_a_vision_model_a_repository_leaves_in_16_bits() -> None:
     assert of_layers == ["mlp", *4 * ["self_attn"]]
 
 
+def test_how_much_of_gemma_3_two_repositories_leave_in_16_bits() -> None:
+    """Files of 4,562,294,331 and 4,375,543,541 bytes, nb/Gemma3_(4B)-Vision-GRPO.ipynb and nb/Gemma3_(4B)-Vision.ipynb: the first
+    is known to leave six MLPs and one attention. An MLP has as many weights as five attentions; a matrix in 4 bits has five
+    tensors besides, of which the header of the file names each in some 145 bytes."""
+    attention, mlp = [(2048, 2560), (1024, 2560), (1024, 2560), (2560, 2048)], [(10_240, 2560), (10_240, 2560), (2560, 10_240)]
+
+    def more(mlps: int, attentions: int) -> int:
+        apart = mlps * mlp + attentions * attention
+        return sum(sum(_stored(shape, packed=False)) - sum(_stored(shape, packed=True)) - 5 * 145 for shape in apart)
+
+    less = 4_562_294_331 - 4_375_543_541
+    counts = [(mlps, attentions) for mlps in range(35) for attentions in range(35)]
+    assert [both for both in counts if more(6, 1) - more(*both) == pytest.approx(less, abs=3000)] == [(4, 3)]
+    of_layers = [name.rpartition(".")[2] for name in REPOSITORIES["unsloth/gemma-3-4b-pt-unsloth-bnb-4bit"][2:]]
+    assert of_layers == [*4 * ["mlp"], *3 * ["self_attn"]]
+
+
 @pytest.mark.parametrize(
     ("model", "repository", "printed"),
     [
@@ -207,14 +224,15 @@ def test_how_much_of_a_vision_model_a_repository_leaves_in_16_bits() -> None:
         ("qwen2.5-3b-instruct", "Qwen2.5-3B-Instruct", 2.36),
         ("qwen2.5-vl-7b-instruct", "Qwen2.5-VL-7B-Instruct", 6.90),
         ("gemma-3-4b-it", "gemma-3-4b-it", 4.56),
+        ("gemma-3-4b-pt", "gemma-3-4b-pt", 4.38),
         ("qwen3-14b", "Qwen3-14B", 4.97 + 4.59 + 1.56),
         ("qwen3-vl-8b-instruct", "Qwen3-VL-8B-Instruct", 4.98 + 2.72),
     ],
 )
 def test_files_of_repositories_are_as_large_as_notebooks_printed(model: str, repository: str, printed: float) -> None:
     """GB; unslothai/notebooks@bdda2efc, files that Llama3.1_(8B)-GRPO, Meta_Synthetic_Data_Llama3_2_(3B), Qwen2.5_(3B)-GRPO,
-    Qwen2_5_7B_VL_GRPO, Gemma3_(4B)-Vision-GRPO, Qwen3_(14B)-Reasoning-Conversational and Qwen3_VL_(8B)-Vision-GRPO load, to two
-    digits each."""
+    Qwen2_5_7B_VL_GRPO, Gemma3_(4B)-Vision-GRPO, Gemma3_(4B)-Vision, Qwen3_(14B)-Reasoning-Conversational and
+    Qwen3_VL_(8B)-Vision-GRPO load, to two digits each."""
     result = in_4_bits(model, REPOSITORIES[f"unsloth/{repository}-unsloth-bnb-4bit"])
     lines = result.to_dict()["memory"]["lines"]
     base = sum(line["bytes"] for line in lines if line["category"] in ("weights", "quant_state"))
