@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.distributed.layout import AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
-from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, ranks_of
+from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, WHOLE_TABLES, ranks_of
 from peftplan.job.automodel import builds, knows_experts
 from peftplan.job.kernels import kernels_of
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
     *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora"), ("falcon_h1", "lora"), ("ministral3", "lora")),
-    ("gemma4", "partial"),
+    *(("gemma4", "partial"), ("qwen3_5", "partial")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
 OVER_ALL_RANKS = ("seed_oss", "ministral3")
@@ -42,7 +42,7 @@ def knows_division(job: Job, distributed: Distributed) -> bool:
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
         and not getattr(config, "lora_dropout", 0)
         and not any(module.name in (architecture.input_embedding, *head) for module in job.adaptation.matched)
-        and job.setup.loss == "full"
+        and (job.setup.loss == "full" or architecture.model_type in WHOLE_TABLES)
     )
 
 

@@ -79,6 +79,11 @@ BY_AUTOMODEL: dict[str, Plan] = {
     "phi": PLANS["phi"],
     **dict.fromkeys(("seed_oss", "ministral3", "gemma4"), LLAMA),
     "mixtral": ATTENTION,
+    "qwen3_5": {
+        **LLAMA,
+        **{f"linear_attn.{name}": "colwise_gather_output" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")},
+        "linear_attn.out_proj": "colwise_gather_output",
+    },
     "falcon_h1": {
         **ATTENTION,
         **{name.replace("mlp", "feed_forward"): style for name, style in GATED.items()},
@@ -86,10 +91,12 @@ BY_AUTOMODEL: dict[str, Plan] = {
 }
 """Plans of NeMo Automodel for models that it does not build (components/distributed/optimized_tp_plans.py), and those of
 transformers where it has none. With its own, logits stay divided."""
-WHOLE_LOGITS = ("seed_oss", "mixtral", "falcon_h1")
+WHOLE_LOGITS = ("seed_oss", "mixtral", "falcon_h1", "qwen3_5")
 """Model types without a plan of its own: transformers' gathers the logits (parallelizer.py, `get_hf_tp_shard_plan`), and so does
 that of all others (`_get_parallel_plan`), which Mixtral has because of its experts, and which leaves them whole. Falcon-H1's
 own plan gathers them too (optimized_tp_plans.py, `_parallelize_falcon_h1`)."""
+WHOLE_TABLES = ("qwen3_5",)
+"""Model types whose embedding and head every rank has, since the plan names the embedding as text models do."""
 COPIED_SUMS = ("gemma4",)
 """Model types whose sums over ranks are no DTensors, but copies of copies, of which the latest is held
 (components/models/gemma4_moe/parallelization.py, `_ReduceFromTensorParallelRegion`)."""
@@ -109,6 +116,9 @@ def plans_of(distributed: Distributed) -> dict[str, Plan]:
 def style_of(architecture: Architecture, module: str, plans: Mapping[str, Plan] = PLANS) -> Style | None:
     """How a module is divided; None: every rank has all of it."""
     if architecture.model_type not in plans:
+        return None
+    tables = (architecture.input_embedding, architecture.output_embedding)
+    if plans is not PLANS and architecture.model_type in WHOLE_TABLES and module in tables:
         return None
     if module == architecture.input_embedding:
         return "embedding_rowwise"

@@ -57,8 +57,9 @@ def knows_tower(job: "Job") -> bool:
         return rehearsed and _knows_gemma4(job)
     if model_type == "qwen3_5":
         at_once = setup.gradient_accumulation_steps == 1 and not (setup.gradient_checkpointing or architecture.ties)
-        cut = setup.loss == CUT_APART and job.method_name == "partial" and at_once
-        return rehearsed and _alone_in_bf16(job, cut=cut) and not setup.kernels
+        divided = _divides_once(job) and not architecture.ties
+        cut = setup.loss == CUT_APART and job.method_name == "partial" and (at_once or divided)
+        return rehearsed and _alone_in_bf16(job, cut=cut, divided=divided) and not setup.kernels
     if model_type == "mistral3":  # Ministral 3
         return rehearsed and all(a.scaled_queries for block in architecture.blocks for a in block.attentions)
     return rehearsed
@@ -73,14 +74,20 @@ def trains_tower(job: "Job") -> bool:
 def _knows_gemma4(job: "Job") -> bool:
     """Whether Gemma 4 was rehearsed so: in bf16, a micro batch a step; with checkpoints where no layer borrows keys, also over
     ranks that share matrices, which reduce the gradients of several micro batches once."""
-    setup, blocks, distributed = job.setup, job.architecture.blocks, job.distributed
+    setup, blocks = job.setup, job.architecture.blocks
     borrows = any(a.borrows for block in blocks for a in block.attentions)
     borrows_or_mixes = borrows or is_mixture(job)
-    if distributed is not None and distributed.divided > 1:
-        once = not distributed.sync_each_batch and bool(setup.gradient_checkpointing)
-        return _alone_in_bf16(job, divided=True) and once and not borrows_or_mixes
+    if _divides_once(job):
+        return _alone_in_bf16(job, divided=True) and not borrows_or_mixes
     at_once = setup.gradient_accumulation_steps == 1
     return _alone_in_bf16(job) and at_once and not (setup.gradient_checkpointing and borrows_or_mixes)
+
+
+def _divides_once(job: "Job") -> bool:
+    """Whether ranks share matrices beside checkpoints, and reduce the gradients of several micro batches once."""
+    distributed = job.distributed
+    divides = distributed is not None and distributed.divided > 1 and not distributed.sync_each_batch
+    return divides and bool(job.setup.gradient_checkpointing)
 
 
 def _alone_in_bf16(job: "Job", *, cut: bool = False, divided: bool = False) -> bool:

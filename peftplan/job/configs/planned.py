@@ -10,7 +10,7 @@ from math import prod
 from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.job.configs.documents import Document, number_in, place
 from peftplan.job.configs.facts import Facts
-from peftplan.job.configs.launching import launched, of_comments
+from peftplan.job.configs.launching import Launched, launched, of_comments
 from peftplan.job.configs.models import named, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Read, Refused, Unsupported
 from peftplan.job.configs.reading import Reading, read_all
@@ -49,6 +49,16 @@ def _accumulate(reading: Reading, launch: Mapping[str, object]) -> None:
                 if "sync_each_batch" in (options := row.option.split(", ")):
                     rest = [option for option in options if option != "sync_each_batch"]
                     reading.read[key] = Read(row.value, ", ".join(rest), row.why if rest else "a step has one micro batch")
+
+
+def _add_nodes(reading: Reading, launch: Launched) -> None:
+    """As many nodes as a stage of a pipeline needs whose ranks divide experts, where the launcher decides."""
+    owners, gpus = number_in(launch.options, "ep_size"), number_in(launch.options, "gpus")
+    divided = number_in(reading.options, "tp_size") * number_in(reading.options, "pp_size")
+    assumed = "gpus" in launch.assumed and ("nodes" not in launch.options or "nodes" in launch.assumed)
+    if assumed and owners > 1 and gpus * number_in(launch.options, "nodes") // divided % owners:
+        nodes = launch.options["nodes"] = -(-owners * divided // gpus)
+        reading.assumed["nodes"] = f"the launcher decides; {nodes}, as pp_size and ep_size need them"
 
 
 def _divide_batch(reading: Reading) -> None:
@@ -94,6 +104,7 @@ def planned(reading: Reading) -> ConfigPlan:
     elif "gpus" in launch.assumed and number_in(launch.options, "gpus") % sharing:
         launch.options["gpus"] = sharing
         reading.assumed["gpus"] = f"the launcher decides; {sharing} are assumed, as tp_size and pp_size need them"
+    _add_nodes(reading, launch)
     _accumulate(reading, launch.options)
     _divide_batch(reading)
     if reading.tool.launched_precision and reading.options.get("autocast") == "none" and "autocast" in launch.options:

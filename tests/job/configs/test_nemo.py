@@ -826,6 +826,13 @@ BY_DEEPEP = {
 }
 
 
+@pytest.mark.parametrize(("stages", "owners", "nodes"), [(4, 8, 4), (2, 4, None), (2, 8, 2), (4, 32, 16)])
+def test_a_stage_has_the_ranks_that_own_its_experts(stages: int, owners: int, nodes: int | None) -> None:
+    """8 GPUs of a node are assumed, an equal part of them for each stage; more own experts only on more nodes."""
+    plan = of_nemo({"strategy": "fsdp2", "pp_size": stages, "ep_size": owners}, step_scheduler={"global_batch_size": 512})
+    assert plan.options.get("nodes") == nodes
+
+
 @pytest.mark.parametrize(
     ("name", "model", "distributed", "more", "known"),
     [
