@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PLAIN_TRAINERS = ("plain", "transformers", "trl")
 """Trainers whose steps with a recorded mixer were compared."""
 WITH_DELTA_RULE = {
-    **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+    **dict.fromkeys(("transformers", "trl"), ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")),
     "plain": (),
     "swift-text-part": ("ddp", "zero2"),
 }
@@ -179,7 +179,8 @@ def _merges_for_vllm(job: Job) -> bool:
 def _shares_delta_rule(job: Job) -> bool:
     """Whether ranks were rehearsed that share a step with one: in bf16, all on the card, and without experts under ZeRO.
 
-    Under FSDP2 they name the layers' class: by itself accelerate looks for vision blocks too, which text models have not.
+    Under FSDP1 with LoRA beside a tower alone. Under FSDP2 they name the layers' class: by itself accelerate looks for vision
+    blocks too, which text models have not.
     """
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
@@ -191,5 +192,7 @@ def _shares_delta_rule(job: Job) -> bool:
         known = known and setup.by.name == DEFAULT and job.quant is None and not job.architecture.has_towers
     if distributed.strategy == "fsdp2":
         return known and (distributed.transformer_cls_names_to_wrap is not None or job.architecture.has_towers)
+    if distributed.strategy == "fsdp1":
+        return known and job.architecture.model_type == "qwen3_5" and job.method_name == "lora"
     dense = all(block.mlp.variant != "moe" for block in job.architecture.blocks)
     return known and (dense or distributed.strategy == "ddp")

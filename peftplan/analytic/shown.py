@@ -32,11 +32,11 @@ UNDER_DEEPSPEED = (
     *("cohere", "cohere2", "stablelm", "phi", "gptj", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
     *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2", "gpt_oss"),
     *("seed_oss", "exaone4", "arcee", "ernie4_5", "hunyuan_v1_dense", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"),
-    *("gemma4", "gemma4_unified", "mistral3", "qwen3_vl_moe", "internvl", "llava", "idefics3", "mllama", "lfm2_vl"),
+    *("gemma4", "gemma4_unified", "mistral3", "qwen3_vl_moe", "internvl", "llava", "idefics3", "mllama", "lfm2_vl", "lfm2"),
     *("qwen3_5", "qwen3_5_text", "qwen3_5_moe_text"),
 )
 """The same under DeepSpeed."""
-CONVOLVING = ("lfm2_vl",)
+CONVOLVING = ("lfm2", "lfm2_vl")
 """Model types with a short convolution in the place of some layers' attention."""
 SHOWN_METHODS = ("full", "lora", "rslora", "qlora")
 """Methods whose steps were rehearsed under FSDP and ZeRO (docs/reference/several-gpus.md); rsLoRA runs LoRA's operations."""

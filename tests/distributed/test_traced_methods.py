@@ -70,6 +70,7 @@ TAILS = {
     "smollm2-360m --method lora --r 64 --optim adamw_torch_4bit": 0.011,
     "smollm2-135m --method full --optim adamw_torch_4bit": 0.0021,
     "a --method full --optim adamw_torch_4bit": 0.003,
+    "b --method lora --r 64 --optim adamw_torch_4bit": 0.008,
 }
 """Part of a job → percent that any phase may be apart: tails of blocks of 1 to 2 MB in models of 0.1 to 0.3 GB, where the copies
 of a timed kernel or the weights beside Adagrad's states lay."""

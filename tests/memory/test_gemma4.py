@@ -117,7 +117,10 @@ def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("options", "missing"),
     [
-        ({"gpus": 4, "strategy": "fsdp1", **WRAPPED}, "over 4 GPUs and transformer_cls_names_to_wrap"),
+        (
+            {"method": "full", "target_modules": None, "gpus": 4, "strategy": "fsdp1", **WRAPPED},
+            "over 4 GPUs and transformer_cls_names_to_wrap",
+        ),
         ({"trainer": "trl-dpo"}, "model type gemma4 and"),
         ({"trainer": "swift-text-part"}, "model type gemma4 and Seq2SeqTrainer of ms-swift"),
         ({"use_reentrant": True}, "model type gemma4 with reentrant checkpoints"),
