@@ -12,7 +12,7 @@ class Advice(NamedTuple):
 
     Of what was replayed, `verdict`, `peak_allocated` and `headroom_bytes` are what `estimate` says with these options, and
     `saving_bytes` is the difference of the peaks. What was not replayed may fit (`verdict` None), or its tensors alone are too
-    large (`does_not_fit`).
+    large (`does_not_fit`). Beside keys of a file that raise the peak, or may, what fits without them may fit.
     """
 
     options: dict[str, object]
@@ -52,6 +52,15 @@ class Advised(NamedTuple):
         several = None if self.several_gpus is None else counted(self.several_gpus)
         return self._replace(changes=tuple(map(counted, self.changes)), several_gpus=several)
 
+    def uncertain(self) -> Advised:
+        """For a job of which keys of its file are not counted: what fits without them may fit."""
+
+        def may_fit(change: Advice) -> Advice:
+            return change._replace(verdict=None, headroom_bytes=None) if change.verdict in FITS else change
+
+        several = None if self.several_gpus is None else may_fit(self.several_gpus)
+        return self._replace(changes=tuple(map(may_fit, self.changes)), several_gpus=several)
+
     def rows(self, most: int | None = None) -> tuple[Advice, ...]:
         """The changes, at most so many, and several GPUs last."""
         return (*self.changes[:most], *([] if self.several_gpus is None else [self.several_gpus]))
@@ -63,5 +72,6 @@ class Advised(NamedTuple):
 
     @property
     def helps(self) -> bool:
-        """Whether some change makes the job fit."""
-        return any(change.verdict in FITS for change in self.changes)
+        """Whether some change makes the job fit, or may though it was replayed."""
+        replayed = (change.verdict for change in self.changes if change.peak_allocated is not None)
+        return any(verdict is None or verdict in FITS for verdict in replayed)

@@ -252,8 +252,12 @@ class Reading:
                 if others:
                     self.unsupported[option] = Unsupported(value, "a sum of losses is not counted", option=option)
                     self.read.pop(option, None)
-            if option in WHOLE and isinstance(value, tuple) and isinstance(stated_value, Mapping):
-                value = self._typed(stated_value.get("key", option), option, value)
+            if option in WHOLE and isinstance(stated_value, Mapping) and (isinstance(value, tuple) or "key" in stated_value):
+                key = stated_value.get("key", option)
+                if _open(value):
+                    self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=option)
+                    continue
+                value = self._typed(key, option, value)
             if option == "target_modules" and isinstance(stated_value, Mapping) and "key" in stated_value:
                 value = _names(value)
             self.set({option: value})

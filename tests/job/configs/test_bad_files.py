@@ -188,3 +188,42 @@ def test_words_of_ours_are_names_to_a_tool(tmp_path: Path, name: str) -> None:
         peftplan.estimate(config=tmp_path / "a.yml")
     with pytest.raises(PeftplanError, match=r"no module of gpt2 matches|is not a layer that can be adapted"):
         peftplan.estimate("gpt2", peft_config={"peft_type": "LORA", "target_modules": name})
+
+
+KEYS_OF_TOOLS = {
+    "axolotl": ("base_model: gpt2\nadapter: lora\nlora_target_linear: true\n", "base_model", "micro_batch_size", "lora_r"),
+    "llamafactory": (
+        "stage: sft\nmodel_name_or_path: gpt2\nfinetuning_type: lora\n",
+        "model_name_or_path",
+        "per_device_train_batch_size",
+        "lora_rank",
+    ),
+    "trl": ("model_name_or_path: gpt2\nuse_peft: true\n", "model_name_or_path", "per_device_train_batch_size", "lora_r"),
+    "swift": ("model: gpt2\ntuner_type: lora\n", "model", "per_device_train_batch_size", "lora_rank"),
+    "nemo-automodel": (
+        "model: {pretrained_model_name_or_path: gpt2}\nstep_scheduler: {local_batch_size: 1}\n",
+        "model.pretrained_model_name_or_path",
+        "step_scheduler.local_batch_size",
+        "peft.dim",
+    ),
+}
+"""Tool → a file, and its keys for the model, the batch and the rank."""
+
+
+@pytest.mark.parametrize("tool", KEYS_OF_TOOLS)
+@pytest.mark.parametrize("value", [["a", "b"], {"a": "b"}, "eight", -1, 0, 1.5, 10**30, True, float("nan"), [[1]], "8 rows"])
+def test_a_wrong_type_is_named_with_file_line_and_key(tmp_path: Path, tool: str, value: object) -> None:
+    text, model, *whole = KEYS_OF_TOOLS[tool]
+    for key in [*whole, *([] if isinstance(value, str) else [model])]:
+        values = read_yaml(text, file="a.yml").values
+        inner = values
+        for name in key.split(".")[:-1]:
+            inner = inner.setdefault(name, {})  # type: ignore[assignment]
+        inner[key.rpartition(".")[2]] = value
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps(values, indent=1))
+        with pytest.raises(
+            PeftplanError, match=rf"a\.json:\d+: {key}: .* is not valid; accepted: a (string|whole number)"
+        ) as caught:
+            peftplan.read_config(file, tool=tool)
+        assert "\n" not in str(caught.value)

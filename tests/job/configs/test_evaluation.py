@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import peftplan
 from peftplan.job.configs.plan import Tool, bound
 from peftplan.job.configs.read import read_values
 
@@ -46,3 +49,16 @@ def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: 
 )
 def test_no_evaluation_or_no_more_rows(tool: Tool, values: dict[str, object], key: str) -> None:
     assert key not in read_values(values, file="a.yml", tool=tool).unsupported
+
+
+def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path) -> None:
+    """QLoRA was advised as `fits`, with the room that the steps of training leave."""
+    file = tmp_path / "a.yml"
+    file.write_text(
+        "model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_peft: true\ndataset_name: mine\n"
+        "per_device_train_batch_size: 1\neval_strategy: steps\n"
+    )
+    (card,) = peftplan.estimate(config=file, gpu="t4").to_dict()["gpus"]
+    assert (card["verdict"], card["needed_is_lower_bound"]) == ("does_not_fit", True)
+    assert {change["verdict"] for change in card["advice"]} <= {None, "does_not_fit"}
+    assert card["advice"]
