@@ -17,7 +17,9 @@ MOST_LINES = 100
 """The most lines of a quoted text or an array."""
 HERE = re.compile(r"(?<!<)<<-?\s*(['\"\\]?)(\w+)\1(?!<)")
 """The beginning of lines that a command reads, up to one of this word alone."""
-RUNS_TEXT = re.compile(r"\s*(?:\S+=\S*\s+)*(?:sudo |exec |srun |env )*(?:bash|sh|zsh|sbatch|qsub|ssh|docker|podman|kubectl)\b")
+RUNS_TEXT = re.compile(
+    r"(?:\s*(?:\S+=\S*\s+)*(?:sudo |exec |srun |env )*|.*\|\s*)(?:bash|sh|zsh|sbatch|qsub|ssh|docker|podman|kubectl)\b"
+)
 """A command that runs the text which it is given."""
 WRITES = re.compile(r">|\btee\b")
 FUNCTION = re.compile(r"(\s*)(?:function\s+([\w:-]+)\s*(?:\(\s*\))?|([\w:-]+)\s*\(\s*\))\s*\{?\s*(?:#.*)?")
