@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import PeftplanError
-from peftplan.planning.changes import (
-    MORE_GPUS,
-    OF_GPUS,
-    SEQUENCE_STEP,
-    Change,
-    Sizes,
-    combinations,
-    micro_batch,
-    more_gpus,
-    several_gpus,
-    single_changes,
-)
+from peftplan.planning.attempts import judged, row_of, sizes_of, tried
+from peftplan.planning.changes import OF_GPUS, SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
+from peftplan.planning.fewest_gpus import fewest_gpus, several, spared
 from peftplan.planning.trials import Trials
 from peftplan.results.advice import FITS, Advice, Advised
 
@@ -62,22 +52,23 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     Counted by formulas, whichever engine gave the verdict: nothing is said of a job without formulas. `everything`: all single
     changes are replayed, and all combinations whose savings add up to enough.
     """
-    unchanged = _sizes(trials, {})
+    unchanged = sizes_of(trials, {})
     if unchanged is None:
         return Advised()
     possible = list(single_changes(job, runs_flash_attention=trials.runs_flash_attention))
     least = _least_weights(trials, [options for options, _ in possible])
     if least > trials.room:
-        return Advised(weights_alone=least, smallest_card=trials.smallest_card(), several_gpus=_several(job, trials, unchanged))
-    tried = _singles(job, trials, unchanged, possible)
-    saving = [change for change in tried if max(change.saving.values()) > 0]
+        return Advised(weights_alone=least, smallest_card=trials.smallest_card(), several_gpus=several(job, trials, unchanged))
+    saving = [change for change in _singles(job, trials, unchanged, possible) if max(change.saving.values()) > 0]
     refined = {str(change.options): change for change in (_refined(job, trials, unchanged, change) for change in saving)}
     singles = list(refined.values())
     enough = _enough(job, trials, unchanged, singles, everything=everything)
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
-    fewest_gpus = _fewest_gpus(job, trials, unchanged, singles, fitting)
-    fitting += fewest_gpus
+    if not everything:
+        fitting = [spared(job, trials, unchanged, singles, row) for row in fitting]
+    numbers = fewest_gpus(job, trials, unchanged, singles, fitting)
+    fitting += numbers
     shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
 
@@ -85,30 +76,30 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
         return "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed)
 
     changes = (change for change in singles if everything or not shortens_in_vain(change))
-    rest = [_row(trials, unchanged, change) for change in changes if change.options not in shown_already]
+    rest = [row_of(trials, unchanged, change) for change in changes if change.options not in shown_already]
     others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
-        if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *fewest_gpus))):
+        if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *numbers))):
             open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
             rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
     as_wanted = any(not row.options.keys() & OTHER_TRAINING for row in fitting)
     return Advised(
         (*fitting, *rows),
         smallest_card=None if fitting else trials.smallest_card(),
-        several_gpus=None if as_wanted else _several(job, trials, unchanged),
+        several_gpus=None if as_wanted else several(job, trials, unchanged),
         everything=everything,
     )
 
 
 def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
-    """The single changes. Where a strategy has every layer run, which takes a second or two for each change of 70B, those are
-    left out that cannot save what is worth showing, those that do less than one that saves too little, and further methods
-    behind one that surely suffices.
+    """The single changes. Where a strategy has every layer run, which takes a tenth of a second for each change of 70B, those are
+    left out that cannot save what is worth showing, those that do less than one that saves too little, and what does more of
+    the same as one that surely suffices.
     """
     if job.distributed is None or job.distributed.strategy not in EVERY_LAYER:
-        return [change for options, price in possible if (change := _tried(trials, before, options, price)) is not None]
+        return [change for options, price in possible if (change := tried(trials, before, options, price)) is not None]
     setup, peak = job.setup, max(before.values())
     most = WORTH * peak if peak > trials.room else 0
     logits = SAVED_OF_LOGITS * ITEMSIZE["fp32"] * setup.rows * setup.seq_len * (job.architecture.vocab_size or 0)
@@ -117,19 +108,24 @@ def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[d
         **dict.fromkeys(OF_LOSS, logits < most),
         "attn_implementation": setup.attn_implementation == "sdpa" and not setup.padding,  # it runs the same kernel
     }
-    methods = [change for change in possible if "method" in change[0]]
+    lengths = [change for change in reversed(possible) if "seq_len" in change[0]]  # the shortest first
+    more = [options for options, _ in possible if options.keys() <= OF_GPUS]
+    likely = [options for options in more if peak - trials.lasting() + trials.lasting(**options) <= trials.room] or more[-1:]
     decided: set[str] = set()
     changes: list[Change] = []
-    for options, price in (*(change for change in reversed(possible) if change not in methods), *methods):
+    for options, price in (*lengths, *(change for change in possible if change not in lengths)):
         (name, *others) = options
         kind = "gpus" if options.keys() <= OF_GPUS else name
-        if kind in decided or (little.get(kind) and not set(others) - OF_LOSS):
+        if kind in decided or (little.get(kind) and not set(others) - OF_LOSS) or (kind == "gpus" and options not in likely):
             continue
-        if (change := _tried(trials, before, options, price)) is None:
+        if any(change.options.items() < options.items() and change.left(before) <= SURE * trials.room for change in changes):
+            continue
+        if (change := tried(trials, before, options, price)) is None:
             continue
         changes.append(change)
         left = change.left(before)
-        if (kind == "method" and left <= SURE * trials.room) or (kind in ("gpus", "seq_len") and left > trials.room):
+        suffices = kind in ("method", "gpus") and left <= SURE * trials.room
+        if suffices or (kind == "seq_len" and left > trials.room) or kind == "optim":  # the first one holds no states
             decided.add(kind)
     in_order = [options for options, _ in possible]
     return sorted(changes, key=lambda change: in_order.index(dict(change.options)))
@@ -151,46 +147,49 @@ def _least_weights(trials: Trials, possible: Sequence[Mapping[str, object]]) -> 
     return weights - sum(saved.values())
 
 
-def _sizes(trials: Trials, options: Mapping[str, object]) -> Sizes | None:
-    """The sizes with some options changed; None if they do not go with the job or have no formulas."""
-    try:
-        return trials.sizes(**options)
-    except PeftplanError:
-        return None
-
-
 def _refined(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
-    """The largest batch, or the longest sequence, whose tensors leave what the allocator held beside them so far."""
+    """The largest batch whose tensors likely leave enough room, else that whose tensors find it, or the longest such sequence."""
     if change.left(before) > trials.room:
         return change
     if "batch_size" in change.options:
         sizes = (size for size in range(job.setup.batch_size // 2, 1, -1) if job.setup.batch_size % size == 0)
-        for options in (micro_batch(job, size) for size in sizes):
-            if (larger := _tried(trials, before, options, change.price)) and larger.left(before) <= trials.room:
-                return larger
+        options = (micro_batch(job, size) for size in sizes)
+        larger = [each for each in (tried(trials, before, of_size, change.price) for of_size in options) if each is not None]
+        found = [each for each in (*larger, change) if each.left(before) <= trials.room]
+        return next((each for each in found if each.left(before) <= _likely_room(trials, before)), found[0])
     if "seq_len" in change.options:
-        return _longest(job, trials, before, change)
+        return _longest(job, trials, before, change, within=trials.room)
     return change
 
 
-def _longest(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
-    """The longest sequence that leaves enough room, by bisection: peaks grow with it."""
+def _likely_room(trials: Trials, before: Sizes) -> int:
+    """Bytes of tensors with which the job likely fits."""
+    peak = max(before.values())
+    roomy = int(trials.roomy / (1 + LIKELY * max(trials.reserved / peak - 1, 0)))
+    # where only what the allocator holds beside the tensors is too much, to save less than that rarely helps
+    return roomy if peak > trials.room else min(roomy, peak - (trials.reserved - trials.room))
+
+
+def _in_single_rows(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
+    """The change beside micro batches of one row, which cost only time and leave room for longer sequences."""
+    if job.setup.batch_size == 1 or "batch_size" in change.options:
+        return change
+    return tried(trials, before, {**micro_batch(job, 1), **change.options}, change.price) or change
+
+
+def _longest(job: Job, trials: Trials, before: Sizes, change: Change, *, within: int) -> Change:
+    """The longest sequence whose tensors take so many bytes, by bisection: peaks grow with it."""
     shorter = change.options["seq_len"]
     assert isinstance(shorter, int)
     low, high = shorter // SEQUENCE_STEP, (job.setup.seq_len - 1) // SEQUENCE_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        longer = _tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
-        if longer is not None and longer.left(before) <= trials.room:
+        longer = tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
+        if longer is not None and longer.left(before) <= within:
             low, change = middle, longer
         else:
             high = middle - 1
     return change
-
-
-def _tried(trials: Trials, before: Sizes, options: Mapping[str, object], price: int) -> Change | None:
-    after = _sizes(trials, options)
-    return None if after is None else Change.between(before, after, options, price)
 
 
 def _enough(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], *, everything: bool) -> Iterator[Change]:
@@ -198,10 +197,7 @@ def _enough(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], 
 
     Of the shortest sequences they have longer ones, as far as there is room.
     """
-    peak = max(before.values())
-    roomy = int(trials.roomy / (1 + LIKELY * max(trials.reserved / peak - 1, 0)))
-    if peak <= trials.room:  # only what the allocator holds beside the tensors is too much: to save less than that rarely helps
-        roomy = min(roomy, peak - (trials.reserved - trials.room))
+    roomy = _likely_room(trials, before)
     together = combinations(singles, before, roomy) or combinations(singles, before, trials.room)
     evaluated = together if everything else together[:MOST_COMBINATIONS]
     alone = [change for change in singles if change.left(before) <= trials.room]
@@ -211,10 +207,13 @@ def _enough(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], 
         return left > roomy, change.price, len(change.options), left
 
     for change in sorted((*alone, *evaluated), key=likely_and_cheap):
-        actual = change if change in alone else _tried(trials, before, change.options, change.price)
+        actual = change if change in alone else tried(trials, before, change.options, change.price)
         if actual is not None and actual.left(before) <= trials.room:
-            shortest = change not in alone and actual.options.get("seq_len") == SEQUENCE_STEP
-            yield _longest(job, trials, before, actual) if shortest else actual
+            shortens = change not in alone and "seq_len" in actual.options
+            by_rows = _in_single_rows(job, trials, before, actual) if shortens else actual
+            longer = by_rows is not actual or (shortens and actual.options["seq_len"] == SEQUENCE_STEP)
+            within = trials.room if by_rows is actual else max(roomy, by_rows.left(before))
+            yield _longest(job, trials, before, by_rows, within=within) if longer else actual
 
 
 def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, everything: bool) -> Iterator[Advice]:
@@ -222,7 +221,7 @@ def _replayed(trials: Trials, before: Sizes, changes: Iterable[Change], *, every
     sequences are made so short that it does: of these, that with the longest."""
     helps, too_long = False, []
     for change in changes if everything else islice(changes, MOST_REPLAYS):
-        if (row := _judged(trials, before, change)) is not None:
+        if (row := judged(trials, before, change)) is not None:
             yield row
             if row.verdict == "fits" and not everything:
                 return
@@ -240,80 +239,19 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
     return rows if everything else rows[:1]
 
 
-def _fewest_gpus(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change], fitting: Sequence[Advice]) -> list[Advice]:
-    """The smallest number of GPUs, doubled each time, over which the job fits as it is; none if `fitting` has one already.
-    More than eight times as many are tried where these are too few."""
-    if any(OF_GPUS & row.options.keys() for row in fitting):
-        return []
-    few = sorted((change for change in singles if change.options.keys() <= OF_GPUS), key=lambda change: change.price)
-    most = few and few[-1].left(before) > trials.room
-    many = _over_machines(job, trials, before) if most else ()
-    enough = (change for change in chain(few, many) if change.left(before) <= trials.room)
-    rows = (_judged(trials, before, change) for change in enough)
-    return list(islice((row for row in rows if row is not None and row.verdict in FITS), 1))
-
-
-def _over_machines(job: Job, trials: Trials, before: Sizes) -> Iterator[Change]:
-    """The job over 16, 32 and 64 times the GPUs."""
-    for times in (16, 32, 64):
-        options = {} if job.distributed is None else more_gpus(job.distributed, times)
-        if options and (change := _tried(trials, before, options, MORE_GPUS)) is not None:
-            yield change
-
-
-def _several(job: Job, trials: Trials, before: Sizes) -> Advice | None:
-    """The fewest GPUs of the card over which a job of one GPU fits, if any without releasing cached memory; None if none does, or
-    without formulas."""
-    if job.distributed is not None or not trials.in_numbers:
-        return None
-    weights, tight = trials.weights(), None
-    for options in several_gpus(job):
-        ranks = math.prod(value for name, value in options.items() if name in OF_GPUS and isinstance(value, int))
-        if weights > ranks * trials.room:
-            continue
-        change = _tried(trials, before, options, MORE_GPUS)
-        if change is None:
-            return None
-        row = _judged(trials, before, change) if change.left(before) <= trials.room else None
-        if row is None or row.verdict not in FITS:
-            continue
-        if (row.headroom_bytes or 0) >= 0:
-            return row
-        tight = tight or row
-    return tight
-
-
-def _judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:
-    try:
-        result = trials.judged(**change.options)
-    except PeftplanError:
-        return None
-    (on_card,) = result.gpus
-    peak = result.peaks.allocated if result.peaks else None
-    return _row(trials, before, change)._replace(
-        verdict=on_card.verdict, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes
-    )
-
-
 def _proven(trials: Trials, before: Sizes, change: Change) -> Advice:
     """The row of a change whose tensors leave enough room, replayed; of sequences that do not fit, shorter ones that do."""
-    row = _judged(trials, before, change) or _row(trials, before, change)
+    row = judged(trials, before, change) or row_of(trials, before, change)
     length = change.options.get("seq_len")
     if row.verdict in FITS or not isinstance(length, int):
         return row
     low, high = 0, length // SEQUENCE_STEP
     while high - low > 1:
         middle = (low + high) // 2
-        shorter = _tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
-        judged = None if shorter is None else _judged(trials, before, shorter)
-        if judged is not None and judged.verdict in FITS:
-            low, row = middle, judged
+        shorter = tried(trials, before, {**change.options, "seq_len": middle * SEQUENCE_STEP}, change.price)
+        of_shorter = None if shorter is None else judged(trials, before, shorter)
+        if of_shorter is not None and of_shorter.verdict in FITS:
+            low, row = middle, of_shorter
         else:
             high = middle
     return row
-
-
-def _row(trials: Trials, before: Sizes, change: Change) -> Advice:
-    left = change.left(before)
-    verdict = "does_not_fit" if left > trials.room else None
-    return Advice(dict(change.options), max(before.values()) - left, left, verdict)

@@ -152,14 +152,14 @@ def _of_method(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     method = job.method.name if job.method else ""
     if method in ("lora", "qlora", "dora", "qdora") and len(job.adaptation.target_modules) > len("qkvo"):
         yield {"target_modules": "attention"}, FEWER
-    quantized = {"lora": "qlora", "dora": "qdora"}.get(method)
-    if quantized and job.quant is None:
-        yield {"method": quantized}, OTHER
-        yield {"method": quantized, "kbit_prepare": False}, OTHER + CLOSE
+    quantized = {"lora": "qlora", "dora": "qdora", "full": "qlora"}.get(method)
     if method == "full":
         yield {"method": "lora"}, OTHER
-        yield {"method": "qlora"}, OTHER + SAME
-        yield {"method": "qlora", "kbit_prepare": False}, OTHER + CLOSE
+    if quantized and job.quant is None:
+        yield {"method": quantized}, OTHER + SAME * (method == "full")
+        yield {"method": quantized, "kbit_prepare": False}, OTHER + CLOSE
+        if job.distributed is not None and job.distributed.strategy == "fsdp2":  # which divides floats alone
+            yield {"method": quantized, "quant_storage": "bf16", "device_map": "cpu"}, OTHER + CLOSE
 
 
 def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:

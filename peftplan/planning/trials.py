@@ -37,6 +37,8 @@ class Trials(NamedTuple):
     runs_flash_attention: bool
     weights: Callable[..., int]
     """Bytes of the base's weights."""
+    lasting: Callable[..., int]
+    """Bytes that last from step to step."""
     sizes: Callable[..., Sizes]
     """By formulas, without a replay: bytes of the tensors at the peak of each phase. Raises NeedsTraceError without formulas."""
     judged: Callable[..., Estimate]
@@ -70,6 +72,13 @@ def trials(
             return worlds.requested(changed, compute_capability)
         return analytic_peaks(changed, compute_capability=compute_capability).requested
 
+    replayed: dict[str, Estimate] = {}
+
+    def replay(**changes: object) -> Estimate:
+        if str(changes) not in replayed:
+            replayed[str(changes)] = judged(remembered(**changes), [card])
+        return replayed[str(changes)]
+
     def smallest_card() -> str | None:
         as_here = Peaks(ledgers={}, reserved=needed)
         for other in _larger_cards(needed, setup, than=card):
@@ -91,8 +100,9 @@ def trials(
         states=remembered().static.by_category().get("optimizer_states", 0),
         runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, pair(compute_capability)) is None,
         weights=lambda **changes: remembered(**changes).static.by_category()["weights"],
+        lasting=lambda **changes: remembered(**changes).static.bytes(),
         sizes=sizes,
-        judged=lambda **changes: judged(remembered(**changes), [card]),
+        judged=replay,
         smallest_card=smallest_card,
         in_numbers=not card.unified and card.kind not in NOT_FOR_RENT,
     )

@@ -11,7 +11,7 @@ from peftplan import estimate
 from peftplan.errors import InputError
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
-from peftplan.planning import advice
+from peftplan.planning import advice, fewest_gpus
 from peftplan.planning.advice import advise
 from peftplan.planning.changes import CLOSE, MORE_GPUS, OTHER, SAME, SEQUENCE_STEP, Change, combinations, single_changes
 from peftplan.planning.trials import Trials
@@ -88,7 +88,7 @@ class Trying:
     def advise(self, monkeypatch: pytest.MonkeyPatch, *, everything: bool = False) -> Advised:
         possible = [({name: True}, price) for name, (price, _) in self.changes.items() if name != "gpus"]
         monkeypatch.setattr(advice, "single_changes", lambda job, runs_flash_attention: possible)
-        monkeypatch.setattr(advice, "several_gpus", lambda job: self.several)
+        monkeypatch.setattr(fewest_gpus, "several_gpus", lambda job: self.several)
         trials = Trials(
             room=self.room,
             roomy=self.room,
@@ -96,6 +96,7 @@ class Trying:
             states=0,
             runs_flash_attention=False,
             weights=lambda **options: self.weights,
+            lasting=lambda **options: self.weights,
             sizes=self.sizes,
             judged=self.judged,
             smallest_card=lambda: "a100-80gb",

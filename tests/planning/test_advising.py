@@ -82,6 +82,45 @@ def test_the_fewest_gpus_that_fit_are_named() -> None:
     assert number.gpus[0].verdict == "fits"
 
 
+def test_no_more_gpus_are_named_than_help() -> None:
+    """Beside shorter sequences 64 T4 save no more than 8: the advice named eight nodes."""
+    job: dict[str, Any] = {"method": "lora", "strategy": "fsdp2", "gpu": "8xt4"}
+    first = peftplan.advice(peftplan.estimate("llama-3.2-3b", **job, seq_len=8192))["t4"].changes[0]
+    assert not {"gpus", "nodes"} & first.options.keys()
+    assert peftplan.estimate("llama-3.2-3b", **{**job, **first.options}).gpus[0].verdict == first.verdict
+
+
+@pytest.mark.parametrize(
+    ("model", "job", "expected"),
+    [
+        # micro batches of 4 do not fit; halved sequences were advised
+        (
+            "llama-2-13b",
+            {"seq_len": 8192, "batch_size": 16, "gpu": "8xrtx-5090", "strategy": "fsdp2"},
+            {"batch_size": 2, "gradient_accumulation_steps": 8},
+        ),
+        # Liger's loss and 640 of 131,072 tokens, in micro batches of 4, were advised
+        (
+            "llama-3.2-1b",
+            {"seq_len": 131072, "batch_size": 4, "gpu": "rtx-3070"},
+            {"batch_size": 1, "gradient_accumulation_steps": 4, "loss": "liger", "seq_len": 16000},
+        ),
+        # a paged optimizer was advised beside LoRA, where it saves nothing
+        (
+            "llama-2-13b",
+            {"method": "full", "seq_len": 32768, "batch_size": 4, "gpu": "a100-80gb"},
+            {"method": "lora", "batch_size": 1, "gradient_accumulation_steps": 4},
+        ),
+    ],
+    ids=["batch", "rows before sequences", "no change that is not needed"],
+)
+def test_the_least_change_is_advised(model: str, job: dict[str, Any], expected: dict[str, object]) -> None:
+    (changes,) = peftplan.advice(peftplan.estimate(model, **{"method": "lora", **job})).values()
+    first = changes.changes[0]
+    assert (first.options, first.verdict) == (expected, "fits")
+    assert peftplan.estimate(model, **{"method": "lora", **job, **first.options}).gpus[0].verdict == "fits"
+
+
 def test_a_method_that_nearly_fills_the_card_does_not_hide_one_that_fits() -> None:
     """The tensors of LoRA leave a tenth of a T4, and the allocator holds more beside them."""
     job: dict[str, Any] = {"strategy": "fsdp2", "gpu": "2xt4", "batch_size": 2, "seq_len": 1024}
