@@ -155,8 +155,8 @@ def _refined(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
         sizes = (size for size in range(job.setup.batch_size // 2, 1, -1) if job.setup.batch_size % size == 0)
         options = (micro_batch(job, size) for size in sizes)
         larger = [each for each in (tried(trials, before, of_size, change.price) for of_size in options) if each is not None]
-        found = [each for each in (*larger, change) if each.left(before) <= trials.room]
-        return next((each for each in found if each.left(before) <= _likely_room(trials, before)), found[0])
+        within_room = [each for each in (*larger, change) if each.left(before) <= trials.room]
+        return next((each for each in within_room if each.left(before) <= _likely_room(trials, before)), within_room[0])
     if "seq_len" in change.options:
         return _longest(job, trials, before, change, within=trials.room)
     return change
