@@ -3,7 +3,8 @@
     python -m tools.rehearsed_automodel FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `model` and how many of its `layers` run, the dtype of its `checkpoint` if not bfloat16, the
-`options` of the estimate, what else sections of the config say (`recipe`: LoRA adapts `*_proj` unless its `peft` names others),
+`options` of the estimate, what else sections of the config say (`recipe`: LoRA adapts `*_proj` unless its `peft` names others;
+in `values` a null stays one),
 the `card` if not an A100, the `rank` that is played if not 0, and `routing` if it is not balanced. Rows are as long as `seq_len`
 says, and each token is scored.
 Where rows are packed, the emulated card, whose tensors hold no values, tells no documents apart: attention has no mask there.
@@ -28,6 +29,8 @@ from typing import Any
 
 import yaml
 
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools import automodel_unsaid as unsaid
@@ -162,7 +165,16 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         sections["model"]["_target_"] = "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained"
         sections["dataloader"]["collate_fn"] = {"_target_": f"{__name__}.pictureless"}
         sections["processor"] = {"_target_": f"{__name__}.named", "name": job["model"]["model_type"]}
-    return sections | {name: _merged(sections.get(name), settings) for name, settings in row.get("recipe", {}).items()}
+    sections |= {name: _merged(sections.get(name), settings) for name, settings in row.get("recipe", {}).items()}
+    return sections | {
+        name: (sections.get(name) or {}) | settings if isinstance(settings, dict) else settings
+        for name, settings in row.get("values", {}).items()
+    }
+
+
+def plan(row: dict[str, Any]) -> ConfigPlan:
+    """What is read of the job's config."""
+    return read_values(config(row, row["model"], "saved"), file="a.yaml", tool="nemo-automodel")
 
 
 def _pipeline(job: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python -m tools.rehearsed_recipes FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `job` (MODEL and options), `recipe` and `config` as torchtune ships them, and `overrides`. Rows
-are as long as `--seq-len` says, and each label but the last of a row is scored. Needs torchtune of commit bd2a0fc7 with its
-folder `recipes`, and the CUDA build of torch.
+are as long as `--seq-len` says, and each label but the last of a row is scored. The `values` of a row stand in place of a shipped
+config. Needs torchtune of commit bd2a0fc7 with its folder `recipes`, and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 
 from peftplan.arch import catalogue
+from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from peftplan.results.rehearsal import Rehearsal
@@ -63,6 +65,11 @@ def rows(tokenizer: Tokenizer, length: int) -> Rows:
     return Rows(length)
 
 
+def plan(row: dict[str, Any]) -> ConfigPlan:
+    """What is read of the values of a row."""
+    return read_values(row["values"], file="a.yaml", tool="torchtune")
+
+
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the recipe held."""
     words = shlex.split(row["job"])
@@ -72,29 +79,32 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     assert package.origin is not None
     assert entry is not None
     recipes = Path(package.origin).parent
-    config = recipes / "configs" / f"{row['config']}.yaml"
+    shipped = row.get("values") or _shipped(recipes / "configs" / f"{row['config']}.yaml")
     with TemporaryDirectory() as folder, TemporaryDirectory() as second, TemporaryDirectory() as output:
         standins.write_repository(Path(folder), entry.repo_id)
-        settings = [*_settings(config, folder, output, length=words[words.index("--seq-len") + 1]), *row["overrides"]]
+        settings = [*_settings(shipped, folder, output, length=words[words.index("--seq-len") + 1]), *row.get("overrides", ())]
         if "--teacher-model" in words:
             teacher = catalogue.find(words[words.index("--teacher-model") + 1])
             assert teacher is not None
             standins.write_repository(Path(second), teacher.repo_id)
             settings += _checkpoint("teacher_checkpointer", second)
         written = Path(output, "config.yaml")
-        written.write_text(yaml.safe_dump(_without_formats(config)), encoding="utf-8")
+        written.write_text(yaml.safe_dump(_without_formats(shipped)), encoding="utf-8")
         command = [sys.executable, str(recipes / f"{row['recipe']}.py"), "--config", str(written), *settings]
         ranks = int(words[words.index("--gpus") + 1]) if "--gpus" in words else None
         return row | kept_of(rehearse(command, world_size=ranks, timeout=900, stdout=sys.stderr.fileno()))
 
 
-def _without_formats(config: Path) -> dict[str, Any]:
+def _shipped(config: Path) -> dict[str, Any]:
+    """The values of a config."""
+    values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return values
+
+
+def _without_formats(shipped: dict[str, Any]) -> dict[str, Any]:
     """The config, whose lists of checkpoint files can be replaced: a list does not replace the format of their names."""
-    shipped: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for part in shipped.values():
-        if isinstance(part, dict) and isinstance(part.get("checkpoint_files"), dict):
-            part["checkpoint_files"] = []
-    return shipped
+    listed = [name for name, part in shipped.items() if isinstance(part, dict) and isinstance(part.get("checkpoint_files"), dict)]
+    return shipped | {name: shipped[name] | {"checkpoint_files": []} for name in listed}
 
 
 def kept_of(result: Rehearsal) -> dict[str, Any]:
@@ -112,9 +122,8 @@ def kept_of(result: Rehearsal) -> dict[str, Any]:
     }
 
 
-def _settings(config: Path, folder: str, output: str, *, length: str) -> Iterator[str]:
+def _settings(shipped: dict[str, Any], folder: str, output: str, *, length: str) -> Iterator[str]:
     """Settings that put the stand-in, its rows and one micro batch per step in place of what the config names."""
-    shipped = yaml.safe_load(config.read_text(encoding="utf-8"))
     yield f"output_dir={output}"
     for part in ("checkpointer", *(("ref_checkpointer",) if "ref_checkpointer" in shipped else ())):
         yield from _checkpoint(part, folder)

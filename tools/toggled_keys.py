@@ -31,6 +31,7 @@ KEPT = Path(__file__).parents[1] / "tests" / "rehearse" / "toggled_keys.jsonl"
 REASONS = {
     "call": "a call of a program beside those of its training",
     "megatron": "an argument of Megatron's commands, whose packages do not run here",
+    "object": "an object that the program makes: the call which makes it has its keys",
     "trains": "the switch of the training itself, without which nothing is counted",
 }
 """Why neither a rehearsal nor a resolved config can have a key at two values."""
@@ -52,6 +53,11 @@ TOOLS: dict[Tool, Toggled] = {
     "transformers-examples": Toggled("transformers", "tools.rehearsed_examples", resolved_configs.examples),
     "axolotl": Toggled("axolotl", "tools.rehearsed_axolotl", resolved_configs.axolotl),
     "swift": Toggled("ms-swift", "tools.rehearsed_swift", resolved_configs.swift),
+    "peft": Toggled("peft", "", resolved_configs.peft),
+    "torchtune": Toggled("torchtune", "tools.rehearsed_recipes", resolved_configs.torchtune),
+    "nemo-automodel": Toggled("nemo_automodel", "tools.rehearsed_automodel", resolved_configs.automodel),
+    "trl": Toggled("trl", "tools.rehearsed_trl", resolved_configs.trl),
+    "unsloth": Toggled("unsloth", "tools.rehearsed_unsloth", resolved_configs.unsloth),
 }
 
 

@@ -102,3 +102,45 @@ def test_a_key_has_the_line_of_its_own_tool(tool: str, key: str, at: str) -> Non
     known = facts(tool).known(key)  # type: ignore[arg-type]
     assert known is not None
     assert known.at == at
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "unsupported"),
+    [
+        ("TrainFinetuneRecipeForNextTokenPrediction", "NeMoAutoModelForCausalLM.from_pretrained", set()),
+        ("TrainFinetuneRecipeForNextTokenPrediction", "NeMoAutoModelForCausalLM.from_config", set()),
+        ("TrainFinetuneRecipeForSequenceClassification", "NeMoAutoModelForCausalLM.from_pretrained", {"recipe"}),
+        (
+            "TrainFinetuneRecipeForNextTokenPrediction",
+            "NeMoAutoModelForSequenceClassification.from_pretrained",
+            {"model._target_"},
+        ),
+    ],
+)
+def test_programs_and_heads_of_nemo(recipe: str, target: str, unsupported: set[str]) -> None:
+    model = {"_target_": f"nemo_automodel.{target}", "pretrained_model_name_or_path": "meta-llama/Llama-3.2-1B"}
+    plan = read({**VISION, "recipe": recipe, "model": model})
+    assert plan.unsupported.keys() == unsupported
+
+
+@pytest.mark.parametrize(
+    ("model", "stages", "own", "unsupported"),
+    [
+        ("meta-llama/Llama-3.2-1B", 2, {}, False),
+        ("meta-llama/Llama-3.2-1B", 2, {"patch_inner_model": False}, True),
+        ("meta-llama/Llama-3.2-1B", 1, {"patch_inner_model": False}, False),
+        ("zai-org/GLM-4.5-Air", 4, {"patch_inner_model": False, "patch_causal_lm_model": False}, False),
+    ],
+)
+def test_which_forward_a_stage_of_nemo_runs(model: str, stages: int, own: dict[str, bool], unsupported: bool) -> None:
+    """By default its own (`patch_inner_model: bool = True`, components/distributed/pipelining/config.py:87)."""
+    target = {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained", "pretrained_model_name_or_path": model}
+    plan = read(
+        {
+            "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
+            "model": target,
+            "step_scheduler": {"local_batch_size": 4},
+            "distributed": {"strategy": "fsdp2", "pp_size": stages, "pipeline": {"pp_schedule": "1f1b", **own}},
+        }
+    )
+    assert any(key.startswith("distributed.pipeline.patch") for key in plan.unsupported) is unsupported
