@@ -32,6 +32,7 @@ REASONS = {
     "call": "a call of a program beside those of its training",
     "megatron": "an argument of Megatron's commands, whose packages do not run here",
     "object": "an object that the program makes: the call which makes it has its keys",
+    "server": "an argument for a server of vLLM, to which the tool connects while it reads it",
     "trains": "the switch of the training itself, without which nothing is counted",
 }
 """Why neither a rehearsal nor a resolved config can have a key at two values."""

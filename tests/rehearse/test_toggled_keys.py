@@ -19,8 +19,7 @@ REHEARSED = [row for row in ROWS if row["by"] == "rehearsal"]
 OFTEN = 5
 """Published files that have a key."""
 NOT_TOGGLED: dict[Tool, int] = {
-    "llamafactory-v1": 3, "axolotl": 40, "nemo-automodel": 81, "swift": 29, "torchtune": 34, "transformers-examples": 8,
-    "trl": 20, "unsloth": 32,
+    "nemo-automodel": 81, "torchtune": 34, "trl": 20, "unsloth": 32,
 }  # fmt: skip
 """Tool → keys without effect in so many files that have no row. They may only become fewer."""
 OF_COMMITS = ("nemo-automodel",)
@@ -46,8 +45,10 @@ def test_each_key_of_many_files_was_toggled() -> None:
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[f"{row['tool']}-{len(list(keys(row)))}" for row in REHEARSED])
 def test_both_sides_of_a_rehearsal_hold_the_same(row: dict[str, Any]) -> None:
+    """Reserved bytes may differ by one segment of small tensors (2 MiB): of DPO with `rpo_alpha`, the loss of a token."""
     first, second = row["peaks"]
-    assert first == second
+    assert first["allocated"] == second["allocated"]
+    assert abs(first["reserved"] - second["reserved"]) in ((0, 2 * 2**20) if "rpo_alpha" in keys(row) else (0,))
 
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[f"{row['tool']}-{len(list(keys(row)))}" for row in REHEARSED])

@@ -65,3 +65,10 @@ def test_packed_rows_of_their_own_length() -> None:
     assert swift(packing_length=1024).options["seq_len"] == 2048
     assert "packing_length" in swift(packing_length=1024, packing=False).ignored
     assert "packing_length" in swift(packing_length=8192, sequence_parallel_size=2).unsupported
+
+
+@pytest.mark.parametrize("key", ["merge_lora", "save_safetensors"])
+def test_arguments_of_other_commands_of_ms_swift(key: str) -> None:
+    assert swift(**{key: False}).refused[key].instead == {key: None}
+    settings = {"model": "Qwen/Qwen2.5-7B-Instruct", key: False}
+    assert key in read_values(settings, file="a.sh", tool="swift", kind="command", program="megatron sft").ignored
