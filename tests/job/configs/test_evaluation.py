@@ -16,6 +16,15 @@ NEMO = {
     "validation_dataset._target_": "nemo_automodel.components.datasets.llm.squad.make_squad_dataset",
 }
 
+UNSLOTH = {
+    "args.call": "SFTConfig",
+    "trainer.call": "SFTTrainer",
+    "args.per_device_train_batch_size": 4,
+    "args.eval_strategy": "steps",
+}
+GRPO = {"args.call": "GRPOConfig", "trainer.call": "GRPOTrainer"}
+EIGHT = {"args.per_device_eval_batch_size": 8}
+
 
 @pytest.mark.parametrize(
     ("tool", "values", "key"),
@@ -27,6 +36,8 @@ NEMO = {
         ("axolotl", {"micro_batch_size": 2, "eval_batch_size": 4, "val_set_size": 0.1}, "eval_batch_size"),
         ("torchtune", {"batch_size": 2, "batch_size_val": 4, "run_val_every_n_steps": 10}, "batch_size_val"),
         ("nemo-automodel", {**NEMO, "validation_dataloader.batch_size": 4}, "validation_dataloader.batch_size"),
+        ("unsloth", UNSLOTH | {"args.per_device_train_batch_size": 2}, "args.per_device_eval_batch_size"),
+        ("unsloth", UNSLOTH | GRPO | EIGHT, "args.per_device_eval_batch_size"),
     ],
 )
 def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: str) -> None:
@@ -45,10 +56,27 @@ def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: 
         ("axolotl", {"micro_batch_size": 2, "val_set_size": 0.1}, "eval_batch_size"),  # axolotl takes micro_batch_size
         ("torchtune", {"batch_size": 2, "batch_size_val": 4}, "batch_size_val"),
         ("nemo-automodel", NEMO, "validation_dataloader.batch_size"),
+        ("unsloth", UNSLOTH, "args.per_device_eval_batch_size"),  # 4 by Unsloth's default
+        ("unsloth", UNSLOTH | EIGHT, "args.per_device_eval_batch_size"),
     ],
 )
 def test_no_evaluation_or_no_more_rows(tool: Tool, values: dict[str, object], key: str) -> None:
     assert key not in read_values(values, file="a.yml", tool=tool).unsupported
+
+
+@pytest.mark.parametrize(
+    ("options", "exceeds"),
+    [
+        ("--gradient_accumulation_steps 32", False),
+        ("--gradient_accumulation_steps 4", True),  # four rows a rollout, eight an evaluation
+        ("--gradient_accumulation_steps 32 --local_rollout_forward_batch_size 4", True),
+    ],
+)
+def test_an_evaluation_of_ppo_is_part_of_a_rollout(tmp_path: Path, options: str, exceeds: bool) -> None:
+    file = tmp_path / "a.sh"
+    command = "python examples/scripts/ppo/ppo.py --model_name_or_path EleutherAI/pythia-1b-deduped --eval_strategy steps"
+    file.write_text(f"{command} --per_device_train_batch_size 1 {options}\n")
+    assert ("per_device_eval_batch_size" in peftplan.read_config(file).unsupported) is exceeds
 
 
 def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path) -> None:
