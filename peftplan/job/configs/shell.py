@@ -11,7 +11,7 @@ from peftplan.errors import RefusedError
 from peftplan.job.configs.branches import Variables, parts_of
 from peftplan.job.configs.detect import tool_of, trains
 from peftplan.job.configs.documents import BrokenFileError, Document, as_number
-from peftplan.job.configs.shell_lines import Line, script_of, words_of
+from peftplan.job.configs.shell_lines import Function, Line, script_of, words_of
 from peftplan.job.configs.shell_lines import commands as shell_lines
 
 PROGRAMS = (
@@ -49,6 +49,8 @@ EXIT = re.compile(r"exit(\s+0)?\s*")
 WRITTEN = "the script runs no training command; one in a file that it writes is read"
 MOST_DEPTH = 5
 """Functions that call each other."""
+MOST_LINES_OF_FUNCTIONS = 10_000
+"""The most lines that functions run; calls behind so many are not followed."""
 MOST_COMMANDS = 200
 LONGEST = 2**16
 """Characters of a command with its variables filled in; Linux takes no word above 2**17 bytes (`MAX_ARG_STRLEN`)."""
@@ -102,8 +104,8 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
     """
     script = script_of(text)
     commands = list(_Commands(script.functions, file).read(script.lines))
-    for body in script.functions.values() if not commands else ():
-        commands += _Commands(script.functions, file).read(body)
+    for first, body in script.functions.values() if not commands else ():
+        commands += _Commands(script.functions, file).read(body, first=first)
     if commands:
         yield from commands
         return
@@ -114,14 +116,14 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
 class _Commands:
     """Reads the commands of a script in their order."""
 
-    def __init__(self, functions: Mapping[str, list[str]], file: str) -> None:
+    def __init__(self, functions: Mapping[str, Function], file: str) -> None:
         self.functions, self.file = functions, file
         self.variables = Variables()
-        self.count, self.folder = 0, ""
+        self.count, self.lines, self.folder = 0, 0, ""
 
-    def read(self, lines: list[str], depth: int = 0) -> Iterator[Document]:
+    def read(self, lines: list[str], depth: int = 0, first: int = 1) -> Iterator[Document]:
         """The training commands of these lines."""
-        for line in shell_lines(lines):
+        for line in shell_lines(lines, first):
             if depth == 0 and not self.variables.in_block and EXIT.fullmatch(line.text):
                 return
             values = self.variables.values
@@ -157,8 +159,7 @@ class _Commands:
         elif words[0] == "cd" and len(words) == 2 and "$" not in words[1]:
             self.folder = os.path.join(self.folder, words[1])
         elif words[0] in self.functions and depth < MOST_DEPTH:
-            values |= {**environment, **{str(at): word for at, word in enumerate(words[1:], 1) if not OF_CALLER.fullmatch(word)}}
-            yield from self.read(self.functions[words[0]], depth + 1)
+            yield from self._function(words, environment, depth)
         elif (words := _unwrapped(words)) and self.count < MOST_COMMANDS and not HELP.intersection(words):
             self.count += 1
             program, settings, arguments = _command(words)
@@ -167,13 +168,31 @@ class _Commands:
                 document = Document(arguments, line.arguments, "command", program, settled, settings=settings, folder=self.folder)
                 yield document._replace(line=line.number, assumed=self.variables.doubts())
 
+    def _function(self, words: list[str], environment: Mapping[str, str], depth: int) -> Iterator[Document]:
+        """The training commands of a function, in which `$1` is its own first word, not that of the script."""
+        first, body = self.functions[words[0]]
+        self.lines += len(body)
+        if self.lines > MOST_LINES_OF_FUNCTIONS:
+            return
+        before = {name: value for name, value in self.variables.values.items() if name.isdecimal()}
+        own = {str(at): word for at, word in enumerate(words[1:], 1) if not OF_CALLER.fullmatch(word)}
+        self._positional(own)
+        self.variables.values |= environment
+        yield from self.read(body, depth + 1, first)
+        self._positional(before)
+
+    def _positional(self, words: Mapping[str, str]) -> None:
+        values = {name: value for name, value in self.variables.values.items() if not name.isdecimal()}
+        self.variables.values = {**values, **words}
+
 
 def _filled(text: str, variables: Mapping[str, str]) -> str:
     """The text with its variables and its sums; what is not known stays as it is."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[3]
-        return variables.get(name, match[2] if match[2] is not None else match[0])
+        default = match[2] if match[2] is not None else match[0]
+        return variables.get(name, default) or (default if ":" in match[0][: len(name) + 3] else "")
 
     def total(match: re.Match[str]) -> str:
         text = match[1] or match[2] or ""

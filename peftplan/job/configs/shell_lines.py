@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ INLINE = re.compile(r"`\s*#[^`]*`")
 COMMENT = re.compile(r"\s#[^'\"\\]*$")
 MOST_LINES = 100
 """The most lines of a quoted text or an array."""
+MOST_UNCLOSED = 20
+"""The most quotes and brackets that nothing closes; lines behind so many are read one by one."""
+MOST_FUNCTIONS = 200
 HERE = re.compile(r"(?<!<)<<-?\s*(['\"\\]?)(\w+)\1(?!<)")
 """The beginning of lines that a command reads, up to one of this word alone."""
 RUNS_TEXT = re.compile(
@@ -36,12 +40,19 @@ class Line(NamedTuple):
     arguments: Mapping[str, int] = MappingProxyType({})
 
 
+class Function(NamedTuple):
+    """The number of its first line, and its lines."""
+
+    number: int
+    lines: list[str]
+
+
 class Script(NamedTuple):
     """What a script runs; what it writes into files; and its functions, by name. Lines keep their numbers."""
 
     lines: list[str]
     written: list[str]
-    functions: dict[str, list[str]]
+    functions: dict[str, Function]
 
 
 def script_of(text: str) -> Script:
@@ -53,6 +64,7 @@ def script_of(text: str) -> Script:
 def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
     """The lines without the texts that commands such as `cat <<EOF` are given; and those that go into a file."""
     runs, written = list(lines), [""] * len(lines)
+    ends = _places(line.strip() for line in lines)
     index = 0
     while index < len(lines):
         match = HERE.search(lines[index])
@@ -60,7 +72,7 @@ def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
             index += 1
             continue
         start = index + 1
-        end = next((at for at in range(start, len(lines)) if lines[at].strip() == match[2]), None)
+        end = _first(ends.get(match[2], ()), start)
         index = start if end is None else end + 1
         if end is None:
             continue
@@ -72,50 +84,66 @@ def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
     return runs, written
 
 
-def _without_functions(lines: list[str], written: list[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    runs, functions = list(lines), dict[str, list[str]]()
-    index = 0
-    while index < len(lines):
+def _without_functions(lines: list[str], written: list[str]) -> tuple[list[str], list[str], dict[str, Function]]:
+    runs, functions = list(lines), dict[str, Function]()
+    ends = _places(line.rstrip() for line in lines)
+    index = count = 0
+    while index < len(lines) and count < MOST_FUNCTIONS:
         match = FUNCTION.fullmatch(lines[index])
         start = index
         index += 1
         if match is None:
             continue
-        closing = f"{match[1]}}}"
-        end = next((at for at in range(index, len(lines)) if lines[at].rstrip() == closing), None)
+        end = _first(ends.get(f"{match[1]}}}", ()), index)
         if end is not None:
-            body = [""] * len(lines)
-            body[index:end] = [line.removeprefix("{") if at == 0 else line for at, line in enumerate(lines[index:end])]
-            functions[match[2] or match[3]] = body
+            count += 1
+            body = [line.removeprefix("{") if at == 0 else line for at, line in enumerate(lines[index:end])]
+            functions[match[2] or match[3]] = Function(index + 1, body)
             runs[start : end + 1] = [""] * (end + 1 - start)
             index = end + 1
     return runs, written, functions
 
 
-def commands(script: list[str]) -> Iterator[Line]:
-    """Commands: lines with those that they continue on, without comments."""
-    lines = [(number, line) for number, line in enumerate(script, 1) if line and not line.lstrip().startswith("#")]
-    index = 0
+def _places(lines: Iterable[str]) -> dict[str, list[int]]:
+    """Line → where it stands, in order."""
+    places: dict[str, list[int]] = {}
+    for at, line in enumerate(lines):
+        places.setdefault(line, []).append(at)
+    return places
+
+
+def _first(places: Sequence[int], start: int) -> int | None:
+    """The first place from `start` on."""
+    at = bisect_left(places, start)
+    return places[at] if at < len(places) else None
+
+
+def commands(script: list[str], first: int) -> Iterator[Line]:
+    """Commands: lines with those that they continue on, without comments. `first`: the number of the first line."""
+    lines = [(number, line) for number, line in enumerate(script, first) if line and not line.lstrip().startswith("#")]
+    index, unclosed = 0, 0
     while index < len(lines):
         number, end = lines[index][0], index
         parts = [lines[index][1]]
-        while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts):
+        while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts, is_quoted=unclosed < MOST_UNCLOSED):
             end += 1
             parts.append(COMMENT.sub("", lines[end][1]))
-        if _goes_on(parts) and not parts[0].rstrip().endswith("\\"):  # no quote or bracket closes what this line opens
-            end, parts = index, parts[:1]
+        if _goes_on(parts, is_quoted=unclosed < MOST_UNCLOSED) and not parts[0].rstrip().endswith(
+            "\\"
+        ):  # no quote or bracket closes what this line opens
+            end, parts, unclosed = index, parts[:1], unclosed + 1
         arguments: Mapping[str, int] = MappingProxyType({})
-        for part, (at, _) in zip(parts, lines[index:], strict=False):
+        for part, (at, _) in zip(parts, lines[index : end + 1], strict=True):
             names = ((option or key).replace("-", "_") for option, key in ARGUMENT.findall(part))
             arguments = {**dict.fromkeys(names, at), **arguments}
         yield Line(number, " ".join(part.rstrip().removesuffix("\\") for part in parts), arguments)
         index = end + 1
 
 
-def _goes_on(parts: list[str]) -> bool:
-    """Whether a command goes on in the next line: behind a backslash, in a quoted text, or in an array."""
-    if parts[-1].rstrip().endswith("\\"):
-        return True
+def _goes_on(parts: list[str], *, is_quoted: bool) -> bool:
+    """Whether a command goes on in the next line: behind a backslash or, with `is_quoted`, in a quoted text or an array."""
+    if parts[-1].rstrip().endswith("\\") or not is_quoted:
+        return parts[-1].rstrip().endswith("\\")
     text = " ".join(part.rstrip().removesuffix("\\") for part in parts)
     if re.match(r"\s*\w+\+?=\(", text) and not text.rstrip().endswith(")"):
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import process_time
 
 import pytest
 
@@ -256,3 +257,36 @@ def test_a_command_in_a_file_that_the_script_writes(tmp_path: Path) -> None:
     path = tmp_path / "run.sh"
     path.write_text(f"cat > job.sh <<EOF\n{COMMAND} 4\nEOF\nqsub job.sh\n")
     assert "a file that it writes" in peftplan.read_config(path).assumed["command"]
+
+
+def test_the_words_of_a_function_are_not_those_of_the_script(tmp_path: Path) -> None:
+    script = (
+        f'log() {{\n  echo "$1"\n}}\nlog "Qwen/Qwen2.5-0.5B"\n{SWIFT} --model ${{1:-Qwen/Qwen2.5-7B-Instruct}} --max_length 512\n'
+    )
+    assert read(tmp_path, script).model == "Qwen/Qwen2.5-7B-Instruct"
+    script = f"run() {{\n  {SWIFT} --max_length ${{1:-512}}\n}}\ntrain() {{\n  log 8\n  run\n}}\nlog() {{\n  :\n}}\ntrain 1024\n"
+    assert read(tmp_path, script).options["seq_len"] == 512
+
+
+def test_the_default_of_an_empty_variable(tmp_path: Path) -> None:
+    """Behind `:-` it counts where the variable is empty, behind `-` where it is not set."""
+    plan = read(tmp_path, f"LENGTH=''\nMORE=''\n{SWIFT} --max_length ${{LENGTH:-512}} ${{MORE---max_length 1024}}")
+    assert plan.options["seq_len"] == 512
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "a() {\n" + "  b\n" * 60 + "}\nb() {\n" + "  a\n" * 60 + "}\na\n",
+        "a() {\n}\n" * 20_000,
+        "a() {\n" * 40_000,
+        "cat <<E\n" * 40_000,
+        'echo "\n' * 20_001,
+        "A=(\n" * 40_000,
+    ],
+    ids=["calls", "functions", "open functions", "texts", "quotes", "arrays"],
+)
+def test_a_script_that_repeats_itself_is_read_in_seconds(tmp_path: Path, script: str) -> None:
+    before = process_time()
+    assert read(tmp_path, f"{SWIFT} --max_length 512\n{script}").options["seq_len"] == 512
+    assert process_time() - before < 20  # minutes before
