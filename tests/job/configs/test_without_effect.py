@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftplan.job.configs.plan import ConfigPlan
+from peftplan.job.configs.plan import ConfigPlan, Tool
 from peftplan.job.configs.read import read_values
 
 
@@ -72,3 +72,27 @@ def test_arguments_of_other_commands_of_ms_swift(key: str) -> None:
     assert swift(**{key: False}).refused[key].instead == {key: None}
     settings = {"model": "Qwen/Qwen2.5-7B-Instruct", key: False}
     assert key in read_values(settings, file="a.sh", tool="swift", kind="command", program="megatron sft").ignored
+
+
+@pytest.mark.parametrize("key", ["gc_steps", "gc_collect_steps"])
+def test_axolotl_empties_the_cache(key: str) -> None:
+    """It reads gc_steps as torch_empty_cache_steps too, which was a bound."""
+    assert axolotl(**{key: 1}).unsupported[key].effect == "lowers"
+    assert key in axolotl(**{key: None}).ignored
+
+
+@pytest.mark.parametrize("tool", ["trl", "llamafactory", "swift", "axolotl"])
+@pytest.mark.parametrize("key", ["split_batches", "gradient_accumulation_kwargs.sync_each_batch"])
+def test_fields_of_accelerate_s_config_that_lower_the_peak(tool: Tool, key: str) -> None:
+    name = f"accelerator_config.{key}"
+    assert read_values({name: True}, file="a.yml", tool=tool).unsupported[name].effect == "lowers"
+    assert name in read_values({name: False}, file="a.yml", tool=tool).ignored
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "supported"),
+    [("all", True), ("last_round+ignore_empty_think", True), ("hermes", False), ("last_round+react", False)],
+)
+def test_ms_swift_weighs_tokens(loss_scale: str, supported: bool) -> None:
+    """Where weights are not 0 and 1 alone, it takes the labels from the model and computes the loss of each token."""
+    assert ("loss_scale" in swift(loss_scale=loss_scale).unsupported) is not supported
