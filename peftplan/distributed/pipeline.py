@@ -18,6 +18,8 @@ from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
 
 INTERLEAVED = "interleaved1f1b"
+FURTHER = "mtp."
+"""How names of layers begin that predict further tokens."""
 STAGES_OF_INTERLEAVED = 2
 """Stages of a rank where no number of layers is set."""
 MORE, ROUNDS = 32, 12
@@ -80,12 +82,15 @@ def _count(distributed: Distributed, layers: int) -> int:
 
 def on_stages(parameters: Iterable[Parameter], architecture: Architecture, stages: Iterable[Stage]) -> Iterator[Parameter]:
     """The parameters of stages: their layers, the embedding and towers on the first one, all else on the last one, which has a
-    tied embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`)."""
+    tied embedding too (transformers, distributed/pipeline_parallel.py, `apply_pipeline_parallelism`). No stage has layers that
+    predict further tokens."""
     everything, stages = [*parameters], [*stages]
     here = frozenset(layer for stage in stages for layer in stage.layers)
     first, last = any(stage.first for stage in stages), any(stage.last for stage in stages)
     tied = all(p.name != f"{architecture.output_embedding}.weight" for p in everything)
     for p in everything:
+        if p.name.startswith(FURTHER):
+            continue
         if of_tower(p):
             if first:
                 yield p

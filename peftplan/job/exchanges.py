@@ -37,11 +37,16 @@ OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
-    "qwen3_5_moe": tuple(
-        Exchanged(("deepep.exchange",), ADAMW, checkpoints, True, method)
-        for method, checkpoints in (("partial", False), ("partial", True), ("lora", False))
+    "qwen3_5_moe": (
+        Exchanged(("deepep.exchange",), ADAMW, False, True, "partial"),
+        Exchanged(("deepep.exchange",), ADAMW, True, True, "partial"),
+        Exchanged(("deepep.exchange",), ADAMW, False, True, "lora"),
+        Exchanged(("hybridep.exchange",), ADAMW, False, True, "partial", stages=True, whole=True),
     ),
-    "qwen3_vl_moe": (Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, False, True, "partial"),),
+    "qwen3_vl_moe": (
+        Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, False, True, "partial"),
+        Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, "partial", shared=True, stages=True, whole=True),
+    ),
     "minimax_m2": (
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),

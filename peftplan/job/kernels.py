@@ -258,7 +258,7 @@ OF_PACKAGE = {
     "deepep": (*DIVIDED, "gemma4", "qwen3_vl_moe", "qwen3_5_moe"),
     **dict.fromkeys(("uccl", "te-experts"), DIVIDED),
     "te-linear": (*DIVIDED, "qwen3_vl_moe"),
-    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa", "qwen3_next"),
+    "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
     "torch-norm": ("llama", "qwen2"),
     "te-norm": ("gpt_oss", "nemotron_h"),
     "mamba-ssm": SCANNING,

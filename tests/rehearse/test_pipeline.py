@@ -35,6 +35,9 @@ OF_SPARSE = {
 }
 """Per cent of GLM-5, by how many ranks divide its experts: 14 and 27 MB, most of them blocks that the allocator leaves unsplit;
 of reserved ones 1.1 GiB, where gradients of 32 experts have 2.4 GB in each of three layers, and 66 MiB."""
+OF_TEXT_PARTS = ("qwen3-vl-30b-a3b-instruct", "qwen3.5-35b-a3b")
+"""Mixtures with a tower: their reserved bytes are not stated, since those of their delta rule and of experts that are divided
+beside a tower depend on addresses."""
 LARGEST_OF_PHASE = 0.16
 """Per cent of forward and of backward. These rehearsals counted what a schedule makes before the first forward, its buffers and
 what it gathers, to the phase before, to loading and to the step, as no later one does (`Watch.watch_schedules`)."""
@@ -50,7 +53,7 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     stated = {"allocated": peaks.allocated, "reserved": peaks.reserved}
     drifts = {what: 100 * (value / row[what] - 1) for what, value in stated.items() if value is not None}
     adapts_in_order = (row["options"]["method"], row["options"]["pp_schedule"]) == ("lora", "1f1b")
-    assert (peaks.reserved is None) == adapts_in_order  # 0 and +6.8 % by the replay
+    assert (peaks.reserved is None) == (adapts_in_order or row["model"] in OF_TEXT_PARTS)  # 0 and +6.8 % by the replay
     beside = SYNCED if row["options"].get("sync_each_batch") else BESIDE_EXPERTS
     beside = OF_SPARSE[row["options"]["ep_size"]] if row["model"] == "glm-5" else beside
     beside = OF_GATHERED if row["model"] == "deepseek-v3" else beside

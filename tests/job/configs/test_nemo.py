@@ -834,6 +834,31 @@ def test_a_stage_has_the_ranks_that_own_its_experts(stages: int, owners: int, no
 
 
 @pytest.mark.parametrize(
+    ("name", "linear", "kernels"),
+    [
+        ("Qwen/Qwen3-VL-235B-A22B-Instruct", "te", "hybridep,te-linear"),
+        ("Qwen/Qwen3.5-397B-A17B", "torch", "hybridep"),
+    ],
+)
+def test_stages_of_vision_language_mixtures_have_a_formula(name: str, linear: str, kernels: str) -> None:
+    turns = {
+        "pp_schedule": "interleaved1f1b",
+        "pp_microbatch_size": 1,
+        "patch_inner_model": False,
+        "patch_causal_lm_model": False,
+    }
+    distributed = {"strategy": "fsdp2", "dp_size": "none", "pp_size": 4, "ep_size": 32, "pipeline": turns}
+    backend = BY_DEEPEP | {"attn": "sdpa", "linear": linear, "dispatcher": "hybridep"}
+    loss = {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"}
+    model = {"pretrained_model_name_or_path": name, "backend": backend}
+    plan = of_nemo(distributed, model=model, recipe="FinetuneRecipeForVLM", loss_fn=loss)
+    assert plan.unsupported == {}
+    assert plan.options["kernels"] == kernels
+    whole = of_nemo(distributed | {"pp_size": 1}, model=model, recipe="FinetuneRecipeForVLM", loss_fn=loss)
+    assert "model.backend.dispatcher" in whole.unsupported
+
+
+@pytest.mark.parametrize(
     ("name", "model", "distributed", "more", "known"),
     [
         ("google/gemma-4-E2B-it", {"use_liger_kernel": True, "text_config": {"use_cache": True}}, {}, {}, True),
