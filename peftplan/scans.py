@@ -4,11 +4,17 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MOST_LEFT = 2**18
+"""Objects that work may leave until they are scanned. Python starts a full scan by the number of those that survived its own
+scans, among which they are not: a process that planned 500 jobs had 4.2 million objects, half of them garbage."""
+_num_left = 0
+
 
 @contextmanager
 def no_scans() -> Iterator[None]:
     """Leave the garbage collector off meanwhile, and what is left to its next full scan. Its scans took a fifth of the time in
     which a job is compiled."""
+    global _num_left
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -16,6 +22,10 @@ def no_scans() -> Iterator[None]:
     finally:
         if enabled:
             if not gc.get_freeze_count():  # what a program has set aside stays aside
+                _num_left += gc.get_count()[0]
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+            if _num_left > MOST_LEFT:
+                _num_left = 0
+                gc.collect()
