@@ -208,6 +208,10 @@ class RefusedError(PeftplanError):
     """A combination that makes sense as input but that the real libraries refuse, for the reason given."""
 
 
+class UnsupportedKeyError(RefusedError):
+    """A key of a user's file that is not supported. Its reason names keys of that file, not options."""
+
+
 class NeedsTraceError(PeftplanError):
     """What the closed formulas do not cover and the trace engine does; the message names the part of the job."""
 

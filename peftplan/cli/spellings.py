@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import click
 
-from peftplan.errors import InputError, PeftplanError, UnknownNameError, UnknownOptionError
+from peftplan.errors import InputError, PeftplanError, UnknownNameError, UnknownOptionError, UnsupportedKeyError
 from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, our_value, refuse, twice
 
 
@@ -22,7 +22,8 @@ def as_typed(error: PeftplanError, fields: Mapping[str, str], spellings: Mapping
         return str(error)
     field, colon, rest = str(error).partition(": ")
     text = f"{fields.get(field, field)}{colon}{rest}"
-    if isinstance(error, UnknownNameError) and ": " in error.field:  # a field of a file, which has names of its own
+    in_file = isinstance(error, UnknownNameError) and ": " in error.field
+    if in_file or isinstance(error, UnsupportedKeyError):  # a file has names of its own
         return text
     return _FIELD.sub(lambda match: spellings.get(match[0], match[0]), text)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, cast
 
 from peftplan.ledger import Ledger, Line
@@ -13,24 +14,35 @@ if TYPE_CHECKING:
 
 def line_documents(shown: Ledger, by_phase: Mapping[str, Ledger]) -> list[LineDocument]:
     """One record per line of the ledger that is shown. `by_phase`: a phase → the tensors at its peak."""
+    last = Counter(_identity(line) for line in shown)
     bytes_by_phase: dict[tuple[object, ...], dict[str, int]] = {}
     for phase, ledger in by_phase.items():
-        for line in ledger:
-            of_line = bytes_by_phase.setdefault(_identity(line), {})
+        for number, line in _numbered(ledger):
+            same = _identity(line)
+            of_line = bytes_by_phase.setdefault((*same, min(number, max(last[same] - 1, 0))), {})
             of_line[phase] = of_line.get(phase, 0) + line.bytes()
     facts = [
         {
             "category": line.category,
             "name": line.name.replace("{}", "*"),
             "bytes": line.bytes(),
-            "bytes_by_phase": bytes_by_phase.get(_identity(line), {}),
+            "bytes_by_phase": bytes_by_phase.get((*_identity(line), number), {}),
             "place": line.place,
             "formula": line.formula,
             "source": line.source,
         }
-        for line in shown
+        for number, line in _numbered(shown)
     ]
     return cast("list[LineDocument]", facts)
+
+
+def _numbered(ledger: Ledger) -> Iterator[tuple[int, Line]]:
+    """Each line, and how many lines before it are the same: a step counter of each of three groups of an optimizer."""
+    before: Counter[tuple[object, ...]] = Counter()
+    for line in ledger:
+        same = _identity(line)
+        yield before[same], line
+        before[same] += 1
 
 
 def _identity(line: Line) -> tuple[object, ...]:

@@ -104,6 +104,16 @@ def test_verdicts() -> None:
     assert (large["name"], large["verdict"]) == ("b200", "fits")
 
 
+def test_lines_of_one_name_add_up_in_each_phase() -> None:
+    """DeepSpeed steps a flat tensor for each group of parameters, so the optimizer has as many step counters of one name."""
+    memory = estimate("mistral-7b-v0.3", "--method", "full", "--strategy", "zero3", "--gpus", "3", "--seq-len", "128")["memory"]
+    counters = [line for line in memory["lines"] if line["name"].endswith(".step")]
+    assert memory["peak_phase"] == "backward"
+    assert len(counters) > 1
+    assert [line["bytes_by_phase"]["backward"] for line in counters] == [line["bytes"] for line in counters]
+    assert sum(line["bytes_by_phase"]["backward"] for line in memory["lines"]) == memory["peak_allocated"]
+
+
 def test_csv_holds_the_lines_of_the_json() -> None:
     job = ("./tiny.json", "--quant", "nf4", "--optim", "adafactor")
     exact = estimate(*job)

@@ -56,7 +56,8 @@ def of_script(text: str, *, file: str, command: Values | None = None, variables:
     try:
         tree = ast.parse(_without_magics(text) if text.startswith(DATABRICKS) else text)
     except UNREADABLE as error:
-        raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {error}") from None
+        why = str(error) or "expressions are nested too deeply"
+        raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {why}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     return _document(_read(_with_modules(tree.body, file), {}, file, command, variables), file)._replace(comments=comments)
 

@@ -195,7 +195,8 @@ class Reading:
             if option in UNLIMITED and re.fullmatch(r"-\d+|0", text):
                 return None
             if isinstance(value, bool) or not re.fullmatch(r"\d+(\.0*)?", text) or not 0 < float(text) < 2**31:
-                raise FileError(self.file, self.effective.line(key), key, value, "accepted: a whole number of at least 1")
+                accepted = "accepted: a whole number from 1 to 2,147,483,647"
+                raise FileError(self.file, self.effective.line(key), key, value, accepted)
             return int(float(text))
         if option in TEXTS and not isinstance(value, str):
             raise FileError(self.file, self.effective.line(key), key, value, "accepted: a string")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import peftplan.methods as methods
 from peftplan.arch import catalogue
 from peftplan.distributed.names import ALWAYS, OPTIONS, STRATEGIES
-from peftplan.errors import PeftplanError, RefusedError, UnknownNameError
+from peftplan.errors import PeftplanError, RefusedError, UnknownNameError, UnsupportedKeyError
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.models import is_folder
 from peftplan.job.configs.plan import LOADING_AS_TOLD, ConfigPlan, Effect, Tool, Unsupported, bound
@@ -77,7 +77,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     unsupported = plan.without(chosen_options)
     if strict and unsupported:
         key, row = next(iter(unsupported.items()))
-        raise RefusedError(f"config: {plan.places.get(key, file)}: {key} is not supported: {row.why}")
+        raise UnsupportedKeyError(f"config: {plan.places.get(key, file)}: {key} is not supported: {row.why}")
     for why, change in plan.refusals(chosen_options).items() if strict else ():
         raise RefusedError(f"config: {file}: {why}; it runs {change}")
     options = dict(plan.options)

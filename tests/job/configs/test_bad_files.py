@@ -55,6 +55,8 @@ LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("a.json", "[1]", r"a\.json: accepted: a JSON object"),
         ("a.sh", "echo hello\n", r"a\.sh: accepted: a script with a training command"),
         ("a.py", "import torch (\n", r"a\.py:1: not Python"),
+        ("a.py", f"x = {'-' * 100_000}1\n", r"a\.py: not Python: [a-z]"),
+        ("a.yml", AXOLOTL + f"sequence_len: {10**22}\n", r"a\.yml:3: sequence_len: .*from 1 to 2,147,483,647"),
         ("a.py", "print(1)\n", r"a\.py: accepted: a program"),
         ("a.ipynb", "{}", r"a\.ipynb: not a notebook"),
         ("a.yml", "adapter: lora\nmicro_batch_size: 1\nbase_model:\n", r"a\.yml names no model"),
