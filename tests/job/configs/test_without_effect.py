@@ -96,3 +96,27 @@ def test_fields_of_accelerate_s_config_that_lower_the_peak(tool: Tool, key: str)
 def test_ms_swift_weighs_tokens(loss_scale: str, supported: bool) -> None:
     """Where weights are not 0 and 1 alone, it takes the labels from the model and computes the loss of each token."""
     assert ("loss_scale" in swift(loss_scale=loss_scale).unsupported) is not supported
+
+
+@pytest.mark.parametrize(
+    ("values", "supported"),
+    [
+        ({"max_length": 1024}, True),
+        ({"max_length": 1000}, False),  # 1,024 tokens
+        ({"pad_to_multiple_of": None}, True),
+        ({}, True),  # max_length is 1,024 where the file says none
+        ({"max_seq_length": 1000}, False),
+    ],
+)
+def test_trl_pads_rows_beyond_their_length(values: dict[str, Any], supported: bool) -> None:
+    settings = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "output_dir": "o", "pad_to_multiple_of": 64}
+    plan = read_values(settings | values, file="a.yml", tool="trl")
+    assert ("pad_to_multiple_of" in plan.unsupported) is not supported
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "SEQ_CLS"])
+def test_an_adapter_of_a_reward_model_needs_its_task(task: str | None) -> None:
+    """peft's `PeftModelForCausalLM` reads `prepare_inputs_for_generation`, which a model that scores does not have."""
+    values = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "use_peft": True} | ({} if task is None else {"lora_task_type": task})
+    plan = read_values(values, file="a.sh", tool="trl", kind="command", program="trl reward")
+    assert ("lora_task_type" in plan.refused) is (task != "SEQ_CLS")
