@@ -19,7 +19,7 @@ REHEARSED = [row for row in ROWS if row["by"] == "rehearsal"]
 OFTEN = 5
 """Published files that have a key."""
 NOT_TOGGLED: dict[Tool, int] = {
-    "nemo-automodel": 81, "torchtune": 34, "trl": 20, "unsloth": 32,
+    "nemo-automodel": 3, "trl": 20, "unsloth": 32,
 }  # fmt: skip
 """Tool → keys without effect in so many files that have no row. They may only become fewer."""
 OF_COMMITS = ("nemo-automodel",)
@@ -45,9 +45,11 @@ def test_each_key_of_many_files_was_toggled() -> None:
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[f"{row['tool']}-{len(list(keys(row)))}" for row in REHEARSED])
 def test_both_sides_of_a_rehearsal_hold_the_same(row: dict[str, Any]) -> None:
-    """Reserved bytes may differ by one segment of small tensors (2 MiB): of DPO with `rpo_alpha`, the loss of a token."""
+    """Reserved bytes may differ by one segment of small tensors (2 MiB): of DPO with `rpo_alpha`, the loss of a token. Allocated
+    bytes may differ by one number that a loop keeps, a block of 512 bytes: the loss that NeMo Automodel validates, and what
+    torchtune logs."""
     first, second = row["peaks"]
-    assert first["allocated"] == second["allocated"]
+    assert abs(first["allocated"] - second["allocated"]) in ((0, 512) if row["tool"] in ("nemo-automodel", "torchtune") else (0,))
     assert abs(first["reserved"] - second["reserved"]) in ((0, 2 * 2**20) if "rpo_alpha" in keys(row) else (0,))
 
 
