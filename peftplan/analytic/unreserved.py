@@ -116,7 +116,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
         _times_matrices,
         "the first step of torchao's AdamW times kernels beside a buffer of 256 MiB and copies of whole matrices: rehearsals of "
-        "three and four layers reserved 2 and 6 % less than the replay",
+        "three to five layers reserved up to 8 % less than the replay",
     ),
     (_packs_for_experts, "one tensor per expert over DeepEP: a rehearsal of three layers reserved 21 % more than the replay"),
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
