@@ -94,6 +94,7 @@ LLAMAFACTORY = {"stage": "sft", "per_device_train_batch_size": 2, "per_device_ev
 def test_logits_of_an_evaluation_beside_liger_s_loss(tool: Tool, values: dict[str, object], key: str) -> None:
     """Its forward leaves logits out in training alone. LoRA of six layers of Qwen2.5 0.5B by axolotl, 2 x 1024 tokens, rehearsed:
     594,902,016 bytes without an evaluation, 3,596,961,792 with one of as many rows. Without Liger's loss the step has more.
+    The same job by LLaMA-Factory 0.9.5: 677,430,784 in backward, 3,601,850,368 in the evaluation.
     """
     assert read_values(values, file="a.yml", tool=tool).unsupported[key].effect == "raises"
     fused = {"liger_fused_linear_cross_entropy", "enable_liger_kernel"}
