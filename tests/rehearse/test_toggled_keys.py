@@ -19,7 +19,7 @@ REHEARSED = [row for row in ROWS if row["by"] == "rehearsal"]
 OFTEN = 5
 """Published files that have a key."""
 NOT_TOGGLED: dict[Tool, int] = {
-    "nemo-automodel": 3, "trl": 20, "unsloth": 32,
+    "nemo-automodel": 3, "unsloth": 2,
 }  # fmt: skip
 """Tool → keys without effect in so many files that have no row. They may only become fewer."""
 OF_COMMITS = ("nemo-automodel",)
