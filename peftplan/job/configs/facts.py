@@ -83,7 +83,7 @@ class Facts:
 
     def _row_of(self, key: str) -> Known | None:
         default, at = self.schema.get(key, (None, self._place_above(key)))
-        row = self.rows.get(key) or next((row for name, row in self._patterns() if fnmatchcase(key, name)), None)
+        row = self.rows.get(key) or next((row for name, row in self._patterns_of(key) if fnmatchcase(key, name)), None)
         if row is None and "." in key:
             above = key.rpartition(".")[0]
             while above and row is None:
@@ -126,8 +126,16 @@ class Facts:
                 by_key.append((key, meant, row.get("at", at)))
         return tuple(by_key)
 
-    def _patterns(self) -> Iterator[tuple[str, Row]]:
-        return ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))
+    def _patterns_of(self, key: str) -> Iterator[tuple[str, Row]]:
+        """The patterns that may stand for a key: one that keys of the schema match stands for these alone."""
+        listed = key in self.schema or bool(self._place_above(key))
+        return ((name, row) for name, row, names_listed in self._patterns if listed or not names_listed)
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[str, Row, bool], ...]:
+        """Each pattern, and whether a key of the schema matches it."""
+        rows = ((name, row) for name, row in self.rows.items() if "*" in name and not name.endswith(".*"))
+        return tuple((name, row, any(fnmatchcase(key, name) for key in self.schema)) for name, row in rows)
 
     @property
     def called(self) -> str:

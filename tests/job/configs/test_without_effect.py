@@ -120,3 +120,25 @@ def test_an_adapter_of_a_reward_model_needs_its_task(task: str | None) -> None:
     values = {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "use_peft": True} | ({} if task is None else {"lora_task_type": task})
     plan = read_values(values, file="a.sh", tool="trl", kind="command", program="trl reward")
     assert ("lora_task_type" in plan.refused) is (task != "SEQ_CLS")
+
+
+@pytest.mark.parametrize(
+    ("tool", "key"),
+    [
+        ("axolotl", "eval_foobar"),
+        ("axolotl", "dion_foo"),
+        ("swift", "log_foo"),
+        ("trl", "dataset_foo"),
+        ("llamafactory", "preprocessing_foo"),
+    ],
+)
+def test_a_key_that_the_schema_lacks_is_not_without_effect_by_how_it_begins(tool: Tool, key: str) -> None:
+    plan = read_values({key: 1}, file="a.yml", tool=tool)
+    assert "not a key of" in plan.unsupported[key].why
+
+
+def test_a_key_below_one_of_the_schema_is_without_effect_as_that_one() -> None:
+    assert (
+        "chat_template_kwargs.enable_thinking"
+        in read_values({"chat_template_kwargs.enable_thinking": False}, file="a.yml", tool="trl").ignored
+    )
