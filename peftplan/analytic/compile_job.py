@@ -165,7 +165,8 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     lasting = tuple(line for line in static if line.category != on_tape and line.place == "device")
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.makes(line))
-    if early and job.distributed is not None and job.distributed.strategy == "fsdp2":  # those of shards come with the first step
+    on_fsdp2 = job.distributed is not None and job.distributed.strategy == "fsdp2"
+    if early and on_fsdp2 and setup.by.prepares_model:  # accelerate divides behind it: those of shards come with the first step
         twice = states_made_twice(job, inventory.parameters, optimizer)
         early = tuple(line for line in early if line in twice)
     idle = frozenset(() if early else model.units.idle(model.idle()))
@@ -186,7 +187,6 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        on_fsdp2 = job.distributed is not None and job.distributed.strategy == "fsdp2"
         divides_after = job.quant is not None or (on_fsdp2 and job.method_name != "full")  # else they are what is being divided
         whole = states_made_twice(job, inventory.parameters, optimizer, divided=False) if divides_after else Ledger(())
         left = () if job.distributed is None else rank_loading.shards_left(load, Ledger(loaded))

@@ -273,7 +273,7 @@ def states_made_twice(job: Job, built: Parameters, optimizer: Optimizer, *, divi
         return Ledger(())
     adapter = tuple(p for p in built.all if p.owner == "adapter" and p.trainable)
     if distributed.strategy == "fsdp2":
-        if job.method_name == "full":  # which accelerate casts before it divides them
+        if job.method_name == "full" and job.setup.by.prepares_model:  # accelerate casts, then divides
             adapter = tuple(p._replace(dtype="fp32") for p in built.all if p.trainable)
         whole = [(f"{p.name}, whole", p.dtype, p.shape, p.copies) for p in adapter]
         steps = [(f"step of {p.name}, whole", "fp32", (1,), p.copies) for p in adapter]
