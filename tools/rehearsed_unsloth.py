@@ -2,7 +2,8 @@
 
     python -m tools.rehearsed_unsloth FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values`, the arguments of the calls that `CALLS` names, and how many `layers` of the model run.
+FILE holds a row of JSON per job: `values`, the arguments of the calls that `CALLS` names, how many `layers` of the model run, and
+the `loader` where it is not FastLanguageModel.
 Rows are as long as `max_seq_length` says. Needs unsloth, and the CUDA build of torch.
 """
 
@@ -21,14 +22,21 @@ from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
 CALLS = {
-    "load": "model, tokenizer = FastLanguageModel.from_pretrained({})",
-    "lora": "model = FastLanguageModel.get_peft_model(model, {})",
+    "load": "model, tokenizer = LOADER.from_pretrained({})",
+    "lora": "model = LOADER.get_peft_model(model, {})",
     "args": "arguments = SFTConfig({})",
     "trainer": "trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, {})",
 }
 """Kind of a call → the call, whose arguments a row names."""
 DATA = 'rows = Dataset.from_dict({{"text": ["{}"] * 64}})'
-IMPORTS = "from unsloth import FastLanguageModel\nfrom datasets import Dataset\nfrom trl import SFTConfig, SFTTrainer"
+IMPORTS = "\n".join(
+    (
+        "from unsloth import LOADER",
+        "from datasets import Dataset",
+        "from transformers import AutoModelForCausalLM",
+        "from trl import SFTConfig, SFTTrainer",
+    )
+)
 SHARED: dict[str, Any] = {"args": {"report_to": "none", "save_strategy": "no", "max_steps": 4, "output_dir": "saved"}}
 """Arguments of every job."""
 CARD = "a100-80gb"
@@ -43,7 +51,7 @@ def program(row: dict[str, Any], model: str) -> str:
     }
     data = DATA.format("abcd" * 2 * calls["load"]["max_seq_length"])
     lines = (IMPORTS, data, *(call.format(spelled[kind]) for kind, call in CALLS.items()), "trainer.train()")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("LOADER", row.get("loader", "FastLanguageModel"))
 
 
 def _spelled(value: object) -> str:

@@ -18,10 +18,6 @@ ROWS = rows()
 REHEARSED = [row for row in ROWS if row["by"] == "rehearsal"]
 OFTEN = 5
 """Published files that have a key."""
-NOT_TOGGLED: dict[Tool, int] = {
-    "nemo-automodel": 3, "unsloth": 2,
-}  # fmt: skip
-"""Tool → keys without effect in so many files that have no row. They may only become fewer."""
 OF_COMMITS = ("nemo-automodel",)
 """Tools whose table is of a commit: rows are of the release behind it."""
 
@@ -40,7 +36,7 @@ def often() -> dict[Tool, set[str]]:
 def test_each_key_of_many_files_was_toggled() -> None:
     toggled = {(row["tool"], key) for row in ROWS for key in keys(row)}
     left = {tool: sorted(key for key in names if (tool, key) not in toggled) for tool, names in often().items()}
-    assert {tool: len(names) for tool, names in left.items() if names} == NOT_TOGGLED, left
+    assert {tool: names for tool, names in left.items() if names} == {}
 
 
 @pytest.mark.parametrize("row", REHEARSED, ids=[f"{row['tool']}-{len(list(keys(row)))}" for row in REHEARSED])
