@@ -12,8 +12,8 @@ _num_left = 0
 
 @contextmanager
 def no_scans() -> Iterator[None]:
-    """Leave the garbage collector off meanwhile, and what is left to its next full scan. Its scans took a fifth of the time in
-    which a job is compiled."""
+    """Turn the garbage collector off during the work, and leave what remains to its next full scan. Its scans took a fifth of the
+    time in which a job is compiled."""
     global _num_left
     enabled = gc.isenabled()
     gc.disable()

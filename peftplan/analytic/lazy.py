@@ -1,4 +1,4 @@
-"""Sizes at many points of which only those that are read are computed: a formula names many more than a step has."""
+"""Sizes at many points, computed only when they are read: formulas name many more sizes than the tensors of a step have."""
 
 from __future__ import annotations
 

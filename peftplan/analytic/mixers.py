@@ -180,7 +180,7 @@ def _shares_delta_rule(job: Job) -> bool:
     """Whether ranks were rehearsed that share a step with one: in bf16, all on the card, and without experts under ZeRO.
 
     Under FSDP1 with LoRA beside a tower alone. Under FSDP2 they name the layers' class: by itself accelerate looks for vision
-    blocks too, which text models have not.
+    blocks too, which text models do not have.
     """
     setup, distributed = job.setup, job.distributed
     assert distributed is not None

@@ -35,7 +35,7 @@ SLACK = 1e-9
 KEPT = 16
 """Of moments, those with other numbers that were asked for last."""
 COMPARED = 2**4
-"""Rows that are compared at a time with all that have no more."""
+"""Rows that are compared at a time with all that take no more in total."""
 MOST_PAIRED = 2**11
 """Rows that are compared in pairs."""
 MULTIPLIER = 6364136223846793005

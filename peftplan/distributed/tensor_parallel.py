@@ -98,7 +98,7 @@ own plan gathers them too (optimized_tp_plans.py, `_parallelize_falcon_h1`)."""
 WHOLE_TABLES = ("qwen3_5",)
 """Model types whose embedding and head every rank has, since the plan names the embedding as text models do."""
 COPIED_SUMS = ("gemma4",)
-"""Model types whose sums over ranks are no DTensors, but copies of copies, of which the latest is held
+"""Model types whose sums over ranks are copies of copies instead of DTensors, of which the latest is held
 (components/models/gemma4_moe/parallelization.py, `_ReduceFromTensorParallelRegion`)."""
 BESIDE_FSDP2: dict[str, Plan] = PLANS | BY_AUTOMODEL
 

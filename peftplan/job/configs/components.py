@@ -18,14 +18,14 @@ OF_ANOTHER = "**"
 
 
 def unknown_names(values: Values, tool: Facts) -> dict[str, str]:
-    """Keys that are no arguments of the components or sections that they are in → why."""
+    """Keys that are not arguments of the components or sections that they are in → why."""
     keys = values if tool.components else ()
     why = {key: _unknown_name(key, values, tool) for key in keys if "." in key or values[key] not in (None, False)}
     return {key: text for key, text in why.items() if text is not None}
 
 
 def _unknown_name(key: str, values: Values, tool: Facts) -> str | None:
-    """Why a key is no argument of the component or section that it is in, or names no component of the tool.
+    """Why a key is not an argument of the component or section that it is in, or does not name a component of the tool.
 
     None where it is one, or where nobody knows: arguments of a function of the user.
     """

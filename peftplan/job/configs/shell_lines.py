@@ -24,7 +24,7 @@ HERE = re.compile(r"(?<!<)<<-?\s*(['\"\\]?)(\w+)\1(?!<)")
 RUNS_TEXT = re.compile(
     r"(?:\s*(?:\S+=\S*\s+)*(?:sudo |exec |srun |env )*|.*\|\s*)(?:bash|sh|zsh|sbatch|qsub|ssh|docker|podman|kubectl)\b"
 )
-"""A command that runs the text which it is given."""
+"""A command that runs a text as a script."""
 WRITES = re.compile(r">|\btee\b")
 FUNCTION = re.compile(r"(\s*)(?:function\s+([\w:-]+)\s*(?:\(\s*\))?|([\w:-]+)\s*\(\s*\))\s*\{?\s*(?:#.*)?")
 QUOTING = re.compile(r"\s*(?:(?:export |local )?\w+=|(?::|echo|printf)\s)")
@@ -128,9 +128,8 @@ def commands(script: list[str], first: int) -> Iterator[Line]:
         while end - index < MOST_LINES and end + 1 < len(lines) and _goes_on(parts, is_quoted=unclosed < MOST_UNCLOSED):
             end += 1
             parts.append(COMMENT.sub("", lines[end][1]))
-        if _goes_on(parts, is_quoted=unclosed < MOST_UNCLOSED) and not parts[0].rstrip().endswith(
-            "\\"
-        ):  # no quote or bracket closes what this line opens
+        is_open = _goes_on(parts, is_quoted=unclosed < MOST_UNCLOSED)
+        if is_open and not parts[0].rstrip().endswith("\\"):  # nothing closes its quote or bracket
             end, parts, unclosed = index, parts[:1], unclosed + 1
         arguments: Mapping[str, int] = MappingProxyType({})
         for part, (at, _) in zip(parts, lines[index : end + 1], strict=True):
