@@ -35,6 +35,10 @@ SHARED = {"allocated": 0.19, "reserved": 0.7}
 """Of rows that several ranks share."""
 OF_TOKENS = {"allocated": 0.001, "reserved": 0.2}
 """Of the loss of each token, also under ZeRO-2, where the 16-bit logits stay."""
+WEIGHED = {"allocated": 0.002, "reserved": 0.01}
+"""Of tokens that `loss_scale` weighs, beside Liger's layers."""
+OF_TOKENS_BY_LIGER = {"allocated": 0.003, "reserved": 0.7}
+"""Of dynamic fine-tuning beside Liger's layers under ZeRO-2: 50 MB reserved of 7.6 GB."""
 SHARED_ON_HOST = {"allocated": 0.42}
 """Of rows that ranks share, with weights on the host: 33 MB with six layers, with two 2 MB and with twelve 0.2. Reserved bytes
 are not stated."""
@@ -100,6 +104,8 @@ def test_formulas_hold_what_swift_holds(row: dict[str, Any]) -> None:
     limits = SHARED if row["values"].get("sequence_parallel_size") else limits
     limits = SHARED_ON_HOST if "rope_scaling" in row["values"] else limits
     limits = OF_TOKENS if row["values"].get("enable_dft_loss") else limits
+    limits = OF_TOKENS_BY_LIGER if row["values"].get("enable_dft_loss") and row["values"].get("use_liger_kernel") else limits
+    limits = WEIGHED if str(row["values"].get("loss_scale")).startswith("all+") else limits
     limits = SHARED_BY_GRPO if row["values"].get("sequence_parallel_size") and row["values"].get("rlhf_type") else limits
     limits = IN_TURNS if row["values"].get("lisa_activated_layers") else limits
     limits = IN_GROUPS if row["values"].get("move_model_batches") else limits

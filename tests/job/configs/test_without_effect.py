@@ -90,12 +90,22 @@ def test_fields_of_accelerate_s_config_that_lower_the_peak(tool: Tool, key: str)
 
 
 @pytest.mark.parametrize(
-    ("loss_scale", "supported"),
-    [("all", True), ("last_round+ignore_empty_think", True), ("hermes", False), ("last_round+react", False)],
+    ("values", "weighs"),
+    [
+        ({"loss_scale": "all"}, False),
+        ({"loss_scale": "last_round+ignore_empty_think"}, False),
+        ({"loss_scale": "hermes", "is_binary_loss_scale": True}, False),
+        ({"loss_scale": "hermes"}, True),
+        ({"loss_scale": "last_round+react", "use_liger_kernel": True}, True),
+        ({"is_binary_loss_scale": False}, True),
+    ],
 )
-def test_ms_swift_weighs_tokens(loss_scale: str, supported: bool) -> None:
+def test_ms_swift_weighs_tokens(values: dict[str, Any], weighs: bool) -> None:
     """Where weights are not 0 and 1 alone, it takes the labels from the model and computes the loss of each token."""
-    assert ("loss_scale" in swift(loss_scale=loss_scale).unsupported) is not supported
+    plan = swift(**values)
+    assert (plan.options.get("loss") == "per-token", plan.unsupported) == (weighs, {})
+    shared = swift(**values, sequence_parallel_size=2, padding_free=True, attn_impl="flash_attn")
+    assert ("loss_scale" in shared.unsupported) is (weighs and "loss_scale" in values)
 
 
 @pytest.mark.parametrize(
