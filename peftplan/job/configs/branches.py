@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from peftplan.errors import quoted
+from peftplan.job.configs.conditions import both, either, holds, is_test, matches, opposite
+from peftplan.job.configs.shell_values import PIECES, filled
 
-PIECES = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)\#.*|.""", re.DOTALL)
-"""Quoted texts, escaped characters, a comment, which begins at the start of a word, and all other characters."""
 BETWEEN = re.compile(r"&&|\|\||;;&?|;|(?<=\s)&(?=\s|$)")
 """What stands between two commands of one line."""
-KEYWORD = re.compile(r"\s*(if|then|elif|else|fi|case|esac|do|done|while|until|for|\{|!)(?=\s|$)")
-TEST = re.compile(r"\s*(\[|\(\(|test\s)")
-NEVER = re.compile(r"\s*(?:false|\[\[? (?:0 (?:==?|-eq) 1|1 (?:==?|-eq) 0) \]\]?)\s*")
-"""A condition that never holds."""
+KEYWORD = re.compile(r"\s*(if|then|elif|else|fi|case|esac|do|done|while|until|for|\{|\}|!)(?=\s|$)")
+SUBJECT = re.compile(r"\s*(\S+)\s+in(?=\s|$)")
 OF_WORDS = re.compile(r"\s|^-")
 """In a value that is more than one word of a command, or that is an option of its own."""
 OF_LAUNCHES = frozenset({"NPROC_PER_NODE", "nproc_per_node", "NNODES", "CUDA_VISIBLE_DEVICES"})
@@ -50,95 +48,176 @@ def parts_of(line: str) -> Iterator[tuple[str, str]]:
     yield line[start:], ""
 
 
-class Block(NamedTuple):
-    """An `if`, a `case`, or a test before `&&`: the variables before it, and at the end of each branch."""
+@dataclass(slots=True)
+class Block:
+    """An `if`, a `case`, or what stands behind a test and `&&`: the variables before it, and at the end of each branch."""
 
     word: str
     before: dict[str, str]
-    ends: list[dict[str, str]]
+    runs: bool | None
+    """Whether its current branch runs; None where the script does not decide it."""
+    condition: str = ""
+    subject: str | None = None
+    """What the patterns of a `case` are compared with, where it is known."""
+    is_settled: bool = False
+    """Whether a branch up to here runs for certain, so that no later one does, and there is no way around the block."""
+    awaits_pattern: bool = False
+    ends: list[dict[str, str]] = field(default_factory=list)
 
 
 class Variables:
     """The variables of a script. One that has different values in the branches before a command is left open, as `$NAME`.
 
-    Of several words, such as options, or of the launch, the last value is read, and `doubts` says so.
+    Of several words, such as options, or of the launch, the last value is read, and `doubts` says so. A condition that these
+    variables decide leaves one branch.
     """
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
         self._doubted: dict[str, str] = {}
         self._blocks: list[Block] = []
-        self._dead: list[bool] = []
-        """Of each block: whether its branch never runs."""
+        self._loops = 0
+        self._command, self._is_negated, self._in_condition = "", False, False
+        self._joint, self._has_test = "", False
+        self._so_far: bool | None = None
+        self._holds: bool | None = None
+        """Whether the last list of commands succeeds."""
+        self._text = ""
 
     @property
     def in_block(self) -> bool:
-        """Whether commands run only in a branch."""
-        return bool(self._blocks)
+        """Whether commands run only in a branch that may not run."""
+        return any(block.runs is not True for block in self._blocks)
 
     @property
     def is_dead(self) -> bool:
         """Whether commands never run."""
-        return any(self._dead)
+        return any(block.runs is False for block in self._blocks)
 
     def doubts(self) -> dict[str, str]:
-        """Variables that depend on a branch, of which a value is read → what is assumed."""
-        return {
+        """Variables that depend on a branch, and conditions of the command itself → what is assumed."""
+        doubts = {
             f"${name}": f"${name} depends on a branch of the script; {quoted(value.strip())} is read"
             for name, value in self._doubted.items()
             if self.values.get(name) == value
         }
+        conditions = [block.condition for block in self._blocks if block.runs is None]
+        if conditions:
+            doubts["condition"] = f"the script runs the command where {quoted(conditions[-1])} holds, which it does not decide"
+        return doubts
 
     def enter(self, part: str) -> str:
         """A command without the keywords before it, which begin and end branches."""
+        self._is_negated = False
         while (match := KEYWORD.match(part)) is not None:
             word, part = match[1], part[match.end() :]
-            if word in ("if", "case"):
-                self._open(word, is_dead=NEVER.fullmatch(part) is not None)
-            elif word in ("elif", "else"):
-                self._next("if", is_last=word == "else")
-            elif word in ("fi", "esac"):
-                self._close("if" if word == "fi" else "case")
-            elif word == "for" and (name := re.match(r"\s*([A-Za-z_]\w*)\s+(?:in\s+([^\s*?$`;]+)\s*$)?", part)):
-                self.values[name[1]] = (name[2] or f"${name[1]}").strip("'\"")
+            self._keyword(word, part)
+            if word == "case" and (subject := SUBJECT.match(part)) is not None:
+                part = part[subject.end() :]
+        self._command = part.strip()
         return part
 
-    def leave(self, part: str, behind: str) -> None:
-        """What stands behind a command begins or ends a branch."""
-        if behind.startswith(";;"):
-            self._next("case")
-        elif behind == ")" and part.split()[-1:] == ["*"]:
-            self._next("case", is_last=True, ends=False)
-        elif behind in ("&&", "||") and (TEST.match(part) or NEVER.fullmatch(part)):
-            self._open("test", is_dead=behind == "&&" and NEVER.fullmatch(part) is not None)
-        elif behind == "||":
-            self._next("test", is_last=True)
-        elif behind in (";", "&", ""):
+    def _keyword(self, word: str, part: str) -> None:
+        if word in ("if", "elif", "while", "until", "then", "do"):
+            self._in_condition = word not in ("then", "do")
+        if word == "if":
+            self._open(word, None)
+        elif word == "case":
+            subject = SUBJECT.match(part)
+            text = filled(subject[1], self._known()).strip("'\"") if subject is not None else "$"
+            is_open = "$" in text or "`" in text or self._loops > 0
+            self._open(word, False, subject=None if is_open else text, condition=f"case {text}")
+            self._blocks[-1].awaits_pattern = True
+        elif word == "then" and self._is_in("if") and (block := self._blocks[-1]).runs is not False:
+            block.runs, block.condition = self._holds, self._text
+            block.is_settled |= self._holds is True
+        elif word in ("elif", "else"):
+            self._next("if", True if word == "else" else None)
+        elif word in ("fi", "esac"):
+            self._close("if" if word == "fi" else "case")
+        elif word in ("do", "done"):
+            self._loops = max(0, self._loops + (1 if word == "do" else -1))
+        elif word == "{" and self._is_in("test"):
+            self._blocks[-1].word = "{"
+        elif word == "}":
+            self._close("{")
+        elif word == "!":
+            self._is_negated = not self._is_negated
+        elif word == "for" and (name := re.match(r"\s*([A-Za-z_]\w*)\s+(?:in\s+([^\s*?$`;]+)\s*$)?", part)):
+            self.values[name[1]] = (name[2] or f"${name[1]}").strip("'\"")
+
+    def leave(self, behind: str) -> None:
+        """What stands behind the command that was entered begins or ends a branch."""
+        block = self._blocks[-1] if self._blocks else None
+        if behind == "(":
+            if self._is_in("test") and not self._command:
+                self._blocks[-1].word = "("
+            return
+        if behind == ")" and block is not None and block.awaits_pattern:
+            self._next("case", matches(self._command, block.subject))
+            block.awaits_pattern = False
+            return
+        if not behind and not self._command and self._joint:  # the list goes on in the next line
+            return
+        self._list(behind)
+        if behind == ")":
+            self._close("(")
+        elif behind.startswith(";;"):
             self._close("test")
+            self._next("case", False)
+            if self._is_in("case"):
+                self._blocks[-1].awaits_pattern = True
+                self._blocks[-1].subject = None if behind == ";;&" else self._blocks[-1].subject
 
-    def _open(self, word: str, *, is_dead: bool) -> None:
-        self._dead.append(is_dead)
-        self._blocks.append(Block(word, dict(self.values), [dict(self.values)]))
+    def _list(self, behind: str) -> None:
+        """Joins the command to those before it in a list such as `[ A ] && B || C`."""
+        known = self._known()
+        is_of_test = is_test(self._command, known)
+        decided = holds(self._command, known) if is_of_test else None if self._in_condition else True
+        value = None if self._loops else decided
+        value = opposite(value) if self._is_negated else value
+        if self._joint:
+            value = (both if self._joint == "&&" else either)(self._so_far, value)
+            self._text = f"{self._text} {self._joint} {self._command}"
+        else:
+            self._text = self._command
+        has_test = is_of_test or self._has_test
+        self._close("test")
+        if behind not in ("&&", "||"):
+            self._holds, self._joint, self._has_test = value, "", False
+            return
+        self._so_far, self._joint, self._has_test = value, behind, has_test
+        if has_test:
+            self._open("test", value if behind == "&&" else opposite(value), condition=self._text)
 
-    def _next(self, word: str, *, is_last: bool = False, ends: bool = True) -> None:
-        """Another branch of the innermost block; the last one leaves no way around the block."""
-        if not self._blocks or self._blocks[-1].word != word:
+    def _known(self) -> dict[str, str]:
+        """The variables, without the values of those that depend on a branch."""
+        doubted = {name: f"${name}" for name, value in self._doubted.items() if self.values.get(name) == value}
+        return {**self.values, **doubted} if doubted else self.values
+
+    def _is_in(self, word: str) -> bool:
+        return bool(self._blocks) and self._blocks[-1].word == word
+
+    def _open(self, word: str, runs: bool | None, *, condition: str = "", subject: str | None = None) -> None:
+        self._blocks.append(Block(word, dict(self.values), runs, condition, subject, is_settled=runs is True))
+
+    def _next(self, word: str, runs: bool | None) -> None:
+        """Another branch of the innermost block."""
+        if not self._is_in(word):
             return
         block = self._blocks[-1]
-        self._dead[-1] = False
-        if ends:
+        if block.runs is not False:
             block.ends.append(self.values)
-            self.values = dict(block.before)
-        if is_last:
-            del block.ends[:1]
+        self.values = dict(block.before)
+        block.runs = False if block.is_settled else runs
+        block.is_settled |= runs is True
 
     def _close(self, word: str) -> None:
-        if not self._blocks or self._blocks[-1].word != word:
+        if not self._is_in(word):
             return
+        self._next(word, False)
         block = self._blocks.pop()
-        self._dead.pop()
-        is_empty = word == "case" and self.values == block.before  # behind the last `;;`
-        ends = block.ends if is_empty else [*block.ends, self.values]
+        ends = block.ends if block.is_settled else [block.before, *block.ends]
         self.values = {}
         for name in dict.fromkeys(name for end in ends for name in end):
             values = list(dict.fromkeys(end[name] for end in ends if name in end))

@@ -48,6 +48,15 @@ class Call(PlainCall, total=False):
     """What only the program knows of it."""
 
 
+class Written(NamedTuple):
+    """A file that a script writes: its text, behind as many empty lines as stand before it in the script."""
+
+    text: str
+    line: int
+    by: str = ""
+    """The program that changes the file, so that its text is not known."""
+
+
 class Document(NamedTuple):
     """The values of a file. `lines`: dotted key → line, where it is known; of calls, `call.argument`."""
 
@@ -72,6 +81,8 @@ class Document(NamedTuple):
     """The releases that a notebook's lines for the shell install: `transformers==4.56.2 trl==0.22.2`."""
     unread: tuple[str, ...] = ()
     """Options of the command that runs a program which the program is not seen to read."""
+    written: Mapping[str, Written] = {}
+    """Path, from the script's folder → a file that the script writes, or changes, before the command runs."""
 
     @property
     def calls(self) -> list[Call]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from peftplan import files
 from peftplan.errors import RefusedError
 from peftplan.job.configs.detect import check, names_program, tool_of
-from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Values, read_json, read_yaml
+from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Values, Written, read_json, read_yaml
 from peftplan.job.configs.facts import Facts, facts, launcher_words
 from peftplan.job.configs.launching import before_script, in_tree, path_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
@@ -41,6 +41,8 @@ OTHER_TRAINER = re.compile("dpo|kto|orpo|cpo|bco|grpo|rloo|ppo|gkd|reward|prm|di
 BY_NAME = "its name is that of another trainer than SFTTrainer; name it, such as --trainer trl-dpo"
 NOT_READ = "an option of the command that the program is not seen to read"
 LAUNCH_FILES = ("config_file", "deepspeed_config_file")
+OF_LAUNCH = ("deepspeed", "fsdp_config")
+"""Words of a command that name a launch file, or hold what is in it."""
 NO_LAUNCH_FILE = "the launch file is not among the files; add it with another --config"
 OWN_PROGRAM = "a program with options of its own; name the program itself, or its tool with --tool"
 
@@ -83,6 +85,10 @@ def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
 
 
 def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
+    if document.written:
+        document, launch_files = _written_launch(document, file)
+        if launch_files:
+            return joined([_of_document(document, file, tool), *launch_files])
     if document.settings.endswith(OF_SETTINGS) or (document.settings and not MODEL_KEYS & document.values.keys()):
         return _with_settings(document, file, tool)
     tool = tool or tool_of(document, file=file)
@@ -101,9 +107,14 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
 def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPlan:
     """The plan of the file that a command names, with the command's own words, which win, and how it launches processes."""
     path = _path_of(command.settings, command, file)
-    if not (os.path.isfile(path) and in_tree(path, file)):
+    document = _written(command.settings, command, file)
+    if document is not None:
+        path = file
+        document, _ = _written_launch(document._replace(written=command.written, folder=command.folder), file)
+    elif not (os.path.isfile(path) and in_tree(path, file)):
         raise RefusedError(f"{file}: its command takes its settings from {command.settings}; name that file")
-    document = read_document(Path(path))
+    else:
+        document = read_document(Path(path))
     of_command = tool_of(command, file=file) if not command.program.startswith(RUNNING) else "other"
     tool = tool or (of_command if of_command != "other" else tool_of(document, file=path))
     if tool == "other" or document.kind != "values":
@@ -122,7 +133,27 @@ def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPla
         plan = replace(
             plan, unsupported={**plan.unsupported, "program": Unsupported(command.program, BY_NAME, "unknown", "trainer")}
         )
-    return replace(plan, files=(file, *plan.files))
+    return replace(plan, files=tuple(dict.fromkeys((file, *plan.files))))
+
+
+def _written(name: str, command: Document, file: str) -> Document | None:
+    """The values of a file that the script writes before the command; None of another file."""
+    text, line, by = command.written.get(os.path.normpath(os.path.join(command.folder, name)), Written("", 0, ""))
+    if by:
+        raise RefusedError(f"{file}:{line}: {by} changes {name} before the command reads it; name the changed file in its place")
+    if not line:
+        return None
+    return (read_json if name.endswith(".json") else read_yaml)(text, file=file)
+
+
+def _written_launch(command: Document, file: str) -> tuple[Document, list[ConfigPlan]]:
+    """The command with the values of launch files that the script writes; and the plans of accelerate's."""
+    named = {key: str(before_script(command.values[key])) for key in (*LAUNCH_FILES, *OF_LAUNCH) if key in command.values}
+    written = {key: own for key, name in named.items() if (own := _written(name, command, file)) is not None}
+    values = {key: value for key, value in command.values.items() if key not in written}
+    values |= {key: own.values for key, own in written.items() if key in OF_LAUNCH}
+    plans = [replace(_of_document(own, file, None), files=()) for key, own in written.items() if key in LAUNCH_FILES]
+    return command._replace(values=values), plans
 
 
 def _path_of(path: str, command: Document, file: str) -> str:

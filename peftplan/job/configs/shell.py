@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from peftplan.errors import RefusedError
 from peftplan.job.configs.branches import Variables, parts_of
 from peftplan.job.configs.detect import tool_of, trains
-from peftplan.job.configs.documents import BrokenFileError, Document, as_number
-from peftplan.job.configs.shell_lines import Function, Line, script_of, words_of
+from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Written, as_number
+from peftplan.job.configs.shell_lines import INTO, Here, Line, Script, script_of
 from peftplan.job.configs.shell_lines import commands as shell_lines
+from peftplan.job.configs.shell_values import filled, words_of
 
 PROGRAMS = (
     ("swift", 1), ("megatron", 1), ("trl", 1), ("llamafactory-cli", 1), ("axolotl", 1), ("tune", 1),
@@ -29,23 +29,20 @@ WRAPPERS = (
 )  # fmt: skip
 """Programs that run the command which stands behind their own words."""
 SETTINGS = (".yaml", ".yml")
+EDITORS, IN_PLACE = ("sed", "gsed", "perl", "yq", "jq", "awk", "gawk"), ("-i", "--in-place", "--inplace", "-pi")
+"""Programs that change files, and options with which they do."""
 ARRAY = re.compile(r"\s*(\w+)(\+?)=\((.*)\)\s*", re.DOTALL)
-ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 TRAINING = re.compile("train|tune|sft|dpo|grpo|lora", re.I)
 """What names of programs that train hold."""
-VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*|\d)")
 OF_CALLER = re.compile(r"\$[@*]|\$\{[@*][^}]*\}")
 """All words with which the script itself is called: none are assumed."""
-ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
-SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
-"""Numbers with operators of one precedence between them, so that they are taken from the left."""
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 ASSIGNED = re.compile(r"\$\{([A-Za-z_]\w*):?=([^}]*)\}")
 """A value that a variable takes where it has none."""
 DECLARING = ("export", "local", "declare", "readonly", "typeset")
 HELP = frozenset({"--help", "-h", "--version"})
 """Words with which a program trains nothing."""
 EXIT = re.compile(r"exit(\s+0)?\s*")
+BRANCH = "a branch of the script, which does not decide whether it runs,"
 WRITTEN = "the script runs no training command; one in a file that it writes is read"
 MOST_DEPTH = 5
 """Functions that call each other."""
@@ -103,22 +100,24 @@ def commands_of(text: str, *, file: str) -> Iterator[Document]:
     Of a script that runs none, those of its functions, which another script may call, or of a file that it writes.
     """
     script = script_of(text)
-    commands = list(_Commands(script.functions, file).read(script.lines))
+    commands = list(_Commands(script, file).read(script.lines))
     for first, body in script.functions.values() if not commands else ():
-        commands += _Commands(script.functions, file).read(body, first=first)
+        commands += _Commands(script, file).read(body, first=first)
     if commands:
         yield from commands
         return
-    written = _Commands({}, file).read(script_of("\n".join(script.written)).lines)
+    own = script_of("\n".join(script.written))
+    written = _Commands(own._replace(functions={}), file).read(own.lines)
     yield from (each._replace(assumed={**each.assumed, "command": WRITTEN}) for each in written)
 
 
 class _Commands:
     """Reads the commands of a script in their order."""
 
-    def __init__(self, functions: Mapping[str, Function], file: str) -> None:
-        self.functions, self.file = functions, file
+    def __init__(self, script: Script, file: str) -> None:
+        self.functions, self.files, self.file = script.functions, script.files, file
         self.variables = Variables()
+        self.written: dict[str, Written] = {}
         self.count, self.lines, self.folder = 0, 0, ""
 
     def read(self, lines: list[str], depth: int = 0, first: int = 1) -> Iterator[Document]:
@@ -129,21 +128,49 @@ class _Commands:
             values = self.variables.values
             if (array := ARRAY.fullmatch(line.text)) is not None:
                 before = values.get(array[1], "") if array[2] else ""
-                values[array[1]] = f"{before} {_short(_filled(array[3], values), file=self.file, line=line.number)}"
+                values[array[1]] = f"{before} {_short(filled(array[3], values), file=self.file, line=line.number)}".strip()
                 continue
             for part, behind in parts_of(line.text):
                 command = self.variables.enter(part)
                 if not self.variables.is_dead:
                     yield from self._command(command, line, depth)
-                self.variables.leave(part, behind)
+                self.variables.leave(behind)
+            if (here := self.files.get(line.number)) is not None and not self.variables.is_dead:
+                self._write(here)
+
+    def _write(self, here: Here) -> None:
+        """A file with what a command writes into it."""
+        path, text = self._path(filled(here.path, self.variables.values)), "\n".join(here.lines)
+        if not here.is_literal:
+            pieces = (filled(piece, self.variables.values) for piece in text.split("\\$"))
+            text = _short("$".join(pieces), file=self.file, line=here.line, most=MOST_BYTES)
+        before = self.written.get(path) if here.adds else None
+        if before is not None:
+            self.written[path] = before._replace(text=f"{before.text}\n{text}")
+        else:
+            by = BRANCH if "condition" in self.variables.doubts() else "a command" if here.adds else ""
+            self.written[path] = Written("\n" * here.line + text, here.line, by)
+
+    def _path(self, name: str) -> str:
+        return os.path.normpath(os.path.join(self.folder, name.strip("'\"")))
+
+    def _changes(self, words: list[str], line: Line) -> None:
+        """Notes files of settings that a command changes: `sed -i`, or what writes into one."""
+        program = words[len(words) - words[::-1].index("|") if "|" in words else 0].rpartition("/")[2]
+        changed = [into[2] or into[4] for into in INTO.finditer(" ".join(words))] if line.number not in self.files else []
+        if program in EDITORS and any(word.startswith(IN_PLACE) for word in words):
+            changed += words
+        for name in changed:
+            if name.endswith((*SETTINGS, ".json")):
+                self.written[self._path(name)] = Written("", line.number, program)
 
     def _command(self, command: str, line: Line, depth: int) -> Iterator[Document]:
         values = self.variables.values
         for name, default in ASSIGNED.findall(command):
             values.setdefault(name, default)
-        filled = _short(_filled(command, values), file=self.file, line=line.number)
+        text = _short(filled(command, values), file=self.file, line=line.number)
         try:
-            words = words_of(filled)
+            words = words_of(text)
         except ValueError as error:
             if any(command.lstrip().startswith(name) for name, _ in PROGRAMS):
                 raise BrokenFileError(self.file, line.number, f"not a shell command: {error}") from None
@@ -160,13 +187,15 @@ class _Commands:
             self.folder = os.path.join(self.folder, words[1])
         elif words[0] in self.functions and depth < MOST_DEPTH:
             yield from self._function(words, environment, depth)
-        elif (words := _unwrapped(words)) and self.count < MOST_COMMANDS and not HELP.intersection(words):
+        elif not (unwrapped := _unwrapped(words)):
+            self._changes(words, line)
+        elif self.count < MOST_COMMANDS and not HELP.intersection(words := unwrapped):
             self.count += 1
             program, settings, arguments = _command(words)
             if arguments or settings:
                 settled = {**values, **environment}
                 document = Document(arguments, line.arguments, "command", program, settled, settings=settings, folder=self.folder)
-                yield document._replace(line=line.number, assumed=self.variables.doubts())
+                yield document._replace(line=line.number, assumed=self.variables.doubts(), written=dict(self.written))
 
     def _function(self, words: list[str], environment: Mapping[str, str], depth: int) -> Iterator[Document]:
         """The training commands of a function, in which `$1` is its own first word, not that of the script."""
@@ -186,34 +215,10 @@ class _Commands:
         self.variables.values = {**values, **words}
 
 
-def _filled(text: str, variables: Mapping[str, str]) -> str:
-    """The text with its variables and its sums; what is not known stays as it is."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[3]
-        default = match[2] if match[2] is not None else match[0]
-        return variables.get(name, default) or (default if ":" in match[0][: len(name) + 3] else "")
-
-    def total(match: re.Match[str]) -> str:
-        text = match[1] or match[2] or ""
-        if not SUM.fullmatch(text):
-            return match[0]
-        result, *rest = re.findall(r"[-+*/]|\d+", text)
-        result = int(result)
-        for sign, number in zip(rest[::2], rest[1::2], strict=True):
-            if sign == "/" and int(number) == 0:
-                return match[0]
-            result = OPERATIONS[sign](result, int(number))
-        return str(result)
-
-    with_arrays = ELEMENTS.sub(lambda match: variables.get(match[1], match[0]), text)
-    return ARITHMETIC.sub(total, VARIABLE.sub(value, with_arrays))
-
-
-def _short(text: str, *, file: str, line: int) -> str:
+def _short(text: str, *, file: str, line: int, most: int = LONGEST) -> str:
     """The text, if a shell could run it. Variables that repeat each other double their length in every line."""
-    if len(text) > LONGEST:
-        raise BrokenFileError(file, line, f"accepted: a command of at most {LONGEST:,} characters, its variables filled in")
+    if len(text) > most:
+        raise BrokenFileError(file, line, f"accepted: a command of at most {most:,} characters, its variables filled in")
     return text
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from peftplan.job.configs.branches import PIECES
+from peftplan.job.configs.shell_values import words_of
 
 INLINE = re.compile(r"`\s*#[^`]*`")
 """A comment between the lines of a command."""
@@ -26,6 +25,8 @@ RUNS_TEXT = re.compile(
 )
 """A command that runs a text as a script."""
 WRITES = re.compile(r">|\btee\b")
+INTO = re.compile(r"(?<![\d&])(>>?)\s*([^\s<>|&;]+)|\btee\s+(-a\s+)?([^\s<>|&;-][^\s<>|&;]*)")
+"""The file into which a command writes, and whether it adds to it."""
 FUNCTION = re.compile(r"(\s*)(?:function\s+([\w:-]+)\s*(?:\(\s*\))?|([\w:-]+)\s*\(\s*\))\s*\{?\s*(?:#.*)?")
 QUOTING = re.compile(r"\s*(?:(?:export |local )?\w+=|(?::|echo|printf)\s)")
 """The beginning of a command that may hold a quoted text of several lines."""
@@ -47,23 +48,40 @@ class Function(NamedTuple):
     lines: list[str]
 
 
+class Here(NamedTuple):
+    """Lines of a script that a command writes into a file."""
+
+    path: str
+    lines: list[str]
+    line: int
+    """The number of the line before the first."""
+    is_literal: bool
+    """Whether its variables stay as they are."""
+    adds: bool
+    """Whether it adds to the file."""
+
+
 class Script(NamedTuple):
-    """What a script runs; what it writes into files; and its functions, by name. Lines keep their numbers."""
+    """What a script runs; what it writes into files; and its functions, by name. Lines keep their numbers.
+
+    `files`: those that it writes, by the number of the command's line.
+    """
 
     lines: list[str]
     written: list[str]
     functions: dict[str, Function]
+    files: dict[int, Here]
 
 
 def script_of(text: str) -> Script:
     """The parts of a script."""
-    lines, written = _without_texts(INLINE.sub("", text).splitlines())
-    return Script(*_without_functions(lines, written))
+    lines, written, into = _without_texts(INLINE.sub("", text).splitlines())
+    return Script(*_without_functions(lines, written), into)
 
 
-def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
+def _without_texts(lines: list[str]) -> tuple[list[str], list[str], dict[int, Here]]:
     """The lines without the texts that commands such as `cat <<EOF` are given; and those that go into a file."""
-    runs, written = list(lines), [""] * len(lines)
+    runs, written, files = list(lines), [""] * len(lines), dict[int, Here]()
     ends = _places(line.strip() for line in lines)
     index = 0
     while index < len(lines):
@@ -81,7 +99,11 @@ def _without_texts(lines: list[str]) -> tuple[list[str], list[str]]:
             runs[start:end] = [""] * (end - start)
             if WRITES.search(lines[start - 1]):
                 written[start:end] = lines[start:end]
-    return runs, written
+                if (into := INTO.search(lines[start - 1])) is not None:
+                    text = [line.lstrip("\t") for line in lines[start:end]] if "<<-" in match[0] else lines[start:end]
+                    adds = into[1] == ">>" or bool(into[3])
+                    files[start] = Here(into[2] or into[4], text, start, bool(match[1]), adds)
+    return runs, written, files
 
 
 def _without_functions(lines: list[str], written: list[str]) -> tuple[list[str], list[str], dict[str, Function]]:
@@ -153,8 +175,3 @@ def _goes_on(parts: list[str], *, is_quoted: bool) -> bool:
     except ValueError:
         return True
     return False
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a command; `#` in a word, as in `swift/self-cognition#500`, is part of it. Raises ValueError."""
-    return shlex.split(PIECES.sub(lambda match: "" if match[0].startswith("#") and len(match[0]) > 1 else match[0], text))
