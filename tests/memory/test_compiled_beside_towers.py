@@ -10,7 +10,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.job import compiled_layers
-from tests.memory.test_compiled_text_parts import TRAINING, with_layers
+from tests.memory.test_compiled_text_parts import OF_TEXT, TRAINING, with_layers
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,37 @@ def test_the_same_layers_behind_a_tower(
     assert result.trainable_parameters == 3_375_104
     assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=off)
     assert sizes != (2, 2048) or peaks.reserved == 2_850_029_568
+
+
+@pytest.mark.parametrize(
+    ("layers", "seq_len", "by_phase", "off", "reserved"),
+    [
+        (7, 2048, (2_622_657_536, 2_404_551_680, 2_040_395_264), 0.0001, 2_759_852_032),
+        (7, 1500, (2_607_468_032, 2_306_731_520, 2_040_369_664), 0.004, None),
+        (7, 1100, (2_596_377_088, 2_248_330_240, 2_040_349_696), 0.005, None),
+        (9, 1600, (2_745_160_704, 2_450_130_432, 2_177_396_224), 0.008, None),
+    ],
+)
+def test_a_repository_whose_layers_in_16_bits_are_inferred(
+    layers: int, seq_len: int, by_phase: tuple[int, ...], off: float, reserved: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 4B by FastVisionModel beside transformers 4.56.2, text alone, one row: one layer has its MLP, one its attention in
+    16 bits. The record is of 1,500 and 1,100 tokens; where 2,048 came first, its buffers stay, and of nine layers what Python
+    collects late. The adapters of a tower of two layers have neither gradients nor states."""
+    config = with_layers("gemma-3-4b-pt", layers, monkeypatch)
+    config["vision_config"]["num_hidden_layers"] = 2
+    (row,) = compiled_layers.load("compiled_layers.json", list)
+    of_layers = "model.language_model.layers."
+    skipped = ["lm_head", "model.vision_tower", f"{of_layers}1.mlp", f"{of_layers}3.self_attn"]
+    others = [([1], *row["others"][0][1:]), ([3], *row["others"][1][1:])]
+    monkeypatch.setattr(compiled_layers, "load", lambda *_: [{**row, "in_16_bits": skipped, "others": others}])
+    changed = {"method": "qlora", "r": 16, "optim": "adamw_torch_fused", "gradient_accumulation_steps": 1}
+    job = {**TRAINING, **changed, "target_modules": OF_TEXT, "quant_skip_modules": ",".join(skipped)}
+    result = estimate(config, **job, batch_size=1, seq_len=seq_len)
+    peaks = result.peaks
+    assert peaks is not None
+    tower = 644_096  # of the 6,779,904 and 8,532,992 trainable parameters that Unsloth printed
+    assert result.trainable_parameters == {7: 6_779_904, 9: 8_532_992}[layers] - tower
+    beside = [peaks.by_phase[phase] + 4 * tower for phase in ("forward", "backward", "step")]
+    assert beside == pytest.approx(by_phase, rel=off)
+    assert reserved is None or peaks.reserved + 4 * tower == pytest.approx(reserved, rel=0.016)
