@@ -39,6 +39,8 @@ few of Qwen's, 256 and more of Gemma 3, InternVL and LLaVA (data/collator.py, `f
 TEXT_ALONE = ("plain", "transformers", "trl", "trl-dpo")
 """Trainers that give a model no image of their own where a sample has none: weights outside the text part get no gradient, but
 for AdaLoRA's, whose loss reads each of its matrices."""
+ALONE_ON_ONE_GPU = (*TEXT_ALONE, "axolotl")
+"""Those of one GPU (tests/rehearse/axolotl_text_parts.jsonl)."""
 PROJECTOR = ".multi_modal_projector"
 """A part of a model that gets no gradient where samples have no images."""
 
@@ -78,7 +80,8 @@ def check_text_part(job: Job) -> None:
         raise NeedsTraceError(f"virtual tokens in model type {architecture.model_type}")
     if compiled:
         return
-    if _knows_idle(job, names) and job.setup.by.name in TEXT_ALONE and job.method_name != "adalora":
+    alone = ALONE_ON_ONE_GPU if job.distributed is None else TEXT_ALONE
+    if _knows_idle(job, names) and job.setup.by.name in alone and job.method_name != "adalora":
         return
     head, by_tool = f"{architecture.output_embedding}.", job.setup.by.own_lora
     if by_tool and job.method_name == "full":  # where `knows_tower` says so

@@ -9,6 +9,7 @@ from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
 from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
 from peftplan.job.setup import Setup
+from peftplan.job.trainer import Trainer
 from peftplan.ledger import Ledger, Line
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
@@ -26,6 +27,22 @@ class Inventory(NamedTuple):
     static: Ledger
     holding: "Holding | None" = None
     """The part of the parameters that a rank holds; None on one GPU."""
+
+
+PATCHES = (1540 // 14) ** 2
+"""Patches of the largest picture of Mistral 3, by every published config."""
+
+
+def _of_release(by: Trainer, model_type: str, buffers: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
+    """The buffers in the release that a tool pins: Pixtral's frequencies were a table of all patches before transformers 5.17
+    (models/pixtral/modeling_pixtral.py, `compute_default_rope_parameters`)."""
+    if not by.scan or model_type != "mistral3":
+        return buffers
+    tables = {b.name: (PATCHES, 2 * b.shape[0]) for b in buffers if "patch_positional_embedding" in b.name}
+    return tuple(
+        b._replace(shape=shape, allocations=(b.allocations[0]._replace(dims=shape),)) if (shape := tables.get(b.name)) else b
+        for b in buffers
+    )
 
 
 def inventory(job: Job) -> Inventory:
@@ -49,7 +66,7 @@ def inventory(job: Job) -> Inventory:
         adapter_dtype=adapter_dtype,
         on_host=keeps_on_host(job),
     )
-    built = built._replace(buffers=buffers)
+    built = built._replace(buffers=_of_release(setup.by, architecture.model_type, buffers))
     if layers := layers_of_images(architecture):
         built = parameters.apart(built, layers, decoder=architecture.decoder)
     if kernels_of(setup.kernels or ()).embedding is not None:

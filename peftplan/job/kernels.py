@@ -10,6 +10,7 @@ one row; with UNSLOTH_BLOCK_COMPILE=0 also layers of padded batches, which run e
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.job.kernel_facts import (
     Balanced,
@@ -217,10 +218,13 @@ def kernels_of(names: Iterable[str]) -> Kernels:
     return Kernels(**{name.partition(".")[2]: KERNELS[name] for name in names})  # type: ignore[arg-type]
 
 
-def kernels_in(names: Iterable[str], model_type: str) -> Kernels:
-    """The same in a model type: Liger leaves the positions of GLM-4 to the model, and its norms make gradients of their own
-    (liger-kernel, transformers/monkey_patch.py, `apply_liger_kernel_to_glm4`)."""
-    kernels = kernels_of(names)
+def kernels_in(names: Iterable[str], architecture: Architecture) -> Kernels:
+    """The same in a model: Liger leaves the positions of GLM-4 to the model, and its norms make gradients of their own
+    (liger-kernel, transformers/monkey_patch.py, `apply_liger_kernel_to_glm4`); axolotl takes Mistral's attention for that of
+    Mistral 3, which Ministral 3's layers do not have (axolotl 0.19.0, monkeypatch/lora_kernels.py:198)."""
+    kernels, model_type = kernels_of(names), architecture.model_type
+    if model_type == "mistral3" and any(a.scaled_queries for block in architecture.blocks for a in block.attentions):
+        return kernels._replace(lora_qkv=None, lora_o=None)
     if model_type != "glm4" or kernels.rms_norm is None:
         return kernels
     return kernels._replace(rope=None, rms_norm=kernels.rms_norm._replace(reuses_gradient=False))
@@ -250,7 +254,20 @@ DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 OF_PACKAGE = {
     "unsloth": (*WITH_FORMULA, "gemma"),
     "liger": (*WITH_FORMULA, "smollm3", "glm4"),
-    "axolotl": (*WITH_FORMULA, "smollm3", "gemma", "gemma2", "gemma3_text", "cohere2", "glm4", "seed_oss", "hunyuan_v1_dense"),
+    "axolotl": (
+        *WITH_FORMULA,
+        "smollm3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma3",
+        "mistral3",
+        "qwen3_vl",
+        "cohere2",
+        "glm4",
+        "seed_oss",
+        "hunyuan_v1_dense",
+    ),
     "axolotl-fused": ("qwen3",),
     "trl-offload": (*WITH_FORMULA, "cohere2"),
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),

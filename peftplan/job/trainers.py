@@ -73,6 +73,7 @@ TRAINERS: dict[TrainerName, Trainer] = {
             wide_ends=True,
             pins_liger=True,
             scan="5.16",
+            masks_logits=("gemma3",),
             deepspeed="0.18.9",
             expandable_segments=True,
         ),

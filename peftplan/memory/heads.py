@@ -9,7 +9,7 @@ from importlib import import_module
 from peftplan.arch.modules import VALUE_HEAD
 from peftplan.errors import NeedsTraceError
 from peftplan.job.loss_sizes import CUT_APART
-from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy, without_last
+from peftplan.memory.loss import causal_lm_loss, plain_cross_entropy, selected_without_last, without_last
 from peftplan.memory.model import Model
 from peftplan.memory.units import TAIL
 from peftplan.tape import ops
@@ -23,8 +23,10 @@ Head = Callable[[Model, Tensor], tuple[Tensor, ...]]
 def causal_lm(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     """`…ForCausalLM.forward`: logits of every position and their loss."""
     logits = logits_of(model, x)
-    if model.running.logits_in_fp32:
+    if model.running.logits_in_fp32 or model.running.masks_logits:
         logits = model.tape.to(logits, "fp32")
+    if model.running.masks_logits:
+        return plain_cross_entropy(model.tape, selected_without_last(model.tape, logits)), logits
     if model.running.loss_of_16_bits:
         return plain_cross_entropy(model.tape, without_last(model.tape, logits)), logits
     shifted = model.batch.get("shift_labels")

@@ -103,9 +103,18 @@ def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False, shifted: Te
 
 def without_last(f: Tape, logits: Tensor) -> Tensor:
     """`logits[..., :-1, :].contiguous()`."""
+    return ops.copied(f, _but_last(f, logits), "shifted logits", viewed=False)
+
+
+def selected_without_last(f: Tape, logits: Tensor) -> Tensor:
+    """`logits[..., :-1, :][mask]`, of a mask that shows all tokens."""
+    shifted = _but_last(f, logits)
+    return ops.gathered(f, shifted, shifted.dims)
+
+
+def _but_last(f: Tape, logits: Tensor) -> Tensor:
     batch, seq, vocab = logits.dims
-    less = seq - 1 if isinstance(seq, int) else f"{seq}-1"
-    return ops.copied(f, sliced(f, logits, (batch, less, vocab)), "shifted logits", viewed=False)
+    return sliced(f, logits, (batch, seq - 1 if isinstance(seq, int) else f"{seq}-1", vocab))
 
 
 def plain_cross_entropy(f: Tape, logits: Tensor) -> Tensor:

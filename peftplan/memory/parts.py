@@ -68,6 +68,8 @@ class Running(NamedTuple):
     """Whether AdaLoRA's `ranknum` trains on no base."""
     loss_of_16_bits: bool = False
     """Whether the loss copies them so and reads the copy in their own dtype."""
+    masks_logits: bool = False
+    """Whether the class makes logits fp32, and its loss copies those of tokens that the mask shows."""
     logits_in_fp32: bool = False
     """Whether logits are fp32 before any loss."""
     loss: str = "full"

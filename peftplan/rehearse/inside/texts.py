@@ -115,8 +115,8 @@ def _chat(tokens: Mapping[str, str]) -> str:
 
 def processor_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What says how pictures are prepared, for a model that sees: transformers' own classes, sizes of the model's vision part."""
-    vision = config.get("vision_config") or (config if "patch_size" in config else None)
     kind = str(config.get("model_type"))
+    vision = config.get("vision_config") or (config if "patch_size" in config else _default_vision(kind))
     if not isinstance(vision, Mapping):
         return
     from transformers.models.auto import image_processing_auto, processing_auto, video_processing_auto
@@ -136,6 +136,14 @@ def processor_files(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(config.get("mm_tokens_per_image"), int):
         processor["image_seq_length"] = config["mm_tokens_per_image"]
     yield "processor_config.json", processor
+
+
+def _default_vision(kind: str) -> Mapping[str, Any] | None:
+    """The vision part that transformers gives a model of this type whose config has none, such as Ministral 3."""
+    from transformers import CONFIG_MAPPING
+
+    vision = CONFIG_MAPPING[kind]().to_dict().get("vision_config") if kind in CONFIG_MAPPING else None
+    return vision if isinstance(vision, Mapping) else None
 
 
 def _slow(value: Any) -> str:
