@@ -64,6 +64,8 @@ class Model(Weights):
     """What else a package keeps on the card from step to step."""
     lingering: list[Tensor] = field(default_factory=list)
     """What the nodes of a graph keep after backward, up to the next forward: something still refers to one of its tensors."""
+    handed_on: list[Tensor] = field(default_factory=list)
+    """Keys and values that layers hand on beside their result, up to the end of backward."""
     dispatcher: list[Tensor] = field(default_factory=list)
     """What the dispatcher of all layers' experts holds of the latest exchange, and with it that layer's graph."""
     scales: fake_quantized.Scales = field(default_factory=dict)

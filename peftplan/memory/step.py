@@ -79,6 +79,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         scaled = loss if scaler is None else scaler.scaled(f, loss)
         model.units.begin_backward(syncs=program.syncs_each_batch or number == last)
         f.backward(scaled)
+        model.handed_on.clear()
         model.units.end_backward()
         loss_in_step = loss if number == last and program.steps_in_backward else None
         del loss, scaled, shares

@@ -67,7 +67,7 @@ class LayerState(NamedTuple):
     """What a layer's forward leaves for its backward: the events of backward, and the tensors that are alive.
 
     `num_before`: the allocations of forward. `trained`: what gets a gradient. `tuned`: after which allocations kernels are timed.
-    `kept`: the layer's input, where no checkpoint holds it.
+    `kept`: the layer's input, where no checkpoint holds it. `handed_on`: the model's list of what layers hand on.
     """
 
     events: list[str]
@@ -76,6 +76,7 @@ class LayerState(NamedTuple):
     trained: list[Parameter]
     tuned: Mapping[int, Dims | None]
     kept: Tensor | None
+    handed_on: list[Tensor]
 
 
 class Blocks(Derived):
@@ -116,6 +117,7 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
     if running.recorded.of_pairs:  # each kernel is timed once: in the first forward, and in the backward of the last
         tuned = {n: copied for n, copied in tuned.items() if (n > num_forward) is (c.model.pass_name == LAST_PASS)}
     tensors: Tensors = {}
+    handed_on = c.model.handed_on if running.recorded.rows else []  # left out where rows become one: reserved bytes are above
     if node is None:
         bare = running.recorded.bare if running.peft_type is None else ""
         if tuned and not bare:  # Unsloth tries the layer with a graph first
@@ -123,6 +125,7 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
             tensors.clear()
         _run(f, (bare or events.forward).split(), tensors)
         out = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor.dims[-1] == _dims(events.result)[-1])
+        handed_on += _besides(out, tensors)
     else:
         _run(f, forward.split(), tensors)
         out = tensors.pop(events.output)
@@ -130,8 +133,13 @@ def recorded_layer(c: Call, x: Tensor) -> Tensor:
         for number in tensors.keys() - freed if running.recorded.scheme else ():
             del tensors[number]  # a scale, which takes the place of the one before; else the input's gradient will lie in it
         kept = None if running.recorded.checkpointed else x.detach()
-        node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned, kept)
+        node.context = LayerState(backward.split(), tensors, num_forward, trained, tuned, kept, handed_on)
     return Tensor(out.storage, x.dims, _dtype(out, x.dims), node)
+
+
+def _besides(result: Tensor, tensors: Tensors) -> list[Tensor]:
+    """What a layer leaves per token besides its result, or the gradient of its input."""
+    return [tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor is not result]
 
 
 def _timed(tuned: int | str) -> tuple[int, Dims | None]:
@@ -210,12 +218,13 @@ def left_by_first_step(f: Tape, arch: Architecture, *, seq: Dim, dtype: str) -> 
 
 def _backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
     assert isinstance(node.context, LayerState)
-    events, tensors, num_before, trained, tuned, _kept = node.context
+    events, tensors, num_before, trained, tuned, _kept, handed_on = node.context
     node.context = None
     f.products.append((len(f.log), "cuBLAS"))  # of a thread of its own
     _run(f, events, tensors, tuned, num_before)
     widths = [ITEMSIZE[dtype] * g.dims[-1] for dtype in ("bf16", "fp32")]  # not keys and values that layers hand on
     of_input = next(tensor for tensor in tensors.values() if len(tensor.dims) > 1 and tensor.dims[-1] in widths)
+    handed_on += _besides(of_input, tensors)
     gradients = [tensor for tensor in tensors.values() if len(tensor.dims) == 1]
     to_input = Tensor(of_input.storage, g.dims, _dtype(of_input, g.dims))
     return [to_input, *(_gradient_of(f, parameter, gradients) for parameter in trained)]
