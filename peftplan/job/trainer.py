@@ -337,7 +337,7 @@ class Trainer(NamedTuple):
     (tests/distributed/traced_methods.jsonl)."""
     masks_logits: tuple[str, ...] = ()
     """Model types whose class reads fp32 logits through the mask, in place of transformers' loss, in the release that it pins
-    (transformers 5.16, models/gemma3/modeling_gemma3.py:1024)."""
+    (axolotl 0.19.0; transformers, models/gemma3/modeling_gemma3.py:1024)."""
     scan: str = ""
     """The release of transformers that its package pins, where Mamba 2's scan is another one: it multiplies by broadcasting
     (axolotl 0.19.0, pyproject.toml; models/falcon_h1/modeling_falcon_h1.py of that release)."""
