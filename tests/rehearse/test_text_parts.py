@@ -52,8 +52,8 @@ def test_a_tower_in_the_root_is_gathered_and_one_in_units_is_not() -> None:
 
 BY_AXOLOTL = read(Path(__file__).with_name("axolotl_text_parts.jsonl"))
 SHARE = {"reserved": 3.0, "backward": 0.15, **dict.fromkeys(("allocated", "load", "forward", "step"), 0.04)}
-"""Per cent, of axolotl. Biases of a tower, which does not run, stay in fp32 (0.6 MB of Gemma 3, 0.5 of Qwen3-VL). Loading of four layers reserves
-up to 90 MB more than stated."""
+"""Per cent, of axolotl. Biases of a tower, which does not run, stay in fp32 (0.6 MB of Gemma 3, 0.5 of Qwen3-VL). Loading of four
+layers reserves up to 90 MB more than stated."""
 
 
 @pytest.mark.parametrize(
