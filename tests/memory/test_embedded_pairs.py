@@ -8,6 +8,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.errors import RefusedError
+from peftplan.job.sources import load_config
 
 OF_BERT: dict[str, Any] = {"method": "lora", "r": 16, "target_modules": "query,key,value,dense"}
 OF_DECODER: dict[str, Any] = {
@@ -41,6 +42,30 @@ REHEARSED: list[tuple[str, dict[str, Any], tuple[int, int], tuple[int, int, int]
 """Model; method; pairs and tokens; peaks of forward, backward and step in the third step, and reserved bytes of
 SentenceTransformerTrainer on an emulated A100: sentence-transformers 6.2.0, transformers 5.17.0, peft 0.21.2, torch 2.13.0,
 unsloth 2026.10.9; autocast to bf16, adapters on a base in bf16 unless it says fp32."""
+
+
+CHECKPOINTED = OF_UNSLOTH | {"target_modules": "Wi,Wo,Wqkv", "gradient_checkpointing": True, "use_reentrant": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "options", "sizes", "by_phase", "reserved"),
+    [
+        ("bge-m3", 4, OF_UNSLOTH | {"r": 32}, (32, 128), (2_350_615_552, 2_249_822_720, 687_000_064), 2_363_490_304),
+        ("modernbert-base", 6, CHECKPOINTED, (32, 128), (519_316_992, 592_084_992, 213_728_256), 633_339_904),
+        ("modernbert-base", 9, CHECKPOINTED, (48, 200), (1_173_970_944, 1_350_518_272, 273_498_112), 1_396_703_232),
+    ],
+)
+def test_encoders_of_fewer_layers_by_unsloth(
+    model: str, layers: int, options: dict[str, Any], sizes: tuple[int, int], by_phase: tuple[int, ...], reserved: int
+) -> None:
+    """As above, of FastSentenceTransformer's own loading; ModernBERT under checkpoints of transformers."""
+    config: dict[str, Any] = {**load_config(model), "num_hidden_layers": layers, "dtype": "bfloat16"}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
+    peaks = estimate(config, **options, batch_size=sizes[0], seq_len=sizes[1]).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0003)
+    assert peaks.reserved == reserved
 
 
 @pytest.mark.parametrize(("model", "options", "sizes", "by_phase", "reserved"), REHEARSED)
