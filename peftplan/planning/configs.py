@@ -174,7 +174,7 @@ def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analy
         engine=result.engine,
         verdict=result.gpus[0].verdict if result.gpus else None,  # type: ignore[arg-type]
         error=None if peaks else result.not_modelled[0],
-        bound=read["bound"],
+        bound=read["bound"] if peaks or read["bound"] == "unknown" else None,
         scope=peaks.scope if peaks else None,
         unsupported=tuple(read["unsupported"]),
     )

@@ -166,8 +166,8 @@ def _of_config(
 ) -> WithFile:
     """What a file asks together with the user's options."""
     from peftplan.job.configs.plan import ConfigPlan
-    from peftplan.job.configs.read import read_config
+    from peftplan.job.configs.read import read_beside
     from peftplan.job.configs.with_file import with_file
 
-    plan = config if isinstance(config, ConfigPlan) else read_config(config, tool=tool)
+    plan = config if isinstance(config, ConfigPlan) else read_beside(config, our_options, tool=tool)
     return with_file(plan, model, our_options, objects=objects, strict=strict)

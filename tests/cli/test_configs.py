@@ -149,3 +149,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     done = run("configs", str(tmp_path))
     assert "a b.yml" in done.out
     assert "cannot be read: twice.yml (--format json says why)\n" in done.out
+
+
+def test_a_file_without_a_peak_bounds_nothing(tmp_path: Path) -> None:
+    """The model has no formula: that evaluation has more rows does not matter."""
+    file = tmp_path / "a.yml"
+    training = "model_name_or_path: zai-org/GLM-4.6V-Flash\nuse_peft: true\nlora_target_modules: all-linear\nmax_length: 512\n"
+    file.write_text(f"{training}per_device_train_batch_size: 1\nper_device_eval_batch_size: 8\neval_strategy: steps\n")
+    (entry,) = json.loads(run("configs", str(file), "--format", "json").out)
+    assert (entry["peak_allocated"], entry["bound"]) == (None, None)
+    assert entry["error"].startswith("activations of model type glm46v")
+    assert entry["unsupported"] == ["per_device_eval_batch_size"]

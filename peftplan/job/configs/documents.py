@@ -81,6 +81,8 @@ class Document(NamedTuple):
     """The releases that a notebook's lines for the shell install: `transformers==4.56.2 trl==0.22.2`."""
     unread: tuple[str, ...] = ()
     """Options of the command that runs a program which the program is not seen to read."""
+    chosen: Mapping[str, object] = {}
+    """Options of the user, which win over the file."""
     written: Mapping[str, Written] = {}
     """Path, from the script's folder → a file that the script writes, or changes, before the command runs."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import prod
 
 from peftplan.distributed.names import ALWAYS, OPTIONS
-from peftplan.job.configs.documents import Document, number_in, place
+from peftplan.job.configs.documents import Document, Values, flat, number_in, place
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.launching import Launched, launched, of_comments
 from peftplan.job.configs.models import named, weights_of
@@ -18,6 +18,8 @@ from peftplan.job.configs.with_file import fitting, of_trainer
 from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES
 
+DECIDING = ("attn_implementation",)
+"""Options on which depends what keys of a file mean: packed rows."""
 CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
 SHARING = ("tp_size", "pp_size", "cp_size", "sp_size")
@@ -27,13 +29,25 @@ SHARING = ("tp_size", "pp_size", "cp_size", "sp_size")
 def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
     """The plan of one file; where the tool raises for a key, and a change is known that runs, that of the changed file."""
     refused: dict[str, Refused] = {}
-    reading = read_all(document, tool, file=file)
+    chosen = _chosen(document, tool)
+    reading = read_all(document, tool, file=file, instead=chosen)
     while reading.refused.keys() - refused.keys():
         refused |= reading.refused
         instead = {key: value for row in refused.values() for key, value in row.instead.items()}
-        reading = read_all(document, tool, file=file, instead=instead)
+        reading = read_all(document, tool, file=file, instead=chosen | instead)
     plan = planned(reading)
-    return replace(plan, refused={**refused, **plan.refused})
+    added = chosen.keys() - flat(document.values).keys()
+    return replace(
+        plan, refused={**refused, **plan.refused}, read={key: row for key, row in plan.read.items() if key not in added}
+    )
+
+
+def _chosen(document: Document, tool: Facts) -> Values:
+    """Keys of the tool → what the user chose in their place, on which depends what others mean."""
+    if document.kind == "calls":
+        return {}
+    options = ((key, row.get("to")) for key, row in tool.rows.items())
+    return {key: document.chosen[option] for key, option in options if option in DECIDING and document.chosen.get(option)}
 
 
 def _accumulate(reading: Reading, launch: Mapping[str, object]) -> None:

@@ -54,11 +54,19 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     the later files are launch files (accelerate YAML, DeepSpeed JSON). `tool`: the name of the tool, if the file does not show
     it. Raises InputError, UnknownNameError or RefusedError, one line with file, line and key.
     """
+    return read_beside(path, {}, tool=tool)
+
+
+def read_beside(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], chosen: Mapping[str, object], *, tool: str | None = None
+) -> ConfigPlan:
+    """The same beside options of the user, on which depends what some of the file's keys mean."""
     paths = listed_paths(path, field="config")
     if not paths:
         raise RefusedError("config: name at least one file")
-    chosen_tool = None if tool is None else check(tool)
-    plans = [_plan(Path(each), chosen_tool if index == 0 else None) for index, each in enumerate(paths)]
+    own = read_document(Path(paths[0]))._replace(chosen=chosen)
+    first = _of_document(own, str(Path(paths[0])), None if tool is None else check(tool))
+    plans = [first, *(_plan(Path(each)) for each in paths[1:])]
     plan = joined(plans)
     if len(plans) > 1:  # they are what was not found
         plan = replace(plan, unsupported={key: row for key, row in plan.unsupported.items() if row.why != NO_LAUNCH_FILE})
@@ -80,8 +88,8 @@ def read_values(
     return _of_document(document, file, None if tool is None else check(tool))
 
 
-def _plan(path: Path, tool: Tool | None) -> ConfigPlan:
-    return _of_document(read_document(path), str(path), tool)
+def _plan(path: Path) -> ConfigPlan:
+    return _of_document(read_document(path), str(path), None)
 
 
 def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan:
@@ -127,6 +135,7 @@ def _with_settings(command: Document, file: str, tool: Tool | None) -> ConfigPla
         program=own,
         environment={**environment, **command.environment},
         assumed={**document.assumed, **command.assumed},
+        chosen=command.chosen,
     )
     plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
     if not own and plan.options.get("trainer") == SUPERVISED and OTHER_TRAINER.search(command.program.rpartition("/")[2]):
@@ -213,7 +222,7 @@ def _launch_file(key: str, name: str, command: Document, file: str) -> ConfigPla
     """The plan of a launch file that a command names; without options, and unsupported, where it is not read."""
     path = _path_of(name, command, file)
     if os.path.isfile(path) and in_tree(path, file):
-        return _plan(Path(path), None)
+        return _plan(Path(path))
     return ConfigPlan("accelerate", "", (), None, {}, unsupported={key: Unsupported(name, NO_LAUNCH_FILE, "unknown", "strategy")})
 
 

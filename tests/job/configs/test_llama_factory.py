@@ -348,3 +348,10 @@ def test_dora_over_quantized_weights_raises(changed: dict[str, object], raised: 
 
 def test_rays_workers_are_no_generation() -> None:
     assert "Ray" in read({**LLAMAFACTORY, "ray_num_workers": 4}).ignored["ray_num_workers"].why
+
+
+@pytest.mark.parametrize(("model", "has_own"), [("tiiuae/falcon-7b", True), ("Qwen/Qwen3-0.6B", False)])
+@pytest.mark.parametrize("values", [LLAMAFACTORY, LLAMAFACTORY_V1], ids=["v0", "v1"])
+def test_code_beside_the_weights_is_assumed_away(values: dict[str, Any], model: str, has_own: bool) -> None:
+    key = "model" if "model" in values else "model_name_or_path"
+    assert ("trust_remote_code" in read({**values, key: model, "trust_remote_code": True}).assumed) is has_own

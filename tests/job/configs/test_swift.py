@@ -682,3 +682,9 @@ def test_nothing_is_sent_where_ranks_hold_whole_weights() -> None:
     """A loop of GRPO that gathers nothing has no tensors of its own."""
     options: dict[str, Any] = {"trainer": "swift-grpo", "strategy": "zero2", "gpus": 2, "use_vllm": True, "vllm_mode": "colocate"}
     assert peftplan.estimate("qwen2.5-0.5b", method="full", dtype="bf16", **options).peaks is not None
+
+
+def test_bone_needs_an_older_peft_than_ms_swift_installs() -> None:
+    """peft 0.20 has MiSS in its place (`from peft import BoneConfig` raises ImportError)."""
+    plan = read({**SWIFT, "tuner_type": "bone"}, kind="command", program="swift sft")
+    assert "raises ImportError" in plan.unsupported["tuner_type"].why

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -463,3 +465,20 @@ def test_a_strategy_of_packing_that_trl_renamed_is_counted_by_its_new_name() -> 
     renamed, named = (of_plan(plan) for plan in plans)
     assert renamed.peak_allocated == named.peak_allocated is not None
     assert (renamed.refused is not None, named.refused) == (True, None)
+
+
+def test_the_user_s_attention_decides_what_packing_means(tmp_path: Path) -> None:
+    """A file alone may be that of any program, whose mask of packed rows depends on its attention."""
+    values = {"model_name_or_path": "Qwen/Qwen3-0.6B", "packing": True, "max_length": 512, "per_device_train_batch_size": 2}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    open_peak, eager, flash = (
+        peftplan.estimate(config=file, tool="trl", attn_implementation=name) for name in (None, "eager", "flash_attention_2")
+    )
+    assert (open_peak.peaks, eager.peaks) == (None, None)
+    file.write_text(json.dumps({**values, "attn_implementation": "flash_attention_2"}), encoding="utf-8")
+    named = peftplan.estimate(config=file, tool="trl")
+    assert flash.peaks is not None
+    assert flash.peaks == named.peaks
+    assert flash.config is not None
+    assert "attn_implementation" not in flash.config["read"]
