@@ -21,7 +21,8 @@ ROOT = Path(hatch_build.__file__).parent
 def checkout(tmp_path: Path) -> Path:
     """A folder with the source alone."""
     (tmp_path / hatch_build.SOURCE).parent.mkdir(parents=True)
-    shutil.copy(ROOT / hatch_build.SOURCE, tmp_path / hatch_build.SOURCE)
+    for source in (ROOT / hatch_build.SOURCE).parent.glob("_*.[ch]"):
+        shutil.copy(source, tmp_path / hatch_build.SOURCE.parent)
     return tmp_path
 
 

@@ -30,6 +30,7 @@
 #define WIDTH 5
 #define PER_DOUBLING 8  /* bins of each doubling of a block's size */
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
+#define MOST_ALIKE 16  /* programs that are kept as they were read, and that run together */
 #define STREAMS 64  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
 #define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
@@ -108,6 +109,9 @@ typedef struct {
     unsigned pool, first;  /* of the stream that allocates: its pool of small blocks, and that one's first bin */
     int64_t *peaks;
     /* what the program holds */
+    char *tables;  /* the memory of all arrays by handle, storage, phase or size, but for what grows */
+    size_t tables_bytes, tables_room;  /* bytes before the requests, which follow; bytes that there are */
+    int layered;  /* whether it has events of single layers */
     Event *events;
     const int64_t *sizes;
     Request *requests;  /* each size as the allocator rounds it */
@@ -891,11 +895,23 @@ static OFTEN void run_events(Run *run, const Event *event, const Event *stop)
         case MAKE:
             run->pool = 2 * (unsigned)at->d;
             run->first = BINS * run->pool;
-            make(run, a, b, c);
+            if (RARE(c != 1 || run->live[a].known)) {
+                make(run, a, b, c);
+            } else if ((block = allocate_here(run, b)) != NULL) {
+                run->live[a].known = 1;
+                block->smaller = run->live[a].top;
+                run->live[a].top = block;
+            }
             run->pool = run->first = 0;
             break;
         case FREE:
-            free_some(run, a, b, c);
+            block = run->live[a].top;
+            if (RARE(c != 1 || block == NULL)) {
+                free_some(run, a, b, c);
+            } else {
+                run->live[a].top = block->smaller;
+                release_here(run, block);
+            }
             break;
         case HAND:
             hand(run, a, b, c, at->d);
@@ -997,18 +1013,11 @@ static void read_events(Run *run, Event *event, const int64_t *from, size_t leng
         }
         if (event->what == MAKE && 2 * (unsigned)event->d >= run->pools)
             run->pools = 2 * (unsigned)event->d + 2;
+        run->layered |= event->what == OWN || event->what == END_OWN || event->what == HAND || event->what == REPEAT;
     }
 }
 
 /* -- Python --------------------------------------------------------------------------------------------------------------------- */
-
-static void *filled(size_t length, size_t itemsize, int byte)
-{
-    void *at = malloc(length * itemsize + 1);
-    if (at != NULL)
-        memset(at, byte, length * itemsize);
-    return at;
-}
 
 static void make_ring(Block *head)
 {
@@ -1016,19 +1025,9 @@ static void make_ring(Block *head)
     head->smaller = head->larger = head;
 }
 
-static int prepare(Run *run)
+/* Each size of the run's table as the allocator rounds it. */
+static void make_requests(Run *run)
 {
-    const size_t n = run->num_storages;
-    run->handles = filled(run->num_handles, sizeof(Block *), 0);
-    run->places = filled(n, sizeof(int32_t), 0xFF); /* all NONE */
-    run->handed = filled(n, sizeof(int32_t), 0);
-    run->open = filled(n, sizeof(int32_t), 0);
-    run->requests = filled(run->num_sizes, sizeof(Request), 0);
-    run->peaks = filled(run->num_phases, sizeof(int64_t), 0xFF);
-    run->live = filled(n, sizeof(Stack), 0);
-    run->own = filled(n, sizeof(Stack), 0);
-    if (!(run->handles && run->places && run->handed && run->open && run->requests && run->peaks && run->live && run->own))
-        return 0;
     for (size_t at = 0; at < run->num_sizes; at++) {
         int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
         unsigned large = size > SMALL_SIZE;
@@ -1038,6 +1037,41 @@ static int prepare(Run *run)
                                       .end = (large + 1) * BINS,
                                       .large = large};
     }
+}
+
+/* The next part of the tables, each byte of which is set. */
+static void *part(char **at, size_t length, size_t itemsize, int byte)
+{
+    void *start = *at;
+    memset(start, byte, length * itemsize);
+    *at += whole((int64_t)(length * itemsize), sizeof(int64_t));
+    return start;
+}
+
+/* `most_sizes`: of all programs that run. */
+static int prepare(Run *run, size_t most_sizes)
+{
+    const size_t n = run->num_storages, of_layers = run->layered ? n : 0;
+    const size_t most = run->num_handles * sizeof(Block *) + run->num_phases * sizeof(int64_t) + (n + of_layers) * sizeof(Stack) +
+                        3 * of_layers * sizeof(int32_t) + 3 * sizeof(int64_t) + most_sizes * sizeof(Request);
+    if (most > run->tables_room) {
+        free(run->tables);
+        run->tables = malloc(most);
+        run->tables_room = run->tables == NULL ? 0 : most;
+        if (run->tables == NULL)
+            return 0;
+    }
+    char *at = run->tables;
+    run->handles = part(&at, run->num_handles, sizeof(Block *), 0);
+    run->peaks = part(&at, run->num_phases, sizeof(int64_t), 0xFF); /* all NONE */
+    run->live = part(&at, n, sizeof(Stack), 0);
+    run->own = part(&at, of_layers, sizeof(Stack), 0);
+    run->places = part(&at, of_layers, sizeof(int32_t), 0xFF);
+    run->handed = part(&at, of_layers, sizeof(int32_t), 0);
+    run->open = part(&at, of_layers, sizeof(int32_t), 0);
+    run->tables_bytes = (size_t)(at - run->tables);
+    run->requests = (Request *)at;
+    make_requests(run);
     for (size_t at = 0; at < n; at++)
         run->live[at].spare = NONE;
     for (unsigned bin = 0; bin < run->pools * BINS; bin++)
@@ -1053,29 +1087,47 @@ static Run *new_run(void)
 {
     Run *run = kept;
     Chunk *chunks = run == NULL ? NULL : run->chunks;
+    char *tables = run == NULL ? NULL : run->tables;
+    const size_t room = run == NULL ? 0 : run->tables_room;
     kept = NULL;
     if (run == NULL && posix_memalign((void **)&run, LINE, sizeof(Run)) != 0)
         return NULL;
     memset(run, 0, offsetof(Run, unmapped));
     run->spare_chunks = chunks;
+    run->tables = tables;
+    run->tables_room = room;
     return run;
 }
 
-/* The program that was read last: a job at many sizes replays one. */
-static struct {
+/* The programs that were read last: a job at many sizes replays one, or that of each rank. */
+typedef struct {
     PyObject *bytes;
     Event *events;
     size_t num_sizes, num_storages, num_handles, num_phases; /* of the tables in which its operands are places */
     unsigned pools;
-} last;
+    int layered;
+    uint64_t used; /* when it was last looked for */
+} Read;
+
+static Read programs_read[MOST_ALIKE];
+static uint64_t looked_for;
 
 static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t length)
 {
-    if (last.bytes == bytes && last.num_sizes == run->num_sizes && last.num_storages == run->num_storages &&
-        last.num_handles == run->num_handles && last.num_phases == run->num_phases) {
-        run->events = last.events;
-        run->pools = last.pools;
-        return;
+    Read *oldest = programs_read;
+    looked_for++;
+    for (Read *read = programs_read; read < programs_read + MOST_ALIKE; read++) {
+        if (read->used < oldest->used)
+            oldest = read;
+        if (read->bytes == bytes && read->num_sizes == run->num_sizes && read->num_storages == run->num_storages &&
+            read->num_handles == run->num_handles && read->num_phases == run->num_phases) {
+            run->events = read->events;
+            if (read->pools > run->pools)
+                run->pools = read->pools;
+            run->layered |= read->layered;
+            read->used = looked_for;
+            return;
+        }
     }
     Event *events = malloc(length / WIDTH * sizeof(Event) + 1);
     if (events == NULL) {
@@ -1087,22 +1139,17 @@ static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t l
         free(events);
         return;
     }
-    free(last.events);
-    Py_XDECREF(last.bytes);
+    free(oldest->events);
+    Py_XDECREF(oldest->bytes);
     Py_INCREF(bytes);
-    last.bytes = bytes;
-    last.pools = run->pools;
-    last.events = run->events = events;
-    last.num_sizes = run->num_sizes;
-    last.num_storages = run->num_storages;
-    last.num_handles = run->num_handles;
-    last.num_phases = run->num_phases;
+    *oldest = (Read){bytes, events, run->num_sizes, run->num_storages, run->num_handles, run->num_phases, run->pools,
+                     run->layered, looked_for};
+    run->events = events;
 }
 
 static void clear(Run *run)
 {
-    void *all[] = {run->handles, run->places, run->handed, run->requests, run->peaks, run->live, run->own, run->spare,
-                   run->open, run->layers.places, run->before.places};
+    void *all[] = {run->spare, run->layers.places, run->before.places};
     for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
         free(all[at]);
     while (run->spare_chunks != NULL) {
@@ -1119,6 +1166,7 @@ static void clear(Run *run)
         next = chunk->next;
         free(chunk);
     }
+    free(run->tables);
     free(run);
 }
 
@@ -1148,6 +1196,20 @@ static PyObject *answer(Run *run)
     return peaks;
 }
 
+static void begin_run(Run *run, Py_ssize_t storages, Py_ssize_t handles, Py_ssize_t phases, int downwards, int grows, int64_t capacity)
+{
+    run->phase = NONE;
+    run->above = LARGE_SEGMENT; /* a whole number of pages */
+    run->below = TOP;
+    run->capacity = capacity;
+    run->downwards = downwards;
+    run->grows = grows;
+    run->num_storages = (size_t)storages;
+    run->num_handles = (size_t)handles;
+    run->num_phases = (size_t)phases;
+    run->pools = 2;  /* of the default stream */
+}
+
 static PyObject *replay(PyObject *module, PyObject *arguments)
 {
     PyObject *events_object, *sizes_object;
@@ -1169,20 +1231,11 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     Run *run = new_run();
     if (run == NULL)
         return PyErr_NoMemory();
-    run->phase = NONE;
-    run->above = LARGE_SEGMENT; /* a whole number of pages */
-    run->below = TOP;
-    run->capacity = capacity;
-    run->downwards = downwards;
-    run->grows = grows;
+    begin_run(run, storages, handles, phases, downwards, grows, capacity);
     run->sizes = (const int64_t *)sizes;
     run->num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
-    run->num_storages = (size_t)storages;
-    run->num_handles = (size_t)handles;
-    run->num_phases = (size_t)phases;
-    run->pools = 2;  /* of the default stream */
     find_events(run, events_object, (const int64_t *)events, length);
-    if (!run->failed && !prepare(run))
+    if (!run->failed && !prepare(run, run->num_sizes))
         run->failed = HOST_FULL;
     if (!run->failed)
         run_events(run, run->events, run->events + length / WIDTH);
@@ -1192,9 +1245,13 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     return peaks;
 }
 
+#include "_alike.h"
+
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS,
      "replay(events, sizes, storages, handles, phases, downwards, capacity, grows=False) -> (reserved, allocated of each phase or -1, ...)"},
+    {"replay_alike", replay_alike, METH_VARARGS,
+     "replay_alike([events, ...], [sizes, ...], prefix, suffix, same_sizes, storages, handles, phases, downwards, grows) -> [as replay, ...]"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_replay", NULL, 0, methods, NULL, NULL, NULL, NULL};
@@ -1204,7 +1261,8 @@ PyMODINIT_FUNC PyInit__replay(void)
     PyObject *module = PyModule_Create(&definition);
     if (module != NULL && (PyModule_AddIntConstant(module, "EVENTS", EVENTS) < 0 ||
                            PyModule_AddIntConstant(module, "STREAMS", STREAMS) < 0 ||
-                           PyModule_AddIntConstant(module, "GROWS", 1) < 0))
+                           PyModule_AddIntConstant(module, "GROWS", 1) < 0 ||
+                           PyModule_AddIntConstant(module, "MOST_ALIKE", MOST_ALIKE) < 0))
         Py_CLEAR(module);
     return module;
 }

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.checks import check
@@ -11,7 +10,7 @@ from peftplan.analytic.compile_job import Compiled, Step, Steps, compile_job
 from peftplan.analytic.running import limits_of, loss_sizes
 from peftplan.analytic.sizes import shape_facts
 from peftplan.job.inventory import of_any_device
-from peftplan.job.setup import Setup
+from peftplan.job.other_sizes import BESIDE_SIZES
 from peftplan.ledger import Ledger
 from peftplan.memory.batch import of_pictures_or_sound
 from peftplan.scans import no_scans
@@ -162,9 +161,6 @@ def _needs_as(step: Compiled, other: Compiled | None) -> bool:
     return (a.waves, a.moves, a.sizes, a.derived, step.on_host) == (b.waves, b.moves, b.sizes, b.derived, other.on_host)
 
 
-_OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in ("batch_size", "seq_len")))
-
-
 class StepKey(tuple[object, ...]):
     """What decides a step, hashed once."""
 
@@ -193,6 +189,6 @@ def key_of_step(job: "Job", compute_capability: str) -> StepKey:
     )
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
-    key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *_OF_SETUP(setup)))
+    key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *BESIDE_SIZES(setup)))
     _KEYED[:] = [(job, compute_capability, key)]
     return key

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Moments = tuple[Mapping[str, tuple[int, int]], Mapping[str, int]]
 """Phase → (bytes at its peak, how many events lead to it); and what is assumed besides the setup."""
 Known = dict[int, tuple[Compiled, Moments]]
-"""The moments of compiled steps at one job's sizes, by the step's id."""
+"""The moments of compiled steps at one job's sizes, by the id of the timeline."""
 
 
 class InstantPeaks(Peaks):
@@ -85,7 +85,8 @@ class InstantPeaks(Peaks):
         return by_processors(self.inventory, self.compute_capability)
 
     @cached_property
-    def _replayed(self) -> Replayed:
+    def replayed(self) -> Replayed:
+        """What the replay of its steps allocates and reserves."""
         return self.run().peaks()
 
     @property
@@ -97,7 +98,7 @@ class InstantPeaks(Peaks):
     @property
     def replayed_reserved(self) -> int:
         """What the replay reserves, which is not what the job reserves where `unreserved` says so."""
-        return self._replayed.reserved
+        return self.replayed.reserved
 
     @property
     def reserved(self) -> int | None:
@@ -120,7 +121,7 @@ class InstantPeaks(Peaks):
 
     @cached_property
     def by_phase(self) -> dict[str, int]:
-        allocated = self._replayed.allocated
+        allocated = self.replayed.allocated
         return {phase: max(self.requested[phase], allocated.get(phase, 0)) for phase in ALL_PHASES if phase in self.requested}
 
     @cached_property
@@ -131,12 +132,13 @@ class InstantPeaks(Peaks):
 def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) -> InstantPeaks:
     """The peaks of one GPU. `known`: those of steps that need as much."""
     compiled_job, dims = last_step(inventory, compute_capability)
-    of = compiled_job.like or compiled_job
-    if id(of) not in known:
+    timeline = (compiled_job.like or compiled_job).timeline
+    if id(timeline) not in known:
         peaks = compiled_job.timeline.peaks(dims, compiled_job.standing_bytes)
-        known[id(of)] = of, (peaks, compiled_job.assumed(dims))
-    moments, assumed = known[id(of)][1]
-    requested = {"load": compiled_job.loading_bytes, **{phase: nbytes for phase, (nbytes, _) in moments.items()}}
+        known[id(timeline)] = compiled_job, (peaks, compiled_job.assumed(dims))
+    of, (moments, assumed) = known[id(timeline)]
+    more = compiled_job.standing_bytes - of.standing_bytes
+    requested = {"load": compiled_job.loading_bytes, **{phase: more + nbytes for phase, (nbytes, _) in moments.items()}}
     if generations := _generations(inventory, compiled_job, compute_capability):
         requested["generate"] = compiled_job.standing_bytes + max(each.peak[0] for each in generations)
     ends = {phase: at for phase, (_, at) in moments.items()}

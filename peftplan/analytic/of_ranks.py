@@ -10,17 +10,15 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.compiled import last_step
-from peftplan.analytic.instant import InstantPeaks, peaks_of_one
-from peftplan.analytic.reserved import Run
-from peftplan.job.inventory import further_ranks, on_rank
+from peftplan.analytic.instant import InstantPeaks, Known, peaks_of_one
+from peftplan.analytic.rank_facts import RankFacts, rank_facts
+from peftplan.analytic.reserved import Run, peaks_of_each
 from peftplan.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peftplan.distributed.zero_ranks import Unlike
-    from peftplan.job.inventory import Inventory
 
 MOST_UNLIKE = 16
 """Up to so many unlike ranks each is counted on its own: less than 0.2 s of each of ZeRO-2 for 8B parameters."""
@@ -31,20 +29,30 @@ class OfRanks(InstantPeaks):
     others those of `largest`.
     """
 
-    def __init__(self, most_requested: InstantPeaks, devices: Sequence[InstantPeaks] = ()) -> None:
-        own = most_requested
+    def __init__(self, own: InstantPeaks, others: Sequence[InstantPeaks] = (), *, known: Known, of_devices: bool = False) -> None:
+        """`own`: those of the GPU that requests most. `others`: those that were computed of others; `of_devices`: of every GPU of
+        a `device_map`. `known`: the moments of their steps."""
         super().__init__(own.inventory, own.compute_capability, own.requested, own.ends, own.assumed)
-        rank = own.inventory.holding and own.inventory.holding.rank
-        self.__dict__.update(_of_devices=tuple(devices), _of_rank={rank or 0: own})
+        of_ranks = (own,) if of_devices else (own, *others)
+        of_rank = {(each.inventory.holding and each.inventory.holding.rank) or 0: each for each in of_ranks}
+        self.__dict__.update(_of_devices=tuple(others) if of_devices else (), _of_rank=of_rank, _known=known)
 
     _of_devices: tuple[InstantPeaks, ...]
     """Those of each GPU of a `device_map`."""
     _of_rank: dict[int, InstantPeaks]
+    _known: Known
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_facts"} | {"_known": {}}
+
+    @cached_property
+    def _facts(self) -> RankFacts:
+        return rank_facts(self.inventory, self.compute_capability)
 
     @cached_property
     def each(self) -> tuple[InstantPeaks, ...]:
-        """Those of every GPU that is counted: of alike ranks those of the first."""
-        return self._of_devices or tuple(map(self._on, self._counted))
+        """Those of every GPU that is counted: of alike ranks those of the first, and of those that run alike."""
+        return self._of_devices or tuple(map(self._on, self._facts.unlike_runs(self._counted)))
 
     def of(self, rank: int) -> InstantPeaks | None:
         """Those of one rank; None where it is not counted."""
@@ -53,32 +61,30 @@ class OfRanks(InstantPeaks):
     def _on(self, rank: int) -> InstantPeaks:
         rank = self._first(rank)
         if rank not in self._of_rank:
-            self._of_rank[rank] = peaks_of_one(on_rank(self.inventory, rank), self.compute_capability, {})
+            of_rank = self._facts.on_rank(rank)._replace(job=self.inventory.job)
+            self._of_rank[rank] = peaks_of_one(of_rank, self.compute_capability, self._known)
         return self._of_rank[rank]
 
     def _first(self, rank: int) -> int:
         """The first rank of ZeRO-1 and ZeRO-2 whose step allocates the same."""
         return rank if self._unlike is None else self._unlike.like[rank]
 
-    @cached_property
+    @property
     def _unlike(self) -> Unlike | None:
-        return unlike(self.inventory, last_step(self.inventory, self.compute_capability)[0].reduced)
+        return self._facts.unlike
 
     @cached_property
     def _counted(self) -> tuple[int, ...]:
         """The ranks that are counted. Not those with short parts of a matrix, and those that receive what the first one reads:
         they were not rehearsed. Of more than `MOST_UNLIKE` unlike ones those of which one requests most, and the last.
         """
-        from peftplan.distributed.alike import alike
-
         job, (own, *_) = self.inventory.job, self._of_rank
         assert job.distributed is not None
         in_stages = (job.distributed.pp_size or 1) > 1
         if (job.distributed.divided > 1 and not in_stages) or job.distributed.cpu_ram_efficient_loading:
             return (own,)
-        shapes = alike(self.inventory.parameters, job.distributed, job.architecture, autocast=str(job.setup.autocast))
-        ranks = [first for first, *_ in shapes]
-        if len(shapes) > MOST_UNLIKE:
+        ranks: Sequence[int] = self._facts.first_ranks
+        if len(ranks) > MOST_UNLIKE:
             places = range((job.distributed.cp_size or 1) if job.distributed.strategy == "fsdp2" else 0)
             ranks = [*(() if self._unlike is None else self._unlike.largest), *places, ranks[-1]]
         return tuple(dict.fromkeys(map(self._first, (own, *ranks))))
@@ -86,7 +92,7 @@ class OfRanks(InstantPeaks):
     @cached_property
     def _judged(self) -> tuple[InstantPeaks, ...]:
         """Those of every GPU that a verdict counts: under ZeRO-1 and ZeRO-2 of further ones that may reserve most."""
-        further = () if self._unlike is None else map(self._on, further_ranks(self.inventory))
+        further = () if self._unlike is None else map(self._on, self._facts.further)
         return tuple({id(own): own for own in (*self.each, *further)}.values())
 
     @property
@@ -101,7 +107,7 @@ class OfRanks(InstantPeaks):
 
     def _late(self) -> Iterator[Run]:
         """The runs of FSDP1 with a GPU as late as it may be, which may reserve more."""
-        for rank in (0, *further_ranks(self.inventory)):
+        for rank in self._facts.unlike_runs((0, *self._facts.further)):
             yield self._on(rank).run(late=True)
 
     def runs_within(self, capacity_bytes: int) -> bool:
@@ -114,7 +120,7 @@ class OfRanks(InstantPeaks):
 
     @cached_property
     def largest(self) -> InstantPeaks:
-        each = self.each
+        each = self._replayed_together(self.each)
         return each[0] if len(each) == 1 else max(each, key=lambda own: own.allocated)
 
     @property
@@ -138,8 +144,17 @@ class OfRanks(InstantPeaks):
 
     @cached_property
     def replayed_at_most(self) -> int:
-        late = (run.peaks().reserved for run in (self._late() if self._waits else ()))
-        return max([*(own.replayed_reserved for own in self._judged), *late])
+        late = peaks_of_each([*self._late()]) if self._waits else []
+        in_time = [own.replayed for own in self._replayed_together(self._judged)]
+        return max(replayed.reserved for replayed in in_time + late)
+
+    def _replayed_together(self, those: tuple[InstantPeaks, ...]) -> tuple[InstantPeaks, ...]:
+        """The same peaks, which a replay of all of them fills in."""
+        missing = [own for own in those if "replayed" not in own.__dict__]
+        if len(missing) > 1:
+            for own, replayed in zip(missing, peaks_of_each([own.run() for own in missing]), strict=True):
+                own.__dict__["replayed"] = replayed
+        return those
 
     @property
     def ledgers(self) -> Mapping[str, Ledger]:
@@ -148,20 +163,3 @@ class OfRanks(InstantPeaks):
     @property
     def static(self) -> Ledger:
         return self.largest.inventory.static
-
-
-def unlike(of_any: Inventory, reduced: tuple[tuple[str, int | None], ...]) -> Unlike | None:
-    """The ranks of a job of ZeRO-1 or ZeRO-2, compared; None of other jobs. `reduced`: its tensors in the order in which backward
-    reduces their gradients.
-    """
-    job = of_any.job
-    if job.distributed is None or job.distributed.strategy not in ("zero1", "zero2"):
-        return None
-    from peftplan.distributed.zero import reduce_bucket
-    from peftplan.distributed.zero_ranks import unlike_ranks
-    from peftplan.job.teacher import trained_together
-
-    bucket_size = reduce_bucket(job.distributed, job.architecture.hidden_size or 0)
-    dtype = str(job.setup.autocast)
-    trained = trained_together(job, of_any.parameters)
-    return unlike_ranks(trained, job.distributed, reduced, bucket_size=bucket_size, dtype=dtype)

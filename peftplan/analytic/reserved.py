@@ -5,6 +5,8 @@ steady one. A script may name other steps (`job.script`). The timeline only coun
 kind; here each of them repeats the events of the last one.
 """
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.allocator.program import Program, Replayed, replay
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from peftplan.analytic.generation import Generation
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
+
+Requested = dict[tuple[int, int], list[int]]
+"""The ids of a timeline and of its sizes → the bytes of its kinds of tensors."""
 
 
 class Run(NamedTuple):
@@ -50,8 +55,10 @@ class Run(NamedTuple):
         ties, expandable = self.script.ties_by_address, self.steps[-1][0].expandable
         return replay(program, sizes, ties_by_address=ties, expandable=expandable, capacity=capacity_bytes)
 
-    def program(self, *, when_full: bool = False) -> tuple[Program, list[int]]:
-        """The events and the table of sizes. All sizes that run the same operations share the events."""
+    def program(self, *, when_full: bool = False, known: "Requested | None" = None) -> tuple[Program, list[int]]:
+        """The events and the table of sizes. All sizes that run the same operations share the events. `known`: what other runs
+        of the job request.
+        """
         compiled, _ = self.steps[-1]
         reported = sum(step is self.steps[-1] for step in self.steps[max(1, compiled.divided_after) :])
         key = (when_full, *map(id, self.generations), reported, *(id(of_step) for of_step, _ in self.steps))
@@ -61,9 +68,23 @@ class Run(NamedTuple):
                 steps = [of_step for of_step, _ in self.steps]
                 compiled.programs[key] = _write(steps, reported, self.script, load, self.generations)
         written = compiled.programs[key]
-        of_step = {id(step): step[0].timeline.requested(step[1]) for step in self.steps}  # most runs repeat one step
+        requested: Requested = {} if known is None else known
+        for of_step, sizes in self.steps:  # most runs repeat one step
+            if (id(of_step.timeline), id(sizes)) not in requested:
+                requested[id(of_step.timeline), id(sizes)] = of_step.timeline.requested(sizes)
+        of_steps = [requested[id(of_step.timeline), id(sizes)] for of_step, sizes in self.steps]
         generated = [n for each in self.generations for n in each.timeline.requested(each.sizes)]
-        return written.program, generated + [n for step in self.steps for n in of_step[id(step)]] + written.sizes
+        return written.program, [*generated, *chain.from_iterable(of_steps), *written.sizes]
+
+
+def peaks_of_each(runs: Sequence[Run]) -> list[Replayed]:
+    """`Run.peaks` of runs of one job on several ranks."""
+    from peftplan.allocator.alike import replay_all  # which jobs on one GPU do not need
+
+    known: Requested = {}
+    programs = [run.program(known=known) for run in runs]
+    ties, expandable = runs[0].script.ties_by_address, runs[0].steps[-1][0].expandable
+    return replay_all(programs, ties_by_address=ties, expandable=expandable)
 
 
 def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generations: "tuple[Generation, ...]") -> Written:

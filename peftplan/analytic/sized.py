@@ -11,7 +11,7 @@ from peftplan.analytic.compiled import compiled, is_compiled
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.analytic.moments import At, Moments, largest_of, overall
-from peftplan.analytic.of_ranks import unlike
+from peftplan.analytic.rank_facts import unlike
 from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
 from peftplan.arrays import Ints

@@ -12,7 +12,7 @@ from peftplan.analytic.checks import check
 from peftplan.analytic.compile_job import Compiled, compile_job
 from peftplan.analytic.compiled import key_of_step
 from peftplan.analytic.lazy import lazy
-from peftplan.analytic.of_ranks import unlike
+from peftplan.analytic.rank_facts import unlike
 from peftplan.analytic.states import own_states, unlike_in_states, without_states
 from peftplan.arrays import Ints
 from peftplan.distributed.any_world import Worlds, over_any_world, place_of

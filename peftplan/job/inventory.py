@@ -1,5 +1,6 @@
 """A job with its tensors: the parameters, and the ledger of tensors that last from step to step."""
 
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import parameters
@@ -8,6 +9,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
 from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, sensitivity_lines, weight_lines
+from peftplan.job.other_sizes import differ_in_sizes
 from peftplan.job.setup import Setup
 from peftplan.job.trainer import Trainer
 from peftplan.ledger import Ledger, Line
@@ -45,8 +47,20 @@ def _of_release(by: Trainer, model_type: str, buffers: tuple[Parameter, ...]) ->
     )
 
 
+_LATEST: "deque[Inventory]" = deque(maxlen=4)
+"""What was named last: a job at many sizes has the same tensors."""
+
+
 def inventory(job: Job) -> Inventory:
-    """Name every tensor of a job."""
+    """Name every tensor of a job, or take those of the same job at other sizes."""
+    for latest in _LATEST:
+        if differ_in_sizes(job, latest.job):
+            return latest._replace(job=job)
+    _LATEST.appendleft(named := _inventory(job))
+    return named
+
+
+def _inventory(job: Job) -> Inventory:
     architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
     adapter_dtype, trained_dtype = adapter_dtypes(setup)
     built = parameters.build(
