@@ -161,7 +161,8 @@ def estimated(row: dict[str, Any], engine: str) -> dict[str, Any]:
     unlike = options.get("strategy") in UNLIKE
     memory = written["distributed"]["ranks"][0] if unlike else written["memory"]
     phases = memory["peak_by_phase"]
-    generated = phases.pop("generate", None)
+    generated, evaluated = phases.pop("generate", None), phases.pop("evaluate", 0)
+    phases["step"] = max(phases["step"], evaluated)  # which a rehearsal counts into the step
     if generates:  # a rehearsal counts it into loading, and the step before
         phases |= {"load": None, "step": None if generated is None else max(phases["step"], generated)}
     return {"allocated": memory["peak_allocated"], "reserved": memory["peak_reserved"], "by_phase": phases}

@@ -13,7 +13,20 @@ from typing import Any
 
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from programs.job import LLAMA_FACTORY, OPTIMIZERS, SWIFT, V1, adapter, arguments, checkpoints, class_of, load, options, rows
+from programs.job import (
+    LLAMA_FACTORY,
+    OPTIMIZERS,
+    SWIFT,
+    V1,
+    adapter,
+    arguments,
+    checkpoints,
+    class_of,
+    evaluated,
+    load,
+    options,
+    rows,
+)
 from programs.llama_factory import with_llama_factory, with_llama_factory_v1
 from programs.ms_swift import with_swift
 from programs.preferences import with_preferences, with_teacher
@@ -43,7 +56,8 @@ def with_trl(job: argparse.Namespace) -> None:
     if packed:
         dataset = dataset.map(lambda row: {"input_ids": row["input_ids"][: job.seq_len // DOCUMENTS]})
     texts = {"processing_class": AutoTokenizer.from_pretrained(job.model)} if hasattr(config, "vision_config") else {}
-    SFTTrainer(model=model, args=training, train_dataset=dataset, peft_config=adapter(job), **texts).train()
+    evaluation = evaluated(job, dataset)
+    SFTTrainer(model=model, args=training, train_dataset=dataset, peft_config=adapter(job), **texts, **evaluation).train()
 
 
 def patch_attention(name: str, model: Any = None) -> None:
@@ -100,7 +114,8 @@ def with_trainer(job: argparse.Namespace) -> None:
 
         own_loss["compute_loss_func"] = eaft_loss
     kind = WithOptimizer if job.method in OPTIMIZERS else Trainer
-    kind(model=model, args=training, train_dataset=rows(job, shape), **own_loss).train()
+    dataset = rows(job, shape)
+    kind(model=model, args=training, train_dataset=dataset, **own_loss, **evaluated(job, dataset)).train()
 
 
 def with_loop(job: argparse.Namespace) -> None:

@@ -60,11 +60,12 @@ class Generation(NamedTuple):
 
     timeline: Timeline
     sizes: Mapping[str, int]
+    phase: str = GENERATE
 
     @property
     def peak(self) -> tuple[int, int]:
         """Bytes beside what lasts, and how many events lead to them."""
-        return self.timeline.peaks(self.sizes)[GENERATE]
+        return self.timeline.peaks(self.sizes)[self.phase]
 
     @property
     def lines(self) -> Ledger:
@@ -97,16 +98,16 @@ def generations_of(inventory: Inventory, compiled: Compiled, *, compute_capabili
         inventory = _in_16_bits(inventory)
         before = [] if setup.use_vllm else _written(inventory, compute_capability)
         if setup.by.mixes:
-            before.append(_ending(mixed(inventory), {}))
+            before.append(ending(mixed(inventory), {}))
         if setup.by.values:
-            before += [_ending(*each) for each in rolled_out(inventory, compute_capability)]
+            before += [ending(*each) for each in rolled_out(inventory, compute_capability)]
             before += _written(inventory, compute_capability, rows=SAMPLED)
         if setup.scored_rows:
-            before.append(_ending(*scored(inventory, compute_capability)))
+            before.append(ending(*scored(inventory, compute_capability)))
         if setup.by.taught:
             before.append(_taught(inventory))
         if setup.use_vllm and setup.by.sends_at_once:
-            before.append(_ending(sent(inventory), {}))
+            before.append(ending(sent(inventory), {}))
         if setup.by.reads_features:
             before.append(_features(inventory, compute_capability))
         _GENERATIONS[key] = compiled, tuple(before)
@@ -178,7 +179,7 @@ def _taught(inventory: Inventory) -> Generation:
     of_row = f.new((scored, vocab), dtype, "log_softmax")
     del weights, logits, of_row
     f.mark("backward")
-    return _ending(timeline(f, {}, vocab=None), {})
+    return ending(timeline(f, {}, vocab=None), {})
 
 
 def _written(inventory: Inventory, compute_capability: str, *, rows: int | None = None) -> list[Generation]:
@@ -255,7 +256,7 @@ def _forwarded(inventory: Inventory, compute_capability: str, prompt: int, *, ca
     gathered.clear()
     of_prompt = timeline(f, model.stacks, vocab=arch.vocab_size)
     loss = LossSizes("full", 0, 0, 0, prompted=False)
-    return _ending(of_prompt, of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss)))
+    return ending(of_prompt, of_prompt.with_derived(sizes(rows, prompt, virtual_tokens=model.virtual_tokens, loss=loss)))
 
 
 def _prompt(inventory: Inventory, model: Model, cache: Iterable[CacheTensor]) -> Tensor:
@@ -311,12 +312,12 @@ def _features(inventory: Inventory, compute_capability: str) -> Generation:
     model.batch.clear()
     read = timeline(f, model.stacks, vocab=arch.vocab_size)
     loss = LossSizes("full", 0, 0, 0, prompted=False)
-    return _ending(read, read.with_derived(sizes(rows, tokens, virtual_tokens=0, loss=loss)))
+    return ending(read, read.with_derived(sizes(rows, tokens, virtual_tokens=0, loss=loss)))
 
 
-def _ending(before_step: Timeline, dims: Mapping[str, int]) -> Generation:
-    """A timeline as one phase before the step."""
-    end = len(before_step.events)
-    windows = ((GENERATE, 0, end), ("", end, end))
-    waves = waves_of(before_step.move_of, [count for _, count in before_step.moves], windows[:1])
-    return Generation(before_step._replace(windows=windows, counted=windows, waves=waves), dims)
+def ending(beside_step: Timeline, dims: Mapping[str, int], *, phase: str = GENERATE) -> Generation:
+    """A timeline as one phase before the step, or behind it."""
+    end = len(beside_step.events)
+    windows = ((phase, 0, end), ("", end, end))
+    waves = waves_of(beside_step.move_of, [count for _, count in beside_step.moves], windows[:1])
+    return Generation(beside_step._replace(windows=windows, counted=windows, waves=waves), dims, phase)

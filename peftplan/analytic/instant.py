@@ -51,6 +51,16 @@ class InstantPeaks(Peaks):
     ends: Mapping[str, int]
     """Phase of a step → the number of events before its peak."""
 
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """An evaluation without a formula."""
+        if self.inventory.job.setup.eval_batch_size is None:
+            return ()
+        from peftplan.job.evaluating import without_formula
+
+        why = without_formula(self.inventory.job)
+        return () if why is None else (f"{why} is not counted (no formula yet)",)
+
     @cached_property
     def unreserved(self) -> str | None:
         largest = max(self.requested, key=self.requested.__getitem__)
@@ -71,7 +81,8 @@ class InstantPeaks(Peaks):
         """The steps that are replayed. `late`: the GPU is as late as it may be."""
         steps = steps_of(self.inventory, self.compute_capability, late=late)
         generations = _generations(self.inventory, steps[-1][0], self.compute_capability)
-        return Run(steps, self.inventory.job.script, generations)
+        evaluations = _evaluations(self.inventory, self.compute_capability)
+        return Run(steps, self.inventory.job.script, generations, evaluations)
 
     def runs_within(self, capacity_bytes: int) -> bool:
         """Whether the job runs on every rank if at most `capacity_bytes` can be reserved, however late the GPU is. The allocator
@@ -139,8 +150,9 @@ def peaks_of_one(inventory: Inventory, compute_capability: str, known: Known) ->
     of, (moments, assumed) = known[id(timeline)]
     more = compiled_job.standing_bytes - of.standing_bytes
     requested = {"load": compiled_job.loading_bytes, **{phase: more + nbytes for phase, (nbytes, _) in moments.items()}}
-    if generations := _generations(inventory, compiled_job, compute_capability):
-        requested["generate"] = compiled_job.standing_bytes + max(each.peak[0] for each in generations)
+    beside = (*_generations(inventory, compiled_job, compute_capability), *_evaluations(inventory, compute_capability))
+    for each in beside:
+        requested[each.phase] = max(requested.get(each.phase, 0), compiled_job.standing_bytes + each.peak[0])
     ends = {phase: at for phase, (_, at) in moments.items()}
     return InstantPeaks(inventory, compute_capability, requested, ends, assumed)
 
@@ -152,6 +164,16 @@ def _generations(inventory: Inventory, compiled: Compiled, compute_capability: s
     from peftplan.analytic.generation import generations_of
 
     return generations_of(inventory, compiled, compute_capability=compute_capability)
+
+
+def _evaluations(inventory: Inventory, compute_capability: str) -> tuple[Generation, ...]:
+    """What follows a job's step; none where nothing is evaluated."""
+    if inventory.job.setup.eval_batch_size is None:
+        return ()
+    from peftplan.analytic.evaluation import evaluation_of
+
+    evaluation = evaluation_of(inventory, compute_capability=compute_capability)
+    return () if evaluation is None else (evaluation,)
 
 
 class _Ledgers(Mapping[str, Ledger]):
@@ -170,9 +192,10 @@ class _Ledgers(Mapping[str, Ledger]):
         compiled, dims = last_step(self._peaks.inventory, self._peaks.compute_capability)
         if phase == "load":
             return compiled.loading
-        if phase == "generate":
-            generations = _generations(self._peaks.inventory, compiled, self._peaks.compute_capability)
-            return compiled.standing + max(generations, key=lambda each: each.peak[0]).lines
+        if phase in ("generate", "evaluate"):
+            of = self._peaks.inventory, self._peaks.compute_capability
+            beside = _evaluations(*of) if phase == "evaluate" else _generations(of[0], compiled, of[1])
+            return compiled.standing + max(beside, key=lambda each: each.peak[0]).lines
         return compiled.standing + Ledger(compiled.timeline.lines(self._peaks.ends[phase], dims))
 
     def __iter__(self) -> Iterator[str]:

@@ -34,6 +34,8 @@ class Run(NamedTuple):
     script: Script = NO_SCRIPT
     generations: "tuple[Generation, ...]" = ()
     """What the policy writes before each step, and what reads it."""
+    evaluations: "tuple[Generation, ...]" = ()
+    """What follows each step."""
 
     def fits(self, capacity_bytes: int) -> bool:
         """Whether it runs if the allocator may reserve at most `capacity_bytes`. It releases cached segments before it fails."""
@@ -61,19 +63,19 @@ class Run(NamedTuple):
         """
         compiled, _ = self.steps[-1]
         reported = sum(step is self.steps[-1] for step in self.steps[max(1, compiled.divided_after) :])
-        key = (when_full, *map(id, self.generations), reported, *(id(of_step) for of_step, _ in self.steps))
+        key = (when_full, *map(id, (*self.generations, *self.evaluations)), reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
             with no_scans():
                 steps = [of_step for of_step, _ in self.steps]
-                compiled.programs[key] = _write(steps, reported, self.script, load, self.generations)
+                compiled.programs[key] = _write(steps, reported, self.script, load, self.generations, self.evaluations)
         written = compiled.programs[key]
         requested: Requested = {} if known is None else known
         for of_step, sizes in self.steps:  # most runs repeat one step
             if (id(of_step.timeline), id(sizes)) not in requested:
                 requested[id(of_step.timeline), id(sizes)] = of_step.timeline.requested(sizes)
         of_steps = [requested[id(of_step.timeline), id(sizes)] for of_step, sizes in self.steps]
-        generated = [n for each in self.generations for n in each.timeline.requested(each.sizes)]
+        generated = [n for each in (*self.generations, *self.evaluations) for n in each.timeline.requested(each.sizes)]
         return written.program, [*generated, *chain.from_iterable(of_steps), *written.sizes]
 
 
@@ -87,10 +89,17 @@ def peaks_of_each(runs: Sequence[Run]) -> list[Replayed]:
     return replay_all(programs, ties_by_address=ties, expandable=expandable)
 
 
-def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, generations: "tuple[Generation, ...]") -> Written:
-    generated = sum(len(each.timeline.kinds) for each in generations)
+def _write(
+    steps: list[Compiled],
+    reported: int,
+    script: Script,
+    load: Loader,
+    generations: "tuple[Generation, ...]",
+    evaluations: "tuple[Generation, ...]",
+) -> Written:
+    generated, of_evaluations = (sum(len(each.timeline.kinds) for each in beside) for beside in (generations, evaluations))
     compiled = steps[-1]
-    num_kinds = generated + sum(len(of_step.timeline.kinds) for of_step in steps)
+    num_kinds = generated + of_evaluations + sum(len(of_step.timeline.kinds) for of_step in steps)
     if compiled.empties_after:
         script = script.model_copy(update={"empties_cache": True})
     writer = Writer(script, num_kinds, empties=compiled.empties_cache)
@@ -111,7 +120,7 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
     there = (*compiled.early, *compiled.built)
     states = [line for line in compiled.standing if line.category == "optimizer_states" and line not in there]
     keeps_gradients = any(makes_gradients(compiled.timeline, at) for at in range(compiled.timeline.windows[0][1]))
-    kinds = generated
+    kinds = generated + of_evaluations
     for number, of_step in enumerate(steps, start=1):
         of_generation = 0
         for each in generations:
@@ -135,7 +144,12 @@ def _write(steps: list[Compiled], reported: int, script: Script, load: Loader, g
             writer.release(undivided)
             writer.keep(compiled.buckets)
         kinds += len(of_step.timeline.kinds)
-    return Written(writer.program(), list(writer.sizes), steps, generations)
+        at = generated
+        for each in evaluations:
+            writer.step(each.timeline, at, {}, phases=number > len(steps) - reported)
+            writer.end()
+            at += len(each.timeline.kinds)
+    return Written(writer.program(), list(writer.sizes), steps, (*generations, *evaluations))
 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:

@@ -16,6 +16,7 @@ from peftplan.analytic.ranked import Ranked, of_all_ranks, of_one_rank
 from peftplan.analytic.worlds import SHARED, OverRanks, over_ranks
 from peftplan.arrays import Ints
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
+from peftplan.job.evaluating import without_formula
 from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_each_device, on_rank
 from peftplan.job.setup import MOST
 from peftplan.scans import no_scans
@@ -102,7 +103,8 @@ class Sized:
         most: Ints = np.empty(len(points), dtype=np.int64)
         for where, each in self._alike(points):
             over = [ranked for ranked in each if isinstance(ranked, OverRanks)]
-            moments = overall([ranked.part() for ranked in over]) if len(over) == len(each) else None
+            alone = len(over) == len(each) and self.first.job.setup.eval_batch_size is None
+            moments = overall([ranked.part() for ranked in over]) if alone else None
             for at in _in_parts(where):
                 part = points.take(at)
                 if moments is None:
@@ -124,11 +126,28 @@ class Sized:
             if of not in above:
                 above[of] = moments.peaks(ranked.named(points.batch_size, points.seq_len, rank), 0)
             standing, loading = ranked.standing_bytes(rank), np.broadcast_to(ranked.loading_bytes(rank), len(points))
-            by_phases.append({"load": loading, **{phase: peak + standing for phase, peak in above[of].items()}})
+            beside = {phase: peak + standing for phase, peak in (*above[of].items(), *self._evaluated(points).items())}
+            by_phases.append({"load": loading, **beside})
         if len(by_phases) == 1:
             return by_phases[0]
         fullest = np.argmax([np.maximum.reduce(list(by_phase.values())) for by_phase in by_phases], axis=0)
         return {phase: np.choose(fullest, [of[phase] for of in by_phases]) for phase in by_phases[0]}
+
+    def _evaluated(self, points: Points) -> dict[str, Ints]:
+        """What an evaluation requests beside what lasts, at each point; nothing where nothing is evaluated."""
+        if self.first.job.setup.eval_batch_size is None or without_formula(self.first.job) is not None:
+            return {}
+        from peftplan.analytic.evaluation import evaluation_of
+
+        ranks = np.zeros(len(points), dtype=np.int64) if points.rank is None else points.rank
+        pairs, where = np.unique(np.stack([points.seq_len, ranks]), axis=1, return_inverse=True)
+        peaks = []
+        for seq_len, rank in pairs.T.tolist():
+            resized = self._resized(1, seq_len, None if points.rank is None else rank)
+            evaluation = evaluation_of(resized, compute_capability=self.compute_capability)
+            assert evaluation is not None
+            peaks.append(evaluation.peak[0])
+        return {"evaluate": np.array(peaks, dtype=np.int64)[where.reshape(-1)]}
 
     def trainable(self, points: Points) -> Ints:
         """The number of trainable parameters at each point."""

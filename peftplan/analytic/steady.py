@@ -46,11 +46,11 @@ def first_step(inventory: "Inventory", *, compute_capability: str) -> Model:
     """The model after the first step, where that is run apart."""
     from peftplan.analytic import first_steps
 
-    new_model, program = _prepared(inventory, compute_capability=compute_capability)
+    new_model, program = prepared(inventory, compute_capability=compute_capability)
     return first_steps.first_step(inventory, new_model, program, compute_capability=compute_capability)
 
 
-def _prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Callable[[], Model], Program]":
+def prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Callable[[], Model], Program]":
     """What makes a job's model on a new tape, and the program of its step."""
     job, parameters, _, _ = inventory
     setup, computing, on_rank = job.setup, parameters.all, job.architecture
@@ -83,7 +83,7 @@ def _prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Call
 def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "Steps":
     """The model after its steady step, and after the first one where that differs."""
     job, setup = inventory.job, inventory.job.setup
-    new_model, program = _prepared(inventory, compute_capability=compute_capability)
+    new_model, program = prepared(inventory, compute_capability=compute_capability)
     model, first, known = new_model(), None, None
     if job.distributed is not None:
         from peftplan.analytic import first_steps, ranks

@@ -42,6 +42,7 @@ class GridOptions(OtherWords, total=False):
     optim_args: Axis[str | None]
     optim_target_modules: Axis[str | Iterable[str] | None]
     optimizer_in_backward: Axis[bool | None]
+    eval_batch_size: Axis[int | None]
     gradient_accumulation_steps: Axis[int]
     gradient_checkpointing: Axis[bool | None]
     use_reentrant: Axis[bool]

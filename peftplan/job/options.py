@@ -47,6 +47,7 @@ class SetupOptions(TypedDict, total=False):
     optim_args: str | None
     optim_target_modules: str | Iterable[str] | None
     optimizer_in_backward: bool | None
+    eval_batch_size: int | None
     gradient_accumulation_steps: int
     gradient_checkpointing: bool | None
     use_reentrant: bool

@@ -65,6 +65,7 @@ class Setup(BaseModel):
     optim_target_modules: Names | None = None
     optimizer_in_backward: bool | None = None
     batch_size: Count = 1
+    eval_batch_size: Count | None = None
     seq_len: Count = 2048
     gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool | None = None

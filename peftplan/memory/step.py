@@ -121,6 +121,20 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
         teacher.go()
 
 
+def evaluation_step(model: Model, program: Program, reference: Model | None = None) -> None:
+    """One batch of an evaluation: the forward and its loss, without gradients (transformers, `Trainer.prediction_step`)."""
+    f, outputs = model.tape, list[Tensor]()
+    f.mark("forward")
+    with f.no_grad():
+        _fetch(model, program)
+        loss = loss_of_batch(model, program, reference, outputs)
+    f.mark("backward")
+    del loss
+    outputs.clear()
+    model.kept.clear()
+    model.batch.clear()
+
+
 def _sharded(reference: Model) -> Fsdp2 | None:
     """The units of a second model that FSDP2 shards."""
     from peftplan.distributed.fsdp2 import Fsdp2

@@ -54,7 +54,7 @@ class Change(NamedTuple):
     @classmethod
     def between(cls, before: Sizes, after: Sizes, options: Mapping[str, object], price: int) -> Change:
         """The change that turns the sizes `before` into `after`."""
-        return cls(options, price, {phase: size - after[phase] for phase, size in before.items()})
+        return cls(options, price, {phase: size - after.get(phase, size) for phase, size in before.items()})
 
     def left(self, before: Sizes) -> int:
         """The peak after this change."""

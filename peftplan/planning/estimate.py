@@ -110,6 +110,8 @@ def estimate(
             )
             if config_document is not None and options.get("kernels") is None:
                 job, config_document = _with_formula(job, config_document)
+            if config_document is not None and options.get("eval_batch_size") is None:
+                job, config_document = _with_evaluation(job, config_document, counted=engine == "analytic")
             if of_file:
                 job = job._replace(warnings=(*of_file, *job.warnings))
             check_rank_allocator(job)
@@ -159,6 +161,18 @@ def _with_formula(job: Job, document: ConfigDocument) -> tuple[Job, ConfigDocume
     effect = effect_of(job.setup.kernels)
     kept = tuple(name for name in job.setup.kernels if kernels_of((name,)).separate is not None) or None
     return prepared(job.request.changed(kernels=kept)), without_kernels(document, why, effect, kept=kept)
+
+
+def _with_evaluation(job: Job, document: ConfigDocument, *, counted: bool) -> tuple[Job, ConfigDocument]:
+    """The job of a file with its evaluation, whose keys are then supported; without it where its peak is not `counted`."""
+    if job.setup.eval_batch_size is None:
+        return job, document
+    from peftplan.job.configs.with_file import with_evaluation, without_options
+    from peftplan.job.evaluating import without_formula
+
+    if counted and without_formula(job) is None:
+        return job, with_evaluation(document)
+    return prepared(job.request.changed(eval_batch_size=None)), without_options(document, "eval_batch_size")
 
 
 def _of_config(

@@ -13,7 +13,7 @@ from peftplan.ledger import Category, Place
 from peftplan.results.config_documents import ConfigDocument
 from peftplan.results.verdict_documents import CardDocument
 
-Phase = Literal["load", "generate", "forward", "backward", "step"]
+Phase = Literal["load", "generate", "forward", "backward", "step", "evaluate"]
 
 
 class ModelDocument(TypedDict):

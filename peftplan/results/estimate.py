@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step")
-ALL_PHASES = ("load", "generate", "forward", "backward", "step")
-"""`generate`: the policy of an RL trainer writes completions."""
+ALL_PHASES = ("load", "generate", "forward", "backward", "step", "evaluate")
+"""`generate`: the policy of an RL trainer writes completions. `evaluate`: a batch without gradients, between steps."""
 COUNTED: tuple[Category, ...] = (
     "weights",
     "adapter_weights",

@@ -124,7 +124,7 @@ def _replayed(traced: Traced, script: Script, setup: Setup, *, record: bool) -> 
         },
         reserved=replayed.reserved,
         reserved_source=f"replay of every allocation through a model of torch's CUDA caching allocator, {OPTIONS[expandable]}",
-        incomplete=_unknown(traced.unknown_ops),
+        incomplete=(*_unknown(traced.unknown_ops), *_not_traced(setup)),
         assumed={**traced.facts, **_without(traced.replaced), **_on_host(traced.host_bytes)},
         recording=Recorded(traced, events, AllocatorConfig(ties_by_address=ties, expandable_segments=expandable))
         if record
@@ -148,6 +148,11 @@ def _unknown(unknown_ops: Mapping[str, int]) -> tuple[str, ...]:
     """What a trace could not follow, by module family. Counts depend on the traced depth and are left out."""
     families = dict.fromkeys(_INDEX.sub("*", module) or "the run" for module in unknown_ops)
     return tuple(f"{family} asked for a value that a fake tensor does not have" for family in families)
+
+
+def _not_traced(setup: Setup) -> tuple[str, ...]:
+    """What a run does beside its steps."""
+    return () if setup.eval_batch_size is None else ("an evaluation is not traced",)
 
 
 def as_peft_config(

@@ -88,6 +88,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--autocast", choices=("none", "bf16", "fp16"))
     parser.add_argument("--trainer", default="transformers", choices=TRAINERS)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--eval-batch-size", type=int)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", action=FLAGS)
@@ -299,10 +300,22 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
         "bf16": autocast == "bf16",
         "fp16": autocast == "fp16",
         "max_steps": STEPS,
+        **evaluation(job),
         "use_liger_kernel": "liger" in (job.loss, *(job.kernels or "").split(",")),
         "report_to": "none",
         **(sharding(job, model) if job.strategy or "WORLD_SIZE" in os.environ else {}),
     }
+
+
+def evaluation(job: argparse.Namespace) -> dict[str, Any]:
+    """TrainingArguments' fields for an evaluation after each step."""
+    rows = job.eval_batch_size
+    return {} if rows is None else {"per_device_eval_batch_size": rows, "eval_strategy": "steps", "eval_steps": 1}
+
+
+def evaluated(job: argparse.Namespace, dataset: Any) -> dict[str, Any]:
+    """The rows of an evaluation, as an argument of a trainer: two batches."""
+    return {} if job.eval_batch_size is None else {"eval_dataset": dataset.select(range(2 * job.eval_batch_size))}
 
 
 def rows(job: argparse.Namespace, model: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .job import AXOLOTL, DTYPES, ROWS, adapter, arguments, load, rows
+from .job import AXOLOTL, DTYPES, ROWS, adapter, arguments, evaluated, load, rows
 
 WRITING = ("grpo", "rloo", "ssd")
 """Trainers whose policy writes the completions."""
@@ -68,6 +68,7 @@ def with_preferences(job: argparse.Namespace) -> None:
         processing_class=tokenizer,
         **({} if peft is None else {"peft_config": peft}),
         **rewards,
+        **evaluated(job, dataset),
     ).train()
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
 
+EVALUATED = "eval_batch_size"
 OF_A_STORED_BASE = (*OF_STORAGE, "compute_dtype", "kbit_prepare")
 """Options without effect where nothing is quantized."""
 
@@ -175,6 +176,24 @@ def without_kernels(document: ConfigDocument, why: str, effect: Effect, *, kept:
     unsupported_rows = {key: row._asdict() for key, row in unsupported.items()}
     changed = {"options": options, "read": read, "unsupported": unsupported_rows, "assumed": assumed, "bound": bound(unsupported)}
     return cast("ConfigDocument", {**document, **changed})
+
+
+def with_evaluation(document: ConfigDocument) -> ConfigDocument:
+    """The `config` field of a result that counts the evaluation."""
+    rows = {key: Unsupported(**row) for key, row in document["unsupported"].items()}
+    counted = {key: row for key, row in rows.items() if row.option == EVALUATED}
+    rest = {key: row for key, row in rows.items() if key not in counted}
+    said = {key: row.value for key, row in counted.items() if row.value != "by default"}
+    read = {key: {"value": value, "option": EVALUATED, "why": ""} for key, value in said.items()}
+    unsupported = {key: row._asdict() for key, row in rest.items()}
+    changed = {"read": {**document["read"], **read}, "unsupported": unsupported, "bound": bound(rest)}
+    return cast("ConfigDocument", {**document, **changed})
+
+
+def without_options(document: ConfigDocument, *names: str) -> ConfigDocument:
+    """The same without options that are not counted."""
+    options = {name: value for name, value in document["options"].items() if name not in names}
+    return cast("ConfigDocument", {**document, "options": options})
 
 
 def fitting(options: Mapping[str, object]) -> dict[str, object]:

@@ -1,4 +1,5 @@
-"""Evaluations with more rows than a training step has: their bytes are not counted, so that the peak is a lower bound."""
+"""Evaluations: they have a phase where their formula was rehearsed; elsewhere those with more rows than a training step, or with
+logits that it leaves out, make the peak a lower bound."""
 
 from __future__ import annotations
 
@@ -106,10 +107,45 @@ def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path) -> None:
     """QLoRA was advised as `fits`, with the room that the steps of training leave."""
     file = tmp_path / "a.yml"
     file.write_text(
-        "model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_peft: true\ndataset_name: mine\n"
+        "model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_peft: true\ndataset_name: mine\nuse_liger_kernel: true\n"
         "per_device_train_batch_size: 1\neval_strategy: steps\n"
     )
     (card,) = peftplan.estimate(config=file, gpu="t4").to_dict()["gpus"]
     assert (card["verdict"], card["needed_is_lower_bound"]) == ("does_not_fit", True)
     assert {change["verdict"] for change in card["advice"]} <= {None, "does_not_fit"}
     assert card["advice"]
+
+
+def test_an_evaluation_with_a_formula_is_a_phase(tmp_path: Path) -> None:
+    file = tmp_path / "a.yml"
+    file.write_text(
+        "model_name_or_path: HuggingFaceTB/SmolLM2-135M\nuse_peft: true\ndataset_name: mine\nmax_length: 512\n"
+        "per_device_train_batch_size: 1\neval_strategy: steps\n"
+    )
+    result = peftplan.estimate(config=file)
+    assert (result.bound, result.config and result.config["unsupported"]) == (None, {})
+    assert (result.peaks and result.peaks.phase, result.assumptions.get("eval_batch_size")) == ("evaluate", 8)
+    assert peftplan.estimate(config=file, engine="trace").bound == "at_least"
+
+
+def test_an_evaluation_without_one_is_a_lower_bound() -> None:
+    result = peftplan.estimate("smollm2-135m", method="lora", trainer="trl-kto", seq_len=512, eval_batch_size=8)
+    assert (result.bound, result.peaks and "evaluate" in result.peaks.by_phase) == ("at_least", False)
+
+
+def test_arrays_of_sizes_have_evaluations_too() -> None:
+    result = peftplan.estimate("smollm2-135m", method="lora", seq_len=512, eval_batch_size=8)
+    grid = result.at(batch_size=[1, 2, 16], seq_len=[512, 1000, 512])
+    for place, (rows, tokens) in enumerate(((1, 512), (2, 1000), (16, 512))):
+        peaks = result.at(batch_size=rows, seq_len=tokens).peaks
+        assert peaks is not None
+        assert grid.requested_by_phase["evaluate"][place] == peaks.requested["evaluate"]  # type: ignore[attr-defined]
+
+
+def test_an_evaluation_does_not_depend_on_the_rows_or_dropout_of_training() -> None:
+    def evaluated(**options: object) -> int:
+        peaks = peftplan.estimate("smollm2-135m", method="lora", seq_len=512, eval_batch_size=4, **options).peaks  # type: ignore[arg-type]
+        assert peaks is not None
+        return peaks.requested["evaluate"]  # type: ignore[attr-defined]
+
+    assert evaluated() == evaluated(batch_size=8) == evaluated(lora_dropout=0.1) == evaluated(gradient_checkpointing=False)

@@ -1,0 +1,94 @@
+"""An evaluation between steps: a batch of rows goes through the model and its loss without gradients, beside what lasts.
+
+Nothing is recomputed, no module drops anything, and the gradients of the step before are gone. Source: transformers, trainer.py
+(`_maybe_log_save_evaluate`, `evaluation_loop`, `prediction_step`); trl, `SFTTrainer.prediction_step`. Left out: what
+`compute_metrics` keeps, which is the logits of all rows.
+"""
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from peftplan.analytic.compiled import key_of_step
+from peftplan.analytic.generation import Generation, ending
+from peftplan.analytic.running import loss_sizes, reference_of
+from peftplan.analytic.sizes import sizes
+from peftplan.analytic.steady import prepared
+from peftplan.arch.modules import NO_DROPOUT
+from peftplan.job.evaluating import without_formula
+from peftplan.job.inventory import Inventory
+from peftplan.memory.step import evaluation_step
+from peftplan.memory.timeline import timeline
+from peftplan.methods.adaptation import MethodConfig
+from peftplan.scans import no_scans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from peftplan.memory.timeline import Timeline
+
+T = TypeVar("T")
+EVALUATE = "evaluate"
+KEPT = 64
+"""The last evaluations."""
+_RECORDED: "OrderedDict[tuple[object, ...], tuple[Timeline, int]]" = OrderedDict()
+"""What decides the operations of an evaluation → its events at all sizes, and the virtual tokens of its rows."""
+_SIZED: "OrderedDict[tuple[object, ...], Generation]" = OrderedDict()
+"""The same with its sizes → both."""
+
+
+def evaluation_of(inventory: Inventory, *, compute_capability: str) -> Generation | None:
+    """What follows a job's step; None where nothing is evaluated, or it has no formula."""
+    if inventory.job.setup.eval_batch_size is None or without_formula(inventory.job) is not None:
+        return None
+    inventory = _in_evaluation(inventory)
+    job, holding = inventory.job, inventory.holding
+    of_rank = holding and (holding.device, holding.rank)
+    key = of_rank, key_of_step(job, compute_capability), job.multiprocessors
+    sized = *key, job.setup.rows, job.setup.seq_len
+    if sized not in _SIZED:
+        with no_scans():
+            events, virtual_tokens = _cached(_RECORDED, key, lambda: _recorded(inventory, compute_capability))
+        loss = loss_sizes(job)
+        named = sizes(job.setup.rows, loss.row(job.setup.seq_len), virtual_tokens=virtual_tokens, loss=loss)
+        _cached(_SIZED, sized, lambda: ending(events, events.with_derived(named), phase=EVALUATE))
+    return _SIZED[sized]
+
+
+def _cached(known: "OrderedDict[tuple[object, ...], T]", key: tuple[object, ...], new: "Callable[[], T]") -> "T":
+    if key not in known:
+        known[key] = new()
+        if len(known) > KEPT:
+            known.popitem(last=False)
+    return known[key]
+
+
+def _in_evaluation(inventory: Inventory) -> Inventory:
+    """The job as an evaluation runs it."""
+    job = inventory.job
+    changed = {"batch_size": job.setup.eval_batch_size, "gradient_checkpointing": False, "noisy_embeddings": None}
+    return inventory._replace(job=job._replace(setup=job.setup.model_copy(update=changed)))
+
+
+def _recorded(inventory: Inventory, compute_capability: str) -> "tuple[Timeline, int]":
+    job = inventory.job
+    silent = inventory._replace(job=job._replace(architecture=replace(job.architecture, dropout=NO_DROPOUT)))
+    new_model, program = prepared(silent, compute_capability=compute_capability)
+    model = new_model()
+    model.running = model.running._replace(config=_without_dropout(model.running.config))
+    if job.distributed is None:
+        reference = reference_of(job, model)
+    else:
+        from peftplan.analytic import ranks
+
+        program = ranks.divided(silent, model, program, None)._replace(copies_outputs=False)  # DDP's wrapper is not called
+        reference = ranks.reference_on_rank(job, model, None)
+    evaluation_step(model, program._replace(collects=False), reference)
+    return timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size), model.virtual_tokens
+
+
+def _without_dropout(config: MethodConfig | None) -> MethodConfig | None:
+    """The method's config in `eval()`."""
+    fields = () if config is None else type(config).model_fields
+    dropped = [name for name in fields if name.endswith("dropout") and getattr(config, name)]
+    return config.model_copy(update=dict.fromkeys(dropped, 0.0)) if config is not None and dropped else config
