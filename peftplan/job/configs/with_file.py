@@ -183,8 +183,8 @@ def with_evaluation(document: ConfigDocument) -> ConfigDocument:
     rows = {key: Unsupported(**row) for key, row in document["unsupported"].items()}
     counted = {key: row for key, row in rows.items() if row.option == EVALUATED}
     rest = {key: row for key, row in rows.items() if key not in counted}
-    said = {key: row.value for key, row in counted.items() if row.value != "by default"}
-    read = {key: {"value": value, "option": EVALUATED, "why": ""} for key, value in said.items()}
+    values = {key: row.value for key, row in counted.items() if row.value != "by default"}
+    read = {key: {"value": value, "option": EVALUATED, "why": ""} for key, value in values.items()}
     unsupported = {key: row._asdict() for key, row in rest.items()}
     changed = {"read": {**document["read"], **read}, "unsupported": unsupported, "bound": bound(rest)}
     return cast("ConfigDocument", {**document, **changed})
