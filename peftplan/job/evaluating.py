@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Strategies = tuple[str | None, ...]
 """None: one GPU."""
-REHEARSED: Mapping[TrainerName, Strategies] = MappingProxyType({"transformers": (None,), "trl": (None,), "trl-dpo": (None,)})
+REHEARSED: Mapping[TrainerName, Strategies] = MappingProxyType(
+    {"transformers": (None, "ddp", "fsdp2"), "trl": (None, "ddp", "fsdp2"), "trl-dpo": (None, "ddp")}
+)
 """Trainer → the strategies under which its evaluation was rehearsed."""
 
 
