@@ -350,6 +350,22 @@ def test_rays_workers_are_no_generation() -> None:
     assert "Ray" in read({**LLAMAFACTORY, "ray_num_workers": 4}).ignored["ray_num_workers"].why
 
 
+@pytest.mark.parametrize(
+    ("length", "stage", "tokens"), [(1001, "sft", 1008), (1001, "dpo", 1008), (1001, "pt", 1001), (1000, "sft", 1000)]
+)
+def test_rows_are_padded_to_a_multiple_of_eight(length: int, stage: str, tokens: int) -> None:
+    """`pad_to_multiple_of=8` of the collators but that of pre-training (0.9.5, train/sft/workflow.py:65)."""
+    options = read({**LLAMAFACTORY, "stage": stage, "cutoff_len": length}).options
+    assert (options["seq_len"], bool(options.get("padding"))) == (tokens, length < tokens)
+
+
+@pytest.mark.parametrize(("more", "runs"), [({}, False), ({"enable_liger_kernel": True}, True), ({"cutoff_len": 1504}, True)])
+def test_positions_of_packed_rows_are_not_padded(more: dict[str, Any], runs: bool) -> None:
+    """0.9.5 rehearsed: 1,504 tokens do not match 1,501 positions. Liger's kernel does not compare them."""
+    plan = read({**LLAMAFACTORY, "packing": True, "cutoff_len": 1501, **more})
+    assert ("cutoff_len" in plan.unsupported) is not runs
+
+
 @pytest.mark.parametrize(("model", "has_own"), [("tiiuae/falcon-7b", True), ("Qwen/Qwen3-0.6B", False)])
 @pytest.mark.parametrize("values", [LLAMAFACTORY, LLAMAFACTORY_V1], ids=["v0", "v1"])
 def test_code_beside_the_weights_is_assumed_away(values: dict[str, Any], model: str, has_own: bool) -> None:
