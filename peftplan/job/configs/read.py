@@ -41,6 +41,8 @@ OTHER_TRAINER = re.compile("dpo|kto|orpo|cpo|bco|grpo|rloo|ppo|gkd|reward|prm|di
 BY_NAME = "its name is that of another trainer than SFTTrainer; name it, such as --trainer trl-dpo"
 NOT_READ = "an option of the command that the program is not seen to read"
 LAUNCH_FILES = ("config_file", "deepspeed_config_file")
+OF_ACCELERATE = (*LAUNCH_FILES, "accelerate_config")
+"""Words of a command that name a launch file of accelerate, TRL's own among them."""
 OF_LAUNCH = ("deepspeed", "fsdp_config")
 """Words of a command that name a launch file, or hold what is in it."""
 NO_LAUNCH_FILE = "the launch file is not among the files; add it with another --config"
@@ -157,11 +159,11 @@ def _written(name: str, command: Document, file: str) -> Document | None:
 
 def _written_launch(command: Document, file: str) -> tuple[Document, list[ConfigPlan]]:
     """The command with the values of launch files that the script writes; and the plans of accelerate's."""
-    named = {key: str(before_script(command.values[key])) for key in (*LAUNCH_FILES, *OF_LAUNCH) if key in command.values}
+    named = {key: str(before_script(command.values[key])) for key in (*OF_ACCELERATE, *OF_LAUNCH) if key in command.values}
     written = {key: own for key, name in named.items() if (own := _written(name, command, file)) is not None}
     values = {key: value for key, value in command.values.items() if key not in written}
     values |= {key: own.values for key, own in written.items() if key in OF_LAUNCH}
-    plans = [replace(_of_document(own, file, None), files=()) for key, own in written.items() if key in LAUNCH_FILES]
+    plans = [replace(_of_document(own, file, None), files=()) for key, own in written.items() if key in OF_ACCELERATE]
     return command._replace(values=values), plans
 
 

@@ -122,6 +122,10 @@ def test_launch_files_that_the_script_writes(tmp_path: Path) -> None:
     script = f"cat > acc.yaml <<EOF\n{fsdp}EOF\naccelerate launch --config_file acc.yaml -m swift.cli.sft {SWIFT[10:]}\n"
     plan = read(tmp_path, script)
     assert (plan.options["gpus"], plan.options["strategy"]) == (4, "fsdp2")
+    settings = "model_name_or_path: Qwen/Qwen3-0.6B\nmax_length: 1024\nuse_peft: true\n"
+    script = f"cat > acc.yaml <<EOF\n{fsdp}EOF\ncat > run.yaml <<EOF\n{settings}EOF\n"
+    plan = read(tmp_path, f"{script}trl sft --config run.yaml --accelerate_config acc.yaml\n")
+    assert (plan.options["gpus"], plan.options["strategy"], plan.unsupported) == (4, "fsdp2", {})
     zero = '{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}'
     plan = read(tmp_path, f"cat > ds.json <<EOF\n{zero}\nEOF\nNPROC_PER_NODE=2 {SWIFT} --deepspeed ds.json\n")
     assert (plan.options["gpus"], plan.options["strategy"]) == (2, "zero3")
