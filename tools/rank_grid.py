@@ -533,6 +533,15 @@ def device_map_jobs() -> Iterator[JobName]:
         yield "device-map", method, 2, {"model": "mistral-7b-v0.3", "layers": 4, "checkpointing": False}
     yield "device-map", "lora", 2, {"model": "qwen2.5-7b", "layers": 4, "batch_size": 2, "accumulation": 2}
     yield "device-map", "lora", 4, {"model": "llama-3.1-8b", "layers": 6, "seq_len": 1024}
+    packed: tuple[tuple[int, dict[str, Any]], ...] = (
+        (2, {"model": "llama-3.1-8b", "layers": 6}),
+        (3, {"model": "mistral-7b-v0.3", "layers": 12}),
+        (2, {"model": "qwen3-8b", "layers": 4, "checkpointing": False}),
+        (2, {"model": "qwen2.5-7b", "layers": 6, "batch_size": 2, "accumulation": 2}),
+        (2, {"model": "qwen3-8b", "layers": 6, "kbit": True}),
+    )
+    for devices, more in packed:
+        yield "device-map", "qlora", devices, more
 
 
 def text_part_jobs() -> Iterator[JobName]:

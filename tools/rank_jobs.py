@@ -89,8 +89,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
         tied = {"tie_word_embeddings": True}
         storage = {"bfloat16": "bf16"}.get(program.get("quant_storage", "bfloat16"), "uint8")
         model = cut(program["model"], program["layers"]) if "model" in program else LLAMA | tied
-        where = {"device_map": placed} if (placed := program.get("device_map")) else {}
-        return {"model": model, **ours, "quant_storage": storage, "kbit_prepare": False, **where}
+        where = {"device_map": program["device_map"]} if program.get("device_map") == "cpu" else {}
+        return {"model": model, **ours, "quant_storage": storage, "kbit_prepare": "kbit" in program, **where}
     if "model" in program:
         return {"model": cut(program["model"], program["layers"]), **ours}
     return {"model": llama(program), **ours}
@@ -216,7 +216,8 @@ def _of_devices(result: Estimate, row: dict[str, Any]) -> dict[str, float]:
     for group, rehearsed in zip(result.distributed.ranks, row["devices"], strict=False):
         assert group.peaks is not None
         shares = {phase: group.peaks.by_phase[phase] / rehearsed["peak_by_phase"][phase] - 1 for phase in PHASES}
-        each.append({**shares, "reserved": (group.peaks.reserved or 0) / rehearsed["peak_reserved"] - 1})
+        reserved = group.peaks.reserved
+        each.append(shares if reserved is None else {**shares, "reserved": reserved / rehearsed["peak_reserved"] - 1})
     return {what: max((shares[what] for shares in each), key=abs) for what in each[0]}
 
 

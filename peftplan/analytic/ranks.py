@@ -18,6 +18,7 @@ from peftplan.distributed.shards import holding
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key
 from peftplan.distributed.zero_shards import cast_on_rank
+from peftplan.errors import NoRankFormulaError
 from peftplan.job.setup import Setup
 from peftplan.job.teacher import teacher_of, trained_together
 from peftplan.memory.bucket_views import BucketViews
@@ -203,7 +204,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Earlie
     if job.distributed is not None and job.distributed.strategy == "device-map":
         from peftplan.memory.devices import Devices
 
-        model.units = Devices(model, places_of(parameters, job.distributed.world_size))
+        places = places_of(parameters, job.distributed.world_size)
+        if len({*places.layers.values(), *places.modules.values()}) == 1:  # then Trainer copies the model to each GPU
+            raise NoRankFormulaError(f"a step with {job.distributed.called}, of which transformers places all on one")
+        model.units = Devices(model, places)
     if job.distributed is None or holding is None or job.distributed.strategy not in SHARDING:
         return program
     if (job.distributed.pp_size or 1) > 1:

@@ -37,6 +37,7 @@ from peftplan.job.kernels import WITH_FORMULA
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.recast import WHOLE
 from peftplan.memory.sharded import tied
+from peftplan.optim import parse_optim, parse_optim_args
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -113,14 +114,22 @@ def _unknown_to_device_map(job: Job) -> dict[str, bool]:
     return {"trainer": not job.setup.by.prepares_model, **_unknown_to_dense(job, UNDER_DEVICE_MAP, ("adamw_torch_fused",))}
 
 
+def _maps_4_bits(job: Job) -> bool:
+    """Whether QLoRA over a `device_map` was rehearsed: over nf4 in bf16, by a trainer that makes no preparation of its own."""
+    assert job.distributed is not None
+    over_nf4 = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4"
+    return over_nf4 and job.distributed.strategy == "device-map" and job.setup.dtype == job.setup.autocast == "bf16"
+
+
 def _unknown_to_dense(job: Job, model_types: tuple[str, ...], optimizers: tuple[str, ...]) -> dict[str, bool]:
     """The same where a dense model was rehearsed, fully trained or with LoRA, with the loss of all logits."""
     setup, method = job.setup, job.method.name if job.method else "this adapter config"
     return {
         f"model type {job.architecture.model_type}": job.architecture.model_type not in model_types,
         f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
-        f"method {method}": method not in ("full", "lora") or bool(getattr(job.config, "use_dora", False)),
-        f"quant {job.quant and job.quant.name}": job.quant is not None,
+        f"method {method}": (method not in ("full", "lora") and not _maps_4_bits(job))
+        or bool(getattr(job.config, "use_dora", False)),
+        f"quant {job.quant and job.quant.name}": job.quant is not None and not _maps_4_bits(job),
         "loss": setup.loss != "full",
         REENTRANT: bool(setup.use_reentrant and setup.gradient_checkpointing),
         "keep_gradients": bool(setup.keep_gradients),
@@ -267,6 +276,12 @@ def _knows_ends(job: Job, distributed: Distributed) -> bool:
     )
 
 
+def _decomposes_on_card(job: Job) -> bool:
+    """Whether what the optimizer computes on the GPU is why no engine knows its step, which a later check says."""
+    on_card = job.distributed is not None and job.distributed.offload_params in (None, "none")
+    return on_card and parse_optim(str(job.setup.optim)).unknown(parse_optim_args(job.setup.optim_args)) is not None
+
+
 def _unrehearsed(job: Job) -> dict[str, bool]:
     """What of a job was rehearsed under no sharding strategy, and whether it is so."""
     assert job.distributed is not None
@@ -275,7 +290,7 @@ def _unrehearsed(job: Job) -> dict[str, bool]:
     with_dora = bool(getattr(job.config, "use_dora", False))
     return {
         "use_vllm": writes and bool(setup.use_vllm) and not setup.by.sends_at_once,
-        f"optim {setup.optim}": setup.optim not in shown_optimizers(job),
+        f"optim {setup.optim}": setup.optim not in shown_optimizers(job) and not _decomposes_on_card(job),
         "trainer": not is_shown_trainer(job),
         "keep_gradients": bool(setup.keep_gradients),
         "gradient_checkpointing": translates and bool(setup.gradient_checkpointing),

@@ -15,6 +15,9 @@ from peftplan.parameters import Parameter, Parameters
 SPARE = 1.25
 """Room beside the even part, in sizes of the largest layer or module, on each GPU but the last."""
 
+BY_BITSANDBYTES = 0.9
+"""The share of that limit that is left to weights in 4 or 8 bits (quantizers/quantizer_bnb_4bit.py, `adjust_max_memory`)."""
+
 
 class Block(NamedTuple):
     """What is placed as a whole: a layer, or a module outside the layers."""
@@ -43,11 +46,11 @@ def _loaded(p: Parameter) -> int:
     return sum(a.nbytes for a in p.allocations if a.name == "weight")
 
 
-def placed(sizes: Sequence[int], devices: int) -> list[int]:
-    """The GPU of each block. A GPU that is not the last takes no more than its even part and the spare room; the first one also
-    leaves room for the largest block that is still to come.
+def placed(sizes: Sequence[int], devices: int, *, share: float = 1) -> list[int]:
+    """The GPU of each block. A GPU that is not the last takes no more than its even part and the spare room, or a share of both;
+    the first one also leaves room for the largest block that is still to come.
     """
-    limit = sum(sizes) // devices + int(SPARE * max(sizes))
+    limit = share * (sum(sizes) // devices + int(SPARE * max(sizes)))
     places, device, used = [], 0, 0
     for number, nbytes in enumerate(sizes):
         room = limit - (max(sizes[number + 1 :], default=0) if device == 0 else 0)
@@ -88,7 +91,8 @@ def places_of(parameters: Parameters, devices: int) -> Places:
     """Where transformers places a model."""
     blocks = blocks_of(parameters)
     layers, modules = {}, {}
-    for block, place in zip(blocks, placed([block.nbytes for block in blocks], devices), strict=True):
+    share = BY_BITSANDBYTES if any(p.quantized for p in parameters.all) else 1
+    for block, place in zip(blocks, placed([block.nbytes for block in blocks], devices, share=share), strict=True):
         if block.layer is None:
             modules[block.parameters[0].name.rpartition(".")[0]] = place
         else:
@@ -111,12 +115,13 @@ def _bytes(parameters: Parameters) -> int:
 
 @lru_cache(maxsize=64)
 def on_devices(parameters: Parameters, devices: int) -> tuple[Share, ...]:
-    """What each GPU holds."""
+    """What each GPU holds. Tables of 4 bits are where the first weight is packed (bitsandbytes, functional.py, `name2qmap`)."""
     places = places_of(parameters, devices)
-    firsts: dict[tuple[Parameter, ...], int] = {}
-    shares = []
+    firsts: dict[tuple[object, ...], int] = {}
+    shares, shared = [], parameters.shared
     for device in range(devices):
         here = tuple(places.held_on(parameters.all, device))
-        like = firsts.setdefault(tuple(p._replace(layers=None) for p in here), device)
-        shares.append(Share(parameters._replace(all=here), like))
+        tables, shared = (shared, ()) if any(p.quantized for p in here) else ((), shared)
+        like = firsts.setdefault((tables, *(p._replace(layers=None) for p in here)), device)
+        shares.append(Share(parameters._replace(all=here, shared=tables), like))
     return tuple(shares)

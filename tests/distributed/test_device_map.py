@@ -99,6 +99,13 @@ def test_one_process_has_no_buffers_of_nccl() -> None:
     assert not any("NCCL" in text for text in estimate.to_dict()["not_modelled"])
 
 
+def test_all_on_one_gpu_has_no_peak() -> None:
+    """In 4 bits the embedding of Llama 3.2 1B is half of it: transformers places all on the first GPU, and Trainer copies it."""
+    result = peftplan.estimate("llama-3.2-1b", method="qlora", gpus=2, strategy="device-map")
+    assert result.peaks is None
+    assert "places all on one" in result.not_modelled[0]
+
+
 @pytest.mark.parametrize("strategy", ["device-map", "tp"])
 def test_many_sizes_at_once_are_each_one_alone(strategy: Any) -> None:
     """Of a `device_map` it is the GPU that needs most at each size."""

@@ -64,6 +64,10 @@ else:
         sees = hasattr(config, "vision_config")
         model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config, dtype=half)
     model.tie_weights()
+if "kbit" in job:
+    from peft import prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(model)
 if job["method"] != "full":
     from peft import LoraConfig, get_peft_model
 
