@@ -50,12 +50,14 @@ def check_family(job: Job) -> None:
 
 def _knows_shared(job: Job, strategy: str) -> bool:
     """Whether Gemma 4 was rehearsed on a rank like this one (tests/rehearse/idle_towers.jsonl, text_parts.jsonl): dense under
-    ZeRO, and so under FSDP without keys that layers borrow; LoRA of experts under ZeRO-1 and ZeRO-2."""
+    ZeRO, and so under FSDP without keys that layers borrow; LoRA of experts under ZeRO and FSDP2."""
     from peftplan.analytic.idle_towers import SHARED_TEXT_PARTS  # which few jobs need
     from peftplan.analytic.shown import FLAT
     from peftplan.analytic.text_parts import knows_wrapped
 
     if any(block.mlp.variant == "moe" for block in job.architecture.blocks):
-        return job.quant is None and (strategy == "ddp" or (strategy in FLAT and job.method_name in ("lora", "rslora")))
+        return job.quant is None and (
+            strategy == "ddp" or (strategy in (*FLAT, "zero3", "fsdp2") and job.method_name in ("lora", "rslora"))
+        )
     borrows = any(a.borrows for block in job.architecture.blocks for a in block.attentions)
     return strategy in SHARED_TEXT_PARTS or (knows_wrapped(job) and not borrows)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 UNDER_FSDP = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "internvl", "llava", "qwen3_5")
 UNDER_FSDP2 = ("gemma4", "gemma4_unified")
 """The same under FSDP2 in full and with LoRA, under FSDP1 with LoRA."""
+LORA = ("lora", "rslora")
+ALONE = {"idefics3": (*LORA, "full"), "mllama": LORA, "qwen3_vl_moe": LORA}
+"""The same under FSDP2 alone, with these methods."""
 METHODS = (*SHOWN_METHODS, "partial")
 LOSSES = ("full", "trl-chunked")
 """Liger's reads the shard of the head, a unit of its own where accelerate finds no final norm (`_find_final_norm`)."""
@@ -27,8 +30,10 @@ def knows_wrapped(job: Job) -> bool:
     setup, distributed = job.setup, job.distributed
     if distributed is None or distributed.strategy not in FSDP:
         return False
-    unquantized = job.method_name in ("lora", "rslora", *(("full",) if distributed.strategy == "fsdp2" else ()))
-    if not ((job.architecture.model_type in UNDER_FSDP2 and unquantized) or job.architecture.model_type in UNDER_FSDP):
+    model_type, divided = job.architecture.model_type, distributed.strategy == "fsdp2"
+    unquantized = job.method_name in (*LORA, *(("full",) if divided else ()))
+    alone = divided and job.method_name in ALONE.get(model_type, ()) and job.quant is None
+    if not ((model_type in UNDER_FSDP2 and unquantized) or model_type in UNDER_FSDP or alone):
         return False
     classes = distributed.transformer_cls_names_to_wrap
     of_text = classes is None or any(name.endswith(TEXT_LAYER) for name in classes)

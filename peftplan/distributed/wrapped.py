@@ -15,10 +15,13 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter
 
 ROOT = "root"
-BESIDE_TEXT = re.compile(r"^model\.(?:visual|vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.")
+BESIDE_TEXT = re.compile(
+    r"^model\.(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector|connector|embed_vision|embed_audio)\."
+)
 ENCODER = "model.vision_tower.encoder.layers.{}."
 VISUAL = "model.visual.blocks.{}."
-TOWERS = {
+OF_VISION_MODEL = ("model.vision_model.transformer.layers.{}.", "model.vision_model.global_transformer.layers.{}.")
+TOWERS: dict[str, str | tuple[str, ...]] = {
     "Qwen2VLVisionBlock": VISUAL,
     "Qwen2_5_VLVisionBlock": VISUAL,
     "Qwen3VLVisionBlock": VISUAL,
@@ -27,6 +30,9 @@ TOWERS = {
     "CLIPEncoderLayer": ENCODER,
     "PixtralAttentionLayer": "model.vision_tower.transformer.layers.{}.",
     "InternVLVisionLayer": "model.vision_tower.encoder.layer.{}.",
+    "Idefics3VisionAttention": "model.vision_model.encoder.layers.{}.self_attn.",
+    "MllamaVisionEncoderLayer": OF_VISION_MODEL,
+    "Qwen3VLMoeVisionBlock": VISUAL,
     "Gemma4VisionEncoderLayer": ENCODER,
     "Gemma4VisionPatchEmbedder": "model.vision_tower.patch_embedder.",
     "Gemma4AudioLayer": "model.audio_tower.layers.{}.",
@@ -44,7 +50,8 @@ def family_of(p: Parameter, distributed: Distributed) -> str | None:
     if not is_beside_text(p.name):
         return None
     classes = distributed.transformer_cls_names_to_wrap
-    begins = (prefix for name, prefix in TOWERS.items() if classes is None or name in classes)
+    named = (of for name, of in TOWERS.items() if classes is None or name in classes)
+    begins = (prefix for of in named for prefix in ((of,) if isinstance(of, str) else of))
     return next((prefix.removesuffix(".") for prefix in begins if p.name.startswith(prefix)), ROOT)
 
 
