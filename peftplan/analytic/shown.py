@@ -175,12 +175,12 @@ def is_like_traced(job: Job) -> bool:
 
 def knows_optimizers(job: Job) -> bool:
     """Whether a job resembles those that were traced or rehearsed with other optimizers: Trainer or SFTTrainer trains a dense
-    model in bf16, all on the card or offloaded by FSDP; its base may be quantized."""
+    model in bf16, all on the card or offloaded by FSDP, or under ZeRO-3 with shards on the host; its base may be quantized."""
     setup, distributed = job.setup, job.distributed
     assert distributed is not None
     by_trainer = setup.by.traced_on_ranks and not setup.by.of_preferences
-    on_card = {distributed.offload_params, distributed.offload_optimizer} <= {None, "none"}
-    stays = on_card or distributed.strategy in FSDP
+    steps_on_card = distributed.offload_optimizer in (None, "none") and distributed.offload_params != "nvme"
+    stays = steps_on_card or distributed.strategy in FSDP
     return by_trainer and stays and not setup.kernels and is_dense(job) and setup.dtype == setup.autocast == "bf16"
 
 
@@ -245,11 +245,12 @@ STORED = {"fsdp2": "bf16", "zero3": "uint8"}
 (tests/rehearse/methods.jsonl)."""
 
 
-def packs_on_card(job: Job) -> bool:
-    """Whether ranks divide 4 bits that were packed so on the card beside an adapter in fp32."""
+def packs_on_card(job: Job, *, whole: bool = False) -> bool:
+    """Whether ranks divide 4 bits that were packed so on the card beside an adapter in fp32, or, if `whole`, hold all of them."""
     assert job.quant is not None
     assert job.distributed is not None
-    stored = job.quant.name == "nf4" and job.quant.quant_storage == STORED.get(job.distributed.strategy)
+    shown = {STORED.get(job.distributed.strategy), *(("uint8",) if whole and job.distributed.strategy == "fsdp2" else ())}
+    stored = job.quant.name == "nf4" and job.quant.quant_storage in shown
     on_card = job.setup.device_map != "cpu" and not job.distributed.cpu_ram_efficient_loading
     return stored and on_card and (job.setup.dtype, job.setup.adapter_dtype) == ("bf16", "fp32")
 

@@ -162,9 +162,12 @@ def _views(flat: Parameter, members: list[Parameter], position: int) -> Iterator
         skipped -= before
         part = min(numel - before, left)
         left -= part
-        if part and not p.quantized:
-            (stored,) = flat.allocations
-            yield p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
+        (stored,) = flat.allocations
+        view = p._replace(shape=(part,), allocations=(stored._replace(dims=(part,)),))
+        if part and p.quantized and not flat.trainable:  # AdaLomo has states of what is frozen too
+            yield view._replace(dtype=stored.dtype, quantized=False)
+        elif part and not p.quantized:
+            yield view
 
 
 def _elements(p: Parameter) -> int:

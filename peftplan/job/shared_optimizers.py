@@ -7,10 +7,11 @@ from peftplan.distributed.zero import UNDECAYED
 from peftplan.errors import RefusedError
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
-from peftplan.optim import OPTIMIZERS, parse_optim
+from peftplan.optim import OPTIMIZERS, Optimizer, parse_optim
 from peftplan.versions import named
 
 ZERO = ("zero1", "zero2", "zero3")
+FSDP = ("fsdp1", "fsdp2")
 LION = ("lion_32bit", "paged_lion_32bit")
 _THREE_BETAS = "ValueError: too many values to unpack (expected 2) (deepspeed, ops/adam/cpu_adam.py:168)"
 _TWO_EPS = "TypeError: adam_update(): incompatible function arguments, as eps is a pair (deepspeed, ops/adam/cpu_adam.py:170)"
@@ -119,8 +120,28 @@ def check_optimizer(distributed: Distributed, setup: Setup, adaptation: Adaptati
             "all partitions (runtime/zero/stage_1_and_2.py:947, stage3.py:1358), and Trainer's second group, of norms and "
             "biases, is missing: IndexError: list index out of range; accepted: an adapter without norms and biases, ddp or fsdp2"
         )
+    if strategy in FSDP and distributed.offload_params == "cpu" and (why := _moved_to_gpu(optimizer, setup)) is not None:
+        raise RefusedError(
+            f"optim: {optimizer.name} fails in the first step of {distributed.facts.called} with offload_params, which keeps "
+            f"parameters on the host: {why}; accepted: offload_params none, adamw_torch_fused"
+        )
     if strategy == "fsdp2" and optimizer.package == "bitsandbytes":
         raise RefusedError(
             f"optim: {setup.optim} fails in the first step of FSDP2: what trains is a DTensor, for which the operators of "
             "bitsandbytes have no sharding strategy (NotImplementedError); accepted: --optim adamw_torch_8bit, or zero2 and zero3"
         )
+
+
+def _moved_to_gpu(optimizer: Optimizer, setup: Setup) -> str | None:
+    """Why an optimizer has a part on the GPU that its step needs on the host, and what raises; None if it has none."""
+    if optimizer.package == "torchao" and setup.by.prepares_model:
+        return (
+            f"{named('accelerate')} moves its learning rate, a tensor, to the GPU (optimizer.py:74): TorchRuntimeError: Tensor "
+            "device mismatch (torchao, optim/adam.py:183)"
+        )
+    if optimizer.name == "adalomo":
+        return (
+            "its second moments are on the GPU (lomo-optim, adalomo.py:93): RuntimeError: Expected all tensors to be on the same "
+            "device (adalomo.py:185)"
+        )
+    return None

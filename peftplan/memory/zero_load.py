@@ -203,6 +203,7 @@ class PartLoading(NamedTuple):
         """`deepspeed.zero.Init`: the parameters of a module are made whole, then divided, and gathered to be loaded."""
         loaded = list(tensors(p for p in cast.all if p.owner == "base"))
         half = ITEMSIZE[self.half]
+        on_device = self.distributed.offload_params in (None, "none")
         of_head = None
         for module in _by_module(loaded, NO_STACKS):
             undivided = [(p, layer, self._cast_when_new(memory, p.numel, p.dtype)) for p, layer in module]
@@ -213,9 +214,10 @@ class PartLoading(NamedTuple):
             of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size))
             memory.release(whole)
         for module in _by_module(loaded, self.converted):
+            parts = [] if on_device else [memory.allocate(self._part(p)) for p, _ in module]
             wholes = [memory.allocate(self._part(p) * self.distributed.world_size) for p, _ in module]
-            for whole in wholes:
-                memory.release(whole)
+            for gathered in (*parts, *wholes):
+                memory.release(gathered)
         if of_head is not None:
             memory.release(of_head)
         self._buffers(memory, cast)

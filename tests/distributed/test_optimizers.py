@@ -39,6 +39,10 @@ FAIL: tuple[tuple[dict[str, Any], str], ...] = (
     ({"method": "lora", "strategy": "zero1", "optim": "ademamix", **HOST}, "cpu_adam.py:168"),
     ({"method": "full", "strategy": "zero3", "optim": "paged_ademamix_8bit", **HOST}, "cpu_adam.py:168"),
     ({"method": "full", "strategy": "zero2", "optim": "adafactor", **HOST}, "cpu_adam.py:170"),
+    # rehearsed: Tensor device mismatch; Expected all tensors to be on the same device, but found cuda:0 and cpu
+    ({"method": "full", "strategy": "fsdp2", "optim": "adamw_torch_8bit", "offload_params": "cpu"}, "torchao, optim/adam.py:183"),
+    ({"method": "lora", "strategy": "fsdp1", "optim": "adamw_torch_4bit", "offload_params": "cpu"}, "torchao, optim/adam.py:183"),
+    ({"method": "full", "strategy": "fsdp1", "optim": "adalomo", "offload_params": "cpu"}, "adalomo.py:185"),
 )
 
 
@@ -87,7 +91,8 @@ def test_adagrad_over_4_bits_keeps_what_its_constructor_made() -> None:
         # of an adapter in 16 bits beside a base in 4, or of one in another dtype, nothing was rehearsed
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad"}, ("trl",)),
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad", "quant_storage": "bf16"}, ("transformers",)),
-        ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad"}, ("transformers",)),
+        ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "offload_params": "cpu"}, ("transformers",)),
+        ({"method": "full", "strategy": "fsdp2", "optim": "adagrad", "offload_params": "cpu"}, ("transformers",)),
         ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16"}, ("trl",)),
         (
             {"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16", "device_map": "cpu"},
@@ -148,7 +153,6 @@ def test_ddp_steps_all_parameters_again() -> None:
         {"strategy": "ddp", "gradient_accumulation_steps": 2},
         {"strategy": "ddp", "gradient_as_bucket_view": True},
         {"strategy": "fsdp2", "gradient_accumulation_steps": 2, "sync_each_batch": True},
-        {"strategy": "fsdp1", "offload_params": "cpu"},
         {"strategy": "fsdp1", "use_orig_params": False},
     ],
     ids=str,
