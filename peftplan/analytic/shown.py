@@ -241,15 +241,14 @@ def is_shown_reentrant(job: Job) -> bool:
 
 
 STORED = {"fsdp2": "bf16", "zero3": "uint8"}
-"""Strategy → the dtype of packed weights beside which Adagrad was rehearsed (tests/rehearse/optimizers.jsonl), and BOFT
-(tests/rehearse/methods.jsonl)."""
+"""Strategy → the dtype of packed weights beside which Adagrad and BOFT were rehearsed (optimizers.jsonl, methods.jsonl)."""
 
 
 def packs_on_card(job: Job, *, whole: bool = False) -> bool:
     """Whether ranks divide 4 bits that were packed so on the card beside an adapter in fp32, or, if `whole`, hold all of them."""
     assert job.quant is not None
     assert job.distributed is not None
-    shown = {STORED.get(job.distributed.strategy), *(("uint8",) if whole and job.distributed.strategy == "fsdp2" else ())}
+    shown = (STORED.get(job.distributed.strategy), "uint8" if whole and job.distributed.strategy == "fsdp2" else None)
     stored = job.quant.name == "nf4" and job.quant.quant_storage in shown
     on_card = job.setup.device_map != "cpu" and not job.distributed.cpu_ram_efficient_loading
     return stored and on_card and (job.setup.dtype, job.setup.adapter_dtype) == ("bf16", "fp32")

@@ -8,7 +8,7 @@ from peftplan.arch.text_part import layers_of_images
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.job import Job
 from peftplan.job.kernels import kernels_of
-from peftplan.job.lines import buffer_lines, gradient_lines, is_target, optimizer_lines, sensitivity_lines, weight_lines
+from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, projected_whole, sensitivity_lines, weight_lines
 from peftplan.job.other_sizes import differ_in_sizes
 from peftplan.job.setup import Setup
 from peftplan.job.trainer import Trainer
@@ -234,7 +234,7 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
     on_rank = built if own is None else own.parameters
     states_of = on_rank if own is None else own.states_of or on_rank
     if optimizer.low_rank and job.distributed is not None and job.distributed.strategy == "fsdp2":
-        states_of = _projected_whole(built, states_of, setup.optim_target_modules or ())
+        states_of = projected_whole(built, states_of, setup.optim_target_modules or ())
     return (
         weight_lines(on_rank)
         + buffer_lines(built)
@@ -247,13 +247,6 @@ def _lasting(job: Job, built: Parameters, own: "Holding | None") -> Ledger:
         + _second_models(job, on_rank, stepping)
         + _weights_as_loaded(before_merges(job, on_rank))
     )
-
-
-def _projected_whole(built: Parameters, shards: Parameters, targets: tuple[str, ...]) -> Parameters:
-    """What GaLore has states of under FSDP2: torch gathers a gradient to decompose it, and each rank has all of what follows
-    (torch, distributed/tensor/_ops/_math_ops.py, `linalg_replicate_strategy`)."""
-    pairs = zip(built.all, shards.all, strict=True)
-    return shards._replace(all=tuple(own._replace(shape=p.shape) if is_target(p, targets) else own for p, own in pairs))
 
 
 def _second_models(job: Job, on_rank: Parameters, optimizer: Optimizer) -> Ledger:

@@ -99,6 +99,13 @@ def is_target(p: Parameter, target_modules: Iterable[str]) -> bool:
     return p.is_linear and any(t == "all-linear" or t in p.name for t in target_modules)
 
 
+def projected_whole(built: Parameters, shards: Parameters, targets: tuple[str, ...]) -> Parameters:
+    """What GaLore has states of under FSDP2: torch gathers a gradient to decompose it, and each rank has all of what follows
+    (torch, distributed/tensor/_ops/_math_ops.py, `linalg_replicate_strategy`)."""
+    pairs = zip(built.all, shards.all, strict=True)
+    return shards._replace(all=tuple(own._replace(shape=p.shape) if is_target(p, targets) else own for p, own in pairs))
+
+
 def _place(p: Parameter) -> Place | None:
     """The host if a weight is offloaded to it: its gradient and states are there too; else None."""
     for a in p.allocations:
