@@ -66,7 +66,9 @@ def _cached(known: "OrderedDict[tuple[object, ...], T]", key: tuple[object, ...]
 def _in_evaluation(inventory: Inventory) -> Inventory:
     """The job as an evaluation runs it."""
     job = inventory.job
-    changed = {"batch_size": job.setup.eval_batch_size, "gradient_checkpointing": False, "noisy_embeddings": None}
+    loss = "full" if job.setup.loss == "liger" else job.setup.loss  # Liger's forward leaves logits out in training alone
+    rows = {"batch_size": job.setup.eval_batch_size, "loss": loss}
+    changed = {**rows, "gradient_checkpointing": False, "noisy_embeddings": None}
     return inventory._replace(job=job._replace(setup=job.setup.model_copy(update=changed)))
 
 

@@ -1,32 +1,54 @@
-"""Which evaluations have a formula: those that were rehearsed (tests/rehearse/evaluated.jsonl)."""
+"""Which evaluations have a formula: those that were rehearsed (tests/rehearse/evaluated.jsonl, axolotl_evaluated.jsonl)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.job.trainer import TrainerName
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
 
-Strategies = tuple[str | None, ...]
-"""None: one GPU."""
-REHEARSED: Mapping[TrainerName, Strategies] = MappingProxyType(
-    {"transformers": (None, "ddp", "fsdp2"), "trl": (None, "ddp", "fsdp2"), "trl-dpo": (None, "ddp")}
+
+class Evaluated(NamedTuple):
+    """The evaluations of a trainer that were rehearsed."""
+
+    strategies: tuple[str | None, ...]
+    """None: one GPU."""
+    losses: tuple[str, ...] = ("full", "trl-chunked")
+    kernels: tuple[str, ...] = ()
+    """How the names of kernels begin that ran."""
+
+
+REHEARSED: Mapping[TrainerName, Evaluated] = MappingProxyType(
+    {
+        "transformers": Evaluated((None, "ddp", "fsdp1", "fsdp2")),
+        "trl": Evaluated((None, "ddp", "fsdp1", "fsdp2")),
+        "trl-dpo": Evaluated((None, "ddp")),
+        "axolotl": Evaluated((None,), losses=("full", "liger"), kernels=("liger.", "axolotl.")),
+    }
 )
-"""Trainer → the strategies under which its evaluation was rehearsed."""
-
-
-LOSSES = ("full", "trl-chunked")
-"""Losses with which they were."""
 
 
 def without_formula(job: Job) -> str | None:
     """What evaluation of a job has no formula; None where its peak is counted."""
     setup, distributed = job.setup, job.distributed
-    plain = job.is_full_or_lora and setup.loss in LOSSES and not setup.kernels and not setup.router_loss
-    if plain and (None if distributed is None else distributed.strategy) in REHEARSED.get(setup.trainer, ()):
-        return None
+    known = REHEARSED.get(setup.trainer)
+    if known is not None and _is_plain(job) and setup.loss in known.losses and not setup.router_loss:
+        ran = all(name.startswith(known.kernels) for name in setup.kernels or ())
+        if ran and (None if distributed is None else distributed.strategy) in known.strategies:
+            return None
     return f"an evaluation of {setup.by.called}{'' if distributed is None else f' with {distributed.called}'}"
+
+
+def _is_plain(job: Job) -> bool:
+    """Whether the model is a dense decoder with attention in each layer, trained in full or with LoRA."""
+    arch = job.architecture
+    dense = all(
+        block.stack == "decoder" and block.mlp.variant != "moe" and not block.convolution
+        and block.state_space is None and block.delta_rule is None
+        for block in arch.blocks
+    )  # fmt: skip
+    return dense and job.is_full_or_lora and arch.task_type == "CAUSAL_LM" and not arch.has_towers

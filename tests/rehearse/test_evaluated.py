@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import peftplan
+from tools.rehearsed_axolotl import options
 from tools.rehearsed_jobs import compared, read
 
 ROWS = read(Path(__file__).with_name("evaluated.jsonl"))
+IN_AXOLOTL = read(Path(__file__).with_name("axolotl_evaluated.jsonl"))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["job"]))
@@ -19,3 +23,14 @@ def test_formulas_hold_what_an_evaluation_holds(row: dict[str, object]) -> None:
     apart = ("reserved", "forward") if "fsdp2" in str(row["job"]) else ("reserved",)
     assert {what: value for what, value in drift.items() if what not in apart and abs(value) > 0.05} == {}
     assert abs(drift["reserved"]) <= 0.2
+
+
+@pytest.mark.parametrize("row", IN_AXOLOTL, ids=lambda row: str(row["values"]["sequence_len"]))
+def test_an_evaluation_by_axolotl_makes_the_logits_that_liger_s_loss_leaves_out(row: dict[str, Any]) -> None:
+    """It evaluates before the first step too, which a rehearsal counts into loading."""
+    peaks = peftplan.estimate(**options(row)).peaks
+    assert peaks is not None
+    assert peaks.reserved is not None
+    assert peaks.phase == "evaluate"
+    assert abs(peaks.allocated / row["allocated"] - 1) <= 0.0005
+    assert abs(peaks.reserved / row["reserved"] - 1) <= 0.002
