@@ -25,6 +25,7 @@ class Lazy:
         """The size at each point."""
         if self._values is None:
             self._values = self._compute(*[of.values if isinstance(of, Lazy) else of for of in self._operands])
+            self._operands = ()  # whose values others may no longer need
         return self._values
 
     def __neg__(self) -> Lazy:

@@ -130,6 +130,11 @@ class At(Mapping[str, "Ints"]):
         self._units: dict[tuple[Size, ...], Floats] = {}
         self._ranges: dict[tuple[tuple[Size, ...], int], tuple[Floats, Floats]] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the arrays that have been evaluated."""
+        return sum(np.asarray(values).nbytes for values in (*self._units.values(), *self._read.values()))
+
     def units(self, sizes: tuple[Size, ...]) -> Floats:
         """How many units a tensor of each size takes at each point."""
         if sizes not in self._units:

@@ -20,7 +20,7 @@ from peftplan.job.inventory import Inventory, inventory, of_any_device, on_rank
 from peftplan.ledger import Dim, Ledger
 from peftplan.memory.timeline import Kind, Timeline
 from peftplan.scans import no_scans
-from peftplan.units import round512
+from peftplan.units import MIB, round512
 
 if TYPE_CHECKING:
     from peftplan.analytic.moments import At, Moments, Part
@@ -30,9 +30,9 @@ SHARED = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 RECORDS_KEPT = 32
 """Of each job, and jobs."""
 _RECORDS: OrderedDict[tuple[object, ...], tuple[Record, ...]] = OrderedDict()
-
-
 _NAMED: deque[tuple[Record, Ints, Ints, At]] = deque(maxlen=16)
+NAMED_BYTES = 64 * MIB
+"""What the arrays of kept points may take before others are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,8 @@ class OverRanks(NamedTuple):
             same = record is self.record and len(batches) == len(batch_size)
             if same and (batches == batch_size).all() and (lengths == seq_len).all():
                 return kept
+        while sum(kept.num_bytes for *_, kept in _NAMED) > NAMED_BYTES:
+            _NAMED.popleft()
         sizes = At(len(rank), self.compiled.sizes_read(lazy(batch_size), lazy(seq_len)))
         _NAMED.append((self.record, batch_size, seq_len, sizes))
         return sizes

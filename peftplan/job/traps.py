@@ -15,6 +15,8 @@ from peftplan.storage import QuantConfig
 STEM = re.compile(r"(.+?)(?:For[A-Z]|LMHead|Model$)")
 """What the names of a model's modules begin with, such as `Llama` of `LlamaForCausalLM`. A capital follows: `Gemma2DecoderLayer`
 is no layer of Gemma, nor `Qwen2MoeDecoderLayer` one of Qwen 2."""
+FURTHER = "Moe|VL|Next|H1?|Mamba(?=Block)|X|Lite"
+"""What may follow in the names of another model's modules: `Qwen3NextDecoderLayer` is no layer of Qwen 3."""
 NAMELESS = ("TransformerBlock", "ConvLayer")
 """Layers whose names do not begin so: DistilBERT's, and what DeBERTa has before its layers."""
 
@@ -43,6 +45,8 @@ def traps(
         yield "quant_storage: FSDP2 shards packed weights only if they are stored as floats (bf16); each rank holds all"
     if distributed.strategy in ("fsdp1", "fsdp2") and distributed.wrap_policy in ("none", "size"):
         yield f"wrap_policy: {distributed.wrap_policy} may make no layer a unit; {called} then gathers the whole model at once"
+    if distributed.strategy in ("fsdp1", "fsdp2") and distributed.min_num_params and distributed.wrap_policy != "size":
+        yield "min_num_params: accelerate reads it with wrap_policy size alone (utils/dataclasses.py, `set_auto_wrap_policy`)"
     if distributed.strategy in ("fsdp1", "fsdp2") and (strange := _of_other_models(distributed, architecture)):
         yield (
             f"transformer_cls_names_to_wrap: no module of {architecture.model_class} is called {', '.join(strange)}; "
@@ -66,6 +70,6 @@ def _of_other_models(distributed: Distributed, architecture: Architecture) -> li
     stem = STEM.match(architecture.model_class)
     if stem is None or architecture.has_towers:  # whose parts have names of their own
         return []
-    own = re.compile(rf"{re.escape(stem[1])}(?!Moe)[A-Z]\w*")
+    own = re.compile(rf"{re.escape(stem[1])}(?!(?:{FURTHER})[A-Z])[A-Z]\w*")
     layers = (name for name in distributed.transformer_cls_names_to_wrap or () if name.endswith(("Layer", "Block")))
     return [name for name in layers if name not in NAMELESS and not own.fullmatch(name)]

@@ -151,3 +151,15 @@ def test_numbers_of_two_records_never_meet() -> None:
     assert {one.world: "kept"}.get(other.world) is None
     with pytest.raises(AssertionError, match="two records"):
         one.world + other.world
+
+
+def test_points_that_are_kept_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones may be more: they are read later."""
+    monkeypatch.setattr(worlds, "NAMED_BYTES", 10**6)
+    grid = Points(np.repeat(np.arange(1, 101), 1000), np.tile(np.arange(8, 8008, 8), 100))
+    for world in (4, 8):
+        options = {"method": "full", "gpus": world, "strategy": "zero3"}
+        over = Sized(lambda _, options=options: counted(MODEL, **options), (), compute_capability="8.0")
+        over.requested(grid)
+        *before, _ = (kept.num_bytes for *_, kept in worlds._NAMED)
+        assert sum(before) <= 10**6

@@ -70,6 +70,11 @@ def test_a_class_of_another_model_is_warned_of(name: str) -> None:
         ("gemma-7b", "Gemma2DecoderLayer"),
         ("qwen2.5-0.5b", "Qwen2MoeDecoderLayer"),
         ("phi-2", "Phi3DecoderLayer"),
+        ("qwen3-0.6b", "Qwen3NextDecoderLayer"),
+        ("qwen3-0.6b", "Qwen3VLTextDecoderLayer"),
+        ("falcon-7b", "FalconH1DecoderLayer"),
+        ("falcon-7b", "FalconMambaBlock"),
+        ("gpt-neo-125m", "GPTNeoXLayer"),
     ],
 )
 def test_names_that_begin_like_those_of_another_model_are_told_apart(model: str, name: str) -> None:
@@ -79,6 +84,26 @@ def test_names_that_begin_like_those_of_another_model_are_told_apart(model: str,
     job = {"method": "full", "gpus": 8, "strategy": "fsdp2", "transformer_cls_names_to_wrap": name}
     warned = any("Could not find the transformer layer class" in text for text in peftplan.estimate(model, **job).warnings)
     assert warned is not hasattr(code, name)
+
+
+@pytest.mark.parametrize(("policy", "is_read"), [("size", True), ("transformer", False), (None, False), ("none", False)])
+def test_a_number_of_parameters_is_read_with_the_policy_by_size_alone(policy: str | None, is_read: bool) -> None:
+    """As accelerate's plugin does."""
+    plugins = pytest.importorskip("accelerate.utils.dataclasses")
+    torch = pytest.importorskip("torch")
+    words = {"size": "size_based_wrap", "none": "no_wrap"}
+    plugin = plugins.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=words.get(policy or "", "transformer_based_wrap"),
+        transformer_cls_names_to_wrap=["Linear"],
+        min_num_params=7,
+    )
+    plugin.set_auto_wrap_policy(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    policy_of = getattr(plugin.auto_wrap_policy, "keywords", {})
+    assert ("min_num_params" in policy_of) is is_read
+    job = {"method": "lora", "gpus": 8, "strategy": "fsdp2", "wrap_policy": policy, "min_num_params": 7}
+    warned = any("min_num_params" in text for text in peftplan.estimate("qwen2.5-0.5b", **job).warnings)
+    assert warned is not is_read
 
 
 def test_a_model_with_all_classes_is_not_refused() -> None:
