@@ -27,7 +27,7 @@ REHEARSED: Mapping[TrainerName, Evaluated] = MappingProxyType(
         "transformers": Evaluated((None, "ddp", "fsdp1", "fsdp2")),
         "trl": Evaluated((None, "ddp", "fsdp1", "fsdp2")),
         "trl-dpo": Evaluated((None, "ddp")),
-        "axolotl": Evaluated((None,), losses=("full", "liger"), kernels=("liger.", "axolotl.")),
+        "axolotl": Evaluated((None, "fsdp1"), losses=("full", "liger"), kernels=("liger.", "axolotl.")),
     }
 )
 

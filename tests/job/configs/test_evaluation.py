@@ -149,3 +149,19 @@ def test_an_evaluation_does_not_depend_on_the_rows_or_dropout_of_training() -> N
         return peaks.requested["evaluate"]  # type: ignore[attr-defined]
 
     assert evaluated() == evaluated(batch_size=8) == evaluated(lora_dropout=0.1) == evaluated(gradient_checkpointing=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        ({}, 2),
+        ({"eval_batch_size": 4}, 4),
+        ({"sample_packing": True, "attn_implementation": "sdpa", "eval_batch_size": 4}, 2),
+        ({"sample_packing": True, "attn_implementation": "flash_attention_2"}, 1),  # of 2 x sequence_len
+        ({"sample_packing": True, "attn_implementation": "flash_attention_2", "eval_sample_packing": False}, None),
+        ({"eval_strategy": "no"}, None),
+    ],
+)
+def test_axolotl_packs_an_evaluation_as_it_packs_training(values: dict[str, object], rows: int | None) -> None:
+    plan = read_values({"micro_batch_size": 2, "val_set_size": 0.1, **values}, file="a.yml", tool="axolotl")
+    assert plan.options.get("eval_batch_size") == rows
