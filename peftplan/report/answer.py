@@ -148,7 +148,7 @@ def _open(result: Estimate) -> str:
         return "unsupported keys in the file"
     if result.peaks:
         if result.peaks.incomplete:
-            return "the trace could not follow all of it"
+            return "the peak is a lower bound"
         return "reserved bytes are not known" if result.peaks.reserved is None else "what a late GPU reserves is not known"
     return f"no peak{', add --engine trace' if '--engine trace' in result.not_modelled[0] else ''}"
 

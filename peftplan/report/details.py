@@ -139,7 +139,7 @@ def _verdicts(result: Estimate) -> Table:
     if result.peaks and result.peaks.unreserved is not None:
         unknown = "(reserved bytes are not known)"
     else:
-        unknown = "(no peak)" if not result.peaks else "(a bound)" if result.config else "(the trace is incomplete)"
+        unknown = "(no peak)" if not result.peaks else "(a bound)"
     numbers = (Column(name, right=True) for name in ("usable", "needed", "context", "left over"))
     grid = table(Column("gpu"), *numbers, Column("verdict"))
     grid.columns[0].no_wrap = False  # ids of up to 29 letters
