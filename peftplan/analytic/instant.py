@@ -56,10 +56,9 @@ class InstantPeaks(Peaks):
         """An evaluation without a formula."""
         if self.inventory.job.setup.eval_batch_size is None:
             return ()
-        from peftplan.job.evaluating import without_formula
+        from peftplan.job.evaluating import not_counted
 
-        why = without_formula(self.inventory.job)
-        return () if why is None else (f"{why} is not counted (no formula yet)",)
+        return not_counted(self.inventory.job)
 
     @cached_property
     def unreserved(self) -> str | None:

@@ -38,17 +38,25 @@ def without_formula(job: Job) -> str | None:
     known = REHEARSED.get(setup.trainer)
     if known is not None and _is_plain(job) and setup.loss in known.losses and not setup.router_loss:
         ran = all(name.startswith(known.kernels) for name in setup.kernels or ())
-        if ran and (None if distributed is None else distributed.strategy) in known.strategies:
+        of_rows = distributed is None or not any(getattr(distributed, f"{each}_size") for each in ("tp", "pp", "cp", "sp", "ep"))
+        if ran and of_rows and (None if distributed is None else distributed.strategy) in known.strategies:
             return None
     return f"an evaluation of {setup.by.called}{'' if distributed is None else f' with {distributed.called}'}"
 
 
+def not_counted(job: Job) -> tuple[str, ...]:
+    """What the peak of a job leaves out."""
+    why = None if job.setup.eval_batch_size is None else without_formula(job)
+    return () if why is None else (f"{why} is not counted (no formula yet)",)
+
+
 def _is_plain(job: Job) -> bool:
-    """Whether the model is a dense decoder with attention in each layer, trained in full or with LoRA."""
+    """Whether the model is a dense decoder with attention in each layer, trained in full, with LoRA or with DoRA."""
     arch = job.architecture
     dense = all(
         block.stack == "decoder" and block.mlp.variant != "moe" and not block.convolution
         and block.state_space is None and block.delta_rule is None
         for block in arch.blocks
     )  # fmt: skip
-    return dense and job.is_full_or_lora and arch.task_type == "CAUSAL_LM" and not arch.has_towers
+    of_lora = job.method is not None and job.method.peft_type in (None, "LORA")
+    return dense and of_lora and arch.task_type == "CAUSAL_LM" and not arch.has_towers

@@ -166,6 +166,8 @@ def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
     if setup.batch_size > 1:
         yield micro_batch(job, 1), SAME
+    if setup.eval_batch_size is not None and setup.eval_batch_size > setup.batch_size:
+        yield {"eval_batch_size": setup.batch_size}, SAME
     half, quarter = (setup.seq_len // part // SEQUENCE_STEP * SEQUENCE_STEP for part in (2, 4))
     for price, tokens in enumerate(sorted({half, quarter, SEQUENCE_STEP} - {0}, reverse=True), DATA):
         if tokens < setup.seq_len:

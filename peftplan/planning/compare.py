@@ -18,7 +18,7 @@ from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
 from peftplan.planning.verdicts import counted_cards
-from peftplan.results.estimate import SCHEMA_VERSION, Estimate
+from peftplan.results.estimate import SCHEMA_VERSION, Estimate, Peaks
 from peftplan.validation import listed
 
 if TYPE_CHECKING:
@@ -231,6 +231,12 @@ def _telling(
     return lambda what, share: progress(f"{method}: {what}", (done + share) / count)
 
 
+def _of_peak(peaks: Peaks) -> tuple[str, ...]:
+    """What a peak leaves out."""
+    without = tuple(f"the peak is a lower bound: {what}" for what in peaks.incomplete)
+    return (*without, NO_PICTURES) if peaks.scope else without
+
+
 def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Compared]:
     peaks = result.peaks
     by_category: dict[str, int] | None = (
@@ -243,7 +249,7 @@ def _rows(method: str, result: Estimate, adapter_bytes: int | None) -> list[Comp
         peak_phase=peaks.phase if peaks else None,
         by_category=by_category if peaks else None,
         adapter_bytes=adapter_bytes,
-        warnings=(*result.warnings, *((NO_PICTURES,) if peaks and peaks.scope else ())),
+        warnings=(*result.warnings, *_of_peak(peaks)) if peaks else result.warnings,
         error=None if peaks else without_formula(result),
     )
     return [

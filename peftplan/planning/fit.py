@@ -295,6 +295,8 @@ def _unknown(result: Estimate) -> str | None:
     """Why there is no verdict of a job; None where there is one."""
     if result.peaks is None:
         return without_formula(result)
+    if result.peaks.incomplete and result.engine == "analytic":
+        return result.peaks.incomplete[0]
     why = result.peaks.unreserved
     return None if why is None else f"reserved bytes are not known: {why}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from peftplan.arrays import Ints
 from peftplan.errors import MissingExtraError, PeftplanError
+from peftplan.job.evaluating import not_counted
 from peftplan.job.resolving import check_length, check_logits_to_keep
 from peftplan.planning.assumed import NO_PICTURES
 from peftplan.planning.axes import Values
@@ -163,9 +164,10 @@ def _sized(job: Job, card: Gpu | None) -> Sized | str:
     """The job at all sizes on a card, or why there is none."""
     ranks = cast("Sequence[int]", job.sizes.get("r", ()))
     try:
-        return Sized(partial(job.counted, card=card), ranks, compute_capability=capability(card))
+        sized = Sized(partial(job.counted, card=card), ranks, compute_capability=capability(card))
     except PeftplanError as refused:
         return str(refused)
+    return next(iter(not_counted(sized.first.job)), sized)
 
 
 def _values_at(name: str, values: Values, places: Ints) -> Ints:

@@ -165,3 +165,50 @@ def test_an_evaluation_does_not_depend_on_the_rows_or_dropout_of_training() -> N
 def test_axolotl_packs_an_evaluation_as_it_packs_training(values: dict[str, object], rows: int | None) -> None:
     plan = read_values({"micro_batch_size": 2, "val_set_size": 0.1, **values}, file="a.yml", tool="axolotl")
     assert plan.options.get("eval_batch_size") == rows
+
+
+def test_logits_for_metrics_are_a_lower_bound(tmp_path: Path) -> None:
+    """Of a language model, with as many rows as a training step has; a classification's are a few bytes."""
+    script = """
+import transformers
+model = transformers.{auto}.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+args = transformers.TrainingArguments("out", eval_strategy="steps", prediction_loss_only={loss_only})
+trainer = transformers.Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+trainer.train()
+"""
+    bounds = []
+    for auto, loss_only in (
+        ("AutoModelForCausalLM", False),
+        ("AutoModelForCausalLM", True),
+        ("AutoModelForSequenceClassification", False),
+    ):
+        file = tmp_path / "train.py"
+        file.write_text(script.format(auto=auto, loss_only=loss_only))
+        bounds.append(peftplan.estimate(config=file).bound)
+    assert bounds == ["at_least", None, None]
+
+
+@pytest.mark.parametrize(("rows", "effect"), [(2, None), (8, "at_least")])
+def test_evaluations_behind_training_are_a_lower_bound(tmp_path: Path, rows: int, effect: str | None) -> None:
+    file = tmp_path / "run.sh"
+    file.write_text(
+        "python run_clm.py --model_name_or_path gpt2 --dataset_name mine --do_train --do_eval --output_dir out "
+        f"--per_device_train_batch_size 2 --per_device_eval_batch_size {rows}\n"
+    )
+    assert peftplan.estimate(config=file).bound == effect
+
+
+def test_changes_lower_the_rows_of_evaluations() -> None:
+    """Of 32 rows the logits alone are 30 GiB; one row fits without another trainer."""
+    too_many = peftplan.estimate("smollm2-135m", method="full", eval_batch_size=32, gpu="t4")
+    assert peftplan.advice(too_many)["t4"].changes[0].options == {"eval_batch_size": 1}
+
+
+def test_what_has_no_formula_is_neither_searched_nor_swept() -> None:
+    why = "an evaluation of Trainer is not counted (no formula yet)"
+    with pytest.raises(peftplan.PeftplanError, match="an evaluation of Trainer is not counted"):
+        peftplan.fit("smollm2-135m", method="ia3", eval_batch_size=8, gpu="t4")
+    swept = peftplan.sweep("smollm2-135m", method=["lora", "ia3"], seq_len=512, eval_batch_size=8)
+    assert [row["error"] for row in swept.records()] == [None, why]
+    compared = peftplan.compare("smollm2-135m", methods=["lora", "ia3"], seq_len=512, eval_batch_size=8)
+    assert [f"the peak is a lower bound: {why}" in row.warnings for row in compared.rows] == [False, True]
