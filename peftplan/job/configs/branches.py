@@ -68,8 +68,8 @@ class Block:
 class Variables:
     """The variables of a script. One that has different values in the branches before a command is left open, as `$NAME`.
 
-    Of several words, such as options, or of the launch, the last value is read, and `doubts` says so. A condition that these
-    variables decide leaves one branch.
+    Of several words, such as options, or of the launch, the last value is read, and `doubts` says so, as where only some branches
+    set one. A condition that these variables decide leaves one branch.
     """
 
     def __init__(self) -> None:
@@ -222,7 +222,8 @@ class Variables:
         for name in dict.fromkeys(name for end in ends for name in end):
             values = list(dict.fromkeys(end[name] for end in ends if name in end))
             self.values[name] = values[-1]
-            if len(values) > 1 and (name in OF_LAUNCHES or any(map(OF_WORDS.search, values))):
-                self._doubted[name] = values[-1]
-            elif len(values) > 1:
+            differ, in_each = len(values) > 1, all(name in end for end in ends)
+            if differ and name not in OF_LAUNCHES and not any(map(OF_WORDS.search, values)):
                 self.values[name] = f"${name}"
+            elif differ or not in_each:  # elsewhere the environment has it, or nothing does
+                self._doubted[name] = values[-1]

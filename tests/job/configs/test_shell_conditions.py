@@ -87,6 +87,11 @@ def test_a_branch_that_only_the_run_decides_is_open(tmp_path: Path, script: str)
     assert "max_length" in read(tmp_path, f"{script}\n{SWIFT} --max_length $L").unsupported
 
 
+def test_a_value_that_only_some_branches_set_is_assumed(tmp_path: Path) -> None:
+    plan = read(tmp_path, f"if nvidia-smi | grep -q A100; then L=1024; fi\n{SWIFT} --max_length ${{L:-512}}\n")
+    assert (plan.options["seq_len"], plan.assumed["$L"]) == (1024, "$L depends on a branch of the script; '1024' is read")
+
+
 def test_the_condition_of_a_command_is_assumed_where_the_script_does_not_decide_it(tmp_path: Path) -> None:
     plan = read(tmp_path, f"M=1\nif [ -d data ]; then\n{SWIFT} --max_length 512\nfi\n")
     assert plan.assumed["condition"] == "the script runs the command where '[ -d data ]' holds, which it does not decide"
