@@ -205,8 +205,11 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Earlie
         from peftplan.memory.devices import Devices
 
         places = places_of(parameters, job.distributed.world_size)
-        if len({*places.layers.values(), *places.modules.values()}) == 1:  # then Trainer copies the model to each GPU
+        used = {*places.layers.values(), *places.modules.values()}
+        if len(used) == 1:  # then Trainer copies the model to each GPU
             raise NoRankFormulaError(f"a step with {job.distributed.called}, of which transformers places all on one")
+        if 0 not in used:  # to which Trainer moves the batch, and hooks of accelerate the logits
+            raise NoRankFormulaError(f"a step with {job.distributed.called}, of which transformers leaves the first one empty")
         model.units = Devices(model, places)
     if job.distributed is None or holding is None or job.distributed.strategy not in SHARDING:
         return program

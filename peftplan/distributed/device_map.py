@@ -48,13 +48,13 @@ def _loaded(p: Parameter) -> int:
 
 def placed(sizes: Sequence[int], devices: int, *, share: float = 1) -> list[int]:
     """The GPU of each block. A GPU that is not the last takes no more than its even part and the spare room, or a share of both;
-    the first one also leaves room for the largest block that is still to come.
+    the first one also leaves room for the largest block that is still to come, and stays empty where that leaves too little.
     """
     limit = share * (sum(sizes) // devices + int(SPARE * max(sizes)))
     places, device, used = [], 0, 0
     for number, nbytes in enumerate(sizes):
         room = limit - (max(sizes[number + 1 :], default=0) if device == 0 else 0)
-        if used and used + nbytes > room and device < devices - 1:
+        if used + nbytes > room and device < devices - 1:
             device, used = device + 1, 0
         places.append(device)
         used += nbytes

@@ -211,7 +211,7 @@ class PartLoading(NamedTuple):
                 self._divide(memory, p, layer, whole, trained)
         if self.tied:
             whole = self._cast_when_new(memory, self.tied, self.half)
-            of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size))
+            of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size)) if on_device else None
             memory.release(whole)
         for module in _by_module(loaded, self.converted):
             parts = [] if on_device else [memory.allocate(self._part(p)) for p, _ in module]

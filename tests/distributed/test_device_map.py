@@ -53,6 +53,16 @@ def test_transformers_places_them_so(name: str, devices: int) -> None:
         assert at == place, (module, theirs)
 
 
+def test_the_first_gpu_stays_empty_where_a_head_is_to_come() -> None:
+    """12 layers of Llama 3.1 8B in 4 bits over four GPUs, rehearsed: `load` took 7,680 bytes on the first one, 2.06 and 1.60 GB
+    on the next two, 512 on the last. In MB: 0.9 x ((2 x 1,050 + 12 x 109) / 4 + 1.25 x 1,050) = 1,949; less the head 899.
+    """
+    assert placed([1050, *[109] * 12, 1050], 4, share=0.9) == [*[1] * 9, *[2] * 5]
+    result = peftplan.estimate("llama-3.1-8b", method="qlora", gpus=4, strategy="device-map")
+    assert result.peaks is None
+    assert "leaves the first one empty" in result.not_modelled[0]
+
+
 def test_numbers_are_those_of_the_gpu_that_needs_most() -> None:
     """An untied head is on the last GPU, with the logits: there the peak is. The first one has the table and a copy of them."""
     result = peftplan.estimate("llama-3.1-8b", method="lora", r=16, gpus=2, strategy="device-map", gpu="l4")
