@@ -214,8 +214,10 @@ class PartLoading(NamedTuple):
             of_head = memory.allocate(half * ceil_div(self.tied, self.distributed.world_size)) if on_device else None
             memory.release(whole)
         for module in _by_module(loaded, self.converted):
-            parts = [] if on_device else [memory.allocate(self._part(p)) for p, _ in module]
+            parts = [] if on_device or len(module) == 1 else [memory.allocate(self._part(p)) for p, _ in module]
             wholes = [memory.allocate(self._part(p) * self.distributed.world_size) for p, _ in module]
+            if not on_device and len(module) == 1:  # `_allgather_params_sequential`; of several, `_allgather_params_coalesced`
+                parts = [memory.allocate(self._part(module[0][0]))]
             for gathered in (*parts, *wholes):
                 memory.release(gathered)
         if of_head is not None:

@@ -78,7 +78,9 @@ TAILS = {
     "smollm2-135m --method full --optim adamw_torch_4bit": 0.0021,
     "a --method full --optim adamw_torch_4bit": 0.003,
     "b --method lora --r 64 --optim adamw_torch_4bit": 0.008,
-    "small-llama --method lora --optim lion_8bit": 0.48,
+    "small-llama --method lora --optim lion_8bit": 0.24,
+    "small-llama --method full --optim sgd --batch-size 2 --seq-len 256 --strategy zero3": 0.34,
+    "small-llama --method full --batch-size 2 --seq-len 256 --strategy zero3": 0.34,
     "qb --method qlora --quant-storage bf16 --no-kbit-prepare --optim adalomo": 0.29,
     "small-llama --method qlora --optim adagrad --batch-size 2 --seq-len 256 --strategy fsdp2": 0.67,
 }

@@ -507,14 +507,20 @@ def test_a_prompt_s_rows_are_named_after_their_table() -> None:
 
 
 def test_a_tied_head_is_divided_on_the_host() -> None:
-    """LoRA of five tied layers over eight GPUs with shards on the host, rehearsed: `load` took 101,383,680 bytes. A part of the
-    head on the card would be 2 x 50,021 x 896 / 8 = 11,204,704 more."""
+    """Five tied layers with shards on the host, rehearsed. LoRA over eight GPUs: `load` took 101,383,680 bytes; a part of the
+    head on the card would be 2 x 50,021 x 896 / 8 = 11,204,704 more. In full over four, all offloaded: 114,852,864, and
+    796,917,760 reserved, 2 MiB less than here.
+    """
     of_class = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "hidden_act": "silu"}
     sizes = {"hidden_size": 896, "intermediate_size": 2432, "num_attention_heads": 14, "num_key_value_heads": 2}
     model = {**of_class, **sizes, "vocab_size": 50_021, "num_hidden_layers": 5, "tie_word_embeddings": True}
-    shared: dict[str, Any] = {"strategy": "zero3", "gpus": 8, "offload_params": "cpu", **AUTO}
-    peaks = peftplan.estimate(
-        {**model, "max_position_embeddings": 4096}, method="lora", r=32, optim="adafactor", batch_size=3, seq_len=333, **shared
-    ).peaks
-    assert peaks is not None
-    assert peaks.by_phase["load"] == pytest.approx(101_383_680, rel=2e-5)
+    model["max_position_embeddings"] = 4096
+    shared: dict[str, Any] = {"strategy": "zero3", "offload_params": "cpu", **AUTO}
+    adapted = {"method": "lora", "r": 32, "gpus": 8, "optim": "adafactor", "batch_size": 3, "seq_len": 333}
+    lora = peftplan.estimate(model, **shared, **adapted).peaks
+    full = peftplan.estimate(model, **shared, method="full", gpus=4, offload_optimizer="cpu", seq_len=512).peaks
+    assert lora is not None
+    assert full is not None
+    assert lora.by_phase["load"] == pytest.approx(101_383_680, rel=2e-5)
+    assert full.by_phase["load"] == pytest.approx(114_852_864, rel=2e-5)
+    assert full.reserved == pytest.approx(796_917_760, abs=2**21)
