@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import peftplan.methods as methods
@@ -24,6 +25,7 @@ from peftplan.job.configs.planned import planned
 from peftplan.job.configs.reading import Reading, read_all
 from peftplan.job.configs.sayable import BY_TARGETS, BYTELESS, ROLES, fields_of, firm, spellings
 from peftplan.job.configs.texts import document_of
+from peftplan.job.configs.with_file import EVALUATED
 from peftplan.job.job import Job
 from peftplan.job.kernels import packages_of
 from peftplan.job.launch import FILES
@@ -154,6 +156,8 @@ class _Writing:
         document = document_of(values, self.tool, comments=self._launch_comment(values))
         reading = read_all(document, self.tool, file=self.tool.tool)
         plan = planned(reading)
+        if plan.options.get(EVALUATED) == self.target.get(EVALUATED):  # the estimate of the job says whether it is counted
+            plan = replace(plan, unsupported={key: row for key, row in plan.unsupported.items() if row.option != EVALUATED})
         same = repr((plan.model, sorted(plan.options.items())))  # many keys only state what was there
         if same in self.fields:
             return _Trial(values, reading, plan, self.fields[same], None)

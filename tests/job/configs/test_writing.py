@@ -346,3 +346,16 @@ def test_words_of_ours_are_written_as_names(tool: Any) -> None:
     text = export(peftplan.estimate("llama-3.2-1b", target_modules="peft-default"), to=tool).text
     assert "q_proj" in text
     assert "peft-default" not in text
+
+
+@pytest.mark.parametrize("tool", ["trl", "trl-script"])
+def test_an_evaluation_reads_back(tool: Any, tmp_path: Path) -> None:
+    """With more rows than a training step has, which a file's keys alone would not let us count."""
+    job = peftplan.estimate("llama-3.2-1b", trainer="trl", eval_batch_size=16)
+    file = tmp_path / f"a.{'yml' if tool == 'trl' else 'py'}"
+    file.write_text(export(job, to=tool, file=file).text, encoding="utf-8")
+    again = peftplan.estimate(config=file)
+    assert again.peaks is not None
+    assert job.peaks is not None
+    assert again.peaks.by_phase == job.peaks.by_phase
+    assert "evaluate" in again.peaks.by_phase
