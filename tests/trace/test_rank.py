@@ -324,21 +324,18 @@ def test_zero_needs_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         peftplan.estimate("llama-3.2-1b", method="lora", gpus=4, strategy="zero2", engine="trace")
 
 
-LAYERS_OF_GEMMA = {"transformer_cls_names_to_wrap": ("Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer")}
-
-
 @pytest.mark.parametrize(
     ("model", "options", "hint"),
     [
-        ("gemma-4-26b-a4b", {"strategy": "fsdp2", **LAYERS_OF_GEMMA}, "no formula yet: add --engine trace"),
-        ("gemma-4-26b-a4b", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
+        ("gemma-4-26b-a4b", {"strategy": "zero3", "method": "full"}, "no formula yet: add --engine trace"),
+        ("qwen3-vl-30b-a3b-instruct", {"strategy": "zero3"}, "no formula yet: add --engine trace"),
         ("gemma-3-4b-pt", {"strategy": "zero0"}, "no formula yet)"),
         ("olmoe-1b-7b-0924", {"strategy": "fsdp1"}, "target_parameters"),  # peft's defaults: of experts
-        ("llama-3.2-1b", {"strategy": "fsdp2", "optim": "adagrad", "quant": "nf4"}, "no formula yet)"),
+        ("llama-3.2-1b", {"strategy": "fsdp2", "cp_size": 2, "quant": "nf4"}, "no formula yet)"),
     ],
 )
 def test_a_step_without_formula_says_whether_a_trace_follows_it(model: str, options: dict[str, Any], hint: str) -> None:
-    result = peftplan.estimate(model, method="lora", gpus=4, **options)
+    result = peftplan.estimate(model, **{"method": "lora", "gpus": 4} | options)
     assert result.peaks is None
     assert hint in result.not_modelled[0]
 
