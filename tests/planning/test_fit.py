@@ -13,7 +13,6 @@ from peftplan.arch.catalogue import models
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
 from peftplan.hardware.gpus import gpus
 from peftplan.hardware.usable import usable_bytes
-from peftplan.job.trainer import TrainerName
 from peftplan.planning.choosing import family, which_gpu
 from peftplan.planning.fit import Size, fit
 from peftplan.planning.plans import QUALITY
