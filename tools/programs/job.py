@@ -308,9 +308,9 @@ def arguments(job: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def evaluation(job: argparse.Namespace) -> dict[str, Any]:
-    """TrainingArguments' fields for an evaluation after each step."""
+    """TrainingArguments' fields for an evaluation after every second step."""
     rows = job.eval_batch_size
-    return {} if rows is None else {"per_device_eval_batch_size": rows, "eval_strategy": "steps", "eval_steps": 1}
+    return {} if rows is None else {"per_device_eval_batch_size": rows, "eval_strategy": "steps", "eval_steps": 2}
 
 
 def evaluated(job: argparse.Namespace, dataset: Any) -> dict[str, Any]:
