@@ -7,7 +7,6 @@ Nothing is recomputed, no module drops anything, and the gradients of the step b
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
 
 from peftplan.analytic.compiled import key_of_step
 from peftplan.analytic.generation import Generation, ending
@@ -22,19 +21,11 @@ from peftplan.memory.timeline import timeline
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.scans import no_scans
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from peftplan.memory.timeline import Timeline
-
-T = TypeVar("T")
 EVALUATE = "evaluate"
 KEPT = 64
 """The last evaluations."""
-_RECORDED: "OrderedDict[tuple[object, ...], tuple[Timeline, int]]" = OrderedDict()
+_RECORDED: "OrderedDict[tuple[object, ...], tuple[Generation, int]]" = OrderedDict()
 """What decides the operations of an evaluation → its events at all sizes, and the virtual tokens of its rows."""
-_SIZED: "OrderedDict[tuple[object, ...], Generation]" = OrderedDict()
-"""The same with its sizes → both."""
 
 
 def evaluation_of(inventory: Inventory, *, compute_capability: str) -> Generation | None:
@@ -45,22 +36,15 @@ def evaluation_of(inventory: Inventory, *, compute_capability: str) -> Generatio
     job, holding = inventory.job, inventory.holding
     of_rank = holding and (holding.device, holding.rank)
     key = of_rank, key_of_step(job, compute_capability), job.multiprocessors
-    sized = *key, job.setup.rows, job.setup.seq_len
-    if sized not in _SIZED:
+    if key not in _RECORDED:
         with no_scans():
-            events, virtual_tokens = _cached(_RECORDED, key, lambda: _recorded(inventory, compute_capability))
-        loss = loss_sizes(job)
-        named = sizes(job.setup.rows, loss.row(job.setup.seq_len), virtual_tokens=virtual_tokens, loss=loss)
-        _cached(_SIZED, sized, lambda: ending(events, events.with_derived(named), phase=EVALUATE))
-    return _SIZED[sized]
-
-
-def _cached(known: "OrderedDict[tuple[object, ...], T]", key: tuple[object, ...], new: "Callable[[], T]") -> "T":
-    if key not in known:
-        known[key] = new()
-        if len(known) > KEPT:
-            known.popitem(last=False)
-    return known[key]
+            _RECORDED[key] = _recorded(inventory, compute_capability)
+        if len(_RECORDED) > KEPT:
+            _RECORDED.popitem(last=False)
+    recorded, virtual_tokens = _RECORDED[key]
+    loss = loss_sizes(job)
+    named = sizes(job.setup.rows, loss.row(job.setup.seq_len), virtual_tokens=virtual_tokens, loss=loss)
+    return recorded._replace(sizes=recorded.timeline.with_derived(named))
 
 
 def _in_evaluation(inventory: Inventory) -> Inventory:
@@ -72,7 +56,7 @@ def _in_evaluation(inventory: Inventory) -> Inventory:
     return inventory._replace(job=job._replace(setup=job.setup.model_copy(update=changed)))
 
 
-def _recorded(inventory: Inventory, compute_capability: str) -> "tuple[Timeline, int]":
+def _recorded(inventory: Inventory, compute_capability: str) -> tuple[Generation, int]:
     job = inventory.job
     silent = inventory._replace(job=job._replace(architecture=replace(job.architecture, dropout=NO_DROPOUT)))
     new_model, program = prepared(silent, compute_capability=compute_capability)
@@ -86,7 +70,8 @@ def _recorded(inventory: Inventory, compute_capability: str) -> "tuple[Timeline,
         program = ranks.divided(silent, model, program, None)._replace(copies_outputs=False)  # DDP's wrapper is not called
         reference = ranks.reference_on_rank(job, model, None)
     evaluation_step(model, program._replace(collects=False), reference)
-    return timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size), model.virtual_tokens
+    events = timeline(model.tape, model.stacks, vocab=job.architecture.vocab_size)
+    return ending(events, {}, phase=EVALUATE), model.virtual_tokens
 
 
 def _without_dropout(config: MethodConfig | None) -> MethodConfig | None:

@@ -105,7 +105,7 @@ def _scans_as_rehearsed(job: Job) -> bool:
     alone = job.distributed is None and setup.batch_size == 1 and job.architecture.model_type == "falcon_h1"
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
     plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full"
-    return bool(setup.by.scan) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
+    return bool(setup.by.transformers) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
 
 
 def _scans_under_zero2(job: Job) -> bool:

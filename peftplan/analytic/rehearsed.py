@@ -114,7 +114,7 @@ def _unknown_to_device_map(job: Job) -> dict[str, bool]:
     return {"trainer": not job.setup.by.prepares_model, **_unknown_to_dense(job, UNDER_DEVICE_MAP, ("adamw_torch_fused",))}
 
 
-def _maps_4_bits(job: Job) -> bool:
+def _knows_mapped_4_bits(job: Job) -> bool:
     """Whether QLoRA over a `device_map` was rehearsed: over nf4 in bf16, by a trainer that makes no preparation of its own."""
     assert job.distributed is not None
     over_nf4 = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4"
@@ -127,9 +127,9 @@ def _unknown_to_dense(job: Job, model_types: tuple[str, ...], optimizers: tuple[
     return {
         f"model type {job.architecture.model_type}": job.architecture.model_type not in model_types,
         f"task {job.architecture.task_type}": job.architecture.task_type != "CAUSAL_LM",
-        f"method {method}": (method not in ("full", "lora") and not _maps_4_bits(job))
+        f"method {method}": (method not in ("full", "lora") and not _knows_mapped_4_bits(job))
         or bool(getattr(job.config, "use_dora", False)),
-        f"quant {job.quant and job.quant.name}": job.quant is not None and not _maps_4_bits(job),
+        f"quant {job.quant and job.quant.name}": job.quant is not None and not _knows_mapped_4_bits(job),
         "loss": setup.loss != "full",
         REENTRANT: bool(setup.use_reentrant and setup.gradient_checkpointing),
         "keep_gradients": bool(setup.keep_gradients),

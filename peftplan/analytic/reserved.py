@@ -63,7 +63,8 @@ class Run(NamedTuple):
         """
         compiled, _ = self.steps[-1]
         reported = sum(step is self.steps[-1] for step in self.steps[max(1, compiled.divided_after) :])
-        key = (when_full, *map(id, (*self.generations, *self.evaluations)), reported, *(id(of_step) for of_step, _ in self.steps))
+        beside = (id(each.timeline) for each in (*self.generations, *self.evaluations))
+        key = (when_full, *beside, reported, *(id(of_step) for of_step, _ in self.steps))
         if key not in compiled.programs:
             load = compiled.load_if_full if when_full and compiled.load_if_full is not None else compiled.load
             with no_scans():

@@ -43,6 +43,11 @@ OF_MODULES = ("gpt2", "gpt_neo", "gptj")
 """Models whose dropout is all modules, which trl's `disable_dropout_in_model` turns off; others call the function."""
 
 
+MASKED = ("gemma3",)
+"""Model types whose class reads fp32 logits through the mask, in place of transformers' loss, in the release that a tool pins
+(models/gemma3/modeling_gemma3.py:1024)."""
+
+
 def running_of(job: Job, compute_capability: str) -> Running:
     """How the step of a job runs."""
     check_router_loss(job.setup, job.script)
@@ -71,7 +76,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         shifts_logits=job.script.shifts_logits and of_llama,
         freezes_ranknum=job.script.freezes_ranknum,
         loss_of_16_bits=uncast,
-        masks_logits=job.architecture.model_type in setup.by.masks_logits,
+        masks_logits=bool(setup.by.transformers) and job.architecture.model_type in MASKED,
         logits_in_fp32=job.script.logits_in_fp32 and of_llama and not uncast and not job.architecture.logits_ops,
         card=processors(compute_capability, job.multiprocessors),
         flash=pair(compute_capability) >= FLASH_CAPABILITY,
@@ -109,7 +114,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         rotary_rows=rotary_rows(job)[0],
         hosted=bool(setup.offload_checkpoints) and setup.rows * tokens > (tokens_kept(job) or 0),
         older_liger=setup.by.pins_liger,
-        scan=setup.by.scan,
+        scan=setup.by.transformers,
         recorded=recorded(job),
         worst_routing=job.distributed is not None and job.distributed.routing == "worst",
         ulysses=1 if job.distributed is None else job.distributed.sp_size or 1,

@@ -29,7 +29,8 @@ OVER_DTENSORS = (
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
 STEPPED = {"fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3", "fsdp1"), OVER_PARTITIONS)}
 """Strategy → the optimizers that have a formula there."""
-ADAPTED = ("lora", "rslora", "qlora")
+LORA = ("lora", "rslora")
+ADAPTED = (*LORA, "qlora")
 """Methods under FSDP1 with tensors of one dtype alone that train: Adagrad makes its states of shards that are not yet cast, and
 8-bit optimizers take an embedding for any other part of a flat parameter."""
 
@@ -60,10 +61,7 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
     hosted = job.distributed.strategy == "fsdp2" and job.distributed.offload_params == "cpu"
-    if hosted and method not in (
-        "lora",
-        "rslora",
-    ):  # loads of whole weights were 7 % above the formula, of 4 bits reserved 5 % more
+    if hosted and method not in LORA:  # the load of whole weights is 7 % low, reserved bytes of 4 bits 5 %
         over = tuple(name for name in over if name != "adagrad")
     if _knows_lomo(job):
         over = (*over, "lomo", *(("adalomo",) if flat and method in ("full", *ADAPTED) else ()))

@@ -38,7 +38,7 @@ PATCHES = (1540 // 14) ** 2
 def _of_release(by: Trainer, model_type: str, buffers: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
     """The buffers in the release that a tool pins: in that of axolotl 0.19.0 Pixtral's frequencies are a table of all patches
     (transformers, models/pixtral/modeling_pixtral.py, `compute_default_rope_parameters`)."""
-    if not by.scan or model_type != "mistral3":
+    if not by.transformers or model_type != "mistral3":
         return buffers
     tables = {b.name: (PATCHES, 2 * b.shape[0]) for b in buffers if "patch_positional_embedding" in b.name}
     return tuple(

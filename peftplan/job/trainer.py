@@ -335,12 +335,9 @@ class Trainer(NamedTuple):
     traced_on_ranks: bool = False
     """Whether it was traced over several GPUs with methods and optimizers besides LoRA and AdamW
     (tests/distributed/traced_methods.jsonl)."""
-    masks_logits: tuple[str, ...] = ()
-    """Model types whose class reads fp32 logits through the mask, in place of transformers' loss, in the release that it pins
-    (axolotl 0.19.0; transformers, models/gemma3/modeling_gemma3.py:1024)."""
-    scan: str = ""
-    """The release of transformers that its package pins, where Mamba 2's scan is another one: it multiplies by broadcasting
-    (axolotl 0.19.0, pyproject.toml; models/falcon_h1/modeling_falcon_h1.py of that release)."""
+    transformers: str = ""
+    """The release of transformers that its package pins, where formulas go by it (axolotl 0.19.0, pyproject.toml): Mamba 2's scan
+    multiplies by broadcasting (models/falcon_h1/modeling_falcon_h1.py of that release)."""
     deepspeed: str = ""
     """The release of DeepSpeed that its package asks for, where ZeRO-3 is another one there (axolotl 0.19.0, pyproject.toml;
     llamafactory 0.9.5, requirements/deepspeed.txt)."""

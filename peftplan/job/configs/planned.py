@@ -19,7 +19,7 @@ from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES
 
 DECIDING = ("attn_implementation",)
-"""Options on which depends what keys of a file mean: packed rows."""
+"""Options that decide what other keys of a file mean: those of packed rows."""
 CHECKPOINTED = {"gradient_checkpointing": True, "use_reentrant": False}
 """What a launch file that checkpoints decides, whatever the trainer does."""
 SHARING = ("tp_size", "pp_size", "cp_size", "sp_size")
@@ -43,7 +43,7 @@ def plan_of(document: Document, tool: Facts, *, file: str) -> ConfigPlan:
 
 
 def _chosen(document: Document, tool: Facts) -> Values:
-    """Keys of the tool → what the user chose in their place, on which depends what others mean."""
+    """Keys of the tool → what the user chose in their place, where it decides what other keys mean."""
     if document.kind == "calls":
         return {}
     options = ((key, row.get("to")) for key, row in tool.rows.items())

@@ -62,7 +62,7 @@ def read_config(path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 def read_beside(
     path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], chosen: Mapping[str, object], *, tool: str | None = None
 ) -> ConfigPlan:
-    """The same beside options of the user, on which depends what some of the file's keys mean."""
+    """The same beside options of the user, some of which decide what keys of the file mean."""
     paths = listed_paths(path, field="config")
     if not paths:
         raise RefusedError("config: name at least one file")

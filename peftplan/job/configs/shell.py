@@ -42,7 +42,7 @@ DECLARING = ("export", "local", "declare", "readonly", "typeset")
 HELP = frozenset({"--help", "-h", "--version"})
 """Words with which a program trains nothing."""
 EXIT = re.compile(r"exit(\s+0)?\s*")
-BRANCH = "a branch of the script, which does not decide whether it runs,"
+BRANCH = "a branch of the script that may not run"
 WRITTEN = "the script runs no training command; one in a file that it writes is read"
 MOST_DEPTH = 5
 """Functions that call each other."""

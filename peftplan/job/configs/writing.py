@@ -264,6 +264,8 @@ class _Writing:
             raise RefusedError(f"{self.tool.called}: {now.error}")
 
     def _refused(self, field: str, now: _Trial) -> RefusedError:
+        if field == EVALUATED:
+            return RefusedError(f"{field}: an evaluation is not written for {self.tool.called}; leave it out")
         value = self.job.method_name if field == "method" else self.target[field]
         if field in BY_TARGETS and self.job.config is not None:
             choosing = {name: getattr(self.job.config, name, None) for name in reversed(BY_TARGETS)}
