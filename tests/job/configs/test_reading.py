@@ -10,6 +10,7 @@ import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import Unsupported, bound
 from peftplan.planning.configs import of_plan
+from peftplan.report.configs import summary
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, TORCHTUNE, TRL, read
 
 
@@ -428,6 +429,14 @@ def test_axolotls_plugin_cuts_the_cross_entropy(values: dict[str, Any], loss: st
     plan = read({**AXOLOTL, "plugins": ["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"], **values})
     assert plan.options.get("loss") == loss
     assert ("cut_cross_entropy" in plan.unsupported) is (loss is None and "cut_cross_entropy" not in values)
+
+
+@pytest.mark.parametrize("key", ["cut_cross_entropy", "liger_rms_norm", "liger_fused_linear_cross_entropy"])
+def test_a_key_of_a_plugin_that_is_not_loaded_has_no_effect(key: str) -> None:
+    plan = read({**AXOLOTL, key: True})
+    assert plan.options == read(AXOLOTL).options
+    assert f"{key} has no effect: it needs axolotl.integrations." in summary(plan.to_dict())
+    assert key not in read(AXOLOTL).assumed
 
 
 def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
