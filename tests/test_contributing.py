@@ -241,7 +241,7 @@ def test_a_trainer(tmp_path: Path) -> None:
     """The name and the record alone, in a copy of the package."""
     copied = shutil.copytree(ROOT / "peftplan", tmp_path / "peftplan", ignore=shutil.ignore_patterns("__pycache__", "data"))
     (tmp_path / "data").symlink_to(ROOT / "data")
-    names = copied / "job" / "trainer.py"
+    names = copied / "job" / "trainer_words.py"
     text = names.read_text(encoding="utf-8")
     names.write_text(text.replace("TrainerName = Literal[", 'TrainerName = Literal["unclipped", '), encoding="utf-8")
     file = copied / "job" / "trainers.py"

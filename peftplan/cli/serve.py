@@ -9,7 +9,7 @@ import click
 from peftplan.cli import options, texts
 from peftplan.cli.command import METHOD_HEADING, Command, argument, option, will_exit
 from peftplan.errors import RefusedError
-from peftplan.job.trainer import TrainerName
+from peftplan.job.trainer_words import TrainerName
 
 if TYPE_CHECKING:
     from peftplan.job.options import Options

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
-from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
+from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 
 WIDEST_GROUP = 40
 """Letters of a group of names. A wider one would break inside a name at 80 columns."""

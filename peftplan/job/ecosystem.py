@@ -11,7 +11,8 @@ from pathlib import Path
 from peftplan import files
 from peftplan.errors import InputError, MissingError, quoted
 from peftplan.job.tasks import OF_VLLM
-from peftplan.job.trainer import Trainer, TrainerName
+from peftplan.job.trainer import Trainer
+from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from peftplan.job.trainer import TrainerName
+from peftplan.job.trainer_words import TrainerName
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, TypeVar
 from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.options import OtherWords
 from peftplan.job.script import Script
-from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
+from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 
 T = TypeVar("T")
 Axis: TypeAlias = T | Iterable[T] | str

@@ -7,7 +7,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.job.request import Request
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
-from peftplan.job.trainer import Reference
+from peftplan.job.trainer_words import Reference
 from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FOUR_BIT

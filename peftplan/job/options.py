@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
 from peftplan.job.script import Script
-from peftplan.job.trainer import Autocast, DeviceMap, Loss, TrainerName
+from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 
 
 class SizeOptions(TypedDict, total=False):

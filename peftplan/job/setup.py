@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import UnknownNameError
 from peftplan.job.kernels import kernels_of, named_kernels
-from peftplan.job.trainer import Autocast, DeviceMap, Forward, Loss, Trainer, TrainerName
+from peftplan.job.trainer import Forward, Trainer
+from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.validation import first_error, listed, size_in_bytes
 

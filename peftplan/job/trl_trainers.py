@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from peftplan.job.trainer import LOSS, Defaults, Forward, Reference, Trainer
+from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer
+from peftplan.job.trainer_words import Reference
 from peftplan.versions import named
 
 # trl `SFTTrainer.__init__` asks for `is_loaded_in_4bit` and `is_loaded_in_8bit` before it casts, projects in chunks

@@ -7,7 +7,8 @@ Source: transformers, trainer.py (`compute_loss`); accelerate, utils/operations.
 from contextlib import nullcontext
 
 from peftplan.job.loss_sizes import OF_FUNCTION, RECEIVED
-from peftplan.job.trainer import Forward, Scoring
+from peftplan.job.trainer import Forward
+from peftplan.job.trainer_words import Scoring
 from peftplan.memory.loop_loss import loss_by_loop
 from peftplan.memory.model import Model
 from peftplan.memory.model_outputs import outputs_of, prepared, wide_logits, widened

@@ -2,7 +2,7 @@
 
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.job.loss_sizes import ALL_LOGITS
-from peftplan.job.trainer import Scoring
+from peftplan.job.trainer_words import Scoring
 from peftplan.memory.heads import head_of
 from peftplan.memory.model import Model
 from peftplan.memory.models import forward_of

@@ -10,7 +10,7 @@ trainer/kto_trainer.py in the trl that axolotl pins; axolotl 0.19, monkeypatch/t
 
 from __future__ import annotations
 
-from peftplan.job.trainer import Scoring
+from peftplan.job.trainer_words import Scoring
 from peftplan.ledger import Dim
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import plain_cross_entropy

@@ -8,7 +8,7 @@ from peftplan.hardware.processors import A100, Processors
 from peftplan.job.compiled_layers import Recorded
 from peftplan.job.exchanges import Rows
 from peftplan.job.kernels import Kernels
-from peftplan.job.trainer import WordScores
+from peftplan.job.trainer_words import WordScores
 from peftplan.ledger import Dim
 from peftplan.methods.adaptation import MethodConfig
 from peftplan.storage import QuantConfig

@@ -13,7 +13,7 @@ import pytest
 
 from peftplan.cli import COMMANDS
 from peftplan.cli.texts import METAVARS
-from peftplan.job.trainer import Autocast, Loss, TrainerName
+from peftplan.job.trainer_words import Autocast, Loss, TrainerName
 from peftplan.optim.names import OPTIMIZERS
 from peftplan.storage.config import FORMATS
 from tests.cli.run import run

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 import peftplan
-from peftplan.job.trainer import TrainerName
+from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trainers import CHUNKED, DEFAULT, TRAINERS
 
 PACKAGE = Path(peftplan.__file__).parent

@@ -10,7 +10,7 @@ import pytest
 
 from peftplan import estimate
 from peftplan.errors import OptionError
-from peftplan.job.trainer import TrainerName
+from peftplan.job.trainer_words import TrainerName
 from tools.rehearsed_jobs import drifts, read
 
 ROWS = read(Path(__file__).with_name("scored.jsonl"))
