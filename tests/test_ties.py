@@ -7,7 +7,7 @@ import pytest
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.timeline import Kind, Timeline
 from peftplan.memory.waves import waves_of
-from peftplan.results.estimate import PHASES, Peaks
+from peftplan.results.peaks import PHASES, Peaks
 
 
 def of(nbytes: int) -> Ledger:

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import peftplan
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from tools.rank_jobs import CARD, KEPT, PHASES, kept_traces, options, rows
 
 

@@ -137,7 +137,7 @@ def synthetic_verdict(peak: Compared, *, share: float) -> str:
     """What peftplan says of a card with `share` of the measured peak, asked with the stated one."""
     from peftplan.hardware.gpus import Gpu
     from peftplan.planning.verdicts import verdict
-    from peftplan.results.estimate import Peaks
+    from peftplan.results.peaks import Peaks
 
     card = Gpu(id="synthetic", name="synthetic", capacity_bytes=int(share * peak.measured), context_mib=0)
     return verdict(card, 0, Peaks(ledgers={}, reserved=peak.stated)).verdict

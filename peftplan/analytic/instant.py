@@ -13,7 +13,7 @@ from peftplan.analytic.reserved import SOURCE, Run
 from peftplan.analytic.running import segments_grow
 from peftplan.analytic.unreserved import MARGIN, beside_replay, unreserved
 from peftplan.ledger import Ledger
-from peftplan.results.estimate import ALL_PHASES, Peaks
+from peftplan.results.peaks import ALL_PHASES, Peaks
 
 if TYPE_CHECKING:
     from peftplan.analytic.generation import Generation

@@ -134,7 +134,7 @@ def _offloads_layers(job: Job) -> bool:
     """Whether what layers save goes to the host as was rehearsed: of LoRA in bf16 by ms-swift under FSDP2, of a dense model with
     a head of its own (tests/rehearse/swift.jsonl)."""
     from peftplan.analytic.shown import is_bare, is_plain
-    from peftplan.memory.sharded import tied
+    from peftplan.memory.unit_groups import tied
 
     setup, distributed = job.setup, job.distributed
     if distributed is None or distributed.strategy != "fsdp2" or distributed.accelerate is not None:

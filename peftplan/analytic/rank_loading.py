@@ -26,11 +26,12 @@ from peftplan.memory.load import load_into
 from peftplan.memory.loaded import Loader, left_by, peak_of
 from peftplan.memory.model import Model
 from peftplan.memory.reference_load import load_one_then
-from peftplan.memory.sharded import flat_units, grouped, tied
+from peftplan.memory.sharded import flat_units
 from peftplan.memory.sharded_load import Loading, whole_sizes
 from peftplan.memory.stacked_load import merged
 from peftplan.memory.state_dict_load import ByStateDict
 from peftplan.memory.synced import synced
+from peftplan.memory.unit_groups import grouped, tied
 from peftplan.memory.zero0 import WholeLoading
 from peftplan.memory.zero_load import FlatLoading, PartLoading
 from peftplan.parameters import Parameters

@@ -36,7 +36,7 @@ from peftplan.job.automodel import builds, knows_experts, knows_worst_routing
 from peftplan.job.kernels import WITH_FORMULA
 from peftplan.job.loss_sizes import CUT
 from peftplan.memory.recast import WHOLE
-from peftplan.memory.sharded import tied
+from peftplan.memory.unit_groups import tied
 from peftplan.optim import parse_optim, parse_optim_args
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _shares_rows_by_automodel(job: Job, distributed: Distributed) -> bool:
 
 def _knows_ends(job: Job, distributed: Distributed) -> bool:
     """Whether a recipe of torchtune was rehearsed that shards these layers apart: of a model with a head of its own."""
-    from peftplan.memory.sharded import BY_TORCHTUNE
+    from peftplan.memory.unit_groups import BY_TORCHTUNE
 
     return (
         job.setup.by.own_modules

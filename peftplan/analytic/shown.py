@@ -13,7 +13,7 @@ from peftplan.job.beside_towers import knows_tower
 from peftplan.job.loss_sizes import CUT
 from peftplan.job.trainers import DEFAULT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
-from peftplan.memory.sharded import tied
+from peftplan.memory.unit_groups import tied
 from peftplan.memory.zero3_modules import LEAVES
 
 if TYPE_CHECKING:

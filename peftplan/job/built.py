@@ -81,7 +81,7 @@ def as_unsloth_loads(
             raise InputError("kernels", "unsloth-experts", accepted)
         in_fp32 = ("e_score_correction_bias",)
         apart = with_experts_apart(architecture, None)
-        return replace(apart, blocks=_blocks_of_ernie(config, architecture.name), keep_in_fp32_strict=in_fp32)
+        return replace(apart, blocks=blocks_of_ernie(config, architecture.name), keep_in_fp32_strict=in_fp32)
     if architecture.model_type not in APART:
         return architecture
     a = architecture
@@ -169,7 +169,7 @@ def with_rotary_tables(architecture: Architecture, config: Mapping[str, object])
 
 def config_unsloth_loads(config: dict[str, object]) -> dict[str, object]:
     """The config of the checkpoint that Unsloth loads in place of one with this config: of Phi-3 Mistral's."""
-    return _of_type(config, "mistral") if config.get("model_type") in APART else config
+    return of_type(config, "mistral") if config.get("model_type") in APART else config
 
 
 def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], *, scheme: str) -> Architecture:
@@ -187,62 +187,12 @@ def as_torch_compiles(architecture: Architecture, config: Mapping[str, object], 
     return replace(architecture, blocks=blocks, keep_in_fp32_strict=("norm",))
 
 
-def as_automodel_builds(architecture: Architecture, config: Mapping[str, object], *, balanced: bool = False) -> Architecture:
-    """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
-    components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
-    if architecture.model_type in BLOCKS_BY_AUTOMODEL and not architecture.blocks:
-        blocks = BLOCKS_BY_AUTOMODEL[architecture.model_type](config, architecture.name)
-        architecture = replace(architecture, blocks=blocks, logits_ops=())
-    if balanced:
-        modules = tuple(module for module in architecture.modules if module.kind != "Router")
-        buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
-        architecture = replace(architecture, modules=modules, buffers=buffers)
-    if architecture.model_type == "gemma4":  # factors multiply the experts (models/gemma4_moe/state_dict_adapter.py)
-        modules = tuple(
-            module._replace(params=tuple(p for p in module.params if p[0] != "per_expert_scale"))
-            if module.kind == "Router"
-            else module
-            for module in architecture.modules
-        )
-        return replace(architecture, modules=modules)
-    if architecture.model_type in ("qwen3_next", "qwen3_5", "qwen3_5_moe"):  # models/qwen3_next/layers.py (`_install_ssm_gate`)
-        return replace(architecture, keep_in_fp32_strict=("A_log", "dt_bias"))
-    if architecture.model_type not in ("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v3", "nemotron_h"):
-        return architecture
-    of_mamba = ("A_log", "dt_bias", r"\.D$") if architecture.model_type == "nemotron_h" else ()
-    return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias", *of_mamba), logits_ops=())
-
-
-def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
-    """The layers of MiniMax M2: a norm of all heads of q and of k, of which a part is rotated, and experts in every layer."""
-    fields = Fields(config, name=name)
-    n = read_dims(fields, kv=8)
-    rotary_dim = fields.int("rotary_dim", default=n.d, high=n.d)
-    mlp = moe_mlp(fields, n.i, fields.int("num_local_experts"), fields.int("num_experts_per_tok"), groups=(1, 1), normed=True)
-    attention = n.attention._replace(qk_norm=True, rotary_dim=rotary_dim)
-    return (Block("decoder", n.layers, (attention,), mlp, "rmsnorm"),)
-
-
-def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
-    """The layers of GLM-5: DeepSeek-V3's, whose queries attend to the keys that an indexer chooses; of no keys, which has no
-    formula, where layers take another one's choice (`indexer_types`) or dense ones come behind mixtures."""
-    fields = Fields(config, name=name)
-    types = fields.strs("mlp_layer_types", default=())
-    shares = "shared" in fields.strs("indexer_types", default=())
-    keys = 0 if shares or types != tuple(sorted(types)) else fields.int("index_topk")
-    dense = {"first_k_dense_replace": types.count("dense")} if types else {}
-    of_class = {**_of_type(config, "deepseek_v3"), **dense, "head_dim": None}  # which the class sets itself
-    as_deepseek = read_config({"n_group": 1, "topk_group": 1, **of_class}, name=name).blocks
-    chosen = (tuple(a._replace(num_chosen_keys=keys) for a in block.attentions) for block in as_deepseek)
-    return tuple(block._replace(attentions=attentions) for block, attentions in zip(as_deepseek, chosen, strict=True))
-
-
 ERNIE: dict[str, object] = {"hidden_size": 2560, "intermediate_size": 12288, "num_attention_heads": 20}
 ERNIE |= {"num_hidden_layers": 28, "vocab_size": 103424}
 """What `Ernie4_5_MoeConfig` says where a config does not."""
 
 
-def _blocks_of_ernie(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
+def blocks_of_ernie(config: Mapping[str, object], name: str) -> tuple[Block, ...]:
     """The layers of ERNIE 4.5 with experts: dense ones, then mixtures with shared experts."""
     fields = Fields({**ERNIE, **config}, name=name)
     n = read_dims(fields, kv=4)
@@ -253,10 +203,6 @@ def _blocks_of_ernie(config: Mapping[str, object], name: str) -> tuple[Block, ..
     step, last = fields.int("moe_layer_interval", default=1), fields.int("moe_layer_end_index", default=-1, low=-1)
     sparse = (layer for layer in n.layers[first:] if (layer + 1) % step == 0 and last in (-1, *n.layers[layer:]))
     return mixed_blocks(fields, n, [n.attention] * len(n.layers), mlp, tuple(sparse))
-
-
-BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5, "ernie4_5_moe": _blocks_of_ernie}
-"""Model types without a reader whose modules NeMo Automodel builds → their layers."""
 
 
 def _blocks_of_granite(architecture: Architecture, config: Mapping[str, object]) -> tuple[Block, ...]:
@@ -309,10 +255,11 @@ def _with_parts_apart(architecture: Architecture, config: Mapping[str, object]) 
 
 
 def _apart(architecture: Architecture, config: Mapping[str, object], model_type: str) -> Architecture:
-    return read_config(_of_type(config, model_type), name=architecture.name, task_type=architecture.task_type)
+    return read_config(of_type(config, model_type), name=architecture.name, task_type=architecture.task_type)
 
 
-def _of_type(config: Mapping[str, object], model_type: str) -> dict[str, object]:
+def of_type(config: Mapping[str, object], model_type: str) -> dict[str, object]:
+    """The config as one of another model type, without a scaling of its positions."""
     name = f"{model_type.capitalize()}ForCausalLM"
     return {**config, "model_type": model_type, "architectures": [name], "rope_scaling": None}
 

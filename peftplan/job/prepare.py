@@ -137,7 +137,7 @@ def prepared(request: Request) -> Job:
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
     if setup.by.own_decoders:
-        from peftplan.job.built import as_automodel_builds
+        from peftplan.job.automodel_blocks import as_automodel_builds
         from peftplan.job.further_tokens import NONE_BUILT, depths_of, with_further_tokens
 
         balanced = kernels_of(setup.kernels or ()).gate is not None
@@ -296,9 +296,9 @@ def _replaced(chosen: object, setup: Setup) -> Iterator[str]:
 def _traps(
     distributed: Distributed, setup: Setup, architecture: Architecture, quant: QuantConfig | None, adaptation: Adaptation
 ) -> tuple[str, ...]:
+    from peftplan.job.shared_adapters import check_adapter
     from peftplan.job.shared_bases import check_base
     from peftplan.job.shared_optimizers import check_optimizer
-    from peftplan.job.shared_work import check_adapter
     from peftplan.job.traps import traps
 
     check_optimizer(distributed, setup, adaptation)

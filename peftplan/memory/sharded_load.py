@@ -18,7 +18,7 @@ from peftplan.ledger import Ledger, Line
 from peftplan.memory.load import MOVED_LAST
 from peftplan.memory.loaded import Handle, Loader, Memory, Whole
 from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
-from peftplan.memory.sharded import Pairs, is_sharded
+from peftplan.memory.unit_groups import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, FURTHER, ROOT, TAIL, is_of_experts
 from peftplan.parameters import Parameter, Parameters
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.loaded import Handle, Memory
-from peftplan.memory.sharded import Pairs
 from peftplan.memory.sharded_load import keep_shard
+from peftplan.memory.unit_groups import Pairs
 
 
 class ByStateDict(NamedTuple):

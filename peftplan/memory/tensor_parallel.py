@@ -21,7 +21,7 @@ from peftplan.distributed.tensor_parallel import BESIDE_FSDP2, COPIED_SUMS, WHOL
 from peftplan.memory import divided_mlp
 from peftplan.memory.model import Model
 from peftplan.memory.rank_parts import gather, gathered
-from peftplan.memory.sharded import tied
+from peftplan.memory.unit_groups import tied
 from peftplan.memory.units import OneGpu
 from peftplan.parameters import Parameter as Family
 from peftplan.tape import ops

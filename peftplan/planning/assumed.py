@@ -22,7 +22,7 @@ from peftplan.versions import DTYPE_OF_CHECKPOINT, EXPERTS_FUSED, LOADING_IN_THR
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
     from peftplan.results.documents import Assumptions, ModelDocument
-    from peftplan.results.estimate import Peaks
+    from peftplan.results.peaks import Peaks
 
 NOT_COUNTED = ("activations", "logits", "temporaries of forward, backward and step", "cuBLAS workspaces", "CUDA context")
 """What an estimate without a peak leaves out."""

@@ -18,7 +18,8 @@ from peftplan.planning.estimate import estimate
 from peftplan.planning.for_method import base_of, job_options, known_methods, options_for, without_formula
 from peftplan.planning.serving import serving
 from peftplan.planning.verdicts import counted_cards
-from peftplan.results.estimate import SCHEMA_VERSION, Estimate, Peaks
+from peftplan.results.estimate import SCHEMA_VERSION, Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.validation import listed
 
 if TYPE_CHECKING:

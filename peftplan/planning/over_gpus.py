@@ -7,7 +7,7 @@ from peftplan.job.inventory import Inventory, in_stages, inventory, on_each_devi
 from peftplan.job.job import Job
 from peftplan.parameters import Parameters
 from peftplan.planning.assumed import of_ranks
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from peftplan.versions import LEFTOVERS_RELEASED, QUANTIZED_ON_CARD
 
 if TYPE_CHECKING:

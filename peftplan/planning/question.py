@@ -16,7 +16,8 @@ from peftplan.job.tasks import without_loss
 from peftplan.planning.assumed import NO_PICTURES, NOT_COUNTED, assumptions, config_facts, model_facts, outside
 from peftplan.planning.over_gpus import over_gpus, refused_dtypes, release_notes
 from peftplan.planning.verdicts import capability, card_notes, kernels_on, placed_on, verdict, vllm_of
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.results.verdict import Verdict
 
 if TYPE_CHECKING:

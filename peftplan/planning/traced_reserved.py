@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from peftplan.analytic.of_ranks import OfRanks
     from peftplan.job.inventory import Inventory
-    from peftplan.results.estimate import Peaks
+    from peftplan.results.peaks import Peaks
 
 
 def with_care(

@@ -14,7 +14,8 @@ from peftplan.job.requirements import pair, unmet
 from peftplan.job.setup import Setup
 from peftplan.planning.changes import OF_GPUS, Sizes
 from peftplan.planning.verdicts import capability, kernels_on, placed_on, verdict
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.results.verdict import TIGHT, Verdict
 
 NEARLY = 0.9

@@ -9,7 +9,7 @@ from peftplan.errors import InputError, NoEngineError
 from peftplan.job.kernels import kernels_of
 from peftplan.job.requirements import pair
 from peftplan.job.setup import Setup
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from peftplan.results.verdict import TIGHT, Verdict
 from peftplan.storage import QuantConfig
 from peftplan.storage.config import FORMATS

@@ -25,7 +25,8 @@ from peftplan.report.tabular import (
     reserved_range,
 )
 from peftplan.report.terminal import GAP, WIDE, console, fitted, show, table
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.units import format_bytes, format_count
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peftplan.errors import RefusedError
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 
 MOST = 20
 """Groups that people are shown before the rest becomes one row; programs, and `-v`, get all."""

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 from peftplan.ledger import EVERY_CATEGORY, Category, Place
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.results.verdict import Verdict
 from peftplan.units import MIB, format_bytes
 

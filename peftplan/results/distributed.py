@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Peaks(Protocol):
-    """What is read of a rank's peaks (`results.estimate.Peaks`), when it is asked for: they may be replayed then."""
+    """What is read of a rank's peaks (`results.peaks.Peaks`), when it is asked for: they may be replayed then."""
 
     @property
     def ledgers(self) -> Mapping[str, Ledger]:

@@ -26,7 +26,7 @@ from peftplan.methods.adaptation import Adaptation, MethodConfig
 from peftplan.methods.experts import GATE_UP, fused_rank
 from peftplan.methods.lora import LoraConfig
 from peftplan.methods.targets import ALL_LINEAR, WORDS
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from peftplan.storage import QuantConfig
 from peftplan.units import round512
 

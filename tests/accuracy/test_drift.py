@@ -23,7 +23,8 @@ from peftplan.ledger import Ledger, Line
 from peftplan.planning.estimate import estimate
 from peftplan.report import accuracy
 from peftplan.report.checked import FORMATS
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from tests.accuracy.example import PAYLOAD, record
 from tests.cli.run import run
 

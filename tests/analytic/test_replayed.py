@@ -9,7 +9,7 @@ import pytest
 import peftplan
 from peftplan.analytic.instant import InstantPeaks
 from peftplan.ledger import Ledger, Line
-from peftplan.results.estimate import PHASES, Peaks
+from peftplan.results.peaks import PHASES, Peaks
 from peftplan.units import MIB, format_bytes
 
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from peftplan.job.script import Script
 from peftplan.planning.verdicts import verdict
 from peftplan.report.answer import answer
 from peftplan.report.screen import UNICODE, Screen
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from peftplan.units import format_bytes
 from tools.rank_grid import LLAMA
 from tools.rank_jobs import CARD, LATE, options, rows

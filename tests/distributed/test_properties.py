@@ -14,7 +14,8 @@ from peftplan.job.inventory import inventory
 from peftplan.job.lines import gradient_lines, weight_lines
 from peftplan.job.prepare import prepare
 from peftplan.parameters import Parameters
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 
 WORLDS = (2, 3, 4, 8, 16, 64)
 SHARDING = ("fsdp2", "fsdp1", "zero1", "zero2", "zero3", "tp")

@@ -11,7 +11,7 @@ from peftplan import estimate
 from peftplan.datafiles import load
 from peftplan.job.compiled_layers import Recorded
 from peftplan.memory.models.recorded import scales
-from peftplan.results.estimate import Peaks
+from peftplan.results.peaks import Peaks
 from tools.compiled_layers import BACKWARD, RECOMPUTED, Batch, Event, text_of
 
 RECORDS: list[dict[str, Any]] = load("compiled_layers.json", list)

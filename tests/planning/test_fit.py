@@ -371,11 +371,17 @@ def test_over_several_gpus_a_plan_divides_what_does_not_fit() -> None:
 
 def test_lengths_are_searched_above_the_completions_that_a_trainer_writes() -> None:
     """A row is a prompt and a completion. One token leaves no room for the latter, with which the search began."""
-    job: dict[str, Any] = {"trainer": "trl-grpo", "beta": 0.0}
-    by_default = fit("qwen2.5-0.5b", gpu="l4", max="seq_len", **job).plans[0]
+    job: dict[str, Any] = {"trainer": "trl-grpo", "beta": 0.0, "batch_size": 32}
+    typed: dict[str, Any] = {
+        "gpu": "l4",
+        "max": "seq_len",
+        "keep": ("method", "loss", "trainer", "gradient_checkpointing"),
+        **job,
+    }
+    by_default = fit("qwen2.5-0.5b", **typed).plans[0]
     assert verdict("qwen2.5-0.5b", "l4", seq_len=by_default.size, **job) == "fits"
     assert verdict("qwen2.5-0.5b", "l4", seq_len=by_default.size + 1, **job) != "fits"
-    long = fit("qwen2.5-0.5b", gpu="l4", max="seq_len", max_completion_length=4096, **job).plans[0]
-    assert long.size > 4096
-    none = fit("qwen2.5-7b", gpu="l4", max="seq_len", method="full", max_completion_length=4096, keep=("method",), **job).plans[0]
+    long = fit("qwen2.5-0.5b", max_completion_length=3072, **typed).plans[0]
+    assert long.size > 3072
+    none = fit("qwen2.5-7b", method="full", max_completion_length=4096, **typed).plans[0]
     assert (none.size, none.seq_len) == (0, 4097)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peftplan
-from peftplan.results.estimate import PHASES
+from peftplan.results.peaks import PHASES
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

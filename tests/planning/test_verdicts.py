@@ -13,7 +13,7 @@ from peftplan.errors import InputError
 from peftplan.hardware.gpus import find_gpu
 from peftplan.ledger import Ledger, Line
 from peftplan.planning.verdicts import all_fit, verdict
-from peftplan.results.estimate import PHASES, Peaks
+from peftplan.results.peaks import PHASES, Peaks
 from tests.cli.run import run
 
 ALIVE = Ledger((Line("w", "weights", "uint8", (512,), 1, "by hand"),))

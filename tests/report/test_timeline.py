@@ -15,7 +15,8 @@ from peftplan.errors import InputError, MissingExtraError, RefusedError, Unknown
 from peftplan.ledger import EVERY_CATEGORY
 from peftplan.report import timeline, timeline_html, timeline_png, timeline_svg
 from peftplan.report.colours import COLOURS
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.results.series import Group, Series, Span, extremes
 from peftplan.units import MIB
 from tests.report.tiny_estimate import LINES, tiny_estimate

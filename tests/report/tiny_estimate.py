@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from peftplan.ledger import Ledger, Line
 from peftplan.planning.estimate import estimate
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from tests.cli.run import HERE
 
 TRACED = "traced: aten.mul.Tensor"

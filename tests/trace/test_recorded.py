@@ -17,7 +17,8 @@ from peftplan.allocator.config import AllocatorConfig
 from peftplan.allocator.replay import replay
 from peftplan.job.script import Script
 from peftplan.planning.replayed import replay_file
-from peftplan.results.estimate import Estimate, Peaks
+from peftplan.results.estimate import Estimate
+from peftplan.results.peaks import Peaks
 from peftplan.results.series import Series
 from peftplan.trace.traced import _unknown
 from tests.job.test_script import QLORA, RUN, WIDE
