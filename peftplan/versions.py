@@ -62,6 +62,9 @@ CONVERTED_IN_TURN = Change("transformers", (5, 23), "under ZeRO-3 converted weig
 FLASH_BESIDE_IMAGES = Change(
     "transformers", (5, 24), "classes of Gemma 3 and 4 that read images set `_supports_flash_attn = False`; before, they did not"
 )
+LIGER_SKIPS = Change(
+    "transformers", (5, 15), "`Trainer.prediction_step` passes `skip_logits` to Liger's forward; before, evaluations made logits"
+)
 LOGITS_STAY_16_BIT = Change("transformers", (4, 46), "the model's own forward has no `logits = logits.float()`")
 BATCHES_COLLECTED = Change("transformers", (4, 46), "`Trainer.get_batch_samples` collects the batches of a whole step")
 LABELS_PADDED = Change("transformers", (4, 49), "`ForCausalLMLoss` pads labels instead of `logits[..., :-1, :].contiguous()`")

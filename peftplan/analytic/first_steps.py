@@ -67,6 +67,22 @@ def left_by_first(
     return _KNOWN[key]
 
 
+def left_by_steps(
+    inventory: Inventory, new_model: Callable[[], Model], program: Program, *, compute_capability: str
+) -> Earlier | None:
+    """What the first step leaves, with what a later one decides for all that follow."""
+    known = left_by_first(inventory, new_model, program, compute_capability=compute_capability)
+    if known is None:
+        return None
+    model, earlier = new_model(), known.earlier
+    program = ranks.divided(inventory, model, program, earlier)
+    steady_step(model, program, reference=ranks.reference_on_rank(inventory.job, model, earlier))
+    assert isinstance(model.units, Zero3)
+    left = model.units.left
+    of_second = earlier.reference and left.reference and earlier.reference._replace(decided=left.reference.decided)
+    return earlier._replace(decided=left.decided, reference=of_second)
+
+
 def first_step(inventory: Inventory, new_model: Callable[[], Model], program: Program, *, compute_capability: str) -> Model:
     """The model after the first step of a job under ZeRO-3, for the kernels of a compute capability."""
     for of, of_kernels, model in _LAST:

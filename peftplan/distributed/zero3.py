@@ -111,6 +111,9 @@ class Coordinator:
         self.queue: deque[tuple[Sharded, int]] = deque()
         self.step = self.live = 0
         self.inflight: dict[Sharded, Handle] = {}
+        self.decided: dict[tuple[str, int], frozenset[int]] = {}
+        """Module and place in the order → the numbers of parameters that stay when it ends. DeepSpeed computes them once for all
+        steps (`lru_cache` of `__params_to_release`)."""
         self._latest: dict[Sharded, int] = {}
         """The last place in the order for which a parameter was fetched."""
         self._uses: dict[Sharded, list[int]] = {}
@@ -246,17 +249,25 @@ class Coordinator:
         for p in (*module.parameters, *also):
             p.active.discard(module.name)
         knows = bool(self.order) and (self.follows or self.f.recomputes or self.f.segment < 0)
-        soon = self._inside_soon() if knows and module.leaf else None
+        if knows and (module.name, self.step) not in self.decided:
+            self.decided[module.name, self.step] = frozenset(p.number for p in self._staying(module))
+        stay = self.decided[module.name, self.step] if knows else frozenset()
         for p in module.parameters:
-            needed = self._latest.get(p, -1) > self.step or (self._is_needed_soon(p) if soon is None else p in soon)
-            if not knows or not (p.persists or needed):
+            if not knows or not (p.persists or p.number in stay):
                 self.free(p)
         for p in also:
             if not p.persists:
                 self.free(p)
 
+    def _staying(self, module: Module) -> Iterable[Sharded]:
+        """`__params_to_release`: the parameters of a module that are needed soon."""
+        soon = self._inside_soon() if module.leaf else None
+        for p in module.parameters:
+            if self._latest.get(p, -1) > self.step or (self._is_needed_soon(p) if soon is None else p in soon):
+                yield p
+
     def _is_needed_soon(self, p: Sharded) -> bool:
-        """`__params_to_release`: whether a later use is near. Modules without hooks inside count as if they had no parameters."""
+        """Whether a later use is near. Modules without hooks inside count as if they had no parameters."""
         uses = self._uses.get(p, [])
         following = bisect_left(uses, self.step)
         if following == len(uses):

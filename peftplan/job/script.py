@@ -52,6 +52,9 @@ class Script(BaseModel):
     flash_beside_images: bool = False
     """Whether Gemma 3 and 4 with images run FlashAttention, as before `versions.FLASH_BESIDE_IMAGES`: a tool that refuses newer
     releases."""
+    evaluates_logits: bool = False
+    """Whether Liger's loss makes the logits of an evaluation, as before `versions.LIGER_SKIPS`: a tool that refuses newer
+    releases."""
     units_of_layers: bool = False
     """Whether accelerate under FSDP2 makes units of layers alone, as before `versions.FSDP2_TAIL_APART`, and casts all weights to
     fp32, as before `versions.FSDP2_UPCASTS_ALL`: tools that refuse newer releases (`versions.PINNED_ACCELERATE`)."""
@@ -117,6 +120,11 @@ class Script(BaseModel):
     def logits_in_fp32(self) -> bool:
         """Whether logits are fp32 before any loss, and so in the outputs (`logits = logits.float()` in the model's forward)."""
         return versions.LOGITS_STAY_16_BIT.after(self.transformers)
+
+    @property
+    def makes_logits(self) -> bool:
+        """Whether Trainer has Liger's loss make the logits of an evaluation, which nothing reads."""
+        return self.evaluates_logits or versions.LIGER_SKIPS.after(self.transformers)
 
     @property
     def checkpoints_units(self) -> bool:

@@ -66,6 +66,8 @@ class Earlier(NamedTuple):
     """As of `Gathering`."""
     reference: Earlier | None
     """The same of a second model."""
+    decided: tuple[tuple[tuple[str, int], frozenset[int]], ...] = ()
+    """As of `Coordinator`."""
 
 
 class Gathering(Stage):
@@ -92,6 +94,7 @@ class Gathering(Stage):
             inside=self._inside,
             follows=habits.follows,
         )
+        self.coordinator.decided = dict(before.decided) if before else {}
         self.running: dict[str, Module] = {}
         """Modules that backward has entered and not left, the last one entered last."""
         self.recomputed: dict[str, list[Sharded]] = {}
@@ -130,7 +133,8 @@ class Gathering(Stage):
         """What the step leaves to the next one."""
         ran = self.coordinator.recorded or self.coordinator.order
         order = tuple([(module.name, tuple([p.number for p in module.parameters]), module.leaf) for module in ran])
-        return Earlier(order, frozenset(self.readers), None if self.reference is None else self.reference.left)
+        reference = None if self.reference is None else self.reference.left
+        return Earlier(order, frozenset(self.readers), reference, tuple(self.coordinator.decided.items()))
 
     def call(
         self,

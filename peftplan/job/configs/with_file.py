@@ -22,7 +22,7 @@ from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainers import DEFAULT, TRAINERS
-from peftplan.versions import FLASH_BESIDE_IMAGES, FORWARD_CHECKPOINTED, FSDP2_TAIL_APART
+from peftplan.versions import FLASH_BESIDE_IMAGES, FORWARD_CHECKPOINTED, FSDP2_TAIL_APART, LIGER_SKIPS
 
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
@@ -110,6 +110,7 @@ def of_releases(tool: Tool, options: Mapping[str, object]) -> dict[str, bool]:
     fields = {
         "checkpoints_hooks": shared and FORWARD_CHECKPOINTED.after(facts(tool).transformers),
         "flash_beside_images": FLASH_BESIDE_IMAGES.after(facts(tool).transformers),
+        "evaluates_logits": options.get("loss") == "liger" and LIGER_SKIPS.after(facts(tool).transformers),
         "units_of_layers": by_default and FSDP2_TAIL_APART.after(facts(tool).accelerate),
     }
     return {name: True for name, is_so in fields.items() if is_so}

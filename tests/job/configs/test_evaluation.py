@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import peftplan
+from peftplan.job import evaluating
 from peftplan.job.configs.plan import Tool, bound
 from peftplan.job.configs.read import read_values
 
@@ -103,11 +104,12 @@ def test_logits_of_an_evaluation_beside_liger_s_loss(tool: Tool, values: dict[st
     assert key not in read_values(without, file="a.yml", tool=tool).unsupported
 
 
-def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path) -> None:
+def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """QLoRA was advised as `fits`, with the room that the steps of training leave."""
+    monkeypatch.setattr(evaluating, "REHEARSED", {})
     file = tmp_path / "a.yml"
     file.write_text(
-        "model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_peft: true\ndataset_name: mine\nuse_liger_kernel: true\n"
+        "model_name_or_path: meta-llama/Llama-2-7b-hf\nuse_peft: true\ndataset_name: mine\n"
         "per_device_train_batch_size: 1\neval_strategy: steps\n"
     )
     (card,) = peftplan.estimate(config=file, gpu="t4").to_dict()["gpus"]
@@ -129,7 +131,7 @@ def test_an_evaluation_with_a_formula_is_a_phase(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_one_is_a_lower_bound() -> None:
-    result = peftplan.estimate("smollm2-135m", method="lora", trainer="trl-kto", seq_len=512, eval_batch_size=8)
+    result = peftplan.estimate("smollm2-135m", method="lora", trainer="trl-tpo", seq_len=512, eval_batch_size=8)
     assert (result.bound, result.peaks and "evaluate" in result.peaks.by_phase) == ("at_least", False)
 
 
