@@ -23,7 +23,7 @@ def candidates(tool: Facts, option: str, value: object, reading: Reading) -> Ite
     """
     yield from (keys for keys in _of_rows(tool, option, value) if not _never(tool, keys))
     for rule in sorted(tool.rules, key=lambda rule: isinstance(rule.get("set", {}).get(option), Mapping)):
-        keys = _of_rule(rule, option, value, reading)
+        keys = _of_rule(rule, option, value, reading, tool.write.get("examples", {}))
         if keys is not None and not _never(tool, {*keys, *rule.get("when", {})}):
             yield keys
 
@@ -47,15 +47,19 @@ def _of_rows(tool: Facts, option: str, value: object) -> Iterator[Values]:
                 yield {key: LITERALS.get(theirs, theirs)}
 
 
-def _of_rule(rule: Rule, option: str, value: object, reading: Reading) -> Values | None:
-    """The keys that make a rule hold and the option that it sets the value; none if they are all there, None if none do."""
+def _of_rule(rule: Rule, option: str, value: object, reading: Reading, examples: Values) -> Values | None:
+    """The keys that make a rule hold and the option that it sets the value; none if they are all there, None if none do.
+    `examples`: values of keys that a rule only wants to be set."""
     setting = rule.get("set", {}).get(option)
     keys = _reversed(setting, value) if isinstance(setting, Mapping) else {} if _equal(setting, value) else None
     if setting is None or keys is None:
         return None
     for key, wanted in rule.get("when", {}).items():
-        if key == "program" or (wanted in ("set", "stated") and key not in keys and not reading.effective.holds(key, wanted)):
+        lacks = wanted in ("set", "stated") and key not in keys and not reading.effective.holds(key, wanted)
+        if key == "program" or (lacks and key not in examples):
             return None
+        if lacks:
+            keys[key] = examples[key]
         if wanted == "unset" or (isinstance(wanted, list) and not reading.effective.holds(key, wanted) and key not in keys):
             accepted = [each for each in wanted if each is not None] if isinstance(wanted, list) else []
             if any(isinstance(each, str) and each.startswith("~") for each in accepted):

@@ -196,7 +196,8 @@ Write = TypedDict(
     {
         "called": str, "format": str, "program": str, "run": str, "launch": str, "tasks": list[str], "needs": list[str],
         "tries": list[Values], "first": Values, "as": dict[str, str], "beside": list[Beside], "required": Values,
-        "placeholders": Values, "shipped": list[str], "processes": list[str], "never": list[str], "calls": dict[str, str],
+        "examples": Values, "placeholders": Values, "shipped": list[str], "processes": list[str], "never": list[str],
+        "calls": dict[str, str],
         "names": dict[str, str], "imports": dict[str, str], "recipes": dict[str, str], "builder": str,
         "prefixes": dict[str, Values],
     },

@@ -359,3 +359,27 @@ def test_an_evaluation_reads_back(tool: Any, tmp_path: Path) -> None:
     assert job.peaks is not None
     assert again.peaks.by_phase == job.peaks.by_phase
     assert "evaluate" in again.peaks.by_phase
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize(
+    ("tool", "ending", "data"),
+    [
+        ("axolotl", "yml", "val_set_size: 0.05"),
+        ("llamafactory", "yaml", "val_size: 0.1"),
+        ("ms-swift", "sh", "--split_dataset_ratio 0.05"),
+    ],
+)
+def test_an_evaluation_of_other_tools_reads_back(tool: Any, ending: str, data: str, rows: int, tmp_path: Path) -> None:
+    """It was refused."""
+    job = peftplan.estimate("llama-3.2-1b", batch_size=4, seq_len=512, eval_batch_size=rows)
+    file = tmp_path / f"a.{ending}"
+    written = export(job, to=tool, file=file)
+    file.write_text(written.text, encoding="utf-8")
+    again = peftplan.estimate(config=file)
+    assert data in written.text
+    assert again.assumptions["eval_batch_size"] == rows
+    assert again.bound is None
+    assert (again.peaks and again.peaks.by_phase) == (
+        written.estimate and written.estimate.peaks and written.estimate.peaks.by_phase
+    )
