@@ -1,6 +1,25 @@
-/* Programs that begin with the same events, such as those of ranks whose optimizers have states of unlike tensors. These events run once; what
-   follows runs for each program from a copy of the blocks as they were then. Events that all end with are read from the first one, so that they
-   stay in the processor's cache. Included by _replay.c. */
+/* Runs one program, or several that do the same for a while, such as those of ranks. What they share runs once: the beginning of a segment up to
+   where they first differ, and again from the beginning of a segment that they reach with the same blocks. Included by _replay.c. */
+
+typedef struct {
+    const Read *read;
+    const int64_t *sizes;
+    size_t num_sizes;
+    const Event *events[MOST_SEGMENTS]; /* of each segment: those of the first program that has the same */
+    int64_t *own_sizes; /* of all its segments, in the order in which they name them */
+    Request *requests;
+    size_t requested; /* segments of which the requests are there */
+    int start; /* as which program it began the segment: with the same blocks */
+    int64_t reserved, *peaks;
+} Program;
+
+typedef struct {
+    Run *run;
+    Program *programs;
+    int number;
+    size_t segment;
+    const int32_t (*alike)[MOST_SEGMENTS][MOST_ALIKE]; /* events with which a segment of two programs begins alike */
+} Together;
 
 /* -- a copy of a run ------------------------------------------------------------------------------------------------------------- */
 
@@ -15,34 +34,57 @@ static char *carry(char *buffer, void *part, size_t nbytes, int how)
     return buffer + nbytes;
 }
 
-/* The bytes of all that changes while events run, copied to a buffer or back. `chunks`: how many there were when they were copied. */
-static size_t carry_all(Run *run, char *buffer, size_t chunks, int how)
+static size_t num_chunks(const Run *run)
 {
-    char *at = buffer;
+    size_t number = 0;
+    for (const Chunk *chunk = run->chunks; chunk != NULL; chunk = chunk->next)
+        number++;
+    return number;
+}
+
+/* As many chunks as there were: those beyond wait as spare ones, and come back in the same order. */
+static void have_chunks(Run *run, size_t wanted)
+{
+    size_t number = num_chunks(run);
+    for (; number > wanted; number--) {
+        Chunk *chunk = run->chunks;
+        run->chunks = chunk->next;
+        chunk->next = run->spare_chunks;
+        run->spare_chunks = chunk;
+    }
+    for (; number < wanted; number++) {
+        Chunk *chunk = run->spare_chunks;
+        run->spare_chunks = chunk->next;
+        chunk->next = run->chunks;
+        run->chunks = chunk;
+    }
+}
+
+/* The bytes of all that changes while events run, copied to a buffer or back. */
+static size_t carry_all(Run *run, char *buffer, int how)
+{
+    size_t chunks = num_chunks(run);
+    char *at = carry(buffer, &chunks, sizeof(chunks), how);
     if (how == RESTORE) {
         for (unsigned word = 0; word < run->pools * BINS / 64; word++)
             for (uint64_t filled = run->filled[word]; filled; filled &= filled - 1)
                 make_ring(&run->bins[64 * word + (unsigned)__builtin_ctzll(filled)]);
-        size_t further = 0;
-        for (Chunk *chunk = run->chunks; chunk != NULL; chunk = chunk->next)
-            further++;
-        for (further -= chunks; further > 0; further--) {
-            Chunk *chunk = run->chunks;
-            run->chunks = chunk->next;
-            chunk->next = run->spare_chunks;
-            run->spare_chunks = chunk;
-        }
-        const Run now = {.chunks = run->chunks, .spare_chunks = run->spare_chunks, .spare = run->spare, .room_spare = run->room_spare,
-                         .layers = run->layers, .before = run->before, .looked_at = run->looked_at};
+        have_chunks(run, chunks);
+        const Run *const now = run;
+        Chunk *const in_use = now->chunks, *const spare_chunks = now->spare_chunks;
+        Spare *const spare = now->spare;
+        const size_t room_spare = now->room_spare;
+        const Layers layers = now->layers, before = now->before;
+        const int32_t looked_at = now->looked_at;
         at = carry(at, run, offsetof(Run, unmapped), how);
-        run->chunks = now.chunks;
-        run->spare_chunks = now.spare_chunks;
-        run->spare = now.spare;
-        run->room_spare = now.room_spare;
-        run->layers = now.layers;
-        run->before = now.before;
+        run->chunks = in_use;
+        run->spare_chunks = spare_chunks;
+        run->spare = spare;
+        run->room_spare = room_spare;
+        run->layers = layers;
+        run->before = before;
         run->before.first = NULL;
-        run->looked_at = now.looked_at;
+        run->looked_at = looked_at;
     } else {
         at = carry(at, run, offsetof(Run, unmapped), how);
     }
@@ -57,103 +99,294 @@ static size_t carry_all(Run *run, char *buffer, size_t chunks, int how)
     return (size_t)(at - buffer);
 }
 
-/* -- Python ------------------------------------------------------------------------------------------------------------------------ */
-
-/* One of the programs: its events, and its table of sizes. */
-typedef struct {
-    const Event *events;
-    size_t length;
-    const int64_t *sizes;
-    size_t num_sizes;
-} Program;
-
-/* Run programs of which the first `prefix` events are the same, and the last `suffix`. Adds a tuple for each to `answers`. */
-static void run_alike(Run *run, const Program *programs, size_t number, size_t prefix, size_t suffix, PyObject *answers)
+static char *saved(Run *run)
 {
-    const Event *end = programs[0].events + programs[0].length;
-    char *saved = NULL;
-    size_t chunks = 0;
-    for (size_t at = 0; at < number && !run->failed; at++) {
-        const Program *program = &programs[at];
-        if (at == 0) {
-            run_events(run, program->events, program->events + prefix);
-            for (const Chunk *chunk = run->chunks; chunk != NULL; chunk = chunk->next)
-                chunks++;
-            if (!run->failed && (saved = malloc(carry_all(run, NULL, chunks, COUNT))) == NULL)
-                run->failed = HOST_FULL;
-            if (!run->failed)
-                carry_all(run, saved, chunks, SAVE);
-        } else {
-            carry_all(run, saved, chunks, RESTORE);
-            run->sizes = program->sizes;
-            run->num_sizes = program->num_sizes;
-            make_requests(run);
-        }
-        run_events(run, program->events + prefix, program->events + program->length - suffix);
-        run_events(run, end - suffix, end);
-        close_phase(run);
-        PyObject *peaks = run->failed ? NULL : answer(run);
-        if (!run->failed && (peaks == NULL || PyList_Append(answers, peaks) < 0))
-            run->failed = HOST_FULL;
-        Py_XDECREF(peaks);
-    }
-    free(saved);
+    char *buffer = malloc(carry_all(run, NULL, COUNT));
+    if (buffer == NULL)
+        run->failed = HOST_FULL;
+    else
+        carry_all(run, buffer, SAVE);
+    return buffer;
 }
 
-static PyObject *replay_alike(PyObject *module, PyObject *arguments)
+/* -- whether runs go on alike ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t *words;
+    size_t number, room;
+} Words;
+
+static void add_word(Run *run, Words *words, int64_t word)
 {
-    PyObject *all_events, *all_sizes;
-    Py_ssize_t prefix, suffix, same_sizes, storages, handles, phases;
-    int downwards, grows;
-    if (!PyArg_ParseTuple(arguments, "O!O!nnnnnnpp:replay_alike", &PyList_Type, &all_events, &PyList_Type, &all_sizes, &prefix, &suffix,
-                          &same_sizes, &storages, &handles, &phases, &downwards, &grows))
-        return NULL;
-    const Py_ssize_t number = PyList_Size(all_events);
-    if (number < 1 || number > MOST_ALIKE || PyList_Size(all_sizes) != number || prefix < 0 || suffix < 0 || same_sizes < 0) {
-        PyErr_SetString(PyExc_ValueError, "no programs");
-        return NULL;
-    }
-    PyObject *answers = PyList_New(0);
-    Run *run = answers == NULL ? NULL : new_run();
-    Program programs[MOST_ALIKE];
-    if (run == NULL) {
-        Py_XDECREF(answers);
-        return PyErr_NoMemory();
-    }
-    begin_run(run, storages, handles, phases, downwards, grows, -1);
-    for (Py_ssize_t at = 0; at < number && !run->failed; at++) {
-        char *events, *sizes;
-        Py_ssize_t events_bytes, sizes_bytes;
-        PyObject *events_object = PyList_GetItem(all_events, at);
-        if (PyBytes_AsStringAndSize(events_object, &events, &events_bytes) < 0 ||
-            PyBytes_AsStringAndSize(PyList_GetItem(all_sizes, at), &sizes, &sizes_bytes) < 0) {
-            PyErr_Clear();
-            run->failed = MALFORMED;
-            break;
+    if (words->number == words->room) {
+        int64_t *moved = realloc(words->words, (2 * words->room + 1024) * sizeof(int64_t));
+        if (moved == NULL) {
+            run->failed = HOST_FULL;
+            return;
         }
-        const size_t length = (size_t)events_bytes / sizeof(int64_t);
-        run->num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
-        find_events(run, events_object, (const int64_t *)events, length);
-        programs[at] = (Program){run->events, length / WIDTH, (const int64_t *)sizes, run->num_sizes};
-        if ((size_t)(prefix + suffix) > programs[at].length || (size_t)same_sizes > run->num_sizes ||
-            memcmp(programs[at].sizes, programs[0].sizes, (size_t)same_sizes * sizeof(int64_t)) != 0)
-            run->failed = MALFORMED;
+        words->words = moved;
+        words->room = 2 * words->room + 1024;
     }
-    for (Py_ssize_t at = 0; at < number && !run->failed; at++)
-        if (programs[at].num_sizes > run->num_sizes)
-            run->num_sizes = programs[at].num_sizes;
-    const size_t most_sizes = run->num_sizes;
-    run->sizes = programs[0].sizes;
-    run->num_sizes = programs[0].num_sizes;
-    if (!run->failed && !prepare(run, most_sizes))
-        run->failed = HOST_FULL;
-    if (!run->failed)
-        run_alike(run, programs, (size_t)number, (size_t)prefix, (size_t)suffix, answers);
-    const int failed = run->failed;
-    clear(run);
-    if (!failed)
-        return answers;
-    Py_DECREF(answers);
-    PyErr_Clear();
-    Py_RETURN_NONE;
+    words->words[words->number++] = word;
+}
+
+static void add_block(Run *run, Words *words, const Block *block)
+{
+    add_word(run, words, block->address);
+    add_word(run, words, block->size);
+    add_word(run, words, block->pool | (block->before == &run->none) << 30 | (block->after == &run->none) << 29);
+}
+
+static void add_ring(Run *run, Words *words, const Block *head)
+{
+    for (const Block *block = head->larger; block != head; block = block->larger)
+        add_block(run, words, block);
+    add_word(run, words, NONE);
+}
+
+/* All that the next step depends on, where the last one has ended: blocks that are cached, unmapped or still wait to be freed. */
+static void describe(Run *run, Words *words)
+{
+    const int64_t totals[] = {run->allocated, run->reserved, run->above, run->below, run->phase};
+    words->number = 0;
+    for (size_t at = 0; at < sizeof(totals) / sizeof(*totals); at++)
+        add_word(run, words, totals[at]);
+    for (unsigned word = 0; word < run->pools * BINS / 64; word++)
+        for (uint64_t filled = run->filled[word]; filled; filled &= filled - 1)
+            add_ring(run, words, &run->bins[64 * word + (unsigned)__builtin_ctzll(filled)]);
+    for (unsigned pool = 0; pool < run->pools; pool++)
+        add_ring(run, words, &run->unmapped[pool]);
+    for (const Block *block = run->outputs.top; block != NULL; block = block->smaller)
+        add_block(run, words, block);
+    add_word(run, words, NONE);
+    for (size_t at = 0; at < run->num_handles; at++) {
+        if (run->handles[at] != NULL) {
+            add_word(run, words, (int64_t)at);
+            add_block(run, words, run->handles[at]);
+        }
+    }
+}
+
+/* -- programs ----------------------------------------------------------------------------------------------------------------------- */
+
+static size_t length_of(const Program *program, size_t segment)
+{
+    return program->read->segments[segment].end - program->read->segments[segment].begin;
+}
+
+/* The sizes that a segment names, as the allocator rounds them, for the events that follow. */
+static void take_sizes(Run *run, Program *program, size_t segment)
+{
+    const Segment *of = &program->read->segments[segment];
+    if (program->requested <= segment)
+        make_requests(run, program->own_sizes + of->first_size, program->requests + of->first_size, of->end_size - of->first_size);
+    program->requested = segment + 1;
+    run->sizes = program->own_sizes + of->first_size;
+    run->requests = program->requests + of->first_size;
+}
+
+static void run_alone(Run *run, Program *program)
+{
+    for (size_t segment = 0; segment < program->read->num_segments; segment++) {
+        const Segment *of = &program->read->segments[segment];
+        take_sizes(run, program, segment);
+        run_events(run, program->read->events + of->begin, program->read->events + of->end);
+    }
+    close_phase(run);
+}
+
+/* How many events of two programs' segment are the same, with the same sizes; one more where all are. */
+static size_t in_common(const Together *all, int one, int other)
+{
+    const Program *a = &all->programs[one], *b = &all->programs[other];
+    const Segment *of_a = &a->read->segments[all->segment], *of_b = &b->read->segments[all->segment];
+    size_t same = (size_t)all->alike[one][all->segment][other];
+    const size_t sizes_a = of_a->end_size - of_a->first_size, sizes_b = of_b->end_size - of_b->first_size;
+    for (size_t at = 0; at < sizes_a && at < sizes_b; at++) {
+        const size_t named_at = (size_t)a->read->named_at[of_a->first_size + at];
+        if (named_at >= same)
+            break;
+        if (a->own_sizes[of_a->first_size + at] != b->own_sizes[of_b->first_size + at])
+            return named_at;
+    }
+    return same + (same == length_of(a, all->segment) && same == length_of(b, all->segment));
+}
+
+/* The beginning of a segment: what came before is noted, and counts no more. */
+static void begin_segment(Run *run)
+{
+    memset(run->peaks, 0xFF, run->num_phases * sizeof(int64_t)); /* all NONE */
+    run->most_reserved = run->reserved;
+    run->peak = run->allocated;
+    run->had_events = 0;
+}
+
+static void note_peaks(Run *run, Program *program)
+{
+    for (size_t phase = 0; phase < run->num_phases; phase++)
+        if (run->peaks[phase] > program->peaks[phase])
+            program->peaks[phase] = run->peaks[phase];
+    if (run->most_reserved > program->reserved)
+        program->reserved = run->most_reserved;
+}
+
+/* What the programs that end a segment alike have reached: the first of those that end it with the same blocks. */
+typedef struct {
+    int next[MOST_ALIKE];
+    char *at[MOST_ALIKE];
+    Words words[MOST_ALIKE];
+} Ends;
+
+static void end_segment(Together *all, const int *members, int number, Ends *ends, int is_last)
+{
+    Run *run = all->run;
+    close_phase(run);
+    for (int at = 0; at < number; at++)
+        note_peaks(run, &all->programs[members[at]]);
+    if (is_last)
+        return;
+    const int own = members[0];
+    int same = 0;
+    describe(run, &ends->words[own]);
+    for (; same < all->number; same++)
+        if (ends->at[same] != NULL && ends->words[same].number == ends->words[own].number &&
+            memcmp(ends->words[same].words, ends->words[own].words, ends->words[own].number * sizeof(int64_t)) == 0)
+            break;
+    if (same == all->number) {
+        same = own;
+        ends->at[own] = saved(run);
+    }
+    for (int at = 0; at < number; at++)
+        ends->next[members[at]] = same;
+}
+
+/* Run a segment of programs that have run alike so far, up to its event `from`. */
+static void run_members(Together *all, const int *members, int number, size_t from, Ends *ends, int is_last)
+{
+    Run *run = all->run;
+    Program *first = &all->programs[members[0]];
+    size_t until = length_of(first, all->segment);
+    for (int at = 1; at < number; at++) {
+        const size_t same = in_common(all, members[0], members[at]);
+        if (same < until)
+            until = same;
+    }
+    int together = 1;
+    for (int at = 1; at < number; at++)
+        together += in_common(all, members[0], members[at]) > until;
+    take_sizes(run, first, all->segment);
+    run_events(run, first->events[all->segment] + from, first->events[all->segment] + until);
+    if (run->failed)
+        return;
+    if (together == number && until == length_of(first, all->segment)) {
+        end_segment(all, members, number, ends, is_last);
+        return;
+    }
+    int left[MOST_ALIKE], num_left = number;
+    char *fork = saved(run);
+    memcpy(left, members, (size_t)number * sizeof(int));
+    while (num_left > 0 && !run->failed) {
+        int part[MOST_ALIKE], others[MOST_ALIKE], num_part = 0, num_others = 0;
+        for (int at = 0; at < num_left; at++) {
+            if (at == 0 || in_common(all, left[0], left[at]) > until)
+                part[num_part++] = left[at];
+            else
+                others[num_others++] = left[at];
+        }
+        if (num_left < number)
+            carry_all(run, fork, RESTORE);
+        run_members(all, part, num_part, until, ends, is_last);
+        memcpy(left, others, (size_t)num_others * sizeof(int));
+        num_left = num_others;
+    }
+    free(fork);
+}
+
+static void run_together(Together *all)
+{
+    const size_t segments = all->programs[0].read->num_segments;
+    char *starts[MOST_ALIKE] = {NULL};
+    Ends ends = {.next = {0}};
+    for (all->segment = 0; all->segment < segments && !all->run->failed; all->segment++) {
+        for (int start = 0; start < all->number && !all->run->failed; start++) {
+            int members[MOST_ALIKE], number = 0;
+            for (int at = 0; at < all->number; at++)
+                if (all->programs[at].start == start)
+                    members[number++] = at;
+            if (number == 0)
+                continue;
+            if (starts[start] != NULL)
+                carry_all(all->run, starts[start], RESTORE);
+            begin_segment(all->run);
+            run_members(all, members, number, 0, &ends, all->segment + 1 == segments);
+        }
+        for (int at = 0; at < all->number; at++) {
+            free(starts[at]);
+            starts[at] = ends.at[at];
+            ends.at[at] = NULL;
+            all->programs[at].start = ends.next[at];
+        }
+    }
+    for (int at = 0; at < all->number; at++) {
+        free(starts[at]);
+        free(ends.words[at].words);
+    }
+}
+
+/* -- with how many events the segments of programs begin alike --------------------------------------------------------------------------- */
+
+static struct {
+    int number;
+    uint64_t programs[MOST_ALIKE];
+    int32_t alike[MOST_ALIKE][MOST_SEGMENTS][MOST_ALIKE];
+} compared[4];
+static unsigned latest_compared;
+
+static int32_t compare(const Read *one, const Read *other, size_t segment)
+{
+    const Segment *a = &one->segments[segment], *b = &other->segments[segment];
+    size_t same = 0;
+    while (a->begin + same < a->end && b->begin + same < b->end &&
+           memcmp(&one->events[a->begin + same], &other->events[b->begin + same], sizeof(Event)) == 0)
+        same++;
+    return (int32_t)same;
+}
+
+static const int32_t (*compare_all(const Program *programs, int number))[MOST_SEGMENTS][MOST_ALIKE]
+{
+    for (unsigned known = 0; known < sizeof(compared) / sizeof(*compared); known++) {
+        int at = 0;
+        while (at < number && compared[known].number == number && compared[known].programs[at] == programs[at].read->number)
+            at++;
+        if (at == number)
+            return compared[known].alike;
+    }
+    latest_compared = (latest_compared + 1) % (sizeof(compared) / sizeof(*compared));
+    compared[latest_compared].number = number;
+    for (int one = 0; one < number; one++) {
+        compared[latest_compared].programs[one] = programs[one].read->number;
+        for (int other = 0; other < one; other++) {
+            for (size_t segment = 0; segment < programs[0].read->num_segments; segment++) {
+                const int32_t same = compare(programs[one].read, programs[other].read, segment);
+                compared[latest_compared].alike[one][segment][other] = compared[latest_compared].alike[other][segment][one] = same;
+            }
+        }
+    }
+    return compared[latest_compared].alike;
+}
+
+/* Segments that are the same in several programs are read from the first of these, so that they stay in the processor's cache. */
+static void share_events(Together *all)
+{
+    for (int own = 0; own < all->number; own++) {
+        Program *program = &all->programs[own];
+        for (size_t segment = 0; segment < program->read->num_segments; segment++) {
+            const size_t length = length_of(program, segment);
+            int first = 0;
+            while (first < own && (length_of(&all->programs[first], segment) != length || (size_t)all->alike[own][segment][first] != length))
+                first++;
+            const Read *read = all->programs[first].read;
+            program->events[segment] = read->events + read->segments[segment].begin;
+        }
+    }
 }

@@ -30,7 +30,8 @@
 #define WIDTH 5
 #define PER_DOUBLING 8  /* bins of each doubling of a block's size */
 #define BINS 448  /* of a pool: from 512 bytes to more than LARGEST */
-#define MOST_ALIKE 16  /* programs that are kept as they were read, and that run together */
+#define MOST_ALIKE 16  /* programs that run together */
+#define MOST_SEGMENTS 8  /* of each of them */
 #define STREAMS 64  /* each has a pool of small blocks and one of large ones: a free block serves its own stream only */
 #define POOLS (2 * STREAMS)
 #define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
@@ -39,6 +40,9 @@
 #define RANGE (((int64_t)1 << 46) / LARGE_SEGMENT * LARGE_SEGMENT)  /* addresses of a segment that grows; a second one in a pool is refused */
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
+
+/* Written in place of MAKE and FREE where a storage is one tensor, made and freed once in a step: a slot, that of others later. */
+enum { MAKE_ONE = EVENTS, MAKE_THERE, FREE_ONE };
 
 enum { LIVE, CACHED, UNMAPPED };  /* what a block is; unmapped: addresses of a segment that grows without memory behind them */
 
@@ -110,13 +114,12 @@ typedef struct {
     int64_t *peaks;
     /* what the program holds */
     char *tables;  /* the memory of all arrays by handle, storage, phase or size, but for what grows */
-    size_t tables_bytes, tables_room;  /* bytes before the requests, which follow; bytes that there are */
+    size_t tables_bytes, tables_room;  /* bytes of what changes while events run, at the beginning; bytes that there are */
     int layered;  /* whether it has events of single layers */
-    Event *events;
     const int64_t *sizes;
-    Request *requests;  /* each size as the allocator rounds it */
-    size_t num_sizes, num_storages, num_handles, num_phases;
-    Block **handles;
+    const Request *requests;  /* each size as the allocator rounds it */
+    size_t num_storages, num_slots, num_handles, num_phases;
+    Block **handles, **slots;
     int32_t *places, *handed;
     size_t num_handed;
     Stack *live, *own, outputs;
@@ -874,6 +877,18 @@ static OFTEN void run_events(Run *run, const Event *event, const Event *stop)
         const int32_t a = event->a, b = event->b, c = event->c;
         const Event *at = event++;
         switch (at->what) {
+        case MAKE_ONE:
+            run->slots[a] = allocate_here(run, b);
+            break;
+        case FREE_ONE:
+            release_here(run, run->slots[a]);
+            break;
+        case MAKE_THERE:
+            run->pool = 2 * (unsigned)at->d;
+            run->first = BINS * run->pool;
+            run->slots[a] = allocate_here(run, b);
+            run->pool = run->first = 0;
+            break;
         case OWN:
             run->own[a].top = NULL;
             if (RARE(c != 1)) {
@@ -962,296 +977,38 @@ static OFTEN void run_events(Run *run, const Event *event, const Event *stop)
     }
 }
 
-/* Whether the operands of an event are places in the tables. */
-static int fits(const Run *run, const Event *event)
-{
-    const size_t a = (size_t)event->a, b = (size_t)event->b, c = (size_t)event->c;
-    switch (event->what) {
-    case OWN:
-    case FREE:
-    case ADD:
-        return a < run->num_storages && b < run->num_sizes;
-    case END_OWN:
-    case OUTPUTS:
-    case LEAVE:
-        return a < run->num_storages;
-    case MAKE:
-        return a < run->num_storages && b < run->num_sizes && event->d < STREAMS;
-    case HAND:
-        return a < run->num_storages && b < run->num_storages && c < run->num_sizes;
-    case TAKE:
-        return a < run->num_sizes;
-    case HOLD:
-        return a < run->num_handles && b < run->num_sizes;
-    case LET_GO:
-        return a < run->num_handles;
-    case PHASE:
-        return a < run->num_phases;
-    case REPEAT:
-        return a > 0;
-    default:
-        return event->what == LAYER || event->what == END_OUTPUTS || event->what == EMPTY || event->what == END;
-    }
-}
-
-/* Read the events of a program, each in 16 bytes. */
-static void read_events(Run *run, Event *event, const int64_t *from, size_t length)
-{
-    for (const int64_t *end = from + length; from < end; from += WIDTH, event++) {
-        if ((from[0] | from[1] | from[2] | from[3] | from[4]) < 0) {
-            run->failed = MALFORMED;
-            return;
-        }
-        if ((from[1] | from[2] | from[3]) > INT32_MAX || (from[0] | from[4]) > UINT16_MAX) {
-            run->failed = TOO_LARGE;
-            return;
-        }
-        *event = (Event){(int32_t)from[1], (int32_t)from[2], (int32_t)from[3], (uint16_t)from[0], (uint16_t)from[4]};
-        if (!fits(run, event)) {
-            run->failed = MALFORMED;
-            return;
-        }
-        if (event->what == MAKE && 2 * (unsigned)event->d >= run->pools)
-            run->pools = 2 * (unsigned)event->d + 2;
-        run->layered |= event->what == OWN || event->what == END_OWN || event->what == HAND || event->what == REPEAT;
-    }
-}
-
-/* -- Python --------------------------------------------------------------------------------------------------------------------- */
-
 static void make_ring(Block *head)
 {
     head->size = INT64_MAX;
     head->smaller = head->larger = head;
 }
 
-/* Each size of the run's table as the allocator rounds it. */
-static void make_requests(Run *run)
+/* Sizes as the allocator rounds them. */
+static void make_requests(const Run *run, const int64_t *sizes, Request *requests, size_t number)
 {
-    for (size_t at = 0; at < run->num_sizes; at++) {
-        int64_t size = run->sizes[at] < 0 || run->sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(run->sizes[at], MIN_BLOCK);
+    for (size_t at = 0; at < number; at++) {
+        int64_t size = sizes[at] < 0 || sizes[at] > LARGEST ? LARGEST + MIN_BLOCK : whole(sizes[at], MIN_BLOCK);
         unsigned large = size > SMALL_SIZE;
-        run->requests[at] = (Request){.size = size,
-                                      .unsplit = large && !run->grows ? SMALL_SIZE : MIN_BLOCK - 1,
-                                      .bin = size ? large * BINS + bin_of(size) : 0,
-                                      .end = (large + 1) * BINS,
-                                      .large = large};
+        requests[at] = (Request){.size = size,
+                                 .unsplit = large && !run->grows ? SMALL_SIZE : MIN_BLOCK - 1,
+                                 .bin = size ? large * BINS + bin_of(size) : 0,
+                                 .end = (large + 1) * BINS,
+                                 .large = large};
     }
 }
 
-/* The next part of the tables, each byte of which is set. */
-static void *part(char **at, size_t length, size_t itemsize, int byte)
-{
-    void *start = *at;
-    memset(start, byte, length * itemsize);
-    *at += whole((int64_t)(length * itemsize), sizeof(int64_t));
-    return start;
-}
-
-/* `most_sizes`: of all programs that run. */
-static int prepare(Run *run, size_t most_sizes)
-{
-    const size_t n = run->num_storages, of_layers = run->layered ? n : 0;
-    const size_t most = run->num_handles * sizeof(Block *) + run->num_phases * sizeof(int64_t) + (n + of_layers) * sizeof(Stack) +
-                        3 * of_layers * sizeof(int32_t) + 3 * sizeof(int64_t) + most_sizes * sizeof(Request);
-    if (most > run->tables_room) {
-        free(run->tables);
-        run->tables = malloc(most);
-        run->tables_room = run->tables == NULL ? 0 : most;
-        if (run->tables == NULL)
-            return 0;
-    }
-    char *at = run->tables;
-    run->handles = part(&at, run->num_handles, sizeof(Block *), 0);
-    run->peaks = part(&at, run->num_phases, sizeof(int64_t), 0xFF); /* all NONE */
-    run->live = part(&at, n, sizeof(Stack), 0);
-    run->own = part(&at, of_layers, sizeof(Stack), 0);
-    run->places = part(&at, of_layers, sizeof(int32_t), 0xFF);
-    run->handed = part(&at, of_layers, sizeof(int32_t), 0);
-    run->open = part(&at, of_layers, sizeof(int32_t), 0);
-    run->tables_bytes = (size_t)(at - run->tables);
-    run->requests = (Request *)at;
-    make_requests(run);
-    for (size_t at = 0; at < n; at++)
-        run->live[at].spare = NONE;
-    for (unsigned bin = 0; bin < run->pools * BINS; bin++)
-        make_ring(&run->bins[bin]);
-    for (unsigned pool = 0; pool < run->pools; pool++)
-        make_ring(&run->unmapped[pool]);
-    return 1;
-}
-
-static Run *kept;  /* of an earlier replay, for its memory */
-
-static Run *new_run(void)
-{
-    Run *run = kept;
-    Chunk *chunks = run == NULL ? NULL : run->chunks;
-    char *tables = run == NULL ? NULL : run->tables;
-    const size_t room = run == NULL ? 0 : run->tables_room;
-    kept = NULL;
-    if (run == NULL && posix_memalign((void **)&run, LINE, sizeof(Run)) != 0)
-        return NULL;
-    memset(run, 0, offsetof(Run, unmapped));
-    run->spare_chunks = chunks;
-    run->tables = tables;
-    run->tables_room = room;
-    return run;
-}
-
-/* The programs that were read last: a job at many sizes replays one, or that of each rank. */
-typedef struct {
-    PyObject *bytes;
-    Event *events;
-    size_t num_sizes, num_storages, num_handles, num_phases; /* of the tables in which its operands are places */
-    unsigned pools;
-    int layered;
-    uint64_t used; /* when it was last looked for */
-} Read;
-
-static Read programs_read[MOST_ALIKE];
-static uint64_t looked_for;
-
-static void find_events(Run *run, PyObject *bytes, const int64_t *from, size_t length)
-{
-    Read *oldest = programs_read;
-    looked_for++;
-    for (Read *read = programs_read; read < programs_read + MOST_ALIKE; read++) {
-        if (read->used < oldest->used)
-            oldest = read;
-        if (read->bytes == bytes && read->num_sizes == run->num_sizes && read->num_storages == run->num_storages &&
-            read->num_handles == run->num_handles && read->num_phases == run->num_phases) {
-            run->events = read->events;
-            if (read->pools > run->pools)
-                run->pools = read->pools;
-            run->layered |= read->layered;
-            read->used = looked_for;
-            return;
-        }
-    }
-    Event *events = malloc(length / WIDTH * sizeof(Event) + 1);
-    if (events == NULL) {
-        run->failed = HOST_FULL;
-        return;
-    }
-    read_events(run, events, from, length);
-    if (run->failed) {
-        free(events);
-        return;
-    }
-    free(oldest->events);
-    Py_XDECREF(oldest->bytes);
-    Py_INCREF(bytes);
-    *oldest = (Read){bytes, events, run->num_sizes, run->num_storages, run->num_handles, run->num_phases, run->pools,
-                     run->layered, looked_for};
-    run->events = events;
-}
-
-static void clear(Run *run)
-{
-    void *all[] = {run->spare, run->layers.places, run->before.places};
-    for (size_t at = 0; at < sizeof(all) / sizeof(*all); at++)
-        free(all[at]);
-    while (run->spare_chunks != NULL) {
-        Chunk *chunk = run->spare_chunks;
-        run->spare_chunks = chunk->next;
-        chunk->next = run->chunks;
-        run->chunks = chunk;
-    }
-    if (kept == NULL) {
-        kept = run;
-        return;
-    }
-    for (Chunk *chunk = run->chunks, *next; chunk != NULL; chunk = next) {
-        next = chunk->next;
-        free(chunk);
-    }
-    free(run->tables);
-    free(run);
-}
-
-static PyObject *answer(Run *run)
-{
-    switch (run->failed) {
-    case RUNS:
-        break;
-    case DEVICE_FULL:
-        PyErr_SetString(PyExc_MemoryError, "the device cannot give so many bytes");
-        return NULL;
-    case TOO_LARGE:
-        PyErr_SetString(PyExc_OverflowError, "more bytes than 64 bits hold");
-        return NULL;
-    case MALFORMED:
-        PyErr_SetString(PyExc_ValueError, "an event names what is not in its tables");
-        return NULL;
-    default:
-        return PyErr_NoMemory();
-    }
-    PyObject *peaks = PyTuple_New((Py_ssize_t)run->num_phases + 1);
-    for (size_t at = 0; peaks != NULL && at <= run->num_phases; at++) {
-        PyObject *value = PyLong_FromLongLong(at == 0 ? run->most_reserved : run->peaks[at - 1]);
-        if (value == NULL || PyTuple_SetItem(peaks, (Py_ssize_t)at, value) < 0)
-            Py_CLEAR(peaks);
-    }
-    return peaks;
-}
-
-static void begin_run(Run *run, Py_ssize_t storages, Py_ssize_t handles, Py_ssize_t phases, int downwards, int grows, int64_t capacity)
-{
-    run->phase = NONE;
-    run->above = LARGE_SEGMENT; /* a whole number of pages */
-    run->below = TOP;
-    run->capacity = capacity;
-    run->downwards = downwards;
-    run->grows = grows;
-    run->num_storages = (size_t)storages;
-    run->num_handles = (size_t)handles;
-    run->num_phases = (size_t)phases;
-    run->pools = 2;  /* of the default stream */
-}
-
-static PyObject *replay(PyObject *module, PyObject *arguments)
-{
-    PyObject *events_object, *sizes_object;
-    char *events, *sizes;
-    Py_ssize_t events_bytes, sizes_bytes, storages, handles, phases;
-    int downwards, grows = 0;
-    long long capacity;
-    if (!PyArg_ParseTuple(arguments, "SSnnnpL|p:replay", &events_object, &sizes_object, &storages, &handles, &phases, &downwards,
-                          &capacity, &grows) ||
-        PyBytes_AsStringAndSize(events_object, &events, &events_bytes) < 0 ||
-        PyBytes_AsStringAndSize(sizes_object, &sizes, &sizes_bytes) < 0)
-        return NULL;
-    const size_t length = (size_t)events_bytes / sizeof(int64_t);
-    if (length % WIDTH || storages < 0 || handles < 0 || phases < 0 || storages >= INT32_MAX || handles >= INT32_MAX ||
-        phases >= INT32_MAX) {
-        PyErr_SetString(PyExc_ValueError, "no program");
-        return NULL;
-    }
-    Run *run = new_run();
-    if (run == NULL)
-        return PyErr_NoMemory();
-    begin_run(run, storages, handles, phases, downwards, grows, capacity);
-    run->sizes = (const int64_t *)sizes;
-    run->num_sizes = (size_t)sizes_bytes / sizeof(int64_t);
-    find_events(run, events_object, (const int64_t *)events, length);
-    if (!run->failed && !prepare(run, run->num_sizes))
-        run->failed = HOST_FULL;
-    if (!run->failed)
-        run_events(run, run->events, run->events + length / WIDTH);
-    close_phase(run);
-    PyObject *peaks = answer(run);
-    clear(run);
-    return peaks;
-}
-
+#include "_programs.h"
 #include "_alike.h"
+#include "_calls.h"
+#include "_levels.h"
 
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS,
      "replay(events, sizes, storages, handles, phases, downwards, capacity, grows=False) -> (reserved, allocated of each phase or -1, ...)"},
-    {"replay_alike", replay_alike, METH_VARARGS,
-     "replay_alike([events, ...], [sizes, ...], prefix, suffix, same_sizes, storages, handles, phases, downwards, grows) -> [as replay, ...]"},
+    {"replay_together", replay_together, METH_VARARGS,
+     "replay_together([(events, sizes, storages, handles, phases), ...], downwards, grows) -> [as replay, ...]"},
+    {"levels", levels, METH_VARARGS,
+     "levels(structure, bytes of each size, products, standing) -> (bytes of each kind, [(highest level, events) of each window]) or None"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_replay", NULL, 0, methods, NULL, NULL, NULL, NULL};

@@ -1,20 +1,12 @@
 EVENTS: int
 GROWS: int
 MOST_ALIKE: int
+STREAMS: int
 
 def replay(
     events: bytes, sizes: bytes, storages: int, handles: int, phases: int, downwards: bool, capacity: int, grows: bool = False, /
 ) -> tuple[int, ...]: ...
-def replay_alike(
-    events: list[bytes],
-    sizes: list[bytes],
-    prefix: int,
-    suffix: int,
-    same_sizes: int,
-    storages: int,
-    handles: int,
-    phases: int,
-    downwards: bool,
-    grows: bool,
-    /,
+def replay_together(
+    programs: list[tuple[bytes, bytes, int, int, int]], downwards: bool, grows: bool, /
 ) -> list[tuple[int, ...]] | None: ...
+def levels(structure: bytes, sizes: bytes, products: bytes, standing: int, /) -> tuple[bytes, list[tuple[int, int]]] | None: ...

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 _LATEST: "list[tuple[Inventory, str, bool, Step]]" = []
-"""The job of which the step was asked for last, for which kernels, and whether as a late GPU leaves it: one estimate asks for it
-several times."""
+"""The job of which steps were asked for last, on each of its ranks, for which kernels, and whether as a late GPU leaves it: one
+estimate asks for each several times."""
+MOST_LATEST = 32
 
 
 def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = False) -> Step:
@@ -34,10 +35,11 @@ def last_step(inventory: "Inventory", compute_capability: str, *, late: bool = F
             return step
     compiled_job = compiled(inventory, compute_capability=compute_capability, late=late)
     setup = inventory.job.setup
-    of_rank = (sizes for of, *_, (other, sizes) in _LATEST if of.job is inventory.job and compiled_job.sized_as(other))
-    known: dict[str, int] | None = next(of_rank, None)
+    if len(_LATEST) == MOST_LATEST or (_LATEST and _LATEST[0][0].job is not inventory.job):
+        _LATEST.clear()
+    known: dict[str, int] | None = next((sizes for *_, (other, sizes) in _LATEST if compiled_job.sized_as(other)), None)
     step = compiled_job, known or compiled_job.sizes(setup.batch_size, setup.seq_len)
-    _LATEST[:] = [(inventory, compute_capability, late, step)]
+    _LATEST.append((inventory, compute_capability, late, step))
     return step
 
 

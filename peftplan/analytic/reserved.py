@@ -5,6 +5,7 @@ steady one. A script may name other steps (`job.script`). The timeline only coun
 kind; here each of them repeats the events of the last one.
 """
 
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SOURCE = "modelled: replay of the analytic events through a model of torch's CUDA caching allocator, {options}"
 
-Requested = dict[tuple[int, int], list[int]]
+Requested = dict[tuple[int, int], Sequence[int]]
 """The ids of a timeline and of its sizes → the bytes of its kinds of tensors."""
 
 
@@ -57,7 +58,7 @@ class Run(NamedTuple):
         ties, expandable = self.script.ties_by_address, self.steps[-1][0].expandable
         return replay(program, sizes, ties_by_address=ties, expandable=expandable, capacity=capacity_bytes)
 
-    def program(self, *, when_full: bool = False, known: "Requested | None" = None) -> tuple[Program, list[int]]:
+    def program(self, *, when_full: bool = False, known: "Requested | None" = None) -> tuple[Program, Sequence[int]]:
         """The events and the table of sizes. All sizes that run the same operations share the events. `known`: what other runs
         of the job request.
         """
@@ -76,8 +77,15 @@ class Run(NamedTuple):
             if (id(of_step.timeline), id(sizes)) not in requested:
                 requested[id(of_step.timeline), id(sizes)] = of_step.timeline.requested(sizes)
         of_steps = [requested[id(of_step.timeline), id(sizes)] for of_step, sizes in self.steps]
-        generated = [n for each in (*self.generations, *self.evaluations) for n in each.timeline.requested(each.sizes)]
-        return written.program, [*generated, *chain.from_iterable(of_steps), *written.sizes]
+        generated = [each.timeline.requested(each.sizes) for each in (*self.generations, *self.evaluations)]
+        parts = (*generated, *of_steps, written.sizes)
+        table = array("q")
+        try:
+            for part in parts:
+                table.extend(part)
+        except OverflowError:  # more than 64 bits hold
+            return written.program, [*chain.from_iterable(parts)]
+        return written.program, table
 
 
 def peaks_of_each(runs: Sequence[Run]) -> list[Replayed]:

@@ -4,6 +4,7 @@ The log holds two layers of each kind. The layers between are copies: what the l
 two boundaries, times their number (`depth.copies`).
 """
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
@@ -15,6 +16,7 @@ from peftplan.depth.copies import Layers, Stack, copies_of
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Category, Dim, Line
 from peftplan.memory.optimizer import STATES
+from peftplan.memory.packed_waves import added_up
 from peftplan.memory.waves import Waves, waves_of
 from peftplan.tape.allocations import PASSED
 from peftplan.tape.tape import Tape
@@ -98,11 +100,15 @@ class Timeline(NamedTuple):
 
     def peaks(self, sizes: Mapping[str, int], standing: int = 0) -> dict[str, tuple[int, int]]:
         """Phase → (bytes, how many events lead to them), on top of `standing` bytes that are always there."""
+        if (known := added_up(self, sizes, standing)) is not None:
+            return known[1]
         rounded = [-(-nbytes // ALLOCATION_ROUNDING) * ALLOCATION_ROUNDING for nbytes in self._evaluated(sizes)]
         return self.waves.peaks([count * rounded[place] for place, count in self.moves], standing)
 
-    def requested(self, sizes: Mapping[str, int]) -> list[int]:
+    def requested(self, sizes: Mapping[str, int]) -> Sequence[int]:
         """Bytes of a tensor of each kind as asked for, before rounding."""
+        if (known := added_up(self, sizes)) is not None:
+            return array("q", known[0])
         nbytes = self._evaluated(sizes)
         return [nbytes[place] for place in self.size_of]
 
