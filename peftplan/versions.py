@@ -125,6 +125,14 @@ LATENT_CACHED = Change(
 )
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")
 KV_GROUPED = Change("transformers", (4, 48), "`flash_attention_forward` gets grouped keys; before, `repeat_kv` ran before it")
+KEYS_DROPPED = {
+    "gpt_bigcode": Change(
+        "transformers",
+        (4, 53),
+        "`GPTBigCodeModel.forward` sets `use_cache = False` beside checkpoints; before, it returned `presents`",
+    ),
+}
+"""Model type → the release in which layers under checkpoints no longer return keys and values that the outputs hold."""
 ROTARY_UNCACHED = {
     "llama": Change("transformers", (4, 41), "`LlamaRotaryEmbedding` has no `_cos_cached`"),
     "mistral": Change("transformers", (4, 42), "`MistralRotaryEmbedding` has no `cos_cached`"),

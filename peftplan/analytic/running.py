@@ -65,6 +65,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         use_cache=(bool(setup.use_cache) or keeps_its_cache(job.architecture))
         and not (setup.by.turns_cache_off or packs_documents(job) or hands_keys_on(job))
         and setup.loss != "trl-chunked",
+        keeps_keys=bool(setup.use_cache and setup.gradient_checkpointing) and job.script.keeps_keys(job.architecture.model_type),
         adapter_buffers=adapter_dtypes(setup)[0],
         adapter_on_host=keeps_on_host(job),
         masks_unpadded=job.script.masks_unpadded(job.architecture.model_type, setup),

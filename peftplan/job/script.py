@@ -167,6 +167,10 @@ class Script(BaseModel):
         """Whether AdaLoRA's rank allocator is called."""
         return self.allocates_ranks if self.allocates_ranks is not None else setup.by.updates_ranks
 
+    def keeps_keys(self, model_type: str) -> bool:
+        """Whether a layer's keys and values stay in the outputs although it is checkpointed."""
+        return model_type in versions.KEYS_DROPPED and versions.KEYS_DROPPED[model_type].after(self.transformers)
+
     def caches_rotary(self, model_type: str) -> bool:
         """Whether each layer keeps cosines and sines of all positions."""
         return model_type in versions.ROTARY_UNCACHED and versions.ROTARY_UNCACHED[model_type].after(self.transformers)

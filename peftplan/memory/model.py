@@ -72,9 +72,9 @@ class Model(ModelState):
 
     @property
     def every_layer(self) -> bool:
-        """Whether each layer is run, since no two are alike."""
-        apart = self.router_logits is not None or self.tape.offloaded is not None  # the load-balancing loss reads each layer's
-        return self.units.every_layer or apart
+        """Whether each layer is run: no two are alike, or what follows reads something of each, as a balancing loss does."""
+        read = self.router_logits is not None or self.tape.offloaded is not None or self.running.keeps_keys
+        return self.units.every_layer or read
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""

@@ -68,7 +68,11 @@ def prepared(model: Model, program: Program) -> list[Tensor]:
     loss, *outputs = outputs_of(model)
     f.module = ""
     if f.autocast and program.trainer.prepares_model:
-        outputs = [f.to(x.detach(), "fp32") if x.dtype in SIXTEEN_BITS else x for x in outputs]
+        keys = [x for x in model.kept if isinstance(x, Tensor)] if model.running.keeps_keys else []
+        wide = [f.to(x.detach(), "fp32") if x.dtype in SIXTEEN_BITS else x for x in (*outputs, *keys)]
+        model.kept[:] = wide[len(outputs) :] if keys else model.kept
+        outputs, keys = wide[: len(outputs)], []
+        wide.clear()
     if program.copies_outputs:
         outputs = [ops.copied(f, x, "clone", viewed=False) for x in outputs]
     return [loss, *outputs]

@@ -31,6 +31,8 @@ class Running(NamedTuple):
     attention: str
     padding: bool
     use_cache: bool
+    keeps_keys: bool = False
+    """Whether the outputs hold the keys and values of checkpointed layers, as views of the projection that gave them."""
     card: Processors = A100
     """Its multiprocessors, by which kernels size their buffers."""
     flash: bool = True

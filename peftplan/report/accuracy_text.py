@@ -67,9 +67,8 @@ CAUSES = """## Known causes of drift
   are there.
 - Several GPUs: fms-acceleration's 121 ranks of FSDP1 leave open that the code is not that of transformers 5, 33 of them their
   versions too. Of the 88 others 72 are within 0.2 % (Mixtral, whose tokens are not spread evenly over the experts) and 0.01 %
-  (all others); SantaCoder's 16 stay open: full fine-tuning of 2 × 2,048 tokens is within 0.9 %, of 4 × 2,048 7.9 and 11.5 %
-  low, and QLoRA 18.7 and 20.1 % low. Of each token 220 KB are missing in QLoRA and 110 KB in bf16 without autocast, as much as a
-  copy of its logits (197 KB in fp32, 99 KB in bf16) and 22 and 11 KB more. No rehearsal has shown whose they are.
+  (all others). SantaCoder's 16 are within 0.2 %: before transformers 4.53 its outputs hold keys and values of checkpointed
+  layers, views of what `c_attn` returned (models/gpt_bigcode/modeling_gpt_bigcode.py:249-253 and :1005 of 4.48.1).
   fsdp_qlora and ms-swift leave open what decides reserved bytes (versions, kernels, lengths, the metric): 20 and 4 records."""
 
 CHOICES = """## Choices made from measured bytes

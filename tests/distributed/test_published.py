@@ -21,12 +21,11 @@ from tools.rank_grid import cut
 from tools.rank_jobs import PHASES
 
 EVERY = {case.record.id: case.record for case in read_cases([RUNS / "fms_fsdp1.jsonl"])}
-OF_SANTACODER = {name: record for name, record in EVERY.items() if "santacoder" in record.run.model_name}
-RECORDS = {name: record for name, record in EVERY.items() if name not in OF_SANTACODER}
 SAME = {same_answer(record): record.id for record in EVERY.values()}
 WORKSPACES = 2 * 8_519_680
 """cuBLAS on an A100: one workspace for each thread."""
 STATED = 0.0005
+OPEN = 0.005
 UNSTATED = 0.025
 """What rows without versions may be off. Adapters, their gradients and states in 16 bits would explain it, but none states so."""
 
@@ -43,13 +42,13 @@ def estimated(record: Record) -> Estimate:
     return _estimated(SAME[same_answer(record)])
 
 
-@pytest.mark.parametrize("record", RECORDS.values(), ids=lambda record: record.id)
+@pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
 def test_what_lasts_on_a_rank(record: Record) -> None:
-    """Within 0.05 %: with the batch, three int64 tensors of all tokens."""
+    """Within 0.05 %: with the batch, three int64 tensors of all tokens. SantaCoder's within 0.5 %, open."""
     sizes = record.run.options
     batch = 3 * 8 * sizes["batch_size"] * sizes["seq_len"]  # type: ignore[operator]
     expected = record.steps[0]["torch_mem_alloc_bytes_steady"]
-    limit = STATED if record.circumstances.versions else UNSTATED
+    limit = OPEN if "santacoder" in record.run.model_name else STATED if record.circumstances.versions else UNSTATED
     assert estimated(record).persistent_bytes + WORKSPACES + batch == pytest.approx(expected, rel=limit)
 
 
@@ -58,28 +57,48 @@ ROUTED = 2e-3
 be 5.5 % higher (rehearsed with `--routing worst`)."""
 
 
-@pytest.mark.parametrize("record", RECORDS.values(), ids=lambda record: record.id)
+@pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
 def test_the_peak_on_a_rank(record: Record) -> None:
-    """Within 0.01 %, Mixtral within 0.2 %, rows without versions within 0.6 %. Full fine-tuning peaks in the step, where foreach
-    AdamW holds one more copy of the shards. Adapters peak in the backward of the first layer, when the inputs of all layers and
-    the gradients of the inputs are still there.
+    """Within 0.01 %, Mixtral and SantaCoder within 0.2 %, rows without versions within 0.6 %. Full fine-tuning peaks in the step,
+    where foreach AdamW holds one more copy of the shards. Adapters peak in the backward of the first layer, when the inputs of
+    all layers and the gradients of the inputs are still there.
     """
     peaks = estimated(record).peaks
     assert peaks is not None
-    limit = 6e-3 if not record.circumstances.versions else ROUTED if "Mixtral" in record.run.model_name else 1e-4
+    wide = any(name in record.run.model_name for name in ("Mixtral", "santacoder"))
+    limit = 6e-3 if not record.circumstances.versions else ROUTED if wide else 1e-4
     assert peaks.allocated == pytest.approx(record.peaks.overall.allocated, rel=limit)
 
 
-@pytest.mark.parametrize("record", OF_SANTACODER.values(), ids=lambda record: record.id)
-def test_santacoder_on_a_rank(record: Record) -> None:
-    """Its class read logits in 16 bits until transformers 4.49. Runs of two rows in full peak in the step, within 0.9 %; those of
-    four are 8 and 11.5 % low, QLoRA's 19 to 20 %. Open: as if logits and keys and values outlived backward, 2 B x 49,280 and
-    2 B x 24 x 256 of each of 8,192 tokens, the peak of four rows in bf16 alone would be 0.1 % high; no rehearsal shows it."""
-    peaks = estimated(record).peaks
-    assert peaks is not None
-    share = peaks.allocated / record.peaks.overall.allocated - 1  # type: ignore[operator]
-    low, high = (-0.009, 0.001) if record.run.method == "full" and record.run.options["batch_size"] == 2 else (-0.201, -0.078)
-    assert low <= share <= high
+KEPT_KEYS = (
+    ("starcoderbase-1b", {"method": "lora", "batch_size": 4, "seq_len": 1024, "use_reentrant": True}, 5_864_724_992, 4 * 1024),
+    (
+        "gpt-bigcode-santacoder",
+        {"method": "lora", "batch_size": 2, "seq_len": 2048, "use_reentrant": False},
+        5_792_700_416,
+        2 * 2048,
+    ),
+)
+"""Model, options, and what transformers 4.48.1, peft 0.13.2 and accelerate 1.0.1 allocated in a rehearsal on one GPU, with sdpa;
+tokens of a batch."""
+
+
+@pytest.mark.parametrize(("model", "job", "rehearsed", "tokens"), KEPT_KEYS, ids=[row[0] for row in KEPT_KEYS])
+def test_checkpointed_layers_of_starcoder_keep_their_keys(model: str, job: dict[str, Any], rehearsed: int, tokens: int) -> None:
+    """Until transformers 4.53 the outputs hold a view of what each of 24 layers projects: 2,048 + 2 x 128 numbers in bf16. Under
+    autocast accelerate copies keys and values, 2 x 128 numbers, in fp32. The rehearsal has an sdpa mask that FlashAttention,
+    with which the published ranks ran, has not."""
+    shared = {"r": 8, "target_modules": ["c_attn", "c_proj", "c_fc"], "optim": "adamw_torch", "gradient_checkpointing": True}
+    then = {"script": Script(transformers="4.48"), "use_cache": True, "attn_implementation": "sdpa", "padding": False}
+
+    def allocated(**changed: Any) -> int:
+        peaks = peftplan.estimate(model, **{**shared, **then, **job, "autocast": "bf16", "loss": "full", **changed}).peaks
+        assert peaks is not None
+        return peaks.by_phase["forward"]
+
+    assert allocated() - allocated(use_cache=False) >= 24 * tokens * (2304 * 2 + 256 * 4)
+    assert allocated() == pytest.approx(rehearsed, rel=0.003)
+    assert allocated(script=Script(transformers="4.53")) == allocated(script=Script(transformers="4.53"), use_cache=False)
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ TARGETS = {"bigcode/gpt_bigcode-santacoder": ["c_attn"]}
 """Of the targets that the scenarios name, those that a model has, if not `ATTENTION`."""
 
 
+CACHED = ("bigcode/gpt_bigcode-santacoder",)
+"""Models whose class keeps keys and values under checkpoints, unless it is told not to; fms-hf-tuning leaves it to the config."""
+
+
 def of_rank(row: Row, distributed: Options, setup: Options, *, targets: object, script: Options, **more: Any) -> Record:
     """The record of a row: what divides the job, and the options that differ from Trainer's."""
     row_facts = {
@@ -98,6 +102,7 @@ def fms(row: Row) -> Record:
             "attn_implementation": "flash_attention_2",
             "use_reentrant": True,
             **quant,
+            **({"use_cache": True} if row["model"] in CACHED else {}),
         },
         targets=TARGETS.get(row["model"], ATTENTION),
         script={} if versions else OF_JUNE_2024,

@@ -32,16 +32,22 @@ def model_forward(model: Model, style: Style) -> Tensor:
     masks = masks or masks_of(model, style, tokens.dtype)
     drop = model.arch.dropout.embedding
     states = [f.call("transformer.drop", None, (), states.pop(), lambda x: ops.dropout(f, x, drop))]
-    x = run_layers(model, style, states, lambda window: (), masks=masks)
+    keeps = model.running.keeps_keys
+
+    def layer(c: Call, x: Tensor) -> Tensor:
+        return block(c, x, model.kept if keeps else None)
+
+    x = run_layers(model, style._replace(layer=layer), states, lambda window: (), masks=masks)
+    keeps = False  # `layer` runs again in backward, when nothing more is held
     del tokens, positions
     return x
 
 
-def block(c: Call, x: Tensor) -> Tensor:
-    """`GPT2Block.forward`."""
+def block(c: Call, x: Tensor, keys: list[object] | None = None) -> Tensor:
+    """`GPT2Block.forward`. `keys`: what the outputs hold, to which a layer adds its keys and values under a checkpoint."""
     residual = x
     x = c.norm("ln_1", x)
-    attended = c.behind("attention", c.module("attn", x, attention))
+    attended = c.behind("attention", c.module("attn", x, partial(attention, keys=keys)))
     x = ops.add(c.at(), attended, residual)
     normed = c.norm("ln_2", x)
     out = c.behind("output", c.module("mlp", normed, feed_forward))
@@ -55,10 +61,12 @@ def feed_forward(c: Call, x: Tensor) -> Tensor:
     return c.module("mlp.dropout", inner.pop(), Call.dropout)
 
 
-def attention(c: Call, x: Tensor) -> Tensor:
+def attention(c: Call, x: Tensor, keys: list[object] | None) -> Tensor:
     """`GPT2Attention.forward`, `GPTBigCodeAttention.forward`."""
     a = c.block.attentions[0]
     q, k, v = (by_head if _interleaved(c, a) else side_by_side)(c, a, c.linear("attn.c_attn", x))
+    if keys is not None:
+        keys += [k.detach(), v.detach()]  # views of what c_attn returned
     k, v = c.cached(k, v, rotated=False)
     x = c.attend(q, k, v, rotated=False)
     x = c.linear("attn.c_proj", x)
