@@ -22,7 +22,6 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.with_file import effect_of
 from peftplan.planning.configs import ConfigEntry, of_plan
 from tests.job.configs.published import plan, records
-from tools import notebook_peaks
 
 TRACED = Path(__file__).parents[1] / "tests" / "job" / "configs" / "traced.json"
 
@@ -203,7 +202,6 @@ def page(read: Sequence[Case]) -> str:
     unreserved = sum(entry.peak_reserved is None for entry in exact)
     runs = sum(refused_by(case) is None for case in text)
     changed = _exact(text, changed=True)
-    printed = [*notebook_peaks.rows({case.path: case.entry for case in read})]
     return f"""# The files people run
 
 <!-- written by tools/config_page.py -->
@@ -273,17 +271,9 @@ The tool or a library of it raises for {sum(refused_by(case) is not None for cas
 
 {chr(10).join(f"- {place}" for place in dict.fromkeys((*TOOLS_REFUSE.values(), *filter(None, map(refused_by, known)))))}
 
-## Reserved peaks that notebooks of Unsloth printed
+## Printed memory
 
-The table shows GiB, for configs with an exact peak. An estimate can be compared with a printed number if the config says all that
-decides it: rows are packed, and the card and the release compute as the ones that are counted.
-{sum(not cells[-1] for cells in printed) or "None"} of these {len(printed)} configs says all; {
-        sum(notebook_peaks.LENGTHS in cells[-1] for cells in printed)
-    } do not pack, so that a batch is as long as its longest row, where the estimate
-assumes `seq_len`. The last column names what else is open: the dtype, which Unsloth chooses by the card, and the loss of the
-release that ran. The release that is counted, 2026.10.9, fills buffers of a fixed size.
-
-{table(("notebook", "release", "card", "printed", "counted", "drift", "not in the config"), printed)}
+[Published figures](published-figures.md) shows what notebooks and scripts among these files printed, beside their estimates.
 
 ## Models that are not built in
 
