@@ -153,6 +153,8 @@ def training_options(args: object) -> dict[str, object]:
     _refuse_other_losses(args, trainer)
     options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
     options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
+    if _plain(getattr(args, "eval_strategy", "no")) != "no":
+        options["eval_batch_size"] = getattr(args, "per_device_eval_batch_size", None)
     return options | _sharding(args) | _liger(args, trainer)
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""
-SAME, CLOSE, FEWER, OTHER, DATA, MORE_GPUS = 1, 2, 4, 6, 8, 12
-"""What a change costs the user: only time; other rounding; fewer adapted weights; another method; data; more GPUs."""
+UNTRAINED, SAME, CLOSE, FEWER, OTHER, DATA, MORE_GPUS = 0, 1, 2, 4, 6, 8, 12
+"""What a change costs the user: nothing that trains; only time; other rounding; fewer adapted weights; another method; data; more GPUs."""
 
 PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 """Options that a trainer sets by default: they are not proposed beside a change of the trainer."""
@@ -166,8 +166,9 @@ def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
     if setup.batch_size > 1:
         yield micro_batch(job, 1), SAME
-    if setup.eval_batch_size is not None and setup.eval_batch_size > setup.batch_size:
-        yield {"eval_batch_size": setup.batch_size}, SAME
+    for rows in sorted({setup.batch_size, 1}, reverse=True):
+        if setup.eval_batch_size is not None and rows < setup.eval_batch_size:
+            yield {"eval_batch_size": rows}, UNTRAINED
     half, quarter = (setup.seq_len // part // SEQUENCE_STEP * SEQUENCE_STEP for part in (2, 4))
     for price, tokens in enumerate(sorted({half, quarter, SEQUENCE_STEP} - {0}, reverse=True), DATA):
         if tokens < setup.seq_len:

@@ -23,6 +23,7 @@ PHASES = {"backward": 0.16}
 UNLIKE = {
     "--loss liger": ({"backward": 1.4, "forward": 0.06}, 0.5),
     "trl-kto": ({"load": 15.0}, 0.2),
+    "--trainer torchtune": ({"load": 0.4}, 0.2),
     "trl-orpo --batch-size 1": ({"forward": 10.5}, 2.3),
     "trl-cpo --batch-size 1": ({"forward": 5.1, "backward": 0.16}, 1.8),
     "full --trainer trl-dpo --batch-size 1 --seq-len 256 --eval-batch-size 8 --strategy zero3": ({"forward": 0.1}, 3.8),

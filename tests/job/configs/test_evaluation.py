@@ -204,3 +204,20 @@ def test_evaluations_behind_training_are_counted(tmp_path: Path, rows: int, phas
     assert estimate.peaks.phase == phase
     assert estimate.config is not None
     assert "8 bytes of each evaluated token" in estimate.config["assumed"]["eval_batch_size"]
+
+
+def test_fewer_evaluated_rows_are_advised_first() -> None:
+    """Nothing that trains changes. Liger's loss came first, another trainer and QLoRA next."""
+    (card,) = peftplan.estimate("llama-3.1-8b", method="lora", seq_len=1024, eval_batch_size=8, gpu="rtx-4090").to_dict()["gpus"]
+    first = card["advice"][0]
+    assert (first["options"], first["verdict"]) == ({"eval_batch_size": 1}, "fits")
+
+
+def test_training_arguments_say_an_evaluation() -> None:
+    """They had no effect."""
+    transformers = pytest.importorskip("transformers")
+    for strategy, evaluates in (("no", False), ("steps", True)):
+        arguments = transformers.TrainingArguments("out", eval_strategy=strategy, eval_steps=10, use_cpu=True)
+        result = peftplan.estimate("smollm2-135m", method="lora", seq_len=512, training_args=arguments)
+        assert result.peaks is not None
+        assert ("evaluate" in result.peaks.by_phase) is evaluates
