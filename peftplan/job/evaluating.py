@@ -36,8 +36,10 @@ REHEARSED: Mapping[TrainerName, Evaluated] = MappingProxyType(
         "trl-reward": Evaluated((None,), task="SEQ_CLS"),
         "trl-orpo": Evaluated((None,)),
         "trl-cpo": Evaluated((None,)),
+        "llamafactory-dpo": Evaluated((None,)),
+        "llamafactory-kto": Evaluated((None,)),
         "torchtune": Evaluated(("fsdp2",), losses=("full", "torchtune-linear", "torchtune-chunked")),
-        "axolotl": Evaluated((None, "fsdp1"), losses=("full", "liger"), kernels=("axolotl.", *OF_LIGER)),
+        "axolotl": Evaluated((None, "ddp", "fsdp1"), losses=("full", "liger"), kernels=("axolotl.", *OF_LIGER)),
     }
 )
 

@@ -115,12 +115,18 @@ def optimizer_step(
     copies = FOREACH_COPIES.get(optimizer.name)
     if copies is None:
         raise NeedsTraceError(f"a step of optim {optimizer.name}")
-    temporaries: list[Tensor] = []  # variables of the loop keep those of one dtype until the next ones exist
-    for dtype in dict.fromkeys(p.dtype for p in trained):
+    for number in sorted({p.group for p in trained}):
+        _foreach(f, optimizer.name, [p for p in trained if p.group == number], copies)
+
+
+def _foreach(f: Tape, name: str, group: list[Parameter], copies: int) -> None:
+    """One group of parameters. Variables of the loop keep what is of one dtype until the next is there."""
+    temporaries: list[Tensor] = []
+    for dtype in dict.fromkeys(p.dtype for p in group):
         temporaries = [
-            f.many(p.shape, _stored(p) if number else p.dtype, f"{p.name} {optimizer.name}", p.copies)
+            f.many(p.shape, _stored(p) if number else p.dtype, f"{p.name} {name}", p.copies)
             for number in range(copies)
-            for p in trained
+            for p in group
             if p.dtype == dtype
         ]
     del temporaries

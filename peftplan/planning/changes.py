@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SEQUENCE_STEP = 128
 """Sequences are proposed in multiples of this many tokens."""
 UNTRAINED, SAME, CLOSE, FEWER, OTHER, DATA, MORE_GPUS = 0, 1, 2, 4, 6, 8, 12
-"""What a change costs the user: nothing that trains; only time; other rounding; fewer adapted weights; another method; data; more GPUs."""
+"""What a change costs the user: nothing that trains; only time; other rounding; fewer adapted weights; another method; data; more
+GPUs."""
 
 PRESET_BY = {"trainer": ("kbit_prepare", "adapter_dtype")}
 """Options that a trainer sets by default: they are not proposed beside a change of the trainer."""

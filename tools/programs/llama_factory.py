@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoTokenizer
 
-from .job import ROWS, adapter, arguments, checkpoints, deepspeed, load, rows
+from .job import ROWS, adapter, arguments, checkpoints, deepspeed, evaluated, load, rows
 
 
 def with_llama_factory(job: argparse.Namespace) -> None:
@@ -39,6 +39,7 @@ def with_llama_factory(job: argparse.Namespace) -> None:
             return parts
         return {**parts, **{f"kl_{name}": part.clone() for name, part in parts.items()}, "kto_tags": torch.ones(rows).bool()}
 
+    dataset = rows(job, model)
     (CustomDPOTrainer if pairs else CustomKTOTrainer)(
         model=model,
         ref_model=None,
@@ -47,7 +48,8 @@ def with_llama_factory(job: argparse.Namespace) -> None:
         processor=None,
         tokenizer=AutoTokenizer.from_pretrained(job.model),
         data_collator=batch,
-        train_dataset=rows(job, model),
+        train_dataset=dataset,
+        **evaluated(job, dataset),
     ).train()
 
 
