@@ -37,7 +37,6 @@ REHEARSED: Mapping[TrainerName, Evaluated] = MappingProxyType(
         "trl-orpo": Evaluated((None,)),
         "trl-cpo": Evaluated((None,)),
         "llamafactory-dpo": Evaluated((None,)),
-        "llamafactory-kto": Evaluated((None,)),
         "torchtune": Evaluated(("fsdp2",), losses=("full", "torchtune-linear", "torchtune-chunked")),
         "axolotl": Evaluated((None, "ddp", "fsdp1"), losses=("full", "liger"), kernels=("axolotl.", *OF_LIGER)),
     }

@@ -268,7 +268,7 @@ class Reading:
         for key, default in rule.get("defaults", {}).items():
             if self.values.get(key) is None:
                 self.effective.defaults[key] = default
-                if "to" in (meant := self.tool.rows[key]):
+                if "to" in (meant := self.tool.rows.get(key, {})):
                     self.set({meant["to"]: by_word(meant.get("values", {}), default)})
                     self.defaults[meant["to"]] = self._place(at)
         for option, names in rule.get("add", {}).items():

@@ -54,6 +54,7 @@ def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: 
         ("trl", ROWS, "per_device_eval_batch_size"),  # eval_strategy is `no` by default
         ("trl", {**ROWS, "eval_strategy": "steps", "per_device_eval_batch_size": 2}, "per_device_eval_batch_size"),
         ("swift", {**ROWS, "val_dataset": "mine", "eval_strategy": "no"}, "per_device_eval_batch_size"),
+        ("swift", {**ROWS, "val_dataset": "mine", "save_strategy": "no"}, "per_device_eval_batch_size"),
         ("swift", ROWS, "per_device_eval_batch_size"),
         ("axolotl", {"micro_batch_size": 2, "val_set_size": 0.1}, "eval_batch_size"),  # axolotl takes micro_batch_size
         ("torchtune", {"batch_size": 2, "batch_size_val": 4}, "batch_size_val"),
