@@ -41,6 +41,7 @@ LENGTHS = "lengths: rows end before `max_length`, which the estimate assumes"
 OFFLOADED = "reserved bytes are not stated where the host holds the base"
 OF_RANKS = ("fms_fsdp1", "fsdp_qlora", "ms_swift_ranks")
 RANKS_NEAR = 0.01
+MORE = "open: more than rows of `max_length` need"
 UNSTATED = "metric, card and releases are not stated; the estimate is of 4.6.0"
 
 
@@ -114,23 +115,25 @@ def swift(rows: list[Row]) -> Iterator[tuple[str, ...]]:
         if row["tool"] == "ms-swift":
             record = by_path[row["path"]][min(row.get("command", 0), len(by_path[row["path"]]) - 1)]
             cells = "–", "–"
-            if "megatron" in row["path"]:
+            if record["program"].startswith("megatron"):
                 why = MEGATRON
             else:
-                result = estimated(plan(record | {"values": record["values"] | row.get("set", {})}))
+                values = record["values"] | row.get("set", {})
+                read = plan(record | {"values": values})
+                result = estimated(read)
                 peaks = None if isinstance(result, str) else result.peaks
                 cells = beside(row["printed"], figure(peaks, "reserved") if peaks else None, "GiB")
-                why = result if isinstance(result, str) else _why(record, result)
-            yield (row["path"].removeprefix("examples/"), row["what"], row.get("date", "–"), *cells, why)
+                packed = values.get("packing") is True
+                why = result if peaks is None else _why(read, peaks, row["printed"], packed=packed)
+            yield (row["path"].removeprefix("examples/"), row["what"], row.get("date", "–"), *cells, str(why))
 
 
-def _why(record: Row, result: Estimate) -> str:
-    """What a script leaves open, by what it says."""
-    packed = any(record["values"].get(key) == "true" for key in ("packing", "padding_free"))
-    text_part = result.peaks is not None and result.peaks.scope == "text"
-    reserved = result.peaks is not None and result.peaks.reserved is None
-    open_facts = (text_part and PICTURES, not packed and LENGTHS, reserved and "reserved bytes are not stated", UNSTATED)
-    return "; ".join(filter(None, open_facts))
+def _why(read: ConfigPlan, peaks: Peaks, printed: float, *, packed: bool) -> str:
+    """What a script leaves open."""
+    low = peaks.reserved is not None and peaks.reserved / GIB < printed * (1 - NEAR / 100)
+    lengths = MORE if low else "" if packed else LENGTHS
+    unreserved = "" if peaks.reserved is not None else "reserved bytes are not stated"
+    return "; ".join(filter(None, (PICTURES if peaks.scope == "text" else "", lengths, unreserved, *read.warnings(), UNSTATED)))
 
 
 def unsloth(rows: list[Row]) -> Iterator[tuple[str, ...]]:
