@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -88,7 +89,7 @@ def function_of(nodeid: str) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--learn-quick", action="store_true", help="time the tests that need no torch, and write tests/slow.json")
     parser.addoption(
-        "--full-matrix", action="store_true", help="run all combinations of a matrix, not those in which any two values meet"
+        "--full-matrix", action="store_true", help="run all combinations of a matrix, not those that are drawn of it"
     )
 
 
@@ -117,8 +118,18 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
+def is_drawn(item: pytest.Item) -> bool:
+    """Whether a case runs beside all tests: of a function marked `one_in` some do, drawn by their names."""
+    mark = item.get_closest_marker("one_in")
+    return mark is None or crc32(item.nodeid.encode()) % mark.args[0] == 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark every test that needs no torch, before `-m` selects. Rehearsals take long: they run where `-m` names them."""
+    named = config.option.keyword or any(".py" in argument for argument in config.args)
+    if not (config.option.full_matrix or config.option.learn_quick or named):
+        config.hook.pytest_deselected(items=[item for item in items if not is_drawn(item)])
+        items[:] = filter(is_drawn, items)
     for item in items if "rehearse" not in config.option.markexpr else ():
         if item.get_closest_marker("rehearse"):
             item.add_marker(pytest.mark.skip(reason="`pytest -m rehearse` runs it, with the CUDA build of torch"))

@@ -8,7 +8,6 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,16 +202,17 @@ g = lambda: import_module("peftplan.{room}")
 """An import at the top, in a function, for types alone, by a string."""
 
 
-@pytest.mark.parametrize(("room", "other"), permutations(LEVEL, 2))
-def test_of_two_rooms_only_one_may_import_the_other(room: str, other: str) -> None:
-    messages = faults({f"{room.replace('.', '/')}/planted.py": FORMS.format(room=other)})
-    if LEVEL[other] >= LEVEL[room]:
-        assert len(messages) == 4
-        assert all(f"imports {other}, which lies " in message for message in messages)
-    else:
-        needs_extra = other in LAZY and room not in LAZY
-        assert len(messages) == needs_extra
-        assert all(message.endswith("only inside a function") for message in messages)
+@pytest.mark.parametrize("room", LEVEL)
+def test_of_two_rooms_only_one_may_import_the_other(room: str) -> None:
+    for other in LEVEL.keys() - {room}:
+        messages = faults({f"{room.replace('.', '/')}/planted.py": FORMS.format(room=other)})
+        if LEVEL[other] >= LEVEL[room]:
+            assert len(messages) == 4, other
+            assert all(f"imports {other}, which lies " in message for message in messages)
+        else:
+            needs_extra = other in LAZY and room not in LAZY
+            assert len(messages) == needs_extra, other
+            assert all(message.endswith("only inside a function") for message in messages)
 
 
 @pytest.mark.parametrize(

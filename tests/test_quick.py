@@ -32,9 +32,16 @@ def test_of_torch():
 def test_rehearsal(): pass
 """,
     "tests/test_b.py": "import torch\ndef test_whole_file_of_torch(): pass\n",
-    "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n rehearse: as here\n",
+    "pytest.ini": "[pytest]\nmarkers =\n quick: as here\n slow: as here\n rehearse: as here\n one_in: as here\n",
 }
 SLOW = "tests/test_a.py::test_slow"
+PRODUCT = """
+import pytest
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("case", range(40))
+def test_product(case): pass
+"""
 SHARED = """
 import time
 import pytest
@@ -67,6 +74,14 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("selected", "outcome"), [((), "SKIPPED"), (("-m", "quick"), "SKIPPED"), (("-m", "rehearse"), "PASSED")])
 def test_a_rehearsal_runs_only_where_it_is_named(folder: Path, selected: tuple[str, ...], outcome: str) -> None:
     assert f"test_rehearsal {outcome}" in run(folder, *selected, "tests/test_a.py", "-k", "rehearsal")
+
+
+def test_of_a_product_cases_are_drawn_unless_all_are_wanted(folder: Path) -> None:
+    (folder / "tests" / "test_product.py").write_text(PRODUCT, encoding="utf-8")
+    drawn = run(folder, "-m", "quick", "tests").count("test_product[")
+    assert 4 <= drawn <= 18  # of 40, one in four
+    assert run(folder, "-m", "quick", "tests", "--full-matrix").count("test_product[") == 40
+    assert run(folder, "-m", "quick", "tests/test_product.py").count("test_product[") == 40
 
 
 def test_a_slow_test_is_named_and_learned(folder: Path) -> None:

@@ -46,7 +46,6 @@ LAYER_FIELDS = (
     "decoder_layers",
 )
 PHASES = ("load", "forward", "backward", "step")
-MEDIAN_BAR, WORST_BAR = 0.01, 0.04
 
 Options = dict[str, Any]
 DRAWN = tuple(name for name in REGISTRY if name not in ("partial", "lisa", "llama-pro"))

@@ -24,7 +24,6 @@ SCHEMA_VERSION = 1
 Phase = Literal["load", "forward", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("load", "forward", "backward", "step")
 Metric = Literal["allocated", "reserved", "device"]
-METRICS: tuple[Metric, ...] = ("allocated", "reserved", "device")
 
 SetupSaid = Literal["as labelled", "with an inferred stack", "leaves something open"]
 SETUPS: tuple[SetupSaid, ...] = ("as labelled", "with an inferred stack", "leaves something open")

@@ -8,7 +8,6 @@ which memory is taken in a way that is not modelled: `backend:cudaMallocAsync` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from peftplan.allocator.tokens import Value, flag, fraction, items, power_of_2, whole_number
@@ -47,10 +46,6 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 """Options of torch that change speed or pinned host memory, and no byte on the device."""
-
-ENVIRONMENT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""In order of precedence: the first that is set wins whole, even if empty. (The header says that the new name
-has priority; the library, run, says that the old ones do.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +106,6 @@ def parse_config(text: str) -> AllocatorConfig:
             raise UnknownNameError("alloc_conf", key, [*_PARSERS, "max_non_split_rounding_mb", *WITHOUT_EFFECT])
     # Until it is set itself, the rounding limit follows `large_segment_size_mb` (seen in the compiled library).
     return replace(config, max_non_split_rounding_size=config.large_segment_size if rounding is None else rounding)
-
-
-def from_environ(environ: Mapping[str, str]) -> AllocatorConfig:
-    """The options that a process with these environment variables runs under; torch's defaults if none is set."""
-    return parse_config(next((environ[name] for name in ENVIRONMENT if name in environ), ""))
 
 
 def _mib(key: str, value: Value, *, at_least: int) -> int:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from peftplan.planning.sweep_points import Chunk
 
 ALL = "all"
-METAVAR = "INTS"
 COUNTED = ("--r", "--batch-size", "--seq-len")
 """Options of whole numbers that are evaluated as arrays."""
 

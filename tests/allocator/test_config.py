@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftplan.allocator.config import DIVISION_INTERVALS, AllocatorConfig, allocation_size, from_environ, parse_config, round_size
+from peftplan.allocator.config import DIVISION_INTERVALS, AllocatorConfig, allocation_size, parse_config, round_size
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.units import GIB, MIB
 
@@ -131,14 +131,6 @@ def test_options_of_speed_and_host_memory_change_nothing() -> None:
     assert parse_config("backend:native,pinned_num_register_threads:8,release_lock_on_cudamalloc:True") == AllocatorConfig()
     assert parse_config("throw_on_cudamalloc_oom:False") == AllocatorConfig()
     assert parse_config("per_process_memory_fraction:0.5") == replace(AllocatorConfig(), per_process_memory_fraction=0.5)
-
-
-def test_the_older_variable_wins_whole() -> None:
-    new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-    assert from_environ({}) == AllocatorConfig()
-    assert from_environ({new: "max_split_size_mb:50"}).max_split_size == 50 * MIB
-    assert from_environ({new: "max_split_size_mb:50", old: "max_split_size_mb:60"}).max_split_size == 60 * MIB
-    assert from_environ({new: "max_split_size_mb:50", old: ""}).max_split_size is None
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ FEW = 2**16
 """Bytes: ZeRO allocates small tensors one by one that the ledger counts together."""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("row", ROWS, ids=[row["job"] for row in ROWS])
 def test_tensors_add_up_to_what_is_allocated(row: dict[str, Any]) -> None:
     """Loading may count more: Adagrad's states of a whole adapter before it is divided."""

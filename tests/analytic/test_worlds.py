@@ -17,8 +17,9 @@ from peftplan.distributed.any_world import Worlds, place_of  # noqa: E402
 from peftplan.distributed.names import StrategyName  # noqa: E402
 from peftplan.planning.sweep_grid import counted  # noqa: E402
 from peftplan.units import ceil_div, round512  # noqa: E402
+from tests.memory.engines import shallow  # noqa: E402
 
-MODEL = "qwen2.5-0.5b"
+MODEL = shallow("qwen2.5-0.5b", 6)
 POINTS = Points(np.array([1, 2, 4, 3]), np.array([512, 512, 1000, 8]))
 JOBS: dict[str, dict[str, object]] = {
     "ddp": {"strategy": "ddp"},

@@ -4,8 +4,9 @@ Both sides must give the same tensors, by name, shape and what trains, and the s
 differences are meant, and have no case: peft ignores a name in `modules_to_save` that no module ends with, where peftplan refuses
 what reads like a typing error; and AdaLoRA's `total_step`, which peft asks for and which changes no tensor, may be left out.
 
-Of 38,000 combinations about 7,500 run: every method meets every type with its plainest options, any two of type, task, method and
-options meet in some case, and all options of a method run on two or three types. `pytest --full-matrix` runs them all.
+Of 39,000 combinations about 4,500 run: every method meets every type with its plainest options, any two of task, method and
+options meet in some case, and type and options do where a method is drawn for the type, as one in three is; each combination of
+options runs on one type at least. `pytest --full-matrix` runs them all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -36,7 +38,9 @@ TYPES = [*MODELS, *NOT_BUILT_IN]
 if peft.__version__ != datafiles.load("peft_targets.json", dict)["peft"]:
     pytest.skip("peft's default targets are of another version: run tools/peft_targets.py", allow_module_level=True)
 
-SHARE = 32
+SHARE = 96
+ONE_IN = 3
+"""Of the methods of a type so many are drawn, whose options all meet it."""
 OF_PEFT = [name for name, method in METHODS.items() if method.peft_type is not None]
 
 
@@ -58,10 +62,11 @@ def _matrix() -> dict[tuple[str, str], list[Case]]:
 
 
 def _factors(case: Case) -> dict[str, Hashable]:
-    """What a case varies: type, method, task, and each option."""
+    """What a case varies: method, task, each option, and the type where the method is drawn for it."""
     names = _names(case.model_type, case.task)
     options = {option: names.without_names(value) for option, value in case.options.items()}
-    return {"type": case.model_type, "method": case.method, "task": case.task, **options}
+    is_drawn = crc32(f"{case.model_type} {case.method}".encode()) % ONE_IN == 0
+    return {**({"type": case.model_type} if is_drawn else {}), "method": case.method, "task": case.task, **options}
 
 
 @cache
@@ -127,7 +132,7 @@ def test_how_many_cases() -> None:
     assert set(TYPES) > set(READERS)
     every, some = ([case for cell in part.values() for case in cell] for part in (_matrix(), _pairwise()))
     assert len(every) >= 30_000
-    assert len(some) >= 6_000
+    assert len(some) >= 4_000
     assert min(Counter(case.method for case in every).values()) >= 350
     assert min(Counter(case.method for case in some).values()) >= len(TYPES)
 

