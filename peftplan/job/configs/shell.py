@@ -260,7 +260,7 @@ def _command(words: list[str]) -> tuple[str, str, dict[str, object]]:
         else:
             program, rest = " ".join([*words[:start], words[script]]), words[script + 1 :]
             own = [word for word in words[start:script] if word != "-m"]
-    behind = next((word for word in rest[:1] if word.endswith(SETTINGS)), "")
+    behind = next((word for word in rest[:1] if word.endswith(SETTINGS) and not word.startswith("-")), "")
     values = _arguments(rest)
     settings = behind or str(values.get("config", ""))
     return program, settings, {**_arguments(own), **values}
@@ -279,7 +279,7 @@ def _arguments(words: list[str]) -> dict[str, object]:
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
             values[key] = [value] if equals else []
-        elif key is None and (match := re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", word)):
+        elif (key is None or (key == "config" and values[key])) and (match := re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", word)):
             values[match[1]] = [match[2]]
         elif key is not None:
             values[key].append(word)

@@ -13,6 +13,13 @@ ELEMENTS = re.compile(r"\"?\$\{(\w+)\[[@*]\]\}\"?")
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?::?[-=]([^}]*))?\}|\$([A-Za-z_]\w*|\d)")
 ARITHMETIC = re.compile(r"\$\(\(([^()]*)\)\)|\$\(expr ([^()]*)\)")
 NAME = re.compile(r"[A-Za-z_]\w*")
+OF_SCRIPT = re.compile(
+    r"""\$\(dirname (?:-- )?"?(?:\$\((?:readlink -f|realpath) (?:-- )?)?"?"""
+    r"""\$(?:0|\{0\}|BASH_SOURCE|\{BASH_SOURCE(?:\[0\])?\})"?\)?"?\)"""
+)
+"""The folder of the script itself, which the paths of its commands start from here."""
+ABSOLUTE = re.compile(r"""\$\((?:cd|realpath|readlink -f) (?:-- )?"?([^"'`$()&;>]+?)"?(?: *(?:&&|;) *pwd(?: -P)?)?\)""")
+"""The full path of a folder."""
 SUM = re.compile(r"\s*\d{1,9}(?:\s*[-+]\s*\d{1,9})*\s*|\s*\d{1,9}(?:\s*[*/]\s*\d{1,9})*\s*")
 """Numbers with operators of one precedence between them, so that they are taken from the left."""
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
@@ -26,8 +33,9 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
         default = match[2] if match[2] is not None else match[0]
         return variables.get(name, default) or (default if ":" in match[0][: len(name) + 3] else "")
 
-    with_arrays = ELEMENTS.sub(lambda match: variables.get(match[1], match[0]), text)
-    return ARITHMETIC.sub(lambda match: _total(match, variables), VARIABLE.sub(value, with_arrays))
+    with_arrays = ELEMENTS.sub(lambda match: variables.get(match[1], match[0]), OF_SCRIPT.sub(".", text))
+    with_values = ABSOLUTE.sub(r"\1", VARIABLE.sub(value, with_arrays))
+    return ARITHMETIC.sub(lambda match: _total(match, variables), with_values)
 
 
 def _total(match: re.Match[str], variables: Mapping[str, str]) -> str:
