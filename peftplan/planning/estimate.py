@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameError
 from peftplan.job.inventory import inventory
 from peftplan.job.prepare import check_rank_allocator, prepare, prepared
-from peftplan.job.script import NO_SCRIPT, Script
+from peftplan.job.script import EXAMPLES, NO_SCRIPT, Script
 from peftplan.job.setup import ENGINES, SEARCHES, AdviceSearch, Engine
 from peftplan.job.words import named_as_typed
 from peftplan.planning.question import Question, analytic, traced
@@ -96,7 +96,8 @@ def estimate(
             model, our_options, config_document, of_tool, of_file, places = _of_config(
                 config, tool, model, our_options, objects=peft_config is not None, strict=strict
             )
-            script = script.model_copy(update=of_tool)
+            of_user = {package: release for package in EXAMPLES if (release := getattr(script, package)) is not None}
+            script = script.model_copy(update={**of_tool, **of_user})
             peft_config = our_options.pop("peft_config", peft_config)
         try:
             job = prepare(

@@ -64,6 +64,10 @@ class Facts:
     """The same of accelerate, where one of its releases prepares a model for FSDP2 in another way than the newest."""
     launched_precision: bool = False
     """Whether accelerate's launch decides the mixed precision where the tool has none."""
+    installed: bool = False
+    """Whether the releases of libraries that a notebook installs run its job."""
+    drops_unknown: str = ""
+    """Where the tool drops keys that its schema does not have."""
     components: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """As in `ToolFile`."""
@@ -207,6 +211,8 @@ def facts(tool: Tool) -> Facts:
         next(iter(raw.get("transformers", ())), None),
         next(iter(raw.get("accelerate", ())), None),
         "launched_precision" in raw,
+        "installed" in raw,
+        raw.get("drops_unknown", ""),
         raw.get("components", {}),
         raw.get("sections", {}),
     )

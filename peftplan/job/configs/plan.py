@@ -98,6 +98,8 @@ class ConfigPlan:
     """Keys with which the tool raises, of which the plan has the changed values."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Key → its file and line."""
+    releases: Mapping[str, str] = field(default_factory=dict)
+    """Package → the release that a notebook installs, of those that `Script` takes."""
 
     @property
     def no_model(self) -> str:

@@ -15,8 +15,9 @@ from peftplan.job.configs.models import named, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Read, Refused, Unsupported
 from peftplan.job.configs.reading import Reading, read_all
 from peftplan.job.configs.with_file import fitting, of_trainer
-from peftplan.job.script import OF_DDP
+from peftplan.job.script import EXAMPLES, OF_DDP
 from peftplan.job.setup import OF_PREFERENCES
+from peftplan.versions import FIRST_COMPARED
 
 DECIDING = ("attn_implementation",)
 """Options that decide what other keys of a file mean: those of packed rows."""
@@ -96,6 +97,17 @@ def _divide_batch(reading: Reading) -> None:
             reading.read[reading.tool.micro_batch] = Read(size, "batch_size, pp_microbatches", "rows of a micro batch")
 
 
+def _releases(reading: Reading) -> dict[str, str]:
+    """The releases that run the job, as a notebook installs them; one that no formula was compared with is unsupported."""
+    pairs = (release.rstrip(".").split("==") for release in reading.document.installs.split() if reading.tool.installed)
+    releases = {package: release for package, release in pairs if package in EXAMPLES}
+    if FIRST_COMPARED.after(oldest := releases.get("transformers")):
+        why = f"nothing older than {FIRST_COMPARED.named} was compared; name the release that runs it with --transformers"
+        reading.unsupported["transformers"] = Unsupported(oldest, why)
+        del releases["transformers"]
+    return releases
+
+
 def planned(reading: Reading) -> ConfigPlan:
     """What was read; options that the method does not have are left out."""
     if reading.tool.tool in LAUNCHERS:
@@ -152,6 +164,7 @@ def planned(reading: Reading) -> ConfigPlan:
         of_ddp,
         refused=launch.refused,
         places={key: place(reading.file, reading.effective.line(key)) for key in reading.values},
+        releases=_releases(reading),
     )
     for other in ("teacher_model", "reward_model"):
         if other in options:

@@ -233,5 +233,7 @@ class ToolFile(TypedDict, total=False):
     transformers: list[str]
     accelerate: list[str]
     launched_precision: list[str]
+    installed: list[str]
+    drops_unknown: str
     components: dict[str, list[str]]
     sections: dict[str, list[str]]

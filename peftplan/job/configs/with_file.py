@@ -40,7 +40,7 @@ class WithFile(NamedTuple):
     model: object
     options: dict[str, object]
     config: ConfigDocument
-    facts: Mapping[str, bool | float]
+    facts: Mapping[str, bool | float | str]
     """What the tool does, as fields of `Script`."""
     warnings: tuple[str, ...] = ()
     """What the tool raises for the file as it is."""
@@ -97,7 +97,7 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
     options = {name: value for name, value in options.items() if name not in OF_DDP}  # the user's strategy may be another
     options |= chosen_options
     of_ddp = {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
-    of_tool = {**of_releases(plan.tool, options), **of_ddp}
+    of_tool = {**of_releases(plan.tool, options), **of_ddp, **plan.releases}
     read_from = plan.model if model is None else model
     warnings = plan.warnings(chosen_options)
     return WithFile(read_from, options, plan.to_dict(chosen_options), of_tool, warnings, plan.places)
