@@ -139,7 +139,7 @@ def summary(config: ConfigDocument) -> str:
     return (
         f"{files} ({config['tool']} {config['version']}): {counts}{taken}"
         + ("" if by_name.startswith(PROGRAM) else f"; {by_name}")
-        + "".join(f"; {text}" for what, text in assumed.items() if what in ("command", "trainer") or what.startswith("$"))
+        + "".join(f"; {text}" for what, text in assumed.items() if what in ("command", "trainer", "trl") or what.startswith("$"))
         + "".join(f"; {key} has {text}" for key, text in assumed.items() if text.startswith("no effect:"))
     )
 

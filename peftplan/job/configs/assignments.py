@@ -84,8 +84,10 @@ class Assignments(Flow):
             self.visit_Assign(ast.Assign([node.target], node.value))
 
     def _bind(self, target: ast.expr, value: object, by_default: Collection[str]) -> None:
-        if isinstance(target, ast.Name) and isinstance(value, str) and value[1:-1].replace(".", "").isidentifier():
-            self._rename(target.id, value[1:-1] if value == f"<{value[1:-1]}>" else "")
+        if self.taken and isinstance(target, ast.Name) and isinstance(value, str):
+            name = value[1:-1]
+            if name.replace(".", "").isidentifier():
+                self._rename(target.id, name if value == f"<{name}>" else "")
         if isinstance(target, ast.Name) and target.id not in self.elsewhere:
             self._keep(target.id, value, by_default)
         elif isinstance(target, ast.Attribute):

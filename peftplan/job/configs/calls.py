@@ -37,8 +37,8 @@ WANTED = (
     "prepare_model_for_int8_training",
 )
 """Ends of the names of calls that matter."""
-OF_MODELS = ("gradient_checkpointing_enable", "resize_token_embeddings")
-"""Methods of a model that matter, whatever its name."""
+OF_MODELS = ("gradient_checkpointing_enable", "resize_token_embeddings", "setup_chat_format")
+"""Methods of a model, and a function for one, that matter whatever its name."""
 OF_EMBEDDINGS = (
     *("AdaptiveLayerLoss", "AnglELoss", "BatchAllTripletLoss", "BatchHardSoftMarginTripletLoss", "BatchHardTripletLoss"),
     *("BatchSemiHardTripletLoss", "CachedGISTEmbedLoss", "CachedMultipleNegativesRankingLoss", "CoSENTLoss", "ContrastiveLoss"),

@@ -270,11 +270,12 @@ class _Yaml:
             if not isinstance(name, (str, int, float, bool, type(None))):
                 raise BrokenFileError(self.file, line, f"{quoted(name)} is not a key; accepted: a string")
             name = "" if name is None else str(name)
-            if name in values:
-                raise BrokenFileError(self.file, line, f"{name} appears twice")
             dotted = f"{key}.{name}" if key else name
-            self.lines.setdefault(dotted, line)
-            values[name] = self.value(value_node, dotted, depth + 1)
+            first = self.lines.setdefault(dotted, line)
+            value = self.value(value_node, dotted, depth + 1)
+            if name in values and repr(values[name]) != repr(value):
+                raise BrokenFileError(self.file, line, f"{name} appears twice, with another value in line {first}")
+            values[name] = value
         return {**merged, **values}
 
 

@@ -102,9 +102,12 @@ class Reading:
         elif known is None:
             near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
-            self.unsupported[key or "an empty key"] = Unsupported(
-                value, f"not a key of {self.tool.tool} {self.tool.version}{suggested}"
-            )
+            why = f"not a key of {self.tool.tool} {self.tool.version}"
+            if self.tool.drops_unknown and key:
+                self.ignored[key] = Ignored(value, f"{why}, which leaves it out{suggested}", self.tool.drops_unknown)
+                self.assumed |= {key: f"no effect: {self.tool.tool} leaves it out{suggested}"} if near else {}
+            else:
+                self.unsupported[key or "an empty key"] = Unsupported(value, f"{why}{suggested}")
         elif "ignored" in known.row:
             self.ignored[key] = Ignored(value, known.row["ignored"], known.at)
         elif value is None and "none" not in known.row.get("values", ()):
@@ -177,7 +180,7 @@ class Reading:
     def _left_open(self, key: str, value: object, row: Row) -> None:
         """A placeholder: what the tool's table assumes there, or an unsupported key."""
         if "open" not in row:
-            self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=row.get("to"))
+            self._not_known(key, value, row.get("to", row.get("option")))
             return
         option = row["to"]
         if row["open"] is None:
@@ -187,6 +190,13 @@ class Reading:
         self.set({option: row["open"]})
         self.read[key] = Read(value, option, row.get("why", ""))
         self.assumed[option] = f"the file has a placeholder; {row['open']} is assumed"
+
+    def _not_known(self, key: str, value: object, option: str | None) -> None:
+        """Put a key aside whose value the program computes, or somebody else fills in."""
+        text = str(value).strip("<>").removeprefix("value ")
+        why = f"the program computes it: {text}" if self.document.kind == "calls" else f"{text} is a placeholder"
+        instead = f"; set --{option.replace('_', '-')}" if option is not None and option != "model" else ""
+        self.unsupported[key] = Unsupported(value, why + instead, option=option)
 
     def _typed(self, key: str, option: str, value: object) -> object:
         """A value of the option's type. Raises FileError, one line with file, line and key."""
@@ -245,7 +255,7 @@ class Reading:
             if value is None:
                 continue
             if self.document.kind == "calls" and isinstance(stated_value, Mapping) and "key" in stated_value and not plain(value):
-                self.unsupported[stated_value["key"]] = Unsupported(value, "its value is a placeholder", option=option)
+                self._not_known(stated_value["key"], value, option)
                 continue
             if option == "loss_type" and isinstance(value, tuple):
                 adds = any(trainer.many_losses for trainer in TRAINERS.values() if trainer.name == self.options.get("trainer"))
@@ -256,7 +266,7 @@ class Reading:
             if option in WHOLE and isinstance(stated_value, Mapping) and (isinstance(value, tuple) or "key" in stated_value):
                 key = stated_value.get("key", option)
                 if _open(value):
-                    self.unsupported[key] = Unsupported(value, "its value is a placeholder", option=option)
+                    self._not_known(key, value, option)
                     continue
                 value = self._typed(key, option, value)
             if option == "target_modules" and isinstance(stated_value, Mapping) and "key" in stated_value:

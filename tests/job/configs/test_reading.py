@@ -449,7 +449,7 @@ def test_a_key_of_unknown_effect_leaves_no_peak() -> None:
 
 def test_an_unknown_key_suggests_the_nearest() -> None:
     plan = read({**AXOLOTL, "micro_batch_siez": 4})
-    assert "did you mean micro_batch_size" in plan.unsupported["micro_batch_siez"].why
+    assert "did you mean micro_batch_size" in plan.ignored["micro_batch_siez"].why
 
 
 def test_strict_makes_it_an_error() -> None:

@@ -135,8 +135,6 @@ def test_an_adapter_of_a_reward_model_needs_its_task(task: str | None) -> None:
 @pytest.mark.parametrize(
     ("tool", "key"),
     [
-        ("axolotl", "eval_foobar"),
-        ("axolotl", "dion_foo"),
         ("swift", "log_foo"),
         ("trl", "dataset_foo"),
         ("llamafactory", "preprocessing_foo"),

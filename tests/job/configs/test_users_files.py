@@ -1,0 +1,201 @@
+"""Habits of files that users publish, which files of the tools' own repositories do not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftplan import Script, estimate
+from peftplan.errors import InputError
+from peftplan.job.configs.read import read_config
+
+SETTINGS = "model_name_or_path: Qwen/Qwen2.5-0.5B\nper_device_train_batch_size: 4\noutput_dir: out\nlearning_rate: 1.0e-4\n"
+GRPO = "model: Qwen/Qwen3-4B\ntrain_type: lora\ntorch_dtype: bfloat16\nmax_length: 1024\nmax_completion_length: 512\n"
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_program_that_trains_elsewhere_has_no_launch(tmp_path: Path) -> None:
+    launch = "cat > ranks.yaml << 'EOF'\ndistributed_type: MULTI_GPU\nnum_processes: 2\nEOF\n"
+    run = written(tmp_path / "run.sh", launch + "accelerate launch --config_file ranks.yaml away.py --epochs 3\n")
+    assert read_config(run).kind == "other"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        'cd "$(dirname "$0")"\ntrl sft --config sft.yaml\n',
+        'HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"\ntrl sft --config "${HERE}/sft.yaml"\n',
+        'ROOT=$(dirname "$(readlink -f "$0")")\ntrl sft --config $ROOT/sft.yaml\n',
+    ],
+)
+def test_a_script_names_files_from_its_own_folder(tmp_path: Path, lines: str) -> None:
+    written(tmp_path / "sft.yaml", SETTINGS)
+    assert read_config(written(tmp_path / "run.sh", lines)).options["batch_size"] == 4
+
+
+def test_a_script_names_files_from_the_folder_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "configs" / "sft.yaml", SETTINGS)
+    run = 'ROOT="$(cd "$(dirname "$0")/.." && pwd)"\ncd "$ROOT"\ntrl sft --config configs/sft.yaml\n'
+    written(tmp_path / "scripts" / "run.sh", run)
+    monkeypatch.chdir(tmp_path)
+    assert read_config("scripts/run.sh").model == "Qwen/Qwen2.5-0.5B"
+
+
+def test_words_behind_a_recipe_s_config_are_its_own(tmp_path: Path) -> None:
+    model = "model:\n  _component_: torchtune.models.llama3_1.lora_llama3_1_8b\n  lora_rank: 8\n  lora_alpha: 16\n"
+    model += "  lora_attn_modules: [q_proj]\n  apply_lora_to_mlp: false\n"
+    written(tmp_path / "lora.yaml", f"{model}batch_size: 2\ndtype: bf16\n")
+    run = "torchrun --nproc_per_node 1 recipes/lora_finetune_distributed.py --config lora.yaml batch_size=8\n"
+    assert read_config(written(tmp_path / "run.sh", run)).options["batch_size"] == 8
+
+
+@pytest.mark.parametrize("key", ["num_generations: 8", "reward_funcs: [accuracy]"])
+def test_a_file_of_swift_rlhf_without_its_type(tmp_path: Path, key: str) -> None:
+    plan = read_config(written(tmp_path / "grpo.yaml", f"{GRPO}{key}\n"))
+    assert plan.options["trainer"] == "swift-grpo"
+    assert plan.options["seq_len"] == 1024 + 512
+    assert plan.assumed["trainer"] == f"GRPO, since the file sets {key.partition(':')[0]}"
+
+
+def test_a_file_of_swift_rlhf_that_any_trainer_may_take(tmp_path: Path) -> None:
+    plan = read_config(written(tmp_path / "pairs.yaml", f"{GRPO}beta: 0.1\n"))
+    assert plan.unsupported["beta"].effect == "unknown"
+    assert "beta" not in plan.without({"trainer": "swift-dpo"})
+
+
+def test_the_only_name_of_a_list_is_all_linear(tmp_path: Path) -> None:
+    adapter = "use_peft: true\nlora_target_modules:\n  - all-linear\n"
+    assert read_config(written(tmp_path / "lora.yaml", SETTINGS + adapter)).options["target_modules"] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("packing", "rows"),
+    [
+        ("packing: false\n", 4),
+        ("packing: true\n", 1),  # 4 x 1,024 tokens, packed as the batch of training is
+        ("packing: true\npacking_strategy: wrapped\n", 4),
+        ("packing: true\neval_packing: false\n", None),
+    ],
+)
+def test_an_evaluation_is_packed_as_training_is(tmp_path: Path, packing: str, rows: int | None) -> None:
+    evaluated = "attn_implementation: flash_attention_2\nmax_length: 1024\neval_strategy: steps\nper_device_eval_batch_size: 4\n"
+    plan = read_config(written(tmp_path / "sft.yaml", SETTINGS + evaluated + packing))
+    assert plan.options.get("eval_batch_size") == rows
+
+
+def test_arguments_that_transformers_5_no_longer_has(tmp_path: Path) -> None:
+    earlier = "logging_dir: logs\nfp16_opt_level: O1\nray_scope: last\nno_cuda: false\nadafactor: true\n"
+    plan = read_config(written(tmp_path / "sft.yaml", SETTINGS + earlier))
+    assert plan.unsupported.keys() == {"adafactor"}
+    assert not plan.without({"optim": "adafactor"})
+
+
+def test_a_file_that_only_chats_trains_nothing(tmp_path: Path) -> None:
+    values = "model_name_or_path: Qwen/Qwen2.5-0.5B\nadapter_name_or_path: saves/lora\ntemplate: qwen\nfinetuning_type: lora\n"
+    assert read_config(written(tmp_path / "chat.yaml", values)).kind == "other"
+
+
+def test_axolotl_drops_keys_that_it_does_not_have(tmp_path: Path) -> None:
+    """As `validate_config` of axolotl 0.19.0 does: the misspelt key leaves checkpointing off."""
+    values = "base_model: Qwen/Qwen2.5-0.5B\nbase_model_config: Qwen/Qwen2.5-0.5B\nmicro_batch_size: 2\nsequence_len: 512\n"
+    plan = read_config(written(tmp_path / "full.yml", f"{values}gradient_checkpoint: true\neval_table_max_new_tokens: 128\n"))
+    assert not plan.unsupported
+    assert not plan.options["gradient_checkpointing"]
+    assert "did you mean gradient_checkpointing" in plan.ignored["gradient_checkpoint"].why
+    assert plan.assumed["gradient_checkpoint"].startswith("no effect: axolotl leaves it out; did you mean gradient_checkpointing")
+
+
+def test_a_quantized_model_without_adapters_does_not_train(tmp_path: Path) -> None:
+    calls = "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B', load_in_8bit=True)\n"
+    calls += "trainer = Trainer(model, args=TrainingArguments('out'))\n"
+    plan = read_config(written(tmp_path / "tune.py", calls))
+    assert "ValueError" in plan.unsupported["load.load_in_8bit"].why
+    assert not plan.without({"method": "lora"})
+    plan = read_config(written(tmp_path / "sft.yaml", f"{SETTINGS}load_in_4bit: true\n"))
+    assert plan.refused.keys() == {"load_in_4bit"}
+    assert plan.options["method"] == "lora"
+
+
+def test_a_key_may_appear_twice_with_one_value(tmp_path: Path) -> None:
+    twice = SETTINGS + "bf16: true\nbf16: true\n"
+    assert read_config(written(tmp_path / "sft.yaml", twice)).options["autocast"] == "bf16"
+    with pytest.raises(InputError, match=r"sft\.yaml:6: bf16 appears twice, with another value in line 5"):
+        read_config(written(tmp_path / "sft.yaml", twice.replace("bf16: true\nbf16: true", "bf16: true\nbf16: false")))
+
+
+def test_a_file_whose_name_alone_says_lora(tmp_path: Path) -> None:
+    assert read_config(written(tmp_path / "qlora.yaml", SETTINGS)).unsupported["use_peft"].option == "method"
+    assert not read_config(written(tmp_path / "qlora.yaml", f"{SETTINGS}use_peft: true\n")).unsupported
+    assert not read_config(written(tmp_path / "sft.yaml", SETTINGS)).unsupported
+
+
+def test_the_record_of_a_run_is_no_config(tmp_path: Path) -> None:
+    record = "_wandb:\n  desc: null\nper_device_train_batch_size:\n  desc: null\n  value: 4\nlearning_rate:\n  value: 1.0e-4\n"
+    assert read_config(written(tmp_path / "config.yaml", record)).kind == "other"
+
+
+def test_a_class_that_a_decided_branch_names(tmp_path: Path) -> None:
+    calls = "name = 'Qwen/Qwen2.5-0.5B'\nif 'Qwen' in name:\n    kind = AutoModelForCausalLM\nelse:\n    kind = AutoModel\n"
+    calls += (
+        "model = kind.from_pretrained(name, torch_dtype=torch.bfloat16)\ntrainer = SFTTrainer(model, args=SFTConfig('out'))\n"
+    )
+    assert read_config(written(tmp_path / "tune.py", calls)).model == "Qwen/Qwen2.5-0.5B"
+
+
+def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
+    calls = "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B', torch_dtype=torch.bfloat16)\n"
+    calls += (
+        "model, tokenizer = setup_chat_format(model, tokenizer)\nlora = LoraConfig(r=4)\nmodel = get_peft_model(model, lora)\n"
+    )
+    calls += "trainer = SFTTrainer(model, args=SFTConfig('out'), peft_config=lora)\n"
+    plan = read_config(written(tmp_path / "tune.py", calls))
+    assert plan.refused["trainer.peft_config"].instead == {"trainer.peft_config": None}
+    assert plan.options["r"] == 4
+    assert "vocabulary" in plan.assumed
+
+
+CELL = '{"cell_type": "code", "source": ["%s"]}'
+NOTEBOOK = f'{{"cells": [{CELL % "!pip install RELEASES"}, {CELL % "CALLS"}]}}'
+LOADED = "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B')\\n"
+TRAINED = LOADED + "args = TrainingArguments('out', bf16=True)\\ntrainer = Trainer(model, args=args)\\n"
+
+
+def notebook(path: Path, releases: str, calls: str) -> Path:
+    return written(path, NOTEBOOK.replace("RELEASES", releases).replace("CALLS", calls))
+
+
+def test_the_releases_that_a_notebook_installs_run_it(tmp_path: Path) -> None:
+    plan = read_config(notebook(tmp_path / "tune.ipynb", "transformers==4.41.2 bitsandbytes==0.43.1", TRAINED))
+    assert plan.releases == {"transformers": "4.41.2", "bitsandbytes": "0.43.1"}
+    assert plan.options["use_reentrant"]
+    assert plan.options["optim"] == "adamw_torch"
+    assert not plan.unsupported
+    assert not read_config(notebook(tmp_path / "today.ipynb", "transformers", TRAINED)).releases
+
+
+def test_weights_without_a_dtype_depend_on_the_release(tmp_path: Path) -> None:
+    file = notebook(tmp_path / "tune.ipynb", "transformers==4.57.1", TRAINED)
+    weights = {
+        release: estimate(config=file, script=Script(transformers=release)).to_dict()["memory"]["by_category"]["weights"]
+        for release in (None, "5.24")
+    }
+    assert weights[None] == pytest.approx(2 * weights["5.24"], rel=0.01)  # fp32 before transformers 5, else the checkpoint's bf16
+
+
+def test_a_release_that_nothing_was_compared_with(tmp_path: Path) -> None:
+    plan = read_config(notebook(tmp_path / "tune.ipynb", "transformers==4.25.1", TRAINED))
+    assert "--transformers" in plan.unsupported["transformers"].why
+
+
+def test_an_earlier_trl_is_not_counted_as_today_s(tmp_path: Path) -> None:
+    calls = TRAINED.replace("Trainer(", "SFTTrainer(").replace("args=args", "args=args, max_seq_length=512")
+    plan = read_config(notebook(tmp_path / "tune.ipynb", "trl==0.7.11", calls))
+    assert plan.unsupported["trl"].effect == "unknown"
+    assert not plan.without({"trainer": "trl"})
+    assert "max_seq_length" in read_config(notebook(tmp_path / "today.ipynb", "trl", calls)).assumed["trl"]
