@@ -15,7 +15,7 @@ from peftplan.analytic.sizes import sizes
 from peftplan.analytic.steady import prepared
 from peftplan.arch.modules import NO_DROPOUT
 from peftplan.job.evaluating import REHEARSED, without_formula
-from peftplan.job.inventory import Inventory
+from peftplan.job.inventory import Inventory, of_any_device, on_rank
 from peftplan.memory.step import evaluation_step
 from peftplan.memory.timeline import timeline
 from peftplan.memory.zero3_modules import Gathering
@@ -33,6 +33,7 @@ def evaluation_of(inventory: Inventory, *, compute_capability: str) -> Generatio
     """What follows a job's step; None where nothing is evaluated, or it has no formula."""
     if inventory.job.setup.eval_batch_size is None or without_formula(inventory.job) is not None:
         return None
+    inventory = on_rank(inventory, 0) if of_any_device(inventory) else inventory  # beside what lasts, all ranks hold the same
     under_zero3 = inventory.job.distributed is not None and inventory.job.distributed.strategy == "zero3"
     trained, inventory = inventory if under_zero3 else None, _in_evaluation(inventory)
     job, holding = inventory.job, inventory.holding

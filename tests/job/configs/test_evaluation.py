@@ -4,6 +4,7 @@ logits that it leaves out, make the peak a lower bound."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,8 +137,9 @@ def test_an_evaluation_without_one_is_a_lower_bound() -> None:
     assert (result.bound, result.peaks and "evaluate" in result.peaks.by_phase) == ("at_least", False)
 
 
-def test_arrays_of_sizes_have_evaluations_too() -> None:
-    result = peftplan.estimate("smollm2-135m", method="lora", seq_len=512, eval_batch_size=8)
+@pytest.mark.parametrize("options", [{}, {"strategy": "zero2", "gpus": 4}, {"strategy": "zero3", "gpus": 4}])
+def test_arrays_of_sizes_have_evaluations_too(options: dict[str, Any]) -> None:
+    result = peftplan.estimate("smollm2-135m", method="lora", seq_len=512, eval_batch_size=8, **options)
     grid = result.at(batch_size=[1, 2, 16], seq_len=[512, 1000, 512])
     for place, (rows, tokens) in enumerate(((1, 512), (2, 1000), (16, 512))):
         peaks = result.at(batch_size=rows, seq_len=tokens).peaks
