@@ -54,8 +54,6 @@ DEFAULT = ("<default>", set[str]())
 """What a call gives a parameter that it leaves out."""
 Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
-TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none", "")
-"""Texts that a function of the program may take for something else, as the type of an option."""
 
 
 class Calls(Parsers):
@@ -179,7 +177,7 @@ class Calls(Parsers):
         elif last in MUTATORS and isinstance(node.func, ast.Attribute) and self.value_of_object(node.func.value) is None:
             self._mutate(node.func.value, last, node)
         if last == "add_argument":
-            self._argument(node)
+            self.note_argument(node)
         if last in PARSERS:
             self.note_parser(node)
         if name == "fire.Fire" and node.args and self.command is not None:
@@ -309,26 +307,6 @@ class Calls(Parsers):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "vars" and len(node.args) == 1:
             return self.value_of_object(node.args[0])
         return None
-
-    def _argument(self, node: ast.Call) -> None:
-        """An option of the command line, with the value that it has unless somebody gives another."""
-        keywords = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        words = [word for word in map(self.value, node.args) if isinstance(word, str)]
-        options = [word for word in words if word.startswith("--")]
-        if not words:
-            return
-        name = str(keywords.get("dest") or (options or words)[0].lstrip("-").replace("-", "_"))
-        switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
-        known = options and keywords.get("required") is not True and None not in keywords
-        if options and (value := self.argument_of_command(options, keywords)) is not None:
-            self._field(name, value[0], ast.unparse(node.func)[:200])
-            return
-        default = keywords.get("default", switch)
-        if isinstance(default, str) and default.lower() in TRUTHS and keywords.get("type", "<str>") != "<str>":
-            default = f"<{name}>"
-        self._field(name, default if known else f"<{name}>", ast.unparse(node.func)[:200])
-        if known:
-            self.arguments[name] = options[0]
 
     def _note_arguments(self, name: str, node: ast.Call) -> None:
         """What a call gives the parameters of a function of the program."""

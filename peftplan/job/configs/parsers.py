@@ -31,6 +31,8 @@ OF_MODELS = (
     *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
 """Fields of TRL's `ModelConfig` (trl, trainer/model_config.py)."""
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none", "")
+"""Texts that a function of the program may take for something else, as the type of an option."""
 OF_TRL = {"ScriptArguments": OF_SCRIPTS, "ModelConfig": OF_MODELS}
 
 
@@ -77,6 +79,26 @@ class Parsers(Classes):
         first = node.args[0] if node.args else next((each.value for each in node.keywords if each.arg == "dataclass_types"), None)
         classes = first.elts if isinstance(first, (ast.Tuple, ast.List)) else [] if first is None else [first]
         self.parsed = [self.name_of(each) for each in classes]
+
+    def note_argument(self, node: ast.Call) -> None:
+        """An option of the command line, with the value that it has unless somebody gives another."""
+        keywords = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
+        words = [word for word in map(self.value, node.args) if isinstance(word, str)]
+        options = [word for word in words if word.startswith("--")]
+        if not words:
+            return
+        name = str(keywords.get("dest") or (options or words)[0].lstrip("-").replace("-", "_"))
+        switch = {"store_true": False, "store_false": True}.get(str(keywords.get("action")))
+        known = options and keywords.get("required") is not True and None not in keywords
+        if options and (value := self.argument_of_command(options, keywords)) is not None:
+            self._field(name, value[0], ast.unparse(node.func)[:200])
+            return
+        default = keywords.get("default", switch)
+        if isinstance(default, str) and default.lower() in TRUTHS and keywords.get("type", "<str>") != "<str>":
+            default = f"<{name}>"
+        self._field(name, default if known else f"<{name}>", ast.unparse(node.func)[:200])
+        if known:
+            self.arguments[name] = options[0]
 
     def of_command(self, node: ast.Call) -> list[object] | None:
         """The objects that the parser makes of the command's words, in the order of its classes, and the words that it leaves;
