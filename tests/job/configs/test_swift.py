@@ -81,13 +81,15 @@ def test_what_changes_generation_has_no_exact_peak(values: dict[str, object], ef
     assert (key, plan.unsupported[key].effect) == (next(reversed(values)), effect)
 
 
-def test_text_generated_in_evaluation_changes_no_step() -> None:
+def test_text_generated_in_evaluation_needs_data() -> None:
     """`predict_with_generate` is read where validation data are (trainers/seq2seq_trainer.py:34, `prediction_step`)."""
     values = {**SWIFT, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "max_length": 2048}
     both = (values, values | {"predict_with_generate": True})
     alone, beside = (read(each, kind="command", program="swift sft") for each in both)
     assert beside.unsupported == alone.unsupported == {}
     assert beside.options == alone.options
+    data = read({**both[1], "split_dataset_ratio": 0.1}, kind="command", program="swift sft")
+    assert data.unsupported["predict_with_generate"].effect == "raises"
 
 
 def test_flat_copies_and_chunks_of_another_size_have_no_peak() -> None:
