@@ -108,7 +108,7 @@ def _of_document(document: Document, file: str, tool: Tool | None) -> ConfigPlan
         own = {"program": Unsupported(document.program, OWN_PROGRAM)} if document.kind == "command" else {}
         if document.kind == "calls" and any(call["call"].rpartition(".")[2] in TRAINERS for call in document.calls):
             own = {"program": Unsupported("Trainer", BY_COMMAND)}
-        if "model_type" in document.values and document.kind == "values":
+        if document.kind == "values" and isinstance(document.values.get("model_type"), str):
             own = {"model_type": Unsupported(document.values["model_type"], OF_A_MODEL)}
         return ConfigPlan("other", "", (file,), None, {}, unsupported=own, kind="other")
     return plan_of(document, facts(tool), file=file)

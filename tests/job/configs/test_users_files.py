@@ -136,8 +136,10 @@ def test_a_file_whose_name_alone_says_lora(tmp_path: Path) -> None:
 
 
 def test_the_record_of_a_run_is_no_config(tmp_path: Path) -> None:
-    record = "_wandb:\n  desc: null\nper_device_train_batch_size:\n  desc: null\n  value: 4\nlearning_rate:\n  value: 1.0e-4\n"
-    assert read_config(written(tmp_path / "config.yaml", record)).kind == "other"
+    record = "_wandb:\n  desc: null\nmodel_type:\n  value: llama\nlearning_rate:\n  value: 1.0e-4\n"
+    record += "per_device_train_batch_size:\n  value: 4\n"
+    plan = read_config(written(tmp_path / "config.yaml", record))
+    assert (plan.kind, plan.unsupported) == ("other", {})
 
 
 def test_a_class_that_a_decided_branch_names(tmp_path: Path) -> None:
