@@ -195,6 +195,7 @@ def loss_sizes(job: Job) -> LossSizes:
         else None,
         by_rows=job.setup.by.scoring == "rows" and not job.setup.by.teaches,
         of_pairs=job.setup.of_hidden_pairs and not job.setup.by.sums_rows,
+        chosen_apart=job.setup.by.rows == 2 and job.setup.by.scoring is not None and not job.setup.by.sums_rows,
         at_once=job.setup.by.compares_at_once,
         block=job.setup.by.block,
         before=job.setup.seq_len - 2 * (job.setup.max_completion_length or 0) if job.setup.by.block else 0,

@@ -118,6 +118,8 @@ class LossSizes(NamedTuple):
     """Whether every other row, a chosen one, is scored whole."""
     by_rows: bool = False
     """Whether it is made of one row after another."""
+    chosen_apart: bool = False
+    """Whether the logits of chosen rows are copied where they are of more than one row: of one, they are a view."""
     at_once: int | None = None
     """Scored tokens of which distributions are compared at a time; None: of all."""
     block: int = 0
@@ -211,7 +213,8 @@ class LossSizes(NamedTuple):
             if self.loss in ALL_LOGITS and self.at_once is not None:
                 return (-(-self._scored(b, length) // self.at_once),)
             if self.loss in ALL_LOGITS:
-                return (*without_logits, b) if self.by_rows or self.block else without_logits
+                of_rows: tuple[Fact, ...] = (b,) if self.by_rows or self.block else (b > 2,) if self.chosen_apart else ()
+                return (*without_logits, *of_rows)
             projected, rows = self._liger(b, length)
             return (projected > 0, projected > rows, projected > 2 * rows, *without_logits)
         if self.loss in (CUT, CUT_APART):

@@ -35,7 +35,8 @@ def loss_of_pairs(f: Tape, logits: Tensor, scoring: Scoring, *, count: int) -> T
     rows, seq, vocab = logits.dims
     shorter = f"{seq}-1"
     chosen = sliced(f, sliced(f, logits, (CHOSEN, seq, vocab)), (CHOSEN, shorter, vocab))
-    nll = plain_cross_entropy(f, ops.copied(f, chosen, "contiguous", viewed=False))
+    chosen = ops.copied(f, chosen, "contiguous", viewed=False) if count > 2 else chosen  # of one row it is contiguous
+    nll = plain_cross_entropy(f, chosen)
     del chosen
     labels = f.new((rows, shorter), "int64", "clone")
     summed = _summed(f, _log_probs(f, sliced(f, logits, (rows, shorter, vocab)), labels, scoring, count))

@@ -24,16 +24,13 @@ UNLIKE = {
     "--loss liger": ({"backward": 1.4, "forward": 0.06}, 0.5),
     "trl-kto": ({"load": 15.0}, 0.2),
     "--trainer torchtune": ({"load": 0.4}, 0.2),
-    "trl-orpo --batch-size 1": ({"forward": 10.5}, 2.3),
-    "trl-cpo --batch-size 1": ({"forward": 5.1, "backward": 0.16}, 1.8),
     "full --trainer trl-dpo --batch-size 1 --seq-len 256 --eval-batch-size 8 --strategy zero3": ({"forward": 0.1}, 3.8),
     "llama-3.2-1b --method lora --batch-size 1 --seq-len 256 --eval-batch-size 8 --strategy zero3": ({"forward": 3.9}, 0.2),
     "--gradient-accumulation-steps 2 --eval-batch-size 16": ({}, 3.4),
 }
 """Part of a job → per cent of phases, and of what is reserved. Under ZeRO-3 the step behind an evaluation finds weights gathered.
 Behind an evaluation blocks have other tails: 5 MB of Liger's backward. A rehearsal counts KTO's first forward, of other
-completions, into loading. ORPO and CPO of one pair copy no logits of the chosen row, which is a view; formulas count that copy,
-in training too."""
+completions, into loading."""
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: str(row["job"]))
