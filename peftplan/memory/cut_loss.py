@@ -30,6 +30,9 @@ def cut(model: Model, x: Tensor) -> tuple[Tensor]:
     read_by_loss(f, head)
     f.module = ""
     weight = model.table(head.name, head)
+    _hidden_states = x
+    if "scale" in model.arch.logits_ops:  # `hidden_states / self.config.logits_scaling`
+        x = ops.scale(f, x, "div")
     hidden = ops.reshaped(f, f.to(x, weight.dtype) if weight.dtype == "bf16" else x)
     check_halves(hidden.dtype, weight.dtype)
     labels = _scored(f)

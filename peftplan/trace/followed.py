@@ -8,7 +8,7 @@ import peftplan.versions as versions
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.errors import RefusedError
 from peftplan.job.job import Job
-from peftplan.job.loss_sizes import OF_FUNCTION, cut_without_formula
+from peftplan.job.loss_sizes import OF_FUNCTION, cut_scales
 from peftplan.job.requirements import rows_apart
 from peftplan.memory.recast import is_recast
 from peftplan.memory.zero3_modules import has_unlisted_leaves, waits_by_address
@@ -55,7 +55,7 @@ def check_followed(job: Job) -> None:
         raise RefusedError(f"batch_size: {apart}")
     if by.weighs_tokens or job.setup.loss in OF_FUNCTION:
         raise RefusedError(f"engine: trace follows losses of models, not one that {by.called} makes; accepted: analytic")
-    if cut_without_formula(job.setup.loss, job.architecture) is not None:
+    if cut_scales(job.setup.loss, job.architecture):
         raise RefusedError("engine: trace scales no logits of cut cross entropy; accepted: analytic")
     if job.setup.noisy_embeddings:
         raise RefusedError("engine: trace adds no noise to embeddings; accepted: analytic")
