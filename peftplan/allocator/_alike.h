@@ -17,7 +17,7 @@ typedef struct {
     Run *run;
     Program *programs;
     int number;
-    size_t segment;
+    size_t segment, few; /* few: so many events take no longer than a copy */
     const int32_t (*alike)[MOST_SEGMENTS][MOST_ALIKE]; /* events with which a segment of two programs begins alike */
 } Together;
 
@@ -99,14 +99,41 @@ static size_t carry_all(Run *run, char *buffer, int how)
     return (size_t)(at - buffer);
 }
 
-static char *saved(Run *run)
+typedef struct {
+    char *start;
+    size_t room;
+} Copy;
+
+static Copy spare_copies[2 * MOST_ALIKE]; /* memory of copies that nobody needs any more */
+
+static Copy saved(Run *run)
 {
-    char *buffer = malloc(carry_all(run, NULL, COUNT));
-    if (buffer == NULL)
+    const size_t nbytes = carry_all(run, NULL, COUNT);
+    Copy copy = {NULL, 0};
+    for (int at = 0; at < 2 * MOST_ALIKE && copy.start == NULL; at++) {
+        if (spare_copies[at].room >= nbytes) {
+            copy = spare_copies[at];
+            spare_copies[at] = (Copy){NULL, 0};
+        }
+    }
+    if (copy.start == NULL)
+        copy = (Copy){malloc(nbytes + nbytes / 2), nbytes + nbytes / 2};
+    if (copy.start == NULL)
         run->failed = HOST_FULL;
     else
-        carry_all(run, buffer, SAVE);
-    return buffer;
+        carry_all(run, copy.start, SAVE);
+    return copy;
+}
+
+static void let_go(Copy copy)
+{
+    for (int at = 0; at < 2 * MOST_ALIKE; at++) {
+        if (spare_copies[at].start == NULL) {
+            spare_copies[at] = copy;
+            return;
+        }
+    }
+    free(copy.start);
 }
 
 /* -- whether runs go on alike ------------------------------------------------------------------------------------------------------ */
@@ -233,7 +260,7 @@ static void note_peaks(Run *run, Program *program)
 /* What the programs that end a segment alike have reached: the first of those that end it with the same blocks. */
 typedef struct {
     int next[MOST_ALIKE];
-    char *at[MOST_ALIKE];
+    Copy at[MOST_ALIKE];
     Words words[MOST_ALIKE];
 } Ends;
 
@@ -249,7 +276,7 @@ static void end_segment(Together *all, const int *members, int number, Ends *end
     int same = 0;
     describe(run, &ends->words[own]);
     for (; same < all->number; same++)
-        if (ends->at[same] != NULL && ends->words[same].number == ends->words[own].number &&
+        if (ends->at[same].start != NULL && ends->words[same].number == ends->words[own].number &&
             memcmp(ends->words[same].words, ends->words[own].words, ends->words[own].number * sizeof(int64_t)) == 0)
             break;
     if (same == all->number) {
@@ -282,30 +309,31 @@ static void run_members(Together *all, const int *members, int number, size_t fr
         end_segment(all, members, number, ends, is_last);
         return;
     }
-    int left[MOST_ALIKE], num_left = number;
-    char *fork = saved(run);
+    int left[MOST_ALIKE], num_left = number; /* what shares few further events runs them alone: a copy would take longer */
+    const Copy fork = saved(run);
     memcpy(left, members, (size_t)number * sizeof(int));
     while (num_left > 0 && !run->failed) {
         int part[MOST_ALIKE], others[MOST_ALIKE], num_part = 0, num_others = 0;
+        const size_t length = length_of(&all->programs[left[0]], all->segment);
         for (int at = 0; at < num_left; at++) {
-            if (at == 0 || in_common(all, left[0], left[at]) > until)
+            if (at == 0 || in_common(all, left[0], left[at]) > until + (length > until + all->few ? all->few : length - until))
                 part[num_part++] = left[at];
             else
                 others[num_others++] = left[at];
         }
         if (num_left < number)
-            carry_all(run, fork, RESTORE);
+            carry_all(run, fork.start, RESTORE);
         run_members(all, part, num_part, until, ends, is_last);
         memcpy(left, others, (size_t)num_others * sizeof(int));
         num_left = num_others;
     }
-    free(fork);
+    let_go(fork);
 }
 
 static void run_together(Together *all)
 {
     const size_t segments = all->programs[0].read->num_segments;
-    char *starts[MOST_ALIKE] = {NULL};
+    Copy starts[MOST_ALIKE] = {{NULL, 0}};
     Ends ends = {.next = {0}};
     for (all->segment = 0; all->segment < segments && !all->run->failed; all->segment++) {
         for (int start = 0; start < all->number && !all->run->failed; start++) {
@@ -315,20 +343,20 @@ static void run_together(Together *all)
                     members[number++] = at;
             if (number == 0)
                 continue;
-            if (starts[start] != NULL)
-                carry_all(all->run, starts[start], RESTORE);
+            if (starts[start].start != NULL)
+                carry_all(all->run, starts[start].start, RESTORE);
             begin_segment(all->run);
             run_members(all, members, number, 0, &ends, all->segment + 1 == segments);
         }
         for (int at = 0; at < all->number; at++) {
-            free(starts[at]);
+            let_go(starts[at]);
             starts[at] = ends.at[at];
-            ends.at[at] = NULL;
+            ends.at[at] = (Copy){NULL, 0};
             all->programs[at].start = ends.next[at];
         }
     }
     for (int at = 0; at < all->number; at++) {
-        free(starts[at]);
+        let_go(starts[at]);
         free(ends.words[at].words);
     }
 }

@@ -188,15 +188,16 @@ static PyObject *replay(PyObject *module, PyObject *arguments)
     return peaks;
 }
 
-static PyObject *replay_together(PyObject *module, PyObject *arguments)
+static PyObject *replay_several(PyObject *module, PyObject *arguments)
 {
     PyObject *all_programs;
+    Py_ssize_t few;
     int downwards, grows;
     Program programs[MOST_ALIKE];
-    if (!PyArg_ParseTuple(arguments, "O!pp:replay_together", &PyList_Type, &all_programs, &downwards, &grows))
+    if (!PyArg_ParseTuple(arguments, "O!npp:replay_several", &PyList_Type, &all_programs, &few, &downwards, &grows))
         return NULL;
     const int number = (int)PyList_Size(all_programs);
-    if (number < 1 || number > MOST_ALIKE) {
+    if (number < 1 || number > MOST_ALIKE || few < 0) {
         PyErr_SetString(PyExc_ValueError, "no programs");
         return NULL;
     }
@@ -212,7 +213,7 @@ static PyObject *replay_together(PyObject *module, PyObject *arguments)
     Run *run = new_run(downwards, grows, -1);
     if (run == NULL)
         return PyErr_NoMemory();
-    Together all = {run, programs, number, 0, compare_all(programs, number)};
+    Together all = {run, programs, number, 0, (size_t)few, compare_all(programs, number)};
     share_events(&all);
     if (!prepare(run, programs, number))
         run->failed = HOST_FULL;

@@ -36,7 +36,7 @@
 #define POOLS (2 * STREAMS)
 #define UNMAPPED_BIN (POOLS * BINS)  /* a bit that nobody reads */
 #define LINE 64  /* bytes of a line of the processor's cache: a block is one */
-#define CHUNK 1024  /* blocks that are asked of this machine at a time */
+#define CHUNK 256  /* blocks that are asked of this machine at a time */
 #define RANGE (((int64_t)1 << 46) / LARGE_SEGMENT * LARGE_SEGMENT)  /* addresses of a segment that grows; a second one in a pool is refused */
 
 enum { PHASE, TAKE, HOLD, LET_GO, MAKE, ADD, FREE, OUTPUTS, END_OUTPUTS, REPEAT, LAYER, OWN, END_OWN, HAND, EMPTY, END, LEAVE, EVENTS };
@@ -1005,8 +1005,8 @@ static void make_requests(const Run *run, const int64_t *sizes, Request *request
 static PyMethodDef methods[] = {
     {"replay", replay, METH_VARARGS,
      "replay(events, sizes, storages, handles, phases, downwards, capacity, grows=False) -> (reserved, allocated of each phase or -1, ...)"},
-    {"replay_together", replay_together, METH_VARARGS,
-     "replay_together([(events, sizes, storages, handles, phases), ...], downwards, grows) -> [as replay, ...]"},
+    {"replay_several", replay_several, METH_VARARGS,
+     "replay_several([(events, sizes, storages, handles, phases), ...], few, downwards, grows) -> [as replay, ...]"},
     {"levels", levels, METH_VARARGS,
      "levels(structure, bytes of each size, products, standing) -> (bytes of each kind, [(highest level, events) of each window]) or None"},
     {NULL, NULL, 0, NULL}};

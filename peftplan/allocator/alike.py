@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from peftplan.allocator.program import COMPILED, GROWS, Program, Replayed, replay
 
 try:
-    from peftplan.allocator._replay import MOST_ALIKE, STREAMS, replay_together
+    from peftplan.allocator._replay import MOST_ALIKE, STREAMS, replay_several
 except ImportError:  # not compiled, or before it knew them
     MOST_ALIKE = STREAMS = 0
+
+FEW = 800
+"""Events that each program runs on its own where they are all that it shares: they take no longer than a copy of the blocks."""
 
 
 def replay_all(
@@ -21,7 +24,7 @@ def replay_all(
     if known and 1 < len(runs) <= MOST_ALIKE:
         try:
             programs = [(p.events, array("q", sizes).tobytes(), p.storages, p.handles, len(p.phases)) for p, sizes in runs]
-            each = replay_together(programs, ties_by_address, expandable)
+            each = replay_several(programs, FEW, ties_by_address, expandable)
         except OverflowError:  # more than 64 bits hold
             each = None
         if each is not None:

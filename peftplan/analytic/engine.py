@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from peftplan.analytic.instant import InstantPeaks, Known, peaks_of_one
 from peftplan.analytic.of_ranks import OfRanks
-from peftplan.analytic.rank_facts import rank_facts
-from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_each_device, on_rank
+from peftplan.analytic.rank_facts import devices, rank_facts
+from peftplan.job.inventory import Inventory, first_ranks, in_stages, of_any_device, on_rank
 
 
 def analytic_peaks(inventory: Inventory, *, compute_capability: str) -> InstantPeaks:
@@ -28,7 +28,7 @@ def peaks_of_each(of_any: Inventory, compute_capability: str, known: Known) -> t
     """Those of each GPU of a `device_map`, of the first rank of each row of a pipeline, and under ZeRO-1 and ZeRO-2 of each rank
     of which one requests most."""
     if of_any.job.distributed is not None and of_any.job.distributed.strategy == "device-map":
-        return tuple(peaks_of_one(of_device, compute_capability, known) for of_device in on_each_device(of_any))
+        return tuple(peaks_of_one(of_device, compute_capability, known) for of_device in devices(of_any))
     if in_stages(of_any.job):
         ranks = first_ranks(of_any.job)
         return tuple(peaks_of_one(on_rank(of_any, rank), compute_capability, known) for rank in ranks)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.compiled import key_of_step, last_step
 from peftplan.analytic.states import own_states, unlike_in_states
-from peftplan.job.inventory import further_ranks, on_rank
+from peftplan.job.inventory import further_ranks, on_each_device, on_rank
 
 if TYPE_CHECKING:
     from peftplan.analytic.compile_job import Compiled
@@ -100,3 +100,16 @@ def rank_facts(of_largest: Inventory, compute_capability: str) -> RankFacts:
     if len(_KEPT) > MOST_KEPT:
         _KEPT.popitem(last=False)
     return facts
+
+
+_DEVICES: deque[tuple[Inventory, list[Inventory]]] = deque(maxlen=4)
+"""What each GPU of a `device_map` was seen to hold last."""
+
+
+def devices(of_any: Inventory) -> list[Inventory]:
+    """`on_each_device`, as they were looked at before where a job holds the same tensors: it has other sizes then."""
+    for latest, each in _DEVICES:
+        if latest.parameters is of_any.parameters and latest.static is of_any.static:
+            return [own._replace(job=of_any.job) for own in each]
+    _DEVICES.appendleft((of_any, each := on_each_device(of_any)))
+    return each

@@ -4,6 +4,7 @@ Importing this package loads none of the methods; each has its own module, which
 """
 
 import sys
+from collections import deque
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -223,6 +224,19 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
 def adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_peft: bool = True) -> "Adaptation":
     """What the method adds to the architecture, and what it trains. `by_peft`: False for LoRA of another library, which adapts
     Mamba's modules too."""
+    for of_arch, *of, adaptation in _ADAPTED:
+        if of_arch is arch and of == [method, config, by_peft, config.model_fields_set]:
+            return adaptation
+    adaptation = _adapt(arch, method, config, by_peft=by_peft)
+    _ADAPTED.appendleft((arch, method, config, by_peft, config.model_fields_set, adaptation))
+    return adaptation
+
+
+_ADAPTED: "deque[tuple[Architecture, Method, MethodConfig, bool, set[str], Adaptation]]" = deque(maxlen=4)
+"""What was adapted last: a job at many sizes is adapted once."""
+
+
+def _adapt(arch: "Architecture", method: Method, config: "MethodConfig", *, by_peft: bool) -> "Adaptation":
     function = getattr(import_module(f"peftplan.methods.{method.module}"), method.function)
     adaptation: Adaptation = function(arch, config) if by_peft else function(arch, config, by_peft=False)
     if method.name != "lora+":

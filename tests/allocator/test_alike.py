@@ -141,9 +141,11 @@ def _sound(events: bytes) -> bytes:
     return sound.tobytes()
 
 
+@pytest.mark.parametrize("few", [0, 5, 800])
 @pytest.mark.parametrize("expandable", [False, True], ids=["default", "expandable"])
-def test_steps_of_ranks_that_part_and_meet_again(expandable: bool) -> None:
-    for seed in range(150):
+def test_steps_of_ranks_that_part_and_meet_again(expandable: bool, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alike, "FEW", few)
+    for seed in range(few, few + 100):
         draw = random.Random(seed)
         ranks = [(program._replace(events=_sound(program.events)), sizes) for program, sizes in steps_of_ranks(draw)]
         ties = draw.random() < 0.5
