@@ -998,6 +998,7 @@ static void make_requests(const Run *run, const int64_t *sizes, Request *request
 }
 
 #include "_programs.h"
+#include "_copies.h"
 #include "_alike.h"
 #include "_calls.h"
 #include "_levels.h"
