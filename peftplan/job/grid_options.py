@@ -75,6 +75,7 @@ class GridOptions(OtherWords, total=False):
     padding: Axis[bool]
     keep_outputs: Axis[bool | None]
     keep_gradients: Axis[bool]
+    clip_gradients: Axis[bool | None]
     kbit_prepare: Axis[bool | None]
     use_cache: Axis[bool | None]
     save_total_limit: Axis[int | None]

@@ -80,6 +80,7 @@ class SetupOptions(TypedDict, total=False):
     padding: bool
     keep_outputs: bool | None
     keep_gradients: bool
+    clip_gradients: bool | None
     kbit_prepare: bool | None
     use_cache: bool | None
     save_total_limit: int | None

@@ -83,6 +83,7 @@ class Setup(BaseModel):
     padding: bool = False
     keep_outputs: bool | None = None
     keep_gradients: bool = False
+    clip_gradients: bool | None = None
     kbit_prepare: bool | None = None
     use_cache: bool | None = None
     trust_remote_code: bool = False
@@ -107,7 +108,8 @@ class Setup(BaseModel):
     @property
     def by(self) -> Trainer:
         """What the trainer does."""
-        return TRAINERS[self.trainer]
+        by = TRAINERS[self.trainer]
+        return by if self.clip_gradients is None else by._replace(clips_gradients=self.clip_gradients)
 
     @property
     def adapter_on_device(self) -> bool:

@@ -62,8 +62,11 @@ def parameter_tensors(
 
 def _refuse(arch: Architecture, config: ParameterConfig, module: Module, matched: Iterable[Module]) -> None:
     refuse_mamba(arch, (module,))
-    if config.lora_dropout or config.lora_bias or config.use_dora:
-        raise RefusedError("target_parameters: peft's ParamWrapper supports none of lora_dropout, lora_bias and use_dora")
+    stated = {"lora_dropout": config.lora_dropout, "lora_bias": config.lora_bias, "use_dora": config.use_dora}
+    if refused := [f"{name} {value}" for name, value in stated.items() if value]:
+        raise RefusedError(
+            f"target_parameters: peft's ParamWrapper, which adapts {module.name}, does not support {' and '.join(refused)}"
+        )
     for other in matched:
         if module.name == other.name and (module.layers is None or set(module.layers) & set(other.layers or ())):
             raise RefusedError(

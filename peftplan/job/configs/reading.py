@@ -42,6 +42,8 @@ OLD_OPTIMIZERS = ("adamw_hf",)
 """Optimizers of transformers 4 that 5 does not have."""
 DOUBTED = {"load": "model", "lora": "method", "peft": "method"}
 """Kind of a call of which something is assumed → the option that hangs on it."""
+ALIKE = 0.75
+"""The least `difflib` ratio of a key that is suggested: a tool has hundreds, of which some share most letters with any word."""
 OPEN = re.compile(r"\$[\w{(]|<[A-Za-z_]|\{\{")
 """What a text holds that only the shell, the program or a template fills in."""
 
@@ -100,7 +102,7 @@ class Reading:
         if key in self.effective.unknown:
             self.unsupported[key] = Unsupported(value, self.effective.unknown[key])
         elif known is None:
-            near = nearest(key.rpartition(".")[2].lower(), self.tool.names())
+            near = nearest(key.rpartition(".")[2].lower(), self.tool.names(), cutoff=ALIKE)
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
             why = f"not a key of {self.tool.tool} {self.tool.version}"
             if self.tool.drops_unknown and key:

@@ -25,8 +25,13 @@ def test_llamafactory_v1_trains_a_whole_model_in_fp32(method: Any, dtype: str) -
 
 def test_kernels_of_llamafactory_v1_need_to_be_named() -> None:
     assert read(LLAMAFACTORY_V1).unsupported == {}
-    named = read({**LLAMAFACTORY_V1, "kernel_config": {"name": "auto", "include_kernels": "auto"}})
-    assert named.unsupported.keys() == {"kernel_config.include_kernels"}
+    automatic = {**LLAMAFACTORY_V1, "kernel_config": {"name": "auto", "include_kernels": "auto"}}
+    assert read(automatic).unsupported == {}, "on an NVIDIA card they replace experts alone"
+    for named in (
+        {**automatic, "model": "Qwen/Qwen3-30B-A3B"},
+        {**automatic, "kernel_config": {"name": "liger_kernel", "include_kernels": "auto"}},
+    ):
+        assert read(named).unsupported.keys() == {"kernel_config.include_kernels"}
 
 
 def test_scaling_of_llamafactory_changes_no_memory() -> None:

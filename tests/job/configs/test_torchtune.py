@@ -150,3 +150,12 @@ def test_torchtune_divides_by_the_steps_between_logs() -> None:
     assert "TypeError" in plan.refused["log_every_n_steps"].why
     assert plan.refused["log_every_n_steps"].instead == {"log_every_n_steps": 1}
     assert (plan.unsupported, read({**TORCHTUNE, "log_every_n_steps": 1}).options) == ({}, plan.options)
+
+
+def test_recipes_clip_gradients_where_they_are_told_to() -> None:
+    clipping = {**TORCHTUNE, "clip_grad_norm": 1.0}
+    whole = {**clipping, "model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}
+    assert read(clipping).options["clip_gradients"] is True
+    assert "clip_gradients" not in read({**TORCHTUNE, "clip_grad_norm": None}).options
+    assert not read(whole).unsupported
+    assert "RuntimeError" in read({**whole, "optimizer_in_bwd": True}).refused["clip_grad_norm"].why

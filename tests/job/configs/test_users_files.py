@@ -201,3 +201,20 @@ def test_an_earlier_trl_is_not_counted_as_today_s(tmp_path: Path) -> None:
     assert plan.unsupported["trl"].effect == "unknown"
     assert not plan.without({"trainer": "trl"})
     assert "max_seq_length" in read_config(notebook(tmp_path / "today.ipynb", "trl", calls)).assumed["trl"]
+
+
+def test_a_key_is_suggested_only_where_most_letters_agree(tmp_path: Path) -> None:
+    file = written(tmp_path / "configs" / "sft.yaml", SETTINGS + "bf16: true\nraw_rollout: false\nmax_lenght: 512\n")
+    plan = read_config(file)
+    assert "did you mean" not in plan.unsupported["raw_rollout"].why
+    assert "did you mean max_length" in plan.unsupported["max_lenght"].why
+
+
+def test_words_of_ms_swift_2_name_those_of_today(tmp_path: Path) -> None:
+    run = "swift sft --model_id_or_path Qwen/Qwen1.5-7B-Chat --sft_type lora --dtype bf16 --batch_size 2 --max_length 1024\n"
+    plan = read_config(written(tmp_path / "sft.sh", run))
+    assert {key: row.why.rpartition(" ")[2] for key, row in plan.unsupported.items()} == {
+        "sft_type": "tuner_type",
+        "dtype": "torch_dtype",
+        "batch_size": "per_device_train_batch_size",
+    }
