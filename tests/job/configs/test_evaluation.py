@@ -106,6 +106,19 @@ def test_logits_of_an_evaluation_beside_liger_s_loss(tool: Tool, values: dict[st
     assert key not in read_values(without, file="a.yml", tool=tool).unsupported
 
 
+@pytest.mark.parametrize("joined", [{"packing": True}, {"padding_free": True}])
+@pytest.mark.parametrize(("rows", "evaluated"), [((2, 4), 2), ((2, 2), 1), ((2, 3), None), ((4, 2), None)])
+def test_ms_swift_evaluates_one_row_too(joined: dict[str, object], rows: tuple[int, int], evaluated: int | None) -> None:
+    """Its collator joins the rows of any batch into one (swift/template/base.py:1801, :2075): 4 evaluated rows of 512 tokens
+    beside 2 trained ones were counted as 4 of 1,024 (6.65 GB; 3.54 rehearsed), packed rows of training as one of them."""
+    values = {**joined, "split_dataset_ratio": 0.1, "max_length": 512, "attn_impl": "flash_attn"}
+    sizes = dict(zip(("per_device_train_batch_size", "per_device_eval_batch_size"), rows, strict=True))
+    plan = read_values({**values, **sizes}, file="a.yml", tool="swift")
+    assert (plan.options["batch_size"], plan.options["seq_len"]) == (1, rows[0] * 512)
+    assert plan.options.get("eval_batch_size") == evaluated
+    assert ("per_device_eval_batch_size" in plan.unsupported) is (rows[1] > rows[0])  # an estimate takes it out if counted
+
+
 def test_no_change_is_said_to_fit_beside_a_lower_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """QLoRA was advised as `fits`, with the room that the steps of training leave."""
     monkeypatch.setattr(evaluating, "REHEARSED", {})

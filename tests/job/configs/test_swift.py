@@ -316,7 +316,7 @@ def test_embeddings_of_texts_that_share_a_row(values: dict[str, object], unsuppo
         ({}, 3, {"trainer": "swift-generative-reranker", "batch_size": 2 * 4, "seq_len": 1000}),
         ({"padding_free": True}, 1, {"trainer": "swift-generative-reranker-packed", "batch_size": 1, "seq_len": 2 * 2 * 1000}),
         ({"padding_free": True, "max_length": None}, None, {"batch_size": 1, "seq_len": 2 * 8 * 2048}),
-        ({"packing": True}, None, {"trainer": "swift-generative-reranker-packed", "batch_size": 1, "seq_len": 1000}),
+        ({"packing": True}, None, {"trainer": "swift-generative-reranker-packed", "batch_size": 1, "seq_len": 2 * 1000}),
         (
             {"padding_free": True, "sequence_parallel_size": 4, "tuner_type": "full", "deepspeed": None},
             None,
@@ -395,7 +395,7 @@ def test_rerankers_that_were_not_rehearsed(values: dict[str, object], environmen
         ({"rlhf_type": "rm"}, {"trainer": "swift-reward", "task_type": "SEQ_CLS", "num_labels": 1}),
         ({"rlhf_type": "dpo"}, {"trainer": "swift-dpo", "batch_size": 4, "seq_len": 1000}),
         ({"rlhf_type": "dpo", "padding_free": True}, {"trainer": "swift-dpo-packed", "batch_size": 1, "seq_len": 2 * 4 * 1000}),
-        ({"rlhf_type": "dpo", "packing": True}, {"trainer": "swift-dpo-packed", "batch_size": 1, "seq_len": 1000}),
+        ({"rlhf_type": "dpo", "packing": True}, {"trainer": "swift-dpo-packed", "batch_size": 1, "seq_len": 4 * 1000}),
     ],
 )
 def test_trainers_of_preferences(values: dict[str, object], expected: dict[str, object]) -> None:
