@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 
 from peftplan import files
 from peftplan.errors import InputError
@@ -23,8 +23,12 @@ DATABRICKS = "# Databricks notebook source"
 """The first line of a notebook that Databricks saves as a script."""
 MOST_PARTS = 20_000
 """Statements, calls and deep expressions of the longest program that is read."""
-RELEASE = re.compile(r"[\w.-]+==[\w.]+")
-"""A package of one release."""
+REQUIREMENT = re.compile(r"(\w[\w-]*)(?:\[[\w,-]*\])?((?:[<>=~!]=?=?[\w.*]+,?)*)")
+"""A package, and the releases that are accepted of it."""
+REPOSITORY = re.compile(r"git\+https://[\w./-]*/([\w-]+?)(?:\.git)?")
+AT_MOST = re.compile(r"(~=|<=|<)(\d[\w.]*)")
+LAST_BEFORE = {("transformers", 5): "4.57", ("trl", 1): "0.29"}
+"""Package and major release → the last minor release before it."""
 DEEP = 10
 """Levels from which on an expression inside others counts too: its text is taken anew at each level."""
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.ImportFrom, ast.Import)
@@ -46,8 +50,45 @@ def of_notebook(text: str, *, file: str) -> Document:
             trees += [ast.increment_lineno(each, number * CELL) for each in ast.parse(_without_magics(source)).body]
     joined = (source.replace("\\\n", " ") for source in sources.values())
     lines = (line for source in joined for line in source.splitlines() if line.lstrip().startswith(("!", "%pip")))
-    installs = " ".join(release for line in lines for release in RELEASE.findall(line))
+    installs = " ".join(_installed(lines))
     return _document(_read(trees, settings, file), file)._replace(installs=installs)
+
+
+def _installed(lines: Iterable[str]) -> Iterator[str]:
+    """Releases that commands install, one after the other: `transformers==4.46.3`, and the last one below a bound. A later
+    upgrade without a release installs today's."""
+    installed: dict[str, str] = {}
+    for line in lines:
+        words = [word.strip("\"'") for word in line.partition(" #")[0].split()]
+        for word in words:
+            if (repository := REPOSITORY.fullmatch(word)) is not None:
+                installed.pop(repository[1], None)
+            if (match := REQUIREMENT.fullmatch(word)) is None:
+                continue
+            package, accepted = match.groups()
+            if release := _release(package, accepted):
+                installed[package] = release
+            elif not accepted and {"-U", "--upgrade"} & set(words):
+                installed.pop(package, None)
+    yield from (f"{package}=={release}" for package, release in installed.items())
+
+
+def _release(package: str, accepted: str) -> str | None:
+    """The release of a requirement; None where today's is accepted."""
+    if exact := re.search(r"==([\w.]+)", accepted):
+        return exact[1]
+    if (bound := AT_MOST.search(accepted)) is None:
+        return None
+    sign, release = bound.groups()
+    numbers = [int(number) for number in re.findall(r"\d+", release)]
+    if sign == "<=":
+        return release
+    if sign == "~=" and len(numbers) > 2:
+        return ".".join(map(str, numbers[:2]))
+    major = numbers[0] + (sign == "~=")
+    if sign == "<" and len(numbers) > 1 and numbers[1]:
+        return f"{numbers[0]}.{numbers[1] - (not any(numbers[2:]))}"
+    return LAST_BEFORE.get((package, major))
 
 
 def of_script(text: str, *, file: str, command: Values | None = None, variables: Collection[str] = ()) -> Document:

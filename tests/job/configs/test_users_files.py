@@ -218,3 +218,54 @@ def test_words_of_ms_swift_2_name_those_of_today(tmp_path: Path) -> None:
         "dtype": "torch_dtype",
         "batch_size": "per_device_train_batch_size",
     }
+
+
+@pytest.mark.parametrize(
+    ("install", "runs"),
+    [
+        ("transformers==4.46.3 peft", "4.46.3"),
+        ("'transformers<=4.46.3'", "4.46.3"),
+        ("transformers~=4.44.0", "4.44"),
+        ("'transformers[torch]>=4.40,<4.50'", "4.49"),
+        ("transformers<5", "4.57"),
+        ("transformers>=4.40", None),
+        ("transformers==4.46.3\\n!pip install -U transformers", None),
+        ("transformers==4.46.3\\n!pip install git+https://github.com/huggingface/transformers.git", None),
+        ("-U peft # transformers==4.46.3", None),
+    ],
+)
+def test_the_last_release_below_a_bound_runs_a_notebook(tmp_path: Path, install: str, runs: str | None) -> None:
+    assert read_config(notebook(tmp_path / "tune.ipynb", install, TRAINED)).releases.get("transformers") == runs
+
+
+@pytest.mark.parametrize(
+    ("install", "is_earlier"), [("trl<0.9.0", True), ("trl~=0.8", True), ("trl<1", True), ("trl>=0.9", False)]
+)
+def test_a_trl_below_a_bound_is_not_counted_as_today_s(tmp_path: Path, install: str, is_earlier: bool) -> None:
+    calls = TRAINED.replace("Trainer(", "SFTTrainer(")
+    assert ("trl" in read_config(notebook(tmp_path / "tune.ipynb", install, calls)).unsupported) == is_earlier
+
+
+def test_the_default_optimizer_before_transformers_4_32_is_not_known(tmp_path: Path) -> None:
+    for release in ("4.30.2", "4.31.0"):
+        plan = read_config(notebook(tmp_path / "tune.ipynb", f"transformers=={release}", TRAINED))
+        assert "adamw_hf" in plan.unsupported["args.optim"].why
+    assert read_config(notebook(tmp_path / "tune.ipynb", "transformers==4.32.0", TRAINED)).options["optim"] == "adamw_torch"
+
+
+@pytest.mark.parametrize("key", ["do_causal_lm_eval", "do_bench_eval"])
+def test_axolotl_evaluates_more_than_rows_of_its_own(tmp_path: Path, key: str) -> None:
+    """CausalLMBenchEvalCallback generates text, BenchEvalCallback runs rows of a benchmark (utils/callbacks/__init__.py)."""
+    values = "base_model: Qwen/Qwen2.5-0.5B\nmicro_batch_size: 2\nsequence_len: 512\nval_set_size: 0.1\n"
+    assert read_config(written(tmp_path / "full.yml", f"{values}{key}: true\n")).unsupported[key].effect == "raises"
+    assert not read_config(written(tmp_path / "off.yml", f"{values}{key}: false\n")).unsupported
+
+
+def test_a_traced_evaluation_and_apex_are_not_counted(tmp_path: Path) -> None:
+    keys = "jit_mode_eval: true\nhalf_precision_backend: apex\n"
+    assert read_config(written(tmp_path / "sft.yaml", SETTINGS + keys)).unsupported.keys() == {
+        "jit_mode_eval",
+        "half_precision_backend",
+    }
+    off = "jit_mode_eval: false\nhalf_precision_backend: auto\n"
+    assert not read_config(written(tmp_path / "sft.yaml", SETTINGS + off)).unsupported
