@@ -206,7 +206,9 @@ def adapter(job: argparse.Namespace) -> Any:
 
 
 def _loraplus(job: argparse.Namespace, model: Any) -> Any:
-    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, fused=True)
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, fused=job.optim == "adamw_torch_fused"
+    )
 
 
 def _lorafa(job: argparse.Namespace, model: Any) -> Any:

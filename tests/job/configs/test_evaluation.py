@@ -19,6 +19,8 @@ NEMO = {
     "validation_dataset._target_": "nemo_automodel.components.datasets.llm.squad.make_squad_dataset",
 }
 
+HELD_OUT = {"micro_batch_size": 2, "val_set_size": 0.1, "evals_per_epoch": 2}
+
 UNSLOTH = {
     "args.call": "SFTConfig",
     "trainer.call": "SFTTrainer",
@@ -36,7 +38,7 @@ EIGHT = {"args.per_device_eval_batch_size": 8}
         ("trl", {"per_device_train_batch_size": 2, "eval_strategy": "steps"}, "per_device_eval_batch_size"),  # 8 by default
         ("llamafactory", {**ROWS, "eval_strategy": "steps"}, "per_device_eval_batch_size"),
         ("swift", {**ROWS, "val_dataset": "mine"}, "per_device_eval_batch_size"),
-        ("axolotl", {"micro_batch_size": 2, "eval_batch_size": 4, "val_set_size": 0.1}, "eval_batch_size"),
+        ("axolotl", {**HELD_OUT, "eval_batch_size": 4}, "eval_batch_size"),
         ("torchtune", {"batch_size": 2, "batch_size_val": 4, "run_val_every_n_steps": 10}, "batch_size_val"),
         ("nemo-automodel", {**NEMO, "validation_dataloader.batch_size": 4}, "validation_dataloader.batch_size"),
         ("unsloth", UNSLOTH | {"args.per_device_train_batch_size": 2}, "args.per_device_eval_batch_size"),
@@ -57,7 +59,9 @@ def test_more_rows_than_in_training(tool: Tool, values: dict[str, object], key: 
         ("swift", {**ROWS, "val_dataset": "mine", "eval_strategy": "no"}, "per_device_eval_batch_size"),
         ("swift", {**ROWS, "val_dataset": "mine", "save_strategy": "no"}, "per_device_eval_batch_size"),
         ("swift", ROWS, "per_device_eval_batch_size"),
-        ("axolotl", {"micro_batch_size": 2, "val_set_size": 0.1}, "eval_batch_size"),  # axolotl takes micro_batch_size
+        ("axolotl", HELD_OUT, "eval_batch_size"),  # axolotl takes micro_batch_size
+        ("axolotl", {**HELD_OUT, "evals_per_epoch": None, "eval_batch_size": 4}, "eval_batch_size"),  # `no` by default
+        ("axolotl", {**HELD_OUT, "evals_per_epoch": None, "eval_strategy": "no", "eval_batch_size": 4}, "eval_batch_size"),
         ("torchtune", {"batch_size": 2, "batch_size_val": 4}, "batch_size_val"),
         ("nemo-automodel", NEMO, "validation_dataloader.batch_size"),
         ("unsloth", UNSLOTH, "args.per_device_eval_batch_size"),  # 4 by Unsloth's default
@@ -83,7 +87,12 @@ def test_an_evaluation_of_ppo_is_part_of_a_rollout(tmp_path: Path, options: str,
     assert ("per_device_eval_batch_size" in peftplan.read_config(file).unsupported) is exceeds
 
 
-AXOLOTL = {"micro_batch_size": 2, "plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True}
+AXOLOTL = {
+    "micro_batch_size": 2,
+    "plugins": ["axolotl.integrations.liger.LigerPlugin"],
+    "liger_fused_linear_cross_entropy": True,
+    "eval_steps": 10,
+}
 LLAMAFACTORY = {"stage": "sft", "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "eval_strategy": "steps"}
 
 
@@ -178,10 +187,15 @@ def test_an_evaluation_does_not_depend_on_the_rows_or_dropout_of_training() -> N
         ({"sample_packing": True, "attn_implementation": "flash_attention_2"}, 1),  # of 2 x sequence_len
         ({"sample_packing": True, "attn_implementation": "flash_attention_2", "eval_sample_packing": False}, None),
         ({"eval_strategy": "no"}, None),
+        ({"evals_per_epoch": 0}, None),
+        ({"evals_per_epoch": None}, None),
+        ({"evals_per_epoch": None, "eval_steps": 100}, 2),
+        ({"evals_per_epoch": None, "eval_strategy": "epoch"}, 2),
+        ({"evals_per_epoch": None, "evaluation_strategy": "epoch"}, 2),
     ],
 )
-def test_axolotl_packs_an_evaluation_as_it_packs_training(values: dict[str, object], rows: int | None) -> None:
-    plan = read_values({"micro_batch_size": 2, "val_set_size": 0.1, **values}, file="a.yml", tool="axolotl")
+def test_axolotl_evaluates_where_it_is_told_when_and_packs_as_in_training(values: dict[str, object], rows: int | None) -> None:
+    plan = read_values({**HELD_OUT, **values}, file="a.yml", tool="axolotl")
     assert plan.options.get("eval_batch_size") == rows
 
 
