@@ -24,7 +24,7 @@ EXACT = [row for row in ROWS if not plan(row).unsupported]
 LARGEST = {"allocated": 0.003, "reserved": 0.09}
 """Per cent; allocated: norms that are cast to fp32 while others are; reserved: 2 MB of ranks with buckets."""
 OF_GROUPS = {"allocated": 0.003, "reserved": 0.5}
-"""One segment of 2 MB, of 0.4 GB or more: states of LoRA+ are counted before the first group's step, and made before that of their own."""
+"""One segment of 2 MB: states of LoRA+ are counted before the first group's step, and made before that of their own."""
 FIGURES = ("allocated", "reserved", "by_phase", "reserved_by_phase")
 
 
