@@ -59,9 +59,11 @@ def traps(
         yield f"optim: of paged optimizers only paged_adamw_8bit with LoRA was rehearsed under {called}; states count as sharded"
     own = any(t.group or (".lora_A." in t.name and not t.trainable) for t in adaptation.added)
     if own and distributed.strategy.startswith("zero") and setup.by.prepares_model:
+        freezes_a = any(".lora_A." in t.name and not t.trainable for t in adaptation.added)
         yield (
             "method: under DeepSpeed Trainer drops an optimizer that is passed to it (transformers, integrations/deepspeed.py:"
-            "658); override create_optimizer. LoRA-FA's then steps over flat partitions as AdamW does"
+            "658); override create_optimizer, as LLaMA-Factory does"
+            + (". LoRA-FA's then steps over flat partitions as AdamW does" if freezes_a else "")
         )
 
 

@@ -158,6 +158,11 @@ class Weights(Objects):
             of = self.value_of_object(node.func.value)
             if self.taken and of is not None and any(trains(self.name_of(each.func)) for each in of.made_by):
                 self.done.add(self._here())
+        elif last == "evaluate" and isinstance(node.func, ast.Attribute):
+            of = self.value_of_object(node.func.value)
+            for call in self.calls if self.taken and of is not None and self._here() in self.done else ():
+                if trains(call["call"]) and self.nodes[id(call)] in of.made_by:
+                    call["kwargs"]["evaluate"] = True
         elif last in self.frozen_before:
             self._set_frozen(frozen=self.frozen_before[last])
             if last in self.adapting_before:

@@ -279,3 +279,34 @@ def test_groups_of_lora_plus_under_zero2(tmp_path: Path) -> None:
     assert read_config(written(tmp_path / "lora.yaml", values + launch)).options["method"] == "lora"
     grouped = f"{values}{launch}loraplus_lr_ratio: 16.0\n"
     assert read_config(written(tmp_path / "lora.yaml", grouped)).options["method"] == "lora+"
+
+
+PROGRAM = """from trl import SFTConfig, SFTTrainer
+args = SFTConfig(output_dir="out", per_device_train_batch_size=1, {more})
+trainer = SFTTrainer(model="Qwen/Qwen2.5-0.5B", args=args)
+{calls}
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "more", "rows"),
+    [
+        ("trainer.train()\nprint(trainer.evaluate())", "", 8),
+        ("trainer.train()\ntrainer.evaluate()", "per_device_eval_batch_size=2", 2),
+        ("trainer.train()\ntrainer.evaluate()", 'eval_strategy="no"', None),
+        ("trainer.train()\nmetric.evaluate()", "", None),
+        ("trainer.train()", "", None),
+    ],
+)
+def test_a_program_that_evaluates_after_training_has_an_evaluation(
+    tmp_path: Path, calls: str, more: str, rows: int | None
+) -> None:
+    plan = read_config(written(tmp_path / "sft.py", PROGRAM.format(calls=calls, more=more)))
+    assert plan.options.get("eval_batch_size") == rows
+
+
+@pytest.mark.parametrize(("deepspeed", "counted"), [("ds_z2_config.json", True), ("ds_z3_config.json", False)])
+def test_groups_of_lora_plus_are_counted_under_zero2_alone(tmp_path: Path, deepspeed: str, counted: bool) -> None:
+    text = SETTINGS + "stage: sft\ndo_train: true\nfinetuning_type: lora\nloraplus_lr_ratio: 16\n"
+    plan = read_config(written(tmp_path / "lora.yaml", f"{text}deepspeed: examples/deepspeed/{deepspeed}\n"))
+    assert ("loraplus_lr_ratio" not in plan.unsupported) is counted
