@@ -29,7 +29,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configs.md"
 MOST_KEYS, MOST_MODELS, MOST_REASONS = 40, 40, 15
 MEGATRON = "Megatron"
 TOOLS_REFUSE = {
-    "peft's ParamWrapper supports none of": "peft 0.21, tuners/lora/layer.py (`ParamWrapper`)",
+    "peft's ParamWrapper, which adapts": "peft 0.21, tuners/lora/layer.py (`ParamWrapper`)",
     "peft refuses out_proj in": "peft 0.21, tuners/tuners_utils.py (`_check_lora_target_modules_mamba`)",
 }
 """Part of an error → the library of the tool that raises for such a config, with file and line."""

@@ -160,8 +160,9 @@ class Weights(Objects):
                 self.done.add(self._here())
         elif last == "evaluate" and isinstance(node.func, ast.Attribute):
             of = self.value_of_object(node.func.value)
-            for call in self.calls if self.taken and of is not None and self._here() in self.done else ():
-                if trains(call["call"]) and self.nodes[id(call)] in of.made_by:
+            makers = of.made_by if self.taken and of is not None and self._here() in self.done else ()
+            for call in self.calls:
+                if trains(call["call"]) and self.nodes[id(call)] in makers:
                     call["kwargs"]["evaluate"] = True
         elif last in self.frozen_before:
             self._set_frozen(frozen=self.frozen_before[last])
