@@ -28,6 +28,8 @@ BOUNDS = {
 }
 MOST_KEYS = 4
 """Unsupported keys, shown one by one."""
+SHOWN = ("command", "trainer", "trl")
+"""What is assumed of these is shown without `-v`; of shell variables too."""
 
 COLUMNS = (
     Column("file"),
@@ -139,7 +141,7 @@ def summary(config: ConfigDocument) -> str:
     return (
         f"{files} ({config['tool']} {config['version']}): {counts}{taken}"
         + ("" if by_name.startswith(PROGRAM) else f"; {by_name}")
-        + "".join(f"; {text}" for what, text in assumed.items() if what in ("command", "trainer", "trl") or what.startswith("$"))
+        + "".join(f"; {text}" for what, text in assumed.items() if what in SHOWN or what.startswith("$"))
         + "".join(f"; {key} has {text}" for key, text in assumed.items() if text.startswith("no effect:"))
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -381,9 +382,11 @@ def t4(tmp_path: Path) -> list[str]:
 
 def test_a_wrong_count_makes_the_check_fail(t4: list[str]) -> None:
     """LoRA's B as wide as its input: right for the square q and o of a model, wrong for its grouped k and v."""
+    from peftplan import methods
     from peftplan.methods import lora
 
-    with patch.object(lora, "_features", lambda module: (module.in_features, module.in_features)):
+    wrong = patch.object(lora, "_features", lambda module: (module.in_features, module.in_features))
+    with wrong, patch.object(methods, "_ADAPTED", deque(maxlen=1)):
         done = run(*t4, columns=None)
     assert done.code == 1
     # Qwen2.5-1.5B: q and o are 1536 × 1536, k and v 1536 × 256; r 32 in 28 layers: 32·28·(4·2·1536) = 11,010,048

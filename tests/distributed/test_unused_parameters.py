@@ -22,7 +22,7 @@ ROWS = [
 FILES: dict[str, dict[str, Any]] = {
     "transformers": {"per_device_train_batch_size": 1, "output_dir": "x"},
     "trl": {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "dataset_name": "x", "per_device_train_batch_size": 1, "use_peft": True},
-    "llamafactory": {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "finetuning_type": "lora", "template": "qwen"},
+    "llamafactory": {"model_name_or_path": "Qwen/Qwen2.5-0.5B", "finetuning_type": "lora", "template": "qwen", "do_train": True},
     "axolotl": {"base_model": "Qwen/Qwen2.5-0.5B", "adapter": "lora", "sequence_len": 512, "micro_batch_size": 1},
 }
 REENTRANT_BY_DEFAULT: dict[str, dict[str, Any]] = {
