@@ -108,6 +108,7 @@ TRAINING: dict[str, str] = {
     "--padding/--no-padding": "padded batches, which need an attention mask",
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
+    "--clip-gradients/--no-clip-gradients": "clip the norm of the gradients before a step; default: as the trainer does",
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
 PREFERENCES: dict[str, str] = {
