@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from peftplan.analytic.compiled import key_of_step
 from peftplan.analytic.generation import Generation, ending
-from peftplan.analytic.running import loss_sizes, reference_of
+from peftplan.analytic.reference_model import reference_of
+from peftplan.analytic.running import loss_sizes
 from peftplan.analytic.sizes import sizes
 from peftplan.analytic.steady import prepared
 from peftplan.arch.modules import NO_DROPOUT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.running import reference_of
+from peftplan.analytic.reference_model import reference_of
 from peftplan.analytic.shown import FLAT, FSDP, SHARDING, ZERO
 from peftplan.distributed.device_map import places_of
 from peftplan.distributed.flat_parameters import parts_of

@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.running import OF_MODULES, autocast_of, program_of, reference_of, running_of
+from peftplan.analytic.reference_model import reference_of
+from peftplan.analytic.running import OF_MODULES, autocast_of, program_of, running_of
 from peftplan.arch.modules import NO_DROPOUT
 from peftplan.errors import NoEngineError
 from peftplan.job.lines import is_target

@@ -59,6 +59,8 @@ def check_distributed(
             "accepted: ddp, zero2 or zero3"
         )
     _check_wrapped(distributed, setup, architecture)
+    if setup.clip_gradients is not None and strategy.startswith("zero"):
+        raise RefusedError("clip_gradients: DeepSpeed clips by itself, as `gradient_clipping` of its file says; leave it out")
     if strategy == "device-map" and distributed.nodes > 1:
         raise InputError("nodes", distributed.nodes, "one process sees the GPUs of one machine alone; accepted: 1")
     if strategy == "tp":

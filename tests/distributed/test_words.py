@@ -155,6 +155,10 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     ({"gpus": 8, "strategy": "fsdp2", "dp_shard_size": 3}, "dp_shard_size: 3 is not valid; accepted: a divisor of the 8 GPUs"),
     ({"gpus": 0}, "gpus must be at least 1 (got 0)"),
+    (
+        {"gpus": 2, "strategy": "zero2", "clip_gradients": True},
+        "clip_gradients: DeepSpeed clips by itself, as `gradient_clipping`",
+    ),
     ({"gpus": 2, "strategy": "tp"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),
     ({"gpus": 2, "deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed: stage: 4 is not valid; accepted: 0, 1, 2, 3"),
     (
