@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cache
@@ -148,9 +149,20 @@ def processor_seconds() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """The clock of a test starts before its fixtures do."""
+    """The clock of a test starts before its fixtures do. Jobs of a test that changes formulas share no step with others."""
     item.stash[START] = processor_seconds()
-    return (yield)
+    changes = "monkeypatch" in getattr(item, "fixturenames", ())
+    try:
+        forget_architectures(changes)
+        return (yield)
+    finally:
+        forget_architectures(changes)
+
+
+def forget_architectures(changes: bool) -> None:
+    """Let no job have the architecture of an earlier one, by which its step would be found."""
+    if changes and (prepare := sys.modules.get("peftplan.job.prepare")) is not None:
+        prepare._KEPT.clear()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ from peftplan.job.job import Job
 from peftplan.job.prepare import prepare
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
+from peftplan.job.sources import load_config
 from peftplan.storage import parse_quant
 
 JOB = prepare("gemma-2-2b", method="lora", seq_len=512)
@@ -100,3 +101,12 @@ def test_another_rank_is_compiled_again(compile_again: Callable[..., bool]) -> N
 @pytest.mark.parametrize("sizes", [{"seq_len": 1024}, {"seq_len": 8}])
 def test_other_sizes_of_the_same_operations_are_not(sizes: dict[str, int], compile_again: Callable[..., bool]) -> None:
     assert not compile_again(at(**sizes))
+
+
+def test_a_config_that_is_read_again_is_not_compiled_again() -> None:
+    """What a job reads of its config beside the architecture is not in the key, so all of the config is compared."""
+    config = load_config("gemma-2-2b")
+    first, again, other = (prepare(read, method="lora") for read in (config, {**config}, {**config, "bos_token_id": 7}))
+    assert first.architecture is again.architecture
+    assert first.architecture == other.architecture
+    assert first.architecture is not other.architecture
