@@ -267,7 +267,7 @@ def prepared(request: Request) -> Job:
         adapter,
         setup,
         quant,
-        _kept(architecture, model_config),
+        _kept(architecture, model_config) if loaded is None else architecture,
         adaptation,
         warnings,
         chosen,
@@ -281,7 +281,8 @@ MOST_KEPT = 32
 
 
 def _kept(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`)."""
+    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`). Of a model
+    that is loaded the config does not say what trains."""
     for kept, of_config in _KEPT:
         if kept is architecture or (kept == architecture and of_config == config):
             return kept
