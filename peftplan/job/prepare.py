@@ -281,8 +281,10 @@ MOST_KEPT = 32
 
 
 def _kept(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`). Of a model
-    that is loaded the config does not say what trains."""
+    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`).
+
+    Not for a loaded model, whose config does not say what trains.
+    """
     for kept, of_config in _KEPT:
         if kept is architecture or (kept == architecture and of_config == config):
             return kept
