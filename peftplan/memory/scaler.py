@@ -13,6 +13,11 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
 
+def cannot_unscale(dtype: str) -> str:
+    """Why gradients of this dtype are refused."""
+    return f"autocast: fp16 training cannot unscale {dtype} gradients; accepted: trained parameters in fp32, or autocast bf16"
+
+
 class Scaler:
     """`GradScaler`: a scale and a counter that last, their inverse and a mark of infinity per step."""
 
@@ -27,11 +32,10 @@ class Scaler:
         return ops.mul(f, loss, self.scale)
 
     def unscale(self, f: Tape, dtypes: Collection[str]) -> None:
-        """`unscale_` of gradients of these dtypes. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
-        if "fp16" in dtypes:
-            raise RefusedError(
-                "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
-            )
+        """`unscale_` of gradients of these dtypes. Raises RefusedError as torch raises ValueError for fp16 ones; for bf16 its
+        kernel (`_amp_foreach_non_finite_check_and_unscale_cuda`) raises NotImplementedError."""
+        if narrow := {"fp16", "bf16"}.intersection(dtypes):
+            raise RefusedError(cannot_unscale(max(narrow)))
         wide = f.new((), "fp64", "double")
         inverse = f.new((), "fp64", "reciprocal")
         del wide

@@ -261,7 +261,7 @@ def _estimated(
     vllm = vllm_of(setup, weights_in_vllm(question.inventory) if setup.use_vllm else 0)
     standing = static.bytes() if vllm or any(peaks.peaks is None for peaks in by_card) else 0
     assumed = assumptions(job, quantized=built.quantized)
-    notes = card_notes(cards, setup, job.quant)
+    notes = card_notes(cards, job)
     if peaks is not None:
         notes += [*((NO_PICTURES,) if peaks.scope else ()), *release_notes(job, peaks)]
     if notes:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
     from peftplan.hardware.processors import Processors
     from peftplan.job.inventory import Inventory
+    from peftplan.job.job import Job
 
 
 MAX_CONTEXT_MIB = 2**20
@@ -167,12 +168,12 @@ def parse_context(context: object) -> float:
     return mib
 
 
-def card_notes(cards: "Iterable[Gpu]", setup: Setup, quant: QuantConfig | None) -> list[str]:
+def card_notes(cards: "Iterable[Gpu]", job: "Job") -> list[str]:
     """What a card does otherwise than the setup says, which no number shows.
 
     torch emulates bf16 below compute capability 8.0; transformers dequantizes a format that the card is too old for.
     """
-    return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, setup, quant)]
+    return [f"{card.id}: {note}" for card in dict.fromkeys(cards) for note in _notes(card, job)]
 
 
 def _dequantized(card: "Gpu", quant: QuantConfig | None) -> tuple[int, int] | None:
@@ -181,8 +182,17 @@ def _dequantized(card: "Gpu", quant: QuantConfig | None) -> tuple[int, int] | No
     return oldest if oldest is not None and pair(capability(card)) < oldest else None
 
 
-def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str]:
-    has = capability(card)
+def _in_fp16(job: "Job") -> str:
+    """The options of the same job in fp16, whose gradients are unscaled in fp32; nothing where what trains is in 16 bits then."""
+    setup = job.setup
+    if job.method is not None and job.method.name != "full" and setup.adapter_dtype != "fp32":
+        return ""
+    also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
+    return f" (--dtype {'fp32' if job.method is None or job.method.name == 'full' else 'fp16'} --autocast fp16{also})"
+
+
+def _notes(card: "Gpu", job: "Job") -> Iterator[str]:
+    has, setup, quant = capability(card), job.setup, job.quant
     if (vllm := vllm_of(setup)) is not None:
         from peftplan.hardware.usable import usable_bytes
 
@@ -199,8 +209,7 @@ def _notes(card: "Gpu", setup: Setup, quant: QuantConfig | None) -> Iterator[str
     if _takes_fp16(card, setup):
         yield "no bf16 in hardware: Unsloth takes fp16 there, which is counted"
     elif card.bf16 is False and _in_bf16(setup):
-        also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
-        yield f"no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16{also})"
+        yield f"no bf16 in hardware: torch emulates it, slowly{_in_fp16(job)}"
     if quant and (oldest := _dequantized(card, quant)) and not setup.by_unsloth:
         yield f"{quant.name} needs compute capability {oldest[0]}.{oldest[1]}: transformers loads the larger, dequantized model"
     if kernels_of(setup.kernels or ()).attention is not None and pair(has) < OF_DOCUMENTS:

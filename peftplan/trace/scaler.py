@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from peftplan.errors import RefusedError
+from peftplan.memory.scaler import cannot_unscale
 
 INITIAL_SCALE = 2.0**16
 GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 2.0, 0.5, 2000
@@ -28,17 +29,16 @@ class Scaler:
         return loss * self.scale
 
     def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """`unscale_`. Raises RefusedError for fp16 gradients, as torch raises ValueError."""
+        """`unscale_`. Raises RefusedError as torch does for gradients of 16 bits (`memory.scaler`)."""
         inverse = self.scale.double().reciprocal().float()
         self.found_inf = torch.full((), 0.0, dtype=torch.float32, device=self.scale.device)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        if torch.float16 in by_dtype:
-            raise RefusedError(
-                "autocast: fp16 training cannot unscale fp16 gradients; accepted: trained parameters in fp32, or bf16"
-            )
+        for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+            if dtype in by_dtype:
+                raise RefusedError(cannot_unscale(name))
         for gradients in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, inverse)
 

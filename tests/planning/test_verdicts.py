@@ -76,7 +76,9 @@ def test_verdicts_subtract_what_they_show() -> None:
 @pytest.mark.parametrize(
     ("gpu", "options", "expected"),
     [
-        ("t4", {}, "t4: no bf16 in hardware"),
+        ("t4", {}, "t4: no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16)"),
+        ("t4", {"method": "full"}, "slowly (--dtype fp32 --autocast fp16)"),
+        ("t4", {"adapter_dtype": "bf16"}, "emulates it, slowly"),
         ("t4", {"dtype": "fp16", "autocast": "fp16"}, None),
         ("a100-80gb", {}, None),
         ("a100-80gb", {"quant": "fp8"}, "fp8 needs compute capability 8.9"),
@@ -94,6 +96,10 @@ def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], e
     notes = [note for note in estimate("llama-2-7b", gpu=gpu, **options).assumptions["notes"] if note.startswith(gpu)]
     assert [note for note in notes if expected is None or expected not in note] == []
     assert bool(notes) == (expected is not None)
+    for note in notes:
+        if named := re.search(r"--dtype (\w+) --autocast (\w+)", note):
+            in_fp16 = {**options, "dtype": named[1], "autocast": named[2]}
+            assert estimate("llama-2-7b", gpu=gpu, **in_fp16).peaks is not None
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,14 @@ def test_fp16_training_holds_a_scale_and_a_counter() -> None:
     assert 0 < more <= 4 * 512
 
 
-def test_fp16_gradients_cannot_be_unscaled() -> None:
-    """torch: "Attempting to unscale FP16 gradients."."""
-    with pytest.raises(RefusedError, match="cannot unscale fp16 gradients"):
-        traced(llama(1), None, trainer="transformers", dtype="fp16", autocast="fp16", seq_len=64)
+def test_gradients_of_16_bits_cannot_be_unscaled() -> None:
+    """torch: "Attempting to unscale FP16 gradients.". Of bf16 gradients its kernel is "not implemented for 'BFloat16'": so ended
+    rehearsals with `fp16=True` of full fine-tuning by Trainer and of QLoRA by SFTTrainer, whose adapters are bf16."""
+    for dtype in ("fp16", "bf16"):
+        with pytest.raises(RefusedError, match=f"cannot unscale {dtype} gradients"):
+            traced(llama(1), None, trainer="transformers", dtype=dtype, autocast="fp16", seq_len=64)
+        with pytest.raises(RefusedError, match=f"cannot unscale {dtype} gradients"):
+            estimate(llama(1), method="full", trainer="transformers", dtype=dtype, autocast="fp16", seq_len=64)
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
     weight.grad = torch.zeros_like(weight)
     scaler = torch.amp.GradScaler("cpu")
