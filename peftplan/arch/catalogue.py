@@ -5,6 +5,7 @@
 """
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple, TypedDict
@@ -21,6 +22,8 @@ DTYPES = "checkpoint_dtypes.json"
 
 BY_OLLAMA = {"mistral:7b": "mistral-7b-v0.3"}
 """Names of Ollama that mean a later release than the name without a colon, which has another vocabulary."""
+OF_A_SITE = re.compile(r"https?://[^/]+/([^/?#]+/[^/?#]+)")
+"""The page of a repository → its id."""
 MOST_NEAR = 3
 """Models that the error for an unknown name suggests."""
 
@@ -81,12 +84,8 @@ class UnknownModelError(UnknownNameError):
 
     def __init__(self, value: object, choices: tuple[str, ...]) -> None:
         self.choices = sorted(choices, key=lambda name: (len(name), name))
-        loose = {_loose(name): name for name in reversed(self.choices)}
-        alike = [loose[name] for name in nearest(_loose(str(value)), list(reversed(loose)), most=4 * MOST_NEAR)]
-        by_model: dict[ModelEntry | None, str] = {}
-        for name in alike:
-            by_model.setdefault(find(name), name)
-        near = list(by_model.values())[:MOST_NEAR]
+        on_site = OF_A_SITE.match(str(value))
+        near = [on_site[1]] if on_site else near_models(str(value), self.choices)
         more = near and _loose(near[0]).startswith(_loose(str(value))) and len(models(str(value))) > len(near)
         listed = f" (`peftplan models {value}` lists more)" if more else ""
         InputError.__init__(
@@ -96,6 +95,17 @@ class UnknownModelError(UnknownNameError):
             (f"did you mean {' or '.join(near)}{listed}? " if near else "")
             + f"accepted: one of {len(models())} built-in names, a Hub id (owner/name), or a path to a config.json or its folder",
         )
+
+
+def near_models(name: str, choices: Iterable[str] | None = None) -> list[str]:
+    """Built-in names that read like this one, of different models, best first."""
+    ordered = sorted(_short_names() if choices is None else choices, key=lambda each: (len(each), each))
+    loose = {_loose(each): each for each in reversed(ordered)}
+    alike = [loose[each] for each in nearest(_loose(name), list(reversed(loose)), most=4 * MOST_NEAR)]
+    by_model: dict[ModelEntry | None, str] = {}
+    for each in alike:
+        by_model.setdefault(find(each), each)
+    return list(by_model.values())[:MOST_NEAR]
 
 
 @cache
@@ -187,4 +197,8 @@ def is_other_run(name: str) -> bool:
 
 def unknown(name: str) -> UnknownModelError:
     """The error for a name that is neither built in, nor a path, nor a Hub id."""
-    return UnknownModelError(name, tuple(key for key in _by_key() if "/" not in key))
+    return UnknownModelError(name, _short_names())
+
+
+def _short_names() -> tuple[str, ...]:
+    return tuple(key for key in _by_key() if "/" not in key)

@@ -358,6 +358,8 @@ def test_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubError, match="HF_HUB_OFFLINE") as caught:
         load("me/tiny")
     one_line(caught.value)
+    with pytest.raises(HubError, match=r"similar built-in names: .*qwen3-8b"):
+        load("Qwen/Qwen3-9B")
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
