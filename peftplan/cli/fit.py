@@ -39,7 +39,7 @@ SIZES: dict[str, Size] = {"batch-size": "batch_size", "seq-len": "seq_len", "r":
     "--keep",
     default=None,
     metavar="OPTIONS",
-    help="what no plan may change: method, seq-len, trainer, loss, gradient-checkpointing",
+    help="what no plan may change: method, seq-len, trainer, loss, gradient-checkpointing, eval-batch-size",
 )
 @option("--min-seq-len", type=INT, default=None, metavar="INT", help="plans may shorten sequences down to this many tokens")
 @option("--allow-tight", is_flag=True, help="a plan may leave less than 5 % of the card")

@@ -69,14 +69,13 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
         fitting = [spared(job, trials, unchanged, singles, row) for row in fitting]
     numbers = fewest_gpus(job, trials, unchanged, singles, fitting)
     fitting += numbers
-    shown_already = [row.options for row in fitting]
     failed = {str(row.options): row.verdict for row in replayed if row.verdict not in FITS}
 
     def shortens_in_vain(change: Change) -> bool:
         return "seq_len" in change.options and (change.left(unchanged) > trials.room or str(change.options) in failed)
 
     changes = (change for change in singles if everything or not shortens_in_vain(change))
-    rest = [row_of(trials, unchanged, change) for change in changes if change.options not in shown_already]
+    rest = [row for change in changes if not _restates(row := row_of(trials, unchanged, change), fitting)]
     others = [row._replace(verdict=failed.get(str(row.options), row.verdict)) for row in rest]
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
@@ -129,6 +128,14 @@ def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[d
             decided.add(kind)
     in_order = [options for options, _ in possible]
     return sorted(changes, key=lambda change: in_order.index(dict(change.options)))
+
+
+def _restates(row: Advice, shown: Iterable[Advice]) -> bool:
+    """Whether a change is one that is shown, or adds to it what follows from it, such as a trainer's own loss."""
+    return any(
+        each.options == row.options or (each.options.items() < row.options.items() and each.saving_bytes == row.saving_bytes)
+        for each in shown
+    )
 
 
 def _alike(options: Mapping[str, object], others: Mapping[str, object]) -> bool:

@@ -89,7 +89,8 @@ def fit(
     then by tokens per step.
 
     - `gpu`: one card, or a list of cards with one answer each.
-    - `keep`: options that no plan may change: `method`, `seq_len`, `trainer`, `gradient_checkpointing`, `loss`.
+    - `keep`: options that no plan may change: `method`, `seq_len`, `trainer`, `gradient_checkpointing`, `loss`,
+      `eval_batch_size`.
     - `min_seq_len`: plans may shorten sequences down to this length. With `max="seq_len"`, shorter lengths are no plan.
     - `allow_tight`: a plan may be `tight`.
     - `engine`: `trace` traces the job as typed and with each of `methods` (default: none), at a few sizes: those near the

@@ -27,6 +27,8 @@ SAVES: tuple[dict[str, object], ...] = (
 )
 """Options that change no result of a training step, tried beside each method: layers that are computed again, and SFTTrainer's
 loss, which never materializes all logits, where a trainer has the same objective and the model its own code."""
+ONE_ROW: dict[str, object] = {"eval_batch_size": 1}
+"""What saves memory where an evaluation needs most."""
 
 
 def ranked(
@@ -65,7 +67,7 @@ def in_order(first: Plan, others: Iterable[Plan], *, by_size: bool = False) -> t
 
 def kept_options(keep: object, size: str) -> frozenset[str]:
     """The options that no plan may change. Raises UnknownNameError for a name that no plan changes."""
-    changeable = ("method", "seq_len", *(name for options in SAVES for name in options))
+    changeable = ("method", "seq_len", *(name for options in (*SAVES, ONE_ROW) for name in options))
     typed = [name.replace("_", "-") for name in changeable]
     each = listed(keep)
     if not isinstance(each, Iterable) or not all(isinstance(name, str) for name in each):
@@ -93,6 +95,7 @@ def changes_of(
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
     own_loss = first.assumptions["trainer"] not in ONE_FORWARD or first.assumptions.get("kernels")
     saves = [change for change in SAVES if not (own_loss and change is CHUNKED)]
+    saves += [ONE_ROW] if first.binding is not None and first.binding.phase == "evaluate" else []
     saving = [change for change in saves if fixed.isdisjoint(change) and not change.items() <= first.assumptions.items()]
     shorter = min_seq_len is not None and size != "seq_len" and "seq_len" not in fixed and min_seq_len < first.seq_len
     lengths: list[dict[str, object]] = [{}, {"seq_len": min_seq_len}] if shorter else [{}]

@@ -77,7 +77,8 @@ def headline(result: Fit, marks: Glyphs) -> str:
         return f"{marks.fails} {job} does not fit at {first.seq_len:,} tokens, nor at more: it {needs}{_others(result)}"
     if not first.size:
         where = "with" if result.size == "model" else "at"
-        return f"{marks.fails} {job} does not fit {where} any {word}: {where} the smallest it {needs}{_others(result)}"
+        because = f", because of its evaluation of {rows} rows" if (rows := _evaluated_rows(first)) else ""
+        return f"{marks.fails} {job} does not fit {where} any {word}{because}: {where} the smallest it {needs}{_others(result)}"
     verb = "fits" if first.verdict == "fits" else "runs, tightly,"
     if result.size == "model":
         largest = "the largest there is" if first.bounded else "the largest that does"
@@ -87,6 +88,11 @@ def headline(result: Fit, marks: Glyphs) -> str:
         of_model = result.size == "seq_len" and first.size < CEILINGS["seq_len"]
         more = " (all that the model has)" if of_model else ", and more: the search ended there"
     return f"{marks.fits} {job} {verb} up to {word} {first.size:,}{more}; it {needs}"
+
+
+def _evaluated_rows(plan: Plan) -> object:
+    """How many rows an evaluation has where it, and no step, needs most."""
+    return plan.assumptions["eval_batch_size"] if plan.binding is not None and plan.binding.phase == "evaluate" else None
 
 
 def _others(result: Fit) -> str:

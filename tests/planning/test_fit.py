@@ -316,7 +316,18 @@ def test_several_cards_get_an_answer_each() -> None:
 def test_what_may_be_kept_is_named_as_it_is_typed() -> None:
     wrong = run("fit", "llama-3.2-1b", "--gpu", "l4", "--keep", "color")
     assert wrong.code == 2
-    assert "accepted: gradient-checkpointing, loss, method, seq-len, trainer" in wrong.err
+    assert "accepted: eval-batch-size, gradient-checkpointing, loss, method, seq-len, trainer" in wrong.err
+
+
+def test_an_evaluation_that_does_not_fit_is_named_and_made_smaller() -> None:
+    """8 rows of 2,048 tokens have 8 x 2,048 x 151,936 logits: 4.6 GiB in bf16, and 9.3 in fp32."""
+    job: dict[str, Any] = {"gpu": "rtx-3060", "eval_batch_size": 8, "keep": ("method", "trainer")}
+    result = fit("qwen3-0.6b", **job)
+    assert "because of its evaluation of 8 rows: at the smallest it needs" in fitting.headline(result, ASCII)
+    assert [plan.changes for plan in result.plans[1:]] == [{"eval_batch_size": 1}]
+    without = fit("qwen3-0.6b", gpu="rtx-3060", keep=("method", "trainer")).plans[0]
+    assert result.plans[1].size == without.size
+    assert len(fit("qwen3-0.6b", **{**job, "keep": ("method", "trainer", "eval_batch_size")}).plans) == 1
 
 
 def test_a_size_that_is_searched_and_typed_is_said_to_be_unused() -> None:
