@@ -283,6 +283,7 @@ class Reading:
                 if "to" in (meant := self.tool.rows.get(key, {})):
                     self.set({meant["to"]: by_word(meant.get("values", {}), default)})
                     self.defaults[meant["to"]] = self._place(at)
+        self.effective.values = {**self.effective.values, **rule.get("instead", {})}
         for option, names in rule.get("add", {}).items():
             before = listed(self.options.get(option))
             self.set({option: tuple(dict.fromkeys((*(before if isinstance(before, tuple) else ()), *names)))})

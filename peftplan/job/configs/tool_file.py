@@ -137,6 +137,8 @@ class Rule(TypedDict, total=False):
     """Option → names that are added to those that other rules set."""
     defaults: Mapping[str, object]
     """Keys → the tool's values of them, in place of its usual defaults, where the file leaves them out."""
+    instead: Mapping[str, object]
+    """Keys → the values that count for later rules, whatever the file says."""
     by_default: bool
     """Whether the tool does so by itself."""
     unsupported: Refusal

@@ -293,7 +293,8 @@ trainer = SFTTrainer(model="Qwen/Qwen2.5-0.5B", args=args)
     [
         ("trainer.train()\nprint(trainer.evaluate())", "", 8),
         ("trainer.train()\ntrainer.evaluate()", "per_device_eval_batch_size=2", 2),
-        ("trainer.train()\ntrainer.evaluate()", 'eval_strategy="no"', None),
+        ("trainer.train()\ntrainer.evaluate()", 'eval_strategy="no"', 8),
+        ("trainer.train()", 'eval_strategy="no"', None),
         ("trainer.train()\nmetric.evaluate()", "", None),
         ("trainer.train()", "", None),
     ],
