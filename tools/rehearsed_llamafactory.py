@@ -3,8 +3,8 @@
     python -m tools.rehearsed_llamafactory FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
-are as long as `cutoff_len` says. Needs llamafactory 0.9.5, the package of the optimizer that a config names, and the CUDA build
-of torch.
+are as long as `cutoff_len` says; with `do_eval` the program ends itself. Needs llamafactory 0.9.5, the package of the optimizer
+that a config names, and the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,16 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         file = Path(output, "config.yaml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
         command = [sys.executable, "-c", PROGRAM, str(file)]
-        return row | kept_of(rehearse(command, world_size=row.get("gpus"), gpu=CARD, timeout=900, stdout=sys.stderr.fileno()))
+        whole = bool(values.get("do_eval"))  # it evaluates behind the last step
+        result = rehearse(
+            command,
+            world_size=row.get("gpus"),
+            gpu=CARD,
+            steps=0 if whole else 3,
+            timeout=900,
+            stdout=sys.stderr.fileno(),
+        )
+        return row | kept_of(result, ended="program" if whole else "steps")
 
 
 if __name__ == "__main__":

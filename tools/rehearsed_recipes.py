@@ -107,13 +107,13 @@ def _without_formats(shipped: dict[str, Any]) -> dict[str, Any]:
     return shipped | {name: shipped[name] | {"checkpoint_files": []} for name in listed}
 
 
-def kept_of(result: Rehearsal) -> dict[str, Any]:
-    """What a row keeps of a rehearsal."""
+def kept_of(result: Rehearsal, *, ended: str = "steps") -> dict[str, Any]:
+    """What a row keeps of a rehearsal, if it `ended` as it should."""
     rank = result.largest_rank
-    if rank is None or result.ended != "steps":
+    if rank is None or result.ended != ended:
         return {"ended": result.ended}
     return {
-        "ended": "steps",
+        "ended": ended,
         "allocated": rank.peak_allocated,
         "reserved": rank.peak_reserved,
         "by_phase": dict(rank.peak_by_phase),

@@ -36,6 +36,7 @@ REHEARSED: Mapping[TrainerName, Evaluated] = MappingProxyType(
         "trl-reward": Evaluated((None,), task="SEQ_CLS"),
         "trl-orpo": Evaluated((None,)),
         "trl-cpo": Evaluated((None,)),
+        "llamafactory": Evaluated((None,)),
         "llamafactory-dpo": Evaluated((None,)),
         "torchtune": Evaluated(("fsdp2",), losses=("full", "torchtune-linear", "torchtune-chunked")),
         "axolotl": Evaluated((None, "ddp", "fsdp1"), losses=("full", "liger"), kernels=("axolotl.", *OF_LIGER)),

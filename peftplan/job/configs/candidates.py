@@ -13,7 +13,7 @@ from peftplan.job.configs.tool_file import Meant, Rule
 
 OPEN_WORDS = ("auto", "*")
 """Their words for what the tool chooses itself."""
-LITERALS = {"true": True, "false": False, "none": None}
+LITERALS = {"true": True, "false": False, "none": None, "0.0": 0.0}
 
 
 def candidates(tool: Facts, option: str, value: object, reading: Reading) -> Iterator[Values]:

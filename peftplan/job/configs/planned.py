@@ -139,6 +139,8 @@ def planned(reading: Reading) -> ConfigPlan:
     of_ddp = {name: value for name in OF_DDP if isinstance(value := options.get(name), (int, float))}
     if options.get("strategy", "ddp") != "ddp":
         options = {name: value for name, value in options.items() if name not in OF_DDP}
+    if str(options.get("strategy")).startswith("zero"):  # DeepSpeed clips by itself
+        options.pop("clip_gradients", None)
     alone = number_in(options, "gpus") * number_in(options, "nodes") == 1
     if "strategy" not in options and alone:  # what says how to share, where nothing is shared
         options = {name: value for name, value in options.items() if name in ALWAYS or name not in OPTIONS}

@@ -33,6 +33,7 @@ from peftplan.job.prepare import prepare
 from peftplan.job.setup import Setup
 from peftplan.job.sources import Source
 from peftplan.job.trainers import ONE_FORWARD
+from peftplan.methods.targets import ALL_LINEAR
 
 STATED = (
     *("method", "r", "lora_dropout", "target_modules", "seq_len", "batch_size", "gradient_accumulation_steps"),
@@ -269,8 +270,8 @@ class _Writing:
         value = self.job.method_name if field == "method" else self.target[field]
         if field in BY_TARGETS and self.job.config is not None:
             choosing = {name: getattr(self.job.config, name, None) for name in reversed(BY_TARGETS)}
-            field, value = next(((name, each) for name, each in choosing.items() if each), (field, choosing[field]))
-        theirs = now.fields.get(field)
+            field, value = next(((name, each) for name, each in choosing.items() if each), (field, ALL_LINEAR))
+        theirs = (now.plan.options if field == "target_modules" else now.fields).get(field)
         if self.job.method is not None and field in self.job.method.defaults.keys() - self.stated:
             field, value, theirs = "method", self.job.method_name, None  # the name implies it
         if field == "by_torchao" and self.job.quant is not None:
@@ -279,7 +280,8 @@ class _Writing:
             value, theirs = (by_torchao, by_bitsandbytes) if value else (by_bitsandbytes, by_torchao)
         if field == "kernels":
             value, theirs = (packages_of(each) if isinstance(each, (tuple, list)) else each for each in (value or (), theirs))
-        runs = "" if field in BY_TARGETS or theirs is None or theirs == value else f"; accepted: {theirs}"
+        of_modules = field in BY_TARGETS and not isinstance(theirs, str)
+        runs = "" if of_modules or theirs is None or theirs == value else f"; accepted: {theirs}"
         if field == "method":
             names = [name for name in self._methods() if name != value and methods.METHODS[name].module != "partial"]
             runs = f"; accepted: {', '.join(names)}"

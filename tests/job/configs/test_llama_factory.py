@@ -198,6 +198,13 @@ def test_llamafactory_v1_has_defaults_behind_its_plugins_names() -> None:
         ("llava-hf/llava-1.5-7b-hf", 19_988_480),
         ("meta-llama/Llama-3.2-11B-Vision", 26_214_400),
         ("Qwen/Qwen3-4B", 16_515_072),
+        ("google/gemma-4-E4B-it", 19_439_616),
+        ("google/gemma-4-26B-A4B", 9_999_360),  # routers have a projection
+        ("Qwen/Qwen3.5-4B", 16_232_448),
+        ("Qwen/Qwen3.5-35B-A3B", 11_238_720),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", 6_684_672),
+        ("OpenGVLab/InternVL3-2B-hf", 9_232_384),
+        ("meta-llama/Llama-4-Scout-17B-16E", 27_918_336),
     ],
 )
 def test_all_means_the_language_model(model: str, trained: int) -> None:
@@ -205,6 +212,12 @@ def test_all_means_the_language_model(model: str, trained: int) -> None:
     these models on the meta device; Qwen3 4B has the layers of Qwen3-VL 4B."""
     plan = read({**LLAMAFACTORY, "model_name_or_path": model, "lora_target": "all", "lora_rank": 8})
     assert peftplan.estimate(config=plan).trainable_parameters == trained
+
+
+def test_all_linear_is_no_word_of_llama_factory() -> None:
+    """It splits `lora_target` at commas, and peft raises: "Target modules {'all-linear'} not found in the base model."."""
+    plan = read({**LLAMAFACTORY, "lora_target": "all-linear"})
+    assert plan.refused["lora_target"].instead == {"lora_target": "all"}
 
 
 @pytest.mark.parametrize(("stage", "refused"), [("z2", False), ("z3", True)])
