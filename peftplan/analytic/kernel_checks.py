@@ -221,9 +221,12 @@ def fused_by_awq(job: Job, tokens: Size) -> Fact:
 
 
 def reads_packed(job: Job) -> bool:
-    """Whether gptqmodel's kernels make the products of a plain LoRA on one GPU as was rehearsed (tests/rehearse/packed.jsonl)."""
+    """Whether gptqmodel's kernels make the products of a plain LoRA as was rehearsed on one GPU and under DDP
+    (tests/rehearse/packed.jsonl)."""
     setup, quant = job.setup, job.quant
-    if quant is None or quant.bits not in PACKED_BITS.get(quant.name, ()) or job.distributed is not None or setup.kernels:
+    if quant is None or quant.bits not in PACKED_BITS.get(quant.name, ()) or setup.kernels:
+        return False
+    if job.distributed is not None and job.distributed.strategy != "ddp":
         return False
     if job.method is None or job.method.peft_type != "LORA" or getattr(job.config, "use_dora", False):
         return False

@@ -197,6 +197,10 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Earlie
     job, parameters, _, holding = inventory
     if job.distributed is not None and job.distributed.strategy == "tp":
         model.units = TensorParallel(model, job.distributed, parameters.all)
+    if job.distributed is not None and job.distributed.strategy == "ddp" and job.quant is not None:
+        from peftplan.memory.synced import sent_in_forward
+
+        program = program._replace(sent=sent_in_forward(parameters))
     if job.distributed is not None and job.distributed.gradient_as_bucket_view:
         model.units = BucketViews(model.tape)
     elif _steps_again(job, program):

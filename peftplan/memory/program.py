@@ -45,5 +45,7 @@ class Program(NamedTuple):
     """Of what APOLLO projects, by name."""
     copies_outputs: bool = False
     """Whether DDP returns a copy of each of the model's outputs (torch, nn/parallel/distributed.py, `_DDPSink`)."""
+    sent: tuple[int, ...] = ()
+    """Bytes of the flat tensors that DDP sends before the first forward of a step (`synced.sent_in_forward`)."""
     steps_in_backward: bool = False
     """Whether accelerate's `backward` also clips and steps, as under DeepSpeed: the loss, and its graph, is still there then."""

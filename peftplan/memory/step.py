@@ -73,6 +73,10 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
             continue
         f.segment = abs(f.segment) + 1  # forward code again, after the backward of the micro batch before
         f.mark("forward")
+        if program.sent and not number:
+            from peftplan.memory.synced import send_on_tape
+
+            send_on_tape(f, program.sent)
         shares = shared(model)
         loss = loss_of_batch(model, program, reference, outputs)
         f.mark("backward")

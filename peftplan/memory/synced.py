@@ -16,7 +16,10 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger
 from peftplan.memory.loaded import Handle, Loader, Memory
-from peftplan.parameters import Parameters
+from peftplan.parameters import Parameter, Parameters
+from peftplan.tape.streams import on_stream
+from peftplan.tape.tape import Tape
+from peftplan.tape.tensors import Tensor
 
 BROADCAST_BUCKET = 250 * 2**20
 """Bytes at which a bucket is sent (torch, nn/parallel/distributed.py, `broadcast_bucket_size`)."""
@@ -38,12 +41,32 @@ def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
 
 
 def of_model(parameters: Parameters, buffers: Ledger) -> tuple[int, ...]:
-    """Those of a whole model."""
-    weights = (
-        next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p, _ in tensors(in_module_order(parameters))
-    )
+    """Those of a whole model. Packed layers have buffers alone, which follow all parameters."""
+    each, packed = [p for p, _ in tensors(in_module_order(parameters))], _packed(parameters)
+    weights = [next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p in each if _module(p) not in packed]
     of_buffers = ((line.dtype, ITEMSIZE[line.dtype] * prod(line.shape)) for line in buffers for _ in range(line.copies))
-    return flat_tensors([*((a.dtype, a.nbytes) for a in weights), *of_buffers])
+    return flat_tensors([*((a.dtype, a.nbytes) for a in weights), *_of_packed(parameters), *of_buffers])
+
+
+def sent_in_forward(parameters: Parameters) -> tuple[int, ...]:
+    """Those of packed layers, which DDP sends again before the first forward of each step (torch, nn/parallel/distributed.py,
+    `_sync_buffers`). Left out: other buffers, of a few hundred bytes."""
+    return flat_tensors(_of_packed(parameters))
+
+
+def _packed(parameters: Parameters) -> set[str]:
+    """Layers whose tensors are all buffers, the bias too (gptqmodel, nn_modules/qlinear)."""
+    return {_module(p) for p in parameters.all if p.allocations[0].name == "qweight"}
+
+
+def _of_packed(parameters: Parameters) -> list[tuple[str, int]]:
+    packed = _packed(parameters)
+    each = (p for p, _ in tensors(in_module_order(parameters)) if _module(p) in packed) if packed else ()
+    return [(a.dtype, a.nbytes) for p in each for a in p.allocations]
+
+
+def _module(p: Parameter) -> str:
+    return p.name.rpartition(".")[0]
 
 
 def send(memory: Memory[Handle], flats: Iterable[int]) -> None:
@@ -57,6 +80,14 @@ def send(memory: Memory[Handle], flats: Iterable[int]) -> None:
     for flats_of_bucket in in_flight:
         for flat in flats_of_bucket:
             memory.release(flat)
+
+
+def send_on_tape(f: Tape, flats: Iterable[int]) -> None:
+    """The same in a step."""
+    in_flight: list[Tensor] = []
+    for nbytes in flats:
+        del in_flight[: len(in_flight) + 1 - IN_FLIGHT]
+        in_flight.append(on_stream(f, (nbytes,), "uint8", "buffers that are sent", 0, "communication"))
 
 
 def synced(parameters: Parameters, buffers: Ledger, distributed: Distributed, load: Loader) -> Loader:

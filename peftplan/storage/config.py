@@ -30,7 +30,7 @@ class Format(NamedTuple):
     raises: str | None = None
 
 
-OF_GPTQMODEL = ", but for plain LoRA in a dense model on one GPU by formula, above 128 tokens in awq"
+OF_GPTQMODEL = ", but for plain LoRA in a dense model on one GPU or under DDP by formula, above 128 tokens in awq"
 _BNB_4BIT = Format(
     library="bitsandbytes",
     bits=(4,),
