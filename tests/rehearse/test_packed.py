@@ -60,7 +60,7 @@ def test_what_was_not_rehearsed_has_no_peak(model: str, options: dict[str, Any])
     """Fused products, activations that awq scales, other adapters and ranks, experts."""
     result = peftplan.estimate(model, **{"method": "lora", "seq_len": 256, **options})
     assert result.peaks is None
-    assert "gptqmodel" in result.not_modelled[0]
+    assert "gptq" in result.not_modelled[0]
 
 
 def test_sizes_without_a_formula_beside_others() -> None:
