@@ -539,6 +539,10 @@ def device_map_jobs() -> Iterator[JobName]:
         (2, {"model": "qwen3-8b", "layers": 4, "checkpointing": False}),
         (2, {"model": "qwen2.5-7b", "layers": 6, "batch_size": 2, "accumulation": 2}),
         (2, {"model": "qwen3-8b", "layers": 6, "kbit": True}),
+        (2, {"model": "llama-3.1-8b", "layers": 16}),
+        (3, {"model": "mistral-7b-v0.3", "layers": 24}),
+        (2, {"model": "qwen2.5-7b", "layers": 16, "checkpointing": False}),
+        (2, {"model": "qwen3-8b", "layers": 20, "kbit": True, "batch_size": 2}),
     )
     for devices, more in packed:
         yield "device-map", "qlora", devices, more

@@ -65,9 +65,14 @@ OPEN = (
 )
 """A middle GPU of 1.2 GB on which tails of blocks, 1.6 MB, are missing, -0.14 %. Steps of 0.25 and 0.6 GB, -0.3 and +0.12 %: the
 tail of one block, 0.7 MB, where the allocator puts a state of AdamW."""
-OPEN_RESERVED = 'zero3 full 2 parallel={"sp_size": 2} seq_len=2048 accumulation=2'
+OPEN_RESERVED = (
+    'zero3 full 2 parallel={"sp_size": 2} seq_len=2048 accumulation=2',
+    'device-map qlora 3 model="mistral-7b-v0.3" layers=24',
+    'device-map qlora 2 model="qwen2.5-7b" layers=16 checkpointing=false',
+)
 """Two micro batches of rows that ranks share, with a bucket of 500,000,000 elements in fp32: 247,463,936 of 17.3 GB are missing,
--1.4 %, in one segment. Each phase is within 0.001 %."""
+-1.4 %, in one segment. Each phase is within 0.001 %. GPUs of 1.9 and 4.7 GB of a `device_map` over a base in 4 bits: -22 and +52
+MiB, -1.2 and +1.2 %; loading leaves other blocks free."""
 EQUAL = ("tp", "fsdp1 lora", "fsdp1 qlora")
 """Jobs whose reserved bytes are equal: each module of an adapter is a unit of FSDP1's."""
 ROWS = [row for row in rows() if "error" not in row]
@@ -82,5 +87,5 @@ def test_a_rehearsed_job(row: dict[str, Any]) -> None:
     assert shares is not None
     for phase in PHASES:
         assert abs(shares[phase]) <= (0.003 if row["name"].startswith(OPEN) else 0.001), (phase, shares)
-    most = 0.015 if row["name"] == OPEN_RESERVED else 0.005
+    most = 0.015 if row["name"] in OPEN_RESERVED else 0.005
     assert abs(shares.get("reserved", 0.0)) <= (0.0 if row["name"].startswith(EQUAL) else most), shares
