@@ -119,6 +119,7 @@ FSDP2_FIRST_REHEARSED = Change("accelerate", (1, 8), "the oldest release whose `
 FSDP2_IN_GROUPS = Change("accelerate", (1, 10), "`ParallelismConfig`, which makes groups of ranks under FSDP2")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
 INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
+CODE_COPIED = Change("bitsandbytes", (0, 46), "`quantize_blockwise` keeps a copy of its code; before, all weights shared one")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")
 LATENT_CACHED = Change(
     "transformers", (5, 15), "`DeepseekV3Attention` caches latent keys and values, and expands four dimensions"

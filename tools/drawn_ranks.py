@@ -76,7 +76,8 @@ def drawn(seed: int, jobs: int, folder: Path) -> list[str]:
                 continue
             if config.get("hidden_size", 0) > SIZES["WIDTHS"][1]:
                 continue
-            config["max_position_embeddings"] = min(config.get("max_position_embeddings", MOST_POSITIONS), MOST_POSITIONS)
+            if "max_position_embeddings" in config:  # of GPT-2 and its like another name of `n_positions`
+                config["max_position_embeddings"] = min(config["max_position_embeddings"], MOST_POSITIONS)
             path = folder / f"{seed}-{len(lines) + 1}-{model_type}" / "config.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(config), encoding="utf-8")

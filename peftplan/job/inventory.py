@@ -12,7 +12,7 @@ from peftplan.job.lines import buffer_lines, gradient_lines, optimizer_lines, pr
 from peftplan.job.other_sizes import differ_in_sizes
 from peftplan.job.setup import Setup
 from peftplan.job.trainer import Trainer
-from peftplan.ledger import Ledger, Line
+from peftplan.ledger import Allocation, Ledger, Line
 from peftplan.optim import Optimizer, parse_optim, parse_optim_args
 from peftplan.parameters import Parameter, Parameters
 from peftplan.units import ceil_div
@@ -60,6 +60,11 @@ def inventory(job: Job) -> Inventory:
     return named
 
 
+def _of_own(allocations: tuple[Allocation, ...]) -> tuple[Allocation, ...]:
+    """Without the table that all weights share, which `Parameters.shared` has."""
+    return tuple(a for a in allocations if a.name != "nested_code")
+
+
 def _inventory(job: Job) -> Inventory:
     architecture, adaptation, quant, setup = job.architecture, job.adaptation, job.quant, job.setup
     adapter_dtype, trained_dtype = adapter_dtypes(setup)
@@ -73,6 +78,8 @@ def _inventory(job: Job) -> Inventory:
         trained_dtype=adaptation.trained_dtype or trained_dtype,
         cast_back=setup.by.casts_back,
     )
+    if job.script.shares_nested_code:
+        built = built._replace(all=tuple(p._replace(allocations=_of_own(p.allocations)) for p in built.all))
     buffers = parameters.buffers(
         architecture,
         adaptation,

@@ -78,7 +78,8 @@ class Script(BaseModel):
     `masks_unpadded`, as Llama's code had it (`shifts_logits` and `logits_in_fp32`: of classes called …ForCausalLM)."""
 
     bitsandbytes: Version | None = None
-    """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit` and `keeps_4bit_inputs`."""
+    """The bitsandbytes that ran; None: one as in `versions.READ_IN`. Decides `dequantizes_4bit`, `keeps_4bit_inputs` and
+    `shares_nested_code`."""
 
     @property
     def dequantizes_4bit(self) -> bool:
@@ -89,6 +90,11 @@ class Script(BaseModel):
     def keeps_4bit_inputs(self) -> bool:
         """Whether a product with a 4-bit weight keeps its input until the graph is gone, checkpoint or not."""
         return versions.INPUTS_DROPPED.after(self.bitsandbytes)
+
+    @property
+    def shares_nested_code(self) -> bool:
+        """Whether weights with double quantization share the table of their absmax."""
+        return versions.CODE_COPIED.after(self.bitsandbytes)
 
     @property
     def cublaslt_apart(self) -> bool:

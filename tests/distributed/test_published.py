@@ -24,10 +24,15 @@ EVERY = {case.record.id: case.record for case in read_cases([RUNS / "fms_fsdp1.j
 SAME = {same_answer(record): record.id for record in EVERY.values()}
 WORKSPACES = 2 * 8_519_680
 """cuBLAS on an A100: one workspace for each thread."""
-STATED = 0.0005
-OPEN = 0.005
+STATED = 1e-4
 UNSTATED = 0.025
 """What rows without versions may be off. Adapters, their gradients and states in 16 bits would explain it, but none states so."""
+SCALARS = 2_048
+"""SantaCoder's loss and its like: four blocks of 512 bytes."""
+TAIL = 41 * 2**21 - 84_980_224
+"""What the allocator leaves beyond a shard of SantaCoder's layers in fp32, or its gradient: less than 1 MiB is not split off."""
+MOST_TAILS = 6 * 2**20
+"""Of large blocks whose tails depend on what was free: runs of one job differ by 3.5 MB."""
 
 
 @cache
@@ -42,14 +47,30 @@ def estimated(record: Record) -> Estimate:
     return _estimated(SAME[same_answer(record)])
 
 
-@pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
-def test_what_lasts_on_a_rank(record: Record) -> None:
-    """Within 0.05 %: with the batch, three int64 tensors of all tokens. SantaCoder's within 0.5 %, open."""
+def unlike_persistent(record: Record) -> int:
+    """What was measured, less the estimate, cuBLAS's workspaces and a batch, three int64 tensors of all tokens."""
     sizes = record.run.options
     batch = 3 * 8 * sizes["batch_size"] * sizes["seq_len"]  # type: ignore[operator]
-    expected = record.steps[0]["torch_mem_alloc_bytes_steady"]
-    limit = OPEN if "santacoder" in record.run.model_name else STATED if record.circumstances.versions else UNSTATED
-    assert estimated(record).persistent_bytes + WORKSPACES + batch == pytest.approx(expected, rel=limit)
+    measured = int(record.steps[0]["torch_mem_alloc_bytes_steady"])
+    return measured - estimated(record).persistent_bytes - WORKSPACES - batch
+
+
+@pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
+def test_what_lasts_on_a_rank(record: Record) -> None:
+    """Within 0.01 %; of LoRA, full fine-tuning and 14 ranks of QLoRA 1,536 bytes, three scalars, are left. SantaCoder's full
+    fine-tuning has tails of blocks beside it: in fp32, of 44 of the 48 shards of layers and their gradients."""
+    left, measured = unlike_persistent(record), record.steps[0]["torch_mem_alloc_bytes_steady"]
+    if "santacoder" in record.run.model_name and record.run.method == "full":
+        of_shards = 44 * TAIL if record.run.options["autocast"] == "bf16" else 0
+        assert 0 <= left - SCALARS - of_shards <= MOST_TAILS
+    else:
+        assert abs(left) <= (STATED if record.circumstances.versions else UNSTATED) * measured
+
+
+@pytest.mark.parametrize(("left", "ranks"), [(1_536, 16), (SCALARS, 8)])
+def test_ranks_on_which_scalars_alone_are_left(left: int, ranks: int) -> None:
+    """Those of SantaCoder's QLoRA have one more."""
+    assert sum(unlike_persistent(record) == left for record in EVERY.values()) == ranks
 
 
 ROUTED = 2e-3
@@ -59,14 +80,16 @@ be 5.5 % higher (rehearsed with `--routing worst`)."""
 
 @pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
 def test_the_peak_on_a_rank(record: Record) -> None:
-    """Within 0.01 %, Mixtral and SantaCoder within 0.2 %, rows without versions within 0.6 %. Full fine-tuning peaks in the step,
-    where foreach AdamW holds one more copy of the shards. Adapters peak in the backward of the first layer, when the inputs of
-    all layers and the gradients of the inputs are still there.
+    """Within 0.01 %, SantaCoder within 0.05 %, Mixtral within 0.2 %, rows without versions within 0.6 %.
+
+    Full fine-tuning peaks in the step, where foreach AdamW holds one more copy of the shards. Adapters peak in the backward of
+    the first layer, when the inputs of all layers and the gradients of the inputs are still there.
     """
     peaks = estimated(record).peaks
     assert peaks is not None
-    wide = any(name in record.run.model_name for name in ("Mixtral", "santacoder"))
-    limit = 6e-3 if not record.circumstances.versions else ROUTED if wide else 1e-4
+    name = record.run.model_name
+    limit = ROUTED if "Mixtral" in name else 5e-4 if "santacoder" in name else 1e-4
+    limit = limit if record.circumstances.versions else 6e-3
     assert peaks.allocated == pytest.approx(record.peaks.overall.allocated, rel=limit)
 
 
