@@ -136,15 +136,25 @@ def test_swift_adapts_no_experts_and_may_drop(values: dict[str, object]) -> None
     [
         ("Qwen/Qwen2.5-VL-7B-Instruct", 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))),
         ("Qwen/Qwen3-VL-30B-A3B-Instruct", 48 * 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))),
+        ("google/gemma-4-E4B-it", 19_439_616),
+        ("google/gemma-4-26B-A4B", 9_999_360),
+        ("Qwen/Qwen3.5-4B", 16_232_448),
+        ("OpenGVLab/InternVL3-2B-hf", 9_232_384),
+        ("meta-llama/Llama-4-Scout-17B-16E", 27_918_336),
+        ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", 46_202_880),
+        ("meta-llama/Llama-3.2-11B-Vision", 26_214_400),
     ],
 )
-def test_swift_adapts_the_language_model_alone(model: str, trainable: int) -> None:
-    """`get_multimodal_target_regex`: `freeze_vit` and `freeze_aligner` are on (utils/transformers_utils.py:208)."""
+def test_swift_trains_the_language_model_alone(model: str, trainable: int) -> None:
+    """`get_multimodal_target_regex`: `freeze_vit` and `freeze_aligner` are on (utils/transformers_utils.py:208). The numbers are
+    those of linear layers that it named of these models on the meta device."""
     plan = read({**SWIFT, "model": model, "freeze_aligner": True}, kind="command", program="swift sft")
     assert not plan.unsupported
     assert peftplan.estimate(config=plan).trainable_parameters == trainable
     full = read({**SWIFT, "model": model, "tuner_type": "full"}, kind="command", program="swift sft")
     assert full.options["method"] == "partial"  # `_init_multimodal_full`
+    before_4 = {"model": model, "train_type": "full", "torch_dtype": "bfloat16"}
+    assert read(before_4, kind="command", program="swift sft").options["trainable"] == full.options["trainable"]
     tower = read({**SWIFT, "model": model, "freeze_vit": False}, kind="command", program="swift sft")
     assert tower.unsupported.keys() == {"freeze_vit"}
 
