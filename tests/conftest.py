@@ -23,6 +23,8 @@ from zlib import crc32
 
 import pytest
 
+from peftplan import scans
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's tensors are small here: a second thread only waits
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of the commands that tests start would compile its modules again
 
@@ -44,6 +46,7 @@ SECONDS = 0.05
 SELDOM = 50
 """How many times as long the garbage collector leaves old objects alone: those of torch, of the libraries, and of all tests. One
 scan takes a second or two. With 20, scans were a twentieth of all processor time; 100 would add 0.7 GB to a process."""
+scans.MOST_LEFT *= 16  # objects, 100 MB or so: beside those of all tests one scan took as long as 15 estimates
 PROPERTY = "processor seconds"
 START = pytest.StashKey[float]()
 SHARED: dict[tuple[str, str], float] = {}
@@ -111,6 +114,8 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         young, middle, old = gc.get_threshold()
         gc.set_threshold(young, middle, SELDOM * old)
+        gc.freeze()  # and back: so all of it is old without a scan
+        gc.unfreeze()
         gc.enable()
 
 
