@@ -258,7 +258,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Earlie
     if job.distributed.strategy in FLAT:
         assert holding.rank is not None, "each rank is compiled apart"
         trained = trained_together(job, model.parameters)
-        plain = job.distributed.offload_optimizer != "cpu" and job.distributed.reduced_in(dtype) == dtype
+        plain = job.distributed.reduced_in(dtype) == dtype
         kind = ZeroAnywhere if plain and type(holding.rank) is not int else Zero
         model.units = kind(model, masters, job.distributed, dtype=dtype, rank=holding.rank, trained=trained)
     else:

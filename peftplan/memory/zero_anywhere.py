@@ -6,7 +6,7 @@ world has the same record. The levels are those of `memory.zero`, but not every 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 
 from peftplan.arrays import larger, smaller
@@ -34,7 +34,7 @@ def flattened_anywhere(reduced: Sequence[Slot], bucket_size: int) -> list[int]:
 
 
 class ZeroAnywhere(Zero):
-    """The same for every rank of every world, with the optimizer on the device and gradients reduced in their own dtype."""
+    """The same for every rank of every world, with gradients reduced in their own dtype."""
 
     anywhere = True
     began = 0
@@ -69,10 +69,13 @@ class ZeroAnywhere(Zero):
         for numel in flattened_anywhere(reduced, self.bucket_size) if self.scatters else ():
             self._new((numel,), self.dtype, "flattened bucket", stream)
         of_rank = sum(self.own[key] for key in self.bucketed)
-        begins = (of_rank > 0) * (1 - self.began)
-        self.began += begins
-        for last_group, numel in self.kept_until:
-            self._keep(numel * begins, last_group=last_group)
+        if self.offloads:
+            self.copy_to_host(stream)
+        else:
+            begins = (of_rank > 0) * (1 - self.began)
+            self.began += begins
+            for last_group, numel in self.kept_until:
+                self._keep(numel * begins, last_group=last_group)
         if large is not None and not self.partitions_gradients:
             numel, dtype = reduced[0].numel, large.dtype
             del large
@@ -84,14 +87,23 @@ class ZeroAnywhere(Zero):
         super().end_backward()
         self.began = 0
 
+    def copy_to_host(self, stream: int) -> None:
+        """The casts to fp32 need less than the norms."""
+        there = self._normed([self.own[key] for key in self.bucketed] if self.syncs else [], stream)
+        self.norms.append(self._new((there,), "uint8", "norms of gradients", stream, "temporaries"))
+
     def _norms(self) -> None:
-        """As much as the norms of all gradients need at their highest."""
+        self._normed(self.own.values(), 0)
+
+    def _normed(self, numels: Iterable[int], stream: int) -> int:
+        """Allocate as much as the norms of gradients need at their highest; return what is left of them."""
         highest = there = 0
-        for numel in self.own.values():
+        for numel in numels:
             some = numel > 0
             highest = larger(highest, some * (there + round512(ITEMSIZE["fp64"] * numel) + ALLOCATION_ROUNDING))
             there += some * ALLOCATION_ROUNDING
-        self._new((highest,), "uint8", "norms at their highest", 0, "temporaries")
+        self._new((highest,), "uint8", "norms at their highest", stream, "temporaries")
+        return there
 
     def _flatten(self, group: int) -> None:
         parts = sum(numel > 0 for numel in self._of_group(group))

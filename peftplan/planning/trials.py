@@ -118,7 +118,7 @@ def _shares_record(changed: Inventory, changes: Mapping[str, object]) -> bool:
         return False
     strategy, full = job.distributed.strategy, job.method_name == "full"
     if strategy in ("zero1", "zero2"):
-        return full and job.distributed.offload_optimizer != "cpu"
+        return full
     return strategy in worlds.SHARED and changes.keys() <= OF_GPUS and not (strategy == "zero3" and full)
 
 

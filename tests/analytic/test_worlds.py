@@ -42,6 +42,14 @@ JOBS: dict[str, dict[str, object]] = {
     "zero2, full, in small buckets": {"strategy": "zero2", "method": "full", "reduce_bucket_size": 10**7},
     "zero2, dealt out in turn": {"strategy": "zero2", "round_robin_gradients": True},
     "zero2, optimizer on the host": {"strategy": "zero2", "offload_optimizer": "cpu"},
+    "zero1, full, optimizer on the host": {"strategy": "zero1", "method": "full", "offload_optimizer": "cpu"},
+    "zero2, full, in small buckets, optimizer on the host": {
+        "strategy": "zero2",
+        "method": "full",
+        "offload_optimizer": "cpu",
+        "reduce_bucket_size": 10**7,
+        "gradient_accumulation_steps": 2,
+    },
     "zero3": {"strategy": "zero3"},
     "zero3, full": {"strategy": "zero3", "method": "full"},
 }
@@ -83,7 +91,9 @@ def test_points_equal_single_estimates(strategy: StrategyName) -> None:
             assert nbytes == single.peaks.at_least
 
 
-@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero1, full, tensors larger than the bucket"])
+@pytest.mark.parametrize(
+    "name", ["fsdp1", "fsdp2", "zero1, full, tensors larger than the bucket", "zero1, full, optimizer on the host"]
+)
 def test_worlds_share_a_record(name: str) -> None:
     """FSDP over 2 to 1,024 GPUs is recorded once at each batch size; so is ZeRO-1, each of whose ranks keeps other gradients."""
     COMPILED.clear()
