@@ -159,11 +159,10 @@ def _refined(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
     if change.left(before) > trials.room:
         return change
     if "batch_size" in change.options:
-        sizes = (size for size in range(job.setup.batch_size // 2, 1, -1) if job.setup.batch_size % size == 0)
-        options = (micro_batch(job, size) for size in sizes)
-        larger = [each for each in (tried(trials, before, of_size, change.price) for of_size in options) if each is not None]
-        within_room = [each for each in (*larger, change) if each.left(before) <= trials.room]
-        return next((each for each in within_room if each.left(before) <= _likely_room(trials, before)), within_room[0])
+        likely = _largest(job, trials, before, change, within=_likely_room(trials, before))
+        if likely.left(before) <= _likely_room(trials, before):
+            return likely
+        return _largest(job, trials, before, change, within=trials.room)
     if "seq_len" in change.options:
         return _longest(job, trials, before, change, within=trials.room)
     return change
@@ -182,6 +181,19 @@ def _in_single_rows(job: Job, trials: Trials, before: Sizes, change: Change) -> 
     if job.setup.batch_size == 1 or "batch_size" in change.options:
         return change
     return tried(trials, before, {**micro_batch(job, 1), **change.options}, change.price) or change
+
+
+def _largest(job: Job, trials: Trials, before: Sizes, change: Change, *, within: int) -> Change:
+    """The largest micro batches whose tensors take so many bytes, by bisection; those of the change where none do."""
+    sizes = [size for size in range(2, job.setup.batch_size // 2 + 1) if job.setup.batch_size % size == 0]
+    while sizes:
+        middle = len(sizes) // 2
+        larger = tried(trials, before, micro_batch(job, sizes[middle]), change.price)
+        if larger is not None and larger.left(before) <= within:
+            change, sizes = larger, sizes[middle + 1 :]
+        else:
+            sizes = sizes[:middle]
+    return change
 
 
 def _longest(job: Job, trials: Trials, before: Sizes, change: Change, *, within: int) -> Change:
