@@ -1,6 +1,6 @@
 """Compile a job: run its step once on a tape with symbolic sizes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import prod
 from types import MappingProxyType
@@ -134,7 +134,7 @@ class Written(NamedTuple):
     """A program, the last sizes of its table, and its steps. The cache's key holds their ids, so they must stay alive."""
 
     program: "events.Program"
-    sizes: list[int]
+    sizes: Sequence[int]
     steps: "list[Compiled]"
     generations: tuple[object, ...] = ()
 

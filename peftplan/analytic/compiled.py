@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.analytic.checks import check
 from peftplan.analytic.compile_job import Compiled, Step, Steps, compile_job
-from peftplan.analytic.running import limits_of, loss_sizes
-from peftplan.analytic.sizes import shape_facts
+from peftplan.analytic.running import facts_of
 from peftplan.job.inventory import of_any_device
 from peftplan.job.other_sizes import BESIDE_SIZES
 from peftplan.ledger import Ledger
@@ -177,20 +176,21 @@ class StepKey(tuple[object, ...]):
 _KEYED: "list[tuple[Job, str, StepKey]]" = []
 """The job whose key was built last, and the key: one estimate asks for its steps several times, and for those of each rank."""
 
+_EQUAL: dict[StepKey, StepKey] = {}
+"""Each key → the first one that equals it: caches find that one without a look at its parts."""
+
 
 def key_of_step(job: "Job", compute_capability: str) -> StepKey:
     """What decides which operations a job runs, for the kernels of a compute capability."""
     for of_job, of_kernels, key in _KEYED:
         if of_job is job and of_kernels == compute_capability:
             return key
-    setup, loss = job.setup, loss_sizes(job)
-    length = loss.row(setup.seq_len) + (getattr(job.config, "num_virtual_tokens", None) or 0)
-    facts = (
-        *shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability)),
-        loss.uneven(setup.seq_len),
-    )
+    facts = facts_of(job, compute_capability)
     config = job.config and repr(vars(job.config))
     described = (job.method and job.method.name, config, repr(job.quant), compute_capability)
-    key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *BESIDE_SIZES(setup)))
+    key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *BESIDE_SIZES(job.setup)))
+    if len(_EQUAL) > COMPILED_KEPT:
+        _EQUAL.clear()
+    key = _EQUAL.setdefault(key, key)
     _KEYED[:] = [(job, compute_capability, key)]
     return key

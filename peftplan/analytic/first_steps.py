@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan.analytic import ranks
+from peftplan.analytic.running import facts_of
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.any_world import as_recorded
 from peftplan.job.setup import Setup
@@ -28,7 +29,9 @@ KEPT = 64
 """Orders that are kept."""
 NOT_OF_ORDER = ("gpus", "nodes", "offload_optimizer", "offload_params")
 """Fields of a strategy that do not decide the order."""
-_OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in ("optim", "optim_args")))
+NOT_OF_STEP = ("batch_size", "seq_len", "gradient_accumulation_steps", "optim", "optim_args")
+"""Fields of a setup that do not decide it beside what `facts_of` says of sizes, and how many micro batches are run."""
+_OF_SETUP = attrgetter(*(name for name in Setup.model_fields if name not in NOT_OF_STEP))
 
 
 class Known(NamedTuple):
@@ -54,10 +57,15 @@ def left_by_first(
         return None
     model = new_model()
     strategy = tuple((name, value) for name, value in job.distributed if name not in NOT_OF_ORDER)
-    described = repr(job.config and vars(job.config)), repr(job.quant), as_recorded(model.running._replace(config=None))
+    running = model.running._replace(config=None, batch_size=0, seq_len=0)  # what goes by these is among the facts
+    described = repr(job.config and vars(job.config)), repr(job.quant), as_recorded(running)
     trained = tuple((p.name, p.layers) for p in model.parameters.all if p.trainable)
     method = job.method and job.method.name
-    key = (id(job.architecture), method, *described, job.script, strategy, trained, as_recorded(_OF_SETUP(job.setup)))
+    (rows,) = as_recorded((job.setup.batch_size,))
+    facts = facts_of(job._replace(setup=job.setup.model_copy(update={"batch_size": rows})), compute_capability)
+    micro_batches = min(job.setup.gradient_accumulation_steps, Zero3.micro_batches)
+    of_setup = (*facts, micro_batches, as_recorded(_OF_SETUP(job.setup)))
+    key = (id(job.architecture), method, *described, job.script, strategy, trained, of_setup)
     if key not in _KNOWN:
         _run(inventory, model, program, compute_capability)
         assert isinstance(model.units, Zero3)

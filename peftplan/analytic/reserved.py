@@ -7,6 +7,7 @@ kind; here each of them repeats the events of the last one.
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -158,7 +159,10 @@ def _write(
             writer.step(each.timeline, at, {}, phases=number > len(steps) - reported)
             writer.end()
             at += len(each.timeline.kinds)
-    return Written(writer.program(), list(writer.sizes), steps, (*generations, *evaluations))
+    last_sizes: Sequence[int] = [*writer.sizes]
+    with suppress(OverflowError):  # more than 64 bits hold
+        last_sizes = array("q", last_sizes)
+    return Written(writer.program(), last_sizes, steps, (*generations, *evaluations))
 
 
 def _lasting(states: list[Line], compiled: Compiled) -> dict[int, list[Line]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits
+from peftplan.analytic.sizes import NO_LIMITS, TABLE_MULTIPLE, Limits, shape_facts
 from peftplan.arch.text_part import keeps_its_cache
+from peftplan.arrays import Fact
 from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
@@ -242,6 +243,14 @@ def limits_of(job: Job, compute_capability: str) -> Limits:
     tokens = [most for most in mosts if most is not None]
     rows = () if (longest := longest_row(job)) is None else (longest,)
     return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))
+
+
+def facts_of(job: Job, compute_capability: str) -> tuple[Fact, ...]:
+    """What the sizes of a job decide of its operations."""
+    setup, loss = job.setup, loss_sizes(job)
+    length = loss.row(setup.seq_len) + (getattr(job.config, "num_virtual_tokens", None) or 0)
+    facts = shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability))
+    return (*facts, loss.uneven(setup.seq_len))
 
 
 def fused_first(job: Job, chip: Chip | None) -> int | None:

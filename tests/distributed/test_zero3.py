@@ -461,13 +461,20 @@ def test_an_adapter_on_shards_is_cast_by_earlier_releases(release: str, itemsize
 
 @pytest.mark.parametrize(
     "options",
-    [{"gpus": 16}, {"optim": "adamw_8bit"}, {"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_params": "cpu"}],
+    [
+        {"gpus": 16},
+        {"optim": "adamw_8bit"},
+        {"offload_optimizer": "cpu"},
+        {"offload_optimizer": "cpu", "offload_params": "cpu"},
+        {"batch_size": 4, "seq_len": 1000, "gradient_accumulation_steps": 8},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_jobs_share_the_order_of_their_modules(method: str, options: dict[str, Any]) -> None:
-    """What the first step of one job leaves is what another job's own leaves, which differs in ranks, host or optimizer alone."""
-    job = {"method": method, "strategy": "zero3", "gpus": 8}
+    """What the first step of one job leaves is what another job's own leaves, which differs in ranks, host, optimizer, or sizes
+    and micro batches that run the same operations."""
+    job = {"method": method, "strategy": "zero3", "gpus": 8, "batch_size": 2, "seq_len": 512, "gradient_accumulation_steps": 4}
     first_steps._KNOWN.clear()
     peftplan.estimate("qwen2.5-0.5b", **job)
     assert len(first_steps._KNOWN) == 1
