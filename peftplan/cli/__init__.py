@@ -154,7 +154,11 @@ def main(args: list[str] | None = None) -> None:
     except click.MissingParameter as error:
         _stop(f"{error.param.human_readable_name if error.param else 'an argument'} is missing (see --help)")
     except click.ClickException as error:
-        _stop(f"{error.format_message().rstrip('.')} (see --help)")
+        message = error.format_message().rstrip(".")
+        if message.startswith("Got unexpected extra argument"):
+            extra = message.partition("(")[2].rstrip(")")
+            message = f"no place for {extra}: quote a name with spaces; `peftplan sweep A,B` takes several models"
+        _stop(f"{message} (see --help)")
     except (click.Abort, KeyboardInterrupt) as stopped:
         where = str(stopped.__cause__ or stopped)
         click.echo(f"peftplan: interrupted{where and ' '}{where}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from peftplan.cli.command import Command, argument
-from peftplan.errors import UnknownNameError
+from peftplan.errors import RefusedError, UnknownNameError
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_PEFTPLAN_COMPLETE"
@@ -13,14 +13,16 @@ VARIABLE = "_PEFTPLAN_COMPLETE"
 
 
 @click.command("completion", cls=Command)
-@argument("shell")
-def command(shell: str) -> int:
+@argument("shell", required=False)
+def command(shell: str | None) -> int:
     """Print a script that makes SHELL (bash, zsh or fish) complete commands, options, models, cards, methods and optimizers.
 
     \b
     eval "$(peftplan completion bash)"          # in ~/.bashrc; the same for zsh in ~/.zshrc
     peftplan completion fish > ~/.config/fish/completions/peftplan.fish
     """
+    if shell is None:
+        raise RefusedError(f"SHELL is missing: name a shell; accepted: {', '.join(SHELLS)}")
     if shell not in SHELLS:
         raise UnknownNameError("shell", shell, SHELLS)
     from click.shell_completion import ShellComplete, get_completion_class

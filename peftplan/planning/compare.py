@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peftplan.job.options import JobOptions, Options
     from peftplan.planning.documents import CompareDocument, ComparedRow
 
+COMPARED = ("lora", "dora", "qlora", "full")
+"""Methods that are compared where none is named."""
 OF_WAYS = ("strategy", "world_size")
 """What rows say only where several ways to share the job are compared."""
 NOT_SERVED = frozenset({"training_args", "optim", "optim_args", "optim_target_modules", "script"})
@@ -113,7 +115,7 @@ class Comparison(NamedTuple):
 def compare(
     model: object = None,
     *,
-    methods: str | Sequence[str],
+    methods: str | Sequence[str] = COMPARED,
     gpu: str | Sequence[str] | None = None,
     strategies: str | Sequence[str] = (),
     engine: Engine = "analytic",

@@ -104,6 +104,8 @@ def refused(*args: str) -> str:
         ("check --seed x", ["--seed must be a whole number (got 'x')"]),
         ("rehearse --timeout x -- true", ["--timeout must be a number (got 'x')"]),
         ("explain-oom", ["FILE is missing"]),
+        ("completion", ["SHELL is missing", "bash, zsh, fish"]),
+        ("compare gpt2 opt-125m", ["no place for opt-125m", "`peftplan sweep A,B` takes several models"]),
         ("estimate gpt2 --method prefix-tuning --num-virtual-tokens 4 --r 8", ["--r is not an option of prefix-tuning"]),
         # targets: near names are shown
         ("llama-2-7b", ["command", "it is a model; did you mean peftplan estimate llama-2-7b?"]),

@@ -32,6 +32,11 @@ def test_a_row_is_what_an_estimate_says() -> None:
     assert {row.adapter_bytes for row in result.rows if row.method == "lora"} == {served.num_bytes}
 
 
+def test_the_function_compares_the_methods_of_the_command() -> None:
+    named = compare("gpt2")
+    assert json.loads(run("compare", "gpt2", "--format", "json").out) == json.loads(json.dumps(named.to_dict()))
+
+
 def test_fields_that_a_method_lacks_are_left_out_for_it_alone() -> None:
     """A rank says nothing to full fine-tuning, which is compared all the same."""
     (lora, full) = compare("llama-3.2-1b", methods=("lora", "full"), r=16).rows
