@@ -483,6 +483,7 @@ def freed_blocks(changes: Iterable[Change]) -> list[list[int]]:
     return freed
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("job", JOBS)
 def test_large_tensors_come_and_go_in_the_traces_order(job: str) -> None:
     for module in ("torch", "transformers", "peft"):

@@ -302,6 +302,7 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("job", JOBS)
 def test_reserved_is_the_traces_to_the_byte(job: str) -> None:
     for module in ("torch", "transformers", "peft"):

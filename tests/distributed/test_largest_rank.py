@@ -97,6 +97,7 @@ def test_no_rank_with_a_tower_requests_more(seed: int) -> None:
         assert max(of_rank.requested[phase] for of_rank in each) == max(of_rank.requested[phase] for of_rank in compared)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("seed", range(60, 90))
 def test_no_rank_allocates_or_reserves_more(seed: int) -> None:
     """Up to 16 ranks, as the allocator counts, tails of blocks included. A verdict needs what the one that reserves most does."""

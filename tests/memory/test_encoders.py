@@ -72,6 +72,7 @@ TOLERANCE = 0.005
 """The batch itself, integers for masks and positions, and the fp32 statistics of LayerNorm, which a CPU keeps in bf16."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("config", "head", "method", "options"),
     [

@@ -102,6 +102,7 @@ def config_of(name: str, *, towers: bool) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("model", "towers", "options"), JOBS)
 def test_both_engines_agree(model: str, towers: bool, options: dict[str, Any]) -> None:
     if towers:

@@ -59,6 +59,7 @@ TOLERANCE = 0.003
 """The batch itself, integers for positions and the sorting of rows, and scalars."""
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("config", "method", "options"),
     [

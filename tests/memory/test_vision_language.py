@@ -61,6 +61,7 @@ def shallow(model: str) -> dict[str, Any]:
     return {**config, **({"text_config": text} if text else {}), **({"vision_config": vision} if vision else {})}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -123,6 +124,7 @@ def test_a_text_part_of_layers_that_differ_has_no_formula(model: str, text: str)
     assert "text part" in result.not_modelled[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("model", ["qwen2.5-vl-3b-instruct", *OTHERS, "ministral-3-3b-instruct-2512"])
 @pytest.mark.parametrize(
     "options",

@@ -89,6 +89,7 @@ def counts(family: Family, kind: str) -> tuple[int, int]:
 KINDS = ("full", "lora", "qlora")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_traced_counts_and_sums(name: str, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each type by one kind of method in turn; `--full-matrix`: by all three."""
