@@ -126,6 +126,7 @@ LATENT_CACHED = Change(
 )
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")
 KV_GROUPED = Change("transformers", (4, 48), "`flash_attention_forward` gets grouped keys; before, `repeat_kv` ran before it")
+SDPA_GROUPED = Change("transformers", (4, 54), "`sdpa_attention_forward` gets grouped keys; before, `repeat_kv` ran in it")
 KEYS_DROPPED = {
     "gpt_bigcode": Change(
         "transformers",

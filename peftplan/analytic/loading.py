@@ -16,7 +16,7 @@ from peftplan.memory.loaded import Loader, peak_of
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.model import Model
 from peftplan.memory.recast import SOURCE as RECAST
-from peftplan.memory.recast import is_recast, is_table, load_recast
+from peftplan.memory.recast import is_recast, is_table, load_narrowed, load_recast
 from peftplan.memory.stacked_load import SOURCE as STACKED
 from peftplan.memory.stacked_load import gathered, merged
 from peftplan.parameters import PREPARED, loaded_dtype
@@ -188,6 +188,11 @@ def loading_of(
         beyond_end = peak_of(load) - Ledger(loaded).bytes()
         passing = (
             (Line("embedding and head in fp32", "temporaries", "uint8", (beyond_end,), 1, RECAST),) if beyond_end > 0 else ()
+        )
+    if setup.by.narrows:
+        load = partial(load_narrowed, load=load_whole, parameters=parameters, names=setup.by.narrows)
+        passing = (
+            Line("embedding and head in fp32", "temporaries", "uint8", (peak_of(load) - Ledger(loaded).bytes(),), 1, LOAD),
         )
     return Loading(load, passing)
 

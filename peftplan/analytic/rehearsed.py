@@ -67,6 +67,8 @@ def without_formula(job: Job) -> str | None:
     if job.setup.keeps_ends_wide and job.method_name == "full" and distributed.strategy not in ("fsdp1", "fsdp2"):
         return f" and norms and embeddings in fp32, as {by.called} keeps them without FlashAttention"
     prepares = job.quant is not None and bool(job.setup.kbit_prepare)
+    if by.narrows:
+        return " and tables that are cast back"
     if prepares and by.casts_back and distributed.strategy not in WHOLE:  # axolotl 0.19.0, loaders/model.py:1002
         return f" and kbit preparation, which {by.called} leaves out there"
     if distributed.strategy == "ddp":

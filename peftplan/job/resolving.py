@@ -178,6 +178,8 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(
             f"keep_outputs: {setup.trainer} drops the outputs in compute_loss; add --trainer plain, which keeps them"
         )
+    if by.narrows and not (setup.autocast == "bf16" and setup.quant == "nf4" and setup.kbit_prepare):
+        raise RefusedError("narrow_tables: accepted with quant nf4, kbit_prepare and autocast bf16, where trl casts tables")
     for name in sorted(OF_PREFERENCES - by.options):
         if (value := getattr(setup, name)) is not None and value is not False:
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)

@@ -183,6 +183,8 @@ class Script(BaseModel):
 
     def repeats_before(self, attention: str, model_type: str) -> bool:
         """Whether keys and values are repeated before the kernel: by the program, or by the model's class before flash-attn."""
+        if attention == "sdpa":
+            return self.repeats_kv or (model_type not in OWN_SDPA and versions.SDPA_GROUPED.after(self.transformers))
         by_class = attention == "flash_attention_2" and model_type in REPEATED
         return self.repeats_kv or (by_class and versions.KV_GROUPED.after(self.transformers))
 
@@ -228,6 +230,8 @@ class Script(BaseModel):
 
 REPEATED = ("mistral", "mixtral", "qwen2")
 """Model types whose `…FlashAttention2` repeated grouped keys and values; Llama's never did."""
+OWN_SDPA = ("falcon", "gpt_bigcode")
+"""Model types of grouped heads whose classes called sdpa themselves, and did not repeat keys and values before it."""
 OF_16_BITS = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "mpt", "opt", "stablelm")
 """Model types whose classes handed `CrossEntropyLoss` their shifted logits uncast until `versions.LABELS_PADDED` (transformers
 4.48.1, models/*/modeling_*.py; 4.49.0 has `loss_function` in each)."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import UnknownNameError
 from peftplan.job.kernels import kernels_of, named_kernels
-from peftplan.job.trainer import Forward, Trainer
+from peftplan.job.trainer import NARROWED, Forward, Trainer
 from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
 from peftplan.validation import first_error, listed, size_in_bytes
@@ -85,6 +85,7 @@ class Setup(BaseModel):
     keep_gradients: bool = False
     clip_gradients: bool | None = None
     kbit_prepare: bool | None = None
+    narrow_tables: bool = False  # embedding and head, as SFTTrainer did before it made the loss in chunks
     use_cache: bool | None = None
     trust_remote_code: bool = False
     max_completion_length: Count | None = None
@@ -109,7 +110,8 @@ class Setup(BaseModel):
     def by(self) -> Trainer:
         """What the trainer does."""
         by = TRAINERS[self.trainer]
-        return by if self.clip_gradients is None else by._replace(clips_gradients=self.clip_gradients)
+        by = by if self.clip_gradients is None else by._replace(clips_gradients=self.clip_gradients)
+        return by._replace(narrows=NARROWED) if self.narrow_tables else by
 
     @property
     def adapter_on_device(self) -> bool:

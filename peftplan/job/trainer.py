@@ -7,6 +7,8 @@ from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, Reference, Sco
 
 TABLES = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
 """Parts of names of embeddings and heads that axolotl casts (loaders/utils.py:306, `get_linear_embedding_layers`)."""
+NARROWED = ("lm_head", "embed_tokens", "wte", "wpe")
+"""Parts of names of what earlier releases of trl cast to bf16 (0.11.4, trainer/utils.py:861, `peft_module_casting_to_bf16`)."""
 
 
 class Defaults(NamedTuple):
@@ -239,6 +241,8 @@ class Trainer(NamedTuple):
     matrix of an adapter is a unit of its own (axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py:409, :429)."""
     pins_accelerate: bool = False
     """Whether its package refuses accelerate since `versions.FSDP2_TAIL_APART` (LLaMA-Factory 0.9.5: up to 1.11)."""
+    narrows: tuple[str, ...] = ()
+    """Parts of names of modules that it casts to 16 bits, those of a prepared base too, once the adapter is there."""
     recasts_tables: bool = False
     """Whether it casts embedding and head to fp32, and back, while it loads a model to be adapted (`memory.recast`)."""
     widens: bool = False
@@ -289,7 +293,7 @@ class Trainer(NamedTuple):
     @property
     def casts_back(self) -> tuple[str, ...]:
         """Parts of names of modules that it casts back to 16 bits behind kbit preparation (axolotl, loaders/model.py:486)."""
-        return ("norm", *TABLES) if self.recasts_tables else ()
+        return ("norm", *TABLES) if self.recasts_tables else self.narrows
 
     @property
     def generates(self) -> bool:

@@ -102,8 +102,9 @@ def causal_lm_loss(f: Tape, logits: Tensor, *, shifts: bool = False, shifted: Te
 
 
 def without_last(f: Tape, logits: Tensor) -> Tensor:
-    """`logits[..., :-1, :].contiguous()`."""
-    return ops.copied(f, _but_last(f, logits), "shifted logits", viewed=False)
+    """`logits[..., :-1, :].contiguous()`, which copies nothing of one row."""
+    shifted = _but_last(f, logits)
+    return ops.copied(f, shifted, "shifted logits", viewed=False) if f.several else shifted
 
 
 def selected_without_last(f: Tape, logits: Tensor) -> Tensor:

@@ -87,9 +87,16 @@ def note(entry: ConfigEntry) -> str | None:
     keys = ", ".join(entry.unsupported[:MOST_NAMES])
     more = len(entry.unsupported) - MOST_NAMES
     unsupported = f"unsupported: {keys}{f' and {more} more' if more > 0 else ''}" if keys else None
-    of_keys = unsupported if entry.total_parameters is not None and unsupported else entry.error or unsupported
+    error = entry.error and _in_its_row(entry.error, entry.file)
+    of_keys = unsupported if entry.total_parameters is not None and unsupported else error or unsupported
     scope = f"{entry.scope} only: images are not counted" if entry.scope else None
     return "; ".join(filter(None, (entry.refused, of_keys, scope))) or None
+
+
+def _in_its_row(error: str, file: str) -> str:
+    """An error without the path that it begins with, which the row names: `line 7: …`."""
+    rest = error.removeprefix(f"{file}:")
+    return error if rest == error else f"line {rest}" if rest[:1].isdigit() else rest.lstrip()
 
 
 def notes(entries: Sequence[ConfigEntry]) -> list[str]:

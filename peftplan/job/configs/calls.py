@@ -7,25 +7,24 @@ import contextlib
 
 from peftplan.job.configs.bindings import MUTATORS
 from peftplan.job.configs.classes import EVERY
+from peftplan.job.configs.data_files import DataFiles
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
 from peftplan.job.configs.functions import (
-    Functions,
     bound_elsewhere,
     default_values,
     functions_of,
     grown_outside,
-    names_quantized_layers,
     overwritten_in,
     parameters,
     passed,
     unmentioned,
 )
-from peftplan.job.configs.instances import Instance, plain
+from peftplan.job.configs.instances import UNKNOWN, Instance, plain
 from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains, used_through
-from peftplan.job.configs.parsers import PARSERS, PARSING, Parsers
+from peftplan.job.configs.parsers import PARSERS, PARSING
 
 WANTED = (
     "Config",
@@ -56,7 +55,7 @@ Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
 
 
-class Calls(Parsers):
+class Calls(DataFiles):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `command`: options of the command that runs the
@@ -89,7 +88,7 @@ class Calls(Parsers):
         nodes = [] if earlier else [*ast.walk(ast.Module(statements, []))]
         self.overwritten: set[ast.AST] = earlier.overwritten if earlier else overwritten_in(statements)
         """Functions that another one takes the place of."""
-        self.functions: Functions = earlier.functions if earlier else functions_of(nodes, self.overwritten)
+        self.functions = earlier.functions if earlier else functions_of(nodes, self.overwritten)
         self.passed: set[str] = earlier.passed if earlier else passed(nodes, self.functions)
         self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
         self.ran: dict[str, bool] = {}
@@ -111,7 +110,7 @@ class Calls(Parsers):
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
             self.of_parser = earlier.of_parser
             self.frozen_before, self.adapting_before, self.parts_before = earlier.frozen, earlier.adapting, earlier.parts
-            self.overrides = earlier.overrides
+            self.overrides, self.returns_before, self.file = earlier.overrides, earlier.returns, earlier.file
             self.trained_before = earlier.trained | used_through(earlier.trained, earlier.used_by)
 
     def read(self) -> None:
@@ -237,8 +236,7 @@ class Calls(Parsers):
             self.arguments,
             self.fields,
             values,
-            self.frozen,
-            self.parts,
+            (self.frozen, self.parts, self.returns),
         )
 
     def _named(self, node: ast.AST) -> frozenset[str]:
@@ -287,8 +285,9 @@ class Calls(Parsers):
             return Instance(of, made_by=of.made_by, is_copy=True, may_be_none=of.may_be_none)
         if name.endswith(WANTED):
             return Instance(made_by=[node])
-        if (called := self.functions.get(name)) is not None and names_quantized_layers(called):
-            return "all-linear"
+        called = self.functions.get(name.removeprefix("self."))
+        if called is not None and (returned := self.returned(called)) is not UNKNOWN:
+            return returned
         of = self.itself(node)
         return super()._call(node) if of is None else of
 
@@ -303,10 +302,11 @@ class Calls(Parsers):
         return Instance({**fields, **{keyword.arg: self.value(keyword.value) for keyword in node.keywords if keyword.arg}})
 
     def _vars(self, node: ast.expr) -> Instance | None:
-        """The object in `**vars(args)`."""
+        """The object in `**vars(args)`, or the dictionary in `**settings`."""
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "vars" and len(node.args) == 1:
             return self.value_of_object(node.args[0])
-        return None
+        value = self.value(node)
+        return Instance(value) if isinstance(value, dict) and not isinstance(value, Instance) else None
 
     def _note_arguments(self, name: str, node: ast.Call) -> None:
         """What a call gives the parameters of a function of the program."""

@@ -71,5 +71,6 @@ def _matches(case: Case, kind: str, program: str, keys: Mapping[str, object], va
         and all(map(there, case.get("all", ())))
         and (not case.get("any") or any(map(there, case["any"])))
         and not any(map(there, case.get("none", ())))
+        and not (case.get("half") and 2 * sum(facts(tool).known(key) is not None for key in values) < len(values))
         and ("scripts" not in case or runs(program, case["scripts"]) or (own() and all(map(facts(tool).known, keys))))
     )

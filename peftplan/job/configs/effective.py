@@ -61,7 +61,7 @@ class Effective:
         if key == "header":
             return any(self._equal(self.document.comments, each) for each in accepted)
         if key == "installs":
-            return any(release.startswith(each) for release in self.document.installs.split() for each in map(str, accepted))
+            return any(all(map(self._installs, str(each).split(" & "))) for each in accepted)
         if key == "checkpoint":
             return isinstance(accepted, list) and self._stored_dtype() in accepted
         if key == "vocabulary":
@@ -88,6 +88,11 @@ class Effective:
         if isinstance(accepted, str):
             return word(value) in (self.tool.in_16_bits if accepted == "repositories" else self.tool.lists[accepted])
         return any(self._equal(value, each) for each in accepted)
+
+    def _installs(self, beginnings: str) -> bool:
+        return self.document.installs != "" and any(
+            release.startswith(each) for release in self.document.installs.split() for each in beginnings.split(" | ")
+        )
 
     def _has_product(self, key: str, accepted: Product) -> bool:
         if "same_as" in accepted:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from peftplan.job.configs.bindings import common, leaves, own_names
 from peftplan.job.configs.expressions import Expressions
-from peftplan.job.configs.instances import MOST_VALUES, Instance, plain, size
+from peftplan.job.configs.instances import MOST_VALUES, Instance, contains, plain, size
 
 SUPPRESSING = ("suppress", "raises", "assertRaises", "assertRaisesRegex")
 """Ends of the names of contexts that end where an exception is raised, and the program goes on."""
@@ -302,10 +302,10 @@ class Flow(ast.NodeVisitor, Expressions):
         """An object that the program changes in a way that its text does not tell."""
 
     def _forget(self, name: str) -> None:
-        """A name whose object changed, and all others of the same one."""
+        """A name whose object changed, and all others of the same one, or of one that it is a part of."""
         changed = self.names.pop(name, None)
         if isinstance(changed, (list, dict)):
-            for other in [other for other, value in self.names.items() if value is changed]:
+            for other in [other for other, value in self.names.items() if contains(value, changed)]:
                 self.names.pop(other)
 
     def _write(self, target: ast.Attribute, value: object) -> None:

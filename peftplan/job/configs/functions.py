@@ -6,9 +6,16 @@ import ast
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from peftplan.job.configs.bindings import MUTATORS
+
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' classes."""
-Functions = dict[str, ast.FunctionDef | ast.AsyncFunctionDef | None]
+CHANGING = (*MUTATORS, "setdefault")
+"""Methods that change a list, a dictionary or a set, `setdefault` included."""
+BINDING = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension)
+"""What gives names a value."""
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Functions = dict[str, Function | None]
 """Functions of a program by their names; None where a name is that of several."""
 
 
@@ -111,6 +118,46 @@ def grown_outside(node: ast.FunctionDef | ast.AsyncFunctionDef, methods: Collect
     changed = [each.value for each in called if isinstance(each, ast.Attribute) and each.attr in methods]
     changed += [each.value for each in ast.walk(node) if isinstance(each, ast.Subscript) and not isinstance(each.ctx, ast.Load)]
     return {each.id for each in changed if isinstance(each, ast.Name)} - own - {*parameters(node)}
+
+
+def changes(function: Function, parameter: str, functions: Functions, depth: int = 5) -> bool:
+    """Whether a function may change the list or dictionary that a parameter holds, or one inside it: itself, or by one of the
+    program's functions that it hands it on to."""
+    names = _holding(function, parameter)
+    for each in ast.walk(function):
+        if isinstance(each, ast.Subscript) and not isinstance(each.ctx, ast.Load) and _mentions(each.value, names):
+            return True
+        if isinstance(each, ast.AugAssign) and _mentions(each.target, names):
+            return True
+        if not isinstance(each, ast.Call):
+            continue
+        if isinstance(each.func, ast.Attribute) and each.func.attr in CHANGING and _mentions(each.func.value, names):
+            return True
+        if (name := ast.unparse(each.func).removeprefix("self.")) in functions:
+            called = functions[name]
+            handed_on = [value for value in (*each.args, *(one.value for one in each.keywords)) if _mentions(value, names)]
+            if not handed_on:
+                continue
+            if called is None or depth == 0 or any(changes(called, one, functions, depth - 1) for one in parameters(called)):
+                return True
+    return False
+
+
+def _holding(function: Function, parameter: str) -> set[str]:
+    """The names of a function that may hold what a parameter does, or a part of it."""
+    names, count = {parameter}, 0
+    while len(names) > count:
+        count = len(names)
+        for each in ast.walk(function):
+            value = getattr(each, "iter", getattr(each, "value", None))
+            if isinstance(each, BINDING) and _mentions(value, names):
+                targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+                names |= {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+    return names
+
+
+def _mentions(node: ast.AST | None, names: Collection[str]) -> bool:
+    return node is not None and any(isinstance(each, ast.Name) and each.id in names for each in ast.walk(node))
 
 
 def names_quantized_layers(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

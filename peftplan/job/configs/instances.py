@@ -75,3 +75,9 @@ def size(value: object) -> int:
         count += 1
         todo += each if isinstance(each, list) else each.values() if isinstance(each, dict) else ()
     return count
+
+
+def contains(value: object, part: object) -> bool:
+    """Whether a value is an object, or holds this very one."""
+    parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    return value is part or any(contains(each, part) for each in parts)

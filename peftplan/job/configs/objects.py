@@ -7,7 +7,7 @@ from typing import cast
 
 from peftplan.job.configs.assignments import Assignments
 from peftplan.job.configs.documents import Call, Values
-from peftplan.job.configs.functions import fields_written_by, parameters
+from peftplan.job.configs.functions import Functions, changes, fields_written_by
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.order import trains
 
@@ -31,6 +31,8 @@ class Objects(Assignments):
         """Identity of a call → its syntax node."""
         self.fields: dict[str, Values] = {}
         """Class of the program → its fields' defaults."""
+        self.functions: Functions = {}
+        """Functions of the program by their names."""
 
     def _note_written(self, target: ast.Attribute, value: object) -> None:
         """A field of a class, or of settings."""
@@ -90,5 +92,5 @@ class Objects(Assignments):
             written = {field: f"<{field}>" for field in value if f".{field}" in self._bound(function)}
             if written:
                 self.names[cast("ast.Name", argument).id] = value.with_fields(written)
-        elif isinstance(value, (list, dict)) and not self._bound(function).isdisjoint(parameters(function)):
+        elif isinstance(value, (list, dict)) and (parameter is None or changes(function, parameter, self.functions)):
             self._changed(argument)

@@ -13,6 +13,7 @@ from peftplan import files
 from peftplan.errors import InputError
 from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
+from peftplan.job.configs.data_files import MOST_ABOVE
 from peftplan.job.configs.documents import CELL, MOST_BYTES, BrokenFileError, Call, Document, Values
 from peftplan.job.configs.launching import in_tree
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
@@ -29,6 +30,8 @@ REPOSITORY = re.compile(r"git\+https://[\w./-]*/([\w-]+?)(?:\.git)?")
 AT_MOST = re.compile(r"(~=|<=|<)(\d[\w.]*)")
 LAST_BEFORE = {("transformers", 5): "4.57", ("trl", 1): "0.29"}
 """Package and major release → the last minor release before it."""
+READINGS, MOST_READINGS = 3, 6
+"""Most times that a program is read, and one that opens a file of settings, which its functions hand on."""
 DEEP = 10
 """Levels from which on an expression inside others counts too: its text is taken anew at each level."""
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.ImportFrom, ast.Import)
@@ -113,9 +116,11 @@ def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
 
 def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
     """What a module in the program's tree defines: its classes, functions and values; the import itself for any other."""
-    above = [os.pardir] * (node.level - 1)
-    path = os.path.join(os.path.dirname(file), *above, *str(node.module).split(".")) + ".py"
-    if not (in_tree(path, file) and os.path.isfile(path)):
+    above = range(node.level - 1, node.level) if node.level else range(MOST_ABOVE)
+    name = os.path.join(*str(node.module).split(".")) + ".py"
+    paths = (os.path.join(os.path.dirname(file), *[os.pardir] * each, name) for each in above)
+    path = next((each for each in paths if in_tree(each, file) and os.path.isfile(each)), None)
+    if path is None:
         return [node]
     try:
         tree = ast.parse(files.text(path, field="config", most=MOST_BYTES))
@@ -140,15 +145,18 @@ def _read(
     command: Values | None = None,
     variables: Collection[str] = (),
 ) -> Calls:
-    """The calls of a program, read three times: what functions are called with and attributes hold may stand below."""
+    """The calls of a program, read anew as long as what functions are called with and return, and what attributes hold, grows."""
     parts = _parts(statements)
     if parts > MOST_PARTS:
         what = "statements, calls and deep expressions"
         raise BrokenFileError(file, None, f"{parts:,} {what}; accepted: a program of at most {MOST_PARTS:,}")
     reader = Calls(statements, environment, command=command)
     reader.variables.update(variables)
+    reader.file = file
     reader.read()
-    for _ in range(2):
+    for times in range(1, MOST_READINGS):
+        if times >= READINGS and not reader.reads_files:
+            break
         earlier, reader = reader, Calls(statements, environment, earlier=reader, command=command)
         reader.variables.update(variables)
         reader.read()

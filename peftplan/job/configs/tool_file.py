@@ -177,6 +177,8 @@ class Case(TypedDict, total=False):
     all: list[str]
     any: list[str]
     none: list[str]
+    half: bool
+    """Whether the tool has at least half of the file's keys: a report of a run has others beside those of its settings."""
 
 
 class Beside(TypedDict):

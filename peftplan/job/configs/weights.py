@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection
 
+from peftplan.arch import catalogue
 from peftplan.job.configs.documents import Values
-from peftplan.job.configs.instances import Instance
+from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.objects import Objects
 from peftplan.job.configs.order import loads_model, trains
+from peftplan.job.sources import checkpoint_dtype
 
 CASTS = {
     "half": "<torch.float16>", "bfloat16": "<torch.bfloat16>", "float": "<torch.float32>", "double": "<torch.float64>",
@@ -16,6 +18,8 @@ CASTS = {
 """Methods of a module that cast its weights → the dtype."""
 DTYPES = {f"<torch.{name}>": dtype for name, dtype in CASTS.items()} | {dtype: dtype for dtype in CASTS.values()}
 """Names of a dtype → the one that the tables know."""
+TORCH = {"bf16": "<torch.bfloat16>", "fp16": "<torch.float16>", "fp32": "<torch.float32>"}
+"""Dtypes of checkpoints as torch names them."""
 ITSELF = ("to", "type", "cuda", "cpu", "train", "eval", "requires_grad_", *CASTS)
 """Methods of a module that return the module."""
 PLACED = ("device_map", "quantization_config", "load_in_4bit", "load_in_8bit")
@@ -202,6 +206,20 @@ class Weights(Objects):
             else:
                 arguments.pop("torch_dtype", None)
                 arguments["dtype"] = dtype
+
+    def _attribute(self, node: ast.Attribute) -> object:
+        """`model.dtype` of a model that is loaded with one; else as any attribute."""
+        owner = self.value_of_object(node.value) if node.attr == "dtype" else None
+        loads = [call for call in self.calls if owner is not None and self.nodes.get(id(call)) in owner.made_by]
+        if len(loads) == 1 and loads_model(loads[0]["call"]) and set(PLACED[1:]).isdisjoint(arguments := loads[0]["kwargs"]):
+            names = [*loads[0]["args"], arguments.get("pretrained_model_name_or_path")]
+            dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+            if dtype == "auto" and isinstance(name := names[0], str) and (entry := catalogue.find(name)) is not None:
+                stored = checkpoint_dtype(name, {"dtype": catalogue.config_dtype(entry)})
+                dtype = TORCH.get(stored or "", dtype)
+            if isinstance(dtype, str) and dtype != "auto" and plain(dtype):
+                return DTYPES.get(dtype, dtype)
+        return super()._attribute(node)
 
     def itself(self, node: ast.Call) -> Instance | None:
         """The object that a chain of methods which return their module begins with."""

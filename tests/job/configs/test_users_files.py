@@ -311,3 +311,11 @@ def test_groups_of_lora_plus_are_counted_under_zero2_alone(tmp_path: Path, deeps
     text = SETTINGS + "stage: sft\ndo_train: true\nfinetuning_type: lora\nloraplus_lr_ratio: 16\n"
     plan = read_config(written(tmp_path / "lora.yaml", f"{text}deepspeed: examples/deepspeed/{deepspeed}\n"))
     assert ("loraplus_lr_ratio" not in plan.unsupported) is counted
+
+
+@pytest.mark.parametrize("words", ["fp16=True, bf16=False", "bf16=False, fp16=True"])
+def test_the_order_of_precisions_decides_nothing(tmp_path: Path, words: str) -> None:
+    program = f"model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B')\nargs = TrainingArguments('out', {words})\n"
+    program = "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\n" + program
+    plan = read_config(written(tmp_path / "train.py", program + "Trainer(model=model, args=args).train()\n"))
+    assert plan.options["autocast"] == "fp16"
