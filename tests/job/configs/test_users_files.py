@@ -319,3 +319,12 @@ def test_the_order_of_precisions_decides_nothing(tmp_path: Path, words: str) -> 
     program = "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\n" + program
     plan = read_config(written(tmp_path / "train.py", program + "Trainer(model=model, args=args).train()\n"))
     assert plan.options["autocast"] == "fp16"
+
+
+def test_noise_on_the_embeddings_of_a_script(tmp_path: Path) -> None:
+    program = "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B')\nargs = {0}('out', neftune_noise_alpha=5)\n"
+    for trainer, settings in (("Trainer", "TrainingArguments"), ("SFTTrainer", "SFTConfig")):
+        text = program.format(settings) + f"{trainer}(model=model, args=args).train()\n"
+        plan = read_config(written(tmp_path / "train.py", text))
+        assert plan.options["noisy_embeddings"] is True
+        assert not plan.unsupported
