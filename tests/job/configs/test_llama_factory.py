@@ -214,6 +214,37 @@ def test_all_means_the_language_model(model: str, trained: int) -> None:
     assert peftplan.estimate(config=plan).trainable_parameters == trained
 
 
+@pytest.mark.parametrize(
+    ("model", "trained"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3_085_938_688),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4_022_468_096),
+        ("google/gemma-3-4b-it", 3_880_263_168),
+        ("Qwen/Qwen3.5-4B", 4_205_751_296),
+        ("google/gemma-4-E4B-it", 7_463_013_376),
+        ("OpenGVLab/InternVL3-2B-hf", 1_776_283_136),
+        ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", 23_572_403_200),
+        ("meta-llama/Llama-3.2-11B-Vision", 9_775_192_080),
+        ("meta-llama/Llama-4-Scout-17B-16E", 107_769_861_120),
+    ],
+)
+def test_full_fine_tuning_trains_the_language_model_alone(model: str, trained: int) -> None:
+    """Parameters of these models on the meta device whose names hold none of what `get_forbidden_modules` of llamafactory 0.9.5
+    gave; towers and projectors are frozen by default."""
+    plan = read({**LLAMA_FACTORY_FULL, "model_name_or_path": model, "pure_bf16": True})
+    assert peftplan.estimate(config=plan).trainable_parameters == trained
+    for other in ("freeze_vision_tower", "freeze_multi_modal_projector"):
+        assert other in read({**LLAMA_FACTORY_FULL, "model_name_or_path": model, other: False}).unsupported
+
+
+def test_what_trains_of_a_vision_language_model_is_cast_to_fp32() -> None:
+    """model/adapter.py:52: the tower stays in bf16."""
+    model = "Qwen/Qwen2.5-VL-3B-Instruct"
+    result = peftplan.estimate(config=read({**LLAMA_FACTORY_FULL, "model_name_or_path": model, "bf16": True}))
+    weights = sum(line.bytes() for line in result.ledger if line.category == "weights")
+    assert weights == pytest.approx(4 * 3_085_938_688 + 2 * (3_754_622_976 - 3_085_938_688), rel=1e-4)
+
+
 def test_all_linear_is_no_word_of_llama_factory() -> None:
     """It splits `lora_target` at commas, and peft raises: "Target modules {'all-linear'} not found in the base model."."""
     plan = read({**LLAMAFACTORY, "lora_target": "all-linear"})
