@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.shown import FLAT
-from peftplan.arch.text_part import is_in_text_part
+from peftplan.arch.text_part import is_in_text_part, layers_of_images
 from peftplan.errors import NoEngineError
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def knows_idle(job: Job, distributed: Distributed, names: tuple[str, ...]) -> bo
 
     `names`: of what trains.
     """
-    outside = next((name for name in names if not is_in_text_part(job.architecture, name)), None)
+    images = layers_of_images(job.architecture)
+    beside = [tensor.name for tensor in job.adaptation.added if images.intersection(tensor.layers or ())]
+    outside = next((name for name in names if name in beside or not is_in_text_part(job.architecture, name)), None)
     expected = bool(distributed.find_unused_parameters) or bool(distributed.static_graph)
     if distributed.strategy == "ddp" and outside is not None and not expected:
         raise NoEngineError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import groupby
 from math import prod
 
 from peftplan.distributed.ddp import bucket_sizes, divided_after
@@ -27,6 +28,10 @@ IN_FLIGHT = 2
 """Buckets that are there at once."""
 
 
+OF_PICTURES = "cross_attn"
+"""In the names of that (transformers, `MllamaCrossAttentionDecoderLayer`)."""
+
+
 def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
     """Bytes of each flat tensor, in order; 0 where a bucket has one tensor, which is sent itself. `sizes`: dtype and bytes."""
     buckets: list[tuple[int, list[int]]] = []
@@ -42,7 +47,7 @@ def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:
 
 def of_model(parameters: Parameters, buffers: Ledger) -> tuple[int, ...]:
     """Those of a whole model. Packed layers have buffers alone, which follow all parameters."""
-    each, packed = [p for p, _ in tensors(in_module_order(parameters))], _packed(parameters)
+    each, packed = _in_order(parameters), _packed(parameters)
     weights = [next((a for a in p.allocations if a.name == "weight"), p.allocations[0]) for p in each if _module(p) not in packed]
     of_buffers = ((line.dtype, ITEMSIZE[line.dtype] * prod(line.shape)) for line in buffers for _ in range(line.copies))
     return flat_tensors([*((a.dtype, a.nbytes) for a in weights), *_of_packed(parameters), *of_buffers])
@@ -52,6 +57,12 @@ def sent_in_forward(parameters: Parameters) -> tuple[int, ...]:
     """Those of packed layers, which DDP sends again before the first forward of each step (torch, nn/parallel/distributed.py,
     `_sync_buffers`). Left out: other buffers, of a few hundred bytes."""
     return flat_tensors(_of_packed(parameters))
+
+
+def _in_order(parameters: Parameters) -> list[Parameter]:
+    """As the model registers them: a layer of Llama 3.2 Vision that looks at pictures has what others lack first."""
+    of_layers = groupby(tensors(in_module_order(parameters)), key=lambda placed: placed[1])
+    return [p for _, of_layer in of_layers for p, _ in sorted(of_layer, key=lambda placed: OF_PICTURES not in placed[0].name)]
 
 
 def _packed(parameters: Parameters) -> set[str]:

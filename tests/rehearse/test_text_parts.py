@@ -1,4 +1,5 @@
-"""Text parts of vision-language models under FSDP: formulas against programs of transformers and TRL on the emulated card."""
+"""Text parts of vision-language models under FSDP, and of Llama 3.2 Vision under DDP: formulas against programs of transformers
+and TRL on the emulated card."""
 
 from __future__ import annotations
 
