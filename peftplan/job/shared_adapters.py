@@ -99,6 +99,12 @@ def _check_shards(distributed: Distributed, setup: Setup, adaptation: Adaptation
             "strategy: AdaLoRA's regularizer reads shards of A and B under FSDP2: RuntimeError: The size of tensor a must match "
             f"the size of tensor b ({named('peft')}, tuners/adalora/model.py:251); accepted: ddp or zero2"
         )
+    if by_fsdp2 and "lora_magnitude_vector" in names and setup.by.casts_adapter(setup.quant) and setup.adapter_dtype == "bf16":
+        raise RefusedError(
+            f"strategy: {setup.by.called} casts A and B to bf16 and leaves DoRA's magnitudes in fp32, which FSDP2 refuses: "
+            "AssertionError: FSDP expects uniform original parameter dtype (torch, _fsdp_param_group.py:283); accepted: ddp, or "
+            "--trainer transformers"
+        )
     if by_fsdp2 and any(".lora_A." in t.name and not t.trainable for t in adaptation.added):
         raise RefusedError(
             "strategy: LoRA-FA's optimizer fails in its first step under FSDP2: RuntimeError: aten.add.Tensor got mixed "

@@ -172,6 +172,7 @@ def test_a_method_that_raises(method: str, strategy: str, why: str) -> None:
         ({"strategy": "fsdp1", "quant_storage": "bf16", "kbit_prepare": True}, "_flat_param.py:813"),
         ({"strategy": "fsdp1", "quant_storage": "fp32", "kbit_prepare": False}, "_flat_param.py:813"),
         ({"strategy": "fsdp2", "method": "lora", "quant": "int8"}, "modules.py:1182"),
+        ({"strategy": "fsdp2", "method": "qdora", "trainer": "trl"}, "_fsdp_param_group.py:283"),
         ({"strategy": "ddp", "static_graph": True, "gradient_accumulation_steps": 2}, "reducer.cpp:1732"),
         ({"strategy": "zero2", "offload_optimizer": "cpu", "optim": "adagrad"}, "engine.py:2346"),
     ],
