@@ -166,8 +166,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def forget_architectures(changes: bool) -> None:
     """Let no job have the architecture of an earlier one, by which its step would be found."""
-    if changes and (prepare := sys.modules.get("peftplan.job.prepare")) is not None:
-        prepare._KEPT.clear()
+    if changes and (sources := sys.modules.get("peftplan.job.sources")) is not None:
+        sources._KEPT.clear()
 
 
 @pytest.hookimpl(wrapper=True)

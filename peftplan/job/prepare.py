@@ -267,30 +267,12 @@ def prepared(request: Request) -> Job:
         adapter,
         setup,
         quant,
-        _kept(architecture, model_config) if loaded is None else architecture,
+        architectures.kept(architecture, model_config) if loaded is None else architecture,
         adaptation,
         warnings,
         chosen,
         distributed,
     )
-
-
-_KEPT: list[tuple[Architecture, Mapping[str, object]]] = []
-"""The architectures of the jobs prepared last, each with the config that it was read from."""
-MOST_KEPT = 32
-
-
-def _kept(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
-    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`).
-
-    Not for a loaded model, whose config does not say what trains.
-    """
-    for kept, of_config in _KEPT:
-        if kept is architecture or (kept == architecture and of_config == config):
-            return kept
-    _KEPT.append((architecture, config))
-    del _KEPT[:-MOST_KEPT]
-    return architecture
 
 
 def _with_new_layers(

@@ -120,6 +120,24 @@ def load(
     return replace(arch, name=name, source=source, notes=(*arch.notes, *_notes(config)))
 
 
+_KEPT: list[tuple[Architecture, Mapping[str, object]]] = []
+"""The architectures of the jobs prepared last, each with the config that it was read from."""
+MOST_KEPT = 32
+
+
+def kept(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
+    """An equal architecture of the same config, if there is one: steps are cached by its identity (`analytic.compiled`).
+
+    Not for a loaded model, whose config does not say what trains.
+    """
+    for known, of_config in _KEPT:
+        if known is architecture or (known == architecture and of_config == config):
+            return known
+    _KEPT.append((architecture, config))
+    del _KEPT[:-MOST_KEPT]
+    return architecture
+
+
 def _listed(model: object) -> object:
     """A name of the catalogue for one spelled otherwise, which no file or folder has. Returns any other model unchanged."""
     if not isinstance(model, str) or "/" in model or os.path.exists(model):
