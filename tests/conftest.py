@@ -33,6 +33,8 @@ NEED_STACK = {HERE / room for room in ("libraries", "trace")}
 STACK = r"(?:torch|transformers|peft|bitsandbytes|accelerate|trl)\b"
 NEEDS_STACK = re.compile(rf"importorskip\((?:[\"']{STACK}|[A-Za-z])|^\s*(?:import|from) {STACK}", re.M)
 """Code that imports torch or a library on top of it, or skips without; a name instead of a string stands for one of them."""
+OF_TESTS = re.compile(r"^from (tests\.[\w.]+) import", re.M)
+"""Another file of tests that one imports."""
 STACK_FIXTURES = frozenset({"real_states"})
 """Fixtures that need these libraries; the tests that use them do not say so themselves."""
 
@@ -61,12 +63,16 @@ def names_stack(path: Path) -> bool:
 
 @cache
 def module_needs_stack(path: Path) -> bool:
-    """Whether all of a file needs these libraries: it lies in their rooms, or code outside functions and classes says so."""
+    """Whether all of a file needs these libraries: it lies in their rooms, or code outside functions and classes says so, there
+    or in another file of tests that it imports."""
     if not NEED_STACK.isdisjoint(path.parents):
+        return True
+    source = path.read_text(encoding="utf-8")
+    others = (HERE.parent / f"{name.replace('.', '/')}.py" for name in OF_TESTS.findall(source))
+    if any(module_needs_stack(other) for other in others if other.exists()):
         return True
     if not names_stack(path):
         return False
-    source = path.read_text(encoding="utf-8")
     statements = [node for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     lines = source.splitlines()
     return any(NEEDS_STACK.search("\n".join(lines[node.lineno - 1 : node.end_lineno])) for node in statements)

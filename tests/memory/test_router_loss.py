@@ -35,6 +35,7 @@ TOLERANCE = 0.001
     ],
 )
 def test_both_engines_agree(config: dict[str, Any], method: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
     deep = {**config, "num_hidden_layers": 6}
     options = {"method": method, "router_loss": True, "batch_size": 2, "seq_len": 512, **options}
     instant, traced = (phases(deep, engine, **options) for engine in ("analytic", "trace"))
