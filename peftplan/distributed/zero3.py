@@ -163,7 +163,8 @@ class Coordinator:
         if self.recorded is not None:
             self.recorded.append(module)
         module = module if known is None else known
-        self.all_gather(p for p in module.parameters if p.whole is None and p not in self.inflight)
+        if missing := [p for p in module.parameters if p.whole is None and p not in self.inflight]:
+            self.all_gather(missing)
         for p in self.in_turn(module):
             p.active.add(module.name)
             if p in self.inflight:
@@ -191,7 +192,8 @@ class Coordinator:
             if p.whole is None and p not in self.inflight and p not in ahead:
                 ahead[p] = None
                 numel += p.numel
-        self.all_gather(ahead)
+        if ahead:
+            self.all_gather(ahead)
 
     def all_gather(self, parameters: Iterable[Sharded]) -> None:
         """`all_gather_coalesced`: one buffer per dtype; a single parameter is a view of its buffer."""

@@ -32,6 +32,10 @@ EVERY_LAYER = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 """Strategies under which no layer is a copy of another."""
 OF_LOSS = frozenset({"loss", "trainer"})
 """Changes of the loss, of which TRL has one of its own."""
+OF_TOKENS = OF_LOSS | {"attn_implementation"}
+"""Changes of what grows with the tokens."""
+WITHOUT_TOKENS = ("load", "step")
+"""Phases in which nothing does."""
 OF_STATES = ("optim", "adapter_dtype", "offload_optimizer")
 """Changes of what the optimizer holds."""
 SAVED_OF_STATES = 2
@@ -95,7 +99,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
 def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
     """The single changes. Where a strategy has every layer run, which takes a tenth of a second for each change of 70B, those are
     left out that cannot save what is worth showing, those that do less than one that saves too little, and what does more of
-    the same as one that surely suffices.
+    the same as one that surely suffices. What saves of tokens alone is tried last: where they need too little to be worth it,
+    only if another change would leave room but for them.
     """
     if job.distributed is None or job.distributed.strategy not in EVERY_LAYER:
         return [change for options, price in possible if (change := tried(trials, before, options, price)) is not None]
@@ -108,16 +113,25 @@ def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[d
         "attn_implementation": setup.attn_implementation == "sdpa" and not setup.padding,  # it runs the same kernel
     }
     lengths = [change for change in reversed(possible) if "seq_len" in change[0]]  # the shortest first
+    of_tokens = [change for change in possible if next(iter(change[0])) in OF_TOKENS]
+    few_tokens = peak - _without_tokens(before) < most
     more = [options for options, _ in possible if options.keys() <= OF_GPUS]
     likely = [options for options in more if peak - trials.lasting() + trials.lasting(**options) <= trials.room] or more[-1:]
     decided: set[str] = set()
     changes: list[Change] = []
-    for options, price in (*lengths, *(change for change in possible if change not in lengths)):
+    others_first = (change for change in possible if change not in lengths and change not in of_tokens)
+    for options, price in (*lengths, *others_first, *of_tokens):
         (name, *others) = options
         kind = "gpus" if options.keys() <= OF_GPUS else name
         if kind in decided or (little.get(kind) and not set(others) - OF_LOSS) or (kind == "gpus" and options not in likely):
             continue
         if any(change.options.items() < options.items() and change.left(before) <= SURE * trials.room for change in changes):
+            continue
+        if (
+            few_tokens
+            and kind in OF_TOKENS
+            and not any(_lacks_room_for_tokens(change, before, trials.room) for change in changes)
+        ):
             continue
         if (change := tried(trials, before, options, price)) is None:
             continue
@@ -128,6 +142,15 @@ def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[d
             decided.add(kind)
     in_order = [options for options, _ in possible]
     return sorted(changes, key=lambda change: in_order.index(dict(change.options)))
+
+
+def _without_tokens(sizes: Sizes) -> int:
+    return max((size for phase, size in sizes.items() if phase in WITHOUT_TOKENS), default=0)
+
+
+def _lacks_room_for_tokens(change: Change, before: Sizes, room: int) -> bool:
+    after = {phase: size - change.saving[phase] for phase, size in before.items()}
+    return _without_tokens(after) <= room < max(after.values())
 
 
 def _restates(row: Advice, shown: Iterable[Advice]) -> bool:

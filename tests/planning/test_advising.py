@@ -9,7 +9,10 @@ import pytest
 
 import peftplan
 from peftplan.job.prepare import prepare
-from peftplan.planning.changes import more_gpus
+from peftplan.planning import advice as searching
+from peftplan.planning import attempts
+from peftplan.planning.changes import Change, Sizes, more_gpus
+from peftplan.planning.trials import Trials
 from peftplan.report.advice import command_line
 from peftplan.results.advice import Advice
 from tests.planning.tiny import CONFIG
@@ -160,3 +163,19 @@ def test_more_than_eight_times_the_gpus_are_tried() -> None:
     (number,) = (change for change in changes if "nodes" in change.options)
     assert (number.options, number.verdict) == ({"gpus": 8, "nodes": 4}, "tight")
     assert peftplan.estimate("llama-3.1-70b", **job | {"gpu": "8xl40s"}, nodes=4).gpus[0].verdict == "tight"
+
+
+@pytest.mark.parametrize(("tokens", "tried"), [(256, False), (2048, True)])
+def test_losses_are_tried_where_tokens_need_enough(tokens: int, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the logits of 256 tokens are worth it (4 × 4 × 256 × 151,936 bytes of 7.6 GiB), but the optimizer's step, which
+    holds none, needs more than backward."""
+    options: list[dict[str, object]] = []
+
+    def noted(trials: Trials, before: Sizes, of_try: dict[str, object], price: int) -> Change | None:
+        options.append(of_try)
+        return attempts.tried(trials, before, of_try, price)
+
+    monkeypatch.setattr(searching, "tried", noted)
+    job = peftplan.estimate("qwen3-0.6b", method="full", strategy="zero3", gpu="2xrtx-2060", optim="adamw_torch", seq_len=tokens)
+    assert peftplan.advice(job)
+    assert any("loss" in each for each in options) is tried
