@@ -102,7 +102,9 @@ class Reading:
         if key in self.effective.unknown:
             self.unsupported[key] = Unsupported(value, self.effective.unknown[key])
         elif known is None:
-            near = nearest(key.rpartition(".")[2].lower(), self.tool.names(), cutoff=ALIKE)
+            place, _, last = key.lower().rpartition(".")
+            beside = [name.removeprefix(f"{place}.") for name in self.tool.names() if place and name.startswith(f"{place}.")]
+            near = nearest(last, beside, cutoff=ALIKE) or nearest(last, self.tool.names(), cutoff=ALIKE)
             suggested = f"; did you mean {' or '.join(near)}?" if near else ""
             why = f"not a key of {self.tool.tool} {self.tool.version}"
             if self.tool.drops_unknown and key:

@@ -306,6 +306,11 @@ def test_a_program_that_evaluates_after_training_has_an_evaluation(
     assert plan.options.get("eval_batch_size") == rows
 
 
+def test_a_misspelled_argument_of_a_program_leads_to_the_right_one(tmp_path: Path) -> None:
+    plan = read_config(written(tmp_path / "sft.py", PROGRAM.format(more="max_legnth=512", calls="trainer.train()")))
+    assert plan.unsupported["args.max_legnth"].why.endswith("did you mean max_length or max_seq_length?")
+
+
 @pytest.mark.parametrize(("deepspeed", "counted"), [("ds_z2_config.json", True), ("ds_z3_config.json", False)])
 def test_groups_of_lora_plus_are_counted_under_zero2_alone(tmp_path: Path, deepspeed: str, counted: bool) -> None:
     text = SETTINGS + "stage: sft\ndo_train: true\nfinetuning_type: lora\nloraplus_lr_ratio: 16\n"
