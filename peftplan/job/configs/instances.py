@@ -44,6 +44,8 @@ def one_of(values: Sequence[object]) -> object:
     first, *others = values
     if all(each == first for each in others):
         return first
+    if all(isinstance(each, dict) and not isinstance(each, Instance) for each in values):
+        return _agreed([each for each in values if isinstance(each, dict)])
     objects = [each for each in values if isinstance(each, Instance) and each.made_by]
     if not objects or any(each is not None and not (isinstance(each, Instance) and each.made_by) for each in values):
         return UNKNOWN
@@ -54,6 +56,12 @@ def one_of(values: Sequence[object]) -> object:
         is_copy=any(each.is_copy for each in objects),
         may_be_none=None in values or any(each.may_be_none for each in objects),
     )
+
+
+def _agreed(settings: Sequence[dict[str, object]]) -> dict[str, object]:
+    """A dictionary of which several may apply: what all say, and `<key>` under other keys, which it may lack."""
+    first, keys = settings[0], dict.fromkeys(key for each in settings for key in each)
+    return {key: first[key] if all(each.get(key, UNKNOWN) == first.get(key) for each in settings) else f"<{key}>" for key in keys}
 
 
 def plain(value: object) -> bool:

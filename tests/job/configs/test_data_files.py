@@ -102,3 +102,17 @@ def test_the_dtype_of_a_loaded_model(tmp_path: Path, dtype: str, *, bf16: bool) 
     quantized = program.replace("torch_dtype=", "load_in_4bit=True, torch_dtype=")
     plan = read_config(written(tmp_path / "train.py", quantized + "Trainer(model=model, args=args).train()\n"))
     assert "args.bf16" in plan.unsupported
+
+
+def test_a_key_that_one_way_adds_leaves_the_others_known(tmp_path: Path) -> None:
+    """Programs for several releases ask whether a trainer takes an argument."""
+    program = IMPORTS + (
+        "model = AutoModelForCausalLM.from_pretrained('Qwen/Qwen2.5-0.5B')\n"
+        "words = dict(output_dir='out', per_device_train_batch_size=4)\n"
+        "if known('dataset_text_field'):\n    words['logging_dir'] = 'logs'\n"
+        "Trainer(model=model, args=TrainingArguments(**words)).train()\n"
+    )
+    plan = read_config(written(tmp_path / "train.py", program))
+    assert (plan.options["batch_size"], plan.unsupported) == (4, {})
+    plan = read_config(written(tmp_path / "train.py", program.replace("words['logging_dir'] = 'logs'", "words['optim'] = 'sgd'")))
+    assert list(plan.unsupported) == ["args.optim"]
