@@ -19,6 +19,8 @@ READERS = {
     **dict.fromkeys(("json.load", "json.loads"), read_json),
 }
 """Functions that make values of a file, or of its text → how it is read here."""
+PARSED = {"parse_dict": None, "parse_yaml_file": read_yaml, "parse_json_file": read_json}
+"""Methods of transformers' parser that take settings from elsewhere than the command line → how their file is read."""
 PATHS = ("open", "Path", "abspath", "realpath", "expanduser", "dirname", "join")
 """Last names of functions that take paths."""
 OPENED = "<opened>"
@@ -77,6 +79,8 @@ class DataFiles(Parsers):
             if last == "open":
                 return Instance({OPENED: path})
             return os.path.dirname(path) if last == "dirname" else os.path.join(path, *map(str, values[1:]))
+        if last in PARSED and self.parsed and (objects := self._of_settings(node, PARSED[last])) is not None:
+            return objects
         if last in ("load", "loads", "safe_load", "full_load") and node.args:
             read = next((each for end, each in READERS.items() if name == end or name.endswith(f".{end}")), None)
             if read is not None and (content := self._content_of(node.args[0], read)) is not None:
@@ -88,6 +92,19 @@ class DataFiles(Parsers):
             if last != "read" and _is_path(owner):
                 return owner if last in ("resolve", "absolute") else Instance({OPENED: owner})
         return super()._call(node)
+
+    def _of_settings(self, node: ast.Call, read: Callable[..., Document] | None) -> list[object] | None:
+        """The objects that a parser makes of a file's values, or of a dictionary; None where they are not known."""
+        first = next(iter([*node.args, *(each.value for each in node.keywords)]), None)
+        settings = None if first is None else self.value(first)
+        if read is not None:
+            settings = self._content(str(settings), read) if _is_path(settings) else None
+        if not isinstance(settings, dict) or isinstance(settings, Instance):
+            return None
+        before, self.command = self.command, settings
+        objects = self.of_command(node)
+        self.command = before
+        return objects
 
     def _content_of(self, node: ast.expr, read: Callable[..., Document]) -> Values | None:
         """The values of a file that an expression opened, whose text it holds, or whose path it is."""

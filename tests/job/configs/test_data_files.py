@@ -116,3 +116,25 @@ def test_a_key_that_one_way_adds_leaves_the_others_known(tmp_path: Path) -> None
     assert (plan.options["batch_size"], plan.unsupported) == (4, {})
     plan = read_config(written(tmp_path / "train.py", program.replace("words['logging_dir'] = 'logs'", "words['optim'] = 'sgd'")))
     assert list(plan.unsupported) == ["args.optim"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "parse_yaml_file('run.yaml')",
+        "parse_yaml_file(yaml_file=os.path.abspath('run.yaml'))",
+        "parse_dict(yaml.safe_load(open('run.yaml')), allow_extra_keys=True)",
+    ],
+)
+def test_a_parser_takes_settings_from_a_file(tmp_path: Path, line: str) -> None:
+    """transformers 5.24, hf_argparser.py (`parse_yaml_file`, `parse_dict`)."""
+    written(tmp_path / "run.yaml", "name: Qwen/Qwen2.5-0.5B\nper_device_train_batch_size: 4\noutput_dir: out\nbf16: true\n")
+    program = IMPORTS + (
+        "from dataclasses import dataclass\nfrom transformers import HfArgumentParser\n"
+        "@dataclass\nclass Words:\n    name: str\n    rows: int = 1\n"
+        f"words, args = HfArgumentParser((Words, TrainingArguments)).{line}\n"
+        "model = AutoModelForCausalLM.from_pretrained(words.name)\nTrainer(model=model, args=args).train()\n"
+    )
+    plan = read_config(written(tmp_path / "train.py", program))
+    assert (plan.model, plan.options["batch_size"], plan.options["autocast"]) == ("Qwen/Qwen2.5-0.5B", 4, "bf16")
+    assert not plan.unsupported
