@@ -11,7 +11,7 @@ from peftplan.errors import InputError
 from peftplan.job.configs.documents import MOST_BYTES, Document, Values, read_json, read_yaml
 from peftplan.job.configs.functions import names_quantized_layers
 from peftplan.job.configs.instances import UNKNOWN, Instance, one_of, plain
-from peftplan.job.configs.launching import in_tree
+from peftplan.job.configs.launch_files import in_tree
 from peftplan.job.configs.parsers import Parsers
 
 READERS = {

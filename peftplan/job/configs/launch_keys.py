@@ -9,7 +9,7 @@ from peftplan.datafiles import load
 from peftplan.distributed.strategy import Distributed
 from peftplan.job.configs.documents import Values, flat
 from peftplan.job.configs.facts import Facts
-from peftplan.job.configs.launching import SHIPPED, Shipped
+from peftplan.job.configs.launch_files import SHIPPED, Shipped
 from peftplan.job.launch.writing import deepspeed_file, fsdp_fields
 
 

@@ -7,39 +7,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import takewhile
-from pathlib import Path, PurePath
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
-from peftplan.datafiles import load
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
-from peftplan.errors import OptionError, PeftplanError
+from peftplan.errors import PeftplanError
+from peftplan.job.configs import launch_files as files
 from peftplan.job.configs.documents import Values, nested, read_json, word
 from peftplan.job.configs.plan import Refused, Unsupported
-from peftplan.job.launch import accelerate, deepspeed
+from peftplan.job.launch import accelerate
 from peftplan.job.launch.content import content
 
-SHIPPED = "configs/launch.json"
-"""Launch files that tools ship."""
-
-
-OUTSIDE = "outside the config's folder and the working directory, so not opened"
-"""Why a file that a config names is not read."""
-
-
-class LaunchFile(TypedDict):
-    """A launch file that a tool ships: its repository and path, and what is in it."""
-
-    source: str
-    values: Values
-
-
-Shipped = dict[str, dict[str, LaunchFile]]
-"""Tool → name → launch file."""
-FILE = re.compile(r"[\w./-]+\.(?:json|yaml)\b")
-"""The path of a launch file in its source."""
 ASSUMED_GPUS = 8
 """Processes of a job whose file shards it and does not say over how many."""
 DIVIDED = {
@@ -48,15 +27,6 @@ DIVIDED = {
     "tensor_parallel": "tensor parallelism", "context_parallel_dim": "context parallelism", "device_map": "a device map",
 }  # fmt: skip
 """Facts about the launch that divide a job in ways that are not counted here."""
-
-OFF_BY_DEFAULT = (
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights",
-    "zero_hpz_partition_size",
-)
-"""Switches of ZeRO++ that files state although they are off (deepspeed, runtime/zero/config.py)."""
-
 
 HEADER = re.compile(r"\b(num_processes|nproc_per_node|num_machines|nnodes)[= ]([0-9]{1,6})\b", re.IGNORECASE)
 IN_HEADERS = {"num_processes": "processes", "nproc_per_node": "gpus", "num_machines": "nodes", "nnodes": "nodes"}
@@ -96,7 +66,7 @@ UNREAD_OF_FSDP = {"axolotl": ("backward_prefetch", "forward_prefetch")}
 def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str], *, file: str) -> Launched:
     """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it."""
     result = Launched({}, {}, {}, {})
-    of_accelerate = partial(_accelerate, file=file)
+    of_accelerate = partial(files.of_accelerate, file=file)
     if (config := _values(launch, "accelerate")) is not None:
         _from(result, "accelerate", lambda: of_accelerate(config))
     elif (name := launch.get("accelerate_config")) is not None:
@@ -110,11 +80,11 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         )
     own = launch.get("deepspeed.config_file", _values(launch, "deepspeed"))
     if isinstance(own, Mapping):
-        _from(result, "deepspeed", lambda: _deepspeed(own))
+        _from(result, "deepspeed", lambda: files.of_deepspeed(own))
     elif isinstance(own, str) and word(own) not in ("none", "false", ""):
-        _named(result, tool, "deepspeed", own, _deepspeed, file)
+        _named(result, tool, "deepspeed", own, files.of_deepspeed, file)
     if (names := launch.get("spectrum_config_path")) is not None:
-        _named(result, tool, "spectrum_config_path", names, _spectrum, file)
+        _named(result, tool, "spectrum_config_path", names, files.of_spectrum, file)
     _fsdp(result, tool, launch, file)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
     if str(own_strategy) in STRATEGIES:
@@ -229,82 +199,20 @@ def _named(
     if text.startswith("{"):
         _from(result, key, lambda: read(read_json(text, file=key).values))
         return
-    path = path_of(text, file)
-    if in_tree(path, file) and os.path.isfile(path):
+    path = files.path_of(text, file)
+    if files.in_tree(path, file) and os.path.isfile(path):
         _from(result, key, lambda: read(path))
-    elif (shipped := _shipped(tool, text)) is not None:
+    elif (shipped := files.shipped(tool, text)) is not None:
         _from(result, key, lambda: read(shipped))
-    elif in_tree(same := path_of(os.path.basename(text), file), file) and os.path.isfile(same):
+    elif files.in_tree(same := files.path_of(os.path.basename(text), file), file) and os.path.isfile(same):
         result.assumed[key] = f"{text} is not opened; {same} is read in its place"
         _from(result, key, lambda: read(same))
-    elif not in_tree(path, file):
-        result.unsupported[key] = Unsupported(name, f"{OUTSIDE}; add it with another --config", "unknown")
+    elif not files.in_tree(path, file):
+        result.unsupported[key] = Unsupported(name, f"{files.OUTSIDE}; add it with another --config", "unknown")
     else:
         result.unsupported[key] = Unsupported(
             name, "the launch file is not among the files; add it with another --config", "unknown"
         )
-
-
-def path_of(path: str, file: str) -> str:
-    """Where a file is that a config names: from the working directory, else from the config's folder."""
-    beside = os.path.join(os.path.dirname(file), path)
-    return beside if not os.path.isfile(path) and os.path.isfile(beside) else path
-
-
-def in_tree(path: str, file: str) -> bool:
-    """Whether a path that a config names lies beneath the working directory or the config's folder, links resolved."""
-    try:
-        above = Path(os.path.realpath(path)).parents
-    except ValueError:  # no path at all, such as one with a null byte
-        return False
-    roots = {Path(os.path.realpath(os.curdir)), Path(os.path.realpath(file)).parent}
-    return any(root != root.parent and root in above for root in roots)
-
-
-def _accelerate(source: object, *, file: str) -> Mapping[str, object]:
-    """What accelerate's file says; DeepSpeed's file that it names is opened in the tree of the config only."""
-    config = content(source, field="accelerate")
-    plugin = config.get("deepspeed_config")
-    own = plugin.get("deepspeed_config_file") if isinstance(plugin, Mapping) else None
-    if isinstance(own, str) and not in_tree(own, file):
-        raise OptionError(f"deepspeed_config_file: {own}", own, f"{OUTSIDE}; add it with another --config")
-    return accelerate.options(config)
-
-
-def _shipped(tool: str, text: str) -> Values | None:
-    """The values of a launch file that a tool ships: by its name alone, or by its path, whose last folder is the file's own."""
-    files = load(SHIPPED, Shipped).get(tool.removesuffix("-v1"), {})
-    path = PurePath(text)
-    if not path.parent.name:
-        return files[path.stem]["values"] if path.stem in files else None
-    shared = {name: _shared_end(PurePath(FILE.findall(file["source"])[0]).parts, path.parts) for name, file in files.items()}
-    name = max(shared, key=lambda name: shared[name], default=None)
-    return None if name is None or shared[name] < 2 else files[name]["values"]
-
-
-def _shared_end(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many last parts two paths have in common, their suffixes aside."""
-    ends = zip(reversed([*one[:-1], PurePath(one[-1]).stem]), reversed([*other[:-1], PurePath(other[-1]).stem]), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
-
-
-def _deepspeed(source: object) -> Mapping[str, object]:
-    """What DeepSpeed's file says, without switches of ZeRO that are off."""
-    if not isinstance(source, Mapping):
-        return deepspeed.options(source)
-    zero = source.get("zero_optimization")
-    if not isinstance(zero, Mapping):
-        return deepspeed.options(source)
-    on = {name: value for name, value in zero.items() if not (name in OFF_BY_DEFAULT and word(value) in ("false", "1", "0"))}
-    return deepspeed.options({**source, "zero_optimization": on})
-
-
-def _spectrum(source: object) -> Mapping[str, object]:
-    """The patterns of Spectrum's file, which its users match from the start of a parameter's name (`re.match`)."""
-    listed = content(source, field="spectrum_config_path").get("unfrozen_parameters")
-    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-        raise OptionError("spectrum_config_path", str(source)[:80], "accepted: a file with a list of unfrozen_parameters")
-    return {"trainable": tuple(f"^(?:{each})" for each in listed)}
 
 
 FSDP_1 = ("axolotl",)
@@ -338,7 +246,9 @@ def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) 
         values = content(source, field="fsdp")
         return options(values.get("fsdp"), values.get("fsdp_config"))
 
-    if isinstance(words, str) and (words.startswith("{") or words.endswith(".json") or "fsdp" in (_shipped(tool, words) or ())):
+    if isinstance(words, str) and (
+        words.startswith("{") or words.endswith(".json") or "fsdp" in (files.shipped(tool, words) or ())
+    ):
         _named(result, tool, "fsdp", words, of_file, file)
         return
     config = _values(launch, "fsdp_config")

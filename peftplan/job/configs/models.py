@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from peftplan.arch import catalogue
 from peftplan.job.configs.documents import FileError
 from peftplan.job.configs.facts import Facts, facts
-from peftplan.job.configs.launching import OUTSIDE, in_tree
+from peftplan.job.configs.launch_files import OUTSIDE, in_tree
 from peftplan.job.configs.plan import Effect, Unsupported
 from peftplan.job.repositories import LAYERS_IN_16_BITS, PACKED, by_name, copied_model, stored
 from peftplan.versions import named as release

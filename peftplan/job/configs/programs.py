@@ -15,7 +15,7 @@ from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.data_files import MOST_ABOVE
 from peftplan.job.configs.documents import CELL, MOST_BYTES, BrokenFileError, Call, Document, Values
-from peftplan.job.configs.launching import in_tree
+from peftplan.job.configs.launch_files import in_tree
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)

@@ -13,7 +13,8 @@ from peftplan.errors import RefusedError
 from peftplan.job.configs.detect import check, names_program, tool_of
 from peftplan.job.configs.documents import MOST_BYTES, BrokenFileError, Document, Values, Written, read_json, read_yaml
 from peftplan.job.configs.facts import Facts, facts, launcher_words
-from peftplan.job.configs.launching import before_script, in_tree, path_of
+from peftplan.job.configs.launch_files import in_tree, path_of
+from peftplan.job.configs.launching import before_script
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Tool, Unsupported
 from peftplan.job.configs.planned import by_launch, plan_of
 from peftplan.validation import paths as listed_paths
