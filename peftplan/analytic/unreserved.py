@@ -113,7 +113,7 @@ def _times_matrices(job: Job) -> bool:
 
 UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (
-        lambda job: job.setup.narrow_tables,
+        lambda job: bool(job.setup.narrow_tables),
         "tables that SFTTrainer of an earlier trl casts back: rehearsals reserved from 4 % less to 2 % more than the replay",
     ),
     (_runs_xielu, "xIELU over a dense base: the replay was 2.5 % above and 5.3 % below traces of two layers"),

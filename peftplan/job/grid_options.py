@@ -77,7 +77,7 @@ class GridOptions(OtherWords, total=False):
     keep_gradients: Axis[bool]
     clip_gradients: Axis[bool | None]
     kbit_prepare: Axis[bool | None]
-    narrow_tables: Axis[bool]
+    narrow_tables: Axis[bool | None]
     use_cache: Axis[bool | None]
     save_total_limit: Axis[int | None]
     host_memory: Axis[int | str | None]

@@ -82,7 +82,7 @@ class SetupOptions(TypedDict, total=False):
     keep_gradients: bool
     clip_gradients: bool | None
     kbit_prepare: bool | None
-    narrow_tables: bool
+    narrow_tables: bool | None
     use_cache: bool | None
     save_total_limit: int | None
     host_memory: int | str | None

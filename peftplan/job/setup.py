@@ -85,7 +85,7 @@ class Setup(BaseModel):
     keep_gradients: bool = False
     clip_gradients: bool | None = None
     kbit_prepare: bool | None = None
-    narrow_tables: bool = False  # embedding and head, as SFTTrainer did before it made the loss in chunks
+    narrow_tables: bool | None = None  # embedding and head, as SFTTrainer did before it made the loss in chunks
     use_cache: bool | None = None
     trust_remote_code: bool = False
     max_completion_length: Count | None = None
