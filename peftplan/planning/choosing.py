@@ -54,6 +54,24 @@ def which_gpu(
     return tuple(sorted(accepting, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)))
 
 
+def smallest_gpu(model: object, *, allow_tight: bool = False, **options: Unpack[JobOptions]) -> Verdict | None:
+    """The first of `which_gpu`. Cards are asked from the smallest up, but not those that cannot hold what lasts."""
+    from peftplan.hardware.gpus import gpus
+    from peftplan.hardware.usable import usable_bytes
+
+    accepted, lasting = ("fits", "tight") if allow_tight else ("fits",), 0
+    for usable, card in sorted((usable_bytes(card).bytes, card.id) for card in gpus()):
+        if usable < lasting:
+            continue
+        result = estimate(model, gpu=card, **options)
+        (verdict,) = result.gpus
+        if verdict.verdict in accepted:
+            return verdict
+        if result.distributed is None:
+            lasting = sum(line.bytes() for line in result.lasting if line.place == "device")
+    return None
+
+
 def family(
     name: str, *, gpu: str, allow_tight: bool = False, methods: str | Sequence[str] | None = None, **options: object
 ) -> tuple[Member, ...]:

@@ -15,7 +15,7 @@ from peftplan.errors import BoundError, InputError, OptionError, RefusedError, U
 from peftplan.job.prepare import prepare
 from peftplan.job.requirements import accepted_batch
 from peftplan.job.setup import Engine
-from peftplan.planning.choosing import which_gpu
+from peftplan.planning.choosing import smallest_gpu
 from peftplan.planning.divided import divided
 from peftplan.planning.estimate import estimate
 from peftplan.planning.fit_model import model_plan
@@ -169,8 +169,8 @@ def _other_card(model: object, typed: Mapping[str, object], search: Search, plan
         model = near.model  # a member of the family
     else:
         options = job_options(options, {search.size: search.smallest_of(near)})
-    cards = which_gpu(model, allow_tight="tight" in search.accepted, **options)
-    return OtherCard(cards[0].gpu, near.model, near.changes, cards[0].usable_bytes, cards[0].needed_bytes) if cards else None
+    card = smallest_gpu(model, allow_tight="tight" in search.accepted, **options)
+    return None if card is None else OtherCard(card.gpu, near.model, near.changes, card.usable_bytes, card.needed_bytes)
 
 
 class Search(NamedTuple):
