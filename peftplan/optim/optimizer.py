@@ -94,7 +94,10 @@ class Optimizer(NamedTuple):
     def unknown(self, optim_args: OptimArgs) -> str | None:
         """Why no engine knows what a step needs besides the states; None if one does."""
         if self.low_rank and (self.package == "galore-torch" or optim_args.get("proj") == "svd"):
-            return "it decomposes gradients into singular values; cuSOLVER alone knows its workspace, so only states are counted"
+            return (
+                "it decomposes gradients into singular values; cuSOLVER alone knows its workspace, so only states are counted; "
+                "for a peak, measure one step on a GPU"
+            )
         return None
 
     @property
